@@ -1,0 +1,3 @@
+"""stub for now."""
+def plugins() -> None:
+    """x."""

@@ -1,0 +1,151 @@
+"""The sequences of tokens on which candidates are scored."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from sleb_cli.engine.architecture import Architecture
+from sleb_cli.engine.source import DEMO
+from sleb_cli.engine.texts import REFERENCE_ROWS, calibration_text, reference_calibration_text
+from sleb_cli.engine.windows import (
+    adds_bos,
+    choose_length,
+    cut_running_text,
+    cut_windows,
+    require_windows,
+    tokens_sha256,
+)
+from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.plan import CalibrationRecord
+from sleb_plugins import ModelError
+
+SELF = "self"
+DEFAULT_SOURCE = "wikitext2"
+DEFAULT_SAMPLES = 16
+REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
+
+_GENERATION_BATCH = 16
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """What the user asked for; None leaves it to the model and the source."""
+
+    source: str | None
+    samples: int | None
+    sequence_length: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration sequences, int64 [sequences, length], and how they came to be."""
+
+    sequences: Tensor
+    record: CalibrationRecord
+
+
+def settle_request(request: CalibrationRequest, architecture: Architecture) -> CalibrationRequest:
+    """Fill in what the user left open.
+
+    Raises:
+        UsageError: the sequence length does not fit the model.
+    """
+    if architecture.source.id == DEMO and request.source in (None, SELF):
+        from sleb_cli.engine.demo import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES
+
+        length = choose_length(request.sequence_length, architecture, CALIBRATION_LENGTH)
+        return CalibrationRequest(SELF, request.samples or CALIBRATION_SEQUENCES, length, request.seed)
+    length = choose_length(request.sequence_length, architecture)
+    return CalibrationRequest(request.source or DEFAULT_SOURCE, request.samples, length, request.seed)
+
+
+def calibrate(request: CalibrationRequest, model: Any, tokenizer: Any, notify: Notify) -> Calibration:
+    """Give the sequences that a settled request describes.
+
+    Raises:
+        DataError: the text is missing, or too short.
+    """
+    source, length = request.source or DEFAULT_SOURCE, request.sequence_length or 0
+    notify(TaskStarted(f"Calibration on {source}"))
+    bos = adds_bos(tokenizer) and source not in REFERENCE_PRESETS
+    if source == SELF:
+        sequences = write_own_text(
+            model, tokenizer, request.samples or DEFAULT_SAMPLES, length, request.seed, bos=bos, notify=notify
+        )
+    elif source in REFERENCE_PRESETS:
+        text = reference_calibration_text(source, rows=request.samples or REFERENCE_ROWS, seed=request.seed)
+        sequences = cut_running_text(tokenizer, text.content, length)
+        require_windows(sequences, source, _token_count(tokenizer, text.content), length, None)
+    else:
+        wanted = request.samples or DEFAULT_SAMPLES
+        text = calibration_text(source, tokens=wanted * length, seed=request.seed)
+        windows = cut_windows(tokenizer, text.content, length, bos=bos)
+        require_windows(windows, source, _token_count(tokenizer, text.content), length, request.samples)
+        sequences = draw(windows, wanted, request.seed)
+        if len(sequences) < wanted:
+            notify(Notice(f"{source} has text for {len(sequences)} sequences of {length} tokens: all are used."))
+    notify(TaskFinished(f"Calibration on {source}"))
+    record = CalibrationRecord(
+        source=source,
+        seed=request.seed,
+        sequences=len(sequences),
+        sequence_length=length,
+        bos=bos,
+        tokens_sha256=tokens_sha256(sequences),
+    )
+    return Calibration(sequences, record)
+
+
+def draw(windows: Tensor, count: int, seed: int) -> Tensor:
+    """Draw `count` of the windows (all, where there are fewer) by the seed, in the order of the text."""
+    if count >= len(windows):
+        return windows
+    return windows[sorted(random.Random(seed).sample(range(len(windows)), count))]
+
+
+def write_own_text(
+    model: Any, tokenizer: Any, count: int, length: int, seed: int, *, bos: bool, notify: Notify
+) -> Tensor:
+    """Let the model write `count` sequences of `length` tokens, sampled from its own distribution after BOS.
+
+    The BOS token itself stays in the sequences where the tokenizer adds it to every text, and only there.
+
+    Raises:
+        ModelError: the tokenizer has no token to begin with.
+    """
+    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    if start is None:
+        raise ModelError(
+            "The tokenizer has neither a BOS nor an EOS token, so the model cannot begin a text by itself.",
+            hint="Calibrate on a file or a data set: --calibration FILE.",
+        )
+    new = length - 1 if bos else length
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
+    )  # fmt: skip
+    task = "Writing calibration text"
+    notify(TaskStarted(task, count, "sequences"))
+    written: list[Tensor] = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        for first in range(0, count, _GENERATION_BATCH):
+            rows = min(_GENERATION_BATCH, count - first)
+            prompt = torch.full((rows, 1), start, device=model.device)
+            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+            written.append(ids[:, -length:].cpu())
+            notify(TaskAdvanced(task, rows))
+    notify(TaskFinished(task))
+    return torch.cat(written).clone()
+
+
+def _token_count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False).input_ids)

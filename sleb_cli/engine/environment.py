@@ -1,0 +1,40 @@
+"""What the machine and the installed versions are, for the record."""
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+from sleb_cli.plan import EnvironmentRecord
+
+
+def environment_record(plugins: dict[str, str], device: torch.device, seconds: float) -> EnvironmentRecord:
+    """Describe where a search ran and how long it took."""
+    return EnvironmentRecord(
+        python=platform.python_version(),
+        torch=str(torch.__version__),
+        transformers=transformers.__version__,
+        platform=platform.platform(),
+        processor=processor_name(device),
+        plugins=plugins,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(seconds, 1),
+    )
+
+
+def processor_name(device: torch.device) -> str:
+    """Name the GPU, or the CPU and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,72 @@
+"""From a GGUF file to a Hugging Face folder, once, so that everything else knows one format."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sleb_cli.engine.cache import cached_folder
+from sleb_cli.engine.fingerprint import fingerprint_files
+from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_plugins import ModelError, UnsupportedModelError
+
+_UNQUANTIZED = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+def gguf_folder(path: Path, notify: Notify) -> Path:
+    """Give the Hugging Face folder of a GGUF file, converted on first use and kept in the cache.
+
+    Raises:
+        ModelError: the file is truncated or no GGUF, or transformers cannot read its architecture.
+    """
+    return cached_folder(f"gguf-{fingerprint_files([path])[:16]}", lambda folder: convert_gguf(path, folder, notify))
+
+
+def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
+    """Write the model in `path` into `folder`: bfloat16 where it was quantized, else in its own data type."""
+    task = f"Converting {path.name}"
+    notify(TaskStarted(task, 4, "steps"))
+    dtype = _inspect(path)
+    notify(TaskAdvanced(task))
+    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    notify(TaskAdvanced(task))
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    notify(TaskAdvanced(task))
+    _forget_quantization(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    notify(TaskFinished(task))
+
+
+def _inspect(path: Path) -> torch.dtype:
+    """Check that the file is whole and readable, and give the data type for its weights."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    hint = "Download the file again."
+    try:
+        reader = GGUFReader(path)
+        architecture = reader.get_field("general.architecture")
+        name = str(architecture.contents()) if architecture else ""
+        types = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
+        raise ModelError(f"{path} is truncated, or is no GGUF file.", hint=hint) from error
+    if name not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"transformers cannot read GGUF files of the architecture {name!r}.",
+            hint="Name the original checkpoint (a hub id or a folder) instead.",
+        )
+    return _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+
+
+def _forget_quantization(model: Any) -> None:
+    """Make transformers see that the weights are plain tensors now; it refuses to save them otherwise."""
+    del model.config.quantization_config
+    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if attribute in vars(model):
+            delattr(model, attribute)

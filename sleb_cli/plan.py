@@ -1,0 +1,160 @@
+"""`plan.json`: which blocks to remove, in which order, and everything that decided it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sleb_cli.atomic import to_json, write_text
+from sleb_plugins.errors import PlanError
+
+SCHEMA_VERSION = 1
+
+Block = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Something written to disk: frozen, typed, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelRecord(Record):
+    """The model that the plan is for; `id` is what the user named, a folder or file as absolute path."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    model_type: str
+    family: str
+    blocks: Annotated[int, Field(ge=1)]
+
+
+class CalibrationRecord(Record):
+    """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64."""
+
+    source: str
+    seed: int
+    sequences: int
+    sequence_length: int
+    bos: bool
+    tokens_sha256: str
+
+
+class SearchRecord(Record):
+    """How the search was run; `engine` is how candidates were scored, with the reason if not the usual way."""
+
+    algorithm: Literal["greedy"]
+    metric: str
+    remove: int
+    ratio: str | None
+    protect_first: int
+    protect_last: int
+    dtype: str
+    device: str
+    batch_size: int
+    engine: Literal["prefix", "plain", "hidden-states", "weights", "model"]
+    engine_reason: str | None
+
+
+class DenseRecord(Record):
+    """The unpruned model on the calibration tokens: nats per token, and its exponential."""
+
+    loss: float
+    perplexity: float
+
+
+class Step(Record):
+    """One removal: `score` is the metric's, `perplexity` the calibration text's, without this and all earlier blocks."""
+
+    block: Block
+    score: float
+    perplexity: float
+    scores: dict[Block, float]
+
+
+class EnvironmentRecord(Record):
+    """Where and when: the only part that differs between two runs of one search."""
+
+    python: str
+    torch: str
+    transformers: str
+    platform: str
+    processor: str
+    plugins: dict[str, str]
+    started: str
+    seconds: float
+
+
+class Plan(Record):
+    """A finished search. Blocks are numbered from 0 as in the original model, everywhere."""
+
+    schema_version: Literal[1]
+    sleb_version: str
+    model: ModelRecord
+    calibration: CalibrationRecord
+    search: SearchRecord
+    dense: DenseRecord
+    removals: tuple[Block, ...]
+    steps: tuple[Step, ...]
+    environment: EnvironmentRecord
+
+    @model_validator(mode="after")
+    def _agree(self) -> Plan:
+        if list(self.removals) != [step.block for step in self.steps]:
+            raise ValueError("removals and steps name different blocks")
+        if len(set(self.removals)) != len(self.removals):
+            raise ValueError("removals name a block twice")
+        if any(block >= self.model.blocks for block in self.removals):
+            raise ValueError(f"removals name a block that a model of {self.model.blocks} blocks does not have")
+        return self
+
+    def write(self, path: Path) -> None:
+        """Write the plan so that the file is there whole or not at all."""
+        write_text(path, to_json(self.to_data()))
+
+    def to_data(self) -> dict[str, Any]:
+        """Give the plan as JSON holds it."""
+        return self.model_dump(mode="json")
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan and check that it is whole and means something to this version.
+
+    Raises:
+        PlanError: the file is missing, unreadable, truncated, from a newer sleb, or contradicts itself.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise PlanError(f"Cannot read the plan {path}: {reason}.", hint="Name a plan that `sleb search` wrote.") from error
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(
+            f"The plan {path} is not whole JSON: {error.msg} at line {error.lineno}.",
+            hint="It may have been cut off while it was copied; copy it again, or search again.",
+        ) from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise PlanError(f"{path} is not a plan of sleb: it has no schema_version.", hint="`sleb search` writes plans.")
+    if version > SCHEMA_VERSION:
+        raise PlanError(
+            f"The plan {path} has schema_version {version}; this sleb reads up to {SCHEMA_VERSION}.",
+            hint="Upgrade with `pip install --upgrade sleb`.",
+        )
+    try:
+        return Plan.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the plan"
+        raise PlanError(
+            f"The plan {path} does not say what a plan must: {where}: {first['msg']}.",
+            hint="If you edited it by hand, undo that; otherwise search again.",
+        ) from error

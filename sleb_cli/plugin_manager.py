@@ -1,0 +1,173 @@
+"""Find the installed plugins, keep the broken ones apart, and choose among what they offer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+import pluggy
+
+from sleb_plugins import (
+    Exporter,
+    FamilyAdapter,
+    HiddenStateMetric,
+    LogitMetric,
+    Metric,
+    ModelMetric,
+    PluginError,
+    UsageError,
+    WeightMetric,
+    hookspecs,
+)
+
+GROUP = "sleb"
+
+Kind = Literal["family", "metric", "exporter"]
+
+_HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
+    "sleb_families": ("family", (FamilyAdapter,)),
+    "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)),
+    "sleb_exporters": ("exporter", (Exporter,)),
+}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """An entry point of the group `sleb`, and the package that brings it."""
+
+    name: str
+    module: str
+    package: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version} ({self.module})"
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One family, metric or exporter, and the plugin that offers it."""
+
+    kind: Kind
+    name: str
+    value: Any
+    plugin: Plugin
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A plugin that could not be used, and why."""
+
+    plugin: Plugin
+    reason: str
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Everything on offer. A name that two plugins claim is refused when somebody asks for it."""
+
+    offers: tuple[Offer, ...]
+    failures: tuple[Failure, ...]
+
+    def metric(self, name: str) -> Metric:
+        """Choose a metric by name.
+
+        Raises:
+            UsageError: nobody offers it.
+            PluginError: two plugins do.
+        """
+        metric: Metric = self._choose("metric", name).value
+        return metric
+
+    def exporter(self, name: str) -> Exporter:
+        """Choose an export format by name; raises as `metric` does."""
+        exporter: Exporter = self._choose("exporter", name).value
+        return exporter
+
+    def family(self, model_type: str) -> FamilyAdapter | None:
+        """Give the adapter that claims `model_type`, or None where nobody does.
+
+        Raises:
+            PluginError: two plugins claim it.
+        """
+        claims = [o for o in self._of("family") if model_type in o.value.model_types]
+        if len(claims) > 1:
+            raise _collision(f"model_type {model_type!r}", claims)
+        return claims[0].value if claims else None
+
+    def third_party(self) -> dict[str, str]:
+        """Give the version of every package besides sleb that offers something."""
+        return {o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"}
+
+    @cached_property
+    def collisions(self) -> tuple[str, ...]:
+        """Say which names and model types are claimed twice, one sentence each."""
+        claims: dict[str, list[Offer]] = defaultdict(list)
+        for offer in self.offers:
+            claims[f"{offer.kind} {offer.name!r}"].append(offer)
+            for model_type in offer.value.model_types if offer.kind == "family" else ():
+                claims[f"model_type {model_type!r}"].append(offer)
+        return tuple(_collision(what, rivals).message for what, rivals in claims.items() if len(rivals) > 1)
+
+    def _of(self, kind: Kind) -> list[Offer]:
+        return [offer for offer in self.offers if offer.kind == kind]
+
+    def _choose(self, kind: Kind, name: str) -> Offer:
+        found = [offer for offer in self._of(kind) if offer.name == name]
+        if len(found) > 1:
+            raise _collision(f"{kind} {name!r}", found)
+        if found:
+            return found[0]
+        names = sorted({offer.name for offer in self._of(kind)})
+        raise UsageError(f"There is no {kind} {name!r}.", hint=suggestion(name, names))
+
+
+def suggestion(name: str, names: Sequence[str]) -> str:
+    """Say which of `names` was probably meant, or list them all."""
+    close = get_close_matches(name, names, n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(names) or 'none'}."
+
+
+def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
+    """Load every installed plugin on its own, so that a broken one hurts only itself."""
+    offers: list[Offer] = []
+    failures: list[Failure] = []
+    for entry_point in entry_points(group=GROUP) if found is None else found:
+        plugin = _plugin(entry_point)
+        try:
+            offers += _offers(plugin, entry_point.load)
+        except Exception as error:  # whatever a stranger's module raises on import is its own failure
+            failures.append(Failure(plugin, f"{type(error).__name__}: {error}"))
+    return Registry(tuple(offers), tuple(failures))
+
+
+def _plugin(entry_point: EntryPoint) -> Plugin:
+    package = entry_point.dist
+    name, version = (package.name, package.version) if package else ("unknown package", "?")
+    return Plugin(entry_point.name, entry_point.value, name, version)
+
+
+def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
+    # A manager for each plugin: pluggy checks the hooks of one, and no other can disturb that.
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    manager.register(load(), plugin.name)
+    manager.check_pending()
+    offers = []
+    for hook, (kind, types) in _HOOKS.items():
+        for value in (v for values in getattr(manager.hook, hook)() for v in values):
+            if not isinstance(value, types) or not isinstance(getattr(value, "name", None), str):
+                expected = " or ".join(t.__name__ for t in types)
+                raise PluginError(f"{hook} offers {value!r}, which is not a named {expected}")
+            offers.append(Offer(kind, value.name, value, plugin))
+    return offers
+
+
+def _collision(what: str, rivals: list[Offer]) -> PluginError:
+    names = " and ".join(str(offer.plugin) for offer in rivals)
+    return PluginError(f"The {what} is claimed by {names}.", hint="Uninstall one of them.")

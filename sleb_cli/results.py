@@ -1,0 +1,118 @@
+"""What `sleb eval` and `sleb bench` write: the numbers, and the raw samples behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from sleb_cli.atomic import to_json, write_text
+from sleb_cli.plan import ModelRecord, Record
+
+
+class ResultRecord(Record):
+    """What both kinds of result share. `removals` is empty where only the dense model was measured."""
+
+    schema_version: Literal[1]
+    sleb_version: str
+    model: ModelRecord
+    removals: tuple[int, ...]
+    dtype: str
+    device: str
+
+    def to_data(self) -> dict[str, Any]:
+        """Give the result as JSON holds it."""
+        return self.model_dump(mode="json")
+
+    def write(self, path: Path) -> None:
+        """Write the result so that the file is there whole or not at all."""
+        write_text(path, to_json(self.to_data()))
+
+
+class PerplexityRecord(Record):
+    """exp(mean nats per token) over `windows` windows; `losses` holds the mean of each window."""
+
+    text: str
+    windows: int
+    sequence_length: int
+    bos: bool
+    tokens_sha256: str
+    perplexity: float
+    losses: tuple[float, ...]
+
+
+class TaskRecord(Record):
+    """One metric of one lm-eval task; `stderr` is lm-eval's own, where it gives one."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    items: int
+    num_fewshot: int
+    higher_is_better: bool
+
+
+class ModelScores(Record):
+    """Everything measured on one model."""
+
+    blocks: int
+    perplexities: tuple[PerplexityRecord, ...]
+    tasks: tuple[TaskRecord, ...]
+
+
+class EvalResult(ResultRecord):
+    """Quality, dense beside pruned."""
+
+    kind: Literal["eval"]
+    dense: ModelScores
+    pruned: ModelScores | None
+
+
+class Workload(Record):
+    """What is timed. `new_tokens` is 0 where only the prompt is processed, without a KV cache."""
+
+    name: Literal["prompt", "generation"]
+    batch_size: int
+    prompt_length: int
+    new_tokens: int
+    iterations: int
+    warmup: int
+    seed: int
+
+
+class Timing(Record):
+    """The raw seconds of one workload on one model, and the most memory that it took."""
+
+    seconds: tuple[float, ...]
+    median_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int | None
+
+
+class WorkloadResult(Record):
+    """One workload on both models; `speedup` is the ratio of the medians, dense over pruned."""
+
+    workload: Workload
+    dense: Timing
+    pruned: Timing | None
+    speedup: float | None
+
+
+class ModelSize(Record):
+    """How large a model is."""
+
+    blocks: int
+    parameters: int
+    weights_bytes: int
+
+
+class BenchResult(ResultRecord):
+    """Speed and size, dense beside pruned."""
+
+    kind: Literal["bench"]
+    threads: int
+    processor: str
+    torch: str
+    dense: ModelSize
+    pruned: ModelSize | None
+    workloads: tuple[WorkloadResult, ...]

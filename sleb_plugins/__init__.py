@@ -1,0 +1,40 @@
+"""The public contract of `sleb`: what a plugin imports, and nothing else."""
+
+from sleb_plugins.errors import (
+    DataError,
+    MachineError,
+    ModelError,
+    OutputError,
+    PlanError,
+    PluginError,
+    ProofError,
+    SlebError,
+    UnsupportedModelError,
+    UsageError,
+)
+from sleb_plugins.exporter import Exporter, Pruning
+from sleb_plugins.family import FamilyAdapter
+from sleb_plugins.hookspecs import hookimpl
+from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
+
+__all__ = [
+    "DataError",
+    "Exporter",
+    "FamilyAdapter",
+    "HiddenStateMetric",
+    "LogitMetric",
+    "MachineError",
+    "Metric",
+    "ModelError",
+    "ModelMetric",
+    "OutputError",
+    "PlanError",
+    "PluginError",
+    "ProofError",
+    "Pruning",
+    "SlebError",
+    "UnsupportedModelError",
+    "UsageError",
+    "WeightMetric",
+    "hookimpl",
+]

@@ -1,0 +1,27 @@
+"""The bare block numbers, for scripts and tools that take a list."""
+
+from typing import Any
+
+from sleb_plugins.exporter import Exporter, Pruning
+
+
+class Indices(Exporter):
+    """The removed blocks in one line, separated by commas, in the order of their removal."""
+
+    name = "indices"
+    description = "the removed blocks on one line, or with --json the kept ones too"
+
+    def document(self, pruning: Pruning) -> dict[str, Any]:
+        """Name the model, and its removed and kept blocks."""
+        kept = [block for low, high in pruning.kept_ranges for block in range(low, high)]
+        return {
+            "model": pruning.model,
+            "revision": pruning.revision,
+            "blocks": pruning.blocks,
+            "removals": list(pruning.removals),
+            "kept": kept,
+        }
+
+    def render(self, pruning: Pruning) -> str:
+        """List the removed blocks, as `--blocks` takes them."""
+        return ",".join(map(str, pruning.removals)) + "\n"

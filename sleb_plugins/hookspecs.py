@@ -1,0 +1,27 @@
+"""The hooks of `sleb`. A plugin implements those it wants and is found by the entry-point group `sleb`."""
+
+from collections.abc import Iterable
+
+import pluggy
+
+from sleb_plugins.exporter import Exporter
+from sleb_plugins.family import FamilyAdapter
+from sleb_plugins.metric import Metric
+
+hookspec = pluggy.HookspecMarker("sleb")
+hookimpl = pluggy.HookimplMarker("sleb")
+
+
+@hookspec
+def sleb_families() -> Iterable[FamilyAdapter]:  # type: ignore[empty-body]
+    """Offer model families; each `model_type` may be claimed once."""
+
+
+@hookspec
+def sleb_metrics() -> Iterable[Metric]:  # type: ignore[empty-body]
+    """Offer metrics for `sleb search --metric NAME`."""
+
+
+@hookspec
+def sleb_exporters() -> Iterable[Exporter]:  # type: ignore[empty-body]
+    """Offer formats for `sleb export --to NAME`."""

@@ -1,0 +1,23 @@
+"""How much a block turns the hidden states that pass through it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sleb_plugins.metric import HiddenStateMetric
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CosineDistance(HiddenStateMetric):
+    """One minus the cosine between a block's input and output (Men et al., ShortGPT, arXiv 2403.03853)."""
+
+    name = "cosine"
+    description = "1 - cosine similarity of what enters and what leaves the block"
+
+    def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
+        """Return 1 - cos(entering, leaving), [batch, positions]."""
+        dot = (entering * leaving).sum(-1)
+        norms = entering.norm(dim=-1) * leaving.norm(dim=-1)
+        return 1.0 - dot / norms.clamp_min(1e-12)
