@@ -4,33 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from sleb_cli.atomic import to_json, write_text
+from sleb_cli.records import ModelRecord, Record
 from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
 
 Block = Annotated[int, Field(ge=0)]
-
-
-class Record(BaseModel):
-    """Something written to disk: frozen, typed, and strict about unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelRecord(Record):
-    """The model that the plan is for; `id` is what the user named, a folder or file as absolute path."""
-
-    id: str
-    revision: str | None
-    fingerprint: str
-    model_type: str
-    family: str
-    blocks: Annotated[int, Field(ge=1)]
 
 
 class CalibrationRecord(Record):
@@ -68,7 +51,7 @@ class DenseRecord(Record):
 
 
 class Step(Record):
-    """One removal: `score` is the metric's, `perplexity` the calibration text's, without this and all earlier blocks."""
+    """One removal: the metric's score, and the calibration perplexity, without this and all earlier blocks."""
 
     block: Block
     score: float
@@ -112,13 +95,11 @@ class Plan(Record):
             raise ValueError(f"removals name a block that a model of {self.model.blocks} blocks does not have")
         return self
 
-    def write(self, path: Path) -> None:
-        """Write the plan so that the file is there whole or not at all."""
-        write_text(path, to_json(self.to_data()))
-
-    def to_data(self) -> dict[str, Any]:
-        """Give the plan as JSON holds it."""
-        return self.model_dump(mode="json")
+    def first(self, count: int) -> Plan:
+        """Give the plan of the search that had stopped after `count` removals: they are nested."""
+        search = self.search.model_copy(update={"remove": count})
+        cut = {"removals": self.removals[:count], "steps": self.steps[:count], "search": search}
+        return self.model_copy(update=cut)
 
 
 def read_plan(path: Path) -> Plan:
@@ -133,7 +114,9 @@ def read_plan(path: Path) -> Plan:
         raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise PlanError(f"Cannot read the plan {path}: {reason}.", hint="Name a plan that `sleb search` wrote.") from error
+        raise PlanError(
+            f"Cannot read the plan {path}: {reason}.", hint="Name a plan that `sleb search` wrote."
+        ) from error
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:

@@ -160,7 +160,8 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     manager.check_pending()
     offers = []
     for hook, (kind, types) in _HOOKS.items():
-        for value in (v for values in getattr(manager.hook, hook)() for v in values):
+        values: list[Any] = [value for offered in getattr(manager.hook, hook)() for value in offered]
+        for value in values:
             if not isinstance(value, types) or not isinstance(getattr(value, "name", None), str):
                 expected = " or ".join(t.__name__ for t in types)
                 raise PluginError(f"{hook} offers {value!r}, which is not a named {expected}")

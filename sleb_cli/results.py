@@ -1,12 +1,10 @@
-"""What `sleb eval` and `sleb bench` write: the numbers, and the raw samples behind them."""
+"""What `sleb apply`, `sleb eval` and `sleb bench` report: the numbers, and the raw samples behind them."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from sleb_cli.atomic import to_json, write_text
-from sleb_cli.plan import ModelRecord, Record
+from sleb_cli.records import ModelRecord, Record
 
 
 class ResultRecord(Record):
@@ -19,13 +17,27 @@ class ResultRecord(Record):
     dtype: str
     device: str
 
-    def to_data(self) -> dict[str, Any]:
-        """Give the result as JSON holds it."""
-        return self.model_dump(mode="json")
 
-    def write(self, path: Path) -> None:
-        """Write the result so that the file is there whole or not at all."""
-        write_text(path, to_json(self.to_data()))
+class Proof(Record):
+    """What was checked of a checkpoint, and how near it was. Differences are relative to the largest logit."""
+
+    prompt: Literal["text", "random tokens"]
+    prompt_tokens: int
+    new_tokens: int
+    logits_difference: float
+    logits_tolerance: float
+    cache_difference: float
+    cache_tolerance: float
+
+
+class ApplyResult(ResultRecord):
+    """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for."""
+
+    kind: Literal["apply"]
+    folder: str
+    blocks: int
+    weights_bytes: int
+    proof: Proof | None
 
 
 class PerplexityRecord(Record):
@@ -78,6 +90,13 @@ class Workload(Record):
     iterations: int
     warmup: int
     seed: int
+
+    def __str__(self) -> str:
+        new = f", {self.new_tokens} new tokens each" if self.new_tokens else ""
+        return (
+            f"{self.batch_size} x {self.prompt_length} prompt tokens{new}, "
+            f"{self.iterations} iterations after {self.warmup} to warm up"
+        )
 
 
 class Timing(Record):

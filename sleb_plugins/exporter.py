@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 
@@ -29,7 +30,7 @@ class Pruning:
     def kept_ranges(self) -> list[tuple[int, int]]:
         """The kept blocks as half-open ranges, in order: blocks 0 to 4 and 6 to 9 are (0, 5), (6, 10)."""
         cuts = [-1, *sorted(self.removals), self.blocks]
-        return [(low + 1, high) for low, high in zip(cuts, cuts[1:], strict=False) if high > low + 1]
+        return [(low + 1, high) for low, high in pairwise(cuts) if high > low + 1]
 
 
 class Exporter(ABC):

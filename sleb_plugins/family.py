@@ -25,9 +25,6 @@ class FamilyAdapter:
     per_block_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.model_types, str) or not all(isinstance(t, str) for t in self.model_types):
-            raise TypeError(f"model_types of family {self.name!r} must be a set of strings")
-        if isinstance(self.per_block_keys, str):
-            raise TypeError(f"per_block_keys of family {self.name!r} must be a tuple of strings")
-        object.__setattr__(self, "model_types", frozenset(self.model_types))
-        object.__setattr__(self, "per_block_keys", tuple(self.per_block_keys))
+        for attribute in ("model_types", "per_block_keys"):
+            if isinstance(getattr(self, attribute), str):
+                raise TypeError(f"{attribute} of family {self.name!r} is a string, where a set of strings belongs")

@@ -1,3 +1,69 @@
-"""stub for now."""
-def apply() -> None:
-    """x."""
+"""`sleb apply`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sleb_cli.commands.options import (
+    AnyModelOption,
+    BlocksOption,
+    ForceOption,
+    JsonOption,
+    OtherModelOption,
+    QuietOption,
+    RemoveFirstOption,
+    RevisionOption,
+    SubjectArgument,
+    TrustOption,
+    parse_blocks,
+)
+
+
+def apply(
+    subject: SubjectArgument = None,
+    blocks: BlocksOption = None,
+    remove: RemoveFirstOption = None,
+    model: OtherModelOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for the checkpoint.  [default: named after the model]",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 512MiB.")] = "5GB",
+    dtype: Annotated[
+        str | None, typer.Option(help="Cast the weights: float32, bfloat16, float16.", show_default=False)
+    ] = None,
+    force: ForceOption = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof after save.")] = False,
+    any_model: AnyModelOption = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the pruned checkpoint, and prove that it does what the search measured."""
+    from sleb_cli.ui.plugins import load_and_report
+    from sleb_cli.ui.progress import show_progress
+    from sleb_cli.ui.tables import show_applied
+
+    with show_progress(quiet=quiet, first="Starting") as notify:
+        from sleb_cli.engine.apply import apply_removals
+        from sleb_cli.engine.subject import SubjectRequest, resolve_subject
+
+        request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
+        resolved = resolve_subject(request, load_and_report(), notify, needs_removals=True)
+        applied = apply_removals(
+            resolved,
+            output,
+            notify,
+            max_shard_size=max_shard_size,
+            dtype=dtype,
+            force=force,
+            verify=not no_verify,
+        )
+    show_applied(applied, as_json=json)

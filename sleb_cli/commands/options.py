@@ -8,7 +8,8 @@ import typer
 from sleb_plugins import UsageError
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or demo.", show_default=False)
+    str,
+    typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or demo.", show_default=False),
 ]
 SubjectArgument = Annotated[
     str | None,
@@ -30,18 +31,10 @@ OtherModelOption = Annotated[
     str | None,
     typer.Option("--model", help="Where the plan's model is now, if it moved.", show_default=False),
 ]
-AnyModelOption = Annotated[
-    bool, typer.Option("--any-model", help="Use the plan on a model it was not made for.")
-]
-RevisionOption = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-]
-DtypeOption = Annotated[
-    str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")
-]
+AnyModelOption = Annotated[bool, typer.Option("--any-model", help="Use the plan on a model it was not made for.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
@@ -63,3 +56,8 @@ def parse_blocks(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"--blocks {text!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
+
+
+def parse_names(text: str | None) -> tuple[str, ...]:
+    """Read `wikitext2,c4`; nothing gives nothing."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())

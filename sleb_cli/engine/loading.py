@@ -92,9 +92,7 @@ def load_tokenizer(source: ModelSource) -> Any:
         ModelError: the model comes without one.
     """
     if not has_tokenizer(source):
-        raise ModelError(
-            f"{source.id} has no tokenizer.", hint="Put the tokenizer's files into the model's folder."
-        )
+        raise ModelError(f"{source.id} has no tokenizer.", hint="Put the tokenizer's files into the model's folder.")
     return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
 
 

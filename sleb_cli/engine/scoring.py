@@ -57,11 +57,23 @@ class Bench:
         if isinstance(metric, LogitMetric):
             reason = self._why_not_prefix()
             engine: Engine = "plain" if reason else "prefix"
-            return lambda removed, candidates: self._score_logits(metric, removed, candidates, engine), engine, reason
+            return (
+                lambda removed, candidates: self._score_logits(metric, removed, candidates, engine),
+                engine,
+                reason,
+            )
         if isinstance(metric, HiddenStateMetric):
-            return lambda removed, candidates: self._score_states(metric, removed, candidates), "hidden-states", None
+            return (
+                lambda removed, candidates: self._score_states(metric, removed, candidates),
+                "hidden-states",
+                None,
+            )
         if isinstance(metric, WeightMetric):
-            return lambda removed, candidates: self._score_weights(metric, removed, candidates), "weights", None
+            return (
+                lambda removed, candidates: self._score_weights(metric, removed, candidates),
+                "weights",
+                None,
+            )
         assert isinstance(metric, ModelMetric)
         return lambda removed, candidates: self._score_models(metric, removed, candidates), "model", None
 
@@ -93,7 +105,9 @@ class Bench:
 
             def listen(block: int, entering: Tensor, leaving: Tensor) -> None:
                 if block in totals:
-                    totals[block] += float(metric.score_tokens(entering.float(), leaving.float()).double().mean(-1).sum())
+                    totals[block] += float(
+                        metric.score_tokens(entering.float(), leaving.float()).double().mean(-1).sum()
+                    )
 
             self.gated.watch(ids, removed, listen)
             seen = sum(len(batch) for batch in self.batches[:done])
@@ -159,9 +173,7 @@ class Bench:
         self.notify(CandidateScored(len(removed) + 1, block, score, sequences))
 
 
-def score_sequences(
-    metric: LogitMetric, logits: Tensor, ids: Tensor, dense_logits: Tensor | None = None
-) -> Tensor:
+def score_sequences(metric: LogitMetric, logits: Tensor, ids: Tensor, dense_logits: Tensor | None = None) -> Tensor:
     """Give each sequence's mean score over its predicted tokens, float64 [batch]; logits are widened in chunks."""
     means = []
     for row in range(len(ids)):
@@ -186,8 +198,5 @@ def same_numbers(left: Tensor, right: Tensor) -> bool:
 
 def _number(metric: Metric, score: Any) -> float:
     if not isinstance(score, int | float):
-        raise PluginError(
-            f"The metric {metric.name!r} gave {score!r}, which is not a number.", hint="Tell its author."
-        )
+        raise PluginError(f"The metric {metric.name!r} gave {score!r}, which is not a number.", hint="Tell its author.")
     return float(score)
-

@@ -16,7 +16,14 @@ from sleb_cli.engine.calibration import Calibration, CalibrationRequest, calibra
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.greedy import count_to_remove, greedy_search, parse_ratio
-from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.loading import (
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    load_dense,
+    load_tokenizer,
+    quiet_libraries,
+)
 from sleb_cli.engine.scoring import Bench
 from sleb_cli.engine.source import locate_model
 from sleb_cli.events import BlockRemoved, Notify, SearchStarted
@@ -95,9 +102,7 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
             raise UsageError(f"{name} {value} is too small.", hint="Take 1 or more.")
     metric = registry.metric(request.metric)
     device = choose_device(request.device)
-    source = locate_model(
-        request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code
-    )
+    source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
     architecture = read_architecture(source, registry, notify)
     if architecture.block_count < 2:
         raise UnsupportedModelError(
@@ -122,12 +127,17 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
 
 
 def _search(
-    settled: _Settled, request: SearchRequest, model: Any, tokenizer: Any, calibration: Calibration, notify: Notify
+    settled: _Settled,
+    request: SearchRequest,
+    model: Any,
+    tokenizer: Any,
+    calibration: Calibration,
+    notify: Notify,
 ) -> tuple[DenseRecord, list[Step], SearchRecord]:
     architecture, sequences = settled.architecture, calibration.sequences.to(settled.device)
     batch_size = request.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
     with GatedModel(model, architecture.blocks_of(model)) as gated:
-        bench = Bench(gated, sequences.split(batch_size), tokenizer, notify)
+        bench = Bench(gated, torch.split(sequences, batch_size), tokenizer, notify)
         dense_loss = bench.loss(())
         if not math.isfinite(dense_loss):
             raise ModelError(

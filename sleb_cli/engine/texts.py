@@ -166,16 +166,16 @@ def _load(dataset: Dataset) -> Any:
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(
-            dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files
-        )
+        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise DataError(
             f"The data set {dataset} cannot be loaded: {_one_line(error)}.",
             hint="Check the name and the network, or calibrate on a file or on `self`.",
         ) from error
     except ValueError as error:  # how datasets refuses an unknown config or split
-        raise DataError(f"The data set {dataset} cannot be loaded: {_one_line(error)}.", hint="Check the name.") from error
+        raise DataError(
+            f"The data set {dataset} cannot be loaded: {_one_line(error)}.", hint="Check the name."
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from sleb_plugins import SlebError
+from sleb_cli.atomic import write_text
+from sleb_plugins import Exporter, Pruning, SlebError
 
 
 def stdout() -> Console:
@@ -43,3 +45,13 @@ def print_warning(text: str) -> None:
 def print_note(text: str) -> None:
     """Print a plain sentence on stderr."""
     stderr().print(escape(text), soft_wrap=True)
+
+
+def show_document(exporter: Exporter, pruning: Pruning, output: Path | None, *, as_json: bool) -> None:
+    """Print an export on stdout exactly as it is, or write it to `output`."""
+    text = json.dumps(exporter.document(pruning), ensure_ascii=False) + "\n" if as_json else exporter.render(pruning)
+    if output is None:
+        print(text, end="")
+    else:
+        write_text(output, text)
+        print_note(f"wrote {output}")

@@ -1,7 +1,11 @@
-"""Load the plugins, and name each broken one once."""
+"""Load the plugins and name each broken one once; list what is installed."""
+
+from typing import Any
+
+from rich.table import Table
 
 from sleb_cli.plugin_manager import Registry, load_plugins
-from sleb_cli.ui.console import print_warning
+from sleb_cli.ui.console import print_json, print_warning, stdout
 
 
 def load_and_report() -> Registry:
@@ -10,3 +14,43 @@ def load_and_report() -> Registry:
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}.")
     return registry
+
+
+def show_plugins(registry: Registry, *, as_json: bool) -> None:
+    """List every offer with the package that brings it, then what failed and why."""
+    if as_json:
+        print_json(_as_data(registry))
+        return
+    table = Table(header_style="bold")
+    for column in ("kind", "name", "what", "package", "version"):
+        table.add_column(column)
+    for row in _as_data(registry)["offers"]:
+        table.add_row(row["kind"], row["name"], row["what"], row["package"], row["version"])
+    stdout().print(table)
+    for failure in registry.failures:
+        print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")
+    for collision in registry.collisions:
+        print_warning(collision)
+
+
+def _as_data(registry: Registry) -> dict[str, Any]:
+    offers = [
+        {
+            "kind": offer.kind,
+            "name": offer.name,
+            "what": ", ".join(sorted(offer.value.model_types)) if offer.kind == "family" else offer.value.description,
+            "package": offer.plugin.package,
+            "version": offer.plugin.version,
+        }
+        for offer in registry.offers
+    ]
+    failures = [
+        {
+            "plugin": failure.plugin.module,
+            "package": failure.plugin.package,
+            "version": failure.plugin.version,
+            "reason": failure.reason,
+        }
+        for failure in registry.failures
+    ]
+    return {"offers": offers, "failures": failures, "collisions": list(registry.collisions)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 
 from sleb_cli.plan import Plan
-from sleb_cli.ui.console import stdout
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord, TaskRecord
+from sleb_cli.ui.console import print_json, stdout
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -29,7 +30,13 @@ def show_plan(plan: Plan, output: Path) -> None:
         f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed",
         "step", "block", how.metric, "perplexity", "change",
     )  # fmt: skip
-    table.add_row("dense", "", "" if how.metric != "nll" else f"{plan.dense.loss:.4f}", f"{plan.dense.perplexity:.2f}", "")
+    table.add_row(
+        "dense",
+        "",
+        "" if how.metric != "nll" else f"{plan.dense.loss:.4f}",
+        f"{plan.dense.perplexity:.2f}",
+        "",
+    )
     for number, step in enumerate(plan.steps, start=1):
         table.add_row(
             str(number), str(step.block), f"{step.score:.4f}",
@@ -61,3 +68,122 @@ def block_strip(blocks: int, removed: Collection[int]) -> Text:
 def relative_change(before: float, after: float) -> str:
     """Say a relative change as people read it."""
     return f"{after / before - 1:+.1%}" if before else ""
+
+
+def show_applied(result: ApplyResult, *, as_json: bool) -> None:
+    """Say what was written, and what was proven about it."""
+    if as_json:
+        print_json(result.to_data())
+        return
+    console, proof = stdout(), result.proof
+    console.print(
+        f"wrote {result.folder}: {result.blocks} blocks, {size(result.weights_bytes)}", soft_wrap=True, markup=False
+    )
+    if proof is None:
+        console.print("not verified (--no-verify)")
+        return
+    how = "bitwise equal to" if proof.logits_difference == 0 else f"within {proof.logits_difference:.1g} of"
+    allowed = f" (allowed: {proof.logits_tolerance:.1g} of the largest)" if proof.logits_tolerance else ""
+    console.print(
+        f"[green]proven[/] in {result.dtype}: stock transformers loads it; its logits on {proof.prompt_tokens} "
+        f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache",
+        soft_wrap=True,
+    )
+
+
+def show_evaluation(result: EvalResult, output: Path | None, *, as_json: bool) -> None:
+    """Show quality, dense beside pruned; write the result where a file was named."""
+    if output is not None:
+        result.write(output)
+    if as_json:
+        print_json(result.to_data())
+        return
+    dense, pruned = result.dense, result.pruned
+    table = new_table(_title(result), "", "dense", *(["pruned", "change"] if pruned else []))
+    table.add_row("blocks", str(dense.blocks), *([str(pruned.blocks), ""] if pruned else []))
+    for number, text in enumerate(dense.perplexities):
+        after = pruned.perplexities[number].perplexity if pruned else None
+        cells = [] if after is None else [f"{after:.2f}", relative_change(text.perplexity, after)]
+        table.add_row(f"perplexity, {_short(text.text)}", f"{text.perplexity:.2f}", *cells)
+    for number, task in enumerate(dense.tasks):
+        other = pruned.tasks[number] if pruned else None
+        cells = [] if other is None else [_with_error(other), f"{other.value - task.value:+.3f}"]
+        table.add_row(f"{task.task}, {task.metric}", _with_error(task), *cells)
+    console = stdout()
+    console.print(table)
+    console.print(_setting(result), soft_wrap=True, markup=False)
+    for text in dense.perplexities:
+        bos = ", each after BOS" if text.bos else ""
+        line = f"{text.text}: {text.windows} windows of {text.sequence_length} tokens{bos}"
+        console.print(line, soft_wrap=True, markup=False)
+    _say_written(output)
+
+
+def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -> None:
+    """Show speed and size, dense beside pruned; write the result where a file was named."""
+    if output is not None:
+        result.write(output)
+    if as_json:
+        print_json(result.to_data())
+        return
+    console = stdout()
+    table = new_table(_title(result), "", "dense", *(["pruned", "dense / pruned"] if result.pruned else []))
+
+    def row(label: str, values: Sequence[float], shape: Callable[[float], str]) -> None:
+        table.add_row(label, *map(shape, values), *([f"{values[0] / values[1]:.2f}x"] if values[1:] else []))
+
+    sizes = [measured for measured in (result.dense, result.pruned) if measured]
+    row("blocks", [model.blocks for model in sizes], str)
+    row("parameters", [model.parameters for model in sizes], lambda count: f"{count / 1e6:,.1f} M")
+    row("weights", [model.weights_bytes for model in sizes], size)
+    for measured in result.workloads:
+        timings = [timing for timing in (measured.dense, measured.pruned) if timing]
+        faster = [f"[bold green]{measured.speedup:.2f}x faster[/]"] if measured.speedup else []
+        table.add_section()
+        table.add_row(f"{measured.workload.name}, median", *(f"{t.median_seconds:.3f} s" for t in timings), *faster)
+        table.add_row("  fastest to slowest", *(_spread(t.seconds) for t in timings))
+        table.add_row("  tokens/s", *(f"{t.tokens_per_second:,.1f}" for t in timings))
+        peaks = [t.peak_memory_bytes for t in timings if t.peak_memory_bytes]
+        if peaks:
+            row("  peak memory", peaks, size)
+    console.print(table)
+    console.print(f"{_setting(result)}, {result.processor}", soft_wrap=True, markup=False)
+    for measured in result.workloads:
+        console.print(f"{measured.workload.name}: {measured.workload}", soft_wrap=True, markup=False)
+    _say_written(output)
+
+
+def size(count: float) -> str:
+    """Say a number of bytes as people read it, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _title(result: ResultRecord) -> str:
+    if not result.removals:
+        return result.model.id
+    return f"{result.model.id} without blocks {', '.join(map(str, result.removals))}"
+
+
+def _setting(result: ResultRecord) -> str:
+    return f"{result.dtype} on {result.device}"
+
+
+def _short(text: str) -> str:
+    return Path(text).name if "/" in text and ":" not in text else text
+
+
+def _with_error(task: TaskRecord) -> str:
+    return f"{task.value:.3f}" + (f" ± {task.stderr:.3f}" if task.stderr is not None else "")
+
+
+def _spread(seconds: Sequence[float]) -> str:
+    return f"{min(seconds):.3f} to {max(seconds):.3f} s"
+
+
+def _say_written(output: Path | None) -> None:
+    if output is not None:
+        stdout().print(f"wrote {output}", soft_wrap=True, markup=False)

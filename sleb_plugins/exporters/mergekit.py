@@ -16,9 +16,7 @@ class MergekitRecipe(Exporter):
     def document(self, pruning: Pruning) -> dict[str, Any]:
         """Give one slice for each run of kept blocks."""
         model = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
-        slices = [
-            {"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges
-        ]
+        slices = [{"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges]
         return {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
 
     def render(self, pruning: Pruning) -> str:

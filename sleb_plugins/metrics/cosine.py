@@ -18,6 +18,6 @@ class CosineDistance(HiddenStateMetric):
 
     def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
         """Return 1 - cos(entering, leaving), [batch, positions]."""
-        dot = (entering * leaving).sum(-1)
-        norms = entering.norm(dim=-1) * leaving.norm(dim=-1)
-        return 1.0 - dot / norms.clamp_min(1e-12)
+        dot: Tensor = (entering * leaving).sum(-1)
+        norms = (entering.square().sum(-1) * leaving.square().sum(-1)).sqrt()
+        return dot.div(norms.clamp_min(1e-12)).neg().add(1.0)

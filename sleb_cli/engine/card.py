@@ -1,0 +1,65 @@
+"""The README of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+from sleb_cli import __version__
+from sleb_cli.engine.subject import Subject
+from sleb_cli.results import Proof
+
+
+def model_card(subject: Subject, proof: Proof | None, dtype: str) -> str:
+    """Say what the model is made from, which blocks it lost, how they were found, and what was checked."""
+    architecture, surgery = subject.architecture, subject.surgery
+    source = architecture.source
+    removals = ", ".join(map(str, surgery.removals))
+    lines = [
+        "---",
+        *([f"base_model: {json.dumps(source.id)}"] if source.revision else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [sleb, pruned]",
+        "---",
+        "",
+        f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
+        "",
+        f"- Base model: `{source.id}`" + (f" at revision `{source.revision}`" if source.revision else ""),
+        f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
+        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, no training",
+        *_how(subject),
+        *_proven(proof, dtype),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _how(subject: Subject) -> list[str]:
+    plan = subject.plan
+    if plan is None:
+        return ["- The blocks were chosen by hand."]
+    text = plan.calibration
+    return [
+        f"- Found by greedy search: metric {plan.search.metric}, calibrated on {text.source}, "
+        f"{text.sequences} x {text.sequence_length} tokens, {plan.search.dtype} (`sleb_plan.json` has every score)",
+        "",
+        "| removed | perplexity on the calibration text |",
+        "|---|---|",
+        f"| none | {plan.dense.perplexity:.2f} |",
+        *(
+            f"| {', '.join(map(str, plan.removals[: number + 1]))} | {step.perplexity:.2f} |"
+            for number, step in enumerate(plan.steps)
+        ),
+    ]
+
+
+def _proven(proof: Proof | None, dtype: str) -> list[str]:
+    if proof is None:
+        return ["", "The checkpoint was written without proof (`--no-verify`)."]
+    same = "equal" if proof.logits_difference == 0 else f"equal within {proof.logits_difference:.2g} of the largest,"
+    return [
+        "",
+        f"Checked after saving, in {dtype}: stock transformers loads it; on a prompt of {proof.prompt_tokens} "
+        f"tokens ({proof.prompt}) its logits are {same} to those of the base model with these blocks switched off; "
+        "and it generates with the KV cache.",
+    ]

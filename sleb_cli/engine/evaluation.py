@@ -1,0 +1,218 @@
+"""`sleb eval`: perplexity and zero-shot tasks, on the dense model and on the one that `apply` would write."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb_cli import __version__
+from sleb_cli.engine.loading import (
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    load_dense,
+    load_pruned,
+    load_tokenizer,
+)
+from sleb_cli.engine.scoring import score_sequences
+from sleb_cli.engine.subject import Subject
+from sleb_cli.engine.texts import Text, evaluation_text
+from sleb_cli.engine.windows import (
+    choose_length,
+    cut_running_text,
+    cut_windows,
+    require_windows,
+    tokens_sha256,
+)
+from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.plugin_manager import suggestion
+from sleb_cli.results import EvalResult, ModelScores, PerplexityRecord, TaskRecord
+from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
+
+DEFAULT_TEXT = "wikitext2"
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure."""
+
+    texts: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
+    include_path: Path | None = None
+    sequence_length: int | None = None
+    bos: bool = False
+    batch_size: int = 1
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResult:
+    """Measure the dense model and, where blocks are to go, the pruned one, on the same data.
+
+    Raises:
+        DataError: a text or a task is missing or too small.
+        ModelError: a loss is not finite.
+    """
+    if request.batch_size < 1 or (request.limit is not None and request.limit < 1):
+        raise UsageError("--batch-size and --limit are at least 1.")
+    architecture = subject.architecture
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, architecture, device)
+    tasks = _Tasks(request) if request.tasks else None
+    tokenizer = load_tokenizer(architecture.source)
+    names = request.texts or (() if tasks else (DEFAULT_TEXT,))
+    length = choose_length(request.sequence_length, architecture)
+    texts = [(text, _windows(text, tokenizer, length, bos=request.bos)) for text in map(evaluation_text, names)]
+
+    def measure(model: Any, what: str) -> ModelScores:
+        return ModelScores(
+            blocks=len(architecture.blocks_of(model)),
+            perplexities=tuple(_perplexity(model, what, text, windows, request, notify) for text, windows in texts),
+            tasks=tuple(tasks.run(model, tokenizer, what, notify)) if tasks else (),
+        )
+
+    dense = measure(load_dense(architecture, dtype, device, notify), "dense")
+    _free_memory()
+    pruned = None
+    if subject.surgery.removals:
+        pruned = measure(load_pruned(subject.surgery, dtype, device, notify), "pruned")
+    return EvalResult(
+        schema_version=1,
+        sleb_version=__version__,
+        kind="eval",
+        model=architecture.record,
+        removals=subject.surgery.removals,
+        dtype=dtype_name(dtype),
+        device=device.type,
+        dense=dense,
+        pruned=pruned,
+    )
+
+
+def _free_memory() -> None:
+    """Let go of the dense model before the pruned one comes: both at once may not fit."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
+    if bos and tokenizer.bos_token_id is None:
+        raise UsageError("--bos is not possible: the tokenizer has no BOS token.", hint="Leave out --bos.")
+    if bos:
+        windows = cut_windows(tokenizer, text.content, length, bos=True)
+    else:
+        windows = cut_running_text(tokenizer, text.content, length)
+    require_windows(windows, text.source, len(tokenizer(text.content).input_ids), length, None)
+    return windows[: text.limit]
+
+
+@torch.inference_mode()
+def _perplexity(
+    model: Any, what: str, text: Text, windows: Tensor, request: EvalRequest, notify: Notify
+) -> PerplexityRecord:
+    task = f"Perplexity on {text.source}, {what}"
+    notify(TaskStarted(task, len(windows), "windows"))
+    losses: list[float] = []
+    for batch in torch.split(windows, request.batch_size):
+        ids = batch.to(model.device)
+        losses += score_sequences(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
+        notify(TaskAdvanced(task, len(batch), f"{math.exp(min(sum(losses) / len(losses), 700)):.2f} so far"))
+    notify(TaskFinished(task))
+    mean = sum(losses) / len(losses)
+    if not math.isfinite(mean) or mean > math.log(1e300):
+        raise ModelError(f"The loss of the {what} model on {text.source} is {mean}.", hint="Try --dtype float32.")
+    return PerplexityRecord(
+        text=text.source,
+        windows=len(windows),
+        sequence_length=windows.shape[1],
+        bos=request.bos,
+        tokens_sha256=tokens_sha256(windows),
+        perplexity=math.exp(mean),
+        losses=tuple(losses),
+    )
+
+
+class _Tasks:
+    """Zero-shot and few-shot tasks, through lm-eval's Python API on a model in memory."""
+
+    def __init__(self, request: EvalRequest) -> None:
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if request.include_path is not None and not request.include_path.is_dir():
+            raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
+        self._request = request
+        self._manager = TaskManager(include_path=str(request.include_path) if request.include_path else None)
+        known: Sequence[str] = self._manager.all_tasks
+        for name in request.tasks:
+            if name not in known:
+                close = (
+                    suggestion(name, known) if len(known) < 50 else suggestion(name, known).partition("There are")[0]
+                )
+                raise DataError(
+                    f"lm-eval knows no task {name!r}.",
+                    hint=close or "`lm-eval ls tasks` lists them; --include-path adds a folder of your own.",
+                )
+
+    def run(self, model: Any, tokenizer: Any, what: str, notify: Notify) -> list[TaskRecord]:
+        """Evaluate all tasks on one model."""
+        from datasets.exceptions import DatasetNotFoundError
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        request = self._request
+        names = ", ".join(request.tasks)
+        notify(TaskStarted(f"{names}, {what}"))
+        try:
+            with redirect_stderr(StringIO()):  # lm-eval draws bars of its own
+                results = simple_evaluate(
+                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size),
+                    tasks=list(request.tasks),
+                    num_fewshot=request.num_fewshot,
+                    limit=request.limit,
+                    task_manager=self._manager,
+                    bootstrap_iters=1000,
+                    log_samples=False,
+                )
+        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise DataError(f"The data of {names} cannot be loaded: {reason}.", hint="Check the network.") from error
+        notify(TaskFinished(f"{names}, {what}"))
+        return list(_task_records(results))
+
+
+def _task_records(results: dict[str, Any]) -> list[TaskRecord]:
+    records = []
+    for task, values in results["results"].items():
+        better = results["higher_is_better"].get(task, {})
+        for key, value in values.items():
+            name, _, variant = key.partition(",")
+            if not variant or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = values.get(f"{name}_stderr,{variant}")
+            records.append(
+                TaskRecord(
+                    task=task,
+                    metric=name,
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                    items=int(results["n-samples"].get(task, {}).get("effective", 0)),
+                    num_fewshot=int(results["n-shot"].get(task, 0) or 0),
+                    higher_is_better=bool(better.get(name, True)),
+                )
+            )
+    return records

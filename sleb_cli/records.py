@@ -1,0 +1,32 @@
+"""What plans and results share: strict records, and how a model is named in them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """Something written to disk: frozen, typed, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    def to_data(self) -> dict[str, Any]:
+        """Give the record as JSON holds it."""
+        return self.model_dump(mode="json")
+
+    def write(self, path: Path) -> None:
+        """Write the record so that the file is there whole or not at all."""
+        write_text(path, to_json(self.to_data()))
+
+
+class ModelRecord(Record):
+    """The model that the plan is for; `id` is what the user named, a folder or file as absolute path."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+    model_type: str
+    family: str
+    blocks: Annotated[int, Field(ge=1)]
