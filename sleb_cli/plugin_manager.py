@@ -162,10 +162,11 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
     for hook, (kind, types) in _HOOKS.items():
         values: list[Any] = [value for offered in getattr(manager.hook, hook)() for value in offered]
         for value in values:
-            if not isinstance(value, types) or not isinstance(getattr(value, "name", None), str):
+            name = getattr(value, "name", None)
+            if not isinstance(value, types) or not isinstance(name, str):
                 expected = " or ".join(t.__name__ for t in types)
                 raise PluginError(f"{hook} offers {value!r}, which is not a named {expected}")
-            offers.append(Offer(kind, value.name, value, plugin))
+            offers.append(Offer(kind, name, value, plugin))
     return offers
 
 

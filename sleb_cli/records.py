@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from sleb_cli.atomic import to_json, write_text
 
 
 class Record(BaseModel):
