@@ -165,7 +165,7 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
             name = getattr(value, "name", None)
             if not isinstance(value, types) or not isinstance(name, str):
                 expected = " or ".join(t.__name__ for t in types)
-                raise PluginError(f"{hook} offers {value!r}, which is not a named {expected}")
+                raise TypeError(f"{hook} offers {value!r}, which is not a named {expected}")
             offers.append(Offer(kind, name, value, plugin))
     return offers
 

@@ -39,7 +39,6 @@ _WEIGHTS = {
     ".ckpt",
 }
 _NOT_COPIED = {"config.json", "README.md", PLAN_FILE, ".git", ".cache", ".gitattributes"}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def apply_removals(
@@ -115,8 +114,8 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B?)\s*", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match and match[2] in _UNITS else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(I?)B?", text.strip().upper())
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2] or " ")) if match else 0
     if size < 1:
         raise UsageError(f"{text!r} is not a size.", hint="Write it like 5GB or 512MiB.")
     return size

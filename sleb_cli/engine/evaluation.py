@@ -67,7 +67,7 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
         ModelError: a loss is not finite.
     """
     if request.batch_size < 1 or (request.limit is not None and request.limit < 1):
-        raise UsageError("--batch-size and --limit are at least 1.")
+        raise UsageError("--batch-size and --limit are 1 or more.", hint="Leave them out for the defaults.")
     architecture = subject.architecture
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, architecture, device)

