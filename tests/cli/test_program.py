@@ -1,0 +1,91 @@
+"""The program as a whole: help, version, start-up, and what `main()` does with errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sleb_cli
+from sleb_cli import __main__ as program
+from sleb_plugins import errors
+
+COMMANDS = ["search", "apply", "eval", "bench", "export", "plugins"]
+HEAVY = ["torch", "transformers", "datasets", "accelerate", "lm_eval", "numpy"]
+
+
+def test_version(run_sleb):
+    assert run_sleb("--version").stdout == f"sleb {sleb_cli.__version__}\n"
+
+
+def test_help_lists_every_command(run_sleb):
+    for arguments in ([], ["--help"], ["-h"]):
+        result = run_sleb(*arguments)
+        assert result.exit_code == 0
+        assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_help(run_sleb, command):
+    result = run_sleb(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage: sleb" in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"import sys; from sleb_cli.__main__ import main; main({arguments!r}); print(set({HEAVY}) & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+def test_listing_plugins_imports_no_torch():
+    code = "import sys; from sleb_cli.__main__ import main; main(['plugins']); print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "False"
+
+
+def test_unknown_words(run_sleb):
+    for arguments in (["serch"], ["search"], ["--frob"], ["eval", "--tasks"]):
+        result = run_sleb(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ")
+        assert result.stdout == ""
+
+
+def test_each_class_of_error_has_an_exit_code_of_its_own():
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is errors.SlebError]
+    codes = [c.exit_code for c in classes]
+    assert sorted(codes) == list(range(2, 10))
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        program.main(["plugins"])
+
+
+def test_ctrl_c_says_so(run_sleb, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", interrupt)
+    result = run_sleb("plugins")
+    assert result.exit_code == 130
+    assert "Interrupted" in result.stderr
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_no_color(run_sleb, monkeypatch, no_color):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    result = run_sleb("apply", "nowhere.json")
+    assert ("\x1b[1;31m" in result.stderr) != no_color
+
+
+def test_the_installed_script_runs():
+    script = Path(sys.executable).with_name("sleb")
+    result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("sleb ")

@@ -1,0 +1,69 @@
+"""The example plugin of the README, installed with pip into a virtual environment of its own."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import calibration
+
+PACKAGE = Path(__file__).parents[1] / "example_plugin"
+
+
+@pytest.fixture(scope="module")
+def sleb_with_plugin(tmp_path_factory):
+    """A virtual environment that sees the packages of this one, and holds the plugin besides."""
+    home = tmp_path_factory.mktemp("venv")
+    venv.create(home, with_pip=False)
+    scheme = sysconfig.get_path("purelib", "venv", {"base": str(home), "platbase": str(home)})
+    Path(scheme, "ours.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    python = home / "bin" / "python"
+    source = home / "source"
+    source.mkdir()
+    for path in PACKAGE.iterdir():
+        if path.is_file():
+            (source / path.name).write_text(path.read_text())
+    install = ["-m", "pip", "install", "--no-deps", "--no-index", "--no-build-isolation", "--quiet", str(source)]
+    subprocess.run([sys.executable, *install[:2], "--python", python, *install[2:]], check=True)
+
+    def run(*arguments, cwd):
+        command = [python, "-m", "sleb_cli", *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_it_is_listed_with_its_package_and_version(sleb_with_plugin, tmp_path):
+    result = sleb_with_plugin("plugins", "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    data = json.loads(result.stdout)
+    ours = [(o["kind"], o["name"]) for o in data["offers"] if (o["package"], o["version"]) == ("sleb-example", "1.2.3")]
+    assert sorted(ours) == [("family", "gpt2"), ("metric", "next-token-error")]
+    assert {o["name"] for o in data["offers"]} >= {"llama", "opt", "nll", "cosine", "mergekit", "indices"}
+    assert data["failures"] == []
+
+
+def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file, tmp_path):
+    options = ["--remove", 2, "--metric", "next-token-error", *calibration(text_file), "--json"]
+    result = sleb_with_plugin("search", tiny_gpt2, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "by structure" not in result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["model"]["family"] == "gpt2"
+    assert plan["search"]["engine"] == "model"
+    assert plan["environment"]["plugins"] == {"sleb-example": "1.2.3"}
+    predicted = 4 * 31
+    for step in plan["steps"]:
+        errors = [score * predicted for score in step["scores"].values()]
+        assert errors == pytest.approx([round(count) for count in errors], abs=1e-3)
+    result = sleb_with_plugin("apply", "-o", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_it_its_metric_is_unknown(run_sleb, tiny_gpt2):
+    result = run_sleb("search", tiny_gpt2, "--remove", 1, "--metric", "next-token-error")
+    assert result.exit_code == 2
+    assert "no metric 'next-token-error'" in result.stderr

@@ -1,0 +1,141 @@
+"""Sequences of tokens: where they are cut, what begins them, and which are drawn."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from conftest import prose, train_tokenizer
+
+from sleb_cli.engine import texts
+from sleb_cli.engine.calibration import CalibrationRequest, calibrate, draw
+from sleb_cli.engine.texts import calibration_text, evaluation_text, reference_calibration_text
+from sleb_cli.engine.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
+from sleb_plugins import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {bos: train_tokenizer(bos=bos) for bos in (False, True)}
+
+
+def test_windows_are_the_text_with_a_bos_before_each_only_where_the_tokenizer_adds_one(tokenizers):
+    text = prose(30)
+    ids = tokenizers[False](text).input_ids
+    assert not adds_bos(tokenizers[False])
+    assert adds_bos(tokenizers[True])
+    plain = cut_windows(tokenizers[False], text, 16, bos=False)
+    assert plain.flatten().tolist() == ids[: len(ids) // 16 * 16]
+    after_bos = cut_windows(tokenizers[True], text, 16, bos=True)
+    assert after_bos[:, 0].tolist() == [0] * len(after_bos)
+    assert after_bos[:, 1:].flatten().tolist() == ids[: len(ids) // 15 * 15]
+
+
+def test_running_text_has_one_bos_at_most(tokenizers):
+    windows = cut_running_text(tokenizers[True], prose(30), 16)
+    assert windows[0, 0] == 0
+    assert (windows == 0).sum() == 1
+
+
+def test_too_short_a_text_gives_no_window(tokenizers):
+    assert cut_windows(tokenizers[True], "river", 16, bos=True).shape == (0, 16)
+
+
+def test_drawing_follows_the_seed_and_keeps_the_texts_order():
+    windows = torch.arange(40).reshape(20, 2)
+    one = draw(windows, 5, seed=3)
+    assert torch.equal(one, draw(windows, 5, seed=3))
+    assert not torch.equal(one, draw(windows, 5, seed=4))
+    assert one[:, 0].tolist() == sorted(one[:, 0].tolist())
+    assert torch.equal(draw(windows, 99, seed=0), windows)
+
+
+def test_the_hash_is_over_little_endian_int64():
+    import hashlib
+    import struct
+
+    assert tokens_sha256(torch.tensor([[1, 2]])) == hashlib.sha256(struct.pack("<2q", 1, 2)).hexdigest()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Answer `load_dataset` with a real data set made here, and note what was asked for."""
+    asked = []
+    rows = datasets.Dataset.from_dict({"text": [prose(3, seed) for seed in range(300)], "title": ["t"] * 300})
+
+    def load_dataset(path, name=None, *, split, data_files=None):
+        asked.append((path, name, split, data_files))
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked, rows
+
+
+def test_what_is_asked_of_the_hub(hub):
+    asked, _ = hub
+    for source in ("wikitext2", "c4", "org/name", "org/name:cfg", "org/name:cfg:test", "org/name::test:title"):
+        calibration_text(source, tokens=10, seed=0)
+    evaluation_text("wikitext2")
+    evaluation_text("c4")
+    assert asked == [
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
+        ("allenai/c4", None, "train", "en/c4-train.00000-of-01024.json.gz"),
+        ("org/name", None, "train", None),
+        ("org/name", "cfg", "train", None),
+        ("org/name", "cfg", "test", None),
+        ("org/name", None, "test", None),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
+        ("allenai/c4", None, "train", "en/c4-validation.00000-of-00008.json.gz"),
+    ]
+
+
+def test_the_presets_draw_as_the_reference_does(hub):
+    _, rows = hub
+    shuffled = rows.shuffle(seed=0)["text"][:128]
+    assert reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content == "\n\n".join(shuffled)
+    assert reference_calibration_text("c4-sleb", rows=128, seed=0).content == " ".join(shuffled)
+
+
+def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers):
+    request = CalibrationRequest("wikitext2-sleb", None, 64, 0)
+    calibration = calibrate(request, None, tokenizers[True], lambda event: None)
+    text = reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content
+    assert torch.equal(calibration.sequences, cut_running_text(tokenizers[True], text, 64))
+    assert calibration.record.bos is False
+
+
+def test_documents_are_taken_until_there_is_enough(hub):
+    content = calibration_text("c4", tokens=100, seed=0).content
+    assert 800 <= len(content) < 800 + 400
+    assert content != calibration_text("c4", tokens=100, seed=1).content
+
+
+def test_evaluation_texts_follow_the_protocol(hub):
+    _, rows = hub
+    assert evaluation_text("wikitext2").content == "\n\n".join(rows["text"])
+    c4 = evaluation_text("c4")
+    assert c4.content == " ".join(rows["text"][:1100])
+    assert c4.limit == 256
+
+
+def test_a_missing_column_is_named_with_those_there_are(hub):
+    with pytest.raises(DataError) as error:
+        calibration_text("org/name:::body", tokens=10, seed=0)
+    assert "no column 'body'" in error.value.message
+    assert "text, title" in error.value.hint
+
+
+def test_a_data_set_out_of_reach(monkeypatch):
+    with pytest.raises(DataError, match="org/none"):
+        calibration_text("org/none", tokens=10, seed=0)
+
+
+def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "name").write_text("some text")
+    assert calibration_text("org/name", tokens=1, seed=0).content == "some text"
+
+
+def test_documents_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two")))
+    assert texts.calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"

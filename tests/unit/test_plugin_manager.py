@@ -1,0 +1,115 @@
+"""A plugin can only hurt itself."""
+
+import json
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from sleb_cli import plugin_manager
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import PluginError, UsageError
+
+HEAD = "import sleb_plugins as sleb\n"
+FAMILY = (
+    "@sleb.hookimpl\ndef sleb_families():\n    return [sleb.FamilyAdapter({name!r}, frozenset({{{type!r}}}), 'a.b')]\n"
+)
+METRIC = (
+    "class M(sleb.ModelMetric):\n    name = {name!r}\n    def score_model(self, model, tokenizer, sequences):\n"
+    "        return 0\n@sleb.hookimpl\ndef sleb_metrics():\n    return [M()]\n"
+)
+
+BROKEN = {
+    "import_error": ("import nothing_of_that_name", "ModuleNotFoundError"),
+    "syntax_error": ("def", "SyntaxError"),
+    "exits": ("raise RuntimeError('not today')", "not today"),
+    "wrong_type": ("@sleb.hookimpl\ndef sleb_metrics():\n    return ['nll']", "'nll', which is not a named"),
+    "not_a_list": ("@sleb.hookimpl\ndef sleb_metrics():\n    return 3", "TypeError"),
+    "raises": ("@sleb.hookimpl\ndef sleb_families():\n    raise KeyError('x')", "KeyError"),
+    "string_of_types": (
+        "@sleb.hookimpl\ndef sleb_families():\n    return [sleb.FamilyAdapter('a', 'llama', 'b')]",
+        "model_types of family 'a' is a string",
+    ),
+    "unknown_hook": ("@sleb.hookimpl\ndef sleb_familys():\n    return []", "sleb_familys"),
+    "unknown_argument": ("@sleb.hookimpl\ndef sleb_metrics(model):\n    return []", "model"),
+    "nameless": (METRIC.format(name=3), "not a named"),
+}
+
+
+@pytest.fixture
+def plugins(tmp_path, monkeypatch):
+    """Write modules and give their entry points."""
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    (tmp_path / "modules").mkdir()
+
+    def write(**modules):
+        for name, source in modules.items():
+            (tmp_path / "modules" / f"{name}.py").write_text(HEAD + source)
+            sys.modules.pop(name, None)
+        return [EntryPoint(name, name, "sleb") for name in modules]
+
+    return write
+
+
+def test_the_built_in_ones_come_through_entry_points():
+    registry = load_plugins()
+    assert registry.failures == ()
+    assert registry.collisions == ()
+    assert {o.name for o in registry.offers} >= {"llama", "opt", "nll", "cosine", "mergekit", "indices"}
+    assert registry.family("llama").blocks_path == "model.layers"
+    assert registry.family("mamba") is None
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_plugin_hurts_only_itself(plugins, kind):
+    source, reason = BROKEN[kind]
+    registry = load_plugins(
+        plugins(**{f"bad_{kind}": source, f"good_{kind}": FAMILY.format(name="acme", type="acme_lm")})
+    )
+    assert [failure.plugin.module for failure in registry.failures] == [f"bad_{kind}"]
+    assert reason in registry.failures[0].reason
+    assert registry.family("acme_lm").name == "acme"
+
+
+def test_a_name_claimed_twice_stops_whoever_asks_for_it_with_both_names(plugins):
+    found = plugins(
+        one=FAMILY.format(name="one", type="llama") + METRIC.format(name="same"),
+        two=FAMILY.format(name="two", type="llama") + METRIC.format(name="same"),
+        three=METRIC.format(name="other"),
+    )
+    registry = load_plugins(found)
+    with pytest.raises(PluginError, match=r"\(one\).*\(two\)"):
+        registry.metric("same")
+    with pytest.raises(PluginError, match=r"'llama' is claimed by .*\(one\).*\(two\)"):
+        registry.family("llama")
+    assert registry.metric("other").name == "other"
+    assert len(registry.collisions) == 2
+
+
+def test_a_name_nobody_offers():
+    with pytest.raises(UsageError) as error:
+        load_plugins().metric("cosin")
+    assert error.value.hint == "Did you mean 'cosine'?"
+
+
+def test_sleb_names_the_broken_ones(run_sleb, plugins, monkeypatch, tiny_llama):
+    found = plugins(bad_cli="import nothing_of_that_name", twin_cli=FAMILY.format(name="twin", type="llama"))
+    real = plugin_manager.entry_points
+    monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
+    result = run_sleb("plugins")
+    assert result.exit_code == 0
+    assert "bad_cli" in result.stderr
+    assert "nothing_of_that_name" in result.stderr
+    assert "'llama' is claimed by sleb" in result.stderr
+    data = json.loads(run_sleb("plugins", "--json").stdout)
+    assert data["failures"][0]["plugin"] == "bad_cli"
+    assert len(data["collisions"]) == 1
+    result = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "self")
+    assert result.exit_code == 6
+    assert result.stderr.count("bad_cli") == 1
+    assert "twin_cli" in result.stderr
+
+
+def test_the_list_of_plugins(run_sleb):
+    result = run_sleb("plugins")
+    assert all(name in result.stdout for name in ("llama", "opt", "nll", "cosine", "mergekit", "indices"))
