@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sleb_cli.__main__ import main
+from sleb_cli.engine.cache import cache_root
 
 logging.disable_progress_bar()
 
@@ -32,6 +33,10 @@ WORDS = (
     "river mountain snow water stone bridge town mill fish field winter spring road horse letter king garden tower "
     "bread lamp window paper wind harbour ship sailor island map star night morning bell clock market silver wool"
 ).split()
+
+
+# Before each test gets a cache of its own: where `sleb search demo` left the 135M model.
+USERS_CACHE = cache_root()
 
 
 @dataclass(frozen=True)
@@ -180,3 +185,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data folder does not lie beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The trained 135M model, where `sleb search demo` has fetched it before; elsewhere its tests are skipped."""
+    found = [path for path in USERS_CACHE.glob("demo-*") if (path / "config.json").is_file()]
+    if not found:
+        pytest.skip("the demo model is not in the cache: run `sleb search demo --ratio 0.2` once")
+    return found[0]

@@ -30,7 +30,7 @@ def apply(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for the checkpoint.  [default: named after the model]",
+            help="Folder for the checkpoint. (default: named after the model)",
             show_default=False,
         ),
     ] = None,

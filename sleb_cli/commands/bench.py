@@ -21,7 +21,7 @@ from sleb_cli.commands.options import (
     parse_blocks,
 )
 
-CountOption = Annotated[int | None, typer.Option(help="[default: by workload and device]", show_default=False)]
+CountOption = Annotated[int | None, typer.Option(help="(default: by workload and device)", show_default=False)]
 
 
 def bench(
@@ -31,7 +31,7 @@ def bench(
     model: OtherModelOption = None,
     prompt: Annotated[bool, typer.Option("--prompt", help="Time prompt processing (prefill).")] = False,
     generation: Annotated[
-        bool, typer.Option("--generation", help="Time generation (prefill and decode).  [default: both]")
+        bool, typer.Option("--generation", help="Time generation (prefill and decode). (default: both)")
     ] = False,
     batch_size: CountOption = None,
     prompt_length: CountOption = None,

@@ -32,8 +32,8 @@ def eval_(
     perplexity: Annotated[
         str | None,
         typer.Option(
-            help="Texts: wikitext2, c4, files, org/name[:config][:split][:column]; commas between.  "
-            "[default: wikitext2, unless --tasks]",
+            help="Texts: wikitext2, c4, files, org/name[:config][:split][:column]; commas between. "
+            "(default: wikitext2, unless --tasks)",
             show_default=False,
         ),
     ] = None,
@@ -43,14 +43,14 @@ def eval_(
     limit: Annotated[int | None, typer.Option(help="Only the first items of each task.", show_default=False)] = None,
     num_fewshot: Annotated[
         int | None,
-        typer.Option(help="Examples in the prompt.  [default: the task's own]", show_default=False),
+        typer.Option(help="Examples in the prompt. (default: the task's own)", show_default=False),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with task files of your own.", show_default=False)
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(help="Tokens in a perplexity window.  [default: 2048 or the model's limit]", show_default=False),
+        typer.Option(help="Tokens in a perplexity window. (default: 2048 or the model's limit)", show_default=False),
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every perplexity window with the BOS token.")] = False,
     batch_size: Annotated[int, typer.Option(help="Windows, or task items, at once.")] = 1,

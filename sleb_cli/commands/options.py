@@ -14,7 +14,7 @@ ModelArgument = Annotated[
 SubjectArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[PLAN|MODEL]",
+        metavar="PLAN|MODEL",
         help="A plan (./plan.json where nothing is named), or a model with --blocks.",
         show_default=False,
     ),

@@ -28,17 +28,17 @@ def search(
         str | None,
         typer.Option(
             help="wikitext2, c4, wikitext2-sleb, c4-sleb, self, a .txt or .jsonl file, or "
-            "org/name[:config][:split][:column].  [default: wikitext2; self for demo]",
+            "org/name[:config][:split][:column]. (default: wikitext2; self for demo)",
             show_default=False,
         ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Calibration sequences.  [default: 16; 8 for demo]", show_default=False),
+        typer.Option(help="Calibration sequences. (default: 16; 8 for demo)", show_default=False),
     ] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(help="Tokens in each.  [default: 2048 or the model's limit; 128 for demo]", show_default=False),
+        typer.Option(help="Tokens in each. (default: 2048 or the model's limit; 128 for demo)", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which text is drawn, or written.")] = 0,
     protect_first: Annotated[int, typer.Option(help="Blocks at the start that stay.")] = 1,
@@ -46,7 +46,7 @@ def search(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences at once.  [default: 2048 tokens]", show_default=False)
+        int | None, typer.Option(help="Sequences at once. (default: 2048 tokens)", show_default=False)
     ] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import llama_config, save_model, train_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import llama_config, save_model, train_tokenizer
 from sleb_cli.engine import apply as engine
 from sleb_cli.plan import read_plan
 

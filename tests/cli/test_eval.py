@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from conftest import prose
 from reference import plain_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import zipfile
 import gguf
 import numpy as np
 import pytest
-from conftest import calibration, llama_config, save_model, train_tokenizer
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +16,7 @@ from transformers import (
     ViTConfig,
 )
 
+from conftest import calibration, llama_config, save_model, train_tokenizer
 from sleb_cli.engine import demo
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import sleb_cli
+import sleb_cli.ui.plugins  # bound before a test replaces what it imports
 from sleb_cli import __main__ as program
 from sleb_plugins import errors
 
@@ -34,7 +35,9 @@ def test_each_command_has_help(run_sleb, command):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["search", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments):
-    code = f"import sys; from sleb_cli.__main__ import main; main({arguments!r}); print(set({HEAVY}) & set(sys.modules))"
+    code = (
+        f"import sys; from sleb_cli.__main__ import main; main({arguments!r}); print(set({HEAVY}) & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "set()"
 

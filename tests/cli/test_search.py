@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import calibration, gpt2_config, llama_config, save_model
 from safetensors.torch import load_file, save_file
 
+from conftest import calibration, gpt2_config, llama_config, save_model
 from sleb_cli.plan import read_plan
 
 

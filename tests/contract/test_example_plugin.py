@@ -8,6 +8,7 @@ import venv
 from pathlib import Path
 
 import pytest
+
 from conftest import calibration
 
 PACKAGE = Path(__file__).parents[1] / "example_plugin"

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
-from reference import plain_search
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -14,6 +12,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
+from reference import plain_search
 from sleb_cli.engine.architecture import read_architecture
 from sleb_cli.engine.loading import load_dense, load_pruned
 from sleb_cli.engine.source import locate_model

@@ -6,11 +6,11 @@ from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 import torch
-from conftest import calibration
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sleb_plugins as sleb
+from conftest import calibration
 from sleb_cli import plugin_manager
 from sleb_cli.engine.calibration import draw
 from sleb_cli.engine.windows import cut_windows

@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import prose, train_tokenizer
 
+from conftest import prose, train_tokenizer
 from sleb_cli.engine import texts
 from sleb_cli.engine.calibration import CalibrationRequest, calibrate, draw
 from sleb_cli.engine.texts import calibration_text, evaluation_text, reference_calibration_text

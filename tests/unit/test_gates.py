@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import gpt2_config, llama_config, opt_config
-from reference import plain_loss
 from transformers import AutoModelForCausalLM
 
+from conftest import gpt2_config, llama_config, opt_config
+from reference import plain_loss
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.scoring import score_sequences
 from sleb_plugins.metrics.nll import NegativeLogLikelihood

@@ -4,8 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import llama_config, save_model
 
+from conftest import llama_config, save_model
 from sleb_cli.engine.architecture import read_architecture
 from sleb_cli.engine.source import ModelSource, locate_model
 from sleb_cli.engine.surgery import Surgery, plan_surgery

@@ -1,0 +1,1 @@
+complete --command sleb --no-files --arguments "(env _SLEB_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=get-args _TYPER_COMPLETE_ARGS=(commandline -cp) sleb)" --condition "env _SLEB_COMPLETE=complete_fish _TYPER_COMPLETE_FISH_ACTION=is-args _TYPER_COMPLETE_ARGS=(commandline -cp) sleb"

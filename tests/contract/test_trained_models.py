@@ -1,0 +1,74 @@
+"""On models that were trained, where a removal means something."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import calibration
+from reference import plain_loss, plain_search
+from sleb_cli.engine.calibration import draw
+from sleb_cli.engine.windows import adds_bos, cut_windows
+
+STORIES = [
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day she saw a "
+    "big dog. The dog was sad because it had lost its ball. Lily helped the dog to find the ball, and they were happy.",
+    "Tom had a red car. He liked to push it and make it go fast. His mom said, be careful with your car. Tom did not "
+    "listen, and the car hit the wall. Tom was sad. His mom gave him a hug, and they fixed the car together.",
+]
+
+
+def sequences_of(folder, text, samples, length):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return draw(cut_windows(tokenizer, text.read_text(), length, bos=adds_bos(tokenizer)), samples, 0)
+
+
+def check_against_reference(run_sleb, folder, text, samples, length, remove):
+    settings = [*calibration(text, samples, length), "--remove", remove, "--dtype", "float32", "--json"]
+    result = run_sleb("search", folder, *settings)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sequences = sequences_of(folder, text, samples, length)
+    removals, steps = plain_search(model, model.model.layers, sequences, remove)
+    assert plan["removals"] == removals
+    assert plan["dense"]["loss"] == pytest.approx(plain_loss(model, model.model.layers, sequences, set()), abs=1e-5)
+    for step, losses in zip(plan["steps"], steps, strict=True):
+        assert step["scores"] == pytest.approx({str(block): loss for block, loss in losses.items()}, abs=1e-5)
+    return plan
+
+
+def test_stories260k(run_sleb, shared_data, tmp_path):
+    text = tmp_path / "stories.txt"
+    text.write_text("\n\n".join(STORIES * 3))
+    plan = check_against_reference(run_sleb, shared_data / "models" / "stories260K", text, 6, 64, 3)
+    assert plan["calibration"]["bos"] is True
+    assert plan["dense"]["perplexity"] < 10
+    result = run_sleb("apply", "--remove", 1, "-o", "out", "--json")
+    assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
+
+
+@pytest.mark.slow
+def test_smollm2(run_sleb, smollm2, shared_data):
+    text = shared_data / "text" / "enwiki_train.txt"
+    plan = check_against_reference(run_sleb, smollm2, text, 2, 128, 2)
+    assert max(plan["steps"][0]["scores"], key=plan["steps"][0]["scores"].get) == "1"
+
+
+@pytest.mark.slow
+def test_smollm2_from_plan_to_checkpoint(run_sleb, smollm2, shared_data, tmp_path):
+    """The chain as the README shows it, with known blocks: the checkpoint's own perplexity is what eval says."""
+    text = tmp_path / "test.txt"
+    text.write_text((shared_data / "text" / "enwiki_test.txt").read_text()[:12_000])
+    options = ["--perplexity", text, "--sequence-length", 512, "--dtype", "float32", "--json"]
+    result = run_sleb("eval", smollm2, "--blocks", "14,4", *options)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    dense, pruned = (data[name]["perplexities"][0]["perplexity"] for name in ("dense", "pruned"))
+    assert 10 < dense < pruned < 60
+    assert run_sleb("apply", smollm2, "--blocks", "14,4", "-o", "out").exit_code == 0
+    stored = json.loads(run_sleb("eval", "out", *options).stdout)["dense"]["perplexities"][0]
+    assert stored["perplexity"] == pytest.approx(pruned, rel=1e-6)
+    assert math.isfinite(pruned)
