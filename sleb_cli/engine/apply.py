@@ -23,7 +23,6 @@ from sleb_cli.results import ApplyResult
 from sleb_plugins import ModelError, OutputError, UnsupportedModelError, UsageError
 
 PLAN_FILE = "sleb_plan.json"
-DEFAULT_SHARD = "5GB"
 
 _WEIGHTS = {
     ".safetensors",
@@ -46,7 +45,7 @@ def apply_removals(
     output: Path | None,
     notify: Notify,
     *,
-    max_shard_size: str = DEFAULT_SHARD,
+    max_shard_size: str,
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,

@@ -11,7 +11,7 @@ import torch
 
 from sleb_cli import __version__
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, load_dense, load_pruned
+from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, free_memory, load_dense, load_pruned
 from sleb_cli.engine.peak_memory import peak_memory_alone
 from sleb_cli.engine.subject import Subject
 from sleb_cli.engine.workloads import BenchRequest, runner, settle_workload
@@ -35,6 +35,7 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
     sizes = {name: _size(model, len(architecture.blocks_of(model))) for name, model in models.items()}
     seconds = [_alternate(workload, models, notify) for workload in workloads]
     models.clear()
+    free_memory()
     results = tuple(
         _result(workload, subject, times, dtype, device, notify)
         for workload, times in zip(workloads, seconds, strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.source import DEMO
@@ -73,25 +73,14 @@ def calibrate(request: CalibrationRequest, model: Any, tokenizer: Any, notify: N
         DataError: the text is missing, or too short.
     """
     source, length = request.source or DEFAULT_SOURCE, request.sequence_length or 0
-    notify(TaskStarted(f"Calibration on {source}"))
     bos = adds_bos(tokenizer) and source not in REFERENCE_PRESETS
     if source == SELF:
-        sequences = write_own_text(
-            model, tokenizer, request.samples or DEFAULT_SAMPLES, length, request.seed, bos=bos, notify=notify
-        )
-    elif source in REFERENCE_PRESETS:
-        text = reference_calibration_text(source, rows=request.samples or REFERENCE_ROWS, seed=request.seed)
-        sequences = cut_running_text(tokenizer, text.content, length)
-        require_windows(sequences, source, _token_count(tokenizer, text.content), length, None)
+        count = request.samples or DEFAULT_SAMPLES
+        sequences = write_own_text(model, tokenizer, count, length, request.seed, bos=bos, notify=notify)
     else:
-        wanted = request.samples or DEFAULT_SAMPLES
-        text = calibration_text(source, tokens=wanted * length, seed=request.seed)
-        windows = cut_windows(tokenizer, text.content, length, bos=bos)
-        require_windows(windows, source, _token_count(tokenizer, text.content), length, request.samples)
-        sequences = draw(windows, wanted, request.seed)
-        if len(sequences) < wanted:
-            notify(Notice(f"{source} has text for {len(sequences)} sequences of {length} tokens: all are used."))
-    notify(TaskFinished(f"Calibration on {source}"))
+        notify(TaskStarted(f"Reading {source}"))
+        sequences = _read_sequences(source, request, tokenizer, length, bos=bos, notify=notify)
+        notify(TaskFinished(f"Reading {source}"))
     record = CalibrationRecord(
         source=source,
         seed=request.seed,
@@ -101,6 +90,22 @@ def calibrate(request: CalibrationRequest, model: Any, tokenizer: Any, notify: N
         tokens_sha256=tokens_sha256(sequences),
     )
     return Calibration(sequences, record)
+
+
+def _read_sequences(
+    source: str, request: CalibrationRequest, tokenizer: Any, length: int, *, bos: bool, notify: Notify
+) -> Tensor:
+    """Cut the sequences out of a text: all of a reference preset, else as many as wanted, drawn by the seed."""
+    if source in REFERENCE_PRESETS:
+        text = reference_calibration_text(source, rows=request.samples or REFERENCE_ROWS, seed=request.seed)
+        return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length)
+    wanted = request.samples or DEFAULT_SAMPLES
+    text = calibration_text(source, tokens=wanted * length, seed=request.seed)
+    windows = cut_windows(tokenizer, text.content, length, bos=bos)
+    require_windows(windows, text, tokenizer, length, request.samples)
+    if len(windows) < wanted:
+        notify(Notice(f"{source} has text for {len(windows)} sequences of {length} tokens: all are used."))
+    return draw(windows, wanted, request.seed)
 
 
 def draw(windows: Tensor, count: int, seed: int) -> Tensor:
@@ -132,7 +137,13 @@ def write_own_text(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
     task = "Writing calibration text"
-    notify(TaskStarted(task, count, "sequences"))
+    notify(TaskStarted(task, count * new, "tokens"))
+
+    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        """Tell of each token as it is written; never stop."""
+        notify(TaskAdvanced(task, len(ids)))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     written: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
@@ -140,12 +151,12 @@ def write_own_text(
         for first in range(0, count, _GENERATION_BATCH):
             rows = min(_GENERATION_BATCH, count - first)
             prompt = torch.full((rows, 1), start, device=model.device)
-            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+            ids = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList([report]),
+            )
             written.append(ids[:, -length:].cpu())
-            notify(TaskAdvanced(task, rows))
     notify(TaskFinished(task))
     return torch.cat(written).clone()
-
-
-def _token_count(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False).input_ids)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from sleb_cli.engine.loading import (
     choose_device,
     choose_dtype,
     dtype_name,
+    free_memory,
     load_dense,
     load_pruned,
     load_tokenizer,
@@ -85,7 +87,7 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
         )
 
     dense = measure(load_dense(architecture, dtype, device, notify), "dense")
-    _free_memory()
+    free_memory()
     pruned = None
     if subject.surgery.removals:
         pruned = measure(load_pruned(subject.surgery, dtype, device, notify), "pruned")
@@ -102,21 +104,11 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
     )
 
 
-def _free_memory() -> None:
-    """Let go of the dense model before the pruned one comes: both at once may not fit."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
     if bos and tokenizer.bos_token_id is None:
         raise UsageError("--bos is not possible: the tokenizer has no BOS token.", hint="Leave out --bos.")
-    if bos:
-        windows = cut_windows(tokenizer, text.content, length, bos=True)
-    else:
-        windows = cut_running_text(tokenizer, text.content, length)
-    require_windows(windows, text.source, len(tokenizer(text.content).input_ids), length, None)
+    cut = partial(cut_windows, bos=True) if bos else cut_running_text
+    windows = require_windows(cut(tokenizer, text.content, length), text, tokenizer, length)
     return windows[: text.limit]
 
 
@@ -171,15 +163,16 @@ class _Tasks:
     def run(self, model: Any, tokenizer: Any, what: str, notify: Notify) -> list[TaskRecord]:
         """Evaluate all tasks on one model."""
         from datasets.exceptions import DatasetNotFoundError
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
         request = self._request
         names = ", ".join(request.tasks)
         notify(TaskStarted(f"{names}, {what}"))
         try:
-            with redirect_stderr(StringIO()):  # lm-eval draws bars of its own
-                results = simple_evaluate(
+            # lm-eval draws bars of its own, and asks git about the folder you stand in, which may complain aloud.
+            with redirect_stderr(StringIO()), patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):
+                results = evaluator.simple_evaluate(
                     model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size),
                     tasks=list(request.tasks),
                     num_fewshot=request.num_fewshot,

@@ -70,12 +70,17 @@ class GatedModel:
     def __init__(self, model: Any, blocks: Iterable[nn.Module]) -> None:
         self.model = model
         self.gates = [Gate(block) for block in blocks]
-        self._use_cache = (model.config.use_cache, model.generation_config.use_cache)
+        self._cache_settings = [
+            (config, config.use_cache)
+            for config in (model.config, model.generation_config)
+            if hasattr(config, "use_cache")
+        ]
 
     def __enter__(self) -> GatedModel:
         for gate in self.gates:
             gate.install()
-        self.model.config.use_cache = self.model.generation_config.use_cache = False
+        for config, _ in self._cache_settings:
+            config.use_cache = False
         return self
 
     def __exit__(
@@ -83,7 +88,8 @@ class GatedModel:
     ) -> None:
         for gate in self.gates:
             gate.uninstall()
-        self.model.config.use_cache, self.model.generation_config.use_cache = self._use_cache
+        for config, use_cache in self._cache_settings:
+            config.use_cache = use_cache
 
     def switch_off(self, removed: Collection[int]) -> None:
         """Switch off exactly these blocks, until the next call of any method."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -140,6 +141,13 @@ def load_pruned(surgery: Surgery, dtype: torch.dtype, device: torch.device, noti
     )
     notify(TaskFinished(task))
     return _ready(model, info, architecture, device)
+
+
+def free_memory() -> None:
+    """Let go of models that nobody holds any more: two at once may not fit."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def require_complete(info: dict[str, Any], what: str) -> None:

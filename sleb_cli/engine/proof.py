@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import dtype_name, has_tokenizer, load_dense, load_tokenizer
+from sleb_cli.engine.loading import dtype_name, free_memory, has_tokenizer, load_dense, load_tokenizer
 from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.results import Proof
@@ -41,6 +41,7 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
     """
     prompt, ids = _prompt(surgery, device)
     expected = _gated_logits(surgery, ids, dtype, device, notify)
+    free_memory()
     task = "Proving the checkpoint"
     notify(TaskStarted(task, 3, "checks"))
     model = _load_stock(folder, dtype, device, trust_remote_code=surgery.architecture.source.trust_remote_code)

@@ -32,7 +32,7 @@ CHUNK_POSITIONS = 512
 
 
 @dataclass(frozen=True)
-class Bench:
+class Scoring:
     """What every scorer works on: a gated model, and the calibration sequences in batches on its device."""
 
     gated: GatedModel

@@ -24,7 +24,7 @@ from sleb_cli.engine.loading import (
     load_tokenizer,
     quiet_libraries,
 )
-from sleb_cli.engine.scoring import Bench
+from sleb_cli.engine.scoring import Scoring
 from sleb_cli.engine.source import locate_model
 from sleb_cli.events import BlockRemoved, Notify, SearchStarted
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
@@ -137,15 +137,15 @@ def _search(
     architecture, sequences = settled.architecture, calibration.sequences.to(settled.device)
     batch_size = request.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
     with GatedModel(model, architecture.blocks_of(model)) as gated:
-        bench = Bench(gated, torch.split(sequences, batch_size), tokenizer, notify)
-        dense_loss = bench.loss(())
+        scoring = Scoring(gated, torch.split(sequences, batch_size), tokenizer, notify)
+        dense_loss = scoring.loss(())
         if not math.isfinite(dense_loss):
             raise ModelError(
                 f"The loss of {architecture.source.id} itself is {dense_loss} in {dtype_name(settled.dtype)}.",
                 hint="Use a wider data type: --dtype float32.",
             )
-        score, engine, reason = bench.scorer(settled.metric)
-        notify(SearchStarted(architecture.block_count, settled.remove, _evaluations(settled, request, bench)))
+        score, engine, reason = scoring.scorer(settled.metric)
+        notify(SearchStarted(architecture.block_count, settled.remove, _evaluations(settled, request, scoring)))
         steps: list[Step] = []
         for choice in greedy_search(
             score,
@@ -156,7 +156,7 @@ def _search(
         ):
             removed = [*(step.block for step in steps), choice.block]
             # For nll the winner's score is the loss that is asked for here.
-            loss = choice.scores[choice.block] if settled.metric.name == "nll" else bench.loss(removed)
+            loss = choice.scores[choice.block] if settled.metric.name == "nll" else scoring.loss(removed)
             step = Step(
                 block=choice.block,
                 score=choice.scores[choice.block],
@@ -181,9 +181,9 @@ def _search(
     return DenseRecord(loss=dense_loss, perplexity=math.exp(dense_loss)), steps, how
 
 
-def _evaluations(settled: _Settled, request: SearchRequest, bench: Bench) -> int:
+def _evaluations(settled: _Settled, request: SearchRequest, scoring: Scoring) -> int:
     first = settled.architecture.block_count - request.protect_first - request.protect_last
-    return sum(first - step for step in range(settled.remove)) * bench.sequences
+    return sum(first - step for step in range(settled.remove)) * scoring.sequences
 
 
 def _perplexity(loss: float, block: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from tqdm.auto import tqdm
 
 from sleb_cli.engine.checkpoint import WeightFiles, find_weights, read_json
 from sleb_cli.engine.fingerprint import fingerprint_files
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import ModelError, UsageError
 
 DEMO = "demo"
@@ -105,13 +106,11 @@ def _gguf(path: Path, notify: Notify) -> Path:
 
 
 def _download(model: str, revision: str | None, notify: Notify) -> Path:
-    """Bring a snapshot of a hub model here: its safetensors, or its pickles where it has none."""
-    notify(Notice(f"Looking for {model} on the Hugging Face hub, and in its cache."))
+    """Bring a snapshot of a hub model here, and say plainly what stands in the way."""
+    task = f"Looking for {model} on the hub"
+    notify(TaskStarted(task))
     try:
-        ignored = [*_OTHER_FORMATS, *_OTHER_FOLDERS]
-        folder = Path(snapshot_download(model, revision=revision, ignore_patterns=[*ignored, "*.bin"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+        folder = _snapshot(model, revision, _silent_bar(task, notify))
     except GatedRepoError as error:
         raise ModelError(
             f"{model} is gated: its owner grants access by request.",
@@ -124,11 +123,38 @@ def _download(model: str, revision: str | None, notify: Notify) -> Path:
             f"There is no folder {model} here, and no such model on the hub.",
             hint="Check the name; for a private model, log in with `hf auth login`.",
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except HfHubHTTPError as error:
+        raise ModelError(f"The hub refused {model}: {error}.", hint="Try again later.") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
             f"There is no folder {model} here, and the hub is out of reach while its cache lacks the model.",
             hint="Check the name and the network (is HF_HUB_OFFLINE set?), or name a local folder.",
         ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(f"The hub refused {model}: {error}.", hint="Try again later.") from error
+    notify(TaskFinished(task))
     return folder
+
+
+def _snapshot(model: str, revision: str | None, bar: type[tqdm]) -> Path:
+    """Give the folder of the model's safetensors, or of its pickles where it has none."""
+    ignored = [*_OTHER_FORMATS, *_OTHER_FOLDERS]
+    safe = [*ignored, "*.bin"]
+    folder = Path(snapshot_download(model, revision=revision, ignore_patterns=safe, tqdm_class=bar))
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored, tqdm_class=bar))
+
+
+def _silent_bar(task: str, notify: Notify) -> type[tqdm]:
+    """Give a tqdm class that draws nothing, and tells us how many bytes have come."""
+
+    class SilentBar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"file": StringIO()}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown: bool | None = super().update(n)
+            if self.unit == "B":
+                notify(TaskAdvanced(task, 0, f"{self.n / 1e6:,.0f} of {(self.total or self.n) / 1e6:,.0f} MB"))
+            return shown
+
+    return SilentBar

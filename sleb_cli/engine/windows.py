@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.architecture import Architecture
+from sleb_cli.engine.texts import Text
 from sleb_plugins import DataError, UsageError
 
 DEFAULT_LENGTH = 2048
@@ -59,23 +60,25 @@ def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).reshape(count, length + len(start))
 
 
-def require_windows(windows: Tensor, source: str, tokens: int, length: int, asked: int | None) -> None:
-    """Refuse a text that is too short, and say how much there is.
+def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, asked: int | None = None) -> Tensor:
+    """Give the windows back, or refuse a text that is too short and say how much there is.
 
     Raises:
         DataError: there is no whole window, or fewer than asked for.
     """
     found = windows.shape[0]
     if found == 0:
+        tokens = len(tokenizer(text.content, add_special_tokens=False).input_ids)
         raise DataError(
-            f"{source} has {tokens} tokens, less than one sequence of {length}.",
+            f"{text.source} has {tokens} tokens, less than one sequence of {length}.",
             hint="Use more text, or a shorter --sequence-length.",
         )
     if asked is not None and found < asked:
         raise DataError(
-            f"{source} has text for {found} sequences of {length} tokens, not for {asked}.",
+            f"{text.source} has text for {found} sequences of {length} tokens, not for {asked}.",
             hint=f"Take --samples {found}, more text, or a shorter --sequence-length.",
         )
+    return windows
 
 
 def tokens_sha256(windows: Tensor) -> str:

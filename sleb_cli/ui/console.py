@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def stdout() -> Console:
 
 def stderr() -> Console:
     """Give a console on stderr as it is now."""
-    return Console(stderr=True, highlight=False)
+    # The stream itself, so that what the engine redirects for a library does not take our bars along.
+    return Console(file=sys.stderr, highlight=False)
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ class _Done(ProgressColumn):
     """How much of the task is done, in its own unit."""
 
     def render(self, task: Task) -> Text:
-        if task.total is None:
+        if task.total is None or not task.fields["unit"]:
             return Text("")
         if task.fields["unit"] == "B":
             return Text(f"{task.completed / 1e6:.0f}/{task.total / 1e6:.0f} MB")
@@ -97,7 +97,7 @@ class _Bars:
                 self._finish(task)
             case SearchStarted():
                 self._search = event
-                self._add("Search", event.evaluations, "")
+                self._add("Search", event.evaluations, "sequences")
             case CandidateScored(step, block, score, sequences):
                 self._best[block] = score
                 self._progress.update(self._tasks["Search"], advance=sequences, note=self._standing(step))

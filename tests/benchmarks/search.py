@@ -23,7 +23,7 @@ from sleb_cli.engine.calibration import draw
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.greedy import greedy_search
 from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.scoring import Bench
+from sleb_cli.engine.scoring import Scoring
 from sleb_cli.engine.search import TOKENS_PER_BATCH
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.windows import adds_bos, cut_windows
@@ -57,7 +57,7 @@ def main() -> None:
     start = time.perf_counter()
     batches = torch.split(sequences, max(1, TOKENS_PER_BATCH // options.length))
     with GatedModel(model, blocks) as gated:
-        score, engine, _ = Bench(gated, batches, tokenizer, _ignore).scorer(NegativeLogLikelihood())
+        score, engine, _ = Scoring(gated, batches, tokenizer, _ignore).scorer(NegativeLogLikelihood())
         choices = greedy_search(score, len(blocks), options.remove, protect_first=1, protect_last=1)
         ours = [choice.block for choice in choices]
     our_seconds = time.perf_counter() - start

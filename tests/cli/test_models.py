@@ -55,6 +55,43 @@ def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
         refused(run_sleb, "org/model", 4, message, "--revision", "v9")
 
 
+def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monkeypatch, capfd):
+    from sleb_cli.engine import source
+    from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
+
+    def download(model, *, revision, ignore_patterns, tqdm_class):
+        assert "*.bin" in ignore_patterns
+        with tqdm_class(total=4_000_000, unit="B") as bar, tqdm_class(total=2, unit="it") as files:
+            bar.update(3_000_000)
+            files.update(1)
+        return str(tiny_llama)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    events = []
+    assert source.locate_model("org/model", events.append).folder == tiny_llama
+    task = "Looking for org/model on the hub"
+    assert events == [TaskStarted(task), TaskAdvanced(task, 0, "3 of 4 MB"), TaskFinished(task)]
+    assert capfd.readouterr().err == ""
+
+
+def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(tiny_llama, monkeypatch, tmp_path):
+    from sleb_cli.engine import source
+
+    asked = []
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "config.json").write_text("{}")
+    (tmp_path / "snapshot" / "pytorch_model.bin").touch()
+
+    def download(model, *, revision, ignore_patterns, tqdm_class):
+        asked.append("*.bin" in ignore_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    found = source.locate_model("org/model", lambda event: None)
+    assert asked == [True, False]
+    assert found.weights.names == ("pytorch_model.bin",)
+
+
 def test_a_hub_model_in_the_cache(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
