@@ -139,10 +139,10 @@ def opt_config(blocks: int = 5) -> OPTConfig:
     )  # fmt: skip
 
 
-def gpt2_config(blocks: int = 5) -> GPT2Config:
+def gpt2_config(blocks: int = 5, n_positions: int = 128) -> GPT2Config:
     """A GPT-2 of some thousand parameters: no adapter claims it, and its count key is n_layer."""
     return GPT2Config(
-        vocab_size=320, n_embd=32, n_layer=blocks, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=1
+        vocab_size=320, n_embd=32, n_layer=blocks, n_head=4, n_positions=n_positions, bos_token_id=0, eos_token_id=1
     )
 
 

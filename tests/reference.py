@@ -13,7 +13,7 @@ def plain_loss(model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: se
 
     def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
 
     handles = [blocks[index].register_forward_hook(hand_on, with_kwargs=True) for index in skipped]
     try:

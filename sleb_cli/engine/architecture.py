@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from sleb_cli.engine.foreign import transformers_reads
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
@@ -123,7 +124,8 @@ def _read_config(source: ModelSource) -> Any:
             f"transformers knows no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
-    config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    with transformers_reads(f"the config of {source.id}"):
+        config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is an encoder-decoder model.",
@@ -139,7 +141,7 @@ def _read_config(source: ModelSource) -> Any:
 
 
 def _skeleton(config: Any, source: ModelSource) -> nn.Module:
-    with torch.device("meta"):
+    with transformers_reads(f"the config of {source.id}"), torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return model
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli import __version__
+from sleb_cli.engine.foreign import first_line
 from sleb_cli.engine.loading import (
     choose_device,
     choose_dtype,
@@ -182,8 +183,9 @@ class _Tasks:
                     log_samples=False,
                 )
         except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise DataError(f"The data of {names} cannot be loaded: {reason}.", hint="Check the network.") from error
+            raise DataError(
+                f"The data of {names} cannot be loaded: {first_line(error)}.", hint="Check the network."
+            ) from error
         notify(TaskFinished(f"{names}, {what}"))
         return list(_task_records(results))
 

@@ -24,8 +24,7 @@ class Gate:
         self.watch: Callable[[Tensor, Tensor], None] | None = None
         self._forward = block.forward
         self._own_forward = vars(block).get("forward")
-        self._tuple_length: int | None = None
-        self._structure_known = False
+        self._wrap: Callable[[Tensor], Any] | None = None
 
     def install(self) -> None:
         """Take the place of the block's `forward`."""
@@ -41,23 +40,23 @@ class Gate:
         """Be called as the block is."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         if self.skip:
-            if not self._structure_known:
-                self._learn(self._forward(*args, **kwargs))
-            output = self._as_block_returns(entering if self.inject is None else self.inject)
+            if self._wrap is None:
+                self._wrap = _wrapping(self._forward(*args, **kwargs))
+            output = self._wrap(entering if self.inject is None else self.inject)
         else:
             output = self._forward(*args, **kwargs)
-            self._learn(output)
+            self._wrap = _wrapping(output)
         if self.watch is not None:
-            self.watch(entering, output[0] if isinstance(output, tuple) else output)
+            self.watch(entering, output[0] if isinstance(output, tuple | list) else output)
         return output
 
-    def _learn(self, output: Any) -> None:
-        self._structure_known = True
-        self._tuple_length = len(output) if isinstance(output, tuple) else None
 
-    def _as_block_returns(self, hidden: Tensor) -> Any:
-        """Hidden states alone, or as the head of a tuple whose other parts nobody asked for."""
-        return hidden if self._tuple_length is None else (hidden,) + (None,) * (self._tuple_length - 1)
+def _wrapping(output: Any) -> Callable[[Tensor], Any]:
+    """Learn from one output how a block hands hidden states on: alone, or before others, which nobody asked for."""
+    if not isinstance(output, tuple | list):
+        return lambda hidden: hidden
+    kind, others = type(output), [None] * (len(output) - 1)
+    return lambda hidden: kind([hidden, *others])
 
 
 class GatedModel:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.cache import cached_folder
 from sleb_cli.engine.fingerprint import fingerprint_files
+from sleb_cli.engine.foreign import transformers_reads
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import ModelError, UnsupportedModelError
 
@@ -37,9 +38,11 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     notify(TaskStarted(task, 4, "steps"))
     dtype = _inspect(path)
     notify(TaskAdvanced(task))
-    tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with transformers_reads(f"the tokenizer in {path}"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     notify(TaskAdvanced(task))
-    with redirect_stderr(StringIO()):  # transformers draws a bar of its own here, whatever it is told
+    # transformers draws a bar of its own here, whatever it is told.
+    with transformers_reads(f"the weights in {path}"), redirect_stderr(StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=dtype, **_as_plain_weights()
         )

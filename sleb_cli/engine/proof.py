@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from sleb_cli.engine.foreign import first_line, transformers_reads
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import dtype_name, free_memory, has_tokenizer, load_dense, load_tokenizer
 from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.results import Proof
-from sleb_plugins import ProofError
+from sleb_plugins import ModelError, ProofError
 
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
@@ -39,7 +40,9 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
     Raises:
         ProofError: with the check that failed.
     """
-    prompt, ids = _prompt(surgery, device)
+    limit = surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
+    new_tokens = min(NEW_TOKENS, max(1, limit // 2))
+    prompt, ids = _prompt(surgery, max(1, min(PROMPT_TOKENS, limit - new_tokens)), device)
     expected = _gated_logits(surgery, ids, dtype, device, notify)
     free_memory()
     task = "Proving the checkpoint"
@@ -53,12 +56,12 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
             f"where {TOLERANCE.get(dtype, 0.0):.2g} is allowed in {dtype_name(dtype)}"
         )
     notify(TaskAdvanced(task, note="same logits"))
-    cache_difference = _decode(model, ids, dtype)
+    cache_difference = _decode(model, ids, new_tokens, dtype)
     notify(TaskFinished(task))
     return Proof(
         prompt=prompt,
         prompt_tokens=ids.shape[1],
-        new_tokens=NEW_TOKENS,
+        new_tokens=new_tokens,
         logits_difference=difference,
         logits_tolerance=TOLERANCE.get(dtype, 0.0),
         cache_difference=cache_difference,
@@ -66,10 +69,9 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
     )
 
 
-def _prompt(surgery: Surgery, device: torch.device) -> tuple[Literal["text", "random tokens"], Tensor]:
+def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal["text", "random tokens"], Tensor]:
     """Give the prompt's kind and tokens, [1, tokens]: real text where the model has a tokenizer."""
     architecture = surgery.architecture
-    room = min(PROMPT_TOKENS, (architecture.longest_sequence or PROMPT_TOKENS) - NEW_TOKENS)
     if has_tokenizer(architecture.source):
         ids = load_tokenizer(architecture.source)(PROMPT).input_ids[:room]
         return "text", torch.tensor([ids], device=device)
@@ -87,12 +89,12 @@ def _gated_logits(surgery: Surgery, ids: Tensor, dtype: torch.dtype, device: tor
 
 def _load_stock(folder: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Any:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        # Any refusal by transformers is the result of this check; its own words say which.
-        raise _failed(f"transformers does not load it: {str(error).splitlines()[0]}") from error
+        with transformers_reads("it"):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+    except ModelError as error:
+        raise _failed(error.message.rstrip(".")) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             keys = sorted(map(str, info[kind]))
@@ -108,19 +110,19 @@ def _align(model: Any) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _decode(model: Any, ids: Tensor, dtype: torch.dtype) -> float:
+def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> float:
     """Generate with the KV cache, and compare each step's logits with a pass over the whole text."""
     settings = GenerationConfig(
-        do_sample=False, use_cache=True, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+        do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     try:
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        raise _failed(f"it does not generate with the KV cache: {error}") from error
-    if generated.sequences.shape[1] != ids.shape[1] + NEW_TOKENS:
+    except Exception as error:  # whatever a family raises on its way is the result of this check
+        raise _failed(f"it does not generate with the KV cache: {first_line(error)}") from error
+    if generated.sequences.shape[1] != ids.shape[1] + new_tokens:
         found = generated.sequences.shape[1] - ids.shape[1]
-        raise _failed(f"it generated {found} tokens with the KV cache, not {NEW_TOKENS}")
+        raise _failed(f"it generated {found} tokens with the KV cache, not {new_tokens}")
     whole = model(input_ids=generated.sequences, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
     difference = _relative_difference(torch.cat(generated.logits), whole)
     if not difference <= CACHE_TOLERANCE.get(dtype, 0.0):

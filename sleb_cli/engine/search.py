@@ -106,7 +106,8 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
     architecture = read_architecture(source, registry, notify)
     if architecture.block_count < 2:
         raise UnsupportedModelError(
-            f"{source.id} has one block only: nothing can be removed.", hint="Name a deeper model."
+            f"The number of blocks of {source.id} is {architecture.block_count}: nothing can be removed.",
+            hint="Name a deeper model.",
         )
     remove = count_to_remove(
         architecture.block_count,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.engine.foreign import first_line
 from sleb_plugins import DataError
 
 PARAGRAPHS = "\n\n"
@@ -169,17 +170,13 @@ def _load(dataset: Dataset) -> Any:
         return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise DataError(
-            f"The data set {dataset} cannot be loaded: {_one_line(error)}.",
+            f"The data set {dataset} cannot be loaded: {first_line(error)}.",
             hint="Check the name and the network, or calibrate on a file or on `self`.",
         ) from error
     except ValueError as error:  # how datasets refuses an unknown config or split
         raise DataError(
-            f"The data set {dataset} cannot be loaded: {_one_line(error)}.", hint="Check the name."
+            f"The data set {dataset} cannot be loaded: {first_line(error)}.", hint="Check the name."
         ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
 
 
 def _enough(documents: Iterable[str], characters: int) -> Iterator[str]:

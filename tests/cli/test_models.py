@@ -16,7 +16,7 @@ from transformers import (
     ViTConfig,
 )
 
-from conftest import calibration, llama_config, save_model, train_tokenizer
+from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer
 from sleb_cli.engine import demo
 
 
@@ -131,6 +131,44 @@ def test_types_that_transformers_does_not_know(run_sleb, tmp_path):
     refused(run_sleb, folder, 4, "no model of type 'lama'")
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "x.C"}}))
     refused(run_sleb, folder, 4, "own Python code")
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"hidden_size": "wide"}, 4, "expected int, got str"),
+        ({"hidden_size": 64}, 4, "are mismatched, lm_head.weight first"),
+        ({"num_attention_heads": 0}, 4, "cannot read the config"),
+        ({"num_attention_heads": 5}, 4, "not a multiple of the number of attention heads"),
+        ({"num_hidden_layers": 0}, 4, "nothing can be removed"),
+        ({"num_hidden_layers": -1}, 4, "says -1 blocks"),
+        ({"num_hidden_layers": 4}, 4, "are missing, model.layers.3"),
+        ({"vocab_size": -3}, 4, "negative dimension"),
+        ({"hidden_act": "zzz"}, 4, "KeyError 'zzz'"),
+        ({"layer_types": ["full_attention"]}, 4, "must be equal to the number of `layer_types`"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, 7, "needs another package"),
+    ],
+)
+def test_a_config_that_does_not_fit(run_sleb, tmp_path, changes, code, message):
+    folder = save_model(tmp_path / "odd", llama_config(3))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    refused(run_sleb, folder, code, message)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_broken_tokenizer(run_sleb, tmp_path, name):
+    folder = save_model(tmp_path / "odd", llama_config(3))
+    (folder / name).write_text("{")
+    refused(run_sleb, folder, 4, "cannot read the tokenizer")
+
+
+def test_a_model_of_few_positions_is_proven_all_the_same(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=6))
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    proof = json.loads(result.stdout)["proof"]
+    assert (proof["prompt_tokens"], proof["new_tokens"]) == (3, 3)
 
 
 def test_models_that_are_no_decoders(run_sleb, tmp_path):

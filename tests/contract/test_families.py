@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     MistralConfig,
+    OpenAIGPTConfig,
     Qwen2Config,
     Qwen3Config,
 )
@@ -39,6 +40,9 @@ FAMILIES = {
     "llama-tied": lambda: llama_config(5, tie_word_embeddings=True),
     "opt": opt_config,
     "gpt2": gpt2_config,
+    "openai-gpt-blocks-return-lists": lambda: OpenAIGPTConfig(
+        vocab_size=320, n_positions=128, n_embd=32, n_layer=5, n_head=4
+    ),
     "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=8),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
