@@ -21,4 +21,4 @@ class MergekitRecipe(Exporter):
 
     def render(self, pruning: Pruning) -> str:
         """Write the recipe as YAML."""
-        return str(yaml.safe_dump(self.document(pruning), sort_keys=False))
+        return str(yaml.safe_dump(self.document(pruning), sort_keys=False, default_flow_style=None))
