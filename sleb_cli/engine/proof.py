@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +51,9 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
     notify(TaskStarted(task, 3, "checks"))
     model = _load_stock(folder, dtype, device, trust_remote_code=surgery.architecture.source.trust_remote_code)
     notify(TaskAdvanced(task, note="loads"))
-    difference = _relative_difference(model(input_ids=ids, use_cache=False).logits, expected)
+    with _check("it does not run"):
+        found = model(input_ids=ids, use_cache=False).logits
+    difference = _relative_difference(found, expected)
     if not difference <= TOLERANCE.get(dtype, 0.0):
         raise _failed(
             f"its logits differ from the gated dense model's by {difference:.2g} of the largest, "
@@ -116,10 +120,8 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
         do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    try:
+    with _check("it does not generate with the KV cache"):
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    except Exception as error:  # whatever a family raises on its way is the result of this check
-        raise _failed(f"it does not generate with the KV cache: {first_line(error)}") from error
     if generated.sequences.shape[1] != ids.shape[1] + new_tokens:
         found = generated.sequences.shape[1] - ids.shape[1]
         raise _failed(f"it generated {found} tokens with the KV cache, not {new_tokens}")
@@ -128,6 +130,15 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
     if not difference <= CACHE_TOLERANCE.get(dtype, 0.0):
         raise _failed(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
     return difference
+
+
+@contextmanager
+def _check(failure: str) -> Iterator[None]:
+    """Whatever a family raises in the body, where nothing of ours stands, is the result of this check."""
+    try:
+        yield
+    except Exception as error:
+        raise _failed(f"{failure}: {first_line(error)}") from error
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:

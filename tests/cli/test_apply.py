@@ -56,6 +56,23 @@ def test_small_files_come_along_and_weights_do_not(run_sleb, tmp_path):
     assert "chosen by hand" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_inside_the_models_own_folder(run_sleb, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", llama_config(4))
+    monkeypatch.chdir(folder)
+    before = set(os.listdir())
+    for blocks, name in (("1", "model-sleb-3-blocks"), ("1,2", "model-sleb-2-blocks")):
+        assert run_sleb("apply", ".", "--blocks", blocks).exit_code == 0
+        assert set(os.listdir(name)) == before | {"README.md"}
+
+
+def test_a_config_may_hold_infinity(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    config = json.loads((folder / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run_sleb("apply", folder, "--blocks", "1", "-o", "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+
+
 def test_shards(run_sleb, tiny_llama, tmp_path):
     folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -232,7 +249,7 @@ def test_a_cache_that_goes_wrong_fails_the_proof(run_sleb, tiny_llama, tmp_path,
     )
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
     assert result.exit_code == 9
-    assert "does not generate with the KV cache: hole" in result.stderr
+    assert "does not generate with the KV cache: IndexError hole" in result.stderr
 
 
 def test_a_corrupt_weight_file_is_said_to_be_so(run_sleb, tmp_path):

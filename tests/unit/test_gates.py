@@ -8,6 +8,7 @@ from conftest import gpt2_config, llama_config, opt_config
 from reference import plain_loss
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.scoring import score_sequences
+from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h"}
@@ -84,3 +85,30 @@ def test_a_forward_that_somebody_set_on_the_instance_is_called_and_put_back(ids)
         gated.logits(ids, ())
     assert calls == [1]
     assert block.forward is outer
+
+
+@torch.inference_mode()
+def test_a_family_that_does_not_bear_a_skipped_block_is_named(ids):
+    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
+
+    def needs_what_block_1_did(*args, **kwargs):
+        raise ValueError("no top-k indices from a previous block")
+
+    with GatedModel(model, model.model.layers) as gated:
+        gated.logits(ids, ())
+        gated.gates[2]._forward = needs_what_block_1_did
+        with pytest.raises(UnsupportedModelError, match=r"llama does not run without blocks \[1\]: no top-k indices"):
+            gated.logits(ids, {1})
+
+
+@torch.inference_mode()
+def test_memory_that_ends_is_said_to_end(ids):
+    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
+
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with GatedModel(model, model.model.layers) as gated:
+        gated.gates[0]._forward = too_large
+        with pytest.raises(MachineError, match="3 sequences of 24 tokens do not fit into the memory of cpu"):
+            gated.logits(ids, ())
