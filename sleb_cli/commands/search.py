@@ -57,7 +57,6 @@ def search(
 ) -> None:
     """Find the blocks that MODEL can best do without, and write them to a plan."""
     from sleb_cli.atomic import require_new_file
-    from sleb_cli.ui.console import print_json
     from sleb_cli.ui.plugins import load_and_report
     from sleb_cli.ui.progress import show_progress
     from sleb_cli.ui.tables import show_plan
@@ -82,8 +81,4 @@ def search(
             trust_remote_code=trust_remote_code,
         )
         plan = plan_removals(request, load_and_report(), notify)
-    plan.write(output)
-    if json:
-        print_json(plan.to_data())
-    else:
-        show_plan(plan, output)
+    show_plan(plan, output, as_json=json)

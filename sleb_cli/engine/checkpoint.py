@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -161,6 +163,9 @@ def _save(path: Path, shard: dict[str, torch.Tensor]) -> None:
     try:
         save_file(_apart(shard), path, metadata={"format": "pt"})
     except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code:  # the system's own error in another language's words: let `writing` say what it means
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
         raise OutputError(
             f"Cannot write the weights: {error}.",
             hint="Free some space, or choose another place with -o.",

