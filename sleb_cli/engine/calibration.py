@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from sleb_cli.engine.windows import (
 )
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import CalibrationRecord
-from sleb_plugins import ModelError
+from sleb_plugins import ModelError, UsageError
 
 SELF = "self"
 DEFAULT_SOURCE = "wikitext2"
@@ -50,6 +51,17 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
+class CalibrationSettings:
+    """A request with every gap filled. `samples` counts sequences, or rows where a reference preset draws those."""
+
+    source: str
+    samples: int
+    sequence_length: int
+    seed: int
+    samples_were_asked: bool
+
+
+@dataclass(frozen=True)
 class Calibration:
     """The calibration sequences, int64 [sequences, length], and how they came to be."""
 
@@ -57,59 +69,66 @@ class Calibration:
     record: CalibrationRecord
 
 
-def settle_request(request: CalibrationRequest, architecture: Architecture) -> CalibrationRequest:
+def settle_calibration(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
     """Fill in what the user left open.
 
     Raises:
-        UsageError: the sequence length does not fit the model.
+        UsageError: the number of samples or their length is out of range.
     """
+    if request.samples is not None and request.samples < 1:
+        raise UsageError(f"--samples {request.samples} is too small.", hint="Take 1 or more.")
     is_demo = architecture.source.id == DEMO
     source = request.source or (SELF if is_demo else DEFAULT_SOURCE)
-    length = choose_length(request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH)
-    samples = request.samples or (DEMO_SAMPLES if is_demo and source not in REFERENCE_PRESETS else None)
-    return CalibrationRequest(source, samples, length, request.seed)
+    usual = REFERENCE_ROWS if source in REFERENCE_PRESETS else DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
+    return CalibrationSettings(
+        source=source,
+        samples=request.samples or usual,
+        sequence_length=choose_length(
+            request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
+        ),
+        seed=request.seed,
+        samples_were_asked=request.samples is not None,
+    )
 
 
-def calibrate(request: CalibrationRequest, model: Any, tokenizer: Any, notify: Notify) -> Calibration:
-    """Give the sequences that a settled request describes.
+def calibrate(
+    settings: CalibrationSettings, tokenizer: Any, load_model: Callable[[], Any], notify: Notify
+) -> Calibration:
+    """Give the sequences that the settings describe; the model is loaded only where it writes them itself.
 
     Raises:
         DataError: the text is missing, or too short.
     """
-    source, length = request.source or DEFAULT_SOURCE, request.sequence_length or 0
-    bos = adds_bos(tokenizer) and source not in REFERENCE_PRESETS
-    if source == SELF:
-        count = request.samples or DEFAULT_SAMPLES
-        sequences = write_own_text(model, tokenizer, count, length, request.seed, bos=bos, notify=notify)
+    bos = adds_bos(tokenizer) and settings.source not in REFERENCE_PRESETS
+    if settings.source == SELF:
+        sequences = write_own_text(load_model(), tokenizer, settings, bos=bos, notify=notify)
     else:
-        notify(TaskStarted(f"Reading {source}"))
-        sequences = _read_sequences(source, request, tokenizer, length, bos=bos, notify=notify)
-        notify(TaskFinished(f"Reading {source}"))
+        notify(TaskStarted(task := f"Reading {settings.source}"))
+        sequences = _read_sequences(settings, tokenizer, bos=bos, notify=notify)
+        notify(TaskFinished(task))
     record = CalibrationRecord(
-        source=source,
-        seed=request.seed,
+        source=settings.source,
+        seed=settings.seed,
         sequences=len(sequences),
-        sequence_length=length,
+        sequence_length=settings.sequence_length,
         bos=bos,
         tokens_sha256=tokens_sha256(sequences),
     )
     return Calibration(sequences, record)
 
 
-def _read_sequences(
-    source: str, request: CalibrationRequest, tokenizer: Any, length: int, *, bos: bool, notify: Notify
-) -> Tensor:
+def _read_sequences(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> Tensor:
     """Cut the sequences out of a text: all of a reference preset, else as many as wanted, drawn by the seed."""
+    source, samples, length = settings.source, settings.samples, settings.sequence_length
     if source in REFERENCE_PRESETS:
-        text = reference_calibration_text(source, rows=request.samples or REFERENCE_ROWS, seed=request.seed)
+        text = reference_calibration_text(source, rows=samples, seed=settings.seed)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length)
-    wanted = request.samples or DEFAULT_SAMPLES
-    text = calibration_text(source, tokens=wanted * length, seed=request.seed)
+    text = calibration_text(source, tokens=samples * length, seed=settings.seed)
     windows = cut_windows(tokenizer, text.content, length, bos=bos)
-    require_windows(windows, text, tokenizer, length, request.samples)
-    if len(windows) < wanted:
+    require_windows(windows, text, tokenizer, length, samples if settings.samples_were_asked else None)
+    if len(windows) < samples:
         notify(Notice(f"{source} has text for {len(windows)} sequences of {length} tokens: all are used."))
-    return draw(windows, wanted, request.seed)
+    return draw(windows, samples, settings.seed)
 
 
 def draw(windows: Tensor, count: int, seed: int) -> Tensor:
@@ -119,10 +138,8 @@ def draw(windows: Tensor, count: int, seed: int) -> Tensor:
     return windows[sorted(random.Random(seed).sample(range(len(windows)), count))]
 
 
-def write_own_text(
-    model: Any, tokenizer: Any, count: int, length: int, seed: int, *, bos: bool, notify: Notify
-) -> Tensor:
-    """Let the model write `count` sequences of `length` tokens, sampled from its own distribution after BOS.
+def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify) -> Tensor:
+    """Let the model write the sequences, sampled from its own distribution after BOS.
 
     The BOS token itself stays in the sequences where the tokenizer adds it to every text, and only there.
 
@@ -135,8 +152,9 @@ def write_own_text(
             "The tokenizer has neither a BOS nor an EOS token, so the model cannot begin a text by itself.",
             hint="Calibrate on a file or a data set: --calibration FILE.",
         )
+    count, length = settings.samples, settings.sequence_length
     new = length - 1 if bos else length
-    settings = GenerationConfig(
+    sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
@@ -151,14 +169,14 @@ def write_own_text(
     written: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         for first in range(0, count, _GENERATION_BATCH):
             rows = min(_GENERATION_BATCH, count - first)
             prompt = torch.full((rows, 1), start, device=model.device)
             ids = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                generation_config=settings,
+                generation_config=sampling,
                 stopping_criteria=StoppingCriteriaList([report]),
             )
             written.append(ids[:, -length:].cpu())

@@ -6,13 +6,20 @@ import math
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from sleb_cli import __version__
 from sleb_cli.engine.architecture import Architecture, read_architecture
-from sleb_cli.engine.calibration import Calibration, CalibrationRequest, calibrate, settle_request
+from sleb_cli.engine.calibration import (
+    Calibration,
+    CalibrationRequest,
+    CalibrationSettings,
+    calibrate,
+    settle_calibration,
+)
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.greedy import count_to_remove, greedy_search, parse_ratio
@@ -26,7 +33,7 @@ from sleb_cli.engine.loading import (
 )
 from sleb_cli.engine.scoring import Scoring
 from sleb_cli.engine.source import locate_model
-from sleb_cli.events import BlockRemoved, Notify, SearchStarted
+from sleb_cli.events import BlockRemoved, Notify, SearchStarted, TaskFinished, TaskStarted
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
 from sleb_cli.plugin_manager import Registry
 from sleb_plugins import Metric, ModelError, UnsupportedModelError, UsageError
@@ -61,7 +68,7 @@ class _Settled:
     metric: Metric
     remove: int
     ratio: Fraction | None
-    calibration: CalibrationRequest
+    calibration: CalibrationSettings
     device: torch.device
     dtype: torch.dtype
 
@@ -77,9 +84,10 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
     settled = _settle(request, registry, notify)
     architecture = settled.architecture
     tokenizer = load_tokenizer(architecture.source)
-    model = load_dense(architecture, settled.dtype, settled.device, notify)
-    calibration = calibrate(settled.calibration, model, tokenizer, notify)
-    dense, steps, how = _search(settled, request, model, tokenizer, calibration, notify)
+    # Loaded at first use: a text that is missing should be said before gigabytes are read.
+    model = cache(partial(load_dense, architecture, settled.dtype, settled.device, notify))
+    calibration = calibrate(settled.calibration, tokenizer, model, notify)
+    dense, steps, how = _search(settled, request, model(), tokenizer, calibration, notify)
     return Plan(
         schema_version=1,
         sleb_version=__version__,
@@ -97,9 +105,8 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
     if (request.ratio is None) == (request.remove is None):
         raise UsageError("Say how many blocks to remove: --ratio or --remove, one of the two.", hint="--ratio 0.2")
     ratio = parse_ratio(request.ratio) if request.ratio is not None else None
-    for name, value in (("--samples", request.calibration.samples), ("--batch-size", request.batch_size)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value} is too small.", hint="Take 1 or more.")
+    if request.batch_size is not None and request.batch_size < 1:
+        raise UsageError(f"--batch-size {request.batch_size} is too small.", hint="Take 1 or more.")
     metric = registry.metric(request.metric)
     device = choose_device(request.device)
     source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
@@ -121,7 +128,7 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         metric=metric,
         remove=remove,
         ratio=ratio,
-        calibration=settle_request(request.calibration, architecture),
+        calibration=settle_calibration(request.calibration, architecture),
         device=device,
         dtype=choose_dtype(request.dtype, architecture, device),
     )
@@ -139,6 +146,7 @@ def _search(
     batch_size = request.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
     with GatedModel(model, architecture.blocks_of(model)) as gated:
         scoring = Scoring(gated, torch.split(sequences, batch_size), tokenizer, notify)
+        notify(TaskStarted(task := "Measuring the dense model"))
         dense_loss = scoring.loss(())
         if not math.isfinite(dense_loss):
             raise ModelError(
@@ -146,6 +154,7 @@ def _search(
                 hint="Use a wider data type: --dtype float32.",
             )
         score, engine, reason = scoring.scorer(settled.metric)
+        notify(TaskFinished(task))
         notify(SearchStarted(architecture.block_count, settled.remove, _evaluations(settled, request, scoring)))
         steps: list[Step] = []
         for choice in greedy_search(

@@ -142,7 +142,7 @@ def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -
     row("weights", [model.weights_bytes for model in sizes], size)
     for measured in result.workloads:
         timings = [timing for timing in (measured.dense, measured.pruned) if timing]
-        faster = [f"[bold green]{measured.speedup:.2f}x faster[/]"] if measured.speedup else []
+        faster = [_speedup(measured.speedup)] if measured.speedup else []
         table.add_section()
         table.add_row(f"{measured.workload.name}, median", *(f"{t.median_seconds:.3f} s" for t in timings), *faster)
         table.add_row("  fastest to slowest", *(_spread(t.seconds) for t in timings))
@@ -182,6 +182,10 @@ def _short(text: str) -> str:
 
 def _with_error(task: TaskRecord) -> str:
     return f"{task.value:.3f}" + (f" ± {task.stderr:.3f}" if task.stderr is not None else "")
+
+
+def _speedup(ratio: float) -> str:
+    return f"[bold green]{ratio:.2f}x faster[/]" if ratio >= 1 else f"[bold red]{ratio:.2f}x, slower[/]"
 
 
 def _spread(seconds: Sequence[float]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine import texts
-from sleb_cli.engine.calibration import CalibrationRequest, calibrate, draw
+from sleb_cli.engine.calibration import CalibrationSettings, calibrate, draw
 from sleb_cli.engine.texts import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
 from sleb_plugins import DataError
@@ -97,8 +97,8 @@ def test_the_presets_draw_as_the_reference_does(hub):
 
 
 def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers):
-    request = CalibrationRequest("wikitext2-sleb", None, 64, 0)
-    calibration = calibrate(request, None, tokenizers[True], lambda event: None)
+    settings = CalibrationSettings("wikitext2-sleb", 128, 64, 0, samples_were_asked=False)
+    calibration = calibrate(settings, tokenizers[True], pytest.fail, lambda event: None)
     text = reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content
     assert torch.equal(calibration.sequences, cut_running_text(tokenizers[True], text, 64))
     assert calibration.record.bos is False
