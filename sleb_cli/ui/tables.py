@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -13,13 +15,18 @@ from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord,
 from sleb_cli.ui.console import print_json, save, stdout
 
 
-def new_table(title: str, *columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     """Give a table whose first column is text and whose other columns are numbers."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(header_style="bold")
     table.add_column(columns[0])
     for column in columns[1:]:
         table.add_column(column, justify="right")
     return table
+
+
+def print_title(console: Console, title: str) -> None:
+    """Print a line above a table; Rich's own titles are broken to the table's width."""
+    console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
 
 
 def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
@@ -30,10 +37,8 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
         return
     calibration, how = plan.calibration, plan.search
     console = stdout()
-    table = new_table(
-        f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed",
-        "step", "block", how.metric, "perplexity", "change",
-    )  # fmt: skip
+    print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
+    table = new_table("step", "block", how.metric, "perplexity", "change")
     table.add_row(
         "dense",
         "",
@@ -102,8 +107,9 @@ def show_evaluation(result: EvalResult, output: Path | None, *, as_json: bool) -
     if as_json:
         print_json(result.to_data())
         return
-    dense, pruned = result.dense, result.pruned
-    table = new_table(_title(result), "", "dense", *(["pruned", "change"] if pruned else []))
+    console, dense, pruned = stdout(), result.dense, result.pruned
+    print_title(console, _title(result))
+    table = new_table("", "dense", *(["pruned", "change"] if pruned else []))
     table.add_row("blocks", str(dense.blocks), *([str(pruned.blocks), ""] if pruned else []))
     for number, text in enumerate(dense.perplexities):
         after = pruned.perplexities[number].perplexity if pruned else None
@@ -113,7 +119,6 @@ def show_evaluation(result: EvalResult, output: Path | None, *, as_json: bool) -
         other = pruned.tasks[number] if pruned else None
         cells = [] if other is None else [_with_error(other), f"{other.value - task.value:+.3f}"]
         table.add_row(f"{task.task}, {task.metric}", _with_error(task), *cells)
-    console = stdout()
     console.print(table)
     console.print(_setting(result), soft_wrap=True, markup=False)
     for text in dense.perplexities:
@@ -131,7 +136,8 @@ def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -
         print_json(result.to_data())
         return
     console = stdout()
-    table = new_table(_title(result), "", "dense", *(["pruned", "dense / pruned"] if result.pruned else []))
+    print_title(console, _title(result))
+    table = new_table("", "dense", *(["pruned", "dense / pruned"] if result.pruned else []))
 
     def row(label: str, values: Sequence[float], shape: Callable[[float], str]) -> None:
         table.add_row(label, *map(shape, values), *([f"{values[0] / values[1]:.2f}x"] if values[1:] else []))
