@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -161,33 +161,56 @@ class _Tasks:
                     hint=close or "`lm-eval ls tasks` lists them; --include-path adds a folder of your own.",
                 )
 
+        self._load_now(", ".join(request.tasks))
+
+    def _load_now(self, names: str) -> None:
+        """Load the tasks once before any model is: whatever lm-eval raises here is a verdict on their files."""
+        try:
+            with _loading_data(names):
+                self._manager.load(list(self._request.tasks))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"lm-eval cannot load {names}: {first_line(error)}.", hint="Check the task's own file."
+            ) from error
+
     def run(self, model: Any, tokenizer: Any, what: str, notify: Notify) -> list[TaskRecord]:
         """Evaluate all tasks on one model."""
-        from datasets.exceptions import DatasetNotFoundError
         from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
         request = self._request
         names = ", ".join(request.tasks)
-        notify(TaskStarted(f"{names}, {what}"))
-        try:
-            # lm-eval draws bars of its own, and asks git about the folder you stand in, which may complain aloud.
-            with redirect_stderr(StringIO()), patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):
-                results = evaluator.simple_evaluate(
-                    model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size),
-                    tasks=list(request.tasks),
-                    num_fewshot=request.num_fewshot,
-                    limit=request.limit,
-                    task_manager=self._manager,
-                    bootstrap_iters=1000,
-                    log_samples=False,
-                )
-        except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-            raise DataError(
-                f"The data of {names} cannot be loaded: {first_line(error)}.", hint="Check the network."
-            ) from error
-        notify(TaskFinished(f"{names}, {what}"))
+        notify(TaskStarted(task := f"{names}, {what}"))
+        # lm-eval asks git about the folder you stand in, which complains aloud where that is no repository.
+        with _loading_data(names), patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):
+            results = evaluator.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size),
+                tasks=list(request.tasks),
+                num_fewshot=request.num_fewshot,
+                limit=request.limit,
+                task_manager=self._manager,
+                bootstrap_iters=1000,
+                log_samples=False,
+            )
+        notify(TaskFinished(task))
         return list(_task_records(results))
+
+
+@contextmanager
+def _loading_data(names: str) -> Iterator[None]:
+    """Keep lm-eval's own bars off the screen, and say plainly where a task's data cannot be had."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise DataError(
+            f"The data of {names} cannot be loaded: {first_line(error)}.",
+            hint="Check the network, or the paths in a task file of your own.",
+        ) from error
 
 
 def _task_records(results: dict[str, Any]) -> list[TaskRecord]:

@@ -150,7 +150,7 @@ def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -
         timings = [timing for timing in (measured.dense, measured.pruned) if timing]
         faster = [_speedup(measured.speedup)] if measured.speedup else []
         table.add_section()
-        table.add_row(f"{measured.workload.name}, median", *(f"{t.median_seconds:.3f} s" for t in timings), *faster)
+        table.add_row(f"{measured.workload.name}, median", *(duration(t.median_seconds) for t in timings), *faster)
         table.add_row("  fastest to slowest", *(_spread(t.seconds) for t in timings))
         table.add_row("  tokens/s", *(f"{t.tokens_per_second:,.1f}" for t in timings))
         peaks = [t.peak_memory_bytes for t in timings if t.peak_memory_bytes]
@@ -167,9 +167,14 @@ def size(count: float) -> str:
     """Say a number of bytes as people read it, in powers of ten."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
-            return f"{count:.0f} {unit}"
+            return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def duration(seconds: float) -> str:
+    """Say a time as people read it."""
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{seconds * 1000:.2f} ms"
 
 
 def _title(result: ResultRecord) -> str:
@@ -195,7 +200,7 @@ def _speedup(ratio: float) -> str:
 
 
 def _spread(seconds: Sequence[float]) -> str:
-    return f"{min(seconds):.3f} to {max(seconds):.3f} s"
+    return f"{duration(min(seconds))} to {duration(max(seconds))}"
 
 
 def _say_written(output: Path | None) -> None:

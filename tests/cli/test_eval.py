@@ -146,3 +146,12 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code
     assert result.exit_code == code, result.stderr
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_a_task_file_that_lm_eval_refuses(run_sleb, tiny_llama, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "bad.yaml").write_text("task: bad\n")
+    result = run_sleb("eval", tiny_llama, "--tasks", "bad", "--include-path", tmp_path / "tasks")
+    assert result.exit_code == 5
+    assert "lm-eval cannot load bad" in result.stderr
+    assert "Loading" not in result.stderr
