@@ -1,6 +1,8 @@
 """What MODEL may be, and what is said where it is none."""
 
 import json
+import subprocess
+import sys
 import zipfile
 
 import gguf
@@ -36,7 +38,6 @@ def test_no_such_folder_or_hub_model(run_sleb):
 
 
 def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
-    import httpx2
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     from sleb_cli.engine import source
@@ -48,8 +49,7 @@ def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
     ):
 
         def answer(*args, error=error, **kwargs):
-            request = httpx2.Request("GET", "https://huggingface.co")
-            raise error("no", response=httpx2.Response(403, request=request))
+            raise error.__new__(error)  # its constructor wants a response, of a class that depends on the version
 
         monkeypatch.setattr(source, "snapshot_download", answer)
         refused(run_sleb, "org/model", 4, message, "--revision", "v9")
@@ -92,24 +92,24 @@ def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(tiny_llama, mo
     assert found.weights.names == ("pytorch_model.bin",)
 
 
-def test_a_hub_model_in_the_cache(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
+def test_a_hub_model_in_the_cache(tiny_llama, text_file, tmp_path):
     commit = "0123456789012345678901234567890123456789"
     repository = tmp_path / "hub" / "models--org--tiny"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / commit).symlink_to(tiny_llama)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    result = run_sleb("search", "org/tiny", "--remove", 1, *calibration(text_file), "--json")
-    assert result.exit_code == 0, result.stderr
-    model = json.loads(result.stdout)["model"]
+
+    def sleb(*arguments):
+        command = [sys.executable, "-m", "sleb_cli", *map(str, arguments)]
+        # The hub's library reads the variable when it is imported.
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+
+    model = json.loads(sleb("search", "org/tiny", "--remove", 1, *calibration(text_file), "--json"))["model"]
     assert (model["id"], model["revision"]) == ("org/tiny", commit)
-    assert run_sleb("apply").exit_code == 0
+    sleb("apply")
     assert (tmp_path / "tiny-sleb-5-blocks" / "README.md").read_text().startswith('---\nbase_model: "org/tiny"')
-    recipe = run_sleb("export", "--to", "mergekit").stdout
-    assert f"org/tiny@{commit}" in recipe
+    assert f"org/tiny@{commit}" in sleb("export", "--to", "mergekit")
 
 
 def test_folders_that_hold_no_model(run_sleb, tiny_llama, tmp_path):
@@ -136,10 +136,9 @@ def test_types_that_transformers_does_not_know(run_sleb, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"hidden_size": "wide"}, 4, "expected int, got str"),
+        ({"hidden_size": "wide"}, 4, "cannot read the config"),
         ({"hidden_size": 64}, 4, "are mismatched, lm_head.weight first"),
         ({"num_attention_heads": 0}, 4, "cannot read the config"),
-        ({"num_attention_heads": 5}, 4, "not a multiple of the number of attention heads"),
         ({"num_hidden_layers": 0}, 4, "nothing can be removed"),
         ({"num_hidden_layers": -1}, 4, "says -1 blocks"),
         ({"num_hidden_layers": 4}, 4, "are missing, model.layers.3"),
@@ -344,3 +343,13 @@ def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_fi
     ]
     assert plans[0]["steps"] == plans[1]["steps"]
     assert run_sleb("eval", "--perplexity", text_file, "--sequence-length", 64).exit_code == 0
+
+
+def test_a_model_that_cannot_write_text_by_itself(run_sleb, tiny_llama, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def refuse(self, *args, **kwargs):
+        raise IndexError("no cache for this layer")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", refuse)
+    refused(run_sleb, tiny_llama, 4, "does not write text by itself: no cache for this layer")
