@@ -21,10 +21,10 @@ from sleb_cli.commands.options import (
 
 
 def export(
-    subject: SubjectArgument = None,
     to: Annotated[
         str, typer.Option("--to", help="mergekit, indices, or a plugin's format: `sleb plugins` lists them.")
-    ] = ...,  # type: ignore[assignment]
+    ],
+    subject: SubjectArgument = None,
     blocks: BlocksOption = None,
     remove: RemoveFirstOption = None,
     model: OtherModelOption = None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from sleb_cli.engine.architecture import Architecture
-from sleb_cli.engine.foreign import first_line
+from sleb_cli.engine.foreign import verdict
 from sleb_cli.engine.source import DEMO
 from sleb_cli.engine.texts import REFERENCE_ROWS, calibration_text, reference_calibration_text
 from sleb_cli.engine.windows import (
@@ -167,6 +167,12 @@ def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *,
         notify(TaskAdvanced(task, len(ids)))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
+    def refused(words: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{model.config.model_type} does not write text by itself: {words}.",
+            hint="Calibrate on a file or a data set: --calibration FILE.",
+        )
+
     written: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
@@ -174,18 +180,13 @@ def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *,
         for first in range(0, count, _GENERATION_BATCH):
             rows = min(_GENERATION_BATCH, count - first)
             prompt = torch.full((rows, 1), start, device=model.device)
-            try:
+            with verdict(refused):
                 ids = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=sampling,
                     stopping_criteria=StoppingCriteriaList([report]),
                 )
-            except Exception as error:  # a family's own code; of ours there is only the report
-                raise UnsupportedModelError(
-                    f"{model.config.model_type} does not write text by itself: {first_line(error)}.",
-                    hint="Calibrate on a file or a data set: --calibration FILE.",
-                ) from error
             written.append(ids[:, -length:].cpu())
     notify(TaskFinished(task))
     return torch.cat(written).clone()

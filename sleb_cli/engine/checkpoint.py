@@ -66,7 +66,7 @@ class WeightFiles:
         """List the tensors without reading their values where the format allows."""
         if self.names[0].endswith(".safetensors"):
             with ExitStack() as stack:
-                return [name for path in self.paths for name in stack.enter_context(_open(path)).keys()]  # noqa: SIM118
+                return [name for path in self.paths for name in stack.enter_context(_open(path)).offset_keys()]
         return [name for name, _ in self.tensors()]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli import __version__
-from sleb_cli.engine.foreign import first_line
+from sleb_cli.engine.foreign import first_line, verdict
 from sleb_cli.engine.loading import (
     choose_device,
     choose_dtype,
@@ -164,16 +164,13 @@ class _Tasks:
         self._load_now(", ".join(request.tasks))
 
     def _load_now(self, names: str) -> None:
-        """Load the tasks once before any model is: whatever lm-eval raises here is a verdict on their files."""
-        try:
-            with _loading_data(names):
-                self._manager.load(list(self._request.tasks))
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"lm-eval cannot load {names}: {first_line(error)}.", hint="Check the task's own file."
-            ) from error
+        """Load the tasks once before any model is, so that a broken task file is said at once."""
+
+        def refused(words: str) -> DataError:
+            return DataError(f"lm-eval cannot load {names}: {words}.", hint="Check the task's own file.")
+
+        with verdict(refused), _loading_data(names):
+            self._manager.load(list(self._request.tasks))
 
     def run(self, model: Any, tokenizer: Any, what: str, notify: Notify) -> list[TaskRecord]:
         """Evaluate all tasks on one model."""

@@ -1,33 +1,43 @@
-"""Calls into transformers on a user's files: what it raises there is a verdict on the files."""
+"""Calls into other people's code on a user's files, whose refusals are verdicts on those files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sleb_plugins import MachineError, ModelError
+from sleb_plugins import MachineError, ModelError, SlebError
+
+
+@contextmanager
+def verdict(sentence: Callable[[str], SlebError]) -> Iterator[None]:
+    """Turn whatever a foreign call raises into the error that `sentence` makes of its words.
+
+    Broken files and unusual families make libraries raise almost anything, so any exception counts. Nothing
+    but the foreign call may stand in the body: a bug of ours must not be taken for a verdict.
+    """
+    try:
+        yield
+    except SlebError:
+        raise
+    except Exception as error:
+        raise sentence(first_line(error)) from error
 
 
 @contextmanager
 def transformers_reads(what: str) -> Iterator[None]:
-    """Give a refusal by transformers as a sentence with its own words.
-
-    Nothing but its call may stand in the body: a broken config makes it raise almost anything, so any
-    exception counts, and a bug of ours must not be among them.
+    """Let transformers read a user's files.
 
     Raises:
         MachineError: it lacks a package.
-        ModelError: it raised anything else.
+        ModelError: it refuses the files.
     """
-    try:
-        yield
-    except ImportError as error:
-        raise MachineError(
-            f"transformers needs another package for {what}: {first_line(error)}.", hint="Install it, then try again."
-        ) from error
-    except Exception as error:
-        raise ModelError(
-            f"transformers cannot read {what}: {first_line(error)}.",
-            hint="Check the files, or upgrade with `pip install --upgrade transformers`.",
-        ) from error
+    hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
+    with verdict(lambda words: ModelError(f"transformers cannot read {what}: {words}.", hint=hint)):
+        try:
+            yield
+        except ImportError as error:
+            raise MachineError(
+                f"transformers needs another package for {what}: {first_line(error)}.",
+                hint="Install it, then try again.",
+            ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.foreign import first_line
+from sleb_cli.engine.foreign import verdict
 from sleb_plugins import MachineError, UnsupportedModelError
 
 
@@ -135,21 +135,23 @@ class GatedModel:
         return states
 
     def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        try:
-            logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
-        except torch.OutOfMemoryError as error:
-            raise MachineError(
-                f"{ids.shape[0]} sequences of {ids.shape[1]} tokens do not fit into the memory of {ids.device}.",
-                hint="Take a smaller --batch-size or --sequence-length, or --device cpu.",
-            ) from error
-        except Exception as error:  # a family's own code, which may not bear that a block does nothing
-            off = [index for index, gate in enumerate(self.gates) if gate.skip]
-            without = f" without blocks {off}" if off else ""
-            raise UnsupportedModelError(
-                f"{self.model.config.model_type} does not run{without}: {first_line(error)}.",
-                hint="If it runs whole in transformers, report the family to us.",
-            ) from error
+        with verdict(self._does_not_run):  # a family's own code may not bear that a block does nothing
+            try:
+                logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
+            except torch.OutOfMemoryError as error:
+                raise MachineError(
+                    f"{ids.shape[0]} sequences of {ids.shape[1]} tokens do not fit into the memory of {ids.device}.",
+                    hint="Take a smaller --batch-size or --sequence-length, or --device cpu.",
+                ) from error
         return logits
+
+    def _does_not_run(self, words: str) -> UnsupportedModelError:
+        off = [index for index, gate in enumerate(self.gates) if gate.skip]
+        without = f" without blocks {off}" if off else ""
+        return UnsupportedModelError(
+            f"{self.model.config.model_type} does not run{without}: {words}.",
+            hint="If it runs whole in transformers, report the family to us.",
+        )
 
     @property
     def _can_keep_few_logits(self) -> bool:

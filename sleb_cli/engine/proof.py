@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from sleb_cli.engine.foreign import first_line, transformers_reads
+from sleb_cli.engine.foreign import transformers_reads, verdict
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import dtype_name, free_memory, has_tokenizer, load_dense, load_tokenizer
 from sleb_cli.engine.surgery import Surgery
@@ -51,7 +49,7 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
     notify(TaskStarted(task, 3, "checks"))
     model = _load_stock(folder, dtype, device, trust_remote_code=surgery.architecture.source.trust_remote_code)
     notify(TaskAdvanced(task, note="loads"))
-    with _check("it does not run"):
+    with verdict(lambda words: _failed(f"it does not run: {words}")):
         found = model(input_ids=ids, use_cache=False).logits
     difference = _relative_difference(found, expected)
     if not difference <= TOLERANCE.get(dtype, 0.0):
@@ -120,7 +118,7 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
         do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
         output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    with _check("it does not generate with the KV cache"):
+    with verdict(lambda words: _failed(f"it does not generate with the KV cache: {words}")):
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     if generated.sequences.shape[1] != ids.shape[1] + new_tokens:
         found = generated.sequences.shape[1] - ids.shape[1]
@@ -130,15 +128,6 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
     if not difference <= CACHE_TOLERANCE.get(dtype, 0.0):
         raise _failed(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
     return difference
-
-
-@contextmanager
-def _check(failure: str) -> Iterator[None]:
-    """Whatever a family raises in the body, where nothing of ours stands, is the result of this check."""
-    try:
-        yield
-    except Exception as error:
-        raise _failed(f"{failure}: {first_line(error)}") from error
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
