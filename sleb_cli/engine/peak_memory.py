@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import psutil
@@ -16,7 +18,7 @@ from sleb_cli.engine.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.engine.surgery import plan_surgery
 from sleb_cli.engine.workloads import runner
-from sleb_cli.events import Event, Notify, TaskFinished, TaskStarted
+from sleb_cli.events import Event, Notice, Notify, TaskFinished, TaskStarted
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import Workload
 
@@ -33,15 +35,24 @@ def peak_memory_alone(
 ) -> int | None:
     """Give the most bytes that one iteration takes: allocated on a CUDA device, else resident in the process.
 
-    None on a device that does not tell.
+    None on a device that does not tell, or where the process is killed for its memory.
     """
     if device.type not in {"cpu", "cuda"}:
         return None
     task = f"Peak memory of {workload.name}, {'pruned' if removals else 'dense'}"
     notify(TaskStarted(task))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as alone:
-        peak = alone.submit(_measure, source, removals, workload, dtype, device).result()
+    # Ctrl-C reaches the child too, and is the parent's to answer.
+    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as alone:
+        try:
+            peak: int | None = alone.submit(_measure, source, removals, workload, dtype, device).result()
+        except BrokenProcessPool:
+            notify(Notice(f"{task} could not be measured: the process was killed."))
+            peak = None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
     notify(TaskFinished(task))
     return peak
 

@@ -105,9 +105,9 @@ class Scoring:
 
             def listen(block: int, entering: Tensor, leaving: Tensor) -> None:
                 if block in totals:
-                    totals[block] += float(
-                        metric.score_tokens(entering.float(), leaving.float()).double().mean(-1).sum()
-                    )
+                    scores = metric.score_tokens(entering.float(), leaving.float())
+                    _require_shape(metric, scores, entering.shape[:-1])
+                    totals[block] += float(scores.double().mean(-1).sum())
 
             self.gated.watch(ids, removed, listen)
             seen = sum(len(batch) for batch in self.batches[:done])
@@ -183,6 +183,7 @@ def score_sequences(metric: LogitMetric, logits: Tensor, ids: Tensor, dense_logi
             dense = None if dense_logits is None else dense_logits[row, start:stop].float()
             targets = ids[row, start + 1 : stop + 1]
             scores.append(metric.score_tokens(logits[row, start:stop].float(), targets, dense))
+            _require_shape(metric, scores[-1], targets.shape)
         means.append(torch.cat(scores).double().mean())
     return torch.stack(means)
 
@@ -194,6 +195,15 @@ def same_numbers(left: Tensor, right: Tensor) -> bool:
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(left.dtype, 3e-2)
     scale = float(left.abs().max().float())
     return bool((left.float() - right.float()).abs().max() <= tolerance * scale)
+
+
+def _require_shape(metric: Metric, scores: Tensor, shape: torch.Size) -> None:
+    found = getattr(scores, "shape", None)
+    if found != shape:
+        raise PluginError(
+            f"The metric {metric.name!r} gave scores of shape {found}, where one for each of {list(shape)} belongs.",
+            hint="Tell its author.",
+        )
 
 
 def _number(metric: Metric, score: Any) -> float:

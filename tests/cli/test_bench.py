@@ -1,9 +1,15 @@
 """`sleb bench`, through `main()`."""
 
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
 
 import pytest
+
+from sleb_cli.engine import peak_memory
 
 QUICK = ["--iterations", 3, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
 
@@ -57,3 +63,32 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, message):
     result = run_sleb("bench", tiny_llama, *options)
     assert result.exit_code == 2, result.stderr
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_while_the_memory_is_measured(tiny_llama, tmp_path, number, code):
+    command = [sys.executable, "-m", "sleb_cli", "bench", str(tiny_llama), "--prompt", "-o", "b.json"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        for line in process.stderr:
+            if line.startswith("Peak memory"):
+                os.killpg(process.pid, number)  # as a terminal does: the child is told too
+                break
+        rest = process.stderr.read()
+    assert process.returncode == code
+    assert "Traceback" not in rest
+    assert os.listdir(tmp_path) == []
+
+
+def killed(*arguments):
+    """Be the process that the system ends for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_times_are_kept_where_the_process_for_the_memory_is_killed(run_sleb, tiny_llama, monkeypatch):
+    monkeypatch.setattr(peak_memory, "_measure", killed)
+    result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--json")
+    assert result.exit_code == 0, result.stderr
+    timing = json.loads(result.stdout)["workloads"][0]["dense"]
+    assert timing["peak_memory_bytes"] is None
+    assert len(timing["seconds"]) == 3
+    assert "could not be measured: the process was killed" in result.stderr

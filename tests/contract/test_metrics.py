@@ -69,9 +69,23 @@ class NotANumber(sleb.ModelMetric):
         return math.nan if self.calls == 3 else 1.0
 
 
+class OneForAll(sleb.LogitMetric):
+    name = "one-for-all"
+
+    def score_tokens(self, logits, targets, dense_logits):
+        return logits.mean()
+
+
+class OneForAllStates(sleb.HiddenStateMetric):
+    name = "one-for-all-states"
+
+    def score_tokens(self, entering, leaving):
+        return (entering - leaving).abs()
+
+
 @sleb.hookimpl
 def sleb_metrics():
-    return [KlToDense(), Magnitude(), Taylor(), Loss(), Nothing(), NotANumber()]
+    return [KlToDense(), Magnitude(), Taylor(), Loss(), Nothing(), NotANumber(), OneForAll(), OneForAllStates()]
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +176,13 @@ def test_a_metric_that_gives_no_number_is_named(search, tmp_path):
     assert result.exit_code == 6
     assert "'nothing' gave None" in result.stderr
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("metric", ["one-for-all", "one-for-all-states"])
+def test_scores_of_another_shape_are_refused(search, metric):
+    result = search(metric)
+    assert result.exit_code == 6
+    assert f"'{metric}' gave scores of shape" in result.stderr
 
 
 def test_a_score_that_is_nan_names_the_block_and_picks_none(search, tmp_path):

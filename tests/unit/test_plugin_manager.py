@@ -110,6 +110,15 @@ def test_sleb_names_the_broken_ones(run_sleb, plugins, monkeypatch, tiny_llama):
     assert "twin_cli" in result.stderr
 
 
+def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, monkeypatch, tiny_gpt2):
+    found = plugins(lost=FAMILY.format(name="lost", type="gpt2"))
+    real = plugin_manager.entry_points
+    monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
+    result = run_sleb("search", tiny_gpt2, "--remove", 1, "--calibration", "self")
+    assert result.exit_code == 4
+    assert "The family lost says that gpt2 keeps its blocks at a.b" in result.stderr
+
+
 def test_the_list_of_plugins(run_sleb):
     result = run_sleb("plugins")
     assert all(name in result.stdout for name in ("llama", "opt", "nll", "cosine", "mergekit", "indices"))
