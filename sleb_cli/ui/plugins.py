@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from sleb_cli.plugin_manager import Registry, load_plugins
@@ -25,7 +26,7 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
     for column in ("kind", "name", "what", "package", "version"):
         table.add_column(column)
     for row in _as_data(registry)["offers"]:
-        table.add_row(row["kind"], row["name"], row["what"], row["package"], row["version"])
+        table.add_row(*(escape(row[key]) for key in ("kind", "name", "what", "package", "version")))
     stdout().print(table)
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")

@@ -38,7 +38,7 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     calibration, how = plan.calibration, plan.search
     console = stdout()
     print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
-    table = new_table("step", "block", how.metric, "perplexity", "change")
+    table = new_table("step", "block", escape(how.metric), "perplexity", "change")
     table.add_row(
         "dense",
         "",
@@ -57,14 +57,15 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
         f"calibrated on {calibration.source}: {calibration.sequences} x {calibration.sequence_length} tokens, "
         f"{how.dtype} on {how.device}, {plan.environment.seconds:.0f} s",
         soft_wrap=True,
+        markup=False,
     )
     if how.engine_reason:
-        console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True)
+        console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True, markup=False)
     console.print(f"wrote {output}; next: sleb apply {output}", soft_wrap=True, markup=False)
 
 
 def block_strip(blocks: int, removed: Collection[int]) -> Text:
-    """Draw every block in order: full where it stays, hollow where it is gone, with a ruler below."""
+    """Draw every block in order: a bar where it stays, a dot where it is gone, with a ruler below."""
     strip, ruler = Text("  "), "  "
     for block in range(blocks):
         gone = block in removed
@@ -114,11 +115,11 @@ def show_evaluation(result: EvalResult, output: Path | None, *, as_json: bool) -
     for number, text in enumerate(dense.perplexities):
         after = pruned.perplexities[number].perplexity if pruned else None
         cells = [] if after is None else [f"{after:.2f}", relative_change(text.perplexity, after)]
-        table.add_row(f"perplexity, {_short(text.text)}", f"{text.perplexity:.2f}", *cells)
+        table.add_row(escape(f"perplexity, {_short(text.text)}"), f"{text.perplexity:.2f}", *cells)
     for number, task in enumerate(dense.tasks):
         other = pruned.tasks[number] if pruned else None
         cells = [] if other is None else [_with_error(other), f"{other.value - task.value:+.3f}"]
-        table.add_row(f"{task.task}, {task.metric}", _with_error(task), *cells)
+        table.add_row(escape(f"{task.task}, {task.metric}"), _with_error(task), *cells)
     console.print(table)
     console.print(_setting(result), soft_wrap=True, markup=False)
     for text in dense.perplexities:

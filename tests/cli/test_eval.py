@@ -155,3 +155,16 @@ def test_a_task_file_that_lm_eval_refuses(run_sleb, tiny_llama, tmp_path):
     assert result.exit_code == 5
     assert "lm-eval cannot load bad" in result.stderr
     assert "Loading" not in result.stderr
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(run_sleb, tiny_llama, tmp_path):
+    (tmp_path / "a[bold]b[ end].txt").write_text(prose(60))
+    options = ["--perplexity", "a[bold]b[ end].txt", "--sequence-length", 32, "-o", "r[x].json"]
+    result = run_sleb("eval", tiny_llama, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "perplexity, a[bold]b[ end].txt" in result.stdout
+    assert "wrote r[x].json" in result.stdout
+    options = ["--remove", 1, "--calibration", "a[bold]b[ end].txt", "--samples", 2, "--sequence-length", 16]
+    result = run_sleb("search", tiny_llama, *options, "-o", "p[bold].json")
+    assert "calibrated on a[bold]b[ end].txt" in result.stdout
+    assert "next: sleb apply p[bold].json" in result.stdout
