@@ -1,8 +1,10 @@
 """Real models, tiny; a real tokenizer; and the real command line, driven through `main()`."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sleb-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
 

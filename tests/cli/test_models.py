@@ -353,3 +353,33 @@ def test_a_model_that_cannot_write_text_by_itself(run_sleb, tiny_llama, monkeypa
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", refuse)
     refused(run_sleb, tiny_llama, 4, "does not write text by itself: no cache for this layer")
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_runs_only_where_that_is_trusted(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "mine", llama_config(4))
+    auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": auto_map}))
+    (folder / "mine.py").write_text(OWN_CODE)
+    settings = ["--remove", 1, *calibration(text_file)]
+    result = run_sleb("search", folder, *settings)
+    assert result.exit_code == 4
+    assert "--trust-remote-code" in result.stderr
+    result = run_sleb("search", folder, *settings, "--trust-remote-code")
+    assert result.exit_code == 0, result.stderr
+    assert run_sleb("apply", "-o", "out").exit_code == 4
+    result = run_sleb("apply", "-o", "out", "--trust-remote-code")
+    assert result.exit_code == 0, result.stderr
+    assert "bitwise equal" in result.stdout
+    assert (tmp_path / "out" / "mine.py").read_text() == OWN_CODE
