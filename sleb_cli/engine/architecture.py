@@ -154,6 +154,11 @@ def _configured_count(config: Any, adapter: FamilyAdapter) -> int | None:
 def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
     """Find the one list whose length is the config's count and which holds most of the parameters."""
     count = getattr(config, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise UnsupportedModelError(
+            f"The config of {config.model_type} does not say in one number how many blocks the model has.",
+            hint="`sleb plugins` lists the families. To add one, see README, 'Write a plugin'.",
+        )
     lists = {
         path: sum(p.numel() for p in module.parameters())
         for path, module in skeleton.named_modules()
@@ -179,5 +184,5 @@ def _same_interface(blocks: nn.ModuleList) -> bool:
     )
 
 
-def _is_per_block(key: str, value: Any, count: int | None) -> bool:
+def _is_per_block(key: str, value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and ("layer" in key or "block" in key)
