@@ -1,4 +1,4 @@
-"""Tell one model from another by content, in a second even where the weights are 100 GB."""
+"""Tell one model from another by content, reading two MiB of each weight file however large it is."""
 
 import hashlib
 import json
