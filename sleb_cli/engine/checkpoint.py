@@ -129,11 +129,13 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     """
     shards: list[list[str]] = []
     total = 0
-    for number, shard in enumerate(_packed(tensors, max_shard_bytes), start=1):
-        _save(folder / f"{number}.partial", shard)
+    # Neither `enumerate` nor a name of ours may hold a shard while the next is filled: two would be in memory.
+    for shard in _packed(tensors, max_shard_bytes):
         shards.append(list(shard))
+        _save(folder / f"{len(shards)}.partial", shard)
         size = sum(tensor.nbytes for tensor in shard.values())
         total += size
+        del shard
         yield size
     if len(shards) == 1:
         (folder / "1.partial").rename(folder / SAFETENSORS)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 
 import pytest
 import torch
@@ -91,6 +92,22 @@ def test_one_shard_needs_no_index_and_a_large_tensor_its_own(tmp_path):
     assert list(write_shards(tmp_path / "one", tensors.items(), 10**6)) == [4080]
     assert os.listdir(tmp_path / "one") == ["model.safetensors"]
     assert list(write_shards(tmp_path / "two", tensors.items(), 100)) == [40, 4000, 40]
+
+
+def test_no_more_than_a_shard_and_the_next_tensor_is_in_memory(tmp_path):
+    made, most_alive = [], 0
+
+    def tensors():
+        nonlocal most_alive
+        for number in range(12):
+            tensor = torch.full((100,), float(number))
+            made.append(weakref.ref(tensor))
+            most_alive = max(most_alive, sum(ref() is not None for ref in made))
+            yield f"t{number}", tensor
+            del tensor
+
+    assert len(list(write_shards(tmp_path, tensors(), 1300))) == 4
+    assert most_alive == 3 + 1
 
 
 def test_shared_and_strided_tensors_of_a_pickle_are_written_apart(tmp_path):
