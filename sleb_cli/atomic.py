@@ -84,7 +84,11 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             if replace and path.exists():
                 old = aside.with_suffix(".replaced")
                 path.rename(old)
-                aside.rename(path)
+                try:
+                    aside.rename(path)
+                except BaseException:
+                    old.rename(path)
+                    raise
                 shutil.rmtree(old)
             else:
                 aside.rename(path)
