@@ -16,6 +16,10 @@ SCHEMA_VERSION = 1
 Block = Annotated[int, Field(ge=0)]
 
 
+Engine = Literal["prefix", "plain", "hidden-states", "weights", "model"]
+"""How candidates were scored."""
+
+
 class CalibrationRecord(Record):
     """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64."""
 
@@ -39,7 +43,7 @@ class SearchRecord(Record):
     dtype: str
     device: str
     batch_size: int
-    engine: Literal["prefix", "plain", "hidden-states", "weights", "model"]
+    engine: Engine
     engine_reason: str | None
 
 

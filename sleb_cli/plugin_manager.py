@@ -127,10 +127,12 @@ class Registry:
         raise UsageError(f"There is no {kind} {name!r}.", hint=suggestion(name, names))
 
 
-def suggestion(name: str, names: Sequence[str]) -> str:
-    """Say which of `names` was probably meant, or list them all."""
+def suggestion(name: str, names: Sequence[str], otherwise: str | None = None) -> str:
+    """Say which of `names` was probably meant; else say `otherwise`, or list them all."""
     close = get_close_matches(name, names, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"There are: {', '.join(names) or 'none'}."
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return otherwise or f"There are: {', '.join(names) or 'none'}."
 
 
 def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:

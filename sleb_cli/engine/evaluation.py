@@ -153,14 +153,8 @@ class _Tasks:
         known: Sequence[str] = self._manager.all_tasks
         for name in request.tasks:
             if name not in known:
-                close = (
-                    suggestion(name, known) if len(known) < 50 else suggestion(name, known).partition("There are")[0]
-                )
-                raise DataError(
-                    f"lm-eval knows no task {name!r}.",
-                    hint=close or "`lm-eval ls tasks` lists them; --include-path adds a folder of your own.",
-                )
-
+                others = "`lm-eval ls tasks` lists them; --include-path adds a folder of your own."
+                raise DataError(f"lm-eval knows no task {name!r}.", hint=suggestion(name, known, others))
         self._load_now(", ".join(request.tasks))
 
     def _load_now(self, names: str) -> None:

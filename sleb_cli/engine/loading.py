@@ -157,23 +157,24 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def require_complete(info: dict[str, Any], what: str) -> None:
-    """Refuse a model of which transformers made up some weights, or read some in the wrong shape.
+def misfit(info: dict[str, Any], *kinds: str) -> str | None:
+    """Say which weights transformers made up ("missing"), left over ("unexpected") or found in another shape.
 
-    Raises:
-        ModelError: with the first such weight's name.
+    `info` is its loading info; None means that there are none of these kinds.
     """
-    for kind in ("missing_keys", "mismatched_keys"):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[kind])
+    for kind in kinds:
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
         if keys:
-            raise ModelError(
-                f"The weights of {what} do not fit its config: {len(keys)} are {kind.removesuffix('_keys')}, "
-                f"{keys[0]} first.",
-                hint="Copy or download the model again.",
-            )
+            return f"{len(keys)} weights are {kind}, {keys[0]} first"
+    return None
 
 
 def _ready(model: Any, info: dict[str, Any], architecture: Architecture, device: torch.device) -> Any:
-    require_complete(info, architecture.source.id)
+    found = misfit(info, "missing", "mismatched")
+    if found:
+        raise ModelError(
+            f"The weights of {architecture.source.id} do not fit its config: {found}.",
+            hint="Copy or download the model again.",
+        )
     model.requires_grad_(False)
     return model.to(device).eval()

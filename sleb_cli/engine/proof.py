@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from sleb_cli.engine.foreign import transformers_reads, verdict
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import dtype_name, free_memory, has_tokenizer, load_dense, load_tokenizer
+from sleb_cli.engine.loading import dtype_name, free_memory, has_tokenizer, load_dense, load_tokenizer, misfit
 from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.results import Proof
@@ -97,10 +97,9 @@ def _load_stock(folder: Path, dtype: torch.dtype, device: torch.device, *, trust
             )
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            keys = sorted(map(str, info[kind]))
-            raise _failed(f"{len(keys)} weights are {kind.removesuffix('_keys')}, {keys[0]} first")
+    found = misfit(info, "missing", "unexpected", "mismatched")
+    if found:
+        raise _failed(found)
     _align(model)
     return model.to(device).eval()
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.events import CandidateScored, Notify
+from sleb_cli.plan import Engine
 from sleb_plugins import (
     HiddenStateMetric,
     LogitMetric,
@@ -24,7 +25,6 @@ from sleb_plugins import (
 )
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-Engine = Literal["prefix", "plain", "hidden-states", "weights", "model"]
 Scorer = Callable[[Collection[int], Sequence[int]], dict[int, float]]
 
 # Positions that are scored at once, so that the float32 copy of the logits stays small.
