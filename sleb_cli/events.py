@@ -38,21 +38,37 @@ class TaskFinished:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """The greedy search begins: `evaluations` counts candidate x sequence over all steps."""
+    """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence over the others."""
 
     blocks: int
     remove: int
+    done: int
     evaluations: int
 
 
 @dataclass(frozen=True)
+class SearchAdvanced:
+    """So many more evaluations of one candidate on one sequence are done; they may be done in parts."""
+
+    evaluations: float
+
+
+@dataclass(frozen=True)
 class CandidateScored:
-    """`block` was scored on `sequences` more sequences; `score` is its mean so far in this step."""
+    """`block` was scored on more sequences; `score` is its mean so far in this step."""
 
     step: int
     block: int
     score: float
-    sequences: int
+
+
+@dataclass(frozen=True)
+class RaceNarrowed:
+    """So many candidates are still in the race; the step will take so many evaluations if nobody else drops out."""
+
+    step: int
+    contenders: int
+    evaluations: int
 
 
 @dataclass(frozen=True)
@@ -65,5 +81,15 @@ class BlockRemoved:
     perplexity: float
 
 
-Event = Notice | TaskStarted | TaskAdvanced | TaskFinished | SearchStarted | CandidateScored | BlockRemoved
+Event = (
+    Notice
+    | TaskStarted
+    | TaskAdvanced
+    | TaskFinished
+    | SearchStarted
+    | SearchAdvanced
+    | CandidateScored
+    | RaceNarrowed
+    | BlockRemoved
+)
 Notify = Callable[[Event], None]

@@ -16,8 +16,8 @@ SCHEMA_VERSION = 1
 Block = Annotated[int, Field(ge=0)]
 
 
-Engine = Literal["prefix", "plain", "hidden-states", "weights", "model"]
-"""How candidates were scored."""
+Engine = Literal["fork", "prefix", "plain", "weights", "model"]
+"""How candidates were scored: all in one walk, each from its block on, each through the whole model, or otherwise."""
 
 
 class CalibrationRecord(Record):
@@ -43,6 +43,7 @@ class SearchRecord(Record):
     dtype: str
     device: str
     batch_size: int
+    fast: bool = False
     engine: Engine
     engine_reason: str | None
 
@@ -54,13 +55,32 @@ class DenseRecord(Record):
     perplexity: float
 
 
+class DropRecord(Record):
+    """A candidate that left the race: after how many sequences, how far behind the leader, in how many errors."""
+
+    sequences: int
+    behind: float
+    errors: float
+
+
+class RaceRecord(Record):
+    """How a step was raced; `margin` is the winner's lead over the next survivor, None where no other survived."""
+
+    margin: float | None
+    dropped: dict[Block, DropRecord]
+
+
 class Step(Record):
-    """One removal: the metric's score, and the calibration perplexity, without this and all earlier blocks."""
+    """One removal: the metric's score, and the calibration perplexity, without this and all earlier blocks.
+
+    `scores` holds every candidate's; where they raced, every survivor's. All are over all sequences.
+    """
 
     block: Block
     score: float
     perplexity: float
     scores: dict[Block, float]
+    race: RaceRecord | None = None
 
 
 class EnvironmentRecord(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,3 +34,20 @@ class ModelRecord(Record):
     model_type: str
     family: str
     blocks: Annotated[int, Field(ge=1)]
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """Name what differs between two records' data: "search.metric: nll, not cosine; …"; nothing, where they agree."""
+    left, right = _flat(found), _flat(expected)
+    return "; ".join(
+        f"{name}: {left.get(name)}, not {right.get(name)}"
+        for name in dict.fromkeys([*left, *right])
+        if left.get(name) != right.get(name)
+    )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in data.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat

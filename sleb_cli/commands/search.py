@@ -7,7 +7,6 @@ import typer
 
 from sleb_cli.commands.options import (
     DeviceOption,
-    DtypeOption,
     ForceOption,
     JsonOption,
     ModelArgument,
@@ -23,7 +22,10 @@ def search(
         str | None, typer.Option(help="Share of the blocks to remove, rounded up: 0.2.", show_default=False)
     ] = None,
     remove: Annotated[int | None, typer.Option(help="Number of blocks to remove.", show_default=False)] = None,
-    metric: Annotated[str, typer.Option(help="How a candidate is scored; `sleb plugins` lists them.")] = "nll",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="How a candidate is scored; `sleb plugins` lists them. (default: nll)", show_default=False),
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -40,34 +42,75 @@ def search(
         int | None,
         typer.Option(help="Tokens in each. (default: 2048 or the model's limit; 128 for demo)", show_default=False),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Decides which text is drawn, or written.")] = 0,
-    protect_first: Annotated[int, typer.Option(help="Blocks at the start that stay.")] = 1,
-    protect_last: Annotated[int, typer.Option(help="Blocks at the end that stay.")] = 1,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    batch_size: Annotated[
-        int | None, typer.Option(help="Sequences at once. (default: 2048 tokens)", show_default=False)
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Decides which text is drawn or written, and the order of a race. (default: 0)", show_default=False
+        ),
     ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Let candidates race: who is clearly beaten is scored on no more sequences.")
+    ] = False,
+    protect_first: Annotated[
+        int | None, typer.Option(help="Blocks at the start that stay. (default: 1)", show_default=False)
+    ] = None,
+    protect_last: Annotated[
+        int | None, typer.Option(help="Blocks at the end that stay. (default: 1)", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, float16, or auto: the checkpoint's own. (default: auto)", show_default=False
+        ),
+    ] = None,
+    device: DeviceOption = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What a search may take beside the model: 8GiB. (default: a share of what is free)", show_default=False
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences that pass through a block together. (default: by device)", show_default=False),
+    ] = None,
+    extend: Annotated[
+        Path | None,
+        typer.Option(help="Go on from a finished plan, with its settings and text.", show_default=False),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a search that was interrupted.")] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the plan.")] = Path("plan.json"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Where to write the plan. (default: plan.json, or the one extended)",
+            show_default=False,
+        ),
+    ] = None,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Find the blocks that MODEL can best do without, and write them to a plan."""
     from sleb_cli.atomic import require_new_file
+    from sleb_cli.journal import Journal, journal_of
     from sleb_cli.ui.plugins import load_and_report
     from sleb_cli.ui.progress import show_progress
     from sleb_cli.ui.tables import show_plan
 
-    require_new_file(output, force=force)
+    # An extended plan holds all that was in the old one, so it may take its place.
+    place = output or extend or Path("plan.json")
+    require_new_file(place, force=force or place == extend)
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.calibration import CalibrationRequest
         from sleb_cli.engine.search import SearchRequest, plan_removals
 
         request = SearchRequest(
             model=model,
+            output=place,
             ratio=ratio,
             remove=remove,
             calibration=CalibrationRequest(calibration, samples, sequence_length, seed),
@@ -77,8 +120,14 @@ def search(
             dtype=dtype,
             device=device,
             batch_size=batch_size,
+            memory=memory,
+            fast=fast,
+            extend=extend,
+            resume=resume,
+            force=force,
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
         plan = plan_removals(request, load_and_report(), notify)
-    show_plan(plan, output, as_json=json)
+    show_plan(plan, place, as_json=json)
+    Journal(journal_of(place)).delete()

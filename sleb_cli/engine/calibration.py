@@ -48,7 +48,7 @@ class CalibrationRequest:
     source: str | None
     samples: int | None
     sequence_length: int | None
-    seed: int
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def settle_calibration(request: CalibrationRequest, architecture: Architecture) 
         sequence_length=choose_length(
             request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
         ),
-        seed=request.seed,
+        seed=request.seed or 0,
         samples_were_asked=request.samples is not None,
     )
 

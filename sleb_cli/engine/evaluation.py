@@ -27,7 +27,7 @@ from sleb_cli.engine.loading import (
     load_pruned,
     load_tokenizer,
 )
-from sleb_cli.engine.scoring import score_sequences
+from sleb_cli.engine.logits import score_logits
 from sleb_cli.engine.subject import Subject
 from sleb_cli.engine.texts import Text, evaluation_text
 from sleb_cli.engine.windows import (
@@ -122,7 +122,7 @@ def _perplexity(
     losses: list[float] = []
     for batch in torch.split(windows, request.batch_size):
         ids = batch.to(model.device)
-        losses += score_sequences(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
+        losses += score_logits(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
         notify(TaskAdvanced(task, len(batch), f"{math.exp(min(sum(losses) / len(losses), 700)):.2f} so far"))
     notify(TaskFinished(task))
     mean = sum(losses) / len(losses)

@@ -7,7 +7,9 @@ so whatever the model looks up by index (masks, rotary tables, layer types) stay
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +20,26 @@ from sleb_cli.engine.foreign import verdict
 from sleb_plugins import MachineError, UnsupportedModelError
 
 
+class OutOfMemory(MachineError):
+    """The device has no more memory; less at once may still do."""
+
+
+def memory_ended(error: RuntimeError) -> bool:
+    """Whether torch means that the device has no memory left; MPS and CPU have no class of their own for it."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model hands to one block beside the hidden states: masks, rotary tables, inputs of that depth."""
+
+    block: int
+    entering: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class Gate:
     """Stands in for one block's `forward`: runs it, hands its input on, or hands given hidden states on."""
 
@@ -26,6 +48,7 @@ class Gate:
         self.skip = False
         self.inject: Tensor | None = None
         self.watch: Callable[[Tensor, Tensor], None] | None = None
+        self.record: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
         self._forward = block.forward
         self._own_forward = vars(block).get("forward")
         self._wrap: Callable[[Tensor], Any] | None = None
@@ -43,6 +66,8 @@ class Gate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Be called as the block is."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
+        if self.record is not None:
+            self.record(entering, args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
         if self.skip:
             if self._wrap is None:
                 self._wrap = _wrapping(self._forward(*args, **kwargs))
@@ -51,8 +76,17 @@ class Gate:
             output = self._forward(*args, **kwargs)
             self._wrap = _wrapping(output)
         if self.watch is not None:
-            self.watch(entering, output[0] if isinstance(output, tuple | list) else output)
+            self.watch(entering, _hidden_states(output))
         return output
+
+    def run(self, hidden: Tensor, call: Call) -> Tensor:
+        """Run the block on any hidden states, with the rest as it was recorded; give the hidden states that leave."""
+        return _hidden_states(self._forward(hidden, *call.args, **call.kwargs))
+
+
+def _hidden_states(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
+    return hidden
 
 
 def _wrapping(output: Any) -> Callable[[Tensor], Any]:
@@ -99,21 +133,23 @@ class GatedModel:
     def switch_off(self, removed: Collection[int]) -> None:
         """Switch off exactly these blocks, until the next call of any method."""
         for index, gate in enumerate(self.gates):
-            gate.skip, gate.inject, gate.watch = index in removed, None, None
+            gate.skip, gate.inject, gate.watch, gate.record = index in removed, None, None, None
 
-    def logits(self, ids: Tensor, removed: Collection[int]) -> Tensor:
-        """Run the model without the removed blocks."""
+    def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
+        """Run the model without the removed blocks; with `last`, for so many positions where the family can do that."""
         self.switch_off(removed)
-        return self._forward(ids)
+        return self._forward(ids, last=last)
 
-    def logits_from(self, block: int, entering: Tensor, ids: Tensor, removed: Collection[int]) -> Tensor:
+    def logits_from(
+        self, block: int, entering: Tensor, ids: Tensor, removed: Collection[int], *, last: int = 0
+    ) -> Tensor:
         """Run the model without `block` and the removed ones, given the hidden states that enter `block`.
 
         Blocks before it are not computed: their result is what `entering` holds.
         """
         self.switch_off({*removed, *range(block + 1)})
         self.gates[block].inject = entering
-        return self._forward(ids)
+        return self._forward(ids, last=last)
 
     def watch(self, ids: Tensor, removed: Collection[int], listen: Callable[[int, Tensor, Tensor], None]) -> None:
         """Run the model without the removed blocks; tell of each other block what enters and what leaves it."""
@@ -121,8 +157,41 @@ class GatedModel:
         for index, gate in enumerate(self.gates):
             if index not in removed:
                 gate.watch = lambda entering, leaving, block=index: listen(block, entering, leaving)
-        # Nobody asks for the logits here, and the head is half the work of a small model.
-        self._forward(ids, **({"logits_to_keep": 1} if self._can_keep_few_logits else {}))
+        self._forward(ids, last=1)
+
+    def calls(self, ids: Tensor) -> list[Call]:
+        """Record what the model hands to each block for these tokens; with every block off, that costs next to nothing.
+
+        Raises:
+            UnsupportedModelError: a block is not called exactly once, in order.
+        """
+        self.switch_off(range(len(self.gates)))
+        calls: list[Call] = []
+        for index, gate in enumerate(self.gates):
+            gate.record = lambda entering, args, kwargs, block=index: calls.append(Call(block, entering, args, kwargs))
+        self._forward(ids, last=1)
+        self.switch_off(())
+        if [call.block for call in calls] != list(range(len(self.gates))):
+            raise UnsupportedModelError(
+                f"{self.model.config.model_type} calls its blocks in the order {[call.block for call in calls]}.",
+                hint="Its blocks cannot be run on their own.",
+            )
+        return calls
+
+    def run_block(self, call: Call, hidden: Tensor) -> Tensor:
+        """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
+        with self._foreign(call.entering.shape, f"block {call.block} alone"):
+            return self.gates[call.block].run(hidden, call)
+
+    def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Give the logits of hidden states that leave the last block: final norm, head, and what the family does after.
+
+        Each position stands for itself there, so any stretch of them may be given, with its own `ids`; no more
+        logits than that exist.
+        """
+        self.switch_off(range(len(self.gates)))
+        self.gates[-1].inject = hidden
+        return self._forward(ids)
 
     def entering_states(self, ids: Tensor, removed: Collection[int]) -> dict[int, Tensor]:
         """Give, for each block that is not removed, the hidden states that enter it."""
@@ -134,24 +203,33 @@ class GatedModel:
         self.watch(ids, removed, keep)
         return states
 
-    def _forward(self, ids: Tensor, **options: Any) -> Tensor:
-        with verdict(self._does_not_run):  # a family's own code may not bear that a block does nothing
-            try:
-                logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
-            except torch.OutOfMemoryError as error:
-                raise MachineError(
-                    f"{ids.shape[0]} sequences of {ids.shape[1]} tokens do not fit into the memory of {ids.device}.",
-                    hint="Take a smaller --batch-size or --sequence-length, or --device cpu.",
-                ) from error
+    def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
+        options = {"logits_to_keep": last} if last and self._can_keep_few_logits else {}
+        off = [index for index, gate in enumerate(self.gates) if gate.skip]
+        with self._foreign(ids.shape, f"without blocks {off}" if off else ""):
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
         return logits
 
-    def _does_not_run(self, words: str) -> UnsupportedModelError:
-        off = [index for index, gate in enumerate(self.gates) if gate.skip]
-        without = f" without blocks {off}" if off else ""
-        return UnsupportedModelError(
-            f"{self.model.config.model_type} does not run{without}: {words}.",
-            hint="If it runs whole in transformers, report the family to us.",
-        )
+    @contextmanager
+    def _foreign(self, shape: torch.Size, what: str) -> Iterator[None]:
+        """Run the family's own code, which may not bear that a block does nothing."""
+
+        def does_not_run(words: str) -> UnsupportedModelError:
+            return UnsupportedModelError(
+                f"{self.model.config.model_type} does not run{what and ' ' + what}: {words}.",
+                hint="If it runs whole in transformers, report the family to us.",
+            )
+
+        with verdict(does_not_run):
+            try:
+                yield
+            except RuntimeError as error:
+                if not memory_ended(error):
+                    raise
+                raise OutOfMemory(
+                    f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {self.model.device}.",
+                    hint="Take a smaller --batch-size or --sequence-length, or --device cpu.",
+                ) from error
 
     @property
     def _can_keep_few_logits(self) -> bool:

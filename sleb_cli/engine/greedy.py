@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sleb_cli.plan import RaceRecord
 from sleb_plugins import ModelError, UsageError
 
-Score = Callable[[Collection[int], Sequence[int]], Mapping[int, float]]
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the candidates of a step scored: every one, or where they raced, every survivor."""
+
+    scores: Mapping[int, float]
+    race: RaceRecord | None = None
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One decided step: the removed block, and the score of every candidate."""
+    """One decided step: the block that goes, and what it was chosen from."""
 
     block: int
-    scores: dict[int, float]
+    outcome: Outcome
 
 
-def greedy_search(score: Score, blocks: int, remove: int, *, protect_first: int, protect_last: int) -> Iterator[Choice]:
-    """Remove one block after another: each time the one whose absence scores lowest.
+Score = Callable[[Sequence[int], Sequence[int]], Outcome]
+
+
+def greedy_search(
+    score: Score, blocks: int, remove: int, *, protect_first: int, protect_last: int, removed: Sequence[int] = ()
+) -> Iterator[Choice]:
+    """Remove one block after another until `remove` are gone: each time the one whose absence scores lowest.
 
     The first `protect_first` and the last `protect_last` of the remaining blocks are never candidates.
-    Ties go to the lower block, so that two runs write the same plan.
+    Ties go to the lower block, so that two runs write the same plan. `removed` are gone from the start.
 
     Raises:
         ModelError: a score is not finite; the sentence names the block.
     """
-    removed: list[int] = []
-    for _ in range(remove):
-        remaining = [block for block in range(blocks) if block not in removed]
-        candidates = remaining[protect_first : len(remaining) - protect_last]
-        scores = dict(score(tuple(removed), candidates))
-        _require_finite(scores, removed)
-        best = min(candidates, key=lambda block: (scores[block], block))
-        removed.append(best)
-        yield Choice(best, scores)
+    gone = list(removed)
+    while len(gone) < remove:
+        remaining = [block for block in range(blocks) if block not in gone]
+        outcome = score(tuple(gone), remaining[protect_first : len(remaining) - protect_last])
+        _require_finite(outcome.scores, gone)
+        best = min(outcome.scores, key=lambda block: (outcome.scores[block], block))
+        gone.append(best)
+        yield Choice(best, outcome)
 
 
 def count_to_remove(

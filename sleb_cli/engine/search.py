@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from sleb_cli import __version__
 from sleb_cli.engine.architecture import Architecture, read_architecture
+from sleb_cli.engine.budget import parse_bytes
 from sleb_cli.engine.calibration import (
+    REFERENCE_PRESETS,
     Calibration,
     CalibrationRequest,
     CalibrationSettings,
@@ -31,31 +35,46 @@ from sleb_cli.engine.loading import (
     load_tokenizer,
     quiet_libraries,
 )
+from sleb_cli.engine.passes import prepare_passes
 from sleb_cli.engine.scoring import Scoring
 from sleb_cli.engine.source import locate_model
-from sleb_cli.events import BlockRemoved, Notify, SearchStarted, TaskFinished, TaskStarted
-from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step
+from sleb_cli.engine.subject import require_same_model
+from sleb_cli.events import BlockRemoved, Notice, Notify, SearchStarted, TaskFinished, TaskStarted
+from sleb_cli.journal import Journal, journal_of
+from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step, read_plan
 from sleb_cli.plugin_manager import Registry
-from sleb_plugins import Metric, ModelError, UnsupportedModelError, UsageError
-
-# Sequences are scored together as long as they hold no more tokens than this.
-TOKENS_PER_BATCH = 2048
+from sleb_cli.records import differences
+from sleb_plugins import (
+    HiddenStateMetric,
+    LogitMetric,
+    Metric,
+    ModelError,
+    PlanError,
+    UnsupportedModelError,
+    UsageError,
+)
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """Everything that decides a search, as the user gave it."""
+    """Everything that decides a search, as the user gave it; None leaves it to the plan that is extended, or to us."""
 
     model: str
+    output: Path
     ratio: str | None
     remove: int | None
     calibration: CalibrationRequest
-    metric: str = "nll"
-    protect_first: int = 1
-    protect_last: int = 1
-    dtype: str = "auto"
+    metric: str | None = None
+    fast: bool = False
+    protect_first: int | None = None
+    protect_last: int | None = None
+    dtype: str | None = None
     device: str = "auto"
+    memory: str | None = None
     batch_size: int | None = None
+    extend: Path | None = None
+    resume: bool = False
+    force: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -64,34 +83,51 @@ class SearchRequest:
 class _Settled:
     """A request after everything that can be checked without the weights was checked."""
 
+    request: SearchRequest
+    extended: Plan | None
     architecture: Architecture
     metric: Metric
     remove: int
-    ratio: Fraction | None
     calibration: CalibrationSettings
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def ends(self) -> dict[str, int]:
+        """How many blocks at each end are never candidates."""
+        return {"protect_first": self.request.protect_first or 0, "protect_last": self.request.protect_last or 0}
+
 
 def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) -> Plan:
     """Search greedily for the blocks that the model can best do without.
+
+    What is measured on the way stands in a journal beside `request.output`; whoever writes the plan deletes it then.
 
     Raises:
         SlebError: of the class that fits, for anything the request asks that cannot be.
     """
     started = time.monotonic()
     quiet_libraries()
+    journal = Journal(journal_of(request.output))
+    journal.require(resume=request.resume, force=request.force)
     settled = _settle(request, registry, notify)
-    architecture = settled.architecture
-    tokenizer = load_tokenizer(architecture.source)
+    tokenizer = load_tokenizer(settled.architecture.source)
     # Loaded at first use: a text that is missing should be said before gigabytes are read.
-    model = cache(partial(load_dense, architecture, settled.dtype, settled.device, notify))
+    model = cache(partial(load_dense, settled.architecture, settled.dtype, settled.device, notify))
     calibration = calibrate(settled.calibration, tokenizer, model, notify)
-    dense, steps, how = _search(settled, request, model(), tokenizer, calibration, notify)
+    _require_continuation(settled, calibration)
+    try:
+        dense, steps, how = _search(settled, model(), tokenizer, calibration, journal, notify)
+    except BaseException:
+        if len(journal):
+            notify(Notice(f"What was measured is kept in {journal.path}: the same command with --resume goes on."))
+        raise
+    finally:
+        journal.close()
     return Plan(
         schema_version=1,
         sleb_version=__version__,
-        model=architecture.record,
+        model=settled.architecture.record,
         calibration=calibration.record,
         search=how,
         dense=dense,
@@ -107,10 +143,21 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
     ratio = parse_ratio(request.ratio) if request.ratio is not None else None
     if request.batch_size is not None and request.batch_size < 1:
         raise UsageError(f"--batch-size {request.batch_size} is too small.", hint="Take 1 or more.")
-    metric = registry.metric(request.metric)
+    if request.memory is not None:
+        parse_bytes(request.memory)
+    extended = read_plan(request.extend) if request.extend is not None else None
+    request = _fill_gaps(request, extended)
+    metric = registry.metric(request.metric or "nll")
+    if request.fast and not isinstance(metric, LogitMetric):
+        raise UsageError(
+            f"{metric.name} does not score sequence by sequence, so its candidates cannot race.",
+            hint="Leave out --fast.",
+        )
     device = choose_device(request.device)
     source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
     architecture = read_architecture(source, registry, notify)
+    if extended is not None and request.extend is not None:
+        require_same_model(request.extend, extended, architecture)
     if architecture.block_count < 2:
         raise UnsupportedModelError(
             f"The number of blocks of {source.id} is {architecture.block_count}: nothing can be removed.",
@@ -120,80 +167,151 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         architecture.block_count,
         ratio=ratio,
         remove=request.remove,
-        protect_first=request.protect_first,
-        protect_last=request.protect_last,
+        protect_first=request.protect_first or 0,
+        protect_last=request.protect_last or 0,
     )
+    if extended is not None and remove <= len(extended.removals):
+        raise UsageError(
+            f"{request.extend} has {len(extended.removals)} removals already, and {remove} are asked for.",
+            hint="Ask for more; where fewer will do, `sleb apply --remove N` takes the first N.",
+        )
     return _Settled(
+        request=request,
+        extended=extended,
         architecture=architecture,
         metric=metric,
         remove=remove,
-        ratio=ratio,
         calibration=settle_calibration(request.calibration, architecture),
         device=device,
-        dtype=choose_dtype(request.dtype, architecture, device),
+        dtype=choose_dtype(request.dtype or "auto", architecture, device),
     )
+
+
+def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
+    """Take what the user left open from the plan that is extended, or else what is usual."""
+    usual: dict[str, Any] = {"metric": "nll", "protect_first": 1, "protect_last": 1, "dtype": "auto"}
+    calibration = request.calibration
+    if extended is not None:
+        how, was = extended.search, extended.calibration
+        usual = {name: getattr(how, name) for name in (*usual, "batch_size", "fast")}
+        drawn = {"source": was.source, "samples": was.sequences, "sequence_length": was.sequence_length}
+        if was.source in REFERENCE_PRESETS:
+            del drawn["samples"]  # those count rows of text, not sequences
+        calibration = _fill(calibration, drawn | {"seed": was.seed})
+    filled: SearchRequest = replace(_fill(request, usual), calibration=_fill(calibration, {"seed": 0}))
+    return filled
+
+
+def _fill(request: Any, values: Mapping[str, Any]) -> Any:
+    """Set those fields of a request that the user left open."""
+    return replace(
+        request, **{name: value for name, value in values.items() if getattr(request, name) in (None, False)}
+    )
+
+
+def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
+    """Make sure that the extended plan was searched on the same tokens, in the same way.
+
+    Raises:
+        PlanError: it was not; the sentence names the differences.
+    """
+    plan, request = settled.extended, settled.request
+    if plan is None:
+        return
+    names = ("metric", "protect_first", "protect_last", "fast")
+    found = {name: getattr(request, name) for name in names} | {"dtype": dtype_name(settled.dtype)}
+    expected = {name: getattr(plan.search, name) for name in found}
+    differing = differences(
+        {"search": found, "calibration": calibration.record.to_data()},
+        {"search": expected, "calibration": plan.calibration.to_data()},
+    )
+    if differing:
+        raise PlanError(
+            f"This search does not go on where {request.extend} ended ({differing}).",
+            hint="Leave these settings to the plan, and name the text that it was calibrated on.",
+        )
 
 
 def _search(
-    settled: _Settled,
-    request: SearchRequest,
-    model: Any,
-    tokenizer: Any,
-    calibration: Calibration,
-    notify: Notify,
+    settled: _Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
 ) -> tuple[DenseRecord, list[Step], SearchRecord]:
-    architecture, sequences = settled.architecture, calibration.sequences.to(settled.device)
-    batch_size = request.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
+    architecture, request, metric = settled.architecture, settled.request, settled.metric
+    sequences = calibration.sequences.to(settled.device)
     with GatedModel(model, architecture.blocks_of(model)) as gated:
-        scoring = Scoring(gated, torch.split(sequences, batch_size), tokenizer, notify)
         notify(TaskStarted(task := "Measuring the dense model"))
-        dense_loss = scoring.loss(())
-        if not math.isfinite(dense_loss):
-            raise ModelError(
-                f"The loss of {architecture.source.id} itself is {dense_loss} in {dtype_name(settled.dtype)}.",
-                hint="Use a wider data type: --dtype float32.",
-            )
-        score, engine, reason = scoring.scorer(settled.metric)
+        passes, reason = prepare_passes(gated, sequences, notify, memory=request.memory, batch_size=request.batch_size)
+        scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast)
+        score, engine = scoring.scorer(metric)
+        how = SearchRecord(
+            algorithm="greedy",
+            metric=metric.name,
+            remove=settled.remove,
+            ratio=request.ratio,
+            **settled.ends,
+            dtype=dtype_name(settled.dtype),
+            device=settled.device.type,
+            batch_size=passes.budget.sequences,
+            fast=request.fast,
+            engine=engine,
+            engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
+        )
+        journal.open(_identity(settled, calibration, how), resume=request.resume)
+        if len(journal):
+            notify(Notice(f"{journal.path} holds {len(journal)} measurements: the search goes on from there."))
+        dense = settled.extended.dense if settled.extended else _measure_dense(scoring, settled)
         notify(TaskFinished(task))
-        notify(SearchStarted(architecture.block_count, settled.remove, _evaluations(settled, request, scoring)))
-        steps: list[Step] = []
-        for choice in greedy_search(
-            score,
-            architecture.block_count,
-            settled.remove,
-            protect_first=request.protect_first,
-            protect_last=request.protect_last,
-        ):
-            removed = [*(step.block for step in steps), choice.block]
+        steps = list(settled.extended.steps) if settled.extended else []
+        notify(SearchStarted(architecture.block_count, settled.remove, len(steps), _evaluations(settled, scoring)))
+        choices = greedy_search(
+            score, architecture.block_count, settled.remove, **settled.ends, removed=[step.block for step in steps]
+        )
+        for choice in choices:
+            scores = choice.outcome.scores
             # For nll the winner's score is the loss that is asked for here.
-            loss = choice.scores[choice.block] if settled.metric.name == "nll" else scoring.loss(removed)
+            loss = (
+                scores[choice.block]
+                if metric.name == "nll"
+                else scoring.loss([*(step.block for step in steps), choice.block])
+            )
             step = Step(
                 block=choice.block,
-                score=choice.scores[choice.block],
+                score=scores[choice.block],
                 perplexity=_perplexity(loss, choice.block),
-                scores=choice.scores,
+                scores=dict(scores),
+                race=choice.outcome.race,
             )
             steps.append(step)
+            journal.sync()
             notify(BlockRemoved(len(steps), step.block, step.score, step.perplexity))
-    how = SearchRecord(
-        algorithm="greedy",
-        metric=settled.metric.name,
-        remove=settled.remove,
-        ratio=request.ratio,
-        protect_first=request.protect_first,
-        protect_last=request.protect_last,
-        dtype=dtype_name(settled.dtype),
-        device=settled.device.type,
-        batch_size=batch_size,
-        engine=engine,
-        engine_reason=reason,
-    )
-    return DenseRecord(loss=dense_loss, perplexity=math.exp(dense_loss)), steps, how
+    return dense, steps, how
 
 
-def _evaluations(settled: _Settled, request: SearchRequest, scoring: Scoring) -> int:
-    first = settled.architecture.block_count - request.protect_first - request.protect_last
-    return sum(first - step for step in range(settled.remove)) * scoring.sequences
+def _identity(settled: _Settled, calibration: Calibration, how: SearchRecord) -> dict[str, Any]:
+    """Say what a journal's measurements depend on; how many blocks go in the end is not among it."""
+    return {
+        "sleb": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": settled.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
+        "calibration": calibration.record.to_data(),
+        "search": how.model_dump(mode="json", exclude={"remove", "ratio"}),
+    }
+
+
+def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
+    loss = scoring.loss(())
+    if not math.isfinite(loss):
+        raise ModelError(
+            f"The loss of {settled.architecture.source.id} itself is {loss} in {dtype_name(settled.dtype)}.",
+            hint="Use a wider data type: --dtype float32.",
+        )
+    return DenseRecord(loss=loss, perplexity=math.exp(loss))
+
+
+def _evaluations(settled: _Settled, scoring: Scoring) -> int:
+    candidates = settled.architecture.block_count - sum(settled.ends.values())
+    done = len(settled.extended.removals) if settled.extended else 0
+    return sum(candidates - step for step in range(done, settled.remove)) * scoring.sequences
 
 
 def _perplexity(loss: float, block: int) -> float:

@@ -78,7 +78,7 @@ def _from_plan(path: Path, request: SubjectRequest, registry: Registry, notify: 
     revision = request.revision or (plan.model.revision if request.model is None else None)
     architecture = _architecture(request.model or plan.model.id, revision, request, registry, notify)
     if not request.any_model:
-        _require_same_model(path, plan, architecture)
+        require_same_model(path, plan, architecture)
     return Subject(plan_surgery(architecture, plan.removals), plan)
 
 
@@ -100,7 +100,12 @@ def _first(removals: tuple[int, ...], count: int | None, where: str) -> tuple[in
     return removals[:count]
 
 
-def _require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:
+def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:
+    """Make sure that a plan was made for this model, wherever it is now.
+
+    Raises:
+        PlanError: it was made for another one; the sentence names the differences.
+    """
     planned, found = plan.model, architecture.record
     differences = [
         f"{what}: {theirs}, not {ours}"

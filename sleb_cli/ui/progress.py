@@ -26,6 +26,8 @@ from sleb_cli.events import (
     Event,
     Notice,
     Notify,
+    RaceNarrowed,
+    SearchAdvanced,
     SearchStarted,
     TaskAdvanced,
     TaskFinished,
@@ -60,6 +62,8 @@ def _progress(console: Console) -> Progress:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
         console=console,
+        # The remaining time rests on the whole run, not on its last seconds: candidates are scored many at once.
+        speed_estimate_period=24 * 3600,
     )
 
 
@@ -74,6 +78,39 @@ class _Done(ProgressColumn):
         return Text(f"{task.completed:.0f}/{task.total:.0f}")
 
 
+class _Standing:
+    """How a search stands: what is done and still expected, in evaluations of one candidate on one sequence."""
+
+    def __init__(self, search: SearchStarted) -> None:
+        self._search = search
+        self._before_this_step = 0.0
+        self._best: dict[int, float] = {}
+        self._racing: int | None = None
+        self.done = 0.0
+        self.expected = float(search.evaluations)
+
+    def removed(self) -> None:
+        """A step is decided, and the next one begins."""
+        self._before_this_step = self.done
+        self._best.clear()
+        self._racing = None
+
+    def scored(self, block: int, score: float) -> None:
+        """A candidate's score so far."""
+        self._best[block] = score
+
+    def narrowed(self, step: int, contenders: int, evaluations: int) -> None:
+        """Expect of the steps to come what this one is expected to take."""
+        self._racing = contenders
+        self.expected = self._before_this_step + evaluations * (self._search.remove - step + 1)
+
+    def note(self, step: int) -> str:
+        """Say it in a few words."""
+        best = min(self._best, key=lambda block: self._best[block])
+        racing = f", {self._racing} still racing" if self._racing else ""
+        return f"step {step} of {self._search.remove}, best so far: block {best} ({self._best[best]:.4f}){racing}"
+
+
 class _Bars:
     """One bar a task; one bar for the whole search."""
 
@@ -82,8 +119,8 @@ class _Bars:
         self._first: TaskID | None = progress.add_task(first, total=None, unit="", note="")
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
-        self._search: SearchStarted | None = None
-        self._best: dict[int, float] = {}
+        self._standing: _Standing | None = None
+        self._last_step = 0
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -96,14 +133,25 @@ class _Bars:
             case TaskFinished(task):
                 self._finish(task)
             case SearchStarted():
-                self._search = event
-                self._add("Search", event.evaluations, "sequences")
-            case CandidateScored(step, block, score, sequences):
-                self._best[block] = score
-                self._progress.update(self._tasks["Search"], advance=sequences, note=self._standing(step))
+                self._standing, self._last_step = _Standing(event), event.remove
+                self._add("Search", event.evaluations, "candidates x sequences")
+            case _ if self._standing is not None:
+                self._search(event, self._standing)
+
+    def _search(self, event: Event, standing: _Standing) -> None:
+        match event:
+            case SearchAdvanced(evaluations):
+                standing.done += evaluations
+                self._progress.update(self._tasks["Search"], completed=standing.done)
+            case CandidateScored(step, block, score):
+                standing.scored(block, score)
+                self._progress.update(self._tasks["Search"], note=standing.note(step))
+            case RaceNarrowed(step, contenders, evaluations):
+                standing.narrowed(step, contenders, evaluations)
+                self._progress.update(self._tasks["Search"], total=standing.expected, note=standing.note(step))
             case BlockRemoved(step):
-                self._best.clear()
-                if self._search and step == self._search.remove:
+                standing.removed()
+                if step == self._last_step:
                     self._finish("Search")
 
     def _add(self, task: str, total: int | None, unit: str) -> None:
@@ -116,11 +164,6 @@ class _Bars:
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
         self._progress.update(self._tasks[task], total=total, completed=total, note="")
-
-    def _standing(self, step: int) -> str:
-        best = min(self._best, key=lambda block: self._best[block])
-        of = self._search.remove if self._search else step
-        return f"step {step} of {of}, best so far: block {best} ({self._best[best]:.4f})"
 
 
 class _Log:
@@ -136,9 +179,12 @@ class _Log:
                 self._line(text)
             case TaskStarted(task):
                 self._line(f"{task} …")
-            case SearchStarted(blocks, remove, evaluations):
+            case SearchStarted(blocks, remove, done, evaluations):
                 self._remove = remove
-                self._line(f"Search: {remove} of {blocks} blocks, {evaluations} candidate x sequence evaluations …")
+                after = f", {done} of them gone already" if done else ""
+                self._line(
+                    f"Search: {remove} of {blocks} blocks{after}, {evaluations} candidate x sequence evaluations …"
+                )
             case BlockRemoved(step, block, score, perplexity):
                 self._line(
                     f"step {step} of {self._remove}: block {block} removed, score {score:.4f}, "

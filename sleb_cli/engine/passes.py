@@ -1,0 +1,271 @@
+"""Passes of the model without some of its blocks, batch by batch: forking, or else one candidate at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sleb_cli.engine.budget import Budget, Footprint, available_memory, settle_budget
+from sleb_cli.engine.fork import Walk, fork
+from sleb_cli.engine.gates import GatedModel, OutOfMemory, memory_ended
+from sleb_cli.engine.loading import free_memory
+from sleb_cli.engine.logits import score_hidden_states, score_logits
+from sleb_cli.engine.states import BASE, States, depths_to_keep
+from sleb_cli.events import Notice, Notify, SearchAdvanced
+from sleb_cli.plan import Engine
+from sleb_plugins import LogitMetric, UnsupportedModelError
+
+_Logits = Iterator[tuple[int, Tensor]]
+
+# The candidates and sequences on which two ways to score are compared before a search.
+CHECKED_CANDIDATES = 4
+CHECKED_SEQUENCES = 2
+CHECKED_POSITIONS = 64
+
+# A step's rows are remembered at the depths of so many of its best candidates.
+KEPT_DEPTHS = 4
+
+# About what share of a candidate's evaluation is done when its row has left the last block; only progress shows it.
+CLIMB = 0.7
+
+
+@dataclass
+class Passes:
+    """The calibration sequences in batches on the model's device, and the way in which they pass through the model."""
+
+    gated: GatedModel
+    batches: Sequence[Tensor]
+    budget: Budget
+    notify: Notify
+    engine: Engine = "fork"
+    ranking: Sequence[int] = ()
+    """The best candidates so far, the best first: the next step will probably begin at one of them."""
+
+    _removed: tuple[int, ...] = ()
+    _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
+    _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def scores(
+        self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Score the sequences of a batch without each candidate; without candidates, of the model as it stands (BASE).
+
+        Where the device's memory ends, less is done at once; what was scored is not scored again.
+
+        Raises:
+            OutOfMemory: there is nothing left that could be done in smaller pieces.
+        """
+        self._follow(tuple(removed))
+        left = list(candidates) or [BASE]
+        while left:
+            try:
+                for block, scores in self._scores(metric, batch, removed, [row for row in left if row != BASE]):
+                    left.remove(block)
+                    yield block, scores
+            except (OutOfMemory, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and not memory_ended(error):
+                    raise
+                self._take_less(error)
+
+    def _take_less(self, error: Exception) -> None:
+        less = self.budget.halved()
+        if less is None:
+            raise error
+        self.budget = less
+        self._states.clear()
+        free_memory()
+        self.notify(
+            Notice(
+                f"The memory of {self.gated.model.device} ended; the search goes on with {less.rows} candidates, "
+                f"{less.sequences} sequences and {less.positions} positions at once."
+            )
+        )
+
+    def _scores(
+        self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, list[float]]]:
+        parts = torch.split(self.batches[batch], self.budget.sequences)
+        gathered: defaultdict[int, list[float]] = defaultdict(list)
+        for number, ids in enumerate(parts):
+            ways = {"fork": self._by_fork, "prefix": self._by_prefix, "plain": self._one_by_one}
+            for block, scores in ways[self.engine](metric, (batch, number), ids, removed, candidates):
+                gathered[block] += scores.tolist()
+                if number == len(parts) - 1:
+                    yield block, gathered[block]
+
+    def _by_fork(
+        self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """All in one walk, or in as many as the memory asks for."""
+        dense = self._dense_hidden_states(key, ids) if metric.needs_dense_logits else None
+        states, rows = self._states[key], self.budget.rows
+        depths = depths_to_keep(self.ranking, candidates, self.budget.kept, KEPT_DEPTHS)
+
+        def climbed(done: int, of: int) -> None:
+            self.notify(SearchAdvanced(CLIMB * len(ids) * min(rows, len(candidates)) * done / of))
+
+        for block, hidden in fork(
+            self.gated, ids, removed, candidates, states, keep=depths, at_once=rows, climbed=climbed
+        ):
+            yield block, score_hidden_states(metric, self.gated, hidden, ids, dense, positions=self.budget.positions)
+            self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
+        states.shrink(self.budget.kept, depths)
+
+    def _by_prefix(
+        self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """One candidate at a time, each from its block on."""
+        dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
+        if not candidates:
+            yield BASE, score_logits(metric, self.gated.logits(ids, removed), ids, dense)
+            return
+        entering = self.gated.entering_states(ids, removed)
+        for block in candidates:
+            logits = self.gated.logits_from(block, entering[block], ids, removed)
+            yield block, score_logits(metric, logits, ids, dense)
+            self.notify(SearchAdvanced(len(ids)))
+
+    def _one_by_one(
+        self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """One candidate at a time, each through the whole model."""
+        dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
+        for block in candidates or [BASE]:
+            yield block, score_logits(metric, self.gated.logits(ids, {*removed, block}), ids, dense)
+            self.notify(SearchAdvanced(len(ids) if candidates else 0))
+
+    def _dense_hidden_states(self, key: tuple[int, int], ids: Tensor) -> Tensor:
+        if key not in self._dense:
+            self._dense[key] = next(hidden for _, hidden in fork(self.gated, ids, (), (), States()))
+        return self._dense[key]
+
+    def _follow(self, removed: tuple[int, ...]) -> None:
+        """Forget what the latest removals made untrue."""
+        known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
+        for states in self._states.values():
+            if known is None:
+                states.at.clear()
+            for block in removed[known:]:
+                states.after_removal(block)
+        self._removed = removed
+
+    def watch(
+        self, batch: int, removed: Sequence[int], candidates: Sequence[int], look: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Run a batch through the model as it stands; show for each candidate what enters and what leaves it."""
+        ids = self.batches[batch]
+        if self.engine != "fork":
+            self.gated.watch(ids, removed, lambda block, *states: look(block, *states) if block in candidates else None)
+            return
+        calls = self.gated.calls(ids)
+        walk = Walk(self.gated, calls, States(), removed, ())
+        entering = calls[0].entering
+        for block in range(candidates[-1] + 1):
+            walk.climb(block)
+            if block in candidates:
+                look(block, entering, walk.rows[BASE])
+            entering = walk.rows[BASE]
+
+
+def prepare_passes(
+    gated: GatedModel, sequences: Tensor, notify: Notify, *, memory: str | None = None, batch_size: int | None = None
+) -> tuple[Passes, str | None]:
+    """Fit the passes over these sequences into memory, and choose the engine; say why, where it is not the fork.
+
+    Args:
+        gated: the model.
+        sequences: tokens on its device, [sequences, positions].
+        notify: told of progress.
+        memory: what the user gives beside the model; None takes a share of what is free.
+        batch_size: sequences in a batch; None takes what suits the device.
+
+    Raises:
+        MachineError: not even one candidate on one sequence fits.
+    """
+    device = sequences.device.type
+    with torch.inference_mode():
+        footprint = _footprint(gated, sequences[:1, :2])
+        available = available_memory(sequences.device, memory)
+        budget = settle_budget(
+            available,
+            footprint,
+            device,
+            candidates=len(gated.gates),
+            sequences=len(sequences),
+            length=sequences.shape[1],
+            batch=batch_size,
+        )
+        engine, reason = choose_engine(gated, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
+    if engine != "fork" and batch_size is None:  # all logits of a batch exist at once
+        fitting = available // 4 // (sequences.shape[1] * footprint.logits)
+        budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
+    return Passes(gated, torch.split(sequences, budget.sequences), budget, notify, engine), reason
+
+
+def _footprint(gated: GatedModel, ids: Tensor) -> Footprint:
+    """Look at what a few tokens take on their way; a block's own need is guessed from its widest weight."""
+    hidden = next(iter(gated.entering_states(ids, ()).values()))
+    logits = gated.logits(ids, ())
+    widest = max(max(weight.shape) for gate in gated.gates for weight in gate.block.parameters())
+    width = hidden.shape[-1]
+    return Footprint(
+        row=width * hidden.itemsize, block=4 * (8 * width + 4 * widest), logits=2 * logits.shape[-1] * logits.itemsize
+    )
+
+
+def choose_engine(gated: GatedModel, ids: Tensor) -> tuple[Engine, str | None]:
+    """Take the fastest way that gives the numbers of one-at-a-time skipping; say why, where it is not the fork.
+
+    Args:
+        gated: the model.
+        ids: a few sequences, [batch, positions].
+    """
+    fork_fails = _why_not(gated, ids, "forking", _fork_logits)
+    if fork_fails is None:
+        return "fork", None
+    prefix_fails = _why_not(gated, ids, "resuming", _prefix_logits)
+    return ("prefix", fork_fails) if prefix_fails is None else ("plain", prefix_fails)
+
+
+def _why_not(
+    gated: GatedModel, ids: Tensor, name: str, way: Callable[[GatedModel, Tensor, list[int]], _Logits]
+) -> str | None:
+    count = len(gated.gates)
+    blocks = sorted({round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)})
+    blocks = list(range(count)) if count <= 2 * CHECKED_CANDIDATES else blocks
+    try:
+        for block, ours in way(gated, ids, blocks):
+            plain = gated.logits(ids, {block}, last=CHECKED_POSITIONS)
+            if not same_numbers(plain[:, -CHECKED_POSITIONS:], ours):
+                return f"without block {block}, {name} there gives other logits than running the whole model"
+    except OutOfMemory:
+        raise
+    except UnsupportedModelError as error:
+        return error.message.rstrip(".")
+    return None
+
+
+def _fork_logits(gated: GatedModel, ids: Tensor, blocks: list[int]) -> _Logits:
+    for block, hidden in fork(gated, ids, (), blocks, States()):
+        yield block, gated.head(hidden[:, -CHECKED_POSITIONS:], ids[:, -CHECKED_POSITIONS:])
+
+
+def _prefix_logits(gated: GatedModel, ids: Tensor, blocks: list[int]) -> _Logits:
+    entering = gated.entering_states(ids, ())
+    for block in blocks:
+        if block not in entering:
+            raise UnsupportedModelError(f"block {block} is not called on every pass", hint="")
+        yield block, gated.logits_from(block, entering[block], ids, (), last=CHECKED_POSITIONS)[:, -CHECKED_POSITIONS:]
+
+
+def same_numbers(left: Tensor, right: Tensor) -> bool:
+    """Whether two logits of the same dtype differ by no more than its rounding, relative to their size."""
+    if left.shape != right.shape or torch.equal(left, right):
+        return left.shape == right.shape
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(left.dtype, 3e-2)
+    scale = float(left.abs().max().float())
+    return bool((left.float() - right.float()).abs().max() <= tolerance * scale)

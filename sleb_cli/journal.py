@@ -1,0 +1,148 @@
+"""The journal of a search: every score as it is measured, so that an interrupted search loses nothing.
+
+A journal lies beside the plan that it will become. Each line is a checksum and a JSON document; the first one says
+which search it is, the others hold one measurement each. Lines are only ever added. Whatever stops the program, what
+was added before stays readable: a last line that is not whole is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sleb_cli.atomic import writing
+from sleb_cli.records import differences
+from sleb_plugins.errors import OutputError, PlanError
+
+# A crash of the program loses nothing; a crash of the machine loses at most this many seconds.
+SECONDS_BETWEEN_SYNCS = 5.0
+
+Removed = Sequence[int]
+Key = tuple[tuple[int, ...], int | None, int | None]
+
+
+def journal_of(plan: Path) -> Path:
+    """Give the place of the journal that becomes this plan."""
+    return plan.with_name(plan.name + ".journal")
+
+
+class Journal:
+    """Measurements by what was measured: scores of one candidate on one batch, or a loss. Without a path, in memory."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._known: dict[Key, list[float]] = {}
+        self._file: BinaryIO | None = None
+        self._synced = 0.0
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def require(self, *, resume: bool, force: bool) -> None:
+        """Make sure, before any work, that no unfinished search is overwritten unasked.
+
+        Raises:
+            OutputError: there is one, and neither is set.
+        """
+        if self.path is not None and self.path.exists() and not (resume or force):
+            raise OutputError(
+                f"{self.path} holds an unfinished search.",
+                hint="Go on with it by --resume, or start anew with --force.",
+            )
+
+    def open(self, search: Mapping[str, Any], *, resume: bool) -> None:
+        """Begin a journal for `search`; with `resume`, go on with the one that is there, if it is.
+
+        Raises:
+            OutputError: it cannot be written.
+            PlanError: the one that is there belongs to another search; the sentence names the differences.
+        """
+        if self.path is None:
+            return
+        whole = self._read(search) if resume and self.path.exists() else 0
+        with writing(self.path):
+            self._file = self.path.open("r+b" if whole else "wb")
+            self._file.truncate(whole)
+            self._file.seek(whole)
+        if not whole:
+            self._append(dict(search))
+            self.sync()
+
+    def find(self, removed: Removed, block: int | None = None, batch: int | None = None) -> list[float] | None:
+        """Give what was measured without `removed` and `block` on this batch, if it was."""
+        return self._known.get((tuple(removed), block, batch))
+
+    def add(
+        self, scores: Sequence[float], removed: Removed, block: int | None = None, batch: int | None = None
+    ) -> None:
+        """Write down a measurement."""
+        self._known[tuple(removed), block, batch] = list(scores)
+        self._append({"removed": list(removed), "block": block, "batch": batch, "scores": list(scores)})
+        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make sure that it is on the disk itself."""
+        if self._file is not None and self.path is not None:
+            with writing(self.path):
+                os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Let go of the file; it stays as long as it holds anything that was measured."""
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+            if not self._known:
+                self.delete()
+
+    def delete(self) -> None:
+        """Remove the file: its plan is written."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _append(self, document: dict[str, Any]) -> None:
+        if self._file is not None and self.path is not None:
+            text = json.dumps(document, separators=(",", ":")).encode()
+            with writing(self.path):
+                self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+                self._file.flush()
+
+    def _read(self, search: Mapping[str, Any]) -> int:
+        """Take in what is whole, and give its length in bytes."""
+        assert self.path is not None
+        whole = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            document = _parse(line)
+            if document is None:
+                break
+            if whole == 0:
+                if found := differences(search, document):
+                    raise PlanError(
+                        f"{self.path} belongs to another search ({found}).",
+                        hint="Give the same model, data and settings, or start anew with --force.",
+                    )
+            else:
+                key = (tuple(document["removed"]), document["block"], document["batch"])
+                self._known[key] = document["scores"]
+            whole += len(line)
+        if whole == 0:
+            raise PlanError(
+                f"{self.path} is not a journal of sleb, or it is broken from its first line on.",
+                hint="Remove it, or start anew with --force.",
+            )
+        return whole
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
+        return None
+    document: dict[str, Any] = json.loads(text)
+    return document
