@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        console.print_warning("Interrupted. Nothing was written.")
+        console.print_warning("Interrupted. Nothing half-written was left.")
     return code if isinstance(code, int) else 0
 
 

@@ -22,6 +22,8 @@ TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192, "mps": 2048}
 # Positions whose logits exist at once, in the model's data type.
 HEAD_POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 512}
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
 # Of the memory that is free. On a CPU, the other half is for the page cache and other programs: never swap.
 SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.5}
 
@@ -91,8 +93,8 @@ def settle_budget(
             size //= 2
     if needed(size, positions) > available:
         raise MachineError(
-            f"A search needs {needed(size, positions) / 1e6:.0f} MB beside the model, "
-            f"and may take {available / 1e6:.0f} MB.",
+            f"A search needs {_readable(needed(size, positions))} beside the model, "
+            f"and may take {_readable(available)}.",
             hint="Raise --memory, or take a smaller --batch-size or --sequence-length.",
         )
     row = size * length * footprint.row
@@ -135,13 +137,16 @@ def parse_bytes(text: str) -> int:
     return count
 
 
+def _readable(count: int) -> str:
+    return ByteSize(count).human_readable(decimal=True, separator=" ")
+
+
 def _left_in_container() -> int:
     """Give the bytes that the control group of this process leaves it; without one, more than any machine has."""
-    group = Path("/sys/fs/cgroup")
     try:
-        limit = int((group / "memory.max").read_text())  # or "max", where there is none
-        used = int((group / "memory.current").read_text())
-        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit = int((CONTROL_GROUP / "memory.max").read_text())  # or "max", where there is none
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        held = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 2**63
     reclaimable = int(held.get("file", 0)) - int(held.get("shmem", 0))

@@ -250,8 +250,12 @@ def _why_not(
 
 
 def _fork_logits(gated: GatedModel, ids: Tensor, blocks: list[int]) -> _Logits:
+    few = min(CHECKED_POSITIONS, ids.shape[1])
+    parts = [slice(-few, -few // 2), slice(-few // 2, None)]
     for block, hidden in fork(gated, ids, (), blocks, States()):
-        yield block, gated.head(hidden[:, -CHECKED_POSITIONS:], ids[:, -CHECKED_POSITIONS:])
+        if hidden.shape[:2] != ids.shape:
+            raise UnsupportedModelError(f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states", hint="")
+        yield block, torch.cat([gated.head(hidden[:, part], ids[:, part]) for part in parts], dim=1)
 
 
 def _prefix_logits(gated: GatedModel, ids: Tensor, blocks: list[int]) -> _Logits:

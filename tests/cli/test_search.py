@@ -88,7 +88,7 @@ def test_a_jsonl_file_calibrates_like_the_text_in_it(run_sleb, tiny_llama, text_
 def test_cosine_needs_one_pass_and_still_gives_the_perplexity(run_sleb, tiny_llama, text_file):
     result = search(run_sleb, tiny_llama, text_file, "--remove", 2, "--metric", "cosine", "--json")
     plan = json.loads(result.stdout)
-    assert plan["search"]["engine"] == "hidden-states"
+    assert plan["search"]["engine"] == "fork"
     assert all(0 <= score <= 2 for step in plan["steps"] for score in step["scores"].values())
     nll = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--json", "--force")
     by_nll = json.loads(nll.stdout)["steps"][0]["scores"]

@@ -1,21 +1,31 @@
 """What every family must pass: same numbers as the plain reference, and a checkpoint that proves itself."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Cohere2Config,
     Gemma2Config,
+    GPTNeoXConfig,
     MistralConfig,
+    MixtralConfig,
     OpenAIGPTConfig,
+    PhiConfig,
+    ProphetNetConfig,
     Qwen2Config,
     Qwen3Config,
+    XLMConfig,
 )
 
 from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
 from reference import plain_search
+from sleb_cli.engine import passes
 from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.budget import Budget, parse_bytes
 from sleb_cli.engine.loading import load_dense, load_pruned
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.surgery import plan_surgery
@@ -47,8 +57,32 @@ FAMILIES = {
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
     "gemma2-mixed-layers-softcap": lambda: Gemma2Config(**SHAPE, head_dim=8, sliding_window=8),
+    "cohere2-mixed-layers-parallel-scaled-logits": lambda: Cohere2Config(**SHAPE, sliding_window=8),
+    "gpt-neox-parallel": lambda: GPTNeoXConfig(**SHAPE | {"num_key_value_heads": 4}),
+    "phi-parallel-head-with-bias": lambda: PhiConfig(**SHAPE),
+    "mixtral-experts": lambda: MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
+    "bloom-masks-carry-the-batch-size": lambda: BloomConfig(
+        vocab_size=320, hidden_size=32, n_layer=5, n_head=4, bos_token_id=0, eos_token_id=1
+    ),
 }
 CLAIMED = {"llama", "opt"}
+
+# Families that do not bear the fork: what the self-check finds, and what it takes instead.
+OTHER_ENGINES = {
+    "prophetnet-several-streams": (
+        lambda: ProphetNetConfig(
+            vocab_size=320, hidden_size=32, decoder_ffn_dim=64, num_decoder_layers=5, num_decoder_attention_heads=4,
+            num_encoder_layers=5, num_encoder_attention_heads=4, encoder_ffn_dim=64, max_position_embeddings=128,
+        ),
+        "prefix",
+        "[2, 32] tokens become [2, 96] states",
+    ),
+    "xlm-works-between-its-blocks": (
+        lambda: XLMConfig(vocab_size=320, emb_dim=32, n_layers=5, n_heads=4, max_position_embeddings=128),
+        "plain",
+        "resuming there gives other logits than running the whole model",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -63,12 +97,14 @@ def architecture(folder):
 
 
 def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, architecture, text_file, tmp_path):
-    result = run_sleb("search", folder, "--remove", 3, *calibration(text_file), "--json")
+    options = ["--remove", 3, *calibration(text_file), "--batch-size", 2, "--json"]
+    result = run_sleb("search", folder, *options)
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert (plan["model"]["family"] in CLAIMED) == (plan["model"]["model_type"] in CLAIMED)
     assert ("found by structure" in result.stderr) == (plan["model"]["family"] == "structure")
-    assert plan["search"]["engine"] == "prefix"
+    assert plan["search"]["engine"] == "fork"
+    assert plan["search"]["engine_reason"] is None
 
     model = load_dense(architecture, torch.float32, torch.device("cpu"), lambda event: None)
     sequences = sequences_of(plan, architecture, text_file)
@@ -77,6 +113,42 @@ def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, archite
     for step, losses in zip(plan["steps"], steps, strict=True):
         assert step["scores"] == pytest.approx({str(block): loss for block, loss in losses.items()}, abs=1e-5)
         assert step["score"] == step["scores"][str(step["block"])]
+
+
+@pytest.mark.parametrize("name", OTHER_ENGINES)
+def test_a_family_that_the_fork_does_not_fit_is_searched_the_slower_way(run_sleb, tmp_path, text_file, name):
+    config, engine, reason = OTHER_ENGINES[name]
+    folder = save_model(tmp_path / name, config())
+    result = run_sleb("search", folder, "--remove", 2, *calibration(text_file))
+    assert result.exit_code == 0, result.stderr
+    assert f"engine {engine}: " in result.stdout
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["search"]["engine"] == engine
+    assert reason in plan["search"]["engine_reason"]
+
+    architecture = read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
+    model = load_dense(architecture, torch.float32, torch.device("cpu"), lambda event: None)
+    removals, steps = plain_search(model, architecture.blocks_of(model), sequences_of(plan, architecture, text_file), 2)
+    assert plan["removals"] == removals
+    assert plan["steps"][1]["scores"] == pytest.approx({str(b): loss for b, loss in steps[1].items()}, abs=1e-5)
+
+
+def test_little_memory_forces_slices_and_finds_the_same(run_sleb, folder, text_file, monkeypatch):
+    """One candidate a walk, nothing remembered, few logits at a time."""
+    options = ["--remove", 3, *calibration(text_file), "--batch-size", 2, "--json"]
+    plenty = json.loads(run_sleb("search", folder, *options).stdout)
+    refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
+    assert refused.exit_code == 7, refused.stderr
+    needed = re.search(r"needs ([\d.]+ .B) beside the model, and may take 1.0 KB", refused.stderr)[1]
+
+    budgets = []
+    settle = passes.settle_budget
+    monkeypatch.setattr(passes, "settle_budget", lambda *a, **k: budgets.append(settle(*a, **k)) or budgets[-1])
+    squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", parse_bytes(needed) + 100).stdout)
+    assert budgets == [Budget(sequences=2, positions=16, rows=1, kept=0)]
+    assert squeezed["removals"] == plenty["removals"]
+    for ours, theirs in zip(plenty["steps"], squeezed["steps"], strict=True):
+        assert theirs["scores"] == pytest.approx(ours["scores"], abs=1e-5)
 
 
 def sequences_of(plan, architecture, text_file):

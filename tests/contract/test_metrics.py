@@ -137,7 +137,7 @@ def test_a_logit_metric_gets_the_dense_logits(search, model, sequences):
     handle.remove()
     expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
     assert plan["steps"][0]["score"] == pytest.approx(float(expected), abs=1e-5)
-    assert plan["search"]["engine"] == "prefix"
+    assert plan["search"]["engine"] == "fork"
 
 
 def test_a_weight_metric_sees_parameters(search, model):

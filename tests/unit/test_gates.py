@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from conftest import gpt2_config, llama_config, opt_config
 from reference import plain_loss
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.scoring import score_sequences
+from sleb_cli.engine.logits import score_logits
 from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -35,7 +35,7 @@ def test_skipping_equals_the_plain_reference(model, ids):
     model, blocks = model
     with GatedModel(model, blocks) as gated:
         for removed in (set(), {1}, {0, 3}, {len(blocks) - 1}):
-            found = float(score_sequences(NegativeLogLikelihood(), gated.logits(ids, removed), ids).mean())
+            found = float(score_logits(NegativeLogLikelihood(), gated.logits(ids, removed), ids).mean())
             gated.switch_off(())
             assert found == pytest.approx(plain_loss(model, blocks, ids, removed), abs=1e-5)
 

@@ -4,12 +4,14 @@ from fractions import Fraction
 
 import pytest
 
-from sleb_cli.engine.greedy import count_to_remove, greedy_search, parse_ratio
+from sleb_cli.engine.greedy import Outcome, count_to_remove, greedy_search, parse_ratio
 from sleb_plugins import ModelError, UsageError
 
 
 def additive(costs):
-    return lambda removed, candidates: {block: sum(costs[b] for b in (*removed, block)) for block in candidates}
+    return lambda removed, candidates: Outcome(
+        {block: sum(costs[b] for b in (*removed, block)) for block in candidates}
+    )
 
 
 def search(costs, remove, first=1, last=1):
@@ -19,8 +21,8 @@ def search(costs, remove, first=1, last=1):
 def test_removes_the_cheapest_first_and_keeps_the_ends():
     choices = search([0, 5, 1, 3, 2, 0], 3)
     assert [choice.block for choice in choices] == [2, 4, 3]
-    assert set(choices[0].scores) == {1, 2, 3, 4}
-    assert set(choices[1].scores) == {1, 3, 4}
+    assert set(choices[0].outcome.scores) == {1, 2, 3, 4}
+    assert set(choices[1].outcome.scores) == {1, 3, 4}
 
 
 def test_a_tie_goes_to_the_lower_block():
@@ -43,9 +45,19 @@ def test_protection_counts_remaining_blocks():
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_not_finite_names_its_block(score):
     with pytest.raises(ModelError, match="Without block 2"):
-        list(
-            greedy_search(lambda r, c: {b: score if b == 2 else 1.0 for b in c}, 5, 1, protect_first=1, protect_last=1)
-        )
+        broken = lambda removed, candidates: Outcome({b: score if b == 2 else 1.0 for b in candidates})  # noqa: E731
+        list(greedy_search(broken, 5, 1, protect_first=1, protect_last=1))
+
+
+def test_a_search_goes_on_from_removals_that_are_given():
+    costs = [0, 5, 1, 3, 2, 0]
+    later = list(greedy_search(additive(costs), 6, 3, protect_first=1, protect_last=1, removed=[2]))
+    assert [choice.block for choice in later] == [choice.block for choice in search(costs, 3)[1:]]
+
+
+def test_only_survivors_of_a_race_can_win():
+    choices = greedy_search(lambda r, c: Outcome({3: 1.0, 2: 1.0}), 6, 1, protect_first=1, protect_last=1)
+    assert [choice.block for choice in choices] == [2]
 
 
 @pytest.mark.parametrize(
