@@ -1,4 +1,4 @@
-"""SLEB as plainly as it can be said: one sequence, one candidate at a time, hooks only. Nothing of sleb in here."""
+"""SLEB as plainly as it can be said: one sequence, one candidate at a time. Nothing of sleb in here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,34 +8,62 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def plain_loss(model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: set[int]) -> float:
+def plain_loss(model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: set[int], kinds: Any = None) -> float:
     """Give the mean over sequences of the mean cross entropy, with these blocks handing their input on."""
-
-    def hand_on(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
-
-    handles = [blocks[index].register_forward_hook(hand_on, with_kwargs=True) for index in skipped]
+    kinds = kinds or output_kinds(model, blocks, sequences)
+    before = {index: vars(blocks[index]).pop("forward", None) for index in skipped}
     try:
+        for index in skipped:
+            blocks[index].forward = handing_on(*kinds[index])
         losses = []
         for sequence in sequences:
             logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
             losses.append(nn.functional.cross_entropy(logits, sequence[1:]).double())
         return float(torch.stack(losses).mean())
     finally:
-        for handle in handles:
-            handle.remove()
+        for index in skipped:
+            del blocks[index].forward
+            if before[index] is not None:
+                blocks[index].forward = before[index]
+
+
+@torch.no_grad()
+def output_kinds(model: Any, blocks: nn.ModuleList, sequences: Tensor) -> list[tuple[type, int]]:
+    """Learn by hooks what each block returns: a tensor, or so many things in a tuple or list."""
+    kinds: dict[int, tuple[type, int]] = {}
+
+    def learn(index: int, output: Any) -> None:
+        kinds[index] = type(output), len(output)
+
+    handles = [
+        block.register_forward_hook(lambda block, args, output, index=index: learn(index, output))
+        for index, block in enumerate(blocks)
+    ]
+    model(sequences[:1, :2], use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return [kinds[index] for index in range(len(blocks))]
+
+
+def handing_on(kind: type, length: int) -> Any:
+    """Give a `forward` that does nothing."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if issubclass(kind, Tensor) else kind([hidden, *[None] * (length - 1)])
+
+    return forward
 
 
 def plain_search(
-    model: Any, blocks: nn.ModuleList, sequences: Tensor, remove: int
+    model: Any, blocks: nn.ModuleList, sequences: Tensor, remove: int, *, removed: Sequence[int] = ()
 ) -> tuple[list[int], list[dict[int, float]]]:
     """Give the removals in order, and each step's loss of every candidate; first and last block are protected."""
-    removed: list[int] = []
+    gone, kinds = list(removed), output_kinds(model, blocks, sequences)
     steps = []
-    for _ in range(remove):
-        remaining: Sequence[int] = [index for index in range(len(blocks)) if index not in removed]
-        losses = {index: plain_loss(model, blocks, sequences, {*removed, index}) for index in remaining[1:-1]}
-        removed.append(min(losses, key=lambda index: (losses[index], index)))
+    while len(gone) < remove:
+        remaining: Sequence[int] = [index for index in range(len(blocks)) if index not in gone]
+        losses = {index: plain_loss(model, blocks, sequences, {*gone, index}, kinds) for index in remaining[1:-1]}
+        gone.append(min(losses, key=lambda index: (losses[index], index)))
         steps.append(losses)
-    return removed, steps
+    return gone, steps

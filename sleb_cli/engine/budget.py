@@ -73,14 +73,17 @@ def settle_budget(
     sequences: int,
     length: int,
     batch: int | None,
+    looks: int = 1,
 ) -> Budget:
     """Fit a search into `available` bytes; `batch` is the number of sequences in a batch where the user chose it.
+
+    Otherwise there are `looks` batches or more, as far as there are sequences.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
     positions = HEAD_POSITIONS[device]
-    size = min(batch or max(1, TOKENS_PER_BATCH[device] // length), sequences)
+    size = min(batch or max(1, min(TOKENS_PER_BATCH[device] // length, sequences // looks)), sequences)
 
     def needed(size: int, positions: int) -> int:
         # The base row, a candidate's and what it becomes; one block at work; a chunk of logits, and its score.

@@ -139,6 +139,11 @@ def draw(windows: Tensor, count: int, seed: int) -> Tensor:
     return windows[sorted(random.Random(seed).sample(range(len(windows)), count))]
 
 
+def shuffled(windows: Tensor, seed: int) -> Tensor:
+    """Give the windows in an order that the seed decides: candidates race over them as they come."""
+    return windows[random.Random(seed).sample(range(len(windows)), len(windows))]
+
+
 def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify) -> Tensor:
     """Let the model write the sequences, sampled from its own distribution after BOS.
 

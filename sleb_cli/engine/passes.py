@@ -172,7 +172,13 @@ class Passes:
 
 
 def prepare_passes(
-    gated: GatedModel, sequences: Tensor, notify: Notify, *, memory: str | None = None, batch_size: int | None = None
+    gated: GatedModel,
+    sequences: Tensor,
+    notify: Notify,
+    *,
+    memory: str | None = None,
+    batch_size: int | None = None,
+    looks: int = 1,
 ) -> tuple[Passes, str | None]:
     """Fit the passes over these sequences into memory, and choose the engine; say why, where it is not the fork.
 
@@ -182,6 +188,7 @@ def prepare_passes(
         notify: told of progress.
         memory: what the user gives beside the model; None takes a share of what is free.
         batch_size: sequences in a batch; None takes what suits the device.
+        looks: into how many batches at least the sequences are cut, where there are so many.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
@@ -198,6 +205,7 @@ def prepare_passes(
             sequences=len(sequences),
             length=sequences.shape[1],
             batch=batch_size,
+            looks=looks,
         )
         engine, reason = choose_engine(gated, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
     if engine != "fork" and batch_size is None:  # all logits of a batch exist at once

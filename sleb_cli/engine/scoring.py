@@ -6,8 +6,8 @@ A scorer takes the blocks removed so far and the candidates of this step, and gi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from sleb_plugins import (
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scoring:
     """What every scorer works on: passes over the calibration sequences, and the journal of what was measured."""
 
@@ -41,6 +41,7 @@ class Scoring:
     tokenizer: Any
     notify: Notify
     fast: bool = False
+    _before: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     @property
     def gated(self) -> GatedModel:
@@ -79,7 +80,7 @@ class Scoring:
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score batch after batch; in a race, those who are beaten drop out after each."""
-        race = Race(self.sequences, {block: [] for block in candidates})
+        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates}, self._before)
         for batch in range(len(self.passes.batches)):
             for block in race.contenders:
                 if (found := self.journal.find(removed, block, batch)) is not None:
@@ -94,10 +95,11 @@ class Scoring:
             if self.fast:
                 race.drop_beaten()
                 self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), race.evaluations))
+        self._before = race.scores
         return race.outcome(fast=self.fast)
 
     def _add(self, race: Race, removed: Sequence[int], block: int, scores: Sequence[float]) -> None:
-        race.add({block: scores})
+        race.add(block, scores)
         self.notify(CandidateScored(len(removed) + 1, block, race.mean(block)))
 
     @torch.inference_mode()

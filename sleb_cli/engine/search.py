@@ -23,6 +23,7 @@ from sleb_cli.engine.calibration import (
     CalibrationSettings,
     calibrate,
     settle_calibration,
+    shuffled,
 )
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.gates import GatedModel
@@ -36,6 +37,7 @@ from sleb_cli.engine.loading import (
     quiet_libraries,
 )
 from sleb_cli.engine.passes import prepare_passes
+from sleb_cli.engine.race import LOOKS
 from sleb_cli.engine.scoring import Scoring
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import require_same_model
@@ -237,9 +239,18 @@ def _search(
 ) -> tuple[DenseRecord, list[Step], SearchRecord]:
     architecture, request, metric = settled.architecture, settled.request, settled.metric
     sequences = calibration.sequences.to(settled.device)
+    if request.fast:
+        sequences = shuffled(sequences, calibration.record.seed)
     with GatedModel(model, architecture.blocks_of(model)) as gated:
         notify(TaskStarted(task := "Measuring the dense model"))
-        passes, reason = prepare_passes(gated, sequences, notify, memory=request.memory, batch_size=request.batch_size)
+        passes, reason = prepare_passes(
+            gated,
+            sequences,
+            notify,
+            memory=request.memory,
+            batch_size=request.batch_size,
+            looks=LOOKS if request.fast else 1,
+        )
         scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast)
         score, engine = scoring.scorer(metric)
         how = SearchRecord(

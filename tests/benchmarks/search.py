@@ -1,71 +1,182 @@
 """How much faster the search of `sleb` is than the plain algorithm, in one run on the same data.
 
-    python tests/benchmarks/search.py FOLDER TEXT [--samples 4] [--length 128] [--remove 2] [--dtype bfloat16]
+    python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--plain-steps 1]
 
-Plain means: one sequence and one candidate at a time, through the whole model, with hooks only. Both sides
-must remove the same blocks. Times are of the search alone, after the model is loaded.
+Plain means: one sequence and one candidate at a time, through the whole model without it (`tests/reference.py`). Where
+it runs fewer steps than the search, the rest is reckoned from the block-rows that it would take. A block-row is one
+sequence through one block, a head-row one sequence through the head. Peak memory is what the process holds at most
+beside the model, in resident bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reference import plain_search
 from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.calibration import draw
+from sleb_cli.engine.calibration import draw, shuffled
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.greedy import greedy_search
 from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.passes import prepare_passes
+from sleb_cli.engine.race import LOOKS
 from sleb_cli.engine.scoring import Scoring
-from sleb_cli.engine.search import TOKENS_PER_BATCH
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.windows import adds_bos, cut_windows
+from sleb_cli.journal import Journal
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
+class Side:
+    """One of the two: what it took."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.bytes = 0
+        self.block_rows = 0
+        self.head_rows = 0.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder")
+    parser.add_argument("model")
     parser.add_argument("text", type=Path)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--remove", type=int, default=2)
+    parser.add_argument("--plain-steps", type=int, help="steps that the plain side runs (default: all)")
+    parser.add_argument("--fast", action="store_true", help="let candidates race")
+    parser.add_argument("--check", action="store_true", help="where they race, compare with our exact search too")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
 
     quiet_libraries()
     device = torch.device("cpu")
-    architecture = read_architecture(locate_model(options.folder, _ignore), load_plugins(), print)
+    architecture = read_architecture(locate_model(options.model, _ignore), load_plugins(), print)
     tokenizer = load_tokenizer(architecture.source)
     model = load_dense(architecture, choose_dtype(options.dtype, architecture, device), device, _ignore)
     blocks = architecture.blocks_of(model)
     windows = cut_windows(tokenizer, options.text.read_text(), options.length, bos=adds_bos(tokenizer))
-    sequences = draw(windows, options.samples, 0)
+    sequences = draw(windows, options.samples, options.seed)
+    count, steps = len(blocks), options.remove
+    print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {options.dtype}", flush=True)
 
-    start = time.perf_counter()
-    plain, _ = plain_search(model, blocks, sequences, options.remove)
-    plain_seconds = time.perf_counter() - start
+    ours, our_removals = search(model, blocks, sequences, steps, fast=options.fast, seed=options.seed)
+    show("ours", ours, our_removals)
+    if options.fast and options.check:
+        exact, exact_removals = search(model, blocks, sequences, steps, fast=False, seed=options.seed)
+        show("exact", exact, exact_removals)
+        print(f"        racing is {sum(exact.seconds) / sum(ours.seconds):.2f}x as fast as our exact search")
+        agree(our_removals, exact_removals)
 
-    start = time.perf_counter()
-    batches = torch.split(sequences, max(1, TOKENS_PER_BATCH // options.length))
-    with GatedModel(model, blocks) as gated:
-        score, engine, _ = Scoring(gated, batches, tokenizer, _ignore).scorer(NegativeLogLikelihood())
-        choices = greedy_search(score, len(blocks), options.remove, protect_first=1, protect_last=1)
-        ours = [choice.block for choice in choices]
-    our_seconds = time.perf_counter() - start
+    plain_steps = options.plain_steps or steps
+    with measured(Side()) as plain:
+        removed: list[int] = []
+        for step in range(plain_steps):
+            start = time.perf_counter()
+            removed, _ = plain_search(model, blocks, sequences, step + 1, removed=removed)
+            plain.seconds.append(time.perf_counter() - start)
+    passes = [(count - 2 - step) * len(sequences) for step in range(steps)]
+    rows = [passes[step] * (count - 1 - step) for step in range(steps)]
+    plain.block_rows, plain.head_rows = sum(rows), sum(passes)
+    show("plain", plain, removed)
+    agree(our_removals[:plain_steps], removed)
 
-    print(f"{len(sequences)} x {options.length} tokens, {options.remove} of {len(blocks)} blocks, {options.dtype}")
-    print(f"plain   {plain_seconds:7.1f} s  removes {plain}")
-    print(f"{engine:7} {our_seconds:7.1f} s  removes {ours}")
-    print(f"ratio   {plain_seconds / our_seconds:7.2f}x, removals {'agree' if plain == ours else 'DIFFER'}")
+    first = sum(plain.seconds)
+    whole = first * sum(rows) / sum(rows[:plain_steps])
+    if not options.fast:
+        print(f"ratio   {first / sum(ours.seconds[:plain_steps]):.2f}x in time over the first {plain_steps} steps")
+    if plain_steps < steps:
+        print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, the plain side reckoned at {whole:.0f} s")
+    elif options.fast:
+        print(f"ratio   {whole / sum(ours.seconds):.2f}x in time")
+    print(
+        f"        {plain.block_rows / ours.block_rows:.2f}x in block-rows, {plain.head_rows / ours.head_rows:.2f}x in "
+        f"head-rows, {plain.bytes / ours.bytes:.2f}x in peak memory beside the model"
+    )
+
+
+def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fast: bool, seed: int) -> Any:
+    """Run our search, as `sleb search` does, and count what it computes."""
+    with measured(Side()) as side, GatedModel(model, blocks) as gated:
+        count(gated, side, sequences.shape[1])
+        start = time.perf_counter()
+        order = shuffled(sequences, seed) if fast else sequences
+        passes, reason = prepare_passes(gated, order, _ignore, looks=LOOKS if fast else 1)
+        assert reason is None, reason
+        score, _ = Scoring(passes, Journal(), None, _ignore, fast=fast).scorer(NegativeLogLikelihood())
+        removals = []
+        for choice in greedy_search(score, len(blocks), remove, protect_first=1, protect_last=1):
+            removals.append(choice.block)
+            side.seconds.append(time.perf_counter() - start)
+            start = time.perf_counter()
+    return side, removals
+
+
+def count(gated: GatedModel, side: Side, length: int) -> None:
+    """Let every call to a block and to the head add to the rows of a side."""
+    run_block, head = gated.run_block, gated.head
+
+    def counted_block(call: Any, hidden: torch.Tensor) -> torch.Tensor:
+        side.block_rows += len(hidden)
+        return run_block(call, hidden)
+
+    def counted_head(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        side.head_rows += ids.numel() / (length - 1)
+        return head(hidden, ids)
+
+    gated.run_block, gated.head = counted_block, counted_head  # type: ignore[method-assign]
+
+
+@contextmanager
+def measured(side: Side) -> Iterator[Side]:
+    """Look at the process's resident bytes while it works."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+
+    def look() -> None:
+        while not done.wait(0.02):
+            side.bytes = max(side.bytes, process.memory_info().rss - before)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield side
+    finally:
+        done.set()
+        watcher.join()
+
+
+def show(name: str, side: Side, removals: list[int]) -> None:
+    seconds = " + ".join(f"{step:.0f}" for step in side.seconds)
+    print(f"{name:7} removes {removals} in {sum(side.seconds):.1f} s ({seconds})")
+    print(
+        f"        {side.block_rows:,} block-rows, {side.head_rows:,.0f} head-rows, {side.bytes / 1e6:.0f} MB at most",
+        flush=True,
+    )
+
+
+def agree(ours: list[int], theirs: list[int]) -> None:
+    print(f"        removals {'agree' if ours == theirs else 'DIFFER'}", flush=True)
 
 
 def _ignore(event: object) -> None:

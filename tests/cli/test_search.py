@@ -4,9 +4,6 @@ import errno
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -147,6 +144,10 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
         (("--remove", 1, "--sequence-length", "1"), 2, "predicts nothing"),
         (("--remove", 1, "--sequence-length", "129"), 2, "128 positions"),
         (("--remove", 1, "--batch-size", "0"), 2, "--batch-size 0"),
+        (("--remove", 1, "--memory", "lots"), 2, "--memory lots is no amount"),
+        (("--remove", 1, "--memory", "0"), 2, "--memory 0 is no amount"),
+        (("--remove", 1, "--metric", "cosine", "--fast"), 2, "cosine does not score sequence by sequence"),
+        (("--remove", 1, "--extend", "nowhere.json"), 3, "no plan nowhere.json"),
         (("--remove", 1, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),
         (("--remove", 1, "--calibration", "wikitext3"), 5, "no text source 'wikitext3'"),
         (("--remove", 1, "--calibration", "."), 5, "is a folder"),
@@ -236,21 +237,7 @@ def test_a_plan_that_cannot_be_saved_is_not_lost(run_sleb, tiny_llama, text_file
     assert result.exit_code == 8
     assert "the disk is full" in result.stderr
     assert json.loads(result.stdout)["removals"]
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_search_leaves_nothing(tiny_llama, text_file, tmp_path, number, code):
-    place = tmp_path / "run"
-    place.mkdir()
-    command = [sys.executable, "-m", "sleb_cli", "search", str(tiny_llama), "--remove", "4"]
-    command += map(str, calibration(text_file, samples=40, length=128))
-    with subprocess.Popen([*command, "--batch-size", "1"], cwd=place, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            if line.startswith("Search"):
-                process.send_signal(number)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == code
-    assert "Traceback" not in rest
-    assert os.listdir(place) == []
+    assert os.listdir(tmp_path) == ["plan.json.journal"]
+    monkeypatch.undo()
+    again = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--resume", "-o", tmp_path / "plan.json")
+    assert again.exit_code == 0, again.stderr

@@ -39,7 +39,7 @@ def test_with_little_the_head_and_then_the_batch_give_way():
 
 
 def test_what_cannot_fit_is_said_before_any_work():
-    with pytest.raises(MachineError, match="needs 8.3 MB beside the model, and may take 5.0 MB"):
+    with pytest.raises(MachineError, match=r"needs 8\.3 MB beside the model, and may take 5\.0 MB"):
         settle(5_000_000)
 
 

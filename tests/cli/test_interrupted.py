@@ -1,0 +1,240 @@
+"""An interrupted search loses nothing, and ends with the very plan that it would have had."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from conftest import calibration
+from sleb_cli.journal import Journal, journal_of
+
+# Enough batches that there is a middle to stop in.
+LONG = ["--remove", "3", "--batch-size", "1"]
+
+
+def plan_bytes(path):
+    """Give the plan as it stands in the file, without the two lines that tell the time."""
+    lines = path.read_bytes().splitlines()
+    kept = [line for line in lines if not line.strip().startswith((b'"started"', b'"seconds"'))]
+    assert len(lines) == len(kept) + 2
+    return kept
+
+
+@pytest.fixture(params=[(), ("--fast",), ("--metric", "cosine")], ids=["exact", "fast", "cosine"])
+def options(request, text_file):
+    return [*LONG, *request.param, *map(str, calibration(text_file, samples=8))]
+
+
+@pytest.fixture
+def whole(run_sleb, tiny_llama, options, tmp_path):
+    """The plan of a search that nobody interrupted, and its journal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda self: None)
+        assert run_sleb("search", tiny_llama, *options, "-o", "whole.json", "-q").exit_code == 0
+    return plan_bytes(tmp_path / "whole.json"), journal_of(tmp_path / "whole.json").read_bytes()
+
+
+def test_cut_off_at_50_points_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path):
+    plan, journal = whole
+    header = journal.index(b"\n") + 1
+    path = tmp_path / "plan.json"
+    for cut in random.Random(1).sample(range(header, len(journal)), min(50, len(journal) - header)):
+        journal_of(path).write_bytes(journal[:cut])
+        result = run_sleb("search", tiny_llama, *options, "--resume", "--force", "-q")
+        assert result.exit_code == 0, result.stderr
+        assert plan_bytes(path) == plan
+        assert not journal_of(path).exists()
+
+
+def start(model, options, place):
+    """Start the program itself."""
+    command = [sys.executable, "-m", "sleb_cli", "search", str(model), *options, "--resume"]
+    return subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def kill_and_resume(kills, tiny_llama, text_file, run_sleb, tmp_path):
+    """Kill the program again and again, each time after it has measured a little more, and let it end at last."""
+    options = ["--remove", "4", "--batch-size", "1", *map(str, calibration(text_file, samples=40))]
+    assert run_sleb("search", tiny_llama, *options, "-o", "whole.json", "-q").exit_code == 0
+    place = tmp_path / "run"
+    place.mkdir()
+    journal, rng = journal_of(place / "plan.json"), random.Random(0)
+    for _ in range(kills):
+        before = journal.stat().st_size if journal.exists() else 0
+        more = rng.randrange(1, 700)
+        with start(tiny_llama, options, place) as process:
+            while process.poll() is None and (not journal.exists() or journal.stat().st_size < before + more):
+                pass
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "the search ended before it was killed"
+    with start(tiny_llama, options, place) as process:
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert "measurements: the search goes on from there" in errors
+    assert plan_bytes(place / "plan.json") == plan_bytes(tmp_path / "whole.json")
+    assert os.listdir(place) == ["plan.json"]
+
+
+def test_killed_three_times_it_is_the_same_plan(tiny_llama, text_file, run_sleb, tmp_path):
+    kill_and_resume(3, tiny_llama, text_file, run_sleb, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_it_is_the_same_plan(tiny_llama, text_file, run_sleb, tmp_path):
+    kill_and_resume(50, tiny_llama, text_file, run_sleb, tmp_path)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_politely_it_says_how_to_go_on(tiny_llama, text_file, tmp_path, number, code):
+    place = tmp_path / "run"
+    place.mkdir()
+    options = [*LONG, *map(str, calibration(text_file, samples=40, length=128))]
+    with start(tiny_llama, options, place) as process:
+        for line in process.stderr:
+            if line.startswith("Search"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == code
+    assert "Traceback" not in rest
+    assert "kept in plan.json.journal: the same command with --resume goes on" in rest
+    assert os.listdir(place) == ["plan.json.journal"]
+
+
+def test_an_unfinished_search_is_not_overwritten_unasked(run_sleb, tiny_llama, text_file, tmp_path):
+    options = [*LONG, *calibration(text_file)]
+    journal = journal_of(tmp_path / "plan.json")
+    journal.write_text("measured")
+    result = run_sleb("search", tiny_llama, *options)
+    assert result.exit_code == 8
+    assert "plan.json.journal holds an unfinished search" in result.stderr
+    assert "--resume" in result.stderr
+    assert journal.read_text() == "measured"
+    assert run_sleb("search", tiny_llama, *options, "--force").exit_code == 0
+    assert not journal.exists()
+
+
+def test_resuming_where_nothing_is_begins_at_the_beginning(run_sleb, tiny_llama, text_file, tmp_path):
+    assert run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--resume").exit_code == 0
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        (["--metric", "cosine"], "search.metric: cosine, not nll"),
+        (["--fast"], "search.fast: True, not False"),
+        (["--seed", "1"], "calibration.seed: 1, not 0"),
+        (["--dtype", "bf16"], "search.dtype: bfloat16, not float32"),
+        (["--protect-first", "2"], "search.protect_first: 2, not 1"),
+        (["--batch-size", "3"], "search.batch_size: 3, not 1"),
+        (["--samples", "3"], "calibration.sequences: 3, not 4"),
+    ],
+)
+def test_a_journal_of_another_search_is_refused_by_the_difference(
+    run_sleb, tiny_llama, text_file, tmp_path, changes, difference
+):
+    options = [*LONG, *calibration(text_file)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda self: None)
+        run_sleb("search", tiny_llama, *options, "-q")
+    journal = journal_of(tmp_path / "plan.json")
+    before = journal.read_bytes()
+    result = run_sleb("search", tiny_llama, *options, *changes, "--resume", "--force")
+    assert result.exit_code == 3
+    assert difference in result.stderr
+    assert journal.read_bytes() == before
+
+
+def test_a_journal_of_another_model_is_refused(run_sleb, tiny_llama, tiny_gpt2, text_file, tmp_path):
+    options = [*LONG, *calibration(text_file)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda self: None)
+        run_sleb("search", tiny_llama, *options, "-q")
+    result = run_sleb("search", tiny_gpt2, *options, "--resume", "--force")
+    assert result.exit_code == 3
+    assert "model.fingerprint" in result.stderr
+    assert "model.model_type: gpt2, not llama" in result.stderr
+
+
+def test_how_many_blocks_go_may_change_on_the_way(run_sleb, tiny_llama, text_file, tmp_path):
+    """What was measured does not depend on where the search will end."""
+    settings = ["--batch-size", "1", *calibration(text_file)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda self: None)
+        run_sleb("search", tiny_llama, *settings, "--remove", 3, "-q")
+    removals = json.loads((tmp_path / "plan.json").read_text())["removals"]
+    result = run_sleb("search", tiny_llama, *settings, "--remove", 2, "--resume", "--force", "--json")
+    assert json.loads(result.stdout)["removals"] == removals[:2]
+
+
+def test_a_search_that_fails_before_anything_is_measured_leaves_nothing(run_sleb, tiny_llama, text_file, tmp_path):
+    result = run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--memory", "1kB")
+    assert result.exit_code == 7
+    assert os.listdir(tmp_path) == []
+
+
+class TestExtend:
+    @pytest.fixture(autouse=True)
+    def _plan(self, run_sleb, tiny_llama, text_file):
+        self.settings = [*calibration(text_file), "--seed", 3, "--protect-first", 0]
+        assert run_sleb("search", tiny_llama, *self.settings, "--remove", 2, "-o", "two.json").exit_code == 0
+
+    def test_it_goes_on_where_the_plan_ended_with_its_settings(self, run_sleb, tiny_llama, tmp_path):
+        assert run_sleb("search", tiny_llama, *self.settings, "--remove", 4, "-o", "four.json").exit_code == 0
+        result = run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 4, "-o", "more.json")
+        assert result.exit_code == 0, result.stderr
+        assert "4 of 6 blocks, 2 of them gone already" in result.stderr
+        assert plan_bytes(tmp_path / "more.json") == plan_bytes(tmp_path / "four.json")
+
+    def test_without_an_output_the_plan_itself_grows(self, run_sleb, tiny_llama, tmp_path):
+        two = json.loads((tmp_path / "two.json").read_text())
+        result = run_sleb("search", tiny_llama, "--extend", "two.json", "--ratio", "0.5")
+        assert result.exit_code == 0, result.stderr
+        three = json.loads((tmp_path / "two.json").read_text())
+        assert three["removals"][:2] == two["removals"]
+        assert three["steps"][:2] == two["steps"]
+        assert len(three["removals"]) == 3
+        assert sorted(os.listdir(tmp_path)) == ["two.json"]
+
+    def test_nothing_that_was_searched_is_searched_again(self, run_sleb, tiny_llama, tmp_path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "delete", lambda self: None)
+            run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3)
+        lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
+        removals = json.loads((tmp_path / "two.json").read_text())["removals"]
+        assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {tuple(removals[:2])}
+
+    @pytest.mark.parametrize(
+        ("changes", "code", "message"),
+        [
+            (["--remove", 2], 2, "two.json has 2 removals already, and 2 are asked for"),
+            (["--remove", 3, "--metric", "cosine"], 3, "search.metric: cosine, not nll"),
+            (["--remove", 3, "--seed", 4], 3, "calibration.seed: 4, not 3"),
+            (["--remove", 3, "--dtype", "bf16"], 3, "search.dtype: bfloat16, not float32"),
+        ],
+    )
+    def test_what_does_not_go_on_is_refused(self, run_sleb, tiny_llama, tmp_path, changes, code, message):
+        before = (tmp_path / "two.json").read_bytes()
+        result = run_sleb("search", tiny_llama, "--extend", "two.json", *changes)
+        assert result.exit_code == code, result.stderr
+        assert message in result.stderr
+        assert (tmp_path / "two.json").read_bytes() == before
+        assert os.listdir(tmp_path) == ["two.json"]
+
+    def test_a_text_that_has_changed_is_noticed(self, run_sleb, tiny_llama, tmp_path):
+        (tmp_path / "t.txt").write_text("river mountain snow water stone " * 400)
+        run_sleb("search", tiny_llama, "--remove", 1, *calibration("t.txt"), "-o", "one.json")
+        (tmp_path / "t.txt").write_text("snow water mountain river lamp " * 400)
+        result = run_sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2)
+        assert result.exit_code == 3
+        assert "calibration.tokens_sha256" in result.stderr
+
+    def test_another_model_is_refused(self, run_sleb, tiny_gpt2):
+        result = run_sleb("search", tiny_gpt2, "--extend", "two.json", "--remove", 3)
+        assert result.exit_code == 3
+        assert "is another model" in result.stderr
