@@ -106,16 +106,20 @@ class Scoring:
     def _score_states(self, metric: HiddenStateMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Run the model once, and score every block on the way."""
         scores: dict[int, list[float]] = {block: [] for block in candidates}
-
-        def look(block: int, entering: Tensor, leaving: Tensor) -> None:
-            tokens = metric.score_tokens(entering.float(), leaving.float())
-            require_shape(metric.name, tokens, entering.shape[:-1])
-            scores[block] += tokens.double().mean(-1).tolist()
-            self.notify(CandidateScored(len(removed) + 1, block, _mean(scores[block])))
-            self.notify(SearchAdvanced(len(entering)))
-
         for batch in range(len(self.passes.batches)):
-            self.passes.watch(batch, removed, candidates, look)
+
+            def look(block: int, entering: Tensor, leaving: Tensor, batch: int = batch) -> None:
+                tokens = metric.score_tokens(entering.float(), leaving.float())
+                require_shape(metric.name, tokens, entering.shape[:-1])
+                self.journal.add(tokens.double().mean(-1).tolist(), removed, block, batch)
+
+            if any(self.journal.find(removed, block, batch) is None for block in candidates):
+                self.passes.watch(batch, removed, candidates, look)
+            for block in candidates:
+                found = self.journal.find(removed, block, batch) or []
+                scores[block] += found
+                self.notify(SearchAdvanced(len(found)))
+                self.notify(CandidateScored(len(removed) + 1, block, _mean(scores[block])))
         return Outcome({block: _mean(values) for block, values in scores.items()})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:

@@ -1,0 +1,196 @@
+"""Passes over batches: what they cost in memory, and what happens when it ends."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import llama_config
+from sleb_cli.engine.budget import Budget
+from sleb_cli.engine.gates import GatedModel, OutOfMemory
+from sleb_cli.engine.passes import Passes, choose_engine, prepare_passes
+from sleb_cli.engine.states import BASE
+from sleb_cli.events import Notice, SearchAdvanced
+from sleb_plugins import MachineError
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
+
+PLENTY = Budget(sequences=4, positions=1000, rows=6, kept=100)
+CANDIDATES = [1, 2, 3, 4]
+
+
+@pytest.fixture
+def gated():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(llama_config(6, vocab_size=3000)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    with torch.inference_mode(), GatedModel(model, model.model.layers) as gated:
+        yield gated
+
+
+@pytest.fixture
+def sequences():
+    return torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(1))
+
+
+def passes_of(gated, sequences, budget=PLENTY, engine="fork"):
+    events = []
+    return Passes(gated, torch.split(sequences, budget.sequences), budget, events.append, engine), events
+
+
+def score(passes, removed=(), candidates=CANDIDATES):
+    found = {block: [] for block in candidates or [BASE]}
+    for batch in range(len(passes.batches)):
+        for block, scores in passes.scores(NegativeLogLikelihood(), batch, removed, candidates):
+            found[block] += scores
+    return found
+
+
+def test_all_engines_give_the_same_numbers(gated, sequences):
+    by_fork, by_prefix, plain = (
+        score(passes_of(gated, sequences, engine=engine)[0], removed=(2,), candidates=[1, 3, 4])
+        for engine in ("fork", "prefix", "plain")
+    )
+    for block in (1, 3, 4):
+        assert by_fork[block] == pytest.approx(plain[block], abs=1e-5)
+        assert by_prefix[block] == pytest.approx(plain[block], abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
+def test_without_candidates_it_scores_the_model_as_it_stands(gated, sequences, engine):
+    passes, events = passes_of(gated, sequences, engine=engine)
+    logits = gated.logits(sequences, {3})[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").mean(1)
+    assert score(passes, removed=(3,), candidates=())[BASE] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert sum(event.evaluations for event in events if isinstance(event, SearchAdvanced)) == 0
+
+
+@pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
+def test_progress_adds_up_to_candidates_times_sequences(gated, sequences, engine):
+    passes, events = passes_of(gated, sequences, engine=engine)
+    score(passes)
+    assert sum(event.evaluations for event in events) == pytest.approx(len(CANDIDATES) * len(sequences))
+
+
+def test_no_more_logits_exist_than_a_chunk(gated, sequences, monkeypatch):
+    sizes = []
+    forward = gated.model.forward
+
+    def watched(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        sizes.append(output.logits.shape[0] * output.logits.shape[1])
+        return output
+
+    passes, _ = prepare_passes(gated, sequences, lambda event: None, batch_size=4)
+    passes.budget = Budget(sequences=4, positions=12, rows=6, kept=100)
+    monkeypatch.setattr(gated.model, "forward", watched)
+    monkeypatch.setattr("sleb_cli.engine.gates.inspect.signature", lambda forward: _Signature())
+    score(passes)
+    assert max(sizes) == 12
+
+
+class _Signature:
+    parameters = ("logits_to_keep",)
+
+
+def fail_at(gated, monkeypatch, *numbers, error=torch.OutOfMemoryError):
+    """Let memory end at these calls of a block."""
+    calls = []
+    gate = gated.gates[5]
+    forward = gate._forward
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in numbers or not numbers:
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(gate, "_forward", failing)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_when_memory_ends_it_goes_on_with_less_and_scores_nothing_twice(gated, sequences, monkeypatch, error):
+    expected = score(passes_of(gated, sequences)[0])
+    passes, events = passes_of(gated, sequences, Budget(sequences=4, positions=1000, rows=2, kept=100))
+    fail_at(gated, monkeypatch, 3, error=error)  # the second walk of the first batch: two candidates have their scores
+    assert score(passes) == expected
+    notices = [event.text for event in events if isinstance(event, Notice)]
+    assert notices == [
+        "The memory of cpu ended; the search goes on with 1 candidates, 4 sequences and 1000 positions at once."
+    ]
+
+
+def test_in_the_end_it_halves_batches_and_the_scores_are_the_same_sequences(gated, sequences, monkeypatch):
+    expected = score(passes_of(gated, sequences)[0])
+    passes, _ = passes_of(gated, sequences, Budget(sequences=4, positions=16, rows=1, kept=0))
+    fail_at(gated, monkeypatch, 1, 2)
+    found = score(passes)
+    assert passes.budget == Budget(sequences=1, positions=16, rows=1, kept=0)
+    for block in CANDIDATES:
+        assert found[block] == pytest.approx(expected[block], abs=1e-5)
+
+
+def test_where_nothing_smaller_is_left_the_error_says_so(gated, sequences, monkeypatch):
+    passes, _ = passes_of(gated, sequences)
+    fail_at(gated, monkeypatch)
+    with pytest.raises(MachineError, match="1 sequences of 24 tokens do not fit into the memory of cpu"):
+        score(passes)
+
+
+def test_another_error_is_not_taken_for_the_end_of_memory(gated, sequences, monkeypatch):
+    passes, _ = passes_of(gated, sequences)
+    monkeypatch.setattr("sleb_cli.engine.passes.score_hidden_states", _broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        score(passes)
+
+
+def _broken(*args, **kwargs):
+    raise RuntimeError("shapes cannot be multiplied")
+
+
+def test_steps_begin_where_the_last_one_left_what_they_need(gated, sequences, monkeypatch):
+    rows = []
+    run = gated.run_block
+    monkeypatch.setattr(gated, "run_block", lambda call, hidden: rows.append(call.block) or run(call, hidden))
+    passes, _ = passes_of(gated, sequences)
+    passes.ranking = [3, 2, 1, 4]
+    score(passes)
+    rows.clear()
+    remembered = score(passes, removed=(3,), candidates=[1, 2, 4])
+    # Up to block 3 all is known, for 2 batches: then come rows 1 and 2, and the base row for 4 to fork off from.
+    assert rows == [4, 4, 5, 5, 5] * 2
+    fresh, _ = passes_of(gated, sequences, Budget(sequences=4, positions=1000, rows=6, kept=0))
+    assert score(fresh, removed=(3,), candidates=[1, 2, 4]) == remembered
+
+
+def test_removals_that_do_not_follow_each_other_are_not_mixed_up(gated, sequences):
+    passes, _ = passes_of(gated, sequences)
+    passes.ranking = [3]
+    score(passes, removed=(1,), candidates=[2, 3, 4])
+    fresh = score(passes_of(gated, sequences)[0], removed=(4,), candidates=[1, 2, 3])
+    assert score(passes, removed=(4,), candidates=[1, 2, 3]) == fresh
+
+
+def test_the_self_check_gives_the_reason_in_words(gated, sequences, monkeypatch):
+    assert choose_engine(gated, sequences[:2]) == ("fork", None)
+    run = gated.run_block
+    monkeypatch.setattr(gated, "run_block", lambda call, hidden: run(call, hidden) * 1.001)
+    engine, reason = choose_engine(gated, sequences[:2])
+    assert engine == "prefix"
+    assert reason == "without block 0, forking there gives other logits than running the whole model"
+
+
+def test_the_self_check_survives_a_fork_that_raises(gated, sequences, monkeypatch):
+    def broken(hidden, call):
+        raise ValueError("the mask has another size")
+
+    monkeypatch.setattr(gated.gates[2], "run", broken)
+    engine, reason = choose_engine(gated, sequences[:2])
+    assert engine == "prefix"
+    assert reason == "llama does not run block 2 alone: the mask has another size"
+
+
+def test_memory_that_ends_in_the_self_check_is_not_taken_for_a_verdict(gated, sequences, monkeypatch):
+    fail_at(gated, monkeypatch)
+    with pytest.raises(OutOfMemory):
+        choose_engine(gated, sequences[:2])
