@@ -17,7 +17,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from sleb_plugins import MachineError, UsageError
 
 # Tokens in a batch: enough to fill a device's matrix units, few enough to stay in a CPU's caches.
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192, "mps": 2048}
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192, "mps": 2048}
 
 # Positions whose logits exist at once, in the model's data type.
 HEAD_POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 512}

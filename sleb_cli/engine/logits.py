@@ -9,7 +9,7 @@ from sleb_cli.engine.gates import GatedModel
 from sleb_plugins import LogitMetric, PluginError
 
 # Logits are widened to float32 in pieces of this size, which a CPU's caches and its allocator hand round.
-WIDENED_BYTES = {"cpu": 12 << 20}
+WIDENED_BYTES = {"cpu": 4 << 20}
 _WIDENED_ELSEWHERE = 256 << 20
 
 

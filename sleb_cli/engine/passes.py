@@ -77,6 +77,7 @@ class Passes:
             raise error
         self.budget = less
         self._states.clear()
+        self._dense.clear()
         free_memory()
         self.notify(
             Notice(
@@ -103,7 +104,8 @@ class Passes:
         """All in one walk, or in as many as the memory asks for."""
         dense = self._dense_hidden_states(key, ids) if metric.needs_dense_logits else None
         states, rows = self._states[key], self.budget.rows
-        depths = depths_to_keep(self.ranking, candidates, self.budget.kept, KEPT_DEPTHS)
+        kept = self.budget.kept - (key in self._dense)
+        depths = depths_to_keep(self.ranking, candidates, kept, KEPT_DEPTHS)
 
         def climbed(done: int, of: int) -> None:
             self.notify(SearchAdvanced(CLIMB * len(ids) * min(rows, len(candidates)) * done / of))
@@ -113,7 +115,7 @@ class Passes:
         ):
             yield block, score_hidden_states(metric, self.gated, hidden, ids, dense, positions=self.budget.positions)
             self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
-        states.shrink(self.budget.kept, depths)
+        states.shrink(kept, depths)
 
     def _by_prefix(
         self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
@@ -139,9 +141,12 @@ class Passes:
             self.notify(SearchAdvanced(len(ids) if candidates else 0))
 
     def _dense_hidden_states(self, key: tuple[int, int], ids: Tensor) -> Tensor:
-        if key not in self._dense:
-            self._dense[key] = next(hidden for _, hidden in fork(self.gated, ids, (), (), States()))
-        return self._dense[key]
+        if key in self._dense:
+            return self._dense[key]
+        hidden = next(hidden for _, hidden in fork(self.gated, ids, (), (), States()))
+        if self.budget.kept:
+            self._dense[key] = hidden
+        return hidden
 
     def _follow(self, removed: tuple[int, ...]) -> None:
         """Forget what the latest removals made untrue."""

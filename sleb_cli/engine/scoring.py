@@ -6,7 +6,7 @@ A scorer takes the blocks removed so far and the candidates of this step, and gi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Scoring:
         return sum(len(batch) for batch in self.passes.batches)
 
     @torch.inference_mode()
-    def loss(self, removed: Sequence[int]) -> float:
+    def loss(self, removed: Sequence[int], advanced: Callable[[int], None] = lambda sequences: None) -> float:
         """Give the mean negative log-likelihood, in nats per token, of the model without the removed blocks."""
         losses: list[float] = []
         for batch in range(len(self.passes.batches)):
@@ -63,6 +63,7 @@ class Scoring:
                 found = next(scores for _, scores in self.passes.scores(NegativeLogLikelihood(), batch, removed, ()))
                 self.journal.add(found, removed, batch=batch)
             losses += found
+            advanced(len(found))
         return _mean(losses)
 
     def scorer(self, metric: Metric) -> tuple[Score, Engine]:

@@ -41,7 +41,7 @@ from sleb_cli.engine.race import LOOKS
 from sleb_cli.engine.scoring import Scoring
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import require_same_model
-from sleb_cli.events import BlockRemoved, Notice, Notify, SearchStarted, TaskFinished, TaskStarted
+from sleb_cli.events import BlockRemoved, Notice, Notify, SearchStarted, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.journal import Journal, journal_of
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step, read_plan
 from sleb_cli.plugin_manager import Registry
@@ -242,7 +242,7 @@ def _search(
     if request.fast:
         sequences = shuffled(sequences, calibration.record.seed)
     with GatedModel(model, architecture.blocks_of(model)) as gated:
-        notify(TaskStarted(task := "Measuring the dense model"))
+        notify(TaskStarted(task := "Checking the engine"))
         passes, reason = prepare_passes(
             gated,
             sequences,
@@ -251,6 +251,7 @@ def _search(
             batch_size=request.batch_size,
             looks=LOOKS if request.fast else 1,
         )
+        notify(TaskFinished(task))
         scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast)
         score, engine = scoring.scorer(metric)
         how = SearchRecord(
@@ -270,7 +271,6 @@ def _search(
         if len(journal):
             notify(Notice(f"{journal.path} holds {len(journal)} measurements: the search goes on from there."))
         dense = settled.extended.dense if settled.extended else _measure_dense(scoring, settled)
-        notify(TaskFinished(task))
         steps = list(settled.extended.steps) if settled.extended else []
         notify(SearchStarted(architecture.block_count, settled.remove, len(steps), _evaluations(settled, scoring)))
         choices = greedy_search(
@@ -310,7 +310,9 @@ def _identity(settled: _Settled, calibration: Calibration, how: SearchRecord) ->
 
 
 def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
-    loss = scoring.loss(())
+    scoring.notify(TaskStarted(task := "Measuring the dense model", scoring.sequences, "sequences"))
+    loss = scoring.loss((), advanced=lambda done: scoring.notify(TaskAdvanced(task, done)))
+    scoring.notify(TaskFinished(task))
     if not math.isfinite(loss):
         raise ModelError(
             f"The loss of {settled.architecture.source.id} itself is {loss} in {dtype_name(settled.dtype)}.",

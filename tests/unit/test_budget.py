@@ -17,7 +17,7 @@ def settle(available, batch=None, sequences=16, length=512):
 
 def test_with_plenty_a_batch_fills_the_device_and_all_candidates_share_a_walk():
     found = settle(10**12)
-    assert (found.sequences, found.positions, found.rows) == (2, 256, 30)
+    assert (found.sequences, found.positions, found.rows) == (4, 256, 30)
     assert found.kept > 1000
 
 
@@ -27,8 +27,8 @@ def test_a_batch_holds_at_least_one_sequence_and_at_most_all():
 
 
 def test_with_less_fewer_candidates_share_a_walk_but_the_batch_is_the_same():
-    found = settle(43_000_000)
-    assert (found.sequences, found.positions) == (2, 256)
+    found = settle(70_000_000)
+    assert (found.sequences, found.positions) == (4, 256)
     assert 1 < found.rows < 30
     assert found.kept == 0
 
