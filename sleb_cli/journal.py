@@ -95,10 +95,11 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file; it stays as long as it holds anything that was measured."""
-        if self._file is not None:
-            self.sync()
-            self._file.close()
-            self._file = None
+        self.sync()
+        file, self._file = self._file, None
+        if file is not None and self.path is not None:
+            with writing(self.path):
+                file.close()
             if not self._known:
                 self.delete()
 

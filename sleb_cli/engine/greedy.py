@@ -45,7 +45,8 @@ def greedy_search(
     while len(gone) < remove:
         remaining = [block for block in range(blocks) if block not in gone]
         outcome = score(tuple(gone), remaining[protect_first : len(remaining) - protect_last])
-        _require_finite(outcome.scores, gone)
+        for block in sorted(outcome.scores):
+            require_finite(outcome.scores[block], gone, block)
         best = min(outcome.scores, key=lambda block: (outcome.scores[block], block))
         gone.append(best)
         yield Choice(best, outcome)
@@ -89,11 +90,15 @@ def parse_ratio(text: str) -> Fraction:
     return ratio
 
 
-def _require_finite(scores: Mapping[int, float], removed: Sequence[int]) -> None:
-    broken = sorted(block for block, score in scores.items() if not math.isfinite(score))
-    if broken:
+def require_finite(score: float, removed: Sequence[int], block: int) -> None:
+    """Make sure that a score can be compared with others.
+
+    Raises:
+        ModelError: it is not finite; the sentence names the block.
+    """
+    if not math.isfinite(score):
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
         raise ModelError(
-            f"Without block {broken[0]}{without}, the score is {scores[broken[0]]}.",
+            f"Without block {block}{without}, the score is {score}.",
             hint="A wider data type may help: --dtype float32. Nothing was chosen.",
         )

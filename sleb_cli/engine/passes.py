@@ -221,10 +221,15 @@ def prepare_passes(
 
 def _footprint(gated: GatedModel, ids: Tensor) -> Footprint:
     """Look at what a few tokens take on their way; a block's own need is guessed from its widest weight."""
-    hidden = next(iter(gated.entering_states(ids, ()).values()))
+    entering = gated.entering_states(ids, ())
+    if not entering:
+        raise UnsupportedModelError(
+            f"{gated.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
+        )
+    hidden = next(iter(entering.values()))
     logits = gated.logits(ids, ())
-    widest = max(max(weight.shape) for gate in gated.gates for weight in gate.block.parameters())
     width = hidden.shape[-1]
+    widest = max([width, *(max(weight.shape, default=1) for g in gated.gates for weight in g.block.parameters())])
     return Footprint(
         row=width * hidden.itemsize, block=4 * (8 * width + 4 * widest), logits=2 * logits.shape[-1] * logits.itemsize
     )

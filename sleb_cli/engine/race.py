@@ -1,47 +1,41 @@
 """Racing: a candidate that is beaten with confidence is scored on no more sequences. Pure arithmetic.
 
-Candidates are compared with the leader sequence by sequence, so that what is hard about a sequence cancels out. Three
-things make the comparison sharp while little has been seen:
-
-- The mean over *all* sequences is what decides, and they are drawn without replacement: the error ends where they end.
-- How much the differences scatter is alike among candidates, so each one's own variance is moderated by the median of
-  all, which counts as some sequences more (as in Smyth, "Linear models and empirical Bayes methods", SAGMB 2004).
-- How a candidate stood against the leader one removal ago predicts how it stands now. Where that is known for more
-  sequences than have been seen now, only the change has to be estimated (the difference estimator of double
-  sampling: Cochran, "Sampling Techniques", 1977, chapter 12).
+Candidates are compared with the leader sequence by sequence, so that what is hard about a sequence cancels out. The
+mean over *all* sequences is what decides, and they are drawn without replacement: the error ends where they end. How
+much the differences scatter is alike among candidates, so each one's own variance, unreliable while little has been
+seen, is moderated by the median of all (as in Smyth, "Linear models and empirical Bayes methods", SAGMB 2004).
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sleb_cli.engine.greedy import Outcome
 from sleb_cli.plan import DropRecord, RaceRecord
 
 ERROR = 0.05
-"""How often a step may let the true winner drop out, at most, as far as differences are normal."""
+"""How often a step lets its true winner drop out at most, as far as differences are normal."""
 
 LOOKS = 32
 """Into about so many batches the sequences of a race are cut: after each, somebody may drop out."""
 
 # The median variance of all contenders counts as so many sequences.
-_PRIOR = 8
+PRIOR = 8
 
 
 @dataclass
 class Race:
     """One step's candidates, and each one's scores so far, sequence by sequence in the same order.
 
-    `looks` is how often `drop_beaten` will be asked; `before` holds the scores of the step before, as far as known.
+    `looks` is how often `drop_beaten` will be asked.
     """
 
     sequences: int
     looks: int
     scores: dict[int, list[float]]
-    before: Mapping[int, Sequence[float]] = field(default_factory=dict)
     dropped: dict[int, DropRecord] = field(default_factory=dict)
 
     @property
@@ -72,15 +66,16 @@ class Race:
         seen = len(self.scores[leader])
         if not others or not 2 <= seen < self.sequences:
             return
-        leads = {block: self._lead(leader, block) for block in others}
-        scatter = statistics.median(lead.variance for lead in leads.values())
-        drift = statistics.median(lead.drift for lead in leads.values())
-        limit = student_quantile(ERROR / (self.looks * len(leads)), _PRIOR + seen - 1)
-        for block, lead in leads.items():
-            error = lead.error(scatter, drift, self.sequences)
-            if lead.mean > limit * error:
-                errors = lead.mean / error if error else math.inf
-                self.dropped[block] = DropRecord(sequences=seen, behind=lead.mean, errors=min(errors, 1e9))
+        differences = {block: self._differences(block, leader) for block in others}
+        usual = statistics.median(statistics.variance(values) for values in differences.values())
+        limit = student_quantile(ERROR / (self.looks * len(others)), PRIOR + seen - 1)
+        for block, values in differences.items():
+            variance = (PRIOR * usual + (seen - 1) * statistics.variance(values)) / (PRIOR + seen - 1)
+            error = math.sqrt(variance * (1 / seen - 1 / self.sequences))
+            behind = statistics.fmean(values)
+            if behind > limit * error:
+                errors = behind / error if error else math.inf
+                self.dropped[block] = DropRecord(sequences=seen, behind=behind, errors=min(errors, 1e9))
 
     def outcome(self, *, fast: bool) -> Outcome:
         """Give the result, when all contenders were scored on all sequences."""
@@ -91,40 +86,8 @@ class Race:
         margin = scores[others[0]] - scores[best] if others else None
         return Outcome(scores, RaceRecord(margin=margin, dropped=self.dropped))
 
-    def _lead(self, leader: int, block: int) -> _Lead:
-        now = _differences(self.scores[block], self.scores[leader])
-        then = _differences(self.before.get(block, ()), self.before.get(leader, ()))
-        seen, known = len(now), len(then)
-        if known <= seen:
-            return _Lead(statistics.fmean(now), seen, seen, statistics.variance(now), 0.0)
-        changes = _differences(now, then)
-        mean = statistics.fmean(then) + statistics.fmean(changes)
-        return _Lead(mean, seen, known, statistics.variance(then), statistics.variance(changes))
-
-
-@dataclass(frozen=True)
-class _Lead:
-    """How far the leader is ahead: estimated from `seen` sequences now and, one removal ago, `known` sequences."""
-
-    mean: float
-    seen: int
-    known: int
-    variance: float
-    drift: float
-
-    def error(self, scatter: float, drift: float, total: int) -> float:
-        """Give the standard error of the mean over all sequences, variances moderated by those of all contenders."""
-        between = _moderate(self.variance, scatter, self.known) * (1 / self.known - 1 / total)
-        within = _moderate(self.drift, drift, self.seen) * (1 / self.seen - 1 / self.known)
-        return math.sqrt(between + within)
-
-
-def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [theirs - ours for theirs, ours in zip(left, right, strict=False)]
-
-
-def _moderate(variance: float, usual: float, count: int) -> float:
-    return (_PRIOR * usual + (count - 1) * variance) / (_PRIOR + count - 1)
+    def _differences(self, block: int, leader: int) -> list[float]:
+        return [theirs - best for theirs, best in zip(self.scores[block], self.scores[leader], strict=True)]
 
 
 def student_quantile(tail: float, freedom: int) -> float:

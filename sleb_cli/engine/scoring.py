@@ -6,15 +6,15 @@ A scorer takes the blocks removed so far and the candidates of this step, and gi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.greedy import Outcome, Score
+from sleb_cli.engine.greedy import Outcome, Score, require_finite
 from sleb_cli.engine.logits import require_shape, score_logits
 from sleb_cli.engine.passes import Passes
 from sleb_cli.engine.race import Race
@@ -32,7 +32,7 @@ from sleb_plugins import (
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scoring:
     """What every scorer works on: passes over the calibration sequences, and the journal of what was measured."""
 
@@ -41,7 +41,6 @@ class Scoring:
     tokenizer: Any
     notify: Notify
     fast: bool = False
-    _before: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     @property
     def gated(self) -> GatedModel:
@@ -81,7 +80,7 @@ class Scoring:
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score batch after batch; in a race, those who are beaten drop out after each."""
-        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates}, self._before)
+        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates})
         for batch in range(len(self.passes.batches)):
             for block in race.contenders:
                 if (found := self.journal.find(removed, block, batch)) is not None:
@@ -90,13 +89,13 @@ class Scoring:
             missing = [block for block in race.contenders if self.journal.find(removed, block, batch) is None]
             if missing:
                 for block, scores in self.passes.scores(metric, batch, removed, missing):
+                    require_finite(sum(scores), removed, block)
                     self.journal.add(scores, removed, block, batch)
                     self._add(race, removed, block, scores)
             self.passes.ranking = race.ranking()
             if self.fast:
                 race.drop_beaten()
                 self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), race.evaluations))
-        self._before = race.scores
         return race.outcome(fast=self.fast)
 
     def _add(self, race: Race, removed: Sequence[int], block: int, scores: Sequence[float]) -> None:

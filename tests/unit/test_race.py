@@ -7,10 +7,10 @@ import pytest
 from sleb_cli.engine.race import ERROR, Race, student_quantile
 
 
-def run(matrix, *, batch=2, before=None):
+def run(matrix, *, batch=2):
     """Race candidates whose scores on all sequences are known."""
     total = len(next(iter(matrix.values())))
-    race = Race(total, -(-total // batch), {block: [] for block in matrix}, before or {})
+    race = Race(total, -(-total // batch), {block: [] for block in matrix})
     for start in range(0, total, batch):
         for block in race.contenders:
             race.add(block, matrix[block][start : start + batch])
@@ -58,18 +58,6 @@ def test_of_rivals_that_are_as_good_as_equal_the_better_one_stays():
     matrices = [draws({0: 0.0, 1: 0.0, 2: 0.001}, seed=seed) for seed in range(100)]
     wrong = sum(best(matrix) in run(matrix).dropped for matrix in matrices)
     assert wrong <= ERROR * 100
-
-
-def test_with_what_the_step_before_knew_fewer_sequences_are_needed():
-    spared = 0
-    for seed in range(20):
-        then = draws(FIELD, seed=seed)
-        rng = random.Random(seed + 1000)
-        now = {block: [score + 0.3 + rng.gauss(0, 0.02) for score in scores] for block, scores in then.items()}
-        with_it, without = run(now, before=then), run(now)
-        assert best(now) not in with_it.dropped
-        spared += without.evaluations - with_it.evaluations
-    assert spared > 20 * 80
 
 
 def test_equal_scores_never_drop_anybody():
