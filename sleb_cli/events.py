@@ -38,19 +38,27 @@ class TaskFinished:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence over the others."""
+    """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each other one."""
 
     blocks: int
     remove: int
     done: int
-    evaluations: int
+    evaluations: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SearchAdvanced:
-    """So many more evaluations of one candidate on one sequence are done; they may be done in parts."""
+    """So many more evaluations of one candidate on one sequence are done, in parts of one too; or were found done."""
 
     evaluations: float
+    found: bool = False
+
+
+@dataclass(frozen=True)
+class LaterStepsForecast:
+    """An evaluation in a later step will take about this share of the time of one in the first step."""
+
+    share: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ Event = (
     | TaskFinished
     | SearchStarted
     | SearchAdvanced
+    | LaterStepsForecast
     | CandidateScored
     | RaceNarrowed
     | BlockRemoved

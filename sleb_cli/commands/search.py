@@ -106,7 +106,7 @@ def search(
     require_new_file(place, force=force or place == extend)
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.calibration import CalibrationRequest
-        from sleb_cli.engine.search import SearchRequest, plan_removals
+        from sleb_cli.engine.search.planning import SearchRequest, plan_removals
 
         request = SearchRequest(
             model=model,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -24,6 +25,7 @@ from sleb_cli.events import (
     BlockRemoved,
     CandidateScored,
     Event,
+    LaterStepsForecast,
     Notice,
     Notify,
     RaceNarrowed,
@@ -59,11 +61,9 @@ def _progress(console: Console) -> Progress:
         BarColumn(bar_width=24),
         _Done(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
+        _Remaining(compact=True),
         TextColumn("{task.fields[note]}"),
         console=console,
-        # The remaining time rests on the whole run, not on its last seconds: candidates are scored many at once.
-        speed_estimate_period=24 * 3600,
     )
 
 
@@ -78,20 +78,60 @@ class _Done(ProgressColumn):
         return Text(f"{task.completed:.0f}/{task.total:.0f}")
 
 
+class _Remaining(TimeRemainingColumn):
+    """The time to come, as a task forecasts it itself, or else from its last seconds."""
+
+    def render(self, task: Task) -> Text:
+        forecast: Callable[[], float | None] | None = task.fields["forecast"]
+        seconds = forecast() if forecast is not None and not task.finished else None
+        if seconds is None:
+            return super().render(task)
+        minutes, seconds = divmod(round(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return Text(f"{hours:d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}", "cyan")
+
+
 class _Standing:
     """How a search stands: what is done and still expected, in evaluations of one candidate on one sequence."""
 
     def __init__(self, search: SearchStarted) -> None:
         self._search = search
-        self._before_this_step = 0.0
+        self._number = search.done + 1
+        self._steps = [float(evaluations) for evaluations in search.evaluations]
         self._best: dict[int, float] = {}
         self._racing: int | None = None
-        self.done = 0.0
-        self.expected = float(search.evaluations)
+        # Of the steps before, of the one that runs, and of the stretch from which the pace is taken.
+        self._before = self._here = self._measured = 0.0
+        self._since = time.monotonic()
+        self._share = 1.0
+
+    @property
+    def steps_left(self) -> int:
+        """How many steps are not decided."""
+        return len(self._steps)
+
+    @property
+    def done(self) -> float:
+        """Evaluations done."""
+        return self._before + self._here
+
+    @property
+    def expected(self) -> float:
+        """Evaluations done and to come."""
+        return self._before + sum(self._steps)
+
+    def advanced(self, evaluations: float, *, found: bool) -> None:
+        """More is done; what a journal had says nothing about the pace."""
+        self._here += evaluations
+        self._measured += 0 if found else evaluations
 
     def removed(self) -> None:
-        """A step is decided, and the next one begins."""
-        self._before_this_step = self.done
+        """A step is decided, and the next one begins; the first one's pace is not that of the others."""
+        if self._number == self._search.done + 1:
+            self._measured, self._since, self._share = 0.0, time.monotonic(), 1.0
+        self._before += self._steps.pop(0)
+        self._here = 0.0
+        self._number += 1
         self._best.clear()
         self._racing = None
 
@@ -99,16 +139,32 @@ class _Standing:
         """A candidate's score so far."""
         self._best[block] = score
 
-    def narrowed(self, step: int, contenders: int, evaluations: int) -> None:
+    def forecast(self, share: float) -> None:
+        """What an evaluation will take in the steps after the first."""
+        if self._number == self._search.done + 1:
+            self._share = share
+
+    def narrowed(self, contenders: int, evaluations: int) -> None:
         """Expect of the steps to come what this one is expected to take."""
         self._racing = contenders
-        self.expected = self._before_this_step + evaluations * (self._search.remove - step + 1)
+        scale = evaluations / self._steps[0]
+        self._steps = [float(evaluations), *(step * scale for step in self._steps[1:])]
 
-    def note(self, step: int) -> str:
+    def remaining(self) -> float | None:
+        """Give the seconds that are still to come, at the pace so far."""
+        if not self._measured or not self._steps:
+            return None
+        pace = (time.monotonic() - self._since) / self._measured
+        here, *later = self._steps
+        return pace * (max(0.0, here - self._here) + sum(later) * self._share)
+
+    def note(self) -> str:
         """Say it in a few words."""
         best = min(self._best, key=lambda block: self._best[block])
         racing = f", {self._racing} still racing" if self._racing else ""
-        return f"step {step} of {self._search.remove}, best so far: block {best} ({self._best[best]:.4f}){racing}"
+        return (
+            f"step {self._number} of {self._search.remove}, best so far: block {best} ({self._best[best]:.4f}){racing}"
+        )
 
 
 class _Bars:
@@ -116,11 +172,10 @@ class _Bars:
 
     def __init__(self, progress: Progress, first: str) -> None:
         self._progress = progress
-        self._first: TaskID | None = progress.add_task(first, total=None, unit="", note="")
+        self._first: TaskID | None = progress.add_task(first, total=None, unit="", note="", forecast=None)
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
         self._standing: _Standing | None = None
-        self._last_step = 0
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -133,33 +188,35 @@ class _Bars:
             case TaskFinished(task):
                 self._finish(task)
             case SearchStarted():
-                self._standing, self._last_step = _Standing(event), event.remove
-                self._add("Search", event.evaluations, "candidates x sequences")
+                self._standing = _Standing(event)
+                self._add("Search", sum(event.evaluations), "evaluations", forecast=self._standing.remaining)
             case _ if self._standing is not None:
                 self._search(event, self._standing)
 
     def _search(self, event: Event, standing: _Standing) -> None:
         match event:
-            case SearchAdvanced(evaluations):
-                standing.done += evaluations
-                self._progress.update(self._tasks["Search"], completed=standing.done)
-            case CandidateScored(step, block, score):
+            case SearchAdvanced(evaluations, found):
+                standing.advanced(evaluations, found=found)
+            case LaterStepsForecast(share):
+                standing.forecast(share)
+            case CandidateScored(_, block, score):
                 standing.scored(block, score)
-                self._progress.update(self._tasks["Search"], note=standing.note(step))
-            case RaceNarrowed(step, contenders, evaluations):
-                standing.narrowed(step, contenders, evaluations)
-                self._progress.update(self._tasks["Search"], total=standing.expected, note=standing.note(step))
-            case BlockRemoved(step):
+                self._progress.update(self._tasks["Search"], note=standing.note())
+            case RaceNarrowed(_, contenders, evaluations):
+                standing.narrowed(contenders, evaluations)
+                self._progress.update(self._tasks["Search"], note=standing.note())
+            case BlockRemoved():
                 standing.removed()
-                if step == self._last_step:
-                    self._finish("Search")
+        self._progress.update(self._tasks["Search"], completed=standing.done, total=standing.expected)
+        if not standing.steps_left:
+            self._finish("Search")
 
-    def _add(self, task: str, total: int | None, unit: str) -> None:
+    def _add(self, task: str, total: int | None, unit: str, forecast: Callable[[], float | None] | None = None) -> None:
         if self._first is not None:  # the work itself is on screen from here on
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
-        self._tasks[task] = self._progress.add_task(escape(task), total=total, unit=unit, note="")
+        self._tasks[task] = self._progress.add_task(escape(task), total=total, unit=unit, note="", forecast=forecast)
 
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
@@ -180,11 +237,9 @@ class _Log:
             case TaskStarted(task):
                 self._line(f"{task} …")
             case SearchStarted(blocks, remove, done, evaluations):
-                self._remove = remove
+                self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them gone already" if done else ""
-                self._line(
-                    f"Search: {remove} of {blocks} blocks{after}, {evaluations} candidate x sequence evaluations …"
-                )
+                self._line(f"Search: {remove} of {blocks} blocks{after}, {count} candidate x sequence evaluations …")
             case BlockRemoved(step, block, score, perplexity):
                 self._line(
                     f"step {step} of {self._remove}: block {block} removed, score {score:.4f}, "

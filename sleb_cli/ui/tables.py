@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -59,6 +60,8 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
         soft_wrap=True,
         markup=False,
     )
+    if how.fast:
+        console.print(race_summary(plan), soft_wrap=True, markup=False)
     if how.engine_reason:
         console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True, markup=False)
     console.print(f"wrote {output}; next: sleb apply {output}", soft_wrap=True, markup=False)
@@ -73,6 +76,22 @@ def block_strip(blocks: int, removed: Collection[int]) -> Text:
         if block % 10 == 0:
             ruler += str(block).ljust(10)
     return Text("\n").join([strip, Text(ruler.rstrip(), style="dim")])
+
+
+def race_summary(plan: Plan) -> str:
+    """Say what racing spared, and which step was the closest."""
+    raced = [(number, step) for number, step in enumerate(plan.steps, start=1) if step.race is not None]
+    sequences = plan.calibration.sequences
+    done = whole = 0
+    leads: list[tuple[float, int]] = []
+    for number, step in raced:
+        dropped = step.race.dropped.values() if step.race else []
+        done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
+        whole += (len(step.scores) + len(dropped)) * sequences
+        behind = [score - step.score for block, score in step.scores.items() if block != step.block]
+        leads.append((min([*behind, *(drop.behind for drop in dropped)], default=math.inf), number))
+    lead, number = min(leads)
+    return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
 
 
 def relative_change(before: float, after: float) -> str:

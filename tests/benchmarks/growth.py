@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reference import plain_search
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.greedy import greedy_search
 from sleb_cli.engine.loading import quiet_libraries
-from sleb_cli.engine.passes import prepare_passes
-from sleb_cli.engine.scoring import Scoring
+from sleb_cli.engine.search.greedy import greedy_search
+from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.journal import Journal
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -105,9 +105,7 @@ def project(depth: float, blocks: int = 80, remove: int = 16) -> None:
         hours = flops / 4e14 / 3600
         print(f"{name:16} {rows:7,} block passes, {heads:,} heads: {flops:.2e} FLOP, {hours:.0f} h at 400 TFLOP/s")
     print(f"one block, all tokens: {block:.2e} FLOP; its weights: {2 * weights / 1e9:.2f} GB in bfloat16")
-    print(
-        f"a row of hidden states: {2 * tokens * hidden / 1e9:.1f} GB for all tokens, {16384 * hidden / 1e9:.2f} for 8192"
-    )
+    print(f"a row of states: {2 * tokens * hidden / 1e9:.1f} GB for all tokens, {16384 * hidden / 1e9:.2f} for 8192")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from reference import plain_search
 from sleb_cli.engine.architecture import read_architecture
 from sleb_cli.engine.calibration import draw, shuffled
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.greedy import greedy_search
 from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.passes import prepare_passes
-from sleb_cli.engine.race import LOOKS
-from sleb_cli.engine.scoring import Scoring
+from sleb_cli.engine.search.greedy import greedy_search
+from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.search.race import LOOKS
+from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.windows import adds_bos, cut_windows
 from sleb_cli.journal import Journal

@@ -214,7 +214,8 @@ class TestExtend:
         [
             (["--remove", 2], 2, "two.json has 2 removals already, and 2 are asked for"),
             (["--remove", 3, "--metric", "cosine"], 3, "search.metric: cosine, not nll"),
-            (["--remove", 3, "--seed", 4], 3, "calibration.seed: 4, not 3"),
+            (["--remove", 3, "--seed", 0], 3, "calibration.seed: 0, not 3"),
+            (["--remove", 3, "--protect-first", 1], 3, "search.protect_first: 1, not 0"),
             (["--remove", 3, "--dtype", "bf16"], 3, "search.dtype: bfloat16, not float32"),
         ],
     )

@@ -110,6 +110,35 @@ def test_bfloat16_is_recorded_and_its_losses_are_near(run_sleb, tiny_llama, text
     assert plans[0]["dense"]["loss"] == pytest.approx(plans[1]["dense"]["loss"], abs=0.05)
 
 
+def test_without_protection_the_ends_are_candidates(run_sleb, tiny_llama, text_file):
+    ends = ["--protect-first", 0, "--protect-last", 0]
+    plan = json.loads(search(run_sleb, tiny_llama, text_file, "--remove", 1, *ends, "--json").stdout)
+    assert (plan["search"]["protect_first"], plan["search"]["protect_last"]) == (0, 0)
+    assert set(plan["steps"][0]["scores"]) == set("012345")
+
+
+def test_a_race_is_told_in_the_plan_and_on_the_screen(run_sleb, tiny_llama, text_file, tmp_path):
+    settings = [*calibration(text_file, samples=32, length=32), "--remove", 2]
+    exact = run_sleb("search", tiny_llama, *settings, "--json", "-o", "exact.json")
+    result = run_sleb("search", tiny_llama, *settings, "--fast")
+    assert result.exit_code == 0, result.stderr
+    plan, exact = read_plan(tmp_path / "plan.json"), json.loads(exact.stdout)
+    assert plan.search.fast
+    assert plan.search.batch_size == 1
+    assert list(plan.removals) == exact["removals"]
+    dropped = 0
+    for step, other in zip(plan.steps, exact["steps"], strict=True):
+        assert set(step.scores) | set(step.race.dropped) == set(map(int, other["scores"]))
+        for block, score in step.scores.items():  # over all sequences, as without a race
+            assert score == pytest.approx(other["scores"][str(block)], abs=1e-5)
+        for drop in step.race.dropped.values():
+            assert 2 <= drop.sequences < 32
+            assert drop.behind > 0
+        dropped += len(step.race.dropped)
+    assert dropped > 0
+    assert re.search(r"raced: \d+% of the evaluations; the closest lead was \d\.\d{4}, in step [12]", result.stdout)
+
+
 def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tmp_path):
     (tmp_path / "plan.json").write_text("mine")
     result = search(run_sleb, tiny_llama, text_file, "--remove", 1)

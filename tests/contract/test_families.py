@@ -23,10 +23,10 @@ from transformers import (
 
 from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
 from reference import plain_search
-from sleb_cli.engine import passes
 from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.budget import Budget, parse_bytes
 from sleb_cli.engine.loading import load_dense, load_pruned
+from sleb_cli.engine.search import passes
+from sleb_cli.engine.search.budget import Budget, parse_bytes
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.surgery import plan_surgery
 from sleb_cli.engine.windows import adds_bos, cut_windows, tokens_sha256

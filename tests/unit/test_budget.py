@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sleb_cli.engine import budget
-from sleb_cli.engine.budget import Budget, Footprint, available_memory, parse_bytes, settle_budget
+from sleb_cli.engine.search import budget
+from sleb_cli.engine.search.budget import Budget, Footprint, available_memory, parse_bytes, settle_budget
 from sleb_plugins import MachineError, UsageError
 
 FOOTPRINT = Footprint(row=1_000, block=10_000, logits=100_000)

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config
-from sleb_cli.engine.fork import Walk, fork
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.states import BASE, States
+from sleb_cli.engine.search.fork import Walk, fork
+from sleb_cli.engine.search.states import BASE, States
 from sleb_plugins import UnsupportedModelError
 
 
@@ -88,7 +88,7 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base_row(gated, ids, monkeyp
 
 def test_the_walk_knows_its_work_beforehand(gated, ids, monkeypatch):
     states = States()
-    list(fork(gated, ids, (), [1, 2, 3], states, keep=[2]))
+    list(fork(gated, ids, (), [1, 2, 3], states, keep={2: 9}))
     states.after_removal(2)
     for candidates in ([1, 3], [3], [1], []):
         walk = Walk(gated, gated.calls(ids), states, (2,), candidates)
@@ -102,7 +102,7 @@ def test_the_walk_knows_its_work_beforehand(gated, ids, monkeypatch):
 def test_what_a_step_knows_saves_the_next_one_work_and_changes_no_bit(gated, ids, monkeypatch):
     states = States()
     candidates = list(range(len(gated.gates)))
-    list(fork(gated, ids, (), candidates, states, keep=[1, 3]))
+    list(fork(gated, ids, (), candidates, states, keep={1: 9, 3: 9}))
     states.after_removal(3)
     candidates.remove(3)
     fresh = dict(fork(gated, ids, (3,), candidates, States()))
@@ -114,10 +114,21 @@ def test_what_a_step_knows_saves_the_next_one_work_and_changes_no_bit(gated, ids
 
 def test_a_candidate_that_is_not_known_forks_off_where_the_base_row_is(gated, ids):
     states = States()
-    list(fork(gated, ids, (), [1, 2], states, keep=[1, 2, 3]))
+    list(fork(gated, ids, (), [1, 2], states, keep={1: 9, 2: 9, 3: 9}))
     fresh = dict(fork(gated, ids, (), [0, 1, 2, 3], States()))
     for block, hidden in fork(gated, ids, (), [0, 1, 2, 3], states):
         assert torch.equal(hidden, fresh[block])
+
+
+def test_a_part_of_the_rows_may_be_known(gated, ids, monkeypatch):
+    states = States()
+    list(fork(gated, ids, (), [0, 1, 2, 3], states, keep={0: 1, 3: 2}))
+    assert set(states.at[3]) == {BASE, 0}
+    fresh = dict(fork(gated, ids, (), [0, 1, 2], States()))
+    calls = count_calls(gated, monkeypatch)
+    for block, hidden in fork(gated, ids, (), [0, 1, 2], states):
+        assert torch.equal(hidden, fresh[block])
+    assert [calls[block] for block in range(4)] == [1, 1, 1, 3]
 
 
 def test_blocks_may_be_the_outer_loop(gated):

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from sleb_cli.engine.greedy import Outcome, count_to_remove, greedy_search, parse_ratio
+from sleb_cli.engine.search.greedy import Outcome, count_to_remove, greedy_search, parse_ratio
 from sleb_plugins import ModelError, UsageError
 
 

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import llama_config
-from sleb_cli.engine.budget import Budget
 from sleb_cli.engine.gates import GatedModel, OutOfMemory
-from sleb_cli.engine.passes import Passes, choose_engine, prepare_passes
-from sleb_cli.engine.states import BASE
+from sleb_cli.engine.search.budget import Budget
+from sleb_cli.engine.search.passes import Passes, choose_engine, prepare_passes
+from sleb_cli.engine.search.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -139,7 +139,7 @@ def test_where_nothing_smaller_is_left_the_error_says_so(gated, sequences, monke
 
 def test_another_error_is_not_taken_for_the_end_of_memory(gated, sequences, monkeypatch):
     passes, _ = passes_of(gated, sequences)
-    monkeypatch.setattr("sleb_cli.engine.passes.score_hidden_states", _broken)
+    monkeypatch.setattr("sleb_cli.engine.search.passes.score_hidden_states", _broken)
     with pytest.raises(RuntimeError, match="shapes"):
         score(passes)
 

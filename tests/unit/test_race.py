@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sleb_cli.engine.race import ERROR, Race, student_quantile
+from sleb_cli.engine.search.race import ERROR, Race, student_quantile
 
 
 def run(matrix, *, batch=2):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleb_cli.engine.states import BASE, States, depths_to_keep
+from sleb_cli.engine.search.states import BASE, States, depths_to_keep
 
 
 def states(**depths):
@@ -45,13 +45,17 @@ def test_the_least_wanted_goes_first(limit, kept):
 
 
 def test_depths_are_those_of_the_best_candidates_and_the_first():
-    assert depths_to_keep([5, 2, 7, 3], range(1, 9), limit=100, count=3) == [1, 5, 2, 7]
+    assert depths_to_keep([5, 2, 7, 3], range(1, 9), limit=100, count=3) == {1: 1, 5: 5, 2: 2, 7: 7}
 
 
 def test_depths_fit_the_limit():
-    assert depths_to_keep([5, 2, 7], range(1, 9), limit=8, count=3) == [1, 5, 2]
-    assert depths_to_keep([5], range(1, 9), limit=0, count=3) == []
+    assert depths_to_keep([5, 2, 7], range(1, 9), limit=8, count=3) == {1: 1, 5: 5, 2: 2}
+    assert depths_to_keep([5], range(1, 9), limit=0, count=3) == {}
+
+
+def test_of_a_depth_that_does_not_fit_the_lowest_rows_are_kept():
+    assert depths_to_keep([5, 2, 7], range(1, 9), limit=4, count=3) == {1: 1, 5: 3}
 
 
 def test_before_anything_is_known_depths_are_spread():
-    assert depths_to_keep([], range(1, 29), limit=1000, count=4) == [1, 4, 7, 10, 13, 16, 19, 22, 25, 28]
+    assert depths_to_keep([], range(1, 29), limit=1000, count=4) == {depth: depth for depth in range(1, 29, 3)}

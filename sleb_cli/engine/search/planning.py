@@ -15,7 +15,6 @@ import transformers
 
 from sleb_cli import __version__
 from sleb_cli.engine.architecture import Architecture, read_architecture
-from sleb_cli.engine.budget import parse_bytes
 from sleb_cli.engine.calibration import (
     REFERENCE_PRESETS,
     Calibration,
@@ -27,7 +26,6 @@ from sleb_cli.engine.calibration import (
 )
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.greedy import count_to_remove, greedy_search, parse_ratio
 from sleb_cli.engine.loading import (
     choose_device,
     choose_dtype,
@@ -36,9 +34,11 @@ from sleb_cli.engine.loading import (
     load_tokenizer,
     quiet_libraries,
 )
-from sleb_cli.engine.passes import prepare_passes
-from sleb_cli.engine.race import LOOKS
-from sleb_cli.engine.scoring import Scoring
+from sleb_cli.engine.search.budget import parse_bytes
+from sleb_cli.engine.search.greedy import count_to_remove, greedy_search, parse_ratio
+from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.search.race import LOOKS
+from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import require_same_model
 from sleb_cli.events import BlockRemoved, Notice, Notify, SearchStarted, TaskAdvanced, TaskFinished, TaskStarted
@@ -205,10 +205,9 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
 
 
 def _fill(request: Any, values: Mapping[str, Any]) -> Any:
-    """Set those fields of a request that the user left open."""
-    return replace(
-        request, **{name: value for name, value in values.items() if getattr(request, name) in (None, False)}
-    )
+    """Set those fields of a request that the user left open: 0 is an answer, a flag that is not set is none."""
+    left_open = [name for name in values if getattr(request, name) is None or getattr(request, name) is False]
+    return replace(request, **{name: values[name] for name in left_open})
 
 
 def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
@@ -321,10 +320,10 @@ def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
     return DenseRecord(loss=loss, perplexity=math.exp(loss))
 
 
-def _evaluations(settled: _Settled, scoring: Scoring) -> int:
+def _evaluations(settled: _Settled, scoring: Scoring) -> tuple[int, ...]:
     candidates = settled.architecture.block_count - sum(settled.ends.values())
     done = len(settled.extended.removals) if settled.extended else 0
-    return sum(candidates - step for step in range(done, settled.remove)) * scoring.sequences
+    return tuple((candidates - step) * scoring.sequences for step in range(done, settled.remove))
 
 
 def _perplexity(loss: float, block: int) -> float:

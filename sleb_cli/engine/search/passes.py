@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.budget import Budget, Footprint, available_memory, settle_budget
-from sleb_cli.engine.fork import Walk, fork
 from sleb_cli.engine.gates import GatedModel, OutOfMemory, memory_ended
 from sleb_cli.engine.loading import free_memory
 from sleb_cli.engine.logits import score_hidden_states, score_logits
-from sleb_cli.engine.states import BASE, States, depths_to_keep
+from sleb_cli.engine.search.budget import Budget, Footprint, available_memory, settle_budget
+from sleb_cli.engine.search.fork import Walk, fork
+from sleb_cli.engine.search.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.plan import Engine
 from sleb_plugins import LogitMetric, UnsupportedModelError
@@ -67,18 +67,18 @@ class Passes:
                     left.remove(block)
                     yield block, scores
             except (OutOfMemory, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and not memory_ended(error):
+                less = self.budget.halved()
+                if less is None or (isinstance(error, RuntimeError) and not memory_ended(error)):
                     raise
-                self._take_less(error)
+                self._take(less)
+            # Only here is the error gone, and with it what its frames held.
+            if left:
+                free_memory()
 
-    def _take_less(self, error: Exception) -> None:
-        less = self.budget.halved()
-        if less is None:
-            raise error
+    def _take(self, less: Budget) -> None:
         self.budget = less
         self._states.clear()
         self._dense.clear()
-        free_memory()
         self.notify(
             Notice(
                 f"The memory of {self.gated.model.device} ended; the search goes on with {less.rows} candidates, "
@@ -115,7 +115,7 @@ class Passes:
         ):
             yield block, score_hidden_states(metric, self.gated, hidden, ids, dense, positions=self.budget.positions)
             self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
-        states.shrink(kept, depths)
+        states.shrink(kept, list(depths))
 
     def _by_prefix(
         self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
@@ -157,6 +157,21 @@ class Passes:
             for block in removed[known:]:
                 states.after_removal(block)
         self._removed = removed
+
+    def share_of_later_steps(self, candidates: Sequence[int]) -> float:
+        """Forecast what an evaluation will take in the next step, as a share of one that began at the first block.
+
+        The next step begins at the block that leads now. The head counts as so many blocks as its weights would make.
+        """
+        if self.engine != "fork" or not self.budget.kept or not self.ranking:
+            return 1.0
+        model, last = self.gated.model, len(self.gated.gates)
+        block = sum(weight.numel() for weight in self.gated.gates[self.ranking[0]].block.parameters())
+        output = model.get_output_embeddings()
+        head = sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0
+        whole = sum(last - candidate for candidate in candidates) + last
+        spared = sum(self.ranking[0] - candidate for candidate in candidates if candidate < self.ranking[0])
+        return 1 - (spared + self.ranking[0]) / (whole + head * len(candidates))
 
     def watch(
         self, batch: int, removed: Sequence[int], candidates: Sequence[int], look: Callable[[int, Tensor, Tensor], None]

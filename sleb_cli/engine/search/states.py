@@ -42,20 +42,18 @@ class States:
                     kept -= len(self.at.pop(depth))
 
 
-def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> list[int]:
-    """Choose the depths at which the next step would best begin, the most wanted first.
+def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> dict[int, int]:
+    """Choose the depths at which the next step would best begin, the most wanted first, and how many rows to keep there.
 
     What lies below the first candidate is the same in every step, so that depth comes first. The next step will begin
     at the block which this one removes: probably one of the `count` best of `ranking` (the best first); where it knows
-    nothing yet, depths are spread evenly. Altogether they take at most `limit` rows: at each depth, the base row and
-    one for every candidate below.
+    nothing yet, depths are spread evenly. At each depth there are the base row and one for every candidate below, of
+    which the lowest have come furthest. Altogether at most `limit` rows are kept.
     """
     spread = candidates[:: max(1, len(candidates) // (2 * count))]
-    chosen: list[int] = []
-    rows = 0
-    for depth in dict.fromkeys([*candidates[:1], *(ranking[:count] or spread)]):
-        cost = 1 + sum(block < depth for block in candidates)
-        if rows + cost <= limit:
-            chosen.append(depth)
-            rows += cost
+    chosen: dict[int, int] = {}
+    for depth in [*candidates[:1], *(ranking[:count] or spread)]:
+        rows = min(1 + sum(block < depth for block in candidates), limit - sum(chosen.values()))
+        if rows > 0 and depth not in chosen:
+            chosen[depth] = rows
     return chosen

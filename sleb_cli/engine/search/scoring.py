@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.greedy import Outcome, Score, require_finite
 from sleb_cli.engine.logits import require_shape, score_logits
-from sleb_cli.engine.passes import Passes
-from sleb_cli.engine.race import Race
-from sleb_cli.events import CandidateScored, Notify, RaceNarrowed, SearchAdvanced
+from sleb_cli.engine.search.greedy import Outcome, Score, require_finite
+from sleb_cli.engine.search.passes import Passes
+from sleb_cli.engine.search.race import Race
+from sleb_cli.engine.search.states import BASE
+from sleb_cli.events import CandidateScored, LaterStepsForecast, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.journal import Journal
 from sleb_cli.plan import Engine
 from sleb_plugins import (
@@ -59,7 +60,7 @@ class Scoring:
         for batch in range(len(self.passes.batches)):
             found = self.journal.find(removed, batch=batch)
             if found is None:
-                found = next(scores for _, scores in self.passes.scores(NegativeLogLikelihood(), batch, removed, ()))
+                found = dict(self.passes.scores(NegativeLogLikelihood(), batch, removed, ()))[BASE]
                 self.journal.add(found, removed, batch=batch)
             losses += found
             advanced(len(found))
@@ -84,7 +85,7 @@ class Scoring:
         for batch in range(len(self.passes.batches)):
             for block in race.contenders:
                 if (found := self.journal.find(removed, block, batch)) is not None:
-                    self.notify(SearchAdvanced(len(found)))
+                    self.notify(SearchAdvanced(len(found), found=True))
                     self._add(race, removed, block, found)
             missing = [block for block in race.contenders if self.journal.find(removed, block, batch) is None]
             if missing:
@@ -93,6 +94,7 @@ class Scoring:
                     self.journal.add(scores, removed, block, batch)
                     self._add(race, removed, block, scores)
             self.passes.ranking = race.ranking()
+            self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             if self.fast:
                 race.drop_beaten()
                 self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), race.evaluations))

@@ -13,12 +13,13 @@ without changing a digit. Larger calls would gain nothing once a batch fills the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor
 
 from sleb_cli.engine.gates import Call, GatedModel
-from sleb_cli.engine.states import BASE, States
+from sleb_cli.engine.search.states import BASE, States
 
 
 class Walk:
@@ -65,9 +66,9 @@ class Walk:
             for row in [row for row in self.rows if row != block]:
                 self.rows[row] = self.gated.run_block(self.calls[block], self.rows[row])
 
-    def keep(self, depth: int) -> None:
-        """Remember every row that is about to enter the block at `depth`."""
-        self.states.at[depth] |= self.rows
+    def keep(self, depth: int, count: int) -> None:
+        """Remember the `count` lowest rows that are about to enter the block at `depth`."""
+        self.states.at[depth] |= {row: self.rows[row] for row in sorted(self.rows)[:count]}
 
 
 def fork(
@@ -77,7 +78,7 @@ def fork(
     candidates: Sequence[int],
     states: States,
     *,
-    keep: Collection[int] = (),
+    keep: Mapping[int, int] = MappingProxyType({}),
     at_once: int | None = None,
     climbed: Callable[[int, int], None] = lambda done, of: None,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -88,8 +89,8 @@ def fork(
         ids: tokens, [batch, positions].
         removed: blocks that are gone.
         candidates: ascending; their rows come in this order, each [batch, positions, hidden size].
-        states: what is known of this batch, and where what is at the depths `keep` will be known.
-        keep: depths.
+        states: what is known of this batch, and takes in what is to be kept.
+        keep: at which depths, and how many rows there.
         at_once: as many candidates share a walk; the next walk goes on where the base row was left.
         climbed: told after each block how many rows went through it, and of how many on this walk.
     """
@@ -98,10 +99,11 @@ def fork(
     for first in range(0, len(candidates) or 1, size):
         group = candidates[first : first + size]
         walk = Walk(gated, calls, states, removed, group)
+        of = walk.block_rows
         for block in range(walk.start, len(calls)):
             if block in keep:
-                walk.keep(block)
+                walk.keep(block, keep[block])
             walk.climb(block)
-            climbed(0 if block in removed else len(walk.rows) - (block in walk.rows), walk.block_rows)
+            climbed(0 if block in removed else len(walk.rows) - (block in walk.rows), of)
         for row in group or [BASE]:
             yield row, walk.rows.pop(row)

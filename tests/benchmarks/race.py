@@ -1,0 +1,119 @@
+"""How often a race ends as the exact search does, what it saves, and what another pick costs.
+
+    python tests/benchmarks/race.py MODEL TEXT... [--samples 32] [--length 128] [--remove 4] [--orders 8] [--seed 0]
+
+A TEXT is a file, or "self". Each is searched exactly once; then every step is raced over the same scores, with the sequences
+in as many orders as asked. A search counts as equal when all of its steps are. What another pick costs is the difference of
+the two candidates' losses over all sequences, in nats per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
+from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.search.greedy import greedy_search
+from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.search.race import LOOKS, Race
+from sleb_cli.engine.search.scoring import Scoring
+from sleb_cli.engine.source import locate_model
+from sleb_cli.journal import Journal
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
+
+Matrix = dict[int, list[float]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("texts", nargs="+")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--remove", type=int, default=4)
+    parser.add_argument("--orders", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    quiet_libraries()
+    device = torch.device("cpu")
+    architecture = read_architecture(locate_model(options.model, _ignore), load_plugins(), print)
+    tokenizer = load_tokenizer(architecture.source)
+    model = load_dense(architecture, choose_dtype("auto", architecture, device), device, _ignore)
+    print("| calibration | searches | equal | steps | equal | evaluations | another pick costs |")
+    print("|---|---|---|---|---|---|---|")
+    for text in options.texts:
+        request = CalibrationRequest(text, options.samples, options.length, options.seed)
+        sequences = calibrate(settle_calibration(request, architecture), tokenizer, lambda: model, _ignore).sequences
+        start = time.perf_counter()
+        steps = exact_steps(model, architecture.blocks_of(model), sequences, options.remove)
+        seconds = time.perf_counter() - start
+        searches = [
+            race(steps, random.Random(order).sample(range(len(sequences)), len(sequences)))
+            for order in range(options.orders)
+        ]
+        raced = [step for search in searches for step in search]
+        costs = [cost for _, cost in raced if cost]
+        print(
+            f"| {Path(text).name}, {len(sequences)} x {options.length}, seed {options.seed} "
+            f"| {len(searches)} | {sum(not any(cost for _, cost in search) for search in searches)} "
+            f"| {len(raced)} | {len(raced) - len(costs)} | {statistics.fmean(share for share, _ in raced):.0%} "
+            f"| {', '.join(f'{cost:.4f}' for cost in costs) or '-'} |",
+            flush=True,
+        )
+        print(f"exact: {[min(step, key=lambda b: sum(step[b])) for step in steps]}, {seconds:.0f} s", file=sys.stderr)
+
+
+def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -> list[Matrix]:
+    """Give every candidate's loss on every sequence, for each step of the exact search."""
+    journal, steps, removed = Journal(), [], []
+    with GatedModel(model, blocks) as gated:
+        passes, _ = prepare_passes(gated, sequences, _ignore)
+        score, _ = Scoring(passes, journal, None, _ignore).scorer(NegativeLogLikelihood())
+        for choice in greedy_search(score, len(blocks), remove, protect_first=1, protect_last=1):
+            batches = range(len(passes.batches))
+            steps.append(
+                {
+                    block: [x for batch in batches for x in journal.find(removed, block, batch) or []]
+                    for block in choice.outcome.scores
+                }
+            )
+            removed.append(choice.block)
+    return steps
+
+
+def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
+    """Race each step; give the share of the evaluations that it took, and what its pick costs beside the best."""
+    found = []
+    size = max(1, len(order) // LOOKS)
+    for matrix in steps:
+        step = Race(len(order), -(-len(order) // size), {block: [] for block in matrix})
+        for start in range(0, len(order), size):
+            for block in step.contenders:
+                step.add(block, [matrix[block][index] for index in order[start : start + size]])
+            step.drop_beaten()
+        losses = {block: statistics.fmean(scores) for block, scores in matrix.items()}
+        cost = losses[step.ranking()[0]] - min(losses.values())
+        found.append((step.evaluations / (len(order) * len(matrix)), cost))
+    return found
+
+
+def _ignore(event: object) -> None:
+    """Say nothing of the progress."""
+
+
+if __name__ == "__main__":
+    main()
