@@ -38,7 +38,7 @@ class TaskFinished:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each other one."""
+    """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each to come."""
 
     blocks: int
     remove: int

@@ -59,16 +59,23 @@ class Journal:
         """Begin a journal for `search`; with `resume`, go on with the one that is there, if it is.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: it cannot be written, or another search writes it.
             PlanError: the one that is there belongs to another search; the sentence names the differences.
         """
         if self.path is None:
             return
-        whole = self._read(search) if resume and self.path.exists() else 0
         with writing(self.path):
-            self._file = self.path.open("r+b" if whole else "wb")
-            self._file.truncate(whole)
-            self._file.seek(whole)
+            file = self.path.open("a+b")
+        try:
+            _lock(file, self.path)
+            file.seek(0)
+            whole = self._read(file.read(), search) if resume else 0
+            with writing(self.path):
+                file.truncate(whole)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
         if not whole:
             self._append(dict(search))
             self.sync()
@@ -115,11 +122,10 @@ class Journal:
                 self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
                 self._file.flush()
 
-    def _read(self, search: Mapping[str, Any]) -> int:
+    def _read(self, content: bytes, search: Mapping[str, Any]) -> int:
         """Take in what is whole, and give its length in bytes."""
-        assert self.path is not None
         whole = 0
-        for line in self.path.read_bytes().splitlines(keepends=True):
+        for line in content.splitlines(keepends=True):
             document = _parse(line)
             if document is None:
                 break
@@ -133,12 +139,26 @@ class Journal:
                 key = (tuple(document["removed"]), document["block"], document["batch"])
                 self._known[key] = document["scores"]
             whole += len(line)
-        if whole == 0:
+        if content and not whole:
             raise PlanError(
                 f"{self.path} is not a journal of sleb, or it is broken from its first line on.",
                 hint="Remove it, or start anew with --force.",
             )
         return whole
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    """Make sure that no other program adds to this file, where the system can tell."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(
+            f"Another search is writing {path} at this moment.", hint="Wait for it, or choose another plan with -o."
+        ) from error
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -28,7 +28,9 @@ class LogitMetric(Metric):
 
     @abstractmethod
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
-        """Score each position of a chunk; the engine averages over positions, then over sequences.
+        """Score each position of a chunk for itself; the engine averages over positions, then over sequences.
+
+        A chunk is what fits into memory: part of a sequence, or parts of several.
 
         Args:
             logits: float32, [positions, vocabulary], of the model without the candidate.

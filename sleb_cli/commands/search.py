@@ -36,7 +36,7 @@ def search(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Calibration sequences. (default: 16; 8 for demo)", show_default=False),
+        typer.Option(help="Calibration sequences. (default: 16)", show_default=False),
     ] = None,
     sequence_length: Annotated[
         int | None,

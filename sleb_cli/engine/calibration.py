@@ -33,7 +33,6 @@ DEFAULT_SOURCE = "wikitext2"
 DEFAULT_SAMPLES = 16
 
 # For the demo model, what ranks its blocks within minutes on two cores.
-DEMO_SAMPLES = 8
 DEMO_LENGTH = 128
 
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
@@ -80,7 +79,7 @@ def settle_calibration(request: CalibrationRequest, architecture: Architecture) 
         raise UsageError(f"--samples {request.samples} is too small.", hint="Take 1 or more.")
     is_demo = architecture.source.id == DEMO
     source = request.source or (SELF if is_demo else DEFAULT_SOURCE)
-    usual = REFERENCE_ROWS if source in REFERENCE_PRESETS else DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
+    usual = REFERENCE_ROWS if source in REFERENCE_PRESETS else DEFAULT_SAMPLES
     return CalibrationSettings(
         source=source,
         samples=request.samples or usual,

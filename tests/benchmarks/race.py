@@ -2,9 +2,9 @@
 
     python tests/benchmarks/race.py MODEL TEXT... [--samples 32] [--length 128] [--remove 4] [--orders 8] [--seed 0]
 
-A TEXT is a file, or "self". Each is searched exactly once; then every step is raced over the same scores, with the sequences
-in as many orders as asked. A search counts as equal when all of its steps are. What another pick costs is the difference of
-the two candidates' losses over all sequences, in nats per token.
+A TEXT is a file, or "self". Each is searched exactly once; then every step is raced over the same scores, with the
+sequences in as many orders as asked. A search counts as equal when all of its steps are. What another pick costs is the
+difference of the two candidates' losses over all sequences, in nats per token.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, ti
     for _ in range(2):
         result = run_sleb("search", "demo", "--ratio", "0.3", "--force")
         assert result.exit_code == 0, result.stderr
-        assert "8 x 128 tokens" in result.stdout
+        assert "16 x 128 tokens" in result.stdout
         assert "calibrated on self" in result.stdout
     assert log.read_text().count("pip download --no-deps") == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1

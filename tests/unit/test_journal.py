@@ -73,12 +73,21 @@ def test_a_damaged_line_ends_what_is_believed(written):
     assert len(journal) == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe"])
 def test_what_is_no_journal_is_refused_and_left_alone(path, content):
     path.write_bytes(content)
     with pytest.raises(PlanError, match="is not a journal"):
         opened(path, resume=True)
     assert path.read_bytes() == content
+
+
+def test_two_searches_do_not_write_one_journal(written):
+    journal = opened(written, resume=True)
+    for resume in (True, False):
+        with pytest.raises(OutputError, match="Another search is writing"):
+            opened(written, resume=resume)
+    journal.close()
+    assert len(opened(written, resume=True)) == 20
 
 
 def test_a_journal_of_another_search_is_refused_by_its_differences(written):
@@ -104,7 +113,10 @@ def test_a_journal_with_nothing_measured_is_not_left_behind(path):
     assert not path.exists()
 
 
-def test_nothing_to_resume_begins_anew(path):
+@pytest.mark.parametrize("content", [None, b""])
+def test_nothing_to_resume_begins_anew(path, content):
+    if content is not None:
+        path.write_bytes(content)
     journal = opened(path, resume=True)
     journal.add([1.0], [])
     journal.close()

@@ -163,6 +163,22 @@ def test_steps_begin_where_the_last_one_left_what_they_need(gated, sequences, mo
     assert score(fresh, removed=(3,), candidates=[1, 2, 4]) == remembered
 
 
+def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(gated, sequences, monkeypatch):
+    calls = []
+    run = gated.run_block
+    monkeypatch.setattr(gated, "run_block", lambda call, hidden: calls.append(call.block) or run(call, hidden))
+    seen = {}
+    for engine in ("fork", "plain"):
+        passes, _ = passes_of(gated, sequences, engine=engine)
+        seen[engine] = {}
+        passes.watch(1, (2,), [1, 3, 4], lambda block, *states, engine=engine: seen[engine].update({block: states}))
+    assert calls == [0, 1, 3, 4]  # and the last block not at all
+    assert list(seen["fork"]) == list(seen["plain"]) == [1, 3, 4]
+    for block in (1, 3, 4):
+        for ours, theirs in zip(seen["fork"][block], seen["plain"][block], strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(gated, sequences):
     passes, _ = passes_of(gated, sequences)
     passes.ranking = [3]

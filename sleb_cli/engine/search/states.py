@@ -43,7 +43,7 @@ class States:
 
 
 def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> dict[int, int]:
-    """Choose the depths at which the next step would best begin, the most wanted first, and how many rows to keep there.
+    """Choose the depths at which the next step would best begin, the most wanted first, and how many rows to keep.
 
     What lies below the first candidate is the same in every step, so that depth comes first. The next step will begin
     at the block which this one removes: probably one of the `count` best of `ranking` (the best first); where it knows
