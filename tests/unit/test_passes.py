@@ -163,6 +163,17 @@ def test_steps_begin_where_the_last_one_left_what_they_need(gated, sequences, mo
     assert score(fresh, removed=(3,), candidates=[1, 2, 4]) == remembered
 
 
+def test_later_steps_are_forecast_from_the_leader(gated, sequences):
+    passes, _ = passes_of(gated, sequences)
+    block = sum(weight.numel() for weight in gated.gates[3].block.parameters())
+    head = gated.model.lm_head.weight.numel() / block
+    passes.ranking = [3, 1]
+    # Rows from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
+    assert passes.share_of_later_steps(CANDIDATES) == pytest.approx(1 - 6 / (20 + 4 * head))
+    passes.budget = Budget(sequences=4, positions=1000, rows=6, kept=0)
+    assert passes.share_of_later_steps(CANDIDATES) == 1
+
+
 def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(gated, sequences, monkeypatch):
     calls = []
     run = gated.run_block

@@ -161,17 +161,18 @@ class Passes:
     def share_of_later_steps(self, candidates: Sequence[int]) -> float:
         """Forecast what an evaluation will take in the next step, as a share of one that began at the first block.
 
-        The next step begins at the block that leads now. The head counts as so many blocks as its weights would make.
+        The next step begins at the block that leads now; while none does, one in the middle stands for it. The head
+        counts as so many blocks as its weights would make.
         """
-        if self.engine != "fork" or not self.budget.kept or not self.ranking:
+        if self.engine != "fork" or not self.budget.kept:
             return 1.0
-        model, last = self.gated.model, len(self.gated.gates)
-        block = sum(weight.numel() for weight in self.gated.gates[self.ranking[0]].block.parameters())
-        output = model.get_output_embeddings()
+        last, leader = len(self.gated.gates), (self.ranking or candidates[len(candidates) // 2 :])[0]
+        block = sum(weight.numel() for weight in self.gated.gates[leader].block.parameters())
+        output = self.gated.model.get_output_embeddings()
         head = sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0
         whole = sum(last - candidate for candidate in candidates) + last
-        spared = sum(self.ranking[0] - candidate for candidate in candidates if candidate < self.ranking[0])
-        return 1 - (spared + self.ranking[0]) / (whole + head * len(candidates))
+        spared = sum(leader - candidate for candidate in candidates if candidate < leader) + leader
+        return 1 - spared / (whole + head * len(candidates))
 
     def watch(
         self, batch: int, removed: Sequence[int], candidates: Sequence[int], look: Callable[[int, Tensor, Tensor], None]

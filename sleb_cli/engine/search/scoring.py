@@ -83,6 +83,7 @@ class Scoring:
         """Score batch after batch; in a race, those who are beaten drop out after each."""
         race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates})
         for batch in range(len(self.passes.batches)):
+            self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             for block in race.contenders:
                 if (found := self.journal.find(removed, block, batch)) is not None:
                     self.notify(SearchAdvanced(len(found), found=True))
@@ -94,7 +95,6 @@ class Scoring:
                     self.journal.add(scores, removed, block, batch)
                     self._add(race, removed, block, scores)
             self.passes.ranking = race.ranking()
-            self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             if self.fast:
                 race.drop_beaten()
                 self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), race.evaluations))
