@@ -118,6 +118,16 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, *
     return folder
 
 
+def random_model(config: Any) -> Any:
+    """Give a random model of the real class in memory, with weights large enough that every block matters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.15)
+    return model
+
+
 def llama_config(blocks: int = 6, **changes: Any) -> LlamaConfig:
     """A Llama of some thousand parameters."""
     settings = {

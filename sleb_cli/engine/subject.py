@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sleb_cli.engine.architecture import Architecture, read_architecture
 from sleb_cli.engine.loading import quiet_libraries
@@ -12,6 +13,7 @@ from sleb_cli.engine.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notify
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.records import ModelRecord, differences
 from sleb_plugins import PlanError, UsageError
 
 DEFAULT_PLAN = "plan.json"
@@ -107,17 +109,13 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
         PlanError: it was made for another one; the sentence names the differences.
     """
     planned, found = plan.model, architecture.record
-    differences = [
-        f"{what}: {theirs}, not {ours}"
-        for what, theirs, ours in (
-            ("model_type", found.model_type, planned.model_type),
-            ("blocks", found.blocks, planned.blocks),
-            ("fingerprint", found.fingerprint[:12], planned.fingerprint[:12]),
-        )
-        if theirs != ours
-    ]
-    if differences:
+    if differing := differences(_identity(found), _identity(planned)):
         raise PlanError(
-            f"{path} was made for {planned.id}, and {found.id} is another model ({'; '.join(differences)}).",
+            f"{path} was made for {planned.id}, and {found.id} is another model ({differing}).",
             hint="Name the plan's model with --model, or use the plan on this one with --any-model.",
         )
+
+
+def _identity(model: ModelRecord) -> dict[str, Any]:
+    """Give what makes it the same model, wherever it lies."""
+    return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
-from conftest import gpt2_config, llama_config, opt_config
+from conftest import gpt2_config, llama_config, opt_config, random_model
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.search.fork import Walk, fork
 from sleb_cli.engine.search.states import BASE, States
@@ -23,12 +23,8 @@ PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transf
 
 @pytest.fixture(params=[llama_config, opt_config, gpt2_config, bloom_config], ids=PATHS)
 def gated(request):
-    torch.manual_seed(0)
     config = request.param()
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, 0.15)
+    model = random_model(config)
     with torch.inference_mode(), GatedModel(model, model.get_submodule(PATHS[config.model_type])) as gated:
         yield gated
 

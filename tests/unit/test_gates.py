@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import gpt2_config, llama_config, opt_config
+from conftest import gpt2_config, llama_config, opt_config, random_model
 from reference import plain_loss
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.logits import score_logits
@@ -16,12 +16,8 @@ PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transf
 
 @pytest.fixture(params=[llama_config, opt_config, gpt2_config], ids=PATHS)
 def model(request):
-    torch.manual_seed(0)
     config = request.param()
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, 0.15)
+    model = random_model(config)
     return model, model.get_submodule(PATHS[config.model_type])
 
 

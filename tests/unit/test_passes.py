@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from conftest import llama_config
+from conftest import llama_config, random_model
 from sleb_cli.engine.gates import GatedModel, OutOfMemory
 from sleb_cli.engine.search.budget import Budget
 from sleb_cli.engine.search.passes import Passes, choose_engine, prepare_passes
@@ -19,11 +18,7 @@ CANDIDATES = [1, 2, 3, 4]
 
 @pytest.fixture
 def gated():
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(llama_config(6, vocab_size=3000)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, 0, 0.15)
+    model = random_model(llama_config(6, vocab_size=3000))
     with torch.inference_mode(), GatedModel(model, model.model.layers) as gated:
         yield gated
 
