@@ -40,6 +40,7 @@ class SearchRecord(Record):
     ratio: str | None
     protect_first: int
     protect_last: int
+    protect: tuple[Block, ...] = ()
     dtype: str
     device: str
     batch_size: int
@@ -73,10 +74,12 @@ class RaceRecord(Record):
 class Step(Record):
     """One removal: the metric's score, and the calibration perplexity, without this and all earlier blocks.
 
-    `scores` holds every candidate's; where they raced, every survivor's. All are over all sequences.
+    `scores` holds every candidate's; where they raced, every survivor's. All are over all sequences. `kind` says what
+    kind of block went, where the model has several.
     """
 
     block: Block
+    kind: str = ""
     score: float
     perplexity: float
     scores: dict[Block, float]

@@ -15,6 +15,7 @@ from sleb_plugins.errors import (
 from sleb_plugins.exporter import Exporter, Pruning
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
+from sleb_plugins.layout import block_numbers, by_block, leading_blocks, trailing_blocks
 from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 
 __all__ = [
@@ -36,5 +37,9 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "WeightMetric",
+    "block_numbers",
+    "by_block",
     "hookimpl",
+    "leading_blocks",
+    "trailing_blocks",
 ]

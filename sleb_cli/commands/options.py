@@ -44,7 +44,7 @@ ResultOption = Annotated[
 ]
 
 
-def parse_blocks(text: str | None) -> tuple[int, ...] | None:
+def parse_blocks(text: str | None, option: str = "--blocks") -> tuple[int, ...] | None:
     """Read `5,4,9`.
 
     Raises:
@@ -55,7 +55,7 @@ def parse_blocks(text: str | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"--blocks {text!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
+        raise UsageError(f"{option} {text!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
 
 
 def parse_names(text: str | None) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from sleb_cli.commands.options import (
     QuietOption,
     RevisionOption,
     TrustOption,
+    parse_blocks,
 )
 
 
@@ -56,6 +57,11 @@ def search(
     ] = None,
     protect_last: Annotated[
         int | None, typer.Option(help="Blocks at the end that stay. (default: 1)", show_default=False)
+    ] = None,
+    protect: Annotated[str | None, typer.Option(help="Further blocks that stay: 5,11.", show_default=False)] = None,
+    protect_kind: Annotated[
+        list[str] | None,
+        typer.Option(help="A kind of block that stays: full_attention. May be repeated.", show_default=False),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -117,6 +123,8 @@ def search(
             metric=metric,
             protect_first=protect_first,
             protect_last=protect_last,
+            protect=parse_blocks(protect, "--protect"),
+            protect_kinds=tuple(protect_kind or ()),
             dtype=dtype,
             device=device,
             batch_size=batch_size,

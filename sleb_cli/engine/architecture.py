@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,19 +17,33 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
 )
 
+from sleb_cli.engine.anatomy import Anatomy, anatomy, kinds_by_class, shared_weights
 from sleb_cli.engine.foreign import transformers_reads
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
 from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
+from sleb_plugins.layout import PREDICTION_BLOCKS
 
 BY_STRUCTURE = "structure"
+
+_WHAT_WORKS = "docs/families.md lists what works; `sleb plugins` lists the families that plugins add."
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """How the weight files name the tensors of blocks: `prefix`, number, rest; `extra` numbers come after the last."""
+
+    prefix: str
+    extra: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,10 +56,42 @@ class Architecture:
     skeleton: nn.Module
     """The model without weights: every parameter is on the meta device."""
 
-    @property
+    @cached_property
     def block_count(self) -> int:
         """How many blocks the model has."""
         return len(self.blocks_of(self.skeleton))
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model: a part of the whole where the model also sees or hears."""
+        return _text_config(self.config)
+
+    @property
+    def text_key(self) -> str:
+        """The key of `config.json` under which the language model's config stands; empty where it is the whole."""
+        text = self.text_config
+        return "" if text is self.config else next(k for k, value in vars(self.config).items() if value is text)
+
+    @property
+    def auto_class(self) -> Any:
+        """What transformers loads this model with."""
+        return _auto_class(self.config)
+
+    def build(self, config: Any) -> nn.Module:
+        """Build a model of this family without weights."""
+        return _skeleton(config, self.source)
+
+    def read_config(self, raw: dict[str, Any]) -> Any:
+        """Read the contents of a `config.json` as transformers reads the file.
+
+        Raises:
+            ModelError: it refuses them.
+        """
+        with TemporaryDirectory() as folder, transformers_reads("the pruned config"):
+            (Path(folder) / "config.json").write_text(json.dumps(raw))
+            config = type(self.config).from_pretrained(folder)
+        config.name_or_path = self.config.name_or_path
+        return config
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
         """Give the model's list of blocks.
@@ -56,6 +108,56 @@ class Architecture:
         return blocks
 
     @cached_property
+    def numbering(self) -> Numbering:
+        """How the weight files name the blocks, which need not be how the model does.
+
+        Raises:
+            UnsupportedModelError: they do not name each block.
+        """
+        names = self.source.weights.tensor_names()
+        numbering = number_blocks(names, self.adapter.blocks_path, self.block_count)
+        predicted = [getattr(self.text_config, key, None) for key in PREDICTION_BLOCKS]
+        if numbering is None or (numbering.extra and numbering.extra not in predicted):
+            raise UnsupportedModelError(
+                f"The weight files of {self.source.id} do not keep {self.block_count} blocks under "
+                f"{self.adapter.blocks_path}.",
+                hint="Load the model with transformers and save it again, then try with that copy.",
+            )
+        return numbering
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """What kind each block is of, in the config's words and else in its classes'; "" where all are of one kind."""
+        config = self.text_config
+        lists = [
+            getattr(config, key, None)
+            for key in ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+        ]
+        said = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
+        by_class = kinds_by_class(self.blocks_of(self.skeleton))
+        if not said:
+            return by_class
+        kinds = [", ".join(dict.fromkeys(str(values[block]) for values in said)) for block in range(self.block_count)]
+        # The config's words are enough where they tell apart whatever the classes do.
+        if len(set(zip(kinds, by_class, strict=True))) == len(set(kinds)):
+            return kinds
+        return [", ".join(part for part in pair if part) for pair in zip(kinds, by_class, strict=True)]
+
+    @cached_property
+    def block_anatomies(self) -> list[Anatomy]:
+        """What each block is made of."""
+        return [anatomy(block) for block in self.blocks_of(self.skeleton)]
+
+    @cached_property
+    def frame_anatomy(self) -> Anatomy:
+        """What the model is made of outside of its blocks."""
+        return self.frame_of(self.skeleton)
+
+    def frame_of(self, model: nn.Module) -> Anatomy:
+        """Say the same of another model of this family."""
+        return anatomy(model, without=self.adapter.blocks_path)
+
+    @cached_property
     def record(self) -> ModelRecord:
         """The model as plans and results name it."""
         return ModelRecord(
@@ -70,7 +172,7 @@ class Architecture:
     @property
     def longest_sequence(self) -> int | None:
         """The most positions the model knows, or None where it sets no limit."""
-        limit = getattr(self.config, "max_position_embeddings", None)
+        limit = getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def _no_blocks(self) -> UnsupportedModelError:
@@ -85,29 +187,72 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     """Read the config, choose the family, and find the blocks. No weights are read.
 
     Raises:
-        UnsupportedModelError: the model is no decoder, or has no list of blocks that fits its config.
+        UnsupportedModelError: the model is no decoder, has no list of blocks that fits its config, or is of a family
+            whose blocks cannot be removed.
         PluginError: two plugins claim its model_type.
     """
     config = _read_config(source)
+    text = _text_config(config)
+    adapter = registry.family(config.model_type) or registry.family(text.model_type)
+    if adapter is not None and adapter.refusal:
+        raise _refused(source, config, adapter.refusal)
     skeleton = _skeleton(config, source)
-    adapter = registry.family(config.model_type)
     if adapter is None:
         adapter = _read_structure(config, skeleton)
         notify(
             Notice(
                 f"No family claims {config.model_type}: its blocks were found by structure, "
-                f"{config.num_hidden_layers} at {adapter.blocks_path}."
+                f"{text.num_hidden_layers} at {adapter.blocks_path}."
             )
         )
     architecture = Architecture(source, config, adapter, skeleton)
-    count = _configured_count(config, adapter)
+    count = _configured_count(text, adapter)
     if count != architecture.block_count:
         raise UnsupportedModelError(
             f"The config of {source.id} says {count} blocks ({adapter.count_key}), the model has "
             f"{architecture.block_count} at {adapter.blocks_path}.",
             hint="sleb removes blocks only where the two agree.",
         )
+    if shared_weights(architecture.blocks_of(skeleton)):
+        raise _refused(source, config, "its blocks share weights with one another")
     return architecture
+
+
+def number_blocks(names: Iterable[str], path: str, count: int) -> Numbering | None:
+    """Find out how weight files name the blocks that the model keeps under `path`, or None where they do not.
+
+    Files of the base model alone leave out the path's first parts, and older ones call the list otherwise: then the
+    one other list of so many is taken, and what it is called need only be the same throughout.
+    """
+    lists: dict[str, list[int]] = defaultdict(list)
+    for name in names:
+        for match in re.finditer(r"\.(\d+)(?=\.)", f".{name}"):
+            lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
+    whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
+    parts = path.split(".")
+    ways = [".".join(parts[start:]) + "." for start in range(len(parts))]
+    found = [way for way in ways if way in whole] or _most_alike(whole, parts[-1])
+    if not found:
+        return None
+    numbers = set(whole[found[0]])
+    extra = len(numbers) - count
+    return Numbering(found[0], extra) if numbers == set(range(count + extra)) else None
+
+
+def _most_alike(lists: dict[str, list[int]], name: str) -> list[str]:
+    """Put lists of the same last name first, then those with more tensors; leave out what sees and hears."""
+    own = [prefix for prefix in lists if not re.search(r"vision|visual|audio|encoder|mtp", prefix)]
+    return sorted(own, key=lambda prefix: (not prefix.endswith(f"{name}."), prefix.count("."), -len(lists[prefix])))
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def _refused(source: ModelSource, config: Any, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"No block can be removed from {source.id} ({config.model_type}), because {why}.", hint=_WHAT_WORKS
+    )
 
 
 def _read_config(source: ModelSource) -> Any:
@@ -132,7 +277,7 @@ def _read_config(source: ModelSource) -> Any:
             hint="sleb removes blocks from decoder-only language models.",
         )
     encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    if encoder_only or not (needs_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+    if encoder_only or not (needs_code or _auto_class(config)):
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is not a decoder-only language model.",
             hint="sleb needs a model that AutoModelForCausalLM loads and that predicts the next token.",
@@ -140,9 +285,16 @@ def _read_config(source: ModelSource) -> Any:
     return config
 
 
+def _auto_class(config: Any) -> Any:
+    """Choose what transformers loads such a model with; None where it knows no language model of the kind."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
+
+
 def _skeleton(config: Any, source: ModelSource) -> nn.Module:
     with transformers_reads(f"the config of {source.id}"), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+        model: nn.Module = _auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     return model
 
 
@@ -152,37 +304,39 @@ def _configured_count(config: Any, adapter: FamilyAdapter) -> int | None:
 
 
 def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
-    """Find the one list whose length is the config's count and which holds most of the parameters."""
-    count = getattr(config, "num_hidden_layers", None)
+    """Find the one list whose length is the config's count and which holds most of the language model's parameters."""
+    text = _text_config(config)
+    count = getattr(text, "num_hidden_layers", None)
     if not isinstance(count, int):
         raise UnsupportedModelError(
             f"The config of {config.model_type} does not say in one number how many blocks the model has.",
-            hint="`sleb plugins` lists the families. To add one, see README, 'Write a plugin'.",
+            hint=_WHAT_WORKS,
         )
     lists = {
         path: sum(p.numel() for p in module.parameters())
         for path, module in skeleton.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and _same_interface(module)
+        if isinstance(module, nn.ModuleList) and len(module) == count and _are_called(module)
     }
+    inner = set(_decoder(skeleton).modules())
+    lists = {path: size for path, size in lists.items() if skeleton.get_submodule(path) in inner} or lists
     if not lists:
         raise UnsupportedModelError(
-            f"{config.model_type} has no list of {count} equal blocks to remove from.",
-            hint="`sleb plugins` lists the families. To add one, see README, 'Write a plugin'.",
+            f"{config.model_type} has no list of {count} equal blocks to remove from.", hint=_WHAT_WORKS
         )
     return FamilyAdapter(
         name=BY_STRUCTURE,
         model_types=frozenset({config.model_type}),
         blocks_path=max(lists, key=lambda path: lists[path]),
-        count_key=config.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
-        per_block_keys=tuple(key for key, value in config.to_dict().items() if _is_per_block(key, value, count)),
+        count_key=text.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )
 
 
-def _same_interface(blocks: nn.ModuleList) -> bool:
-    return len({type(block) for block in blocks}) <= 2 and all(
-        type(block).forward is not nn.Module.forward for block in blocks
-    )
+def _decoder(model: nn.Module) -> nn.Module:
+    """Give the language model inside, where transformers says which it is: not what sees or hears."""
+    find = getattr(model, "get_decoder", None)
+    found = find() if find else None
+    return found if isinstance(found, nn.Module) else model
 
 
-def _is_per_block(key: str, value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and ("layer" in key or "block" in key)
+def _are_called(blocks: nn.ModuleList) -> bool:
+    return all(type(block).forward is not nn.Module.forward for block in blocks)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.foreign import transformers_reads
@@ -115,7 +115,7 @@ def load_dense(architecture: Architecture, dtype: torch.dtype, device: torch.dev
     # Our own reader says plainly where a file is broken.
     architecture.source.weights.tensor_names()
     with transformers_reads(f"the weights of {architecture.source.id}"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = architecture.auto_class.from_pretrained(
             architecture.source.folder,
             dtype=dtype,
             trust_remote_code=architecture.source.trust_remote_code,
@@ -135,12 +135,11 @@ def load_pruned(surgery: Surgery, dtype: torch.dtype, device: torch.device, noti
     architecture = surgery.architecture
     task = f"Loading {architecture.source.id} without {len(surgery.removals)} blocks"
     notify(TaskStarted(task))
-    raw_config = surgery.prune_config()
     tensors = dict(surgery.prune_tensors(architecture.source.weights.tensors()))
     with transformers_reads(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
         model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
             None,
-            config=type(architecture.config).from_dict(raw_config),
+            config=architecture.read_config(surgery.prune_config()),
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,

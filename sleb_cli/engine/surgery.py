@@ -7,8 +7,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from transformers import DynamicCache
+
+from sleb_cli.engine.anatomy import anatomy, block_changes, frame_changes
 from sleb_cli.engine.architecture import Architecture
-from sleb_plugins import UnsupportedModelError, UsageError
+from sleb_cli.engine.foreign import verdict
+from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.layout import (
+    OBSTACLES,
+    PERIODS,
+    PREDICTION_BLOCKS,
+    READINGS,
+    REWRITINGS,
+    Kept,
+    by_block,
+    means_blocks,
+)
 
 T = TypeVar("T")
 
@@ -31,48 +45,104 @@ class Surgery:
         return frozenset(self.removals)
 
     @cached_property
+    def kept(self) -> Kept:
+        """The blocks that stay."""
+        count = self.architecture.block_count
+        return Kept(tuple(block for block in range(count) if block not in self.removed), count)
+
+    @cached_property
     def new_number(self) -> dict[int, int]:
         """From a kept block's number in the original to its number in the pruned model."""
-        kept = (block for block in range(self.architecture.block_count) if block not in self.removed)
-        return {old: new for new, old in enumerate(kept)}
+        return {old: new for new, old in enumerate(self.kept.blocks)}
 
     def prune_config(self) -> dict[str, Any]:
-        """Give `config.json` of the pruned model: the count, and every list with one value per block.
+        """Give `config.json` of the pruned model: the count, and every setting that speaks of single blocks.
 
-        Lists are taken from the config as transformers understands it, so that a pattern which
+        Settings are taken from the config as transformers understands it, so that a pattern which
         `config.json` leaves to a default or a period becomes an explicit list.
         """
-        pruned = dict(self.architecture.source.raw_config)
-        adapter = self.architecture.adapter
-        pruned[adapter.count_key] = len(self.new_number)
-        for key in adapter.per_block_keys:
-            values = getattr(self.architecture.config, key, None)
-            if values is not None:
-                pruned[key] = [values[block] for block in self.new_number]
-        return pruned
+        raw = dict(self.architecture.source.raw_config)
+        if not self.removed:
+            return raw
+        inner = self.architecture.text_key
+        text = dict(raw.get(inner) or {}) if inner else raw
+        text |= self._pruned_settings(text)
+        if self.architecture.numbering.extra:
+            text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
+        return raw | {inner: text} if inner else text
+
+    def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
+        config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
+        understood = config.to_dict()
+        settings: dict[str, Any] = {}
+        for key in dict.fromkeys((*written, *understood)):
+            value = understood.get(key, written.get(key))
+            reading = adapter.config_keys.get(key) or READINGS.get(key)
+            if reading is None and means_blocks(key, value, kept.count):
+                reading = by_block
+            if reading is None or value is None or isinstance(value, bool):
+                continue
+            pruned = reading(value, kept)
+            if key in written or pruned != value or isinstance(value, list):
+                settings[key] = pruned
+        for key, rewrite in REWRITINGS.items():
+            if key in understood and key not in adapter.config_keys:
+                settings |= rewrite({name: getattr(config, name, None) for name in (*understood, *written)}, kept)
+        aliases = [alias for alias, name in config.attribute_map.items() if name == adapter.count_key]
+        counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
+        return settings | dict.fromkeys(counts, len(kept.blocks))
 
     def prune_tensors(self, tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-        """Drop the tensors of removed blocks and give the others the names they have in the pruned model."""
+        """Drop the tensors of removed blocks and give the others the names they have in the pruned model.
+
+        With any block, those for multi-token prediction that are numbered on after the last one go too: they read
+        hidden states of the whole model, and what loads the checkpoint would look for them under the old number.
+        """
         for name, tensor in tensors:
             place = self.locate(name)
-            if place is None:
+            if place is None or not self.removed:
                 yield name, tensor
             elif place.block in self.new_number:
                 yield f"{place.prefix}{self.new_number[place.block]}{place.suffix}", tensor
 
     def locate(self, name: str) -> TensorPlace | None:
         """Say which block a tensor belongs to by its name, or None for one outside of the blocks."""
-        for prefix in self._prefixes:
-            number, dot, rest = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and number.isdigit():
-                return TensorPlace(prefix, int(number), dot + rest)
+        prefix = self.architecture.numbering.prefix
+        number, dot, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdigit():
+            return TensorPlace(prefix, int(number), dot + rest)
         return None
 
-    @cached_property
-    def _prefixes(self) -> list[str]:
-        """What block tensors start with; checkpoints of a bare base model leave the first part out."""
-        parts = self.architecture.adapter.blocks_path.split(".")
-        return [".".join(parts[start:]) + "." for start in range(len(parts))]
+    def obstacle(self) -> str | None:
+        """Say in a clause what makes this removal wrong for the blocks that stay, or None where nothing does.
+
+        The pruned model is built without weights, and its blocks are compared with what they were.
+        """
+        before, kept = self.architecture, self.kept
+        for key, (applies, why) in OBSTACLES.items():
+            if applies(getattr(before.text_config, key, None) or []):
+                return f"{why} ({key})"
+        try:
+            config = before.read_config(self.prune_config())
+            skeleton = before.build(config)
+            blocks = before.blocks_of(skeleton)
+        except ModelError as error:
+            return error.message.rstrip(".")
+        if len(blocks) != len(kept.blocks):
+            return f"with {before.adapter.count_key} {len(kept.blocks)} the model has {len(blocks)} blocks"
+        for new, old in enumerate(kept.blocks):
+            changes = block_changes(before.block_anatomies[old], anatomy(blocks[new]), old, kept)
+            if changes:
+                return f"in block {old}, {changes[0]}{self._by_period()}"
+        if changes := frame_changes(before.frame_anatomy, before.frame_of(skeleton), kept):
+            return f"outside of the blocks, {changes[0]}"
+        return None if _cache_fault(before.config) else _cache_fault(config)
+
+    def _by_period(self) -> str:
+        config = self.architecture.text_config
+        found = {key: getattr(config, key, None) for key in PERIODS}
+        said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
+        return f" (the config says it by period: {', '.join(said)})" if said else ""
 
 
 @dataclass(frozen=True)
@@ -84,12 +154,23 @@ class TensorPlace:
     suffix: str
 
 
+def _cache_fault(config: Any) -> str | None:
+    """Say what a KV cache for this config does not bear: most cannot be without any attention block."""
+    try:
+        with verdict(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
+            DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
+    except ModelError as error:
+        return error.message
+    return None
+
+
 def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery:
     """Check the blocks against the model.
 
     Raises:
         UsageError: a block is named twice, does not exist, or none would remain.
-        UnsupportedModelError: the weight files do not name every block, so that none can be dropped safely.
+        UnsupportedModelError: the weight files do not name every block, so that none can be dropped safely; or the
+            blocks that stay would not be what they were.
     """
     blocks = tuple(removals)
     count = architecture.block_count
@@ -105,12 +186,10 @@ def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery
     if len(blocks) == count:
         raise UsageError(f"All {count} blocks would go.", hint="Keep at least one.")
     surgery = Surgery(architecture, blocks)
-    names = architecture.source.weights.tensor_names()
-    found = {place.block for place in map(surgery.locate, names) if place}
-    if found != set(range(count)):
+    if blocks and (obstacle := surgery.obstacle()):
+        names = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, sorted(blocks)))}"
         raise UnsupportedModelError(
-            f"The weight files of {architecture.source.id} do not keep {count} blocks under "
-            f"{architecture.adapter.blocks_path}.",
-            hint="Load the model with transformers and save it again, then try with that copy.",
+            f"{architecture.source.id} ({architecture.config.model_type}) cannot go without {names}: {obstacle}.",
+            hint="Remove other blocks; docs/families.md says what each family allows.",
         )
     return surgery

@@ -39,17 +39,18 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     calibration, how = plan.calibration, plan.search
     console = stdout()
     print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
-    table = new_table("step", "block", escape(how.metric), "perplexity", "change")
+    kinds = any(step.kind for step in plan.steps)
+    table = new_table("step", "block", *(["kind"] if kinds else []), escape(how.metric), "perplexity", "change")
     table.add_row(
         "dense",
-        "",
+        *([""] * (1 + kinds)),
         "" if how.metric != "nll" else f"{plan.dense.loss:.4f}",
         f"{plan.dense.perplexity:.2f}",
         "",
     )
     for number, step in enumerate(plan.steps, start=1):
         table.add_row(
-            str(number), str(step.block), f"{step.score:.4f}",
+            str(number), str(step.block), *([escape(step.kind)] if kinds else []), f"{step.score:.4f}",
             f"{step.perplexity:.2f}", relative_change(plan.dense.perplexity, step.perplexity),
         )  # fmt: skip
     console.print(table)

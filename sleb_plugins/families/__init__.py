@@ -6,8 +6,40 @@ from sleb_plugins.hookspecs import hookimpl
 LLAMA = FamilyAdapter("llama", frozenset({"llama"}), blocks_path="model.layers")
 OPT = FamilyAdapter("opt", frozenset({"opt"}), blocks_path="model.decoder.layers")
 
+# Decoders of encoder-decoder families, on their own. `num_hidden_layers` counts the encoder's blocks there.
+BART = FamilyAdapter(
+    "bart",
+    frozenset({
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+        "trocr", "whisper",
+    }),
+    blocks_path="model.decoder.layers",
+    count_key="decoder_layers",
+)  # fmt: skip
+
+LONGCAT = FamilyAdapter("longcat", frozenset({"longcat_flash"}), blocks_path="model.layers", count_key="num_layers")
+XLSTM = FamilyAdapter("xlstm", frozenset({"xlstm"}), blocks_path="backbone.blocks", count_key="num_blocks")
+
+_CACHE_DIFFERS = "transformers decodes it otherwise with a KV cache than without one"
+_EARLIER_GROUPS = "its blocks attend to what groups of earlier blocks made, and the groups are counted by number"
+
+REFUSED = {
+    "cpmant": _CACHE_DIFFERS,
+    "dory": "the middle ones of its blocks are run several times, and which these are is counted from both ends",
+    "dots3_note_text": _CACHE_DIFFERS,
+    "hrm_text": "its blocks stand in two stacks that are run in turns, several times each",
+    "inkling2_loop_text": _EARLIER_GROUPS,
+    "inkling2_text": _EARLIER_GROUPS,
+    "moshi": _CACHE_DIFFERS,
+    "prophetnet": "transformers does not decode it with a KV cache",
+    "reformer": "its blocks are reversible: each takes and gives two streams of hidden states",
+    "zaya": "the router of each block reads what the router of the block before it made",
+}
+"""Families of which no block can be removed, and why; most others that cannot are found out by their anatomy."""
+
 
 @hookimpl
 def sleb_families() -> list[FamilyAdapter]:
-    """Offer the families that ship with `sleb`."""
-    return [LLAMA, OPT]
+    """Offer the families that ship with `sleb`, and say which cannot be pruned."""
+    refused = [FamilyAdapter(name, frozenset({name}), refusal=why) for name, why in REFUSED.items()]
+    return [LLAMA, OPT, BART, LONGCAT, XLSTM, *refused]

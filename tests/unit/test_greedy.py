@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from sleb_cli.engine.search.greedy import Outcome, count_to_remove, greedy_search, parse_ratio
+from sleb_cli.engine.search.greedy import Outcome, Protection, count_to_remove, greedy_search, parse_ratio
 from sleb_plugins import ModelError, UsageError
 
 
@@ -14,8 +14,12 @@ def additive(costs):
     )
 
 
-def search(costs, remove, first=1, last=1):
-    return list(greedy_search(additive(costs), len(costs), remove, protect_first=first, protect_last=last))
+def candidates(blocks, first=1, last=1, kept=()):
+    return lambda removed: Protection(first, last, kept).candidates(blocks, removed)
+
+
+def search(costs, remove, first=1, last=1, kept=()):
+    return list(greedy_search(additive(costs), candidates(len(costs), first, last, kept), remove))
 
 
 def test_removes_the_cheapest_first_and_keeps_the_ends():
@@ -42,21 +46,27 @@ def test_protection_counts_remaining_blocks():
     assert [choice.block for choice in choices] == [3, 2]
 
 
+def test_blocks_protected_by_name_never_go():
+    assert [choice.block for choice in search([0, 5, 1, 3, 2, 0], 2, kept=(2, 4))] == [3, 1]
+    with pytest.raises(UsageError, match=r"3 of 6 blocks cannot go: 2 may, .*and 2 by name"):
+        count_to_remove(6, Protection(1, 1, (2, 4)), ratio=None, remove=3)
+
+
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
 def test_a_score_that_is_not_finite_names_its_block(score):
     with pytest.raises(ModelError, match="Without block 2"):
         broken = lambda removed, candidates: Outcome({b: score if b == 2 else 1.0 for b in candidates})  # noqa: E731
-        list(greedy_search(broken, 5, 1, protect_first=1, protect_last=1))
+        list(greedy_search(broken, candidates(5), 1))
 
 
 def test_a_search_goes_on_from_removals_that_are_given():
     costs = [0, 5, 1, 3, 2, 0]
-    later = list(greedy_search(additive(costs), 6, 3, protect_first=1, protect_last=1, removed=[2]))
+    later = list(greedy_search(additive(costs), candidates(6), 3, removed=[2]))
     assert [choice.block for choice in later] == [choice.block for choice in search(costs, 3)[1:]]
 
 
 def test_only_survivors_of_a_race_can_win():
-    choices = greedy_search(lambda r, c: Outcome({3: 1.0, 2: 1.0}), 6, 1, protect_first=1, protect_last=1)
+    choices = greedy_search(lambda r, c: Outcome({3: 1.0, 2: 1.0}), candidates(6), 1)
     assert [choice.block for choice in choices] == [2]
 
 
@@ -73,7 +83,7 @@ def test_only_survivors_of_a_race_can_win():
     ],
 )
 def test_the_ratio_is_exact(ratio, blocks, count):
-    found = count_to_remove(blocks, ratio=parse_ratio(ratio), remove=None, protect_first=1, protect_last=1)
+    found = count_to_remove(blocks, Protection(1, 1), ratio=parse_ratio(ratio), remove=None)
     assert found == count
 
 
@@ -85,7 +95,7 @@ def test_a_ratio_outside_of_0_to_1_is_refused(text):
 
 def test_more_blocks_than_may_go():
     with pytest.raises(UsageError, match="5 of 6 blocks cannot go: 4 may"):
-        count_to_remove(6, ratio=None, remove=5, protect_first=1, protect_last=1)
-    assert count_to_remove(6, ratio=Fraction(5, 6), remove=None, protect_first=0, protect_last=1) == 5
+        count_to_remove(6, Protection(1, 1), ratio=None, remove=5)
+    assert count_to_remove(6, Protection(0, 1), ratio=Fraction(5, 6), remove=None) == 5
     with pytest.raises(UsageError):
-        count_to_remove(6, ratio=None, remove=1, protect_first=-1, protect_last=1)
+        count_to_remove(6, Protection(-1, 1), ratio=None, remove=1)

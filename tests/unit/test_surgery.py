@@ -6,20 +6,24 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import llama_config, save_model
-from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.architecture import Numbering, number_blocks, read_architecture
 from sleb_cli.engine.source import ModelSource, locate_model
 from sleb_cli.engine.surgery import Surgery, plan_surgery
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import FamilyAdapter, UnsupportedModelError, UsageError
 
 
-def surgery(removals, blocks=4, path="model.layers", raw=None, config=None, **adapter):
+def surgery(
+    removals, blocks=4, path="model.layers", raw=None, config=None, prefix=None, extra=0, text_key="", **adapter
+):
     source = ModelSource("x", Path())
     vars(source)["raw_config"] = raw or {"num_hidden_layers": blocks}
     architecture = SimpleNamespace(
         block_count=blocks,
         adapter=FamilyAdapter("x", frozenset({"x"}), path, **adapter),
-        config=SimpleNamespace(**(config or {})),
+        numbering=Numbering(prefix or f"{path}.", extra),
+        text_config=SimpleNamespace(attribute_map={}, to_dict=lambda: config or {}, **(config or {})),
+        text_key=text_key,
         source=source,
     )
     return Surgery(architecture, tuple(removals))
@@ -37,9 +41,54 @@ def test_tensors_are_dropped_and_renumbered():
     }
 
 
-def test_a_checkpoint_of_the_base_model_leaves_out_the_first_part_of_the_path():
-    pruned = surgery([0], path="model.decoder.layers").prune_tensors([("decoder.layers.3.fc1.weight", 0)])
-    assert dict(pruned) == {"decoder.layers.2.fc1.weight": 0}
+def test_blocks_may_have_another_name_in_files():
+    pruned = surgery([0], path="model.layers", prefix="transformer.h.").prune_tensors([("transformer.h.3.fc1", 0)])
+    assert dict(pruned) == {"transformer.h.2.fc1": 0}
+
+
+@pytest.mark.parametrize(
+    ("stems", "path", "prefix"),
+    [
+        (["model.layers"], "model.layers", "model.layers."),
+        (["layers"], "model.layers", "layers."),
+        (["decoder.layers"], "model.decoder.layers", "decoder.layers."),
+        (["transformer.h"], "model.layers", "transformer.h."),
+        (
+            ["vision_tower.layers", "language_model.model.layers"],
+            "model.language_model.layers",
+            "language_model.model.layers.",
+        ),
+        (["visual.blocks", "model.layers"], "model.language_model.layers", "model.layers."),
+        (["model.layers.0.experts", "model.layers"], "model.layers", "model.layers."),
+        (["model.layers.0.mlp.experts", "backbone.layers"], "model.layers", "backbone.layers."),
+        (["something.else"], "model.layers", "something.else."),
+    ],
+)
+def test_the_files_say_how_blocks_are_named(stems, path, prefix):
+    names = [f"{stem}.{number}.w" for stem in stems for number in range(4)]
+    assert number_blocks([*names, "norm.weight", "model.rotary.7.w"], path, 4) == Numbering(prefix)
+
+
+def test_files_that_do_not_name_every_block():
+    assert number_blocks(["model.layers.0.w", "model.layers.2.w"], "model.layers", 3) is None
+    assert number_blocks([f"model.layers.{number}.w" for number in (0, 1, 2, 7)], "model.layers", 3) is None
+    assert number_blocks([f"model.layers.{number}.w" for number in range(4)], "model.layers", 3) == Numbering(
+        "model.layers.", extra=1
+    )
+
+
+def test_blocks_for_multi_token_prediction_go_with_any_other():
+    raw = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    names = [f"model.layers.{number}.w" for number in range(4)]
+    cut = surgery([1], blocks=3, raw=raw, config=raw, extra=1)
+    assert dict(cut.prune_tensors((name, name) for name in names)) == {
+        "model.layers.0.w": "model.layers.0.w",
+        "model.layers.1.w": "model.layers.2.w",
+    }
+    assert cut.prune_config() == {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+    whole = surgery([], blocks=3, raw=raw, config=raw, extra=1)
+    assert [name for name, _ in whole.prune_tensors((name, 0) for name in names)] == names
+    assert whole.prune_config() == raw
 
 
 def test_other_numbers_in_names_are_left_alone():
@@ -53,12 +102,25 @@ def test_two_digit_blocks():
 
 
 def test_the_config_loses_the_count_and_the_blocks_own_values():
-    raw = {"n_layer": 4, "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4]}
-    config = {"layer_types": raw["layer_types"], "attention_layers": [0, 1, 0, 1]}
-    keys = ("layer_types", "attention_layers", "absent_layers")
-    pruned = surgery([1, 3], raw=raw, config=config, count_key="n_layer", per_block_keys=keys).prune_config()
-    assert pruned == {"n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0]}
+    raw = {"n_layer": 4, "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4], "novel": [5, 6, 7, 8]}
+    config = {**raw, "attention_layers": [0, 1, 0, 1], "mine": "abcd"}
+    keys = {"mine": lambda text, kept: "".join(text[block] for block in kept.blocks)}
+    pruned = surgery([1, 3], raw=raw, config=config, count_key="n_layer", config_keys=keys).prune_config()
+    assert pruned == {
+        "n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0],
+        "novel": [5, 7], "mine": "ac",
+    }  # fmt: skip
     assert raw["n_layer"] == 4
+
+
+def test_the_language_models_config_inside_of_another():
+    raw = {
+        "vision_config": {"num_hidden_layers": 4},
+        "text_config": {"num_hidden_layers": 4, "layer_types": list("abcd")},
+    }
+    pruned = surgery([0], raw=raw, config=raw["text_config"], text_key="text_config").prune_config()
+    assert pruned["vision_config"] == {"num_hidden_layers": 4}
+    assert pruned["text_config"] == {"num_hidden_layers": 3, "layer_types": ["b", "c", "d"]}
 
 
 @pytest.fixture
@@ -79,7 +141,7 @@ def test_weight_files_that_do_not_name_every_block_are_refused(tmp_path, tiny_ll
     folder = save_model(tmp_path / "model", llama_config(3))
     from safetensors.torch import load_file, save_file
 
-    tensors = {f"odd.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors = {n.replace("layers.2.", "layer_2."): t for n, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     found = read_architecture(locate_model(str(folder), print), load_plugins(), print)
     with pytest.raises(UnsupportedModelError, match="do not keep 3 blocks under"):

@@ -28,14 +28,29 @@ class Choice:
 
 
 Score = Callable[[Sequence[int], Sequence[int]], Outcome]
+"""From the blocks removed so far and the candidates of this step to what each candidate scores."""
+
+Candidates = Callable[[Sequence[int]], Sequence[int]]
+"""From the blocks removed so far to those that may go next, in order."""
 
 
-def greedy_search(
-    score: Score, blocks: int, remove: int, *, protect_first: int, protect_last: int, removed: Sequence[int] = ()
-) -> Iterator[Choice]:
+@dataclass(frozen=True)
+class Protection:
+    """Which blocks are never candidates: the first and the last so many of those that remain, and `blocks`."""
+
+    first: int = 0
+    last: int = 0
+    blocks: tuple[int, ...] = ()
+
+    def candidates(self, count: int, removed: Sequence[int]) -> list[int]:
+        """Give the blocks of a model of `count` that may go after `removed`."""
+        remaining = [block for block in range(count) if block not in removed]
+        return [b for b in remaining[self.first : len(remaining) - self.last] if b not in self.blocks]
+
+
+def greedy_search(score: Score, candidates: Candidates, remove: int, removed: Sequence[int] = ()) -> Iterator[Choice]:
     """Remove one block after another until `remove` are gone: each time the one whose absence scores lowest.
 
-    The first `protect_first` and the last `protect_last` of the remaining blocks are never candidates.
     Ties go to the lower block, so that two runs write the same plan. `removed` are gone from the start.
 
     Raises:
@@ -43,8 +58,7 @@ def greedy_search(
     """
     gone = list(removed)
     while len(gone) < remove:
-        remaining = [block for block in range(blocks) if block not in gone]
-        outcome = score(tuple(gone), remaining[protect_first : len(remaining) - protect_last])
+        outcome = score(tuple(gone), candidates(tuple(gone)))
         for block in sorted(outcome.scores):
             require_finite(outcome.scores[block], gone, block)
         best = min(outcome.scores, key=lambda block: (outcome.scores[block], block))
@@ -52,24 +66,23 @@ def greedy_search(
         yield Choice(best, outcome)
 
 
-def count_to_remove(
-    blocks: int, *, ratio: Fraction | None, remove: int | None, protect_first: int, protect_last: int
-) -> int:
+def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | None, remove: int | None) -> int:
     """Give how many blocks go: `remove`, or ceil(ratio x blocks).
 
     Raises:
-        UsageError: none would go, or more than the protected ends leave.
+        UsageError: none would go, or more than the protected blocks leave.
     """
-    if min(protect_first, protect_last) < 0:
+    if min(protection.first, protection.last) < 0:
         raise UsageError("A negative number of blocks cannot be protected.", hint="Take 0 or more.")
     count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
-    available = max(0, blocks - protect_first - protect_last)
+    available = len(protection.candidates(blocks, ()))
     if count < 1:
         raise UsageError(f"{count} blocks to remove leaves nothing to search.", hint="Remove at least 1.")
     if count > available:
+        among = f", and {len(protection.blocks)} by name" if protection.blocks else ""
         raise UsageError(
             f"{count} of {blocks} blocks cannot go: {available} may, "
-            f"with {protect_first} protected at the start and {protect_last} at the end.",
+            f"with {protection.first} protected at the start and {protection.last} at the end{among}.",
             hint=f"Remove {available} or fewer, or protect fewer." if available else "Protect fewer blocks.",
         )
     return count

@@ -35,16 +35,17 @@ from sleb_cli.engine.loading import (
     quiet_libraries,
 )
 from sleb_cli.engine.search.budget import parse_bytes
-from sleb_cli.engine.search.greedy import count_to_remove, greedy_search, parse_ratio
+from sleb_cli.engine.search.greedy import Protection, count_to_remove, greedy_search, parse_ratio
 from sleb_cli.engine.search.passes import prepare_passes
 from sleb_cli.engine.search.race import LOOKS
+from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import require_same_model
 from sleb_cli.events import BlockRemoved, Notice, Notify, SearchStarted, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.journal import Journal, journal_of
 from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step, read_plan
-from sleb_cli.plugin_manager import Registry
+from sleb_cli.plugin_manager import Registry, suggestion
 from sleb_cli.records import differences
 from sleb_plugins import (
     HiddenStateMetric,
@@ -70,6 +71,8 @@ class SearchRequest:
     fast: bool = False
     protect_first: int | None = None
     protect_last: int | None = None
+    protect: tuple[int, ...] | None = None
+    protect_kinds: tuple[str, ...] = ()
     dtype: str | None = None
     device: str = "auto"
     memory: str | None = None
@@ -93,11 +96,8 @@ class _Settled:
     calibration: CalibrationSettings
     device: torch.device
     dtype: torch.dtype
-
-    @property
-    def ends(self) -> dict[str, int]:
-        """How many blocks at each end are never candidates."""
-        return {"protect_first": self.request.protect_first or 0, "protect_last": self.request.protect_last or 0}
+    protection: Protection
+    removable: Removable
 
 
 def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) -> Plan:
@@ -165,13 +165,10 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
             f"The number of blocks of {source.id} is {architecture.block_count}: nothing can be removed.",
             hint="Name a deeper model.",
         )
-    remove = count_to_remove(
-        architecture.block_count,
-        ratio=ratio,
-        remove=request.remove,
-        protect_first=request.protect_first or 0,
-        protect_last=request.protect_last or 0,
-    )
+    protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
+    remove = count_to_remove(architecture.block_count, protection, ratio=ratio, remove=request.remove)
+    removable = Removable(architecture, protection, notify)
+    removable.candidates(extended.removals if extended else ())
     if extended is not None and remove <= len(extended.removals):
         raise UsageError(
             f"{request.extend} has {len(extended.removals)} removals already, and {remove} are asked for.",
@@ -186,7 +183,31 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         calibration=settle_calibration(request.calibration, architecture),
         device=device,
         dtype=choose_dtype(request.dtype or "auto", architecture, device),
+        protection=protection,
+        removable=removable,
     )
+
+
+def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int, ...]:
+    """Give the blocks that were named, by number or by kind."""
+    count, kinds = architecture.block_count, architecture.kinds
+    absent = [block for block in request.protect or () if not 0 <= block < count]
+    if absent:
+        raise UsageError(
+            f"There is no block {absent[0]} to protect: {architecture.source.id} has {count} blocks, 0 to {count - 1}.",
+            hint="Blocks are numbered from 0.",
+        )
+    known = sorted({part for kind in kinds for part in (kind, *kind.split(", ")) if part})
+    unknown = [kind for kind in request.protect_kinds if kind not in known]
+    if unknown:
+        raise UsageError(
+            f"{architecture.source.id} has no blocks of the kind {unknown[0]!r}.",
+            hint=suggestion(
+                unknown[0], known, None if known else "Its blocks are all of one kind: use --protect 5,11."
+            ),
+        )
+    of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kinds)]
+    return tuple(sorted({*(request.protect or ()), *of_kind}))
 
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
@@ -195,7 +216,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     calibration = request.calibration
     if extended is not None:
         how, was = extended.search, extended.calibration
-        usual = {name: getattr(how, name) for name in (*usual, "batch_size", "fast")}
+        usual = {name: getattr(how, name) for name in (*usual, "batch_size", "fast", "protect")}
         drawn = {"source": was.source, "samples": was.sequences, "sequence_length": was.sequence_length}
         if was.source in REFERENCE_PRESETS:
             del drawn["samples"]  # those count rows of text, not sequences
@@ -220,7 +241,8 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
     if plan is None:
         return
     names = ("metric", "protect_first", "protect_last", "fast")
-    found = {name: getattr(request, name) for name in names} | {"dtype": dtype_name(settled.dtype)}
+    found: dict[str, Any] = {name: getattr(request, name) for name in names}
+    found |= {"dtype": dtype_name(settled.dtype), "protect": settled.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
@@ -258,7 +280,9 @@ def _search(
             metric=metric.name,
             remove=settled.remove,
             ratio=request.ratio,
-            **settled.ends,
+            protect_first=settled.protection.first,
+            protect_last=settled.protection.last,
+            protect=settled.protection.blocks,
             dtype=dtype_name(settled.dtype),
             device=settled.device.type,
             batch_size=passes.budget.sequences,
@@ -273,7 +297,7 @@ def _search(
         steps = list(settled.extended.steps) if settled.extended else []
         notify(SearchStarted(architecture.block_count, settled.remove, len(steps), _evaluations(settled, scoring)))
         choices = greedy_search(
-            score, architecture.block_count, settled.remove, **settled.ends, removed=[step.block for step in steps]
+            score, settled.removable.candidates, settled.remove, removed=[step.block for step in steps]
         )
         for choice in choices:
             scores = choice.outcome.scores
@@ -285,6 +309,7 @@ def _search(
             )
             step = Step(
                 block=choice.block,
+                kind=architecture.kinds[choice.block],
                 score=scores[choice.block],
                 perplexity=_perplexity(loss, choice.block),
                 scores=dict(scores),
@@ -321,9 +346,9 @@ def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
 
 
 def _evaluations(settled: _Settled, scoring: Scoring) -> tuple[int, ...]:
-    candidates = settled.architecture.block_count - sum(settled.ends.values())
-    done = len(settled.extended.removals) if settled.extended else 0
-    return tuple((candidates - step) * scoring.sequences for step in range(done, settled.remove))
+    removed = settled.extended.removals if settled.extended else ()
+    candidates = len(settled.removable.candidates(removed))
+    return tuple((candidates - step) * scoring.sequences for step in range(settled.remove - len(removed)))
 
 
 def _perplexity(loss: float, block: int) -> float:

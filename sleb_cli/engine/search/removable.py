@@ -1,0 +1,57 @@
+"""Which blocks may go next: those that nobody protects, and without which the others stay what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sleb_cli.engine.architecture import Architecture
+from sleb_cli.engine.search.greedy import Protection
+from sleb_cli.engine.surgery import Surgery
+from sleb_cli.events import Notice, Notify
+from sleb_plugins import UnsupportedModelError
+
+
+class Removable:
+    """The candidates of each step of a search. Each is tried on the model without weights, so `apply` will not refuse.
+
+    Where blocks are all of one kind, the outermost candidates speak for all: one moves every other block, one none.
+    """
+
+    def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
+        self.architecture, self.protection, self.notify = architecture, protection, notify
+        self._known: dict[tuple[int, ...], str | None] = {}
+
+    def candidates(self, removed: Sequence[int]) -> list[int]:
+        """Give the blocks that may go after `removed`.
+
+        Raises:
+            UnsupportedModelError: none may; the sentence says why.
+        """
+        free = self.protection.candidates(self.architecture.block_count, removed)
+        if not any(self.architecture.kinds) and not any(
+            self._obstacle(removed, block) for block in free[:1] + free[-1:]
+        ):
+            return free
+        stay = {block: why for block in free if (why := self._obstacle(removed, block))}
+        if len(stay) == len(free):
+            after = f" after {', '.join(map(str, removed))}" if removed else ""
+            raise UnsupportedModelError(
+                f"No block of {self.architecture.source.id} ({self.architecture.config.model_type}) can go{after}: "
+                f"without block {free[0]}, {stay[free[0]]}."
+                if free
+                else f"No block is left that may go{after}.",
+                hint="docs/families.md says what each family allows."
+                if free
+                else "Protect fewer blocks, or remove fewer.",
+            )
+        if stay and not removed:
+            block, why = next(iter(stay.items()))
+            names = f"Block {block} stays" if len(stay) == 1 else f"Blocks {', '.join(map(str, stay))} stay"
+            self.notify(Notice(f"{names}: without block {block}, {why}."))
+        return [block for block in free if block not in stay]
+
+    def _obstacle(self, removed: Sequence[int], block: int) -> str | None:
+        blocks = tuple(sorted((*removed, block)))
+        if blocks not in self._known:
+            self._known[blocks] = Surgery(self.architecture, blocks).obstacle()
+        return self._known[blocks]

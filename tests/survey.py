@@ -1,0 +1,239 @@
+"""Take a family through everything, by the real command line, and hold the result against plain transformers.
+
+`python tests/survey.py` does so for all of them and writes docs/families.md; `python tests/survey.py llama opt` prints.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+
+from conftest import calibration, prose, save_model
+from families import FAMILIES, tiny_config
+from reference import handing_on, output_kinds
+from sleb_cli.__main__ import main
+from sleb_cli.engine.architecture import Architecture, read_architecture
+from sleb_cli.engine.search.greedy import Protection
+from sleb_cli.engine.search.removable import Removable
+from sleb_cli.engine.source import locate_model
+from sleb_cli.engine.surgery import Surgery
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import SlebError
+
+HEAD = """# Families
+
+Written by `python tests/survey.py`, checked by `tests/contract/test_every_family.py`: do not edit.
+
+Each causal language model that transformers knows, taken through `search`, `apply` and the proof as a tiny random model:
+{tried} tried, {works} work, {refused} are refused before any work. To work means: two blocks found by search, and two of
+different kinds where there are several, removed; stock transformers loads the checkpoint with nothing missing or unexpected;
+its logits equal those of the whole model with these blocks switched off (float32, 1e-5); it generates with the KV cache as
+without; saved again, it loads again.
+
+Vision-language models are pruned in their language model, whose config is a part of theirs (`text_config`): the rest of
+the files stay as they are. Models with code of their own (`auto_map`) are read by their structure. Adapters (PEFT) are refused:
+merge them first.
+
+- *search*: `fork` scores all candidates in one walk up the blocks, `prefix` each from its block on, `plain` each through
+  the whole model. All give the same numbers.
+- *keys that change*: in `config.json`, when blocks of different kinds go.
+- *kinds of blocks*: what `--protect-kind` takes and the table of steps shows. They are those of the tiny model.
+"""
+
+TAIL = """## What other tools get wrong here
+
+- **Lists by block.** Where only the count is lowered, `layer_types` (Gemma 2 and 3, Qwen3-Next, gpt-oss, OLMo 3, …) no
+  longer fits: transformers 5 refuses to load the checkpoint, older versions and other engines read the kinds of the first blocks.
+- **Kinds by period** (`sliding_window_pattern`, `full_attention_interval`, `decoder_sparse_step`, RecurrentGemma's
+  `block_types`): a removed block shifts the period for all that follow. They become explicit lists.
+  Jamba has no list to write them to (`attn_layer_period`, `expert_layer_period`): only removals that keep the period true are taken.
+- **Leading blocks** (`first_k_dense_replace`, `num_dense_layers`, `moe_layer_start_index`): a removed dense block lowers the
+  count, or an expert block would be built dense.
+- **Names.** Weight files may call blocks otherwise than the loaded model does (`transformer.h` for `model.layers`), and
+  number blocks for multi-token prediction on after the last one (DeepSeek-V3, GLM-4.5). These go: transformers looks for them under
+  a fixed number, and they would predict from hidden states of the whole model.
+- **Decay slopes of MiniMax** follow from a block's number and the number of blocks. transformers stores them with the
+  weights, so they stay right; an engine that computes them anew from the config decays otherwise.
+- **Constants of depth.** MiniCPM scales each residual by `scale_depth` over the root of the number of blocks: `scale_depth` is
+  lowered so that the factor stays. DiffLlama's `lambda_init`, GPT-2's `scale_attn_by_inverse_layer_idx` and RWKV's
+  `rescale_every` depend on the number of each single block and cannot be kept.
+- **The last attention block of a hybrid** (Qwen3.5, LFM2, OLMo-Hybrid, …) carries the length of the KV cache: without
+  any, decoding fails. It is never a candidate.
+- **Embeddings by block outside of the blocks** (`embed_tokens_per_layer` of Gemma 3n and 4): one slice for each block.
+- **Positions of RoBERTa's kin** are counted otherwise by `generate` than by a plain forward pass, in transformers itself:
+  with and without cache are compared within `generate`.
+"""
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What docs/families.md says about one family: `refused` is why, or empty where it works."""
+
+    model_type: str
+    refused: str = ""
+    path: str = ""
+    engine: str = ""
+    keys: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+    stays: str = ""
+
+
+def survey(model_type: str, work: Path) -> Row:
+    """Search, apply, reload, compare and generate with a tiny random model; or see that it is refused at once."""
+    folder = save_model(work / "model", tiny_config(model_type))
+    (work / "text.txt").write_text(prose(60))
+    code, out, err = run(
+        "search", folder, "--remove", 2, *calibration(work / "text.txt", 2, 24), "-o", work / "plan.json", "--json"
+    )
+    if code:
+        assert code == 4, err
+        assert "Loading" not in err, f"refused, but not before any work: {err}"
+        return Row(model_type, refused=_reason(err, folder))
+    plan = json.loads(out)
+    check_checkpoint(folder, work, "found", str(work / "plan.json"))
+    silent = lambda event: None  # noqa: E731
+    architecture = read_architecture(locate_model(str(folder), silent), load_plugins(), silent)
+    mixed = mixed_removals(architecture)
+    check_checkpoint(folder, work, "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
+    surgery = Surgery(architecture, tuple(mixed))
+    settings = surgery._pruned_settings(dict(architecture.source.raw_config))
+    keys = [key for key, value in settings.items() if architecture.source.raw_config.get(key) != value]
+    stays = re.search(r"^Blocks? .*? stays?: without block \d+, (.*)\.$", err, re.MULTILINE)
+    return Row(
+        model_type,
+        path=architecture.adapter.blocks_path,
+        engine=plan["search"]["engine"],
+        keys=tuple(sorted(keys)),
+        kinds=tuple(dict.fromkeys(kind for kind in architecture.kinds if kind)),
+        stays=stays[1] if stays else "",
+    )
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Run `sleb` and give its exit code and both streams."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def mixed_removals(architecture: Architecture) -> list[int]:
+    """Choose two blocks, of two kinds where there are any, so that every list by block has to change."""
+    free = Removable(architecture, Protection(1, 1), lambda event: None)
+    for first in free.candidates(()):
+        try:
+            later = [block for block in free.candidates((first,)) if block > first]
+        except SlebError:
+            continue
+        other = [block for block in later if architecture.kinds[block] != architecture.kinds[first]]
+        if other or (later and not any(architecture.kinds)):
+            return [first, (other or later)[0]]
+    return [free.candidates(())[0]]
+
+
+@torch.inference_mode()
+def check_checkpoint(folder: Path, work: Path, name: str, *subject: str) -> None:
+    """Apply, and look at the checkpoint with nothing of sleb in hand."""
+    code, out, err = run("apply", *subject, "-o", work / name, "--json")
+    assert code == 0, err
+    applied = json.loads(out)
+    assert applied["proof"]["logits_difference"] == 0
+    model, info = AutoModelForCausalLM.from_pretrained(work / name, output_loading_info=True, dtype=torch.float32)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.eval()
+    ids = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1))
+    expected = gated_logits(folder, applied, ids)
+    torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+    with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
+    torch.testing.assert_close(with_cache, without, atol=1e-4, rtol=1e-4)
+    model.save_pretrained(work / f"{name}-again")
+    again = AutoModelForCausalLM.from_pretrained(work / f"{name}-again", dtype=torch.float32).state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+
+
+def gated_logits(folder: Path, applied: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+    """Give the logits of the dense model whose removed blocks hand their input on."""
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    silent = lambda event: None  # noqa: E731
+    blocks = read_architecture(locate_model(str(folder), silent), load_plugins(), silent).blocks_of(dense)
+    kinds = output_kinds(dense, blocks, ids)
+    for block in applied["removals"]:
+        blocks[block].forward = handing_on(*kinds[block])
+    logits: torch.Tensor = dense(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def greedy(model: Any, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
+    """Give the logits of 6 greedy steps."""
+    settings = GenerationConfig(
+        do_sample=False, use_cache=use_cache, max_new_tokens=6, min_new_tokens=6, output_logits=True,
+        return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    return torch.cat(found.logits)
+
+
+def _reason(stderr: str, folder: Path) -> str:
+    message = next(line for line in stderr.splitlines() if line.startswith("error: ")).removeprefix("error: ")
+    message = message.replace(f"{folder} ", "").rstrip(".")
+    because = re.search(r", because (.*)|can go: without block \d+, (.*)", message)
+    return (because[1] or because[2]) if because else message
+
+
+def example(model_type: str) -> str:
+    """Give the checkpoint that transformers' own documentation names for the family, where it names one."""
+    kind = CONFIG_MAPPING[model_type]
+    source = inspect.getsource(inspect.getmodule(kind))
+    found = re.search(rf'checkpoint="([^"]+)"\)(?:\s*@\w+(?:\([^)]*\))?)*\s*class {kind.__name__}\b', source)
+    return found[1] if found else ""
+
+
+def document(rows: list[Row]) -> str:
+    """Write docs/families.md."""
+    works, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
+    return "\n".join([
+        HEAD.format(works=len(works), refused=len(refused), tried=len(rows)),
+        "## Works", "",
+        "| family | blocks | search | keys that change | kinds of blocks | example |", "|---|---|---|---|---|---|",
+        *map(line, works), "",
+        "## Refused", "", "| family | because | example |", "|---|---|---|", *map(line, refused), "", TAIL,
+    ])  # fmt: skip
+
+
+def line(row: Row) -> str:
+    """Write one line of a table."""
+    if row.refused:
+        return f"| {row.model_type} | {row.refused} | {example(row.model_type)} |"
+    kinds = ", ".join(row.kinds) + (f" (some stay: {row.stays})" if row.stays else "")
+    keys = ", ".join(f"`{key}`" for key in row.keys)
+    return f"| {row.model_type} | `{row.path}` | {row.engine} | {keys} | {kinds} | {example(row.model_type)} |"
+
+
+def survey_all(names: list[str], tell: Callable[[str], None]) -> list[Row]:
+    """Survey these families, one after another."""
+    rows = []
+    for name in names:
+        with TemporaryDirectory() as work:
+            rows.append(survey(name, Path(work)))
+        tell(line(rows[-1]))
+    return rows
+
+
+if __name__ == "__main__":
+    found = survey_all(sys.argv[1:] or FAMILIES, print)
+    if not sys.argv[1:]:
+        DOCUMENT.write_text(document(found), encoding="utf-8")
