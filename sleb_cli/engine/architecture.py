@@ -193,9 +193,11 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     """
     config = _read_config(source)
     text = _text_config(config)
-    adapter = registry.family(config.model_type) or registry.family(text.model_type)
-    if adapter is not None and adapter.refusal:
-        raise _refused(source, config, adapter.refusal)
+    adapter = registry.family(config.model_type)
+    inner = registry.family(text.model_type)
+    for claimed in (adapter, inner):
+        if claimed is not None and claimed.refusal:
+            raise _refused(source, config, claimed.refusal)
     skeleton = _skeleton(config, source)
     if adapter is None:
         adapter = _read_structure(config, skeleton)
@@ -286,10 +288,12 @@ def _read_config(source: ModelSource) -> Any:
 
 
 def _auto_class(config: Any) -> Any:
-    """Choose what transformers loads such a model with; None where it knows no language model of the kind."""
+    """Choose what transformers loads all of such a model with; None where it knows no language model of the kind."""
+    if _text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
         return AutoModelForCausalLM
-    return AutoModelForImageTextToText if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else None
+    return None
 
 
 def _skeleton(config: Any, source: ModelSource) -> nn.Module:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
+from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.foreign import transformers_reads, verdict
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import dtype_name, free_memory, has_tokenizer, load_dense, load_tokenizer, misfit
@@ -48,7 +49,7 @@ def prove(surgery: Surgery, folder: Path, dtype: torch.dtype, device: torch.devi
     free_memory()
     task = "Proving the checkpoint"
     notify(TaskStarted(task, 3, "checks"))
-    model = _load_stock(folder, dtype, device, trust_remote_code=surgery.architecture.source.trust_remote_code)
+    model = _load_stock(folder, surgery.architecture, dtype, device)
     notify(TaskAdvanced(task, note="loads"))
     with verdict(lambda words: _failed(f"it does not run: {words}")):
         found = model(input_ids=ids, use_cache=False).logits
@@ -90,11 +91,12 @@ def _gated_logits(surgery: Surgery, ids: Tensor, dtype: torch.dtype, device: tor
         return gated.logits(ids, surgery.removed)
 
 
-def _load_stock(folder: Path, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Any:
+def _load_stock(folder: Path, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> Any:
+    trusted = architecture.source.trust_remote_code
     try:
         with transformers_reads("it"):
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            model, info = architecture.auto_class.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trusted, output_loading_info=True
             )
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error

@@ -92,9 +92,20 @@ def locate_model(
     else:
         folder = _download(model, revision, notify)
         source = ModelSource(model, folder, folder.name, trust_remote_code)
+    _require_whole_model(source)
     # Read both now: what is missing should be said before anything long begins.
     _ = source.raw_config, source.weights
     return source
+
+
+def _require_whole_model(source: ModelSource) -> None:
+    adapter = source.folder / "adapter_config.json"
+    if adapter.is_file() and not (source.folder / "config.json").is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ModelError(
+            f"{source.id} is a PEFT adapter{f' for {base}' if base else ''}, not a whole model.",
+            hint="Merge it first: load both with peft, call merge_and_unload(), save, and name that folder.",
+        )
 
 
 def _gguf(path: Path, notify: Notify) -> Path:

@@ -31,6 +31,7 @@ REFUSED = {
     "inkling2_loop_text": _EARLIER_GROUPS,
     "inkling2_text": _EARLIER_GROUPS,
     "moshi": _CACHE_DIFFERS,
+    "paligemma": "it attends to its prompt in both directions, so a text has no loss token by token",
     "prophetnet": "transformers does not decode it with a KV cache",
     "reformer": "its blocks are reversible: each takes and gives two streams of hidden states",
     "zaya": "the router of each block reads what the router of the block before it made",
