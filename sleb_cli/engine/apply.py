@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,22 +13,26 @@ import torch
 from sleb_cli import __version__
 from sleb_cli.atomic import new_folder
 from sleb_cli.engine.card import model_card
-from sleb_cli.engine.checkpoint import write_shards
+from sleb_cli.engine.copying import copy_file
 from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name
 from sleb_cli.engine.proof import prove
+from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.engine.subject import Subject
 from sleb_cli.engine.surgery import Surgery
-from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notice, Notify
 from sleb_cli.results import ApplyResult
-from sleb_plugins import ModelError, OutputError, UnsupportedModelError, UsageError
+from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
 PLAN_FILE = "sleb_plan.json"
 
-_WEIGHTS = set(
-    [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".ckpt"]
+# What the checkpoint has its own of.
+_WRITTEN_ANEW = {"config.json", "README.md", PLAN_FILE}
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data|ot|ckpt|tflite|nemo)|.*\.index\.json", re.IGNORECASE
 )
-_NOT_COPIED = {"config.json", "README.md", PLAN_FILE}
+# The model once more, as other programs read it, with settings that speak of all its blocks.
+_OTHER_FORMATS = {"original", "onnx", "openvino", "coreml", "gguf", "metal"}
 
 
 def apply_removals(
@@ -53,15 +58,19 @@ def apply_removals(
     proof_dtype = cast or choose_dtype("auto", subject.architecture, device)
     folder = output or Path(f"{source.name}-sleb-{len(surgery.new_number)}-blocks")
     require_new_folder(folder, source, force=force)
+    shards = plan_shards(source.weights, _kept_tensors(surgery, cast), shard_bytes)
+    beside = _files_beside(source)
     with new_folder(folder, replace=force) as aside:
-        weights_bytes = _write_weights(surgery, aside, shard_bytes, cast, notify)
+        weights_bytes = write_weights(aside, shards, beside.bytes, notify)
         config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_small_files(source, aside)
+        beside.copy(aside)
         proof = prove(surgery, aside, proof_dtype, device, notify) if verify else None
         if subject.plan:
             subject.plan.write(aside / PLAN_FILE)
         (aside / "README.md").write_text(model_card(subject, proof, dtype_name(proof_dtype)), encoding="utf-8")
+    if beside.left_out:
+        notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,
@@ -121,49 +130,56 @@ def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
     return choose_dtype(dtype, subject.architecture, torch.device("cpu"))
 
 
-def _write_weights(surgery: Surgery, folder: Path, shard_bytes: int, cast: torch.dtype | None, notify: Notify) -> int:
-    task = "Writing weights"
-    total = sum(path.stat().st_size for path in surgery.architecture.source.weights.paths)
-    kept = total * len(surgery.new_number) // surgery.architecture.block_count
-    notify(TaskStarted(task, kept, "B"))
-    written = 0
-    for size in write_shards(folder, _cast_tensors(_kept_tensors(surgery), cast), shard_bytes):
-        written += size
-        notify(TaskAdvanced(task, size))
-    notify(TaskFinished(task))
-    return written
+def _kept_tensors(surgery: Surgery, cast: torch.dtype | None) -> Iterator[NewTensor]:
+    stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
+    for name, tensor in surgery.prune_tensors(stored):
+        yield new_tensor(name, tensor, cast)
 
 
-def _kept_tensors(surgery: Surgery) -> Iterator[tuple[str, torch.Tensor]]:
-    return surgery.prune_tensors(surgery.architecture.source.weights.tensors())
+@dataclass(frozen=True)
+class _FilesBeside:
+    """What lies beside config and weights: the files that come along, and the names of what is left out."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How large the files are."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def copy(self, folder: Path) -> None:
+        """Copy the files to where they were, in another folder."""
+        for file in self.files:
+            target = folder / file.relative_to(self.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(file, target)
 
 
-def _cast_tensors(
-    tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-
-
-def _copy_small_files(source: ModelSource, folder: Path) -> None:
-    """Copy the tokenizer, the generation config, the licence and whatever else belongs to the model but is no weights.
+def _files_beside(source: ModelSource) -> _FilesBeside:
+    """Find the tokenizer, the generation config, the licence, code, and whatever else belongs to the model.
 
     Hidden entries stay behind, and folders with a config of their own: those are other models.
     """
-    for path in source.folder.iterdir():
-        is_other_model = path.is_dir() and (path / "config.json").is_file()
-        if path.name.startswith(".") or path.name in _NOT_COPIED or is_other_model:
+    files: list[Path] = []
+    left_out: list[str] = []
+    ours = set(source.weights.names)
+    # Mistral's own format: weights in consolidated.safetensors, and their settings in params.json.
+    consolidated = any(source.folder.glob("consolidated*"))
+    for path in sorted(source.folder.iterdir()):
+        name = path.name
+        if name.startswith(".") or name in _WRITTEN_ANEW or (path.is_dir() and (path / "config.json").is_file()):
             continue
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            if file.is_file() and file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
-                target = folder / file.relative_to(source.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _copy(file, target)
-
-
-def _copy(file: Path, target: Path) -> None:
-    try:
-        content = file.read_bytes()
-    except PermissionError as error:
-        raise ModelError(f"You may not read {file}.", hint="Change its permissions.") from error
-    target.write_bytes(content)
+        if name in _OTHER_FORMATS and path.is_dir():
+            left_out.append(f"{name}/")
+        elif consolidated and (name.startswith("consolidated") or name == "params.json"):
+            left_out.append(name)
+        else:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                inside = str(file.relative_to(source.folder))
+                if file.is_file() and not _WEIGHTS.fullmatch(file.name):
+                    files.append(file)
+                elif file.is_file() and inside not in ours and not name.endswith(".index.json"):
+                    left_out.append(inside)
+    return _FilesBeside(source.folder, tuple(files), tuple(left_out))

@@ -14,6 +14,7 @@ from rich.text import Text
 from sleb_cli.plan import Plan
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord, TaskRecord
 from sleb_cli.ui.console import print_json, save, stdout
+from sleb_cli.units import size
 
 
 def new_table(*columns: str) -> Table:
@@ -181,15 +182,6 @@ def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -
     for measured in result.workloads:
         console.print(f"{measured.workload.name}: {measured.workload}", soft_wrap=True, markup=False)
     _say_written(output)
-
-
-def size(count: float) -> str:
-    """Say a number of bytes as people read it, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def duration(seconds: float) -> str:

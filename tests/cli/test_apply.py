@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,11 +51,54 @@ def test_small_files_come_along_and_weights_do_not(run_sleb, tmp_path):
     (folder / "templates" / "chat.jinja").write_text("x")
     (folder / "old.bin").write_text("x")
     (folder / "README.md").write_text("the base model's own")
-    assert run_sleb("apply", folder, "--blocks", "1", "-o", "out").exit_code == 0
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
     assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
     assert (tmp_path / "out" / "templates" / "chat.jinja").exists()
     assert not (tmp_path / "out" / "old.bin").exists()
+    assert "Left out, because they hold the whole model in another form: old.bin." in result.stderr
     assert "chosen by hand" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_model_in_other_formats_is_left_out_with_a_word(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    kept = ["tekken.json", "modeling_x.py", "chat_template.jinja", "USE_POLICY.md", "odd näme [1].txt"]
+    left = [
+        "original/params.json", "original/consolidated.00.pth", "consolidated.safetensors", "params.json",
+        "tf_model.h5", "onnx/model.onnx", "onnx/model.json", "model.Q4_K_M.gguf", "pytorch_model.bin.index.json",
+    ]  # fmt: skip
+    for name in [*kept, *left]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    assert all((out / name).read_text() == name for name in kept)
+    assert not any((out / name).exists() for name in left)
+    names = "consolidated.safetensors, model.Q4_K_M.gguf, onnx/, original/, params.json, tf_model.h5"
+    assert f"in another form: {names}." in result.stderr
+
+
+def test_a_source_that_cannot_be_read_is_named(run_sleb, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    path = folder / "model.safetensors"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a file that gives an input/output error, also to root
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 4
+    assert "model.safetensors cannot be read: Input/output error" in result.stderr
+
+
+def test_without_room_nothing_is_written(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    from sleb_cli.engine import shards
+
+    sizes = tiny_llama / "model.safetensors"
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes.stat().st_size // 2))
+    monkeypatch.setattr(shards, "_write_shard", None)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 8
+    assert re.search(r"The checkpoint needs \S+ kB, and the disk of /\S+ has \S+ kB free", result.stderr)
+    assert os.listdir(tmp_path) == []
 
 
 def test_inside_the_models_own_folder(run_sleb, tmp_path, monkeypatch):
@@ -73,16 +118,47 @@ def test_a_config_may_hold_infinity(run_sleb, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
 
 
+def shards_of(folder):
+    return sorted(path for path in folder.glob("model*.safetensors"))
+
+
 def test_shards(run_sleb, tiny_llama, tmp_path):
     folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
-    for name, options in (("out", ["--max-shard-size", "50KB"]), ("single", [])):
-        assert run_sleb("apply", folder, "--blocks", "1,3", "-o", name, *options).exit_code == 0
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 60_000
+    assert len(shards_of(folder)) > 2
+    assert run_sleb("apply", folder, "--blocks", "1,3", "-o", "out", "--max-shard-size", "50KB").exit_code == 0
+    assert run_sleb("apply", tiny_llama, "--blocks", "1,3", "-o", "single").exit_code == 0
+    assert len(shards_of(tmp_path / "out")) > 2
+    assert max(path.stat().st_size for path in shards_of(tmp_path / "out")) < 60_000
     single = load_file(tmp_path / "single" / "model.safetensors")
     sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert single
     assert all(torch.equal(sharded[name], tensor) for name, tensor in single.items())
+
+
+def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
+    result = run_sleb("apply", folder, "--blocks", "4,5", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    before, after = shards_of(folder), shards_of(tmp_path / "out")
+    unchanged = {path.read_bytes() for path in before} & {path.read_bytes() for path in after}
+    assert len(before) > len(after) > len(unchanged) > 1
+    links = [path for path in after if path.stat().st_nlink == 2]
+    if links:  # the file system has no reflinks
+        assert len(links) == len(unchanged)
+        assert f"{len(links)} of {len(after)} weight files did not change and are hard links" in result.stderr
+
+
+def test_a_snapshot_in_a_hub_cache_is_left_alone(run_sleb, tmp_path):
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    for path in save_model(tmp_path / "model", llama_config(), max_shard_size="60KB").iterdir():
+        path.rename(blobs / f"hash-{path.name}")
+        (folder / path.name).symlink_to(f"../../blobs/hash-{path.name}")
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    assert run_sleb("apply", folder, "--blocks", "5", "-o", "out").exit_code == 0
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 def test_a_cast(run_sleb, tiny_llama, tmp_path):
@@ -211,9 +287,16 @@ def test_no_plan_and_no_model(run_sleb):
 
 
 def spoil(monkeypatch, change):
-    """Let the surgery go wrong on its way to the disk."""
-    kept = engine._kept_tensors
-    monkeypatch.setattr(engine, "_kept_tensors", lambda surgery: change(dict(kept(surgery))).items())
+    """Let the weights go wrong on their way to the disk."""
+    write = engine.write_weights
+
+    def write_wrong(folder, *arguments):
+        size = write(folder, *arguments)
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+        return size
+
+    monkeypatch.setattr(engine, "write_weights", write_wrong)
 
 
 @pytest.mark.parametrize(
