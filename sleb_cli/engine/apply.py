@@ -7,15 +7,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sleb_cli import __version__
 from sleb_cli.atomic import new_folder
 from sleb_cli.engine.card import model_card
+from sleb_cli.engine.checkpoint import read_json
 from sleb_cli.engine.copying import copy_file
 from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name
 from sleb_cli.engine.proof import prove
+from sleb_cli.engine.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.engine.subject import Subject
@@ -26,8 +29,8 @@ from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
 PLAN_FILE = "sleb_plan.json"
 
-# What the checkpoint has its own of.
-_WRITTEN_ANEW = {"config.json", "README.md", PLAN_FILE}
+# What the checkpoint has its own of, beside weights and settings.
+_WRITTEN_ANEW = {"README.md", PLAN_FILE}
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data|ot|ckpt|tflite|nemo)|.*\.index\.json", re.IGNORECASE
 )
@@ -59,11 +62,12 @@ def apply_removals(
     folder = output or Path(f"{source.name}-sleb-{len(surgery.new_number)}-blocks")
     require_new_folder(folder, source, force=force)
     shards = plan_shards(source.weights, _kept_tensors(surgery, cast), shard_bytes)
-    beside = _files_beside(source)
+    settings = _settings(surgery, cast)
+    beside = _files_beside(source, written=set(settings))
     with new_folder(folder, replace=force) as aside:
         weights_bytes = write_weights(aside, shards, beside.bytes, notify)
-        config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, values in settings.items():
+            (aside / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         beside.copy(aside)
         proof = prove(surgery, aside, proof_dtype, device, notify) if verify else None
         if subject.plan:
@@ -136,6 +140,17 @@ def _kept_tensors(surgery: Surgery, cast: torch.dtype | None) -> Iterator[NewTen
         yield new_tensor(name, tensor, cast)
 
 
+def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
+    """Give the files that speak of blocks by number: the config, and what quantized formats have beside it."""
+    config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
+    folder = surgery.architecture.source.folder
+    return {"config.json": config} | {
+        name: prune_module_names(read_json(folder / name), surgery)
+        for name in QUANTIZATION_FILES
+        if (folder / name).is_file()
+    }
+
+
 @dataclass(frozen=True)
 class _FilesBeside:
     """What lies beside config and weights: the files that come along, and the names of what is left out."""
@@ -157,7 +172,7 @@ class _FilesBeside:
             copy_file(file, target)
 
 
-def _files_beside(source: ModelSource) -> _FilesBeside:
+def _files_beside(source: ModelSource, written: set[str]) -> _FilesBeside:
     """Find the tokenizer, the generation config, the licence, code, and whatever else belongs to the model.
 
     Hidden entries stay behind, and folders with a config of their own: those are other models.
@@ -169,7 +184,11 @@ def _files_beside(source: ModelSource) -> _FilesBeside:
     consolidated = any(source.folder.glob("consolidated*"))
     for path in sorted(source.folder.iterdir()):
         name = path.name
-        if name.startswith(".") or name in _WRITTEN_ANEW or (path.is_dir() and (path / "config.json").is_file()):
+        if (
+            name.startswith(".")
+            or name in _WRITTEN_ANEW | written
+            or (path.is_dir() and (path / "config.json").is_file())
+        ):
             continue
         if name in _OTHER_FORMATS and path.is_dir():
             left_out.append(f"{name}/")

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from sleb_cli.engine.architecture import Architecture
+from sleb_cli.engine.quantization import prune_quantization
 from sleb_plugins import UnsupportedModelError, UsageError
 
 T = TypeVar("T")
@@ -49,7 +50,7 @@ class Surgery:
             values = getattr(self.architecture.config, key, None)
             if values is not None:
                 pruned[key] = [values[block] for block in self.new_number]
-        return pruned
+        return prune_quantization(pruned, self)
 
     def prune_tensors(self, tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """Drop the tensors of removed blocks and give the others the names they have in the pruned model."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import llama_config, save_model, train_tokenizer
 from sleb_cli.engine import apply as engine
+from sleb_cli.engine.checkpoint import find_weights
 from sleb_cli.plan import read_plan
 
 
@@ -146,6 +147,77 @@ def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path):
     if links:  # the file system has no reflinks
         assert len(links) == len(unchanged)
         assert f"{len(links)} of {len(after)} weight files did not change and are hard links" in result.stderr
+
+
+def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
+    """As GPTQ, fine-grained fp8 and compressed-tensors write them, all in one, which nothing could load."""
+    folder = save_model(tmp_path / "model", llama_config(6), max_shard_size="30KB")
+    paths = sorted(folder.glob("*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for path in paths:
+        tensors = {}
+        for name, tensor in load_file(path).items():
+            if "_proj" not in name:
+                tensors[name] = tensor
+                continue
+            module = name.removesuffix(".weight")
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+            tensors[f"{module}.qweight"] = torch.randint(-(2**31), 2**31, (4, 3), dtype=torch.int32)
+            tensors[f"{module}.g_idx"] = torch.arange(4, dtype=torch.int32)
+            tensors[f"{module}.scales"] = torch.rand(5).half()
+            tensors[f"{module}.weight_scale_inv"] = torch.rand(())
+            tensors[f"{module}.weight_packed"] = torch.randint(0, 255, (3, 5), dtype=torch.uint8)
+        save_file(tensors, path, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "dynamic": {r"-:model\.layers\.2\..*": {}, r"+:model\.layers\.4\.mlp\..*": {"bits": 8}},
+        "ignore": ["lm_head", "model.layers.5.mlp.down_proj"],
+    }
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    result = run_sleb("apply", folder, "--blocks", "2,0", "-o", "out", "--no-verify")
+    assert result.exit_code == 0, result.stderr
+
+    def stored(place):
+        found = {}
+        for header in find_weights(place).headers:
+            content = header.path.read_bytes()
+            for tensor in header.tensors:
+                data = content[tensor.start : tensor.start + tensor.size]
+                found[tensor.name] = (tensor.dtype, tensor.shape, data)
+        return found
+
+    new_number = {1: 0, 3: 1, 4: 2, 5: 3}
+    expected = {}
+    for name, tensor in stored(folder).items():
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        if block is None:
+            expected[name] = tensor
+        elif int(block[1]) in new_number:
+            expected[f"model.layers.{new_number[int(block[1])]}.{name[block.end() :]}"] = tensor
+    assert len(expected) > 150
+    assert stored(tmp_path / "out") == expected
+    renumbered = settings | {
+        "dynamic": {r"+:model\.layers\.2\.mlp\..*": {"bits": 8}},
+        "ignore": ["lm_head", "model.layers.3.mlp.down_proj"],
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == renumbered
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == renumbered
+
+
+def test_quantization_settings_that_cannot_be_renumbered_leave_nothing(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(6))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "ignore": [r"re:.*[45]\.mlp.*"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 4
+    assert "cannot be renumbered exactly" in result.stderr
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_snapshot_in_a_hub_cache_is_left_alone(run_sleb, tmp_path):
