@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sleb_cli.records import ModelRecord, Record
+from sleb_cli.records import ModelRecord, Proof, Record
 
 
 class ResultRecord(Record):
@@ -16,18 +16,6 @@ class ResultRecord(Record):
     removals: tuple[int, ...]
     dtype: str
     device: str
-
-
-class Proof(Record):
-    """What was checked of a checkpoint, and how near it was. Differences are relative to the largest logit."""
-
-    prompt: Literal["text", "random tokens"]
-    prompt_tokens: int
-    new_tokens: int
-    logits_difference: float
-    logits_tolerance: float
-    cache_difference: float
-    cache_tolerance: float
 
 
 class ApplyResult(ResultRecord):

@@ -16,8 +16,8 @@ from sleb_cli.atomic import new_folder
 from sleb_cli.engine.card import model_card
 from sleb_cli.engine.checkpoint import read_json
 from sleb_cli.engine.copying import copy_file
-from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name
-from sleb_cli.engine.proof import prove
+from sleb_cli.engine.loading import choose_dtype, dtype_name
+from sleb_cli.engine.proof import proof_terms, prove
 from sleb_cli.engine.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
@@ -57,11 +57,11 @@ def apply_removals(
     surgery, source = subject.surgery, subject.architecture.source
     shard_bytes = parse_size(max_shard_size)
     cast = _cast(dtype, subject)
-    device = choose_device("auto")
-    proof_dtype = cast or choose_dtype("auto", subject.architecture, device)
+    terms = proof_terms(subject.architecture, cast)
     folder = output or Path(f"{source.name}-sleb-{len(surgery.new_number)}-blocks")
     require_new_folder(folder, source, force=force)
-    shards = plan_shards(source.weights, _kept_tensors(surgery, cast), shard_bytes)
+    kept = list(_kept_tensors(surgery, cast))
+    shards = plan_shards(source.weights, kept, shard_bytes)
     settings = _settings(surgery, cast)
     beside = _files_beside(source, written=set(settings))
     with new_folder(folder, replace=force) as aside:
@@ -69,10 +69,10 @@ def apply_removals(
         for name, values in settings.items():
             (aside / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         beside.copy(aside)
-        proof = prove(surgery, aside, proof_dtype, device, notify) if verify else None
+        proof = prove(surgery, aside, kept, terms, notify) if verify else None
         if subject.plan:
-            subject.plan.write(aside / PLAN_FILE)
-        (aside / "README.md").write_text(model_card(subject, proof, dtype_name(proof_dtype)), encoding="utf-8")
+            subject.plan.model_copy(update={"proof": proof}).write(aside / PLAN_FILE)
+        (aside / "README.md").write_text(model_card(subject, proof), encoding="utf-8")
     if beside.left_out:
         notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
     return ApplyResult(
@@ -81,8 +81,8 @@ def apply_removals(
         kind="apply",
         model=subject.architecture.record,
         removals=surgery.removals,
-        dtype=dtype_name(proof_dtype),
-        device=device.type,
+        dtype=dtype_name(terms.dtype),
+        device=terms.device.type,
         folder=str(folder),
         blocks=len(surgery.new_number),
         weights_bytes=weights_bytes,

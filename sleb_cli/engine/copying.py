@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 
 from sleb_plugins import ModelError
 
-BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 1 << 20
 """What is in memory where bytes do come through this process."""
 
 _CHUNK_BYTES = 16 << 20

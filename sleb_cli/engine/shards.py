@@ -207,9 +207,10 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
 def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, advance: Advance) -> None:
     """Append tensors that come from one file."""
     if source.suffix != ".safetensors" or any(tensor.cast for tensor in tensors):
-        for part in contents(source, tensors):
-            write_all(target, part)
-            advance(len(part))
+        for _, parts in contents(source, tensors):
+            for part in parts:
+                write_all(target, part)
+                advance(len(part))
         return
     with reading(source):
         original = source.open("rb", buffering=0)
@@ -230,8 +231,8 @@ def _stretches(tensors: Sequence[NewTensor]) -> list[tuple[int, int]]:
     return stretches
 
 
-def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[memoryview]:
-    """Give the bytes that these tensors of one file have in the checkpoint, part by part, one tensor after the other.
+def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTensor, Iterable[memoryview]]]:
+    """Give, for each of these tensors of one file, the bytes that it has in the checkpoint, part by part.
 
     Raises:
         ModelError: the file cannot be read.
@@ -239,18 +240,18 @@ def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[memoryview]
     if source.suffix != ".safetensors":
         pickled = load_pickle(source)
         for tensor in tensors:
-            yield _bytes_of(pickled[tensor.stored.name], tensor.cast)
+            yield tensor, [_bytes_of(pickled[tensor.stored.name], tensor.cast)]
         return
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
             parts = read_range(original, tensor.stored.start or 0, tensor.stored.size)
-            if tensor.cast is None:
-                yield from parts
-            elif tensor.stored.size:
+            if tensor.cast and tensor.stored.size:
                 raw = bytearray().join(parts)
-                yield _bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.stored.dtype]), tensor.cast)
+                yield tensor, [_bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.stored.dtype]), tensor.cast)]
+            else:
+                yield tensor, parts
 
 
 def _bytes_of(tensor: torch.Tensor, cast: torch.dtype | None) -> memoryview:

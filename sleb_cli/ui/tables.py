@@ -112,11 +112,22 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
     if proof is None:
         console.print("not verified (--no-verify)")
         return
+    place = f"in {proof.dtype} on {proof.device}"
+    if proof.logits_difference is None:
+        console.print(
+            f"[yellow]partly proven[/]: {proof.partial}; transformers finds every weight in the files, and their bytes "
+            "are those of the dense model; no logits were compared",
+            soft_wrap=True,
+        )
+        return
     how = "bitwise equal to" if proof.logits_difference == 0 else f"within {proof.logits_difference:.1g} of"
     allowed = f" (allowed: {proof.logits_tolerance:.1g} of the largest)" if proof.logits_tolerance else ""
+    saves = (
+        f"[yellow]not proven[/] is that it can be saved again: {proof.partial}" if proof.partial else "it saves again"
+    )
     console.print(
-        f"[green]proven[/] in {result.dtype}: stock transformers loads it; its logits on {proof.prompt_tokens} "
-        f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache",
+        f"[green]proven[/] {place}: stock transformers loads it; its logits on {proof.prompt_tokens} "
+        f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache; {saves}",
         soft_wrap=True,
     )
 

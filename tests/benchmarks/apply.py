@@ -6,8 +6,7 @@ Makes a Llama of 64 blocks in bfloat16, whose weights are random bytes, in a new
 system's temporary one; it needs 2.9 times the size), and deletes it. Each round times `cp -r` and `sleb apply
 --no-verify`, each from start to finish as a process of its own and until its output is on the disk (`sync -f`), in
 an order that alternates. Both find the source in the page cache as far as that is large enough. Peak memory is the
-process's own (`ru_maxrss`); the floor, and the start, are those of a process that
-only imports torch and transformers.
+process's own (`ru_maxrss`). What a process takes that only imports torch and transformers is said beside both.
 """
 
 from __future__ import annotations
@@ -68,6 +67,7 @@ def main() -> None:
     print(
         f"ratio       {ratio:7.2f}x  {verdict(ratio <= GOAL_RATIO)} {GOAL_RATIO}x; {written / 1e9:.2f} GB were written"
     )
+    print(f"            {start:.2f} s of `sleb apply` are the import of torch and transformers")
     print(
         f"peak memory {peak / 2**20:7.0f} MiB {verdict(peak < GOAL_BYTES)} {GOAL_BYTES / 2**20:.0f} MiB; "
         f"{floor / 2**20:.0f} MiB of it are torch and transformers"

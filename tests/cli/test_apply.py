@@ -1,5 +1,6 @@
 """`sleb apply`, through `main()`."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import llama_config, save_model, train_tokenizer
 from sleb_cli.engine import apply as engine
+from sleb_cli.engine import proof
 from sleb_cli.engine.checkpoint import find_weights
 from sleb_cli.plan import read_plan
 
@@ -31,7 +34,8 @@ def test_the_plan_beside_you_is_applied(run_sleb, llama_plan, tiny_llama, tmp_pa
     assert AutoTokenizer.from_pretrained(folder)("river").input_ids
     assert set(os.listdir(folder)) == {*os.listdir(tiny_llama), "README.md", "sleb_plan.json"}
     plan = read_plan(folder / "sleb_plan.json")
-    assert plan == read_plan(tmp_path / "plan.json")
+    assert plan.proof
+    assert plan.model_copy(update={"proof": None}) == read_plan(tmp_path / "plan.json")
     card = (folder / "README.md").read_text()
     assert ", ".join(map(str, plan.removals)) in card
     assert f"{plan.dense.perplexity:.2f}" in card
@@ -41,7 +45,8 @@ def test_the_plan_beside_you_is_applied(run_sleb, llama_plan, tiny_llama, tmp_pa
 def test_fewer_removals_of_the_same_plan(run_sleb, llama_plan, tmp_path):
     assert run_sleb("apply", llama_plan, "--remove", 1, "-o", "out").exit_code == 0
     plan = read_plan(llama_plan)
-    assert read_plan(tmp_path / "out" / "sleb_plan.json") == plan.first(1)
+    written = read_plan(tmp_path / "out" / "sleb_plan.json")
+    assert written == plan.first(1).model_copy(update={"proof": written.proof})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
 
 
@@ -380,7 +385,7 @@ def spoil(monkeypatch, change):
         ),
         (lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}, "missing, model.norm.weight first"),
         (lambda t: t | {"model.layers.5.mlp.up_proj.weight": torch.ones(1)}, "unexpected, model.layers.5"),
-        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "proof"),
+        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "another type or shape, model.norm.weight first"),
     ],
 )
 def test_a_failed_proof_leaves_nothing_and_says_which_check(
@@ -394,6 +399,124 @@ def test_a_failed_proof_leaves_nothing_and_says_which_check(
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--no-verify")
     assert result.exit_code == 0
     assert "not verified" in result.stdout
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: None if name == "model.norm.weight" else name, "missing, model.norm.weight first"),
+        (lambda name: name.replace("layers.4.", "layers.5."), "missing, model.layers.4"),
+        (lambda name: "model.layers.4.mlp.x.weight" if name == "lm_head.weight" else name, "missing, lm_head"),
+        (lambda name: {"lm_head.weight": "model.norm.weight", "model.norm.weight": "lm_head.weight"}.get(name, name),
+         "mismatched"),
+    ],
+)  # fmt: skip
+def test_weights_under_wrong_names_fail_the_proof(
+    run_sleb, tiny_llama, tmp_path, monkeypatch, change, message, too_large
+):
+    """The surgery itself goes wrong, so that the files are what was planned, and only transformers can tell."""
+    if too_large:
+        monkeypatch.setattr(proof, "_free", lambda device: 1000)
+    kept = engine._kept_tensors
+    monkeypatch.setattr(
+        engine,
+        "_kept_tensors",
+        lambda *args: [dataclasses.replace(t, name=change(t.name)) for t in kept(*args) if change(t.name)],
+    )
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert message in result.stderr
+    assert "proven: complete" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_index_that_names_another_file_fails_the_proof(run_sleb, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
+    write = engine.write_weights
+
+    def write_wrong(folder, *arguments):
+        size = write(folder, *arguments)
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+        path.write_text(json.dumps(index))
+        return size
+
+    monkeypatch.setattr(engine, "write_weights", write_wrong)
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert "the index does not say where its tensors are" in result.stderr
+
+
+def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tmp_path):
+    result = run_sleb("apply", llama_plan, "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)["proof"]
+    assert told["checks"] == ["complete", "loads", "same logits", "generates", "saves again"]
+    assert told["partial"] is None
+    assert (told["dtype"], told["logits_difference"], told["prompt_tokens"]) == ("float32", 0.0, 64)
+    assert result.stderr.count("proven: ") == 5
+    assert "proven: complete: 39 tensors in 1 files" in result.stderr
+    assert read_plan(tmp_path / "out" / "sleb_plan.json").proof.to_data() == told
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "partial" not in card
+    assert "- transformers saves it again" in card
+    # With its proof the plan is still a plan.
+    assert run_sleb("apply", "out/sleb_plan.json", "--remove", 1, "-o", "again", "--no-verify").exit_code == 0
+    assert read_plan(tmp_path / "again" / "sleb_plan.json").proof is None
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bf16")])
+def test_the_proof_of_a_model_larger_than_memory_is_partial_and_says_so(
+    run_sleb, llama_plan, tmp_path, monkeypatch, options
+):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr(proof, "load_dense", None)
+    result = run_sleb("apply", llama_plan, "-o", "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"partly proven: the model needs \d+ kB of memory, and \d+ kB are free", result.stdout)
+    assert "The proof is partial" in result.stderr
+    recorded = read_plan(tmp_path / "out" / "sleb_plan.json").proof
+    assert recorded.checks == ("complete", "loads", "same bytes")
+    assert recorded.partial.startswith("the model needs")
+    assert recorded.logits_difference is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"**The proof is partial**: {recorded.partial}." in card
+    assert "logits" not in card
+
+
+def test_other_bytes_fail_the_partial_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "_free", lambda device: 1000)
+    name = "model.layers.1.mlp.up_proj.weight"
+    spoil(monkeypatch, lambda t: t | {name: torch.nextafter(t[name], torch.tensor(9.0))})
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert f"the bytes of {name} are not those of model.layers.2.mlp.up_proj.weight" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_does_not_save_again_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def refuse(self, place):
+        raise ValueError("layer_types has 6 entries")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", refuse)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9
+    assert "does not save it again: layer_types has 6 entries" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_room_to_save_it_again_the_proof_is_partial(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    free = [10**9, 1000]  # before the weights are written, and after
+    monkeypatch.setattr(proof.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    reason = r"saving it again needs \d+ kB on the disk, and 1 kB are free"
+    assert re.search(f"are bitwise equal .* not proven is that it can be saved again: {reason}", result.stdout)
+    assert re.search(rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text())
 
 
 def test_a_cache_that_goes_wrong_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
