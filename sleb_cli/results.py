@@ -19,13 +19,17 @@ class ResultRecord(Record):
 
 
 class ApplyResult(ResultRecord):
-    """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for."""
+    """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for.
+
+    `pushed` is its address on the hub, where it went there too.
+    """
 
     kind: Literal["apply"]
     folder: str
     blocks: int
     weights_bytes: int
     proof: Proof | None
+    pushed: str | None
 
 
 class PerplexityRecord(Record):

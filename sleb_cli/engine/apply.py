@@ -18,6 +18,7 @@ from sleb_cli.engine.checkpoint import read_json
 from sleb_cli.engine.copying import copy_file
 from sleb_cli.engine.loading import choose_dtype, dtype_name
 from sleb_cli.engine.proof import proof_terms, prove
+from sleb_cli.engine.push import PushRequest, push, require_pushable
 from sleb_cli.engine.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
@@ -47,12 +48,13 @@ def apply_removals(
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,
+    push_to: PushRequest | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint into `output`, whole and proven, or write nothing.
 
     Raises:
         ProofError: the checkpoint does not do what the gated dense model does.
-        OutputError: the folder exists, or cannot be written.
+        OutputError: the folder exists, or cannot be written, or the hub does not take it.
     """
     surgery, source = subject.surgery, subject.architecture.source
     shard_bytes = parse_size(max_shard_size)
@@ -60,6 +62,8 @@ def apply_removals(
     terms = proof_terms(subject.architecture, cast)
     folder = output or Path(f"{source.name}-sleb-{len(surgery.new_number)}-blocks")
     require_new_folder(folder, source, force=force)
+    if push_to:
+        require_pushable(push_to, force=force)
     kept = list(_kept_tensors(surgery, cast))
     shards = plan_shards(source.weights, kept, shard_bytes)
     settings = _settings(surgery, cast)
@@ -75,6 +79,7 @@ def apply_removals(
         (aside / "README.md").write_text(model_card(subject, proof), encoding="utf-8")
     if beside.left_out:
         notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
+    pushed = push(folder, push_to, notify, force=force) if push_to else None
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,
@@ -87,6 +92,7 @@ def apply_removals(
         blocks=len(surgery.new_number),
         weights_bytes=weights_bytes,
         proof=proof,
+        pushed=pushed,
     )
 
 

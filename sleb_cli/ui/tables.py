@@ -109,6 +109,8 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
     console.print(
         f"wrote {result.folder}: {result.blocks} blocks, {size(result.weights_bytes)}", soft_wrap=True, markup=False
     )
+    if result.pushed:
+        console.print(f"pushed to {result.pushed}", soft_wrap=True, markup=False)
     if proof is None:
         console.print("not verified (--no-verify)")
         return
