@@ -24,7 +24,9 @@ def model_card(subject: Subject, proof: Proof | None) -> str:
         "",
         f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
         "",
-        f"- Base model: `{source.id}`" + (f" at revision `{source.revision}`" if source.revision else ""),
+        # The card may be published: a folder's place on this machine is nobody's business.
+        "- Base model: "
+        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else f"`{source.name}`"),
         f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, no training",
         *_how(subject),

@@ -20,6 +20,8 @@ from sleb_plugins import OutputError, UsageError
 # What the hub's client raises for answers and for no answer. Its HTTP library, whose name depends on the version, has
 # one base for both; the class for answers has it as its own base.
 _FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ConnectionError)
+# What an upload may raise beside; the faster transfers have only this for what went wrong.
+_UPLOAD_FAILURES: tuple[type[BaseException], ...] = (*_FAILURES, RuntimeError)
 _LOGIN = "Log in with `hf auth login` and a token that may write, then try again."
 
 
@@ -89,7 +91,7 @@ def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> 
     try:
         url = api.create_repo(request.repo, private=request.private, exist_ok=force)
         api.upload_folder(repo_id=request.repo, folder_path=folder, commit_message="Pruned with sleb")
-    except (*_FAILURES, RuntimeError) as error:  # the last is what the faster transfers raise
+    except _UPLOAD_FAILURES as error:
         raise OutputError(
             f"{folder} is whole, but was not uploaded to {request.repo}: {first_line(error)}.",
             hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`.",
