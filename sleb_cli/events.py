@@ -12,6 +12,13 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class CheckPassed:
+    """Something that was in doubt holds; `text` says what, without a full stop."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class TaskStarted:
     """A stretch of work begins; `total` is in `unit`, or None where nobody can tell."""
 
@@ -91,6 +98,7 @@ class BlockRemoved:
 
 Event = (
     Notice
+    | CheckPassed
     | TaskStarted
     | TaskAdvanced
     | TaskFinished

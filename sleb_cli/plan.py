@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from sleb_cli.records import ModelRecord, Record
+from sleb_cli.records import ModelRecord, Proof, Record
 from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
@@ -100,7 +100,10 @@ class EnvironmentRecord(Record):
 
 
 class Plan(Record):
-    """A finished search. Blocks are numbered from 0 as in the original model, everywhere."""
+    """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
+
+    In the copy that a checkpoint carries, `proof` says what was checked of that checkpoint.
+    """
 
     schema_version: Literal[1]
     sleb_version: str
@@ -111,6 +114,7 @@ class Plan(Record):
     removals: tuple[Block, ...]
     steps: tuple[Step, ...]
     environment: EnvironmentRecord
+    proof: Proof | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
@@ -121,6 +125,11 @@ class Plan(Record):
         if any(block >= self.model.blocks for block in self.removals):
             raise ValueError(f"removals name a block that a model of {self.model.blocks} blocks does not have")
         return self
+
+    def to_data(self) -> dict[str, Any]:
+        """Give the plan as JSON holds it; `proof` only where there is one."""
+        data = super().to_data()
+        return data if self.proof else {key: value for key, value in data.items() if key != "proof"}
 
     def first(self, count: int) -> Plan:
         """Give the plan of the search that had stopped after `count` removals: they are nested."""

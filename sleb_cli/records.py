@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +34,30 @@ class ModelRecord(Record):
     model_type: str
     family: str
     blocks: Annotated[int, Field(ge=1)]
+
+
+Check = Literal["complete", "loads", "same logits", "generates", "saves again", "same bytes"]
+"""What a proof can check of a checkpoint: see `engine/proof.py`."""
+
+
+class Proof(Record):
+    """What was checked of a checkpoint, on which machine's terms, and how near it was.
+
+    `partial` says why less than everything was checked, where it was less. The numbers are None where no logits were
+    compared; differences are relative to the largest logit.
+    """
+
+    checks: tuple[Check, ...]
+    partial: str | None
+    dtype: str
+    device: str
+    prompt: Literal["text", "random tokens"] | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    logits_difference: float | None = None
+    logits_tolerance: float | None = None
+    cache_difference: float | None = None
+    cache_tolerance: float | None = None
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sleb_cli.records import ModelRecord, Record
+from sleb_cli.records import ModelRecord, Proof, Record
 
 
 class ResultRecord(Record):
@@ -18,26 +18,18 @@ class ResultRecord(Record):
     device: str
 
 
-class Proof(Record):
-    """What was checked of a checkpoint, and how near it was. Differences are relative to the largest logit."""
-
-    prompt: Literal["text", "random tokens"]
-    prompt_tokens: int
-    new_tokens: int
-    logits_difference: float
-    logits_tolerance: float
-    cache_difference: float
-    cache_tolerance: float
-
-
 class ApplyResult(ResultRecord):
-    """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for."""
+    """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for.
+
+    `pushed` is its address on the hub, where it went there too.
+    """
 
     kind: Literal["apply"]
     folder: str
     blocks: int
     weights_bytes: int
     proof: Proof | None
+    pushed: str | None
 
 
 class PerplexityRecord(Record):

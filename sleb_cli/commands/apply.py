@@ -18,6 +18,7 @@ from sleb_cli.commands.options import (
     TrustOption,
     parse_blocks,
 )
+from sleb_plugins import UsageError
 
 
 def apply(
@@ -40,6 +41,10 @@ def apply(
     ] = None,
     force: ForceOption = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the proof after save.")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="Upload it to the hub, private.", show_default=False)
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")] = False,
     any_model: AnyModelOption = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -51,8 +56,11 @@ def apply(
     from sleb_cli.ui.progress import show_progress
     from sleb_cli.ui.tables import show_applied
 
+    if public and push is None:
+        raise UsageError("--public goes with --push.", hint="Say where to: --push ORG/NAME --public.")
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.apply import apply_removals
+        from sleb_cli.engine.push import PushRequest
         from sleb_cli.engine.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
@@ -65,5 +73,6 @@ def apply(
             dtype=dtype,
             force=force,
             verify=not no_verify,
+            push_to=PushRequest(push, private=not public) if push is not None else None,
         )
     show_applied(applied, as_json=json)

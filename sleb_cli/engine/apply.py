@@ -5,29 +5,38 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sleb_cli import __version__
 from sleb_cli.atomic import new_folder
 from sleb_cli.engine.card import model_card
-from sleb_cli.engine.checkpoint import write_shards
-from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name
-from sleb_cli.engine.proof import prove
+from sleb_cli.engine.checkpoint import read_json
+from sleb_cli.engine.copying import copy_file
+from sleb_cli.engine.loading import choose_dtype, dtype_name
+from sleb_cli.engine.proof import proof_terms, prove
+from sleb_cli.engine.push import PushRequest, push, require_pushable
+from sleb_cli.engine.quantization import QUANTIZATION_FILES, prune_module_names
+from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.engine.subject import Subject
 from sleb_cli.engine.surgery import Surgery
-from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notice, Notify
 from sleb_cli.results import ApplyResult
-from sleb_plugins import ModelError, OutputError, UnsupportedModelError, UsageError
+from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
 PLAN_FILE = "sleb_plan.json"
 
-_WEIGHTS = set(
-    [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".ckpt"]
+# What the checkpoint has its own of, beside weights and settings.
+_WRITTEN_ANEW = {"README.md", PLAN_FILE}
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx|onnx_data|ot|ckpt|tflite|nemo)|.*\.index\.json", re.IGNORECASE
 )
-_NOT_COPIED = {"config.json", "README.md", PLAN_FILE}
+# The model once more, as other programs read it, with settings that speak of all its blocks.
+_OTHER_FORMATS = {"original", "onnx", "openvino", "coreml", "gguf", "metal"}
 
 
 def apply_removals(
@@ -39,41 +48,51 @@ def apply_removals(
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,
+    push_to: PushRequest | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint into `output`, whole and proven, or write nothing.
 
     Raises:
         ProofError: the checkpoint does not do what the gated dense model does.
-        OutputError: the folder exists, or cannot be written.
+        OutputError: the folder exists, or cannot be written, or the hub does not take it.
     """
     surgery, source = subject.surgery, subject.architecture.source
     shard_bytes = parse_size(max_shard_size)
     cast = _cast(dtype, subject)
-    device = choose_device("auto")
-    proof_dtype = cast or choose_dtype("auto", subject.architecture, device)
+    terms = proof_terms(subject.architecture, cast)
     folder = output or Path(f"{source.name}-sleb-{len(surgery.new_number)}-blocks")
     require_new_folder(folder, source, force=force)
+    if push_to:
+        require_pushable(push_to, force=force)
+    kept = list(_kept_tensors(surgery, cast))
+    shards = plan_shards(source.weights, kept, shard_bytes)
+    settings = _settings(surgery, cast)
+    beside = _files_beside(source, written=set(settings))
     with new_folder(folder, replace=force) as aside:
-        weights_bytes = _write_weights(surgery, aside, shard_bytes, cast, notify)
-        config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _copy_small_files(source, aside)
-        proof = prove(surgery, aside, proof_dtype, device, notify) if verify else None
+        weights_bytes = write_weights(aside, shards, beside.bytes, notify)
+        for name, values in settings.items():
+            (aside / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        beside.copy(aside)
+        proof = prove(surgery, aside, kept, terms, notify) if verify else None
         if subject.plan:
-            subject.plan.write(aside / PLAN_FILE)
-        (aside / "README.md").write_text(model_card(subject, proof, dtype_name(proof_dtype)), encoding="utf-8")
+            subject.plan.model_copy(update={"proof": proof}).write(aside / PLAN_FILE)
+        (aside / "README.md").write_text(model_card(subject, proof), encoding="utf-8")
+    if beside.left_out:
+        notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
+    pushed = push(folder, push_to, notify, force=force) if push_to else None
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,
         kind="apply",
         model=subject.architecture.record,
         removals=surgery.removals,
-        dtype=dtype_name(proof_dtype),
-        device=device.type,
+        dtype=dtype_name(terms.dtype),
+        device=terms.device.type,
         folder=str(folder),
         blocks=len(surgery.new_number),
         weights_bytes=weights_bytes,
         proof=proof,
+        pushed=pushed,
     )
 
 
@@ -121,49 +140,71 @@ def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
     return choose_dtype(dtype, subject.architecture, torch.device("cpu"))
 
 
-def _write_weights(surgery: Surgery, folder: Path, shard_bytes: int, cast: torch.dtype | None, notify: Notify) -> int:
-    task = "Writing weights"
-    total = sum(path.stat().st_size for path in surgery.architecture.source.weights.paths)
-    kept = total * len(surgery.new_number) // surgery.architecture.block_count
-    notify(TaskStarted(task, kept, "B"))
-    written = 0
-    for size in write_shards(folder, _cast_tensors(_kept_tensors(surgery), cast), shard_bytes):
-        written += size
-        notify(TaskAdvanced(task, size))
-    notify(TaskFinished(task))
-    return written
+def _kept_tensors(surgery: Surgery, cast: torch.dtype | None) -> Iterator[NewTensor]:
+    stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
+    for name, tensor in surgery.prune_tensors(stored):
+        yield new_tensor(name, tensor, cast)
 
 
-def _kept_tensors(surgery: Surgery) -> Iterator[tuple[str, torch.Tensor]]:
-    return surgery.prune_tensors(surgery.architecture.source.weights.tensors())
+def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
+    """Give the files that speak of blocks by number: the config, and what quantized formats have beside it."""
+    config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
+    folder = surgery.architecture.source.folder
+    return {"config.json": config} | {
+        name: prune_module_names(read_json(folder / name), surgery)
+        for name in QUANTIZATION_FILES
+        if (folder / name).is_file()
+    }
 
 
-def _cast_tensors(
-    tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+@dataclass(frozen=True)
+class _FilesBeside:
+    """What lies beside config and weights: the files that come along, and the names of what is left out."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """How large the files are."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def copy(self, folder: Path) -> None:
+        """Copy the files to where they were, in another folder."""
+        for file in self.files:
+            target = folder / file.relative_to(self.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(file, target)
 
 
-def _copy_small_files(source: ModelSource, folder: Path) -> None:
-    """Copy the tokenizer, the generation config, the licence and whatever else belongs to the model but is no weights.
+def _files_beside(source: ModelSource, written: set[str]) -> _FilesBeside:
+    """Find the tokenizer, the generation config, the licence, code, and whatever else belongs to the model.
 
     Hidden entries stay behind, and folders with a config of their own: those are other models.
     """
-    for path in source.folder.iterdir():
-        is_other_model = path.is_dir() and (path / "config.json").is_file()
-        if path.name.startswith(".") or path.name in _NOT_COPIED or is_other_model:
+    files: list[Path] = []
+    left_out: list[str] = []
+    ours = set(source.weights.names)
+    # Mistral's own format: weights in consolidated.safetensors, and their settings in params.json.
+    consolidated = any(source.folder.glob("consolidated*"))
+    for path in sorted(source.folder.iterdir()):
+        name = path.name
+        if (
+            name.startswith(".")
+            or name in _WRITTEN_ANEW | written
+            or (path.is_dir() and (path / "config.json").is_file())
+        ):
             continue
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            if file.is_file() and file.suffix not in _WEIGHTS and not file.name.endswith(".index.json"):
-                target = folder / file.relative_to(source.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                _copy(file, target)
-
-
-def _copy(file: Path, target: Path) -> None:
-    try:
-        content = file.read_bytes()
-    except PermissionError as error:
-        raise ModelError(f"You may not read {file}.", hint="Change its permissions.") from error
-    target.write_bytes(content)
+        if name in _OTHER_FORMATS and path.is_dir():
+            left_out.append(f"{name}/")
+        elif consolidated and (name.startswith("consolidated") or name == "params.json"):
+            left_out.append(name)
+        else:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                inside = str(file.relative_to(source.folder))
+                if file.is_file() and not _WEIGHTS.fullmatch(file.name):
+                    files.append(file)
+                elif file.is_file() and inside not in ours and not name.endswith(".index.json"):
+                    left_out.append(inside)
+    return _FilesBeside(source.folder, tuple(files), tuple(left_out))

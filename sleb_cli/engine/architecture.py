@@ -231,14 +231,18 @@ def number_blocks(names: Iterable[str], path: str, count: int) -> Numbering | No
         for match in re.finditer(r"\.(\d+)(?=\.)", f".{name}"):
             lists[f".{name}"[1 : match.start() + 1]].append(int(match[1]))
     whole = {prefix: numbers for prefix, numbers in lists.items() if set(numbers) >= set(range(count))}
-    parts = path.split(".")
-    ways = [".".join(parts[start:]) + "." for start in range(len(parts))]
-    found = [way for way in ways if way in whole] or _most_alike(whole, parts[-1])
+    found = [way for way in ways_to_say(path) if way in whole] or _most_alike(whole, path.rpartition(".")[2])
     if not found:
         return None
     numbers = set(whole[found[0]])
     extra = len(numbers) - count
     return Numbering(found[0], extra) if numbers == set(range(count + extra)) else None
+
+
+def ways_to_say(path: str) -> list[str]:
+    """Give what names of tensors under `path` may start with; files of a base model leave out the first parts."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) + "." for start in range(len(parts))]
 
 
 def _most_alike(lists: dict[str, list[int]], name: str) -> list[str]:

@@ -6,10 +6,10 @@ import json
 
 from sleb_cli import __version__
 from sleb_cli.engine.subject import Subject
-from sleb_cli.results import Proof
+from sleb_cli.records import Check, Proof
 
 
-def model_card(subject: Subject, proof: Proof | None, dtype: str) -> str:
+def model_card(subject: Subject, proof: Proof | None) -> str:
     """Say what the model is made from, which blocks it lost, how they were found, and what was checked."""
     architecture, surgery = subject.architecture, subject.surgery
     source = architecture.source
@@ -24,11 +24,13 @@ def model_card(subject: Subject, proof: Proof | None, dtype: str) -> str:
         "",
         f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
         "",
-        f"- Base model: `{source.id}`" + (f" at revision `{source.revision}`" if source.revision else ""),
+        # The card may be published: a folder's place on this machine is nobody's business.
+        "- Base model: "
+        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else f"`{source.name}`"),
         f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, no training",
         *_how(subject),
-        *_proven(proof, dtype),
+        *_proven(proof),
         "",
     ]
     return "\n".join(lines)
@@ -53,13 +55,20 @@ def _how(subject: Subject) -> list[str]:
     ]
 
 
-def _proven(proof: Proof | None, dtype: str) -> list[str]:
+def _proven(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["", "The checkpoint was written without proof (`--no-verify`)."]
-    same = "equal" if proof.logits_difference == 0 else f"equal within {proof.logits_difference:.2g} of the largest,"
-    return [
-        "",
-        f"Checked after saving, in {dtype}: stock transformers loads it; on a prompt of {proof.prompt_tokens} "
-        f"tokens ({proof.prompt}) its logits are {same} to those of the base model with these blocks switched off; "
-        "and it generates with the KV cache.",
-    ]
+    difference = proof.logits_difference or 0.0
+    same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
+    words: dict[Check, str] = {
+        "complete": "every tensor is in its file, as long as its header says",
+        "loads": "stock transformers finds every weight of the config in the files, and no other",
+        "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}) its logits are {same} to those "
+        "of the base model with these blocks switched off",
+        "generates": "it generates with the KV cache",
+        "saves again": "transformers saves it again, to the same weights",
+        "same bytes": "the bytes of every weight are those of the base model",
+    }
+    partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
+    checked = [f"- {words[check]}" for check in proof.checks]
+    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *checked]

@@ -1,27 +1,40 @@
-"""The weight files of a checkpoint folder: read tensor by tensor, and written in shards."""
+"""The weight files of a checkpoint folder: what is in them, known from their headers, and the tensors themselves."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
-import re
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from sleb_cli.atomic import to_json
-from sleb_plugins import ModelError, OutputError
+from sleb_cli.engine.copying import reading
+from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+    "C64": torch.complex64,
+}  # fmt: skip
+"""The data types of safetensors that have one in torch; a file may hold others, whose bytes are only handed on."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# As safetensors itself: a longer header is none.
+_LONGEST_HEADER = 100_000_000
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,6 +55,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a weight file.
+
+    Attributes:
+        name: its name there.
+        dtype: its data type as safetensors writes it: "BF16".
+        shape: its shape.
+        size: its bytes.
+        path: the file.
+        start: where in the file its bytes begin; None in a pickle, which alone can find them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    path: Path
+    start: int | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says it holds: tensors in the order of their bytes, and words about itself."""
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
 class WeightFiles:
     """The weight files of a folder, in order: safetensors where there are any, else PyTorch pickles."""
 
@@ -53,6 +96,25 @@ class WeightFiles:
         """Where the files are."""
         return [self.folder / name for name in self.names]
 
+    @cached_property
+    def headers(self) -> tuple[Header, ...]:
+        """What the files hold. Each is opened once, and no value of a tensor is read where the format allows.
+
+        Raises:
+            ModelError: a file is truncated, or a pickle holds more than tensors.
+        """
+        return tuple(read_header(path) for path in self.paths)
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """Every tensor, in the files' order. A name that two files hold means the later one, as in transformers."""
+        last = {tensor.name: tensor for header in self.headers for tensor in header.tensors}
+        return [tensor for header in self.headers for tensor in header.tensors if last[tensor.name] is tensor]
+
+    def tensor_names(self) -> list[str]:
+        """List the tensors."""
+        return [tensor.name for tensor in self.stored]
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Read every tensor once, in the files' order, one file open at a time.
 
@@ -60,14 +122,7 @@ class WeightFiles:
             ModelError: a file is truncated, or a pickle holds more than tensors.
         """
         for path in self.paths:
-            yield from _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-
-    def tensor_names(self) -> list[str]:
-        """List the tensors without reading their values where the format allows."""
-        if self.names[0].endswith(".safetensors"):
-            with ExitStack() as stack:
-                return [name for path in self.paths for name in stack.enter_context(_open(path)).offset_keys()]
-        return [name for name, _ in self.tensors()]
+            yield from _safetensors(path) if path.suffix == ".safetensors" else load_pickle(path).items()
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -95,92 +150,94 @@ def find_weights(folder: Path) -> WeightFiles:
     )
 
 
-def _open(path: Path) -> Any:
+def read_header(path: Path) -> Header:
+    """Read what a weight file says it holds.
+
+    Raises:
+        ModelError: it is truncated or no weight file, or a pickle holds more than tensors.
+    """
+    if path.suffix != ".safetensors":
+        return Header(path, tuple(_pickled(path)), {})
+    with reading(path), path.open("rb") as file:
+        available = os.fstat(file.fileno()).st_size - 8
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if length <= min(available, _LONGEST_HEADER) else b""
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ModelError(
-            f"{path} is truncated, or is no safetensors file.", hint="Copy or download it again."
-        ) from error
+        entries = json.loads(raw)
+        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
+        tensors = sorted(
+            (_stored(path, name, entry, 8 + length) for name, entry in entries.items()),
+            key=lambda tensor: (tensor.start, tensor.size),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _broken(path) from error
+    end = 8 + length
+    for tensor in tensors:  # no hole, no overlap, and nothing behind the last
+        if tensor.start != end or tensor.size < 0:
+            raise _broken(path)
+        end += tensor.size
+    if end != available + 8:
+        raise _broken(path)
+    return Header(path, tuple(tensors), metadata)
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(length) for length in entry["shape"])
+    stored = StoredTensor(name, str(entry["dtype"]), shape, end - begin, path, start + begin)
+    known = TORCH_DTYPES.get(stored.dtype)
+    if known is not None and math.prod(shape) * known.itemsize != stored.size:
+        raise ValueError(f"{name} has {stored.size} bytes, which is not its shape's")
+    return stored
+
+
+def _broken(path: Path) -> ModelError:
+    return ModelError(f"{path} is truncated, or is no safetensors file.", hint="Copy or download it again.")
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with _open(path) as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise _broken(path) from error
+    with opened as file:
         for name in file.offset_keys():
             yield name, file.get_tensor(name)
 
 
-def _pickled(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _pickled(path: Path) -> Iterator[StoredTensor]:
+    for name, tensor in load_pickle(path, values=False).items():
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
+            raise ModelError(
+                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors has no place for.",
+                hint="Load the model with transformers and save it again, then try with that copy.",
+            )
+        # Its shape's bytes, not those of its memory: tensors of a pickle may share it, or be views.
+        yield StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path, None)
+
+
+def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
+    """Load the tensors of a pickle, mapped to memory where it allows; without `values`, only what they look like.
+
+    Raises:
+        ModelError: it is truncated, or holds more than tensors.
+    """
     try:
         # Only tensors: a pickle that would run code is refused by `weights_only`.
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        mapped = values and zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ModelError(
-            f"{path} is not safe to read: it is truncated, or holds more than tensors.",
-            hint="Convert the model to safetensors where you trust it, or name another copy.",
-        ) from error
-    yield from tensors.items()
+        raise _unsafe(path) from error
+    except OSError as error:
+        with reading(path):
+            raise error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise _unsafe(path)
+    return tensors
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> Iterator[int]:
-    """Write safetensors shards of at most `max_shard_bytes` and their index; give each shard's size as it is done.
-
-    Never more than one shard is in memory. A tensor larger than a shard gets one of its own.
-    """
-    shards: list[list[str]] = []
-    total = 0
-    # Neither `enumerate` nor a name of ours may hold a shard while the next is filled: two would be in memory.
-    for shard in _packed(tensors, max_shard_bytes):
-        shards.append(list(shard))
-        _save(folder / f"{len(shards)}.partial", shard)
-        size = sum(tensor.nbytes for tensor in shard.values())
-        total += size
-        del shard
-        yield size
-    if len(shards) == 1:
-        (folder / "1.partial").rename(folder / SAFETENSORS)
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.partial").rename(folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / f"{SAFETENSORS}.index.json").write_text(to_json(index), encoding="utf-8")
-
-
-def _packed(tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
-def _save(path: Path, shard: dict[str, torch.Tensor]) -> None:
-    try:
-        save_file(_apart(shard), path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        if code:  # the system's own error in another language's words: let `writing` say what it means
-            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
-        raise OutputError(
-            f"Cannot write the weights: {error}.",
-            hint="Free some space, or choose another place with -o.",
-        ) from error
-
-
-def _apart(shard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give each tensor memory of its own: those of a pickle may share, which safetensors refuses."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in shard.items():
-        storage = tensor.untyped_storage()
-        shared = storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes
-        seen.add(storage.data_ptr())
-        result[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
-    return result
+def _unsafe(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is not safe to read: it is truncated, or holds more than tensors.",
+        hint="Convert the model to safetensors where you trust it, or name another copy.",
+    )

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from transformers import DynamicCache
 
 from sleb_cli.engine.anatomy import anatomy, block_changes, frame_changes
-from sleb_cli.engine.architecture import Architecture
+from sleb_cli.engine.architecture import Architecture, ways_to_say
 from sleb_cli.engine.foreign import verdict
+from sleb_cli.engine.quantization import prune_quantization
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 from sleb_plugins.layout import (
     OBSTACLES,
@@ -69,7 +70,7 @@ class Surgery:
         text |= self._pruned_settings(text)
         if self.architecture.numbering.extra:
             text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
-        return raw | {inner: text} if inner else text
+        return prune_quantization(raw | {inner: text} if inner else text, self)
 
     def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
         config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
@@ -107,11 +108,18 @@ class Surgery:
 
     def locate(self, name: str) -> TensorPlace | None:
         """Say which block a tensor belongs to by its name, or None for one outside of the blocks."""
-        prefix = self.architecture.numbering.prefix
-        number, dot, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit():
-            return TensorPlace(prefix, int(number), dot + rest)
+        for prefix in self._prefixes:
+            number, dot, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and number.isdigit():
+                return TensorPlace(prefix, int(number), dot + rest)
         return None
+
+    @cached_property
+    def _prefixes(self) -> list[str]:
+        """What names of block tensors start with: in the files, and in the model, whose names settings may use."""
+        return list(
+            dict.fromkeys([self.architecture.numbering.prefix, *ways_to_say(self.architecture.adapter.blocks_path)])
+        )
 
     def obstacle(self) -> str | None:
         """Say in a clause what makes this removal wrong for the blocks that stay, or None where nothing does.

@@ -24,6 +24,7 @@ from rich.text import Text
 from sleb_cli.events import (
     BlockRemoved,
     CandidateScored,
+    CheckPassed,
     Event,
     LaterStepsForecast,
     Notice,
@@ -181,6 +182,8 @@ class _Bars:
         match event:
             case Notice(text):
                 self._progress.console.print(escape(text), soft_wrap=True)
+            case CheckPassed(text):
+                self._progress.console.print(f"[green]✓[/] {escape(text)}", soft_wrap=True)
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
@@ -234,6 +237,8 @@ class _Log:
         match event:
             case Notice(text):
                 self._line(text)
+            case CheckPassed(text):
+                self._line(f"proven: {text}")
             case TaskStarted(task):
                 self._line(f"{task} …")
             case SearchStarted(blocks, remove, done, evaluations):

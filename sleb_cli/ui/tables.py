@@ -14,6 +14,7 @@ from rich.text import Text
 from sleb_cli.plan import Plan
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord, TaskRecord
 from sleb_cli.ui.console import print_json, save, stdout
+from sleb_cli.units import size
 
 
 def new_table(*columns: str) -> Table:
@@ -109,14 +110,27 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
     console.print(
         f"wrote {result.folder}: {result.blocks} blocks, {size(result.weights_bytes)}", soft_wrap=True, markup=False
     )
+    if result.pushed:
+        console.print(f"pushed to {result.pushed}", soft_wrap=True, markup=False)
     if proof is None:
         console.print("not verified (--no-verify)")
         return
+    place = f"in {proof.dtype} on {proof.device}"
+    if proof.logits_difference is None:
+        console.print(
+            f"[yellow]partly proven[/]: {proof.partial}; transformers finds every weight in the files, and their bytes "
+            "are those of the dense model; no logits were compared",
+            soft_wrap=True,
+        )
+        return
     how = "bitwise equal to" if proof.logits_difference == 0 else f"within {proof.logits_difference:.1g} of"
     allowed = f" (allowed: {proof.logits_tolerance:.1g} of the largest)" if proof.logits_tolerance else ""
+    saves = (
+        f"[yellow]not proven[/] is that it can be saved again: {proof.partial}" if proof.partial else "it saves again"
+    )
     console.print(
-        f"[green]proven[/] in {result.dtype}: stock transformers loads it; its logits on {proof.prompt_tokens} "
-        f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache",
+        f"[green]proven[/] {place}: stock transformers loads it; its logits on {proof.prompt_tokens} "
+        f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache; {saves}",
         soft_wrap=True,
     )
 
@@ -182,15 +196,6 @@ def show_benchmark(result: BenchResult, output: Path | None, *, as_json: bool) -
     for measured in result.workloads:
         console.print(f"{measured.workload.name}: {measured.workload}", soft_wrap=True, markup=False)
     _say_written(output)
-
-
-def size(count: float) -> str:
-    """Say a number of bytes as people read it, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def duration(seconds: float) -> str:

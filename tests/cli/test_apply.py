@@ -1,12 +1,16 @@
 """`sleb apply`, through `main()`."""
 
+import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import llama_config, save_model, train_tokenizer
 from sleb_cli.engine import apply as engine
+from sleb_cli.engine import proof
+from sleb_cli.engine.checkpoint import find_weights
 from sleb_cli.plan import read_plan
 
 
@@ -28,7 +34,8 @@ def test_the_plan_beside_you_is_applied(run_sleb, llama_plan, tiny_llama, tmp_pa
     assert AutoTokenizer.from_pretrained(folder)("river").input_ids
     assert set(os.listdir(folder)) == {*os.listdir(tiny_llama), "README.md", "sleb_plan.json"}
     plan = read_plan(folder / "sleb_plan.json")
-    assert plan == read_plan(tmp_path / "plan.json")
+    assert plan.proof
+    assert plan.model_copy(update={"proof": None}) == read_plan(tmp_path / "plan.json")
     card = (folder / "README.md").read_text()
     assert ", ".join(map(str, plan.removals)) in card
     assert f"{plan.dense.perplexity:.2f}" in card
@@ -38,7 +45,8 @@ def test_the_plan_beside_you_is_applied(run_sleb, llama_plan, tiny_llama, tmp_pa
 def test_fewer_removals_of_the_same_plan(run_sleb, llama_plan, tmp_path):
     assert run_sleb("apply", llama_plan, "--remove", 1, "-o", "out").exit_code == 0
     plan = read_plan(llama_plan)
-    assert read_plan(tmp_path / "out" / "sleb_plan.json") == plan.first(1)
+    written = read_plan(tmp_path / "out" / "sleb_plan.json")
+    assert written == plan.first(1).model_copy(update={"proof": written.proof})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
 
 
@@ -49,11 +57,54 @@ def test_small_files_come_along_and_weights_do_not(run_sleb, tmp_path):
     (folder / "templates" / "chat.jinja").write_text("x")
     (folder / "old.bin").write_text("x")
     (folder / "README.md").write_text("the base model's own")
-    assert run_sleb("apply", folder, "--blocks", "1", "-o", "out").exit_code == 0
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
     assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
     assert (tmp_path / "out" / "templates" / "chat.jinja").exists()
     assert not (tmp_path / "out" / "old.bin").exists()
+    assert "Left out, because they hold the whole model in another form: old.bin." in result.stderr
     assert "chosen by hand" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_model_in_other_formats_is_left_out_with_a_word(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    kept = ["tekken.json", "modeling_x.py", "chat_template.jinja", "USE_POLICY.md", "odd näme [1].txt"]
+    left = [
+        "original/params.json", "original/consolidated.00.pth", "consolidated.safetensors", "params.json",
+        "tf_model.h5", "onnx/model.onnx", "onnx/model.json", "model.Q4_K_M.gguf", "pytorch_model.bin.index.json",
+    ]  # fmt: skip
+    for name in [*kept, *left]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    out = tmp_path / "out"
+    assert all((out / name).read_text() == name for name in kept)
+    assert not any((out / name).exists() for name in left)
+    names = "consolidated.safetensors, model.Q4_K_M.gguf, onnx/, original/, params.json, tf_model.h5"
+    assert f"in another form: {names}." in result.stderr
+
+
+def test_a_source_that_cannot_be_read_is_named(run_sleb, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    path = folder / "model.safetensors"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # a file that gives an input/output error, also to root
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 4
+    assert "model.safetensors cannot be read: Input/output error" in result.stderr
+
+
+def test_without_room_nothing_is_written(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    from sleb_cli.engine import shards
+
+    sizes = tiny_llama / "model.safetensors"
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes.stat().st_size // 2))
+    monkeypatch.setattr(shards, "_write_shard", None)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 8
+    assert re.search(r"The checkpoint needs \S+ kB, and the disk of /\S+ has \S+ kB free", result.stderr)
+    assert os.listdir(tmp_path) == []
 
 
 def test_inside_the_models_own_folder(run_sleb, tmp_path, monkeypatch):
@@ -73,16 +124,118 @@ def test_a_config_may_hold_infinity(run_sleb, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
 
 
+def shards_of(folder):
+    return sorted(path for path in folder.glob("model*.safetensors"))
+
+
 def test_shards(run_sleb, tiny_llama, tmp_path):
     folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
-    for name, options in (("out", ["--max-shard-size", "50KB"]), ("single", [])):
-        assert run_sleb("apply", folder, "--blocks", "1,3", "-o", name, *options).exit_code == 0
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 60_000
+    assert len(shards_of(folder)) > 2
+    assert run_sleb("apply", folder, "--blocks", "1,3", "-o", "out", "--max-shard-size", "50KB").exit_code == 0
+    assert run_sleb("apply", tiny_llama, "--blocks", "1,3", "-o", "single").exit_code == 0
+    assert len(shards_of(tmp_path / "out")) > 2
+    assert max(path.stat().st_size for path in shards_of(tmp_path / "out")) < 60_000
     single = load_file(tmp_path / "single" / "model.safetensors")
     sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert single
     assert all(torch.equal(sharded[name], tensor) for name, tensor in single.items())
+
+
+def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
+    result = run_sleb("apply", folder, "--blocks", "4,5", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    before, after = shards_of(folder), shards_of(tmp_path / "out")
+    unchanged = {path.read_bytes() for path in before} & {path.read_bytes() for path in after}
+    assert len(before) > len(after) > len(unchanged) > 1
+    links = [path for path in after if path.stat().st_nlink == 2]
+    if links:  # the file system has no reflinks
+        assert len(links) == len(unchanged)
+        assert f"{len(links)} of {len(after)} weight files did not change and are hard links" in result.stderr
+
+
+def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
+    """As GPTQ, fine-grained fp8 and compressed-tensors write them, all in one, which nothing could load."""
+    folder = save_model(tmp_path / "model", llama_config(6), max_shard_size="30KB")
+    paths = sorted(folder.glob("*.safetensors"))
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for path in paths:
+        tensors = {}
+        for name, tensor in load_file(path).items():
+            if "_proj" not in name:
+                tensors[name] = tensor
+                continue
+            module = name.removesuffix(".weight")
+            tensors[name] = tensor.to(torch.float8_e4m3fn)
+            tensors[f"{module}.qweight"] = torch.randint(-(2**31), 2**31, (4, 3), dtype=torch.int32)
+            tensors[f"{module}.g_idx"] = torch.arange(4, dtype=torch.int32)
+            tensors[f"{module}.scales"] = torch.rand(5).half()
+            tensors[f"{module}.weight_scale_inv"] = torch.rand(())
+            tensors[f"{module}.weight_packed"] = torch.randint(0, 255, (3, 5), dtype=torch.uint8)
+        save_file(tensors, path, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(tensors, path.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    settings = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "dynamic": {r"-:model\.layers\.2\..*": {}, r"+:model\.layers\.4\.mlp\..*": {"bits": 8}},
+        "ignore": ["lm_head", "model.layers.5.mlp.down_proj"],
+    }
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    result = run_sleb("apply", folder, "--blocks", "2,0", "-o", "out", "--no-verify")
+    assert result.exit_code == 0, result.stderr
+
+    def stored(place):
+        found = {}
+        for header in find_weights(place).headers:
+            content = header.path.read_bytes()
+            for tensor in header.tensors:
+                data = content[tensor.start : tensor.start + tensor.size]
+                found[tensor.name] = (tensor.dtype, tensor.shape, data)
+        return found
+
+    new_number = {1: 0, 3: 1, 4: 2, 5: 3}
+    expected = {}
+    for name, tensor in stored(folder).items():
+        block = re.match(r"model\.layers\.(\d+)\.", name)
+        if block is None:
+            expected[name] = tensor
+        elif int(block[1]) in new_number:
+            expected[f"model.layers.{new_number[int(block[1])]}.{name[block.end() :]}"] = tensor
+    assert len(expected) > 150
+    assert stored(tmp_path / "out") == expected
+    renumbered = settings | {
+        "dynamic": {r"+:model\.layers\.2\.mlp\..*": {"bits": 8}},
+        "ignore": ["lm_head", "model.layers.3.mlp.down_proj"],
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == renumbered
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == renumbered
+
+
+def test_quantization_settings_that_cannot_be_renumbered_leave_nothing(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(6))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "ignore": [r"re:.*[45]\.mlp.*"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 4
+    assert "cannot be renumbered exactly" in result.stderr
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_snapshot_in_a_hub_cache_is_left_alone(run_sleb, tmp_path):
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    folder.mkdir(parents=True)
+    for path in save_model(tmp_path / "model", llama_config(), max_shard_size="60KB").iterdir():
+        path.rename(blobs / f"hash-{path.name}")
+        (folder / path.name).symlink_to(f"../../blobs/hash-{path.name}")
+    before = {path.name: path.read_bytes() for path in blobs.iterdir()}
+    assert run_sleb("apply", folder, "--blocks", "5", "-o", "out").exit_code == 0
+    assert {path.name: path.read_bytes() for path in blobs.iterdir()} == before
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
 def test_a_cast(run_sleb, tiny_llama, tmp_path):
@@ -211,9 +364,16 @@ def test_no_plan_and_no_model(run_sleb):
 
 
 def spoil(monkeypatch, change):
-    """Let the surgery go wrong on its way to the disk."""
-    kept = engine._kept_tensors
-    monkeypatch.setattr(engine, "_kept_tensors", lambda surgery: change(dict(kept(surgery))).items())
+    """Let the weights go wrong on their way to the disk."""
+    write = engine.write_weights
+
+    def write_wrong(folder, *arguments):
+        size = write(folder, *arguments)
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+        return size
+
+    monkeypatch.setattr(engine, "write_weights", write_wrong)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +385,7 @@ def spoil(monkeypatch, change):
         ),
         (lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}, "missing, model.norm.weight first"),
         (lambda t: t | {"model.layers.5.mlp.up_proj.weight": torch.ones(1)}, "unexpected, model.layers.5"),
-        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "proof"),
+        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "another type or shape, model.norm.weight first"),
     ],
 )
 def test_a_failed_proof_leaves_nothing_and_says_which_check(
@@ -239,6 +399,124 @@ def test_a_failed_proof_leaves_nothing_and_says_which_check(
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--no-verify")
     assert result.exit_code == 0
     assert "not verified" in result.stdout
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: None if name == "model.norm.weight" else name, "missing, model.norm.weight first"),
+        (lambda name: name.replace("layers.4.", "layers.5."), "missing, model.layers.4"),
+        (lambda name: "model.layers.4.mlp.x.weight" if name == "lm_head.weight" else name, "missing, lm_head"),
+        (lambda name: {"lm_head.weight": "model.norm.weight", "model.norm.weight": "lm_head.weight"}.get(name, name),
+         "mismatched"),
+    ],
+)  # fmt: skip
+def test_weights_under_wrong_names_fail_the_proof(
+    run_sleb, tiny_llama, tmp_path, monkeypatch, change, message, too_large
+):
+    """The surgery itself goes wrong, so that the files are what was planned, and only transformers can tell."""
+    if too_large:
+        monkeypatch.setattr(proof, "_free", lambda device: 1000)
+    kept = engine._kept_tensors
+    monkeypatch.setattr(
+        engine,
+        "_kept_tensors",
+        lambda *args: [dataclasses.replace(t, name=change(t.name)) for t in kept(*args) if change(t.name)],
+    )
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert message in result.stderr
+    assert "proven: complete" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_index_that_names_another_file_fails_the_proof(run_sleb, tmp_path, monkeypatch):
+    folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
+    write = engine.write_weights
+
+    def write_wrong(folder, *arguments):
+        size = write(folder, *arguments)
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
+        path.write_text(json.dumps(index))
+        return size
+
+    monkeypatch.setattr(engine, "write_weights", write_wrong)
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert "the index does not say where its tensors are" in result.stderr
+
+
+def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tmp_path):
+    result = run_sleb("apply", llama_plan, "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)["proof"]
+    assert told["checks"] == ["complete", "loads", "same logits", "generates", "saves again"]
+    assert told["partial"] is None
+    assert (told["dtype"], told["logits_difference"], told["prompt_tokens"]) == ("float32", 0.0, 64)
+    assert result.stderr.count("proven: ") == 5
+    assert "proven: complete: 39 tensors in 1 files" in result.stderr
+    assert read_plan(tmp_path / "out" / "sleb_plan.json").proof.to_data() == told
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "partial" not in card
+    assert "- transformers saves it again" in card
+    # With its proof the plan is still a plan.
+    assert run_sleb("apply", "out/sleb_plan.json", "--remove", 1, "-o", "again", "--no-verify").exit_code == 0
+    assert read_plan(tmp_path / "again" / "sleb_plan.json").proof is None
+
+
+@pytest.mark.parametrize("options", [(), ("--dtype", "bf16")])
+def test_the_proof_of_a_model_larger_than_memory_is_partial_and_says_so(
+    run_sleb, llama_plan, tmp_path, monkeypatch, options
+):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
+    monkeypatch.setattr(proof, "load_dense", None)
+    result = run_sleb("apply", llama_plan, "-o", "out", *options)
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"partly proven: the model needs \d+ kB of memory, and \d+ kB are free", result.stdout)
+    assert "The proof is partial" in result.stderr
+    recorded = read_plan(tmp_path / "out" / "sleb_plan.json").proof
+    assert recorded.checks == ("complete", "loads", "same bytes")
+    assert recorded.partial.startswith("the model needs")
+    assert recorded.logits_difference is None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"**The proof is partial**: {recorded.partial}." in card
+    assert "logits" not in card
+
+
+def test_other_bytes_fail_the_partial_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(proof, "_free", lambda device: 1000)
+    name = "model.layers.1.mlp.up_proj.weight"
+    spoil(monkeypatch, lambda t: t | {name: torch.nextafter(t[name], torch.tensor(9.0))})
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert f"the bytes of {name} are not those of model.layers.2.mlp.up_proj.weight" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_model_that_does_not_save_again_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def refuse(self, place):
+        raise ValueError("layer_types has 6 entries")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", refuse)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9
+    assert "does not save it again: layer_types has 6 entries" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_room_to_save_it_again_the_proof_is_partial(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    free = [10**9, 1000]  # before the weights are written, and after
+    monkeypatch.setattr(proof.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    reason = r"saving it again needs \d+ kB on the disk, and 1 kB are free"
+    assert re.search(f"are bitwise equal .* not proven is that it can be saved again: {reason}", result.stdout)
+    assert re.search(rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text())
 
 
 def test_a_cache_that_goes_wrong_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):

@@ -2,15 +2,14 @@
 
 import json
 import os
-import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from sleb_cli.atomic import new_folder, require_new_file, to_json, write_text
 from sleb_cli.engine.apply import parse_size
-from sleb_cli.engine.checkpoint import find_weights, write_shards
+from sleb_cli.engine.checkpoint import find_weights
 from sleb_cli.engine.fingerprint import HEAD_BYTES, fingerprint_files
 from sleb_plugins import ModelError, OutputError, UsageError
 
@@ -70,52 +69,6 @@ def test_json_is_readable_and_equal():
     assert '"b": {"1": 0.5, "2": 1.5}' in text
     with pytest.raises(ValueError, match="JSON"):
         to_json({"a": float("nan")})
-
-
-def test_shards_hold_everything_once_and_no_more_than_they_may(tmp_path):
-    tensors = {f"t{n}": torch.full((100,), float(n)) for n in range(10)}
-    sizes = list(write_shards(tmp_path, tensors.items(), 1000))
-    assert sizes == [800] * 5
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 4000
-    found = {}
-    for name in set(index["weight_map"].values()):
-        found |= load_file(tmp_path / name)
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert [name for name, _ in find_weights(tmp_path).tensors()] == sorted(tensors)
-
-
-def test_one_shard_needs_no_index_and_a_large_tensor_its_own(tmp_path):
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    tensors = {"a": torch.ones(10), "b": torch.ones(1000), "c": torch.ones(10)}
-    assert list(write_shards(tmp_path / "one", tensors.items(), 10**6)) == [4080]
-    assert os.listdir(tmp_path / "one") == ["model.safetensors"]
-    assert list(write_shards(tmp_path / "two", tensors.items(), 100)) == [40, 4000, 40]
-
-
-def test_no_more_than_a_shard_and_the_next_tensor_is_in_memory(tmp_path):
-    made, most_alive = [], 0
-
-    def tensors():
-        nonlocal most_alive
-        for number in range(12):
-            tensor = torch.full((100,), float(number))
-            made.append(weakref.ref(tensor))
-            most_alive = max(most_alive, sum(ref() is not None for ref in made))
-            yield f"t{number}", tensor
-            del tensor
-
-    assert len(list(write_shards(tmp_path, tensors(), 1300))) == 4
-    assert most_alive == 3 + 1
-
-
-def test_shared_and_strided_tensors_of_a_pickle_are_written_apart(tmp_path):
-    base = torch.arange(12.0).reshape(3, 4)
-    tensors = {"a": base, "b": base, "c": base.T, "d": base[1]}
-    list(write_shards(tmp_path, tensors.items(), 10**6))
-    found = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_a_missing_shard_is_named(tmp_path):

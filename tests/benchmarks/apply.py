@@ -1,0 +1,148 @@
+"""How long `sleb apply` takes beside a plain copy of the folder, and how much memory, in one run on the same data.
+
+    python tests/benchmarks/apply.py [FOLDER] [--gib 8] [--shards 16] [--blocks 5,20,41] [--rounds 3] [--dtype float32]
+
+Makes a Llama of 64 blocks in bfloat16, whose weights are random bytes, in a new folder under FOLDER (default: the
+system's temporary one; it needs 2.9 times the size), and deletes it. Each round times `cp -r` and `sleb apply
+--no-verify`, each from start to finish as a process of its own and until its output is on the disk (`sync -f`), in
+an order that alternates. Both find the source in the page cache as far as that is large enough. Peak memory is the
+process's own (`ru_maxrss`). What a process takes that only imports torch and transformers is said beside both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+BLOCKS = 64
+HIDDEN = 1024
+VOCABULARY = 4096
+GOAL_RATIO = 1.3
+GOAL_BYTES = 500 * 2**20
+IMPORTS = "from transformers import LlamaForCausalLM"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where to work; default: the temporary folder")
+    parser.add_argument("--gib", type=float, default=8.0)
+    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--blocks", default="5,20,41,42,50,57", help="blocks to remove")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", help="cast, which reads and writes tensor by tensor")
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="sleb-benchmark-") as place:
+        source = Path(place) / "model"
+        size = make_model(source, options.gib, options.shards)
+        print(f"{size / 1e9:.2f} GB, {BLOCKS} blocks, {options.shards} files, without {options.blocks}", flush=True)
+        start, floor = run([sys.executable, "-c", IMPORTS], Path(place))
+        copy, ours = Path(place) / "copy", Path(place) / "pruned"
+        apply = [sys.executable, "-m", "sleb_cli", "apply", str(source), "--blocks", options.blocks, "-o", str(ours)]
+        apply += ["--no-verify", "--json", "-q", *(["--dtype", options.dtype] if options.dtype else [])]
+        sides = [("cp -r", ["cp", "-r", str(source), str(copy)], copy), ("sleb apply", apply, ours)]
+        seconds: dict[str, list[float]] = {name: [] for name, _, _ in sides}
+        peak = written = 0
+        for number in range(options.rounds):
+            for name, command, output in sides if number % 2 == 0 else reversed(sides):
+                taken, memory = run(command, output)
+                seconds[name].append(taken)
+                if output == ours:
+                    peak = max(peak, memory)
+                    written = sum(path.stat().st_size for path in ours.iterdir() if path.stat().st_nlink == 1)
+                shutil.rmtree(output)
+                run(["sync", "-f", place], Path(place))  # the deletion is nobody's time
+    for name, taken_by in seconds.items():
+        print(f"{name:11} {statistics.median(taken_by):7.2f} s   ({' '.join(f'{taken:.2f}' for taken in taken_by)})")
+    ratio = statistics.median(seconds["sleb apply"]) / statistics.median(seconds["cp -r"])
+    print(
+        f"ratio       {ratio:7.2f}x  {verdict(ratio <= GOAL_RATIO)} {GOAL_RATIO}x; {written / 1e9:.2f} GB were written"
+    )
+    print(f"            {start:.2f} s of `sleb apply` are the import of torch and transformers")
+    print(
+        f"peak memory {peak / 2**20:7.0f} MiB {verdict(peak < GOAL_BYTES)} {GOAL_BYTES / 2**20:.0f} MiB; "
+        f"{floor / 2**20:.0f} MiB of it are torch and transformers"
+    )
+
+
+def run(command: list[str], output: Path) -> tuple[float, int]:
+    """Run a command until what it wrote is on the disk; give the seconds and its peak resident bytes."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{command[0]} ended with {process.returncode}")
+    subprocess.run(["sync", "-f", str(output)], check=True)
+    return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def verdict(reached: bool) -> str:
+    return "within the goal of" if reached else "MISSES the goal of"
+
+
+def make_model(folder: Path, gib: float, shards: int) -> int:
+    """Write a Llama of random bytes, tensor by tensor, and give its size."""
+    folder.mkdir()
+    # Four matrices of attention, and three of the MLP, whose width makes up the size.
+    elements = gib * 2**30 / 2 / BLOCKS
+    width = max(8, round((elements - 4 * HIDDEN**2) / (3 * HIDDEN)))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+        "num_hidden_layers": BLOCKS, "hidden_size": HIDDEN, "intermediate_size": width, "vocab_size": VOCABULARY,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = list(shapes(width))
+    weight_map, total = {}, 0
+    for number in range(shards):
+        part = tensors[len(tensors) * number // shards : len(tensors) * (number + 1) // shards]
+        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
+        total += write_shard(folder / name, part)
+        weight_map |= {tensor: name for tensor, _ in part}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def shapes(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name the tensors of the model, and give their shapes."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for block in range(BLOCKS):
+        prefix = f"model.layers.{block}"
+        yield from ((f"{prefix}.self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)) for name in "qkvo")
+        yield from ((f"{prefix}.mlp.{name}_proj.weight", (width, HIDDEN)) for name in ("gate", "up"))
+        yield f"{prefix}.mlp.down_proj.weight", (HIDDEN, width)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}.{norm}.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]]) -> int:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors:
+        begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for start in range(0, end, 16 << 20):
+            file.write(os.urandom(min(16 << 20, end - start)))
+        file.flush()
+        os.fsync(file.fileno())
+    return end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Names of modules in the settings of quantized checkpoints."""
+
+import re
+
+import pytest
+
+from conftest import llama_config, save_model
+from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.quantization import prune_module_names, prune_quantization
+from sleb_cli.engine.source import locate_model
+from sleb_cli.engine.surgery import Surgery
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import UnsupportedModelError
+
+
+@pytest.fixture(scope="module")
+def surgery(tmp_path_factory):
+    """A Llama of 24 blocks without 3, 7 and 12."""
+    config = llama_config(24, hidden_size=8, intermediate_size=8)
+    folder = save_model(tmp_path_factory.mktemp("models") / "tall", config)
+    return Surgery(read_architecture(locate_model(str(folder), print), load_plugins(), print), (7, 3, 12))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # names, as tensors are called
+        ("lm_head", "lm_head"),
+        ("Linear", "Linear"),
+        ("self_attn.q_proj", "self_attn.q_proj"),
+        ("model.layers.2.mlp.gate_proj", "model.layers.2.mlp.gate_proj"),
+        ("model.layers.3.mlp.gate_proj", None),
+        ("model.layers.4", "model.layers.3"),
+        ("layers.13.mlp", "layers.10.mlp"),
+        ("language_model.model.layers.13.mlp", "language_model.model.layers.10.mlp"),
+        ("language_model.model.layers.12.mlp", None),
+        ("vision_tower.layers.13.mlp", "vision_tower.layers.13.mlp"),
+        ("model.layers.99.mlp", None),
+        # compressed-tensors
+        ("re:.*lm_head", "re:.*lm_head"),
+        ("re:.*self_attn.*", "re:.*self_attn.*"),
+        (r"re:model\.layers\.4\..*", r"re:model\.layers\.3\..*"),
+        (r"re:model\.layers\.12\.mlp\..*", None),
+        (r"re:^model[.]layers[.]13[.]mlp", r"re:^model[.]layers[.]10[.]mlp"),
+        (r"re:.*layers\.(1[0-9])\..*", r"re:.*layers\.(?:8|9|10|11|12|13|14|15|16)\..*"),
+        (r"re:.*layers\.1[0-9]\.mlp", r"re:.*layers\.(?:8|9|10|11|12|13|14|15|16)\.mlp"),
+        (r"re:.*layers\.(?:3|7)\..*", None),
+        (r"re:.*layers\.[0-9]+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp.*"),
+        (r"re:.*layers\..*\.mlp.*", r"re:.*layers\..*\.mlp.*"),
+        (r"re:.*\.layers\.(3|4|5)\..*", r"re:.*\.layers\.(?:3|4)\..*"),
+        (r"re:(model\.layers\.3|model\.layers\.4)\.mlp.*", r"re:(model\.layers\.(?!)|model\.layers\.3)\.mlp.*"),
+        (r"re:lm_head|model\.layers\.3\..*", r"re:lm_head|model\.layers\.(?!)\..*"),
+        (r"re:.*vision.*layers\.13\..*", r"re:.*vision.*layers\.13\..*"),
+        (r"re:language_model\.model\.layers\.13\..*", r"re:language_model\.model\.layers\.10\..*"),
+        # GPTQ
+        (r"-:.*\.18\..*gate.*", r"-:.*\.15\..*gate.*"),
+        (r"+:.*\.12\..*gate.*", None),
+        (r".*\.13\..*gate.*", r".*\.10\..*gate.*"),
+        (r"-:.*down.*", r"-:.*down.*"),
+        # globs
+        ("*.lm_head", "*.lm_head"),
+        ("*mlp.gate", "*mlp.gate"),
+        ("model.layers.0*", "model.layers.0*"),
+        ("model.layers.4.self_attn*", "model.layers.3.self_attn*"),
+        ("*.layers.12.mlp*", None),
+        ("*layers.*.mlp", "*layers.*.mlp"),
+    ],
+)
+def test_each_way_to_name_modules(surgery, before, after):
+    assert prune_module_names([before], surgery) == ([] if after is None else [after])
+    assert prune_module_names({before: {"bits": 4}}, surgery) == ({} if after is None else {after: {"bits": 4}})
+
+
+@pytest.mark.parametrize("pattern", ["model.layers.1*", r"re:.*layers\..\.mlp.*", r"-:.*[45]\..*gate.*", "*5.mlp*"])
+def test_a_pattern_that_cannot_be_renumbered_is_refused(surgery, pattern):
+    with pytest.raises(UnsupportedModelError, match="cannot be renumbered exactly") as caught:
+        prune_module_names({"ignore": [pattern]}, surgery)
+    assert repr(pattern) in caught.value.message
+
+
+def test_a_renumbered_pattern_matches_the_same_modules(surgery):
+    """The promise itself, for a pattern that is read off nowhere."""
+    pattern = r".*layers\.(?:[02468]|1\d|2[0-2])\.(mlp|self_attn)\..*_proj"
+    (new,) = prune_module_names([f"re:{pattern}"], surgery)
+    modules = [name for name, _ in surgery.architecture.skeleton.named_modules()]
+    before = {name for name in modules if re.match(pattern, name)}
+    expected = {name for name, _ in surgery.prune_tensors((name, None) for name in before)}
+    kept = {name for name, _ in surgery.prune_tensors((name, None) for name in modules)}
+    assert {name for name in kept if re.match(new.removeprefix("re:"), name)} == expected
+    assert 100 < len(expected) < len(before)
+
+
+def test_every_place_of_a_config(surgery):
+    config = {
+        "num_hidden_layers": 24,
+        "architectures": ["model.layers.3"],
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "bits": 4,
+            "ignore": ["lm_head", "model.layers.3.mlp", "model.layers.4.mlp"],
+            "modules_to_not_convert": None,
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}, "input_activations": None},
+                "group_1": {"targets": [r"re:.*layers\.12\..*"], "weights": {"num_bits": 8}},
+                "group_2": {"targets": [r"re:.*layers\.(12|13)\..*"], "weights": {"num_bits": 8}},
+            },
+            "modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.up_proj"]],
+            "extra_config": {"model.layers.7.mlp": {"bits": 16}, "model.layers.23.mlp": {"bits": 16}},
+            "shapes": [1, 2.5, True, None],
+        },
+        "text_config": {"quantization_config": {"llm_int8_skip_modules": ["model.layers.13.mlp.gate_proj"]}},
+    }
+    assert prune_quantization(config, surgery) == {
+        "num_hidden_layers": 24,
+        "architectures": ["model.layers.3"],
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "bits": 4,
+            "ignore": ["lm_head", "model.layers.3.mlp"],
+            "modules_to_not_convert": None,
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}, "input_activations": None},
+                "group_2": {"targets": [r"re:.*layers\.10\..*"], "weights": {"num_bits": 8}},
+            },
+            "modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.up_proj"]],
+            "extra_config": {"model.layers.20.mlp": {"bits": 16}},
+            "shapes": [1, 2.5, True, None],
+        },
+        "text_config": {"quantization_config": {"llm_int8_skip_modules": ["model.layers.10.mlp.gate_proj"]}},
+    }
