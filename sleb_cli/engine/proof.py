@@ -183,12 +183,16 @@ def _runs(surgery: Surgery, folder: Path, terms: Terms, notify: Notify) -> Itera
     yield "generates", "it generates with the KV cache", {
         "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed
     }  # fmt: skip
-    yield from _saves_again(model, surgery, folder)
+    # In a list, so that the model can go before it is loaded again: two at once may not fit.
+    models = [model]
+    del model
+    yield from _saves_again(models, surgery, folder, dtype)
     notify(TaskFinished(task))
 
 
-def _saves_again(model: Any, surgery: Surgery, folder: Path) -> Iterator[Found]:
+def _saves_again(models: list[Any], surgery: Surgery, folder: Path, dtype: torch.dtype) -> Iterator[Found]:
     """Stock transformers saves it, config and all, and finds the same model in what it saved."""
+    model = models.pop()
     needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), shutil.disk_usage(folder).free
     if needed > free:
         reason = f"saving it again needs {in_words(needed)} on the disk, and {in_words(free)} are free"
@@ -199,8 +203,11 @@ def _saves_again(model: Any, surgery: Surgery, folder: Path) -> Iterator[Found]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as place:
         with verdict(lambda words: _failed(f"transformers does not save it again: {words}")):
             model.save_pretrained(place)
-        again = _load_stock(Path(place), surgery, device_map="meta")
-    before, after = ({n: t.shape for n, t in m.state_dict().items()} for m in (model, again))
+        before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        del model
+        free_memory()
+        again = _load_stock(Path(place), surgery, dtype=dtype)
+        after = {name: tensor.shape for name, tensor in again.state_dict().items()}
     if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise _failed(f"saved again, it has {len(different)} other weights, {different[0]} first")
     yield "saves again", "it saves again, to the same weights", {}

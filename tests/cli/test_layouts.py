@@ -1,0 +1,221 @@
+"""Models whose blocks are of several kinds, stand in a part of the model, or are named otherwise in files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    Gemma3Config,
+    LlavaConfig,
+    Qwen2VLConfig,
+)
+
+from conftest import calibration, llama_config, save_model, train_tokenizer
+from families import tiny_config
+from sleb_cli.plan import read_plan
+
+MIXED = ["sliding_attention", "full_attention"] * 3
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("mixed") / "model", tiny_config("gemma3_text"))
+
+
+def search(run_sleb, model, text_file, *options):
+    return run_sleb("search", model, *calibration(text_file), *options)
+
+
+def test_the_table_of_steps_shows_the_kind(run_sleb, mixed, text_file, tmp_path):
+    result = search(run_sleb, mixed, text_file, "--remove", 2)
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    assert [step.kind for step in plan.steps] == [MIXED[block] for block in plan.removals]
+    assert " kind " in result.stdout
+    assert plan.steps[0].kind in result.stdout
+
+
+def test_models_of_one_kind_show_none(run_sleb, tiny_llama, text_file, tmp_path):
+    assert " kind " not in search(run_sleb, tiny_llama, text_file, "--remove", 1).stdout
+    assert read_plan(tmp_path / "plan.json").steps[0].kind == ""
+
+
+def test_blocks_are_protected_by_kind_and_by_number(run_sleb, mixed, text_file, tmp_path):
+    options = ["--protect-kind", "full_attention", "--protect", "2", "--remove", 1]
+    assert search(run_sleb, mixed, text_file, *options).exit_code == 0
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.search.protect == (1, 2, 3, 5)
+    assert list(plan.steps[0].scores) == [4]
+    result = search(run_sleb, mixed, text_file, *options[:-1], 2, "--force")
+    assert (result.exit_code, "1 may, with 1 protected at the start" in result.stderr) == (2, True)
+
+
+def test_an_extended_search_protects_the_same(run_sleb, mixed, text_file, tmp_path):
+    assert search(run_sleb, mixed, text_file, "--protect", "2,3", "--remove", 1).exit_code == 0
+    first = read_plan(tmp_path / "plan.json")
+    result = run_sleb("search", mixed, "--extend", "plan.json", "--remove", 2, "--calibration", text_file)
+    assert result.exit_code == 0, result.stderr
+    longer = read_plan(tmp_path / "plan.json")
+    assert longer.search.protect == (2, 3)
+    assert longer.removals[0] == first.removals[0]
+    assert set(longer.removals) == {1, 4}
+    result = run_sleb("search", mixed, "--extend", "plan.json", "--remove", 3, "--protect", "3", "-o", "other.json")
+    assert (result.exit_code, "search.protect" in result.stderr) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protect-kind", "full_atention"], "Did you mean 'full_attention'?"),
+        (["--protect", "6"], "There is no block 6 to protect"),
+        (["--protect", "x"], "--protect 'x' is not a list of numbers"),
+    ],
+)
+def test_what_cannot_be_protected(run_sleb, mixed, text_file, options, message):
+    result = search(run_sleb, mixed, text_file, "--remove", 1, *options)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_no_kinds_to_protect(run_sleb, tiny_llama, text_file):
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--protect-kind", "mamba")
+    assert (result.exit_code, "all of one kind" in result.stderr) == (2, True)
+
+
+def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next"))
+    result = search(run_sleb, folder, text_file, "--remove", 2)
+    assert "Block 3 stays: without block 3, the KV cache would not work" in result.stderr
+    assert 3 not in read_plan(tmp_path / "plan.json").steps[0].scores
+    assert run_sleb("apply").exit_code == 0
+    result = run_sleb("apply", folder, "--blocks", "3", "-o", "out")
+    assert (result.exit_code, "cannot go without block 3" in result.stderr) == (4, True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_period_that_no_list_can_say_is_refused_or_kept(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "jamba", tiny_config("jamba", num_hidden_layers=12, attn_layer_period=4))
+    result = search(run_sleb, folder, text_file, "--remove", 2)
+    assert result.exit_code == 4
+    assert "by period: attn_layer_period = 4, expert_layer_period = 2" in result.stderr
+    assert "Loading" not in result.stderr
+    result = run_sleb("apply", folder, "--blocks", "4,5,6,7", "-o", "out")  # one whole period
+    assert result.exit_code == 0, result.stderr
+    assert "bitwise equal" in result.stderr + result.stdout
+
+
+def test_a_constant_of_depth_is_refused_before_any_weight_is_read(run_sleb, text_file, tmp_path):
+    config = tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True)
+    result = search(run_sleb, save_model(tmp_path / "gpt2", config), text_file, "--remove", 1)
+    assert result.exit_code == 4
+    assert "each block divides its attention scores by its number" in result.stderr
+    assert "Loading" not in result.stderr
+
+
+def test_weight_files_that_name_blocks_otherwise(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "nemotron", tiny_config("nemotron_h"))
+    assert any(name.startswith("backbone.layers.") for name in load_file(folder / "model.safetensors"))
+    assert search(run_sleb, folder, text_file, "--remove", 1).exit_code == 0
+    result = run_sleb("apply", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    names = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.split(".")[2] for name in names if ".layers." in name} == set("01234")
+
+
+def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "glm", tiny_config("glm4_moe"))
+    tensors = load_file(folder / "model.safetensors")
+    extra = {name.replace("layers.5.", "layers.6."): t.clone() for name, t in tensors.items() if ".layers.5." in name}
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    result = run_sleb("apply", folder, "--blocks", "2", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not any(".layers.5." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
+    result = run_sleb("apply", folder, "--blocks", "2", "-o", "other")
+    assert (result.exit_code, "do not keep 6 blocks" in result.stderr) == (4, True)
+
+
+SHAPE = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 5, "max_position_embeddings": 128,
+}  # fmt: skip
+EYES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 5, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+SEEING = {
+    "gemma3": lambda: Gemma3Config(
+        text_config={**SHAPE, "head_dim": 8, "layer_types": [*MIXED[:4], "sliding_attention"]}, vision_config=EYES,
+        image_token_index=5, mm_tokens_per_image=4, boi_token_index=6, eoi_token_index=7,
+    ),
+    "llava": lambda: LlavaConfig(
+        text_config=llama_config(5), vision_config=CLIPVisionConfig(**EYES), image_token_index=5
+    ),
+    "qwen2_vl": lambda: Qwen2VLConfig(
+        text_config={**SHAPE, "rope_parameters": MROPE},
+        vision_config={"depth": 5, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
+        image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, tmp_path, name):
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(SEEING[name]())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.15)
+    folder = tmp_path / name
+    model.save_pretrained(folder)
+    train_tokenizer(bos=False).save_pretrained(folder)
+    assert search(run_sleb, folder, text_file, "--remove", 2).exit_code == 0
+    result = run_sleb("apply", "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    seeing = [key for key in before if "vision" in key or "visual" in key]
+    assert seeing
+    assert all(torch.equal(before[key], after[key]) for key in seeing)
+    raw, pruned = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    assert pruned["text_config"]["num_hidden_layers"] == 3
+    assert pruned["vision_config"] == raw["vision_config"]
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert len(again.model.language_model.layers) == 3
+    assert run_sleb("eval", folder, "--blocks", "1", "--perplexity", text_file, "--sequence-length", 64).exit_code == 0
+
+
+def test_an_adapter_is_no_model(run_sleb, text_file, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"})
+    )
+    save_file({"base_model.model.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
+    result = search(run_sleb, folder, text_file, "--remove", 1)
+    assert result.exit_code == 4
+    assert "is a PEFT adapter for org/base, not a whole model" in result.stderr
+    assert "Merge it first" in result.stderr
+
+
+def test_a_family_of_a_plugin_reads_its_own_keys(run_sleb, text_file, tmp_path, monkeypatch):
+    """What the config says in a way that nobody else uses is a function in the adapter."""
+    from sleb_cli import plugin_manager
+    from sleb_plugins import FamilyAdapter
+
+    names = lambda text, kept: "".join(text[block] for block in kept.blocks)  # noqa: E731
+    mine = FamilyAdapter("mine", frozenset({"gpt2"}), "transformer.h", "n_layer", {"block_names": names})
+    found = plugin_manager.Registry.family
+    monkeypatch.setattr(plugin_manager.Registry, "family", lambda self, t: mine if t == "gpt2" else found(self, t))
+    folder = save_model(tmp_path / "gpt2", tiny_config("gpt2"))
+    config = json.loads((folder / "config.json").read_text()) | {"block_names": "abcdef"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert run_sleb("apply", folder, "--blocks", "1,4", "-o", "out").exit_code == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["block_names"] == "acdf"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.n_layer == 4
