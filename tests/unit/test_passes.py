@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from conftest import llama_config, random_model
+from families import tiny_config
+from reference import plain_loss
 from sleb_cli.engine.gates import GatedModel, OutOfMemory
 from sleb_cli.engine.search.budget import Budget
 from sleb_cli.engine.search.passes import Passes, choose_engine, prepare_passes
@@ -216,3 +218,23 @@ def test_memory_that_ends_in_the_self_check_is_not_taken_for_a_verdict(gated, se
     fail_at(gated, monkeypatch)
     with pytest.raises(OutOfMemory):
         choose_engine(gated, sequences[:2])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path", "engine", "reason"),
+    [
+        ("prophetnet", "prophetnet.decoder.layers", "prefix", "[2, 24] tokens become [2, 72] states"),
+        ("xlm", "transformer.ffns", "plain", "resuming there gives other logits than running the whole model"),
+    ],
+)
+@torch.inference_mode()
+def test_families_that_do_not_bear_the_fork(sequences, model_type, path, engine, reason):
+    """ProphetNet carries several streams of predictions, and XLM works between its blocks."""
+    model = random_model(tiny_config(model_type))
+    blocks = model.get_submodule(path)
+    with GatedModel(model, blocks) as gated:
+        passes, why = prepare_passes(gated, sequences, print, batch_size=2)
+        found = score(passes, removed=(1,), candidates=[2, 4])
+    assert (passes.engine, reason in why) == (engine, True)
+    for block, scores in found.items():
+        assert sum(scores) / len(scores) == pytest.approx(plain_loss(model, blocks, sequences, {1, block}), abs=1e-5)
