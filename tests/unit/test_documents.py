@@ -57,7 +57,7 @@ def test_the_example_plugin_is_short():
     assert len(lines) < 30
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/search.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/families.md", "docs/search.md"])
 def test_places_that_documents_name_exist(path):
     named = re.findall(r"`((?:sleb_cli|sleb_plugins|tests|docs|completions)/[\w./]*)`", (ROOT / path).read_text())
     assert all((ROOT / place).exists() for place in named)
