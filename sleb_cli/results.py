@@ -40,6 +40,28 @@ class ApplyResult(ResultRecord):
     proof: Proof | None
 
 
+class GgufResult(Record):
+    """A pruned GGUF file. What stays was compared byte for byte with the source, where `verified`.
+
+    `proof`, by transformers, in `dtype` on `device`, is None where there is none, and `unproven` then says why.
+    """
+
+    schema_version: Literal[1]
+    sleb_version: str
+    kind: Literal["gguf"]
+    source: str
+    architecture: str
+    removals: tuple[int, ...]
+    file: str
+    blocks: int
+    file_bytes: int
+    verified: bool
+    dtype: str | None
+    device: str | None
+    proof: Proof | None
+    unproven: str | None
+
+
 class PerplexityRecord(Record):
     """exp(mean nats per token) over `windows` windows; `losses` holds the mean of each window."""
 

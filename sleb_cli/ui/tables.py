@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sleb_cli.plan import Plan
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord, TaskRecord
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult, GgufResult, Proof, ResultRecord, TaskRecord
 from sleb_cli.ui.console import print_json, save, stdout
 
 
@@ -104,17 +104,41 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_data())
         return
-    console, proof = stdout(), result.proof
-    console.print(
-        f"wrote {result.folder}: {result.blocks} blocks, {size(result.weights_bytes)}", soft_wrap=True, markup=False
-    )
-    if proof is None:
-        console.print("not verified (--no-verify)")
+    _say_size(result.folder, result.blocks, result.weights_bytes)
+    if result.proof is None:
+        stdout().print("not verified (--no-verify)")
         return
+    _say_proof(result.proof, result.dtype, "stock transformers loads it")
+
+
+def show_pruned_gguf(result: GgufResult, *, as_json: bool) -> None:
+    """Say what was written, and how much of it was proven."""
+    if as_json:
+        print_json(result.to_data())
+        return
+    _say_size(result.file, result.blocks, result.file_bytes)
+    if not result.verified:
+        stdout().print("not verified (--no-verify)")
+    elif result.proof is None or result.dtype is None:
+        stdout().print(
+            f"[yellow]partially verified[/]: every tensor is byte for byte that of the source; not run, since "
+            f"{escape(result.unproven or '')}",
+            soft_wrap=True,
+        )
+    else:
+        what = "every tensor is byte for byte that of the source; transformers reads it"
+        _say_proof(result.proof, result.dtype, what)
+
+
+def _say_size(what: str, blocks: int, count: int) -> None:
+    stdout().print(f"wrote {what}: {blocks} blocks, {size(count)}", soft_wrap=True, markup=False)
+
+
+def _say_proof(proof: Proof, dtype: str, loaded: str) -> None:
     how = "bitwise equal to" if proof.logits_difference == 0 else f"within {proof.logits_difference:.1g} of"
     allowed = f" (allowed: {proof.logits_tolerance:.1g} of the largest)" if proof.logits_tolerance else ""
-    console.print(
-        f"[green]proven[/] in {result.dtype}: stock transformers loads it; its logits on {proof.prompt_tokens} "
+    stdout().print(
+        f"[green]proven[/] in {dtype}: {loaded}; its logits on {proof.prompt_tokens} "
         f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache",
         soft_wrap=True,
     )

@@ -158,6 +158,40 @@ PER_BLOCK_PREFIX = "xielu."
 """Keys that hold lists with one value per block though they do not begin with the architecture's name."""
 
 
+_NAMES: Mapping[str, frozenset[str]] = {
+    "cohere": frozenset({"command-r"}),
+    "deepseek_v2": frozenset({"deepseek2"}),
+    "deepseek_v3": frozenset({"deepseek2"}),
+    "glm": frozenset({"chatglm"}),
+    "gpt_bigcode": frozenset({"starcoder"}),
+    "granitemoehybrid": frozenset({"granitehybrid"}),
+    "mistral": frozenset({"llama", "mistral3"}),
+    "mixtral": frozenset({"llama"}),
+    "nemotron_h": frozenset({"nemotron_h", "nemotron_h_moe"}),
+    "olmo3": frozenset({"olmo2"}),
+    "phi": frozenset({"phi2"}),
+    "qwen3_5": frozenset({"qwen35"}),
+    "qwen3_5_moe": frozenset({"qwen35moe"}),
+}
+"""What GGUF calls a `model_type` of transformers, where that is more than another spelling."""
+
+
+def may_be(architecture: str, model_type: str) -> bool | None:
+    """Whether a GGUF architecture holds models of this `model_type`; None where nobody can tell."""
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    model_type = model_type.removesuffix("_text")
+    if model_type in _NAMES:
+        return architecture in _NAMES[model_type]
+    if _plain(model_type) == _plain(architecture):
+        return True
+    return False if _plain(model_type) in map(_plain, MODEL_ARCH_NAMES.values()) else None
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "")
+
+
 def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
     """Make sure that llama.cpp makes of each kept block, at its new number, what it makes of it now.
 
