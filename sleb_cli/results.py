@@ -1,4 +1,4 @@
-"""What `sleb apply`, `sleb eval` and `sleb bench` report: the numbers, and the raw samples behind them."""
+"""What `sleb apply`, `export`, `eval` and `bench` report: the numbers, and the raw samples behind them."""
 
 from __future__ import annotations
 
@@ -60,6 +60,17 @@ class GgufResult(Record):
     device: str | None
     proof: Proof | None
     unproven: str | None
+
+
+class ExportResult(Record):
+    """What an exporter wrote through the engine, and the lines that it says besides."""
+
+    schema_version: Literal[1]
+    sleb_version: str
+    kind: Literal["export"]
+    exporter: str
+    written: tuple[ApplyResult | GgufResult, ...]
+    lines: tuple[str, ...]
 
 
 class PerplexityRecord(Record):

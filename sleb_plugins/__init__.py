@@ -12,7 +12,7 @@ from sleb_plugins.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from sleb_plugins.exporter import Exporter, Pruning
+from sleb_plugins.exporter import Exporter, FileExporter, Pruning, Workshop
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
@@ -21,6 +21,7 @@ __all__ = [
     "DataError",
     "Exporter",
     "FamilyAdapter",
+    "FileExporter",
     "HiddenStateMetric",
     "LogitMetric",
     "MachineError",
@@ -36,5 +37,6 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "WeightMetric",
+    "Workshop",
     "hookimpl",
 ]

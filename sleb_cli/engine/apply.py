@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,8 +39,11 @@ def apply_removals(
     dtype: str | None = None,
     force: bool = False,
     verify: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint into `output`, whole and proven, or write nothing.
+
+    `check` sees the finished folder; what it raises keeps it back.
 
     Raises:
         ProofError: the checkpoint does not do what the gated dense model does.
@@ -62,6 +65,8 @@ def apply_removals(
         if subject.plan:
             subject.plan.write(aside / PLAN_FILE)
         (aside / "README.md").write_text(model_card(subject, proof, dtype_name(proof_dtype)), encoding="utf-8")
+        if check:
+            check(aside)
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,

@@ -23,8 +23,9 @@ from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import DEFAULT_PLAN, SubjectRequest, first_removals, is_plan
 from sleb_cli.engine.surgery import plan_surgery
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
-from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.records import ModelRecord
 from sleb_cli.results import GgufResult, Proof
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
 from sleb_plugins.exporters.gguf_file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
@@ -133,23 +134,28 @@ def _removals(request: SubjectRequest, file: GgufFile, notify: Notify) -> tuple[
     path = Path(named or DEFAULT_PLAN)
     plan = read_plan(path)
     if not request.any_model:
-        _require_same_kind_of_model(path, plan, file, notify)
+        require_same_kind_of_model(plan.model, file, notify)
     return first_removals(plan.removals, request.remove, str(path))
 
 
-def _require_same_kind_of_model(path: Path, plan: Plan, file: GgufFile, notify: Notify) -> None:
-    planned, count = plan.model, block_count(file)
-    fits = may_be(file.architecture, planned.model_type)
-    if fits is False or planned.blocks != count:
+def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:
+    """Make sure that a GGUF file may hold this model: by its type and its number of blocks.
+
+    Raises:
+        PlanError: it holds another one.
+    """
+    count = block_count(file)
+    fits = may_be(file.architecture, model.model_type)
+    if fits is False or model.blocks != count:
         raise PlanError(
-            f"{path} was made for {planned.id} ({planned.model_type}, {planned.blocks} blocks), and {file.path} holds "
+            f"The blocks are those of {model.id} ({model.model_type}, {model.blocks} blocks), and {file.path} holds "
             f"another model ({file.architecture}, {count} blocks).",
-            hint="Name a GGUF file of the plan's model, or use the plan on this one with --any-model.",
+            hint="Name a GGUF file of that model, or remove the blocks from this one all the same with --any-model.",
         )
     if fits is None:
         notify(
             Notice(
-                f"Whether GGUF files of {planned.model_type} are called {file.architecture} is not known to sleb; "
+                f"Whether GGUF files of {model.model_type} are called {file.architecture} is not known to sleb; "
                 f"the number of blocks fits."
             )
         )

@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sleb_cli.plan import Plan
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult, GgufResult, Proof, ResultRecord, TaskRecord
+from sleb_cli.results import (
+    ApplyResult,
+    BenchResult,
+    EvalResult,
+    ExportResult,
+    GgufResult,
+    Proof,
+    ResultRecord,
+    TaskRecord,
+)
 from sleb_cli.ui.console import print_json, save, stdout
 
 
@@ -128,6 +137,20 @@ def show_pruned_gguf(result: GgufResult, *, as_json: bool) -> None:
     else:
         what = "every tensor is byte for byte that of the source; transformers reads it"
         _say_proof(result.proof, result.dtype, what)
+
+
+def show_exported(exported: ExportResult, *, as_json: bool) -> None:
+    """Say what was written, how much of it was proven, and what the exporter has to say besides."""
+    if as_json:
+        print_json(exported.to_data())
+        return
+    for result in exported.written:
+        if isinstance(result, GgufResult):
+            show_pruned_gguf(result, as_json=False)
+        else:
+            show_applied(result, as_json=False)
+    for line in exported.lines:
+        stdout().print(line, soft_wrap=True, markup=False)
 
 
 def _say_size(what: str, blocks: int, count: int) -> None:
