@@ -12,10 +12,21 @@ from safetensors.torch import load_file
 from conftest import llama_config, save_model
 
 
-def write_llama_gguf(path: Path, blocks: int = 6, type_: Type = Type.F32, *, kv_heads: int = 4) -> Path:
-    """Write a random Llama with its tokenizer, and leave it as a checkpoint in the folder `origin` beside it too."""
-    folder = save_model(path.parent / "origin", llama_config(blocks, num_key_value_heads=kv_heads))
-    writer = gguf.GGUFWriter(path, "llama")
+def write_llama_gguf(
+    path: Path,
+    blocks: int = 6,
+    type_: Type = Type.F32,
+    *,
+    kv_heads: int = 4,
+    architecture: str = "llama",
+    config: Any = None,
+) -> Path:
+    """Write a random Llama with its tokenizer, and leave it as a checkpoint in the folder `origin` beside it too.
+
+    Another architecture whose tensors are those of a Llama goes too, with a config of the same sizes.
+    """
+    folder = save_model(path.parent / "origin", config or llama_config(blocks, num_key_value_heads=kv_heads))
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
