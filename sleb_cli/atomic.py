@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.units import size
 from sleb_plugins.errors import OutputError
 
 _REASONS = {
@@ -52,20 +53,45 @@ def require_new_file(path: Path, *, force: bool) -> None:
         pass
 
 
+def require_space(path: Path, needed: int) -> None:
+    """Make sure, before anything is written, that `needed` bytes fit where `path` will be.
+
+    Raises:
+        OutputError: they do not.
+    """
+    place = path.absolute().parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"{size(needed)} are to be written, and the disk of {place} has {size(free)} free.",
+            hint="Free some space, or choose another place with -o.",
+        )
+
+
 def write_text(path: Path, text: str) -> None:
     """Write `text` aside, flush it to the disk, and rename it to `path`."""
+    with new_file(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Give a place of the same name in a hidden folder beside `path`; what is written there becomes `path` at the end.
+
+    The folder goes at the end, with whatever else is in it: nothing at all is left of what was not finished.
+    """
+    target = path.absolute()
     with writing(path):
-        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
+    try:
+        with writing(path):
+            aside = folder / target.name
+            yield aside
+            with aside.open("rb") as file:
                 os.fsync(file.fileno())
-            Path(aside).chmod(0o666 & ~_umask())
-            Path(aside).replace(path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
+            aside.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

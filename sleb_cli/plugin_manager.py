@@ -15,6 +15,7 @@ import pluggy
 from sleb_plugins import (
     Exporter,
     FamilyAdapter,
+    FileExporter,
     HiddenStateMetric,
     LogitMetric,
     Metric,
@@ -32,7 +33,7 @@ Kind = Literal["family", "metric", "exporter"]
 _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_families": ("family", (FamilyAdapter,)),
     "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)),
-    "sleb_exporters": ("exporter", (Exporter,)),
+    "sleb_exporters": ("exporter", (Exporter, FileExporter)),
 }
 
 
@@ -84,9 +85,9 @@ class Registry:
         metric: Metric = self._choose("metric", name).value
         return metric
 
-    def exporter(self, name: str) -> Exporter:
+    def exporter(self, name: str) -> Exporter | FileExporter:
         """Choose an export format by name; raises as `metric` does."""
-        exporter: Exporter = self._choose("exporter", name).value
+        exporter: Exporter | FileExporter = self._choose("exporter", name).value
         return exporter
 
     def family(self, model_type: str) -> FamilyAdapter | None:

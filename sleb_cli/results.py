@@ -1,4 +1,4 @@
-"""What `sleb apply`, `sleb eval` and `sleb bench` report: the numbers, and the raw samples behind them."""
+"""What `sleb apply`, `export`, `eval` and `bench` report: the numbers, and the raw samples behind them."""
 
 from __future__ import annotations
 
@@ -30,6 +30,37 @@ class ApplyResult(ResultRecord):
     weights_bytes: int
     proof: Proof | None
     pushed: str | None
+
+
+class GgufResult(Record):
+    """A pruned GGUF file. What stays was compared byte for byte with the source, where `verified`.
+
+    `proof`, by transformers, is None where there is none, and `unproven` then says why.
+    """
+
+    schema_version: Literal[1]
+    sleb_version: str
+    kind: Literal["gguf"]
+    source: str
+    architecture: str
+    removals: tuple[int, ...]
+    file: str
+    blocks: int
+    file_bytes: int
+    verified: bool
+    proof: Proof | None
+    unproven: str | None
+
+
+class ExportResult(Record):
+    """What an exporter wrote through the engine, and the lines that it says besides."""
+
+    schema_version: Literal[1]
+    sleb_version: str
+    kind: Literal["export"]
+    exporter: str
+    written: tuple[ApplyResult | GgufResult, ...]
+    lines: tuple[str, ...]
 
 
 class PerplexityRecord(Record):

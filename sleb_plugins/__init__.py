@@ -12,7 +12,7 @@ from sleb_plugins.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from sleb_plugins.exporter import Exporter, Pruning
+from sleb_plugins.exporter import Exporter, FileExporter, Pruning, Workshop
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.layout import block_numbers, by_block, leading_blocks, trailing_blocks
@@ -22,6 +22,7 @@ __all__ = [
     "DataError",
     "Exporter",
     "FamilyAdapter",
+    "FileExporter",
     "HiddenStateMetric",
     "LogitMetric",
     "MachineError",
@@ -37,6 +38,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "WeightMetric",
+    "Workshop",
     "block_numbers",
     "by_block",
     "hookimpl",

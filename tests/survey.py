@@ -159,7 +159,7 @@ def check_checkpoint(folder: Path, work: Path, name: str, *subject: str) -> None
     expected = gated_logits(folder, applied, ids)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
     with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
-    torch.testing.assert_close(with_cache, without, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(with_cache, without, atol=1e-3, rtol=0)
     model.save_pretrained(work / f"{name}-again")
     again = AutoModelForCausalLM.from_pretrained(work / f"{name}-again", dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())

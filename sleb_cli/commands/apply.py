@@ -31,7 +31,14 @@ def apply(
         typer.Option(
             "-o",
             "--output",
-            help="Folder for the checkpoint. (default: named after the model)",
+            help="Folder for the checkpoint, or GGUF file. (default: named after the model)",
+            show_default=False,
+        ),
+    ] = None,
+    to_gguf: Annotated[
+        Path | None,
+        typer.Option(
+            help="Remove the blocks from this GGUF file of the model instead, quantised or not, into another one.",
             show_default=False,
         ),
     ] = None,
@@ -54,25 +61,32 @@ def apply(
     """Write the pruned checkpoint, and prove that it does what the search measured."""
     from sleb_cli.ui.plugins import load_and_report
     from sleb_cli.ui.progress import show_progress
-    from sleb_cli.ui.tables import show_applied
+    from sleb_cli.ui.tables import show_applied, show_pruned_gguf
 
     if public and push is None:
         raise UsageError("--public goes with --push.", hint="Say where to: --push ORG/NAME --public.")
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.apply import apply_removals
+        from sleb_cli.engine.apply_gguf import apply_to_gguf
         from sleb_cli.engine.push import PushRequest
         from sleb_cli.engine.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
-        resolved = resolve_subject(request, load_and_report(), notify, needs_removals=True)
-        applied = apply_removals(
-            resolved,
-            output,
-            notify,
-            max_shard_size=max_shard_size,
-            dtype=dtype,
-            force=force,
-            verify=not no_verify,
-            push_to=PushRequest(push, private=not public) if push is not None else None,
-        )
-    show_applied(applied, as_json=json)
+        registry, verify = load_and_report(), not no_verify
+        if to_gguf is not None:
+            pruned = apply_to_gguf(request, to_gguf, output, registry, notify, dtype=dtype, force=force, verify=verify)
+        else:
+            applied = apply_removals(
+                resolve_subject(request, registry, notify, needs_removals=True),
+                output,
+                notify,
+                max_shard_size=max_shard_size,
+                dtype=dtype,
+                force=force,
+                verify=verify,
+                push_to=PushRequest(push, private=not public) if push is not None else None,
+            )
+    if to_gguf is not None:
+        show_pruned_gguf(pruned, as_json=json)
+    else:
+        show_applied(applied, as_json=json)

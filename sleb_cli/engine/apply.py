@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,11 @@ def apply_removals(
     force: bool = False,
     verify: bool = True,
     push_to: PushRequest | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint into `output`, whole and proven, or write nothing.
+
+    `check` sees the finished folder; what it raises keeps it back.
 
     Raises:
         ProofError: the checkpoint does not do what the gated dense model does.
@@ -64,7 +67,7 @@ def apply_removals(
     require_new_folder(folder, source, force=force)
     if push_to:
         require_pushable(push_to, force=force)
-    kept = list(_kept_tensors(surgery, cast))
+    kept = kept_tensors(surgery, cast)
     shards = plan_shards(source.weights, kept, shard_bytes)
     settings = _settings(surgery, cast)
     beside = _files_beside(source, written=set(settings))
@@ -77,6 +80,8 @@ def apply_removals(
         if subject.plan:
             subject.plan.model_copy(update={"proof": proof}).write(aside / PLAN_FILE)
         (aside / "README.md").write_text(model_card(subject, proof), encoding="utf-8")
+        if check:
+            check(aside)
     if beside.left_out:
         notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
     pushed = push(folder, push_to, notify, force=force) if push_to else None
@@ -140,10 +145,10 @@ def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
     return choose_dtype(dtype, subject.architecture, torch.device("cpu"))
 
 
-def _kept_tensors(surgery: Surgery, cast: torch.dtype | None) -> Iterator[NewTensor]:
+def kept_tensors(surgery: Surgery, cast: torch.dtype | None = None) -> list[NewTensor]:
+    """Give the tensors of the pruned checkpoint, from the headers of the dense one's files."""
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    for name, tensor in surgery.prune_tensors(stored):
-        yield new_tensor(name, tensor, cast)
+    return [new_tensor(name, tensor, cast) for name, tensor in surgery.prune_tensors(stored)]
 
 
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:

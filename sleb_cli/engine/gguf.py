@@ -37,14 +37,16 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     task = f"Converting {path.name}"
     notify(TaskStarted(task, 4, "steps"))
     dtype = _inspect(path)
+    # The whole path: a bare name is taken for a file in the working directory, where there is one of that name.
+    file = str(path.absolute())
     notify(TaskAdvanced(task))
     with transformers_reads(f"the tokenizer in {path}"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=file)
     notify(TaskAdvanced(task))
     # transformers draws a bar of its own here, whatever it is told.
     with transformers_reads(f"the weights in {path}"), redirect_stderr(StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=dtype, **_as_plain_weights()
+            path.parent, gguf_file=file, dtype=dtype, **_as_plain_weights()
         )
     notify(TaskAdvanced(task))
     _forget_quantization(model)
@@ -53,10 +55,20 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     notify(TaskFinished(task))
 
 
-def _inspect(path: Path) -> torch.dtype:
-    """Check that the file is whole and readable, and give the data type for its weights."""
+def transformers_knows(architecture: str) -> bool:
+    """Whether transformers reads GGUF files of this architecture; it writes some names its own way."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    return _plain(architecture) in map(_plain, GGUF_SUPPORTED_ARCHITECTURES)
+
+
+def _plain(name: str) -> str:
+    """Give "gpt-oss" and "gpt_oss" one spelling."""
+    return name.replace("-", "").replace("_", "")
+
+
+def _inspect(path: Path) -> torch.dtype:
+    """Check that the file is whole and readable, and give the data type for its weights."""
     hint = "Download the file again."
     try:
         reader = GGUFReader(path)
@@ -65,7 +77,7 @@ def _inspect(path: Path) -> torch.dtype:
         types = {tensor.tensor_type for tensor in reader.tensors if len(tensor.shape) > 1}
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
         raise ModelError(f"{path} is truncated, or is no GGUF file.", hint=hint) from error
-    if name not in GGUF_SUPPORTED_ARCHITECTURES:
+    if not transformers_knows(name):
         raise UnsupportedModelError(
             f"transformers cannot read GGUF files of the architecture {name!r}.",
             hint="Name the original checkpoint (a hub id or a folder) instead.",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ from typing import BinaryIO
 
 import torch
 
-from sleb_cli.atomic import to_json
+from sleb_cli.atomic import require_space, to_json
 from sleb_cli.engine.checkpoint import (
     DTYPE_NAMES,
     SAFETENSORS,
@@ -29,8 +28,6 @@ from sleb_cli.engine.checkpoint import (
 )
 from sleb_cli.engine.copying import Advance, copy_range, read_range, reading, share_blocks, write_all
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
-from sleb_cli.units import size as in_words
-from sleb_plugins import OutputError
 
 
 @dataclass(frozen=True)
@@ -138,7 +135,7 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
         if shard.same_as
     }
     to_write = [(name, shard) for name, shard in zip(names, shards, strict=True) if not shared.get(name)]
-    require_room(folder, sum(shard.size for _, shard in to_write) + other_bytes)
+    require_space(folder, sum(shard.size for _, shard in to_write) + other_bytes)
     notify(TaskAdvanced(task, total - sum(shard.size for _, shard in to_write)))
     for name, shard in to_write:
         _write_shard(folder / name, shard, lambda count: notify(TaskAdvanced(task, count)))
@@ -163,20 +160,6 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return [SAFETENSORS]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def require_room(folder: Path, needed: int) -> None:
-    """Make sure that `needed` bytes fit on the disk.
-
-    Raises:
-        OutputError: they do not.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(
-            f"The checkpoint needs {in_words(needed)}, and the disk of {folder.parent} has {in_words(free)} free.",
-            hint="Free some space, or choose another place with -o.",
-        )
 
 
 def _write_shard(path: Path, shard: Shard, advance: Advance) -> None:

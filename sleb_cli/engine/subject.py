@@ -56,18 +56,19 @@ def resolve_subject(
     """
     quiet_libraries()
     named = request.named or DEFAULT_PLAN
-    if _is_plan(named):
+    if is_plan(named):
         return _from_plan(Path(named), request, registry, notify)
     if request.model is not None:
         raise UsageError("--model goes with a plan; here MODEL is named already.", hint="Leave out --model.")
     if request.blocks is None and (needs_removals or request.remove is not None):
         raise UsageError(f"Which blocks of {named} are to go?", hint="Name a plan, or give --blocks 5,4,9.")
-    removals = _first(request.blocks or (), request.remove, "--blocks")
+    removals = first_removals(request.blocks or (), request.remove, "--blocks")
     architecture = _architecture(named, request.revision, request, registry, notify)
     return Subject(plan_surgery(architecture, removals), None)
 
 
-def _is_plan(named: str) -> bool:
+def is_plan(named: str) -> bool:
+    """Whether what the user named is a plan and not a model, by its name or by what lies there."""
     path = Path(named)
     return path.suffix == ".json" or (path.is_file() and path.suffix != ".gguf")
 
@@ -76,7 +77,7 @@ def _from_plan(path: Path, request: SubjectRequest, registry: Registry, notify: 
     if request.blocks is not None:
         raise UsageError("--blocks goes with a model; a plan names its own blocks.", hint="Give one of the two.")
     plan = read_plan(path)
-    plan = plan.first(len(_first(plan.removals, request.remove, str(path))))
+    plan = plan.first(len(first_removals(plan.removals, request.remove, str(path))))
     revision = request.revision or (plan.model.revision if request.model is None else None)
     architecture = _architecture(request.model or plan.model.id, revision, request, registry, notify)
     if not request.any_model:
@@ -91,7 +92,12 @@ def _architecture(
     return read_architecture(source, registry, notify)
 
 
-def _first(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
+def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
+    """Give the first `count` removals of `where`, or all of them.
+
+    Raises:
+        UsageError: there are not so many.
+    """
     if count is None:
         return removals
     if not 1 <= count <= len(removals):

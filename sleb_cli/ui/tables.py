@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sleb_cli.plan import Plan
-from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ResultRecord, TaskRecord
+from sleb_cli.records import Proof
+from sleb_cli.results import (
+    ApplyResult,
+    BenchResult,
+    EvalResult,
+    ExportResult,
+    GgufResult,
+    ResultRecord,
+    TaskRecord,
+)
 from sleb_cli.ui.console import print_json, save, stdout
 from sleb_cli.units import size
 
@@ -106,18 +115,53 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_data())
         return
-    console, proof = stdout(), result.proof
-    console.print(
-        f"wrote {result.folder}: {result.blocks} blocks, {size(result.weights_bytes)}", soft_wrap=True, markup=False
-    )
+    _say_size(result.folder, result.blocks, result.weights_bytes)
     if result.pushed:
-        console.print(f"pushed to {result.pushed}", soft_wrap=True, markup=False)
-    if proof is None:
-        console.print("not verified (--no-verify)")
+        stdout().print(f"pushed to {result.pushed}", soft_wrap=True, markup=False)
+    if result.proof is None:
+        stdout().print("not verified (--no-verify)")
         return
-    place = f"in {proof.dtype} on {proof.device}"
+    _say_proof(result.proof, "stock transformers loads it")
+
+
+def show_pruned_gguf(result: GgufResult, *, as_json: bool) -> None:
+    """Say what was written, and how much of it was proven."""
+    if as_json:
+        print_json(result.to_data())
+        return
+    _say_size(result.file, result.blocks, result.file_bytes)
+    same = "every tensor is byte for byte that of the source"
+    if not result.verified:
+        stdout().print("not verified (--no-verify)")
+    elif result.proof is None:
+        stdout().print(
+            f"[yellow]partially verified[/]: {same}; not run, since {escape(result.unproven or '')}", soft_wrap=True
+        )
+    else:
+        _say_proof(result.proof, f"{same}; transformers reads it")
+
+
+def show_exported(exported: ExportResult, *, as_json: bool) -> None:
+    """Say what was written, how much of it was proven, and what the exporter has to say besides."""
+    if as_json:
+        print_json(exported.to_data())
+        return
+    for result in exported.written:
+        if isinstance(result, GgufResult):
+            show_pruned_gguf(result, as_json=False)
+        else:
+            show_applied(result, as_json=False)
+    for line in exported.lines:
+        stdout().print(line, soft_wrap=True, markup=False)
+
+
+def _say_size(what: str, blocks: int, count: int) -> None:
+    stdout().print(f"wrote {what}: {blocks} blocks, {size(count)}", soft_wrap=True, markup=False)
+
+
+def _say_proof(proof: Proof, loaded: str) -> None:
     if proof.logits_difference is None:
-        console.print(
+        stdout().print(
             f"[yellow]partly proven[/]: {proof.partial}; transformers finds every weight in the files, and their bytes "
             "are those of the dense model; no logits were compared",
             soft_wrap=True,
@@ -128,8 +172,8 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
     saves = (
         f"[yellow]not proven[/] is that it can be saved again: {proof.partial}" if proof.partial else "it saves again"
     )
-    console.print(
-        f"[green]proven[/] {place}: stock transformers loads it; its logits on {proof.prompt_tokens} "
+    stdout().print(
+        f"[green]proven[/] in {proof.dtype} on {proof.device}: {loaded}; its logits on {proof.prompt_tokens} "
         f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache; {saves}",
         soft_wrap=True,
     )

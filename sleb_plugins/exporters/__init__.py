@@ -1,12 +1,15 @@
 """The export formats that ship with `sleb`."""
 
-from sleb_plugins.exporter import Exporter
+from sleb_plugins.exporter import Exporter, FileExporter
+from sleb_plugins.exporters.checkpoint import HuggingFace, Vllm
+from sleb_plugins.exporters.gguf import Gguf
 from sleb_plugins.exporters.indices import Indices
+from sleb_plugins.exporters.llama_quantize import LlamaQuantize
 from sleb_plugins.exporters.mergekit import MergekitRecipe
 from sleb_plugins.hookspecs import hookimpl
 
 
 @hookimpl
-def sleb_exporters() -> list[Exporter]:
+def sleb_exporters() -> list[Exporter | FileExporter]:
     """Offer the export formats that ship with `sleb`."""
-    return [MergekitRecipe(), Indices()]
+    return [Gguf(), HuggingFace(), Vllm(), LlamaQuantize(), MergekitRecipe(), Indices()]

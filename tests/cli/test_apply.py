@@ -96,14 +96,15 @@ def test_a_source_that_cannot_be_read_is_named(run_sleb, tmp_path, monkeypatch):
 
 
 def test_without_room_nothing_is_written(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    from sleb_cli import atomic
     from sleb_cli.engine import shards
 
     sizes = tiny_llama / "model.safetensors"
-    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes.stat().st_size // 2))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes.stat().st_size // 2))
     monkeypatch.setattr(shards, "_write_shard", None)
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
     assert result.exit_code == 8
-    assert re.search(r"The checkpoint needs \S+ kB, and the disk of /\S+ has \S+ kB free", result.stderr)
+    assert re.search(r"\S+ kB are to be written, and the disk of /\S+ has \S+ kB free", result.stderr)
     assert os.listdir(tmp_path) == []
 
 
@@ -418,10 +419,10 @@ def test_weights_under_wrong_names_fail_the_proof(
     """The surgery itself goes wrong, so that the files are what was planned, and only transformers can tell."""
     if too_large:
         monkeypatch.setattr(proof, "_free", lambda device: 1000)
-    kept = engine._kept_tensors
+    kept = engine.kept_tensors
     monkeypatch.setattr(
         engine,
-        "_kept_tensors",
+        "kept_tensors",
         lambda *args: [dataclasses.replace(t, name=change(t.name)) for t in kept(*args) if change(t.name)],
     )
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")

@@ -1,8 +1,19 @@
 """`sleb export`, through `main()`."""
 
 import json
+import shlex
+import sys
+from types import SimpleNamespace
 
+import pytest
 import yaml
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM
+
+import sleb_plugins as sleb
+from conftest import llama_config, save_model
+from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_plugins.exporters import checkpoint
 
 
 def test_indices_are_what_blocks_takes(run_sleb, llama_plan, tmp_path):
@@ -37,3 +48,153 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path):
     (tmp_path / "m.yaml").touch()
     result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "mergekit", "-o", "m.yaml")
     assert (result.exit_code, "m.yaml exists" in result.stderr) == (8, True)
+
+
+def test_a_gguf_of_the_model_itself_or_of_another_file(run_sleb, tmp_path):
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 6, Type.Q8_0)
+    result = run_sleb("export", source, "--blocks", "4,1", "--to", "gguf")
+    assert result.exit_code == 0, result.stderr
+    assert "wrote tiny-sleb-4-blocks.gguf: 4 blocks" in result.stdout
+    assert "proven in bfloat16" in result.stdout
+    assert "llama-cli -m tiny-sleb-4-blocks.gguf" in result.stdout
+    options = [tmp_path / "origin", "--blocks", "4,1", "--to", "gguf", "--source", source]
+    result = run_sleb("export", *options, "-o", "other.gguf", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert (data["exporter"], data["lines"]) == ("gguf", ["run it: llama-cli -m other.gguf"])
+    assert [(written["kind"], written["removals"]) for written in data["written"]] == [("gguf", [4, 1])]
+    assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes()
+    result = run_sleb("export", *options, "-o", "other.gguf")
+    assert (result.exit_code, "other.gguf exists" in result.stderr) == (8, True)
+    assert run_sleb("export", *options, "-o", "other.gguf", "--force").exit_code == 0
+
+
+def test_a_gguf_needs_a_source_that_fits(run_sleb, tiny_llama, tmp_path):
+    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "gguf")
+    assert (result.exit_code, "Name one with --source" in result.stderr) == (2, True)
+    write_llama_gguf(tmp_path / "short.gguf", 5)
+    options = ["export", tiny_llama, "--blocks", "1", "--to", "gguf", "--source", "short.gguf"]
+    result = run_sleb(*options)
+    assert (result.exit_code, "holds another model (llama, 5 blocks)" in result.stderr) == (3, True)
+    assert run_sleb(*options, "--any-model").exit_code == 0
+    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "indices", "--source", "short.gguf")
+    assert (result.exit_code, "--source does not go with --to indices" in result.stderr) == (2, True)
+
+
+def test_the_command_for_llama_quantize(run_sleb, tiny_llama, tmp_path):
+    result = run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", "llama-quantize", "-q")
+    expected = "llama-quantize --prune-layers 4,1 tiny-llama.gguf tiny-llama-sleb-4-blocks.gguf COPY\n"
+    assert (result.exit_code, result.stdout) == (0, expected), result.stderr
+    source = write_llama_gguf(tmp_path / "a name.gguf", 6)
+    result = run_sleb("export", source, "--blocks", "4,1", "--to", "llama-quantize", "--json")
+    command = json.loads(result.stdout)["command"]
+    assert command[3:] == [str(source), "a name-sleb-4-blocks.gguf", "COPY"]
+    result = run_sleb("export", source, "--blocks", "4,1", "--to", "llama-quantize", "-o", "run.sh")
+    assert shlex.split((tmp_path / "run.sh").read_text()) == command
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "code", "message"),
+    [
+        ("llama", {"attention.head_count": 4}, 0, ""),
+        ("llama", {"attention.head_count_kv": [2] * 5 + [4]}, 4, "leave llama.attention.head_count_kv as it is"),
+        ("deepseek", {"leading_dense_block_count": 2}, 4, "leave deepseek.leading_dense_block_count as it is"),
+        ("gemma2", {}, 4, "the last of every 2 blocks"),
+    ],
+)
+def test_llama_quantize_is_not_sent_where_it_would_go_wrong(
+    run_sleb, tiny_llama, tmp_path, architecture, values, code, message
+):
+    write_gguf(tmp_path / "a.gguf", architecture, 6, values)
+    options = ["--blocks", "1", "--to", "llama-quantize", "--source", "a.gguf"]
+    result = run_sleb("export", tiny_llama, *options)
+    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+
+
+@pytest.mark.parametrize("name", ["hf", "vllm"])
+def test_a_checkpoint_for_stock_engines(run_sleb, tiny_llama, tmp_path, name):
+    result = run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", name, "-o", "a folder")
+    assert result.exit_code == 0, result.stderr
+    assert "wrote a folder: 4 blocks" in result.stdout
+    assert "bitwise equal" in result.stdout
+    assert ("serve it: vllm serve 'a folder'" in result.stdout) == (name == "vllm")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a folder").config.num_hidden_layers == 4
+    result = run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", name, "-o", "a folder")
+    assert (result.exit_code, "a folder exists" in result.stderr) == (8, True)
+    data = json.loads(run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", name, "--json").stdout)
+    assert data["written"][0]["folder"] == "tiny-llama-sleb-4-blocks"
+
+
+def test_vllm_is_asked_for_the_architecture_where_it_is_installed(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    known = ["MistralForCausalLM"]
+    registry = SimpleNamespace(get_supported_archs=lambda: known)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: name == "vllm")
+    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "vllm", "-o", "out")
+    assert (result.exit_code, "vLLM knows no model LlamaForCausalLM" in result.stderr) == (4, True)
+    assert not (tmp_path / "out").exists()
+    known.append("LlamaForCausalLM")
+    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "vllm", "-o", "out")
+    assert (result.exit_code, "not installed" in result.stdout) == (0, False), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "names no class"),
+        ({"architectures": ["LamaForCausalLM"]}, "names no class"),
+        ({"scales": {"scale_of_layer": [1.0, 2.0, 3.0]}}, "scale_of_layer of the pruned config still has 3 values"),
+    ],
+)
+def test_a_config_that_stock_engines_would_not_read_is_not_delivered(run_sleb, tmp_path, changes, message):
+    folder = save_model(tmp_path / "odd", llama_config(3))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    for name in ("hf", "vllm"):
+        result = run_sleb("export", folder, "--blocks", "1", "--to", name, "-o", "out")
+        assert (result.exit_code, message in result.stderr) == (4, True), result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
+
+
+def test_a_model_that_needs_code_of_its_own_is_not_for_stock_engines(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "mine", llama_config(3))
+    auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": auto_map}))
+    (folder / "mine.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    result = run_sleb("export", folder, "--blocks", "1", "--to", "hf", "--trust-remote-code", "-o", "out")
+    assert (result.exit_code, "needs code that comes with the model" in result.stderr) == (4, True), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+class Both(sleb.FileExporter):
+    """A plugin's exporter that makes use of all that the engine offers."""
+
+    name = "both"
+    uses_source = True
+
+    def export(self, pruning, output, workshop):
+        seen = []
+        folder = workshop.write_checkpoint(output / "hf", lambda aside: seen.append((aside / "config.json").is_file()))
+        file = workshop.write_gguf(pruning.source_file, output / "model.gguf")
+        assert seen == [True]
+        return [f"{folder.name} and [{file.name}]"]
+
+
+def test_a_plugin_may_write_a_folder_and_a_file(run_sleb, tmp_path, monkeypatch):
+    from sleb_plugins import exporters
+
+    offered = [*exporters.sleb_exporters(), Both()]
+    monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 6)
+    (tmp_path / "out").mkdir()
+    result = run_sleb("export", source, "--blocks", "4,1", "--to", "both", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("wrote out/") == 2
+    assert result.stdout.endswith("hf and [model.gguf]\n")
+    assert len(tensors_of(tmp_path / "out" / "model.gguf")) == 3 + 4 * 9
+    assert metadata_of(tmp_path / "out" / "model.gguf")["llama.block_count"] == 4

@@ -8,7 +8,6 @@ import sys
 import zipfile
 
 import gguf
-import numpy as np
 import pytest
 from safetensors.torch import load_file
 from transformers import (
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer
+from gguf_models import write_llama_gguf
 from sleb_cli.engine import demo
 
 
@@ -201,39 +201,8 @@ def test_a_config_and_a_model_that_disagree(run_sleb, tmp_path):
 
 @pytest.fixture
 def tiny_gguf(tmp_path):
-    """A GGUF of a random Llama, written with the format's own library."""
-    folder = save_model(tmp_path / "origin", llama_config(4, num_key_value_heads=4))
-    tensors = load_file(folder / "model.safetensors")
-    path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
-    writer.add_block_count(4)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(4)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(320)
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
-    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 4)
-    for name, tensor in tensors.items():
-        array = tensor.float().numpy()
-        if "q_proj" in name or "k_proj" in name:  # GGUF stores the rotary halves interleaved
-            array = array.reshape(4, 2, 4, 32).swapaxes(1, 2).reshape(32, 32)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    """A GGUF of a random Llama, which lies in `origin` too."""
+    return write_llama_gguf(tmp_path / "tiny.gguf", 4)
 
 
 def test_a_gguf_file_is_converted_once_and_is_the_same_model(run_sleb, tiny_gguf, text_file, tmp_path):
@@ -250,6 +219,14 @@ def test_a_gguf_file_is_converted_once_and_is_the_same_model(run_sleb, tiny_gguf
     assert plans[0]["dense"]["loss"] == pytest.approx(plans[2]["dense"]["loss"], abs=1e-4)
     assert run_sleb("apply", tiny_gguf, "--blocks", "1", "-o", "out").exit_code == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+
+
+def test_a_gguf_is_not_mistaken_for_another_of_its_name_in_the_working_directory(run_sleb, tiny_gguf, tmp_path):
+    (tmp_path / "there").mkdir()
+    tiny_gguf.rename(tmp_path / "there" / "tiny.gguf")
+    (tmp_path / "tiny.gguf").write_text("another one")
+    result = run_sleb("apply", "there/tiny.gguf", "--blocks", "1", "-o", "out")
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -4000])

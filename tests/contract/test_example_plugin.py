@@ -42,8 +42,8 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin, tmp_path):
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     ours = [(o["kind"], o["name"]) for o in data["offers"] if (o["package"], o["version"]) == ("sleb-example", "1.2.3")]
-    assert sorted(ours) == [("family", "gpt2"), ("metric", "next-token-error")]
-    assert {o["name"] for o in data["offers"]} >= {"llama", "opt", "nll", "cosine", "mergekit", "indices"}
+    assert sorted(ours) == [("exporter", "slices"), ("family", "gpt2"), ("metric", "next-token-error")]
+    assert {o["name"] for o in data["offers"]} >= {"llama", "opt", "nll", "cosine", "mergekit", "gguf"}
     assert data["failures"] == []
 
 
@@ -62,6 +62,16 @@ def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file
         assert errors == pytest.approx([round(count) for count in errors], abs=1e-3)
     result = sleb_with_plugin("apply", "-o", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2, tmp_path):
+    options = [tiny_gpt2, "--blocks", "3,1", "--to", "slices"]
+    result = sleb_with_plugin("export", *options, "-q", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), result.stderr
+    result = sleb_with_plugin("export", *options, "--json", cwd=tmp_path)
+    assert json.loads(result.stdout) == {"slices": [[0, 1], [2, 3], [4, 5]]}
+    result = sleb_with_plugin("export", *options, "--source", "x.gguf", cwd=tmp_path)
+    assert (result.returncode, "--source does not go with --to slices" in result.stderr) == (2, True)
 
 
 def test_without_it_its_metric_is_unknown(run_sleb, tiny_gpt2):

@@ -1,4 +1,4 @@
-"""A family and a metric for sleb."""
+"""A family, a metric and an export format for sleb."""
 
 import sleb_plugins as sleb
 
@@ -14,6 +14,19 @@ class NextTokenError(sleb.ModelMetric):
         return (guesses != sequences[:, 1:]).float().mean().item()
 
 
+class SliceExpression(sleb.Exporter):
+    """Writes what is left of a list of blocks as Python slices it."""
+
+    name = "slices"
+    description = "the kept blocks as a Python expression"
+
+    def document(self, pruning):
+        return {"slices": pruning.kept_ranges}
+
+    def render(self, pruning):
+        return " + ".join(f"blocks[{low}:{high}]" for low, high in pruning.kept_ranges) + "\n"
+
+
 @sleb.hookimpl
 def sleb_metrics():
     return [NextTokenError()]
@@ -22,3 +35,8 @@ def sleb_metrics():
 @sleb.hookimpl
 def sleb_families():
     return [sleb.FamilyAdapter("gpt2", frozenset({"gpt2"}), "transformer.h", count_key="n_layer")]
+
+
+@sleb.hookimpl
+def sleb_exporters():
+    return [SliceExpression()]

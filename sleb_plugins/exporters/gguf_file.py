@@ -1,0 +1,304 @@
+"""The GGUF format: a header that is kept byte for byte, and tensors that are copied as they lie."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sleb_plugins.errors import ModelError
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_STRING, ARRAY = 8, 9
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_INT32 = 5
+
+_PIECE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of the metadata; `data` is its value as it stands in the file, after the number of its type."""
+
+    key: str
+    type: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor; `start` is where its values lie in the file, `size` how many bytes they are."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """The header of a GGUF file; `order` is the byte order, as `struct` writes it."""
+
+    path: Path
+    order: str
+    version: int
+    entries: tuple[Entry, ...]
+    tensors: tuple[Tensor, ...]
+
+    @cached_property
+    def _by_key(self) -> dict[str, Entry]:
+        return {entry.key: entry for entry in self.entries}
+
+    def get(self, key: str) -> Any:
+        """Give the value of a key as Python has it, or None where the key is not there."""
+        entry = self._by_key.get(key)
+        return None if entry is None else decode(entry, self.order)
+
+    @property
+    def architecture(self) -> str:
+        """What `general.architecture` says: the first part of the model's own keys."""
+        return str(self.get("general.architecture") or "")
+
+    def own(self, key: str) -> Any:
+        """Give the value of one of the architecture's own keys, as in "block_count"."""
+        return self.get(f"{self.architecture}.{key}")
+
+    @property
+    def alignment(self) -> int:
+        """What the start of each tensor is a multiple of."""
+        return int(self.get("general.alignment") or 32)
+
+
+def decode(entry: Entry, order: str) -> Any:
+    """Give an entry's value as Python has it; an array becomes a list."""
+    return _Cursor(entry.data, order, f"The value of {entry.key}").value(entry.type)
+
+
+def entry_of_integers(key: str, values: Iterable[int], order: str) -> Entry:
+    """Make an entry that holds a list of int32."""
+    numbers = list(values)
+    return Entry(key, ARRAY, struct.pack(f"{order}IQ{len(numbers)}i", _INT32, len(numbers), *numbers))
+
+
+def with_value(entry: Entry, value: int, order: str) -> Entry:
+    """Give the entry with another integer, in the type that it has."""
+    return Entry(entry.key, entry.type, struct.pack(order + _FORMATS[entry.type], value))
+
+
+def with_items(entry: Entry, places: Iterable[int], order: str) -> Entry:
+    """Give the entry of an array with the items at `places` only, in that order."""
+    items = _Cursor(entry.data, order, f"The value of {entry.key}").items()
+    kept = [entry.data[items[place]] for place in places]
+    return Entry(entry.key, ARRAY, entry.data[:4] + struct.pack(order + "Q", len(kept)) + b"".join(kept))
+
+
+class _Cursor:
+    """Reads numbers, strings and arrays from bytes, one after the other."""
+
+    def __init__(self, data: bytes | mmap.mmap, order: str, what: str) -> None:
+        self.data, self.order, self.what = data, order, what
+        self.place = 0
+
+    def number(self, code: str) -> Any:
+        return struct.unpack(self.order + code, self.take(struct.calcsize(code)))[0]
+
+    def take(self, size: int) -> bytes:
+        end = self.place + size
+        if end > len(self.data):
+            raise _broken(self.what)
+        found = self.data[self.place : end]
+        self.place = end
+        return found
+
+    def text(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode()
+        except UnicodeDecodeError as error:
+            raise _broken(self.what) from error
+
+    def value(self, type_: int) -> Any:
+        if type_ == _STRING:
+            # A tokenizer may hold pieces of characters.
+            return self.take(self.number("Q")).decode(errors="replace")
+        if type_ != ARRAY:
+            return self.number(self._format(type_))
+        element, count = self.number("I"), self.number("Q")
+        if element in _FORMATS:
+            code = f"{count}{_FORMATS[element]}"
+            return list(struct.unpack(self.order + code, self.take(count * struct.calcsize(_FORMATS[element]))))
+        return [self.value(element) for _ in range(count)]
+
+    def skip(self, type_: int) -> None:
+        if type_ == _STRING:
+            self.take(self.number("Q"))
+        elif type_ != ARRAY:
+            self.take(struct.calcsize(self._format(type_)))
+        else:
+            element, count = self.number("I"), self.number("Q")
+            if element in _FORMATS:
+                self.take(count * struct.calcsize(_FORMATS[element]))
+            else:
+                for _ in range(count):
+                    self.skip(element)
+
+    def items(self) -> list[slice]:
+        element, count = self.number("I"), self.number("Q")
+        places = []
+        for _ in range(count):
+            start = self.place
+            self.skip(element)
+            places.append(slice(start, self.place))
+        return places
+
+    def _format(self, type_: int) -> str:
+        if type_ not in _FORMATS:
+            raise _broken(self.what)
+        return _FORMATS[type_]
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """Read the header of a GGUF file, and check that all its tensors are there.
+
+    Raises:
+        ModelError: the file is missing, truncated, no GGUF, of an unknown version or type, or a part of a split one.
+    """
+    with _mapped(path) as data:
+        cursor = _Cursor(data, "<", str(path))
+        if cursor.take(4) != _MAGIC:
+            raise _broken(str(path))
+        version = cursor.number("I")
+        if version & 0xFFFF == 0:  # written for machines of the other byte order
+            cursor.order, cursor.place = ">", 4
+            version = cursor.number("I")
+        if version not in _VERSIONS:
+            raise ModelError(
+                f"{path} is a GGUF file of version {version}; sleb knows 2 and 3.",
+                hint="Convert the model again with a current llama.cpp.",
+            )
+        tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
+        entries = tuple(_entry(cursor) for _ in range(entry_count))
+        tensors = tuple(_tensor(cursor) for _ in range(tensor_count))
+        header = GgufFile(path, cursor.order, version, entries, ())
+        _require_one_file(header)
+        if header.alignment.bit_count() != 1:
+            raise _broken(str(path))
+        begin = aligned(cursor.place, header.alignment)
+        tensors = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors)
+        if any(tensor.start + tensor.size > len(data) for tensor in tensors):
+            raise _broken(str(path))
+    return replace(header, tensors=tensors)
+
+
+def write_gguf(file: GgufFile, output: Path, copied: Callable[[int], None]) -> None:
+    """Write a file with this header; the values of each tensor are copied from where `start` says, in `file.path`.
+
+    Nothing but one piece of a tensor is in memory. `copied` is told how many bytes each piece had.
+    """
+    with file.path.open("rb") as source, output.open("wb") as target:
+        target.write(_header(file))
+        for tensor in file.tensors:
+            target.write(bytes(aligned(target.tell(), file.alignment) - target.tell()))
+            source.seek(tensor.start)
+            _copy(source, target, tensor.size, copied)
+        target.write(bytes(aligned(target.tell(), file.alignment) - target.tell()))
+
+
+def gguf_size(file: GgufFile) -> int:
+    """Give how many bytes `write_gguf` will write."""
+    return len(_header(file)) + sum(aligned(tensor.size, file.alignment) for tensor in file.tensors)
+
+
+def aligned(place: int, alignment: int) -> int:
+    """Give the next multiple of `alignment`."""
+    return -(-place // alignment) * alignment
+
+
+def _header(file: GgufFile) -> bytes:
+    """Give everything before the first tensor's values, padded."""
+    order = file.order
+    parts = [_MAGIC, struct.pack(order + "IQQ", file.version, len(file.tensors), len(file.entries))]
+    for entry in file.entries:
+        parts += [_text(entry.key, order), struct.pack(order + "I", entry.type), entry.data]
+    offset = 0
+    for tensor in file.tensors:
+        rank = len(tensor.shape)
+        parts += [
+            _text(tensor.name, order),
+            struct.pack(f"{order}I{rank}QIQ", rank, *tensor.shape, tensor.type, offset),
+        ]
+        offset += aligned(tensor.size, file.alignment)
+    header = b"".join(parts)
+    return header + bytes(aligned(len(header), file.alignment) - len(header))
+
+
+def _text(text: str, order: str) -> bytes:
+    data = text.encode()
+    return struct.pack(order + "Q", len(data)) + data
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int, copied: Callable[[int], None]) -> None:
+    while size:
+        piece = source.read(min(size, _PIECE_BYTES))
+        if not piece:
+            raise _broken(source.name)
+        target.write(piece)
+        copied(len(piece))
+        size -= len(piece)
+
+
+def _entry(cursor: _Cursor) -> Entry:
+    key, type_ = cursor.text(), cursor.number("I")
+    start = cursor.place
+    cursor.skip(type_)
+    return Entry(key, type_, cursor.data[start : cursor.place])
+
+
+def _tensor(cursor: _Cursor) -> Tensor:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    name, rank = cursor.text(), cursor.number("I")
+    shape = tuple(cursor.number("Q") for _ in range(rank))
+    type_, offset = cursor.number("I"), cursor.number("Q")
+    try:
+        packed, packed_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"The tensor {name} in {cursor.what} is of type {type_}, which the installed gguf package does not know.",
+            hint="Upgrade with `pip install --upgrade gguf`; else the file is damaged.",
+        ) from error
+    return Tensor(name, shape, type_, offset, math.prod(shape) * packed_bytes // packed)
+
+
+def _require_one_file(file: GgufFile) -> None:
+    parts = file.get("split.count") or 1
+    if parts > 1:
+        raise ModelError(
+            f"{file.path} is one of {parts} parts of a model.",
+            hint="Merge them first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
+        )
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with path.open("rb") as file:
+            if not path.stat().st_size:
+                raise _broken(str(path))
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield data
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ModelError(f"There is no file {path}.", hint="Check the path.") from error
+    except PermissionError as error:
+        raise ModelError(f"You may not read {path}.", hint="Change its permissions.") from error
+
+
+def _broken(what: str) -> ModelError:
+    return ModelError(f"{what} is truncated, or is no GGUF file.", hint="Download the file again.")

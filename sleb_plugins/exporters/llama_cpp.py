@@ -1,0 +1,246 @@
+"""What llama.cpp decides by a block's number or by how many there are, as data, from its loaders (late 2026).
+
+A GGUF file says most of what a block is in its own tensors and in lists with one value per block. What it does not say,
+llama.cpp knows by counting: every sixth block of Gemma 3 sees the whole text, say. Where blocks are removed, the
+others move up; a removal is right only if none of them comes to a place where llama.cpp makes another kind of block
+of it. The blocks that predict further tokens (MTP) come last in the file, and are not counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from sleb_plugins.errors import UnsupportedModelError
+from sleb_plugins.exporters.gguf_file import GgufFile
+
+
+@dataclass(frozen=True)
+class Period:
+    """One block of each `period` is of another kind.
+
+    Attributes:
+        what: what sets that block apart, after "block 5".
+        period: llama.cpp's own number, or 1 (none is set apart) where only the file can say.
+        key: the architecture's own key that holds the number; where it holds a list, nothing goes by number.
+        place: which block of a period it is; "any" where nobody but the architecture's author knows.
+        only_with: an own key without which (or with 0) no block is set apart.
+        unless: an own key with a list that says it block by block instead.
+    """
+
+    what: str
+    period: int = 1
+    key: str | None = None
+    place: Literal["last", "first", "any"] = "last"
+    only_with: str | None = None
+    unless: str | None = None
+
+    def number(self, file: GgufFile) -> int | None:
+        """Give the period in this file, or None where no block is set apart by number."""
+        if (self.only_with and not file.own(self.only_with)) or (self.unless and file.own(self.unless) is not None):
+            return None
+        said = file.own(self.key) if self.key else None
+        if isinstance(said, list):
+            return None
+        period = self.period if said is None else int(said)
+        return period if period > 1 else None
+
+    def kind(self, block: int, period: int) -> int:
+        """Give a number that is the same for two blocks if llama.cpp makes the same of them."""
+        if self.place == "any":
+            return block % period
+        return int(block % period == (period - 1 if self.place == "last" else 0))
+
+
+_WINDOW, _SPARSE = "attention.sliding_window", "interleave_moe_layer_step"
+
+
+def _window(period: int, place: Literal["last", "first"] = "last", only_with: str | None = None) -> Period:
+    return Period("sees the whole text and not a window", period, f"{_WINDOW}_pattern", place, only_with)
+
+
+def _recurrent() -> Period:
+    return Period("has full attention", 4, "full_attention_interval", unless="attention.recurrent_layers")
+
+
+_NO_ROPE = Period("has no rotary positions", 4)
+_EXPERTS = Period("has experts", 1, _SPARSE)
+
+PERIODS: Mapping[str, tuple[Period, ...]] = {
+    "afmoe": (_window(4, only_with=_WINDOW), _NO_ROPE),
+    "cohere2": (_window(4),),
+    "cohere2moe": (_window(4, "first"),),
+    "ernie4_5-moe": (_EXPERTS,),
+    "exaone-moe": (_window(4),),
+    "gemma-embedding": (_window(6),),
+    "gemma2": (_window(2),),
+    "gemma3": (_window(6, only_with=_WINDOW),),
+    "gpt-oss": (_window(2),),
+    "laguna": (_window(4, "first", only_with=_WINDOW),),
+    "llama4": (_window(4), _NO_ROPE, _EXPERTS),
+    "mellum": (_window(4, only_with=_WINDOW),),
+    "modern-bert": (_window(3, "first"),),
+    "muse-glimmer": (_window(4),),
+    "olmo2": (_window(4, only_with=_WINDOW),),
+    "plamo3": (_window(8, only_with=_WINDOW),),
+    "qwen35": (_recurrent(),),
+    "qwen35moe": (_recurrent(),),
+    "qwen3next": (_recurrent(),),
+    "smallthinker": (_window(4, "first", only_with=_WINDOW),),
+    "smollm3": (_NO_ROPE,),
+}
+
+_ANY_ARCHITECTURE = (
+    Period("is of another kind", 1, f"{_WINDOW}_pattern", "any"),
+    Period("is of another kind", 1, "full_attention_interval", "any", unless="attention.recurrent_layers"),
+    Period("is of another kind", 1, _SPARSE, "any"),
+    Period("is of another kind", 1, "moe_every_n_layers", "any"),
+)
+"""What the keys mean for architectures that are not in the table."""
+
+
+def _deepseek2_form(file: GgufFile, blocks: int) -> str:
+    vocabulary = file.own("vocab_size") or len(file.get("tokenizer.ggml.tokens") or ())
+    if blocks in (26, 27) or (blocks == 48 and vocabulary == 128256):
+        return "without low-rank queries"
+    gates = file.own("expert_gating_func")
+    return "with other gates" if gates is None and blocks in (47, 48) and vocabulary == 154880 else "the usual"
+
+
+BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
+    "baichuan": lambda file, blocks: {32: "rotary positions", 40: "ALiBi"}.get(blocks),
+    "command-r": lambda file, blocks: "normalised queries" if blocks >= 64 else "plain queries",
+    "deepseek2": _deepseek2_form,
+    "exaone4": lambda file, blocks: "windows" if blocks == 64 else "no windows",
+    "gemma2": lambda file, blocks: "the 27B's scale" if blocks == 46 else "the usual scale",
+    "gemma3": lambda file, blocks: "the 27B's scale" if blocks == 62 else "the usual scale",
+    "minicpm": lambda file, blocks: file.own("residual_scale") or f"a scale by {blocks} blocks",
+    "minicpm3": lambda file, blocks: f"a scale by {blocks} blocks",
+    "minimax-01": lambda file, blocks: f"slopes by {blocks} blocks",
+}
+"""What llama.cpp takes from the number of blocks alone: something that must be the same before and after."""
+
+_FIRST_STAYS = {
+    "arwkv7": "the values of its block 0 are mixed into all later blocks",
+    "rwkv7": "the values of its block 0 are mixed into all later blocks",
+}
+
+_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), "it drafts for another model, whose blocks it names"),
+    **dict.fromkeys(("t5", "t5encoder"), "it has an encoder"),
+    "gemma3n": "its last blocks share the keys and values of block 18 and 19, by number",
+    "graniteswitch": "its last block chooses the adapters of all others",
+    "hrm_text": "it runs its blocks in stacks of a fixed size",
+    "kimi-k3": "its residuals run over groups of blocks of a fixed size",
+    "nanbeige": "it runs its blocks several times over",
+    "qwen4exp": "inputs of their own enter at blocks that it names",
+}
+
+_REFUSED_WITH: Mapping[str, str] = {
+    "attention.shared_kv_layers": "its last blocks share the keys and values of earlier ones, by number",
+    "decoder_block_count": "it has an encoder",
+    "embedding_length_per_layer_input": "each of its blocks has a part in one table of inputs",
+    "rescale_every_n_layers": "its weights are scaled by the number of their block",
+}
+"""Own keys that, where they are there and not 0, say that blocks cannot be moved."""
+
+LEADING = ("leading_dense_block_count", "hash_layer_count")
+"""Own keys that count blocks at the beginning: they go down with each that is removed there."""
+
+LEADING_STAY = "n_deepstack_layers"
+"""The own key that counts blocks at the beginning into which inputs of their own are fed, one each."""
+
+NOT_PER_BLOCK = ("rope.dimension_sections", "classifier.output_labels", "target_layers")
+"""Own keys whose list is not one value per block, even where its length happens to be their number."""
+
+PER_BLOCK_PREFIX = "xielu."
+"""Keys that hold lists with one value per block though they do not begin with the architecture's name."""
+
+
+_NAMES: Mapping[str, frozenset[str]] = {
+    "cohere": frozenset({"command-r"}),
+    "deepseek_v2": frozenset({"deepseek2"}),
+    "deepseek_v3": frozenset({"deepseek2"}),
+    "glm": frozenset({"chatglm"}),
+    "gpt_bigcode": frozenset({"starcoder"}),
+    "granitemoehybrid": frozenset({"granitehybrid"}),
+    "mistral": frozenset({"llama", "mistral3"}),
+    "mixtral": frozenset({"llama"}),
+    "nemotron_h": frozenset({"nemotron_h", "nemotron_h_moe"}),
+    "olmo3": frozenset({"olmo2"}),
+    "phi": frozenset({"phi2"}),
+    "qwen3_5": frozenset({"qwen35"}),
+    "qwen3_5_moe": frozenset({"qwen35moe"}),
+}
+"""What GGUF calls a `model_type` of transformers, where that is more than another spelling."""
+
+
+def may_be(architecture: str, model_type: str) -> bool | None:
+    """Whether a GGUF architecture holds models of this `model_type`; None where nobody can tell."""
+    from gguf.constants import MODEL_ARCH_NAMES
+
+    model_type = model_type.removesuffix("_text")
+    if model_type in _NAMES:
+        return architecture in _NAMES[model_type]
+    if _plain(model_type) == _plain(architecture):
+        return True
+    return False if _plain(model_type) in map(_plain, MODEL_ARCH_NAMES.values()) else None
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "")
+
+
+def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
+    """Make sure that llama.cpp makes of each kept block, at its new number, what it makes of it now.
+
+    Raises:
+        UnsupportedModelError: it does not; the sentence says which block, and why.
+    """
+    architecture = file.architecture
+    if architecture in _REFUSED:
+        raise _refused(file, _REFUSED[architecture])
+    for key, reason in _REFUSED_WITH.items():
+        if file.own(key):
+            raise _refused(file, f"{reason} ({architecture}.{key})")
+    if architecture in _FIRST_STAYS and kept[0] != 0:
+        raise _refused(file, _FIRST_STAYS[architecture], "Keep block 0.")
+    fed = int(file.own(LEADING_STAY) or 0)
+    if kept[:fed] != tuple(range(fed)):
+        raise _refused(file, f"inputs of their own enter its first {fed} blocks", f"Keep blocks 0 to {fed - 1}.")
+    _require_same_count(file, blocks, len(kept))
+    for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
+        _require_same_places(file, rule, kept)
+
+
+def _require_same_count(file: GgufFile, before: int, after: int) -> None:
+    form = BY_COUNT.get(file.architecture)
+    if form and form(file, before) != form(file, after):
+        raise _refused(
+            file,
+            f"llama.cpp tells variants of it by the number of blocks, and would take {after} for another than {before}",
+        )
+
+
+def _require_same_places(file: GgufFile, rule: Period, kept: tuple[int, ...]) -> None:
+    period = rule.number(file)
+    if period is None:
+        return
+    for new, old in enumerate(kept):
+        if rule.kind(old, period) != rule.kind(new, period):
+            which = {"last": "the last of every", "first": "the first of every", "any": "one of every"}[rule.place]
+            raise _refused(
+                file,
+                f"there llama.cpp goes by number: {which} {period} blocks {rule.what}, and block {old} would move to "
+                f"number {new}, where it is taken for another kind",
+                f"Remove whole groups of {period} blocks in a row, or deliver the checkpoint instead: "
+                "`sleb apply` without --to-gguf.",
+            )
+
+
+def _refused(file: GgufFile, reason: str, hint: str | None = None) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"These blocks cannot be removed from a GGUF file of the architecture {file.architecture}: {reason}.",
+        hint=hint or "Deliver the checkpoint instead: `sleb apply` without --to-gguf.",
+    )

@@ -1,0 +1,237 @@
+"""`sleb apply --to-gguf`, through `main()`."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM
+
+from conftest import calibration, llama_config, save_model
+from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_llama_gguf(tmp_path / "tiny.gguf", 6, Type.Q8_0)
+
+
+@pytest.fixture
+def plan(run_sleb, tmp_path, source, text_file):
+    """A plan that was searched on the model in full precision, which is then gone."""
+    result = run_sleb("search", tmp_path / "origin", "--remove", 2, *calibration(text_file), "-q")
+    assert result.exit_code == 0, result.stderr
+    (tmp_path / "origin").rename(tmp_path / "elsewhere")
+    return tmp_path / "plan.json"
+
+
+def logits(path, *, gguf_file=None):
+    model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.arange(2, 40)[None]).logits
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0])
+def test_a_plan_of_the_full_model_cuts_any_quantisation(run_sleb, tmp_path, plan, type_):
+    write_llama_gguf(tmp_path / "q.gguf", 6, type_)
+    removals = json.loads(plan.read_text())["removals"]
+    result = run_sleb("apply", plan, "--to-gguf", "q.gguf", "-o", "small.gguf")
+    assert result.exit_code == 0, result.stderr
+    assert "wrote small.gguf: 4 blocks" in result.stdout
+    assert "byte for byte that of the source; transformers reads it" in result.stdout
+    assert "bitwise equal" in result.stdout
+    assert metadata_of(tmp_path / "small.gguf")["sleb.removed_blocks"] == removals
+    # By another way: prune the model as transformers reads it, and compare what the two compute.
+    blocks = ",".join(map(str, removals))
+    result = run_sleb("apply", "q.gguf", "--blocks", blocks, "-o", "folder")
+    assert result.exit_code == 0, result.stderr
+    found, expected = logits(tmp_path, gguf_file="small.gguf"), logits(tmp_path / "folder")
+    # The folder's weights are rounded to 16 bits where those of the file are no float32.
+    assert (found - expected).abs().max() <= (0 if type_ is Type.F32 else 0.03) * expected.abs().max()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_fewer_removals_a_default_name_and_json(run_sleb, tmp_path, source, plan):
+    removals = json.loads(plan.read_text())["removals"]
+    result = run_sleb("apply", "--remove", 1, "--to-gguf", source, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert (data["kind"], data["file"], data["blocks"]) == ("gguf", "tiny-sleb-5-blocks.gguf", 5)
+    assert data["removals"] == removals[:1]
+    assert data["source"] == str(source)
+    assert data["file_bytes"] == (tmp_path / data["file"]).stat().st_size
+    assert (data["verified"], data["unproven"], data["proof"]["dtype"]) == (True, None, "bfloat16")
+    assert data["proof"]["logits_difference"] == 0
+
+
+def test_blocks_without_a_plan_and_without_a_proof(run_sleb, tmp_path, source):
+    result = run_sleb("apply", "--blocks", "4,1", "--to-gguf", source, "-o", "a.gguf", "--no-verify")
+    assert (result.exit_code, "not verified (--no-verify)" in result.stdout) == (0, True), result.stderr
+    result = run_sleb("apply", source, "--blocks", "4,1", "--to-gguf", source, "-o", "b.gguf")
+    assert (result.exit_code, "proven" in result.stdout) == (0, True), result.stderr
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    assert "blk.3.attn_q.weight" in tensors_of(tmp_path / "a.gguf")
+    assert "blk.4.attn_q.weight" not in tensors_of(tmp_path / "a.gguf")
+
+
+def test_a_pruned_file_is_a_model_to_search(run_sleb, tmp_path, source, text_file):
+    assert run_sleb("apply", "--blocks", "4,1", "--to-gguf", source, "-o", "a.gguf").exit_code == 0
+    result = run_sleb("search", "a.gguf", "--remove", 1, *calibration(text_file), "--json")
+    assert json.loads(result.stdout)["model"]["blocks"] == 4
+    result = run_sleb("apply", "--to-gguf", "a.gguf", "-o", "b.gguf")
+    assert result.exit_code == 0, result.stderr
+    kept = [block for block in range(6) if block not in (4, 1)]
+    removed = kept[json.loads((tmp_path / "plan.json").read_text())["removals"][0]]
+    assert metadata_of(tmp_path / "b.gguf")["sleb.removed_blocks"] == [4, 1, removed]
+
+
+def test_what_transformers_cannot_read_is_said_to_be_verified_in_part(run_sleb, tmp_path, monkeypatch, source):
+    from sleb_cli.engine import apply_gguf
+
+    write_gguf(tmp_path / "odd.gguf", "granite", 4)
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "odd.gguf")
+    assert result.exit_code == 0, result.stderr
+    assert "partially verified: every tensor is byte for byte that of the source; not run, since " in result.stdout
+    assert "transformers does not read GGUF files of the architecture granite" in result.stdout
+    data = json.loads(run_sleb("apply", "--blocks", "1", "--to-gguf", "odd.gguf", "--force", "--json").stdout)
+    assert (data["verified"], data["proof"]) == (True, None)
+    # A known architecture whose file transformers cannot make a model of.
+    write_gguf(tmp_path / "bare.gguf", "llama", 4)
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "bare.gguf")
+    assert (result.exit_code, "not run, since transformers cannot read" in result.stdout) == (0, True), result.stderr
+
+    class Full:
+        available = 5
+
+    monkeypatch.setattr(apply_gguf.psutil, "virtual_memory", lambda: Full)
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+    assert (result.exit_code, "GB of memory" in result.stdout) == (0, True), result.stderr
+
+
+def test_a_plan_of_another_model_is_refused(run_sleb, tmp_path, plan):
+    write_gguf(tmp_path / "gemma.gguf", "gemma", 6)
+    write_llama_gguf(tmp_path / "short.gguf", 5)
+    for name, words in (("gemma.gguf", "(gemma, 6 blocks)"), ("short.gguf", "(llama, 5 blocks)")):
+        result = run_sleb("apply", plan, "--to-gguf", name)
+        assert (result.exit_code, words in result.stderr) == (3, True), result.stderr
+        assert "(llama, 6 blocks)" in result.stderr
+    result = run_sleb("apply", plan, "--to-gguf", "short.gguf", "--any-model")
+    assert result.exit_code == 0, result.stderr
+    plan.write_text(plan.read_text().replace('"model_type": "llama"', '"model_type": "lama_of_mine"'))
+    result = run_sleb("apply", plan, "--to-gguf", "tiny.gguf")
+    assert (result.exit_code, "is not known to sleb" in result.stderr) == (0, True), result.stderr
+    assert run_sleb("apply", "nowhere.json", "--to-gguf", "tiny.gguf").exit_code == 3
+
+
+def test_what_cannot_be_is_refused_and_nothing_is_left(run_sleb, tmp_path, source, tiny_opt):
+    (tmp_path / "there.gguf").write_text("precious")
+    (tmp_path / "link.gguf").symlink_to(source)
+    whole, names = source.read_bytes(), sorted(os.listdir(tmp_path))
+    for code, message, *options in (
+        (2, "no block 6", "--blocks", "6"),
+        (2, "named twice", "--blocks", "1,1"),
+        (2, "All 6 blocks", "--blocks", "0,1,2,3,4,5"),
+        (2, "Which blocks of", source),
+        (2, "and not from", tiny_opt, "--blocks", "1"),
+        (2, "Give one of the two", "plan.json", "--blocks", "1"),
+        (2, "--remove 3 is not possible: --blocks names 2", "--blocks", "1,2", "--remove", 3),
+        (2, "do not go with --to-gguf", "--blocks", "1", "--dtype", "float16"),
+        (2, "do not go with --to-gguf", "--blocks", "1", "--model", tiny_opt),
+        (3, "no plan plan.json"),
+        (8, "tiny.gguf is the model itself", "--blocks", "1", "-o", "tiny.gguf", "--force"),
+        (8, "link.gguf is the model itself", "--blocks", "1", "-o", "link.gguf", "--force"),
+        (8, "there.gguf exists", "--blocks", "1", "-o", "there.gguf"),
+        (8, "folder does not exist", "--blocks", "1", "-o", "nowhere/small.gguf"),
+        (8, "it is a folder", "--blocks", "1", "-o", tmp_path),
+    ):
+        result = run_sleb("apply", *options, "--to-gguf", source)
+        assert (result.exit_code, message in result.stderr) == (code, True), (options, result.stderr)
+        assert "hint:" in result.stderr
+        assert result.stdout == ""
+    assert sorted(os.listdir(tmp_path)) == names
+    assert (source.read_bytes(), (tmp_path / "there.gguf").read_text()) == (whole, "precious")
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source, "-o", "there.gguf", "--force")
+    assert result.exit_code == 0, result.stderr
+    assert metadata_of(tmp_path / "there.gguf")["llama.block_count"] == 5
+
+
+def test_files_that_are_no_whole_model(run_sleb, tmp_path, source):
+    whole = source.read_bytes()
+    for keep in (0, 3, 100, 5000, len(whole) - 4000):
+        source.write_bytes(whole[:keep])
+        result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+        assert (result.exit_code, "is truncated, or is no GGUF file" in result.stderr) == (4, True), result.stderr
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "nowhere.gguf")
+    assert (result.exit_code, "no file nowhere.gguf" in result.stderr) == (4, True)
+    write_gguf(tmp_path / "part-00001-of-00002.gguf", "llama", 3, {"split.count": 2})
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "part-00001-of-00002.gguf")
+    assert (result.exit_code, "llama-gguf-split --merge" in result.stderr) == (4, True)
+    write_gguf(tmp_path / "g.gguf", "gemma2", 6)
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "g.gguf")
+    assert (result.exit_code, "the last of every 2 blocks" in result.stderr) == (4, True)
+    assert [name for name in os.listdir(tmp_path) if "sleb" in name or name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-200] + bytes(200), "is not what"),
+        (lambda data: data[:-3000], "the gguf package cannot read it"),
+        (lambda data: data.replace(b"llama.rope.freq_base", b"llama.rope.freq_bass"), "metadata"),
+        (lambda data: data.replace(b"blk.0.attn_q", b"blk.0.attn_x"), "blk.0.attn_x.weight is not what blk.0.attn_q"),
+    ],
+)
+def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch, source, damage, message):
+    from sleb_cli.engine import apply_gguf
+
+    def write_badly(pruned, aside, copied, write=apply_gguf.write_gguf):
+        write(pruned, aside, copied)
+        aside.write_bytes(damage(aside.read_bytes()))
+
+    monkeypatch.setattr(apply_gguf, "write_gguf", write_badly)
+    names = sorted(os.listdir(tmp_path))
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+    assert (result.exit_code, message in result.stderr) == (9, True), result.stderr
+    assert sorted(os.listdir(tmp_path)) == names
+
+
+def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path, monkeypatch, source):
+    from sleb_cli.engine import apply_gguf
+
+    config = llama_config(5, num_key_value_heads=4, dtype="float16")
+    other = save_model(tmp_path / "other", config, seed=1)
+    monkeypatch.setattr(apply_gguf, "convert_gguf", lambda path, folder, notify: folder.symlink_to(other))
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+    assert (result.exit_code, "logits differ" in result.stderr) == (9, True), result.stderr
+    assert not list(tmp_path.glob("*blocks*"))
+
+
+def test_no_room_is_said_before_anything_is_written(run_sleb, tmp_path, monkeypatch, source):
+    from sleb_cli import atomic
+
+    class Full:
+        free = 1000
+
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Full)
+    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+    assert (result.exit_code, "has 1 kB free" in result.stderr) == (8, True), result.stderr
+
+
+def test_a_disk_that_is_full_midway_leaves_nothing(source, tmp_path):
+    place = tmp_path / "run"
+    place.mkdir()
+
+    def few_bytes() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "-B", "-m", "sleb_cli", "apply", "--blocks", "1", "--to-gguf", str(source)]
+    process = subprocess.run(command, cwd=place, preexec_fn=few_bytes, capture_output=True, text=True, check=False)
+    assert process.returncode == 8, process.stderr
+    assert "the file would be larger than this system allows" in process.stderr
+    assert os.listdir(place) == []

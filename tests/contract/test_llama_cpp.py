@@ -1,0 +1,85 @@
+"""llama.cpp itself, compiled into a virtual environment of its own, runs the files that we cut."""
+
+import json
+import subprocess
+import venv
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM, SmolLM3Config
+
+from gguf_models import write_llama_gguf
+from sleb_plugins.exporters.gguf_file import read_gguf, write_gguf
+from sleb_plugins.exporters.gguf_surgery import GgufSurgery
+
+PROMPT = list(range(40, 60))
+NEW_TOKENS = 32
+
+GENERATE = """
+import json, sys
+from llama_cpp import Llama
+
+path, prompt, count = json.loads(sys.argv[1])
+model = Llama(path, n_ctx=128, verbose=False)
+new = model.generate(prompt, temp=0, top_k=1)
+print(json.dumps([int(next(new)) for _ in range(count)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def llama_cpp(tmp_path_factory):
+    """Generate greedily with llama.cpp; compiling it takes minutes."""
+    home = tmp_path_factory.mktemp("llama-cpp")
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "llama-cpp-python"], check=True)
+
+    def generate(path):
+        request = json.dumps([str(path), PROMPT, NEW_TOKENS])
+        done = subprocess.run([python, "-c", GENERATE, request], check=True, capture_output=True, text=True)
+        return json.loads(done.stdout)
+
+    return generate
+
+
+def generate_with_transformers(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        text = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=None
+        )
+    return text[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "type_"), [(4, Type.F32), (2, Type.F32), (4, Type.Q8_0)])
+def test_it_generates_from_a_pruned_file_what_transformers_generates(run_sleb, llama_cpp, tmp_path, kv_heads, type_):
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_, kv_heads=kv_heads)
+    assert run_sleb("apply", "--blocks", "4,1", "--to-gguf", source, "-o", "small.gguf").exit_code == 0
+    assert run_sleb("apply", tmp_path / "origin", "--blocks", "4,1", "-o", "small").exit_code == 0
+    found, expected = llama_cpp(tmp_path / "small.gguf"), generate_with_transformers(tmp_path / "small")
+    # Quantised, near ties fall the other way sooner or later; the first token of a sharp model does not.
+    compared = NEW_TOKENS if type_ is Type.F32 else 1
+    assert found[:compared] == expected[:compared]
+    assert llama_cpp(source) != found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("removals", [(0, 1, 2, 3), (7,), (5,), (2, 3)])
+def test_it_goes_by_number_where_our_table_says_so_and_only_there(run_sleb, llama_cpp, tmp_path, removals):
+    """SmolLM3 in llama.cpp has no rotary positions in the last of every four blocks, whatever a file says."""
+    config = SmolLM3Config(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4,
+        num_hidden_layers=8, max_position_embeddings=128, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        rope_theta=10000.0, no_rope_layer_interval=4, tie_word_embeddings=False,
+    )  # fmt: skip
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 8, architecture="smollm3", config=config)
+    assert llama_cpp(source) == generate_with_transformers(tmp_path / "origin")
+    blocks = ",".join(map(str, removals))
+    assert run_sleb("apply", tmp_path / "origin", "--blocks", blocks, "-o", "small").exit_code == 0
+    passes = run_sleb("apply", "--blocks", blocks, "--to-gguf", source, "--no-verify").exit_code == 0
+    write_gguf(GgufSurgery(read_gguf(source), removals).pruned(), tmp_path / "forced.gguf", lambda size: None)
+    agrees = llama_cpp(tmp_path / "forced.gguf") == generate_with_transformers(tmp_path / "small")
+    assert agrees == passes == (removals in [(0, 1, 2, 3), (7,)])

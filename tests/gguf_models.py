@@ -1,0 +1,115 @@
+"""GGUF files of tiny random models, written with the format's own library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file
+
+from conftest import llama_config, save_model
+
+
+def write_llama_gguf(
+    path: Path,
+    blocks: int = 6,
+    type_: Type = Type.F32,
+    *,
+    kv_heads: int = 4,
+    architecture: str = "llama",
+    config: Any = None,
+) -> Path:
+    """Write a random Llama with its tokenizer, and leave it as a checkpoint in the folder `origin` beside it too.
+
+    Another architecture whose tensors are those of a Llama goes too, with a config of the same sizes.
+    """
+    folder = save_model(path.parent / "origin", config or llama_config(blocks, num_key_value_heads=kv_heads))
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(128)
+    writer.add_embedding_length(32)
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(320)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
+    tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        array = tensor.float().numpy()
+        if "q_proj" in name or "k_proj" in name:  # GGUF stores the rotary halves interleaved
+            heads = 4 if "q_proj" in name else kv_heads
+            array = array.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(heads * 8, 32)
+        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        kind = Type.F32 if array.ndim == 1 else type_
+        writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    return finish(writer, path)
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    blocks: int,
+    values: dict[str, Any] | None = None,
+    *,
+    alignment: int | None = None,
+    endianess: Any = gguf.GGUFEndian.LITTLE,
+) -> Path:
+    """Write a file of an architecture with two small tensors a block, and `values` under its own keys."""
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_block_count(blocks)
+    for key, value in (values or {}).items():
+        own = key if key.startswith(("xielu.", "general.", "split.")) else f"{architecture}.{key}"
+        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, list: writer.add_array,
+         str: writer.add_string}[type(value)](own, value)  # fmt: skip
+    writer.add_token_list([f"t{number}" for number in range(blocks)])
+    rng = np.random.default_rng(0)
+    order = ">" if endianess == gguf.GGUFEndian.BIG else "<"
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.standard_normal(shape).astype(f"{order}f4"), raw_dtype=Type.F32)
+
+    add("token_embd.weight", blocks, 3)
+    for block in range(blocks):
+        add(f"blk.{block}.attn_q.weight", 3, 5)
+        add(f"blk.{block}.ffn_norm.weight", 7)
+    add("output_norm.weight", 3)
+    return finish(writer, path)
+
+
+def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensors_of(path: Path) -> dict[str, tuple[Any, ...]]:
+    """Give each tensor's type, shape and bytes, in the file's order, as the format's own library reads them."""
+    return {
+        tensor.name: (tensor.tensor_type, tensor.shape.tolist(), tensor.data.tobytes())
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Give the metadata, in the file's order, as the format's own library reads it."""
+    fields = gguf.GGUFReader(path).fields
+    return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}

@@ -1,0 +1,273 @@
+"""Blocks are removed from GGUF files exactly: what stays is, byte for byte, what was there."""
+
+import gguf
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.exporters.gguf_file import gguf_size, read_gguf
+from sleb_plugins.exporters.gguf_file import write_gguf as write_header_and_tensors
+from sleb_plugins.exporters.gguf_surgery import PROVENANCE, plan_gguf_surgery
+from sleb_plugins.exporters.llama_cpp import BY_COUNT, PERIODS
+
+
+def prune(source, removals, output):
+    pruned = plan_gguf_surgery(read_gguf(source), removals).pruned()
+    pieces = []
+    write_header_and_tensors(pruned, output, pieces.append)
+    assert output.stat().st_size == gguf_size(pruned)
+    assert sum(pieces) == sum(tensor.size for tensor in pruned.tensors)
+    return output
+
+
+def renamed(tensors, removals, blocks):
+    """What must remain of these tensors, told apart by another way than the code's."""
+    kept = [block for block in range(blocks) if block not in removals]
+    result = {}
+    for name, content in tensors.items():
+        parts = name.split(".")
+        if parts[0] != "blk":
+            result[name] = content
+        elif int(parts[1]) in kept:
+            result[".".join(["blk", str(kept.index(int(parts[1]))), *parts[2:]])] = content
+    return result
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_1])
+def test_what_stays_is_the_same_byte_for_byte(tmp_path, type_):
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_)
+    small = prune(source, (4, 1), tmp_path / "small.gguf")
+    assert list(tensors_of(small).items()) == list(renamed(tensors_of(source), {1, 4}, 6).items())
+    before, after = metadata_of(source), metadata_of(small)
+    assert after.pop("llama.block_count") == 4
+    assert after.pop(PROVENANCE) == [4, 1]
+    del before["llama.block_count"]
+    assert list(after.items()) == list(before.items())
+
+
+def test_removing_nothing_changes_no_byte(tmp_path):
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 3, Type.Q8_0)
+    assert prune(source, (), tmp_path / "same.gguf").read_bytes() == source.read_bytes()
+
+
+def test_in_one_step_or_in_two_it_is_the_same_file(tmp_path):
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 6)
+    once = prune(source, (4, 1, 5), tmp_path / "once.gguf")
+    first = prune(source, (4,), tmp_path / "first.gguf")
+    twice = prune(first, (1, 4), tmp_path / "twice.gguf")
+    assert metadata_of(twice)[PROVENANCE] == [4, 1, 5]
+    assert twice.read_bytes() == once.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("alignment", "endianess"), [(4096, gguf.GGUFEndian.LITTLE), (8, gguf.GGUFEndian.LITTLE), (32, gguf.GGUFEndian.BIG)]
+)
+def test_alignment_and_byte_order_are_kept(tmp_path, alignment, endianess):
+    lists = {"attention.head_count_kv": [1, 0, 3, 4, 5]}
+    source = write_gguf(tmp_path / "a.gguf", "llama", 5, lists, alignment=alignment, endianess=endianess)
+    assert prune(source, (), tmp_path / "same.gguf").read_bytes() == source.read_bytes()
+    small = prune(source, (0, 3), tmp_path / "small.gguf")
+    reader = gguf.GGUFReader(small)
+    assert (reader.alignment, reader.endianess) == (alignment, endianess)
+    assert {tensor.data_offset % alignment for tensor in reader.tensors} == {0}
+    assert tensors_of(small) == renamed(tensors_of(source), {0, 3}, 5)
+    assert metadata_of(small)["llama.attention.head_count_kv"] == [0, 3, 5]
+
+
+def test_lists_with_one_value_per_block_lose_those_of_removed_blocks(tmp_path):
+    values = {
+        "attention.head_count": [8, 7, 6, 5],
+        "attention.sliding_window_pattern": [True, False, True, True],
+        "swiglu_clamp_exp": [0.5, 1.5, 2.5, 3.5],
+        "labels_of_mine": ["a", "bb", "ccc", "dddd"],
+        "xielu.alpha_n": [0.25, 0.5, 0.75, 1.0],
+        "rope.dimension_sections": [16, 24, 24, 0],
+        "some.other_list": [1, 2, 3],
+        "general.tags": ["one", "two", "three", "four"],
+    }
+    after = metadata_of(prune(write_gguf(tmp_path / "a.gguf", "acme", 4, values), (2, 0), tmp_path / "small.gguf"))
+    assert after["acme.attention.head_count"] == [7, 5]
+    assert after["acme.attention.sliding_window_pattern"] == [False, True]
+    assert after["acme.swiglu_clamp_exp"] == [1.5, 3.5]
+    assert after["acme.labels_of_mine"] == ["bb", "dddd"]
+    assert after["xielu.alpha_n"] == [0.5, 1.0]
+    assert after["acme.rope.dimension_sections"] == [16, 24, 24, 0]
+    assert after["acme.some.other_list"] == [1, 2, 3]
+    assert after["general.tags"] == ["one", "two", "three", "four"]
+    assert after["tokenizer.ggml.tokens"] == ["t0", "t1", "t2", "t3"]
+
+
+def test_blocks_at_the_beginning_are_counted_again(tmp_path):
+    source = write_gguf(tmp_path / "a.gguf", "deepseek2", 8, {"leading_dense_block_count": 3, "expert_count": 4})
+    after = metadata_of(prune(source, (1, 5), tmp_path / "small.gguf"))
+    assert (after["deepseek2.leading_dense_block_count"], after["deepseek2.expert_count"]) == (2, 4)
+
+
+def test_blocks_that_predict_further_tokens_stay_and_move_up(tmp_path):
+    values = {
+        "nextn_predict_layers": 2,
+        "attention.head_count_kv": [1, 2, 3, 4, 5, 6],
+        "attention.indexer.types": [1, 2, 3, 4],
+    }
+    source = write_gguf(tmp_path / "a.gguf", "glm4moe", 6, values)
+    small = prune(source, (1,), tmp_path / "small.gguf")
+    after = metadata_of(small)
+    assert (after["glm4moe.block_count"], after["glm4moe.nextn_predict_layers"]) == (5, 2)
+    assert after["glm4moe.attention.head_count_kv"] == [1, 3, 4, 5, 6]
+    assert after["glm4moe.attention.indexer.types"] == [1, 3, 4]
+    assert tensors_of(small) == renamed(tensors_of(source), {1}, 6)
+    with pytest.raises(UsageError, match=r"no block 4: .* has 4 blocks, 0 to 3, and 2 that predict further tokens"):
+        plan_gguf_surgery(read_gguf(source), (4,))
+    with pytest.raises(UsageError, match="All 4 blocks"):
+        plan_gguf_surgery(read_gguf(source), (0, 1, 2, 3))
+
+
+# What llama.cpp computes with at each block, worked out by hand from its loaders: 1 where the block is set apart.
+KINDS = {
+    "gemma2": "010101010101",
+    "gemma3": "000001000001",
+    "cohere2": "000100010001",
+    "gpt-oss": "010101010101",
+    "smollm3": "000100010001",
+    "smallthinker": "100010001000",
+    "qwen3next": "000100010001",
+    "laguna": "100010001000",
+    "plamo3": "000000010000",
+}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_a_removal_passes_exactly_if_no_block_comes_to_be_of_another_kind(tmp_path, architecture):
+    kinds = KINDS[architecture]
+    file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, 12, {"attention.sliding_window": 64}))
+    passed = 0
+    for first in range(12):
+        for last in range(first, 12):
+            removals = range(first, last + 1)
+            kept = "".join(kind for block, kind in enumerate(kinds) if block not in removals)
+            if len(removals) == 12:
+                continue
+            if kept == kinds[: len(kept)]:
+                plan_gguf_surgery(file, removals)
+                passed += 1
+            else:
+                with pytest.raises(UnsupportedModelError, match=f"{architecture}: there llama.cpp goes by number"):
+                    plan_gguf_surgery(file, removals)
+    assert passed > 12
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "removals"),
+    [
+        ("olmo2", {}, (1,)),
+        ("gemma3", {}, (1,)),
+        ("gemma3", {"attention.sliding_window": 64, "attention.sliding_window_pattern": [True] * 8}, (1,)),
+        ("gemma3", {"attention.sliding_window": 64, "attention.sliding_window_pattern": 3}, (1, 2, 0)),
+        ("qwen3next", {"attention.recurrent_layers": [True, True, True, False] * 2}, (1,)),
+        ("qwen3next", {"full_attention_interval": 2}, (1, 2)),
+        ("llama4", {"interleave_moe_layer_step": 1}, (1, 2, 3, 4)),
+        ("acme", {"moe_every_n_layers": 2}, (3, 4)),
+        ("minicpm", {"residual_scale": 0.2}, (1,)),
+        ("qwen3vl", {"n_deepstack_layers": 3}, (3,)),
+        ("rwkv7", {}, (1,)),
+        ("gemma4", {"attention.shared_kv_layers": 0}, (1,)),
+    ],
+)
+def test_where_the_file_says_it_itself_or_nothing_changes_blocks_can_go(tmp_path, architecture, values, removals):
+    plan_gguf_surgery(read_gguf(write_gguf(tmp_path / "a.gguf", architecture, 8, values)), removals)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "blocks", "values", "removals", "message"),
+    [
+        ("gemma3", 8, {"attention.sliding_window": 64}, (1,), "the last of every 6 blocks sees the whole text"),
+        ("gemma3", 8, {"attention.sliding_window": 64, "attention.sliding_window_pattern": 3}, (1,), "every 3 blocks"),
+        ("smallthinker", 8, {"attention.sliding_window": 64}, (0,), "the first of every 4 .* block 1 .* number 0"),
+        ("llama4", 8, {"interleave_moe_layer_step": 2}, (1, 2, 3), "sees the whole text and not a window, and block 6"),
+        ("ernie4_5-moe", 8, {"interleave_moe_layer_step": 2}, (1,), "has experts, and block 2 would move to number 1"),
+        ("acme", 8, {"full_attention_interval": 4}, (7, 0), "one of every 4 blocks is of another kind"),
+        ("qwen35", 8, {"full_attention_interval": 4}, (0,), "has full attention"),
+        ("deepseek2", 27, {}, (1, 2), "would take 25 for another than 27"),
+        ("command-r", 64, {}, (1,), "would take 63 for another than 64"),
+        ("exaone4", 64, {}, (1,), "would take 63"),
+        ("gemma3", 62, {}, (1,), "would take 61"),
+        ("baichuan", 32, {}, (1,), "would take 31"),
+        ("minicpm", 8, {}, (1,), "would take 7"),
+        ("minicpm3", 8, {}, (1,), "would take 7"),
+        ("gemma3n", 8, {}, (1,), "share the keys and values"),
+        ("gemma4", 8, {"attention.shared_kv_layers": 2}, (1,), "gemma4.attention.shared_kv_layers"),
+        ("acme", 8, {"embedding_length_per_layer_input": 16}, (1,), "one table of inputs"),
+        ("rwkv6", 8, {"rescale_every_n_layers": 6}, (1,), "scaled by the number"),
+        ("rwkv7", 8, {}, (0,), "the values of its block 0"),
+        ("qwen3vl", 8, {"n_deepstack_layers": 3}, (2,), "its first 3 blocks"),
+        ("t5", 8, {}, (1,), "it has an encoder"),
+        ("llama", 8, {"general.type": "adapter"}, (1,), "general.type is 'adapter'"),
+    ],
+)
+def test_what_llama_cpp_would_take_for_something_else_is_refused(
+    tmp_path, architecture, blocks, values, removals, message
+):
+    file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, blocks, values))
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        plan_gguf_surgery(file, removals)
+    assert caught.value.hint
+
+
+def test_the_tables_name_architectures_that_the_format_knows():
+    known = set(gguf.MODEL_ARCH_NAMES.values())
+    newer_than_the_format_package = {"cohere2moe", "laguna", "mellum", "minimax-01", "muse-glimmer"}
+    assert set(PERIODS) | set(BY_COUNT) <= known | newer_than_the_format_package
+
+
+@pytest.mark.parametrize(
+    ("removals", "message"), [((1, 1), "named twice"), ((6,), "no block 6"), ((-1,), "no block -1")]
+)
+def test_blocks_that_cannot_go(tmp_path, removals, message):
+    file = read_gguf(write_gguf(tmp_path / "a.gguf", "llama", 6))
+    with pytest.raises(UsageError, match=message):
+        plan_gguf_surgery(file, removals)
+
+
+def test_a_count_that_does_not_fit_the_tensors_and_a_part_of_a_split_file(tmp_path):
+    with pytest.raises(ModelError, match="says 0 blocks"):
+        plan_gguf_surgery(read_gguf(write_gguf(tmp_path / "a.gguf", "llama", 0)), (0,))
+    path = write_llama_gguf(tmp_path / "b.gguf", 4)
+    path.write_bytes(path.read_bytes().replace(b"blk.3.attn_q", b"blk.9.attn_q"))
+    with pytest.raises(ModelError, match="says 4 blocks"):
+        plan_gguf_surgery(read_gguf(path), (0,))
+    with pytest.raises(ModelError, match="one of 3 parts"):
+        read_gguf(write_gguf(tmp_path / "c.gguf", "llama", 2, {"split.count": 3}))
+
+
+def test_every_way_to_cut_off_or_damage_a_file_is_a_sentence(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", "llama", 2)
+    whole = path.read_bytes()
+    end = max(tensor.start + tensor.size for tensor in read_gguf(path).tensors)
+    for keep in range(end):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(ModelError, match="truncated"):
+            read_gguf(path)
+    path.write_bytes(whole[:end])  # only padding is missing
+    assert len(read_gguf(path).tensors) == 6
+    for place, value in ((0, b"X"), (4, b"\x09"), (8, b"\xff\xff"), (16, b"\xff\xff\xff\xff")):
+        path.write_bytes(whole[:place] + value + whole[place + len(value) :])
+        with pytest.raises(ModelError):
+            read_gguf(path)
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    with pytest.raises(ModelError, match="no file"):
+        read_gguf(tmp_path / "nowhere.gguf")
+    with pytest.raises(ModelError, match="no file"):
+        read_gguf(tmp_path)
+
+
+def test_a_type_that_the_library_does_not_know(tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", "llama", 2)
+    name = b"token_embd.weight"
+    whole = path.read_bytes()
+    place = whole.index(name) + len(name) + 4 + 2 * 8
+    path.write_bytes(whole[:place] + b"\xe7\x03\x00\x00" + whole[place + 4 :])
+    with pytest.raises(ModelError, match="of type 999"):
+        read_gguf(path)
