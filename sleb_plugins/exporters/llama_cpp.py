@@ -21,7 +21,7 @@ class Period:
     """One block of each `period` is of another kind.
 
     Attributes:
-        what: what sets that block apart, after "block 5".
+        what: what sets that block apart, as in "the last of every 4 blocks has no rotary positions".
         period: llama.cpp's own number, or 1 (none is set apart) where only the file can say.
         key: the architecture's own key that holds the number; where it holds a list, nothing goes by number.
         place: which block of a period it is; "any" where nobody but the architecture's author knows.

@@ -54,7 +54,7 @@ def test_the_changelog_begins_with_this_version():
 
 def test_the_example_plugin_is_short():
     lines = (ROOT / "tests" / "example_plugin" / "sleb_example.py").read_text().splitlines()
-    assert len(lines) < 50
+    assert len(lines) < 45  # a family, a metric and an export format
 
 
 @pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/families.md", "docs/search.md"])
