@@ -125,8 +125,12 @@ class Surgery:
         """Say in a clause what makes this removal wrong for the blocks that stay, or None where nothing does.
 
         The pruned model is built without weights, and its blocks are compared with what they were.
+
+        Raises:
+            UnsupportedModelError: the weight files do not name every block.
         """
         before, kept = self.architecture, self.kept
+        _ = before.numbering
         for key, (applies, why) in OBSTACLES.items():
             if applies(getattr(before.text_config, key, None) or []):
                 return f"{why} ({key})"

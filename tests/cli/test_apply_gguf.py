@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, llama_config, save_model
+from conftest import calibration
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 
 
@@ -203,9 +204,14 @@ def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch
 def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path, monkeypatch, source):
     from sleb_cli.engine import apply_gguf
 
-    config = llama_config(5, num_key_value_heads=4, dtype="float16")
-    other = save_model(tmp_path / "other", config, seed=1)
-    monkeypatch.setattr(apply_gguf, "convert_gguf", lambda path, folder, notify: folder.symlink_to(other))
+    def convert_badly(path, folder, notify, convert=apply_gguf.convert_gguf):
+        convert(path, folder, notify)
+        weights = folder / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["model.layers.0.mlp.up_proj.weight"] *= -1
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    monkeypatch.setattr(apply_gguf, "convert_gguf", convert_badly)
     result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
     assert (result.exit_code, "logits differ" in result.stderr) == (9, True), result.stderr
     assert not list(tmp_path.glob("*blocks*"))

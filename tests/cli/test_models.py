@@ -143,7 +143,7 @@ def test_types_that_transformers_does_not_know(run_sleb, tmp_path):
         ({"num_attention_heads": 0}, 4, "cannot read the config"),
         ({"num_hidden_layers": 0}, 4, "nothing can be removed"),
         ({"num_hidden_layers": -1}, 4, "says -1 blocks"),
-        ({"num_hidden_layers": 4}, 4, "are missing, model.layers.3"),
+        ({"num_hidden_layers": 4}, 4, "do not keep 4 blocks under model.layers"),
         ({"vocab_size": -3}, 4, "negative dimension"),
         ({"hidden_act": "zzz"}, 4, "KeyError 'zzz'"),
         ({"layer_types": ["full_attention"]}, 4, "must be equal to the number of `layer_types`"),
