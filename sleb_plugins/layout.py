@@ -31,9 +31,24 @@ def by_block(values: Any, kept: Kept) -> Any:
     return [values[block] for block in kept.blocks] if whole else values
 
 
+def by_letter(text: Any, kept: Kept) -> Any:
+    """One letter for each block, as in Nemotron-H's "M-M*-"."""
+    return "".join(by_block(list(text), kept)) if isinstance(text, str) and len(text) == kept.count else text
+
+
 def block_numbers(numbers: Any, kept: Kept) -> list[int]:
     """Numbers of blocks, from 0: leave out the removed ones, and renumber the others."""
     return [kept.blocks.index(number) for number in numbers if number in kept.blocks]
+
+
+def numbers_from_one(values: Any, kept: Kept) -> Any:
+    """A mapping whose lists number blocks from 1, among other settings (Kimi-Linear)."""
+    return {
+        key: [number + 1 for number in block_numbers([block - 1 for block in value], kept)]
+        if isinstance(value, list) and key.endswith("_layers")
+        else value
+        for key, value in values.items()
+    }
 
 
 def keyed_by_block(values: Any, kept: Kept) -> dict[str, Any]:
@@ -83,6 +98,8 @@ READINGS: Mapping[str, Reading] = {
     **dict.fromkeys(["num_kv_shared_layers", "num_last_full_attention_layers"], trailing_blocks),
     "moe_layer_end_index": last_block,
     "per_layer_config": keyed_by_block,
+    "hybrid_override_pattern": by_letter,
+    "linear_attn_config": numbers_from_one,
 }  # fmt: skip
 """What the keys mean that configs of transformers use; a family's own `config_keys` go before these."""
 

@@ -218,7 +218,7 @@ def line(row: Row) -> str:
     """Write one line of a table."""
     if row.refused:
         return f"| {row.model_type} | {row.refused} | {example(row.model_type)} |"
-    kinds = ", ".join(row.kinds) + (f" (some stay: {row.stays})" if row.stays else "")
+    kinds = "; ".join(row.kinds) + (f" (some stay: {row.stays})" if row.stays else "")
     keys = ", ".join(f"`{key}`" for key in row.keys)
     return f"| {row.model_type} | `{row.path}` | {row.engine} | {keys} | {kinds} | {example(row.model_type)} |"
 

@@ -59,7 +59,7 @@ def block_changes(before: Anatomy, after: Anatomy, old: int, kept: Kept) -> list
     def same(name: str, a: Any, b: Any) -> bool:
         if _equal(a, b) or _same_list(a, b, kept):
             return True
-        if not (isinstance(a, int) and isinstance(b, int) and _NUMBER_NAMES.search(name.rpartition(".")[2])):
+        if not _is_number(name, a, b):
             return False
         # Counted from its own number, the number of a block it refers to, or how many there are; and a block with two
         # attentions counts these.
@@ -81,7 +81,10 @@ def frame_changes(before: Anatomy, after: Anatomy, kept: Kept) -> list[str]:
     """
 
     def same(name: str, a: Any, b: Any) -> bool:
-        return _equal(a, b) or _same_list(a, b, kept) or (a, b) == (kept.count, len(kept.blocks))
+        if _equal(a, b) or _same_list(a, b, kept):
+            return True
+        # How many blocks there are, or where a stretch of them begins.
+        return _is_number(name, a, b) and 0 <= a <= kept.count and kept.below(a) == b
 
     common = before.attributes.keys() & after.attributes.keys()
     was, is_now = ({name: which.attributes[name] for name in sorted(common)} for which in (before, after))
@@ -112,6 +115,10 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
         return math.isclose(a, b, rel_tol=1e-12)  # the same constant by another order of the same sums
     return bool(a == b)
+
+
+def _is_number(name: str, a: Any, b: Any) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and _NUMBER_NAMES.search(name.rpartition(".")[2]) is not None
 
 
 def _same_list(a: Any, b: Any, kept: Kept) -> bool:

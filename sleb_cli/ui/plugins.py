@@ -7,6 +7,7 @@ from rich.table import Table
 
 from sleb_cli.plugin_manager import Registry, load_plugins
 from sleb_cli.ui.console import print_json, print_warning, stdout
+from sleb_plugins import FamilyAdapter
 
 
 def load_and_report() -> Registry:
@@ -39,7 +40,7 @@ def _as_data(registry: Registry) -> dict[str, Any]:
         {
             "kind": offer.kind,
             "name": offer.name,
-            "what": ", ".join(sorted(offer.value.model_types)) if offer.kind == "family" else offer.value.description,
+            "what": _family(offer.value) if offer.kind == "family" else offer.value.description,
             "package": offer.plugin.package,
             "version": offer.plugin.version,
         }
@@ -55,3 +56,9 @@ def _as_data(registry: Registry) -> dict[str, Any]:
         for failure in registry.failures
     ]
     return {"offers": offers, "failures": failures, "collisions": list(registry.collisions)}
+
+
+def _family(adapter: FamilyAdapter) -> str:
+    if adapter.refusal:
+        return f"refused, because {adapter.refusal}"
+    return ", ".join(sorted(adapter.model_types))

@@ -8,10 +8,12 @@ from sleb_plugins.layout import (
     Kept,
     block_numbers,
     by_block,
+    by_letter,
     keyed_by_block,
     last_block,
     leading_blocks,
     means_blocks,
+    numbers_from_one,
     trailing_blocks,
 )
 
@@ -27,6 +29,10 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (by_block, 64, 64),
         (block_numbers, [0, 1, 3, 4, 5], [0, 2, 3]),
         (block_numbers, [], []),
+        (by_letter, "M-M*-E", "MM*E"),
+        (by_letter, "M-", "M-"),
+        (numbers_from_one, {"kda_layers": [1, 2, 4, 5], "full_attn_layers": [3, 6], "head_dim": 8},
+         {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "head_dim": 8}),
         (keyed_by_block, {"1": "a", "2": "b", 5: "c"}, {"1": "b", "3": "c"}),
         (leading_blocks, 0, 0),
         (leading_blocks, 1, 1),
@@ -40,7 +46,7 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (last_block, 4, 2),
         (last_block, -1, -1),
     ],
-)
+)  # fmt: skip
 def test_readings(reading, value, pruned):
     assert reading(value, KEPT) == pruned
 
@@ -49,7 +55,10 @@ def test_readings(reading, value, pruned):
 def test_removing_nothing_changes_nothing(key):
     everything = Kept(tuple(range(6)), 6)
     reading = READINGS[key]
-    values = {by_block: list("abcdef"), block_numbers: [1, 4], keyed_by_block: {"2": "x"}}
+    values = {
+        by_block: list("abcdef"), by_letter: "abcdef", block_numbers: [1, 4], keyed_by_block: {"2": "x"},
+        numbers_from_one: {"kda_layers": [1, 6]},
+    }  # fmt: skip
     value = values.get(reading, 3)
     assert reading(value, everything) == value
 

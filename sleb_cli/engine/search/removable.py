@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.search.greedy import Protection
 from sleb_cli.engine.surgery import Surgery
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import UnsupportedModelError
 
 
@@ -32,7 +32,7 @@ class Removable:
             self._obstacle(removed, block) for block in free[:1] + free[-1:]
         ):
             return free
-        stay = {block: why for block in free if (why := self._obstacle(removed, block))}
+        stay = {block: why for block, why in zip(free, self._obstacles(removed, free), strict=True) if why}
         if len(stay) == len(free):
             after = f" after {', '.join(map(str, removed))}" if removed else ""
             raise UnsupportedModelError(
@@ -49,6 +49,16 @@ class Removable:
             names = f"Block {block} stays" if len(stay) == 1 else f"Blocks {', '.join(map(str, stay))} stay"
             self.notify(Notice(f"{names}: without block {block}, {why}."))
         return [block for block in free if block not in stay]
+
+    def _obstacles(self, removed: Sequence[int], free: Sequence[int]) -> Iterator[str | None]:
+        """Try each; of the first step it is told, since a deep model takes some seconds."""
+        task = "Trying what can go"
+        notify = self.notify if not removed else lambda event: None
+        notify(TaskStarted(task, len(free), "blocks"))
+        for block in free:
+            yield self._obstacle(removed, block)
+            notify(TaskAdvanced(task))
+        notify(TaskFinished(task))
 
     def _obstacle(self, removed: Sequence[int], block: int) -> str | None:
         blocks = tuple(sorted((*removed, block)))
