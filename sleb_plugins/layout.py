@@ -5,9 +5,11 @@ A *reading* takes a key's value and the kept blocks, and gives the value that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sleb_plugins.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,25 @@ class Kept:
     def below(self, block: int) -> int:
         """Say how many of the first `block` blocks stay."""
         return sum(kept < block for kept in self.blocks)
+
+
+def require_removable(removals: Sequence[int], count: int, model: str, *, further: str = "") -> None:
+    """Make sure that a model of `count` blocks can be without these; `further` goes on saying which blocks there are.
+
+    Raises:
+        UsageError: a block is named twice, does not exist, or none would remain.
+    """
+    repeated = [block for block in removals if removals.count(block) > 1]
+    if repeated:
+        raise UsageError(f"Block {repeated[0]} is named twice.", hint="Name each block once.")
+    absent = [block for block in removals if not 0 <= block < count]
+    if absent:
+        raise UsageError(
+            f"There is no block {absent[0]}: {model} has {count} blocks, 0 to {count - 1}{further}.",
+            hint="Blocks are numbered from 0, as in the original model.",
+        )
+    if len(removals) == count:
+        raise UsageError(f"All {count} blocks would go.", hint="Keep at least one.")
 
 
 Reading = Callable[[Any, Kept], Any]

@@ -13,7 +13,7 @@ from sleb_cli.engine.anatomy import anatomy, block_changes, frame_changes
 from sleb_cli.engine.architecture import Architecture, ways_to_say
 from sleb_cli.engine.foreign import verdict
 from sleb_cli.engine.quantization import prune_quantization
-from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.layout import (
     OBSTACLES,
     PERIODS,
@@ -23,6 +23,7 @@ from sleb_plugins.layout import (
     Kept,
     by_block,
     means_blocks,
+    require_removable,
 )
 
 T = TypeVar("T")
@@ -185,18 +186,7 @@ def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery
             blocks that stay would not be what they were.
     """
     blocks = tuple(removals)
-    count = architecture.block_count
-    repeated = sorted({block for block in blocks if blocks.count(block) > 1})
-    if repeated:
-        raise UsageError(f"Block {repeated[0]} is named twice.", hint="Name each block once.")
-    outside = [block for block in blocks if not 0 <= block < count]
-    if outside:
-        raise UsageError(
-            f"There is no block {outside[0]}: {architecture.source.id} has {count} blocks, 0 to {count - 1}.",
-            hint="Blocks are numbered from 0, as in the original model.",
-        )
-    if len(blocks) == count:
-        raise UsageError(f"All {count} blocks would go.", hint="Keep at least one.")
+    require_removable(blocks, architecture.block_count, architecture.source.id)
     surgery = Surgery(architecture, blocks)
     if blocks and (obstacle := surgery.obstacle()):
         names = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, sorted(blocks)))}"

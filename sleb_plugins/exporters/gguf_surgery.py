@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sleb_plugins.errors import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.errors import ModelError, UnsupportedModelError
 from sleb_plugins.exporters.gguf_file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
 from sleb_plugins.exporters.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
+from sleb_plugins.layout import require_removable
 
 PROVENANCE = "sleb.removed_blocks"
 """The key that keeps the removed blocks, in order, as numbered in the model from which nothing was removed yet."""
@@ -101,27 +101,13 @@ def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
     blocks = tuple(removals)
     _require_blocks(file)
     count = block_count(file)
-    _require_removable(file, blocks, count)
+    predicting = stored_block_count(file) - count
+    further = f", and {predicting} that predict further tokens, which stay" if predicting else ""
+    require_removable(blocks, count, str(file.path), further=further)
     surgery = GgufSurgery(file, blocks)
     if blocks:
         require_same_kinds(file, count, tuple(block for block in surgery.kept if block < count))
     return surgery
-
-
-def _require_removable(file: GgufFile, blocks: Sequence[int], count: int) -> None:
-    repeated = [block for block, times in Counter(blocks).items() if times > 1]
-    if repeated:
-        raise UsageError(f"Block {repeated[0]} is named twice.", hint="Name each block once.")
-    outside = [block for block in blocks if not 0 <= block < count]
-    if outside:
-        further = stored_block_count(file) - count
-        raise UsageError(
-            f"There is no block {outside[0]}: {file.path} has {count} blocks, 0 to {count - 1}"
-            + (f", and {further} that predict further tokens, which stay." if further else "."),
-            hint="Blocks are numbered from 0, as in the original model.",
-        )
-    if len(blocks) == count:
-        raise UsageError(f"All {count} blocks would go.", hint="Keep at least one.")
 
 
 def _require_blocks(file: GgufFile) -> None:
