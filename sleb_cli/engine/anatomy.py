@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ class Anatomy:
 
 
 _NUMBER_NAMES = re.compile(r"layer|block|depth|number|idx|index|seed|(^|_)id($|_)")
+
+_SMALL = re.compile("Norm|Identity|Dropout")
 
 
 def anatomy(module: nn.Module, without: str | None = None) -> Anatomy:
@@ -81,7 +83,7 @@ def frame_changes(before: Anatomy, after: Anatomy, kept: Kept) -> list[str]:
     """
 
     def same(name: str, a: Any, b: Any) -> bool:
-        if _equal(a, b) or _same_list(a, b, kept):
+        if _equal(a, b) or _same_list(a, b, kept) or _fewer_kinds(a, b):
             return True
         # How many blocks there are, or where a stretch of them begins.
         return _is_number(name, a, b) and 0 <= a <= kept.count and kept.below(a) == b
@@ -97,18 +99,23 @@ def shared_weights(blocks: nn.ModuleList) -> bool:
     return any(count > 1 for count in owners.values())
 
 
-def kinds_by_class(blocks: nn.ModuleList) -> list[str]:
-    """Name each block by those of its parts whose class is not the same in every block; empty where all are alike."""
+def tell_apart(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
+    """Add to each block's kind the classes of those parts that differ among blocks of its kind.
+
+    With no kinds yet, these classes are all there is; empty where all blocks are alike.
+    """
     classes = [{"": type(b).__name__} | {n: type(m).__name__ for n, m in b.named_children()} for b in blocks]
     names = dict.fromkeys(name for parts in classes for name in parts)
-    differing = [
-        name for name in names if len({parts.get(name) for parts in classes if not _is_small(parts, name)}) > 1
-    ]
-    return [", ".join(dict.fromkeys(parts[name] for name in differing if name in parts)) for parts in classes]
-
-
-def _is_small(parts: Mapping[str, str], name: str) -> bool:
-    return re.search("Norm|Identity|Dropout", parts.get(name, "")) is not None
+    said = [[kind] for kind in kinds]
+    for name in names:
+        found: dict[str, set[str]] = defaultdict(set)
+        for kind, parts in zip(kinds, classes, strict=True):
+            if not _SMALL.search(parts.get(name, "")):
+                found[kind].add(parts.get(name, ""))
+        if any(len(different) > 1 for different in found.values()):
+            for words, parts in zip(said, classes, strict=True):
+                words.append(parts.get(name, ""))
+    return [", ".join(dict.fromkeys(filter(None, words))) for words in said]
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -123,6 +130,12 @@ def _is_number(name: str, a: Any, b: Any) -> bool:
 
 def _same_list(a: Any, b: Any, kept: Kept) -> bool:
     return isinstance(a, list | tuple) and isinstance(b, list | tuple) and list(by_block(a, kept)) == list(b)
+
+
+def _fewer_kinds(a: Any, b: Any) -> bool:
+    """Say whether two lists are names of kinds, of which some are gone."""
+    are_lists = isinstance(a, list | tuple) and isinstance(b, list | tuple)
+    return are_lists and len(set(map(str, a))) == len(a) > len(b) and set(b) <= set(a)
 
 
 def _changes(

@@ -24,7 +24,7 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from sleb_cli.engine.anatomy import Anatomy, anatomy, kinds_by_class, shared_weights
+from sleb_cli.engine.anatomy import Anatomy, anatomy, shared_weights, tell_apart
 from sleb_cli.engine.foreign import transformers_reads
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.events import Notice, Notify
@@ -36,6 +36,9 @@ from sleb_plugins.layout import PREDICTION_BLOCKS
 BY_STRUCTURE = "structure"
 
 _WHAT_WORKS = "docs/families.md lists what works; `sleb plugins` lists the families that plugins add."
+
+_KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+"""Keys of configs that name each block's kind."""
 
 
 @dataclass(frozen=True)
@@ -128,20 +131,10 @@ class Architecture:
     @cached_property
     def kinds(self) -> list[str]:
         """What kind each block is of, in the config's words and else in its classes'; "" where all are of one kind."""
-        config = self.text_config
-        lists = [
-            getattr(config, key, None)
-            for key in ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
-        ]
+        lists = [getattr(self.text_config, key, None) for key in _KINDS]
         said = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
-        by_class = kinds_by_class(self.blocks_of(self.skeleton))
-        if not said:
-            return by_class
         kinds = [", ".join(dict.fromkeys(str(values[block]) for values in said)) for block in range(self.block_count)]
-        # The config's words are enough where they tell apart whatever the classes do.
-        if len(set(zip(kinds, by_class, strict=True))) == len(set(kinds)):
-            return kinds
-        return [", ".join(part for part in pair if part) for pair in zip(kinds, by_class, strict=True)]
+        return tell_apart(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
     def block_anatomies(self) -> list[Anatomy]:

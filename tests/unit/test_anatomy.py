@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from sleb_cli.engine.anatomy import anatomy, block_changes, frame_changes, kinds_by_class, shared_weights
+from sleb_cli.engine.anatomy import anatomy, block_changes, frame_changes, shared_weights, tell_apart
 from sleb_plugins.layout import Kept
 
 KEPT = Kept((0, 2, 3), 4)
@@ -59,9 +59,9 @@ def test_around_the_blocks_counts_and_lists_may_shrink_and_parts_may_not():
 
     dense = frame(4, list("abcd"), 1)
     assert frame_changes(dense, frame(3, list("acd"), 1), KEPT) == []
-    assert "kinds would be ['a', 'b', 'c'], not ['a', 'b', 'c', 'd']" in frame_changes(
-        dense, frame(3, list("abc"), 1), KEPT
-    )
+    assert frame_changes(frame(4, ["full", "sliding"], 1), frame(3, ["sliding"], 1), KEPT) == []
+    pattern = frame_changes(frame(4, list("aaba"), 1), frame(3, list("aab"), 1), KEPT)
+    assert pattern == ["kinds would be ['a', 'a', 'b'], not ['a', 'a', 'b', 'a']"]
     assert "norms.1 would be absent, not LayerNorm" in frame_changes(frame(4, [], 2), frame(3, [], 1), KEPT)
 
 
@@ -72,9 +72,11 @@ def test_shared_weights():
     assert shared_weights(blocks)
 
 
-def test_kinds_are_the_classes_that_differ():
+def test_kinds_are_told_apart_by_the_classes_that_differ():
     blocks = nn.ModuleList([Block(0), Block(1), Block(2)])
-    assert kinds_by_class(blocks) == ["", "", ""]
+    assert tell_apart(blocks, ["", "", ""]) == ["", "", ""]
     blocks[1].mlp = nn.Conv1d(4, 4, 1)
     blocks[2].norm = nn.LayerNorm(4)
-    assert kinds_by_class(blocks) == ["Linear", "Conv1d", "Linear"]
+    assert tell_apart(blocks, ["", "", ""]) == ["Linear", "Conv1d", "Linear"]
+    assert tell_apart(blocks, ["dense", "sparse", "dense"]) == ["dense", "sparse", "dense"]
+    assert tell_apart(blocks, ["full", "full", "sliding"]) == ["full, Linear", "full, Conv1d", "sliding, Linear"]
