@@ -124,6 +124,12 @@ READINGS: Mapping[str, Reading] = {
 }  # fmt: skip
 """What the keys mean that configs of transformers use; a family's own `config_keys` go before these."""
 
+SLICED: Mapping[str, int] = {
+    "embed_tokens_per_layer.weight": 1,
+    "per_layer_model_projection.weight": 0,
+}
+"""Endings of the names of tensors outside of the blocks that hold a slice for each block, and along which axis."""
+
 PERIODS = (
     "full_attention_interval", "attn_layer_period", "expert_layer_period", "decoder_sparse_step",
     "interleave_moe_layer_step", "no_rope_layer_interval", "sliding_window_pattern", "global_attn_every_n_layers",

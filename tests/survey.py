@@ -71,7 +71,10 @@ TAIL = """## What other tools get wrong here
   `rescale_every` depend on the number of each single block and cannot be kept.
 - **The last attention block of a hybrid** (Qwen3.5, LFM2, OLMo-Hybrid, …) carries the length of the KV cache: without
   any, decoding fails. It is never a candidate.
-- **Embeddings by block outside of the blocks** (`embed_tokens_per_layer` of Gemma 3n and 4): one slice for each block.
+- **Embeddings by block outside of the blocks** (`embed_tokens_per_layer` and `per_layer_model_projection` of Gemma 3n and 4)
+  hold one slice for each block: these are cut out of them.
+- **Borrowed keys and values** (`num_kv_shared_layers` of Gemma 3n and 4): the last blocks read those of the last lender of
+  their kind. A lender is never a candidate, or its borrowers would read another one's.
 - **Positions of RoBERTa's kin** are counted otherwise by `generate` than by a plain forward pass, in transformers itself:
   with and without cache are compared within `generate`.
 """

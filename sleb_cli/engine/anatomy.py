@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleb_plugins.layout import Kept, by_block
+from sleb_plugins.layout import SLICED, Kept, by_block
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,29 @@ def block_changes(before: Anatomy, after: Anatomy, old: int, kept: Kept) -> list
 def frame_changes(before: Anatomy, after: Anatomy, kept: Kept) -> list[str]:
     """Say what is different about the rest of the model, where it is not just a count or a list by block.
 
-    What it kept for the last block of a kind may go with it.
+    What it kept for the last block of a kind may go with it, and tensors that hold a slice for each block shrink.
     """
 
     def same(name: str, a: Any, b: Any) -> bool:
         if _equal(a, b) or _same_list(a, b, kept) or _fewer_kinds(a, b):
             return True
+        if not (isinstance(a, int) and isinstance(b, int)):
+            return False
+        if f"{name.rpartition('.')[0]}.weight".endswith(tuple(SLICED)):  # its width
+            return a * len(kept.blocks) == b * kept.count
         # How many blocks there are, or where a stretch of them begins.
         return _is_number(name, a, b) and 0 <= a <= kept.count and kept.below(a) == b
 
+    def same_part(name: str, a: Any, b: Any) -> bool:
+        axis = next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
+        if axis is None:
+            return bool(a == b)
+        wide, slim = list(a), list(b)
+        return bool(wide.pop(axis) * len(kept.blocks) == slim.pop(axis) * kept.count and wide == slim)
+
     common = before.attributes.keys() & after.attributes.keys()
     was, is_now = ({name: which.attributes[name] for name in sorted(common)} for which in (before, after))
-    return [*_changes(before.parts, after.parts), *_changes(was, is_now, same)]
+    return [*_changes(before.parts, after.parts, same_part), *_changes(was, is_now, same)]
 
 
 def shared_weights(blocks: nn.ModuleList) -> bool:

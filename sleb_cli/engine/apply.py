@@ -148,7 +148,7 @@ def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
 def kept_tensors(surgery: Surgery, cast: torch.dtype | None = None) -> list[NewTensor]:
     """Give the tensors of the pruned checkpoint, from the headers of the dense one's files."""
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    return [new_tensor(name, tensor, cast) for name, tensor in surgery.prune_tensors(stored)]
+    return [new_tensor(name, tensor, cast, surgery.cut(name)) for name, tensor in surgery.prune_tensors(stored)]
 
 
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:

@@ -135,7 +135,8 @@ def load_pruned(surgery: Surgery, dtype: torch.dtype, device: torch.device, noti
     architecture = surgery.architecture
     task = f"Loading {architecture.source.id} without {len(surgery.removals)} blocks"
     notify(TaskStarted(task))
-    tensors = dict(surgery.prune_tensors(architecture.source.weights.tensors()))
+    pruned = surgery.prune_tensors(architecture.source.weights.tensors())
+    tensors = {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
     with transformers_reads(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
         model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
             None,

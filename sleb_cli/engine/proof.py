@@ -113,7 +113,7 @@ def _complete(folder: Path, kept: Sequence[NewTensor]) -> Iterator[Found]:
         found = {tensor.name: (tensor.dtype, tensor.shape, tensor.path.name) for tensor in weights.stored}
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
-    expected = {tensor.name: (tensor.dtype, tensor.stored.shape) for tensor in kept}
+    expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in kept}
     if missing := sorted(expected.keys() - found.keys()):
         raise _failed(f"{len(missing)} tensors are missing, {missing[0]} first")
     if wrong := sorted(name for name in expected if found[name][:2] != expected[name]):

@@ -27,16 +27,30 @@ from sleb_cli.engine.checkpoint import (
     load_pickle,
 )
 from sleb_cli.engine.copying import Advance, copy_range, read_range, reading, share_blocks, write_all
+from sleb_cli.engine.surgery import Cut
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor of the checkpoint: its name there, what its bytes are made from, and the data type to cast them to."""
+    """A tensor of the checkpoint: its name there, what its bytes are made from, and what is done to them.
+
+    Attributes:
+        name: its name.
+        stored: where its bytes come from.
+        cast: the data type to cast them to.
+        cut: what of it stays, where it is not all.
+    """
 
     name: str
     stored: StoredTensor
     cast: torch.dtype | None = None
+    cut: Cut | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.cut.shape(self.stored.shape) if self.cut else self.stored.shape
 
     @property
     def dtype(self) -> str:
@@ -46,7 +60,11 @@ class NewTensor:
     @property
     def size(self) -> int:
         """Its bytes."""
-        return math.prod(self.stored.shape) * self.cast.itemsize if self.cast else self.stored.size
+        if self.cast:
+            return math.prod(self.shape) * self.cast.itemsize
+        if self.cut and self.stored.size:
+            return self.stored.size * math.prod(self.shape) // math.prod(self.stored.shape)
+        return self.stored.size
 
 
 @dataclass(frozen=True)
@@ -63,11 +81,11 @@ class Shard:
         return sum(tensor.size for tensor in self.tensors)
 
 
-def new_tensor(name: str, stored: StoredTensor, dtype: torch.dtype | None) -> NewTensor:
+def new_tensor(name: str, stored: StoredTensor, dtype: torch.dtype | None, cut: Cut | None = None) -> NewTensor:
     """Give a tensor its new name; `dtype` applies where it holds floating-point numbers of another type."""
     own = TORCH_DTYPES.get(stored.dtype)
     changes = dtype is not None and own is not None and own.is_floating_point and own is not dtype
-    return NewTensor(name, stored, dtype if changes else None)
+    return NewTensor(name, stored, dtype if changes else None, cut)
 
 
 def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> list[Shard]:
@@ -95,7 +113,7 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
 def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
     """Give the shards that hold what remains of one file."""
     metadata = {"format": "pt"} | header.metadata
-    as_before = [(tensor.name, tensor.stored) for tensor in tensors if not tensor.cast]
+    as_before = [(tensor.name, tensor.stored) for tensor in tensors if not (tensor.cast or tensor.cut)]
     if (
         header.path.suffix == ".safetensors"
         and tensors
@@ -172,7 +190,7 @@ def _write_shard(path: Path, shard: Shard, advance: Advance) -> None:
 
 
 def _width(tensor: NewTensor) -> int:
-    return tensor.size // max(1, math.prod(tensor.stored.shape))
+    return tensor.size // max(1, math.prod(tensor.shape))
 
 
 def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
@@ -180,7 +198,7 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     end = 0
     for tensor in tensors:
         offsets = [end, end + tensor.size]
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.stored.shape, "data_offsets": offsets}
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
         end += tensor.size
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -189,7 +207,7 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
 
 def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, advance: Advance) -> None:
     """Append tensors that come from one file."""
-    if source.suffix != ".safetensors" or any(tensor.cast for tensor in tensors):
+    if source.suffix != ".safetensors" or any(tensor.cast or tensor.cut for tensor in tensors):
         for _, parts in contents(source, tensors):
             for part in parts:
                 write_all(target, part)
@@ -223,13 +241,16 @@ def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTe
     if source.suffix != ".safetensors":
         pickled = load_pickle(source)
         for tensor in tensors:
-            yield tensor, [_bytes_of(pickled[tensor.stored.name], tensor.cast)]
+            whole = pickled[tensor.stored.name]
+            yield tensor, [_bytes_of(tensor.cut.of_tensor(whole) if tensor.cut else whole, tensor.cast)]
         return
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
             parts = read_range(original, tensor.stored.start or 0, tensor.stored.size)
+            if tensor.cut:
+                parts = tensor.cut.of_bytes(parts, tensor.stored.shape, tensor.stored.size)
             if tensor.cast and tensor.stored.size:
                 raw = bytearray().join(parts)
                 yield tensor, [_bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.stored.dtype]), tensor.cast)]

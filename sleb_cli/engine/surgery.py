@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from transformers import DynamicCache
 
 from sleb_cli.engine.anatomy import anatomy, block_changes, frame_changes
@@ -20,6 +23,7 @@ from sleb_plugins.layout import (
     PREDICTION_BLOCKS,
     READINGS,
     REWRITINGS,
+    SLICED,
     Kept,
     by_block,
     means_blocks,
@@ -107,6 +111,11 @@ class Surgery:
             elif place.block in self.new_number:
                 yield f"{place.prefix}{self.new_number[place.block]}{place.suffix}", tensor
 
+    def cut(self, name: str) -> Cut | None:
+        """Say what of a tensor stays that holds a slice for each block; None for one that is kept or dropped whole."""
+        axis = next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
+        return Cut(axis, self.kept) if axis is not None and self.removed else None
+
     def locate(self, name: str) -> TensorPlace | None:
         """Say which block a tensor belongs to by its name, or None for one outside of the blocks."""
         for prefix in self._prefixes:
@@ -156,6 +165,37 @@ class Surgery:
         found = {key: getattr(config, key, None) for key in PERIODS}
         said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
         return f" (the config says it by period: {', '.join(said)})" if said else ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The slices of kept blocks, along one axis of a tensor: Gemma 3n's embeddings for each block."""
+
+    axis: int
+    kept: Kept
+
+    def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Give the shape of what stays."""
+        width = shape[self.axis] // self.kept.count * len(self.kept.blocks)
+        return (*shape[: self.axis], width, *shape[self.axis + 1 :])
+
+    def of_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Cut a tensor in memory."""
+        width = tensor.shape[self.axis] // self.kept.count
+        slices = torch.split(tensor, width, self.axis)
+        return torch.cat([slices[block] for block in self.kept.blocks], self.axis)
+
+    def of_bytes(self, parts: Iterable[memoryview], shape: Sequence[int], size: int) -> Iterator[memoryview]:
+        """Cut a tensor of this shape and so many bytes as they come, whatever they mean."""
+        row = size // math.prod(shape[: self.axis])
+        rest = bytearray()
+        for part in parts:
+            rest += part
+            whole = len(rest) // row * row
+            if whole:
+                rows = np.frombuffer(bytes(rest[:whole]), np.uint8).reshape(-1, self.kept.count, row // self.kept.count)
+                yield rows[:, self.kept.blocks].reshape(-1).data
+                del rest[:whole]
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,26 @@ def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_pat
     assert (result.exit_code, "do not keep 6 blocks" in result.stderr) == (4, True)
 
 
+@pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--max-shard-size", "60KB"], ["pickled"]])
+def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp_path, options):
+    folder = save_model(tmp_path / "gemma", tiny_config("gemma4_text"))
+    dense = load_file(folder / "model.safetensors")
+    if options == ["pickled"]:
+        torch.save(dense, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        options = []
+    result = run_sleb("apply", folder, "--blocks", "1,2", "-o", "out", *options)
+    assert result.exit_code == 0, result.stderr
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, axis in (("embed_tokens_per_layer", 1), ("per_layer_model_projection", 0)):
+        slices = dense[f"model.{name}.weight"].chunk(6, axis)
+        expected = torch.cat([slices[block] for block in (0, 3, 4, 5)], axis)
+        tensor = found[f"model.{name}.weight"]
+        assert torch.equal(tensor, expected.to(tensor.dtype))
+    # The model in memory is cut by the same rule.
+    assert run_sleb("eval", folder, "--blocks", "1,2", "--perplexity", text_file).exit_code == 0
+
+
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
     "num_hidden_layers": 5, "max_position_embeddings": 128,

@@ -6,8 +6,8 @@ from families import FAMILIES
 from survey import DOCUMENT, line, survey
 
 IN_CI = [
-    "afmoe", "bamba", "bart", "bert", "bloom", "cohere2", "deepseek_v3", "diffllama", "ernie4_5_moe", "falcon_h1",
-    "gemma3_text", "gpt_neo", "gpt_oss", "granite_swa", "jamba", "lfm2", "llama", "llama4_text", "longcat_flash",
+    "bamba", "bart", "bert", "bloom", "cohere2", "deepseek_v3", "diffllama", "ernie4_5_moe", "falcon_h1",
+    "gemma3_text", "gemma3n_text", "gpt_neo", "gpt_oss", "granite_swa", "jamba", "lfm2", "llama", "llama4_text", "longcat_flash",
     "mamba", "minicpm3", "mixtral", "nemotron_h", "opt", "qwen2", "qwen3_moe", "qwen3_next", "recurrent_gemma",
     "smollm3", "xlm",
 ]  # fmt: skip

@@ -4,13 +4,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import llama_config, save_model
 from sleb_cli.engine.architecture import Numbering, number_blocks, read_architecture
 from sleb_cli.engine.source import ModelSource, locate_model
-from sleb_cli.engine.surgery import Surgery, plan_surgery
+from sleb_cli.engine.surgery import Cut, Surgery, plan_surgery
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import FamilyAdapter, UnsupportedModelError, UsageError
+from sleb_plugins.layout import Kept
 
 
 def surgery(
@@ -146,3 +148,23 @@ def test_weight_files_that_do_not_name_every_block_are_refused(tmp_path, tiny_ll
     found = read_architecture(locate_model(str(folder), print), load_plugins(), print)
     with pytest.raises(UnsupportedModelError, match="do not keep 3 blocks under"):
         plan_surgery(found, [1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("part", [1, 7, 64, 10_000])
+def test_a_tensor_with_a_slice_for_each_block_is_cut_in_memory_and_as_bytes(axis, part):
+    cut = Cut(axis, Kept((0, 2, 3), 4))
+    tensor = torch.arange(8 * 12, dtype=torch.int16).reshape(8, 12)
+    expected = tensor[[0, 1, 4, 5, 6, 7]] if axis == 0 else tensor[:, [0, 1, 2, 6, 7, 8, 9, 10, 11]]
+    assert torch.equal(cut.of_tensor(tensor), expected)
+    assert cut.shape(tensor.shape) == tuple(expected.shape)
+    raw = tensor.numpy().tobytes()
+    parts = [memoryview(raw)[start : start + part] for start in range(0, len(raw), part)]
+    assert b"".join(cut.of_bytes(parts, tensor.shape, len(raw))) == expected.contiguous().numpy().tobytes()
+
+
+def test_which_tensors_are_cut():
+    without = surgery([1])
+    assert without.cut("model.embed_tokens_per_layer.weight").axis == 1
+    assert without.cut("model.embed_tokens.weight") is None
+    assert surgery([]).cut("model.embed_tokens_per_layer.weight") is None
