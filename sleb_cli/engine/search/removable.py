@@ -19,30 +19,34 @@ class Removable:
 
     def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
         self.architecture, self.protection, self.notify = architecture, protection, notify
-        self._known: dict[tuple[int, ...], str | None] = {}
+        self._known: dict[tuple[int, ...], list[int]] = {}
 
     def candidates(self, removed: Sequence[int]) -> list[int]:
-        """Give the blocks that may go after `removed`.
+        """Give the blocks that may go after `removed`; what was found once is not tried again.
 
         Raises:
             UnsupportedModelError: none may; the sentence says why.
         """
-        free = self.protection.candidates(self.architecture.block_count, removed)
-        if not any(self.architecture.kinds) and not any(
-            self._obstacle(removed, block) for block in free[:1] + free[-1:]
-        ):
+        found = tuple(sorted(removed))
+        if found not in self._known:
+            self._known[found] = self._try(removed)
+        return self._known[found]
+
+    def _try(self, removed: Sequence[int]) -> list[int]:
+        architecture = self.architecture
+        after = f" after {', '.join(map(str, removed))}" if removed else ""
+        free = self.protection.candidates(architecture.block_count, removed)
+        if not free:
+            raise UnsupportedModelError(f"No block is left that may go{after}.", hint="Protect or remove fewer.")
+        alike = not any(architecture.kinds)
+        if alike and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free
         stay = {block: why for block, why in zip(free, self._obstacles(removed, free), strict=True) if why}
         if len(stay) == len(free):
-            after = f" after {', '.join(map(str, removed))}" if removed else ""
             raise UnsupportedModelError(
-                f"No block of {self.architecture.source.id} ({self.architecture.config.model_type}) can go{after}: "
-                f"without block {free[0]}, {stay[free[0]]}."
-                if free
-                else f"No block is left that may go{after}.",
-                hint="docs/families.md says what each family allows."
-                if free
-                else "Protect fewer blocks, or remove fewer.",
+                f"No block of {architecture.source.id} ({architecture.config.model_type}) can go{after}: "
+                f"without block {free[0]}, {stay[free[0]]}.",
+                hint="docs/families.md says what each family allows.",
             )
         if stay and not removed:
             block, why = next(iter(stay.items()))
@@ -61,7 +65,4 @@ class Removable:
         notify(TaskFinished(task))
 
     def _obstacle(self, removed: Sequence[int], block: int) -> str | None:
-        blocks = tuple(sorted((*removed, block)))
-        if blocks not in self._known:
-            self._known[blocks] = Surgery(self.architecture, blocks).obstacle()
-        return self._known[blocks]
+        return Surgery(self.architecture, (*removed, block)).obstacle()
