@@ -25,10 +25,12 @@ from families import FAMILIES, tiny_config
 from reference import handing_on, output_kinds
 from sleb_cli.__main__ import main
 from sleb_cli.engine.architecture import Architecture, read_architecture
+from sleb_cli.engine.loading import load_pruned
 from sleb_cli.engine.search.greedy import Protection
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.surgery import Surgery
+from sleb_cli.events import Event
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import SlebError
 
@@ -40,7 +42,7 @@ Each causal language model that transformers knows, taken through `search`, `app
 {tried} tried, {works} work, {refused} are refused before any work. To work means: two blocks found by search, and two of
 different kinds where there are several, removed; stock transformers loads the checkpoint with nothing missing or unexpected;
 its logits equal those of the whole model with these blocks switched off (float32, 1e-5); it generates with the KV cache as
-without; saved again, it loads again.
+without; saved again, it loads again; and what `eval` and `bench` build in memory has the same weights.
 
 Vision-language models are pruned in their language model, whose config is a part of theirs (`text_config`): the rest of
 the files stay as they are. Models with code of their own (`auto_map`) are read by their structure. Adapters (PEFT) are refused:
@@ -107,14 +109,12 @@ def survey(model_type: str, work: Path) -> Row:
         assert "Loading" not in err, f"refused, but not before any work: {err}"
         return Row(model_type, refused=_reason(err, folder))
     plan = json.loads(out)
-    check_checkpoint(folder, work, "found", str(work / "plan.json"))
-    silent = lambda event: None  # noqa: E731
     architecture = read_architecture(locate_model(str(folder), silent), load_plugins(), silent)
+    check_checkpoint(architecture, work / "found", str(work / "plan.json"))
     mixed = mixed_removals(architecture)
-    check_checkpoint(folder, work, "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
-    surgery = Surgery(architecture, tuple(mixed))
-    settings = surgery._pruned_settings(dict(architecture.source.raw_config))
-    keys = [key for key, value in settings.items() if architecture.source.raw_config.get(key) != value]
+    check_checkpoint(architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
+    pruned = Surgery(architecture, tuple(mixed)).prune_config()
+    keys = [key for key, value in pruned.items() if architecture.source.raw_config.get(key) != value]
     stays = re.search(r"^Blocks? .*? stays?: without block \d+, (.*)\.$", err, re.MULTILINE)
     return Row(
         model_type,
@@ -124,6 +124,10 @@ def survey(model_type: str, work: Path) -> Row:
         kinds=tuple(dict.fromkeys(kind for kind in architecture.kinds if kind)),
         stays=stays[1] if stays else "",
     )
+
+
+def silent(event: Event) -> None:
+    """Listen, and say nothing."""
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -136,7 +140,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 def mixed_removals(architecture: Architecture) -> list[int]:
     """Choose two blocks, of two kinds where there are any, so that every list by block has to change."""
-    free = Removable(architecture, Protection(1, 1), lambda event: None)
+    free = Removable(architecture, Protection(1, 1), silent)
     for first in free.candidates(()):
         try:
             later = [block for block in free.candidates((first,)) if block > first]
@@ -149,32 +153,35 @@ def mixed_removals(architecture: Architecture) -> list[int]:
 
 
 @torch.inference_mode()
-def check_checkpoint(folder: Path, work: Path, name: str, *subject: str) -> None:
-    """Apply, and look at the checkpoint with nothing of sleb in hand."""
-    code, out, err = run("apply", *subject, "-o", work / name, "--json")
+def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) -> None:
+    """Apply, and look at the checkpoint with nothing of sleb in hand; and at the same model as `eval` builds it."""
+    code, out, err = run("apply", *subject, "-o", folder, "--json")
     assert code == 0, err
     applied = json.loads(out)
     assert applied["proof"]["logits_difference"] == 0
-    model, info = AutoModelForCausalLM.from_pretrained(work / name, output_loading_info=True, dtype=torch.float32)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model.eval()
     ids = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1))
-    expected = gated_logits(folder, applied, ids)
+    expected = gated_logits(architecture, applied["removals"], ids)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
     with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
     torch.testing.assert_close(with_cache, without, atol=1e-3, rtol=0)
-    model.save_pretrained(work / f"{name}-again")
-    again = AutoModelForCausalLM.from_pretrained(work / f"{name}-again", dtype=torch.float32).state_dict()
-    assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
+    model.save_pretrained(folder / "again")
+    again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
+    surgery = Surgery(architecture, tuple(applied["removals"]))
+    in_memory = load_pruned(surgery, torch.float32, torch.device("cpu"), silent)
+    for other in (again.state_dict(), in_memory.state_dict()):
+        assert other.keys() == model.state_dict().keys()
+        assert all(torch.equal(tensor, other[key]) for key, tensor in model.state_dict().items())
 
 
-def gated_logits(folder: Path, applied: dict[str, Any], ids: torch.Tensor) -> torch.Tensor:
+def gated_logits(architecture: Architecture, removals: list[int], ids: torch.Tensor) -> torch.Tensor:
     """Give the logits of the dense model whose removed blocks hand their input on."""
-    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    silent = lambda event: None  # noqa: E731
-    blocks = read_architecture(locate_model(str(folder), silent), load_plugins(), silent).blocks_of(dense)
+    dense = AutoModelForCausalLM.from_pretrained(architecture.source.folder, dtype=torch.float32).eval()
+    blocks = architecture.blocks_of(dense)
     kinds = output_kinds(dense, blocks, ids)
-    for block in applied["removals"]:
+    for block in removals:
         blocks[block].forward = handing_on(*kinds[block])
     logits: torch.Tensor = dense(input_ids=ids, use_cache=False).logits
     return logits
