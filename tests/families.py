@@ -130,6 +130,31 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+EVERY_THIRD = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+LINEAR = {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2}
+
+ON_THE_HUB = {
+    "a period, gemma3_text": ("gemma3_text", EVERY_THIRD, {"layer_types": None, "sliding_window_pattern": 3}),
+    "a period, cohere2": ("cohere2", EVERY_THIRD, {"layer_types": None, "sliding_window_pattern": 3}),
+    "a period, exaone4": ("exaone4", EVERY_THIRD, {"layer_types": None, "sliding_window_pattern": 3}),
+    "a period, qwen3_next": ("qwen3_next", LINEAR, {"layer_types": None, "full_attention_interval": 3}),
+    "a period, smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0] * 2}, {"no_rope_layers": None, "layer_types": None, "no_rope_layer_interval": 3}),
+    "a period, afmoe": ("afmoe", {}, {"layer_types": None}),
+    "a period, modernbert-decoder": ("modernbert-decoder", {}, {"layer_types": None, "global_attn_every_n_layers": 3}),
+    "periods, llama4_text": ("llama4_text", {}, {"moe_layers": None, "no_rope_layers": None, "layer_types": None}),
+    "nothing at all, gpt_oss": ("gpt_oss", {}, {"layer_types": None}),
+    "nothing at all, qwen2": ("qwen2", {}, {"layer_types": None}),
+    "runs, gpt_neo": ("gpt_neo", {}, {"attention_layers": None}),
+    "a string, nemotron_h": ("nemotron_h", {}, {"layers_block_type": None, "hybrid_override_pattern": "ME*-M*", "num_hidden_layers": 6}),
+    "numbers, lfm2": ("lfm2", {}, {"layer_types": None, "full_attn_idxs": [2, 4]}),
+    "numbers from one, kimi_linear": ("kimi_linear", {}, {"layer_types": None, "mlp_layer_types": None, "first_k_dense_replace": 1, "moe_layer_freq": 1,
+                                      "linear_attn_config": {"full_attn_layers": [3, 6], "kda_layers": [1, 2, 4, 5], "head_dim": 8, "num_heads": 4, "short_conv_kernel_size": 4}}),
+    "numbers of kinds, minimax": ("minimax", {}, {"layer_types": None, "attn_type_list": [1, 0] * 3}),
+    "a count, glm4_moe_lite": ("glm4_moe_lite", {}, {"mlp_layer_types": None, "first_k_dense_replace": 1}),
+    "the last block by -1, ernie4_5_moe": ("ernie4_5_moe", {"moe_layer_end_index": -1}, {"moe_layer_end_index": -1}),
+}  # fmt: skip
+"""What checkpoints of the hub say otherwise than transformers saves it: type, settings, and changes to config.json."""
+
 NOT_ONLY_TEXT = {
     "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
     "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen",
