@@ -65,7 +65,7 @@ TAIL = """## What other tools get wrong here
   count, or an expert block would be built dense.
 - **Names.** Weight files may call blocks otherwise than the loaded model does (`transformer.h` for `model.layers`), and
   number blocks for multi-token prediction on after the last one (DeepSeek-V3, GLM-4.5). These go: transformers looks for them under
-  a fixed number, and they would predict from hidden states of the whole model.
+  a fixed number, and they would predict from hidden states of the whole model. In GGUF files, which count them, they move up.
 - **Decay slopes of MiniMax** follow from a block's number and the number of blocks. transformers stores them with the
   weights, so they stay right; an engine that computes them anew from the config decays otherwise.
 - **Constants of depth.** MiniCPM scales each residual by `scale_depth` over the root of the number of blocks: `scale_depth` is
