@@ -96,6 +96,20 @@ def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_when_no_more_can_go_the_search_says_how_many_did(run_sleb, text_file, tmp_path):
+    """The user protects one block, and the only attention block must stay: two of four can go."""
+    kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
+    folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next", num_hidden_layers=4, layer_types=kinds))
+    options = ["--protect-first", 1, "--protect-last", 0]
+    result = search(run_sleb, folder, text_file, "--remove", 3, *options)
+    assert result.exit_code == 4, result.stderr
+    assert "can go after " in result.stderr
+    assert "Ask for 2 removals: with --resume, nothing is measured again" in result.stderr
+    result = search(run_sleb, folder, text_file, "--remove", 2, *options, "--resume")
+    assert result.exit_code == 0, result.stderr
+    assert set(read_plan(tmp_path / "plan.json").removals) == {2, 3}
+
+
 def test_a_period_that_no_list_can_say_is_refused_or_kept(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "jamba", tiny_config("jamba", num_hidden_layers=12, attn_layer_period=4))
     result = search(run_sleb, folder, text_file, "--remove", 2)

@@ -54,6 +54,13 @@ def test_each_row_is_bitwise_the_model_without_its_block(gated, ids, removed, at
         assert torch.equal(gated.head(hidden, ids), gated.logits(ids, {*removed, block}))
 
 
+def test_without_the_last_block_that_is_left_nothing_runs(gated, ids):
+    others, told = [0, 1, 3, 4], []
+    ((block, hidden),) = fork(gated, ids, others, [2], States(), climbed=lambda done, of: told.append(done / of))
+    assert (block, sum(told)) == (2, 1)
+    assert torch.equal(gated.head(hidden, ids), gated.logits(ids, range(5)))
+
+
 def test_without_candidates_it_is_the_model_as_it_stands(gated, ids):
     ((row, hidden),) = fork(gated, ids, (1,), (), States())
     assert row == BASE

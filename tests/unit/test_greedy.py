@@ -99,3 +99,5 @@ def test_more_blocks_than_may_go():
     assert count_to_remove(6, Protection(0, 1), ratio=Fraction(5, 6), remove=None) == 5
     with pytest.raises(UsageError):
         count_to_remove(6, Protection(-1, 1), ratio=None, remove=1)
+    with pytest.raises(UsageError, match="6 of 6 blocks cannot go: 5 may"):
+        count_to_remove(6, Protection(0, 0), ratio=None, remove=6)

@@ -100,10 +100,13 @@ def fork(
         group = candidates[first : first + size]
         walk = Walk(gated, calls, states, removed, group)
         of = walk.block_rows
+        if not of:  # without the candidate, no block is left to run
+            climbed(1, 1)
         for block in range(walk.start, len(calls)):
             if block in keep:
                 walk.keep(block, keep[block])
             walk.climb(block)
-            climbed(0 if block in removed else len(walk.rows) - (block in walk.rows), of)
+            if of:
+                climbed(0 if block in removed else len(walk.rows) - (block in walk.rows), of)
         for row in group or [BASE]:
             yield row, walk.rows.pop(row)

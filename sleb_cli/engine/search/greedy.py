@@ -75,7 +75,7 @@ def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | No
     if min(protection.first, protection.last) < 0:
         raise UsageError("A negative number of blocks cannot be protected.", hint="Take 0 or more.")
     count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
-    available = len(protection.candidates(blocks, ()))
+    available = min(len(protection.candidates(blocks, ())), blocks - 1)  # one stays in any case
     if count < 1:
         raise UsageError(f"{count} blocks to remove leaves nothing to search.", hint="Remove at least 1.")
     if count > available:

@@ -167,13 +167,13 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         )
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     remove = count_to_remove(architecture.block_count, protection, ratio=ratio, remove=request.remove)
-    removable = Removable(architecture, protection, notify)
-    removable.candidates(extended.removals if extended else ())
     if extended is not None and remove <= len(extended.removals):
         raise UsageError(
             f"{request.extend} has {len(extended.removals)} removals already, and {remove} are asked for.",
             hint="Ask for more; where fewer will do, `sleb apply --remove N` takes the first N.",
         )
+    removable = Removable(architecture, protection, notify)
+    removable.candidates(extended.removals if extended else ())  # whether any can go is said before any work
     return _Settled(
         request=request,
         extended=extended,

@@ -35,9 +35,12 @@ class Removable:
     def _try(self, removed: Sequence[int]) -> list[int]:
         architecture = self.architecture
         after = f" after {', '.join(map(str, removed))}" if removed else ""
+        fewer = f"Ask for {len(removed)} removals: with --resume, nothing is measured again."
         free = self.protection.candidates(architecture.block_count, removed)
         if not free:
-            raise UnsupportedModelError(f"No block is left that may go{after}.", hint="Protect or remove fewer.")
+            raise UnsupportedModelError(
+                f"No block is left that may go{after}.", hint=fewer if removed else "Protect fewer."
+            )
         alike = not any(architecture.kinds)
         if alike and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free
@@ -46,7 +49,7 @@ class Removable:
             raise UnsupportedModelError(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can go{after}: "
                 f"without block {free[0]}, {stay[free[0]]}.",
-                hint="docs/families.md says what each family allows.",
+                hint=fewer if removed else "docs/families.md says what each family allows.",
             )
         if stay and not removed:
             block, why = next(iter(stay.items()))
