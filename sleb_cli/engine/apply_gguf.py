@@ -28,9 +28,9 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, Proof
 from sleb_cli.results import GgufResult
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
-from sleb_plugins.exporters.gguf_file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
-from sleb_plugins.exporters.gguf_surgery import GgufSurgery, block_count, plan_gguf_surgery
-from sleb_plugins.exporters.llama_cpp import may_be
+from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
+from sleb_plugins.gguf.llama_cpp import may_be
+from sleb_plugins.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.results import ApplyResult, ExportResult, GgufResult
 from sleb_plugins import Exporter, FileExporter, Pruning, UsageError
-from sleb_plugins.exporters.gguf_file import read_gguf
+from sleb_plugins.gguf.file import read_gguf
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from sleb_plugins.errors import UnsupportedModelError
 from sleb_plugins.exporter import Exporter, Pruning
-from sleb_plugins.exporters.gguf_file import read_gguf
-from sleb_plugins.exporters.gguf_surgery import PROVENANCE, plan_gguf_surgery
+from sleb_plugins.gguf.file import read_gguf
+from sleb_plugins.gguf.surgery import PROVENANCE, plan_gguf_surgery
 
 
 class LlamaQuantize(Exporter):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sleb_plugins.errors import UnsupportedModelError
-from sleb_plugins.exporters.gguf_file import GgufFile
+from sleb_plugins.gguf.file import GgufFile
 
 
 @dataclass(frozen=True)

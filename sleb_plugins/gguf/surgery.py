@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from sleb_plugins.errors import ModelError, UnsupportedModelError
-from sleb_plugins.exporters.gguf_file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
-from sleb_plugins.exporters.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
+from sleb_plugins.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
+from sleb_plugins.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
 from sleb_plugins.layout import require_removable
 
 PROVENANCE = "sleb.removed_blocks"
