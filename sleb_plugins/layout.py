@@ -24,6 +24,11 @@ class Kept:
         return sum(kept < block for kept in self.blocks)
 
 
+def kept_blocks(count: int, removals: Sequence[int]) -> Kept:
+    """Give the blocks that stay of a model of `count`."""
+    return Kept(tuple(block for block in range(count) if block not in removals), count)
+
+
 def require_removable(removals: Sequence[int], count: int, model: str, *, further: str = "") -> None:
     """Make sure that a model of `count` blocks can be without these; `further` goes on saying which blocks there are.
 
@@ -129,6 +134,12 @@ SLICED: Mapping[str, int] = {
     "per_layer_model_projection.weight": 0,
 }
 """Endings of the names of tensors outside of the blocks that hold a slice for each block, and along which axis."""
+
+
+def sliced_axis(name: str) -> int | None:
+    """Give the axis along which a tensor of this name holds a slice for each block, or None where it does not."""
+    return next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
+
 
 PERIODS = (
     "full_attention_interval", "attn_layer_period", "expert_layer_period", "decoder_sparse_step",

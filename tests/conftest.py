@@ -9,6 +9,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COLUMNS"] = "120"
 
 import random
+import resource
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +185,12 @@ def llama_plan(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Pat
     result = run_sleb("search", tiny_llama, "--remove", 2, *calibration(text_file), "-o", plan, "-q")
     assert result.exit_code == 0, result.stderr
     return plan
+
+
+def few_bytes() -> None:
+    """Let no file of this process, a child that is about to run a command, become larger than 20 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:

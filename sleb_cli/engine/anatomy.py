@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sleb_plugins.layout import SLICED, Kept, by_block
+from sleb_plugins.layout import Kept, by_block, sliced_axis
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ def frame_changes(before: Anatomy, after: Anatomy, kept: Kept) -> list[str]:
             return True
         if not (isinstance(a, int) and isinstance(b, int)):
             return False
-        if f"{name.rpartition('.')[0]}.weight".endswith(tuple(SLICED)):  # its width
+        if sliced_axis(f"{name.rpartition('.')[0]}.weight") is not None:  # its width
             return a * len(kept.blocks) == b * kept.count
         # How many blocks there are, or where a stretch of them begins.
         return _is_number(name, a, b) and 0 <= a <= kept.count and kept.below(a) == b
 
     def same_part(name: str, a: Any, b: Any) -> bool:
-        axis = next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
+        axis = sliced_axis(name)
         if axis is None:
             return bool(a == b)
         wide, slim = list(a), list(b)

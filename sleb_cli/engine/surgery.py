@@ -23,11 +23,12 @@ from sleb_plugins.layout import (
     PREDICTION_BLOCKS,
     READINGS,
     REWRITINGS,
-    SLICED,
     Kept,
     by_block,
+    kept_blocks,
     means_blocks,
     require_removable,
+    sliced_axis,
 )
 
 T = TypeVar("T")
@@ -53,8 +54,7 @@ class Surgery:
     @cached_property
     def kept(self) -> Kept:
         """The blocks that stay."""
-        count = self.architecture.block_count
-        return Kept(tuple(block for block in range(count) if block not in self.removed), count)
+        return kept_blocks(self.architecture.block_count, self.removals)
 
     @cached_property
     def new_number(self) -> dict[int, int]:
@@ -113,7 +113,7 @@ class Surgery:
 
     def cut(self, name: str) -> Cut | None:
         """Say what of a tensor stays that holds a slice for each block; None for one that is kept or dropped whole."""
-        axis = next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
+        axis = sliced_axis(name)
         return Cut(axis, self.kept) if axis is not None and self.removed else None
 
     def locate(self, name: str) -> TensorPlace | None:

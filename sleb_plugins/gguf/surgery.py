@@ -11,7 +11,7 @@ from typing import Any
 from sleb_plugins.errors import ModelError, UnsupportedModelError
 from sleb_plugins.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
 from sleb_plugins.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
-from sleb_plugins.layout import require_removable
+from sleb_plugins.layout import Kept, kept_blocks, require_removable
 
 PROVENANCE = "sleb.removed_blocks"
 """The key that keeps the removed blocks, in order, as numbered in the model from which nothing was removed yet."""
@@ -32,16 +32,15 @@ class GgufSurgery:
     removals: tuple[int, ...]
 
     @cached_property
-    def kept(self) -> tuple[int, ...]:
+    def kept(self) -> Kept:
         """The blocks that stay, those that predict further tokens (MTP) included: they come last."""
-        removed = frozenset(self.removals)
-        return tuple(block for block in range(stored_block_count(self.file)) if block not in removed)
+        return kept_blocks(stored_block_count(self.file), self.removals)
 
     def pruned(self) -> GgufFile:
         """Give the header of the pruned file; each tensor's values are still where they are in `file`."""
         if not self.removals:
             return self.file
-        new_number = {old: new for new, old in enumerate(self.kept)}
+        new_number = {old: new for new, old in enumerate(self.kept.blocks)}
         tensors: list[Tensor] = []
         for tensor in self.file.tensors:
             place = _BLOCK.fullmatch(tensor.name)
@@ -68,15 +67,14 @@ class GgufSurgery:
         if own == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
             return entry
         if own == "block_count":
-            return with_value(entry, len(self.kept), file.order)
+            return with_value(entry, len(self.kept.blocks), file.order)
         if own in LEADING:
-            leading = int(file.own(own))
-            return with_value(entry, sum(block < leading for block in self.kept), file.order)
+            return with_value(entry, self.kept.below(int(file.own(own))), file.order)
         if entry.type == ARRAY and own not in NOT_PER_BLOCK:
             length = len(file.get(entry.key))
             # Some lists leave out the blocks at the end that predict further tokens.
             if length in (count, block_count(file)):
-                return with_items(entry, [block for block in self.kept if block < length], file.order)
+                return with_items(entry, [block for block in self.kept.blocks if block < length], file.order)
         return entry
 
 
@@ -106,7 +104,7 @@ def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
     require_removable(blocks, count, str(file.path), further=further)
     surgery = GgufSurgery(file, blocks)
     if blocks:
-        require_same_kinds(file, count, tuple(block for block in surgery.kept if block < count))
+        require_same_kinds(file, count, tuple(block for block in surgery.kept.blocks if block < count))
     return surgery
 
 

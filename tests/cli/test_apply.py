@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
-import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import llama_config, save_model, train_tokenizer
+from conftest import few_bytes, llama_config, save_model, train_tokenizer
 from sleb_cli.engine import apply as engine
 from sleb_cli.engine import proof
 from sleb_cli.engine.checkpoint import find_weights
@@ -418,7 +416,7 @@ def test_weights_under_wrong_names_fail_the_proof(
 ):
     """The surgery itself goes wrong, so that the files are what was planned, and only transformers can tell."""
     if too_large:
-        monkeypatch.setattr(proof, "_free", lambda device: 1000)
+        monkeypatch.setattr(proof, "free_bytes", lambda device: 1000)
     kept = engine.kept_tensors
     monkeypatch.setattr(
         engine,
@@ -488,7 +486,7 @@ def test_the_proof_of_a_model_larger_than_memory_is_partial_and_says_so(
 
 
 def test_other_bytes_fail_the_partial_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(proof, "_free", lambda device: 1000)
+    monkeypatch.setattr(proof, "free_bytes", lambda device: 1000)
     name = "model.layers.1.mlp.up_proj.weight"
     spoil(monkeypatch, lambda t: t | {name: torch.nextafter(t[name], torch.tensor(9.0))})
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
@@ -554,10 +552,6 @@ def test_missing_weights_are_not_made_up(run_sleb, tmp_path):
 def test_a_full_disk_leaves_nothing(tiny_llama, tmp_path):
     place = tmp_path / "run"
     place.mkdir()
-
-    def few_bytes() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     process = subprocess.run(
         [sys.executable, "-B", "-m", "sleb_cli", "apply", str(tiny_llama), "--blocks", "1", "-o", "out"],

@@ -2,18 +2,17 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration
+from conftest import calibration, few_bytes
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 
 
@@ -92,7 +91,6 @@ def test_a_pruned_file_is_a_model_to_search(run_sleb, tmp_path, source, text_fil
 
 
 def test_what_transformers_cannot_read_is_said_to_be_verified_in_part(run_sleb, tmp_path, monkeypatch, source):
-    from sleb_cli.engine import apply_gguf
 
     write_gguf(tmp_path / "odd.gguf", "granite", 4)
     result = run_sleb("apply", "--blocks", "1", "--to-gguf", "odd.gguf")
@@ -109,7 +107,7 @@ def test_what_transformers_cannot_read_is_said_to_be_verified_in_part(run_sleb, 
     class Full:
         available = 5
 
-    monkeypatch.setattr(apply_gguf.psutil, "virtual_memory", lambda: Full)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Full)
     result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
     assert (result.exit_code, "GB of memory" in result.stdout) == (0, True), result.stderr
 
@@ -231,10 +229,6 @@ def test_no_room_is_said_before_anything_is_written(run_sleb, tmp_path, monkeypa
 def test_a_disk_that_is_full_midway_leaves_nothing(source, tmp_path):
     place = tmp_path / "run"
     place.mkdir()
-
-    def few_bytes() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
     command = [sys.executable, "-B", "-m", "sleb_cli", "apply", "--blocks", "1", "--to-gguf", str(source)]
     process = subprocess.run(command, cwd=place, preexec_fn=few_bytes, capture_output=True, text=True, check=False)
