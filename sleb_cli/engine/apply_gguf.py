@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-import psutil
+import torch
 
 from sleb_cli import __version__
 from sleb_cli.atomic import new_file, require_new_file, require_space
@@ -18,6 +18,7 @@ from sleb_cli.engine.architecture import read_architecture
 from sleb_cli.engine.foreign import verdict
 from sleb_cli.engine.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.loading import quiet_libraries
+from sleb_cli.engine.memory import free_bytes
 from sleb_cli.engine.proof import proof_terms, prove
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import DEFAULT_PLAN, SubjectRequest, first_removals, is_plan
@@ -220,7 +221,7 @@ def _out_of_reach(file: GgufFile, aside: Path) -> str | None:
     parameters = sum(math.prod(tensor.shape) for tensor in file.tensors)
     # It unpacks everything to float32 before it casts it; the weights are then written twice, dense and pruned.
     memory, disk = 8 * parameters, 8 * parameters
-    available = psutil.virtual_memory().available
+    available = free_bytes(torch.device("cpu"))
     if available < memory:
         return f"transformers would take {memory / 1e9:,.0f} GB of memory, and {available / 1e9:,.0f} GB are free"
     free = shutil.disk_usage(aside.parent).free

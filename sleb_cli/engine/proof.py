@@ -35,7 +35,7 @@ from sleb_cli.engine.loading import (
     load_tokenizer,
     misfit,
 )
-from sleb_cli.engine.search.budget import SHARE, available_memory
+from sleb_cli.engine.memory import free_bytes
 from sleb_cli.engine.shards import NewTensor, contents
 from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import CheckPassed, Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
@@ -82,7 +82,7 @@ def proof_terms(architecture: Architecture, cast: torch.dtype | None) -> Terms:
         dtype = cast or choose_dtype("auto", architecture, device)
         needed = round(PEAK_SHARE * sum(_bytes_as(dtype, tensor) for tensor in architecture.source.weights.stored))
         # On its way to another device it passes through the memory of this machine.
-        free = min(_free(place) for place in {device, torch.device("cpu")})
+        free = min(free_bytes(place) for place in {device, torch.device("cpu")})
         if needed <= free:
             return Terms(device, dtype, None)
     return Terms(device, dtype, f"the model needs {in_words(needed)} of memory, and {in_words(free)} are free")
@@ -217,10 +217,6 @@ def _bytes_as(dtype: torch.dtype, tensor: StoredTensor) -> int:
     own = TORCH_DTYPES.get(tensor.dtype)
     plain = own is not None and own.is_floating_point and own.itemsize > 1
     return math.prod(tensor.shape) * dtype.itemsize if plain else tensor.size
-
-
-def _free(device: torch.device) -> int:
-    return int(available_memory(device, None) / SHARE[device.type])
 
 
 def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal["text", "random tokens"], Tensor]:

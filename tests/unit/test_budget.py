@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sleb_cli.engine.search import budget
+from sleb_cli.engine import memory
 from sleb_cli.engine.search.budget import Budget, Footprint, available_memory, parse_bytes, settle_budget
 from sleb_plugins import MachineError, UsageError
 
@@ -74,17 +74,17 @@ def test_what_is_no_amount_of_memory(text):
 
 
 def test_a_cpu_is_never_filled(monkeypatch):
-    monkeypatch.setattr(budget.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
-    monkeypatch.setattr(budget, "_left_in_container", lambda: 600)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(memory, "_left_in_container", lambda: 600)
     assert available_memory(torch.device("cpu"), None) == 300
 
 
 def test_a_container_may_leave_less_than_the_machine_has(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "CONTROL_GROUP", tmp_path)
-    assert budget._left_in_container() > 10**15
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    assert memory._left_in_container() > 10**15
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 400\nfile 250\nshmem 50\n")
-    assert budget._left_in_container() == 500
+    assert memory._left_in_container() == 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert budget._left_in_container() > 10**15
+    assert memory._left_in_container() > 10**15

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from sleb_cli.engine.memory import free_bytes
 from sleb_plugins import MachineError, UsageError
 
 # Tokens in a batch: enough to fill a device's matrix units, few enough to stay in a CPU's caches.
@@ -21,8 +20,6 @@ TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192, "mps": 2048}
 
 # Positions whose logits exist at once, in the model's data type.
 HEAD_POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 512}
-
-CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 # Of the memory that is free. On a CPU, the other half is for the page cache and other programs: never swap.
 SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.5}
@@ -116,13 +113,7 @@ def available_memory(device: torch.device, asked: str | None) -> int:
     """
     if asked is not None:
         return parse_bytes(asked)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    elif device.type == "mps":
-        free = torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    else:
-        free = min(psutil.virtual_memory().available, _left_in_container())
-    return int(free * SHARE[device.type])
+    return int(free_bytes(device) * SHARE[device.type])
 
 
 def parse_bytes(text: str) -> int:
@@ -142,15 +133,3 @@ def parse_bytes(text: str) -> int:
 
 def _readable(count: int) -> str:
     return ByteSize(count).human_readable(decimal=True, separator=" ")
-
-
-def _left_in_container() -> int:
-    """Give the bytes that the control group of this process leaves it; without one, more than any machine has."""
-    try:
-        limit = int((CONTROL_GROUP / "memory.max").read_text())  # or "max", where there is none
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        held = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 2**63
-    reclaimable = int(held.get("file", 0)) - int(held.get("shmem", 0))
-    return max(0, limit - used + reclaimable)
