@@ -30,8 +30,8 @@ def search(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="wikitext2, c4, wikitext2-sleb, c4-sleb, self, a .txt or .jsonl file, or "
-            "org/name[:config][:split][:column]. (default: wikitext2; self for demo)",
+            help="wikitext2, c4, wikitext2-sleb, c4-sleb, self, a .txt or .jsonl file, "
+            "org/name[:config][:split][:column], or a mixture: self:0.5,c4:0.5. (default: wikitext2; self for demo)",
             show_default=False,
         ),
     ] = None,

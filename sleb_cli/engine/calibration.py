@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.foreign import verdict
+from sleb_cli.engine.mixture import Part, divide, interleave, parse_mixture
 from sleb_cli.engine.source import DEMO
 from sleb_cli.engine.texts import REFERENCE_ROWS, calibration_text, reference_calibration_text
 from sleb_cli.engine.windows import (
@@ -42,7 +43,7 @@ _GENERATION_BATCH = 16
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What the user asked for; None leaves it to the model and the source."""
+    """What the user asked for; None leaves it to the model and the source. That may be a mixture: "self:0.5,c4:0.5"."""
 
     source: str | None
     samples: int | None
@@ -52,13 +53,23 @@ class CalibrationRequest:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """A request with every gap filled. `samples` counts sequences, or rows where a reference preset draws those."""
+    """A request with every gap filled.
+
+    `parts` are the sources that `source` names, with their shares. `samples` counts sequences of all parts together, or
+    rows where a reference preset draws those.
+    """
 
     source: str
+    parts: tuple[Part, ...]
     samples: int
     sequence_length: int
     seed: int
     samples_were_asked: bool
+
+    @property
+    def counts(self) -> list[int]:
+        """How many of the samples each part gives."""
+        return divide(self.samples, [part.share for part in self.parts])
 
 
 @dataclass(frozen=True)
@@ -73,22 +84,41 @@ def settle_calibration(request: CalibrationRequest, architecture: Architecture) 
     """Fill in what the user left open.
 
     Raises:
-        UsageError: the number of samples or their length is out of range.
+        UsageError: the number of samples or their length is out of range, or the mixture is none.
     """
     if request.samples is not None and request.samples < 1:
         raise UsageError(f"--samples {request.samples} is too small.", hint="Take 1 or more.")
     is_demo = architecture.source.id == DEMO
     source = request.source or (SELF if is_demo else DEFAULT_SOURCE)
-    usual = REFERENCE_ROWS if source in REFERENCE_PRESETS else DEFAULT_SAMPLES
-    return CalibrationSettings(
+    parts = parse_mixture(source)
+    settings = CalibrationSettings(
         source=source,
-        samples=request.samples or usual,
+        parts=parts,
+        samples=request.samples or (REFERENCE_ROWS if parts[0].source in REFERENCE_PRESETS else DEFAULT_SAMPLES),
         sequence_length=choose_length(
             request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
         ),
         seed=request.seed or 0,
         samples_were_asked=request.samples is not None,
     )
+    if len(parts) > 1:
+        _require_mixable(settings)
+    return settings
+
+
+def _require_mixable(settings: CalibrationSettings) -> None:
+    presets = [part.source for part in settings.parts if part.source in REFERENCE_PRESETS]
+    if presets:
+        raise UsageError(
+            f"{presets[0]} is drawn as the reference implementation does, and cannot be mixed.",
+            hint=f"Mix {presets[0].removesuffix('-sleb')}, which is cut into windows.",
+        )
+    for part, count in zip(settings.parts, settings.counts, strict=True):
+        if count == 0:
+            raise UsageError(
+                f"{settings.samples} sequences are too few for {settings.source!r}: none would be of {part.source}.",
+                hint="Take more --samples, or a larger share.",
+            )
 
 
 def calibrate(
@@ -96,16 +126,22 @@ def calibrate(
 ) -> Calibration:
     """Give the sequences that the settings describe; the model is loaded only where it writes them itself.
 
+    Those of a mixture are spread evenly over one another, so that any stretch of them has all sources.
+
     Raises:
         DataError: the text is missing, or too short.
     """
-    bos = adds_bos(tokenizer) and settings.source not in REFERENCE_PRESETS
-    if settings.source == SELF:
-        sequences = write_own_text(load_model(), tokenizer, settings, bos=bos, notify=notify)
-    else:
-        notify(TaskStarted(task := f"Reading {settings.source}"))
-        sequences = _read_sequences(settings, tokenizer, bos=bos, notify=notify)
-        notify(TaskFinished(task))
+    bos = adds_bos(tokenizer) and settings.parts[0].source not in REFERENCE_PRESETS
+    found: list[Tensor] = []
+    for part, count in zip(settings.parts, settings.counts, strict=True):
+        if part.source == SELF:
+            own = replace(settings, samples=count)
+            found.append(write_own_text(load_model(), tokenizer, own, bos=bos, notify=notify))
+        else:
+            notify(TaskStarted(task := f"Reading {part.source}"))
+            found.append(_read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify))
+            notify(TaskFinished(task))
+    sequences = torch.cat(found)[interleave([len(rows) for rows in found])]
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -117,15 +153,19 @@ def calibrate(
     return Calibration(sequences, record)
 
 
-def _read_sequences(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> Tensor:
+def _read_sequences(
+    source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
+) -> Tensor:
     """Cut the sequences out of a text: all of a reference preset, else as many as wanted, drawn by the seed."""
-    source, samples, length = settings.source, settings.samples, settings.sequence_length
+    length = settings.sequence_length
     if source in REFERENCE_PRESETS:
         text = reference_calibration_text(source, rows=samples, seed=settings.seed)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length)
     text = calibration_text(source, tokens=samples * length, seed=settings.seed)
     windows = cut_windows(tokenizer, text.content, length, bos=bos)
-    require_windows(windows, text, tokenizer, length, samples if settings.samples_were_asked else None)
+    # A source alone may have less than is usual; a mixture with less of one would not have the shares that it says.
+    all_needed = settings.samples_were_asked or len(settings.parts) > 1
+    require_windows(windows, text, tokenizer, length, samples if all_needed else None)
     if len(windows) < samples:
         notify(Notice(f"{source} has text for {len(windows)} sequences of {length} tokens: all are used."))
     return draw(windows, samples, settings.seed)

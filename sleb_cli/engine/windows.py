@@ -76,7 +76,7 @@ def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, as
     if asked is not None and found < asked:
         raise DataError(
             f"{text.source} has text for {found} sequences of {length} tokens, not for {asked}.",
-            hint=f"Take --samples {found}, more text, or a shorter --sequence-length.",
+            hint=f"Ask for {found} of it or fewer, use more text, or a shorter --sequence-length.",
         )
     return windows
 

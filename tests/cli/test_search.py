@@ -82,6 +82,17 @@ def test_a_jsonl_file_calibrates_like_the_text_in_it(run_sleb, tiny_llama, text_
     assert plans[0]["calibration"]["tokens_sha256"] == plans[1]["calibration"]["tokens_sha256"]
 
 
+def test_a_mixture_is_named_in_the_plan_and_gone_on_with(run_sleb, tiny_llama, text_file, tmp_path):
+    mixture = calibration(f"self:0.25,{text_file}:0.75")
+    result = run_sleb("search", tiny_llama, "--remove", 1, *mixture, "-o", "one.json")
+    assert result.exit_code == 0, result.stderr
+    assert f"calibrated on self:0.25,{text_file}:0.75: 4 x 32 tokens" in result.stdout
+    assert run_sleb("search", tiny_llama, "--remove", 2, *mixture).exit_code == 0
+    assert run_sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2).exit_code == 0
+    two, extended = (read_plan(tmp_path / name) for name in ("plan.json", "one.json"))
+    assert (extended.steps, extended.calibration) == (two.steps, two.calibration)
+
+
 def test_cosine_needs_one_pass_and_still_gives_the_perplexity(run_sleb, tiny_llama, text_file):
     result = search(run_sleb, tiny_llama, text_file, "--remove", 2, "--metric", "cosine", "--json")
     plan = json.loads(result.stdout)
@@ -181,6 +192,7 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
         (("--remove", 1, "--calibration", "wikitext3"), 5, "no text source 'wikitext3'"),
         (("--remove", 1, "--calibration", "."), 5, "is a folder"),
         (("--remove", 1, "--calibration", "org/a:b:c:d:e"), 5, "no text source"),
+        (("--remove", 1, "--calibration", "c4:0.5,self:0.4"), 2, "sum to 0.9, not to 1"),
         (("--remove", 1, "--revision", "main"), 2, "--revision does not apply"),
         (("--frobnicate",), 2, "--frobnicate"),
         (("--remove", 1, "-o", "no/plan.json"), 8, "folder does not exist"),

@@ -8,10 +8,14 @@ import torch
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine import texts
-from sleb_cli.engine.calibration import CalibrationSettings, calibrate, draw
+from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.calibration import CalibrationRequest, calibrate, draw, settle_calibration
+from sleb_cli.engine.mixture import parse_mixture
+from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.texts import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
-from sleb_plugins import DataError
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import DataError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +100,20 @@ def test_the_presets_draw_as_the_reference_does(hub):
     assert reference_calibration_text("c4-sleb", rows=128, seed=0).content == " ".join(shuffled)
 
 
-def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers):
-    settings = CalibrationSettings("wikitext2-sleb", 128, 64, 0, samples_were_asked=False)
-    calibration = calibrate(settings, tokenizers[True], pytest.fail, lambda event: None)
+@pytest.fixture
+def calibrated(tiny_llama, tokenizers):
+    """Calibrate the tiny Llama; the tokenizer adds a BOS or does not."""
+    architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
+
+    def calibrated(source, samples=None, length=64, *, seed=0, bos=False, load_model=pytest.fail):
+        settings = settle_calibration(CalibrationRequest(source, samples, length, seed), architecture)
+        return calibrate(settings, tokenizers[bos], load_model, lambda event: None)
+
+    return calibrated
+
+
+def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers, calibrated):
+    calibration = calibrated("wikitext2-sleb", bos=True)
     text = reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content
     assert torch.equal(calibration.sequences, cut_running_text(tokenizers[True], text, 64))
     assert calibration.record.bos is False
@@ -139,3 +154,73 @@ def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
 def test_documents_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two")))
     assert texts.calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"
+
+
+def test_a_mixture_holds_what_each_source_gives_alone_spread_evenly(tmp_path, calibrated):
+    (tmp_path / "a.txt").write_text(prose(300, seed=1))
+    (tmp_path / "b.txt").write_text(prose(300, seed=2))
+    mixed = calibrated("a.txt:0.75,b.txt:0.25", 8)
+    a, b = calibrated("a.txt", 6).sequences, calibrated("b.txt", 2).sequences
+    assert torch.equal(mixed.sequences, torch.stack([a[0], a[1], a[2], b[0], a[3], a[4], a[5], b[1]]))
+    assert mixed.record.source == "a.txt:0.75,b.txt:0.25"
+    assert mixed.record.tokens_sha256 == tokens_sha256(mixed.sequences)
+    assert mixed.record == calibrated("a.txt:0.75,b.txt:0.25", 8).record
+
+
+def test_the_model_writes_its_part_of_a_mixture(tiny_llama, text_file, calibrated):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    mixed = calibrated(f"self:0.5,{text_file}:0.5", 4, bos=True, load_model=lambda: model)
+    own = calibrated("self", 2, bos=True, load_model=lambda: model).sequences
+    assert torch.equal(mixed.sequences[::2], own)
+    assert mixed.record.bos
+    assert mixed.sequences[:, 0].tolist() == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("wikitext2", [("wikitext2", 1)]),
+        ("c4:1", [("c4", 1)]),
+        ("org/name:2024:test", [("org/name:2024:test", 1)]),
+        ("org/name:cfg:test:text:0.25, self:0.75", [("org/name:cfg:test:text", 0.25), ("self", 0.75)]),
+        ("/a/b.txt:1/3,c:1/3,d:1/3", [("/a/b.txt", "1/3"), ("c", "1/3"), ("d", "1/3")]),
+    ],
+)
+def test_a_share_is_taken_off_the_end_of_a_source(source, parts):
+    from fractions import Fraction
+
+    assert [(part.source, part.share) for part in parse_mixture(source)] == [(s, Fraction(f)) for s, f in parts]
+
+
+def test_a_file_whose_name_looks_like_a_mixture_is_a_file(tmp_path):
+    (tmp_path / "a:0.5,b:0.5").write_text("some text")
+    assert [part.source for part in parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]
+
+
+@pytest.mark.parametrize(
+    ("source", "samples", "message"),
+    [
+        ("c4:0.5", None, "sum to 0.5"),
+        ("c4:0.5,self:0.6", None, "sum to 1.1"),
+        ("c4:0.5,self", None, "self has no share"),
+        ("c4,self", None, "c4 has no share"),
+        ("c4:0.5,self:0.5,", None, "has no share"),
+        ("c4:0.5,self:-0.5", None, "self:-0.5 has no share"),
+        ("c4:0.5,self:nan", None, "self:nan has no share"),
+        ("c4:0.5,c4:0.5", None, "names c4 twice"),
+        ("c4:0.5,wikitext2-sleb:0.5", None, "wikitext2-sleb is drawn as the reference"),
+        ("c4:0.9,self:0.1", 2, "none would be of self"),
+    ],
+)
+def test_a_mixture_that_is_none_is_refused(calibrated, source, samples, message):
+    with pytest.raises(UsageError, match=message):
+        calibrated(source, samples)
+
+
+def test_a_source_of_a_mixture_that_is_too_short_is_refused_even_by_default(tmp_path, calibrated):
+    (tmp_path / "a.txt").write_text(prose(300))
+    (tmp_path / "b.txt").write_text(prose(20))
+    with pytest.raises(DataError, match=r"b\.txt has text for \d+ sequences of 64 tokens, not for 8"):
+        calibrated("a.txt:0.5,b.txt:0.5")

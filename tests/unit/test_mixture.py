@@ -1,0 +1,54 @@
+"""How many sequences of a mixture each source gives, and in which order they stand."""
+
+from fractions import Fraction
+from random import Random
+
+import pytest
+
+from sleb_cli.engine.mixture import divide, interleave
+
+
+@pytest.mark.parametrize(
+    ("count", "shares", "expected"),
+    [
+        (16, ["1"], [16]),
+        (16, ["1/2", "1/2"], [8, 8]),
+        (15, ["1/2", "1/2"], [8, 7]),
+        (10, ["1/3", "1/3", "1/3"], [4, 3, 3]),
+        (10, ["0.55", "0.26", "0.19"], [5, 3, 2]),
+        (3, ["0.9", "0.1"], [3, 0]),
+    ],
+)
+def test_what_is_left_goes_to_the_largest_remainders(count, shares, expected):
+    assert divide(count, [Fraction(share) for share in shares]) == expected
+
+
+def test_divided_parts_sum_to_the_whole_and_miss_their_share_by_less_than_one():
+    rng = Random(0)
+    for _ in range(200):
+        weights = [rng.randint(1, 9) for _ in range(rng.randint(1, 5))]
+        shares = [Fraction(weight, sum(weights)) for weight in weights]
+        count = rng.randint(1, 40)
+        parts = divide(count, shares)
+        assert sum(parts) == count
+        assert all(abs(part - count * share) < 1 for part, share in zip(parts, shares, strict=True))
+
+
+def test_any_stretch_of_a_mixture_has_about_its_share_of_each_source_and_the_end_has_all():
+    rng = Random(0)
+    for _ in range(200):
+        counts = [rng.randint(1, 12) for _ in range(rng.randint(1, 4))]
+        owner = [part for part, count in enumerate(counts) for _ in range(count)]
+        order = interleave(counts)
+        assert sorted(order) == list(range(sum(counts)))
+        for part, count in enumerate(counts):
+            rows = [row for row in order if owner[row] == part]
+            assert rows == sorted(rows)
+            for stop in range(len(order) + 1):
+                share = stop * count / len(order)
+                assert abs(sum(owner[row] == part for row in order[:stop]) - share) < len(counts)
+        assert {owner[row] for row in order[-len(counts) :]} == set(range(len(counts)))
+
+
+def test_one_source_keeps_its_order():
+    assert interleave([5]) == [0, 1, 2, 3, 4]
