@@ -20,9 +20,10 @@ def score_hidden_states(
     ids: Tensor,
     dense_hidden: Tensor | None = None,
     *,
+    counted: Tensor | None = None,
     positions: int,
 ) -> Tensor:
-    """Give each sequence's mean score over its predicted tokens, float64 [batch].
+    """Give each sequence's mean score over its predicted tokens that count, float64 [batch].
 
     Args:
         metric: looks at logits.
@@ -30,6 +31,7 @@ def score_hidden_states(
         hidden: what leaves the last block, [batch, positions, hidden size].
         ids: the tokens, [batch, positions].
         dense_hidden: as `hidden`, of the dense model, where the metric asks for its logits.
+        counted: which tokens count where they are predicted, bool [batch, positions]; None for all.
         positions: how many positions' logits may exist at once, over all sequences.
     """
     step = max(1, positions // len(ids))
@@ -40,13 +42,28 @@ def score_hidden_states(
         dense = None if dense_hidden is None else gated.head(dense_hidden[:, start:stop], here)
         logits = gated.head(hidden[:, start:stop], here)
         scores.append(_score_positions(metric, logits, ids[:, start + 1 : stop + 1], dense))
-    return torch.cat(scores, dim=1).double().mean(1)
+    return _mean(torch.cat(scores, dim=1), counted)
 
 
-def score_logits(metric: LogitMetric, logits: Tensor, ids: Tensor, dense_logits: Tensor | None = None) -> Tensor:
-    """Give each sequence's mean score over its predicted tokens, float64 [batch], from all of its logits."""
+def score_logits(
+    metric: LogitMetric,
+    logits: Tensor,
+    ids: Tensor,
+    dense_logits: Tensor | None = None,
+    *,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """Give each sequence's mean score over its predicted tokens that count, float64 [batch], from all of its logits."""
     dense = None if dense_logits is None else dense_logits[:, :-1]
-    return _score_positions(metric, logits[:, :-1], ids[:, 1:], dense).double().mean(1)
+    return _mean(_score_positions(metric, logits[:, :-1], ids[:, 1:], dense), counted)
+
+
+def _mean(scores: Tensor, counted: Tensor | None) -> Tensor:
+    """Average over the positions whose next token counts: [batch, positions - 1], counted [batch, positions]."""
+    if counted is None:
+        return scores.double().mean(1)
+    targets = counted[:, 1:]
+    return scores.double().where(targets, 0.0).sum(1) / targets.sum(1)
 
 
 def _score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:

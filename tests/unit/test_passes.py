@@ -63,6 +63,31 @@ def test_without_candidates_it_scores_the_model_as_it_stands(gated, sequences, e
 
 
 @pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
+def test_tokens_that_do_not_count_have_no_part_in_a_score(gated, sequences, engine):
+    counted = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+    for candidates, removed in (((), (3,)), ((2,), (3,))):
+        passes, _ = passes_of(gated, sequences, engine=engine)
+        passes.counted = torch.split(counted, 4)
+        found = score(passes, removed, candidates)[candidates[0] if candidates else BASE]
+        logits = gated.logits(sequences, {*removed, *candidates})
+        for row, ids in enumerate(sequences.tolist()):
+            losses = [
+                -logits[row, position].log_softmax(-1)[ids[position + 1]].item()
+                for position in range(len(ids) - 1)
+                if counted[row, position + 1]
+            ]
+            assert found[row] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+
+
+def test_where_all_tokens_count_no_digit_changes(gated, sequences):
+    passes, _ = passes_of(gated, sequences)
+    plain = score(passes)
+    masked, _ = passes_of(gated, sequences)
+    masked.counted = torch.split(torch.ones_like(sequences, dtype=torch.bool), 4)
+    assert score(masked) == plain
+
+
+@pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
 def test_progress_adds_up_to_candidates_times_sequences(gated, sequences, engine):
     passes, events = passes_of(gated, sequences, engine=engine)
     score(passes)

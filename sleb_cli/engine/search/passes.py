@@ -33,6 +33,15 @@ KEPT_DEPTHS = 4
 CLIMB = 0.7
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that pass through the model together, [sequences, positions], and which of their tokens count."""
+
+    key: tuple[int, int]
+    ids: Tensor
+    counted: Tensor | None
+
+
 @dataclass
 class Passes:
     """The calibration sequences in batches on the model's device, and the way in which they pass through the model."""
@@ -44,6 +53,8 @@ class Passes:
     engine: Engine = "fork"
     ranking: Sequence[int] = ()
     """The best candidates so far, the best first: the next step will probably begin at one of them."""
+    counted: Sequence[Tensor] | None = None
+    """For each batch, which of its tokens count where they are predicted, bool [sequences, positions]; None for all."""
 
     _removed: tuple[int, ...] = ()
     _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
@@ -89,19 +100,25 @@ class Passes:
     def _scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, list[float]]]:
-        parts = torch.split(self.batches[batch], self.budget.sequences)
+        parts = self._parts(batch)
         gathered: defaultdict[int, list[float]] = defaultdict(list)
-        for number, ids in enumerate(parts):
+        for number, part in enumerate(parts):
             ways = {"fork": self._by_fork, "prefix": self._by_prefix, "plain": self._one_by_one}
-            for block, scores in ways[self.engine](metric, (batch, number), ids, removed, candidates):
+            for block, scores in ways[self.engine](metric, part, removed, candidates):
                 gathered[block] += scores.tolist()
                 if number == len(parts) - 1:
                     yield block, gathered[block]
 
+    def _parts(self, batch: int) -> list[_Part]:
+        parts = torch.split(self.batches[batch], self.budget.sequences)
+        counted = torch.split(self.counted[batch], self.budget.sequences) if self.counted else [None] * len(parts)
+        return [_Part((batch, n), ids, which) for n, (ids, which) in enumerate(zip(parts, counted, strict=True))]
+
     def _by_fork(
-        self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
+        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """All in one walk, or in as many as the memory asks for."""
+        key, ids = part.key, part.ids
         dense = self._dense_hidden_states(key, ids) if metric.needs_dense_logits else None
         states, rows = self._states[key], self.budget.rows
         kept = self.budget.kept - (key in self._dense)
@@ -113,31 +130,36 @@ class Passes:
         for block, hidden in fork(
             self.gated, ids, removed, candidates, states, keep=depths, at_once=rows, climbed=climbed
         ):
-            yield block, score_hidden_states(metric, self.gated, hidden, ids, dense, positions=self.budget.positions)
+            scores = score_hidden_states(
+                metric, self.gated, hidden, ids, dense, counted=part.counted, positions=self.budget.positions
+            )
+            yield block, scores
             self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
         states.shrink(kept, list(depths))
 
     def _by_prefix(
-        self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
+        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """One candidate at a time, each from its block on."""
+        ids, counted = part.ids, part.counted
         dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
         if not candidates:
-            yield BASE, score_logits(metric, self.gated.logits(ids, removed), ids, dense)
+            yield BASE, score_logits(metric, self.gated.logits(ids, removed), ids, dense, counted=counted)
             return
         entering = self.gated.entering_states(ids, removed)
         for block in candidates:
             logits = self.gated.logits_from(block, entering[block], ids, removed)
-            yield block, score_logits(metric, logits, ids, dense)
+            yield block, score_logits(metric, logits, ids, dense, counted=counted)
             self.notify(SearchAdvanced(len(ids)))
 
     def _one_by_one(
-        self, metric: LogitMetric, key: tuple[int, int], ids: Tensor, removed: Sequence[int], candidates: Sequence[int]
+        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """One candidate at a time, each through the whole model."""
+        ids, counted = part.ids, part.counted
         dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
         for block in candidates or [BASE]:
-            yield block, score_logits(metric, self.gated.logits(ids, {*removed, block}), ids, dense)
+            yield block, score_logits(metric, self.gated.logits(ids, {*removed, block}), ids, dense, counted=counted)
             self.notify(SearchAdvanced(len(ids) if candidates else 0))
 
     def _dense_hidden_states(self, key: tuple[int, int], ids: Tensor) -> Tensor:
@@ -197,6 +219,7 @@ def prepare_passes(
     sequences: Tensor,
     notify: Notify,
     *,
+    counted: Tensor | None = None,
     memory: str | None = None,
     batch_size: int | None = None,
     looks: int = 1,
@@ -207,6 +230,7 @@ def prepare_passes(
         gated: the model.
         sequences: tokens on its device, [sequences, positions].
         notify: told of progress.
+        counted: which tokens count where they are predicted, bool [sequences, positions]; None for all.
         memory: what the user gives beside the model; None takes a share of what is free.
         batch_size: sequences in a batch; None takes what suits the device.
         looks: into how many batches at least the sequences are cut, where there are so many.
@@ -232,7 +256,9 @@ def prepare_passes(
     if engine != "fork" and batch_size is None:  # all logits of a batch exist at once
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
-    return Passes(gated, torch.split(sequences, budget.sequences), budget, notify, engine), reason
+    batches = torch.split(sequences, budget.sequences)
+    which = None if counted is None else torch.split(counted, budget.sequences)
+    return Passes(gated, batches, budget, notify, engine, counted=which), reason
 
 
 def _footprint(gated: GatedModel, ids: Tensor) -> Footprint:

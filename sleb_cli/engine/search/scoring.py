@@ -143,8 +143,9 @@ class Scoring:
     def _accumulate_gradients(self, removed: Sequence[int]) -> None:
         self.gated.model.requires_grad_(True)
         metric = NegativeLogLikelihood()
-        for ids in self.passes.batches:
-            losses = score_logits(metric, self.gated.logits(ids, removed), ids)
+        for batch, ids in enumerate(self.passes.batches):
+            counted = self.passes.counted[batch] if self.passes.counted else None
+            losses = score_logits(metric, self.gated.logits(ids, removed), ids, counted=counted)
             (losses.sum() / self.sequences).backward()  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
