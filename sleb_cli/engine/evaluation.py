@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli import __version__
+from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.foreign import first_line, verdict
 from sleb_cli.engine.loading import (
     choose_device,
@@ -69,29 +70,15 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
         DataError: a text or a task is missing or too small.
         ModelError: a loss is not finite.
     """
-    if request.batch_size < 1 or (request.limit is not None and request.limit < 1):
-        raise UsageError("--batch-size and --limit are 1 or more.", hint="Leave them out for the defaults.")
     architecture = subject.architecture
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, architecture, device)
-    tasks = _Tasks(request) if request.tasks else None
-    tokenizer = load_tokenizer(architecture.source)
-    names = request.texts or (() if tasks else (DEFAULT_TEXT,))
-    length = choose_length(request.sequence_length, architecture)
-    texts = [(text, _windows(text, tokenizer, length, bos=request.bos)) for text in map(evaluation_text, names)]
-
-    def measure(model: Any, what: str) -> ModelScores:
-        return ModelScores(
-            blocks=len(architecture.blocks_of(model)),
-            perplexities=tuple(_perplexity(model, what, text, windows, request, notify) for text, windows in texts),
-            tasks=tuple(tasks.run(model, tokenizer, what, notify)) if tasks else (),
-        )
-
-    dense = measure(load_dense(architecture, dtype, device, notify), "dense")
+    evaluator = Evaluator(request, architecture)
+    dense = evaluator.measure(load_dense(architecture, dtype, device, notify), "dense", notify)
     free_memory()
     pruned = None
     if subject.surgery.removals:
-        pruned = measure(load_pruned(subject.surgery, dtype, device, notify), "pruned")
+        pruned = evaluator.measure(load_pruned(subject.surgery, dtype, device, notify), "pruned", notify)
     return EvalResult(
         schema_version=1,
         sleb_version=__version__,
@@ -103,6 +90,41 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
         dense=dense,
         pruned=pruned,
     )
+
+
+class Evaluator:
+    """Measures any number of models, the dense one and its pruned ones, on the same data, which is read once.
+
+    Raises:
+        DataError: a text or a task is missing or too small.
+        UsageError: a number is out of range.
+    """
+
+    def __init__(self, request: EvalRequest, architecture: Architecture) -> None:
+        if request.batch_size < 1 or (request.limit is not None and request.limit < 1):
+            raise UsageError("--batch-size and --limit are 1 or more.", hint="Leave them out for the defaults.")
+        self._request = request
+        self._architecture = architecture
+        self._tasks = _Tasks(request) if request.tasks else None
+        self._tokenizer = load_tokenizer(architecture.source)
+        names = request.texts or (() if request.tasks else (DEFAULT_TEXT,))
+        length = choose_length(request.sequence_length, architecture)
+        texts = map(evaluation_text, names)
+        self._texts = [(text, _windows(text, self._tokenizer, length, bos=request.bos)) for text in texts]
+
+    def measure(self, model: Any, what: str, notify: Notify) -> ModelScores:
+        """Measure one model, which progress calls by the name `what`.
+
+        Raises:
+            ModelError: a loss is not finite.
+        """
+        request, tasks = self._request, self._tasks
+        texts = self._texts
+        return ModelScores(
+            blocks=len(self._architecture.blocks_of(model)),
+            perplexities=tuple(_perplexity(model, what, text, windows, request, notify) for text, windows in texts),
+            tasks=tuple(tasks.run(model, self._tokenizer, what, notify)) if tasks else (),
+        )
 
 
 def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
