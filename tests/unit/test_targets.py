@@ -1,0 +1,162 @@
+"""How far a search goes, on plain arithmetic; what blocks take, against counting."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+from conftest import llama_config, save_model
+from families import tiny_config
+from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.search.targets import (
+    SizeTarget,
+    TargetRequest,
+    fit_slope,
+    loss_target,
+    parse_count,
+    parse_number,
+)
+from sleb_cli.engine.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.source import locate_model
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import UnsupportedModelError, UsageError
+
+
+def at_most(most, blocks, outside=100.0):
+    return SizeTarget(
+        "target_params", "as asked", Sizes(outside, blocks), most, lambda amount: f"{amount:g} parameters"
+    )
+
+
+def test_equal_blocks_are_counted_exactly():
+    target = at_most(170, (10.0,) * 10)
+    assert target.removals(range(1, 9)) == 3
+    assert not target.met({1, 2})
+    assert target.met({1, 2, 3})
+    assert at_most(171, (10.0,) * 10).removals(range(1, 9)) == 3
+    assert at_most(169, (10.0,) * 10).removals(range(1, 9)) == 4
+
+
+def test_of_unequal_blocks_as_many_as_it_takes_if_the_small_ones_go():
+    target = at_most(130, (10.0, 1.0, 20.0, 2.0, 10.0))
+    assert target.removals([1, 2, 3]) == 3
+    assert not target.met({1, 3})
+    assert target.met({2})
+
+
+def test_blocks_that_are_gone_count():
+    assert at_most(170, (10.0,) * 10).removals(range(1, 9), removed=(4, 5)) == 3
+    with pytest.raises(UsageError, match=r"Without the 3 blocks, the model is at 170 parameters already"):
+        at_most(170, (10.0,) * 10).removals(range(1, 9), removed=(4, 5, 6))
+
+
+def test_what_is_met_already_or_cannot_be_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match="As it is, the model is at 200 parameters already; the target is 200"):
+        at_most(200, (10.0,) * 10).removals(range(1, 9))
+    with pytest.raises(UsageError, match="With 8 blocks removed, the most that may go, the model is still at 120 par"):
+        at_most(119, (10.0,) * 10).removals(range(1, 9))
+    with pytest.raises(UsageError, match="With 9 blocks removed"):  # one stays in any case
+        at_most(100, (10.0,) * 10).removals(range(10))
+
+
+def test_a_perplexity_ratio_is_a_loss():
+    ratio = loss_target(TargetRequest(max_perplexity_ratio="1.2"), "max_perplexity_ratio")
+    assert ratio.most == math.log(1.2)
+    assert ratio.allows(0.18)
+    assert not ratio.allows(0.19)
+    assert loss_target(TargetRequest(max_loss_increase="0"), "max_loss_increase").allows(0)
+    assert ratio.removals([1, 2, 3], (4,)) == 4
+
+
+@pytest.mark.parametrize(("text", "count"), [("1.2B", 1.2e9), ("600m", 6e8), ("70k", 7e4), ("135000000", 1.35e8)])
+def test_numbers_of_parameters(text, count):
+    assert parse_count(text, "target_params") == count
+
+
+@pytest.mark.parametrize("text", ["", "B", "-1B", "0", "nan", "inf", "1.2GiB", "many"])
+def test_what_is_no_number_of_parameters(text):
+    with pytest.raises(UsageError, match=r"--target-params .* is no number of parameters"):
+        parse_count(text, "target_params")
+
+
+@pytest.mark.parametrize("text", ["0.9", "nan", "inf", "-2", "x", "fast"])
+def test_what_is_no_factor(text):
+    with pytest.raises(UsageError, match=r"--target-speedup .* is not a number of 1 or more"):
+        parse_number(text, "target_speedup", least=1)
+    assert parse_number("1.25x", "target_speedup", least=1) == 1.25
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (TargetRequest(), "says how far to go, and there is none"),
+        (TargetRequest(ratio="0.2", target_params="1B"), "there are --ratio and --target-params"),
+        (TargetRequest(remove=2, serve_length=128), "--serve-length goes with --target-memory"),
+        (TargetRequest(remove=2, workload="prompt"), "--target-workload goes with --target-speedup"),
+    ],
+)
+def test_one_way_to_say_how_far(request_, message):
+    with pytest.raises(UsageError, match=message):
+        request_.chosen()
+
+
+def test_a_slope_is_fitted_through_the_dense_model():
+    assert fit_slope([2, 4], [0.9, 0.8]) == pytest.approx(0.05)
+    removed, share = [1, 5, 9], [0.97, 0.8, 0.7]
+    slopes = [k / 10000 for k in range(1, 1000)]
+    errors = [sum((1 - slope * n - s) ** 2 for n, s in zip(removed, share, strict=True)) for slope in slopes]
+    assert fit_slope(removed, share) == pytest.approx(slopes[errors.index(min(errors))], abs=1e-4)
+
+
+def architecture(folder):
+    return read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_and_bytes_are_those_of_the_pruned_model(tmp_path, tied):
+    folder = save_model(tmp_path / "m", llama_config(5, tie_word_embeddings=tied))
+    for removed in ((), (1,), (1, 3)):
+        pruned = AutoModelForCausalLM.from_config(llama_config(5 - len(removed), tie_word_embeddings=tied))
+        expected = sum(parameter.numel() for parameter in pruned.parameters())
+        assert count_parameters(architecture(folder)).without(removed) == expected
+        assert stored_bytes(architecture(folder)).without(removed) == 4 * expected
+
+
+def test_blocks_that_differ_are_counted_each(tmp_path):
+    config = llama_config(4)
+    folder = save_model(tmp_path / "m", config)
+    sizes = count_parameters(architecture(folder))
+    assert len(set(sizes.blocks)) == 1
+    assert sizes.blocks[0] == 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
+
+
+def caches(folder, length, batch=1):
+    return cache_bytes(architecture(folder), torch.bfloat16, length=length, batch=batch)
+
+
+def test_the_cache_is_keys_and_values_of_each_block(tmp_path, tiny_llama, tiny_gpt2):
+    # two bytes x keys and values x 2 key-value heads x head size 8 x length
+    assert caches(tiny_llama, 100, batch=3) == Sizes(0, (2 * 2 * 2 * 8 * 100 * 3,) * 6)
+    assert caches(tiny_gpt2, 50) == Sizes(0, (2 * 2 * 32 * 50,) * 5)
+
+
+def test_a_window_holds_no_more_than_the_window(tmp_path):
+    config = Gemma3TextConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"], bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    blocks = caches(save_model(tmp_path / "g", config), 100).blocks
+    a_token = 2 * 2 * 2 * 8
+    assert blocks[1] == 100 * a_token
+    assert blocks[0] == blocks[2]
+    assert 15 * a_token <= blocks[0] <= 16 * a_token
+
+
+def test_a_family_whose_cache_cannot_be_told_is_refused(tmp_path):
+    config = tiny_config("openai-gpt")
+    folder = save_model(tmp_path / "old", config)
+    with pytest.raises(UnsupportedModelError, match="KV cache of openai-gpt is cannot be told: it is not kept"):
+        caches(folder, 16)
