@@ -99,10 +99,68 @@ class EnvironmentRecord(Record):
     seconds: float
 
 
+class LossesRecord(Record):
+    """Nats per token on a text, and of divergence from the dense model's distribution (KL, dense to this)."""
+
+    loss: float
+    divergence: float
+
+
+class ClosedFormRecord(Record):
+    """What the fit in closed form did."""
+
+
+class HealRecord(Record):
+    """How the kept blocks were trained to predict as the dense model does; `seconds` include the writing of text.
+
+    `losses` are those of the point that was kept, after `kept_tokens`; `stopped` says what ended the training.
+    """
+
+    minutes: float | None
+    token_budget: int | None
+    sequence_length: int
+    batch_size: int
+    learning_rate: float
+    tokens: int
+    kept_tokens: int
+    steps: int
+    seconds: float
+    stopped: Literal["budget", "patience"]
+    losses: LossesRecord
+
+
+class RecoveryRecord(Record):
+    """What the kept blocks were given back, on which text, and what the model then does on text that was held out.
+
+    `text` is all of it, of which `held_out` sequences were never fitted; `dense`, `pruned`, `closed_form_losses` and
+    `heal.losses` are measured on those. What was not asked for is None.
+    """
+
+    text: CalibrationRecord
+    held_out: int
+    dense: LossesRecord
+    pruned: LossesRecord
+    closed_form: ClosedFormRecord | None = None
+    closed_form_losses: LossesRecord | None = None
+    heal: HealRecord | None = None
+
+    @property
+    def recovered(self) -> LossesRecord:
+        """The losses of the model as it is written."""
+        return self.heal.losses if self.heal else self.closed_form_losses or self.pruned
+
+    @property
+    def share(self) -> float:
+        """The share of the nats lost by the removal that came back."""
+        lost = self.pruned.loss - self.dense.loss
+        return (self.pruned.loss - self.recovered.loss) / lost if lost else 0.0
+
+
 class Plan(Record):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
-    In the copy that a checkpoint carries, `proof` says what was checked of that checkpoint.
+    In the copy that a checkpoint carries, `recovery` says what its blocks were given back, and `proof` what was
+    checked of it.
     """
 
     schema_version: Literal[1]
@@ -114,6 +172,7 @@ class Plan(Record):
     removals: tuple[Block, ...]
     steps: tuple[Step, ...]
     environment: EnvironmentRecord
+    recovery: RecoveryRecord | None = None
     proof: Proof | None = None
 
     @model_validator(mode="after")
@@ -127,9 +186,9 @@ class Plan(Record):
         return self
 
     def to_data(self) -> dict[str, Any]:
-        """Give the plan as JSON holds it; `proof` only where there is one."""
-        data = super().to_data()
-        return data if self.proof else {key: value for key, value in data.items() if key != "proof"}
+        """Give the plan as JSON holds it; `recovery` and `proof` only where there are any."""
+        checkpoints = {"recovery": self.recovery, "proof": self.proof}
+        return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
 
     def first(self, count: int) -> Plan:
         """Give the plan of the search that had stopped after `count` removals: they are nested."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sleb_cli.plan import RecoveryRecord
 from sleb_cli.records import ModelRecord, Proof, Record
 
 
@@ -21,13 +22,15 @@ class ResultRecord(Record):
 class ApplyResult(ResultRecord):
     """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for.
 
-    `pushed` is its address on the hub, where it went there too.
+    `recovery` says what its blocks were given back, where anything was; `pushed` is its address on the hub, where it
+    went there too.
     """
 
     kind: Literal["apply"]
     folder: str
     blocks: int
     weights_bytes: int
+    recovery: RecoveryRecord | None
     proof: Proof | None
     pushed: str | None
 

@@ -1,5 +1,6 @@
 """`sleb apply`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,25 @@ def apply(
         str | None, typer.Option(metavar="ORG/NAME", help="Upload it to the hub, private.", show_default=False)
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Refit the blocks around each gap to the dense model, in closed form.")
+    ] = False,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text to recover on, named as for `sleb search`. (default: self)", show_default=False),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Sequences of it; every fifth is held out. (default: 64)", show_default=False)
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens in each. (default: 512 or the model's limit)", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides which text is drawn or written. (default: 0)", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where to recover: cpu, cuda, cuda:1, mps. (default: auto)", show_default=False)
+    ] = None,
     any_model: AnyModelOption = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -65,14 +85,20 @@ def apply(
 
     if public and push is None:
         raise UsageError("--public goes with --push.", hint="Say where to: --push ORG/NAME --public.")
+    text = {"--calibration": calibration, "--samples": samples, "--sequence-length": sequence_length, "--seed": seed}
+    _require_recovery(text | {"--device": device}, recovers=recover, to_gguf=to_gguf is not None)
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.apply import apply_removals
         from sleb_cli.engine.apply_gguf import apply_to_gguf
+        from sleb_cli.engine.calibration import CalibrationRequest
         from sleb_cli.engine.push import PushRequest
+        from sleb_cli.engine.recovery.recovery import RecoveryRequest
         from sleb_cli.engine.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
         registry, verify = load_and_report(), not no_verify
+        asked = CalibrationRequest(calibration, samples, sequence_length, seed)
+        recovery = RecoveryRequest(recover, asked, device or "auto") if recover else None
         if to_gguf is not None:
             pruned = apply_to_gguf(request, to_gguf, output, registry, notify, dtype=dtype, force=force, verify=verify)
         else:
@@ -85,8 +111,25 @@ def apply(
                 force=force,
                 verify=verify,
                 push_to=PushRequest(push, private=not public) if push is not None else None,
+                recovery=recovery,
             )
     if to_gguf is not None:
         show_pruned_gguf(pruned, as_json=json)
     else:
         show_applied(applied, as_json=json)
+
+
+def _require_recovery(options: Mapping[str, object], *, recovers: bool, to_gguf: bool) -> None:
+    """Make sure that what was said about recovery is of use.
+
+    Raises:
+        UsageError: there is no recovery, or none of GGUF files.
+    """
+    given = [name for name, value in options.items() if value is not None]
+    if given and not recovers:
+        raise UsageError(f"{given[0]} goes with --recover.", hint="Give both, or neither.")
+    if recovers and to_gguf:
+        raise UsageError(
+            "--recover does not go with --to-gguf: tensors of a GGUF file are copied as they are.",
+            hint="Recover the model itself, and convert the checkpoint.",
+        )

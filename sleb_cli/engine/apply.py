@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from sleb_cli.engine.card import model_card
 from sleb_cli.engine.checkpoint import read_json
 from sleb_cli.engine.copying import copy_file
 from sleb_cli.engine.loading import choose_dtype, dtype_name
-from sleb_cli.engine.proof import proof_terms, prove
+from sleb_cli.engine.proof import Reference, proof_terms, prove
 from sleb_cli.engine.push import PushRequest, push, require_pushable
 from sleb_cli.engine.quantization import QUANTIZATION_FILES, prune_module_names
+from sleb_cli.engine.recovery.recovery import RecoveryRequest, recover
 from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.engine.subject import Subject
@@ -49,14 +50,16 @@ def apply_removals(
     force: bool = False,
     verify: bool = True,
     push_to: PushRequest | None = None,
+    recovery: RecoveryRequest | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint into `output`, whole and proven, or write nothing.
 
-    `check` sees the finished folder; what it raises keeps it back.
+    With `recovery`, the blocks that stay are given new values. `check` sees the finished folder; what it raises keeps
+    it back.
 
     Raises:
-        ProofError: the checkpoint does not do what the gated dense model does.
+        ProofError: the checkpoint does not do what the gated dense model, or the recovered one in memory, does.
         OutputError: the folder exists, or cannot be written, or the hub does not take it.
     """
     surgery, source = subject.surgery, subject.architecture.source
@@ -67,7 +70,10 @@ def apply_removals(
     require_new_folder(folder, source, force=force)
     if push_to:
         require_pushable(push_to, force=force)
+    recovered = recover(subject, recovery, cast, notify) if recovery else None
     kept = kept_tensors(surgery, cast)
+    if recovered:
+        kept = _with_values(kept, recovered.tensors)
     shards = plan_shards(source.weights, kept, shard_bytes)
     settings = _settings(surgery, cast)
     beside = _files_beside(source, written=set(settings))
@@ -76,10 +82,12 @@ def apply_removals(
         for name, values in settings.items():
             (aside / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         beside.copy(aside)
-        proof = prove(surgery, aside, kept, terms, notify) if verify else None
+        reference = Reference(surgery, recovered.parameters if recovered else None)
+        proof = prove(reference, aside, kept, terms, notify) if verify else None
+        record = recovered.record if recovered else None
         if subject.plan:
-            subject.plan.model_copy(update={"proof": proof}).write(aside / PLAN_FILE)
-        (aside / "README.md").write_text(model_card(subject, proof), encoding="utf-8")
+            subject.plan.model_copy(update={"recovery": record, "proof": proof}).write(aside / PLAN_FILE)
+        (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
         if check:
             check(aside)
     if beside.left_out:
@@ -96,6 +104,7 @@ def apply_removals(
         folder=str(folder),
         blocks=len(surgery.new_number),
         weights_bytes=weights_bytes,
+        recovery=record,
         proof=proof,
         pushed=pushed,
     )
@@ -149,6 +158,11 @@ def kept_tensors(surgery: Surgery, cast: torch.dtype | None = None) -> list[NewT
     """Give the tensors of the pruned checkpoint, from the headers of the dense one's files."""
     stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
     return [new_tensor(name, tensor, cast, surgery.cut(name)) for name, tensor in surgery.prune_tensors(stored)]
+
+
+def _with_values(kept: Sequence[NewTensor], values: Mapping[str, torch.Tensor]) -> list[NewTensor]:
+    """Put new values in the place of stored ones."""
+    return [replace(tensor, value=values[tensor.name]) if tensor.name in values else tensor for tensor in kept]
 
 
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from sleb_cli.engine.foreign import verdict
 from sleb_cli.engine.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.loading import quiet_libraries
 from sleb_cli.engine.memory import free_bytes
-from sleb_cli.engine.proof import proof_terms, prove
+from sleb_cli.engine.proof import Reference, proof_terms, prove
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import DEFAULT_PLAN, SubjectRequest, first_removals, is_plan
 from sleb_cli.engine.surgery import plan_surgery
@@ -211,7 +211,7 @@ def _ask_transformers(surgery: GgufSurgery, aside: Path, registry: Registry, not
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
     kept = kept_tensors(hf_surgery)
-    return _Outcome(None, prove(hf_surgery, folder, kept, proof_terms(architecture, None), notify))
+    return _Outcome(None, prove(Reference(hf_surgery), folder, kept, proof_terms(architecture, None), notify))
 
 
 def _out_of_reach(file: GgufFile, aside: Path) -> str | None:

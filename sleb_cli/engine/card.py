@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 from sleb_cli import __version__
 from sleb_cli.engine.subject import Subject
+from sleb_cli.plan import LossesRecord, RecoveryRecord
 from sleb_cli.records import Check, Proof
 
 
-def model_card(subject: Subject, proof: Proof | None) -> str:
+def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
     """Say what the model is made from, which blocks it lost, how they were found, and what was checked."""
     architecture, surgery = subject.architecture, subject.surgery
     source = architecture.source
@@ -28,8 +30,10 @@ def model_card(subject: Subject, proof: Proof | None) -> str:
         "- Base model: "
         + (f"`{source.id}` at revision `{source.revision}`" if source.revision else f"`{source.name}`"),
         f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
-        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, no training",
+        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
+        + ("no training" if recovery is None else "the others given new weights"),
         *_how(subject),
+        *_recovered(recovery),
         *_proven(proof),
         "",
     ]
@@ -55,16 +59,44 @@ def _how(subject: Subject) -> list[str]:
     ]
 
 
+def _recovered(recovery: RecoveryRecord | None) -> list[str]:
+    if recovery is None:
+        return []
+    text, healed = recovery.text, recovery.heal
+
+    def row(what: str, losses: LossesRecord) -> str:
+        return f"| {what} | {math.exp(losses.loss):.2f} | {losses.divergence:.4f} |"
+
+    return [
+        "",
+        f"The blocks that stay were given new weights, on text of {text.source} ({text.sequences} x "
+        f"{text.sequence_length} tokens, every fifth sequence held out), so that the model does again what the base "
+        f"model does. {recovery.share:.0%} of the nats that the removal cost came back, measured on the "
+        f"{recovery.held_out} sequences that were held out:",
+        "",
+        "| | perplexity | KL to the base model, nats per token |",
+        "|---|---|---|",
+        row("base model", recovery.dense),
+        row("pruned", recovery.pruned),
+        *([row("recovered in closed form", recovery.closed_form_losses)] if recovery.closed_form_losses else []),
+        *([row(f"healed: distilled for {healed.tokens} tokens", healed.losses)] if healed else []),
+    ]
+
+
 def _proven(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["", "The checkpoint was written without proof (`--no-verify`)."]
     difference = proof.logits_difference or 0.0
     same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
+    held_against = {
+        "gated": "the base model with these blocks switched off",
+        "recovered": "the recovered model in memory, before it was written",
+    }[proof.reference]
     words: dict[Check, str] = {
         "complete": "every tensor is in its file, as long as its header says",
         "loads": "stock transformers finds every weight of the config in the files, and no other",
         "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}) its logits are {same} to those "
-        "of the base model with these blocks switched off",
+        f"of {held_against}",
         "generates": "it generates with the KV cache",
         "saves again": "transformers saves it again, to the same weights",
         "same bytes": "the bytes of every weight are those of the base model",

@@ -1,5 +1,7 @@
 """The proof after save: a pruned checkpoint does what the dense model with its blocks switched off does.
 
+Where its blocks were given new values, it does what that model does with these values in memory.
+
 Its checks, in order: the files are complete; stock transformers loads them; the logits are the same; it generates with
 the KV cache; it saves again. Where the dense model does not fit into memory, the proof is partial, and says so: the
 files are complete; transformers finds every weight of the config in them; and the bytes are the dense model's own.
@@ -10,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -53,7 +55,7 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 8
 
 TOLERANCE = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-"""Largest difference of any logit from the gated dense model, relative to the largest logit."""
+"""Largest difference of any logit from the model in memory, relative to the largest logit."""
 
 CACHE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
 """The same between decoding with the KV cache and without: other shapes, so other rounding."""
@@ -88,18 +90,51 @@ def proof_terms(architecture: Architecture, cast: torch.dtype | None) -> Terms:
     return Terms(device, dtype, f"the model needs {in_words(needed)} of memory, and {in_words(free)} are free")
 
 
-def prove(surgery: Surgery, folder: Path, kept: Sequence[NewTensor], terms: Terms, notify: Notify) -> Proof:
+@dataclass(frozen=True)
+class Reference:
+    """The model in memory that a checkpoint is held against: the dense one with its blocks switched off.
+
+    Attributes:
+        surgery: the removal.
+        parameters: new values by the dense model's own parameter names, where it was recovered; else None.
+    """
+
+    surgery: Surgery
+    parameters: Mapping[str, Tensor] | None = None
+
+    @property
+    def name(self) -> str:
+        """What sentences call it."""
+        return "the gated dense model" if self.parameters is None else "the recovered model in memory"
+
+    def logits(self, ids: Tensor, dtype: torch.dtype, device: torch.device, notify: Notify) -> Tensor:
+        """Load it, and give its logits, [1, positions, vocabulary]."""
+        dense = load_dense(self.surgery.architecture, dtype, device, notify)
+        for name, value in (self.parameters or {}).items():
+            dense.get_parameter(name).data.copy_(value)
+        _align(dense)
+        with GatedModel(dense, self.surgery.architecture.blocks_of(dense)) as gated:
+            return gated.logits(ids, self.surgery.removed)
+
+
+def prove(reference: Reference, folder: Path, kept: Sequence[NewTensor], terms: Terms, notify: Notify) -> Proof:
     """Check the checkpoint in `folder`, which is to hold the tensors `kept`; tell of each check as it is passed.
 
     Raises:
         ProofError: with the check that failed.
     """
-    proof = Proof(checks=(), partial=terms.too_large, dtype=dtype_name(terms.dtype), device=terms.device.type)
+    proof = Proof(
+        checks=(),
+        reference="gated" if reference.parameters is None else "recovered",
+        partial=terms.too_large,
+        dtype=dtype_name(terms.dtype),
+        device=terms.device.type,
+    )
     if terms.too_large:
         notify(Notice(f"The proof is partial: {terms.too_large}. Names, shapes and bytes are checked, no logits."))
-        checks = chain(_complete(folder, kept), _fits(surgery, folder), _same_bytes(folder, kept, notify))
+        checks = chain(_complete(folder, kept), _fits(reference.surgery, folder), _same_bytes(folder, kept, notify))
     else:
-        checks = chain(_complete(folder, kept), _runs(surgery, folder, terms, notify))
+        checks = chain(_complete(folder, kept), _runs(reference, folder, terms, notify))
     for check, words, found in checks:
         notify(CheckPassed(words) if check else Notice(words))
         proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **found})
@@ -152,13 +187,14 @@ def _same_bytes(folder: Path, kept: Sequence[NewTensor], notify: Notify) -> Iter
 
 
 @torch.inference_mode()
-def _runs(surgery: Surgery, folder: Path, terms: Terms, notify: Notify) -> Iterator[Found]:
-    """It does what the dense model with its blocks switched off does, and can be saved again."""
+def _runs(reference: Reference, folder: Path, terms: Terms, notify: Notify) -> Iterator[Found]:
+    """It does what the model in memory does, and can be saved again."""
+    surgery = reference.surgery
     dtype, device = terms.dtype, terms.device
     limit = surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
     new_tokens = min(NEW_TOKENS, max(1, limit // 2))
     prompt, ids = _prompt(surgery, max(1, min(PROMPT_TOKENS, limit - new_tokens)), device)
-    expected = _gated_logits(surgery, ids, dtype, device, notify)
+    expected = reference.logits(ids, dtype, device, notify)
     free_memory()
     task = "Proving the checkpoint"
     notify(TaskStarted(task))
@@ -171,11 +207,11 @@ def _runs(surgery: Surgery, folder: Path, terms: Terms, notify: Notify) -> Itera
     difference, allowed = _relative_difference(found, expected), TOLERANCE.get(dtype, 0.0)
     if not difference <= allowed:
         raise _failed(
-            f"its logits differ from the gated dense model's by {difference:.2g} of the largest, "
+            f"its logits differ from those of {reference.name} by {difference:.2g} of the largest, "
             f"where {allowed:.2g} is allowed in {dtype_name(dtype)}"
         )
     how = "bitwise equal to" if difference == 0 else f"within {difference:.1g} of"
-    words = f"its logits on {ids.shape[1]} prompt tokens are {how} those of the gated dense model"
+    words = f"its logits on {ids.shape[1]} prompt tokens are {how} those of {reference.name}"
     yield "same logits", words, {
         "prompt": prompt, "prompt_tokens": ids.shape[1], "logits_difference": difference, "logits_tolerance": allowed
     }  # fmt: skip
@@ -228,13 +264,6 @@ def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal[
     vocabulary = architecture.config.get_text_config().vocab_size
     seeded = torch.Generator().manual_seed(0)
     return "random tokens", torch.randint(vocabulary, (1, room), generator=seeded).to(device)
-
-
-def _gated_logits(surgery: Surgery, ids: Tensor, dtype: torch.dtype, device: torch.device, notify: Notify) -> Tensor:
-    dense = load_dense(surgery.architecture, dtype, device, notify)
-    _align(dense)
-    with GatedModel(dense, surgery.architecture.blocks_of(dense)) as gated:
-        return gated.logits(ids, surgery.removed)
 
 
 def _load_stock(folder: Path, surgery: Surgery, **options: Any) -> Any:

@@ -40,12 +40,19 @@ class NewTensor:
         stored: where its bytes come from.
         cast: the data type to cast them to.
         cut: what of it stays, where it is not all.
+        value: what stands in its place, of the stored shape, where it is new.
     """
 
     name: str
     stored: StoredTensor
     cast: torch.dtype | None = None
     cut: Cut | None = None
+    value: torch.Tensor | None = None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes are those that are stored."""
+        return self.cast is None and self.cut is None and self.value is None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +120,7 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
 def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
     """Give the shards that hold what remains of one file."""
     metadata = {"format": "pt"} | header.metadata
-    as_before = [(tensor.name, tensor.stored) for tensor in tensors if not (tensor.cast or tensor.cut)]
+    as_before = [(tensor.name, tensor.stored) for tensor in tensors if tensor.is_copy]
     if (
         header.path.suffix == ".safetensors"
         and tensors
@@ -207,7 +214,7 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
 
 def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, advance: Advance) -> None:
     """Append tensors that come from one file."""
-    if source.suffix != ".safetensors" or any(tensor.cast or tensor.cut for tensor in tensors):
+    if source.suffix != ".safetensors" or not all(tensor.is_copy for tensor in tensors):
         for _, parts in contents(source, tensors):
             for part in parts:
                 write_all(target, part)
@@ -241,13 +248,16 @@ def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTe
     if source.suffix != ".safetensors":
         pickled = load_pickle(source)
         for tensor in tensors:
-            whole = pickled[tensor.stored.name]
-            yield tensor, [_bytes_of(tensor.cut.of_tensor(whole) if tensor.cut else whole, tensor.cast)]
+            whole = pickled[tensor.stored.name] if tensor.value is None else tensor.value
+            yield tensor, [_bytes_of(tensor.cut.of_tensor(whole) if tensor.cut else whole, TORCH_DTYPES[tensor.dtype])]
         return
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
+            if tensor.value is not None:
+                yield tensor, [_bytes_of(tensor.value, TORCH_DTYPES[tensor.dtype])]
+                continue
             parts = read_range(original, tensor.stored.start or 0, tensor.stored.size)
             if tensor.cut:
                 parts = tensor.cut.of_bytes(parts, tensor.stored.shape, tensor.stored.size)
@@ -258,6 +268,6 @@ def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTe
                 yield tensor, parts
 
 
-def _bytes_of(tensor: torch.Tensor, cast: torch.dtype | None) -> memoryview:
-    flat = tensor.to(cast or tensor.dtype).contiguous().reshape(-1)
+def _bytes_of(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    flat = tensor.to("cpu", dtype).contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

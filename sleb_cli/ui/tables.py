@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sleb_cli.plan import Plan
+from sleb_cli.plan import Plan, RecoveryRecord
 from sleb_cli.records import Proof
 from sleb_cli.results import (
     ApplyResult,
@@ -116,6 +116,8 @@ def show_applied(result: ApplyResult, *, as_json: bool) -> None:
         print_json(result.to_data())
         return
     _say_size(result.folder, result.blocks, result.weights_bytes)
+    if result.recovery:
+        _say_recovery(result.recovery)
     if result.pushed:
         stdout().print(f"pushed to {result.pushed}", soft_wrap=True, markup=False)
     if result.proof is None:
@@ -159,6 +161,19 @@ def _say_size(what: str, blocks: int, count: int) -> None:
     stdout().print(f"wrote {what}: {blocks} blocks, {size(count)}", soft_wrap=True, markup=False)
 
 
+def _say_recovery(recovery: RecoveryRecord) -> None:
+    stages = {"dense": recovery.dense, "pruned": recovery.pruned, "recovered": recovery.closed_form_losses}
+    stages |= {"healed": recovery.heal.losses if recovery.heal else None}
+    perplexities = [f"{what} {math.exp(losses.loss):.2f}" for what, losses in stages.items() if losses]
+    text = recovery.text
+    stdout().print(
+        f"perplexity on {recovery.held_out} held-out sequences of {text.source}: {', '.join(perplexities)}; "
+        f"{recovery.share:.0%} of the lost nats came back",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
 def _say_proof(proof: Proof, loaded: str) -> None:
     if proof.logits_difference is None:
         stdout().print(
@@ -172,9 +187,10 @@ def _say_proof(proof: Proof, loaded: str) -> None:
     saves = (
         f"[yellow]not proven[/] is that it can be saved again: {proof.partial}" if proof.partial else "it saves again"
     )
+    reference = {"gated": "the gated dense model", "recovered": "the recovered model in memory"}[proof.reference]
     stdout().print(
         f"[green]proven[/] in {proof.dtype} on {proof.device}: {loaded}; its logits on {proof.prompt_tokens} "
-        f"prompt tokens are {how} those of the gated dense model{allowed}; it generates with the KV cache; {saves}",
+        f"prompt tokens are {how} those of {reference}{allowed}; it generates with the KV cache; {saves}",
         soft_wrap=True,
     )
 
