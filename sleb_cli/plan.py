@@ -20,15 +20,27 @@ Engine = Literal["fork", "prefix", "plain", "weights", "model"]
 """How candidates were scored: all in one walk, each from its block on, each through the whole model, or otherwise."""
 
 
+Chat = Literal["all", "answers"]
+"""Which tokens of conversations count: all, or those that the assistant writes."""
+
+
 class CalibrationRecord(Record):
-    """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64."""
+    """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64.
+
+    `bos` says that every sequence begins with the BOS token; `chat`, that they are conversations, and what counts.
+    """
 
     source: str
     seed: int
     sequences: int
     sequence_length: int
     bos: bool
+    chat: Chat | None = None
     tokens_sha256: str
+
+    def __str__(self) -> str:
+        counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
+        return f"{self.source}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
 class SearchRecord(Record):

@@ -1,7 +1,7 @@
 """`sleb search`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,13 @@ def search(
         typer.Option(
             help="wikitext2, c4, wikitext2-sleb, c4-sleb, self, a .txt or .jsonl file, "
             "org/name[:config][:split][:column], or a mixture: self:0.5,c4:0.5. (default: wikitext2; self for demo)",
+            show_default=False,
+        ),
+    ] = None,
+    chat: Annotated[
+        Literal["all", "answers"] | None,
+        typer.Option(
+            help="The calibration data are conversations, a field or column `messages`: what counts of them.",
             show_default=False,
         ),
     ] = None,
@@ -119,7 +126,7 @@ def search(
             output=place,
             ratio=ratio,
             remove=remove,
-            calibration=CalibrationRequest(calibration, samples, sequence_length, seed),
+            calibration=CalibrationRequest(calibration, samples, sequence_length, seed, chat),
             metric=metric,
             protect_first=protect_first,
             protect_last=protect_last,

@@ -12,10 +12,16 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from sleb_cli.engine.architecture import Architecture
+from sleb_cli.engine.chat import cut_conversations, require_template
 from sleb_cli.engine.foreign import verdict
 from sleb_cli.engine.mixture import Part, divide, interleave, parse_mixture
 from sleb_cli.engine.source import DEMO
-from sleb_cli.engine.texts import REFERENCE_ROWS, calibration_text, reference_calibration_text
+from sleb_cli.engine.texts import (
+    REFERENCE_ROWS,
+    calibration_conversations,
+    calibration_text,
+    reference_calibration_text,
+)
 from sleb_cli.engine.windows import (
     DEFAULT_LENGTH,
     adds_bos,
@@ -26,7 +32,7 @@ from sleb_cli.engine.windows import (
     tokens_sha256,
 )
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
-from sleb_cli.plan import CalibrationRecord
+from sleb_cli.plan import CalibrationRecord, Chat
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 
 SELF = "self"
@@ -49,6 +55,7 @@ class CalibrationRequest:
     samples: int | None
     sequence_length: int | None
     seed: int | None
+    chat: Chat | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class CalibrationSettings:
     samples: int
     sequence_length: int
     seed: int
+    chat: Chat | None
     samples_were_asked: bool
 
     @property
@@ -74,10 +82,25 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration sequences, int64 [sequences, length], and how they came to be."""
+    """The calibration sequences, int64 [sequences, length], and how they came to be.
+
+    `counted` says which tokens count where they are predicted, bool of that shape; None for all.
+    """
 
     sequences: Tensor
     record: CalibrationRecord
+    counted: Tensor | None = None
+
+    def shuffled(self) -> Calibration:
+        """Give them in an order that the seed decides: candidates race over the sequences as they come."""
+        order = random.Random(self.record.seed).sample(range(len(self.sequences)), len(self.sequences))
+        return replace(
+            self, sequences=self.sequences[order], counted=None if self.counted is None else self.counted[order]
+        )
+
+
+_Rows = tuple[Tensor, Tensor | None]
+"""Sequences of one source, and which of their tokens count (None: all)."""
 
 
 def settle_calibration(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
@@ -99,6 +122,7 @@ def settle_calibration(request: CalibrationRequest, architecture: Architecture) 
             request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
         ),
         seed=request.seed or 0,
+        chat=request.chat,
         samples_were_asked=request.samples is not None,
     )
     if len(parts) > 1:
@@ -131,56 +155,61 @@ def calibrate(
     Raises:
         DataError: the text is missing, or too short.
     """
+    if settings.chat is not None:
+        require_template(tokenizer)
     bos = adds_bos(tokenizer) and settings.parts[0].source not in REFERENCE_PRESETS
-    found: list[Tensor] = []
+    found: list[_Rows] = []
     for part, count in zip(settings.parts, settings.counts, strict=True):
-        if part.source == SELF:
+        if part.source == SELF and settings.chat is None:
             own = replace(settings, samples=count)
-            found.append(write_own_text(load_model(), tokenizer, own, bos=bos, notify=notify))
+            found.append((write_own_text(load_model(), tokenizer, own, bos=bos, notify=notify), None))
         else:
             notify(TaskStarted(task := f"Reading {part.source}"))
             found.append(_read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify))
             notify(TaskFinished(task))
-    sequences = torch.cat(found)[interleave([len(rows) for rows in found])]
+    order = interleave([len(sequences) for sequences, _ in found])
+    sequences = torch.cat([sequences for sequences, _ in found])[order]
+    masks = [counted for _, counted in found if counted is not None]
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
         sequences=len(sequences),
         sequence_length=settings.sequence_length,
-        bos=bos,
+        bos=bos if settings.chat is None else bool((sequences[:, 0] == tokenizer.bos_token_id).all()),
+        chat=settings.chat,
         tokens_sha256=tokens_sha256(sequences),
     )
-    return Calibration(sequences, record)
+    return Calibration(sequences, record, torch.cat(masks)[order] if masks else None)
 
 
 def _read_sequences(
     source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
-) -> Tensor:
+) -> _Rows:
     """Cut the sequences out of a text: all of a reference preset, else as many as wanted, drawn by the seed."""
-    length = settings.sequence_length
-    if source in REFERENCE_PRESETS:
-        text = reference_calibration_text(source, rows=samples, seed=settings.seed)
-        return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length)
-    text = calibration_text(source, tokens=samples * length, seed=settings.seed)
-    windows = cut_windows(tokenizer, text.content, length, bos=bos)
+    length, seed = settings.sequence_length, settings.seed
     # A source alone may have less than is usual; a mixture with less of one would not have the shares that it says.
-    all_needed = settings.samples_were_asked or len(settings.parts) > 1
-    require_windows(windows, text, tokenizer, length, samples if all_needed else None)
+    asked = samples if settings.samples_were_asked or len(settings.parts) > 1 else None
+    counted = None
+    if settings.chat is not None:
+        conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
+        answers = settings.chat == "answers"
+        windows, counted = cut_conversations(tokenizer, conversations, length, answers=answers, asked=asked)
+    elif source in REFERENCE_PRESETS:
+        text = reference_calibration_text(source, rows=samples, seed=seed)
+        return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
+    else:
+        text = calibration_text(source, tokens=samples * length, seed=seed)
+        windows = cut_windows(tokenizer, text.content, length, bos=bos)
+        require_windows(windows, text, tokenizer, length, asked)
     if len(windows) < samples:
         notify(Notice(f"{source} has text for {len(windows)} sequences of {length} tokens: all are used."))
-    return draw(windows, samples, settings.seed)
+    rows = draw(len(windows), samples, seed)
+    return windows[rows], counted[rows] if counted is not None and settings.chat == "answers" else None
 
 
-def draw(windows: Tensor, count: int, seed: int) -> Tensor:
-    """Draw `count` of the windows (all, where there are fewer) by the seed, in the order of the text."""
-    if count >= len(windows):
-        return windows
-    return windows[sorted(random.Random(seed).sample(range(len(windows)), count))]
-
-
-def shuffled(windows: Tensor, seed: int) -> Tensor:
-    """Give the windows in an order that the seed decides: candidates race over them as they come."""
-    return windows[random.Random(seed).sample(range(len(windows)), len(windows))]
+def draw(found: int, count: int, seed: int) -> list[int]:
+    """Draw `count` of so many windows (all, where there are fewer) by the seed, in the order of the text."""
+    return list(range(found)) if count >= found else sorted(random.Random(seed).sample(range(found), count))
 
 
 def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify) -> Tensor:

@@ -44,10 +44,9 @@ def _how(subject: Subject) -> list[str]:
     plan = subject.plan
     if plan is None:
         return ["- The blocks were chosen by hand."]
-    text = plan.calibration
     return [
-        f"- Found by greedy search: metric {plan.search.metric}, calibrated on {text.source}, "
-        f"{text.sequences} x {text.sequence_length} tokens, {plan.search.dtype} (`sleb_plan.json` has every score)",
+        f"- Found by greedy search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
+        f"{plan.search.dtype} (`sleb_plan.json` has every score)",
         "",
         "| removed | perplexity on the calibration text |",
         "|---|---|",

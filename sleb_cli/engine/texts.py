@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sleb_cli.engine.foreign import first_line
-from sleb_plugins import DataError
+from sleb_plugins import DataError, UsageError
+
+T = TypeVar("T", bound=Sized)
 
 PARAGRAPHS = "\n\n"
 REFERENCE_ROWS = 128
@@ -42,6 +44,18 @@ class Text:
     source: str
     content: str
     limit: int | None = None
+
+
+Conversation = list[dict[str, str]]
+"""Messages in turn, each with its `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations and where they are from."""
+
+    source: str
+    content: list[Conversation]
 
 
 WIKITEXT2_TRAIN = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
@@ -96,15 +110,65 @@ def evaluation_text(source: str) -> Text:
     return Text(source, PARAGRAPHS.join(_documents(_parse_dataset(source))), C4_EVALUATION_WINDOWS)
 
 
+def calibration_conversations(source: str, *, tokens: int, seed: int) -> Conversations:
+    """Give conversations: all of a .jsonl file, or of a data set so many as have about `tokens` tokens.
+
+    They stand in a field or column `messages`: lists of {"role": …, "content": …}.
+
+    Raises:
+        UsageError: the source is plain text.
+        DataError: it is missing or unreadable, or what it holds are no conversations.
+    """
+    if _is_file(source) and Path(source).suffix == ".jsonl":
+        lines = _json_lines(source, _read_file(source), "messages")
+        found = [_conversation(value, f"line {number} of {source}") for number, value in lines]
+    elif _is_file(source) or "/" not in source:
+        raise UsageError(
+            f"{source} is plain text, and --chat is for conversations.",
+            hint='Leave out --chat, or name a .jsonl file or data set with "messages": lists of role and content.',
+        )
+    else:
+        dataset = _parse_dataset(source, column="messages")
+        rows = (_conversation(row, f"a row of {dataset}") for row in _values(dataset, shuffle_seed=seed))
+        found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, size=_characters))
+    if not found:
+        raise DataError(f"{source} is empty.", hint="Name a file that holds conversations.")
+    return Conversations(source, found)
+
+
+def _conversation(value: Any, where: str) -> Conversation:
+    whole = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not (whole and value):
+        raise DataError(
+            f'The "messages" in {where} are not a list of {{"role": …, "content": …}} with texts.', hint="Correct it."
+        )
+    return list(value)
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(message["content"]) for message in conversation)
+
+
 def _is_file(source: str) -> bool:
     path = Path(source)
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
 
 def _file_text(source: str) -> Text:
-    path = Path(source).expanduser()
+    content = _read_file(source)
+    if Path(source).suffix == ".jsonl":
+        content = PARAGRAPHS.join(_json_texts(source, content))
+    if not content.strip():
+        raise DataError(f"{source} is empty.", hint="Name a file that holds text.")
+    return Text(source, content)
+
+
+def _read_file(source: str) -> str:
     try:
-        content = path.read_text(encoding="utf-8")
+        return Path(source).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise DataError(f"There is no file {source}.", hint="Check the path.") from error
     except IsADirectoryError as error:
@@ -113,43 +177,48 @@ def _file_text(source: str) -> Text:
         raise DataError(f"{source} is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
     except PermissionError as error:
         raise DataError(f"You may not read {source}.", hint="Change its permissions.") from error
-    if path.suffix == ".jsonl":
-        content = PARAGRAPHS.join(_json_lines(source, content))
-    if not content.strip():
-        raise DataError(f"{source} is empty.", hint="Name a file that holds text.")
-    return Text(source, content)
 
 
-def _json_lines(source: str, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f'Line {number} of {source} is not an object with a field "text".',
-                hint='A .jsonl file holds one {"text": "…"} a line.',
-            ) from error
+def _json_texts(source: str, content: str) -> Iterator[str]:
+    for number, text in _json_lines(source, content, "text"):
         if not isinstance(text, str):
             raise DataError(f'The field "text" in line {number} of {source} is not a string.', hint="Correct it.")
         yield text
 
 
-def _parse_dataset(source: str) -> Dataset:
-    """Read org/name[:config][:split][:column]."""
+def _json_lines(source: str, content: str, field: str) -> Iterator[tuple[int, Any]]:
+    """Give a field of each line that is not blank, with the line's number from 1."""
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)[field]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f'Line {number} of {source} is not an object with a field "{field}".',
+                hint='A .jsonl file holds one {"text": "…"} a line, or with --chat one {"messages": […]}.',
+            ) from error
+
+
+def _parse_dataset(source: str, column: str = "text") -> Dataset:
+    """Read org/name[:config][:split][:column]; `column` is the usual one."""
     path, *parts = source.split(":")
     if "/" not in path or len(parts) > 3:
         raise DataError(
             f"There is no text source {source!r}.",
             hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
         )
-    config, split, column = [*parts, "", "", ""][:3]
-    return Dataset(path, config or None, split or "train", column or "text")
+    config, split, named = [*parts, "", "", ""][:3]
+    return Dataset(path, config or None, split or "train", named or column)
 
 
 def _documents(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[str]:
     """Load a data set of the hub and give its documents."""
+    return map(str, _values(dataset, shuffle_seed=shuffle_seed))
+
+
+def _values(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[Any]:
+    """Load a data set of the hub and give its column."""
     rows = _load(dataset)
     if dataset.column not in rows.column_names:
         raise DataError(
@@ -158,7 +227,7 @@ def _documents(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator
         )
     if shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed)
-    return (str(row[dataset.column]) for row in rows)
+    return (row[dataset.column] for row in rows)
 
 
 def _load(dataset: Dataset) -> Any:
@@ -179,11 +248,11 @@ def _load(dataset: Dataset) -> Any:
         ) from error
 
 
-def _enough(documents: Iterable[str], characters: int) -> Iterator[str]:
+def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = len) -> Iterator[T]:
     found = 0
     for document in documents:
         yield document
-        found += len(document)
+        found += size(document)
         if found >= characters:
             return
 

@@ -73,12 +73,21 @@ def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, as
             f"{text.source} has {tokens} tokens, less than one sequence of {length}.",
             hint="Use more text, or a shorter --sequence-length.",
         )
+    require_enough(found, text.source, length, asked)
+    return windows
+
+
+def require_enough(found: int, source: str, length: int, asked: int | None) -> None:
+    """Refuse a source that gives fewer sequences than asked for.
+
+    Raises:
+        DataError: it does.
+    """
     if asked is not None and found < asked:
         raise DataError(
-            f"{text.source} has text for {found} sequences of {length} tokens, not for {asked}.",
+            f"{source} has text for {found} sequences of {length} tokens, not for {asked}.",
             hint=f"Ask for {found} of it or fewer, use more text, or a shorter --sequence-length.",
         )
-    return windows
 
 
 def tokens_sha256(windows: Tensor) -> str:

@@ -46,7 +46,7 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_data())
         return
-    calibration, how = plan.calibration, plan.search
+    how = plan.search
     console = stdout()
     print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
     kinds = any(step.kind for step in plan.steps)
@@ -66,8 +66,7 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     console.print(table)
     console.print(block_strip(plan.model.blocks, plan.removals))
     console.print(
-        f"calibrated on {calibration.source}: {calibration.sequences} x {calibration.sequence_length} tokens, "
-        f"{how.dtype} on {how.device}, {plan.environment.seconds:.0f} s",
+        f"calibrated on {plan.calibration}, {how.dtype} on {how.device}, {plan.environment.seconds:.0f} s",
         soft_wrap=True,
         markup=False,
     )

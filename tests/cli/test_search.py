@@ -69,7 +69,7 @@ def test_the_model_writes_its_own_calibration_text(run_sleb, tiny_opt, tiny_llam
         plans = [json.loads(run_sleb("search", model, *options, "--seed", seed).stdout) for seed in (0, 0, 1)]
         hashes = [plan["calibration"]["tokens_sha256"] for plan in plans]
         assert hashes[0] == hashes[1] != hashes[2]
-        expected = {"source": "self", "seed": 0, "sequences": 3, "sequence_length": 16, "bos": bos}
+        expected = {"source": "self", "seed": 0, "sequences": 3, "sequence_length": 16, "bos": bos, "chat": None}
         assert plans[0]["calibration"] == expected | {"tokens_sha256": hashes[0]}
 
 
@@ -91,6 +91,28 @@ def test_a_mixture_is_named_in_the_plan_and_gone_on_with(run_sleb, tiny_llama, t
     assert run_sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2).exit_code == 0
     two, extended = (read_plan(tmp_path / name) for name in ("plan.json", "one.json"))
     assert (extended.steps, extended.calibration) == (two.steps, two.calibration)
+
+
+def test_conversations_are_scored_on_their_answers(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "chatty", llama_config())
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}")
+    turns = [{"role": "user", "content": "river mountain"}, {"role": "assistant", "content": "snow water stone"}]
+    (tmp_path / "chat.jsonl").write_text("\n".join([json.dumps({"messages": turns})] * 80))
+    options = ["--remove", 2, *calibration("chat.jsonl"), "--force"]
+    plans = {}
+    for chat in ("all", "answers"):
+        result = run_sleb("search", folder, *options, "--chat", chat)
+        assert result.exit_code == 0, result.stderr
+        plans[chat] = read_plan(tmp_path / "plan.json")
+        assert plans[chat].calibration.chat == chat
+    assert "chat.jsonl: 4 x 32 tokens, the answers of conversations" in result.stdout
+    assert plans["all"].dense.loss != plans["answers"].dense.loss
+    extended = run_sleb("search", folder, "--extend", "plan.json", "--remove", 3, "--json")
+    assert extended.exit_code == 0, extended.stderr
+    assert json.loads(extended.stdout)["steps"][:2] == [step.to_data() for step in plans["answers"].steps]
+    plain = run_sleb("search", folder, "--remove", 1, *calibration("chat.jsonl"), "--force")
+    assert plain.exit_code == 5
+    assert "with --chat" in plain.stderr
 
 
 def test_cosine_needs_one_pass_and_still_gives_the_perplexity(run_sleb, tiny_llama, text_file):
@@ -193,6 +215,8 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
         (("--remove", 1, "--calibration", "."), 5, "is a folder"),
         (("--remove", 1, "--calibration", "org/a:b:c:d:e"), 5, "no text source"),
         (("--remove", 1, "--calibration", "c4:0.5,self:0.4"), 2, "sum to 0.9, not to 1"),
+        (("--remove", 1, "--chat", "answer"), 2, "--chat"),
+        (("--remove", 1, "--chat", "all"), 2, "no chat template"),
         (("--remove", 1, "--revision", "main"), 2, "--revision does not apply"),
         (("--frobnicate",), 2, "--frobnicate"),
         (("--remove", 1, "-o", "no/plan.json"), 8, "folder does not exist"),

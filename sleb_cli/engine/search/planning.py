@@ -22,7 +22,6 @@ from sleb_cli.engine.calibration import (
     CalibrationSettings,
     calibrate,
     settle_calibration,
-    shuffled,
 )
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.gates import GatedModel
@@ -217,7 +216,12 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     if extended is not None:
         how, was = extended.search, extended.calibration
         usual = {name: getattr(how, name) for name in (*usual, "batch_size", "fast", "protect")}
-        drawn = {"source": was.source, "samples": was.sequences, "sequence_length": was.sequence_length}
+        drawn = {
+            "source": was.source,
+            "samples": was.sequences,
+            "sequence_length": was.sequence_length,
+            "chat": was.chat,
+        }
         if was.source in REFERENCE_PRESETS:
             del drawn["samples"]  # those count rows of text, not sequences
         calibration = _fill(calibration, drawn | {"seed": was.seed})
@@ -259,15 +263,16 @@ def _search(
     settled: _Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
 ) -> tuple[DenseRecord, list[Step], SearchRecord]:
     architecture, request, metric = settled.architecture, settled.request, settled.metric
-    sequences = calibration.sequences.to(settled.device)
     if request.fast:
-        sequences = shuffled(sequences, calibration.record.seed)
+        calibration = calibration.shuffled()
+    sequences = calibration.sequences.to(settled.device)
     with GatedModel(model, architecture.blocks_of(model)) as gated:
         notify(TaskStarted(task := "Checking the engine"))
         passes, reason = prepare_passes(
             gated,
             sequences,
             notify,
+            counted=None if calibration.counted is None else calibration.counted.to(settled.device),
             memory=request.memory,
             batch_size=request.batch_size,
             looks=LOOKS if request.fast else 1,

@@ -1,0 +1,174 @@
+"""Conversations as calibration sequences: written by the chat template, and which of their tokens count."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import train_tokenizer
+from sleb_cli.engine.chat import cut_conversations, require_template
+from sleb_cli.engine.texts import Conversations, calibration_conversations
+from sleb_plugins import DataError, UsageError
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role + '\\n' }}"
+    "{% if m.role == 'assistant' %}GENERATION{{ m.content }}</s>ENDGENERATION{% else %}{{ m.content }}</s>{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}<s>{{ 'assistant\\n' }}{% endif %}"
+)
+PLAIN = TEMPLATE.replace("ENDGENERATION", "").replace("GENERATION", "")
+MARKED = TEMPLATE.replace("ENDGENERATION", "{% endgeneration %}").replace("GENERATION", "{% generation %}")
+
+CONVERSATION = [
+    {"role": "system", "content": "river mountain"},
+    {"role": "user", "content": "snow water stone"},
+    {"role": "assistant", "content": "bridge town"},
+    {"role": "user", "content": "mill fish"},
+    {"role": "assistant", "content": "field winter spring"},
+]
+
+
+def tokenizer_with(template):
+    tokenizer = train_tokenizer(bos=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def cut(template, conversations, length, *, answers, asked=None):
+    source = Conversations("chat.jsonl", conversations)
+    return cut_conversations(tokenizer_with(template), source, length, answers=answers, asked=asked)
+
+
+def written(tokenizer, conversation):
+    """Write it by hand."""
+    text = "".join(f"<s>{m['role']}\n{m['content']}</s>\n" for m in conversation)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_all_tokens_of_the_template_count():
+    ids = written(tokenizer_with(PLAIN), CONVERSATION)
+    sequences, counted = cut(PLAIN, [CONVERSATION], len(ids), answers=False)
+    assert sequences.tolist() == [ids]
+    assert counted.all()
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by prompts", "by the template's own marks"])
+def test_the_answers_count_up_to_the_token_that_ends_them(template):
+    tokenizer = tokenizer_with(template)
+    ids = written(tokenizer, CONVERSATION)
+    sequences, counted = cut(template, [CONVERSATION], len(ids), answers=True)
+    assert sequences.tolist() == [ids]
+    assert tokenizer.decode(sequences[0][counted[0]]) == "bridge town</s>field winter spring</s>"
+    assert tokenizer.decode(sequences[0][~counted[0]]).count("<s>assistant\n") == 2
+
+
+def test_a_tokenizer_that_knows_no_offsets_finds_the_answers_too(monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
+    tokenizer = tokenizer_with(MARKED)
+    sequences, counted = cut(MARKED, [CONVERSATION], len(written(tokenizer, CONVERSATION)), answers=True)
+    assert tokenizer.decode(sequences[0][counted[0]]) == "bridge town</s>field winter spring</s>"
+
+
+def test_each_sequence_begins_where_a_conversation_begins_and_has_an_answer():
+    tokenizer = tokenizer_with(PLAIN)
+    short = [{"role": "user", "content": "snow"}, {"role": "assistant", "content": "water"}]
+    long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
+    sequences, counted = cut(PLAIN, [short, short, long, short, CONVERSATION, short], 60, answers=True)
+    stream = written(tokenizer, short) * 2 + written(tokenizer, long)
+    expected = [stream[:60], (written(tokenizer, short) + written(tokenizer, CONVERSATION))[:60]]
+    assert sequences.tolist() == expected
+    assert counted[:, 1:].any(1).all()
+    only_questions, _ = cut(PLAIN, [long, CONVERSATION], 60, answers=True)
+    assert only_questions.tolist() == [written(tokenizer, CONVERSATION)[:60]]
+
+
+def test_too_few_conversations_are_refused_by_what_there_is():
+    long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
+    with pytest.raises(DataError, match="give no sequence of 40 with an answer in it"):
+        cut(PLAIN, [long], 40, answers=True)
+    with pytest.raises(DataError, match=r"chat\.jsonl have \d+ tokens and give no sequence of 4000 tokens"):
+        cut(PLAIN, [long], 4000, answers=False)
+    with pytest.raises(DataError, match="text for 1 sequences of 40 tokens, not for 2"):
+        cut(PLAIN, [long], 40, answers=False, asked=2)
+
+
+def test_what_a_template_refuses_is_said_in_its_words():
+    template = "{{ raise_exception('after user comes assistant') }}"
+    with pytest.raises(DataError, match=r"conversation of chat\.jsonl: after user comes assistant"):
+        cut(template, [CONVERSATION], 40, answers=False)
+
+
+def test_a_template_that_rewrites_the_beginning_is_refused_for_answers_only():
+    template = "{{ messages | length }}" + PLAIN
+    with pytest.raises(DataError, match="cannot be told apart") as error:
+        cut(template, [CONVERSATION], 40, answers=True)
+    assert "--chat all" in error.value.hint
+    assert cut(template, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
+
+
+def test_a_tokenizer_without_a_template_is_refused():
+    with pytest.raises(UsageError, match="no chat template"):
+        require_template(train_tokenizer(bos=False))
+
+
+@pytest.mark.parametrize("source", ["self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt"])
+def test_plain_text_is_no_conversation(source):
+    with pytest.raises(UsageError, match=f"{source} is plain text"):
+        calibration_conversations(source, tokens=10, seed=0)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a"}',
+        '{"messages": "a"}',
+        '{"messages": []}',
+        '{"messages": ["a"]}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
+    ],
+)
+def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
+    with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
+        calibration_conversations("chat.jsonl", tokens=10, seed=0)
+
+
+def test_an_empty_file_of_conversations(tmp_path):
+    (tmp_path / "chat.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="is empty"):
+        calibration_conversations("chat.jsonl", tokens=10, seed=0)
+
+
+def test_a_data_set_gives_its_column_of_messages(monkeypatch):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"messages": [CONVERSATION] * 50, "other": [[]] * 50})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    found = calibration_conversations("org/chat", tokens=30, seed=0).content
+    characters = sum(len(message["content"]) for message in CONVERSATION)
+    assert found == [CONVERSATION] * -(-30 * 8 // characters)
+    with pytest.raises(DataError, match="are not a list"):
+        calibration_conversations("org/chat:::other", tokens=30, seed=0)
+
+
+def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_llama, tmp_path):
+    from sleb_cli.engine.architecture import read_architecture
+    from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
+    from sleb_cli.engine.source import locate_model
+    from sleb_cli.plugin_manager import load_plugins
+
+    tokenizer = tokenizer_with(PLAIN)
+    for name, word in (("a.jsonl", "river"), ("b.jsonl", "snow")):
+        turns = [{"role": "user", "content": "mill " * 4}, {"role": "assistant", "content": word}]
+        (tmp_path / name).write_text("\n".join([json.dumps({"messages": turns})] * 40))
+    architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
+    settings = settle_calibration(CalibrationRequest("a.jsonl:0.5,b.jsonl:0.5", 6, 48, 0, "answers"), architecture)
+    calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
+    words = [tokenizer.decode(ids[own]) for ids, own in zip(calibration.sequences, calibration.counted, strict=True)]
+    assert [word.split("</s>")[0] for word in words] == ["river", "snow"] * 3
+    assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
+    mixed = calibration.shuffled()
+    assert sorted(mixed.sequences.tolist()) == sorted(calibration.sequences.tolist())
+    assert not torch.equal(mixed.sequences, calibration.sequences)
+    for ids, own in zip(mixed.sequences, mixed.counted, strict=True):
+        assert tokenizer.decode(ids[own]).split("</s>")[0] in {"river", "snow"}
