@@ -44,6 +44,15 @@ class TaskFinished:
 
 
 @dataclass(frozen=True)
+class HealChecked:
+    """With this share of the budget used, the divergence from the dense model: in the last step, and held out."""
+
+    share: float
+    divergence: float
+    held_out: float
+
+
+@dataclass(frozen=True)
 class SearchStarted:
     """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each to come."""
 
@@ -102,6 +111,7 @@ Event = (
     | TaskStarted
     | TaskAdvanced
     | TaskFinished
+    | HealChecked
     | SearchStarted
     | SearchAdvanced
     | LaterStepsForecast

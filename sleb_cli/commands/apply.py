@@ -56,6 +56,14 @@ def apply(
     recover: Annotated[
         bool, typer.Option("--recover", help="Refit the blocks around each gap to the dense model, in closed form.")
     ] = False,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Train the blocks that stay to predict as the dense model does.")
+    ] = False,
+    heal_minutes: Annotated[float | None, typer.Option(help="For how long. (default: 10)", show_default=False)] = None,
+    heal_tokens: Annotated[
+        int | None, typer.Option(help="For how many tokens, instead: the same in every run.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a healing that was interrupted.")] = False,
     calibration: Annotated[
         str | None,
         typer.Option(help="Text to recover on, named as for `sleb search`. (default: self)", show_default=False),
@@ -85,20 +93,22 @@ def apply(
 
     if public and push is None:
         raise UsageError("--public goes with --push.", hint="Say where to: --push ORG/NAME --public.")
+    budget = {"--heal-minutes": heal_minutes, "--heal-tokens": heal_tokens, "--resume": resume}
     text = {"--calibration": calibration, "--samples": samples, "--sequence-length": sequence_length, "--seed": seed}
-    _require_recovery(text | {"--device": device}, recovers=recover, to_gguf=to_gguf is not None)
+    _require_ways(budget, text | {"--device": device}, recover=recover, heal=heal, to_gguf=to_gguf is not None)
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.apply import apply_removals
         from sleb_cli.engine.apply_gguf import apply_to_gguf
         from sleb_cli.engine.calibration import CalibrationRequest
         from sleb_cli.engine.push import PushRequest
-        from sleb_cli.engine.recovery.recovery import RecoveryRequest
+        from sleb_cli.engine.recovery.recovery import HealRequest, RecoveryRequest
         from sleb_cli.engine.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
         registry, verify = load_and_report(), not no_verify
         asked = CalibrationRequest(calibration, samples, sequence_length, seed)
-        recovery = RecoveryRequest(recover, asked, device or "auto") if recover else None
+        healing = HealRequest(heal_minutes, heal_tokens, resume) if heal else None
+        recovery = RecoveryRequest(recover, asked, healing, device or "auto") if recover or heal else None
         if to_gguf is not None:
             pruned = apply_to_gguf(request, to_gguf, output, registry, notify, dtype=dtype, force=force, verify=verify)
         else:
@@ -119,17 +129,20 @@ def apply(
         show_applied(applied, as_json=json)
 
 
-def _require_recovery(options: Mapping[str, object], *, recovers: bool, to_gguf: bool) -> None:
+def _require_ways(
+    budget: Mapping[str, object], text: Mapping[str, object], *, recover: bool, heal: bool, to_gguf: bool
+) -> None:
     """Make sure that what was said about recovery is of use.
 
     Raises:
-        UsageError: there is no recovery, or none of GGUF files.
+        UsageError: it is not, or GGUF files were meant.
     """
-    given = [name for name, value in options.items() if value is not None]
-    if given and not recovers:
-        raise UsageError(f"{given[0]} goes with --recover.", hint="Give both, or neither.")
-    if recovers and to_gguf:
+    for options, useful, ways in ((budget, heal, "--heal"), (text, recover or heal, "--recover or --heal")):
+        given = [name for name, value in options.items() if value not in (None, False)]
+        if given and not useful:
+            raise UsageError(f"{given[0]} goes with {ways}.", hint="Give both, or neither.")
+    if to_gguf and (recover or heal):
         raise UsageError(
-            "--recover does not go with --to-gguf: tensors of a GGUF file are copied as they are.",
+            f"{'--recover' if recover else '--heal'} does not go with --to-gguf, which copies tensors as they are.",
             hint="Recover the model itself, and convert the checkpoint.",
         )

@@ -20,12 +20,14 @@ from sleb_cli.engine.loading import choose_dtype, dtype_name
 from sleb_cli.engine.proof import Reference, proof_terms, prove
 from sleb_cli.engine.push import PushRequest, push, require_pushable
 from sleb_cli.engine.quantization import QUANTIZATION_FILES, prune_module_names
-from sleb_cli.engine.recovery.recovery import RecoveryRequest, recover
+from sleb_cli.engine.recovery.heal_state import HealState
+from sleb_cli.engine.recovery.recovery import Recovered, RecoveryRequest, recover
 from sleb_cli.engine.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.source import ModelSource
 from sleb_cli.engine.subject import Subject
 from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import Notice, Notify
+from sleb_cli.processes import is_main_process
 from sleb_cli.results import ApplyResult
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
@@ -70,7 +72,10 @@ def apply_removals(
     require_new_folder(folder, source, force=force)
     if push_to:
         require_pushable(push_to, force=force)
-    recovered = recover(subject, recovery, cast, notify) if recovery else None
+    state = HealState(folder)
+    if recovery and recovery.heal:
+        state.require(resume=recovery.heal.resume, force=force)
+    recovered = _recover(subject, recovery, cast, state, notify)
     kept = kept_tensors(surgery, cast)
     if recovered:
         kept = _with_values(kept, recovered.tensors)
@@ -90,6 +95,7 @@ def apply_removals(
         (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
         if check:
             check(aside)
+    state.delete()
     if beside.left_out:
         notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
     pushed = push(folder, push_to, notify, force=force) if push_to else None
@@ -108,6 +114,16 @@ def apply_removals(
         proof=proof,
         pushed=pushed,
     )
+
+
+def _recover(
+    subject: Subject, request: RecoveryRequest | None, cast: torch.dtype | None, state: HealState, notify: Notify
+) -> Recovered | None:
+    """Recover, where that was asked for; of processes that did it together, only the main one comes back."""
+    recovered = recover(subject, request, cast, state, notify) if request else None
+    if not is_main_process():
+        raise SystemExit(0)
+    return recovered
 
 
 def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> None:

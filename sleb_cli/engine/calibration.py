@@ -229,7 +229,7 @@ def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *,
     count, length = settings.samples, settings.sequence_length
     new = length - 1 if bos else length
     sampling = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new, use_cache=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
     task = "Writing calibration text"

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sleb_cli.atomic import write_text
+from sleb_cli.processes import is_main_process
 from sleb_plugins import Exporter, OutputError, Pruning, SlebError
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
 
 
 def stdout() -> Console:
-    """Give a console on stdout as it is now; NO_COLOR is honoured by Rich."""
-    return Console(highlight=False)
+    """Give a console on stdout as it is now, of which the main process alone makes use; Rich honours NO_COLOR."""
+    return Console(highlight=False, quiet=not is_main_process())
 
 
 def stderr() -> Console:
-    """Give a console on stderr as it is now."""
+    """Give a console on stderr as it is now, of which the main process alone makes use."""
     # The stream itself, so that what the engine redirects for a library does not take our bars along.
-    return Console(file=sys.stderr, highlight=False)
+    return Console(file=sys.stderr, highlight=False, quiet=not is_main_process())
 
 
 def print_json(data: Mapping[str, Any]) -> None:

@@ -26,6 +26,7 @@ from sleb_cli.events import (
     CandidateScored,
     CheckPassed,
     Event,
+    HealChecked,
     LaterStepsForecast,
     Notice,
     Notify,
@@ -176,6 +177,7 @@ class _Bars:
         self._first: TaskID | None = progress.add_task(first, total=None, unit="", note="", forecast=None)
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
+        self._notes: dict[str, str] = {}
         self._standing: _Standing | None = None
 
     def __call__(self, event: Event) -> None:
@@ -187,9 +189,13 @@ class _Bars:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done, note=escape(note))
+                self._progress.update(self._tasks[task], advance=done, note=escape(note) or self._notes.get(task, ""))
             case TaskFinished(task):
                 self._finish(task)
+            case HealChecked(_, divergence, held_out):
+                note = f"KL {divergence:.3f}, held out {held_out:.3f}"
+                self._notes["Healing"] = note
+                self._progress.update(self._tasks["Healing"], note=note)
             case SearchStarted():
                 self._standing = _Standing(event)
                 self._add("Search", sum(event.evaluations), "evaluations", forecast=self._standing.remaining)
@@ -241,6 +247,8 @@ class _Log:
                 self._line(f"proven: {text}")
             case TaskStarted(task):
                 self._line(f"{task} …")
+            case HealChecked(share, divergence, held_out):
+                self._line(f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, held out {held_out:.4f}")
             case SearchStarted(blocks, remove, done, evaluations):
                 self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them gone already" if done else ""

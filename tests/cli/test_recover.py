@@ -18,10 +18,9 @@ from sleb_cli.plan import ClosedFormRecord, read_plan
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
-@pytest.fixture
-def fit(monkeypatch):
-    """Stands in for the closed form: adds a tenth to the parameters that are named."""
-    asked = SimpleNamespace(names=[DOWN, "model.layers.5.mlp.down_proj.weight", "model.norm.weight"], calls=[])
+def standing_in(monkeypatch, names):
+    """Let something stand in for the closed form: a tenth more for the parameters that are named."""
+    asked = SimpleNamespace(names=names, calls=[])
 
     def recover_in_closed_form(gated, removed, fit, held_out, notify):
         asked.calls.append((sorted(removed), fit, held_out))
@@ -31,6 +30,11 @@ def fit(monkeypatch):
     module = SimpleNamespace(recover_in_closed_form=recover_in_closed_form)
     monkeypatch.setitem(sys.modules, "sleb_cli.engine.recovery.closed_form", module)
     return asked
+
+
+@pytest.fixture
+def fit(monkeypatch):
+    return standing_in(monkeypatch, [DOWN, "model.layers.5.mlp.down_proj.weight", "model.norm.weight"])
 
 
 def recovering(text, samples=10):
@@ -141,8 +145,8 @@ def test_a_quantized_model_is_refused(run_sleb, text_file, fit, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--samples", "9"], 2, "--samples goes with --recover"),
-        (["--device", "cpu"], 2, "--device goes with --recover"),
+        (["--samples", "9"], 2, "--samples goes with --recover or --heal"),
+        (["--device", "cpu"], 2, "--device goes with --recover or --heal"),
         (["--recover", "--to-gguf", "x.gguf"], 2, "does not go with --to-gguf"),
         (["--recover", "--samples", "4", "--calibration", "TEXT", "--sequence-length", "32"], 5, "4 sequences are too"),
         (["--recover", "--device", "cuda:77"], 7, "no usable cuda:77"),

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sleb_cli.engine.architecture import Architecture
 from sleb_cli.engine.calibration import (
     REFERENCE_PRESETS,
     SELF,
+    Calibration,
     CalibrationRequest,
     CalibrationSettings,
     calibrate,
     settle_calibration,
 )
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import choose_device, choose_dtype, load_dense, load_tokenizer
+from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.memory import free_bytes
+from sleb_cli.engine.recovery.heal import PORTION_TOKENS, Budget, Case, choose_budget, heal
+from sleb_cli.engine.recovery.heal_state import HealState, Saved
 from sleb_cli.engine.recovery.naming import file_tensors
+from sleb_cli.engine.recovery.team import Team
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.subject import Subject
+from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import Notify, TaskFinished, TaskStarted
-from sleb_cli.plan import LossesRecord, RecoveryRecord
+from sleb_cli.plan import HealRecord, LossesRecord, RecoveryRecord
 from sleb_cli.units import size as in_words
-from sleb_plugins import DataError, MachineError, UnsupportedModelError
+from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError
 
 DEFAULT_SOURCE = SELF
 """The text to recover on where none is named: it needs no data, and favours no kind of text."""
 DEFAULT_SAMPLES = 64
 DEFAULT_LENGTH = 512
+HEAL_LENGTH = 256
+"""Shorter where blocks are trained: more and cheaper steps in the same time."""
 
 HELD_OUT_EVERY = 5
 """Every so manieth sequence is not fitted: what recovery gave is measured there."""
+
+TRAINING_BYTES = 16
+"""What a parameter takes in training beside the models: float32 copy, two moments and a gradient."""
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """For how long to heal, None leaving it to us; `resume` goes on with a healing that was interrupted."""
+
+    minutes: float | None = None
+    tokens: int | None = None
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,7 @@ class RecoveryRequest:
 
     closed_form: bool
     calibration: CalibrationRequest
+    heal: HealRequest | None = None
     device: str = "auto"
 
 
@@ -61,50 +83,184 @@ class Recovered:
     record: RecoveryRecord
 
 
-def recover(subject: Subject, request: RecoveryRequest, cast: torch.dtype | None, notify: Notify) -> Recovered:
-    """Fit the kept blocks anew, so that the pruned model does again what the dense one does.
+@dataclass(frozen=True)
+class _Start:
+    """Where healing begins: what was held out, what the closed form gave, and what is known so far."""
 
-    `cast` is the data type that the checkpoint is to have, where it is not the model's own.
+    held_out: Tensor
+    values: dict[str, Tensor]
+    record: RecoveryRecord
+
+
+def recover(
+    subject: Subject, request: RecoveryRequest, cast: torch.dtype | None, state: HealState, notify: Notify
+) -> Recovered:
+    """Give the kept blocks new values, so that the pruned model does again what the dense one does.
+
+    Args:
+        subject: the model and what is removed.
+        request: how.
+        cast: the data type that the checkpoint is to have, where it is not the model's own.
+        state: where an unfinished healing is kept.
+        notify: is told of the progress.
 
     Raises:
         UnsupportedModelError: the model is quantized, or its files do not take new values.
         MachineError: the model does not fit into memory.
         DataError: the text is too short.
+        PlanError: the healing to go on with is another one.
     """
-    architecture, surgery = subject.architecture, subject.surgery
-    device = choose_device(request.device)
-    dtype = cast or choose_dtype("auto", architecture, device)
-    _require_plain(architecture)
-    _require_memory(architecture, dtype, device)
-    tokenizer = load_tokenizer(architecture.source)
-    model = load_dense(architecture, dtype, device, notify)
-    calibration = calibrate(_settle(request.calibration, architecture), tokenizer, lambda: model, notify)
-    fit, held_out = _split(calibration.sequences)
-    with GatedModel(model, architecture.blocks_of(model)) as gated:
-        dense, pruned = Variant(gated), Variant(gated, surgery.removed)
+    return _Recovery(subject, request, cast, state, notify).run()
+
+
+class _Recovery:
+    def __init__(
+        self, subject: Subject, request: RecoveryRequest, cast: torch.dtype | None, state: HealState, notify: Notify
+    ) -> None:
+        self.subject, self.request, self.state, self.notify = subject, request, state, notify
+        self.architecture, self.surgery = subject.architecture, subject.surgery
+        self.budget = choose_budget(request.heal.minutes, request.heal.tokens) if request.heal else None
+        self.settings = _settle(request, self.architecture)
+        _require_plain(self.architecture)
+        self.team = Team(choose_device(request.device))
+        self.dtype = cast or choose_dtype("auto", self.architecture, self.team.device)
+        _require_memory(self.surgery, self.dtype, self.team.device, heals=request.heal is not None)
+
+    def run(self) -> Recovered:
+        saved = self.state.read(self.identity) if self.request.heal and self.request.heal.resume else None
+        self.tokenizer = load_tokenizer(self.architecture.source)
+        model = load_dense(self.architecture, self.dtype, self.team.device, self.notify)
+        with GatedModel(model, self.architecture.blocks_of(model)) as gated:
+            start = _begun(saved) if saved else self._closed_form(gated)
+            values, record = start.values, start.record
+            if self.budget:
+                values, record = self._heal(gated, self.budget, start, saved)
+        self.team.leave()
+        return Recovered(values, file_tensors(model, self.surgery, values), record)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an unfinished healing must agree in with the one that goes on with it."""
+        text, budget = self.settings, self.budget
+        return {
+            "model": self.architecture.source.fingerprint,
+            "removals": list(self.surgery.removals),
+            "recover": self.request.closed_form,
+            "calibration": text.source,
+            "samples": text.samples,
+            "sequence_length": text.sequence_length,
+            "seed": text.seed,
+            "heal_minutes": budget.minutes if budget else None,
+            "heal_tokens": budget.tokens if budget else None,
+            "dtype": dtype_name(self.dtype),
+            "processes": self.team.size,
+        }
+
+    def _text(self, gated: GatedModel, settings: CalibrationSettings, notify: Notify) -> Calibration:
+        gated.switch_off(())
+        return calibrate(settings, self.tokenizer, lambda: gated.model, notify)
+
+    def _closed_form(self, gated: GatedModel) -> _Start:
+        """Draw the text, measure what the removal cost, and fit in closed form where that was asked for."""
+        calibration = self._text(gated, self.settings, self.notify)
+        fit, held_out = _split(calibration.sequences)
+        removed, dense = self.surgery.removed, Variant(gated)
         record = RecoveryRecord(
             text=calibration.record,
             held_out=len(held_out),
-            dense=_measured("dense", dense, dense, held_out, notify),
-            pruned=_measured("pruned", pruned, dense, held_out, notify),
+            dense=self._measured("dense", dense, dense, held_out),
+            pruned=self._measured("pruned", Variant(gated, removed), dense, held_out),
         )
         values: dict[str, Tensor] = {}
-        if request.closed_form:
+        if self.request.closed_form:
             from sleb_cli.engine.recovery.closed_form import recover_in_closed_form  # type: ignore[import-not-found]
 
-            values, how = recover_in_closed_form(gated, surgery.removed, fit, held_out, notify)
-            recovered = Variant(gated, surgery.removed, values)
-            after = _measured("recovered", recovered, dense, held_out, notify)
+            values, how = recover_in_closed_form(gated, removed, fit, held_out, self.notify)
+            after = self._measured("recovered", Variant(gated, removed, values), dense, held_out)
             record = record.model_copy(update={"closed_form": how, "closed_form_losses": after})
-    return Recovered(values, file_tensors(model, surgery, values), record)
+        return _Start(held_out, values, record)
+
+    def _heal(
+        self, gated: GatedModel, budget: Budget, start: _Start, saved: Saved | None
+    ) -> tuple[dict[str, Tensor], RecoveryRecord]:
+        """Distill from where the closed form ended."""
+        model = load_pruned(self.surgery, self.dtype, self.team.device, self.notify)
+        parameters = block_parameters(self.surgery, model)
+        _place(model, parameters, start.values)
+        beginning = {f"start.{name}": value for name, value in start.values.items()} | {"held_out": start.held_out}
+
+        def save(now: Saved) -> None:
+            record = {"record": start.record.model_dump_json()}
+            self.state.write(self.identity, Saved(now.data | record, now.tensors | beginning))
+
+        with GatedModel(model, self.architecture.blocks_of(model)) as student:
+            case = Case(
+                teacher=Variant(gated),
+                student=Variant(student),
+                parameters=parameters,
+                write=lambda number, notify: self._text(gated, self._portion(number), notify).sequences,
+                held_out=start.held_out,
+                seed=self.settings.seed,
+                width=self.architecture.text_config.hidden_size,
+            )
+            healed = heal(case, budget, self.team, saved, save, self.notify)
+        values, progress = start.values | healed.values, healed.progress
+        record = HealRecord(
+            minutes=budget.minutes,
+            token_budget=budget.tokens,
+            sequence_length=self.settings.sequence_length,
+            batch_size=case.batch * self.team.size,
+            learning_rate=case.rate,
+            tokens=progress.tokens,
+            kept_tokens=progress.best_tokens,
+            steps=progress.steps,
+            seconds=progress.seconds,
+            stopped=healed.stopped,
+            losses=self._measured(
+                "healed", Variant(gated, self.surgery.removed, values), Variant(gated), start.held_out
+            ),
+        )
+        return values, start.record.model_copy(update={"heal": record})
+
+    def _portion(self, number: int) -> CalibrationSettings:
+        """Give the settings of one portion of the text to heal on: other sequences than those that are held out."""
+        length = self.settings.sequence_length
+        samples = max(len(self.settings.parts), PORTION_TOKENS // length)
+        return replace(self.settings, samples=samples, samples_were_asked=False, seed=self.settings.seed + 1 + number)
+
+    def _measured(self, what: str, variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
+        task = f"Measuring the {what} model on held-out text"
+        self.notify(TaskStarted(task))
+        loss, divergence = losses(variant, dense, sequences)
+        self.notify(TaskFinished(task))
+        if not math.isfinite(loss + divergence):
+            raise ModelError(
+                f"The {what} model's loss on the held-out text is {loss}.", hint="Try a wider data type, or other text."
+            )
+        return LossesRecord(loss=loss, divergence=divergence)
 
 
-def _measured(what: str, variant: Variant, dense: Variant, sequences: Tensor, notify: Notify) -> LossesRecord:
-    task = f"Measuring the {what} model on held-out text"
-    notify(TaskStarted(task))
-    found = losses(variant, dense, sequences)
-    notify(TaskFinished(task))
-    return found
+def block_parameters(surgery: Surgery, pruned: Any) -> dict[str, nn.Parameter]:
+    """Give the floating-point parameters of a pruned model's blocks, by the names that the dense model has for them."""
+    path, blocks = surgery.architecture.adapter.blocks_path, surgery.architecture.blocks_of(pruned)
+    return {
+        f"{path}.{old}.{name}": parameter
+        for new, old in enumerate(surgery.kept.blocks)
+        for name, parameter in blocks[new].named_parameters()
+        if parameter.is_floating_point()
+    }
+
+
+def _place(pruned: Any, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Put values by the dense model's names into the pruned one; outside of the blocks, both have the same names."""
+    for name, value in values.items():
+        parameter = parameters[name] if name in parameters else pruned.get_parameter(name)
+        parameter.data.copy_(value)
+
+
+def _begun(saved: Saved) -> _Start:
+    start = {name.removeprefix("start."): value for name, value in saved.tensors.items() if name.startswith("start.")}
+    return _Start(saved.tensors["held_out"], start, RecoveryRecord.model_validate_json(saved.data["record"]))
 
 
 def _require_plain(architecture: Architecture) -> None:
@@ -115,23 +271,31 @@ def _require_plain(architecture: Architecture) -> None:
         )
 
 
-def _require_memory(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-    """Make sure that the dense model fits: recovery looks at all of it, also where pruning alone needs but a buffer."""
-    parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
-    needed, free = parameters * dtype.itemsize, free_bytes(device)
+def _require_memory(surgery: Surgery, dtype: torch.dtype, device: torch.device, *, heals: bool) -> None:
+    """Make sure that the models fit: recovery looks at all of them, also where pruning alone needs but a buffer."""
+    dense = surgery.architecture.skeleton
+    needed = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
+    if heals:
+        blocks = surgery.architecture.blocks_of(dense)
+        trained = sum(p.numel() for block in surgery.kept.blocks for p in blocks[block].parameters())
+        needed += needed + trained * TRAINING_BYTES
+    free = free_bytes(device)
     if needed > free:
+        what = "Healing needs the dense model and what it trains" if heals else "Recovery needs the dense model"
         raise MachineError(
-            f"Recovery needs the dense model in memory: {in_words(needed)} on {device.type}, and {in_words(free)} are "
-            "free.",
-            hint="Leave out --recover and --heal, or take a machine with more memory.",
+            f"{what} in memory: {in_words(needed)} on {device.type}, and {in_words(free)} are free.",
+            hint=f"Leave out {'--heal' if heals else '--recover'}, or take a machine with more memory.",
         )
 
 
-def _settle(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
+def _settle(request: RecoveryRequest, architecture: Architecture) -> CalibrationSettings:
     """Fill in what the user left open, with more text than a search needs: weights are fitted to it."""
-    length = request.sequence_length or min(DEFAULT_LENGTH, architecture.longest_sequence or DEFAULT_LENGTH)
-    asked = replace(request, source=request.source or DEFAULT_SOURCE, sequence_length=length)
-    settings = settle_calibration(asked, architecture)
+    asked = request.calibration
+    usual = HEAL_LENGTH if request.heal else DEFAULT_LENGTH
+    length = asked.sequence_length or min(usual, architecture.longest_sequence or usual)
+    settings = settle_calibration(
+        replace(asked, source=asked.source or DEFAULT_SOURCE, sequence_length=length), architecture
+    )
     if settings.samples_were_asked or settings.source in REFERENCE_PRESETS:
         return settings
     return replace(settings, samples=DEFAULT_SAMPLES)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.logits import WIDENED_BYTES
-from sleb_cli.plan import LossesRecord
 
 # Positions whose logits exist at once, over all sequences of a batch.
 POSITIONS = 256
@@ -78,8 +77,11 @@ def pieces(logits: Tensor) -> int:
 
 
 @torch.inference_mode()
-def losses(variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
-    """Measure a variant on these sequences, [sequences, length]: its loss, and its divergence from the dense model."""
+def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, float]:
+    """Measure a variant on these sequences, [sequences, length]: its loss and its divergence from the dense model.
+
+    Both are means over the predicted tokens, in nats.
+    """
     loss = divergence = 0.0
     for sequence in sequences.to(dense.gated.model.device):
         ids = sequence[None]
@@ -94,4 +96,4 @@ def losses(variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
                 loss -= float(log_q.gather(-1, targets[start : start + step, None]).double().sum())
                 divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
     count = len(sequences) * (sequences.shape[1] - 1)
-    return LossesRecord(loss=loss / count, divergence=divergence / count)
+    return loss / count, divergence / count

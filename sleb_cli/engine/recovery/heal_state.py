@@ -1,0 +1,87 @@
+"""An unfinished healing on disk, beside the checkpoint that it will become: whatever stops the program, it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sleb_cli.atomic import new_file, writing
+from sleb_cli.records import differences
+from sleb_plugins import OutputError, PlanError
+
+_KEY = "sleb"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was saved: plain data, and tensors by name."""
+
+    data: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class HealState:
+    """The hidden folder beside `output` in which a healing is saved, as one file."""
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output.absolute().with_name(f".{output.name}.heal")
+        self._file = self.folder / "state.safetensors"
+
+    def require(self, *, resume: bool, force: bool) -> None:
+        """Make sure, before any work, that no unfinished healing is overwritten unasked.
+
+        Raises:
+            OutputError: there is one, and neither is set.
+        """
+        if self._file.exists() and not (resume or force):
+            raise OutputError(
+                f"{self.folder} holds an unfinished healing.",
+                hint="Go on with it by --resume, or start anew with --force.",
+            )
+
+    def read(self, identity: Mapping[str, Any]) -> Saved | None:
+        """Give what was saved for this healing, or None where nothing was.
+
+        Raises:
+            PlanError: what is there belongs to another healing (the sentence names the differences), or is broken.
+        """
+        if not self._file.exists():
+            return None
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                data = json.loads(file.metadata()[_KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise PlanError(
+                f"{self._file} is broken, or not of sleb.", hint="Remove its folder, or start anew with --force."
+            ) from error
+        if found := differences(identity, data["identity"]):
+            raise PlanError(
+                f"{self.folder} belongs to another healing ({found}).",
+                hint="Give the same plan, text and budget, or start anew with --force.",
+            )
+        return Saved(data, tensors)
+
+    def write(self, identity: Mapping[str, Any], saved: Saved) -> None:
+        """Save, in the place of what was saved before.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        text = json.dumps({"identity": dict(identity)} | saved.data)
+        with new_file(self._file) as aside:
+            save_file(saved.tensors, aside, metadata={_KEY: text})
+
+    def delete(self) -> None:
+        """Remove it: the checkpoint is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)

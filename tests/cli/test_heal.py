@@ -1,0 +1,210 @@
+"""`sleb apply --heal`, through `main()`."""
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import calibration, llama_config, save_model
+from sleb_cli.engine.recovery import heal as healing
+from sleb_cli.plan import read_plan
+
+
+@pytest.fixture
+def healed(run_sleb, tiny_llama, text_file):
+    """Heal the tiny Llama without two blocks, and give the result and its record."""
+
+    def run(output, *options, tokens=8192, code=0):
+        budget = ["--heal-tokens", tokens] if tokens else []
+        command = ["apply", tiny_llama, "--blocks", "2,3", "--heal", *budget, *calibration(text_file, samples=10)]
+        result = run_sleb(*command, "-o", output, *options)
+        assert result.exit_code == code, result.stderr
+        return result
+
+    return run
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_healing_comes_nearer_to_the_dense_model(healed, tmp_path):
+    result = healed("out")
+    assert re.search(r"dense (\S+), pruned (\S+), healed (\S+); (-?\d+)% of the lost nats came back", result.stdout)
+    assert "bitwise equal to those of the recovered model in memory" in result.stdout
+    told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), held out (\S+)", result.stderr)
+    assert [share for share, _, _ in told] == ["12", "25", "38", "50", "62", "75", "88", "100"]
+    assert float(told[-1][1]) < float(told[0][1])
+    assert float(told[-1][2]) < float(told[0][2])
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_what_was_done_is_recorded(run_sleb, llama_plan, text_file, tmp_path):
+    command = ["apply", llama_plan, "--heal", "--heal-tokens", 2048, *calibration(text_file, samples=10)]
+    assert run_sleb(*command, "-o", "out").exit_code == 0
+    recovery = read_plan(tmp_path / "out" / "sleb_plan.json").recovery
+    assert recovery
+    heal = recovery.heal
+    assert heal
+    assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (2048, None, "budget", 2048)
+    assert heal.losses.divergence < recovery.pruned.divergence
+    assert recovery.recovered == heal.losses
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| healed: distilled for 2048 tokens | {math.exp(heal.losses.loss):.2f} |" in card
+
+
+def test_a_budget_of_tokens_gives_the_same_bytes_again(healed, tmp_path):
+    healed("one")
+    healed("two")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_embeddings_and_head_are_the_models_own(healed, tiny_llama, tmp_path):
+    healed("out")
+    before, after = weights(tiny_llama), weights(tmp_path / "out")
+    outside = [name for name in after if ".layers." not in name]
+    assert outside
+    assert all(torch.equal(before[name], after[name]) for name in outside)
+    assert not torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
+
+
+def interrupt_at(monkeypatch, step):
+    """Save after every step, and end like Ctrl-C before the given one."""
+    monkeypatch.setattr(healing, "SECONDS_BETWEEN_SAVES", 0.0)
+    distill = healing.distill
+    steps = []
+
+    def few(*arguments):
+        steps.append(1)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return distill(*arguments)
+
+    monkeypatch.setattr(healing, "distill", few)
+    return steps
+
+
+def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "PORTION_TOKENS", 1024)
+    healed("whole")
+    with monkeypatch.context() as patches:
+        interrupt_at(patches, 6)
+        healed("out", code=130)
+    assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.heal"]
+    assert "holds an unfinished healing" in healed("out", code=8).stderr
+    assert (
+        "belongs to another healing (heal_tokens: 4096, not 8192)"
+        in healed("out", "--resume", tokens=4096, code=3).stderr
+    )
+    with monkeypatch.context() as patches:
+        steps = interrupt_at(patches, 100)
+        healed("out", "--resume")
+    assert len(steps) == 3
+    whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+    assert not (tmp_path / ".out.heal").exists()
+
+
+def test_a_broken_state_is_named(healed, tmp_path):
+    (tmp_path / ".out.heal").mkdir()
+    (tmp_path / ".out.heal" / "state.safetensors").write_bytes(b"nothing")
+    assert "state.safetensors is broken" in healed("out", "--resume", code=3).stderr
+    healed("out", "--force", tokens=512)
+
+
+def test_a_budget_of_minutes_ends(healed, tmp_path):
+    result = healed("out", "--heal-minutes", 0.02, "--json", tokens=None)
+    heal = json.loads(result.stdout)["recovery"]["heal"]
+    assert heal["stopped"] in ("budget", "patience")
+    assert heal["minutes"] == 0.02
+    assert 0 < heal["seconds"] < 60
+
+
+def test_it_stops_when_held_out_text_gains_no_more_and_the_best_point_is_kept(
+    healed, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(healing, "LEARNING_RATE", 5.0)
+    result = healed("out", "--json")
+    heal = json.loads(result.stdout)["recovery"]["heal"]
+    assert (heal["stopped"], heal["kept_tokens"]) == ("patience", 0)
+    before, after = weights(tiny_llama), weights(tmp_path / "out")
+    assert torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
+
+
+def test_it_starts_from_the_closed_form(healed, tmp_path, monkeypatch):
+    from test_recover import standing_in
+
+    name = "model.layers.4.mlp.down_proj.weight"
+    standing_in(monkeypatch, [name, "model.norm.weight"])
+    monkeypatch.setattr(healing, "LEARNING_RATE", 0.0)
+    result = healed("out", "--recover", "--json", tokens=512)
+    record = json.loads(result.stdout)["recovery"]
+    assert record["heal"]["losses"] == record["closed_form_losses"] != record["pruned"]
+
+
+def test_text_may_be_the_models_own(run_sleb, tiny_llama, tmp_path):
+    command = ["apply", tiny_llama, "--blocks", "2", "--heal", "--heal-tokens", 1024, "--sequence-length", 32]
+    result = run_sleb(*command, "--samples", 5, "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert "held-out sequences of self" in result.stdout
+
+
+def test_bfloat16_weights_move_by_less_than_they_can_hold(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(4, dtype=torch.bfloat16))
+    command = ["apply", folder, "--blocks", "2", "--heal", "--heal-tokens", 8192, *calibration(text_file, samples=10)]
+    result = run_sleb(*command, "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)["recovery"]
+    assert record["heal"]["losses"]["divergence"] < record["pruned"]["divergence"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--heal-tokens", "5"], 2, "--heal-tokens goes with --heal."),
+        (["--resume"], 2, "--resume goes with --heal."),
+        (["--recover", "--heal-minutes", "5"], 2, "--heal-minutes goes with --heal."),
+        (["--heal", "--heal-minutes", "5", "--heal-tokens", "5"], 2, "are two budgets"),
+        (["--heal", "--heal-minutes", "0"], 2, "--heal-minutes 0 is no budget"),
+        (["--heal", "--heal-tokens", "-1"], 2, "--heal-tokens -1 is no budget"),
+        (["--heal", "--to-gguf", "x.gguf"], 2, "--heal does not go with --to-gguf"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, code, words):
+    result = run_sleb("apply", tiny_llama, "--blocks", "2", *options, "-o", "out")
+    assert (result.exit_code, words in result.stderr) == (code, True), result.stderr
+
+
+def test_without_the_memory_it_is_refused(healed, monkeypatch):
+    from sleb_cli.engine.recovery import recovery
+
+    monkeypatch.setattr(recovery, "free_bytes", lambda device: 500_000)
+    assert "Healing needs the dense model and what it trains in memory" in healed("out", code=7).stderr
+
+
+@pytest.mark.slow
+def test_two_processes_heal_one_model_and_speak_with_one_voice(tiny_llama, text_file, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    command += ["-m", "sleb_cli", "apply", tiny_llama, "--blocks", "2", "--heal", "--heal-tokens", 8192, "-o", "out"]
+    command += ["--device", "cpu", *calibration(text_file, samples=10)]
+    run = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("wrote out") == 1
+    assert run.stderr.count("healing, 50%") == 1
+    assert "Traceback" not in run.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("localhost", 0))
+        return place.getsockname()[1]
