@@ -54,7 +54,7 @@ class HealChecked:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """The greedy search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each to come."""
+    """The search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each to come."""
 
     blocks: int
     remove: int
@@ -88,21 +88,32 @@ class CandidateScored:
 
 @dataclass(frozen=True)
 class RaceNarrowed:
-    """So many candidates are still in the race; the step will take so many evaluations if nobody else drops out."""
+    """So many candidates are still in the race; so many evaluations will not be made."""
 
     step: int
     contenders: int
-    evaluations: int
+    spared: int
+
+
+@dataclass(frozen=True)
+class BlocksExchanged:
+    """Blocks came back into the model for others that went, and the score fell."""
+
+    restored: tuple[int, ...]
+    removed: tuple[int, ...]
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
 class BlockRemoved:
-    """The step is decided."""
+    """The step is decided; `removals` names all blocks where they are not those of the last step and `block`."""
 
     step: int
     block: int
     score: float
     perplexity: float
+    removals: tuple[int, ...] | None = None
 
 
 Event = (
@@ -117,6 +128,7 @@ Event = (
     | LaterStepsForecast
     | CandidateScored
     | RaceNarrowed
+    | BlocksExchanged
     | BlockRemoved
 )
 Notify = Callable[[Event], None]

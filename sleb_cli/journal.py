@@ -32,10 +32,15 @@ def journal_of(plan: Path) -> Path:
 
 
 class Journal:
-    """Measurements by what was measured: scores of one candidate on one batch, or a loss. Without a path, in memory."""
+    """Measurements by what was measured: scores of one candidate on one batch, or a loss. Without a path, in memory.
+
+    The order of the blocks that are gone has no meaning. Where scores are `of_sets`, neither has which of them is
+    called the candidate: the model without 3 and 5 is one model.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
+        self.of_sets = False
         self._known: dict[Key, list[float]] = {}
         self._file: BinaryIO | None = None
         self._synced = 0.0
@@ -82,13 +87,13 @@ class Journal:
 
     def find(self, removed: Removed, block: int | None = None, batch: int | None = None) -> list[float] | None:
         """Give what was measured without `removed` and `block` on this batch, if it was."""
-        return self._known.get((tuple(removed), block, batch))
+        return self._known.get(self._key(removed, block, batch))
 
     def add(
         self, scores: Sequence[float], removed: Removed, block: int | None = None, batch: int | None = None
     ) -> None:
         """Write down a measurement."""
-        self._known[tuple(removed), block, batch] = list(scores)
+        self._known[self._key(removed, block, batch)] = list(scores)
         self._append({"removed": list(removed), "block": block, "batch": batch, "scores": list(scores)})
         if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
             self.sync()
@@ -115,6 +120,12 @@ class Journal:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
+    def _key(self, removed: Removed, block: int | None, batch: int | None) -> Key:
+        gone = sorted(removed)
+        if self.of_sets and block is not None:
+            *gone, block = sorted([*removed, block])
+        return tuple(gone), block, batch
+
     def _append(self, document: dict[str, Any]) -> None:
         if self._file is not None and self.path is not None:
             text = json.dumps(document, separators=(",", ":")).encode()
@@ -136,7 +147,7 @@ class Journal:
                         hint="Give the same model, data and settings, or start anew with --force.",
                     )
             else:
-                key = (tuple(document["removed"]), document["block"], document["batch"])
+                key = self._key(document["removed"], document["block"], document["batch"])
                 self._known[key] = document["scores"]
             whole += len(line)
         if content and not whole:

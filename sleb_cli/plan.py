@@ -23,6 +23,9 @@ Engine = Literal["fork", "prefix", "plain", "weights", "model"]
 Chat = Literal["all", "answers"]
 """Which tokens of conversations count: all, or those that the assistant writes."""
 
+StrategyName = Literal["greedy", "oneshot", "contiguous", "last", "refine", "beam"]
+"""How a search goes about it: see `engine/search/strategies.py`."""
+
 
 class CalibrationRecord(Record):
     """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64.
@@ -46,7 +49,8 @@ class CalibrationRecord(Record):
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with the reason if not the usual way."""
 
-    algorithm: Literal["greedy"]
+    strategy: StrategyName
+    beam_width: int | None = None
     metric: str
     remove: int
     ratio: str | None
@@ -83,11 +87,22 @@ class RaceRecord(Record):
     dropped: dict[Block, DropRecord]
 
 
-class Step(Record):
-    """One removal: the metric's score, and the calibration perplexity, without this and all earlier blocks.
+class ExchangeRecord(Record):
+    """Blocks that came back into the model for others that went, and what the whole scored before and after."""
 
-    `scores` holds every candidate's; where they raced, every survivor's. All are over all sequences. `kind` says what
-    kind of block went, where the model has several.
+    restored: tuple[Block, ...]
+    removed: tuple[Block, ...]
+    before: float
+    after: float
+
+
+class Step(Record):
+    """One size: the metric's score, and the calibration perplexity, without this and all earlier blocks.
+
+    Where the blocks of this size are not those of the size before and `block`, `removals` names them all, and `block`
+    is the last of them. `scores` holds every candidate's for this last place (of spans, by the block that they end
+    with); where they raced, every survivor's. All are over all sequences. `kind` says what kind of block went, where
+    the model has several. `exchanges` led from the blocks that were chosen one by one to these.
     """
 
     block: Block
@@ -96,6 +111,8 @@ class Step(Record):
     perplexity: float
     scores: dict[Block, float]
     race: RaceRecord | None = None
+    removals: tuple[Block, ...] | None = None
+    exchanges: tuple[ExchangeRecord, ...] = ()
 
 
 class EnvironmentRecord(Record):
@@ -171,6 +188,8 @@ class RecoveryRecord(Record):
 class Plan(Record):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
+    `removals` are the blocks of the last step; what goes where fewer are asked for, `first` knows.
+
     In the copy that a checkpoint carries, `recovery` says what its blocks were given back, and `proof` what was
     checked of it.
     """
@@ -189,13 +208,29 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
-        if list(self.removals) != [step.block for step in self.steps]:
+        for size, removals in enumerate(self.by_size, start=1):
+            if len(removals) != size or removals[-1] != self.steps[size - 1].block:
+                raise ValueError(f"step {size} names other blocks than its own, or not so many")
+            if len(set(removals)) != size:
+                raise ValueError("removals name a block twice")
+            if any(block >= self.model.blocks for block in removals):
+                raise ValueError(f"removals name a block that a model of {self.model.blocks} blocks does not have")
+        if self.removals != ((), *self.by_size)[-1]:
             raise ValueError("removals and steps name different blocks")
-        if len(set(self.removals)) != len(self.removals):
-            raise ValueError("removals name a block twice")
-        if any(block >= self.model.blocks for block in self.removals):
-            raise ValueError(f"removals name a block that a model of {self.model.blocks} blocks does not have")
         return self
+
+    @property
+    def by_size(self) -> tuple[tuple[int, ...], ...]:
+        """The blocks that are gone at each size, the smallest first."""
+        sizes: list[tuple[int, ...]] = []
+        for step in self.steps:
+            sizes.append(step.removals or (*((), *sizes)[-1], step.block))
+        return tuple(sizes)
+
+    @property
+    def nested(self) -> bool:
+        """Whether each size has the blocks of the one before, and one more."""
+        return all(step.removals is None for step in self.steps)
 
     def to_data(self) -> dict[str, Any]:
         """Give the plan as JSON holds it; `recovery` and `proof` only where there are any."""
@@ -203,9 +238,9 @@ class Plan(Record):
         return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
 
     def first(self, count: int) -> Plan:
-        """Give the plan of the search that had stopped after `count` removals: they are nested."""
+        """Give the plan of the search that had stopped after `count` removals."""
         search = self.search.model_copy(update={"remove": count})
-        cut = {"removals": self.removals[:count], "steps": self.steps[:count], "search": search}
+        cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
         return self.model_copy(update=cut)
 
 

@@ -25,7 +25,11 @@ BlocksOption = Annotated[
 ]
 RemoveFirstOption = Annotated[
     int | None,
-    typer.Option("--remove", help="Take only the first N removals: they are nested.", show_default=False),
+    typer.Option(
+        "--remove",
+        help="Remove only N: the blocks of the plan's step N, or the first N of --blocks.",
+        show_default=False,
+    ),
 ]
 OtherModelOption = Annotated[
     str | None,

@@ -27,6 +27,17 @@ def search(
         str | None,
         typer.Option(help="How a candidate is scored; `sleb plugins` lists them. (default: nll)", show_default=False),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="How blocks are chosen: greedy, refine (greedy, then exchanges), beam, oneshot (all scored once), "
+            "contiguous (the best span), or last. (default: greedy)",
+            show_default=False,
+        ),
+    ] = None,
+    beam_width: Annotated[
+        int | None, typer.Option(help="Sets of blocks that a beam keeps. (default: 4)", show_default=False)
+    ] = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -128,6 +139,8 @@ def search(
             remove=remove,
             calibration=CalibrationRequest(calibration, samples, sequence_length, seed, chat),
             metric=metric,
+            strategy=strategy,
+            beam_width=beam_width,
             protect_first=protect_first,
             protect_last=protect_last,
             protect=parse_blocks(protect, "--protect"),

@@ -21,7 +21,7 @@ from sleb_cli.engine.loading import quiet_libraries
 from sleb_cli.engine.memory import free_bytes
 from sleb_cli.engine.proof import Reference, proof_terms, prove
 from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.subject import DEFAULT_PLAN, SubjectRequest, first_removals, is_plan
+from sleb_cli.engine.subject import DEFAULT_PLAN, SubjectRequest, first_of_plan, first_removals, is_plan
 from sleb_cli.engine.surgery import plan_surgery
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import read_plan
@@ -132,7 +132,7 @@ def _removals(request: SubjectRequest, file: GgufFile, notify: Notify) -> tuple[
     plan = read_plan(path)
     if not request.any_model:
         require_same_kind_of_model(plan.model, file, notify)
-    return first_removals(plan.removals, request.remove, str(path))
+    return first_of_plan(plan, request.remove, path).removals
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:

@@ -45,15 +45,15 @@ def _how(subject: Subject) -> list[str]:
     if plan is None:
         return ["- The blocks were chosen by hand."]
     return [
-        f"- Found by greedy search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
+        f"- Found by {plan.search.strategy} search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
         f"{plan.search.dtype} (`sleb_plan.json` has every score)",
         "",
         "| removed | perplexity on the calibration text |",
         "|---|---|",
         f"| none | {plan.dense.perplexity:.2f} |",
         *(
-            f"| {', '.join(map(str, plan.removals[: number + 1]))} | {step.perplexity:.2f} |"
-            for number, step in enumerate(plan.steps)
+            f"| {', '.join(map(str, removals))} | {step.perplexity:.2f} |"
+            for removals, step in zip(plan.by_size, plan.steps, strict=True)
         ),
     ]
 

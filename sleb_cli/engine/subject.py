@@ -77,7 +77,7 @@ def _from_plan(path: Path, request: SubjectRequest, registry: Registry, notify: 
     if request.blocks is not None:
         raise UsageError("--blocks goes with a model; a plan names its own blocks.", hint="Give one of the two.")
     plan = read_plan(path)
-    plan = plan.first(len(first_removals(plan.removals, request.remove, str(path))))
+    plan = first_of_plan(plan, request.remove, path)
     revision = request.revision or (plan.model.revision if request.model is None else None)
     architecture = _architecture(request.model or plan.model.id, revision, request, registry, notify)
     if not request.any_model:
@@ -106,6 +106,11 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> 
             hint=f"Take 1 to {len(removals)}.",
         )
     return removals[:count]
+
+
+def first_of_plan(plan: Plan, count: int | None, path: Path) -> Plan:
+    """Give the plan for `count` removals, or all of it; raises as `first_removals` does."""
+    return plan.first(len(first_removals(plan.removals, count, str(path))))
 
 
 def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:

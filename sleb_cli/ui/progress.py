@@ -23,6 +23,7 @@ from rich.text import Text
 
 from sleb_cli.events import (
     BlockRemoved,
+    BlocksExchanged,
     CandidateScored,
     CheckPassed,
     Event,
@@ -146,11 +147,11 @@ class _Standing:
         if self._number == self._search.done + 1:
             self._share = share
 
-    def narrowed(self, contenders: int, evaluations: int) -> None:
+    def narrowed(self, contenders: int, spared: int) -> None:
         """Expect of the steps to come what this one is expected to take."""
         self._racing = contenders
-        scale = evaluations / self._steps[0]
-        self._steps = [float(evaluations), *(step * scale for step in self._steps[1:])]
+        scale = 1 - spared / self._steps[0]
+        self._steps = [self._steps[0] - spared, *(step * scale for step in self._steps[1:])]
 
     def remaining(self) -> float | None:
         """Give the seconds that are still to come, at the pace so far."""
@@ -211,9 +212,11 @@ class _Bars:
             case CandidateScored(_, block, score):
                 standing.scored(block, score)
                 self._progress.update(self._tasks["Search"], note=standing.note())
-            case RaceNarrowed(_, contenders, evaluations):
-                standing.narrowed(contenders, evaluations)
+            case RaceNarrowed(_, contenders, spared):
+                standing.narrowed(contenders, spared)
                 self._progress.update(self._tasks["Search"], note=standing.note())
+            case BlocksExchanged():
+                self._progress.console.print(_exchange(event), soft_wrap=True)
             case BlockRemoved():
                 standing.removed()
         self._progress.update(self._tasks["Search"], completed=standing.done, total=standing.expected)
@@ -230,6 +233,11 @@ class _Bars:
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
         self._progress.update(self._tasks[task], total=total, completed=total, note="")
+
+
+def _exchange(event: BlocksExchanged) -> str:
+    back, gone = (", ".join(map(str, blocks)) for blocks in (event.restored, event.removed))
+    return f"exchanged: {back} stays, {gone} goes; score {event.before:.4f} -> {event.after:.4f}"
 
 
 class _Log:
@@ -253,10 +261,12 @@ class _Log:
                 self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them gone already" if done else ""
                 self._line(f"Search: {remove} of {blocks} blocks{after}, {count} candidate x sequence evaluations …")
-            case BlockRemoved(step, block, score, perplexity):
+            case BlocksExchanged():
+                self._line(_exchange(event))
+            case BlockRemoved(step, block, score, perplexity, removals):
+                what = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
                 self._line(
-                    f"step {step} of {self._remove}: block {block} removed, score {score:.4f}, "
-                    f"perplexity {perplexity:.2f}"
+                    f"step {step} of {self._remove}: {what} removed, score {score:.4f}, perplexity {perplexity:.2f}"
                 )
 
     def _line(self, text: str) -> None:

@@ -49,8 +49,15 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     how = plan.search
     console = stdout()
     print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
-    kinds = any(step.kind for step in plan.steps)
-    table = new_table("step", "block", *(["kind"] if kinds else []), escape(how.metric), "perplexity", "change")
+    kinds = plan.nested and any(step.kind for step in plan.steps)
+    table = new_table(
+        "step",
+        "block" if plan.nested else "blocks",
+        *(["kind"] if kinds else []),
+        escape(how.metric),
+        "perplexity",
+        "change",
+    )
     table.add_row(
         "dense",
         *([""] * (1 + kinds)),
@@ -58,13 +65,21 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
         f"{plan.dense.perplexity:.2f}",
         "",
     )
-    for number, step in enumerate(plan.steps, start=1):
+    for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
+        blocks = str(step.block) if plan.nested else spans(removals)
         table.add_row(
-            str(number), str(step.block), *([escape(step.kind)] if kinds else []), f"{step.score:.4f}",
+            str(number), blocks, *([escape(step.kind)] if kinds else []), f"{step.score:.4f}",
             f"{step.perplexity:.2f}", relative_change(plan.dense.perplexity, step.perplexity),
         )  # fmt: skip
     console.print(table)
     console.print(block_strip(plan.model.blocks, plan.removals))
+    for exchange in plan.steps[-1].exchanges:
+        console.print(
+            f"exchanged: {spans(exchange.restored)} stays, {spans(exchange.removed)} goes; "
+            f"{how.metric} {exchange.before:.4f} -> {exchange.after:.4f}",
+            soft_wrap=True,
+            markup=False,
+        )
     console.print(
         f"calibrated on {plan.calibration}, {how.dtype} on {how.device}, {plan.environment.seconds:.0f} s",
         soft_wrap=True,
@@ -75,6 +90,18 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     if how.engine_reason:
         console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True, markup=False)
     console.print(f"wrote {output}; next: sleb apply {output}", soft_wrap=True, markup=False)
+
+
+def spans(blocks: Collection[int]) -> str:
+    """Give blocks in their order in the model, runs of three or more shortened: 3, 10-14."""
+    parts: list[str] = []
+    run: list[int] = []
+    for block in [*sorted(blocks), None]:
+        if run and block != run[-1] + 1:
+            parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+            run = []
+        run += [] if block is None else [block]
+    return ", ".join(parts)
 
 
 def block_strip(blocks: int, removed: Collection[int]) -> Text:

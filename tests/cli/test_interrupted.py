@@ -24,9 +24,23 @@ def plan_bytes(path):
     return kept
 
 
-@pytest.fixture(params=[(), ("--fast",), ("--metric", "cosine")], ids=["exact", "fast", "cosine"])
+SEARCHES = {
+    "exact": (),
+    "fast": ("--fast",),
+    "cosine": ("--metric", "cosine"),
+    "refine": ("--strategy", "refine", "--protect-last", "0"),
+    "refine-fast": ("--strategy", "refine", "--fast"),
+    "beam": ("--strategy", "beam", "--beam-width", "2"),
+    "contiguous": ("--strategy", "contiguous"),
+    "contiguous-cosine": ("--strategy", "contiguous", "--metric", "cosine"),
+    "oneshot": ("--strategy", "oneshot"),
+    "last": ("--strategy", "last"),
+}
+
+
+@pytest.fixture(params=SEARCHES)
 def options(request, text_file):
-    return [*LONG, *request.param, *map(str, calibration(text_file, samples=8))]
+    return [*LONG, *SEARCHES[request.param], *map(str, calibration(text_file, samples=8))]
 
 
 @pytest.fixture
@@ -38,11 +52,12 @@ def whole(run_sleb, tiny_llama, options, tmp_path):
     return plan_bytes(tmp_path / "whole.json"), journal_of(tmp_path / "whole.json").read_bytes()
 
 
-def test_cut_off_at_50_points_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path):
+def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path, request):
     plan, journal = whole
+    points = 50 if request.node.callspec.params["options"] == "exact" else 12
     header = journal.index(b"\n") + 1
     path = tmp_path / "plan.json"
-    for cut in random.Random(1).sample(range(header, len(journal)), min(50, len(journal) - header)):
+    for cut in random.Random(1).sample(range(header, len(journal)), min(points, len(journal) - header)):
         journal_of(path).write_bytes(journal[:cut])
         result = run_sleb("search", tiny_llama, *options, "--resume", "--force", "-q")
         assert result.exit_code == 0, result.stderr
@@ -127,6 +142,7 @@ def test_resuming_where_nothing_is_begins_at_the_beginning(run_sleb, tiny_llama,
     ("changes", "difference"),
     [
         (["--metric", "cosine"], "search.metric: cosine, not nll"),
+        (["--strategy", "refine"], "search.strategy: refine, not greedy"),
         (["--fast"], "search.fast: True, not False"),
         (["--seed", "1"], "calibration.seed: 1, not 0"),
         (["--dtype", "bf16"], "search.dtype: bfloat16, not float32"),

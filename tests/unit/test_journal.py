@@ -39,8 +39,25 @@ def test_measurements_come_back_bit_for_bit(written):
     journal = opened(written, resume=True)
     assert len(journal) == 20
     assert journal.find([3, 1], block=4, batch=3) == [19 / 7, 1e-17 * 19]
-    assert journal.find([1, 3], block=4, batch=3) is None  # removed in another order: another step
+    assert journal.find([1, 3], block=4, batch=3) == [19 / 7, 1e-17 * 19]  # without 3 and 1, in whatever order
+    assert journal.find([3, 4], block=1, batch=3) is None
     assert journal.find([3, 1], block=4) is None
+
+
+def test_where_scores_are_of_sets_any_of_them_may_be_the_candidate(path):
+    journal = Journal(path)
+    journal.of_sets = True
+    journal.open(SEARCH, resume=False)
+    journal.add([1.5], [3, 1], block=7, batch=0)
+    journal.add([2.5], [3, 1, 7], batch=0)  # a loss, which need not be the score
+    journal.close()
+    again = Journal(path)
+    again.of_sets = True
+    again.open(SEARCH, resume=True)
+    for found in (journal, again):
+        assert found.find([7, 3], block=1, batch=0) == [1.5]
+        assert found.find([3, 7, 1], batch=0) == [2.5]
+        assert found.find([3], block=1, batch=0) is None
 
 
 def test_what_is_added_after_a_resumption_is_kept_too(written):

@@ -67,7 +67,7 @@ def test_a_race_that_narrows_makes_all_steps_shorter(clock):
     clock[0] += 10
     search.advanced(100, found=False)
     search.scored(7, 3.5)
-    search.narrowed(5, 200)
+    search.narrowed(5, 800)
     assert search.expected == pytest.approx(200 + 180)
     assert search.remaining() == pytest.approx(28)
     assert search.note() == "step 1 of 2, best so far: block 7 (3.5000), 5 still racing"

@@ -20,15 +20,36 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One decided step: the block that goes, and what it was chosen from."""
+class Exchange:
+    """Blocks that came back into the model for others that went, and what the whole scored before and after."""
 
-    block: int
+    restored: tuple[int, ...]
+    removed: tuple[int, ...]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decided size: all blocks that are gone then, and what the last of them was chosen from."""
+
+    removals: tuple[int, ...]
     outcome: Outcome
+    exchanges: tuple[Exchange, ...] = ()
+
+    @property
+    def block(self) -> int:
+        """The block that the score is filed under."""
+        return self.removals[-1]
+
+    @property
+    def score(self) -> float:
+        """What the choice scored."""
+        return self.outcome.scores[self.block]
 
 
 Score = Callable[[Sequence[int], Sequence[int]], Outcome]
-"""From the blocks removed so far and the candidates of this step to what each candidate scores."""
+"""From the blocks removed so far, whose order has no meaning, and the candidates of this step to what each scores."""
 
 Candidates = Callable[[Sequence[int]], Sequence[int]]
 """From the blocks removed so far to those that may go next, in order."""
@@ -61,9 +82,13 @@ def greedy_search(score: Score, candidates: Candidates, remove: int, removed: Se
         outcome = score(tuple(gone), candidates(tuple(gone)))
         for block in sorted(outcome.scores):
             require_finite(outcome.scores[block], gone, block)
-        best = min(outcome.scores, key=lambda block: (outcome.scores[block], block))
-        gone.append(best)
-        yield Choice(best, outcome)
+        gone.append(best_of(outcome))
+        yield Choice(tuple(gone), outcome)
+
+
+def best_of(outcome: Outcome) -> int:
+    """Give the candidate that scored lowest; ties go to the lower block."""
+    return min(outcome.scores, key=lambda block: (outcome.scores[block], block))
 
 
 def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | None, remove: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,16 +34,33 @@ from sleb_cli.engine.loading import (
     quiet_libraries,
 )
 from sleb_cli.engine.search.budget import parse_bytes
-from sleb_cli.engine.search.greedy import Protection, count_to_remove, greedy_search, parse_ratio
+from sleb_cli.engine.search.greedy import Choice, Protection, count_to_remove, parse_ratio
 from sleb_cli.engine.search.passes import prepare_passes
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.scoring import Scoring
+from sleb_cli.engine.search.strategies import (
+    DEFAULT_BEAM_WIDTH,
+    STRATEGIES,
+    Problem,
+    Strategy,
+    free_spans,
+    strategy_name,
+)
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import require_same_model
-from sleb_cli.events import BlockRemoved, Notice, Notify, SearchStarted, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import (
+    BlockRemoved,
+    BlocksExchanged,
+    Notice,
+    Notify,
+    SearchStarted,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+)
 from sleb_cli.journal import Journal, journal_of
-from sleb_cli.plan import DenseRecord, Plan, SearchRecord, Step, read_plan
+from sleb_cli.plan import DenseRecord, ExchangeRecord, Plan, SearchRecord, Step, StrategyName, read_plan
 from sleb_cli.plugin_manager import Registry, suggestion
 from sleb_cli.records import differences
 from sleb_plugins import (
@@ -51,6 +68,7 @@ from sleb_plugins import (
     LogitMetric,
     Metric,
     ModelError,
+    ModelMetric,
     PlanError,
     UnsupportedModelError,
     UsageError,
@@ -67,6 +85,8 @@ class SearchRequest:
     remove: int | None
     calibration: CalibrationRequest
     metric: str | None = None
+    strategy: str | None = None
+    beam_width: int | None = None
     fast: bool = False
     protect_first: int | None = None
     protect_last: int | None = None
@@ -91,6 +111,7 @@ class _Settled:
     extended: Plan | None
     architecture: Architecture
     metric: Metric
+    strategy_name: StrategyName
     remove: int
     calibration: CalibrationSettings
     device: torch.device
@@ -98,9 +119,21 @@ class _Settled:
     protection: Protection
     removable: Removable
 
+    @property
+    def strategy(self) -> Strategy:
+        """How it is searched."""
+        return STRATEGIES[self.strategy_name]
+
+    @property
+    def beam_width(self) -> int:
+        """How many sets are kept from size to size."""
+        if self.strategy_name != "beam":
+            return 1
+        return DEFAULT_BEAM_WIDTH if self.request.beam_width is None else self.request.beam_width
+
 
 def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) -> Plan:
-    """Search greedily for the blocks that the model can best do without.
+    """Search for the blocks that the model can best do without.
 
     What is measured on the way stands in a journal beside `request.output`; whoever writes the plan deletes it then.
 
@@ -118,7 +151,7 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
     calibration = calibrate(settled.calibration, tokenizer, model, notify)
     _require_continuation(settled, calibration)
     try:
-        dense, steps, how = _search(settled, model(), tokenizer, calibration, journal, notify)
+        dense, steps, removals, how = _search(settled, model(), tokenizer, calibration, journal, notify)
     except BaseException:
         if len(journal):
             notify(Notice(f"What was measured is kept in {journal.path}: the same command with --resume goes on."))
@@ -132,7 +165,7 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
         calibration=calibration.record,
         search=how,
         dense=dense,
-        removals=tuple(step.block for step in steps),
+        removals=removals,
         steps=tuple(steps),
         environment=environment_record(registry.third_party(), settled.device, time.monotonic() - started),
     )
@@ -149,11 +182,8 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
     metric = registry.metric(request.metric or "nll")
-    if request.fast and not isinstance(metric, LogitMetric):
-        raise UsageError(
-            f"{metric.name} does not score sequence by sequence, so its candidates cannot race.",
-            hint="Leave out --fast.",
-        )
+    strategy = strategy_name(request.strategy or "greedy")
+    _require_fitting(request, metric, strategy)
     device = choose_device(request.device)
     source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
     architecture = read_architecture(source, registry, notify)
@@ -173,11 +203,14 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         )
     removable = Removable(architecture, protection, notify)
     removable.candidates(extended.removals if extended else ())  # whether any can go is said before any work
+    if strategy == "contiguous":
+        free_spans(removable.candidates, remove)
     return _Settled(
         request=request,
         extended=extended,
         architecture=architecture,
         metric=metric,
+        strategy_name=strategy,
         remove=remove,
         calibration=settle_calibration(request.calibration, architecture),
         device=device,
@@ -185,6 +218,37 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         protection=protection,
         removable=removable,
     )
+
+
+def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
+    """Make sure that metric, strategy and their options go together."""
+    if request.fast and not isinstance(metric, LogitMetric):
+        raise UsageError(
+            f"{metric.name} does not score sequence by sequence, so its candidates cannot race.",
+            hint="Leave out --fast.",
+        )
+    if request.fast and not STRATEGIES[strategy].races:
+        raise UsageError(
+            f"With --strategy {strategy}, it is not one candidate that wins, so they cannot race.",
+            hint="Leave out --fast.",
+        )
+    if STRATEGIES[strategy].needs_sets and not isinstance(metric, LogitMetric | ModelMetric):
+        raise UsageError(
+            f"--strategy {strategy} compares whole sets of blocks, and {metric.name} looks at single ones.",
+            hint="Take a metric of the whole model, such as nll, or --strategy greedy.",
+        )
+    if request.beam_width is not None and (strategy != "beam" or request.beam_width < 1):
+        raise UsageError(
+            f"--beam-width {request.beam_width} does not go with --strategy {strategy}."
+            if strategy != "beam"
+            else f"--beam-width {request.beam_width} is too small.",
+            hint="Leave it out." if strategy != "beam" else "Take 1 or more.",
+        )
+    if request.extend is not None and strategy != "greedy":
+        raise UsageError(
+            f"--extend goes on with --strategy greedy only, and not with {strategy}.",
+            hint="Search again for the number that you want.",
+        )
 
 
 def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int, ...]:
@@ -211,7 +275,13 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     """Take what the user left open from the plan that is extended, or else what is usual."""
-    usual: dict[str, Any] = {"metric": "nll", "protect_first": 1, "protect_last": 1, "dtype": "auto"}
+    usual: dict[str, Any] = {
+        "metric": "nll",
+        "strategy": "greedy",
+        "protect_first": 1,
+        "protect_last": 1,
+        "dtype": "auto",
+    }
     calibration = request.calibration
     if extended is not None:
         how, was = extended.search, extended.calibration
@@ -244,7 +314,7 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
     plan, request = settled.extended, settled.request
     if plan is None:
         return
-    names = ("metric", "protect_first", "protect_last", "fast")
+    names = ("metric", "strategy", "protect_first", "protect_last", "fast")
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
     found |= {"dtype": dtype_name(settled.dtype), "protect": settled.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
@@ -261,7 +331,7 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
 
 def _search(
     settled: _Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
-) -> tuple[DenseRecord, list[Step], SearchRecord]:
+) -> tuple[DenseRecord, list[Step], tuple[int, ...], SearchRecord]:
     architecture, request, metric = settled.architecture, settled.request, settled.metric
     if request.fast:
         calibration = calibration.shuffled()
@@ -278,10 +348,11 @@ def _search(
             looks=LOOKS if request.fast else 1,
         )
         notify(TaskFinished(task))
-        scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast)
+        scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast, winners=settled.beam_width)
         score, engine = scoring.scorer(metric)
         how = SearchRecord(
-            algorithm="greedy",
+            strategy=settled.strategy_name,
+            beam_width=settled.beam_width if settled.strategy_name == "beam" else None,
             metric=metric.name,
             remove=settled.remove,
             ratio=request.ratio,
@@ -295,35 +366,45 @@ def _search(
             engine=engine,
             engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
         )
+        journal.of_sets = isinstance(metric, LogitMetric | ModelMetric)
         journal.open(_identity(settled, calibration, how), resume=request.resume)
         if len(journal):
             notify(Notice(f"{journal.path} holds {len(journal)} measurements: the search goes on from there."))
         dense = settled.extended.dense if settled.extended else _measure_dense(scoring, settled)
         steps = list(settled.extended.steps) if settled.extended else []
+        removals = settled.extended.removals if settled.extended else ()
         notify(SearchStarted(architecture.block_count, settled.remove, len(steps), _evaluations(settled, scoring)))
-        choices = greedy_search(
-            score, settled.removable.candidates, settled.remove, removed=[step.block for step in steps]
+        problem = Problem(
+            score,
+            settled.removable.candidates,
+            settled.remove,
+            removed=removals,
+            score_spans=scoring.span_scorer(metric, settled.remove),
+            width=settled.beam_width,
+            exchanged=lambda e: notify(BlocksExchanged(e.restored, e.removed, e.before, e.after)),
         )
-        for choice in choices:
-            scores = choice.outcome.scores
-            # For nll the winner's score is the loss that is asked for here.
-            loss = (
-                scores[choice.block]
-                if metric.name == "nll"
-                else scoring.loss([*(step.block for step in steps), choice.block])
-            )
-            step = Step(
-                block=choice.block,
-                kind=architecture.kinds[choice.block],
-                score=scores[choice.block],
-                perplexity=_perplexity(loss, choice.block),
-                scores=dict(scores),
-                race=choice.outcome.race,
-            )
+        for choice in settled.strategy.search(problem):
+            loss = scoring.loss(choice.removals, scores_are_losses=metric.name == "nll")
+            step = _step(choice, removals, loss, architecture.kinds)
             steps.append(step)
+            removals = choice.removals
             journal.sync()
-            notify(BlockRemoved(len(steps), step.block, step.score, step.perplexity))
-    return dense, steps, how
+            notify(BlockRemoved(len(steps), step.block, step.score, step.perplexity, step.removals))
+    return dense, steps, removals, how
+
+
+def _step(choice: Choice, before: tuple[int, ...], loss: float, kinds: Sequence[str]) -> Step:
+    """Write a choice down, after the blocks that were gone at the size before."""
+    return Step(
+        block=choice.block,
+        kind=kinds[choice.block],
+        score=choice.score,
+        perplexity=_perplexity(loss, choice.block),
+        scores=dict(choice.outcome.scores),
+        race=choice.outcome.race,
+        removals=None if choice.removals == (*before, choice.block) else choice.removals,
+        exchanges=tuple(ExchangeRecord(**vars(exchange)) for exchange in choice.exchanges),
+    )
 
 
 def _identity(settled: _Settled, calibration: Calibration, how: SearchRecord) -> dict[str, Any]:
@@ -353,7 +434,8 @@ def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
 def _evaluations(settled: _Settled, scoring: Scoring) -> tuple[int, ...]:
     removed = settled.extended.removals if settled.extended else ()
     candidates = len(settled.removable.candidates(removed))
-    return tuple((candidates - step) * scoring.sequences for step in range(settled.remove - len(removed)))
+    sets = settled.strategy.evaluations(candidates, settled.remove - len(removed), settled.beam_width)
+    return tuple(count * scoring.sequences for count in sets)
 
 
 def _perplexity(loss: float, block: int) -> float:

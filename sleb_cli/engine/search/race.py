@@ -30,13 +30,14 @@ PRIOR = 8
 class Race:
     """One step's candidates, and each one's scores so far, sequence by sequence in the same order.
 
-    `looks` is how often `drop_beaten` will be asked.
+    `looks` is how often `drop_beaten` will be asked; so many `winners` are wanted.
     """
 
     sequences: int
     looks: int
     scores: dict[int, list[float]]
     dropped: dict[int, DropRecord] = field(default_factory=dict)
+    winners: int = 1
 
     @property
     def contenders(self) -> list[int]:
@@ -61,8 +62,9 @@ class Race:
         return math.fsum(self.scores[block]) / len(self.scores[block])
 
     def drop_beaten(self) -> None:
-        """Let those drop out who are behind the leader by more than chance explains."""
-        leader, *others = self.ranking()
+        """Let those drop out who are behind the last that would win now by more than chance explains."""
+        ranking = self.ranking()
+        leader, others = ranking[: self.winners][-1], ranking[self.winners :]
         seen = len(self.scores[leader])
         if not others or not 2 <= seen < self.sequences:
             return

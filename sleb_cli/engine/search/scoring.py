@@ -19,6 +19,7 @@ from sleb_cli.engine.search.greedy import Outcome, Score, require_finite
 from sleb_cli.engine.search.passes import Passes
 from sleb_cli.engine.search.race import Race
 from sleb_cli.engine.search.states import BASE
+from sleb_cli.engine.search.strategies import ScoreSpans
 from sleb_cli.events import CandidateScored, LaterStepsForecast, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.journal import Journal
 from sleb_cli.plan import Engine
@@ -42,6 +43,8 @@ class Scoring:
     tokenizer: Any
     notify: Notify
     fast: bool = False
+    winners: int = 1
+    """How many of a race's candidates are wanted."""
 
     @property
     def gated(self) -> GatedModel:
@@ -54,11 +57,22 @@ class Scoring:
         return sum(len(batch) for batch in self.passes.batches)
 
     @torch.inference_mode()
-    def loss(self, removed: Sequence[int], advanced: Callable[[int], None] = lambda sequences: None) -> float:
-        """Give the mean negative log-likelihood, in nats per token, of the model without the removed blocks."""
+    def loss(
+        self,
+        removed: Sequence[int],
+        advanced: Callable[[int], None] = lambda sequences: None,
+        *,
+        scores_are_losses: bool = False,
+    ) -> float:
+        """Give the mean negative log-likelihood, in nats per token, of the model without the removed blocks.
+
+        Where scores are losses, one of the last removed block is as good.
+        """
         losses: list[float] = []
         for batch in range(len(self.passes.batches)):
             found = self.journal.find(removed, batch=batch)
+            if found is None and scores_are_losses:
+                found = self.journal.find(removed[:-1], removed[-1], batch)
             if found is None:
                 found = dict(self.passes.scores(NegativeLogLikelihood(), batch, removed, ()))[BASE]
                 self.journal.add(found, removed, batch=batch)
@@ -78,10 +92,22 @@ class Scoring:
         assert isinstance(metric, ModelMetric)
         return lambda removed, candidates: self._score_models(metric, removed, candidates), "model"
 
+    def span_scorer(self, metric: Metric, longest: int) -> ScoreSpans | None:
+        """Choose how spans of up to `longest` blocks score by what a metric sees of blocks.
+
+        None where it sees the whole model: then a span scores what the model scores without it.
+        """
+        if isinstance(metric, HiddenStateMetric):
+            return lambda spans: self._score_spans(metric, spans, longest)
+        if isinstance(metric, WeightMetric):
+            known: dict[int, float] = {}
+            return lambda spans: self._sum_over_spans(metric, spans, known)
+        return None
+
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score batch after batch; in a race, those who are beaten drop out after each."""
-        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates})
+        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates}, winners=self.winners)
         for batch in range(len(self.passes.batches)):
             self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             for block in race.contenders:
@@ -96,8 +122,9 @@ class Scoring:
                     self._add(race, removed, block, scores)
             self.passes.ranking = race.ranking()
             if self.fast:
+                expected = race.evaluations
                 race.drop_beaten()
-                self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), race.evaluations))
+                self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), expected - race.evaluations))
         return race.outcome(fast=self.fast)
 
     def _add(self, race: Race, removed: Sequence[int], block: int, scores: Sequence[float]) -> None:
@@ -123,6 +150,43 @@ class Scoring:
                 self.notify(SearchAdvanced(len(found)))
                 self.notify(CandidateScored(len(removed) + 1, block, _mean(scores[block])))
         return Outcome({block: _mean(values) for block, values in scores.items()})
+
+    @torch.inference_mode()
+    def _score_spans(self, metric: HiddenStateMetric, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
+        """Hold what enters a span's first block against what leaves its last, in the dense model: in one pass."""
+        scores: dict[int, list[float]] = {span[-1]: [] for span in spans}
+        for batch in range(len(self.passes.batches)):
+            if any(self.journal.find(span[:-1], span[-1], batch) is None for span in spans):
+                self._watch_spans(metric, batch, range(spans[0][0], spans[-1][-1] + 1), longest)
+            for span in spans:
+                found = self.journal.find(span[:-1], span[-1], batch) or []
+                scores[span[-1]] += found
+                self.notify(SearchAdvanced(len(found)))
+                self.notify(CandidateScored(len(span), span[-1], _mean(scores[span[-1]])))
+        return Outcome({block: _mean(values) for block, values in scores.items()})
+
+    def _watch_spans(self, metric: HiddenStateMetric, batch: int, blocks: range, longest: int) -> None:
+        """Score all spans among these blocks that are not too long; so many states exist at once."""
+        entered: dict[int, Tensor] = {}
+
+        def look(block: int, entering: Tensor, leaving: Tensor) -> None:
+            entered[block] = entering
+            entered.pop(block - longest, None)
+            for start, state in entered.items():
+                tokens = metric.score_tokens(state.float(), leaving.float())
+                require_shape(metric.name, tokens, entering.shape[:-1])
+                self.journal.add(tokens.double().mean(-1).tolist(), range(start, block), block, batch)
+
+        self.passes.watch(batch, (), blocks, look)
+
+    def _sum_over_spans(
+        self, metric: WeightMetric, spans: Sequence[tuple[int, ...]], known: dict[int, float]
+    ) -> Outcome:
+        """Add up what the blocks of a span score in the dense model, where each is looked at once."""
+        blocks = sorted({block for span in spans for block in span} - known.keys())
+        if blocks:
+            known.update(self._score_weights(metric, (), blocks).scores)
+        return Outcome({span[-1]: math.fsum(known[block] for block in span) for span in spans})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Look at each block's parameters, after one backward pass where the metric asks for gradients."""
