@@ -142,7 +142,7 @@ def sequences_of(plan, architecture, text_file):
     bos = plan["calibration"]["bos"]
     assert bos == adds_bos(tokenizer)
     windows = cut_windows(tokenizer, text_file.read_text(), plan["calibration"]["sequence_length"], bos=bos)
-    sequences = draw(windows, plan["calibration"]["sequences"], plan["calibration"]["seed"])
+    sequences = windows[draw(len(windows), plan["calibration"]["sequences"], plan["calibration"]["seed"])]
     assert plan["calibration"]["tokens_sha256"] == tokens_sha256(sequences)
     assert all((sequence[0] == tokenizer.bos_token_id) == bos for sequence in sequences)
     return sequences

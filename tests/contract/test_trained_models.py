@@ -22,7 +22,8 @@ STORIES = [
 
 def sequences_of(folder, text, samples, length):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return draw(cut_windows(tokenizer, text.read_text(), length, bos=adds_bos(tokenizer)), samples, 0)
+    windows = cut_windows(tokenizer, text.read_text(), length, bos=adds_bos(tokenizer))
+    return windows[draw(len(windows), samples, 0)]
 
 
 def check_against_reference(run_sleb, folder, text, samples, length, remove):
