@@ -162,8 +162,8 @@ class _Healing:
         self._began = self._saved_at = time.monotonic()
         self._began -= self.progress.seconds
         if not saved:
-            self.masters.values = self.team.of_main(self.masters.values)
-            self.masters.place(self.masters.values)
+            self.masters.values.data = self.team.of_main(self.masters.values.data)
+            self.masters.place()
             self._check()
         batches, last = self._batches(), self._share()
         while last < 1 and self.progress.stale < PATIENCE:
@@ -240,20 +240,17 @@ class _Healing:
         if time.monotonic() - self._saved_at < SECONDS_BETWEEN_SAVES:
             return
         if self.team.rank == 0:
-            state = {"values": self.masters.values, "first": self.masters.first, "second": self.masters.second}
+            state = {f"masters.{name}": tensor for name, tensor in self.masters.state().items()}
             best = {f"best.{number}": tensor for number, tensor in enumerate(self.best)}
             self.save(Saved({"progress": asdict(self.progress)}, state | best))
         self._saved_at = time.monotonic()
 
     def _restore(self, saved: Saved) -> None:
-        tensors, device = saved.tensors, self.team.device
+        tensors = saved.tensors
         self.progress = Progress(**saved.data["progress"])
-        self.masters.values, self.masters.first, self.masters.second = (
-            tensors[name].to(device) for name in ("values", "first", "second")
-        )
-        self.masters.steps = self.progress.steps
-        self.masters.place(self.masters.values)
-        self.best = [tensors[f"best.{number}"].to(device) for number in range(len(self.case.parameters))]
+        marked = {name: tensor for name, tensor in tensors.items() if name.startswith("masters.")}
+        self.masters.restore({name.removeprefix("masters."): tensor for name, tensor in marked.items()})
+        self.best = [tensors[f"best.{number}"].to(self.team.device) for number in range(len(self.case.parameters))]
 
 
 def without(rows: Tensor, held_out: Tensor) -> Tensor:
