@@ -44,14 +44,12 @@ class Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradients[0].to(ctx.saved_tensors[0].dtype), None
 
 
-def distill(teacher: Variant, student: Variant, ids: Tensor) -> float:
+def distill(teacher: Variant, student: Variant, ids: Tensor, wanted: Tensor) -> float:
     """Add the gradient of the mean divergence on these tokens, [batch, positions], to the student's parameters.
 
-    The logits' part of it is gathered at the final hidden states, stretch by stretch; one pass goes down from there.
-    Gives the mean divergence over the predicting positions, in nats.
+    `wanted` are the teacher's final states there. The logits' part of the gradient is gathered at the student's final
+    states, stretch by stretch; one pass goes down from there. Gives the mean over the predicting positions, in nats.
     """
-    with torch.no_grad():
-        wanted = teacher.final_states(ids)
     states = student.final_states(ids)
     gathered = states.detach().requires_grad_()
     count, total = len(ids) * (ids.shape[1] - 1), 0.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.recovery.distillation import Masters, distill, learning_rate
@@ -167,7 +168,7 @@ class _Healing:
             self._check()
         batches, last = self._batches(), self._share()
         while last < 1 and self.progress.stale < PATIENCE:
-            self._step(next(batches), last)
+            self._step(*next(batches), last)
             last = self._share()
             if int(last * CHECKS) > self.progress.checks or last >= 1:
                 self.progress.checks = int(last * CHECKS)
@@ -182,8 +183,8 @@ class _Healing:
         self.progress.seconds = self.team.agreed(time.monotonic() - self._began)
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
-    def _step(self, ids: Tensor, share: float) -> None:
-        self.loss = distill(self.case.teacher, self.case.student, ids)
+    def _step(self, ids: Tensor, wanted: Tensor, share: float) -> None:
+        self.loss = distill(self.case.teacher, self.case.student, ids, wanted)
         gradient = self.team.mean(self.masters.gradient())
         # What counts is the middle of the step.
         tokens = ids.numel() * self.team.size
@@ -210,8 +211,8 @@ class _Healing:
         if self.progress.steps:
             self.notify(HealChecked(self._share(), self.loss, found))
 
-    def _batches(self) -> Iterator[Tensor]:
-        """Give sequences without end, portion by portion, from where the progress stands."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give sequences and the teacher's final states on them, without end, from where the progress stands."""
         while True:
             number = self.progress.portion * self.team.size + self.team.rank
             rows = without(self.case.write(number, self._heartbeat), self.case.held_out).to(self.team.device)
@@ -219,10 +220,12 @@ class _Healing:
             for turn in range(PASSES):
                 shuffle = random.Random(f"{self.case.seed}/{number}/{turn}")
                 order += shuffle.sample(range(len(rows)), len(rows))
+            taught = _Taught(self.case.teacher, rows)
             while self.progress.position < len(order):
                 start = self.progress.position
                 self.progress.position += self.case.batch
-                yield rows[order[start : self.progress.position]]
+                chosen = order[start : self.progress.position]
+                yield rows[chosen], taught.states(chosen)
             self.progress.portion += 1
             self.progress.position = 0
 
@@ -251,6 +254,21 @@ class _Healing:
         marked = {name: tensor for name, tensor in tensors.items() if name.startswith("masters.")}
         self.masters.restore({name.removeprefix("masters."): tensor for name, tensor in marked.items()})
         self.best = [tensors[f"best.{number}"].to(self.team.device) for number in range(len(self.case.parameters))]
+
+
+class _Taught:
+    """The teacher's final states on a portion: made once for all passes, row by row, so that no neighbour matters."""
+
+    def __init__(self, teacher: Variant, rows: Tensor) -> None:
+        self._teacher, self._rows = teacher, rows
+        self._known: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def states(self, chosen: list[int]) -> Tensor:
+        for row in chosen:
+            if row not in self._known:
+                self._known[row] = self._teacher.final_states(self._rows[row : row + 1])
+        return torch.cat([self._known[row] for row in chosen])
 
 
 def without(rows: Tensor, held_out: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""The gradient and the steps of healing, against direct computations."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from conftest import llama_config, random_model
+from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.recovery import variant
+from sleb_cli.engine.recovery.distillation import BETAS, CLIP, Divergence, Masters, distill, learning_rate
+from sleb_cli.engine.recovery.heal import without
+from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_plugins import DataError
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+def test_the_divergence_and_its_gradient_are_those_of_a_plain_computation(monkeypatch):
+    monkeypatch.setattr(variant, "WIDENED_BYTES", {"cpu": 4 * 50 * 3})  # three positions at a time
+    student = torch.randn(2, 5, 50, requires_grad=True)
+    teacher = 3 * torch.randn(2, 5, 50)
+    plain = functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum")
+    (expected,) = torch.autograd.grad(plain / 7, student)
+    found = Divergence.apply(student, teacher)
+    (found / 7).backward()
+    assert found.item() == pytest.approx(plain.item(), rel=1e-5)
+    torch.testing.assert_close(student.grad, expected)
+
+
+@pytest.mark.parametrize("positions", [1, 9, 1000])
+def test_gradients_in_stretches_are_those_of_all_logits_at_once(ids, positions, monkeypatch):
+    monkeypatch.setattr(variant, "POSITIONS", positions)
+    dense, pruned = random_model(llama_config(3)), random_model(llama_config(3))
+    for model in (dense, pruned):
+        model.requires_grad_(False)
+    with torch.no_grad():
+        pruned.model.layers[1].mlp.down_proj.weight *= 0.5
+    pruned.model.layers.requires_grad_(True)
+    ours, theirs = pruned(ids).logits[:, :-1].log_softmax(-1), dense(ids).logits[:, :-1].log_softmax(-1)
+    plain = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
+    parameters = list(pruned.model.layers.parameters())
+    expected = torch.autograd.grad(plain, parameters)
+    with GatedModel(dense, dense.model.layers) as teacher, GatedModel(pruned, pruned.model.layers) as student:
+        with torch.no_grad():
+            wanted = Variant(teacher).final_states(ids)
+        found = distill(Variant(teacher), Variant(student), ids, wanted)
+        _, divergence = losses(Variant(student), Variant(teacher), ids)
+    assert found == pytest.approx(plain.item(), rel=1e-5)
+    assert divergence == pytest.approx(plain.item(), rel=1e-5)
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+    assert all(parameter.grad is None for name, parameter in pruned.named_parameters() if ".layers." not in name)
+
+
+def test_steps_are_those_of_adamw_on_float32_copies():
+    start = [torch.randn(4, 3), torch.randn(5)]
+    parameters = [torch.nn.Parameter(value.bfloat16()) for value in start]
+    plain = [torch.nn.Parameter(value.bfloat16().float()) for value in start]
+    optimizer = torch.optim.AdamW(plain, lr=0.01, betas=BETAS, weight_decay=0.0)
+    masters = Masters(parameters)
+    for step in range(5):
+        gradients = [torch.randn_like(value) * 10**step / 100 for value in start]
+        for parameter, other, gradient in zip(parameters, plain, gradients, strict=True):
+            parameter.grad = gradient.bfloat16()
+            other.grad = gradient.bfloat16().float()
+        torch.nn.utils.clip_grad_norm_(plain, CLIP)
+        optimizer.step()
+        masters.step(masters.gradient(), 0.01)
+    torch.testing.assert_close(masters.values.data, torch.cat([value.data.flatten() for value in plain]))
+    for parameter, other in zip(parameters, plain, strict=True):
+        assert torch.equal(parameter, other.bfloat16())
+
+
+def test_steps_too_small_for_bfloat16_add_up():
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    masters = Masters([parameter])
+    for _ in range(100):
+        masters.step(torch.ones(8), 1e-4)
+    torch.testing.assert_close(parameter.float(), torch.full((8,), 0.99), atol=2e-3, rtol=0)
+
+
+def test_a_parameter_without_a_gradient_stays():
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    masters = Masters([used, unused])
+    used.grad = torch.ones(2)
+    masters.step(masters.gradient(), 0.1)
+    assert torch.equal(unused, torch.ones(3))
+    assert not torch.equal(used, torch.ones(2))
+
+
+def test_the_learning_rate_goes_up_and_down_again():
+    rates = [learning_rate(2.0, share / 100) for share in range(101)]
+    assert rates[0] == 0.0
+    assert max(rates) == pytest.approx(2.0, rel=0.01)
+    assert rates.index(max(rates)) == 5
+    assert rates[50] == pytest.approx(1.0)
+    assert rates[100] == pytest.approx(0.0)
+    assert math.isclose(learning_rate(2.0, 1.5), 0.0, abs_tol=1e-12)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    rows = torch.tensor([[1, 2], [3, 4], [1, 3]])
+    assert without(rows, torch.tensor([[3, 4], [2, 1]])).tolist() == [[1, 2], [1, 3]]
+    with pytest.raises(DataError, match="held out"):
+        without(rows, rows)
