@@ -135,8 +135,28 @@ class LossesRecord(Record):
     divergence: float
 
 
+class FoldRecord(Record):
+    """One fit of a block's weights to what the dense model has `gap` removed blocks later (0: at the same depth).
+
+    `weights` are the modules that were fitted, none where nothing could be; `exact` says whether the block's output
+    changes by just what they add. `error_left` is the share of the squared error that is left on held-out text, with
+    the `ridge` that leaves least; `loss` is the held-out loss with these values, which stay only if they are `kept`.
+    """
+
+    block: Block
+    gap: int
+    weights: tuple[str, ...] = ()
+    exact: bool = True
+    ridge: float | None = None
+    error_left: float | None = None
+    loss: float
+    kept: bool
+
+
 class ClosedFormRecord(Record):
-    """What the fit in closed form did."""
+    """What the fit in closed form did, in order of depth."""
+
+    folds: tuple[FoldRecord, ...]
 
 
 class HealRecord(Record):

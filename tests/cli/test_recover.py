@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from conftest import calibration, llama_config, save_model
 from sleb_cli.engine.checkpoint import find_weights
+from sleb_cli.engine.recovery import recovery
 from sleb_cli.plan import ClosedFormRecord, read_plan
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -25,10 +25,9 @@ def standing_in(monkeypatch, names):
     def recover_in_closed_form(gated, removed, fit, held_out, notify):
         asked.calls.append((sorted(removed), fit, held_out))
         own = dict(gated.model.named_parameters())
-        return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord()
+        return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(folds=())
 
-    module = SimpleNamespace(recover_in_closed_form=recover_in_closed_form)
-    monkeypatch.setitem(sys.modules, "sleb_cli.engine.recovery.closed_form", module)
+    monkeypatch.setattr(recovery, "recover_in_closed_form", recover_in_closed_form)
     return asked
 
 

@@ -23,6 +23,7 @@ from sleb_cli.engine.calibration import (
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.memory import free_bytes
+from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.heal import PORTION_TOKENS, Budget, Case, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
 from sleb_cli.engine.recovery.naming import file_tensors
@@ -173,8 +174,6 @@ class _Recovery:
         )
         values: dict[str, Tensor] = {}
         if self.request.closed_form:
-            from sleb_cli.engine.recovery.closed_form import recover_in_closed_form  # type: ignore[import-not-found]
-
             values, how = recover_in_closed_form(gated, removed, fit, held_out, self.notify)
             after = self._measured("recovered", Variant(gated, removed, values), dense, held_out)
             record = record.model_copy(update={"closed_form": how, "closed_form_losses": after})

@@ -1,0 +1,224 @@
+"""Recovery in closed form: what removed blocks would have written, written by the blocks that are left.
+
+The dense and the pruned model climb side by side, depth by depth. Where blocks are gone, the pruned model's hidden
+states part from the dense model's. A ridge regression finds what the last kept block before the gap would have to add,
+as a linear map of what it multiplies its last weights with anyway, so the map is folded into these weights: neither the
+architecture nor the cost of inference changes. Then every later block is refitted likewise against the dense hidden
+states of its depth, on the model as already recovered. (ReplaceMe, Shopkhoev et al., arXiv 2505.02819, fits one map for
+one gap; refitting to the states of depth, and positions by their weight, are ours.)
+
+Held-out text decides on everything: a fit that does not lower the loss there is not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.gates import Call, GatedModel
+from sleb_cli.engine.logits import score_hidden_states
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge
+from sleb_cli.engine.recovery.variant import POSITIONS, placed
+from sleb_cli.engine.recovery.writers import Writer, find_writers, inputs_of
+from sleb_cli.engine.search.passes import CHECKED_SEQUENCES, choose_engine
+from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.plan import ClosedFormRecord, FoldRecord
+from sleb_plugins import UnsupportedModelError
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
+
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+BATCH_TOKENS = 4096
+# What writers are tried on.
+TRIED_POSITIONS = 32
+
+
+@dataclass
+class _Column:
+    """Some sequences on their way up: their hidden states in the dense and in the recovered model, batch by batch."""
+
+    ids: list[Tensor]
+    calls: list[list[Call]]
+    dense: list[Tensor]
+    pruned: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """New values for some parameters of a block, and the sum of squares that they leave on the held-out text."""
+
+    ridge: float
+    values: dict[str, Tensor]
+    left: float
+
+
+def recover_in_closed_form(
+    gated: GatedModel, removed: Collection[int], fit: Tensor, held_out: Tensor, notify: Notify
+) -> tuple[dict[str, Tensor], ClosedFormRecord]:
+    """Fit the blocks that are left to the dense model's hidden states.
+
+    The hidden states of one depth are in memory at a time, and one block is in use at a time; from one depth to the
+    next, sums of the size of the fitted weights are all that is kept.
+
+    Args:
+        gated: the dense model, as an entered context; it is put back as it was.
+        removed: the blocks that are gone.
+        fit: the tokens to fit on, [sequences, positions].
+        held_out: the tokens that decide, [sequences, positions].
+        notify: is told of the progress.
+
+    Returns:
+        New values by the dense model's own parameter names, in the model's data type, and what each fit gave.
+
+    Raises:
+        UnsupportedModelError: the family's blocks cannot be run one by one.
+    """
+    with torch.inference_mode():
+        engine, reason = choose_engine(gated, held_out[:CHECKED_SEQUENCES].to(gated.model.device))
+        if engine != "fork":
+            raise UnsupportedModelError(
+                f"{gated.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
+            )
+        return _Climb(gated, frozenset(removed), fit, held_out, notify).run()
+
+
+class _Climb:
+    def __init__(
+        self, gated: GatedModel, removed: frozenset[int], fit: Tensor, held_out: Tensor, notify: Notify
+    ) -> None:
+        self.gated, self.removed, self.notify = gated, removed, notify
+        self.count = len(gated.gates)
+        self.fit, self.held_out = self._column(fit), self._column(held_out)
+        self.names = {id(parameter): name for name, parameter in gated.model.named_parameters()}
+        self.values: dict[str, Tensor] = {}
+        self.folds: list[FoldRecord] = []
+
+    def run(self) -> tuple[dict[str, Tensor], ClosedFormRecord]:
+        task = "Recovering in closed form"
+        self.notify(TaskStarted(task, self.count, "blocks"))
+        first = max((block for block in range(min(self.removed)) if block not in self.removed), default=0)
+        self.loss = self._loss(0, {})
+        for block in range(self.count):
+            if block not in self.removed:
+                end = self._end_of_gap(block)
+                for column in (self.fit, self.held_out):
+                    for depth in range(block, end):
+                        column.dense = self._through(depth, column, column.dense)
+                if block >= first:
+                    self._refit(block, end)
+                for column in (self.fit, self.held_out):
+                    with placed(self.gated.model, self.values):
+                        column.pruned = self._through(block, column, column.pruned)
+            last = self.folds[-1] if self.folds else None
+            note = f"block {last.block}: loss {last.loss:.4f}" if last else ""
+            self.notify(TaskAdvanced(task, note=note))
+        self.notify(TaskFinished(task))
+        return self.values, ClosedFormRecord(folds=tuple(self.folds))
+
+    def _column(self, sequences: Tensor) -> _Column:
+        size = max(1, BATCH_TOKENS // sequences.shape[1])
+        ids = list(torch.split(sequences.to(self.gated.model.device), size))
+        calls = [self.gated.calls(batch) for batch in ids]
+        entering = [batch[0].entering for batch in calls]
+        return _Column(ids, calls, entering, list(entering))
+
+    def _end_of_gap(self, block: int) -> int:
+        return next((depth for depth in range(block + 1, self.count) if depth not in self.removed), self.count)
+
+    def _through(self, block: int, column: _Column, states: list[Tensor]) -> list[Tensor]:
+        return [self.gated.run_block(calls[block], hidden) for calls, hidden in zip(column.calls, states, strict=True)]
+
+    def _loss(self, block: int, values: Mapping[str, Tensor]) -> float:
+        """Give the held-out loss of the model with these values, from the pruned states that enter `block` on."""
+        column = self.held_out
+        states = column.pruned
+        with placed(self.gated.model, values):
+            for depth in range(block, self.count):
+                if depth not in self.removed:
+                    states = self._through(depth, column, states)
+            losses = [
+                score_hidden_states(NegativeLogLikelihood(), self.gated, hidden, ids, positions=POSITIONS)
+                for hidden, ids in zip(states, column.ids, strict=True)
+            ]
+        return float(torch.cat(losses).mean())
+
+    def _refit(self, block: int, end: int) -> None:
+        """Give a block the values that bring the pruned states at `end` nearest to the dense ones, if that pays."""
+        with placed(self.gated.model, self.values):
+            writers = find_writers(self.gated, self.fit.calls[0][block], self.fit.pruned[0])
+        gap = end - block - 1
+        if not writers:
+            if gap:
+                self.notify(Notice(f"The gap after block {block} stays as it is: no weights there add to its output."))
+            self.folds.append(FoldRecord(block=block, gap=gap, loss=self.loss, kept=False))
+            return
+        fold = self._best_fold(block, writers)
+        values = self.values | fold.values
+        loss = self._loss(block, values)
+        kept = loss < self.loss
+        if kept:
+            self.values, self.loss = values, loss
+        record = FoldRecord(
+            block=block,
+            gap=gap,
+            weights=tuple(writer.name for writer in writers),
+            exact=writers[0].exact,
+            ridge=fold.ridge,
+            error_left=fold.left,
+            loss=loss,
+            kept=kept,
+        )
+        self.folds.append(record)
+
+    def _best_fold(self, block: int, writers: Sequence[Writer]) -> _Fold:
+        """Fit with each ridge, and take the one that leaves the least on the held-out text."""
+        sums = Gains() if writers[0].kind == "gain" else Ridge()
+        for features, targets, weights in self._rows(self.fit, block, writers):
+            sums.add(features, targets, weights)
+        fits = {ridge: sums.solve(ridge) for ridge in RIDGES}
+        left, whole = dict.fromkeys(RIDGES, 0.0), 0.0
+        for features, targets, weights in self._rows(self.held_out, block, writers):
+            whole += float((weights[:, None] * targets.square()).sum())
+            for ridge, fitted in fits.items():
+                there = features * fitted.float() if isinstance(sums, Gains) else features @ fitted.float()
+                left[ridge] += float((weights[:, None] * (targets - there).square()).sum())
+        ridge = min(RIDGES, key=lambda ridge: left[ridge])
+        return _Fold(ridge, dict(self._folded(writers, fits[ridge])), left[ridge] / max(whole, 1e-30))
+
+    def _rows(self, column: _Column, block: int, writers: Sequence[Writer]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Give features, what is missing at the end of the gap, and weights, batch by batch, in float32.
+
+        Whatever reads the hidden states divides them by their size first, so an error counts by its share of that:
+        else the few positions whose states are a thousand times larger, as the first one's often are, would decide.
+        """
+        modules = [writer.module for writer in writers]
+        for calls, dense, pruned in zip(column.calls, column.dense, column.pruned, strict=True):
+            with placed(self.gated.model, self.values), inputs_of(modules) as entering:
+                missing = (dense.float() - self.gated.run_block(calls[block], pruned).float()).flatten(0, -2)
+                parts = [writer.features(entering[writer.module]) for writer in writers]
+            ones = [missing.new_full((len(missing), 1), writer.scale) for writer in writers if _fits_bias(writer)]
+            weights = 1 / dense.float().square().mean(-1).flatten().clamp_min(1e-12)
+            yield torch.cat([*parts, *ones[:1]], dim=1), missing, weights
+
+    def _folded(self, writers: Sequence[Writer], fitted: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Divide what was fitted among the writers' weights, and the constant, which the first bias takes."""
+        start = 0
+        for writer in writers:
+            weight = writer.module.get_parameter("weight")
+            size = weight.shape[{"matrix": 1, "transposed": 0, "gain": 0}[writer.kind]]
+            part = fitted[start : start + size]
+            start += size
+            yield self._changed(weight, part.T if writer.kind == "matrix" else part)
+        with_bias = [writer for writer in writers if _fits_bias(writer)]
+        if with_bias:
+            yield self._changed(with_bias[0].module.get_parameter("bias"), fitted[start])
+
+    def _changed(self, parameter: nn.Parameter, change: Tensor) -> tuple[str, Tensor]:
+        name = self.names[id(parameter)]
+        return name, (self.values.get(name, parameter).double() + change).to(parameter.dtype)
+
+
+def _fits_bias(writer: Writer) -> bool:
+    return writer.kind != "gain" and writer.has_bias

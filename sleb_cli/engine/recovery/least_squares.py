@@ -1,0 +1,60 @@
+"""Ridge regression from sums that are streamed: no activation is kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Ridge:
+    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
+
+    Only X'WX, X'WY and Y'WY are held. The penalty of a coefficient is `ridge` times its feature's own weighted sum of
+    squares, so that no unit of measurement matters: at 1, a feature that stands alone would be halved.
+    """
+
+    def __init__(self) -> None:
+        self.xx: Tensor | None = None
+        self.xy: Tensor | None = None
+        self.yy = 0.0
+
+    def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Take in some rows; `weights` are [rows]."""
+        root = weights.sqrt()[:, None]
+        x, y = features * root, targets * root
+        xx, xy = (x.T @ x).double(), (x.T @ y).double()
+        self.xx = xx if self.xx is None else self.xx + xx
+        self.xy = xy if self.xy is None else self.xy + xy
+        self.yy += float(y.double().square().sum())
+
+    def solve(self, ridge: float) -> Tensor:
+        """Give the coefficients, float64 [features, outputs]."""
+        assert self.xx is not None
+        assert self.xy is not None
+        own = self.xx.diagonal()
+        # A feature that is always zero has no coefficient, and would leave nothing to divide by.
+        penalty = torch.diag(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
+        return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + penalty))
+
+
+class Gains:
+    """The same for each channel alone: Y[:, i] from X[:, i]."""
+
+    def __init__(self) -> None:
+        self.xx: Tensor | None = None
+        self.xy: Tensor | None = None
+        self.yy = 0.0
+
+    def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Take in some rows; `weights` are [rows]."""
+        x, y, w = features.double(), targets.double(), weights.double()[:, None]
+        xx, xy = (w * x * x).sum(0), (w * x * y).sum(0)
+        self.xx = xx if self.xx is None else self.xx + xx
+        self.xy = xy if self.xy is None else self.xy + xy
+        self.yy += float((w * y * y).sum())
+
+    def solve(self, ridge: float) -> Tensor:
+        """Give the coefficients, float64 [channels]."""
+        assert self.xx is not None
+        assert self.xy is not None
+        return self.xy / (self.xx * (1 + ridge)).clamp_min(1e-30)

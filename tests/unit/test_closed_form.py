@@ -1,0 +1,185 @@
+"""Recovery in closed form, each part against a direct computation on real, tiny models."""
+
+import pytest
+import torch
+
+from conftest import llama_config, random_model
+from families import tiny_config
+from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.recovery import closed_form
+from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge
+from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.recovery.writers import find_writers
+from sleb_plugins import UnsupportedModelError
+
+BLOCKS = {
+    "gpt2": "transformer.h",
+    "bloom": "transformer.h",
+    "phi": "model.layers",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "mamba": "backbone.layers",
+}
+
+
+def gated_model(model_type):
+    model = random_model(llama_config() if model_type == "llama" else tiny_config(model_type))
+    model.requires_grad_(False)
+    return GatedModel(model, model.get_submodule(BLOCKS.get(model_type, "model.layers")))
+
+
+def own_text(model, sequences=24, length=32):
+    """Text of the model's own, so that the dense model's loss on it is about the least there is."""
+    torch.manual_seed(0)
+    start = torch.randint(2, 300, (sequences, 1))
+    return model.generate(
+        start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=length - 1,
+        min_new_tokens=length - 1, pad_token_id=1,
+    )  # fmt: skip
+
+
+def test_ridge_equals_solving_the_normal_equations_of_all_rows_at_once():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 7, generator=generator), torch.randn(200, 3, generator=generator)
+    weights = torch.rand(200, generator=generator)
+    sums = Ridge()
+    for part in (slice(0, 50), slice(50, 51), slice(51, 200)):
+        sums.add(x[part], y[part], weights[part])
+    w = weights.double()[:, None]
+    scale = (w * x.double().square()).sum(0)
+    # The penalty as rows: feature i alone, sqrt(ridge x its sum of squares), and nothing to explain.
+    rows = torch.cat([x.double() * w.sqrt(), torch.diag((0.3 * scale).sqrt())])
+    targets = torch.cat([y.double() * w.sqrt(), torch.zeros(7, 3, dtype=torch.float64)])
+    torch.testing.assert_close(sums.solve(0.3), torch.linalg.lstsq(rows, targets).solution, rtol=1e-5, atol=1e-6)
+
+
+def test_a_feature_that_is_always_zero_gets_no_coefficient():
+    sums = Ridge()
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 0
+    sums.add(x, x[:, :1] * 2, torch.ones(50))
+    assert sums.solve(0.0).flatten().tolist() == pytest.approx([2, 0, 0], abs=1e-5)
+
+
+def test_gains_are_the_ridge_of_each_channel_alone():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(60, 4, generator=generator), torch.randn(60, 4, generator=generator)
+    weights, gains = torch.rand(60, generator=generator), Gains()
+    gains.add(x[:20], y[:20], weights[:20])
+    gains.add(x[20:], y[20:], weights[20:])
+    for channel in range(4):
+        alone = Ridge()
+        alone.add(x[:, channel : channel + 1], y[:, channel : channel + 1], weights)
+        assert float(gains.solve(0.5)[channel]) == pytest.approx(float(alone.solve(0.5)), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names", "kind", "exact", "scale"),
+    [
+        ("llama", ["mlp.down_proj"], "matrix", True, 1.0),
+        ("gpt2", ["mlp.c_proj"], "transposed", True, 1.0),
+        ("opt", ["fc2"], "matrix", True, 1.0),
+        ("gpt_neox", ["attention.dense", "mlp.dense_4h_to_h"], "matrix", True, 1.0),
+        ("phi", ["self_attn.dense", "mlp.fc2"], "matrix", True, 1.0),
+        ("granite", ["mlp.down_proj"], "matrix", True, 1.0),
+        ("gemma2", ["post_feedforward_layernorm"], "gain", True, 1.0),
+        ("olmo2", ["post_feedforward_layernorm"], "gain", True, 1.0),
+        ("mixtral", ["self_attn.o_proj"], "matrix", False, None),
+        ("deepseek_v3", ["mlp.shared_experts.down_proj"], "matrix", True, 1.0),
+        ("mamba", ["mixer.out_proj"], "matrix", True, 1.0),
+    ],
+)
+@torch.inference_mode()
+def test_the_weights_that_write_to_the_hidden_states_are_found(model_type, names, kind, exact, scale):
+    with gated_model(model_type) as gated:
+        calls = gated.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
+        found = find_writers(gated, calls[-2], calls[-2].entering)
+    assert [writer.name for writer in found] == names
+    assert {(writer.kind, writer.exact) for writer in found} == {(kind, exact)}
+    if scale is not None:
+        assert found[0].scale == pytest.approx(scale, rel=0.01)
+
+
+@torch.inference_mode()
+def test_a_multiplier_behind_the_weights_is_part_of_what_they_write():
+    model = random_model(tiny_config("granite", residual_multiplier=0.25))
+    with GatedModel(model, model.model.layers) as gated:
+        calls = gated.calls(torch.randint(2, 300, (2, 16)))
+        (writer,) = find_writers(gated, calls[1], calls[1].entering)
+    assert writer.scale == pytest.approx(0.25, rel=0.01)
+
+
+def test_the_fold_at_a_gap_equals_a_direct_computation(monkeypatch):
+    monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
+    falling = iter(range(100, 0, -1))
+    monkeypatch.setattr(closed_form._Climb, "_loss", lambda self, block, values: float(next(falling)))
+    gated = gated_model("llama")
+    model = gated.model
+    text = own_text(model, 30)
+    with gated:
+        values, record = recover_in_closed_form(gated, {3, 4}, text[:24], text[24:], lambda event: None)
+    entering = []
+    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: entering.append(args[0])
+    )
+    states = model(text[:24], output_hidden_states=True).hidden_states
+    handle.remove()
+    x, missing = entering[0].flatten(0, 1).double(), (states[5] - states[3]).flatten(0, 1).double()
+    weights = 1 / states[5].flatten(0, 1).double().square().mean(-1, keepdim=True)
+    gram = x.T @ (weights * x)
+    change = torch.linalg.solve(gram + 0.3 * torch.diag(gram.diagonal()), x.T @ (weights * missing)).T
+    name = "model.layers.2.mlp.down_proj.weight"
+    assert (record.folds[0].block, record.folds[0].gap, record.folds[0].kept) == (2, 2, True)
+    torch.testing.assert_close(values[name].double(), model.get_parameter(name).double() + change, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "llama",
+        "gpt2",
+        "opt",
+        "gpt_neox",
+        "phi",
+        "granite",
+        "gemma2",
+        "olmo2",
+        "mixtral",
+        "deepseek_v3",
+        "mamba",
+        "bloom",
+    ],
+)
+def test_the_loss_falls_on_text_that_was_not_fitted(model_type):
+    gated = gated_model(model_type)
+    text = own_text(gated.model, 60)
+    before = {name: parameter.clone() for name, parameter in gated.model.named_parameters()}
+    with gated:
+        values, record = recover_in_closed_form(gated, {2, 3}, text[:40], text[40:50], lambda event: None)
+        pruned = losses(Variant(gated, {2, 3}), Variant(gated), text[40:50])
+        recovered = losses(Variant(gated, {2, 3}, values), Variant(gated), text[40:50])
+    assert recovered[0] == pytest.approx(record.folds[-1].loss if record.folds[-1].kept else recovered[0], rel=1e-4)
+    assert recovered[0] < pruned[0]
+    assert all(torch.equal(parameter, before[name]) for name, parameter in gated.model.named_parameters())
+    assert not any(f"{BLOCKS.get(model_type, 'model.layers')}.{gone}." in name for gone in (2, 3) for name in values)
+    assert {fold.gap for fold in record.folds} == {0, 2}
+
+
+def test_a_fit_that_does_not_lower_the_held_out_loss_is_not_kept(monkeypatch):
+    gated = gated_model("llama")
+    text = own_text(gated.model, 24)
+    monkeypatch.setattr(closed_form._Climb, "_loss", lambda self, block, values: 1.0)
+    with gated:
+        values, record = recover_in_closed_form(gated, {3}, text[:20], text[20:], lambda event: None)
+    assert values == {}
+    assert record.folds
+    assert not any(fold.kept for fold in record.folds)
+
+
+def test_a_family_whose_blocks_do_not_run_alone_is_refused():
+    model = random_model(tiny_config("xlnet"))
+    gated = GatedModel(model, model.transformer.layer)
+    ids = torch.randint(2, 300, (6, 16))
+    with gated, pytest.raises(UnsupportedModelError, match="xlnet cannot be recovered"):
+        recover_in_closed_form(gated, {2}, ids[:5], ids[5:], lambda event: None)
