@@ -46,6 +46,47 @@ class CalibrationRecord(Record):
         return f"{self.source}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
+TargetName = Literal[
+    "ratio",
+    "remove",
+    "target_params",
+    "target_memory",
+    "target_speedup",
+    "max_loss_increase",
+    "max_perplexity_ratio",
+]
+"""The ways to say how far a search goes."""
+
+Workload = Literal["prompt", "generation"]
+
+
+class ServingRecord(Record):
+    """How a model is to be served, where its memory is the target: the KV cache is of `batch` x `length` tokens."""
+
+    dtype: str
+    length: int
+    batch: int
+
+
+class TargetRecord(Record):
+    """What the search was to reach, and what it reached, where that was not a number of blocks.
+
+    `limit`, `dense` and `reached` are parameters, bytes, times as fast, nats per token above the dense model, or times
+    its perplexity, by `name`. `asked` is what the user wrote. Of a speedup, `predicted` came before the search and
+    `reached` was timed after it; of a loss, `next` is what one more removal would have come to.
+    """
+
+    name: TargetName
+    asked: str
+    limit: float
+    dense: float
+    reached: float
+    predicted: float | None = None
+    next: float | None = None
+    serving: ServingRecord | None = None
+    workload: Workload | None = None
+
+
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with the reason if not the usual way."""
 
@@ -54,6 +95,7 @@ class SearchRecord(Record):
     metric: str
     remove: int
     ratio: str | None
+    target: TargetRecord | None = None
     protect_first: int
     protect_last: int
     protect: tuple[Block, ...] = ()
@@ -259,7 +301,8 @@ class Plan(Record):
 
     def first(self, count: int) -> Plan:
         """Give the plan of the search that had stopped after `count` removals."""
-        search = self.search.model_copy(update={"remove": count})
+        target = self.search.target if count == len(self.steps) else None
+        search = self.search.model_copy(update={"remove": count, "target": target})
         cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
         return self.model_copy(update=cut)
 

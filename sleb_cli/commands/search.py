@@ -23,6 +23,39 @@ def search(
         str | None, typer.Option(help="Share of the blocks to remove, rounded up: 0.2.", show_default=False)
     ] = None,
     remove: Annotated[int | None, typer.Option(help="Number of blocks to remove.", show_default=False)] = None,
+    target_params: Annotated[
+        str | None, typer.Option(help="Remove until at most so many parameters remain: 1.2B.", show_default=False)
+    ] = None,
+    target_memory: Annotated[
+        str | None,
+        typer.Option(help="Remove until weights and KV cache need at most so much: 6GiB.", show_default=False),
+    ] = None,
+    target_speedup: Annotated[
+        str | None, typer.Option(help="Remove until it is so many times as fast, timed here: 1.25.", show_default=False)
+    ] = None,
+    max_loss_increase: Annotated[
+        str | None,
+        typer.Option(help="Remove while the loss rises by at most so many nats per token: 0.1.", show_default=False),
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        str | None,
+        typer.Option(help="Remove while perplexity is at most so many times the dense one: 1.2.", show_default=False),
+    ] = None,
+    serve_dtype: Annotated[
+        str | None,
+        typer.Option(help="For --target-memory: how it will be served. (default: --dtype)", show_default=False),
+    ] = None,
+    serve_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens in the KV cache. (default: 4096, or the model's limit)", show_default=False),
+    ] = None,
+    serve_batch: Annotated[
+        int | None, typer.Option(help="Sequences in the KV cache. (default: 1)", show_default=False)
+    ] = None,
+    target_workload: Annotated[
+        Literal["prompt", "generation"] | None,
+        typer.Option(help="For --target-speedup: prompt or generation. (default: generation)", show_default=False),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(help="How a candidate is scored; `sleb plugins` lists them. (default: nll)", show_default=False),
@@ -131,12 +164,24 @@ def search(
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.calibration import CalibrationRequest
         from sleb_cli.engine.search.planning import SearchRequest, plan_removals
+        from sleb_cli.engine.search.targets import TargetRequest
 
         request = SearchRequest(
             model=model,
             output=place,
-            ratio=ratio,
-            remove=remove,
+            target=TargetRequest(
+                ratio=ratio,
+                remove=remove,
+                target_params=target_params,
+                target_memory=target_memory,
+                target_speedup=target_speedup,
+                max_loss_increase=max_loss_increase,
+                max_perplexity_ratio=max_perplexity_ratio,
+                serve_dtype=serve_dtype,
+                serve_length=serve_length,
+                serve_batch=serve_batch,
+                workload=target_workload,
+            ),
             calibration=CalibrationRequest(calibration, samples, sequence_length, seed, chat),
             metric=metric,
             strategy=strategy,

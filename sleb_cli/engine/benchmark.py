@@ -33,7 +33,7 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
     if subject.surgery.removals:
         models["pruned"] = load_pruned(subject.surgery, dtype, device, notify)
     sizes = {name: _size(model, len(architecture.blocks_of(model))) for name, model in models.items()}
-    seconds = [_alternate(workload, models, notify) for workload in workloads]
+    seconds = [time_in_turn(workload, models, notify) for workload in workloads]
     models.clear()
     free_memory()
     results = tuple(
@@ -58,7 +58,7 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
 
 
 @torch.inference_mode()
-def _alternate(workload: Workload, models: dict[str, Any], notify: Notify) -> dict[str, list[float]]:
+def time_in_turn(workload: Workload, models: dict[str, Any], notify: Notify) -> dict[str, list[float]]:
     """Time the models in turn, so that a machine that slows down slows both."""
     task = f"Timing {workload.name}"
     rounds = workload.warmup + workload.iterations

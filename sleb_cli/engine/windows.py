@@ -15,8 +15,10 @@ from sleb_plugins import DataError, UsageError
 DEFAULT_LENGTH = 2048
 
 
-def choose_length(asked: int | None, architecture: Architecture, default: int = DEFAULT_LENGTH) -> int:
-    """Give the sequence length, at most what the model's positions allow.
+def choose_length(
+    asked: int | None, architecture: Architecture, default: int = DEFAULT_LENGTH, option: str = "--sequence-length"
+) -> int:
+    """Give the sequence length, at most what the model's positions allow; `option` is what the user fills it with.
 
     Raises:
         UsageError: `asked` is longer than the model's positions, or too short to predict anything.
@@ -29,7 +31,7 @@ def choose_length(asked: int | None, architecture: Architecture, default: int = 
     if limit and asked > limit:
         raise UsageError(
             f"Sequences of {asked} tokens are longer than the {limit} positions of {architecture.source.id}.",
-            hint=f"Take --sequence-length {limit} or less.",
+            hint=f"Take {option} {limit} or less.",
         )
     return asked
 

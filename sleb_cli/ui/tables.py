@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sleb_cli.plan import Plan, RecoveryRecord
+from sleb_cli.plan import Plan, RecoveryRecord, TargetRecord
 from sleb_cli.records import Proof
 from sleb_cli.results import (
     ApplyResult,
@@ -23,7 +23,7 @@ from sleb_cli.results import (
     TaskRecord,
 )
 from sleb_cli.ui.console import print_json, save, stdout
-from sleb_cli.units import size
+from sleb_cli.units import count, size
 
 
 def new_table(*columns: str) -> Table:
@@ -87,6 +87,8 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     )
     if how.fast:
         console.print(race_summary(plan), soft_wrap=True, markup=False)
+    if how.target is not None:
+        console.print(target_summary(how.target, plan), soft_wrap=True, markup=False)
     if how.engine_reason:
         console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True, markup=False)
     console.print(f"wrote {output}; next: sleb apply {output}", soft_wrap=True, markup=False)
@@ -129,6 +131,26 @@ def race_summary(plan: Plan) -> str:
         leads.append((min([*behind, *(drop.behind for drop in dropped)], default=math.inf), number))
     lead, number = min(leads)
     return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
+
+
+def target_summary(target: TargetRecord, plan: Plan) -> str:
+    """Say what was to be reached, what was, and what it cost."""
+    cost = f"it cost {math.log(plan.steps[-1].perplexity / plan.dense.perplexity):.4f} nats per token"
+    match target.name:
+        case "target_params":
+            return f"target: {target.asked} parameters; {count(target.reached)} of {count(target.dense)} remain; {cost}"
+        case "target_memory":
+            how = target.serving
+            cache = f"a KV cache in {how.dtype} for {how.batch} x {how.length} tokens" if how else "KV cache"
+            needs = f"weights and {cache} take {size(target.reached)}, not {size(target.dense)}"
+            return f"target: {target.asked}; {needs}; {cost}"
+        case "target_speedup":
+            short = "" if target.reached >= target.limit else ", short of it: remove more with --extend"
+            measured = f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted){short}"
+            return f"target: {target.limit:g}x at {target.workload}; {measured}; {cost}"
+    unit = "x the dense perplexity" if target.name == "max_perplexity_ratio" else " nats per token lost"
+    more = f"one removal more: {target.next:.4f}" if target.next is not None else "no block more may go"
+    return f"target: at most {target.limit:g}{unit}; {target.reached:.4f} with {len(plan.removals)} removals; {more}"
 
 
 def relative_change(before: float, after: float) -> str:

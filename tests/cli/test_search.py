@@ -184,8 +184,8 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 2, "--ratio or --remove"),
-        (("--ratio", "0.2", "--remove", 1), 2, "--ratio or --remove"),
+        ((), 2, "How far to go? One of --ratio, --remove, --target-params"),
+        (("--ratio", "0.2", "--remove", 1), 2, "--ratio and --remove each say how far to go"),
         (("--ratio", "0"), 2, "ratio 0 is not between"),
         (("--ratio", "1"), 2, "ratio 1 is not between"),
         (("--ratio", "1.2"), 2, "ratio 1.2 is not between"),

@@ -82,16 +82,16 @@ def test_what_is_no_number_of_parameters(text):
 
 @pytest.mark.parametrize("text", ["0.9", "nan", "inf", "-2", "x", "fast"])
 def test_what_is_no_factor(text):
-    with pytest.raises(UsageError, match=r"--target-speedup .* is not a number of 1 or more"):
-        parse_number(text, "target_speedup", least=1)
-    assert parse_number("1.25x", "target_speedup", least=1) == 1.25
+    with pytest.raises(UsageError, match=r"--target-speedup .* is not a number of 1.01 or more"):
+        parse_number(text, "target_speedup", least=1.01)
+    assert parse_number("1.25x", "target_speedup", least=1.01) == 1.25
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (TargetRequest(), "says how far to go, and there is none"),
-        (TargetRequest(ratio="0.2", target_params="1B"), "there are --ratio and --target-params"),
+        (TargetRequest(), "How far to go"),
+        (TargetRequest(ratio="0.2", target_params="1B"), "--ratio and --target-params each say how far"),
         (TargetRequest(remove=2, serve_length=128), "--serve-length goes with --target-memory"),
         (TargetRequest(remove=2, workload="prompt"), "--target-workload goes with --target-speedup"),
     ],

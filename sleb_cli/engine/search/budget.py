@@ -116,8 +116,8 @@ def available_memory(device: torch.device, asked: str | None) -> int:
     return int(free_bytes(device) * SHARE[device.type])
 
 
-def parse_bytes(text: str) -> int:
-    """Read "8GiB", "500 MB" or a number of bytes.
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """Read "8GiB", "500 MB" or a number of bytes, as `option` has it.
 
     Raises:
         UsageError: it is no amount of memory above 0.
@@ -127,7 +127,7 @@ def parse_bytes(text: str) -> int:
     except ValidationError:
         count = 0
     if count <= 0:
-        raise UsageError(f"--memory {text} is no amount of memory.", hint="Write it like 8GiB or 500MB.")
+        raise UsageError(f"{option} {text} is no amount of memory.", hint="Write it like 8GiB or 500MB.")
     return count
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -33,8 +33,9 @@ from sleb_cli.engine.loading import (
     load_tokenizer,
     quiet_libraries,
 )
+from sleb_cli.engine.search.aiming import Aim, Stopwatch
 from sleb_cli.engine.search.budget import parse_bytes
-from sleb_cli.engine.search.greedy import Choice, Protection, count_to_remove, parse_ratio
+from sleb_cli.engine.search.greedy import Choice, Protection
 from sleb_cli.engine.search.passes import prepare_passes
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.removable import Removable
@@ -47,6 +48,7 @@ from sleb_cli.engine.search.strategies import (
     free_spans,
     strategy_name,
 )
+from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, TargetRequest, longest_run, option_of
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.subject import require_same_model
 from sleb_cli.events import (
@@ -60,7 +62,7 @@ from sleb_cli.events import (
     TaskStarted,
 )
 from sleb_cli.journal import Journal, journal_of
-from sleb_cli.plan import DenseRecord, ExchangeRecord, Plan, SearchRecord, Step, StrategyName, read_plan
+from sleb_cli.plan import DenseRecord, ExchangeRecord, Plan, SearchRecord, Step, StrategyName, TargetRecord, read_plan
 from sleb_cli.plugin_manager import Registry, suggestion
 from sleb_cli.records import differences
 from sleb_plugins import (
@@ -81,8 +83,7 @@ class SearchRequest:
 
     model: str
     output: Path
-    ratio: str | None
-    remove: int | None
+    target: TargetRequest
     calibration: CalibrationRequest
     metric: str | None = None
     strategy: str | None = None
@@ -112,12 +113,18 @@ class _Settled:
     architecture: Architecture
     metric: Metric
     strategy_name: StrategyName
-    remove: int
     calibration: CalibrationSettings
-    device: torch.device
-    dtype: torch.dtype
-    protection: Protection
+    aim: Aim
     removable: Removable
+    target: Target | None
+    """How far it goes; None before it was timed how fast the model is."""
+    remove: int = 0
+    """The most removals that it can take."""
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """What the extended plan has removed already."""
+        return self.extended.removals if self.extended else ()
 
     @property
     def strategy(self) -> Strategy:
@@ -147,11 +154,16 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
     settled = _settle(request, registry, notify)
     tokenizer = load_tokenizer(settled.architecture.source)
     # Loaded at first use: a text that is missing should be said before gigabytes are read.
-    model = cache(partial(load_dense, settled.architecture, settled.dtype, settled.device, notify))
+    model = cache(partial(load_dense, settled.architecture, settled.aim.dtype, settled.aim.device, notify))
     calibration = calibrate(settled.calibration, tokenizer, model, notify)
     _require_continuation(settled, calibration)
+    stopwatch = Stopwatch(settled.aim, model, request.target)
+    if settled.target is None:
+        settled = _with_target(settled, stopwatch.target(settled.removable.candidates), notify)
     try:
-        dense, steps, removals, how = _search(settled, model(), tokenizer, calibration, journal, notify)
+        dense, course, how = _search(settled, model(), tokenizer, calibration, journal, notify)
+        target = _record(settled, dense, course, stopwatch)
+        how = how.model_copy(update={"remove": len(course.removals), "target": target})
     except BaseException:
         if len(journal):
             notify(Notice(f"What was measured is kept in {journal.path}: the same command with --resume goes on."))
@@ -165,16 +177,14 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
         calibration=calibration.record,
         search=how,
         dense=dense,
-        removals=removals,
-        steps=tuple(steps),
-        environment=environment_record(registry.third_party(), settled.device, time.monotonic() - started),
+        removals=course.removals,
+        steps=tuple(course.steps),
+        environment=environment_record(registry.third_party(), settled.aim.device, time.monotonic() - started),
     )
 
 
 def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Settled:
-    if (request.ratio is None) == (request.remove is None):
-        raise UsageError("Say how many blocks to remove: --ratio or --remove, one of the two.", hint="--ratio 0.2")
-    ratio = parse_ratio(request.ratio) if request.ratio is not None else None
+    request.target.chosen()
     if request.batch_size is not None and request.batch_size < 1:
         raise UsageError(f"--batch-size {request.batch_size} is too small.", hint="Take 1 or more.")
     if request.memory is not None:
@@ -195,29 +205,54 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
             hint="Name a deeper model.",
         )
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
-    remove = count_to_remove(architecture.block_count, protection, ratio=ratio, remove=request.remove)
-    if extended is not None and remove <= len(extended.removals):
-        raise UsageError(
-            f"{request.extend} has {len(extended.removals)} removals already, and {remove} are asked for.",
-            hint="Ask for more; where fewer will do, `sleb apply --remove N` takes the first N.",
-        )
+    dtype = choose_dtype(request.dtype or "auto", architecture, device)
+    aim = Aim(architecture, protection, dtype, device, notify)
+    target = aim.target(request.target)
     removable = Removable(architecture, protection, notify)
-    removable.candidates(extended.removals if extended else ())  # whether any can go is said before any work
-    if strategy == "contiguous":
-        free_spans(removable.candidates, remove)
-    return _Settled(
+    settled = _Settled(
         request=request,
         extended=extended,
         architecture=architecture,
         metric=metric,
         strategy_name=strategy,
-        remove=remove,
         calibration=settle_calibration(request.calibration, architecture),
-        device=device,
-        dtype=choose_dtype(request.dtype or "auto", architecture, device),
-        protection=protection,
+        aim=aim,
         removable=removable,
+        target=target,
     )
+    settled = _with_target(settled, target, notify) if target is not None else settled
+    removable.candidates(settled.gone)  # whether any can go is said before any work
+    if strategy == "contiguous":
+        free_spans(removable.candidates, settled.remove or 1)
+    return settled
+
+
+def _with_target(settled: _Settled, target: Target, notify: Notify) -> _Settled:
+    """Say how many removals a target can take.
+
+    Raises:
+        UsageError: it is met already, cannot be met, or does not fit the strategy.
+    """
+    if isinstance(target, SizeTarget) and target.counts_blocks and settled.gone and target.met(settled.gone):
+        asked = len(target.sizes.blocks) - int(target.most)
+        raise UsageError(
+            f"{settled.request.extend} has {len(settled.gone)} removals already, and {asked} are asked for.",
+            hint="Ask for more; where fewer will do, `sleb apply --remove N` takes the first N.",
+        )
+    candidates = settled.aim.protection.candidates(settled.architecture.block_count, ())
+    if settled.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.blocks_are_alike:
+        raise UsageError(
+            f"--strategy refine exchanges blocks, which are not all of one size here: {option_of(target.name)} may be "
+            f"missed.",
+            hint="Take --strategy greedy, or --remove.",
+        )
+    if settled.strategy_name == "contiguous" and isinstance(target, LossTarget):
+        candidates = longest_run(candidates)
+    most = min(target.removals(candidates, settled.gone), settled.architecture.block_count - 1)
+    if isinstance(target, LossTarget):
+        within = f"The search goes on while the loss is within {target.most:.4f} nats per token of the dense model's"
+        notify(Notice(f"{within}, for up to {most} removals."))
+    return replace(settled, target=target, remove=most)
 
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
@@ -316,7 +351,7 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
         return
     names = ("metric", "strategy", "protect_first", "protect_last", "fast")
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
-    found |= {"dtype": dtype_name(settled.dtype), "protect": settled.protection.blocks}
+    found |= {"dtype": dtype_name(settled.aim.dtype), "protect": settled.aim.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
@@ -331,36 +366,36 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
 
 def _search(
     settled: _Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
-) -> tuple[DenseRecord, list[Step], tuple[int, ...], SearchRecord]:
+) -> tuple[DenseRecord, _Course, SearchRecord]:
     architecture, request, metric = settled.architecture, settled.request, settled.metric
     if request.fast:
         calibration = calibration.shuffled()
-    sequences = calibration.sequences.to(settled.device)
+    sequences = calibration.sequences.to(settled.aim.device)
     with GatedModel(model, architecture.blocks_of(model)) as gated:
         notify(TaskStarted(task := "Checking the engine"))
         passes, reason = prepare_passes(
             gated,
             sequences,
             notify,
-            counted=None if calibration.counted is None else calibration.counted.to(settled.device),
+            counted=None if calibration.counted is None else calibration.counted.to(settled.aim.device),
             memory=request.memory,
             batch_size=request.batch_size,
             looks=LOOKS if request.fast else 1,
         )
         notify(TaskFinished(task))
         scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast, winners=settled.beam_width)
-        score, engine = scoring.scorer(metric)
+        _, engine = scoring.scorer(metric)
         how = SearchRecord(
             strategy=settled.strategy_name,
             beam_width=settled.beam_width if settled.strategy_name == "beam" else None,
             metric=metric.name,
             remove=settled.remove,
-            ratio=request.ratio,
-            protect_first=settled.protection.first,
-            protect_last=settled.protection.last,
-            protect=settled.protection.blocks,
-            dtype=dtype_name(settled.dtype),
-            device=settled.device.type,
+            ratio=request.target.ratio,
+            protect_first=settled.aim.protection.first,
+            protect_last=settled.aim.protection.last,
+            protect=settled.aim.protection.blocks,
+            dtype=dtype_name(settled.aim.dtype),
+            device=settled.aim.device.type,
             batch_size=passes.budget.sequences,
             fast=request.fast,
             engine=engine,
@@ -371,26 +406,103 @@ def _search(
         if len(journal):
             notify(Notice(f"{journal.path} holds {len(journal)} measurements: the search goes on from there."))
         dense = settled.extended.dense if settled.extended else _measure_dense(scoring, settled)
-        steps = list(settled.extended.steps) if settled.extended else []
-        removals = settled.extended.removals if settled.extended else ()
-        notify(SearchStarted(architecture.block_count, settled.remove, len(steps), _evaluations(settled, scoring)))
-        problem = Problem(
-            score,
-            settled.removable.candidates,
-            settled.remove,
-            removed=removals,
-            score_spans=scoring.span_scorer(metric, settled.remove),
-            width=settled.beam_width,
-            exchanged=lambda e: notify(BlocksExchanged(e.restored, e.removed, e.before, e.after)),
+        return dense, _follow(settled, dense, scoring, notify), how
+
+
+@dataclass
+class _Course:
+    """How a search went: its steps, what is gone in the end, and what the removal that was not made would have cost.
+
+    `next_increase` is in nats per token above the dense model; None where none was tried that the target did not allow.
+    """
+
+    steps: list[Step]
+    removals: tuple[int, ...]
+    next_increase: float | None = None
+
+
+def _follow(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
+    """Search until the target is met, or the next removal would miss it.
+
+    Raises:
+        UsageError: not even one removal is within the target.
+    """
+    if settled.strategy_name == "refine" and isinstance(settled.target, LossTarget):
+        # It exchanges at its last size, which a greedy search tells; and what that measured is known from then on.
+        greedily = _follow(replace(settled, strategy_name="greedy"), dense, scoring, notify)
+        refined = _take_steps(replace(settled, remove=len(greedily.removals)), dense, scoring, notify)
+        return replace(refined, next_increase=greedily.next_increase)
+    course = _take_steps(settled, dense, scoring, notify)
+    if len(course.removals) == len(settled.gone):
+        assert isinstance(settled.target, LossTarget)
+        assert course.next_increase is not None
+        raise UsageError(
+            f"The {'next' if settled.gone else 'first'} removal would put the loss {course.next_increase:.4f} nats per "
+            f"token above the dense model's, and {settled.target.most:.4f} are allowed.",
+            hint=f"Allow more: a larger {option_of(settled.target.name)}. With --resume, nothing is measured again.",
         )
-        for choice in settled.strategy.search(problem):
-            loss = scoring.loss(choice.removals, scores_are_losses=metric.name == "nll")
-            step = _step(choice, removals, loss, architecture.kinds)
-            steps.append(step)
-            removals = choice.removals
-            journal.sync()
-            notify(BlockRemoved(len(steps), step.block, step.score, step.perplexity, step.removals))
-    return dense, steps, removals, how
+    return course
+
+
+def _take_steps(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
+    metric, target = settled.metric, settled.target
+    course = _Course(list(settled.extended.steps) if settled.extended else [], settled.gone)
+    assert target is not None
+    notify(
+        SearchStarted(
+            settled.architecture.block_count, settled.remove, len(course.steps), _evaluations(settled, scoring)
+        )
+    )
+    problem = Problem(
+        scoring.scorer(metric)[0],
+        settled.removable.candidates,
+        settled.remove,
+        removed=settled.gone,
+        score_spans=scoring.span_scorer(metric, settled.remove),
+        width=settled.beam_width,
+        exchanged=lambda e: notify(BlocksExchanged(e.restored, e.removed, e.before, e.after)),
+    )
+    for choice in _choices(settled, problem, notify):
+        loss = scoring.loss(choice.removals, scores_are_losses=metric.name == "nll")
+        if not target.allows(loss - dense.loss):
+            course.next_increase = loss - dense.loss
+            break
+        step = _step(choice, course.removals, loss, settled.architecture.kinds)
+        course.steps.append(step)
+        course.removals = choice.removals
+        scoring.journal.sync()
+        notify(BlockRemoved(len(course.steps), step.block, step.score, step.perplexity, step.removals))
+        if target.met(course.removals):
+            break
+    notify(TaskFinished("Search"))
+    return course
+
+
+def _choices(settled: _Settled, problem: Problem, notify: Notify) -> Iterator[Choice]:
+    """Give one size after another. Where no number of removals is asked for, it is no error that no more may go."""
+    choices = settled.strategy.search(problem)
+    if not isinstance(settled.target, LossTarget):
+        yield from choices
+        return
+    try:
+        yield from choices
+    except UnsupportedModelError as error:
+        notify(Notice(f"The search ends here: {error.message}"))
+
+
+def _record(settled: _Settled, dense: DenseRecord, course: _Course, stopwatch: Stopwatch) -> TargetRecord | None:
+    """Say what was to be reached, and what was; a speedup is timed once more, on the blocks that were found."""
+    request, target = settled.request.target, settled.target
+    assert target is not None
+    if isinstance(target, LossTarget):
+        increase = math.log(course.steps[-1].perplexity) - dense.loss
+        return target.record(increase, course.next_increase)
+    if target.counts_blocks:
+        return None
+    if target.name == "target_speedup":
+        return stopwatch.record(target, course.removals)
+    serving = settled.aim.serving(request) if target.name == "target_memory" else None
+    return target.record(course.removals, serving)
 
 
 def _step(choice: Choice, before: tuple[int, ...], loss: float, kinds: Sequence[str]) -> Step:
@@ -415,7 +527,7 @@ def _identity(settled: _Settled, calibration: Calibration, how: SearchRecord) ->
         "transformers": transformers.__version__,
         "model": settled.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
         "calibration": calibration.record.to_data(),
-        "search": how.model_dump(mode="json", exclude={"remove", "ratio"}),
+        "search": how.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
     }
 
 
@@ -425,7 +537,7 @@ def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
     scoring.notify(TaskFinished(task))
     if not math.isfinite(loss):
         raise ModelError(
-            f"The loss of {settled.architecture.source.id} itself is {loss} in {dtype_name(settled.dtype)}.",
+            f"The loss of {settled.architecture.source.id} itself is {loss} in {dtype_name(settled.aim.dtype)}.",
             hint="Use a wider data type: --dtype float32.",
         )
     return DenseRecord(loss=loss, perplexity=math.exp(loss))

@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import get_args
 
 from sleb_cli.engine.sizes import Sizes
+from sleb_cli.plan import ServingRecord, TargetName, TargetRecord, Workload
 from sleb_plugins import UsageError
 
-HOW_FAR = ("ratio", "remove", "target_params", "target_memory", "target_speedup", "max_loss_increase",
-           "max_perplexity_ratio")  # fmt: skip
+HOW_FAR: tuple[TargetName, ...] = get_args(TargetName)
 """The fields of a request that say how far to go: one of them does."""
 
 _COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
@@ -38,20 +38,19 @@ class TargetRequest:
     serve_dtype: str | None = None
     serve_length: int | None = None
     serve_batch: int | None = None
-    workload: Literal["prompt", "generation"] | None = None
+    workload: Workload | None = None
 
-    def chosen(self) -> str:
+    def chosen(self) -> TargetName:
         """Give the one of `HOW_FAR` that the user said.
 
         Raises:
             UsageError: there is none, or more than one; or what belongs to another one was given.
         """
         given = [name for name in HOW_FAR if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = f"there are {_options(given, ' and ')}" if given else "there is none"
-            raise UsageError(
-                f"One of {_options(HOW_FAR, ', ')} says how far to go, and {found}.", hint="--ratio 0.2 is usual."
-            )
+        if not given:
+            raise UsageError(f"How far to go? One of {_options(HOW_FAR, ', ')} says it.", hint="--ratio 0.2 is usual.")
+        if len(given) > 1:
+            raise UsageError(f"{_options(given, ' and ')} each say how far to go.", hint="Give one of them.")
         needs = {"serve_dtype": "target_memory", "serve_length": "target_memory", "serve_batch": "target_memory",
                  "workload": "target_speedup"}  # fmt: skip
         for name, target in needs.items():
@@ -83,11 +82,21 @@ class SizeTarget:
         say: words for an amount of it: "1.19B parameters".
     """
 
-    name: str
+    name: TargetName
     asked: str
     sizes: Sizes
     most: float
     say: Callable[[float], str]
+
+    @property
+    def counts_blocks(self) -> bool:
+        """Whether it is only about how many blocks go."""
+        return self.name in ("ratio", "remove")
+
+    @property
+    def blocks_are_alike(self) -> bool:
+        """Whether it makes no difference which blocks go."""
+        return len(set(self.sizes.blocks)) == 1
 
     def met(self, removed: Collection[int]) -> bool:
         """Whether the model is small enough without these blocks."""
@@ -108,7 +117,7 @@ class SizeTarget:
             so_far = f"Without the {len(removed)} blocks" if removed else "As it is"
             raise UsageError(
                 f"{so_far}, the model is at {self.say(has)} already; the target is {goal}.",
-                hint="Nothing needs to go. Ask for more.",
+                hint="Nothing needs to go.",
             )
         # The small ones first; and one block stays in any case.
         free = sorted(self.sizes.blocks[block] for block in candidates if block not in removed)
@@ -118,9 +127,16 @@ class SizeTarget:
             raise UsageError(
                 f"With {len(removed) + len(free)} blocks removed, the most that may go, the model is still at "
                 f"{self.say(left[-1])}; the target is {goal}.",
-                hint=f"Take {self.say(left[-1])} for {option_of(self.name)}, or protect fewer blocks.",
+                hint="Ask for what can be had, or protect fewer blocks.",
             )
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
+
+    def record(self, removed: Collection[int], serving: ServingRecord | None = None) -> TargetRecord:
+        """Say what was reached without these blocks."""
+        dense, reached = self.sizes.without(()), self.sizes.without(removed)
+        return TargetRecord(
+            name=self.name, asked=self.asked, limit=self.most, dense=dense, reached=reached, serving=serving
+        )
 
     def _fits(self, amount: float) -> bool:
         return amount <= self.most * (1 + 1e-12)  # what rounding alone adds is not too much
@@ -133,12 +149,17 @@ class LossTarget:
     Attributes:
         name: a field of the request.
         asked: what the user wrote.
-        most: nats per token that the loss may lie above the dense model's.
+        limit: what that is: nats per token above the dense model, or times its perplexity.
     """
 
-    name: str
+    name: TargetName
     asked: str
-    most: float
+    limit: float
+
+    @property
+    def most(self) -> float:
+        """Nats per token that the loss may lie above the dense model's."""
+        return math.log(self.limit) if self.name == "max_perplexity_ratio" else self.limit
 
     def met(self, removed: Collection[int]) -> bool:
         """Whether the search ends here: it goes on as long as it may."""
@@ -152,20 +173,34 @@ class LossTarget:
         """Give how many removals there can be, those in `removed` among them; one block stays in any case."""
         return len({*candidates, *removed})
 
+    def record(self, increase: float, next_increase: float | None) -> TargetRecord:
+        """Say what was reached, in nats per token above the dense model or as a ratio of perplexities, as was asked."""
+        ratio = self.name == "max_perplexity_ratio"
+
+        def said(nats: float) -> float:
+            return math.exp(min(nats, 700)) if ratio else nats
+
+        return TargetRecord(
+            name=self.name,
+            asked=self.asked,
+            limit=self.limit,
+            dense=said(0.0),
+            reached=said(increase),
+            next=None if next_increase is None else said(next_increase),
+        )
+
 
 Target = SizeTarget | LossTarget
 
 
-def loss_target(request: TargetRequest, name: str) -> LossTarget:
-    """Read --max-loss-increase (nats per token) or --max-perplexity-ratio: its logarithm is the same in nats.
+def loss_target(request: TargetRequest, name: TargetName) -> LossTarget:
+    """Read --max-loss-increase or --max-perplexity-ratio.
 
     Raises:
         UsageError: it is no number, or the loss would have to fall.
     """
-    asked = getattr(request, name)
-    if name == "max_loss_increase":
-        return LossTarget(name, asked, parse_number(asked, name, least=0))
-    return LossTarget(name, asked, math.log(parse_number(asked, name, least=1)))
+    asked = str(getattr(request, name))
+    return LossTarget(name, asked, parse_number(asked, name, least=0 if name == "max_loss_increase" else 1))
 
 
 def parse_number(text: str, name: str, *, least: float) -> float:
@@ -197,6 +232,16 @@ def parse_count(text: str, name: str) -> float:
     if not (0 < count < math.inf):
         raise UsageError(f"{option_of(name)} {text} is no number of parameters.", hint="Write it like 1.2B or 600M.")
     return count
+
+
+def longest_run(blocks: Sequence[int]) -> list[int]:
+    """Give the longest of the runs of consecutive blocks, the first of equals."""
+    runs: list[list[int]] = [[]]
+    for block in blocks:
+        if runs[-1] and block != runs[-1][-1] + 1:
+            runs.append([])
+        runs[-1].append(block)
+    return max(runs, key=len)
 
 
 def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:

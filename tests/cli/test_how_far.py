@@ -1,0 +1,181 @@
+"""How far `sleb search` goes, through `main()`."""
+
+import json
+import math
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from conftest import calibration
+from sleb_cli.engine.search import aiming
+from sleb_cli.plan import read_plan
+
+BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
+OUTSIDE = 2 * 320 * 32 + 32
+
+
+def search(run_sleb, model, text_file, *options):
+    return run_sleb("search", model, *calibration(text_file), *options)
+
+
+@pytest.fixture
+def full(run_sleb, tiny_llama, text_file, tmp_path):
+    """All four removals of the tiny Llama."""
+    assert search(run_sleb, tiny_llama, text_file, "--remove", 4, "-o", "full.json").exit_code == 0
+    return read_plan(tmp_path / "full.json")
+
+
+def increases(plan):
+    return [math.log(step.perplexity / plan.dense.perplexity) for step in plan.steps]
+
+
+def test_parameters_are_those_of_the_checkpoint(run_sleb, tiny_llama, text_file, tmp_path, full):
+    result = search(run_sleb, tiny_llama, text_file, "--target-params", f"{(OUTSIDE + 4.5 * BLOCK) / 1000}k")
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.removals == full.removals[:2]
+    assert plan.search.remove == 2
+    assert plan.search.target.reached == OUTSIDE + 4 * BLOCK
+    assert "57.63k of 76.19k remain; it cost" in result.stdout
+    assert run_sleb("apply", "plan.json", "-o", "out").exit_code == 0
+    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("out").parameters()) == OUTSIDE + 4 * BLOCK
+
+
+def test_memory_is_weights_and_cache_as_served(run_sleb, tiny_llama, text_file):
+    a_cache = 2 * 2 * 2 * 8 * 100 * 3
+    most = 2 * (OUTSIDE + 3 * BLOCK) + 3 * a_cache
+    served = ["--serve-dtype", "bfloat16", "--serve-length", 100, "--serve-batch", 3]
+    plans = [
+        json.loads(search(run_sleb, tiny_llama, text_file, "--target-memory", m, *served, "--json", "--force").stdout)
+        for m in (most, most - 1)
+    ]
+    assert [len(plan["removals"]) for plan in plans] == [3, 4]
+    assert plans[0]["search"]["target"]["reached"] == most
+    assert plans[0]["search"]["target"]["serving"] == {"dtype": "bfloat16", "length": 100, "batch": 3}
+
+
+def test_what_is_assumed_of_serving_is_on_screen(run_sleb, tiny_llama, text_file):
+    result = search(run_sleb, tiny_llama, text_file, "--target-memory", "300kB")
+    assert "weights in float32, 305 kB, and a KV cache in float32 for 1 x 128 tokens, 98.3 kB" in result.stderr
+    assert "a KV cache in float32 for 1 x 128 tokens take" in result.stdout
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "beam", "refine", "oneshot", "last", "contiguous"])
+def test_a_loss_is_kept_within_by_every_strategy(run_sleb, tiny_llama, text_file, tmp_path, strategy):
+    settings = ["--strategy", strategy, "--protect-first", 0]
+    search(run_sleb, tiny_llama, text_file, "--remove", 4, *settings, "-o", "all.json")
+    found = increases(read_plan(tmp_path / "all.json"))
+    most = max(0, sorted(found)[1]) + 1e-6
+    within = next(count for count, increase in enumerate(found) if increase > most)
+    result = search(run_sleb, tiny_llama, text_file, "--max-loss-increase", most, *settings)
+    if not within:
+        assert result.exit_code == 2
+        assert "The first removal would put the loss" in result.stderr
+        return
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "plan.json")
+    assert len(plan.removals) == within
+    assert increases(plan)[-1] <= most
+    assert plan.search.target.next > most
+
+
+def test_a_perplexity_ratio_says_what_one_more_would_cost(run_sleb, tiny_llama, text_file, tmp_path, full):
+    ratios = [math.exp(increase) for increase in increases(full)]
+    count = next(n for n in range(1, 4) if max(1, *ratios[:n]) < ratios[n])
+    limit = (max(1, *ratios[:count]) + ratios[count]) / 2
+    result = search(run_sleb, tiny_llama, text_file, "--max-perplexity-ratio", limit)
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.removals == full.removals[:count]
+    target = plan.search.target
+    assert target.next == pytest.approx(ratios[count])
+    assert target.reached == pytest.approx(ratios[count - 1])
+    assert f"one removal more: {target.next:.4f}" in result.stdout
+
+
+def test_all_may_go_where_the_loss_allows_it(run_sleb, tiny_llama, text_file, full):
+    result = search(run_sleb, tiny_llama, text_file, "--max-loss-increase", 99)
+    assert "no block more may go" in result.stdout
+    assert "for up to 4 removals" in result.stderr
+
+
+def test_a_search_for_a_loss_that_was_too_small_goes_on(run_sleb, tiny_llama, text_file, tmp_path, full):
+    least = increases(full)[0]
+    result = search(run_sleb, tiny_llama, text_file, "--max-loss-increase", max(0, least - 0.01) if least > 0 else 0)
+    if least > 0:
+        assert result.exit_code == 2
+        assert f"would put the loss {least:.4f} nats" in result.stderr
+        assert (tmp_path / "plan.json.journal").exists()
+    again = search(run_sleb, tiny_llama, text_file, "--max-loss-increase", 99, "--resume", "--force")
+    assert again.exit_code == 0, again.stderr
+    assert read_plan(tmp_path / "plan.json").removals == full.removals
+
+
+def test_a_plan_is_extended_to_a_target(run_sleb, tiny_llama, text_file, tmp_path, full):
+    search(run_sleb, tiny_llama, text_file, "--remove", 1)
+    params = ["--target-params", OUTSIDE + 3 * BLOCK]
+    assert run_sleb("search", tiny_llama, "--extend", "plan.json", *params).exit_code == 0
+    assert read_plan(tmp_path / "plan.json").removals == full.removals[:3]
+    again = run_sleb("search", tiny_llama, "--extend", "plan.json", *params)
+    assert again.exit_code == 2
+    assert "Without the 3 blocks, the model is at 48.3" in again.stderr
+
+
+def test_a_speedup_is_reckoned_from_two_depths_and_measured_in_the_end(
+    run_sleb, tiny_llama, text_file, tmp_path, full, monkeypatch
+):
+    timed = []
+
+    def time_in_turn(workload, models, notify):
+        blocks = {name: len(model.model.layers) for name, model in models.items()}
+        timed.append(blocks["pruned"])
+        return {name: [count + 4.0] * 3 for name, count in blocks.items()}
+
+    monkeypatch.setattr(aiming, "time_in_turn", time_in_turn)
+    result = search(run_sleb, tiny_llama, text_file, "--target-speedup", "1.25x", "-o", "fast.json")
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "fast.json")
+    assert plan.removals == full.removals[:2]  # 10 / 8
+    assert timed == [5, 4, 4]
+    assert "90% (1 less), 80% (2 less) of the dense model's time: 10.0% a block" in result.stderr
+    assert "1.25x at generation; 1.25x measured (1.25x predicted)" in result.stdout
+    assert search(run_sleb, tiny_llama, text_file, "--target-speedup", 1.3, "-o", "more.json").exit_code == 0
+    assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
+    beyond = search(run_sleb, tiny_llama, text_file, "--target-speedup", 1.7, "-o", "most.json")
+    assert "With 4 blocks removed, the most that may go, the model is still at 1.67x the speed" in beyond.stderr
+
+
+def test_a_model_that_gets_no_faster_is_said_so(run_sleb, tiny_llama, text_file, monkeypatch):
+    monkeypatch.setattr(aiming, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
+    result = search(run_sleb, tiny_llama, text_file, "--target-speedup", 1.1)
+    assert result.exit_code == 2
+    assert "generation does not become faster" in result.stderr
+
+
+def test_it_is_really_timed(run_sleb, tiny_llama, text_file):
+    result = search(run_sleb, tiny_llama, text_file, "--target-speedup", 1.01, "--target-workload", "prompt")
+    if result.exit_code:  # a busy machine can make anything of so small a model
+        assert "as" in result.stderr
+    else:
+        assert "x measured (" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--target-params", "1B"), 2, "As it is, the model is at 76.19k parameters already"),
+        (("--target-params", "1k"), 2, "With 4 blocks removed, the most that may go, the model is still at 39.07k"),
+        (("--target-memory", "lots"), 2, "--target-memory lots is no amount of memory"),
+        (("--target-memory", "1MB", "--serve-length", 4096), 2, "Take --serve-length 128 or less"),
+        (("--target-memory", "1MB", "--serve-batch", 0), 2, "--serve-batch 0"),
+        (("--target-memory", "1MB", "--serve-dtype", "int4"), 2, "no data type 'int4'"),
+        (("--target-speedup", "1"), 2, "--target-speedup 1 is not a number of 1.01 or more"),
+        (("--max-loss-increase", "-1"), 2, "--max-loss-increase -1 is not a number of 0 or more"),
+        (("--max-perplexity-ratio", "0.9"), 2, "not a number of 1 or more"),
+        (("--remove", 1, "--serve-batch", 2), 2, "--serve-batch goes with --target-memory"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, tiny_llama, text_file, options, code, message):
+    result = search(run_sleb, tiny_llama, text_file, *options)
+    assert result.exit_code == code, result.stderr
+    assert message in result.stderr
+    assert result.stdout == ""
