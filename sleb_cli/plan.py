@@ -13,6 +13,9 @@ from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
 
+ALARMING_REPETITION = 0.2
+"""A pruned model that repeats itself by so much more than the dense one is suspected of having collapsed."""
+
 Block = Annotated[int, Field(ge=0)]
 
 
@@ -88,7 +91,10 @@ class TargetRecord(Record):
 
 
 class SearchRecord(Record):
-    """How the search was run; `engine` is how candidates were scored, with the reason if not the usual way."""
+    """How the search was run; `engine` is how candidates were scored, with the reason if not the usual way.
+
+    `held_out` of the calibration sequences, a share of `holdout`, were never searched on.
+    """
 
     strategy: StrategyName
     beam_width: int | None = None
@@ -103,15 +109,32 @@ class SearchRecord(Record):
     device: str
     batch_size: int
     fast: bool = False
+    holdout: float = 0.0
+    held_out: int = 0
     engine: Engine
     engine_reason: str | None
 
 
-class DenseRecord(Record):
-    """The unpruned model on the calibration tokens: nats per token, and its exponential."""
+class HeldOutRecord(Record):
+    """What a model loses on the sequences that are never searched on: nats per token, and its exponential.
+
+    `excess` is by how much more than on those searched its loss has grown from the dense model's, `error` the standard
+    error of that, and `parted` whether it is more than chance explains.
+    """
 
     loss: float
     perplexity: float
+    excess: float = 0.0
+    error: float = 0.0
+    parted: bool = False
+
+
+class DenseRecord(Record):
+    """The unpruned model on the calibration tokens that are searched on: nats per token, and its exponential."""
+
+    loss: float
+    perplexity: float
+    held_out: HeldOutRecord | None = None
 
 
 class DropRecord(Record):
@@ -153,8 +176,28 @@ class Step(Record):
     perplexity: float
     scores: dict[Block, float]
     race: RaceRecord | None = None
+    held_out: HeldOutRecord | None = None
     removals: tuple[Block, ...] | None = None
     exchanges: tuple[ExchangeRecord, ...] = ()
+
+
+class CanaryRecord(Record):
+    """What the dense and the pruned model say after `prompt`, and what share of it says again what was said.
+
+    `new_tokens` is the most that each may say; repetitions are shares of runs of 4 tokens that occurred before.
+    """
+
+    prompt: str
+    new_tokens: int
+    dense: str
+    pruned: str
+    dense_repetition: float
+    pruned_repetition: float
+
+    @property
+    def alarms(self) -> bool:
+        """Whether the pruned model repeats itself much more than the dense one."""
+        return self.pruned_repetition > self.dense_repetition + ALARMING_REPETITION
 
 
 class EnvironmentRecord(Record):
@@ -264,6 +307,7 @@ class Plan(Record):
     dense: DenseRecord
     removals: tuple[Block, ...]
     steps: tuple[Step, ...]
+    canary: CanaryRecord | None = None
     environment: EnvironmentRecord
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
@@ -300,11 +344,11 @@ class Plan(Record):
         return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
 
     def first(self, count: int) -> Plan:
-        """Give the plan of the search that had stopped after `count` removals."""
+        """Give the plan of the search that had stopped after `count` removals; its model was not heard if not now."""
         target = self.search.target if count == len(self.steps) else None
         search = self.search.model_copy(update={"remove": count, "target": target})
         cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
-        return self.model_copy(update=cut)
+        return self.model_copy(update=cut if count == len(self.removals) else cut | {"canary": None})
 
 
 def read_plan(path: Path) -> Plan:

@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sleb_cli.__main__ import main
+from sleb_cli.engine import canary
 from sleb_cli.engine.cache import cache_root
 
 logging.disable_progress_bar()
@@ -56,6 +57,8 @@ class Result:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    # What models say is of no interest to most tests, and would take longer than some searches.
+    monkeypatch.setattr(canary, "NEW_TOKENS", 6)
     monkeypatch.chdir(tmp_path)
 
 

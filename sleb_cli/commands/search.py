@@ -103,6 +103,13 @@ def search(
     fast: Annotated[
         bool, typer.Option("--fast", help="Let candidates race: who is clearly beaten is scored on no more sequences.")
     ] = False,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the calibration sequences never searched on; shows overfitting: 0.2. (default: 0)",
+            show_default=False,
+        ),
+    ] = None,
     protect_first: Annotated[
         int | None, typer.Option(help="Blocks at the start that stay. (default: 1)", show_default=False)
     ] = None,
@@ -195,6 +202,7 @@ def search(
             batch_size=batch_size,
             memory=memory,
             fast=fast,
+            holdout=holdout,
             extend=extend,
             resume=resume,
             force=force,

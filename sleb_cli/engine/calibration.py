@@ -92,12 +92,20 @@ class Calibration:
     record: CalibrationRecord
     counted: Tensor | None = None
 
+    def part(self, rows: slice | list[int]) -> Calibration:
+        """Give some of the sequences, in this order."""
+        counted = None if self.counted is None else self.counted[rows]
+        return replace(self, sequences=self.sequences[rows], counted=counted)
+
     def shuffled(self) -> Calibration:
         """Give them in an order that the seed decides: candidates race over the sequences as they come."""
-        order = random.Random(self.record.seed).sample(range(len(self.sequences)), len(self.sequences))
-        return replace(
-            self, sequences=self.sequences[order], counted=None if self.counted is None else self.counted[order]
-        )
+        count = len(self.sequences)
+        return self.part(random.Random(self.record.seed).sample(range(count), count))
+
+    def to(self, device: torch.device) -> Calibration:
+        """Move the tokens to a device."""
+        counted = None if self.counted is None else self.counted.to(device)
+        return replace(self, sequences=self.sequences.to(device), counted=counted)
 
 
 _Rows = tuple[Tensor, Tensor | None]

@@ -7,7 +7,7 @@ import math
 
 from sleb_cli import __version__
 from sleb_cli.engine.subject import Subject
-from sleb_cli.plan import LossesRecord, RecoveryRecord
+from sleb_cli.plan import LossesRecord, Plan, RecoveryRecord
 from sleb_cli.records import Check, Proof
 
 
@@ -33,6 +33,7 @@ def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof |
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
         + ("no training" if recovery is None else "the others given new weights"),
         *_how(subject),
+        *_said(subject.plan),
         *_recovered(recovery),
         *_proven(proof),
         "",
@@ -55,6 +56,28 @@ def _how(subject: Subject) -> list[str]:
             f"| {', '.join(map(str, removals))} | {step.perplexity:.2f} |"
             for removals, step in zip(plan.by_size, plan.steps, strict=True)
         ),
+    ]
+
+
+def _said(plan: Plan | None) -> list[str]:
+    """Let both models speak, as they were when the search ended."""
+    canary = plan.canary if plan else None
+    if canary is None:
+        return []
+    said = (
+        ("base model", canary.dense, canary.dense_repetition),
+        ("pruned", canary.pruned, canary.pruned_repetition),
+    )
+    warning = "**The pruned model repeats itself much more than the base model.** " if canary.alarms else ""
+    return [
+        "",
+        f'{warning}When the search ended, both models went on greedily after "{canary.prompt}" like this; repeated is '
+        "the share of runs of 4 tokens that occurred before:",
+        "",
+        "```text",
+        # Whatever a model says stays inside the fence.
+        *(f"{name} ({share:.0%} repeated): {' '.join(text.split())}".replace("`", "'") for name, text, share in said),
+        "```",
     ]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sleb_cli.plan import Plan, RecoveryRecord, TargetRecord
+from sleb_cli.plan import CanaryRecord, Plan, RecoveryRecord, TargetRecord
 from sleb_cli.records import Proof
 from sleb_cli.results import (
     ApplyResult,
@@ -24,6 +25,9 @@ from sleb_cli.results import (
 )
 from sleb_cli.ui.console import print_json, save, stdout
 from sleb_cli.units import count, size
+
+# Of what a canary says, so much is shown; the plan has all of it.
+CANARY_CHARACTERS = 160
 
 
 def new_table(*columns: str) -> Table:
@@ -49,29 +53,7 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     how = plan.search
     console = stdout()
     print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
-    kinds = plan.nested and any(step.kind for step in plan.steps)
-    table = new_table(
-        "step",
-        "block" if plan.nested else "blocks",
-        *(["kind"] if kinds else []),
-        escape(how.metric),
-        "perplexity",
-        "change",
-    )
-    table.add_row(
-        "dense",
-        *([""] * (1 + kinds)),
-        "" if how.metric != "nll" else f"{plan.dense.loss:.4f}",
-        f"{plan.dense.perplexity:.2f}",
-        "",
-    )
-    for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
-        blocks = str(step.block) if plan.nested else spans(removals)
-        table.add_row(
-            str(number), blocks, *([escape(step.kind)] if kinds else []), f"{step.score:.4f}",
-            f"{step.perplexity:.2f}", relative_change(plan.dense.perplexity, step.perplexity),
-        )  # fmt: skip
-    console.print(table)
+    console.print(_steps(plan))
     console.print(block_strip(plan.model.blocks, plan.removals))
     for exchange in plan.steps[-1].exchanges:
         console.print(
@@ -80,8 +62,9 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
             soft_wrap=True,
             markup=False,
         )
+    held_out = f" ({how.held_out} of them held out)" if how.held_out else ""
     console.print(
-        f"calibrated on {plan.calibration}, {how.dtype} on {how.device}, {plan.environment.seconds:.0f} s",
+        f"calibrated on {plan.calibration}{held_out}, {how.dtype} on {how.device}, {plan.environment.seconds:.0f} s",
         soft_wrap=True,
         markup=False,
     )
@@ -91,7 +74,34 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
         console.print(target_summary(how.target, plan), soft_wrap=True, markup=False)
     if how.engine_reason:
         console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True, markup=False)
+    if plan.canary:
+        _say_canary(console, plan.canary)
     console.print(f"wrote {output}; next: sleb apply {output}", soft_wrap=True, markup=False)
+
+
+def _steps(plan: Plan) -> Table:
+    """Show the steps of a search below the dense model, and beside it what they cost where nobody searched."""
+    how, dense = plan.search, plan.dense
+    kinds = plan.nested and any(step.kind for step in plan.steps)
+    first = ["step", "block" if plan.nested else "blocks", *(["kind"] if kinds else []), escape(how.metric)]
+    table = new_table(*first, "perplexity", "change", *(["held out", "change"] if dense.held_out else []))
+    loss = f"{dense.loss:.4f}" if how.metric == "nll" else ""
+    table.add_row(
+        "dense", *([""] * (1 + kinds)), loss, f"{dense.perplexity:.2f}", "",
+        *([f"{dense.held_out.perplexity:.2f}", ""] if dense.held_out else []),
+    )  # fmt: skip
+    for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
+        blocks = str(step.block) if plan.nested else spans(removals)
+        kind = [escape(step.kind)] if kinds else []
+        elsewhere = []
+        if dense.held_out and (there := step.held_out):
+            change = relative_change(dense.held_out.perplexity, there.perplexity)
+            elsewhere = [f"{there.perplexity:.2f}", f"[yellow]{change}[/]" if there.parted else change]
+        table.add_row(
+            str(number), blocks, *kind, f"{step.score:.4f}",
+            f"{step.perplexity:.2f}", relative_change(dense.perplexity, step.perplexity), *elsewhere,
+        )  # fmt: skip
+    return table
 
 
 def spans(blocks: Collection[int]) -> str:
@@ -104,6 +114,21 @@ def spans(blocks: Collection[int]) -> str:
             run = []
         run += [] if block is None else [block]
     return ", ".join(parts)
+
+
+def _say_canary(console: Console, canary: CanaryRecord) -> None:
+    """Show what both models say, one below the other, and warn where the pruned one runs in circles."""
+    console.print(f'both go on after "{canary.prompt}"', soft_wrap=True, markup=False)
+    said = {"dense": (canary.dense, canary.dense_repetition), "pruned": (canary.pruned, canary.pruned_repetition)}
+    for name, (text, share) in said.items():
+        line = shorten(" ".join(text.split()), CANARY_CHARACTERS, placeholder=" …")
+        console.print(f"  {name:6} ({share:.0%} repeated): {line}", soft_wrap=True, markup=False)
+    if canary.alarms:
+        console.print(
+            f"[yellow]The pruned model repeats itself: {canary.pruned_repetition:.0%} of what it says, and the dense "
+            f"one {canary.dense_repetition:.0%}. Its perplexity may hide that it collapses.[/]",
+            soft_wrap=True,
+        )
 
 
 def block_strip(blocks: int, removed: Collection[int]) -> Text:
@@ -120,7 +145,7 @@ def block_strip(blocks: int, removed: Collection[int]) -> Text:
 def race_summary(plan: Plan) -> str:
     """Say what racing spared, and which step was the closest."""
     raced = [(number, step) for number, step in enumerate(plan.steps, start=1) if step.race is not None]
-    sequences = plan.calibration.sequences
+    sequences = plan.calibration.sequences - plan.search.held_out
     done = whole = 0
     leads: list[tuple[float, int]] = []
     for number, step in raced:

@@ -157,7 +157,7 @@ class Bench:
         texts = {name: evaluation_text(str(self.options.data / place)) for name, place in TEXTS.items()}
         length, count = self.options.window_length, self.options.windows
         cut = {name: cut_running_text(self.tokenizer, text.content, length) for name, text in texts.items()}
-        return {name: draw(windows, count, seed=0) for name, windows in cut.items()}
+        return {name: windows[draw(len(windows), count, seed=0)] for name, windows in cut.items()}
 
     @cached_property
     def tasks(self) -> Evaluator:

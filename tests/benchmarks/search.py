@@ -73,7 +73,7 @@ def main() -> None:
     model = load_dense(architecture, choose_dtype(options.dtype, architecture, device), device, _ignore)
     blocks = architecture.blocks_of(model)
     windows = cut_windows(tokenizer, options.text.read_text(), options.length, bos=adds_bos(tokenizer))
-    sequences = draw(windows, options.samples, options.seed)
+    sequences = windows[draw(len(windows), options.samples, options.seed)]
     count, steps = len(blocks), options.remove
     print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {options.dtype}", flush=True)
 

@@ -35,6 +35,7 @@ SEARCHES = {
     "contiguous-cosine": ("--strategy", "contiguous", "--metric", "cosine"),
     "oneshot": ("--strategy", "oneshot"),
     "last": ("--strategy", "last"),
+    "holdout": ("--holdout", "0.25"),
 }
 
 

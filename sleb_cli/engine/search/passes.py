@@ -60,6 +60,12 @@ class Passes:
     _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
     _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
+    def beside(self, sequences: Tensor, counted: Tensor | None) -> Passes:
+        """Give passes over other sequences, in batches of the same size, that remember nothing."""
+        which = None if counted is None else torch.split(counted, self.budget.sequences)
+        batches = torch.split(sequences, self.budget.sequences)
+        return Passes(self.gated, batches, replace(self.budget, kept=0), self.notify, self.engine, counted=which)
+
     def scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, list[float]]]:

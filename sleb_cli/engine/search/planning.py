@@ -23,6 +23,7 @@ from sleb_cli.engine.calibration import (
     calibrate,
     settle_calibration,
 )
+from sleb_cli.engine.canary import sing
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import (
@@ -36,7 +37,8 @@ from sleb_cli.engine.loading import (
 from sleb_cli.engine.search.aiming import Aim, Stopwatch
 from sleb_cli.engine.search.budget import parse_bytes
 from sleb_cli.engine.search.greedy import Choice, Protection
-from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.search.held_out import HeldOut, hold_out, parting
+from sleb_cli.engine.search.passes import Passes, prepare_passes
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.scoring import Scoring
@@ -62,7 +64,18 @@ from sleb_cli.events import (
     TaskStarted,
 )
 from sleb_cli.journal import Journal, journal_of
-from sleb_cli.plan import DenseRecord, ExchangeRecord, Plan, SearchRecord, Step, StrategyName, TargetRecord, read_plan
+from sleb_cli.plan import (
+    CanaryRecord,
+    DenseRecord,
+    Engine,
+    ExchangeRecord,
+    Plan,
+    SearchRecord,
+    Step,
+    StrategyName,
+    TargetRecord,
+    read_plan,
+)
 from sleb_cli.plugin_manager import Registry, suggestion
 from sleb_cli.records import differences
 from sleb_plugins import (
@@ -89,6 +102,7 @@ class SearchRequest:
     strategy: str | None = None
     beam_width: int | None = None
     fast: bool = False
+    holdout: float | None = None
     protect_first: int | None = None
     protect_last: int | None = None
     protect: tuple[int, ...] | None = None
@@ -179,6 +193,7 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
         dense=dense,
         removals=course.removals,
         steps=tuple(course.steps),
+        canary=course.canary,
         environment=environment_record(registry.third_party(), settled.aim.device, time.monotonic() - started),
     )
 
@@ -189,6 +204,8 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
         raise UsageError(f"--batch-size {request.batch_size} is too small.", hint="Take 1 or more.")
     if request.memory is not None:
         parse_bytes(request.memory)
+    if request.holdout is not None and not 0 <= request.holdout < 1:
+        raise UsageError(f"--holdout {request.holdout:g} is no share.", hint="0.2 holds out a fifth of the sequences.")
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
     metric = registry.metric(request.metric or "nll")
@@ -316,6 +333,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         "protect_first": 1,
         "protect_last": 1,
         "dtype": "auto",
+        "holdout": 0.0,
     }
     calibration = request.calibration
     if extended is not None:
@@ -349,7 +367,7 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
     plan, request = settled.extended, settled.request
     if plan is None:
         return
-    names = ("metric", "strategy", "protect_first", "protect_last", "fast")
+    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
     found |= {"dtype": dtype_name(settled.aim.dtype), "protect": settled.aim.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
@@ -368,45 +386,67 @@ def _search(
     settled: _Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
 ) -> tuple[DenseRecord, _Course, SearchRecord]:
     architecture, request, metric = settled.architecture, settled.request, settled.metric
+    searched, kept = hold_out(calibration.to(settled.aim.device), request.holdout or 0)
     if request.fast:
-        calibration = calibration.shuffled()
-    sequences = calibration.sequences.to(settled.aim.device)
+        searched = searched.shuffled()
     with GatedModel(model, architecture.blocks_of(model)) as gated:
-        notify(TaskStarted(task := "Checking the engine"))
-        passes, reason = prepare_passes(
-            gated,
-            sequences,
-            notify,
-            counted=None if calibration.counted is None else calibration.counted.to(settled.aim.device),
-            memory=request.memory,
-            batch_size=request.batch_size,
-            looks=LOOKS if request.fast else 1,
+        passes, reason = _prepare(gated, settled, searched, notify)
+        held_out = passes.beside(kept.sequences, kept.counted) if kept else None
+        scoring = Scoring(
+            passes, journal, tokenizer, notify, fast=request.fast, winners=settled.beam_width, held_out=held_out
         )
-        notify(TaskFinished(task))
-        scoring = Scoring(passes, journal, tokenizer, notify, fast=request.fast, winners=settled.beam_width)
         _, engine = scoring.scorer(metric)
-        how = SearchRecord(
-            strategy=settled.strategy_name,
-            beam_width=settled.beam_width if settled.strategy_name == "beam" else None,
-            metric=metric.name,
-            remove=settled.remove,
-            ratio=request.target.ratio,
-            protect_first=settled.aim.protection.first,
-            protect_last=settled.aim.protection.last,
-            protect=settled.aim.protection.blocks,
-            dtype=dtype_name(settled.aim.dtype),
-            device=settled.aim.device.type,
-            batch_size=passes.budget.sequences,
-            fast=request.fast,
-            engine=engine,
-            engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
-        )
+        how = _how(settled, scoring, engine, reason)
         journal.of_sets = isinstance(metric, LogitMetric | ModelMetric)
         journal.open(_identity(settled, calibration, how), resume=request.resume)
         if len(journal):
             notify(Notice(f"{journal.path} holds {len(journal)} measurements: the search goes on from there."))
         dense = settled.extended.dense if settled.extended else _measure_dense(scoring, settled)
-        return dense, _follow(settled, dense, scoring, notify), how
+        course = _follow(settled, dense, scoring, notify)
+        if words := parting(course.steps):
+            notify(Notice(words))
+        course.canary = sing(gated, tokenizer, course.removals, architecture.longest_sequence, notify)
+    return dense, course, how
+
+
+def _prepare(
+    gated: GatedModel, settled: _Settled, calibration: Calibration, notify: Notify
+) -> tuple[Passes, str | None]:
+    request = settled.request
+    notify(TaskStarted(task := "Checking the engine"))
+    prepared = prepare_passes(
+        gated,
+        calibration.sequences,
+        notify,
+        counted=calibration.counted,
+        memory=request.memory,
+        batch_size=request.batch_size,
+        looks=LOOKS if request.fast else 1,
+    )
+    notify(TaskFinished(task))
+    return prepared
+
+
+def _how(settled: _Settled, scoring: Scoring, engine: Engine, reason: str | None) -> SearchRecord:
+    request, metric = settled.request, settled.metric
+    return SearchRecord(
+        strategy=settled.strategy_name,
+        beam_width=settled.beam_width if settled.strategy_name == "beam" else None,
+        metric=metric.name,
+        remove=settled.remove,
+        ratio=request.target.ratio,
+        protect_first=settled.aim.protection.first,
+        protect_last=settled.aim.protection.last,
+        protect=settled.aim.protection.blocks,
+        dtype=dtype_name(settled.aim.dtype),
+        device=settled.aim.device.type,
+        batch_size=scoring.passes.budget.sequences,
+        fast=request.fast,
+        holdout=request.holdout or 0.0,
+        held_out=sum(map(len, scoring.held_out.batches)) if scoring.held_out else 0,
+        engine=engine,
+        engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
+    )
 
 
 @dataclass
@@ -419,6 +459,7 @@ class _Course:
     steps: list[Step]
     removals: tuple[int, ...]
     next_increase: float | None = None
+    canary: CanaryRecord | None = None
 
 
 def _follow(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
@@ -448,6 +489,7 @@ def _take_steps(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify:
     metric, target = settled.metric, settled.target
     course = _Course(list(settled.extended.steps) if settled.extended else [], settled.gone)
     assert target is not None
+    compared = _comparison(settled, scoring)
     notify(
         SearchStarted(
             settled.architecture.block_count, settled.remove, len(course.steps), _evaluations(settled, scoring)
@@ -468,6 +510,9 @@ def _take_steps(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify:
             course.next_increase = loss - dense.loss
             break
         step = _step(choice, course.removals, loss, settled.architecture.kinds)
+        if compared:
+            there = compared.compare(choice.removals, partial(_perplexity, block=choice.block))
+            step = step.model_copy(update={"held_out": there})
         course.steps.append(step)
         course.removals = choice.removals
         scoring.journal.sync()
@@ -540,7 +585,14 @@ def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
             f"The loss of {settled.architecture.source.id} itself is {loss} in {dtype_name(settled.aim.dtype)}.",
             hint="Use a wider data type: --dtype float32.",
         )
-    return DenseRecord(loss=loss, perplexity=math.exp(loss))
+    compared = _comparison(settled, scoring)
+    return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=compared.dense() if compared else None)
+
+
+def _comparison(settled: _Settled, scoring: Scoring) -> HeldOut | None:
+    """Choose how the sequences that are held out are compared with the others; None where there are none."""
+    losses = partial(scoring.losses, scores_are_losses=settled.metric.name == "nll")
+    return HeldOut(losses, scoring.held_out_losses, settled.remove) if scoring.held_out else None
 
 
 def _evaluations(settled: _Settled, scoring: Scoring) -> tuple[int, ...]:

@@ -45,6 +45,8 @@ class Scoring:
     fast: bool = False
     winners: int = 1
     """How many of a race's candidates are wanted."""
+    held_out: Passes | None = None
+    """Passes over sequences that are never searched on."""
 
     @property
     def gated(self) -> GatedModel:
@@ -56,7 +58,6 @@ class Scoring:
         """How many calibration sequences there are."""
         return sum(len(batch) for batch in self.passes.batches)
 
-    @torch.inference_mode()
     def loss(
         self,
         removed: Sequence[int],
@@ -68,17 +69,38 @@ class Scoring:
 
         Where scores are losses, one of the last removed block is as good.
         """
+        return _mean(self.losses(removed, advanced, scores_are_losses=scores_are_losses))
+
+    def losses(
+        self,
+        removed: Sequence[int],
+        advanced: Callable[[int], None] = lambda sequences: None,
+        *,
+        scores_are_losses: bool = False,
+    ) -> list[float]:
+        """Give what `loss` is the mean of: the loss of each sequence."""
         losses: list[float] = []
         for batch in range(len(self.passes.batches)):
-            found = self.journal.find(removed, batch=batch)
-            if found is None and scores_are_losses:
-                found = self.journal.find(removed[:-1], removed[-1], batch)
-            if found is None:
-                found = dict(self.passes.scores(NegativeLogLikelihood(), batch, removed, ()))[BASE]
-                self.journal.add(found, removed, batch=batch)
-            losses += found
-            advanced(len(found))
-        return _mean(losses)
+            found = self.journal.find(removed[:-1], removed[-1], batch) if scores_are_losses and removed else None
+            losses += found or self._measure(self.passes, batch, removed, batch)
+            advanced(len(self.passes.batches[batch]))
+        return losses
+
+    def held_out_losses(self, removed: Sequence[int]) -> list[float]:
+        """Give the loss of each sequence that is held out; in the journal, their batches follow those searched on."""
+        assert self.held_out is not None
+        first = len(self.passes.batches)
+        batches = range(len(self.held_out.batches))
+        return [loss for batch in batches for loss in self._measure(self.held_out, batch, removed, first + batch)]
+
+    @torch.inference_mode()
+    def _measure(self, passes: Passes, batch: int, removed: Sequence[int], number: int) -> list[float]:
+        """Give the losses of a batch from the journal, where its number is `number`; else measure them."""
+        found = self.journal.find(removed, batch=number)
+        if found is None:
+            found = dict(passes.scores(NegativeLogLikelihood(), batch, removed, ()))[BASE]
+            self.journal.add(found, removed, batch=number)
+        return found
 
     def scorer(self, metric: Metric) -> tuple[Score, Engine]:
         """Choose how `metric` is computed."""

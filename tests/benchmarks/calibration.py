@@ -1,0 +1,220 @@
+"""What the choice of the calibration text does: search on A, test on B, for all pairs, as a Markdown table.
+
+    python tests/benchmarks/calibration.py MODEL DATA WORK [--remove 6] [--samples 16] [--length 128] [--tests 32]
+        [--only "NAME;NAME"] [--fast]
+
+DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt, text/c4_50.jsonl and tasks/arc_easy.jsonl. No text is
+both searched and tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text and
+its answers (to questions of ARC-easy, where it has a chat template) for the search with one seed, for the test with
+another. Everything that was found stands in WORK: a plan for each search, which goes on where it was interrupted, and
+results.json. Perplexities are printed in bold where the loss, paired over the windows, is within two standard errors of
+the best in its column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import statistics
+import sys
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleb_cli.__main__ import main as sleb
+from sleb_cli.atomic import to_json, write_text
+from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
+from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.logits import score_logits
+from sleb_cli.engine.source import locate_model
+from sleb_cli.plan import read_plan
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
+
+ANSWER_TOKENS = 64
+BATCH = 8
+
+
+class Bench:
+    """The model, the texts, and what was found so far."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.work = options, options.work
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.architecture = read_architecture(locate_model(options.model, quiet), load_plugins(), quiet)
+        self.tokenizer = load_tokenizer(self.architecture.source)
+        found = self.work / "results.json"
+        self.losses: dict[str, dict[str, list[float]]] = json.loads(found.read_text()) if found.exists() else {}
+
+    @cached_property
+    def model(self) -> Any:
+        device = torch.device("cpu")
+        return load_dense(self.architecture, choose_dtype("auto", self.architecture, device), device, quiet)
+
+    def texts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, CalibrationRequest]]:
+        """Give the options of each search, and what each is tested on."""
+        text, options = self.options.data / "text", self.options
+        halves = self._halves(text / "c4_50.jsonl")
+        chat = self._chat(self.options.data / "tasks" / "arc_easy.jsonl") if self.tokenizer.chat_template else None
+        wiki = text / "enwiki_train.txt"
+        searches = {
+            "encyclopaedia": ("--calibration", str(wiki)),
+            "C4": ("--calibration", str(halves[0])),
+            "self": ("--calibration", "self"),
+            "encyclopaedia and self": ("--calibration", f"{wiki}:0.5,self:0.5"),
+            "encyclopaedia, C4, self": ("--calibration", f"{wiki}:1/3,{halves[0]}:1/3,self:1/3"),
+        }
+        tests = {
+            "encyclopaedia": CalibrationRequest(str(text / "enwiki_test.txt"), options.tests, options.length, 1),
+            "C4": CalibrationRequest(str(halves[1]), options.tests, options.length, 1),
+            "self": CalibrationRequest("self", options.tests, options.length, 1),
+        }
+        if chat:
+            searches["chat, answers"] = ("--calibration", str(chat[0]), "--chat", "answers")
+            tests["chat, answers"] = CalibrationRequest(str(chat[1]), options.samples, options.length, 1, "answers")
+        return searches, tests
+
+    def _halves(self, path: Path) -> tuple[Path, Path]:
+        """Cut the documents into two files that share none."""
+        lines = path.read_text().splitlines(keepends=True)
+        middle = len(lines) // 2
+        return self._write("c4_search.jsonl", lines[:middle]), self._write("c4_test.jsonl", lines[middle:])
+
+    def _chat(self, path: Path) -> tuple[Path, Path]:
+        """Let the model answer other questions for the search than for the test."""
+        places = self.work / "chat_search.jsonl", self.work / "chat_test.jsonl"
+        count = 3 * self.options.samples
+        asked = [json.loads(line)["query"].removeprefix("Question: ") for line in path.read_text().splitlines()]
+        for place, questions in zip(places, (asked[:count], asked[count : 2 * count]), strict=True):
+            if not place.exists():
+                answers = self._answer(questions, seed=places.index(place))
+                lines = [
+                    json.dumps({"messages": [*question(text), {"role": "assistant", "content": answer}]}) + "\n"
+                    for text, answer in zip(questions, answers, strict=True)
+                ]
+                self._write(place.name, lines)
+        return places
+
+    @torch.inference_mode()
+    def _answer(self, questions: list[str], seed: int) -> list[str]:
+        """Sample an answer to each question, a few at a time."""
+        torch.manual_seed(seed)
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        answers: list[str] = []
+        for start in range(0, len(questions), BATCH):
+            prompts = [question(text) for text in questions[start : start + BATCH]]
+            inputs = self.tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+            )
+            ids = self.model.generate(
+                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=ANSWER_TOKENS,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )  # fmt: skip
+            answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return answers
+
+    def _write(self, name: str, lines: list[str]) -> Path:
+        write_text(self.work / name, "".join(lines))
+        return self.work / name
+
+    def search(self, name: str, text: tuple[str, ...]) -> tuple[int, ...]:
+        """Give the blocks that a search on this text removes; search only where nobody did."""
+        options, plan = self.options, self.work / f"{name.replace(' ', '-')}.json"
+        if not plan.exists():
+            setting = ["--remove", options.remove, "--samples", options.samples, "--sequence-length", options.length]
+            arguments = [options.model, *text, *setting, *(["--fast"] if options.fast else []), "-o", plan, "--resume"]
+            with contextlib.redirect_stdout(io.StringIO()):
+                code = sleb(["search", *map(str, arguments), "-q"])
+            if code != 0:
+                raise SystemExit(f"The search on {name} failed.")
+        return read_plan(plan).removals
+
+    @torch.inference_mode()
+    def test(self, removed: tuple[int, ...], name: str, request: CalibrationRequest) -> list[float]:
+        """Give the loss of each test window without these blocks; measure only what nobody measured."""
+        known = self.losses.setdefault(",".join(map(str, sorted(removed))) or "dense", {})
+        if name not in known:
+            text = calibrate(settle_calibration(request, self.architecture), self.tokenizer, lambda: self.model, quiet)
+            losses: list[float] = []
+            with GatedModel(self.model, self.architecture.blocks_of(self.model)) as gated:
+                for start in range(0, len(text.sequences), BATCH):
+                    rows = slice(start, start + BATCH)
+                    ids, counted = text.sequences[rows], None if text.counted is None else text.counted[rows]
+                    logits = gated.logits(ids, removed)
+                    losses += score_logits(NegativeLogLikelihood(), logits, ids, counted=counted).tolist()
+            known[name] = losses
+            write_text(self.work / "results.json", to_json(self.losses))
+        return known[name]
+
+
+def question(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def quiet(event: object) -> None:
+    """Say nothing of the progress."""
+
+
+def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[float]]]) -> str:
+    """Show the perplexity of each row's model on each column's text."""
+    tests = list(next(iter(losses.values())))
+    best = {
+        test: min((found[test] for name, found in losses.items() if name != "dense"), key=statistics.fmean)
+        for test in tests
+    }
+
+    def cell(name: str, test: str) -> str:
+        found = losses[name][test]
+        perplexity = f"{math.exp(statistics.fmean(found)):.2f}"
+        behind = [ours - theirs for ours, theirs in zip(found, best[test], strict=True)]
+        error = statistics.stdev(behind) / math.sqrt(len(behind))
+        return f"**{perplexity}**" if name != "dense" and statistics.fmean(behind) <= 2 * error else perplexity
+
+    lines = [
+        "| searched on | " + " | ".join(f"tested on {test}" for test in tests) + " | blocks |",
+        "|---|" + "---|" * (len(tests) + 1),
+    ]
+    for name in losses:
+        removed = ", ".join(map(str, blocks.get(name, ())))
+        lines.append(f"| {name} | " + " | ".join(cell(name, test) for test in tests) + f" | {removed} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--remove", type=int, default=6)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--tests", type=int, default=32)
+    parser.add_argument("--only", help="searches to make now, semicolons between")
+    parser.add_argument("--fast", action="store_true")
+    options = parser.parse_args()
+
+    quiet_libraries()
+    bench = Bench(options)
+    searches, tests = bench.texts()
+    wanted = options.only.split(";") if options.only else list(searches)
+    blocks = {name: bench.search(name, searches[name]) for name in wanted}
+    losses = {
+        name: {test: bench.test(removed, test, request) for test, request in tests.items()}
+        for name, removed in {"dense": (), **blocks}.items()
+    }
+    print(table(blocks, losses))
+    print(
+        f"{options.samples} x {options.length} tokens searched on, {options.tests} windows tested on", file=sys.stderr
+    )
+
+
+if __name__ == "__main__":
+    main()
