@@ -22,11 +22,11 @@ DEFAULT_MINUTES = 10.0
 
 LEARNING_RATE = 5e-4
 BASE_WIDTH = 576
-"""The learning rate is for hidden states of this size; the wider a model, the smaller its steps."""
+"""The learning rate is for hidden states of this size; wider models take smaller steps."""
 
 BATCH_TOKENS = 1024
 PORTION_TOKENS = 16384
-"""Text is drawn or written in portions of so many tokens, with a seed of its own each."""
+"""Text is drawn or written in portions of at most so many tokens, with a seed of its own each."""
 PASSES = 2
 """How often a portion is gone through before the next one."""
 
@@ -50,6 +50,13 @@ class Budget:
     def total(self) -> int:
         """The budget in its own unit, seconds or tokens."""
         return self.tokens if self.tokens is not None else round(60 * (self.minutes or 0))
+
+    @property
+    def portion_tokens(self) -> int:
+        """How much text to write at once: for short budgets less, so that most of their time is left for training."""
+        if self.tokens is not None:
+            return min(PORTION_TOKENS, -(-self.tokens // PASSES))
+        return round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_MINUTES))
 
     def used(self, seconds: float, tokens: int) -> float:
         """Give what is used of it, in its own unit."""
@@ -111,7 +118,7 @@ class Case:
     @property
     def rate(self) -> float:
         """The highest learning rate."""
-        return LEARNING_RATE * BASE_WIDTH / self.width
+        return LEARNING_RATE * min(1.0, BASE_WIDTH / self.width)
 
     @property
     def batch(self) -> int:

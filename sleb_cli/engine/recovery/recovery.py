@@ -24,7 +24,7 @@ from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.memory import free_bytes
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
-from sleb_cli.engine.recovery.heal import PORTION_TOKENS, Budget, Case, choose_budget, heal
+from sleb_cli.engine.recovery.heal import Budget, Case, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
 from sleb_cli.engine.recovery.naming import file_tensors
 from sleb_cli.engine.recovery.team import Team
@@ -197,7 +197,7 @@ class _Recovery:
                 teacher=Variant(gated),
                 student=Variant(student),
                 parameters=parameters,
-                write=lambda number, notify: self._text(gated, self._portion(number), notify).sequences,
+                write=lambda number, notify: self._text(gated, self._portion(budget, number), notify).sequences,
                 held_out=start.held_out,
                 seed=self.settings.seed,
                 width=self.architecture.text_config.hidden_size,
@@ -221,11 +221,15 @@ class _Recovery:
         )
         return values, start.record.model_copy(update={"heal": record})
 
-    def _portion(self, number: int) -> CalibrationSettings:
+    def _portion(self, budget: Budget, number: int) -> CalibrationSettings:
         """Give the settings of one portion of the text to heal on: other sequences than those that are held out."""
-        length = self.settings.sequence_length
-        samples = max(len(self.settings.parts), PORTION_TOKENS // length)
-        return replace(self.settings, samples=samples, samples_were_asked=False, seed=self.settings.seed + 1 + number)
+        settings = self.settings
+        wanted = -(-budget.portion_tokens // settings.sequence_length)
+        samples = max(wanted, *(math.ceil(1 / part.share) for part in settings.parts))
+        if len(settings.parts) > 1 or settings.source in REFERENCE_PRESETS:
+            # Their shares hold only where each source has enough: no more than was drawn before.
+            samples = min(settings.samples, samples)
+        return replace(settings, samples=samples, samples_were_asked=False, seed=settings.seed + 1 + number)
 
     def _measured(self, what: str, variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
         task = f"Measuring the {what} model on held-out text"
