@@ -66,6 +66,31 @@ class ExportResult(Record):
     lines: tuple[str, ...]
 
 
+class ComparedRecord(Record):
+    """A search of a comparison: what goes, and the perplexity without it on the calibration text."""
+
+    metric: str
+    strategy: str
+    removals: tuple[int, ...]
+    perplexity: float
+    held_out_perplexity: float | None
+    seconds: float
+
+
+class CompareResult(Record):
+    """Searches of one model on one text; `best` is the metric@strategy whose plan was written."""
+
+    schema_version: Literal[1]
+    sleb_version: str
+    kind: Literal["compare"]
+    model: ModelRecord
+    dtype: str
+    device: str
+    dense_perplexity: float
+    compared: tuple[ComparedRecord, ...]
+    best: str
+
+
 class PerplexityRecord(Record):
     """exp(mean nats per token) over `windows` windows; `losses` holds the mean of each window."""
 

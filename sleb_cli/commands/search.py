@@ -14,6 +14,7 @@ from sleb_cli.commands.options import (
     RevisionOption,
     TrustOption,
     parse_blocks,
+    parse_names,
 )
 
 
@@ -59,6 +60,14 @@ def search(
     metric: Annotated[
         str | None,
         typer.Option(help="How a candidate is scored; `sleb plugins` lists them. (default: nll)", show_default=False),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            help="Search once for each of these metrics, METRIC or METRIC@STRATEGY, and write the best plan: "
+            "nll,cosine,angular@contiguous.",
+            show_default=False,
+        ),
     ] = None,
     strategy: Annotated[
         str | None,
@@ -163,13 +172,14 @@ def search(
     from sleb_cli.journal import Journal, journal_of
     from sleb_cli.ui.plugins import load_and_report
     from sleb_cli.ui.progress import show_progress
-    from sleb_cli.ui.tables import show_plan
+    from sleb_cli.ui.tables import show_comparison, show_plan
 
     # An extended plan holds all that was in the old one, so it may take its place.
     place = output or extend or Path("plan.json")
     require_new_file(place, force=force or place == extend)
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.calibration import CalibrationRequest
+        from sleb_cli.engine.search.comparing import compare_removals, forget_journals
         from sleb_cli.engine.search.planning import SearchRequest, plan_removals
         from sleb_cli.engine.search.targets import TargetRequest
 
@@ -209,6 +219,13 @@ def search(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        plan = plan_removals(request, load_and_report(), notify)
-    show_plan(plan, place, as_json=json)
-    Journal(journal_of(place)).delete()
+        if compare is not None:
+            result, plan = compare_removals(request, parse_names(compare), load_and_report(), notify)
+        else:
+            plan = plan_removals(request, load_and_report(), notify)
+    if compare is not None:
+        show_comparison(result, plan, place, as_json=json)
+        forget_journals(result, place)
+    else:
+        show_plan(plan, place, as_json=json)
+        Journal(journal_of(place)).delete()

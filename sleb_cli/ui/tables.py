@@ -17,6 +17,7 @@ from sleb_cli.records import Proof
 from sleb_cli.results import (
     ApplyResult,
     BenchResult,
+    CompareResult,
     EvalResult,
     ExportResult,
     GgufResult,
@@ -156,6 +157,39 @@ def race_summary(plan: Plan) -> str:
         leads.append((min([*behind, *(drop.behind for drop in dropped)], default=math.inf), number))
     lead, number = min(leads)
     return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
+
+
+def show_comparison(result: CompareResult, plan: Plan, output: Path, *, as_json: bool) -> None:
+    """Write the best plan; show what every search found, and which was the best."""
+    save(plan, output)
+    if as_json:
+        print_json(result.to_data())
+        return
+    console, calibration = stdout(), plan.calibration
+    print_title(console, f"{plan.model.id}: {len(plan.removals)} of {plan.model.blocks} blocks removed")
+    held_out = any(each.held_out_perplexity for each in result.compared)
+    table = new_table(
+        "metric", "strategy", "blocks", "perplexity", "change", *(["held out"] if held_out else []), "seconds"
+    )
+    table.columns[1].justify = table.columns[2].justify = "left"
+    table.add_row("dense", "", "", f"{result.dense_perplexity:.2f}", "", *([""] if held_out else []), "")
+    for each in result.compared:
+        there = [f"{each.held_out_perplexity:.2f}" if each.held_out_perplexity else ""] if held_out else []
+        best = f"{each.metric}@{each.strategy}" == result.best
+        table.add_row(
+            escape(each.metric), each.strategy, spans(each.removals), f"{each.perplexity:.2f}",
+            relative_change(result.dense_perplexity, each.perplexity), *there, f"{each.seconds:.0f}",
+            style="bold green" if best else None,
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"on {calibration.source}: {calibration.sequences} x {calibration.sequence_length} tokens, {result.dtype} on "
+        f"{result.device}",
+        soft_wrap=True,
+        markup=False,
+    )
+    where = "on the held-out sequences" if held_out else "on the calibration text, on which all were searched"
+    console.print(f"wrote {output}: the plan of {result.best}, best {where}", soft_wrap=True, markup=False)
 
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:

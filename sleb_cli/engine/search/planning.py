@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -119,7 +119,7 @@ class SearchRequest:
 
 
 @dataclass(frozen=True)
-class _Settled:
+class Settled:
     """A request after everything that can be checked without the weights was checked."""
 
     request: SearchRequest
@@ -153,6 +153,22 @@ class _Settled:
         return DEFAULT_BEAM_WIDTH if self.request.beam_width is None else self.request.beam_width
 
 
+class Shared:
+    """What searches of one model on one text share; the first one loads it."""
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Any, Callable[[], Any], Calibration] | None = None
+
+    def load(self, settled: Settled, notify: Notify) -> tuple[Any, Callable[[], Any], Calibration]:
+        """Give tokenizer, model and calibration sequences."""
+        if self._loaded is None:
+            tokenizer = load_tokenizer(settled.architecture.source)
+            # Loaded at first use: a text that is missing should be said before gigabytes are read.
+            model = cache(partial(load_dense, settled.architecture, settled.aim.dtype, settled.aim.device, notify))
+            self._loaded = tokenizer, model, calibrate(settled.calibration, tokenizer, model, notify)
+        return self._loaded
+
+
 def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) -> Plan:
     """Search for the blocks that the model can best do without.
 
@@ -161,16 +177,19 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
     Raises:
         SlebError: of the class that fits, for anything the request asks that cannot be.
     """
-    started = time.monotonic()
-    quiet_libraries()
-    journal = Journal(journal_of(request.output))
-    journal.require(resume=request.resume, force=request.force)
-    settled = _settle(request, registry, notify)
-    tokenizer = load_tokenizer(settled.architecture.source)
-    # Loaded at first use: a text that is missing should be said before gigabytes are read.
-    model = cache(partial(load_dense, settled.architecture, settled.aim.dtype, settled.aim.device, notify))
-    calibration = calibrate(settled.calibration, tokenizer, model, notify)
+    return carry_out(settle(request, registry, notify), Shared(), registry, notify)
+
+
+def carry_out(settled: Settled, shared: Shared, registry: Registry, notify: Notify) -> Plan:
+    """Do a search that was settled, with what it shares with others of the same model on the same text.
+
+    Raises:
+        SlebError: of the class that fits, for what only shows when the model and the text are read.
+    """
+    started, request = time.monotonic(), settled.request
+    tokenizer, model, calibration = shared.load(settled, notify)
     _require_continuation(settled, calibration)
+    journal = Journal(journal_of(request.output))
     stopwatch = Stopwatch(settled.aim, model, request.target)
     if settled.target is None:
         settled = _with_target(settled, stopwatch.target(settled.removable.candidates), notify)
@@ -198,7 +217,14 @@ def plan_removals(request: SearchRequest, registry: Registry, notify: Notify) ->
     )
 
 
-def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Settled:
+def settle(request: SearchRequest, registry: Registry, notify: Notify) -> Settled:
+    """Check everything that can be checked without reading the weights.
+
+    Raises:
+        SlebError: of the class that fits, for anything the request asks that cannot be.
+    """
+    quiet_libraries()
+    Journal(journal_of(request.output)).require(resume=request.resume, force=request.force)
     request.target.chosen()
     if request.batch_size is not None and request.batch_size < 1:
         raise UsageError(f"--batch-size {request.batch_size} is too small.", hint="Take 1 or more.")
@@ -226,7 +252,7 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
     aim = Aim(architecture, protection, dtype, device, notify)
     target = aim.target(request.target)
     removable = Removable(architecture, protection, notify)
-    settled = _Settled(
+    settled = Settled(
         request=request,
         extended=extended,
         architecture=architecture,
@@ -244,7 +270,7 @@ def _settle(request: SearchRequest, registry: Registry, notify: Notify) -> _Sett
     return settled
 
 
-def _with_target(settled: _Settled, target: Target, notify: Notify) -> _Settled:
+def _with_target(settled: Settled, target: Target, notify: Notify) -> Settled:
     """Say how many removals a target can take.
 
     Raises:
@@ -358,7 +384,7 @@ def _fill(request: Any, values: Mapping[str, Any]) -> Any:
     return replace(request, **{name: values[name] for name in left_open})
 
 
-def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
+def _require_continuation(settled: Settled, calibration: Calibration) -> None:
     """Make sure that the extended plan was searched on the same tokens, in the same way.
 
     Raises:
@@ -383,7 +409,7 @@ def _require_continuation(settled: _Settled, calibration: Calibration) -> None:
 
 
 def _search(
-    settled: _Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
+    settled: Settled, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
 ) -> tuple[DenseRecord, _Course, SearchRecord]:
     architecture, request, metric = settled.architecture, settled.request, settled.metric
     searched, kept = hold_out(calibration.to(settled.aim.device), request.holdout or 0)
@@ -410,7 +436,7 @@ def _search(
 
 
 def _prepare(
-    gated: GatedModel, settled: _Settled, calibration: Calibration, notify: Notify
+    gated: GatedModel, settled: Settled, calibration: Calibration, notify: Notify
 ) -> tuple[Passes, str | None]:
     request = settled.request
     notify(TaskStarted(task := "Checking the engine"))
@@ -427,7 +453,7 @@ def _prepare(
     return prepared
 
 
-def _how(settled: _Settled, scoring: Scoring, engine: Engine, reason: str | None) -> SearchRecord:
+def _how(settled: Settled, scoring: Scoring, engine: Engine, reason: str | None) -> SearchRecord:
     request, metric = settled.request, settled.metric
     return SearchRecord(
         strategy=settled.strategy_name,
@@ -462,7 +488,7 @@ class _Course:
     canary: CanaryRecord | None = None
 
 
-def _follow(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
+def _follow(settled: Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
     """Search until the target is met, or the next removal would miss it.
 
     Raises:
@@ -485,7 +511,7 @@ def _follow(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify: Not
     return course
 
 
-def _take_steps(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
+def _take_steps(settled: Settled, dense: DenseRecord, scoring: Scoring, notify: Notify) -> _Course:
     metric, target = settled.metric, settled.target
     course = _Course(list(settled.extended.steps) if settled.extended else [], settled.gone)
     assert target is not None
@@ -523,7 +549,7 @@ def _take_steps(settled: _Settled, dense: DenseRecord, scoring: Scoring, notify:
     return course
 
 
-def _choices(settled: _Settled, problem: Problem, notify: Notify) -> Iterator[Choice]:
+def _choices(settled: Settled, problem: Problem, notify: Notify) -> Iterator[Choice]:
     """Give one size after another. Where no number of removals is asked for, it is no error that no more may go."""
     choices = settled.strategy.search(problem)
     if not isinstance(settled.target, LossTarget):
@@ -535,7 +561,7 @@ def _choices(settled: _Settled, problem: Problem, notify: Notify) -> Iterator[Ch
         notify(Notice(f"The search ends here: {error.message}"))
 
 
-def _record(settled: _Settled, dense: DenseRecord, course: _Course, stopwatch: Stopwatch) -> TargetRecord | None:
+def _record(settled: Settled, dense: DenseRecord, course: _Course, stopwatch: Stopwatch) -> TargetRecord | None:
     """Say what was to be reached, and what was; a speedup is timed once more, on the blocks that were found."""
     request, target = settled.request.target, settled.target
     assert target is not None
@@ -564,7 +590,7 @@ def _step(choice: Choice, before: tuple[int, ...], loss: float, kinds: Sequence[
     )
 
 
-def _identity(settled: _Settled, calibration: Calibration, how: SearchRecord) -> dict[str, Any]:
+def _identity(settled: Settled, calibration: Calibration, how: SearchRecord) -> dict[str, Any]:
     """Say what a journal's measurements depend on; how many blocks go in the end is not among it."""
     return {
         "sleb": __version__,
@@ -576,7 +602,7 @@ def _identity(settled: _Settled, calibration: Calibration, how: SearchRecord) ->
     }
 
 
-def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
+def _measure_dense(scoring: Scoring, settled: Settled) -> DenseRecord:
     scoring.notify(TaskStarted(task := "Measuring the dense model", scoring.sequences, "sequences"))
     loss = scoring.loss((), advanced=lambda done: scoring.notify(TaskAdvanced(task, done)))
     scoring.notify(TaskFinished(task))
@@ -589,13 +615,13 @@ def _measure_dense(scoring: Scoring, settled: _Settled) -> DenseRecord:
     return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=compared.dense() if compared else None)
 
 
-def _comparison(settled: _Settled, scoring: Scoring) -> HeldOut | None:
+def _comparison(settled: Settled, scoring: Scoring) -> HeldOut | None:
     """Choose how the sequences that are held out are compared with the others; None where there are none."""
     losses = partial(scoring.losses, scores_are_losses=settled.metric.name == "nll")
     return HeldOut(losses, scoring.held_out_losses, settled.remove) if scoring.held_out else None
 
 
-def _evaluations(settled: _Settled, scoring: Scoring) -> tuple[int, ...]:
+def _evaluations(settled: Settled, scoring: Scoring) -> tuple[int, ...]:
     removed = settled.extended.removals if settled.extended else ()
     candidates = len(settled.removable.candidates(removed))
     sets = settled.strategy.evaluations(candidates, settled.remove - len(removed), settled.beam_width)
