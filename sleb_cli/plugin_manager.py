@@ -25,6 +25,7 @@ from sleb_plugins import (
     WeightMetric,
     hookspecs,
 )
+from sleb_plugins.metrics.weighted import Term, parse_terms, weighted_sum
 
 GROUP = "sleb"
 
@@ -75,14 +76,24 @@ class Registry:
     offers: tuple[Offer, ...]
     failures: tuple[Failure, ...]
 
-    def metric(self, name: str) -> Metric:
-        """Choose a metric by name.
+    def metric(self, text: str) -> Metric:
+        """Choose a metric by `NAME`, `NAME:ARGUMENT`, or a weighted sum of such: `nll+0.5*kl`.
 
         Raises:
-            UsageError: nobody offers it.
-            PluginError: two plugins do.
+            UsageError: nobody offers it, it is called with another argument than it takes, or the sum makes no sense.
+            PluginError: two plugins offer it.
+            DataError: what an argument names is not there.
         """
-        metric: Metric = self._choose("metric", name).value
+        return weighted_sum([(term.weight, self._metric(term)) for term in parse_terms(text)])
+
+    def _metric(self, term: Term) -> Metric:
+        metric: Metric = self._choose("metric", term.name).value
+        if term.argument is not None:
+            return metric.with_argument(term.argument)
+        if metric.argument and not metric.argument.startswith("["):
+            raise UsageError(
+                f"The metric {term.name!r} needs an argument.", hint=f"Write {term.name}:{metric.argument}."
+            )
         return metric
 
     def exporter(self, name: str) -> Exporter | FileExporter:

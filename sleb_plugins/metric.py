@@ -9,6 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sleb_plugins.errors import UsageError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -16,8 +18,21 @@ if TYPE_CHECKING:
 class Metric(ABC):
     """What all four kinds share. Derive from one of the kinds, not from this."""
 
-    name: ClassVar[str]
-    description: ClassVar[str] = ""
+    name: str
+    description: str = ""
+    argument: ClassVar[str] = ""
+    """What may follow the name after a colon, as help shows it: `TASK`, or `[SEED]` where it may be left out."""
+
+    def with_argument(self, argument: str) -> Metric:
+        """Give the metric that `NAME:ARGUMENT` asks for; its `name` is that text, or another that means the same.
+
+        Raises:
+            UsageError: the metric takes no argument, or not this one.
+            DataError: what the argument names is not there. It is said before any model is loaded.
+        """
+        raise UsageError(
+            f"The metric {self.name!r} takes no argument, and {argument!r} was given.", hint=f"Write {self.name}."
+        )
 
 
 class LogitMetric(Metric):
@@ -58,11 +73,14 @@ class WeightMetric(Metric):
     """Scores a block by its parameters alone."""
 
     needs_gradients: ClassVar[bool] = False
-    """Whether each parameter's `.grad` holds the gradient of the mean calibration loss."""
+    """Whether each parameter's `.grad` holds the gradient of the mean calibration loss, in nats per token.
+
+    Where the family allows it, those of one block exist at a time.
+    """
 
     @abstractmethod
-    def score_block(self, block: nn.Module) -> float:
-        """Score one block: low where the block matters little."""
+    def score_block(self, block: nn.Module, number: int) -> float:
+        """Score one block, whose number in the original model is given: low where the block matters little."""
 
 
 class ModelMetric(Metric):

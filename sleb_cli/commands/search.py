@@ -59,7 +59,10 @@ def search(
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(help="How a candidate is scored; `sleb plugins` lists them. (default: nll)", show_default=False),
+        typer.Option(
+            help="How a candidate is scored, or a sum: nll+0.5*kl; `sleb plugins` lists them. (default: nll)",
+            show_default=False,
+        ),
     ] = None,
     compare: Annotated[
         str | None,

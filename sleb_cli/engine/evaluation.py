@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from sleb_cli import __version__
 from sleb_cli.engine.architecture import Architecture
-from sleb_cli.engine.foreign import first_line, verdict
 from sleb_cli.engine.loading import (
     choose_device,
     choose_dtype,
@@ -39,9 +33,9 @@ from sleb_cli.engine.windows import (
     tokens_sha256,
 )
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
-from sleb_cli.plugin_manager import suggestion
 from sleb_cli.results import EvalResult, ModelScores, PerplexityRecord, TaskRecord
 from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins.harness import load_tasks, run_tasks
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 DEFAULT_TEXT = "wikitext2"
@@ -165,65 +159,27 @@ class _Tasks:
     """Zero-shot and few-shot tasks, through lm-eval's Python API on a model in memory."""
 
     def __init__(self, request: EvalRequest) -> None:
-        from lm_eval.tasks import TaskManager
-
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if request.include_path is not None and not request.include_path.is_dir():
             raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
         self._request = request
-        self._manager = TaskManager(include_path=str(request.include_path) if request.include_path else None)
-        known: Sequence[str] = self._manager.all_tasks
-        for name in request.tasks:
-            if name not in known:
-                others = "`lm-eval ls tasks` lists them; --include-path adds a folder of your own."
-                raise DataError(f"lm-eval knows no task {name!r}.", hint=suggestion(name, known, others))
-        self._load_now(", ".join(request.tasks))
-
-    def _load_now(self, names: str) -> None:
-        """Load the tasks once before any model is, so that a broken task file is said at once."""
-
-        def refused(words: str) -> DataError:
-            return DataError(f"lm-eval cannot load {names}: {words}.", hint="Check the task's own file.")
-
-        with verdict(refused), _loading_data(names):
-            self._manager.load(list(self._request.tasks))
+        # Once before any model is loaded, so that a broken task file is said at once.
+        self._manager = load_tasks(request.tasks, request.include_path)
 
     def run(self, model: Any, tokenizer: Any, what: str, notify: Notify) -> list[TaskRecord]:
         """Evaluate all tasks on one model."""
-        from lm_eval import evaluator
-        from lm_eval.models.huggingface import HFLM
-
         request = self._request
-        names = ", ".join(request.tasks)
-        notify(TaskStarted(task := f"{names}, {what}"))
-        # lm-eval asks git about the folder you stand in, which complains aloud where that is no repository.
-        with _loading_data(names), patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):
-            results = evaluator.simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=request.batch_size),
-                tasks=list(request.tasks),
-                num_fewshot=request.num_fewshot,
-                limit=request.limit,
-                task_manager=self._manager,
-                bootstrap_iters=1000,
-                log_samples=False,
-            )
+        notify(TaskStarted(task := f"{', '.join(request.tasks)}, {what}"))
+        results = run_tasks(
+            self._manager,
+            request.tasks,
+            model,
+            tokenizer,
+            batch_size=request.batch_size,
+            limit=request.limit,
+            num_fewshot=request.num_fewshot,
+        )
         notify(TaskFinished(task))
         return list(_task_records(results))
-
-
-@contextmanager
-def _loading_data(names: str) -> Iterator[None]:
-    """Keep lm-eval's own bars off the screen, and say plainly where a task's data cannot be had."""
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        with redirect_stderr(StringIO()):
-            yield
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError(
-            f"The data of {names} cannot be loaded: {first_line(error)}.",
-            hint="Check the network, or the paths in a task file of your own.",
-        ) from error
 
 
 def _task_records(results: dict[str, Any]) -> list[TaskRecord]:

@@ -41,7 +41,7 @@ def score_hidden_states(
         here = ids[:, start:stop]
         dense = None if dense_hidden is None else gated.head(dense_hidden[:, start:stop], here)
         logits = gated.head(hidden[:, start:stop], here)
-        scores.append(_score_positions(metric, logits, ids[:, start + 1 : stop + 1], dense))
+        scores.append(score_positions(metric, logits, ids[:, start + 1 : stop + 1], dense))
     return _mean(torch.cat(scores, dim=1), counted)
 
 
@@ -55,7 +55,7 @@ def score_logits(
 ) -> Tensor:
     """Give each sequence's mean score over its predicted tokens that count, float64 [batch], from all of its logits."""
     dense = None if dense_logits is None else dense_logits[:, :-1]
-    return _mean(_score_positions(metric, logits[:, :-1], ids[:, 1:], dense), counted)
+    return _mean(score_positions(metric, logits[:, :-1], ids[:, 1:], dense), counted)
 
 
 def _mean(scores: Tensor, counted: Tensor | None) -> Tensor:
@@ -66,7 +66,7 @@ def _mean(scores: Tensor, counted: Tensor | None) -> Tensor:
     return scores.double().where(targets, 0.0).sum(1) / targets.sum(1)
 
 
-def _score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
+def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
     """Score positions in pieces: [batch, positions, vocabulary] to float32 [batch, positions]."""
     flat, flat_targets = logits.flatten(0, 1), targets.flatten()
     flat_dense = None if dense is None else dense.flatten(0, 1)

@@ -27,7 +27,8 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
     for column in ("kind", "name", "what", "package", "version"):
         table.add_column(column)
     for row in _as_data(registry)["offers"]:
-        table.add_row(*(escape(row[key]) for key in ("kind", "name", "what", "package", "version")))
+        shown = row | {"name": _usage(row)}
+        table.add_row(*(escape(shown[key]) for key in ("kind", "name", "what", "package", "version")))
     stdout().print(table)
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")
@@ -40,6 +41,7 @@ def _as_data(registry: Registry) -> dict[str, Any]:
         {
             "kind": offer.kind,
             "name": offer.name,
+            "argument": offer.value.argument if offer.kind == "metric" else "",
             "what": _family(offer.value) if offer.kind == "family" else offer.value.description,
             "package": offer.plugin.package,
             "version": offer.plugin.version,
@@ -56,6 +58,14 @@ def _as_data(registry: Registry) -> dict[str, Any]:
         for failure in registry.failures
     ]
     return {"offers": offers, "failures": failures, "collisions": list(registry.collisions)}
+
+
+def _usage(offer: dict[str, Any]) -> str:
+    """Give the name with its argument, if it takes one: random[:SEED], task:TASK."""
+    name, argument = offer["name"], offer["argument"]
+    if argument.startswith("["):
+        return f"{name}[:{argument[1:]}"
+    return f"{name}:{argument}" if argument else f"{name}"
 
 
 def _family(adapter: FamilyAdapter) -> str:

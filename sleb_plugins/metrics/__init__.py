@@ -2,11 +2,26 @@
 
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import Metric
+from sleb_plugins.metrics.angular import AngularDistance
+from sleb_plugins.metrics.chance import Chance
 from sleb_plugins.metrics.cosine import CosineDistance
+from sleb_plugins.metrics.kl import KlDivergence
+from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins.metrics.task import TaskError
+from sleb_plugins.metrics.taylor import Taylor
 
 
 @hookimpl
 def sleb_metrics() -> list[Metric]:
     """Offer the metrics that ship with `sleb`."""
-    return [NegativeLogLikelihood(), CosineDistance()]
+    return [
+        NegativeLogLikelihood(),
+        KlDivergence(),
+        CosineDistance(),
+        AngularDistance(),
+        Taylor(),
+        Magnitude(),
+        Chance(),
+        TaskError(),
+    ]

@@ -55,7 +55,7 @@ def whole(run_sleb, tiny_llama, options, tmp_path):
 
 def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path, request):
     plan, journal = whole
-    points = 50 if request.node.callspec.params["options"] == "exact" else 12
+    points = 50 if request.node.callspec.params["options"] == "exact" else 6
     header = journal.index(b"\n") + 1
     path = tmp_path / "plan.json"
     for cut in random.Random(1).sample(range(header, len(journal)), min(points, len(journal) - header)):

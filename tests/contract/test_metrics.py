@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import re
 from importlib.metadata import EntryPoint, entry_points
 
 import pytest
@@ -10,36 +12,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sleb_plugins as sleb
-from conftest import calibration
+from conftest import WORDS, calibration
 from sleb_cli import plugin_manager
 from sleb_cli.engine.calibration import draw
+from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.search.budget import Budget
+from sleb_cli.engine.search.gradients import blocks_with_gradients
+from sleb_cli.engine.search.passes import Passes
 from sleb_cli.engine.windows import cut_windows
-
-
-class KlToDense(sleb.LogitMetric):
-    """KL divergence from the dense model: a logit metric that asks for the dense logits."""
-
-    name = "kl"
-    needs_dense_logits = True
-
-    def score_tokens(self, logits, targets, dense_logits):
-        dense = dense_logits.log_softmax(-1)
-        return (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1)
-
-
-class Magnitude(sleb.WeightMetric):
-    name = "magnitude"
-
-    def score_block(self, block):
-        return sum(parameter.abs().sum().item() for parameter in block.parameters())
-
-
-class Taylor(sleb.WeightMetric):
-    name = "taylor"
-    needs_gradients = True
-
-    def score_block(self, block):
-        return sum((p * p.grad).abs().sum().item() for p in block.parameters())
+from sleb_plugins import metrics
+from sleb_plugins.metrics.weighted import parse_terms
 
 
 class Loss(sleb.ModelMetric):
@@ -85,7 +67,7 @@ class OneForAllStates(sleb.HiddenStateMetric):
 
 @sleb.hookimpl
 def sleb_metrics():
-    return [KlToDense(), Magnitude(), Taylor(), Loss(), Nothing(), NotANumber(), OneForAll(), OneForAllStates()]
+    return [Loss(), Nothing(), NotANumber(), OneForAll(), OneForAllStates()]
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +111,7 @@ def test_a_model_metric_that_computes_the_loss_finds_what_nll_finds(search):
 
 
 @torch.no_grad()
-def test_a_logit_metric_gets_the_dense_logits(search, model, sequences):
+def test_kl_is_the_divergence_from_the_dense_model(search, model, sequences):
     plan = plan_of(search("kl"))
     dense = model(sequences).logits[:, :-1].log_softmax(-1)
     block = plan["removals"][0]
@@ -141,19 +123,196 @@ def test_a_logit_metric_gets_the_dense_logits(search, model, sequences):
     assert plan["search"]["engine"] == "fork"
 
 
-def test_a_weight_metric_sees_parameters(search, model):
+def test_magnitude_is_the_sum_of_absolute_weights(search, model):
     plan = plan_of(search("magnitude"))
     expected = {str(n): sum(p.abs().sum().item() for p in model.model.layers[n].parameters()) for n in range(1, 5)}
     assert plan["steps"][0]["scores"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_weight_metric_may_ask_for_gradients(search, model, sequences):
-    plan = plan_of(search("taylor", "--batch-size", 3))
-    logits = model(sequences).logits[:, :-1]
+def whole_backward(model, sequences):
+    """Sum |w dL/dw| of each block, from one backward pass through the whole model."""
+    model.zero_grad()
+    logits = model(sequences, use_cache=False).logits[:, :-1]
     nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).backward()
-    layers = model.model.layers
-    expected = {str(n): sum((p * p.grad).abs().sum().item() for p in layers[n].parameters()) for n in range(1, 5)}
-    assert plan["steps"][0]["scores"] == pytest.approx(expected, rel=1e-3)
+    return {
+        str(n): sum((p * p.grad).abs().sum().item() for p in layer.parameters())
+        for n, layer in enumerate(model.model.layers)
+        if any(p.grad is not None for p in layer.parameters())
+    }
+
+
+def test_taylor_is_what_one_backward_pass_through_the_whole_model_gives(search, model, sequences):
+    plan = plan_of(search("taylor", "--batch-size", 3))
+    expected = whole_backward(model, sequences)
+    assert plan["search"]["engine"] == "weights"
+    assert plan["steps"][0]["scores"] == pytest.approx({n: expected[n] for n in "1234"}, rel=1e-4)
+    removed = plan["removals"][0]
+    model.model.layers[removed].register_forward_hook(lambda module, args, output: args[0])
+    expected = whole_backward(model, sequences)
+    assert plan["steps"][1]["scores"] == pytest.approx({n: expected[n] for n in plan["steps"][1]["scores"]}, rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fork", "plain"])
+def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(model, sequences, engine):
+    counted = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    with GatedModel(model, model.model.layers) as gated:
+        budget = Budget(sequences=2, positions=16, rows=1, kept=0)
+        batches = (sequences[:2], sequences[2:])
+        passes = Passes(gated, batches, budget, lambda event: None, engine, counted=(counted[:2], counted[2:]))
+        found = {}
+        for block in blocks_with_gradients(passes, (2,), [1, 3, 4]):
+            if engine == "fork":
+                layers = enumerate(model.model.layers)
+                assert {n for n, layer in layers for p in layer.parameters() if p.grad is not None} == {block}
+            found[block] = {name: p.grad.clone() for name, p in model.model.layers[block].named_parameters()}
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    model.requires_grad_(True)
+    model.model.layers[2].register_forward_hook(lambda module, args, output: args[0])
+    logits = model(sequences, use_cache=False).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none")
+    targets = counted[:, 1:]
+    ((losses * targets).sum(1) / targets.sum(1)).mean().backward()
+    assert sorted(found) == [1, 3, 4]
+    for block, gradients in found.items():
+        for name, parameter in model.model.layers[block].named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-7)
+
+
+@torch.no_grad()
+def test_angular_is_the_angle_in_half_turns(search, model, sequences):
+    plan = plan_of(search("angular"))
+    seen = {}
+    for n, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda module, args, output, n=n: seen.update({n: (args[0], output)}))
+    model(sequences, use_cache=False)
+    for n, score in plan["steps"][0]["scores"].items():
+        cosine = nn.functional.cosine_similarity(*(x.double() for x in seen[int(n)]), dim=-1)
+        assert score == pytest.approx(float((cosine.arccos() / math.pi).mean()), abs=1e-6)
+
+
+def test_angular_sees_small_angles_and_opposite_directions():
+    angular = metrics.AngularDistance()
+    x = torch.tensor([[[1.0, 0.0]]])
+    for angle in (0.0, 1e-5, 0.3, math.pi / 2, 3.0):
+        turned = torch.tensor([[[math.cos(angle), math.sin(angle)]]]) * 7
+        assert angular.score_tokens(x, turned).item() == pytest.approx(angle / math.pi, rel=1e-4)
+    assert angular.score_tokens(x, -x).item() == pytest.approx(1.0)
+
+
+def test_kl_is_zero_for_the_same_predictions_and_bears_masked_tokens():
+    kl = metrics.KlDivergence()
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, 4] = -math.inf
+    assert kl.score_tokens(logits, torch.zeros(5, dtype=torch.long), logits.clone()).abs().max() < 1e-6
+    other = logits.roll(1, 0)
+    assert (kl.score_tokens(other, torch.zeros(5, dtype=torch.long), logits) > 0).all()
+
+
+def test_random_depends_on_the_seed_and_the_number_alone(search):
+    plans = {metric: plan_of(search(metric)) for metric in ("random", "random:0", "random:7", "magnitude+random:7")}
+    assert plans["random"]["steps"] == plans["random:0"]["steps"] != plans["random:7"]["steps"]
+    for number in (1, 2, 3, 4):
+        lot = plans["random:7"]["steps"][0]["scores"][str(number)]
+        assert lot == metrics.Chance(7).score_block(None, number)
+        assert 0 <= lot < 1
+    assert plans["random:7"]["search"]["metric"] == "random:7"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("nll+0.5*kl", "fork"), ("2*cosine+angular", "fork"), ("taylor+1e-3*magnitude", "weights")]
+)
+def test_a_sum_is_the_sum_of_its_metrics(search, text, kind):
+    plan = plan_of(search(text))
+    parts = [plan_of(search(name))["steps"][0]["scores"] for name in sorted(set(re.findall("[a-z]{2,}", text)))]
+    weights = dict(zip(sorted(set(re.findall("[a-z]{2,}", text))), parts, strict=True))
+    for block, score in plan["steps"][0]["scores"].items():
+        expected = sum(term.weight * weights[term.name][block] for term in parse_terms(text))
+        assert score == pytest.approx(expected, rel=1e-4)
+    assert plan["search"]["engine"] == kind
+    assert plan["search"]["metric"] == text.replace("1e-3", "0.001")
+
+
+def test_a_sum_of_logit_metrics_races_and_its_survivors_score_as_without(search):
+    settings = ["--samples", 16, "--strategy", "refine"]
+    exact = plan_of(search("nll + 0.5*kl", *settings, "--batch-size", 1))
+    raced = plan_of(search("nll+0.5*kl", *settings, "--fast"))
+    assert exact["removals"] == raced["removals"]
+    for step, other in zip(raced["steps"], exact["steps"], strict=True):
+        assert step["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nll+0.5*cosine", "nll looks at logits, cosine looks at hidden states"),
+        ("nll+x*kl", "cannot be read at 'x*kl'"),
+        ("nll+-1*kl", "cannot be read at '-1*kl'"),
+        ("nll+0*kl", "cannot be read at '0*kl'"),
+        ("nll+", "cannot be read at ''"),
+        ("nll+kll", "There is no metric 'kll'"),
+        ("nll:3", "'nll' takes no argument, and '3' was given"),
+        ("random:x", "The seed of random:x is no whole number"),
+        ("random:", "The seed of random: is no whole number"),
+        ("task", "The metric 'task' needs an argument"),
+        ("task:piqa:0", "asks for '0' items"),
+    ],
+)
+def test_a_metric_that_cannot_be_read_is_refused(search, tmp_path, text, message):
+    result = search(text)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestTask:
+    @pytest.fixture(autouse=True)
+    def _task(self, tmp_path):
+        """Twelve items, of two answers each, of which the longer is right."""
+        rng = random.Random(0)
+        items = [{"q": " ".join(rng.choices(WORDS, k=4)), "a": ["mill", "river bridge"], "gold": 1} for _ in range(12)]
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        (tmp_path / "mine.yaml").write_text(
+            f"task: my_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'items.jsonl'}\n"
+            'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{a}}"\n'
+            'doc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
+        )
+        self.items = items
+
+    @torch.no_grad()
+    def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama):
+        result = search("task:mine.yaml:9", "--remove", 1)
+        plan = plan_of(result)
+        assert plan["search"]["metric"] == "task:my_task:9"
+        assert plan["search"]["engine"] == "model"
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+
+        def likelihood(question, answer):
+            ids = tokenizer(f"{question} {answer}", return_tensors="pt").input_ids
+            given = len(tokenizer(question).input_ids)
+            scores = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            return float(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum()) / len(answer)
+
+        layers = list(model.model.layers)
+        for block, score in plan["steps"][0]["scores"].items():
+            model.model.layers = nn.ModuleList(layers[: int(block)] + layers[int(block) + 1 :])
+            wrong = [likelihood(i["q"], i["a"][1]) <= likelihood(i["q"], i["a"][0]) for i in self.items[:9]]
+            assert score == pytest.approx(sum(wrong) / 9)
+        assert "%|" not in result.stderr
+
+    @pytest.mark.parametrize(
+        ("metric", "message"),
+        [
+            ("task:piqqa", "lm-eval knows no task 'piqqa'"),
+            ("task:gone.yaml", "The task file gone.yaml cannot be read"),
+            ("task:items.yaml", "names no task"),
+        ],
+    )
+    def test_a_task_that_is_not_there_is_said_before_the_model_is_loaded(self, search, tmp_path, metric, message):
+        (tmp_path / "items.yaml").write_text("dataset_path: json\n")
+        result = search(metric)
+        assert result.exit_code == 5
+        assert message in result.stderr
+        assert "Loading" not in result.stderr
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.logits import require_shape, score_logits
+from sleb_cli.engine.logits import require_shape
+from sleb_cli.engine.search.gradients import blocks_with_gradients
 from sleb_cli.engine.search.greedy import Outcome, Score, require_finite
 from sleb_cli.engine.search.passes import Passes
 from sleb_cli.engine.search.race import Race
@@ -211,28 +212,14 @@ class Scoring:
         return Outcome({span[-1]: math.fsum(known[block] for block in span) for span in spans})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Look at each block's parameters, after one backward pass where the metric asks for gradients."""
-        model = self.gated.model
-        try:
-            if metric.needs_gradients:
-                self._accumulate_gradients(removed)
-            scores: dict[int, float] = {}
-            for block in candidates:
-                scores[block] = _number(metric, metric.score_block(self.gated.gates[block].block))
-                self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
-                self.notify(SearchAdvanced(self.sequences))
-            return Outcome(scores)
-        finally:
-            model.zero_grad(set_to_none=True)
-            model.requires_grad_(False)
-
-    def _accumulate_gradients(self, removed: Sequence[int]) -> None:
-        self.gated.model.requires_grad_(True)
-        metric = NegativeLogLikelihood()
-        for batch, ids in enumerate(self.passes.batches):
-            counted = self.passes.counted[batch] if self.passes.counted else None
-            losses = score_logits(metric, self.gated.logits(ids, removed), ids, counted=counted)
-            (losses.sum() / self.sequences).backward()  # type: ignore[no-untyped-call]
+        """Look at each block's parameters, with gradients where the metric asks for them."""
+        blocks = blocks_with_gradients(self.passes, removed, candidates) if metric.needs_gradients else candidates
+        scores: dict[int, float] = {}
+        for block in blocks:
+            scores[block] = _number(metric, metric.score_block(self.gated.gates[block].block, block))
+            self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
+            self.notify(SearchAdvanced(self.sequences))
+        return Outcome({block: scores[block] for block in candidates})
 
     @torch.inference_mode()
     def _score_models(self, metric: ModelMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:

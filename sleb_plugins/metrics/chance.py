@@ -1,0 +1,39 @@
+"""Chance, against which every metric must show that it knows something."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+from sleb_plugins.errors import UsageError
+from sleb_plugins.metric import WeightMetric
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Chance(WeightMetric):
+    """A number between 0 and 1, drawn for each block from the seed and the block's number alone: the baseline."""
+
+    name = "random"
+    description = "drawn from a seed (0) and the block's number"
+    argument = "[SEED]"
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed or 0
+        if seed is not None:
+            self.name = f"random:{seed}"
+
+    def with_argument(self, argument: str) -> Chance:
+        """Give the metric with this seed.
+
+        Raises:
+            UsageError: it is no whole number of 0 or more.
+        """
+        if not (argument.isascii() and argument.isdigit()):
+            raise UsageError(f"The seed of random:{argument} is no whole number.", hint="Write it like random:7.")
+        return Chance(int(argument))
+
+    def score_block(self, block: nn.Module, number: int) -> float:
+        """Return the block's lot."""
+        return random.Random(f"{self.seed}:{number}").random()

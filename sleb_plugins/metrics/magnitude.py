@@ -1,0 +1,25 @@
+"""How large a block's weights are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sleb_plugins.metric import WeightMetric
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Magnitude(WeightMetric):
+    """The sum of |w| over all parameters of the block (the L1 norm), in the units of the weights.
+
+    "Mag" of Kim et al., Shortened LLaMA (arXiv 2402.02834), where block-level importance is evaluated; it looks at no
+    text. They found it to fail on LLaMA, where the first blocks have the smallest weights: a baseline.
+    """
+
+    name = "magnitude"
+    description = "sum of the absolute weights of the block"
+
+    def score_block(self, block: nn.Module, number: int) -> float:
+        """Return the sum of |w|."""
+        return sum(weight.detach().float().abs().sum().item() for weight in block.parameters())

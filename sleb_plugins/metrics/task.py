@@ -1,0 +1,73 @@
+"""What share of a task's items the model without the block gets wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sleb_plugins.errors import DataError, UsageError
+from sleb_plugins.harness import load_tasks, run_tasks
+from sleb_plugins.metric import ModelMetric
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+DEFAULT_ITEMS = 100
+
+
+class TaskError(ModelMetric):
+    """1 - accuracy on the first items of an lm-eval task, from 0 to 1: `task:piqa`, `task:piqa:500`, `task:my.yaml`.
+
+    The accuracy is `acc_norm` (likelihoods of answers by their length) where the task has it, since answers differ in
+    length, and `acc` otherwise. It is coarse: with 100 items, the default, it moves in steps of 0.01, of which chance
+    explains up to 5. The calibration tokens are not looked at, and the model is run once for each candidate.
+    """
+
+    name = "task"
+    description = "1 - accuracy on the first items (100) of an lm-eval task, a name or a YAML file"
+    argument = "TASK[:ITEMS]"
+
+    def __init__(self, task: str = "", items: int = DEFAULT_ITEMS, manager: Any = None) -> None:
+        self._task, self._items, self._manager = task, items, manager
+        if task:
+            self.name = f"task:{task}" + ("" if items == DEFAULT_ITEMS else f":{items}")
+
+    def with_argument(self, argument: str) -> TaskError:
+        """Give the metric for this task, whose data is loaded at once.
+
+        Raises:
+            DataError: there is no such task, or its file or data cannot be read.
+            UsageError: the number of items is none.
+        """
+        named, _, items = argument.rpartition(":")
+        if not named:
+            named, items = argument, str(DEFAULT_ITEMS)
+        if not (items.isascii() and items.isdigit() and int(items)):
+            raise UsageError(f"task:{argument} asks for {items!r} items.", hint="Write it like task:piqa:100.")
+        if named.endswith((".yaml", ".yml")):
+            name, folder = _name_in(Path(named)), Path(named).parent
+            return TaskError(name, int(items), load_tasks([name], folder))
+        return TaskError(named, int(items), load_tasks([named]))
+
+    def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
+        """Return 1 - accuracy."""
+        results = run_tasks(self._manager, [self._task], model, tokenizer, batch_size=8, limit=self._items)
+        found = results["results"].get(self._task, {})
+        for measure in ("acc_norm,none", "acc,none"):
+            if measure in found:
+                return 1.0 - float(found[measure])
+        raise DataError(
+            f"The task {self._task} measures no accuracy.", hint="Take a multiple-choice task, such as piqa."
+        )
+
+
+def _name_in(file: Path) -> str:
+    """Read a task's name from its file, which lm-eval alone can read as a whole: it may call functions."""
+    try:
+        found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The task file {file} cannot be read.", hint="Check the path.") from error
+    if not found:
+        raise DataError(f"The task file {file} names no task.", hint="It needs a line like `task: my_task`.")
+    return found[1]

@@ -1,0 +1,137 @@
+"""Weighted sums of metrics: how they are written, and what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sleb_plugins.errors import PluginError, UsageError
+from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+M = TypeVar("M", bound=Metric)
+
+_LOOKS_AT: dict[type[Metric], str] = {
+    LogitMetric: "logits",
+    HiddenStateMetric: "hidden states",
+    WeightMetric: "weights",
+    ModelMetric: "the whole model",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One metric of a sum, as it was written: `0.5*task:piqa`."""
+
+    weight: float
+    name: str
+    argument: str | None
+
+
+def parse_terms(text: str) -> list[Term]:
+    """Read `nll+0.5*kl`, `random:7`, or a plain name.
+
+    Raises:
+        UsageError: a weight is no number above 0, or a name is missing.
+    """
+    return [_term(part, text) for part in text.split("+")]
+
+
+def _term(part: str, text: str) -> Term:
+    before, star, after = part.rpartition("*")
+    name, colon, argument = after.strip().partition(":")
+    try:
+        weight = float(before) if star else 1.0
+    except ValueError:
+        weight = math.nan
+    if not name or not 0 < weight < math.inf:
+        raise UsageError(f"The metric {text!r} cannot be read at {part!r}.", hint="Write a sum like nll+0.5*kl.")
+    return Term(weight, name, argument if colon else None)
+
+
+def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
+    """Give the metric that is this sum, or the metric itself where it is alone: one pass serves all of them.
+
+    Raises:
+        UsageError: they look at different things.
+    """
+    if len(terms) == 1 and terms[0][0] == 1:
+        return terms[0][1]
+    for kind, made in _SUMS.items():
+        if all(isinstance(metric, kind) for _, metric in terms):
+            sum_of_kind: Metric = made(terms)
+            return sum_of_kind
+    seen = [(metric.name, what) for _, metric in terms for kind, what in _LOOKS_AT.items() if isinstance(metric, kind)]
+    raise UsageError(
+        f"{' and '.join(name for name, _ in seen)} do not add up: "
+        f"{', '.join(f'{name} looks at {what}' for name, what in seen)}.",
+        hint="Sum metrics of one kind, such as nll+0.5*kl.",
+    )
+
+
+class _Sum(Metric):
+    """What all kinds of sums share."""
+
+    def __init__(self, terms: Sequence[tuple[float, Any]]) -> None:
+        self.terms = terms
+        self.name = "+".join(metric.name if weight == 1 else f"{weight:.12g}*{metric.name}" for weight, metric in terms)
+
+    def _sum(self, scores: Sequence[tuple[str, Any]], shape: Any) -> Any:
+        """Add up what each metric gave, once it is known to have the right shape: a wrong one would be spread out."""
+        for name, score in scores:
+            if getattr(score, "shape", None) != shape:
+                raise PluginError(
+                    f"The metric {name!r} gave scores of shape {getattr(score, 'shape', None)}, "
+                    f"where one for each of {list(shape)} belongs.",
+                    hint="Tell its author.",
+                )
+        return sum(weight * score for (weight, _), (_, score) in zip(self.terms, scores, strict=True))
+
+
+class _LogitSum(_Sum, LogitMetric):
+    @property
+    def needs_dense_logits(self) -> bool:  # type: ignore[override]
+        """Whether any of them does."""
+        return any(metric.needs_dense_logits for _, metric in self.terms)
+
+    def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
+        scores = [
+            (m.name, m.score_tokens(logits, targets, dense_logits if m.needs_dense_logits else None))
+            for _, m in self.terms
+        ]
+        total: Tensor = self._sum(scores, targets.shape)
+        return total
+
+
+class _HiddenStateSum(_Sum, HiddenStateMetric):
+    def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
+        scores = [(m.name, m.score_tokens(entering, leaving)) for _, m in self.terms]
+        total: Tensor = self._sum(scores, entering.shape[:-1])
+        return total
+
+
+class _WeightSum(_Sum, WeightMetric):
+    @property
+    def needs_gradients(self) -> bool:  # type: ignore[override]
+        """Whether any of them does."""
+        return any(metric.needs_gradients for _, metric in self.terms)
+
+    def score_block(self, block: nn.Module, number: int) -> float:
+        return math.fsum(weight * metric.score_block(block, number) for weight, metric in self.terms)
+
+
+class _ModelSum(_Sum, ModelMetric):
+    def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
+        return math.fsum(weight * metric.score_model(model, tokenizer, sequences) for weight, metric in self.terms)
+
+
+_SUMS: dict[type[Metric], Any] = {
+    LogitMetric: _LogitSum,
+    HiddenStateMetric: _HiddenStateSum,
+    WeightMetric: _WeightSum,
+    ModelMetric: _ModelSum,
+}
