@@ -226,9 +226,10 @@ class FoldRecord(Record):
     `weights` are the modules that were fitted, none where nothing could be; `exact` says whether the block's output
     changes by just what they add. `error_left` is the share of the squared error that is left on held-out text, with
     the `ridge` that leaves least; `loss` is the held-out loss with these values, which stay only if they are `kept`.
+    Without a `block`, it is the norm behind the last one.
     """
 
-    block: Block
+    block: Block | None
     gap: int
     weights: tuple[str, ...] = ()
     exact: bool = True

@@ -12,8 +12,9 @@ Held-out text decides on everything: a fit that does not lower the loss there is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from sleb_cli.engine.gates import Call, GatedModel
 from sleb_cli.engine.logits import score_hidden_states
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge
 from sleb_cli.engine.recovery.variant import POSITIONS, placed
-from sleb_cli.engine.recovery.writers import Writer, find_writers, inputs_of
+from sleb_cli.engine.recovery.writers import Writer, final_norm, find_writers, inputs_of
 from sleb_cli.engine.search.passes import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import ClosedFormRecord, FoldRecord
@@ -31,6 +32,8 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 BATCH_TOKENS = 4096
+PATIENCE = 3
+"""After so many blocks without a gain, no further one is refitted until the next gap."""
 # What writers are tried on.
 TRIED_POSITIONS = 32
 
@@ -43,6 +46,10 @@ class _Column:
     calls: list[list[Call]]
     dense: list[Tensor]
     pruned: list[Tensor]
+
+
+_Rows = tuple[Tensor, Tensor, Tensor]
+"""Features [rows, features], targets [rows, outputs] and weights [rows] of some positions."""
 
 
 @dataclass(frozen=True)
@@ -98,22 +105,22 @@ class _Climb:
     def run(self) -> tuple[dict[str, Tensor], ClosedFormRecord]:
         task = "Recovering in closed form"
         self.notify(TaskStarted(task, self.count, "blocks"))
-        first = max((block for block in range(min(self.removed)) if block not in self.removed), default=0)
-        self.loss = self._loss(0, {})
-        for block in range(self.count):
-            if block not in self.removed:
-                end = self._end_of_gap(block)
-                for column in (self.fit, self.held_out):
-                    for depth in range(block, end):
-                        column.dense = self._through(depth, column, column.dense)
-                if block >= first:
-                    self._refit(block, end)
-                for column in (self.fit, self.held_out):
-                    with placed(self.gated.model, self.values):
-                        column.pruned = self._through(block, column, column.pruned)
-            last = self.folds[-1] if self.folds else None
-            note = f"block {last.block}: loss {last.loss:.4f}" if last else ""
-            self.notify(TaskAdvanced(task, note=note))
+        kept = [block for block in range(self.count) if block not in self.removed]
+        first = max((block for block in kept if block < min(self.removed)), default=0)
+        self.loss, last_gain = self._loss(0, {}), first
+        for block in kept:
+            end = self._end_of_gap(block)
+            for column in (self.fit, self.held_out):
+                for depth in range(block, end):
+                    column.dense = self._through(depth, column, column.dense)
+            gap = end > block + 1
+            if gap or first <= block <= last_gain + PATIENCE:
+                last_gain = block if self._refit(block, end) or gap else last_gain
+            for column in (self.fit, self.held_out):
+                with placed(self.gated.model, self.values):
+                    column.pruned = column.dense if block < first else self._through(block, column, column.pruned)
+            self.notify(TaskAdvanced(task, end - block, note=f"held-out loss {self.loss:.4f}"))
+        self._refit_norm()
         self.notify(TaskFinished(task))
         return self.values, ClosedFormRecord(folds=tuple(self.folds))
 
@@ -144,19 +151,28 @@ class _Climb:
             ]
         return float(torch.cat(losses).mean())
 
-    def _refit(self, block: int, end: int) -> None:
+    def _refit(self, block: int, end: int) -> bool:
         """Give a block the values that bring the pruned states at `end` nearest to the dense ones, if that pays."""
+        before = self.loss
         with placed(self.gated.model, self.values):
             writers = find_writers(self.gated, self.fit.calls[0][block], self.fit.pruned[0])
-        gap = end - block - 1
-        if not writers:
-            if gap:
-                self.notify(Notice(f"The gap after block {block} stays as it is: no weights there add to its output."))
-            self.folds.append(FoldRecord(block=block, gap=gap, loss=self.loss, kept=False))
-            return
-        fold = self._best_fold(block, writers)
+        if end > block + 1 and not writers:
+            self.notify(Notice(f"The gap after block {block} stays as it is: no weights there add to its output."))
+        for together in writers:
+            rows = partial(self._rows, block=block, writers=together)
+            self._keep_if_better(block, end - block - 1, together, self._best_fold(rows, together))
+        return self.loss < before
+
+    def _refit_norm(self) -> None:
+        """Refit the gains of the final norm, and with them the scale of the head, to what the dense model has there."""
+        norm = final_norm(self.gated, self.fit.pruned[0], self.fit.ids[0])
+        if norm is not None:
+            rows = partial(self._rows_of_norm, norm=norm)
+            self._keep_if_better(None, 0, [norm], self._best_fold(rows, [norm]))
+
+    def _keep_if_better(self, block: int | None, gap: int, writers: Sequence[Writer], fold: _Fold) -> None:
         values = self.values | fold.values
-        loss = self._loss(block, values)
+        loss = self._loss(self.count if block is None else block, values)
         kept = loss < self.loss
         if kept:
             self.values, self.loss = values, loss
@@ -172,14 +188,14 @@ class _Climb:
         )
         self.folds.append(record)
 
-    def _best_fold(self, block: int, writers: Sequence[Writer]) -> _Fold:
+    def _best_fold(self, rows: Callable[[_Column], Iterator[_Rows]], writers: Sequence[Writer]) -> _Fold:
         """Fit with each ridge, and take the one that leaves the least on the held-out text."""
         sums = Gains() if writers[0].kind == "gain" else Ridge()
-        for features, targets, weights in self._rows(self.fit, block, writers):
+        for features, targets, weights in rows(self.fit):
             sums.add(features, targets, weights)
         fits = {ridge: sums.solve(ridge) for ridge in RIDGES}
         left, whole = dict.fromkeys(RIDGES, 0.0), 0.0
-        for features, targets, weights in self._rows(self.held_out, block, writers):
+        for features, targets, weights in rows(self.held_out):
             whole += float((weights[:, None] * targets.square()).sum())
             for ridge, fitted in fits.items():
                 there = features * fitted.float() if isinstance(sums, Gains) else features @ fitted.float()
@@ -187,7 +203,7 @@ class _Climb:
         ridge = min(RIDGES, key=lambda ridge: left[ridge])
         return _Fold(ridge, dict(self._folded(writers, fits[ridge])), left[ridge] / max(whole, 1e-30))
 
-    def _rows(self, column: _Column, block: int, writers: Sequence[Writer]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _rows(self, column: _Column, block: int, writers: Sequence[Writer]) -> Iterator[_Rows]:
         """Give features, what is missing at the end of the gap, and weights, batch by batch, in float32.
 
         Whatever reads the hidden states divides them by their size first, so an error counts by its share of that:
@@ -201,6 +217,12 @@ class _Climb:
             ones = [missing.new_full((len(missing), 1), writer.scale) for writer in writers if _fits_bias(writer)]
             weights = 1 / dense.float().square().mean(-1).flatten().clamp_min(1e-12)
             yield torch.cat([*parts, *ones[:1]], dim=1), missing, weights
+
+    def _rows_of_norm(self, column: _Column, norm: Writer) -> Iterator[_Rows]:
+        """The same at the final norm, behind which every channel counts as it is."""
+        for dense, pruned in zip(column.dense, column.pruned, strict=True):
+            wanted, found = (norm.module(states).float().flatten(0, -2) for states in (dense, pruned))
+            yield norm.features(pruned), wanted - found, torch.ones(len(found), device=found.device)
 
     def _folded(self, writers: Sequence[Writer], fitted: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Divide what was fitted among the writers' weights, and the constant, which the first bias takes."""

@@ -21,6 +21,10 @@ from sleb_cli.engine.gates import Call, GatedModel
 
 EXACT = 0.02
 """How much may be otherwise than a constant times what was added, as a share of it: rounding of bfloat16."""
+NEAR = 3.0
+"""The same where the rest of the block answers to what was added; what does not write to the states is far beyond."""
+# What is added, relative to the hidden states: as little as rounding allows, since the answer should be in proportion.
+ADDED = 0.25
 
 
 @dataclass(frozen=True)
@@ -76,28 +80,38 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
             handle.remove()
 
 
-def find_writers(gated: GatedModel, call: Call, hidden: Tensor) -> list[Writer]:
-    """Give the block's writers on these hidden states, [batch, positions, hidden size]: those that a fit should change.
+def find_writers(gated: GatedModel, call: Call, hidden: Tensor) -> list[list[Writer]]:
+    """Give the block's writers on these hidden states, [batch, positions, hidden size], in the order to fit them.
 
-    Exact matrices come first, all of them (attention and MLP in parallel are two); where there is none, an exact gain;
-    where there is none either, the matrix that comes nearest: experts answer to what attention writes, but little.
+    Those that are fitted together make one list. First come matrices to whose output the rest of the block answers
+    (attention's, to which the MLP does), as though it did not; then, together, those that are exact (attention and MLP
+    in parallel are two), which makes up for it. Where no matrix is exact, a gain is, or nothing.
     """
     found = list(_tried(gated, call, hidden))
-    for wanted in (
-        [writer for writer, error in found if writer.exact and writer.kind != "gain"],
-        [writer for writer, error in found if writer.exact][-1:],
-    ):
-        if wanted:
-            return wanted
-    near = [(error, number) for number, (writer, error) in enumerate(found) if writer.kind != "gain"]
-    return [found[min(near)[1]][0]] if near else []
+    near = [[writer] for writer in found if not writer.exact and writer.kind != "gain"]
+    exact = [writer for writer in found if writer.exact and writer.kind != "gain"]
+    gains = [writer for writer in found if writer.exact and writer.kind == "gain"][-1:]
+    return [*near, *([exact or gains] if exact or gains else [])]
 
 
-def _tried(gated: GatedModel, call: Call, hidden: Tensor) -> Iterator[tuple[Writer, float]]:
+def final_norm(gated: GatedModel, hidden: Tensor, ids: Tensor) -> Writer | None:
+    """Give the norm that takes what leaves the last block, [batch, positions, hidden size], where there is one."""
+    norms = [
+        (name, module) for name, module in gated.model.named_modules() if _kind(module, hidden.shape[-1]) == "gain"
+    ]
+    with inputs_of([module for _, module in norms]) as entering:
+        gated.head(hidden, ids)
+    for name, module in norms:
+        if module in entering and torch.equal(entering[module], hidden):
+            return Writer(name, module, "gain", 1.0, exact=True)
+    return None
+
+
+def _tried(gated: GatedModel, call: Call, hidden: Tensor) -> Iterator[Writer]:
     block = gated.gates[call.block].block
     plain = gated.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt()
+    noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * ADDED
     for name, module in block.named_modules():
         kind = _kind(module, hidden.shape[-1])
         if kind is None:
@@ -118,7 +132,8 @@ def _tried(gated: GatedModel, call: Call, hidden: Tensor) -> Iterator[tuple[Writ
             continue
         scale = float((change * noise).sum() / noise.square().sum())
         error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))
-        yield Writer(name, module, kind, scale, exact=error <= EXACT), error
+        if error <= NEAR:
+            yield Writer(name, module, kind, scale, exact=error <= EXACT)
 
 
 def _kind(module: nn.Module, width: int) -> Literal["matrix", "transposed", "gain"] | None:
