@@ -164,3 +164,34 @@ def test_without_the_memory_for_the_model_it_is_refused(run_sleb, llama_plan, te
     result = run_sleb("apply", llama_plan, *recovering(text_file), "-o", "out")
     assert result.exit_code == 7
     assert "Recovery needs the dense model in memory" in result.stderr
+
+
+def test_where_no_text_is_named_it_is_half_what_the_plan_was_searched_on(
+    run_sleb, llama_plan, text_file, fit, tmp_path
+):
+    result = run_sleb(
+        "apply", llama_plan, "--recover", "--samples", 10, "--sequence-length", 32, "-o", "out", "--no-verify"
+    )
+    assert result.exit_code == 0, result.stderr
+    plan = read_plan(tmp_path / "out" / "sleb_plan.json")
+    assert plan.recovery
+    assert plan.recovery.text.source == f"{text_file}:0.5,self:0.5"
+
+
+def test_without_a_plan_it_is_the_models_own(run_sleb, tiny_llama, fit, tmp_path):
+    result = run_sleb(
+        "apply",
+        tiny_llama,
+        "--blocks",
+        "3",
+        "--recover",
+        "--samples",
+        10,
+        "--sequence-length",
+        32,
+        "-o",
+        "out",
+        "--json",
+    )
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["recovery"]["text"]["source"] == "self"

@@ -23,6 +23,7 @@ from sleb_cli.engine.calibration import (
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import choose_device, choose_dtype, dtype_name, load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.memory import free_bytes
+from sleb_cli.engine.mixture import parse_mixture
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.heal import Budget, Case, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
@@ -32,12 +33,10 @@ from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.subject import Subject
 from sleb_cli.engine.surgery import Surgery
 from sleb_cli.events import Notify, TaskFinished, TaskStarted
-from sleb_cli.plan import HealRecord, LossesRecord, RecoveryRecord
+from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.units import size as in_words
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError
 
-DEFAULT_SOURCE = SELF
-"""The text to recover on where none is named: it needs no data, and favours no kind of text."""
 DEFAULT_SAMPLES = 64
 DEFAULT_LENGTH = 512
 HEAL_LENGTH = 256
@@ -121,7 +120,7 @@ class _Recovery:
         self.subject, self.request, self.state, self.notify = subject, request, state, notify
         self.architecture, self.surgery = subject.architecture, subject.surgery
         self.budget = choose_budget(request.heal.minutes, request.heal.tokens) if request.heal else None
-        self.settings = _settle(request, self.architecture)
+        self.settings = _settle(request, subject)
         _require_plain(self.architecture)
         self.team = Team(choose_device(request.device))
         self.dtype = cast or choose_dtype("auto", self.architecture, self.team.device)
@@ -291,17 +290,25 @@ def _require_memory(surgery: Surgery, dtype: torch.dtype, device: torch.device, 
         )
 
 
-def _settle(request: RecoveryRequest, architecture: Architecture) -> CalibrationSettings:
+def _settle(request: RecoveryRequest, subject: Subject) -> CalibrationSettings:
     """Fill in what the user left open, with more text than a search needs: weights are fitted to it."""
-    asked = request.calibration
+    asked, architecture = request.calibration, subject.architecture
     usual = HEAL_LENGTH if request.heal else DEFAULT_LENGTH
     length = asked.sequence_length or min(usual, architecture.longest_sequence or usual)
-    settings = settle_calibration(
-        replace(asked, source=asked.source or DEFAULT_SOURCE, sequence_length=length), architecture
-    )
+    source = asked.source or (_usual_source(subject.plan) if request.closed_form and not asked.chat else SELF)
+    settings = settle_calibration(replace(asked, source=source, sequence_length=length), architecture)
     if settings.samples_were_asked or settings.source in REFERENCE_PRESETS:
         return settings
     return replace(settings, samples=DEFAULT_SAMPLES)
+
+
+def _usual_source(plan: Plan | None) -> str:
+    """Choose the text to fit on: half what the plan was searched on, half the model's own, which favours no kind."""
+    searched = plan.calibration if plan else None
+    if searched is None or searched.chat or searched.source == SELF:
+        return SELF
+    source = searched.source.removesuffix("-sleb")
+    return source if len(parse_mixture(source)) > 1 else f"{source}:0.5,{SELF}:0.5"
 
 
 def _split(sequences: Tensor) -> tuple[Tensor, Tensor]:
