@@ -59,32 +59,30 @@ DENSE, REFERENCE = "dense", "nll-greedy"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose blocks: options of `sleb search`, once for each seed."""
+    """A way to choose blocks: options of `sleb search`, once for each seed, which stands where they say {seed}."""
 
     label: str
-    options: tuple[str, ...]
+    options: str
     seeds: tuple[int, ...] = (0,)
     each_size: bool = False
-    """Whether each size is searched for itself, since its removals hold no smaller ones."""
+    """Whether each size is searched for itself, since a plan of it does not know what the best of fewer are."""
 
 
 METHODS = {
-    "nll-greedy": Method("greedy, nll (SLEB)", ("--metric", "nll")),
-    "nll-oneshot": Method("one-shot, nll", ("--metric", "nll", "--strategy", "oneshot")),
-    "kl-greedy": Method("greedy, kl", ("--metric", "kl")),
-    "cosine-oneshot": Method("one-shot, cosine (as ShortGPT)", ("--metric", "cosine", "--strategy", "oneshot")),
-    "cosine-greedy": Method("greedy, cosine", ("--metric", "cosine")),
-    "angular-contiguous": Method(
-        "contiguous, angular (as PruneMe)", ("--metric", "angular", "--strategy", "contiguous"), each_size=True
-    ),
-    "taylor-oneshot": Method("one-shot, taylor", ("--metric", "taylor", "--strategy", "oneshot")),
-    "magnitude-oneshot": Method("one-shot, magnitude", ("--metric", "magnitude", "--strategy", "oneshot")),
-    "last": Method("last", ("--strategy", "last")),
-    "random": Method("random, 5 seeds", ("--metric", "random", "--strategy", "oneshot"), seeds=(0, 1, 2, 3, 4)),
-    "nll-beam": Method("beam, nll", ("--metric", "nll", "--strategy", "beam"), each_size=True),
-    "nll-refine": Method("refine, nll", ("--metric", "nll", "--strategy", "refine"), each_size=True),
+    "nll-greedy": Method("greedy, nll (SLEB)", "--metric nll"),
+    "nll-oneshot": Method("one-shot, nll", "--metric nll --strategy oneshot"),
+    "kl-greedy": Method("greedy, kl", "--metric kl"),
+    "cosine-oneshot": Method("one-shot, cosine (as ShortGPT)", "--metric cosine --strategy oneshot"),
+    "cosine-greedy": Method("greedy, cosine", "--metric cosine"),
+    "angular-contiguous": Method("contiguous, angular (as PruneMe)", "--metric angular --strategy contiguous"),
+    "taylor-oneshot": Method("one-shot, taylor", "--metric taylor --strategy oneshot"),
+    "magnitude-oneshot": Method("one-shot, magnitude", "--metric magnitude --strategy oneshot"),
+    "last": Method("last", "--strategy last"),
+    "random": Method("random, 5 seeds", "--metric random:{seed} --strategy oneshot", seeds=(0, 1, 2, 3, 4)),
+    "nll-beam": Method("beam, nll", "--metric nll --strategy beam"),
+    "nll-refine": Method("refine, nll", "--metric nll --strategy refine", each_size=True),
 }
-RACES = ("nll", "kl")
+RACING = ("nll-greedy", "kl-greedy", "nll-beam", "nll-refine")
 
 
 class Stopped(Exception):
@@ -173,16 +171,16 @@ class Bench:
         found = self.work.data["searches"].setdefault(f"{name}/{seed}", {}).setdefault(str(size), {"seconds": 0.0})
         plan_file = self.work.folder / f"{name}-{seed}-{size}.json"
         command = [
-            "search", self.options.model, "--remove", size, *METHODS[name].options, "--calibration",
-            self.options.data / "text/enwiki_train.txt", "--samples", self.options.samples, "--sequence-length",
-            self.options.length, "--seed", seed, "--dtype", self.options.dtype, "-o", plan_file, "-q", "--json",
+            "search", self.options.model, "--remove", size, *METHODS[name].options.format(seed=seed).split(),
+            "--calibration", self.options.data / "text/enwiki_train.txt", "--samples", self.options.samples,
+            "--sequence-length", self.options.length, "--dtype", self.options.dtype, "-o", plan_file, "-q", "--json",
         ]  # fmt: skip
-        metric = dict(zip(METHODS[name].options, METHODS[name].options[1:], strict=False)).get("--metric", "nll")
-        command += ["--fast"] if self.options.fast and metric in RACES and "last" not in command else []
+        command += ["--fast"] if self.options.fast and name in RACING else []
         command += ["--resume"] if plan_file.with_name(f"{plan_file.name}.journal").exists() else []
         say(f"search {name}, seed {seed}, {size} blocks")
         start = time.monotonic()
-        run_sleb(command, on_exit=lambda: found.update(seconds=found["seconds"] + time.monotonic() - start))
+        if not plan_file.exists():
+            run_sleb(command, on_exit=lambda: found.update(seconds=found["seconds"] + time.monotonic() - start))
         plan = read_plan(plan_file)
         sizes = [size] if METHODS[name].each_size else range(1, size + 1)
         found["removals"] = {str(count): list(plan.first(count).removals) for count in sizes}
@@ -304,10 +302,18 @@ def rows(bench: Bench, size: int) -> Iterator[tuple[str, Row]]:
         models = [bench.work.model(key_of(removals)) for removals in found.values() if removals]
         if models and all(map(is_measured, models)):
             yield name, Row(METHODS[name].label, tuple(models), bench.work.seconds(name, size))
-        for variant in bench.options.variants:
+        for variant in bench.options.variants if name in bench.options.variant_methods else ():
             after = bench.work.model(key_of(found.get(0) or (), variant))
             if is_measured(after):
-                yield name + variant, Row(f"{METHODS[name].label} {variant}", (after,), after.get("seconds"))
+                back = "/".join(f"{share:.0%}" for share in shares_back(bench.work.model(DENSE), models[0], after))
+                label = f"{METHODS[name].label} {variant} ({back} of the lost nats back)"
+                yield name + variant, Row(label, (after,), after.get("seconds"))
+
+
+def shares_back(dense: dict[str, Any], pruned: dict[str, Any], after: dict[str, Any]) -> list[float]:
+    """Give, for each text, the share of the nats lost by the removal that a recovery gave back."""
+    means = [[statistics.fmean(model["losses"][text]) for model in (dense, pruned, after)] for text in TEXTS]
+    return [(lost - now) / (lost - whole) for whole, lost, now in means]
 
 
 def is_measured(model: dict[str, Any]) -> bool:
@@ -366,12 +372,14 @@ def report(bench: Bench) -> str:
     """Give what stands between the marks of the document."""
     options, blocks = bench.options, bench.architecture.block_count
     raced = ", nll and kl raced (`--fast`)" if options.fast else ""
-    items = f" Zero-shot accuracy on the first {options.items} items, with standard errors." if options.items else ""
+    with_tasks = any(model["tasks"] for model in bench.work.data["models"].values())
+    items = f" Zero-shot accuracy on the first {options.items} items, with standard errors." if with_tasks else ""
     lines = [
         f"{options.model}, {blocks} blocks, {options.dtype}; calibrated on {options.samples} x {options.length} tokens "
         f"of encyclopaedia{raced}. Perplexity on {options.windows} windows of {options.window_length} tokens, of other "
         f"encyclopaedia and of C4, drawn from all over the texts; differences in nats per token, paired over windows, "
-        f"with standard errors.{items} Seconds are those of the search (for greedy, of the largest size).",
+        f"with standard errors.{items} Seconds are those of the search (one for the largest size where it serves the "
+        f"smaller ones) or of the recovery.",
         "",
         f"`python tests/benchmarks/quality.py {as_typed(options)}`",
         "",
@@ -442,7 +450,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=300, help="items of each task")
     parser.add_argument("--task-methods", type=names, default=[], help="methods measured on tasks too, or all")
     parser.add_argument("--task-batch", type=int, default=8)
-    parser.add_argument("--variants", type=names, default=[], help="options of apply, such as --recover,--heal")
+    parser.add_argument("--variants", type=names, default=[], help="options of apply: --variants=--recover,--heal")
     parser.add_argument(
         "--variant-methods", type=names, default=[REFERENCE], help="methods whose removals they apply to"
     )
