@@ -87,6 +87,7 @@ class CompareResult(Record):
     dtype: str
     device: str
     dense_perplexity: float
+    dense_held_out_perplexity: float | None
     compared: tuple[ComparedRecord, ...]
     best: str
 

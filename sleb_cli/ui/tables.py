@@ -167,18 +167,21 @@ def show_comparison(result: CompareResult, plan: Plan, output: Path, *, as_json:
         return
     console, calibration = stdout(), plan.calibration
     print_title(console, f"{plan.model.id}: {len(plan.removals)} of {plan.model.blocks} blocks removed")
-    held_out = any(each.held_out_perplexity for each in result.compared)
-    table = new_table(
-        "metric", "strategy", "blocks", "perplexity", "change", *(["held out"] if held_out else []), "seconds"
-    )
+    held_out = result.dense_held_out_perplexity is not None
+    beside = ["held out"] if held_out else []
+    table = new_table("metric", "strategy", "blocks", "perplexity", "change", *beside, "seconds")
     table.columns[1].justify = table.columns[2].justify = "left"
-    table.add_row("dense", "", "", f"{result.dense_perplexity:.2f}", "", *([""] if held_out else []), "")
+
+    def there(perplexity: float | None) -> list[str]:
+        return [] if perplexity is None else [f"{perplexity:.2f}"]
+
+    dense, dense_there = result.dense_perplexity, there(result.dense_held_out_perplexity)
+    table.add_row("dense", "", "", f"{dense:.2f}", "", *dense_there, "")
     for each in result.compared:
-        there = [f"{each.held_out_perplexity:.2f}" if each.held_out_perplexity else ""] if held_out else []
         best = f"{each.metric}@{each.strategy}" == result.best
         table.add_row(
             escape(each.metric), each.strategy, spans(each.removals), f"{each.perplexity:.2f}",
-            relative_change(result.dense_perplexity, each.perplexity), *there, f"{each.seconds:.0f}",
+            relative_change(dense, each.perplexity), *there(each.held_out_perplexity), f"{each.seconds:.0f}",
             style="bold green" if best else None,
         )  # fmt: skip
     console.print(table)
@@ -209,7 +212,8 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
             return f"target: {target.limit:g}x at {target.workload}; {measured}; {cost}"
     unit = "x the dense perplexity" if target.name == "max_perplexity_ratio" else " nats per token lost"
     more = f"one removal more: {target.next:.4f}" if target.next is not None else "no block more may go"
-    return f"target: at most {target.limit:g}{unit}; {target.reached:.4f} with {len(plan.removals)} removals; {more}"
+    gone = f"{target.reached:.4f} with {len(plan.removals)} of {plan.model.blocks} blocks removed"
+    return f"target: at most {target.limit:g}{unit}; {gone}; {more}"
 
 
 def relative_change(before: float, after: float) -> str:

@@ -66,6 +66,7 @@ def compare_removals(
         dtype=best.search.dtype,
         device=best.search.device,
         dense_perplexity=best.dense.perplexity,
+        dense_held_out_perplexity=best.dense.held_out.perplexity if best.dense.held_out else None,
         compared=tuple(_record(entry, plan, seconds) for entry, plan, seconds in found),
         best=str(best_entry),
     )
