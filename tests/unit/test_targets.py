@@ -1,5 +1,6 @@
 """How far a search goes, on plain arithmetic; what blocks take, against counting."""
 
+import json
 import math
 
 import pytest
@@ -9,10 +10,13 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from conftest import llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.architecture import read_architecture
+from sleb_cli.engine.search.aiming import Aim
+from sleb_cli.engine.search.greedy import Protection
 from sleb_cli.engine.search.targets import (
     SizeTarget,
     TargetRequest,
     fit_slope,
+    longest_run,
     loss_target,
     parse_count,
     parse_number,
@@ -160,3 +164,27 @@ def test_a_family_whose_cache_cannot_be_told_is_refused(tmp_path):
     folder = save_model(tmp_path / "old", config)
     with pytest.raises(UnsupportedModelError, match="KV cache of openai-gpt is cannot be told: it is not kept"):
         caches(folder, 16)
+
+
+def aim(folder, notify):
+    return Aim(architecture(folder), Protection(1, 1), torch.float32, torch.device("cpu"), notify)
+
+
+def test_a_quantized_checkpoint_is_counted_as_packed_or_as_it_will_be_served(tmp_path):
+    folder = save_model(tmp_path / "m", llama_config(4, dtype="bfloat16"))
+    config = json.loads((folder / "config.json").read_text())
+    packed = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
+    notes = []
+    target = aim(folder, notes.append).target(TargetRequest(target_memory="1kB", serve_length=10))
+    parameters, a_cache = count_parameters(architecture(folder)), 2 * 2 * 8 * 10 * 4 * 4
+    assert target.sizes.without(()) == stored_bytes(architecture(folder)).without(()) + a_cache
+    assert "weights packed as in the checkpoint" in notes[0].text
+    served = TargetRequest(target_memory="1kB", serve_length=10, serve_dtype="float32")
+    assert aim(folder, notes.append).target(served).sizes.without(()) == 4 * parameters.without(()) + a_cache
+    assert "weights in float32" in notes[1].text
+
+
+def test_the_longest_run_is_the_first_of_equals():
+    assert longest_run([1, 2, 4, 5, 6, 8, 9, 10]) == [4, 5, 6]
+    assert longest_run([3]) == [3]
