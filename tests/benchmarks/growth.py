@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference import plain_search
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import quiet_libraries
-from sleb_cli.engine.search.greedy import greedy_search
+from sleb_cli.engine.search.greedy import Protection, greedy_search
 from sleb_cli.engine.search.passes import prepare_passes
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.journal import Journal
@@ -72,7 +73,7 @@ def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: in
     with GatedModel(model, model.model.layers) as gated:
         passes, _ = prepare_passes(gated, ids, lambda event: None)
         score, _ = Scoring(passes, Journal(), None, lambda event: None).scorer(NegativeLogLikelihood())
-        ours = [c.block for c in greedy_search(score, blocks, remove, protect_first=1, protect_last=1)]
+        ours = [c.block for c in greedy_search(score, partial(Protection(1, 1).candidates, blocks), remove)]
     middle = time.perf_counter()
     plain, _ = plain_search(model, model.model.layers, ids, remove)
     end = time.perf_counter()

@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sleb_cli.engine.architecture import read_architecture
 from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.search.greedy import greedy_search
+from sleb_cli.engine.search.greedy import Protection, greedy_search
 from sleb_cli.engine.search.passes import prepare_passes
 from sleb_cli.engine.search.race import LOOKS, Race
 from sleb_cli.engine.search.scoring import Scoring
@@ -83,7 +84,7 @@ def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -
     with GatedModel(model, blocks) as gated:
         passes, _ = prepare_passes(gated, sequences, _ignore)
         score, _ = Scoring(passes, journal, None, _ignore).scorer(NegativeLogLikelihood())
-        for choice in greedy_search(score, len(blocks), remove, protect_first=1, protect_last=1):
+        for choice in greedy_search(score, partial(Protection(1, 1).candidates, len(blocks)), remove):
             batches = range(len(passes.batches))
             steps.append(
                 {

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from sleb_cli.engine.architecture import read_architecture
 from sleb_cli.engine.calibration import draw, shuffled
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.search.greedy import greedy_search
+from sleb_cli.engine.search.greedy import Protection, greedy_search
 from sleb_cli.engine.search.passes import prepare_passes
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring
@@ -122,7 +123,7 @@ def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fas
         assert reason is None, reason
         score, _ = Scoring(passes, Journal(), None, _ignore, fast=fast).scorer(NegativeLogLikelihood())
         removals = []
-        for choice in greedy_search(score, len(blocks), remove, protect_first=1, protect_last=1):
+        for choice in greedy_search(score, partial(Protection(1, 1).candidates, len(blocks)), remove):
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()

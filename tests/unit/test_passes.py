@@ -12,6 +12,7 @@ from sleb_cli.engine.search.passes import Passes, choose_engine, prepare_passes
 from sleb_cli.engine.search.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
+from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PLENTY = Budget(sequences=4, positions=1000, rows=6, kept=100)
@@ -35,10 +36,10 @@ def passes_of(gated, sequences, budget=PLENTY, engine="fork"):
     return Passes(gated, torch.split(sequences, budget.sequences), budget, events.append, engine), events
 
 
-def score(passes, removed=(), candidates=CANDIDATES):
+def score(passes, removed=(), candidates=CANDIDATES, metric=None):
     found = {block: [] for block in candidates or [BASE]}
     for batch in range(len(passes.batches)):
-        for block, scores in passes.scores(NegativeLogLikelihood(), batch, removed, candidates):
+        for block, scores in passes.scores(metric or NegativeLogLikelihood(), batch, removed, candidates):
             found[block] += scores
     return found
 
@@ -94,7 +95,8 @@ def test_progress_adds_up_to_candidates_times_sequences(gated, sequences, engine
     assert sum(event.evaluations for event in events) == pytest.approx(len(CANDIDATES) * len(sequences))
 
 
-def test_no_more_logits_exist_than_a_chunk(gated, sequences, monkeypatch):
+@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
+def test_no_more_logits_exist_than_a_chunk(gated, sequences, monkeypatch, metric):
     sizes = []
     forward = gated.model.forward
 
@@ -107,7 +109,7 @@ def test_no_more_logits_exist_than_a_chunk(gated, sequences, monkeypatch):
     passes.budget = Budget(sequences=4, positions=12, rows=6, kept=100)
     monkeypatch.setattr(gated.model, "forward", watched)
     monkeypatch.setattr("sleb_cli.engine.gates.inspect.signature", lambda forward: _Signature())
-    score(passes)
+    score(passes, metric=metric)
     assert max(sizes) == 12
 
 
