@@ -95,7 +95,8 @@ def apply_removals(
         (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
         if check:
             check(aside)
-    state.delete()
+    if recovery and recovery.heal:
+        state.delete()
     if beside.left_out:
         notify(Notice(f"Left out, because they hold the whole model in another form: {', '.join(beside.left_out)}."))
     pushed = push(folder, push_to, notify, force=force) if push_to else None
