@@ -66,7 +66,10 @@ def apply(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a healing that was interrupted.")] = False,
     calibration: Annotated[
         str | None,
-        typer.Option(help="Text to recover on, named as for `sleb search`. (default: self; --recover: half of it, half the plan's)", show_default=False),
+        typer.Option(
+            help="Text to recover on, as for `sleb search`. (default: self; --recover: half of it, half the plan's)",
+            show_default=False,
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Sequences of it; every fifth is held out. (default: 64)", show_default=False)
