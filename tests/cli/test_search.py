@@ -198,7 +198,7 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
         (("--remove", "x"), 2, "--remove"),
         (("--remove", 1, "--protect-first", "9"), 2, "0 may"),
         (("--remove", 1, "--metric", "nl"), 2, "Did you mean 'nll'?"),
-        (("--remove", 1, "--metric", "zzz"), 2, "There are: cosine, nll"),
+        (("--remove", 1, "--metric", "zzz"), 2, "There are: angular, cosine, kl"),
         (("--remove", 1, "--dtype", "int3"), 2, "no data type 'int3'"),
         (("--remove", 1, "--device", "gpu"), 2, "no device 'gpu'"),
         (("--remove", 1, "--samples", "0"), 2, "--samples 0"),
