@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from sleb_cli.engine.foreign import verdict
 from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.search.passes import same_numbers
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import CanaryRecord
 from sleb_plugins import UnsupportedModelError
@@ -25,8 +28,7 @@ def sing(
 ) -> CanaryRecord | None:
     """Let the model go on from a fixed prompt, without the removed blocks and with them: greedily, so always the same.
 
-    The KV cache is off, as in the search itself, so that it runs for every family; a few dozen passes over a sentence
-    are little beside a search. None, with a notice, where the model cannot be heard.
+    None, with a notice, where the model cannot be heard.
 
     Args:
         gated: the model.
@@ -40,11 +42,15 @@ def sing(
     if not ids or max(ids) >= gated.model.get_input_embeddings().num_embeddings or count < 1:
         notify(Notice("No text of the pruned model is shown: its tokenizer or positions leave no room for a prompt."))
         return None
-    ends = {tokenizer.eos_token_id}
+    ends = {tokenizer.eos_token_id} - {None}
     prompt = torch.tensor([ids], device=gated.model.device)
     notify(TaskStarted(task := "Listening to both models", 2 * count, "tokens"))
     try:
-        spoken = [_continue(gated, prompt, off, count, ends, task, notify) for off in ((), tuple(removed))]
+        spoken = []
+        for off in ((), tuple(removed)):
+            said = _generate(gated, prompt, off, count, ends)
+            spoken.append(_continue(gated, prompt, off, count, ends) if said is None else said)
+            notify(TaskAdvanced(task, count))
     except UnsupportedModelError as error:
         notify(Notice(f"No text of the pruned model is shown: {error.message}"))
         return None
@@ -62,24 +68,40 @@ def sing(
 
 
 @torch.inference_mode()
+def _generate(
+    gated: GatedModel, prompt: Tensor, removed: Sequence[int], count: int, ends: Collection[int]
+) -> list[int] | None:
+    """Give the likeliest next tokens with the KV cache; None where it does not bear that blocks are off.
+
+    What came out is held against one pass without it.
+    """
+    greedy = GenerationConfig(
+        do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=0
+    )
+    gated.switch_off(removed)
+    try:
+        with verdict(lambda words: UnsupportedModelError(words, hint="")):
+            ids = gated.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy)
+    except UnsupportedModelError:
+        return None
+    new = ids[:, prompt.shape[1] :]
+    logits = gated.logits(ids[:, :-1], removed)[:, prompt.shape[1] - 1 :]
+    if not same_numbers(logits.amax(-1), logits.gather(-1, new[..., None])[..., 0]):
+        return None
+    return [token for token in new[0].tolist() if token not in ends]
+
+
+@torch.inference_mode()
 def _continue(
-    gated: GatedModel,
-    prompt: Tensor,
-    removed: Sequence[int],
-    count: int,
-    ends: Collection[int],
-    task: str,
-    notify: Notify,
+    gated: GatedModel, prompt: Tensor, removed: Sequence[int], count: int, ends: Collection[int]
 ) -> list[int]:
-    """Give the likeliest next tokens, one after another, up to the one that ends a text."""
+    """Give the likeliest next tokens without the KV cache, one after another, up to the one that ends a text."""
     ids = prompt
-    for spoken in range(count):
+    for _ in range(count):
         best = gated.logits(ids, removed, last=1)[:, -1:].argmax(-1)
         if int(best) in ends:
-            notify(TaskAdvanced(task, count - spoken))
             break
         ids = torch.cat([ids, best], dim=1)
-        notify(TaskAdvanced(task))
     new: list[int] = ids[0, prompt.shape[1] :].tolist()
     return new
 

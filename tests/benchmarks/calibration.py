@@ -1,14 +1,14 @@
 """What the choice of the calibration text does: search on A, test on B, for all pairs, as a Markdown table.
 
     python tests/benchmarks/calibration.py MODEL DATA WORK [--remove 6] [--samples 16] [--length 128] [--tests 32]
-        [--only "NAME;NAME"] [--fast]
+        [--only "NAME;NAME"] [--fast] [--chat]
 
 DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt, text/c4_50.jsonl and tasks/arc_easy.jsonl. No text is
-both searched and tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text and
-its answers (to questions of ARC-easy, where it has a chat template) for the search with one seed, for the test with
-another. Everything that was found stands in WORK: a plan for each search, which goes on where it was interrupted, and
-results.json. Perplexities are printed in bold where the loss, paired over the windows, is within two standard errors of
-the best in its column.
+both searched and tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text (with
+--chat, also its answers to questions of ARC-easy) for the search with one seed, for the test with another. Everything
+that was found stands in WORK: a plan for each search, which goes on where it was interrupted, and results.json.
+Perplexities are printed in bold where the loss, paired over the windows, is within two standard errors of the best in
+its column.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Bench:
         """Give the options of each search, and what each is tested on."""
         text, options = self.options.data / "text", self.options
         halves = self._halves(text / "c4_50.jsonl")
-        chat = self._chat(self.options.data / "tasks" / "arc_easy.jsonl") if self.tokenizer.chat_template else None
+        chat = self._chat(self.options.data / "tasks" / "arc_easy.jsonl") if options.chat else None
         wiki = text / "enwiki_train.txt"
         searches = {
             "encyclopaedia": ("--calibration", str(wiki)),
@@ -199,6 +199,7 @@ def main() -> None:
     parser.add_argument("--tests", type=int, default=32)
     parser.add_argument("--only", help="searches to make now, semicolons between")
     parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--chat", action="store_true", help="search and test on the model's own answers, too")
     options = parser.parse_args()
 
     quiet_libraries()

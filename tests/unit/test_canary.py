@@ -55,6 +55,22 @@ def test_both_models_go_on_as_transformers_does_greedily(shared_data):
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * canary.NEW_TOKENS
 
 
+@pytest.mark.parametrize("fault", ["raises", "is wrong"])
+def test_where_the_cache_does_not_bear_it_the_text_is_the_same(fault, monkeypatch):
+    tokenizer, model = train_tokenizer(bos=False), random_model(llama_config(4))
+    expected, _ = sung(model, model.model.layers, tokenizer, (1,))
+
+    def generate(prompt, **options):
+        if fault == "raises":
+            raise ValueError("the cache has a hole")
+        return torch.cat([prompt, prompt[:, :5]], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    found, _ = sung(model, model.model.layers, tokenizer, (1,))
+    assert found == expected
+    assert found.dense != found.pruned
+
+
 def test_it_ends_where_the_text_ends():
     tokenizer = train_tokenizer(bos=False)
     model = random_model(llama_config(3))
