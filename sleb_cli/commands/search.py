@@ -17,45 +17,86 @@ from sleb_cli.commands.options import (
     parse_names,
 )
 
+HOW_FAR = "How far it goes: one of these"
+SERVED = "What is counted and timed for a target"
+
 
 def search(
     model: ModelArgument,
     ratio: Annotated[
-        str | None, typer.Option(help="Share of the blocks to remove, rounded up: 0.2.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Share of the blocks to remove, rounded up: 0.2.", show_default=False, rich_help_panel=HOW_FAR
+        ),
     ] = None,
-    remove: Annotated[int | None, typer.Option(help="Number of blocks to remove.", show_default=False)] = None,
+    remove: Annotated[
+        int | None, typer.Option(help="Number of blocks to remove.", show_default=False, rich_help_panel=HOW_FAR)
+    ] = None,
     target_params: Annotated[
-        str | None, typer.Option(help="Remove until at most so many parameters remain: 1.2B.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Remove until at most so many parameters remain: 1.2B.", show_default=False, rich_help_panel=HOW_FAR
+        ),
     ] = None,
     target_memory: Annotated[
         str | None,
-        typer.Option(help="Remove until weights and KV cache need at most so much: 6GiB.", show_default=False),
+        typer.Option(
+            help="Remove until weights and KV cache need at most so much: 6GiB.",
+            show_default=False,
+            rich_help_panel=HOW_FAR,
+        ),
     ] = None,
     target_speedup: Annotated[
-        str | None, typer.Option(help="Remove until it is so many times as fast, timed here: 1.25.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Remove until it is so many times as fast, timed here: 1.25.",
+            show_default=False,
+            rich_help_panel=HOW_FAR,
+        ),
     ] = None,
     max_loss_increase: Annotated[
         str | None,
-        typer.Option(help="Remove while the loss rises by at most so many nats per token: 0.1.", show_default=False),
+        typer.Option(
+            help="Remove while the loss rises by at most so many nats per token: 0.1.",
+            show_default=False,
+            rich_help_panel=HOW_FAR,
+        ),
     ] = None,
     max_perplexity_ratio: Annotated[
         str | None,
-        typer.Option(help="Remove while perplexity is at most so many times the dense one: 1.2.", show_default=False),
+        typer.Option(
+            help="Remove while perplexity is at most so many times the dense one: 1.2.",
+            show_default=False,
+            rich_help_panel=HOW_FAR,
+        ),
     ] = None,
     serve_dtype: Annotated[
         str | None,
-        typer.Option(help="For --target-memory: how it will be served. (default: --dtype)", show_default=False),
+        typer.Option(
+            help="For --target-memory: how it will be served. (default: --dtype)",
+            show_default=False,
+            rich_help_panel=SERVED,
+        ),
     ] = None,
     serve_length: Annotated[
         int | None,
-        typer.Option(help="Tokens in the KV cache. (default: 4096, or the model's limit)", show_default=False),
+        typer.Option(
+            help="Tokens in the KV cache. (default: 4096, or the model's limit)",
+            show_default=False,
+            rich_help_panel=SERVED,
+        ),
     ] = None,
     serve_batch: Annotated[
-        int | None, typer.Option(help="Sequences in the KV cache. (default: 1)", show_default=False)
+        int | None,
+        typer.Option(help="Sequences in the KV cache. (default: 1)", show_default=False, rich_help_panel=SERVED),
     ] = None,
     target_workload: Annotated[
         Literal["prompt", "generation"] | None,
-        typer.Option(help="For --target-speedup: prompt or generation. (default: generation)", show_default=False),
+        typer.Option(
+            help="For --target-speedup: prompt or generation. (default: generation)",
+            show_default=False,
+            rich_help_panel=SERVED,
+        ),
     ] = None,
     metric: Annotated[
         str | None,
