@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import calibration, llama_config, save_model
+from conftest import calibration, llama_config, prose, save_model
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.plan import read_plan
 
@@ -80,6 +80,7 @@ def test_embeddings_and_head_are_the_models_own(healed, tiny_llama, tmp_path):
 def interrupt_at(monkeypatch, step):
     """Save after every step, and end like Ctrl-C before the given one."""
     monkeypatch.setattr(healing, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(healing, "MOST_TIME_FOR_SAVES", math.inf)
     distill = healing.distill
     steps = []
 
@@ -165,6 +166,15 @@ def test_bfloat16_weights_move_by_less_than_they_can_hold(run_sleb, text_file, t
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)["recovery"]
     assert record["heal"]["losses"]["divergence"] < record["pruned"]["divergence"]
+
+
+def test_text_may_be_a_mixture_that_a_small_file_has_no_more_of(run_sleb, tiny_llama, tmp_path):
+    (tmp_path / "small.txt").write_text(prose(60))
+    command = ["apply", tiny_llama, "--blocks", "2", "--heal", "--heal-tokens", 4096, "--sequence-length", 32]
+    mixture = ["--calibration", "small.txt:0.75,self:0.25", "--samples", 8]
+    result = run_sleb(*command, *mixture, "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["recovery"]["heal"]["tokens"] >= 4096
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ PATIENCE = 3
 WATCHED_TOKENS = 2048
 
 SECONDS_BETWEEN_SAVES = 60.0
+MOST_TIME_FOR_SAVES = 0.05
+"""Where a save takes long, they are further apart, so that no larger share of the time goes to them."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class _Healing:
         self.progress = Progress()
         self.best: list[Tensor] = []
         self.loss = 0.0
-        self._told = 0.0
+        self._told = self._save_took = 0.0
 
     def run(self, saved: Saved | None) -> Healed:
         unit = "tokens" if self.budget.tokens is not None else "s"
@@ -247,13 +249,15 @@ class _Healing:
             self._told += int(used - self._told)
 
     def _save_if_due(self) -> None:
-        if time.monotonic() - self._saved_at < SECONDS_BETWEEN_SAVES:
+        began = time.monotonic()
+        if began - self._saved_at < max(SECONDS_BETWEEN_SAVES, self._save_took / MOST_TIME_FOR_SAVES):
             return
         if self.team.rank == 0:
             state = {f"masters.{name}": tensor for name, tensor in self.masters.state().items()}
             best = {f"best.{number}": tensor for number, tensor in enumerate(self.best)}
             self.save(Saved({"progress": asdict(self.progress)}, state | best))
         self._saved_at = time.monotonic()
+        self._save_took = self._saved_at - began
 
     def _restore(self, saved: Saved) -> None:
         tensors = saved.tensors
