@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from conftest import llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.search.aiming import Aim
+from sleb_cli.engine.search.aiming import Aim, Stopwatch
 from sleb_cli.engine.search.greedy import Protection
 from sleb_cli.engine.search.targets import (
     SizeTarget,
@@ -188,3 +188,30 @@ def test_a_quantized_checkpoint_is_counted_as_packed_or_as_it_will_be_served(tmp
 def test_the_longest_run_is_the_first_of_equals():
     assert longest_run([1, 2, 4, 5, 6, 8, 9, 10]) == [4, 5, 6]
     assert longest_run([3]) == [3]
+
+
+class Told(Stopwatch):
+    """A stopwatch that is told what it would measure: a twentieth of the time for each block."""
+
+    def share(self, removals):
+        timed.append(tuple(removals))
+        return 1 - 0.05 * len(removals)
+
+
+timed = []
+
+
+@pytest.mark.parametrize("most", [4, 2])
+def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, most):
+    def candidates(removed):
+        if len(removed) == most:
+            raise UnsupportedModelError("No more.", hint="Fewer.")
+        return [block for block in (1, 2, 3, 4) if block not in removed]
+
+    timed.clear()
+    request = TargetRequest(target_speedup="1.1", workload="prompt")
+    target = Told(aim(tiny_llama, lambda event: None), lambda: None, request).target(candidates)
+    assert [len(removals) for removals in timed] == [1, 2]
+    assert timed[1][:1] == timed[0] == (3,)
+    assert target.sizes.without({1, 2}) == pytest.approx(0.9)
+    assert target.removals([1, 2, 3, 4]) == 2

@@ -33,7 +33,7 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetName, TargetRecord
 from sleb_cli.results import Workload
 from sleb_cli.units import count, size
-from sleb_plugins import UsageError
+from sleb_plugins import UnsupportedModelError, UsageError
 
 DEFAULT_SERVE_LENGTH = 4096
 LEAST_SPEEDUP = 1.01
@@ -153,10 +153,7 @@ class Stopwatch:
         Raises:
             UsageError: the model does not become faster.
         """
-        gone: list[int] = []
-        while len(gone) < max(1, self.aim.free * 2 // 3):
-            free = candidates(tuple(gone))
-            gone.append(free[len(free) // 2])
+        gone = self._some(candidates)
         depths = sorted({max(1, len(gone) // 2), len(gone)})
         shares = [self.share(gone[:depth]) for depth in depths]
         slope = fit_slope(depths, shares)
@@ -174,3 +171,16 @@ class Stopwatch:
         speedup = parse_number(asked, "target_speedup", least=LEAST_SPEEDUP)
         seconds = Sizes(1 - slope * blocks, (slope,) * blocks)
         return SizeTarget("target_speedup", asked, seconds, 1 / speedup, lambda share: f"{1 / share:.2f}x the speed")
+
+    def _some(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
+        """Take two thirds of the blocks that may go, or as many as may go together, from the middle on."""
+        gone: list[int] = []
+        while len(gone) < max(1, self.aim.free * 2 // 3):
+            try:
+                free = candidates(tuple(gone))
+            except UnsupportedModelError:
+                if not gone:
+                    raise
+                break
+            gone.append(free[len(free) // 2])
+        return gone
