@@ -28,10 +28,10 @@ class TaskError(ModelMetric):
     description = "1 - accuracy on the first items (100) of an lm-eval task, a name or a YAML file"
     argument = "TASK[:ITEMS]"
 
-    def __init__(self, task: str = "", items: int = DEFAULT_ITEMS, manager: Any = None) -> None:
+    def __init__(self, named: str = "", task: str = "", items: int = DEFAULT_ITEMS, manager: Any = None) -> None:
         self._task, self._items, self._manager = task, items, manager
-        if task:
-            self.name = f"task:{task}" + ("" if items == DEFAULT_ITEMS else f":{items}")
+        if named:  # a file by its path, so that a plan that is extended finds it again
+            self.name = f"task:{named}" + ("" if items == DEFAULT_ITEMS else f":{items}")
 
     def with_argument(self, argument: str) -> TaskError:
         """Give the metric for this task, whose data is loaded at once.
@@ -47,8 +47,8 @@ class TaskError(ModelMetric):
             raise UsageError(f"task:{argument} asks for {items!r} items.", hint="Write it like task:piqa:100.")
         if named.endswith((".yaml", ".yml")):
             name, folder = _name_in(Path(named)), Path(named).parent
-            return TaskError(name, int(items), load_tasks([name], folder))
-        return TaskError(named, int(items), load_tasks([named]))
+            return TaskError(named, name, int(items), load_tasks([name], folder))
+        return TaskError(named, named, int(items), load_tasks([named]))
 
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""

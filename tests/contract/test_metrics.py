@@ -282,7 +282,7 @@ class TestTask:
     def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama):
         result = search("task:mine.yaml:9", "--remove", 1)
         plan = plan_of(result)
-        assert plan["search"]["metric"] == "task:my_task:9"
+        assert plan["search"]["metric"] == "task:mine.yaml:9"
         assert plan["search"]["engine"] == "model"
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
