@@ -107,15 +107,15 @@ class _Climb:
         self.notify(TaskStarted(task, self.count, "blocks"))
         kept = [block for block in range(self.count) if block not in self.removed]
         first = max((block for block in kept if block < min(self.removed)), default=0)
-        self.loss, last_gain = self._loss(0, {}), first
+        self.loss, fruitless = self._loss(0, {}), 0
         for block in kept:
             end = self._end_of_gap(block)
             for column in (self.fit, self.held_out):
                 for depth in range(block, end):
                     column.dense = self._through(depth, column, column.dense)
             gap = end > block + 1
-            if gap or first <= block <= last_gain + PATIENCE:
-                last_gain = block if self._refit(block, end) or gap else last_gain
+            if gap or (block >= first and fruitless < PATIENCE):
+                fruitless = 0 if self._refit(block, end) or gap else fruitless + 1
             for column in (self.fit, self.held_out):
                 with placed(self.gated.model, self.values):
                     column.pruned = column.dense if block < first else self._through(block, column, column.pruned)
