@@ -193,6 +193,11 @@ class GatedModel:
         self.gates[-1].inject = hidden
         return self._forward(ids)
 
+    def backward(self, states: Tensor, gradient: Tensor) -> None:
+        """Add the gradients that follow from that of `states`, which a pass gave, to the trainable parameters."""
+        with self._foreign(states.shape, "backwards"):
+            torch.autograd.backward(states, gradient)
+
     def entering_states(self, ids: Tensor, removed: Collection[int]) -> dict[int, Tensor]:
         """Give, for each block that is not removed, the hidden states that enter it."""
         states: dict[int, Tensor] = {}

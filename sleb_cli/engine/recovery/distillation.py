@@ -60,7 +60,8 @@ def distill(teacher: Variant, student: Variant, ids: Tensor, wanted: Tensor) -> 
         divergence = Divergence.apply(ours, theirs)  # type: ignore[no-untyped-call]
         (divergence / count).backward()
         total += float(divergence.detach())
-    states.backward(gathered.grad)  # type: ignore[no-untyped-call]
+    assert gathered.grad is not None
+    student.gated.backward(states, gathered.grad)
     return total / count
 
 
