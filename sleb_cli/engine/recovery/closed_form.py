@@ -30,7 +30,7 @@ from sleb_cli.plan import ClosedFormRecord, FoldRecord
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
 PATIENCE = 3
 """After so many blocks without a gain, no further one is refitted until the next gap."""
