@@ -224,7 +224,8 @@ def search(
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.calibration import CalibrationRequest
         from sleb_cli.engine.search.comparing import compare_removals, forget_journals
-        from sleb_cli.engine.search.planning import SearchRequest, plan_removals
+        from sleb_cli.engine.search.planning import plan_removals
+        from sleb_cli.engine.search.settling import SearchRequest
         from sleb_cli.engine.search.targets import TargetRequest
 
         request = SearchRequest(

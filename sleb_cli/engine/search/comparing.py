@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sleb_cli import __version__
-from sleb_cli.engine.search.planning import SearchRequest, Shared, carry_out, settle
+from sleb_cli.engine.search.planning import Shared, carry_out
+from sleb_cli.engine.search.settling import SearchRequest, settle
 from sleb_cli.engine.search.strategies import STRATEGIES, strategy_name
 from sleb_cli.events import Event, Notice, Notify
 from sleb_cli.journal import Journal, journal_of
