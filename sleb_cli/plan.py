@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,9 @@ StrategyName = Literal["greedy", "oneshot", "contiguous", "last", "refine", "bea
 """How a search goes about it: see `engine/search/strategies.py`."""
 
 
+_FILE = re.compile(r"\.(txt|jsonl)(:|$)")
+
+
 class CalibrationRecord(Record):
     """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64.
 
@@ -44,9 +48,15 @@ class CalibrationRecord(Record):
     chat: Chat | None = None
     tokens_sha256: str
 
+    @property
+    def title(self) -> str:
+        """The source as people read it: of a file its name, since where it lies is nobody's business."""
+        parts = self.source.split(",")
+        return ",".join(part.rpartition("/")[2] if _FILE.search(part) else part for part in parts)
+
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
-        return f"{self.source}: {self.sequences} x {self.sequence_length} tokens{counts}"
+        return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
 TargetName = Literal[

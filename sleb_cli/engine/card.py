@@ -91,7 +91,7 @@ def _recovered(recovery: RecoveryRecord | None) -> list[str]:
 
     return [
         "",
-        f"The blocks that stay were given new weights, on text of {text.source} ({text.sequences} x "
+        f"The blocks that stay were given new weights, on text of {text.title} ({text.sequences} x "
         f"{text.sequence_length} tokens, every fifth sequence held out), so that the model does again what the base "
         f"model does. {recovery.share:.0%} of the nats that the removal cost came back, measured on the "
         f"{recovery.held_out} sequences that were held out:",

@@ -278,7 +278,7 @@ def _say_recovery(recovery: RecoveryRecord) -> None:
     perplexities = [f"{what} {math.exp(losses.loss):.2f}" for what, losses in stages.items() if losses]
     text = recovery.text
     stdout().print(
-        f"perplexity on {recovery.held_out} held-out sequences of {text.source}: {', '.join(perplexities)}; "
+        f"perplexity on {recovery.held_out} held-out sequences of {text.title}: {', '.join(perplexities)}; "
         f"{recovery.share:.0%} of the lost nats came back",
         soft_wrap=True,
         markup=False,

@@ -57,6 +57,8 @@ def test_new_values_are_written_proven_and_recorded(run_sleb, llama_plan, tiny_l
         f"pruned {math.exp(record.pruned.loss):.2f}, recovered {math.exp(record.recovered.loss):.2f};" in result.stdout
     )
     card = (tmp_path / "out" / "README.md").read_text()
+    assert text_file.name in card
+    assert str(text_file.parent) not in card
     assert "its logits are equal to those of the recovered model in memory" in card
     assert f"| recovered in closed form | {math.exp(record.recovered.loss):.2f} |" in card
     assert "the others given new weights" in card

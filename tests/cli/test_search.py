@@ -86,7 +86,7 @@ def test_a_mixture_is_named_in_the_plan_and_gone_on_with(run_sleb, tiny_llama, t
     mixture = calibration(f"self:0.25,{text_file}:0.75")
     result = run_sleb("search", tiny_llama, "--remove", 1, *mixture, "-o", "one.json")
     assert result.exit_code == 0, result.stderr
-    assert f"calibrated on self:0.25,{text_file}:0.75: 4 x 32 tokens" in result.stdout
+    assert f"calibrated on self:0.25,{text_file.name}:0.75: 4 x 32 tokens" in result.stdout
     assert run_sleb("search", tiny_llama, "--remove", 2, *mixture).exit_code == 0
     assert run_sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2).exit_code == 0
     two, extended = (read_plan(tmp_path / name) for name in ("plan.json", "one.json"))
