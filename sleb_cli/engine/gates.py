@@ -151,11 +151,23 @@ class GatedModel:
         self.gates[block].inject = entering
         return self._forward(ids, last=last)
 
-    def watch(self, ids: Tensor, removed: Collection[int], listen: Callable[[int, Tensor, Tensor], None]) -> None:
-        """Run the model without the removed blocks; tell of each other block what enters and what leaves it."""
-        self.switch_off(removed)
+    def watch(
+        self,
+        ids: Tensor,
+        removed: Collection[int],
+        listen: Callable[[int, Tensor, Tensor], None],
+        start: tuple[int, Tensor] | None = None,
+    ) -> None:
+        """Run the model without the removed blocks; tell of each other block what enters and what leaves it.
+
+        With `start`, a block and the hidden states that enter it, those before it are not computed.
+        """
+        first = start[0] if start else 0
+        self.switch_off({*removed, *range(first)})
+        if start and first:
+            self.gates[first - 1].inject = start[1]
         for index, gate in enumerate(self.gates):
-            if index not in removed:
+            if index not in removed and index >= first:
                 gate.watch = lambda entering, leaving, block=index: listen(block, entering, leaving)
         self._forward(ids, last=1)
 

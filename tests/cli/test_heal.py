@@ -219,3 +219,19 @@ def free_port():
     with socket.socket() as place:
         place.bind(("localhost", 0))
         return place.getsockname()[1]
+
+
+def test_blocks_far_below_the_gap_are_shared_and_stay(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(9))
+    command = ["apply", folder, "--blocks", "6", "--heal", "--heal-tokens", 2048, *calibration(text_file, samples=10)]
+    assert run_sleb(*command, "-o", "out").exit_code == 0
+    before, after = weights(folder), weights(tmp_path / "out")
+    changed = [
+        block
+        for block in range(8)
+        if not torch.equal(
+            before[f"model.layers.{block + (block >= 6)}.mlp.up_proj.weight"],
+            after[f"model.layers.{block}.mlp.up_proj.weight"],
+        )
+    ]
+    assert changed == [2, 3, 4, 5, 6, 7]

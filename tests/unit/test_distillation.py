@@ -11,6 +11,7 @@ from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import BETAS, CLIP, Divergence, Masters, distill, learning_rate
 from sleb_cli.engine.recovery.heal import without
+from sleb_cli.engine.recovery.recovery import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import DataError
 
@@ -55,6 +56,27 @@ def test_gradients_in_stretches_are_those_of_all_logits_at_once(ids, positions, 
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
     assert all(parameter.grad is None for name, parameter in pruned.named_parameters() if ".layers." not in name)
+
+
+def test_a_walk_that_begins_at_a_block_gives_the_same_gradients(ids):
+    dense, pruned = random_model(llama_config(4)), random_model(llama_config(4))
+    with torch.no_grad():
+        pruned.model.layers[2].mlp.down_proj.weight *= 0.5
+    dense.requires_grad_(False)
+    pruned.requires_grad_(False)
+    parameters = list(pruned.model.layers[2:].parameters())
+    pruned.model.layers[2:].requires_grad_(True)
+    found = []
+    with GatedModel(dense, dense.model.layers) as teacher, GatedModel(pruned, pruned.model.layers) as student:
+        entering, wanted = Variant(teacher).two_depths(ids, 2)
+        assert can_share(Variant(teacher), Variant(student), 2, ids)
+        assert not can_share(Variant(teacher), Variant(student), 3, ids)
+        for start in (None, (2, entering)):
+            distill(Variant(teacher), Variant(student), ids, wanted, start)
+            found.append([parameter.grad.clone() for parameter in parameters])
+            pruned.zero_grad()
+    for whole, shared in zip(*found, strict=True):
+        torch.testing.assert_close(whole, shared)
 
 
 def test_steps_are_those_of_adamw_on_float32_copies():

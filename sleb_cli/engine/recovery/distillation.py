@@ -44,13 +44,15 @@ class Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradients[0].to(ctx.saved_tensors[0].dtype), None
 
 
-def distill(teacher: Variant, student: Variant, ids: Tensor, wanted: Tensor) -> float:
+def distill(
+    teacher: Variant, student: Variant, ids: Tensor, wanted: Tensor, start: tuple[int, Tensor] | None = None
+) -> float:
     """Add the gradient of the mean divergence on these tokens, [batch, positions], to the student's parameters.
 
     `wanted` are the teacher's final states there. The logits' part of the gradient is gathered at the student's final
     states, stretch by stretch; one pass goes down from there. Gives the mean over the predicting positions, in nats.
     """
-    states = student.final_states(ids)
+    states = student.final_states(ids, start)
     gathered = states.detach().requires_grad_()
     count, total = len(ids) * (ids.shape[1] - 1), 0.0
     for part in stretches(ids):

@@ -20,7 +20,7 @@ from sleb_plugins import DataError, UsageError
 
 DEFAULT_MINUTES = 10.0
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 4e-4
 BASE_WIDTH = 576
 """The learning rate is for hidden states of this size; wider models take smaller steps."""
 
@@ -102,7 +102,8 @@ class Case:
     Attributes:
         teacher: the dense model.
         student: the pruned model, with what it was given back already.
-        parameters: of the student's blocks, by the dense model's names.
+        first: the first block that is trained; those before are the dense model's own in both.
+        parameters: of the student's blocks from there on, by the dense model's names.
         write: gives the portion of text of this number, [sequences, length].
         held_out: sequences that are never trained on, [sequences, length].
         seed: decides in which order sequences come.
@@ -111,6 +112,7 @@ class Case:
 
     teacher: Variant
     student: Variant
+    first: int
     parameters: Mapping[str, nn.Parameter]
     write: Callable[[int, Notify], Tensor]
     held_out: Tensor
@@ -192,8 +194,9 @@ class _Healing:
         self.progress.seconds = self.team.agreed(time.monotonic() - self._began)
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
-    def _step(self, ids: Tensor, wanted: Tensor, share: float) -> None:
-        self.loss = distill(self.case.teacher, self.case.student, ids, wanted)
+    def _step(self, ids: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
+        start = (self.case.first, entering) if self.case.first else None
+        self.loss = distill(self.case.teacher, self.case.student, ids, wanted, start)
         gradient = self.team.mean(self.masters.gradient())
         # What counts is the middle of the step.
         tokens = ids.numel() * self.team.size
@@ -220,8 +223,8 @@ class _Healing:
         if self.progress.steps:
             self.notify(HealChecked(self._share(), self.loss, found))
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give sequences and the teacher's final states on them, without end, from where the progress stands."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Give sequences and the teacher's states on them, without end, from where the progress stands."""
         while True:
             number = self.progress.portion * self.team.size + self.team.rank
             rows = without(self.case.write(number, self._heartbeat), self.case.held_out).to(self.team.device)
@@ -229,12 +232,12 @@ class _Healing:
             for turn in range(PASSES):
                 shuffle = random.Random(f"{self.case.seed}/{number}/{turn}")
                 order += shuffle.sample(range(len(rows)), len(rows))
-            taught = _Taught(self.case.teacher, rows)
+            taught = _Taught(self.case, rows)
             while self.progress.position < len(order):
                 start = self.progress.position
                 self.progress.position += self.case.batch
                 chosen = order[start : self.progress.position]
-                yield rows[chosen], taught.states(chosen)
+                yield rows[chosen], *taught.states(chosen)
             self.progress.portion += 1
             self.progress.position = 0
 
@@ -268,18 +271,20 @@ class _Healing:
 
 
 class _Taught:
-    """The teacher's final states on a portion: made once for all passes, row by row, so that no neighbour matters."""
+    """What the teacher says of a portion: made once for all passes, row by row, so that no neighbour matters."""
 
-    def __init__(self, teacher: Variant, rows: Tensor) -> None:
-        self._teacher, self._rows = teacher, rows
-        self._known: dict[int, Tensor] = {}
+    def __init__(self, case: Case, rows: Tensor) -> None:
+        self._case, self._rows = case, rows
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def states(self, chosen: list[int]) -> Tensor:
+    def states(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
+        """Give the hidden states that enter the first trained block, and the final ones."""
         for row in chosen:
             if row not in self._known:
-                self._known[row] = self._teacher.final_states(self._rows[row : row + 1])
-        return torch.cat([self._known[row] for row in chosen])
+                self._known[row] = self._case.teacher.two_depths(self._rows[row : row + 1], self._case.first)
+        entering, final = zip(*(self._known[row] for row in chosen), strict=True)
+        return torch.cat(entering), torch.cat(final)
 
 
 def without(rows: Tensor, held_out: Tensor) -> Tensor:

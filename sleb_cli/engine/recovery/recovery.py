@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,10 @@ HEAL_LENGTH = 256
 
 HELD_OUT_EVERY = 5
 """Every so manieth sequence is not fitted: what recovery gave is measured there."""
+
+TRAINED_BELOW = 4
+"""So many blocks below the first gap are trained, too: those before see what they saw in the dense model."""
+SHARING_TOLERANCE = 1e-2
 
 TRAINING_BYTES = 16
 """What a parameter takes in training beside the models: float32 copy, two moments and a gradient."""
@@ -185,6 +189,7 @@ class _Recovery:
         model = load_pruned(self.surgery, self.dtype, self.team.device, self.notify)
         parameters = block_parameters(self.surgery, model)
         _place(model, parameters, start.values)
+        first = self._first_trained(start.values)
         beginning = {f"start.{name}": value for name, value in start.values.items()} | {"held_out": start.held_out}
 
         def save(now: Saved) -> None:
@@ -192,10 +197,14 @@ class _Recovery:
             self.state.write(self.identity, Saved(now.data | record, now.tensors | beginning))
 
         with GatedModel(model, self.architecture.blocks_of(model)) as student:
+            teacher, pupil = Variant(gated), Variant(student)
+            if not can_share(teacher, pupil, first, start.held_out[:1].to(self.team.device)):
+                first = 0
             case = Case(
-                teacher=Variant(gated),
-                student=Variant(student),
-                parameters=parameters,
+                teacher=teacher,
+                student=pupil,
+                first=first,
+                parameters={name: parameters[name] for name in self._names_from(first, parameters)},
                 write=lambda number, notify: self._text(gated, self._portion(budget, number), notify).sequences,
                 held_out=start.held_out,
                 seed=self.settings.seed,
@@ -220,6 +229,20 @@ class _Recovery:
         )
         return values, start.record.model_copy(update={"heal": record})
 
+    def _first_trained(self, values: Mapping[str, Tensor]) -> int:
+        """Choose the first block to train: a few below the first gap, and none that was given new values below it."""
+        fitted = [block for block in range(self.architecture.block_count) if self._names_of(block, values)]
+        return max(0, min([min(self.surgery.removed) - TRAINED_BELOW, *fitted]))
+
+    def _names_of(self, block: int, names: Iterable[str]) -> list[str]:
+        """Give the names of parameters of a block."""
+        return [name for name in names if name.startswith(f"{self.architecture.adapter.blocks_path}.{block}.")]
+
+    def _names_from(self, first: int, names: Iterable[str]) -> list[str]:
+        """Give the names of parameters of blocks from `first` on."""
+        below = {name for block in range(first) for name in self._names_of(block, names)}
+        return [name for name in names if name not in below]
+
     def _portion(self, budget: Budget, number: int) -> CalibrationSettings:
         """Give the settings of one portion of the text to heal on: other sequences than those that are held out."""
         settings = self.settings
@@ -240,6 +263,22 @@ class _Recovery:
                 f"The {what} model's loss on the held-out text is {loss}.", hint="Try a wider data type, or other text."
             )
         return LossesRecord(loss=loss, divergence=divergence)
+
+
+@torch.inference_mode()
+def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
+    """Whether the pruned model's walk may begin at block `first` with the dense model's states.
+
+    It may not where blocks read more from those before them than hidden states.
+    """
+    if not first:
+        return False
+    try:
+        entering, _ = dense.two_depths(ids, first)
+        found, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
+    except UnsupportedModelError:
+        return False
+    return float((found - expected).float().norm() / expected.float().norm()) < SHARING_TOLERANCE
 
 
 def block_parameters(surgery: Surgery, pruned: Any) -> dict[str, nn.Parameter]:

@@ -31,18 +31,27 @@ class Variant:
     removed: Collection[int] = ()
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def final_states(self, ids: Tensor) -> Tensor:
-        """Give the hidden states that leave the last block that is on, [batch, positions, hidden size]."""
-        last = max(index for index in range(len(self.gated.gates)) if index not in self.removed)
-        found: list[Tensor] = []
+    def final_states(self, ids: Tensor, start: tuple[int, Tensor] | None = None) -> Tensor:
+        """Give the hidden states that leave the last block that is on, [batch, positions, hidden size].
 
-        def listen(block: int, entering: Tensor, leaving: Tensor) -> None:
-            if block == last:
-                found.append(leaving)
+        With `start`, a block and the states that enter it, the walk begins there.
+        """
+        return self.two_depths(ids, 0, start)[1]
+
+    def two_depths(self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Give the hidden states that enter `block`, which must be on, and those that leave the last one."""
+        last = max(index for index in range(len(self.gated.gates)) if index not in self.removed)
+        found: dict[str, Tensor] = {}
+
+        def listen(index: int, entering: Tensor, leaving: Tensor) -> None:
+            if index == block:
+                found["entering"] = entering
+            if index == last:
+                found["final"] = leaving
 
         with placed(self.gated.model, self.parameters):
-            self.gated.watch(ids, self.removed, listen)
-        return found[0]
+            self.gated.watch(ids, self.removed, listen, start)
+        return found.get("entering", found["final"]), found["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:
         """Give the logits of a stretch of final states, and of their tokens."""
