@@ -72,7 +72,8 @@ def apply(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Sequences of it; every fifth is held out. (default: 64)", show_default=False)
+        int | None,
+        typer.Option(help="Sequences of it; every fifth is held out. (default: 32,768 tokens)", show_default=False),
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in each. (default: 512 or the model's limit)", show_default=False)

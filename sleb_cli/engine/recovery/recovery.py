@@ -37,7 +37,7 @@ from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.units import size as in_words
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError
 
-DEFAULT_SAMPLES = 64
+DEFAULT_TOKENS = 32768
 DEFAULT_LENGTH = 512
 HEAL_LENGTH = 256
 """Shorter where blocks are trained: more and cheaper steps in the same time."""
@@ -338,7 +338,7 @@ def _settle(request: RecoveryRequest, subject: Subject) -> CalibrationSettings:
     settings = settle_calibration(replace(asked, source=source, sequence_length=length), architecture)
     if settings.samples_were_asked or settings.source in REFERENCE_PRESETS:
         return settings
-    return replace(settings, samples=DEFAULT_SAMPLES)
+    return replace(settings, samples=max(HELD_OUT_EVERY, DEFAULT_TOKENS // length))
 
 
 def _usual_source(plan: Plan | None) -> str:
