@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     OPTConfig,
@@ -33,6 +34,8 @@ from transformers.utils import logging
 from sleb_cli.__main__ import main
 from sleb_cli.engine import canary
 from sleb_cli.engine.cache import cache_root
+from sleb_cli.engine.calibration import draw
+from sleb_cli.engine.windows import cut_windows
 
 logging.disable_progress_bar()
 
@@ -201,6 +204,12 @@ def few_bytes() -> None:
 def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:
     """Options for a calibration that takes no time."""
     return ["--calibration", text, "--samples", samples, "--sequence-length", length]
+
+
+def calibration_sequences(model: Path, text: Path, samples: int = 4, length: int = 32) -> torch.Tensor:
+    """Give the tokens that a search with `calibration` measures on, drawn in the slow way."""
+    windows = cut_windows(AutoTokenizer.from_pretrained(model), text.read_text(), length, bos=False)
+    return windows[draw(len(windows), samples, 0)]
 
 
 @pytest.fixture(scope="session")

@@ -163,7 +163,7 @@ def parse_size(text: str) -> int:
 def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
     if dtype is None:
         return None
-    if "quantization_config" in subject.architecture.source.raw_config:
+    if subject.architecture.source.is_quantized:
         raise UnsupportedModelError(
             f"{subject.architecture.source.id} is quantized: its weights cannot be written as {dtype}.",
             hint="Leave out --dtype, and they stay as they are.",

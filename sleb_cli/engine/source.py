@@ -46,6 +46,11 @@ class ModelSource:
         """A short name, fit for a folder."""
         return Path(self.id).name.removesuffix(".gguf")
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the config says that the weights are packed."""
+        return "quantization_config" in self.raw_config
+
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """`config.json` as it stands on disk."""

@@ -7,11 +7,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from conftest import calibration
-from sleb_cli.engine.calibration import draw
-from sleb_cli.engine.windows import cut_windows
+from conftest import calibration, calibration_sequences
 from sleb_cli.plan import read_plan
 from sleb_plugins import PlanError
 
@@ -34,9 +32,7 @@ def model(tiny_llama):
 
 @pytest.fixture
 def sequences(tiny_llama, text_file):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    windows = cut_windows(tokenizer, text_file.read_text(), 32, bos=False)
-    return windows[draw(len(windows), 4, 0)]
+    return calibration_sequences(tiny_llama, text_file)
 
 
 @pytest.fixture

@@ -12,14 +12,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sleb_plugins as sleb
-from conftest import WORDS, calibration
+from conftest import WORDS, calibration, calibration_sequences
 from sleb_cli import plugin_manager
-from sleb_cli.engine.calibration import draw
 from sleb_cli.engine.gates import GatedModel
 from sleb_cli.engine.search.budget import Budget
 from sleb_cli.engine.search.gradients import blocks_with_gradients
 from sleb_cli.engine.search.passes import Passes
-from sleb_cli.engine.windows import cut_windows
 from sleb_plugins import metrics
 from sleb_plugins.metrics.weighted import parse_terms
 
@@ -92,9 +90,7 @@ def model(tiny_llama):
 
 @pytest.fixture
 def sequences(tiny_llama, text_file):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    windows = cut_windows(tokenizer, text_file.read_text(), 32, bos=False)
-    return windows[draw(len(windows), 4, 0)]
+    return calibration_sequences(tiny_llama, text_file)
 
 
 def plan_of(result):

@@ -111,10 +111,15 @@ def test_a_multiplier_behind_the_weights_is_part_of_what_they_write():
     assert exact.scale == pytest.approx(0.25, rel=0.01)
 
 
-def test_the_folds_at_a_gap_equal_a_direct_computation(monkeypatch):
+def keep_every_fit(monkeypatch):
+    """One ridge, and whatever is fitted is taken for a gain."""
     monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(closed_form._Climb, "_loss", lambda self, block, values: float(next(falling)))
+
+
+def test_the_folds_at_a_gap_equal_a_direct_computation(monkeypatch):
+    keep_every_fit(monkeypatch)
     gated = gated_model("llama")
     model, text = gated.model, own_text(gated.model, 30)
     with gated:
@@ -147,9 +152,7 @@ def test_the_folds_at_a_gap_equal_a_direct_computation(monkeypatch):
 
 @torch.inference_mode()
 def test_the_gains_of_the_final_norm_equal_a_direct_computation(monkeypatch):
-    monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
-    falling = iter(range(100, 0, -1))
-    monkeypatch.setattr(closed_form._Climb, "_loss", lambda self, block, values: float(next(falling)))
+    keep_every_fit(monkeypatch)
     gated = gated_model("llama")
     model, text = gated.model, own_text(gated.model, 30)
     with gated:

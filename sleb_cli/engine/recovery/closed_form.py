@@ -34,8 +34,6 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
 PATIENCE = 3
 """After so many blocks without a gain, no further one is refitted until the next gap."""
-# What writers are tried on.
-TRIED_POSITIONS = 32
 
 
 @dataclass

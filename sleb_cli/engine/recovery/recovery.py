@@ -305,7 +305,7 @@ def _begun(saved: Saved) -> _Start:
 
 
 def _require_plain(architecture: Architecture) -> None:
-    if "quantization_config" in architecture.source.raw_config:
+    if architecture.source.is_quantized:
         raise UnsupportedModelError(
             f"{architecture.source.id} is quantized: its blocks cannot be given new values.",
             hint="Recover the model that it was quantized from, and quantize the result.",
@@ -334,7 +334,7 @@ def _settle(request: RecoveryRequest, subject: Subject) -> CalibrationSettings:
     asked, architecture = request.calibration, subject.architecture
     usual = HEAL_LENGTH if request.heal else DEFAULT_LENGTH
     length = asked.sequence_length or min(usual, architecture.longest_sequence or usual)
-    source = asked.source or (_usual_source(subject.plan) if request.closed_form and not asked.chat else SELF)
+    source = asked.source or (_usual_source(subject.plan) if request.closed_form else SELF)
     settings = settle_calibration(replace(asked, source=source, sequence_length=length), architecture)
     if settings.samples_were_asked or settings.source in REFERENCE_PRESETS:
         return settings
