@@ -54,6 +54,21 @@ def test_ridge_equals_solving_the_normal_equations_of_all_rows_at_once():
     torch.testing.assert_close(sums.solve(0.3), torch.linalg.lstsq(rows, targets).solution, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [Ridge, Gains])
+def test_what_coefficients_leave_on_other_rows_equals_the_direct_sum(kind):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(90, 4, generator=generator), torch.randn(90, 4, generator=generator)
+    weights, fit, other = torch.rand(90, generator=generator), kind(), kind()
+    fit.add(x[:60], y[:60], weights[:60])
+    other.add(x[60:70], y[60:70], weights[60:70])
+    other.add(x[70:], y[70:], weights[70:])
+    found = fit.solve(0.1).float()
+    there = x[60:] * found if kind is Gains else x[60:] @ found
+    direct = (weights[60:, None] * (y[60:] - there).square()).sum()
+    assert other.error(found.double()) == pytest.approx(float(direct), rel=1e-4)
+    assert other.yy == pytest.approx(float((weights[60:, None] * y[60:].square()).sum()), rel=1e-4)
+
+
 def test_a_feature_that_is_always_zero_gets_no_coefficient():
     sums = Ridge()
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))

@@ -188,18 +188,17 @@ class _Climb:
 
     def _best_fold(self, rows: Callable[[_Column], Iterator[_Rows]], writers: Sequence[Writer]) -> _Fold:
         """Fit with each ridge, and take the one that leaves the least on the held-out text."""
-        sums = Gains() if writers[0].kind == "gain" else Ridge()
-        for features, targets, weights in rows(self.fit):
-            sums.add(features, targets, weights)
-        fits = {ridge: sums.solve(ridge) for ridge in RIDGES}
-        left, whole = dict.fromkeys(RIDGES, 0.0), 0.0
-        for features, targets, weights in rows(self.held_out):
-            whole += float((weights[:, None] * targets.square()).sum())
-            for ridge, fitted in fits.items():
-                there = features * fitted.float() if isinstance(sums, Gains) else features @ fitted.float()
-                left[ridge] += float((weights[:, None] * (targets - there).square()).sum())
+        fit, held_out = (self._sums(rows(column), writers) for column in (self.fit, self.held_out))
+        fits = {ridge: fit.solve(ridge) for ridge in RIDGES}
+        left = {ridge: held_out.error(fitted) for ridge, fitted in fits.items()}
         ridge = min(RIDGES, key=lambda ridge: left[ridge])
-        return _Fold(ridge, dict(self._folded(writers, fits[ridge])), left[ridge] / max(whole, 1e-30))
+        return _Fold(ridge, dict(self._folded(writers, fits[ridge])), left[ridge] / max(held_out.yy, 1e-30))
+
+    def _sums(self, rows: Iterator[_Rows], writers: Sequence[Writer]) -> Gains | Ridge:
+        sums = Gains() if writers[0].kind == "gain" else Ridge()
+        for features, targets, weights in rows:
+            sums.add(features, targets, weights)
+        return sums
 
     def _rows(self, column: _Column, block: int, writers: Sequence[Writer]) -> Iterator[_Rows]:
         """Give features, what is missing at the end of the gap, and weights, batch by batch, in float32.

@@ -36,6 +36,12 @@ class Ridge:
         penalty = torch.diag(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + penalty))
 
+    def error(self, coefficients: Tensor) -> float:
+        """Give the weighted sum of squares that these coefficients, which other rows may have given, leave of Y."""
+        assert self.xx is not None
+        assert self.xy is not None
+        return self.yy + float((coefficients * (self.xx @ coefficients - 2 * self.xy)).sum())
+
 
 class Gains:
     """The same for each channel alone: Y[:, i] from X[:, i]."""
@@ -58,3 +64,9 @@ class Gains:
         assert self.xx is not None
         assert self.xy is not None
         return self.xy / (self.xx * (1 + ridge)).clamp_min(1e-30)
+
+    def error(self, coefficients: Tensor) -> float:
+        """Give the weighted sum of squares that these coefficients leave of Y."""
+        assert self.xx is not None
+        assert self.xy is not None
+        return self.yy + float((coefficients * (self.xx * coefficients - 2 * self.xy)).sum())
