@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -159,7 +159,8 @@ def calibrate(
 ) -> Calibration:
     """Give the sequences that the settings describe; the model is loaded only where it writes them itself.
 
-    Those of a mixture are spread evenly over one another, so that any stretch of them has all sources.
+    Those of a mixture are spread evenly over one another, so that any stretch of them has all sources. Where nobody
+    said how many, there are as many as there is text for in these shares.
 
     Raises:
         DataError: the text is missing, or too short.
@@ -167,15 +168,22 @@ def calibrate(
     if settings.chat is not None:
         require_template(tokenizer)
     bos = adds_bos(tokenizer) and settings.parts[0].source not in REFERENCE_PRESETS
+    written = [part.source == SELF and settings.chat is None for part in settings.parts]
+    read: dict[int, _Rows] = {}
+    for number, (part, count) in enumerate(zip(settings.parts, settings.counts, strict=True)):
+        if not written[number]:
+            notify(TaskStarted(task := f"Reading {part.source}"))
+            read[number] = _read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify)
+            notify(TaskFinished(task))
+    if len(settings.parts) > 1:
+        settings = _as_far_as_texts_go(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
     found: list[_Rows] = []
-    for part, count in zip(settings.parts, settings.counts, strict=True):
-        if part.source == SELF and settings.chat is None:
+    for number, count in enumerate(settings.counts):
+        if written[number]:
             own = replace(settings, samples=count)
             found.append((write_own_text(load_model(), tokenizer, own, bos=bos, notify=notify), None))
         else:
-            notify(TaskStarted(task := f"Reading {part.source}"))
-            found.append(_read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify))
-            notify(TaskFinished(task))
+            found.append(_drawn(*read[number], count, settings.seed) if len(settings.parts) > 1 else read[number])
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
     masks = [counted for _, counted in found if counted is not None]
@@ -191,13 +199,38 @@ def calibrate(
     return Calibration(sequences, record, torch.cat(masks)[order] if masks else None)
 
 
+def _as_far_as_texts_go(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
+    """Take as many samples as there is text for, the shares being what they are; `found` are sequences by part.
+
+    Raises:
+        UsageError: of some part that would be none.
+    """
+    wanted = settings.samples
+    while any(settings.counts[number] > count for number, count in found.items()):
+        settings = replace(settings, samples=settings.samples - 1)
+    _require_mixable(settings)
+    if settings.samples < wanted:
+        scarce = min(found, key=lambda number: found[number] / settings.parts[number].share)
+        notify(
+            Notice(
+                f"{settings.parts[scarce].source} has text for {found[scarce]} sequences of {settings.sequence_length} "
+                f"tokens, so the mixture has {settings.samples}, not {wanted}."
+            )
+        )
+    return settings
+
+
+def _drawn(sequences: Tensor, counted: Tensor | None, count: int, seed: int) -> _Rows:
+    rows = draw(len(sequences), count, seed)
+    return sequences[rows], counted[rows] if counted is not None else None
+
+
 def _read_sequences(
     source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
 ) -> _Rows:
     """Cut the sequences out of a text: all of a reference preset, else as many as wanted, drawn by the seed."""
     length, seed = settings.sequence_length, settings.seed
-    # A source alone may have less than is usual; a mixture with less of one would not have the shares that it says.
-    asked = samples if settings.samples_were_asked or len(settings.parts) > 1 else None
+    asked = samples if settings.samples_were_asked else None
     counted = None
     if settings.chat is not None:
         conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
@@ -210,10 +243,9 @@ def _read_sequences(
         text = calibration_text(source, tokens=samples * length, seed=seed)
         windows = cut_windows(tokenizer, text.content, length, bos=bos)
         require_windows(windows, text, tokenizer, length, asked)
-    if len(windows) < samples:
+    if len(windows) < samples and len(settings.parts) == 1:
         notify(Notice(f"{source} has text for {len(windows)} sequences of {length} tokens: all are used."))
-    rows = draw(len(windows), samples, seed)
-    return windows[rows], counted[rows] if counted is not None and settings.chat == "answers" else None
+    return _drawn(windows, counted if settings.chat == "answers" else None, samples, seed)
 
 
 def draw(found: int, count: int, seed: int) -> list[int]:

@@ -14,6 +14,7 @@ from sleb_cli.engine.mixture import parse_mixture
 from sleb_cli.engine.source import locate_model
 from sleb_cli.engine.texts import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
+from sleb_cli.events import Notice
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import DataError, UsageError
 
@@ -104,9 +105,9 @@ def calibrated(tiny_llama, tokenizers):
     """Calibrate the tiny Llama; the tokenizer adds a BOS or does not."""
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
 
-    def calibrated(source, samples=None, length=64, *, seed=0, bos=False, load_model=pytest.fail):
+    def calibrated(source, samples=None, length=64, *, seed=0, bos=False, load_model=pytest.fail, notify=print):
         settings = settle_calibration(CalibrationRequest(source, samples, length, seed), architecture)
-        return calibrate(settings, tokenizers[bos], load_model, lambda event: None)
+        return calibrate(settings, tokenizers[bos], load_model, notify)
 
     return calibrated
 
@@ -218,8 +219,23 @@ def test_a_mixture_that_is_none_is_refused(calibrated, source, samples, message)
         calibrated(source, samples)
 
 
-def test_a_source_of_a_mixture_that_is_too_short_is_refused_even_by_default(tmp_path, calibrated):
+def test_a_mixture_is_as_long_as_its_scarcest_source_lets_it_be_where_nobody_said_how_long(tmp_path, calibrated):
+    (tmp_path / "a.txt").write_text(prose(300, seed=1))
+    (tmp_path / "b.txt").write_text(prose(20, seed=2))
+    there = len(calibrated("b.txt").sequences)
+    assert 1 < there < 8
+    events = []
+    mixed = calibrated("a.txt:0.5,b.txt:0.5", notify=events.append)
+    assert torch.equal(mixed.sequences, calibrated("a.txt:0.5,b.txt:0.5", 2 * there + 1).sequences)
+    (notice,) = [event.text for event in events if isinstance(event, Notice)]
+    assert notice == f"b.txt has text for {there} sequences of 64 tokens, so the mixture has {2 * there + 1}, not 16."
+    with pytest.raises(DataError, match=rf"b\.txt has text for {there} sequences of 64 tokens, not for 8"):
+        calibrated("a.txt:0.5,b.txt:0.5", 16)
+
+
+def test_a_mixture_that_would_lack_a_source_is_refused(tmp_path, calibrated):
     (tmp_path / "a.txt").write_text(prose(300))
-    (tmp_path / "b.txt").write_text(prose(20))
-    with pytest.raises(DataError, match=r"b\.txt has text for \d+ sequences of 64 tokens, not for 8"):
-        calibrated("a.txt:0.5,b.txt:0.5")
+    (tmp_path / "b.txt").write_text(prose(3))
+    assert len(calibrated("b.txt").sequences) == 1
+    with pytest.raises(UsageError, match=r"none would be of a\.txt"):
+        calibrated("a.txt:1/10,b.txt:9/10")
