@@ -67,13 +67,15 @@ def apply(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to recover on, as for `sleb search`. (default: self; --recover: half of it, half the plan's)",
+            help="Text to recover on, as for `sleb search`. (default: self; --recover: a quarter of it)",
             show_default=False,
         ),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Sequences of it; every fifth is held out. (default: 32,768 tokens)", show_default=False),
+        typer.Option(
+            help="Sequences of it; a fifth is held out. (default: 65,536 tokens, of self 32,768)", show_default=False
+        ),
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens in each. (default: 512 or the model's limit)", show_default=False)

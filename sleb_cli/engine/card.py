@@ -92,9 +92,9 @@ def _recovered(recovery: RecoveryRecord | None) -> list[str]:
     return [
         "",
         f"The blocks that stay were given new weights, on text of {text.title} ({text.sequences} x "
-        f"{text.sequence_length} tokens, every fifth sequence held out), so that the model does again what the base "
-        f"model does. {recovery.share:.0%} of the nats that the removal cost came back, measured on the "
-        f"{recovery.held_out} sequences that were held out:",
+        f"{text.sequence_length} tokens, {recovery.held_out} of these sequences held out), so that the model does "
+        f"again what the base model does. {recovery.share:.0%} of the nats that the removal cost came back, measured "
+        f"on what was held out:",
         "",
         "| | perplexity | KL to the base model, nats per token |",
         "|---|---|---|",

@@ -168,7 +168,17 @@ def test_without_the_memory_for_the_model_it_is_refused(run_sleb, llama_plan, te
     assert "Recovery needs the dense model in memory" in result.stderr
 
 
-def test_where_no_text_is_named_it_is_half_what_the_plan_was_searched_on(
+def test_of_much_text_no_more_is_held_out_than_decides(run_sleb, llama_plan, text_file, fit, monkeypatch, tmp_path):
+    monkeypatch.setattr(recovery, "HELD_OUT_TOKENS", 96)
+    result = run_sleb("apply", llama_plan, *recovering(text_file, 30), "-o", "out", "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    record = read_plan(tmp_path / "out" / "sleb_plan.json").recovery
+    assert record
+    ((_, fitted, held_out),) = fit.calls
+    assert (record.text.sequences, record.held_out, len(fitted), len(held_out)) == (30, 3, 27, 3)
+
+
+def test_where_no_text_is_named_it_is_mostly_what_the_plan_was_searched_on(
     run_sleb, llama_plan, text_file, fit, tmp_path
 ):
     result = run_sleb(
@@ -177,7 +187,7 @@ def test_where_no_text_is_named_it_is_half_what_the_plan_was_searched_on(
     assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "out" / "sleb_plan.json")
     assert plan.recovery
-    assert plan.recovery.text.source == f"{text_file}:0.5,self:0.5"
+    assert plan.recovery.text.source == f"{text_file}:0.75,self:0.25"
 
 
 def test_without_a_plan_it_is_the_models_own(run_sleb, tiny_llama, fit, tmp_path):

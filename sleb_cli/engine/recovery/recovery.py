@@ -18,6 +18,7 @@ from sleb_cli.engine.calibration import (
     CalibrationRequest,
     CalibrationSettings,
     calibrate,
+    draw,
     settle_calibration,
 )
 from sleb_cli.engine.gates import GatedModel
@@ -37,13 +38,17 @@ from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.units import size as in_words
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError
 
-DEFAULT_TOKENS = 32768
+DEFAULT_TOKENS = 65536
+DEFAULT_OWN_TOKENS = 32768
+"""Where the model writes all of it: writing a token takes as long as fitting several."""
 DEFAULT_LENGTH = 512
 HEAL_LENGTH = 256
 """Shorter where blocks are trained: more and cheaper steps in the same time."""
 
 HELD_OUT_EVERY = 5
-"""Every so manieth sequence is not fitted: what recovery gave is measured there."""
+"""Every so manieth sequence is not fitted: it decides on each fit, and what recovery gave is measured there."""
+HELD_OUT_TOKENS = 8192
+"""Of more, as many are drawn, and the rest is fitted: every fit runs the model on all that is held out."""
 
 TRAINED_BELOW = 4
 """So many blocks below the first gap are trained, too: those before see what they saw in the dense model."""
@@ -338,16 +343,17 @@ def _settle(request: RecoveryRequest, subject: Subject) -> CalibrationSettings:
     settings = settle_calibration(replace(asked, source=source, sequence_length=length), architecture)
     if settings.samples_were_asked or settings.source in REFERENCE_PRESETS:
         return settings
-    return replace(settings, samples=max(HELD_OUT_EVERY, DEFAULT_TOKENS // length))
+    tokens = DEFAULT_OWN_TOKENS if settings.source == SELF else DEFAULT_TOKENS
+    return replace(settings, samples=max(HELD_OUT_EVERY, tokens // length))
 
 
 def _usual_source(plan: Plan | None) -> str:
-    """Choose the text to fit on: half what the plan was searched on, half the model's own, which favours no kind."""
+    """Choose the text to fit on: what the plan was searched on, and the model's own, of no special kind."""
     searched = plan.calibration if plan else None
     if searched is None or searched.chat or searched.source == SELF:
         return SELF
     source = searched.source.removesuffix("-sleb")
-    return source if len(parse_mixture(source)) > 1 else f"{source}:0.5,{SELF}:0.5"
+    return source if len(parse_mixture(source)) > 1 else f"{source}:0.75,{SELF}:0.25"
 
 
 def _split(sequences: Tensor) -> tuple[Tensor, Tensor]:
@@ -361,5 +367,9 @@ def _split(sequences: Tensor) -> tuple[Tensor, Tensor]:
             f"{len(sequences)} sequences are too few to recover on: every {HELD_OUT_EVERY}th is held out.",
             hint=f"Take --samples {HELD_OUT_EVERY} or more, or more text.",
         )
-    held_out = torch.arange(len(sequences)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    rows = range(HELD_OUT_EVERY - 1, len(sequences), HELD_OUT_EVERY)
+    # Drawn rather than further apart: a mixture's sources take turns, and steps may meet one of them alone.
+    drawn = [rows[row] for row in draw(len(rows), max(1, HELD_OUT_TOKENS // sequences.shape[1]), seed=0)]
+    held_out = torch.zeros(len(sequences), dtype=torch.bool)
+    held_out[drawn] = True
     return sequences[~held_out], sequences[held_out]
