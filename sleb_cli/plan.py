@@ -258,6 +258,7 @@ class ClosedFormRecord(Record):
 class HealRecord(Record):
     """How the kept blocks were trained to predict as the dense model does; `seconds` include the writing of text.
 
+    What is trained are changes of the matrices, of `rank` or, where that is less, half the matrix's own.
     `losses` are those of the point that was kept, after `kept_tokens`; `stopped` says what ended the training.
     """
 
@@ -266,6 +267,7 @@ class HealRecord(Record):
     sequence_length: int
     batch_size: int
     learning_rate: float
+    rank: int
     tokens: int
     kept_tokens: int
     steps: int

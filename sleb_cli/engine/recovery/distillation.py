@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sleb_cli.engine.recovery.variant import Variant, pieces, stretches
 
-BETAS = (0.9, 0.95)
-CLIP = 1.0
-"""The longest gradient that is followed as it is; longer ones are shortened to it."""
+WARMUP_STEPS = 20
 
 
 class Divergence(torch.autograd.Function):
@@ -67,57 +64,10 @@ def distill(
     return total / count
 
 
-def learning_rate(peak: float, share: float, warmup: float = 0.05) -> float:
-    """Give the learning rate when this share of the budget is used: up in a line, then down along a cosine, to 0."""
-    return peak * min(share / warmup, 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))
+def learning_rate(peak: float, share: float, steps: int) -> float:
+    """Give the learning rate after so many steps, when this share of the budget is used.
 
-
-class Masters:
-    """Float32 copies of parameters, end to end in one tensor, and the AdamW that moves them.
-
-    In bfloat16 most steps would be rounded away; the copies add them up, and the parameters follow.
+    It goes up in a line over the first steps, whose moments know too little to be followed far, and down along a cosine
+    to 0 at the end of the budget.
     """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        flat = torch.cat([parameter.detach().float().flatten() for parameter in self.parameters])
-        self.values = nn.Parameter(flat)
-        # Fused, it is one pass over memory: on a CPU, several would take as long as a tenth of the step's own work.
-        self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
-
-    def gradient(self) -> Tensor:
-        """Take the parameters' gradients, zero where there is none, in one float32 tensor."""
-        taken = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
-        return torch.cat([gradient.float().flatten() for gradient in taken])
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor, rate: float) -> None:
-        """Move the copies by a step of AdamW without decay (Loshchilov and Hutter, 2019), and the parameters after."""
-        gradient *= min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
-        self.values.grad = gradient
-        self._adam.param_groups[0]["lr"] = rate
-        self._adam.step()
-        self.values.grad = None
-        self.place()
-
-    def state(self) -> dict[str, Tensor]:
-        """Give all that a later process needs to go on."""
-        moments: dict[str, Tensor] = self._adam.state[self.values]
-        return {"values": self.values.data} | moments
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from such a state."""
-        moments = {name: tensor.to(self.values.device) for name, tensor in state.items()}
-        self.values.data = moments.pop("values")
-        self._adam.state[self.values] = moments
-        self.place()
-
-    @torch.no_grad()
-    def place(self) -> None:
-        """Give the parameters the copies' values, rounded to their data types."""
-        start = 0
-        for parameter in self.parameters:
-            parameter.copy_(self.values[start : start + parameter.numel()].view_as(parameter))
-            start += parameter.numel()
+    return peak * min((steps + 1) / WARMUP_STEPS, 0.5 * (1 + math.cos(math.pi * min(share, 1.0))))

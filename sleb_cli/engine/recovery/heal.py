@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.recovery.distillation import Masters, distill, learning_rate
+from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved
+from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.team import Team
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import Event, HealChecked, Notify, TaskAdvanced, TaskFinished, TaskStarted
@@ -20,7 +21,7 @@ from sleb_plugins import DataError, UsageError
 
 DEFAULT_MINUTES = 10.0
 
-LEARNING_RATE = 4e-4
+LEARNING_RATE = 1e-3
 BASE_WIDTH = 576
 """The learning rate is for hidden states of this size; wider models take smaller steps."""
 
@@ -103,7 +104,7 @@ class Case:
         teacher: the dense model.
         student: the pruned model, with what it was given back already.
         first: the first block that is trained; those before are the dense model's own in both.
-        parameters: of the student's blocks from there on, by the dense model's names.
+        weights: the matrices of the student's blocks from there on, by the dense model's names.
         write: gives the portion of text of this number, [sequences, length].
         held_out: sequences that are never trained on, [sequences, length].
         seed: decides in which order sequences come.
@@ -113,7 +114,7 @@ class Case:
     teacher: Variant
     student: Variant
     first: int
-    parameters: Mapping[str, nn.Parameter]
+    weights: Mapping[str, nn.Parameter]
     write: Callable[[int, Notify], Tensor]
     held_out: Tensor
     seed: int
@@ -158,11 +159,9 @@ def heal(
 class _Healing:
     def __init__(self, case: Case, budget: Budget, team: Team, save: Callable[[Saved], None], notify: Notify) -> None:
         self.case, self.budget, self.team, self.save, self.notify = case, budget, team, save, notify
-        for parameter in case.parameters.values():
-            parameter.requires_grad_(True)
-        self.masters = Masters(list(case.parameters.values()))
+        self.trained = LowRank(list(case.weights.values()))
         self.progress = Progress()
-        self.best: list[Tensor] = []
+        self.best = self.trained.values.detach().clone()
         self.loss = 0.0
         self._told = self._save_took = 0.0
 
@@ -174,8 +173,7 @@ class _Healing:
         self._began = self._saved_at = time.monotonic()
         self._began -= self.progress.seconds
         if not saved:
-            self.masters.values.data = self.team.of_main(self.masters.values.data)
-            self.masters.place()
+            self.trained.put(self.team.of_main(self.trained.values.data))
             self._check()
         batches, last = self._batches(), self._share()
         while last < 1 and self.progress.stale < PATIENCE:
@@ -186,7 +184,8 @@ class _Healing:
                 self._check()
             self._save_if_due()
         self.notify(TaskFinished("Healing"))
-        values = dict(zip(self.case.parameters, self.best, strict=True))
+        self.trained.put(self.best)
+        values = {name: weight.detach() for name, weight in self.case.weights.items()}
         return Healed(values, self.progress, "budget" if last >= 1 else "patience")
 
     def _share(self) -> float:
@@ -197,11 +196,11 @@ class _Healing:
     def _step(self, ids: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
         start = (self.case.first, entering) if self.case.first else None
         self.loss = distill(self.case.teacher, self.case.student, ids, wanted, start)
-        gradient = self.team.mean(self.masters.gradient())
+        gradient = self.team.mean(self.trained.take_gradient())
         # What counts is the middle of the step.
         tokens = ids.numel() * self.team.size
         ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
-        self.masters.step(gradient, learning_rate(self.case.rate, share + ahead))
+        self.trained.step(gradient, learning_rate(self.case.rate, share + ahead, self.progress.steps))
         self.progress.steps += 1
         self.progress.tokens += tokens
         self._tell()
@@ -212,7 +211,7 @@ class _Healing:
         found = self.team.agreed(losses(self.case.student, self.case.teacher, watched)[1])
         best = self.progress.best_divergence
         if best is None or found < best:
-            self.best = [parameter.detach().clone() for parameter in self.masters.parameters]
+            self.best = self.trained.values.detach().clone()
             self.progress.best_divergence, self.progress.best_tokens, self.progress.stale = (
                 found,
                 self.progress.tokens,
@@ -256,18 +255,16 @@ class _Healing:
         if began - self._saved_at < max(SECONDS_BETWEEN_SAVES, self._save_took / MOST_TIME_FOR_SAVES):
             return
         if self.team.rank == 0:
-            state = {f"masters.{name}": tensor for name, tensor in self.masters.state().items()}
-            best = {f"best.{number}": tensor for number, tensor in enumerate(self.best)}
-            self.save(Saved({"progress": asdict(self.progress)}, state | best))
+            state = {f"trained.{name}": tensor for name, tensor in self.trained.state().items()}
+            self.save(Saved({"progress": asdict(self.progress)}, state | {"best": self.best}))
         self._saved_at = time.monotonic()
         self._save_took = self._saved_at - began
 
     def _restore(self, saved: Saved) -> None:
-        tensors = saved.tensors
         self.progress = Progress(**saved.data["progress"])
-        marked = {name: tensor for name, tensor in tensors.items() if name.startswith("masters.")}
-        self.masters.restore({name.removeprefix("masters."): tensor for name, tensor in marked.items()})
-        self.best = [tensors[f"best.{number}"].to(self.team.device) for number in range(len(self.case.parameters))]
+        marked = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("trained.")}
+        self.trained.restore({name.removeprefix("trained."): tensor for name, tensor in marked.items()})
+        self.best = saved.tensors["best"].to(self.team.device)
 
 
 class _Taught:

@@ -28,6 +28,7 @@ from sleb_cli.engine.mixture import parse_mixture
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.heal import Budget, Case, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
+from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
 from sleb_cli.engine.recovery.naming import file_tensors
 from sleb_cli.engine.recovery.team import Team
 from sleb_cli.engine.recovery.variant import Variant, losses
@@ -54,8 +55,8 @@ TRAINED_BELOW = 4
 """So many blocks below the first gap are trained, too: those before see what they saw in the dense model."""
 SHARING_TOLERANCE = 1e-2
 
-TRAINING_BYTES = 16
-"""What a parameter takes in training beside the models: float32 copy, two moments and a gradient."""
+TRAINING_BYTES = 20
+"""What a trained number takes beside the models, in float32: itself, its best, its gradient and two moments."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,7 @@ class _Recovery:
         """Distill from where the closed form ended."""
         model = load_pruned(self.surgery, self.dtype, self.team.device, self.notify)
         parameters = block_parameters(self.surgery, model)
+        weights = {name: parameter for name, parameter in parameters.items() if rank_of(parameter.shape)}
         _place(model, parameters, start.values)
         first = self._first_trained(start.values)
         beginning = {f"start.{name}": value for name, value in start.values.items()} | {"held_out": start.held_out}
@@ -209,7 +211,7 @@ class _Recovery:
                 teacher=teacher,
                 student=pupil,
                 first=first,
-                parameters={name: parameters[name] for name in self._names_from(first, parameters)},
+                weights={name: weights[name] for name in self._names_from(first, weights)},
                 write=lambda number, notify: self._text(gated, self._portion(budget, number), notify).sequences,
                 held_out=start.held_out,
                 seed=self.settings.seed,
@@ -223,6 +225,7 @@ class _Recovery:
             sequence_length=self.settings.sequence_length,
             batch_size=case.batch * self.team.size,
             learning_rate=case.rate,
+            rank=RANK,
             tokens=progress.tokens,
             kept_tokens=progress.best_tokens,
             steps=progress.steps,
@@ -323,8 +326,10 @@ def _require_memory(surgery: Surgery, dtype: torch.dtype, device: torch.device, 
     needed = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
     if heals:
         blocks = surgery.architecture.blocks_of(dense)
-        trained = sum(p.numel() for block in surgery.kept.blocks for p in blocks[block].parameters())
-        needed += needed + trained * TRAINING_BYTES
+        shapes = [parameter.shape for block in surgery.kept.blocks for parameter in blocks[block].parameters()]
+        # Both models, what the trained weights were, and what is trained of them.
+        needed += needed + sum(map(math.prod, shapes)) * dtype.itemsize
+        needed += sum(map(trained_numbers, shapes)) * TRAINING_BYTES
     free = free_bytes(device)
     if needed > free:
         what = "Healing needs the dense model and what it trains" if heals else "Recovery needs the dense model"

@@ -1,0 +1,114 @@
+"""Training no more of a weight than a change of low rank (LoRA, Hu et al., arXiv 2106.09685, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+RANK = 64
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+"""The longest gradient that is followed as it is; longer ones are shortened to it."""
+
+
+def rank_of(shape: Sequence[int]) -> int:
+    """Give the rank of the change to a weight [..., out, in]: at most half of its own, and 0 for what is no matrix."""
+    return min(RANK, *(side // 2 for side in shape[-2:])) if len(shape) > 1 else 0
+
+
+def trained_numbers(shape: Sequence[int]) -> int:
+    """Say how many numbers are trained of such a weight."""
+    return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:]) if len(shape) > 1 else 0
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A weight, what it was, and its A (`down`) and B (`up`) with their gradients: views of what holds all of them."""
+
+    weight: nn.Parameter
+    own: Tensor
+    down: Tensor
+    up: Tensor
+    down_gradient: Tensor
+    up_gradient: Tensor
+
+    def take(self, weight: nn.Parameter) -> None:
+        """Turn the weight's gradient into those of A and B."""
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient)
+        self.up_gradient.add_(gradient @ self.down.mT.to(gradient.dtype))
+
+
+class LowRank:
+    """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
+
+    The weights themselves hold W + B A, rounded to their data type: the model's code runs as it is, nothing is left to
+    merge, and what is measured is what will be written. The gradient of a weight is turned into those of its B and A as
+    soon as it is there, so that of whole weights no more than one exists. Before the first step every B is 0.
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+        size = sum(trained_numbers(weight.shape) for weight in weights)
+        # End to end in one tensor: fused, a step is one pass over memory.
+        self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
+        self._gradient = torch.zeros_like(self.values)
+        self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
+        self._changes = list(self._laid_out(weights))
+        generator = torch.Generator().manual_seed(0)
+        for change in self._changes:
+            # As LoRA's authors begin: what A gives is as large as what comes in.
+            start = 2 * torch.rand(change.down.shape, generator=generator) - 1
+            change.down.copy_(start / math.sqrt(change.down.shape[-1]))
+            change.weight.requires_grad_(True)
+            change.weight.register_post_accumulate_grad_hook(change.take)  # type: ignore[no-untyped-call]
+
+    def _laid_out(self, weights: Sequence[nn.Parameter]) -> Iterator[_Change]:
+        start = 0
+        for weight in weights:
+            *stack, rows, columns = weight.shape
+            views: list[Tensor] = []
+            for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
+                part = slice(start, start := start + math.prod(shape))
+                views += [self.values.data[part].view(shape), self._gradient[part].view(shape)]
+            yield _Change(weight, weight.detach().clone(), views[0], views[2], views[1], views[3])
+
+    def take_gradient(self) -> Tensor:
+        """Take what the passes since the last call add up to, float32 in the order of `values`."""
+        gradient = self._gradient.clone()
+        self._gradient.zero_()
+        return gradient
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, rate: float) -> None:
+        """Move the changes by a step of AdamW without decay (Loshchilov and Hutter, 2019), and the weights after."""
+        self.values.grad = gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
+        self._adam.param_groups[0]["lr"] = rate
+        self._adam.step()
+        self.values.grad = None
+        self._place()
+
+    @torch.no_grad()
+    def put(self, values: Tensor) -> None:
+        """Take these values, and give the weights what they are with them."""
+        self.values.data.copy_(values)
+        self._place()
+
+    def state(self) -> dict[str, Tensor]:
+        """Give all that a later process needs to go on."""
+        moments: dict[str, Tensor] = self._adam.state[self.values]
+        return {"values": self.values.data} | moments
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from such a state."""
+        moments = {name: tensor.to(self.values.device) for name, tensor in state.items()}
+        self.put(moments.pop("values"))
+        self._adam.state[self.values] = moments
+
+    def _place(self) -> None:
+        for change in self._changes:
+            change.weight.copy_(change.own.float() + change.up @ change.down)

@@ -1,0 +1,98 @@
+"""Changes of low rank, against plain LoRA by automatic differentiation."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sleb_cli.engine.recovery import low_rank
+from sleb_cli.engine.recovery.low_rank import BETAS, CLIP, LowRank, rank_of, trained_numbers
+
+SHAPES = [(24, 16), (3, 10, 12)]
+"""A matrix, and a stack of experts."""
+
+
+def plain_pairs(values, shapes):
+    """Give A and B of each weight out of the flat values, each as a leaf."""
+    pairs, start = [], 0
+    for *stack, rows, columns in shapes:
+        rank = rank_of((rows, columns))
+        for shape in ((*stack, rank, columns), (*stack, rows, rank)):
+            pairs.append(values[start : start + math.prod(shape)].view(shape).clone().requires_grad_())
+            start += math.prod(shape)
+    assert start == len(values)
+    return list(zip(pairs[::2], pairs[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((576, 1536), 64), ((3, 10, 12), 5), ((100, 4), 2), ((7, 1, 4), 0), ((64,), 0), ((), 0)]
+)
+def test_the_rank_is_at_most_half_of_the_weights_own(shape, rank):
+    assert rank_of(shape) == rank
+    assert trained_numbers(shape) == rank * sum(shape[-2:]) * math.prod(shape[:-2])
+
+
+def test_steps_are_those_of_lora_under_adamw(monkeypatch):
+    monkeypatch.setattr(low_rank, "RANK", 4)
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in SHAPES]
+    weights = [nn.Parameter(value.clone()) for value in start]
+    trained = LowRank(weights)
+    assert all(torch.equal(weight, value) for weight, value in zip(weights, start, strict=True))
+    pairs = plain_pairs(trained.values.detach(), SHAPES)
+    leaves = [leaf for pair in pairs for leaf in pair]
+    optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=BETAS, weight_decay=0.0)
+    for step in range(4):
+        inputs, scale = [torch.randn(*shape[:-2], 5, shape[-1]) for shape in SHAPES], 10**step / 100
+        for _ in range(2):  # gradients of several passes add up
+            sum(scale * (x @ weight.mT).square().sum() for x, weight in zip(inputs, weights, strict=True)).backward()
+        assert all(weight.grad is None for weight in weights)
+        changed = [value + up @ down for value, (down, up) in zip(start, pairs, strict=True)]
+        sum(2 * scale * (x @ w.mT).square().sum() for x, w in zip(inputs, changed, strict=True)).backward()
+        gradient = trained.take_gradient()
+        plain = torch.cat([leaf.grad.flatten() for leaf in leaves])
+        torch.testing.assert_close(gradient, plain, rtol=1e-4, atol=1e-4)
+        torch.nn.utils.clip_grad_norm_(leaves, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        trained.step(gradient, 0.01)
+        torch.testing.assert_close(
+            trained.values.data, torch.cat([leaf.flatten() for leaf in leaves]), rtol=1e-3, atol=1e-4
+        )
+    for weight, value, (down, up) in zip(weights, start, pairs, strict=True):
+        torch.testing.assert_close(weight, value + up @ down, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(weight, value, atol=0.01)
+    assert not trained.take_gradient().any()
+
+
+def test_steps_too_small_for_bfloat16_add_up():
+    weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
+    trained = LowRank([weight])
+    down = trained.values.data[:32].view(4, 8)
+    down.fill_(0.25)
+    for _ in range(100):
+        gradient = torch.zeros_like(trained.values)
+        gradient[32:] = 1.0
+        trained.step(gradient, 1e-4)
+    # B goes down by 100 steps of 1e-4, and with four times 0.25 so does the weight.
+    torch.testing.assert_close(weight.float(), torch.full((8, 8), 0.99), atol=2e-3, rtol=0)
+
+
+def test_what_was_saved_goes_on_to_the_same_values():
+    def run(trained, weight, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            (weight @ torch.randn(6, generator=generator)).square().sum().backward()
+            trained.step(trained.take_gradient(), 0.01)
+
+    start = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    whole, first, second = (nn.Parameter(start.clone()) for _ in range(3))
+    run(LowRank([whole]), whole, range(6))
+    begun = LowRank([first])
+    run(begun, first, range(3))
+    gone_on = LowRank([second])
+    gone_on.restore({name: tensor.clone() for name, tensor in begun.state().items()})
+    assert torch.equal(second, first)
+    run(gone_on, second, range(3, 6))
+    assert torch.equal(second, whole)
