@@ -116,6 +116,11 @@ class Work:
         searches = [self._search(name, size, seed) for seed in METHODS[name].seeds]
         return statistics.fmean(search["seconds"] for search in searches if search)
 
+    def searched(self, name: str, size: int) -> str:
+        """Give the size that was searched for where this size was found."""
+        searches = self.data["searches"][f"{name}/0"].items()
+        return next(searched for searched, search in searches if str(size) in search.get("removals", {}))
+
     def _search(self, name: str, size: int, seed: int) -> dict[str, Any] | None:
         searches = self.data["searches"].get(f"{name}/{seed}", {}).values()
         return next((search for search in searches if str(size) in search.get("removals", {})), None)
@@ -232,8 +237,7 @@ class Bench:
         """Write a checkpoint with these options of `sleb apply`, such as --recover; give its folder."""
         folder = self.work.folder / "checkpoints" / re.sub(r"[^\w.+-]", "-", key)
         if not folder.exists():
-            plans = [self.work.folder / f"{name}-0-{searched}.json" for searched in (size, max(self.options.sizes))]
-            plan = next(path for path in plans if path.exists())
+            plan = self.work.folder / f"{name}-0-{self.work.searched(name, size)}.json"
             say(f"apply {key}")
             folder.parent.mkdir(exist_ok=True)
             start = time.monotonic()

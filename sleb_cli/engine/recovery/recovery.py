@@ -49,7 +49,7 @@ HEAL_LENGTH = 256
 HELD_OUT_EVERY = 5
 """Every so manieth sequence is not fitted: it decides on each fit, and what recovery gave is measured there."""
 HELD_OUT_TOKENS = 8192
-"""Of more, as many are drawn, and the rest is fitted: every fit runs the model on all that is held out."""
+"""Of more than that, so many are drawn and the rest is fitted: every fit runs the model on all that is held out."""
 
 TRAINED_BELOW = 4
 """So many blocks below the first gap are trained, too: those before see what they saw in the dense model."""
