@@ -177,13 +177,14 @@ def calibrate(
             notify(TaskFinished(task))
     if len(settings.parts) > 1:
         settings = _as_far_as_texts_go(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
+        read = {number: _drawn(*rows, settings.counts[number], settings.seed) for number, rows in read.items()}
     found: list[_Rows] = []
     for number, count in enumerate(settings.counts):
         if written[number]:
             own = replace(settings, samples=count)
             found.append((write_own_text(load_model(), tokenizer, own, bos=bos, notify=notify), None))
         else:
-            found.append(_drawn(*read[number], count, settings.seed) if len(settings.parts) > 1 else read[number])
+            found.append(read[number])
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
     masks = [counted for _, counted in found if counted is not None]

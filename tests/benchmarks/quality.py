@@ -108,22 +108,22 @@ class Work:
 
     def removals(self, name: str, size: int, seed: int) -> tuple[int, ...] | None:
         """Give the blocks that a method removes, if its search is done."""
-        search = self._search(name, size, seed)
+        _, search = self._search(name, size, seed)
         return tuple(search["removals"][str(size)]) if search else None
 
     def seconds(self, name: str, size: int) -> float:
         """Give what the searches took, on average over the seeds; one for a larger size serves the smaller ones."""
         searches = [self._search(name, size, seed) for seed in METHODS[name].seeds]
-        return statistics.fmean(search["seconds"] for search in searches if search)
+        return statistics.fmean(search["seconds"] for _, search in searches if search)
 
     def searched(self, name: str, size: int) -> str:
         """Give the size that was searched for where this size was found."""
-        searches = self.data["searches"][f"{name}/0"].items()
-        return next(searched for searched, search in searches if str(size) in search.get("removals", {}))
+        return self._search(name, size, seed=0)[0]
 
-    def _search(self, name: str, size: int, seed: int) -> dict[str, Any] | None:
-        searches = self.data["searches"].get(f"{name}/{seed}", {}).values()
-        return next((search for search in searches if str(size) in search.get("removals", {})), None)
+    def _search(self, name: str, size: int, seed: int) -> tuple[str, dict[str, Any]]:
+        """Give the size that was searched for where this one was found, and the search; nothing in both if none was."""
+        searches = self.data["searches"].get(f"{name}/{seed}", {}).items()
+        return next((found for found in searches if str(size) in found[1].get("removals", {})), ("", {}))
 
     def model(self, key: str) -> dict[str, Any]:
         return self.data["models"].setdefault(key, {"losses": {}, "tasks": {}})

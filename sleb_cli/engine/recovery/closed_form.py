@@ -188,17 +188,11 @@ class _Climb:
 
     def _best_fold(self, rows: Callable[[_Column], Iterator[_Rows]], writers: Sequence[Writer]) -> _Fold:
         """Fit with each ridge, and take the one that leaves the least on the held-out text."""
-        fit, held_out = (self._sums(rows(column), writers) for column in (self.fit, self.held_out))
+        fit, held_out = (_sums(rows(column), writers) for column in (self.fit, self.held_out))
         fits = {ridge: fit.solve(ridge) for ridge in RIDGES}
         left = {ridge: held_out.error(fitted) for ridge, fitted in fits.items()}
         ridge = min(RIDGES, key=lambda ridge: left[ridge])
         return _Fold(ridge, dict(self._folded(writers, fits[ridge])), left[ridge] / max(held_out.yy, 1e-30))
-
-    def _sums(self, rows: Iterator[_Rows], writers: Sequence[Writer]) -> Gains | Ridge:
-        sums = Gains() if writers[0].kind == "gain" else Ridge()
-        for features, targets, weights in rows:
-            sums.add(features, targets, weights)
-        return sums
 
     def _rows(self, column: _Column, block: int, writers: Sequence[Writer]) -> Iterator[_Rows]:
         """Give features, what is missing at the end of the gap, and weights, batch by batch, in float32.
@@ -237,6 +231,13 @@ class _Climb:
     def _changed(self, parameter: nn.Parameter, change: Tensor) -> tuple[str, Tensor]:
         name = self.names[id(parameter)]
         return name, (self.values.get(name, parameter).double() + change).to(parameter.dtype)
+
+
+def _sums(rows: Iterator[_Rows], writers: Sequence[Writer]) -> Gains | Ridge:
+    sums = Gains() if writers[0].kind == "gain" else Ridge()
+    for features, targets, weights in rows:
+        sums.add(features, targets, weights)
+    return sums
 
 
 def _fits_bias(writer: Writer) -> bool:

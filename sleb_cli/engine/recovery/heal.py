@@ -159,6 +159,9 @@ def heal(
 class _Healing:
     def __init__(self, case: Case, budget: Budget, team: Team, save: Callable[[Saved], None], notify: Notify) -> None:
         self.case, self.budget, self.team, self.save, self.notify = case, budget, team, save, notify
+        for weight in case.weights.values():
+            # Each process fitted its own, and rounding may differ between them.
+            weight.data.copy_(team.of_main(weight.data))
         self.trained = LowRank(list(case.weights.values()))
         self.progress = Progress()
         self.best = self.trained.values.detach().clone()
@@ -173,7 +176,6 @@ class _Healing:
         self._began = self._saved_at = time.monotonic()
         self._began -= self.progress.seconds
         if not saved:
-            self.trained.put(self.team.of_main(self.trained.values.data))
             self._check()
         batches, last = self._batches(), self._share()
         while last < 1 and self.progress.stale < PATIENCE:
