@@ -1,5 +1,6 @@
 """The public contract of `sleb`: what a plugin imports, and nothing else."""
 
+from sleb_plugins.config_keys import block_numbers, by_block, leading_blocks, trailing_blocks
 from sleb_plugins.errors import (
     DataError,
     MachineError,
@@ -15,7 +16,6 @@ from sleb_plugins.errors import (
 from sleb_plugins.exporter import Exporter, FileExporter, Pruning, Workshop
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
-from sleb_plugins.layout import block_numbers, by_block, leading_blocks, trailing_blocks
 from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 
 __all__ = [

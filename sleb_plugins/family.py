@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sleb_plugins.layout import Reading
+from sleb_plugins.config_keys import Reading
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+from sleb_cli.engine.measure import sample_generation
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sleb-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,10 +34,9 @@ from transformers import (
 from transformers.utils import logging
 
 from sleb_cli.__main__ import main
-from sleb_cli.engine import canary
-from sleb_cli.engine.cache import cache_root
-from sleb_cli.engine.calibration import draw
-from sleb_cli.engine.windows import cut_windows
+from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.text.windows import cut_windows
 
 logging.disable_progress_bar()
 
@@ -63,7 +64,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     # What models say is of no interest to most tests, and would take longer than some searches.
-    monkeypatch.setattr(canary, "NEW_TOKENS", 6)
+    monkeypatch.setattr(sample_generation, "NEW_TOKENS", 6)
     monkeypatch.chdir(tmp_path)
 
 

@@ -24,12 +24,11 @@ from conftest import calibration, prose, save_model
 from families import FAMILIES, tiny_config
 from reference import handing_on, output_kinds
 from sleb_cli.__main__ import main
-from sleb_cli.engine.architecture import Architecture, read_architecture
-from sleb_cli.engine.loading import load_pruned
-from sleb_cli.engine.search.greedy import Protection
-from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.surgery import Surgery
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.search.removable import Protection, Removable
+from sleb_cli.engine.surgery.loading import load_pruned
+from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Event
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import SlebError

@@ -103,12 +103,12 @@ def apply(
     text = {"--calibration": calibration, "--samples": samples, "--sequence-length": sequence_length, "--seed": seed}
     _require_ways(budget, text | {"--device": device}, recover=recover, heal=heal, to_gguf=to_gguf is not None)
     with show_progress(quiet=quiet, first="Starting") as notify:
-        from sleb_cli.engine.apply import apply_removals
-        from sleb_cli.engine.apply_gguf import apply_to_gguf
-        from sleb_cli.engine.calibration import CalibrationRequest
-        from sleb_cli.engine.push import PushRequest
-        from sleb_cli.engine.recovery.recovery import HealRequest, RecoveryRequest
-        from sleb_cli.engine.subject import SubjectRequest, resolve_subject
+        from sleb_cli.engine.output.apply import apply_removals
+        from sleb_cli.engine.output.apply_gguf import apply_to_gguf
+        from sleb_cli.engine.output.push import PushRequest
+        from sleb_cli.engine.recovery.run import HealRequest, RecoveryRequest
+        from sleb_cli.engine.surgery.subject import SubjectRequest, resolve_subject
+        from sleb_cli.engine.text.calibration import CalibrationRequest
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
         registry, verify = load_and_report(), not no_verify

@@ -57,9 +57,9 @@ def bench(
     if output is not None:
         require_new_file(output, force=force)
     with show_progress(quiet=quiet, first="Starting") as notify:
-        from sleb_cli.engine.benchmark import benchmark
-        from sleb_cli.engine.subject import SubjectRequest, resolve_subject
-        from sleb_cli.engine.workloads import BenchRequest, choose_workloads
+        from sleb_cli.engine.measure.benchmark import benchmark
+        from sleb_cli.engine.measure.workloads import BenchRequest, choose_workloads
+        from sleb_cli.engine.surgery.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
         wanted = BenchRequest(

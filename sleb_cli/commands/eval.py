@@ -73,8 +73,8 @@ def eval_(
     if output is not None:
         require_new_file(output, force=force)
     with show_progress(quiet=quiet, first="Starting") as notify:
-        from sleb_cli.engine.evaluation import EvalRequest, evaluate
-        from sleb_cli.engine.subject import SubjectRequest, resolve_subject
+        from sleb_cli.engine.measure.evaluation import EvalRequest, evaluate
+        from sleb_cli.engine.surgery.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
         wanted = EvalRequest(

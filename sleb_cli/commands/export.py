@@ -64,8 +64,8 @@ def export(
     if output is not None and not isinstance(exporter, FileExporter):
         require_new_file(output, force=force)
     with show_progress(quiet=quiet, first="Starting") as notify:
-        from sleb_cli.engine.export import describe_pruning, export_files
-        from sleb_cli.engine.subject import SubjectRequest, resolve_subject
+        from sleb_cli.engine.output.export import describe_pruning, export_files
+        from sleb_cli.engine.surgery.subject import SubjectRequest, resolve_subject
 
         request = SubjectRequest(subject, parse_blocks(blocks), remove, model, any_model, revision, trust_remote_code)
         resolved = resolve_subject(request, registry, notify, needs_removals=True)

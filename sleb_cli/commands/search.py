@@ -213,7 +213,7 @@ def search(
 ) -> None:
     """Find the blocks that MODEL can best do without, and write them to a plan."""
     from sleb_cli.atomic import require_new_file
-    from sleb_cli.journal import Journal, journal_of
+    from sleb_cli.engine.search.journal import Journal, journal_of
     from sleb_cli.ui.plugins import load_and_report
     from sleb_cli.ui.progress import show_progress
     from sleb_cli.ui.tables import show_comparison, show_plan
@@ -222,11 +222,11 @@ def search(
     place = output or extend or Path("plan.json")
     require_new_file(place, force=force or place == extend)
     with show_progress(quiet=quiet, first="Starting") as notify:
-        from sleb_cli.engine.calibration import CalibrationRequest
-        from sleb_cli.engine.search.comparing import compare_removals, forget_journals
-        from sleb_cli.engine.search.planning import plan_removals
-        from sleb_cli.engine.search.settling import SearchRequest
+        from sleb_cli.engine.search.compare import compare_removals, forget_journals
+        from sleb_cli.engine.search.resolve import SearchRequest
+        from sleb_cli.engine.search.run import plan_removals
         from sleb_cli.engine.search.targets import TargetRequest
+        from sleb_cli.engine.text.calibration import CalibrationRequest
 
         request = SearchRequest(
             model=model,

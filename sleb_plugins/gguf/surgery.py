@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from sleb_plugins.config_keys import Kept, kept_blocks, require_removable
 from sleb_plugins.errors import ModelError, UnsupportedModelError
 from sleb_plugins.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
 from sleb_plugins.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
-from sleb_plugins.layout import Kept, kept_blocks, require_removable
 
 PROVENANCE = "sleb.removed_blocks"
 """The key that keeps the removed blocks, in order, as numbered in the model from which nothing was removed yet."""

@@ -3,11 +3,11 @@
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import Metric
 from sleb_plugins.metrics.angular import AngularDistance
-from sleb_plugins.metrics.chance import Chance
 from sleb_plugins.metrics.cosine import CosineDistance
 from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins.metrics.random import Chance
 from sleb_plugins.metrics.task import TaskError
 from sleb_plugins.metrics.taylor import Taylor
 

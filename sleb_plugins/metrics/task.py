@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleb_plugins.errors import DataError, UsageError
-from sleb_plugins.harness import load_tasks, run_tasks
+from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks
 from sleb_plugins.metric import ModelMetric
 
 if TYPE_CHECKING:

@@ -28,12 +28,13 @@ import torch
 
 from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.logits import score_logits
-from sleb_cli.engine.source import locate_model
+from sleb_cli.engine.device import choose_dtype
+from sleb_cli.engine.forward.logits import score_logits
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, settle_calibration
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -56,7 +57,9 @@ class Bench:
     @cached_property
     def model(self) -> Any:
         device = torch.device("cpu")
-        return load_dense(self.architecture, choose_dtype("auto", self.architecture, device), device, quiet)
+        return load_dense(
+            self.architecture, choose_dtype("auto", self.architecture.config.dtype, device), device, quiet
+        )
 
     def texts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, CalibrationRequest]]:
         """Give the options of each search, and what each is tested on."""

@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reference import plain_search
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import quiet_libraries
-from sleb_cli.engine.search.greedy import Protection, greedy_search
-from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.journal import Journal
+from sleb_cli.engine.search.strategies import Problem, greedy
+from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
@@ -73,7 +74,7 @@ def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: in
     with GatedModel(model, model.model.layers) as gated:
         passes, _ = prepare_passes(gated, ids, lambda event: None)
         score, _ = Scoring(passes, Journal(), None, lambda event: None).scorer(NegativeLogLikelihood())
-        ours = [c.block for c in greedy_search(score, partial(Protection(1, 1).candidates, blocks), remove)]
+        ours = [c.block for c in greedy(Problem(score, partial(Protection(1, 1).candidates, blocks), remove))]
     middle = time.perf_counter()
     plain, _ = plain_search(model, model.model.layers, ids, remove)
     end = time.perf_counter()

@@ -37,16 +37,17 @@ import transformers
 
 from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
-from sleb_cli.engine.architecture import Architecture, read_architecture
-from sleb_cli.engine.calibration import draw
-from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.evaluation import EvalRequest, Evaluator
-from sleb_cli.engine.loading import choose_dtype, free_memory, load_dense, load_pruned, load_tokenizer, quiet_libraries
-from sleb_cli.engine.logits import score_logits
-from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.surgery import plan_surgery
-from sleb_cli.engine.texts import evaluation_text
-from sleb_cli.engine.windows import cut_running_text
+from sleb_cli.engine.device import choose_dtype, free_memory
+from sleb_cli.engine.forward.logits import score_logits
+from sleb_cli.engine.measure.environment import processor_name
+from sleb_cli.engine.measure.evaluation import EvalRequest, Evaluator
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer, quiet_libraries
+from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.text.sources import evaluation_text
+from sleb_cli.engine.text.windows import cut_running_text
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -225,7 +226,7 @@ class Bench:
 
     def _load(self, removals: Sequence[int], checkpoint: Path | None) -> Any:
         device = torch.device(self.options.device)
-        dtype = choose_dtype(self.options.dtype, self.architecture, device)
+        dtype = choose_dtype(self.options.dtype, self.architecture.config.dtype, device)
         if checkpoint is not None:
             pruned = read_architecture(locate_model(str(checkpoint), quiet), load_plugins(), quiet)
             return load_dense(pruned, dtype, device, quiet)

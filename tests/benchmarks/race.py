@@ -22,16 +22,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.search.greedy import Protection, greedy_search
-from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.device import choose_dtype
+from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import LOOKS, Race
 from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.engine.source import locate_model
-from sleb_cli.journal import Journal
+from sleb_cli.engine.search.strategies import Problem, greedy
+from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, settle_calibration
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -53,7 +55,7 @@ def main() -> None:
     device = torch.device("cpu")
     architecture = read_architecture(locate_model(options.model, _ignore), load_plugins(), print)
     tokenizer = load_tokenizer(architecture.source)
-    model = load_dense(architecture, choose_dtype("auto", architecture, device), device, _ignore)
+    model = load_dense(architecture, choose_dtype("auto", architecture.config.dtype, device), device, _ignore)
     print("| calibration | searches | equal | steps | equal | evaluations | another pick costs |")
     print("|---|---|---|---|---|---|---|")
     for text in options.texts:
@@ -84,7 +86,7 @@ def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -
     with GatedModel(model, blocks) as gated:
         passes, _ = prepare_passes(gated, sequences, _ignore)
         score, _ = Scoring(passes, journal, None, _ignore).scorer(NegativeLogLikelihood())
-        for choice in greedy_search(score, partial(Protection(1, 1).candidates, len(blocks)), remove):
+        for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
             batches = range(len(passes.batches))
             steps.append(
                 {

@@ -28,17 +28,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reference import plain_search
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.calibration import draw, shuffled
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.loading import choose_dtype, load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.search.greedy import Protection, greedy_search
-from sleb_cli.engine.search.passes import prepare_passes
+from sleb_cli.engine.device import choose_dtype
+from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.windows import adds_bos, cut_windows
-from sleb_cli.journal import Journal
+from sleb_cli.engine.search.strategies import Problem, greedy
+from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.text.calibration import draw, shuffled
+from sleb_cli.engine.text.windows import adds_bos, cut_windows
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -71,7 +73,7 @@ def main() -> None:
     device = torch.device("cpu")
     architecture = read_architecture(locate_model(options.model, _ignore), load_plugins(), print)
     tokenizer = load_tokenizer(architecture.source)
-    model = load_dense(architecture, choose_dtype(options.dtype, architecture, device), device, _ignore)
+    model = load_dense(architecture, choose_dtype(options.dtype, architecture.config.dtype, device), device, _ignore)
     blocks = architecture.blocks_of(model)
     windows = cut_windows(tokenizer, options.text.read_text(), options.length, bos=adds_bos(tokenizer))
     sequences = windows[draw(len(windows), options.samples, options.seed)]
@@ -123,7 +125,7 @@ def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fas
         assert reason is None, reason
         score, _ = Scoring(passes, Journal(), None, _ignore, fast=fast).scorer(NegativeLogLikelihood())
         removals = []
-        for choice in greedy_search(score, partial(Protection(1, 1).candidates, len(blocks)), remove):
+        for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()

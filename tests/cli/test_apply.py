@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import few_bytes, llama_config, save_model, train_tokenizer
-from sleb_cli.engine import apply as engine
-from sleb_cli.engine import proof
-from sleb_cli.engine.checkpoint import find_weights
+from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.output import apply as engine
+from sleb_cli.engine.output import proof
 from sleb_cli.plan import read_plan
 
 
@@ -95,7 +95,7 @@ def test_a_source_that_cannot_be_read_is_named(run_sleb, tmp_path, monkeypatch):
 
 def test_without_room_nothing_is_written(run_sleb, tiny_llama, tmp_path, monkeypatch):
     from sleb_cli import atomic
-    from sleb_cli.engine import shards
+    from sleb_cli.engine.files import shards
 
     sizes = tiny_llama / "model.safetensors"
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=sizes.stat().st_size // 2))

@@ -186,7 +186,7 @@ def test_files_that_are_no_whole_model(run_sleb, tmp_path, source):
     ],
 )
 def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch, source, damage, message):
-    from sleb_cli.engine import apply_gguf
+    from sleb_cli.engine.output import apply_gguf
 
     def write_badly(pruned, aside, copied, write=apply_gguf.write_gguf):
         write(pruned, aside, copied)
@@ -200,7 +200,7 @@ def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch
 
 
 def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path, monkeypatch, source):
-    from sleb_cli.engine import apply_gguf
+    from sleb_cli.engine.output import apply_gguf
 
     def convert_badly(path, folder, notify, convert=apply_gguf.convert_gguf):
         convert(path, folder, notify)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sleb_cli.engine import peak_memory
+from sleb_cli.engine.measure import peak_memory
 
 QUICK = ["--iterations", 3, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
 

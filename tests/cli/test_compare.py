@@ -6,7 +6,7 @@ import os
 import pytest
 
 from conftest import calibration
-from sleb_cli.engine.search import comparing
+from sleb_cli.engine.search import compare as compare_module
 from sleb_cli.plan import read_plan
 
 
@@ -52,7 +52,7 @@ def test_only_those_race_that_can(run_sleb, tiny_llama, text_file, tmp_path):
 
 def test_an_interrupted_comparison_goes_on(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     whole = json.loads(compare(run_sleb, tiny_llama, text_file, "nll,cosine", "--json").stdout)
-    carry_out, done = comparing.carry_out, []
+    carry_out, done = compare_module.carry_out, []
 
     def second_fails(settled, *rest):
         if done:
@@ -60,7 +60,7 @@ def test_an_interrupted_comparison_goes_on(run_sleb, tiny_llama, text_file, tmp_
         done.append(settled)
         return carry_out(settled, *rest)
 
-    monkeypatch.setattr(comparing, "carry_out", second_fails)
+    monkeypatch.setattr(compare_module, "carry_out", second_fails)
     assert compare(run_sleb, tiny_llama, text_file, "nll,cosine", "-o", "again.json").exit_code == 130
     assert "again.json.nll@greedy.journal" in os.listdir(tmp_path)
     monkeypatch.undo()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from conftest import calibration, llama_config, prose, save_model
 from sleb_cli.engine.recovery import heal as healing
+from sleb_cli.engine.recovery import run
 from sleb_cli.plan import read_plan
 
 
@@ -52,11 +53,11 @@ def test_what_was_done_is_recorded(run_sleb, llama_plan, text_file, tmp_path):
     assert run_sleb(*command, "-o", "out").exit_code == 0
     recovery = read_plan(tmp_path / "out" / "sleb_plan.json").recovery
     assert recovery
-    heal = recovery.heal
+    heal = run.heal
     assert heal
     assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (2048, None, "budget", 2048)
-    assert heal.losses.divergence < recovery.pruned.divergence
-    assert recovery.recovered == heal.losses
+    assert heal.losses.divergence < run.pruned.divergence
+    assert run.recovered == heal.losses
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| healed: distilled for 2048 tokens | {math.exp(heal.losses.loss):.2f} |" in card
 
@@ -195,9 +196,8 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, code, words):
 
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
-    from sleb_cli.engine.recovery import recovery
 
-    monkeypatch.setattr(recovery, "free_bytes", lambda device: 500_000)
+    monkeypatch.setattr(run, "free_bytes", lambda device: 500_000)
     assert "Healing needs the dense model and what it trains in memory" in healed("out", code=7).stderr
 
 

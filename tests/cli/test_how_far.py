@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from conftest import calibration
-from sleb_cli.engine.search import aiming
+from sleb_cli.engine.search import speedup
 from sleb_cli.plan import read_plan
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
@@ -130,7 +130,7 @@ def test_a_speedup_is_reckoned_from_two_depths_and_measured_in_the_end(
         timed.append(blocks["pruned"])
         return {name: [count + 4.0] * 3 for name, count in blocks.items()}
 
-    monkeypatch.setattr(aiming, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(speedup, "time_in_turn", time_in_turn)
     result = search(run_sleb, tiny_llama, text_file, "--target-speedup", "1.25x", "-o", "fast.json")
     assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "fast.json")
@@ -145,7 +145,7 @@ def test_a_speedup_is_reckoned_from_two_depths_and_measured_in_the_end(
 
 
 def test_a_model_that_gets_no_faster_is_said_so(run_sleb, tiny_llama, text_file, monkeypatch):
-    monkeypatch.setattr(aiming, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
+    monkeypatch.setattr(speedup, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
     result = search(run_sleb, tiny_llama, text_file, "--target-speedup", 1.1)
     assert result.exit_code == 2
     assert "generation does not become faster" in result.stderr

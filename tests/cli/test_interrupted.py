@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from conftest import calibration
-from sleb_cli.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.plan import read_plan
 
 # Enough batches that there is a middle to stop in.

@@ -21,7 +21,7 @@ from transformers import (
 
 from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer
 from gguf_models import write_llama_gguf
-from sleb_cli.engine import demo
+from sleb_cli.engine.model import demo
 
 
 def refused(run_sleb, model, code, message, *options):
@@ -42,7 +42,7 @@ def test_no_such_folder_or_hub_model(run_sleb):
 def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-    from sleb_cli.engine import source
+    from sleb_cli.engine.model import source
 
     for error, message in (
         (GatedRepoError, "is gated"),
@@ -58,7 +58,7 @@ def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
 
 
 def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monkeypatch, capfd):
-    from sleb_cli.engine import source
+    from sleb_cli.engine.model import source
     from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
 
     def download(model, *, revision, ignore_patterns, tqdm_class):
@@ -77,7 +77,7 @@ def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monk
 
 
 def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(tiny_llama, monkeypatch, tmp_path):
-    from sleb_cli.engine import source
+    from sleb_cli.engine.model import source
 
     asked = []
     (tmp_path / "snapshot").mkdir()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from conftest import calibration, llama_config, save_model
-from sleb_cli.engine.checkpoint import find_weights
-from sleb_cli.engine.recovery import recovery
+from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.recovery import run
 from sleb_cli.plan import ClosedFormRecord, read_plan
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -27,7 +27,7 @@ def standing_in(monkeypatch, names):
         own = dict(gated.model.named_parameters())
         return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(folds=())
 
-    monkeypatch.setattr(recovery, "recover_in_closed_form", recover_in_closed_form)
+    monkeypatch.setattr(run, "recover_in_closed_form", recover_in_closed_form)
     return asked
 
 
@@ -160,16 +160,15 @@ def test_what_cannot_be_is_refused(run_sleb, llama_plan, text_file, fit, options
 
 
 def test_without_the_memory_for_the_model_it_is_refused(run_sleb, llama_plan, text_file, fit, monkeypatch):
-    from sleb_cli.engine.recovery import recovery
 
-    monkeypatch.setattr(recovery, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(run, "free_bytes", lambda device: 1000)
     result = run_sleb("apply", llama_plan, *recovering(text_file), "-o", "out")
     assert result.exit_code == 7
     assert "Recovery needs the dense model in memory" in result.stderr
 
 
 def test_of_much_text_no_more_is_held_out_than_decides(run_sleb, llama_plan, text_file, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(recovery, "HELD_OUT_TOKENS", 96)
+    monkeypatch.setattr(run, "HELD_OUT_TOKENS", 96)
     result = run_sleb("apply", llama_plan, *recovering(text_file, 30), "-o", "out", "--no-verify")
     assert result.exit_code == 0, result.stderr
     record = read_plan(tmp_path / "out" / "sleb_plan.json").recovery

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import calibration
 from reference import plain_loss
-from sleb_cli.engine.calibration import draw
-from sleb_cli.engine.windows import cut_windows
-from sleb_cli.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.text.windows import cut_windows
 from sleb_cli.plan import read_plan
 
 

@@ -22,13 +22,13 @@ from transformers import (
 from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
 from families import tiny_config
 from reference import plain_search
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.loading import load_dense, load_pruned
-from sleb_cli.engine.search import passes
-from sleb_cli.engine.search.budget import Budget, parse_bytes
-from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.surgery import plan_surgery
-from sleb_cli.engine.windows import adds_bos, cut_windows, tokens_sha256
+from sleb_cli.engine.forward import passes
+from sleb_cli.engine.forward.memory_budget import Budget, parse_bytes
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.engine.text.windows import adds_bos, cut_windows, tokens_sha256
 from sleb_cli.plugin_manager import load_plugins
 
 SHAPE = {
@@ -136,7 +136,7 @@ def sequences_of(plan, architecture, text_file):
     """Cut the calibration text again, with the tokenizer alone, and check that the plan names just these tokens."""
     from transformers import AutoTokenizer
 
-    from sleb_cli.engine.calibration import draw
+    from sleb_cli.engine.text.calibration import draw
 
     tokenizer = AutoTokenizer.from_pretrained(architecture.source.folder)
     bos = plan["calibration"]["bos"]
@@ -177,4 +177,4 @@ def test_removing_nothing_changes_nothing(folder, architecture):
     pruned = surgery.prune_config()
     assert {key: pruned[key] for key in architecture.source.raw_config} == architecture.source.raw_config
     names = architecture.source.weights.tensor_names()
-    assert [name for name, _ in surgery.prune_tensors((name, None) for name in names)] == names
+    assert [name for name, _ in surgery.names.prune((name, None) for name in names)] == names

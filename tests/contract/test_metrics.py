@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sleb_plugins as sleb
 from conftest import WORDS, calibration, calibration_sequences
 from sleb_cli import plugin_manager
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.search.budget import Budget
-from sleb_cli.engine.search.gradients import blocks_with_gradients
-from sleb_cli.engine.search.passes import Passes
+from sleb_cli.engine.forward.gradients import blocks_with_gradients
+from sleb_cli.engine.forward.memory_budget import Budget
+from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.skipping import GatedModel
 from sleb_plugins import metrics
 from sleb_plugins.metrics.weighted import parse_terms
 

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import calibration
 from reference import plain_loss, plain_search
-from sleb_cli.engine.calibration import draw
-from sleb_cli.engine.windows import adds_bos, cut_windows
+from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.text.windows import adds_bos, cut_windows
 
 STORIES = [
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day she saw a "

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from conftest import prose, train_tokenizer
-from sleb_cli.engine import texts
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.calibration import CalibrationRequest, calibrate, draw, settle_calibration
-from sleb_cli.engine.mixture import parse_mixture
-from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.texts import calibration_text, evaluation_text, reference_calibration_text
-from sleb_cli.engine.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.text import sources
+from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, draw, settle_calibration
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
+from sleb_cli.engine.text.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import DataError, UsageError
@@ -153,7 +153,7 @@ def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
 
 def test_documents_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two")))
-    assert texts.calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"
+    assert sources.calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"
 
 
 def test_a_mixture_holds_what_each_source_gives_alone_spread_evenly(tmp_path, calibrated):

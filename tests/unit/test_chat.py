@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from conftest import train_tokenizer
-from sleb_cli.engine.chat import cut_conversations, require_template
-from sleb_cli.engine.texts import Conversations, calibration_conversations
+from sleb_cli.engine.text.chat import cut_conversations, require_template
+from sleb_cli.engine.text.sources import Conversations, calibration_conversations
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -152,9 +152,9 @@ def test_a_data_set_gives_its_column_of_messages(monkeypatch):
 
 
 def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_llama, tmp_path):
-    from sleb_cli.engine.architecture import read_architecture
-    from sleb_cli.engine.calibration import CalibrationRequest, calibrate, settle_calibration
-    from sleb_cli.engine.source import locate_model
+    from sleb_cli.engine.model.architecture import read_architecture
+    from sleb_cli.engine.model.source import locate_model
+    from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, settle_calibration
     from sleb_cli.plugin_manager import load_plugins
 
     tokenizer = tokenizer_with(PLAIN)

@@ -5,12 +5,12 @@ import torch
 
 from conftest import llama_config, random_model
 from families import tiny_config
-from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.forward.skipping import GatedModel
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge
+from sleb_cli.engine.recovery.residual_projections import find_writers
 from sleb_cli.engine.recovery.variant import Variant, losses
-from sleb_cli.engine.recovery.writers import find_writers
 from sleb_plugins import UnsupportedModelError
 
 BLOCKS = {

@@ -5,11 +5,11 @@ import torch
 from torch.nn import functional
 
 from conftest import llama_config, random_model
-from sleb_cli.engine.gates import GatedModel
+from sleb_cli.engine.forward.skipping import GatedModel
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import Divergence, distill, learning_rate
 from sleb_cli.engine.recovery.heal import without
-from sleb_cli.engine.recovery.recovery import can_share
+from sleb_cli.engine.recovery.run import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import DataError
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from sleb_cli.atomic import new_folder, require_new_file, to_json, write_text
-from sleb_cli.engine.apply import parse_size
-from sleb_cli.engine.checkpoint import find_weights
-from sleb_cli.engine.fingerprint import HEAD_BYTES, fingerprint_files
+from sleb_cli.engine.files.fingerprint import HEAD_BYTES, fingerprint_files
+from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.output.apply import parse_size
 from sleb_plugins import ModelError, OutputError, UsageError
 
 

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.search.fork import Walk, fork
-from sleb_cli.engine.search.states import BASE, States
+from sleb_cli.engine.forward.fork import Walk, fork
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.states import BASE, States
 from sleb_plugins import UnsupportedModelError
 
 

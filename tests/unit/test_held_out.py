@@ -7,8 +7,8 @@ import statistics
 import pytest
 import torch
 
-from sleb_cli.engine.calibration import Calibration
 from sleb_cli.engine.search.held_out import ERROR, HeldOut, compare_growth, hold_out
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_plugins import UsageError
 
 

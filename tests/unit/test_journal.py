@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sleb_cli.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_plugins import OutputError, PlanError
 
 SEARCH = {"model": {"fingerprint": "abc"}, "search": {"metric": "nll", "seed": 0}}

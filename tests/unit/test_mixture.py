@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from sleb_cli.engine.mixture import divide, interleave
+from sleb_cli.engine.text.mixture import divide, interleave
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import torch
 from conftest import llama_config, random_model
 from families import tiny_config
 from reference import plain_loss
-from sleb_cli.engine.gates import GatedModel, OutOfMemory
-from sleb_cli.engine.search.budget import Budget
-from sleb_cli.engine.search.passes import Passes, choose_engine, prepare_passes
-from sleb_cli.engine.search.states import BASE
+from sleb_cli.engine.device import OutOfMemory
+from sleb_cli.engine.forward.engines import choose_engine
+from sleb_cli.engine.forward.memory_budget import Budget
+from sleb_cli.engine.forward.passes import Passes, prepare_passes
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
 from sleb_plugins.metrics.kl import KlDivergence
@@ -108,7 +110,7 @@ def test_no_more_logits_exist_than_a_chunk(gated, sequences, monkeypatch, metric
     passes, _ = prepare_passes(gated, sequences, lambda event: None, batch_size=4)
     passes.budget = Budget(sequences=4, positions=12, rows=6, kept=100)
     monkeypatch.setattr(gated.model, "forward", watched)
-    monkeypatch.setattr("sleb_cli.engine.gates.inspect.signature", lambda forward: _Signature())
+    monkeypatch.setattr("sleb_cli.engine.forward.skipping.inspect.signature", lambda forward: _Signature())
     score(passes, metric=metric)
     assert max(sizes) == 12
 
@@ -163,7 +165,7 @@ def test_where_nothing_smaller_is_left_the_error_says_so(gated, sequences, monke
 
 def test_another_error_is_not_taken_for_the_end_of_memory(gated, sequences, monkeypatch):
     passes, _ = passes_of(gated, sequences)
-    monkeypatch.setattr("sleb_cli.engine.search.passes.score_hidden_states", _broken)
+    monkeypatch.setattr("sleb_cli.engine.forward.passes.score_hidden_states", _broken)
     with pytest.raises(RuntimeError, match="shapes"):
         score(passes)
 

@@ -5,10 +5,10 @@ import re
 import pytest
 
 from conftest import llama_config, save_model
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.quantization import prune_module_names, prune_quantization
-from sleb_cli.engine.source import locate_model
-from sleb_cli.engine.surgery import Surgery
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.surgery.quantization import prune_module_names, prune_quantization
+from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import UnsupportedModelError
 
@@ -67,25 +67,27 @@ def surgery(tmp_path_factory):
     ],
 )
 def test_each_way_to_name_modules(surgery, before, after):
-    assert prune_module_names([before], surgery) == ([] if after is None else [after])
-    assert prune_module_names({before: {"bits": 4}}, surgery) == ({} if after is None else {after: {"bits": 4}})
+    assert prune_module_names([before], surgery.architecture, surgery.names) == ([] if after is None else [after])
+    assert prune_module_names({before: {"bits": 4}}, surgery.architecture, surgery.names) == (
+        {} if after is None else {after: {"bits": 4}}
+    )
 
 
 @pytest.mark.parametrize("pattern", ["model.layers.1*", r"re:.*layers\..\.mlp.*", r"-:.*[45]\..*gate.*", "*5.mlp*"])
 def test_a_pattern_that_cannot_be_renumbered_is_refused(surgery, pattern):
     with pytest.raises(UnsupportedModelError, match="cannot be renumbered exactly") as caught:
-        prune_module_names({"ignore": [pattern]}, surgery)
+        prune_module_names({"ignore": [pattern]}, surgery.architecture, surgery.names)
     assert repr(pattern) in caught.value.message
 
 
 def test_a_renumbered_pattern_matches_the_same_modules(surgery):
     """The promise itself, for a pattern that is read off nowhere."""
     pattern = r".*layers\.(?:[02468]|1\d|2[0-2])\.(mlp|self_attn)\..*_proj"
-    (new,) = prune_module_names([f"re:{pattern}"], surgery)
+    (new,) = prune_module_names([f"re:{pattern}"], surgery.architecture, surgery.names)
     modules = [name for name, _ in surgery.architecture.skeleton.named_modules()]
     before = {name for name in modules if re.match(pattern, name)}
-    expected = {name for name, _ in surgery.prune_tensors((name, None) for name in before)}
-    kept = {name for name, _ in surgery.prune_tensors((name, None) for name in modules)}
+    expected = {name for name, _ in surgery.names.prune((name, None) for name in before)}
+    kept = {name for name, _ in surgery.names.prune((name, None) for name in modules)}
     assert {name for name in kept if re.match(new.removeprefix("re:"), name)} == expected
     assert 100 < len(expected) < len(before)
 

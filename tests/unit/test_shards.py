@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sleb_cli.engine import copying
-from sleb_cli.engine.checkpoint import find_weights, read_header
-from sleb_cli.engine.copying import copy_file, share_blocks
-from sleb_cli.engine.shards import new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files import copying
+from sleb_cli.engine.files.copying import copy_file, share_blocks
+from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.weights import find_weights, read_header
 from sleb_cli.events import TaskAdvanced, TaskStarted
 from sleb_plugins import ModelError
 
@@ -239,7 +239,9 @@ def test_tensors_that_two_files_hold_come_from_the_later_one(source, target):
 def test_each_header_is_read_once(source, target, monkeypatch):
     weights = save(source, {"a": torch.ones(2)}, {"b": torch.ones(2)})
     opened = []
-    monkeypatch.setattr("sleb_cli.engine.checkpoint.read_header", lambda path: opened.append(path) or read_header(path))
+    monkeypatch.setattr(
+        "sleb_cli.engine.files.weights.read_header", lambda path: opened.append(path) or read_header(path)
+    )
     assert weights.tensor_names() == weights.tensor_names() == ["a", "b"]
     write(weights, target)
     assert opened == weights.paths

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleb_cli.engine.search.states import BASE, States, depths_to_keep
+from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 
 
 def states(**depths):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from sleb_cli.engine.search.greedy import Outcome, Protection
+from sleb_cli.engine.search.choices import Outcome, Protection
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem, free_spans, strategy_name
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 

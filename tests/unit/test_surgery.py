@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from conftest import llama_config, save_model
-from sleb_cli.engine.architecture import Numbering, number_blocks, read_architecture
-from sleb_cli.engine.source import ModelSource, locate_model
-from sleb_cli.engine.surgery import Cut, Surgery, plan_surgery
+from sleb_cli.engine.files.slices import Cut
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.block_names import Numbering, number_blocks
+from sleb_cli.engine.model.source import ModelSource, locate_model
+from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import FamilyAdapter, UnsupportedModelError, UsageError
-from sleb_plugins.layout import Kept
+from sleb_plugins.config_keys import Kept
 
 
 def surgery(
@@ -33,7 +35,7 @@ def surgery(
 
 def test_tensors_are_dropped_and_renumbered():
     names = ["embed.weight", "model.layers.0.a", "model.layers.1.a", "model.layers.2.b.c", "model.layers.3.a", "norm"]
-    pruned = surgery([1]).prune_tensors((name, name) for name in names)
+    pruned = surgery([1]).names.prune((name, name) for name in names)
     assert dict(pruned) == {
         "embed.weight": "embed.weight",
         "model.layers.0.a": "model.layers.0.a",
@@ -44,7 +46,7 @@ def test_tensors_are_dropped_and_renumbered():
 
 
 def test_blocks_may_have_another_name_in_files():
-    pruned = surgery([0], path="model.layers", prefix="transformer.h.").prune_tensors([("transformer.h.3.fc1", 0)])
+    pruned = surgery([0], path="model.layers", prefix="transformer.h.").names.prune([("transformer.h.3.fc1", 0)])
     assert dict(pruned) == {"transformer.h.2.fc1": 0}
 
 
@@ -83,23 +85,23 @@ def test_blocks_for_multi_token_prediction_go_with_any_other():
     raw = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
     names = [f"model.layers.{number}.w" for number in range(4)]
     cut = surgery([1], blocks=3, raw=raw, config=raw, extra=1)
-    assert dict(cut.prune_tensors((name, name) for name in names)) == {
+    assert dict(cut.names.prune((name, name) for name in names)) == {
         "model.layers.0.w": "model.layers.0.w",
         "model.layers.1.w": "model.layers.2.w",
     }
     assert cut.prune_config() == {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
     whole = surgery([], blocks=3, raw=raw, config=raw, extra=1)
-    assert [name for name, _ in whole.prune_tensors((name, 0) for name in names)] == names
+    assert [name for name, _ in whole.names.prune((name, 0) for name in names)] == names
     assert whole.prune_config() == raw
 
 
 def test_other_numbers_in_names_are_left_alone():
     names = ["vision.layers.1.w", "model.layers_norm.1.w", "model.layers.x.w"]
-    assert [name for name, _ in surgery([1]).prune_tensors((name, 0) for name in names)] == names
+    assert [name for name, _ in surgery([1]).names.prune((name, 0) for name in names)] == names
 
 
 def test_two_digit_blocks():
-    pruned = surgery([2, 9], blocks=12).prune_tensors((f"model.layers.{n}.w", n) for n in range(12))
+    pruned = surgery([2, 9], blocks=12).names.prune((f"model.layers.{n}.w", n) for n in range(12))
     assert [name for name, _ in pruned] == [f"model.layers.{n}.w" for n in range(10)]
 
 

@@ -9,9 +9,12 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from conftest import llama_config, save_model
 from families import tiny_config
-from sleb_cli.engine.architecture import read_architecture
-from sleb_cli.engine.search.aiming import Aim, Stopwatch
-from sleb_cli.engine.search.greedy import Protection
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.context import Aim
+from sleb_cli.engine.search.speedup import Stopwatch
 from sleb_cli.engine.search.targets import (
     SizeTarget,
     TargetRequest,
@@ -21,8 +24,6 @@ from sleb_cli.engine.search.targets import (
     parse_count,
     parse_number,
 )
-from sleb_cli.engine.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
-from sleb_cli.engine.source import locate_model
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import UnsupportedModelError, UsageError
 

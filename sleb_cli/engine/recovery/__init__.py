@@ -1,1 +1,1 @@
-"""`sleb apply --recover` and `--heal`: give back to the kept blocks what the removal of others took."""
+"""New values for the blocks that stay: `--recover` and `--heal`. `run.py` is where a recovery begins."""

@@ -19,12 +19,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.gates import Call, GatedModel
-from sleb_cli.engine.logits import score_hidden_states
+from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
+from sleb_cli.engine.forward.logits import score_hidden_states
+from sleb_cli.engine.forward.skipping import Call, GatedModel
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge
+from sleb_cli.engine.recovery.residual_projections import Writer, final_norm, find_writers, inputs_of
 from sleb_cli.engine.recovery.variant import POSITIONS, placed
-from sleb_cli.engine.recovery.writers import Writer, final_norm, find_writers, inputs_of
-from sleb_cli.engine.search.passes import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import ClosedFormRecord, FoldRecord
 from sleb_plugins import UnsupportedModelError

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.team import Team
+from sleb_cli.engine.recovery.process_group import Team
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import Event, HealChecked, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import DataError, UsageError

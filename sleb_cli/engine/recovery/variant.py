@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.logits import WIDENED_BYTES
+from sleb_cli.engine.forward.logits import WIDENED_BYTES
+from sleb_cli.engine.forward.skipping import GatedModel
 
 # Positions whose logits exist at once, over all sequences of a batch.
 POSITIONS = 256

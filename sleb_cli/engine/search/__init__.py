@@ -1,1 +1,1 @@
-"""The search for the blocks that a model can best do without; `planning` is where it begins."""
+"""Which blocks go. `run.py` is where a search begins."""

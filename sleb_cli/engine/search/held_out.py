@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sleb_cli.engine.calibration import Calibration
 from sleb_cli.engine.search.race import student_quantile
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.plan import HeldOutRecord, Step
 from sleb_plugins import UsageError
 

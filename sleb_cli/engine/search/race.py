@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sleb_cli.engine.search.greedy import Outcome
+from sleb_cli.engine.search.choices import Outcome
 from sleb_cli.plan import DropRecord, RaceRecord
 
 ERROR = 0.05

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from sleb_cli.engine.architecture import Architecture
-from sleb_cli.engine.search.greedy import Protection
-from sleb_cli.engine.surgery import Surgery
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import UnsupportedModelError
 

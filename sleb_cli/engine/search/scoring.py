@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.gates import GatedModel
-from sleb_cli.engine.logits import require_shape
-from sleb_cli.engine.search.gradients import blocks_with_gradients
-from sleb_cli.engine.search.greedy import Outcome, Score, require_finite
-from sleb_cli.engine.search.passes import Passes
+from sleb_cli.engine.forward.gradients import blocks_with_gradients
+from sleb_cli.engine.forward.logits import require_shape
+from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.states import BASE
+from sleb_cli.engine.search.choices import Outcome, Score, require_finite
+from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import Race
-from sleb_cli.engine.search.states import BASE
 from sleb_cli.engine.search.strategies import ScoreSpans
 from sleb_cli.events import CandidateScored, LaterStepsForecast, Notify, RaceNarrowed, SearchAdvanced
-from sleb_cli.journal import Journal
 from sleb_cli.plan import Engine
 from sleb_plugins import (
     HiddenStateMetric,

@@ -11,16 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.greedy import (
-    Candidates,
-    Choice,
-    Exchange,
-    Outcome,
-    Score,
-    best_of,
-    greedy_search,
-    require_finite,
-)
+from sleb_cli.engine.search.choices import Candidates, Choice, Exchange, Outcome, Score, best_of, require_finite
 from sleb_cli.plan import StrategyName
 from sleb_cli.plugin_manager import suggestion
 from sleb_plugins import UnsupportedModelError, UsageError
@@ -58,8 +49,18 @@ class Problem:
 
 
 def greedy(problem: Problem) -> Iterator[Choice]:
-    """Remove the block whose absence scores lowest, again and again (SLEB, Song et al., ICML 2024, Algorithm 1)."""
-    return greedy_search(problem.score, problem.candidates, problem.remove, problem.removed)
+    """Remove the block whose absence scores lowest, again and again (SLEB, Song et al., ICML 2024, Algorithm 1).
+
+    Ties go to the lower block, so that two runs write the same plan.
+
+    Raises:
+        ModelError: a score is not finite; the sentence names the block.
+    """
+    gone = list(problem.removed)
+    while len(gone) < problem.remove:
+        outcome = _finite(problem.score(tuple(gone), problem.candidates(tuple(gone))), gone)
+        gone.append(best_of(outcome))
+        yield Choice(tuple(gone), outcome)
 
 
 def oneshot(problem: Problem) -> Iterator[Choice]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from typing import get_args
 
-from sleb_cli.engine.sizes import Sizes
+from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.search.choices import Protection
 from sleb_cli.plan import ServingRecord, TargetName, TargetRecord, Workload
 from sleb_plugins import UsageError
 
@@ -251,3 +253,40 @@ def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:
     side: 1 - slope x removed.
     """
     return sum(n * (1 - s) for n, s in zip(removed, share, strict=True)) / sum(n * n for n in removed)
+
+
+def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | None, remove: int | None) -> int:
+    """Give how many blocks go: `remove`, or ceil(ratio x blocks).
+
+    Raises:
+        UsageError: none would go, or more than the protected blocks leave.
+    """
+    if min(protection.first, protection.last) < 0:
+        raise UsageError("A negative number of blocks cannot be protected.", hint="Take 0 or more.")
+    count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
+    available = min(len(protection.candidates(blocks, ())), blocks - 1)  # one stays in any case
+    if count < 1:
+        raise UsageError(f"{count} blocks to remove leaves nothing to search.", hint="Remove at least 1.")
+    if count > available:
+        among = f", and {len(protection.blocks)} by name" if protection.blocks else ""
+        raise UsageError(
+            f"{count} of {blocks} blocks cannot go: {available} may, "
+            f"with {protection.first} protected at the start and {protection.last} at the end{among}.",
+            hint=f"Remove {available} or fewer, or protect fewer." if available else "Protect fewer blocks.",
+        )
+    return count
+
+
+def parse_ratio(text: str) -> Fraction:
+    """Read a ratio exactly as written, so that 0.2 of 35 blocks is 7.
+
+    Raises:
+        UsageError: the text is no number above 0 and below 1.
+    """
+    try:
+        ratio = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(0)
+    if not 0 < ratio < 1:
+        raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 removes a fifth of the blocks.")
+    return ratio

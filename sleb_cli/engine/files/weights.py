@@ -1,0 +1,243 @@
+"""The weight files of a checkpoint folder: what is in them, known from their headers, and the tensors themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sleb_cli.engine.files.copying import reading
+from sleb_plugins import ModelError
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
+    "C64": torch.complex64,
+}  # fmt: skip
+"""The data types of safetensors that have one in torch; a file may hold others, whose bytes are only handed on."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# As safetensors itself: a longer header is none.
+_LONGEST_HEADER = 100_000_000
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint.
+
+    Raises:
+        ModelError: the file is missing or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object.", hint="Copy or download the model again.")
+    return value
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it lies in a weight file.
+
+    Attributes:
+        name: its name there.
+        dtype: its data type as safetensors writes it: "BF16".
+        shape: its shape.
+        size: its bytes.
+        path: the file.
+        start: where in the file its bytes begin; None in a pickle, which alone can find them.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    path: Path
+    start: int | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file says it holds: tensors in the order of their bytes, and words about itself."""
+
+    path: Path
+    tensors: tuple[StoredTensor, ...]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a folder, in order: safetensors where there are any, else PyTorch pickles."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    @property
+    def paths(self) -> list[Path]:
+        """Where the files are."""
+        return [self.folder / name for name in self.names]
+
+    @cached_property
+    def headers(self) -> tuple[Header, ...]:
+        """What the files hold. Each is opened once, and no value of a tensor is read where the format allows.
+
+        Raises:
+            ModelError: a file is truncated, or a pickle holds more than tensors.
+        """
+        return tuple(read_header(path) for path in self.paths)
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """Every tensor, in the files' order. A name that two files hold means the later one, as in transformers."""
+        last = {tensor.name: tensor for header in self.headers for tensor in header.tensors}
+        return [tensor for header in self.headers for tensor in header.tensors if last[tensor.name] is tensor]
+
+    def tensor_names(self) -> list[str]:
+        """List the tensors."""
+        return [tensor.name for tensor in self.stored]
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read every tensor once, in the files' order, one file open at a time.
+
+        Raises:
+            ModelError: a file is truncated, or a pickle holds more than tensors.
+        """
+        for path in self.paths:
+            yield from _safetensors(path) if path.suffix == ".safetensors" else load_pickle(path).items()
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """Find the weight files that transformers would load from `folder`.
+
+    Raises:
+        ModelError: there are none, or the index names a file that is not there.
+    """
+    for single in (SAFETENSORS, PICKLE):
+        index = folder / f"{single}.index.json"
+        if (folder / single).is_file():
+            return WeightFiles(folder, (single,))
+        if index.is_file():
+            names = tuple(sorted(set(read_json(index).get("weight_map", {}).values())))
+            missing = [name for name in names if not (folder / name).is_file()]
+            if missing or not names:
+                raise ModelError(
+                    f"{folder} lacks {len(missing)} of its {len(names)} weight files, {', '.join(missing[:1])} first.",
+                    hint="Copy or download the model again.",
+                )
+            return WeightFiles(folder, names)
+    raise ModelError(
+        f"{folder} has no weights: no {SAFETENSORS}, no {PICKLE}, and no index of either.",
+        hint="Name a folder that holds a whole model.",
+    )
+
+
+def read_header(path: Path) -> Header:
+    """Read what a weight file says it holds.
+
+    Raises:
+        ModelError: it is truncated or no weight file, or a pickle holds more than tensors.
+    """
+    if path.suffix != ".safetensors":
+        return Header(path, tuple(_pickled(path)), {})
+    with reading(path), path.open("rb") as file:
+        available = os.fstat(file.fileno()).st_size - 8
+        length = int.from_bytes(file.read(8), "little")
+        raw = file.read(length) if length <= min(available, _LONGEST_HEADER) else b""
+    try:
+        entries = json.loads(raw)
+        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
+        tensors = sorted(
+            (_stored(path, name, entry, 8 + length) for name, entry in entries.items()),
+            key=lambda tensor: (tensor.start, tensor.size),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _broken(path) from error
+    end = 8 + length
+    for tensor in tensors:  # no hole, no overlap, and nothing behind the last
+        if tensor.start != end or tensor.size < 0:
+            raise _broken(path)
+        end += tensor.size
+    if end != available + 8:
+        raise _broken(path)
+    return Header(path, tuple(tensors), metadata)
+
+
+def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(length) for length in entry["shape"])
+    stored = StoredTensor(name, str(entry["dtype"]), shape, end - begin, path, start + begin)
+    known = TORCH_DTYPES.get(stored.dtype)
+    if known is not None and math.prod(shape) * known.itemsize != stored.size:
+        raise ValueError(f"{name} has {stored.size} bytes, which is not its shape's")
+    return stored
+
+
+def _broken(path: Path) -> ModelError:
+    return ModelError(f"{path} is truncated, or is no safetensors file.", hint="Copy or download it again.")
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise _broken(path) from error
+    with opened as file:
+        for name in file.offset_keys():
+            yield name, file.get_tensor(name)
+
+
+def _pickled(path: Path) -> Iterator[StoredTensor]:
+    for name, tensor in load_pickle(path, values=False).items():
+        if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
+            raise ModelError(
+                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors has no place for.",
+                hint="Load the model with transformers and save it again, then try with that copy.",
+            )
+        # Its shape's bytes, not those of its memory: tensors of a pickle may share it, or be views.
+        yield StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path, None)
+
+
+def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
+    """Load the tensors of a pickle, mapped to memory where it allows; without `values`, only what they look like.
+
+    Raises:
+        ModelError: it is truncated, or holds more than tensors.
+    """
+    try:
+        # Only tensors: a pickle that would run code is refused by `weights_only`.
+        mapped = values and zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise _unsafe(path) from error
+    except OSError as error:
+        with reading(path):
+            raise error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise _unsafe(path)
+    return tensors
+
+
+def _unsafe(path: Path) -> ModelError:
+    return ModelError(
+        f"{path} is not safe to read: it is truncated, or holds more than tensors.",
+        hint="Convert the model to safetensors where you trust it, or name another copy.",
+    )

@@ -1,0 +1,1 @@
+"""How blocks are skipped in a living model, and how all candidates are scored in one walk."""

@@ -1,0 +1,277 @@
+"""Passes of the model without some of its blocks, batch by batch: forking, or else one candidate at a time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sleb_cli.engine.device import OutOfMemory, free_memory, memory_ended
+from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
+from sleb_cli.engine.forward.fork import Walk, fork
+from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
+from sleb_cli.engine.forward.memory_budget import Budget, Footprint, available_memory, settle_budget
+from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
+from sleb_cli.events import Notice, Notify, SearchAdvanced
+from sleb_cli.plan import Engine
+from sleb_plugins import LogitMetric, UnsupportedModelError
+
+# A step's rows are remembered at the depths of so many of its best candidates.
+KEPT_DEPTHS = 4
+
+# About what share of a candidate's evaluation is done when its row has left the last block; only progress shows it.
+CLIMB = 0.7
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that pass through the model together, [sequences, positions], and which of their tokens count."""
+
+    key: tuple[int, int]
+    ids: Tensor
+    counted: Tensor | None
+
+
+@dataclass
+class Passes:
+    """The calibration sequences in batches on the model's device, and the way in which they pass through the model."""
+
+    gated: GatedModel
+    batches: Sequence[Tensor]
+    budget: Budget
+    notify: Notify
+    engine: Engine = "fork"
+    ranking: Sequence[int] = ()
+    """The best candidates so far, the best first: the next step will probably begin at one of them."""
+    counted: Sequence[Tensor] | None = None
+    """For each batch, which of its tokens count where they are predicted, bool [sequences, positions]; None for all."""
+
+    _removed: tuple[int, ...] = ()
+    _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
+    _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def beside(self, sequences: Tensor, counted: Tensor | None) -> Passes:
+        """Give passes over other sequences, in batches of the same size, that remember nothing."""
+        which = None if counted is None else torch.split(counted, self.budget.sequences)
+        batches = torch.split(sequences, self.budget.sequences)
+        return Passes(self.gated, batches, replace(self.budget, kept=0), self.notify, self.engine, counted=which)
+
+    def scores(
+        self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, list[float]]]:
+        """Score the sequences of a batch without each candidate; without candidates, of the model as it stands (BASE).
+
+        Where the device's memory ends, less is done at once; what was scored is not scored again.
+
+        Raises:
+            OutOfMemory: there is nothing left that could be done in smaller pieces.
+        """
+        self._follow(tuple(removed))
+        left = list(candidates) or [BASE]
+        while left:
+            try:
+                for block, scores in self._scores(metric, batch, removed, [row for row in left if row != BASE]):
+                    left.remove(block)
+                    yield block, scores
+            except (OutOfMemory, RuntimeError) as error:
+                less = self.budget.halved()
+                if less is None or (isinstance(error, RuntimeError) and not memory_ended(error)):
+                    raise
+                self._take(less)
+            # Only here is the error gone, and with it what its frames held.
+            if left:
+                free_memory()
+
+    def _take(self, less: Budget) -> None:
+        self.budget = less
+        self._states.clear()
+        self._dense.clear()
+        self.notify(
+            Notice(
+                f"The memory of {self.gated.model.device} ended; the search goes on with {less.rows} candidates, "
+                f"{less.sequences} sequences and {less.positions} positions at once."
+            )
+        )
+
+    def _scores(
+        self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, list[float]]]:
+        parts = self._parts(batch)
+        gathered: defaultdict[int, list[float]] = defaultdict(list)
+        for number, part in enumerate(parts):
+            ways = {"fork": self._by_fork, "prefix": self._by_prefix, "plain": self._one_by_one}
+            for block, scores in ways[self.engine](metric, part, removed, candidates):
+                gathered[block] += scores.tolist()
+                if number == len(parts) - 1:
+                    yield block, gathered[block]
+
+    def _parts(self, batch: int) -> list[_Part]:
+        parts = torch.split(self.batches[batch], self.budget.sequences)
+        counted = torch.split(self.counted[batch], self.budget.sequences) if self.counted else [None] * len(parts)
+        return [_Part((batch, n), ids, which) for n, (ids, which) in enumerate(zip(parts, counted, strict=True))]
+
+    def _by_fork(
+        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """All in one walk, or in as many as the memory asks for."""
+        key, ids = part.key, part.ids
+        dense = self._dense_hidden_states(key, ids) if metric.needs_dense_logits else None
+        states, rows = self._states[key], self.budget.rows
+        kept = self.budget.kept - (key in self._dense)
+        depths = depths_to_keep(self.ranking, candidates, kept, KEPT_DEPTHS)
+
+        def climbed(done: int, of: int) -> None:
+            self.notify(SearchAdvanced(CLIMB * len(ids) * min(rows, len(candidates)) * done / of))
+
+        for block, hidden in fork(
+            self.gated, ids, removed, candidates, states, keep=depths, at_once=rows, climbed=climbed
+        ):
+            scores = score_hidden_states(
+                metric, self.gated, hidden, ids, dense, counted=part.counted, positions=self.budget.positions
+            )
+            yield block, scores
+            self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
+        states.shrink(kept, list(depths))
+
+    def _by_prefix(
+        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """One candidate at a time, each from its block on."""
+        ids, counted = part.ids, part.counted
+        dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
+        if not candidates:
+            yield BASE, score_logits(metric, self.gated.logits(ids, removed), ids, dense, counted=counted)
+            return
+        entering = self.gated.entering_states(ids, removed)
+        for block in candidates:
+            logits = self.gated.logits_from(block, entering[block], ids, removed)
+            yield block, score_logits(metric, logits, ids, dense, counted=counted)
+            self.notify(SearchAdvanced(len(ids)))
+
+    def _one_by_one(
+        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """One candidate at a time, each through the whole model."""
+        ids, counted = part.ids, part.counted
+        dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
+        for block in candidates or [BASE]:
+            yield block, score_logits(metric, self.gated.logits(ids, {*removed, block}), ids, dense, counted=counted)
+            self.notify(SearchAdvanced(len(ids) if candidates else 0))
+
+    def _dense_hidden_states(self, key: tuple[int, int], ids: Tensor) -> Tensor:
+        if key in self._dense:
+            return self._dense[key]
+        hidden = next(hidden for _, hidden in fork(self.gated, ids, (), (), States()))
+        if self.budget.kept:
+            self._dense[key] = hidden
+        return hidden
+
+    def _follow(self, removed: tuple[int, ...]) -> None:
+        """Forget what the latest removals made untrue."""
+        known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
+        for states in self._states.values():
+            if known is None:
+                states.at.clear()
+            for block in removed[known:]:
+                states.after_removal(block)
+        self._removed = removed
+
+    def share_of_later_steps(self, candidates: Sequence[int]) -> float:
+        """Forecast what an evaluation will take in the next step, as a share of one that began at the first block.
+
+        The next step begins at the block that leads now; while none does, one in the middle stands for it. The head
+        counts as so many blocks as its weights would make.
+        """
+        if self.engine != "fork" or not self.budget.kept:
+            return 1.0
+        last, leader = len(self.gated.gates), (self.ranking or candidates[len(candidates) // 2 :])[0]
+        block = sum(weight.numel() for weight in self.gated.gates[leader].block.parameters())
+        output = self.gated.model.get_output_embeddings()
+        head = sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0
+        whole = sum(last - candidate for candidate in candidates) + last
+        spared = sum(leader - candidate for candidate in candidates if candidate < leader) + leader
+        return 1 - spared / (whole + head * len(candidates))
+
+    def watch(
+        self, batch: int, removed: Sequence[int], candidates: Sequence[int], look: Callable[[int, Tensor, Tensor], None]
+    ) -> None:
+        """Run a batch through the model as it stands; show for each candidate what enters and what leaves it."""
+        ids = self.batches[batch]
+        if self.engine != "fork":
+            self.gated.watch(ids, removed, lambda block, *states: look(block, *states) if block in candidates else None)
+            return
+        calls = self.gated.calls(ids)
+        walk = Walk(self.gated, calls, States(), removed, ())
+        entering = calls[0].entering
+        for block in range(candidates[-1] + 1):
+            walk.climb(block)
+            if block in candidates:
+                look(block, entering, walk.rows[BASE])
+            entering = walk.rows[BASE]
+
+
+def prepare_passes(
+    gated: GatedModel,
+    sequences: Tensor,
+    notify: Notify,
+    *,
+    counted: Tensor | None = None,
+    memory: str | None = None,
+    batch_size: int | None = None,
+    looks: int = 1,
+) -> tuple[Passes, str | None]:
+    """Fit the passes over these sequences into memory, and choose the engine; say why, where it is not the fork.
+
+    Args:
+        gated: the model.
+        sequences: tokens on its device, [sequences, positions].
+        notify: told of progress.
+        counted: which tokens count where they are predicted, bool [sequences, positions]; None for all.
+        memory: what the user gives beside the model; None takes a share of what is free.
+        batch_size: sequences in a batch; None takes what suits the device.
+        looks: into how many batches at least the sequences are cut, where there are so many.
+
+    Raises:
+        MachineError: not even one candidate on one sequence fits.
+    """
+    device = sequences.device.type
+    with torch.inference_mode():
+        footprint = _footprint(gated, sequences[:1, :2])
+        available = available_memory(sequences.device, memory)
+        budget = settle_budget(
+            available,
+            footprint,
+            device,
+            candidates=len(gated.gates),
+            sequences=len(sequences),
+            length=sequences.shape[1],
+            batch=batch_size,
+            looks=looks,
+        )
+        engine, reason = choose_engine(gated, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
+    if engine != "fork" and batch_size is None:  # all logits of a batch exist at once
+        fitting = available // 4 // (sequences.shape[1] * footprint.logits)
+        budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
+    batches = torch.split(sequences, budget.sequences)
+    which = None if counted is None else torch.split(counted, budget.sequences)
+    return Passes(gated, batches, budget, notify, engine, counted=which), reason
+
+
+def _footprint(gated: GatedModel, ids: Tensor) -> Footprint:
+    """Look at what a few tokens take on their way; a block's own need is guessed from its widest weight."""
+    entering = gated.entering_states(ids, ())
+    if not entering:
+        raise UnsupportedModelError(
+            f"{gated.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
+        )
+    hidden = next(iter(entering.values()))
+    logits = gated.logits(ids, ())
+    width = hidden.shape[-1]
+    widest = max([width, *(max(weight.shape, default=1) for g in gated.gates for weight in g.block.parameters())])
+    return Footprint(
+        row=width * hidden.itemsize, block=4 * (8 * width + 4 * widest), logits=2 * logits.shape[-1] * logits.itemsize
+    )

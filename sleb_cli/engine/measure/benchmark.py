@@ -1,0 +1,125 @@
+"""`sleb bench`: measured speed and memory, dense and pruned in alternation on the same machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sleb_cli import __version__
+from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
+from sleb_cli.engine.measure.environment import processor_name
+from sleb_cli.engine.measure.peak_memory import peak_memory_alone
+from sleb_cli.engine.measure.workloads import BenchRequest, runner, settle_workload
+from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.results import BenchResult, ModelSize, Timing, Workload, WorkloadResult
+
+
+def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchResult:
+    """Time each workload on the dense model and, where blocks are to go, on the pruned one.
+
+    Raises:
+        UsageError: a number is out of range.
+    """
+    architecture = subject.architecture
+    device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, architecture.config.dtype, device)
+    workloads = [settle_workload(name, request, subject, device, notify) for name in request.workloads]
+    models = {"dense": load_dense(architecture, dtype, device, notify)}
+    if subject.surgery.removals:
+        models["pruned"] = load_pruned(subject.surgery, dtype, device, notify)
+    sizes = {name: _size(model, len(architecture.blocks_of(model))) for name, model in models.items()}
+    seconds = [time_in_turn(workload, models, notify) for workload in workloads]
+    models.clear()
+    free_memory()
+    results = tuple(
+        _result(workload, subject, times, dtype, device, notify)
+        for workload, times in zip(workloads, seconds, strict=True)
+    )
+    return BenchResult(
+        schema_version=1,
+        sleb_version=__version__,
+        kind="bench",
+        model=architecture.record,
+        removals=subject.surgery.removals,
+        dtype=dtype_name(dtype),
+        device=device.type,
+        threads=torch.get_num_threads(),
+        processor=processor_name(device),
+        torch=str(torch.__version__),
+        dense=sizes["dense"],
+        pruned=sizes.get("pruned"),
+        workloads=results,
+    )
+
+
+@torch.inference_mode()
+def time_in_turn(workload: Workload, models: dict[str, Any], notify: Notify) -> dict[str, list[float]]:
+    """Time the models in turn, so that a machine that slows down slows both."""
+    task = f"Timing {workload.name}"
+    rounds = workload.warmup + workload.iterations
+    notify(TaskStarted(task, rounds * len(models), "runs"))
+    runs = {name: runner(workload, model) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds):
+        for name, run in runs.items():
+            taken = _time(run, models[name].device)
+            if turn >= workload.warmup:
+                seconds[name].append(taken)
+            notify(TaskAdvanced(task, note=f"{name}: {taken:.3f} s"))
+    notify(TaskFinished(task))
+    return seconds
+
+
+def _time(run: Callable[[], None], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _size(model: Any, blocks: int) -> ModelSize:
+    tensors = [*model.parameters()]
+    return ModelSize(
+        blocks=blocks,
+        parameters=sum(tensor.numel() for tensor in tensors),
+        weights_bytes=sum(tensor.nbytes for tensor in tensors),
+    )
+
+
+def _result(
+    workload: Workload,
+    subject: Subject,
+    seconds: dict[str, list[float]],
+    dtype: torch.dtype,
+    device: torch.device,
+    notify: Notify,
+) -> WorkloadResult:
+    timings = {}
+    for name, times in seconds.items():
+        removals = subject.surgery.removals if name == "pruned" else ()
+        peak = peak_memory_alone(subject.architecture.source, removals, workload, dtype, device, notify)
+        median = statistics.median(times)
+        tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length)
+        timings[name] = Timing(
+            seconds=tuple(times),
+            median_seconds=median,
+            tokens_per_second=tokens / median,
+            peak_memory_bytes=peak,
+        )
+    pruned = timings.get("pruned")
+    speedup = timings["dense"].median_seconds / pruned.median_seconds if pruned else None
+    return WorkloadResult(workload=workload, dense=timings["dense"], pruned=pruned, speedup=speedup)

@@ -1,0 +1,105 @@
+"""How much memory a model takes while it works, measured in a process that holds nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from sleb_cli.engine.measure.workloads import runner
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
+from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.events import Event, Notice, Notify, TaskFinished, TaskStarted
+from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.results import Workload
+
+SAMPLE_SECONDS = 0.002
+
+
+def peak_memory_alone(
+    source: ModelSource,
+    removals: tuple[int, ...],
+    workload: Workload,
+    dtype: torch.dtype,
+    device: torch.device,
+    notify: Notify,
+) -> int | None:
+    """Give the most bytes that one iteration takes: allocated on a CUDA device, else resident in the process.
+
+    None on a device that does not tell, or where the process is killed for its memory.
+    """
+    if device.type not in {"cpu", "cuda"}:
+        return None
+    task = f"Peak memory of {workload.name}, {'pruned' if removals else 'dense'}"
+    notify(TaskStarted(task))
+    context = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches the child too, and is the parent's to answer.
+    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as alone:
+        try:
+            peak: int | None = alone.submit(_measure, source, removals, workload, dtype, device).result()
+        except BrokenProcessPool:
+            notify(Notice(f"{task} could not be measured: the process was killed."))
+            peak = None
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+    notify(TaskFinished(task))
+    return peak
+
+
+@torch.inference_mode()
+def _measure(
+    source: ModelSource,
+    removals: tuple[int, ...],
+    workload: Workload,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    quiet_libraries()
+    architecture = read_architecture(source, load_plugins(), _ignore)
+    if removals:
+        model = load_pruned(plan_surgery(architecture, removals), dtype, device, _ignore)
+    else:
+        model = load_dense(architecture, dtype, device, _ignore)
+    run = runner(workload, model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    with _watch_resident_bytes() as peak:
+        run()
+    return peak()
+
+
+@contextmanager
+def _watch_resident_bytes() -> Iterator[Callable[[], int]]:
+    """Sample this process's resident memory while the body runs; the given function then tells the peak."""
+    process = psutil.Process()
+    samples = [process.memory_info().rss]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_SECONDS):
+            samples.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: max(samples)
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _ignore(event: Event) -> None:
+    """Say nothing: the process that asked has said it already."""

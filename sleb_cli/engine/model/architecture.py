@@ -1,0 +1,315 @@
+"""What a model is made of, read from its config: which family, how many blocks, and where they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+
+from sleb_cli.engine.model.block_names import BlockNames, Numbering, number_blocks
+from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.model.structure import Anatomy, anatomy, shared_weights, tell_apart
+from sleb_cli.engine.third_party import transformers_reads
+from sleb_cli.events import Notice, Notify
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.records import ModelRecord
+from sleb_plugins import FamilyAdapter, ModelError, UnsupportedModelError
+from sleb_plugins.config_keys import PREDICTION_BLOCKS, Kept
+
+BY_STRUCTURE = "structure"
+
+_WHAT_WORKS = "docs/families.md lists what works; `sleb plugins` lists the families that plugins add."
+
+_KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
+"""Keys of configs that name each block's kind."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model that sleb can remove blocks from."""
+
+    source: ModelSource
+    config: Any
+    adapter: FamilyAdapter
+    skeleton: nn.Module
+    """The model without weights: every parameter is on the meta device."""
+
+    @cached_property
+    def block_count(self) -> int:
+        """How many blocks the model has."""
+        return len(self.blocks_of(self.skeleton))
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the language model: a part of the whole where the model also sees or hears."""
+        return _text_config(self.config)
+
+    @property
+    def text_key(self) -> str:
+        """The key of `config.json` under which the language model's config stands; empty where it is the whole."""
+        text = self.text_config
+        return "" if text is self.config else next(k for k, value in vars(self.config).items() if value is text)
+
+    @property
+    def auto_class(self) -> Any:
+        """What transformers loads this model with."""
+        return _auto_class(self.config)
+
+    def build(self, config: Any) -> nn.Module:
+        """Build a model of this family without weights."""
+        return _skeleton(config, self.source)
+
+    def read_config(self, raw: dict[str, Any]) -> Any:
+        """Read the contents of a `config.json` as transformers reads the file.
+
+        Raises:
+            ModelError: it refuses them.
+        """
+        with TemporaryDirectory() as folder, transformers_reads("the pruned config"):
+            (Path(folder) / "config.json").write_text(json.dumps(raw))
+            config = type(self.config).from_pretrained(folder)
+        config.name_or_path = self.config.name_or_path
+        return config
+
+    def blocks_of(self, model: nn.Module) -> nn.ModuleList:
+        """Give the model's list of blocks.
+
+        Raises:
+            UnsupportedModelError: the adapter's path does not lead to a list.
+        """
+        try:
+            blocks = model.get_submodule(self.adapter.blocks_path)
+        except AttributeError as error:
+            raise self._no_blocks() from error
+        if not isinstance(blocks, nn.ModuleList):
+            raise self._no_blocks()
+        return blocks
+
+    @cached_property
+    def numbering(self) -> Numbering:
+        """How the weight files name the blocks, which need not be how the model does.
+
+        Raises:
+            UnsupportedModelError: they do not name each block.
+        """
+        names = self.source.weights.tensor_names()
+        numbering = number_blocks(names, self.adapter.blocks_path, self.block_count)
+        predicted = [getattr(self.text_config, key, None) for key in PREDICTION_BLOCKS]
+        if numbering is None or (numbering.extra and numbering.extra not in predicted):
+            raise UnsupportedModelError(
+                f"The weight files of {self.source.id} do not keep {self.block_count} blocks under "
+                f"{self.adapter.blocks_path}.",
+                hint="Load the model with transformers and save it again, then try with that copy.",
+            )
+        return numbering
+
+    def block_names(self, kept: Kept) -> BlockNames:
+        """Give what names of tensors and modules say of blocks, where these stay.
+
+        Raises:
+            UnsupportedModelError: the weight files do not name each block.
+        """
+        return BlockNames(self.adapter.blocks_path, self.numbering, kept)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are packed, as transformers understands the config: that of a part counts too."""
+        return any(getattr(config, "quantization_config", None) for config in (self.config, self.text_config))
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """What kind each block is of, in the config's words and else in its classes'; "" where all are of one kind."""
+        lists = [getattr(self.text_config, key, None) for key in _KINDS]
+        said = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
+        kinds = [", ".join(dict.fromkeys(str(values[block]) for values in said)) for block in range(self.block_count)]
+        return tell_apart(self.blocks_of(self.skeleton), kinds)
+
+    @cached_property
+    def block_anatomies(self) -> list[Anatomy]:
+        """What each block is made of."""
+        return [anatomy(block) for block in self.blocks_of(self.skeleton)]
+
+    @cached_property
+    def frame_anatomy(self) -> Anatomy:
+        """What the model is made of outside of its blocks."""
+        return self.frame_of(self.skeleton)
+
+    def frame_of(self, model: nn.Module) -> Anatomy:
+        """Say the same of another model of this family."""
+        return anatomy(model, without=self.adapter.blocks_path)
+
+    @cached_property
+    def record(self) -> ModelRecord:
+        """The model as plans and results name it."""
+        return ModelRecord(
+            id=self.source.id,
+            revision=self.source.revision,
+            fingerprint=self.source.fingerprint,
+            model_type=self.config.model_type,
+            family=self.adapter.name,
+            blocks=self.block_count,
+        )
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """The most positions the model knows, or None where it sets no limit."""
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def _no_blocks(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
+            f"{self.adapter.blocks_path}, and there is no list there.",
+            hint="Tell the author of the plugin; `sleb plugins` names it.",
+        )
+
+
+def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
+    """Read the config, choose the family, and find the blocks. No weights are read.
+
+    Raises:
+        UnsupportedModelError: the model is no decoder, has no list of blocks that fits its config, or is of a family
+            whose blocks cannot be removed.
+        PluginError: two plugins claim its model_type.
+    """
+    config = _read_config(source)
+    text = _text_config(config)
+    adapter = registry.family(config.model_type)
+    inner = registry.family(text.model_type)
+    for claimed in (adapter, inner):
+        if claimed is not None and claimed.refusal:
+            raise _refused(source, config, claimed.refusal)
+    skeleton = _skeleton(config, source)
+    if adapter is None:
+        adapter = _read_structure(config, skeleton)
+        notify(
+            Notice(
+                f"No family claims {config.model_type}: its blocks were found by structure, "
+                f"{text.num_hidden_layers} at {adapter.blocks_path}."
+            )
+        )
+    architecture = Architecture(source, config, adapter, skeleton)
+    count = _configured_count(text, adapter)
+    if count != architecture.block_count:
+        raise UnsupportedModelError(
+            f"The config of {source.id} says {count} blocks ({adapter.count_key}), the model has "
+            f"{architecture.block_count} at {adapter.blocks_path}.",
+            hint="sleb removes blocks only where the two agree.",
+        )
+    if shared_weights(architecture.blocks_of(skeleton)):
+        raise _refused(source, config, "its blocks share weights with one another")
+    return architecture
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def _refused(source: ModelSource, config: Any, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"No block can be removed from {source.id} ({config.model_type}), because {why}.", hint=_WHAT_WORKS
+    )
+
+
+def _read_config(source: ModelSource) -> Any:
+    raw = source.raw_config
+    model_type = raw.get("model_type")
+    needs_code = "auto_map" in raw and model_type not in CONFIG_MAPPING
+    if needs_code and not source.trust_remote_code:
+        raise ModelError(
+            f"{source.id} brings its own Python code.",
+            hint="Read that code, and run it with --trust-remote-code if you trust it.",
+        )
+    if model_type not in CONFIG_MAPPING and not needs_code:
+        raise UnsupportedModelError(
+            f"transformers knows no model of type {model_type!r}.",
+            hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
+        )
+    with transformers_reads(f"the config of {source.id}"):
+        config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{source.id} ({model_type}) is an encoder-decoder model.",
+            hint="sleb removes blocks from decoder-only language models.",
+        )
+    encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if encoder_only or not (needs_code or _auto_class(config)):
+        raise UnsupportedModelError(
+            f"{source.id} ({model_type}) is not a decoder-only language model.",
+            hint="sleb needs a model that AutoModelForCausalLM loads and that predicts the next token.",
+        )
+    return config
+
+
+def _auto_class(config: Any) -> Any:
+    """Choose what transformers loads all of such a model with; None where it knows no language model of the kind."""
+    if _text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
+        return AutoModelForCausalLM
+    return None
+
+
+def _skeleton(config: Any, source: ModelSource) -> nn.Module:
+    with transformers_reads(f"the config of {source.id}"), torch.device("meta"):
+        model: nn.Module = _auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
+    return model
+
+
+def _configured_count(config: Any, adapter: FamilyAdapter) -> int | None:
+    count = getattr(config, adapter.count_key, None)
+    return count if isinstance(count, int) else None
+
+
+def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
+    """Find the one list whose length is the config's count and which holds most of the language model's parameters."""
+    text = _text_config(config)
+    count = getattr(text, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise UnsupportedModelError(
+            f"The config of {config.model_type} does not say in one number how many blocks the model has.",
+            hint=_WHAT_WORKS,
+        )
+    lists = {
+        path: sum(p.numel() for p in module.parameters())
+        for path, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and _are_called(module)
+    }
+    inner = set(_decoder(skeleton).modules())
+    lists = {path: size for path, size in lists.items() if skeleton.get_submodule(path) in inner} or lists
+    if not lists:
+        raise UnsupportedModelError(
+            f"{config.model_type} has no list of {count} equal blocks to remove from.", hint=_WHAT_WORKS
+        )
+    return FamilyAdapter(
+        name=BY_STRUCTURE,
+        model_types=frozenset({config.model_type}),
+        blocks_path=max(lists, key=lambda path: lists[path]),
+        count_key=text.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
+    )
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """Give the language model inside, where transformers says which it is: not what sees or hears."""
+    find = getattr(model, "get_decoder", None)
+    found = find() if find else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def _are_called(blocks: nn.ModuleList) -> bool:
+    return all(type(block).forward is not nn.Module.forward for block in blocks)

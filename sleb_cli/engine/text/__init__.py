@@ -1,0 +1,1 @@
+"""What is read, and which of its tokens count: texts, windows, conversations, calibration."""

@@ -1,0 +1,262 @@
+"""Where text comes from: a local file, or a data set of the hub, for calibration or for evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sleb_cli.engine.third_party import first_line
+from sleb_plugins import DataError, UsageError
+
+T = TypeVar("T", bound=Sized)
+
+PARAGRAPHS = "\n\n"
+REFERENCE_ROWS = 128
+"""Rows that the reference implementation draws for calibration."""
+C4_EVALUATION_DOCUMENTS = 1100
+C4_EVALUATION_WINDOWS = 256
+
+# No tokenizer in use spends more characters on a token, on average over a text.
+CHARACTERS_PER_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Where on the hub the documents of a text are."""
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    column: str = "text"
+    data_files: str | None = None
+
+    def __str__(self) -> str:
+        return ":".join(part for part in (self.path, self.config, self.split, self.column) if part)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it is from. `limit` is the most windows that its protocol takes, from the start."""
+
+    source: str
+    content: str
+    limit: int | None = None
+
+
+Conversation = list[dict[str, str]]
+"""Messages in turn, each with its `role` and `content`."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations and where they are from."""
+
+    source: str
+    content: list[Conversation]
+
+
+WIKITEXT2_TRAIN = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
+WIKITEXT2_TEST = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
+C4_VALIDATION = Dataset("allenai/c4", split="train", data_files="en/c4-validation.00000-of-00008.json.gz")
+
+
+def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
+    """Give a text of at least `tokens` tokens where the source has as many.
+
+    `wikitext2` is one running text; of `c4` and other data sets, documents are drawn in an order set by
+    `seed` until there is enough.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty.
+    """
+    characters = tokens * CHARACTERS_PER_TOKEN
+    if source == "wikitext2":
+        return Text(source, PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN)))
+    if source == "c4":
+        return Text(source, PARAGRAPHS.join(_enough(_documents(C4_TRAIN, shuffle_seed=seed), characters)))
+    if _is_file(source):
+        return _file_text(source)
+    dataset = _parse_dataset(source)
+    return Text(source, PARAGRAPHS.join(_enough(_documents(dataset, shuffle_seed=seed), characters)))
+
+
+def reference_calibration_text(source: str, *, rows: int, seed: int) -> Text:
+    """Give the text that the reference implementation calibrates on: `rows` shuffled rows, joined.
+
+    Raises:
+        DataError: the data set cannot be loaded.
+    """
+    dataset, separator = (WIKITEXT2_TRAIN, PARAGRAPHS) if source.startswith("wikitext2") else (C4_TRAIN, " ")
+    return Text(source, separator.join(_first(_documents(dataset, shuffle_seed=seed), rows)))
+
+
+def evaluation_text(source: str) -> Text:
+    """Give the text to measure perplexity on, as the literature does for `wikitext2` and `c4`.
+
+    Raises:
+        DataError: the source is missing, unreadable or empty.
+    """
+    if source == "wikitext2":
+        return Text(source, PARAGRAPHS.join(_documents(WIKITEXT2_TEST)))
+    if source == "c4":
+        documents = _first(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
+        return Text(source, " ".join(documents), C4_EVALUATION_WINDOWS)
+    if _is_file(source):
+        return _file_text(source)
+    return Text(source, PARAGRAPHS.join(_documents(_parse_dataset(source))), C4_EVALUATION_WINDOWS)
+
+
+def calibration_conversations(source: str, *, tokens: int, seed: int) -> Conversations:
+    """Give conversations: all of a .jsonl file, or of a data set so many as have about `tokens` tokens.
+
+    They stand in a field or column `messages`: lists of {"role": …, "content": …}.
+
+    Raises:
+        UsageError: the source is plain text.
+        DataError: it is missing or unreadable, or what it holds are no conversations.
+    """
+    if _is_file(source) and Path(source).suffix == ".jsonl":
+        lines = _json_lines(source, _read_file(source), "messages")
+        found = [_conversation(value, f"line {number} of {source}") for number, value in lines]
+    elif _is_file(source) or "/" not in source:
+        raise UsageError(
+            f"{source} is plain text, and --chat is for conversations.",
+            hint='Leave out --chat, or name a .jsonl file or data set with "messages": lists of role and content.',
+        )
+    else:
+        dataset = _parse_dataset(source, column="messages")
+        rows = (_conversation(row, f"a row of {dataset}") for row in _values(dataset, shuffle_seed=seed))
+        found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, size=_characters))
+    if not found:
+        raise DataError(f"{source} is empty.", hint="Name a file that holds conversations.")
+    return Conversations(source, found)
+
+
+def _conversation(value: Any, where: str) -> Conversation:
+    whole = isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+        for message in value
+    )
+    if not (whole and value):
+        raise DataError(
+            f'The "messages" in {where} are not a list of {{"role": …, "content": …}} with texts.', hint="Correct it."
+        )
+    return list(value)
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(message["content"]) for message in conversation)
+
+
+def _is_file(source: str) -> bool:
+    path = Path(source)
+    return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
+
+
+def _file_text(source: str) -> Text:
+    content = _read_file(source)
+    if Path(source).suffix == ".jsonl":
+        content = PARAGRAPHS.join(_json_texts(source, content))
+    if not content.strip():
+        raise DataError(f"{source} is empty.", hint="Name a file that holds text.")
+    return Text(source, content)
+
+
+def _read_file(source: str) -> str:
+    try:
+        return Path(source).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"There is no file {source}.", hint="Check the path.") from error
+    except IsADirectoryError as error:
+        raise DataError(f"{source} is a folder.", hint="Name a .txt or .jsonl file in it.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{source} is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
+    except PermissionError as error:
+        raise DataError(f"You may not read {source}.", hint="Change its permissions.") from error
+
+
+def _json_texts(source: str, content: str) -> Iterator[str]:
+    for number, text in _json_lines(source, content, "text"):
+        if not isinstance(text, str):
+            raise DataError(f'The field "text" in line {number} of {source} is not a string.', hint="Correct it.")
+        yield text
+
+
+def _json_lines(source: str, content: str, field: str) -> Iterator[tuple[int, Any]]:
+    """Give a field of each line that is not blank, with the line's number from 1."""
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)[field]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(
+                f'Line {number} of {source} is not an object with a field "{field}".',
+                hint='A .jsonl file holds one {"text": "…"} a line, or with --chat one {"messages": […]}.',
+            ) from error
+
+
+def _parse_dataset(source: str, column: str = "text") -> Dataset:
+    """Read org/name[:config][:split][:column]; `column` is the usual one."""
+    path, *parts = source.split(":")
+    if "/" not in path or len(parts) > 3:
+        raise DataError(
+            f"There is no text source {source!r}.",
+            hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
+        )
+    config, split, named = [*parts, "", "", ""][:3]
+    return Dataset(path, config or None, split or "train", named or column)
+
+
+def _documents(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[str]:
+    """Load a data set of the hub and give its documents."""
+    return map(str, _values(dataset, shuffle_seed=shuffle_seed))
+
+
+def _values(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[Any]:
+    """Load a data set of the hub and give its column."""
+    rows = _load(dataset)
+    if dataset.column not in rows.column_names:
+        raise DataError(
+            f"{dataset} has no column {dataset.column!r}.",
+            hint=f"It has {', '.join(rows.column_names)}; name one as org/name:config:split:COLUMN.",
+        )
+    if shuffle_seed is not None:
+        rows = rows.shuffle(seed=shuffle_seed)
+    return (row[dataset.column] for row in rows)
+
+
+def _load(dataset: Dataset) -> Any:
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise DataError(
+            f"The data set {dataset} cannot be loaded: {first_line(error)}.",
+            hint="Check the name and the network, or calibrate on a file or on `self`.",
+        ) from error
+    except ValueError as error:  # how datasets refuses an unknown config or split
+        raise DataError(
+            f"The data set {dataset} cannot be loaded: {first_line(error)}.", hint="Check the name."
+        ) from error
+
+
+def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = len) -> Iterator[T]:
+    found = 0
+    for document in documents:
+        yield document
+        found += size(document)
+        if found >= characters:
+            return
+
+
+def _first(documents: Iterable[str], count: int) -> Iterator[str]:
+    for _, document in zip(range(count), documents, strict=False):
+        yield document

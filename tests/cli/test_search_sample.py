@@ -1,0 +1,60 @@
+"""What the pruned model says is shown where a search ends, and in the model card."""
+
+import json
+
+import pytest
+
+from conftest import calibration
+from sleb_cli.engine.measure import sample_generation
+from sleb_cli.engine.measure.sample_generation import PROMPT
+from sleb_cli.plan import read_plan
+
+
+@pytest.fixture
+def searched(run_sleb, shared_data, text_file, monkeypatch):
+    """Search for all but the protected blocks of a trained model, which then only stutters."""
+    monkeypatch.setattr(sample_generation, "NEW_TOKENS", 48)
+    model = shared_data / "models" / "stories260K"
+    result = run_sleb("search", model, *calibration(text_file), "--remove", 3)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def test_a_collapse_is_shown_and_warned_of(searched, tmp_path):
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.canary.alarms
+    assert plan.canary.pruned_repetition > 0.4
+    assert f'both go on after "{PROMPT}"' in searched.stdout
+    assert f"pruned ({plan.canary.pruned_repetition:.0%} repeated): " in searched.stdout
+    assert " ".join(plan.canary.dense.split())[:60] in searched.stdout
+    assert "The pruned model repeats itself" in searched.stdout
+
+
+def test_the_model_card_lets_both_speak(searched, run_sleb, tmp_path):
+    assert run_sleb("apply", "-o", "three").exit_code == 0
+    card = (tmp_path / "three" / "README.md").read_text()
+    said = read_plan(tmp_path / "plan.json").canary
+    assert "**The pruned model repeats itself much more than the base model.**" in card
+    for text in (said.dense, said.pruned):
+        assert " ".join(text.split()).replace("`", "'") in card
+    # Of a model that was not heard, nothing is said.
+    assert run_sleb("apply", "--remove", 1, "-o", "one").exit_code == 0
+    assert PROMPT not in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_it_is_the_same_each_time_and_stands_in_json(run_sleb, tiny_llama, text_file):
+    options = [*calibration(text_file), "--remove", 2, "--json", "-q", "--force"]
+    first, second = (run_sleb("search", tiny_llama, *options) for _ in range(2))
+    assert first.stderr == ""
+    assert json.loads(first.stdout)["canary"] == json.loads(second.stdout)["canary"]
+    assert json.loads(first.stdout)["canary"]["new_tokens"] == 6
+
+
+def test_a_model_with_few_positions_is_searched_without_it(run_sleb, tmp_path, text_file):
+    from conftest import gpt2_config, save_model
+
+    folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=16))
+    result = run_sleb("search", folder, *calibration(text_file, length=16), "--remove", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "No text of the pruned model is shown" in result.stderr
+    assert read_plan(tmp_path / "plan.json").canary is None

@@ -1,0 +1,90 @@
+"""How a search fits into memory."""
+
+import pytest
+import torch
+
+from sleb_cli.engine import device
+from sleb_cli.engine.forward.memory_budget import Budget, Footprint, available_memory, parse_bytes, settle_budget
+from sleb_plugins import MachineError, UsageError
+
+FOOTPRINT = Footprint(row=1_000, block=10_000, logits=100_000)
+
+
+def settle(available, batch=None, sequences=16, length=512):
+    shape = {"candidates": 30, "sequences": sequences, "length": length, "batch": batch}
+    return settle_budget(available, FOOTPRINT, "cpu", **shape)
+
+
+def test_with_plenty_a_batch_fills_the_device_and_all_candidates_share_a_walk():
+    found = settle(10**12)
+    assert (found.sequences, found.positions, found.rows) == (4, 256, 30)
+    assert found.kept > 1000
+
+
+def test_a_batch_holds_at_least_one_sequence_and_at_most_all():
+    assert settle(10**12, length=4096).sequences == 1
+    assert settle(10**12, length=8, sequences=3).sequences == 3
+
+
+def test_with_less_fewer_candidates_share_a_walk_but_the_batch_is_the_same():
+    found = settle(70_000_000)
+    assert (found.sequences, found.positions) == (4, 256)
+    assert 1 < found.rows < 30
+    assert found.kept == 0
+
+
+def test_with_little_the_head_and_then_the_batch_give_way():
+    assert settle(16_000_000) == Budget(sequences=2, positions=16, rows=2, kept=0)
+    assert settle(9_000_000) == Budget(sequences=1, positions=16, rows=2, kept=0)
+
+
+def test_what_cannot_fit_is_said_before_any_work():
+    with pytest.raises(MachineError, match=r"needs 8\.3 MB beside the model, and may take 5\.0 MB"):
+        settle(5_000_000)
+
+
+def test_a_batch_that_the_user_chose_is_kept_or_refused():
+    assert settle(10**12, batch=5).sequences == 5
+    with pytest.raises(MachineError):
+        settle(9_000_000, batch=2)
+
+
+def test_when_memory_ends_the_least_costly_goes_first_until_nothing_is_left():
+    found = Budget(sequences=2, positions=32, rows=4, kept=50)
+    seen = []
+    while (found := found.halved()) is not None:
+        seen.append(found)
+    assert seen == [
+        Budget(2, 32, 2, 0), Budget(2, 32, 1, 0), Budget(2, 16, 1, 0), Budget(1, 16, 1, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 GB", 1_500_000_000), ("12", 12)]
+)
+def test_amounts_of_memory(text, count):
+    assert parse_bytes(text) == count
+    assert available_memory(torch.device("cpu"), text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "0", "-1GB", "3 apples"])
+def test_what_is_no_amount_of_memory(text):
+    with pytest.raises(UsageError, match="is no amount of memory"):
+        parse_bytes(text)
+
+
+def test_a_cpu_is_never_filled(monkeypatch):
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr(device, "_left_in_container", lambda: 600)
+    assert available_memory(torch.device("cpu"), None) == 300
+
+
+def test_a_container_may_leave_less_than_the_machine_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "CONTROL_GROUP", tmp_path)
+    assert device._left_in_container() > 10**15
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 250\nshmem 50\n")
+    assert device._left_in_container() == 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device._left_in_container() > 10**15

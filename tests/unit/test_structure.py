@@ -1,0 +1,82 @@
+"""A removal that changes other blocks is seen without weights."""
+
+import pytest
+from torch import nn
+
+from sleb_cli.engine.model.structure import anatomy, block_changes, frame_changes, shared_weights, tell_apart
+from sleb_plugins.config_keys import Kept
+
+KEPT = Kept((0, 2, 3), 4)
+
+
+class Block(nn.Module):
+    def __init__(self, number=0, width=4, **attributes):
+        super().__init__()
+        self.mlp = nn.Linear(width, width, device="meta")
+        self.layer_idx = number
+        vars(self).update(attributes)
+
+    def forward(self, hidden):
+        return self.mlp(hidden)
+
+
+def changes(before, after, old=2):
+    return block_changes(anatomy(before), anatomy(after), old, KEPT)
+
+
+def test_a_block_keeps_all_but_its_number():
+    assert changes(Block(2, lender_idx=3, count_of_layers=4), Block(1, lender_idx=2, count_of_layers=3)) == []
+    assert changes(Block(2, kinds=list("abcd")), Block(1, kinds=list("acd"))) == []
+    assert changes(Block(2, scale=1 / 3), Block(1, scale=1 - 2 / 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (Block(2, scale=0.5), Block(1, scale=0.25), "scale would be 0.25, not 0.5"),
+        (Block(2, window=8), Block(1, window=None), "window would be None, not 8"),
+        (Block(2, heads=6), Block(1, heads=5), "heads would be 5, not 6"),
+        (Block(2, width=4), Block(1, width=8), "mlp.weight would be (8, 8), not (4, 4)"),
+        (Block(2, residual_idx=6), Block(1, residual_idx=4), "residual_idx would be 4, not 6"),
+        (Block(2), Block(1, cap=3), "cap would be 3, not absent"),
+    ],
+)
+def test_what_becomes_of_a_block_is_said(before, after, said):
+    assert said in changes(before, after)
+
+
+def test_a_block_of_two_attentions_counts_these():
+    assert changes(Block(4), Block(2)) == []
+
+
+def test_around_the_blocks_counts_and_lists_may_shrink_and_parts_may_not():
+    def frame(blocks, kinds, parts):
+        model = nn.Module()
+        model.layers = nn.ModuleList(Block(number) for number in range(blocks))
+        model.norms = nn.ModuleList(nn.LayerNorm(4, device="meta") for _ in range(parts))
+        model.num_layers, model.kinds = blocks, kinds
+        return anatomy(model, without="layers")
+
+    dense = frame(4, list("abcd"), 1)
+    assert frame_changes(dense, frame(3, list("acd"), 1), KEPT) == []
+    assert frame_changes(frame(4, ["full", "sliding"], 1), frame(3, ["sliding"], 1), KEPT) == []
+    pattern = frame_changes(frame(4, list("aaba"), 1), frame(3, list("aab"), 1), KEPT)
+    assert pattern == ["kinds would be ['a', 'a', 'b'], not ['a', 'a', 'b', 'a']"]
+    assert "norms.1 would be absent, not LayerNorm" in frame_changes(frame(4, [], 2), frame(3, [], 1), KEPT)
+
+
+def test_shared_weights():
+    blocks = nn.ModuleList([Block(0), Block(1)])
+    assert not shared_weights(blocks)
+    blocks[1].mlp.weight = blocks[0].mlp.weight
+    assert shared_weights(blocks)
+
+
+def test_kinds_are_told_apart_by_the_classes_that_differ():
+    blocks = nn.ModuleList([Block(0), Block(1), Block(2)])
+    assert tell_apart(blocks, ["", "", ""]) == ["", "", ""]
+    blocks[1].mlp = nn.Conv1d(4, 4, 1)
+    blocks[2].norm = nn.LayerNorm(4)
+    assert tell_apart(blocks, ["", "", ""]) == ["Linear", "Conv1d", "Linear"]
+    assert tell_apart(blocks, ["dense", "sparse", "dense"]) == ["dense", "sparse", "dense"]
+    assert tell_apart(blocks, ["full", "full", "sliding"]) == ["full, Linear", "full, Conv1d", "sliding, Linear"]
