@@ -96,7 +96,7 @@ class RaceNarrowed:
 
 
 @dataclass(frozen=True)
-class BlocksExchanged:
+class BlocksSwapped:
     """Blocks came back into the model for others that went, and the score fell."""
 
     restored: tuple[int, ...]
@@ -128,7 +128,7 @@ Event = (
     | LaterStepsForecast
     | CandidateScored
     | RaceNarrowed
-    | BlocksExchanged
+    | BlocksSwapped
     | BlockRemoved
 )
 Notify = Callable[[Event], None]

@@ -14,7 +14,7 @@ from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
 
-ALARMING_REPETITION = 0.2
+MAX_ADDED_REPETITION = 0.2
 """A pruned model that repeats itself by so much more than the dense one is suspected of having collapsed."""
 
 Block = Annotated[int, Field(ge=0)]
@@ -128,15 +128,15 @@ class SearchRecord(Record):
 class HeldOutRecord(Record):
     """What a model loses on the sequences that are never searched on: nats per token, and its exponential.
 
-    `excess` is by how much more than on those searched its loss has grown from the dense model's, `error` the standard
-    error of that, and `parted` whether it is more than chance explains.
+    `generalization_gap` is how much more the loss has grown here than on the sequences searched on,
+    `standard_error` its standard error, and `overfits` whether that is more than chance explains.
     """
 
     loss: float
     perplexity: float
-    excess: float = 0.0
-    error: float = 0.0
-    parted: bool = False
+    generalization_gap: float = 0.0
+    standard_error: float = 0.0
+    overfits: bool = False
 
 
 class DenseRecord(Record):
@@ -162,7 +162,7 @@ class RaceRecord(Record):
     dropped: dict[Block, DropRecord]
 
 
-class ExchangeRecord(Record):
+class SwapRecord(Record):
     """Blocks that came back into the model for others that went, and what the whole scored before and after."""
 
     restored: tuple[Block, ...]
@@ -177,7 +177,7 @@ class Step(Record):
     Where the blocks of this size are not those of the size before and `block`, `removals` names them all, and `block`
     is the last of them. `scores` holds every candidate's for this last place (of spans, by the block that they end
     with); where they raced, every survivor's. All are over all sequences. `kind` says what kind of block went, where
-    the model has several. `exchanges` led from the blocks that were chosen one by one to these.
+    the model has several. `swaps` led from the blocks that were chosen one by one to these.
     """
 
     block: Block
@@ -188,10 +188,10 @@ class Step(Record):
     race: RaceRecord | None = None
     held_out: HeldOutRecord | None = None
     removals: tuple[Block, ...] | None = None
-    exchanges: tuple[ExchangeRecord, ...] = ()
+    swaps: tuple[SwapRecord, ...] = ()
 
 
-class CanaryRecord(Record):
+class SampleGeneration(Record):
     """What the dense and the pruned model say after `prompt`, and what share of it says again what was said.
 
     `new_tokens` is the most that each may say; repetitions are shares of runs of 4 tokens that occurred before.
@@ -205,9 +205,9 @@ class CanaryRecord(Record):
     pruned_repetition: float
 
     @property
-    def alarms(self) -> bool:
+    def is_repetitive(self) -> bool:
         """Whether the pruned model repeats itself much more than the dense one."""
-        return self.pruned_repetition > self.dense_repetition + ALARMING_REPETITION
+        return self.pruned_repetition > self.dense_repetition + MAX_ADDED_REPETITION
 
 
 class EnvironmentRecord(Record):
@@ -230,7 +230,7 @@ class LossesRecord(Record):
     divergence: float
 
 
-class FoldRecord(Record):
+class FitRecord(Record):
     """One fit of a block's weights to what the dense model has `gap` removed blocks later (0: at the same depth).
 
     `weights` are the modules that were fitted, none where nothing could be; `exact` says whether the block's output
@@ -252,7 +252,7 @@ class FoldRecord(Record):
 class ClosedFormRecord(Record):
     """What the fit in closed form did, in order of depth."""
 
-    folds: tuple[FoldRecord, ...]
+    fits: tuple[FitRecord, ...]
 
 
 class HealRecord(Record):
@@ -320,7 +320,7 @@ class Plan(Record):
     dense: DenseRecord
     removals: tuple[Block, ...]
     steps: tuple[Step, ...]
-    canary: CanaryRecord | None = None
+    sample_generation: SampleGeneration | None = None
     environment: EnvironmentRecord
     recovery: RecoveryRecord | None = None
     proof: Proof | None = None
@@ -361,7 +361,7 @@ class Plan(Record):
         target = self.search.target if count == len(self.steps) else None
         search = self.search.model_copy(update={"remove": count, "target": target})
         cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
-        return self.model_copy(update=cut if count == len(self.removals) else cut | {"canary": None})
+        return self.model_copy(update=cut if count == len(self.removals) else cut | {"sample_generation": None})
 
 
 def read_plan(path: Path) -> Plan:

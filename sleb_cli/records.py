@@ -43,13 +43,13 @@ Check = Literal["complete", "loads", "same logits", "generates", "saves again", 
 class Proof(Record):
     """What was checked of a checkpoint, on which machine's terms, and how near it was.
 
-    `reference` is what its logits were held against: the dense model with blocks switched off ("gated"), or that with
+    `reference` is what its logits were held against: the dense model with these blocks skipped ("dense"), or that with
     the recovered weights in memory ("recovered"). `partial` says why less than everything was checked, where it was
     less. The numbers are None where no logits were compared; differences are relative to the largest logit.
     """
 
     checks: tuple[Check, ...]
-    reference: Literal["gated", "recovered"] = "gated"
+    reference: Literal["dense", "recovered"] = "dense"
     partial: str | None
     dtype: str
     device: str

@@ -13,12 +13,13 @@ from sleb_plugins.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from sleb_plugins.exporter import Exporter, FileExporter, Pruning, Workshop
+from sleb_plugins.exporter import ArtifactWriter, Exporter, FileExporter, Pruning
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 
 __all__ = [
+    "ArtifactWriter",
     "DataError",
     "Exporter",
     "FamilyAdapter",
@@ -38,7 +39,6 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "WeightMetric",
-    "Workshop",
     "block_numbers",
     "by_block",
     "hookimpl",

@@ -48,7 +48,7 @@ def require_removable(removals: Sequence[int], count: int, model: str, *, furthe
         raise UsageError(f"All {count} blocks would go.", hint="Keep at least one.")
 
 
-Reading = Callable[[Any, Kept], Any]
+KeyPruner = Callable[[Any, Kept], Any]
 
 
 def by_block(values: Any, kept: Kept) -> Any:
@@ -98,7 +98,7 @@ def last_block(number: int, kept: Kept) -> int:
     return kept.below(number + 1) - 1 if number >= 0 else number
 
 
-READINGS: Mapping[str, Reading] = {
+KEY_PRUNERS: Mapping[str, KeyPruner] = {
     **dict.fromkeys(
         [
             "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers",
@@ -141,7 +141,7 @@ def sliced_axis(name: str) -> int | None:
     return next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
 
 
-PERIODS = (
+PERIOD_KEYS = (
     "full_attention_interval", "attn_layer_period", "expert_layer_period", "decoder_sparse_step",
     "interleave_moe_layer_step", "no_rope_layer_interval", "sliding_window_pattern", "global_attn_every_n_layers",
     "moe_layer_interval", "moe_layer_freq", "layer_group_size", "cross_attention_interval",
@@ -194,9 +194,9 @@ def same_scale(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
     return {"scale_depth": config["scale_depth"] * (len(kept.blocks) / kept.count) ** 0.5}
 
 
-Rewriting = Callable[[Mapping[str, Any], Kept], dict[str, Any]]
+KeyRewriter = Callable[[Mapping[str, Any], Kept], dict[str, Any]]
 
-REWRITINGS: Mapping[str, Rewriting] = {
+KEY_REWRITERS: Mapping[str, KeyRewriter] = {
     "decoder_sparse_step": explicit_experts,
     "attention_types": explicit_attention,
     "block_types": explicit_cycle,

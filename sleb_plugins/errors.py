@@ -61,6 +61,6 @@ class OutputError(SlebError):
 
 
 class ProofError(SlebError):
-    """A pruned checkpoint did not do what the gated dense model does, and was not delivered."""
+    """A pruned checkpoint did not do what the dense model with these blocks skipped does, and was not delivered."""
 
     exit_code = 9

@@ -57,7 +57,7 @@ class Exporter(ABC):
         """Say it as the text that the other tool reads, ending in a newline."""
 
 
-class Workshop(Protocol):
+class ArtifactWriter(Protocol):
     """What the engine offers those who write files. Each result is there whole and proven, or not at all."""
 
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
@@ -78,11 +78,11 @@ class FileExporter(ABC):
     uses_source: ClassVar[bool] = False
 
     @abstractmethod
-    def export(self, pruning: Pruning, output: Path | None, workshop: Workshop) -> Sequence[str]:
+    def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
         """Write it to `output`, or to a place named after the model.
 
-        What the workshop writes is shown by itself.
+        What the writer writes is shown by itself.
 
         Returns:
-            Further lines for the user: how to start the other tool, or what was written without the workshop.
+            Further lines for the user: how to start the other tool, or what was written without the writer.
         """

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from sleb_plugins.config_keys import Reading
+from sleb_plugins.config_keys import KeyPruner
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FamilyAdapter:
     model_types: frozenset[str]
     blocks_path: str = ""
     count_key: str = "num_hidden_layers"
-    config_keys: Mapping[str, Reading] = field(default_factory=dict)
+    config_keys: Mapping[str, KeyPruner] = field(default_factory=dict)
     refusal: str = ""
 
     def __post_init__(self) -> None:

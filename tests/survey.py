@@ -162,7 +162,7 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model.eval()
     ids = torch.randint(2, 300, (2, 40), generator=torch.Generator().manual_seed(1))
-    expected = gated_logits(architecture, applied["removals"], ids)
+    expected = skipped_logits(architecture, applied["removals"], ids)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
     with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
     torch.testing.assert_close(with_cache, without, atol=1e-3, rtol=0)
@@ -175,7 +175,7 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
         assert all(torch.equal(tensor, other[key]) for key, tensor in model.state_dict().items())
 
 
-def gated_logits(architecture: Architecture, removals: list[int], ids: torch.Tensor) -> torch.Tensor:
+def skipped_logits(architecture: Architecture, removals: list[int], ids: torch.Tensor) -> torch.Tensor:
     """Give the logits of the dense model whose removed blocks hand their input on."""
     dense = AutoModelForCausalLM.from_pretrained(architecture.source.folder, dtype=torch.float32).eval()
     blocks = architecture.blocks_of(dense)

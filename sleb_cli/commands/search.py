@@ -224,7 +224,7 @@ def search(
     with show_progress(quiet=quiet, first="Starting") as notify:
         from sleb_cli.engine.search.compare import compare_removals, forget_journals
         from sleb_cli.engine.search.resolve import SearchRequest
-        from sleb_cli.engine.search.run import plan_removals
+        from sleb_cli.engine.search.run import find_removals
         from sleb_cli.engine.search.targets import TargetRequest
         from sleb_cli.engine.text.calibration import CalibrationRequest
 
@@ -267,7 +267,7 @@ def search(
         if compare is not None:
             result, plan = compare_removals(request, parse_names(compare), load_and_report(), notify)
         else:
-            plan = plan_removals(request, load_and_report(), notify)
+            plan = find_removals(request, load_and_report(), notify)
     if compare is not None:
         show_comparison(result, plan, place, as_json=json)
         forget_journals(result, place)

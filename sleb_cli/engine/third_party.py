@@ -7,7 +7,7 @@ from sleb_plugins import MachineError, ModelError, SlebError
 
 
 @contextmanager
-def verdict(sentence: Callable[[str], SlebError]) -> Iterator[None]:
+def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
     """Turn whatever a foreign call raises into the error that `sentence` makes of its words.
 
     Broken files and unusual families make libraries raise almost anything, so any exception counts. Nothing
@@ -22,7 +22,7 @@ def verdict(sentence: Callable[[str], SlebError]) -> Iterator[None]:
 
 
 @contextmanager
-def transformers_reads(what: str) -> Iterator[None]:
+def translate_transformers_errors(what: str) -> Iterator[None]:
     """Let transformers read a user's files.
 
     Raises:
@@ -30,7 +30,7 @@ def transformers_reads(what: str) -> Iterator[None]:
         ModelError: it refuses the files.
     """
     hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
-    with verdict(lambda words: ModelError(f"transformers cannot read {what}: {words}.", hint=hint)):
+    with translate_errors(lambda words: ModelError(f"transformers cannot read {what}: {words}.", hint=hint)):
         try:
             yield
         except ImportError as error:

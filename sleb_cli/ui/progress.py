@@ -23,7 +23,7 @@ from rich.text import Text
 
 from sleb_cli.events import (
     BlockRemoved,
-    BlocksExchanged,
+    BlocksSwapped,
     CandidateScored,
     CheckPassed,
     Event,
@@ -215,8 +215,8 @@ class _Bars:
             case RaceNarrowed(_, contenders, spared):
                 standing.narrowed(contenders, spared)
                 self._progress.update(self._tasks["Search"], note=standing.note())
-            case BlocksExchanged():
-                self._progress.console.print(_exchange(event), soft_wrap=True)
+            case BlocksSwapped():
+                self._progress.console.print(_swap_line(event), soft_wrap=True)
             case BlockRemoved():
                 standing.removed()
         self._progress.update(self._tasks["Search"], completed=standing.done, total=standing.expected)
@@ -235,7 +235,7 @@ class _Bars:
         self._progress.update(self._tasks[task], total=total, completed=total, note="")
 
 
-def _exchange(event: BlocksExchanged) -> str:
+def _swap_line(event: BlocksSwapped) -> str:
     back, gone = (", ".join(map(str, blocks)) for blocks in (event.restored, event.removed))
     return f"exchanged: {back} stays, {gone} goes; score {event.before:.4f} -> {event.after:.4f}"
 
@@ -261,8 +261,8 @@ class _Log:
                 self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them gone already" if done else ""
                 self._line(f"Search: {remove} of {blocks} blocks{after}, {count} candidate x sequence evaluations …")
-            case BlocksExchanged():
-                self._line(_exchange(event))
+            case BlocksSwapped():
+                self._line(_swap_line(event))
             case BlockRemoved(step, block, score, perplexity, removals):
                 what = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
                 self._line(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sleb_cli.plan import CanaryRecord, Plan, RecoveryRecord, TargetRecord
+from sleb_cli.plan import Plan, RecoveryRecord, SampleGeneration, TargetRecord
 from sleb_cli.records import Proof
 from sleb_cli.results import (
     ApplyResult,
@@ -28,7 +28,7 @@ from sleb_cli.ui.console import print_json, save, stdout
 from sleb_cli.units import count, size
 
 # Of what a canary says, so much is shown; the plan has all of it.
-CANARY_CHARACTERS = 160
+SAMPLE_CHARACTERS = 160
 
 
 def new_table(*columns: str) -> Table:
@@ -56,10 +56,10 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
     print_title(console, f"{plan.model.id}: {how.remove} of {plan.model.blocks} blocks removed")
     console.print(_steps(plan))
     console.print(block_strip(plan.model.blocks, plan.removals))
-    for exchange in plan.steps[-1].exchanges:
+    for swap in plan.steps[-1].swaps:
         console.print(
-            f"exchanged: {spans(exchange.restored)} stays, {spans(exchange.removed)} goes; "
-            f"{how.metric} {exchange.before:.4f} -> {exchange.after:.4f}",
+            f"exchanged: {spans(swap.restored)} stays, {spans(swap.removed)} goes; "
+            f"{how.metric} {swap.before:.4f} -> {swap.after:.4f}",
             soft_wrap=True,
             markup=False,
         )
@@ -75,8 +75,8 @@ def show_plan(plan: Plan, output: Path, *, as_json: bool) -> None:
         console.print(target_summary(how.target, plan), soft_wrap=True, markup=False)
     if how.engine_reason:
         console.print(f"engine {how.engine}: {how.engine_reason}", soft_wrap=True, markup=False)
-    if plan.canary:
-        _say_canary(console, plan.canary)
+    if plan.sample_generation:
+        _print_sample(console, plan.sample_generation)
     console.print(f"wrote {output}; next: sleb apply {output}", soft_wrap=True, markup=False)
 
 
@@ -97,7 +97,7 @@ def _steps(plan: Plan) -> Table:
         elsewhere = []
         if dense.held_out and (there := step.held_out):
             change = relative_change(dense.held_out.perplexity, there.perplexity)
-            elsewhere = [f"{there.perplexity:.2f}", f"[yellow]{change}[/]" if there.parted else change]
+            elsewhere = [f"{there.perplexity:.2f}", f"[yellow]{change}[/]" if there.overfits else change]
         table.add_row(
             str(number), blocks, *kind, f"{step.score:.4f}",
             f"{step.perplexity:.2f}", relative_change(dense.perplexity, step.perplexity), *elsewhere,
@@ -117,17 +117,20 @@ def spans(blocks: Collection[int]) -> str:
     return ", ".join(parts)
 
 
-def _say_canary(console: Console, canary: CanaryRecord) -> None:
+def _print_sample(console: Console, sample: SampleGeneration) -> None:
     """Show what both models say, one below the other, and warn where the pruned one runs in circles."""
-    console.print(f'both go on after "{canary.prompt}"', soft_wrap=True, markup=False)
-    said = {"dense": (canary.dense, canary.dense_repetition), "pruned": (canary.pruned, canary.pruned_repetition)}
+    console.print(f'both go on after "{sample.prompt}"', soft_wrap=True, markup=False)
+    said = {
+        "dense": (sample.dense, sample.dense_repetition),
+        "pruned": (sample.pruned, sample.pruned_repetition),
+    }
     for name, (text, share) in said.items():
-        line = shorten(" ".join(text.split()), CANARY_CHARACTERS, placeholder=" …")
+        line = shorten(" ".join(text.split()), SAMPLE_CHARACTERS, placeholder=" …")
         console.print(f"  {name:6} ({share:.0%} repeated): {line}", soft_wrap=True, markup=False)
-    if canary.alarms:
+    if sample.is_repetitive:
         console.print(
-            f"[yellow]The pruned model repeats itself: {canary.pruned_repetition:.0%} of what it says, and the dense "
-            f"one {canary.dense_repetition:.0%}. Its perplexity may hide that it collapses.[/]",
+            f"[yellow]The pruned model repeats itself: {sample.pruned_repetition:.0%} of what it says, and the dense "
+            f"one {sample.dense_repetition:.0%}. Its perplexity may hide that it collapses.[/]",
             soft_wrap=True,
         )
 
@@ -298,7 +301,9 @@ def _say_proof(proof: Proof, loaded: str) -> None:
     saves = (
         f"[yellow]not proven[/] is that it can be saved again: {proof.partial}" if proof.partial else "it saves again"
     )
-    reference = {"gated": "the gated dense model", "recovered": "the recovered model in memory"}[proof.reference]
+    reference = {"dense": "the dense model with these blocks skipped", "recovered": "the recovered model in memory"}[
+        proof.reference
+    ]
     stdout().print(
         f"[green]proven[/] in {proof.dtype} on {proof.device}: {loaded}; its logits on {proof.prompt_tokens} "
         f"prompt tokens are {how} those of {reference}{allowed}; it generates with the KV cache; {saves}",

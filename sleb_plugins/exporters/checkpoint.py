@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_plugins.errors import UnsupportedModelError
-from sleb_plugins.exporter import FileExporter, Pruning, Workshop
+from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
 
 
 class HuggingFace(FileExporter):
@@ -18,9 +18,9 @@ class HuggingFace(FileExporter):
     name = "hf"
     description = "a checkpoint folder whose config stock engines read"
 
-    def export(self, pruning: Pruning, output: Path | None, workshop: Workshop) -> Sequence[str]:
+    def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
         """Write the folder, and make sure of its config."""
-        workshop.write_checkpoint(output, lambda folder: require_stock_config(folder, pruning))
+        writer.write_checkpoint(output, lambda folder: require_stock_config(folder, pruning))
         return []
 
 
@@ -30,7 +30,7 @@ class Vllm(FileExporter):
     name = "vllm"
     description = "a checkpoint folder, and the line that serves it with vLLM"
 
-    def export(self, pruning: Pruning, output: Path | None, workshop: Workshop) -> Sequence[str]:
+    def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
         """Write the folder, and make sure of its config and, where vLLM is installed, of what that knows."""
 
         def check(folder: Path) -> None:
@@ -38,7 +38,7 @@ class Vllm(FileExporter):
             if find_spec("vllm"):
                 _require_known_to_vllm(folder)
 
-        folder = workshop.write_checkpoint(output, check)
+        folder = writer.write_checkpoint(output, check)
         unchecked = [] if find_spec("vllm") else ["vLLM is not installed here, so nobody asked it for the architecture"]
         return [*unchecked, f"serve it: vllm serve {shlex.quote(str(folder))}"]
 

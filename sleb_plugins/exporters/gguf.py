@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sleb_plugins.errors import UsageError
-from sleb_plugins.exporter import FileExporter, Pruning, Workshop
+from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
 
 
 class Gguf(FileExporter):
@@ -14,7 +14,7 @@ class Gguf(FileExporter):
     description = "a pruned .gguf, from the model where it is one, or from --source"
     uses_source = True
 
-    def export(self, pruning: Pruning, output: Path | None, workshop: Workshop) -> Sequence[str]:
+    def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
         """Remove the blocks from the source file.
 
         Raises:
@@ -25,5 +25,5 @@ class Gguf(FileExporter):
                 f"Which GGUF file of {pruning.model} is to lose its blocks?",
                 hint="Name one with --source; llama.cpp's convert_hf_to_gguf.py makes one of a checkpoint.",
             )
-        file = workshop.write_gguf(pruning.source_file, output)
+        file = writer.write_gguf(pruning.source_file, output)
         return [f"run it: llama-cli -m {file}"]

@@ -7,7 +7,7 @@ from sleb_plugins.metrics.cosine import CosineDistance
 from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
-from sleb_plugins.metrics.random import Chance
+from sleb_plugins.metrics.random import RandomScore
 from sleb_plugins.metrics.task import TaskError
 from sleb_plugins.metrics.taylor import Taylor
 
@@ -22,6 +22,6 @@ def sleb_metrics() -> list[Metric]:
         AngularDistance(),
         Taylor(),
         Magnitude(),
-        Chance(),
+        RandomScore(),
         TaskError(),
     ]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Chance(WeightMetric):
+class RandomScore(WeightMetric):
     """A number between 0 and 1, drawn for each block from the seed and the block's number alone: the baseline."""
 
     name = "random"
@@ -24,7 +24,7 @@ class Chance(WeightMetric):
         if seed is not None:
             self.name = f"random:{seed}"
 
-    def with_argument(self, argument: str) -> Chance:
+    def with_argument(self, argument: str) -> RandomScore:
         """Give the metric with this seed.
 
         Raises:
@@ -32,7 +32,7 @@ class Chance(WeightMetric):
         """
         if not (argument.isascii() and argument.isdigit()):
             raise UsageError(f"The seed of random:{argument} is no whole number.", hint="Write it like random:7.")
-        return Chance(int(argument))
+        return RandomScore(int(argument))
 
     def score_block(self, block: nn.Module, number: int) -> float:
         """Return the block's lot."""

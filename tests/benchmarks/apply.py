@@ -120,7 +120,7 @@ def shapes(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     for block in range(BLOCKS):
         prefix = f"model.layers.{block}"
         yield from ((f"{prefix}.self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)) for name in "qkvo")
-        yield from ((f"{prefix}.mlp.{name}_proj.weight", (width, HIDDEN)) for name in ("gate", "up"))
+        yield from ((f"{prefix}.mlp.{name}_proj.weight", (width, HIDDEN)) for name in ("switch", "up"))
         yield f"{prefix}.mlp.down_proj.weight", (HIDDEN, width)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}.{norm}.weight", (HIDDEN,)

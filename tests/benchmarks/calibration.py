@@ -30,11 +30,11 @@ from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.forward.logits import score_logits
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, settle_calibration
+from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, resolve_calibration
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -145,14 +145,14 @@ class Bench:
         """Give the loss of each test window without these blocks; measure only what nobody measured."""
         known = self.losses.setdefault(",".join(map(str, sorted(removed))) or "dense", {})
         if name not in known:
-            text = calibrate(settle_calibration(request, self.architecture), self.tokenizer, lambda: self.model, quiet)
+            text = calibrate(resolve_calibration(request, self.architecture), self.tokenizer, lambda: self.model, quiet)
             losses: list[float] = []
-            with GatedModel(self.model, self.architecture.blocks_of(self.model)) as gated:
+            with SkippableModel(self.model, self.architecture.blocks_of(self.model)) as skippable:
                 for start in range(0, len(text.sequences), BATCH):
                     rows = slice(start, start + BATCH)
-                    ids, counted = text.sequences[rows], None if text.counted is None else text.counted[rows]
-                    logits = gated.logits(ids, removed)
-                    losses += score_logits(NegativeLogLikelihood(), logits, ids, counted=counted).tolist()
+                    ids, loss_mask = text.sequences[rows], None if text.loss_mask is None else text.loss_mask[rows]
+                    logits = skippable.logits(ids, removed)
+                    losses += score_logits(NegativeLogLikelihood(), logits, ids, loss_mask=loss_mask).tolist()
             known[name] = losses
             write_text(self.work / "results.json", to_json(self.losses))
         return known[name]

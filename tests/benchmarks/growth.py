@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reference import plain_search
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.scoring import Scoring
@@ -71,8 +71,8 @@ def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: in
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
     ids = torch.randint(0, 4096, (sequences, length))
     start = time.perf_counter()
-    with GatedModel(model, model.model.layers) as gated:
-        passes, _ = prepare_passes(gated, ids, lambda event: None)
+    with SkippableModel(model, model.model.layers) as skippable:
+        passes, _ = prepare_passes(skippable, ids, lambda event: None)
         score, _ = Scoring(passes, Journal(), None, lambda event: None).scorer(NegativeLogLikelihood())
         ours = [c.block for c in greedy(Problem(score, partial(Protection(1, 1).candidates, blocks), remove))]
     middle = time.perf_counter()

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.choices import Protection
@@ -33,7 +33,7 @@ from sleb_cli.engine.search.race import LOOKS, Race
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.strategies import Problem, greedy
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, settle_calibration
+from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, resolve_calibration
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -60,7 +60,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for text in options.texts:
         request = CalibrationRequest(text, options.samples, options.length, options.seed)
-        sequences = calibrate(settle_calibration(request, architecture), tokenizer, lambda: model, _ignore).sequences
+        sequences = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, _ignore).sequences
         start = time.perf_counter()
         steps = exact_steps(model, architecture.blocks_of(model), sequences, options.remove)
         seconds = time.perf_counter() - start
@@ -83,8 +83,8 @@ def main() -> None:
 def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -> list[Matrix]:
     """Give every candidate's loss on every sequence, for each step of the exact search."""
     journal, steps, removed = Journal(), [], []
-    with GatedModel(model, blocks) as gated:
-        passes, _ = prepare_passes(gated, sequences, _ignore)
+    with SkippableModel(model, blocks) as skippable:
+        passes, _ = prepare_passes(skippable, sequences, _ignore)
         score, _ = Scoring(passes, journal, None, _ignore).scorer(NegativeLogLikelihood())
         for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
             batches = range(len(passes.batches))

@@ -3,7 +3,7 @@
     python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--plain-steps 1]
 
 Plain means: one sequence and one candidate at a time, through the whole model without it (`tests/reference.py`). Where
-it runs fewer steps than the search, the rest is reckoned from the block-rows that it would take. A block-row is one
+it runs fewer steps than the search, the rest is reckoned from the block-branches that it would take. A block-row is one
 sequence through one block, a head-row one sequence through the head. Peak memory is what the process holds at most
 beside the model, in resident bytes.
 """
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from reference import plain_search
 from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.choices import Protection
@@ -51,7 +51,7 @@ class Side:
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.bytes = 0
-        self.block_rows = 0
+        self.block_branches = 0
         self.head_rows = 0.0
 
 
@@ -97,7 +97,7 @@ def main() -> None:
             plain.seconds.append(time.perf_counter() - start)
     passes = [(count - 2 - step) * len(sequences) for step in range(steps)]
     rows = [passes[step] * (count - 1 - step) for step in range(steps)]
-    plain.block_rows, plain.head_rows = sum(rows), sum(passes)
+    plain.block_branches, plain.head_rows = sum(rows), sum(passes)
     show("plain", plain, removed)
     agree(our_removals[:plain_steps], removed)
 
@@ -110,18 +110,19 @@ def main() -> None:
     elif options.fast:
         print(f"ratio   {whole / sum(ours.seconds):.2f}x in time")
     print(
-        f"        {plain.block_rows / ours.block_rows:.2f}x in block-rows, {plain.head_rows / ours.head_rows:.2f}x in "
+        f"        {plain.block_branches / ours.block_branches:.2f}x in block-branches, "
+        f"{plain.head_rows / ours.head_rows:.2f}x in "
         f"head-rows, {plain.bytes / ours.bytes:.2f}x in peak memory beside the model"
     )
 
 
 def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fast: bool, seed: int) -> Any:
     """Run our search, as `sleb search` does, and count what it computes."""
-    with measured(Side()) as side, GatedModel(model, blocks) as gated:
-        count(gated, side, sequences.shape[1])
+    with measured(Side()) as side, SkippableModel(model, blocks) as skippable:
+        count(skippable, side, sequences.shape[1])
         start = time.perf_counter()
         order = shuffled(sequences, seed) if fast else sequences
-        passes, reason = prepare_passes(gated, order, _ignore, looks=LOOKS if fast else 1)
+        passes, reason = prepare_passes(skippable, order, _ignore, looks=LOOKS if fast else 1)
         assert reason is None, reason
         score, _ = Scoring(passes, Journal(), None, _ignore, fast=fast).scorer(NegativeLogLikelihood())
         removals = []
@@ -132,19 +133,19 @@ def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fas
     return side, removals
 
 
-def count(gated: GatedModel, side: Side, length: int) -> None:
+def count(skippable: SkippableModel, side: Side, length: int) -> None:
     """Let every call to a block and to the head add to the rows of a side."""
-    run_block, head = gated.run_block, gated.head
+    run_block, head = skippable.run_block, skippable.head
 
     def counted_block(call: Any, hidden: torch.Tensor) -> torch.Tensor:
-        side.block_rows += len(hidden)
+        side.block_branches += len(hidden)
         return run_block(call, hidden)
 
     def counted_head(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         side.head_rows += ids.numel() / (length - 1)
         return head(hidden, ids)
 
-    gated.run_block, gated.head = counted_block, counted_head  # type: ignore[method-assign]
+    skippable.run_block, skippable.head = counted_block, counted_head  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -173,7 +174,8 @@ def show(name: str, side: Side, removals: list[int]) -> None:
     seconds = " + ".join(f"{step:.0f}" for step in side.seconds)
     print(f"{name:7} removes {removals} in {sum(side.seconds):.1f} s ({seconds})")
     print(
-        f"        {side.block_rows:,} block-rows, {side.head_rows:,.0f} head-rows, {side.bytes / 1e6:.0f} MB at most",
+        f"        {side.block_branches:,} block-branches, "
+        f"{side.head_rows:,.0f} head-rows, {side.bytes / 1e6:.0f} MB at most",
         flush=True,
     )
 

@@ -52,15 +52,15 @@ def test_only_those_race_that_can(run_sleb, tiny_llama, text_file, tmp_path):
 
 def test_an_interrupted_comparison_goes_on(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     whole = json.loads(compare(run_sleb, tiny_llama, text_file, "nll,cosine", "--json").stdout)
-    carry_out, done = compare_module.carry_out, []
+    run_search, done = compare_module.run_search, []
 
-    def second_fails(settled, *rest):
+    def second_fails(resolved, *rest):
         if done:
             raise KeyboardInterrupt
-        done.append(settled)
-        return carry_out(settled, *rest)
+        done.append(resolved)
+        return run_search(resolved, *rest)
 
-    monkeypatch.setattr(compare_module, "carry_out", second_fails)
+    monkeypatch.setattr(compare_module, "run_search", second_fails)
     assert compare(run_sleb, tiny_llama, text_file, "nll,cosine", "-o", "again.json").exit_code == 130
     assert "again.json.nll@greedy.journal" in os.listdir(tmp_path)
     monkeypatch.undo()

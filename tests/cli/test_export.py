@@ -177,10 +177,10 @@ class Both(sleb.FileExporter):
     name = "both"
     uses_source = True
 
-    def export(self, pruning, output, workshop):
+    def export(self, pruning, output, writer):
         seen = []
-        folder = workshop.write_checkpoint(output / "hf", lambda aside: seen.append((aside / "config.json").is_file()))
-        file = workshop.write_gguf(pruning.source_file, output / "model.gguf")
+        folder = writer.write_checkpoint(output / "hf", lambda aside: seen.append((aside / "config.json").is_file()))
+        file = writer.write_gguf(pruning.source_file, output / "model.gguf")
         assert seen == [True]
         return [f"{folder.name} and [{file.name}]"]
 

@@ -53,11 +53,11 @@ def test_what_was_done_is_recorded(run_sleb, llama_plan, text_file, tmp_path):
     assert run_sleb(*command, "-o", "out").exit_code == 0
     recovery = read_plan(tmp_path / "out" / "sleb_plan.json").recovery
     assert recovery
-    heal = run.heal
+    heal = recovery.heal
     assert heal
     assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (2048, None, "budget", 2048)
-    assert heal.losses.divergence < run.pruned.divergence
-    assert run.recovered == heal.losses
+    assert heal.losses.divergence < recovery.pruned.divergence
+    assert recovery.recovered == heal.losses
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| healed: distilled for 2048 tokens | {math.exp(heal.losses.loss):.2f} |" in card
 

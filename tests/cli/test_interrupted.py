@@ -94,8 +94,10 @@ def kill_and_resume(kills, tiny_llama, text_file, run_sleb, tmp_path):
     assert "measurements: the search goes on from there" in errors
     whole, resumed = (read_plan(path) for path in (tmp_path / "whole.json", place / "plan.json"))
     # Within the tests both models say less than in a program of its own, but the same.
-    assert resumed.canary.pruned.startswith(whole.canary.pruned)
-    both = [plan.model_copy(update={"canary": None, "environment": None}).to_data() for plan in (whole, resumed)]
+    assert resumed.sample_generation.pruned.startswith(whole.sample_generation.pruned)
+    both = [
+        plan.model_copy(update={"sample_generation": None, "environment": None}).to_data() for plan in (whole, resumed)
+    ]
     assert both[0] == both[1]
     assert os.listdir(place) == ["plan.json"]
 

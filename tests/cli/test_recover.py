@@ -22,10 +22,10 @@ def standing_in(monkeypatch, names):
     """Let something stand in for the closed form: a tenth more for the parameters that are named."""
     asked = SimpleNamespace(names=names, calls=[])
 
-    def recover_in_closed_form(gated, removed, fit, held_out, notify):
+    def recover_in_closed_form(skippable, removed, fit, held_out, notify):
         asked.calls.append((sorted(removed), fit, held_out))
-        own = dict(gated.model.named_parameters())
-        return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(folds=())
+        own = dict(skippable.model.named_parameters())
+        return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(fits=())
 
     monkeypatch.setattr(run, "recover_in_closed_form", recover_in_closed_form)
     return asked

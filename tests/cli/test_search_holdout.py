@@ -34,7 +34,7 @@ def test_both_losses_are_those_of_running_the_model_on_either_part(run_sleb, tin
             assert record.held_out.loss == pytest.approx(held_out, abs=1e-5)
             assert record.held_out.perplexity == pytest.approx(math.exp(held_out), rel=1e-5)
             grown = (held_out - plan.dense.held_out.loss) - (searched - math.log(plan.dense.perplexity))
-            assert record.held_out.excess == pytest.approx(grown, abs=1e-5)
+            assert record.held_out.generalization_gap == pytest.approx(grown, abs=1e-5)
 
 
 def test_the_search_itself_is_that_of_the_others_alone(run_sleb, tiny_llama, text_file, tmp_path):
@@ -91,9 +91,9 @@ def test_where_the_losses_part_the_search_warns(run_sleb, shared_data, tmp_path)
     result = run_sleb("search", shared_data / "models" / "stories260K", *settings, "--samples", 40)
     assert result.exit_code == 0, result.stderr
     step = read_plan(tmp_path / "plan.json").steps[0]
-    assert step.held_out.parted
+    assert step.held_out.overfits
     assert "From step 1 on, the search fits its own text" in result.stderr
-    assert f"{step.held_out.excess:.3f} nats per token more" in result.stderr
+    assert f"{step.held_out.generalization_gap:.3f} nats per token more" in result.stderr
     assert "held out" in result.stdout
 
 

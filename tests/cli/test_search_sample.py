@@ -22,18 +22,18 @@ def searched(run_sleb, shared_data, text_file, monkeypatch):
 
 def test_a_collapse_is_shown_and_warned_of(searched, tmp_path):
     plan = read_plan(tmp_path / "plan.json")
-    assert plan.canary.alarms
-    assert plan.canary.pruned_repetition > 0.4
+    assert plan.sample_generation.is_repetitive
+    assert plan.sample_generation.pruned_repetition > 0.4
     assert f'both go on after "{PROMPT}"' in searched.stdout
-    assert f"pruned ({plan.canary.pruned_repetition:.0%} repeated): " in searched.stdout
-    assert " ".join(plan.canary.dense.split())[:60] in searched.stdout
+    assert f"pruned ({plan.sample_generation.pruned_repetition:.0%} repeated): " in searched.stdout
+    assert " ".join(plan.sample_generation.dense.split())[:60] in searched.stdout
     assert "The pruned model repeats itself" in searched.stdout
 
 
 def test_the_model_card_lets_both_speak(searched, run_sleb, tmp_path):
     assert run_sleb("apply", "-o", "three").exit_code == 0
     card = (tmp_path / "three" / "README.md").read_text()
-    said = read_plan(tmp_path / "plan.json").canary
+    said = read_plan(tmp_path / "plan.json").sample_generation
     assert "**The pruned model repeats itself much more than the base model.**" in card
     for text in (said.dense, said.pruned):
         assert " ".join(text.split()).replace("`", "'") in card
@@ -46,8 +46,8 @@ def test_it_is_the_same_each_time_and_stands_in_json(run_sleb, tiny_llama, text_
     options = [*calibration(text_file), "--remove", 2, "--json", "-q", "--force"]
     first, second = (run_sleb("search", tiny_llama, *options) for _ in range(2))
     assert first.stderr == ""
-    assert json.loads(first.stdout)["canary"] == json.loads(second.stdout)["canary"]
-    assert json.loads(first.stdout)["canary"]["new_tokens"] == 6
+    assert json.loads(first.stdout)["sample_generation"] == json.loads(second.stdout)["sample_generation"]
+    assert json.loads(first.stdout)["sample_generation"]["new_tokens"] == 6
 
 
 def test_a_model_with_few_positions_is_searched_without_it(run_sleb, tmp_path, text_file):
@@ -57,4 +57,4 @@ def test_a_model_with_few_positions_is_searched_without_it(run_sleb, tmp_path, t
     result = run_sleb("search", folder, *calibration(text_file, length=16), "--remove", 1)
     assert result.exit_code == 0, result.stderr
     assert "No text of the pruned model is shown" in result.stderr
-    assert read_plan(tmp_path / "plan.json").canary is None
+    assert read_plan(tmp_path / "plan.json").sample_generation is None

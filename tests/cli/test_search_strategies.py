@@ -93,14 +93,14 @@ def test_with_a_metric_of_hidden_states_spans_score_from_first_to_last_in_the_de
 def test_exchanges_are_recorded_and_shown(search, loss):
     for first in range(4):  # some protected block makes greedy go wrong
         result, plan = search("--strategy", "refine", "--protect-first", 0, "--protect-last", 0, "--protect", first)
-        if plan.steps[-1].exchanges:
+        if plan.steps[-1].swaps:
             break
     else:
         pytest.skip("greedy is right on this model")
-    exchange = plan.steps[-1].exchanges[-1]
-    assert exchange.after == plan.steps[-1].score < exchange.before
-    assert exchange.after == pytest.approx(loss(plan.removals), abs=1e-5)
-    assert f"nll {exchange.before:.4f} -> {exchange.after:.4f}" in result.stdout
+    swap = plan.steps[-1].swaps[-1]
+    assert swap.after == plan.steps[-1].score < swap.before
+    assert swap.after == pytest.approx(loss(plan.removals), abs=1e-5)
+    assert f"nll {swap.before:.4f} -> {swap.after:.4f}" in result.stdout
     assert "exchanged: " in result.stderr
 
 

@@ -23,7 +23,7 @@ from conftest import calibration, gpt2_config, llama_config, opt_config, save_mo
 from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import passes
-from sleb_cli.engine.forward.memory_budget import Budget, parse_bytes
+from sleb_cli.engine.forward.memory_budget import MemoryBudget, parse_bytes
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
@@ -123,10 +123,12 @@ def test_little_memory_forces_slices_and_finds_the_same(run_sleb, folder, text_f
     needed = re.search(r"needs ([\d.]+ .B) beside the model, and may take 1.0 KB", refused.stderr)[1]
 
     budgets = []
-    settle = passes.settle_budget
-    monkeypatch.setattr(passes, "settle_budget", lambda *a, **k: budgets.append(settle(*a, **k)) or budgets[-1])
+    resolve_search = passes.resolve_memory_budget
+    monkeypatch.setattr(
+        passes, "resolve_memory_budget", lambda *a, **k: budgets.append(resolve_search(*a, **k)) or budgets[-1]
+    )
     squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", parse_bytes(needed) + 100).stdout)
-    assert budgets == [Budget(sequences=2, positions=16, rows=1, kept=0)]
+    assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept=0)]
     assert squeezed["removals"] == plenty["removals"]
     for ours, theirs in zip(plenty["steps"], squeezed["steps"], strict=True):
         assert theirs["scores"] == pytest.approx(ours["scores"], abs=1e-5)

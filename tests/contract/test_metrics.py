@@ -15,9 +15,9 @@ import sleb_plugins as sleb
 from conftest import WORDS, calibration, calibration_sequences
 from sleb_cli import plugin_manager
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.memory_budget import Budget
+from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import metrics
 from sleb_plugins.metrics.weighted import parse_terms
 
@@ -150,11 +150,13 @@ def test_taylor_is_what_one_backward_pass_through_the_whole_model_gives(search, 
 
 @pytest.mark.parametrize("engine", ["fork", "plain"])
 def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(model, sequences, engine):
-    counted = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
-    with GatedModel(model, model.model.layers) as gated:
-        budget = Budget(sequences=2, positions=16, rows=1, kept=0)
+    loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    with SkippableModel(model, model.model.layers) as skippable:
+        budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
         batches = (sequences[:2], sequences[2:])
-        passes = Passes(gated, batches, budget, lambda event: None, engine, counted=(counted[:2], counted[2:]))
+        passes = Passes(
+            skippable, batches, budget, lambda event: None, engine, loss_mask=(loss_mask[:2], loss_mask[2:])
+        )
         found = {}
         for block in blocks_with_gradients(passes, (2,), [1, 3, 4]):
             if engine == "fork":
@@ -166,7 +168,7 @@ def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(m
     model.model.layers[2].register_forward_hook(lambda module, args, output: args[0])
     logits = model(sequences, use_cache=False).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none")
-    targets = counted[:, 1:]
+    targets = loss_mask[:, 1:]
     ((losses * targets).sum(1) / targets.sum(1)).mean().backward()
     assert sorted(found) == [1, 3, 4]
     for block, gradients in found.items():
@@ -209,7 +211,7 @@ def test_random_depends_on_the_seed_and_the_number_alone(search):
     assert plans["random"]["steps"] == plans["random:0"]["steps"] != plans["random:7"]["steps"]
     for number in (1, 2, 3, 4):
         lot = plans["random:7"]["steps"][0]["scores"][str(number)]
-        assert lot == metrics.Chance(7).score_block(None, number)
+        assert lot == metrics.RandomScore(7).score_block(None, number)
         assert 0 <= lot < 1
     assert plans["random:7"]["search"]["metric"] == "random:7"
 

@@ -10,7 +10,7 @@ from conftest import prose, train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.text import sources
-from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, draw, settle_calibration
+from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, draw, resolve_calibration
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.text.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
@@ -106,7 +106,7 @@ def calibrated(tiny_llama, tokenizers):
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
 
     def calibrated(source, samples=None, length=64, *, seed=0, bos=False, load_model=pytest.fail, notify=print):
-        settings = settle_calibration(CalibrationRequest(source, samples, length, seed), architecture)
+        settings = resolve_calibration(CalibrationRequest(source, samples, length, seed), architecture)
         return calibrate(settings, tokenizers[bos], load_model, notify)
 
     return calibrated

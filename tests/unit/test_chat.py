@@ -46,37 +46,37 @@ def written(tokenizer, conversation):
 
 def test_all_tokens_of_the_template_count():
     ids = written(tokenizer_with(PLAIN), CONVERSATION)
-    sequences, counted = cut(PLAIN, [CONVERSATION], len(ids), answers=False)
+    sequences, loss_mask = cut(PLAIN, [CONVERSATION], len(ids), answers=False)
     assert sequences.tolist() == [ids]
-    assert counted.all()
+    assert loss_mask.all()
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by prompts", "by the template's own marks"])
 def test_the_answers_count_up_to_the_token_that_ends_them(template):
     tokenizer = tokenizer_with(template)
     ids = written(tokenizer, CONVERSATION)
-    sequences, counted = cut(template, [CONVERSATION], len(ids), answers=True)
+    sequences, loss_mask = cut(template, [CONVERSATION], len(ids), answers=True)
     assert sequences.tolist() == [ids]
-    assert tokenizer.decode(sequences[0][counted[0]]) == "bridge town</s>field winter spring</s>"
-    assert tokenizer.decode(sequences[0][~counted[0]]).count("<s>assistant\n") == 2
+    assert tokenizer.decode(sequences[0][loss_mask[0]]) == "bridge town</s>field winter spring</s>"
+    assert tokenizer.decode(sequences[0][~loss_mask[0]]).count("<s>assistant\n") == 2
 
 
 def test_a_tokenizer_that_knows_no_offsets_finds_the_answers_too(monkeypatch):
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
     tokenizer = tokenizer_with(MARKED)
-    sequences, counted = cut(MARKED, [CONVERSATION], len(written(tokenizer, CONVERSATION)), answers=True)
-    assert tokenizer.decode(sequences[0][counted[0]]) == "bridge town</s>field winter spring</s>"
+    sequences, loss_mask = cut(MARKED, [CONVERSATION], len(written(tokenizer, CONVERSATION)), answers=True)
+    assert tokenizer.decode(sequences[0][loss_mask[0]]) == "bridge town</s>field winter spring</s>"
 
 
 def test_each_sequence_begins_where_a_conversation_begins_and_has_an_answer():
     tokenizer = tokenizer_with(PLAIN)
     short = [{"role": "user", "content": "snow"}, {"role": "assistant", "content": "water"}]
     long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
-    sequences, counted = cut(PLAIN, [short, short, long, short, CONVERSATION, short], 60, answers=True)
+    sequences, loss_mask = cut(PLAIN, [short, short, long, short, CONVERSATION, short], 60, answers=True)
     stream = written(tokenizer, short) * 2 + written(tokenizer, long)
     expected = [stream[:60], (written(tokenizer, short) + written(tokenizer, CONVERSATION))[:60]]
     assert sequences.tolist() == expected
-    assert counted[:, 1:].any(1).all()
+    assert loss_mask[:, 1:].any(1).all()
     only_questions, _ = cut(PLAIN, [long, CONVERSATION], 60, answers=True)
     assert only_questions.tolist() == [written(tokenizer, CONVERSATION)[:60]]
 
@@ -154,7 +154,7 @@ def test_a_data_set_gives_its_column_of_messages(monkeypatch):
 def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_llama, tmp_path):
     from sleb_cli.engine.model.architecture import read_architecture
     from sleb_cli.engine.model.source import locate_model
-    from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, settle_calibration
+    from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, resolve_calibration
     from sleb_cli.plugin_manager import load_plugins
 
     tokenizer = tokenizer_with(PLAIN)
@@ -162,13 +162,13 @@ def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_lla
         turns = [{"role": "user", "content": "mill " * 4}, {"role": "assistant", "content": word}]
         (tmp_path / name).write_text("\n".join([json.dumps({"messages": turns})] * 40))
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
-    settings = settle_calibration(CalibrationRequest("a.jsonl:0.5,b.jsonl:0.5", 6, 48, 0, "answers"), architecture)
+    settings = resolve_calibration(CalibrationRequest("a.jsonl:0.5,b.jsonl:0.5", 6, 48, 0, "answers"), architecture)
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
-    words = [tokenizer.decode(ids[own]) for ids, own in zip(calibration.sequences, calibration.counted, strict=True)]
+    words = [tokenizer.decode(ids[own]) for ids, own in zip(calibration.sequences, calibration.loss_mask, strict=True)]
     assert [word.split("</s>")[0] for word in words] == ["river", "snow"] * 3
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
     mixed = calibration.shuffled()
     assert sorted(mixed.sequences.tolist()) == sorted(calibration.sequences.tolist())
     assert not torch.equal(mixed.sequences, calibration.sequences)
-    for ids, own in zip(mixed.sequences, mixed.counted, strict=True):
+    for ids, own in zip(mixed.sequences, mixed.loss_mask, strict=True):
         assert tokenizer.decode(ids[own]).split("</s>")[0] in {"river", "snow"}

@@ -5,11 +5,11 @@ import torch
 
 from conftest import llama_config, random_model
 from families import tiny_config
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge
-from sleb_cli.engine.recovery.residual_projections import find_writers
+from sleb_cli.engine.recovery.residual_projections import find_residual_projections
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import UnsupportedModelError
 
@@ -23,10 +23,10 @@ BLOCKS = {
 }
 
 
-def gated_model(model_type):
+def skippable_model(model_type):
     model = random_model(llama_config() if model_type == "llama" else tiny_config(model_type))
     model.requires_grad_(False)
-    return GatedModel(model, model.get_submodule(BLOCKS.get(model_type, "model.layers")))
+    return SkippableModel(model, model.get_submodule(BLOCKS.get(model_type, "model.layers")))
 
 
 def own_text(model, sequences=24, length=32):
@@ -106,23 +106,23 @@ def test_gains_are_the_ridge_of_each_channel_alone():
 )
 @torch.inference_mode()
 def test_the_weights_that_write_to_the_hidden_states_are_found(model_type, near, exact, kind):
-    with gated_model(model_type) as gated:
-        calls = gated.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
-        found = find_writers(gated, calls[-2], calls[-2].entering)
-    assert [[writer.name for writer in together] for together in found] == [
+    with skippable_model(model_type) as skippable:
+        calls = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
+        found = find_residual_projections(skippable, calls[-2], calls[-2].entering)
+    assert [[projection.name for projection in together] for together in found] == [
         *([name] for name in near),
         *([exact] if exact else []),
     ]
-    for writer in found[-1] if exact else []:
-        assert (writer.kind, writer.exact, writer.scale) == (kind, True, pytest.approx(1, rel=0.01))
+    for projection in found[-1] if exact else []:
+        assert (projection.kind, projection.exact, projection.scale) == (kind, True, pytest.approx(1, rel=0.01))
 
 
 @torch.inference_mode()
 def test_a_multiplier_behind_the_weights_is_part_of_what_they_write():
     model = random_model(tiny_config("granite", residual_multiplier=0.25))
-    with GatedModel(model, model.model.layers) as gated:
-        calls = gated.calls(torch.randint(2, 300, (2, 16)))
-        (exact,) = find_writers(gated, calls[1], calls[1].entering)[-1]
+    with SkippableModel(model, model.model.layers) as skippable:
+        calls = skippable.calls(torch.randint(2, 300, (2, 16)))
+        (exact,) = find_residual_projections(skippable, calls[1], calls[1].entering)[-1]
     assert exact.scale == pytest.approx(0.25, rel=0.01)
 
 
@@ -135,11 +135,11 @@ def keep_every_fit(monkeypatch):
 
 def test_the_folds_at_a_gap_equal_a_direct_computation(monkeypatch):
     keep_every_fit(monkeypatch)
-    gated = gated_model("llama")
-    model, text = gated.model, own_text(gated.model, 30)
-    with gated:
-        values, record = recover_in_closed_form(gated, {3, 4}, text[:24], text[24:], lambda event: None)
-    assert [(fold.weights, fold.gap, fold.kept) for fold in record.folds[:3]] == [
+    skippable = skippable_model("llama")
+    model, text = skippable.model, own_text(skippable.model, 30)
+    with skippable:
+        values, record = recover_in_closed_form(skippable, {3, 4}, text[:24], text[24:], lambda event: None)
+    assert [(fold.weights, fold.gap, fold.kept) for fold in record.fits[:3]] == [
         (("self_attn.o_proj",), 2, True),
         (("mlp.down_proj",), 2, True),
         (("self_attn.o_proj",), 0, True),
@@ -155,7 +155,7 @@ def test_the_folds_at_a_gap_equal_a_direct_computation(monkeypatch):
         leaving = model(text[:24], output_hidden_states=True).hidden_states[3].flatten(0, 1).double()
         handle.remove()
         x = entering[0].flatten(0, 1).double()
-        scale = 1.0 if name == "mlp.down_proj" else scale_of(gated, 2, text[:24], name)
+        scale = 1.0 if name == "mlp.down_proj" else scale_of(skippable, 2, text[:24], name)
         gram = (x * scale).T @ (weights * x * scale)
         right = (x * scale).T @ (weights * (wanted - leaving))
         change = torch.linalg.solve(gram + 0.3 * torch.diag(gram.diagonal()), right).T
@@ -168,13 +168,13 @@ def test_the_folds_at_a_gap_equal_a_direct_computation(monkeypatch):
 @torch.inference_mode()
 def test_the_gains_of_the_final_norm_equal_a_direct_computation(monkeypatch):
     keep_every_fit(monkeypatch)
-    gated = gated_model("llama")
-    model, text = gated.model, own_text(gated.model, 30)
-    with gated:
-        values, record = recover_in_closed_form(gated, {3, 4}, text[:24], text[24:], lambda event: None)
-        final, fitted = record.folds[-1], values.pop("model.norm.weight")
-        pruned = Variant(gated, {3, 4}, values).final_states(text[:24])
-        dense = Variant(gated).final_states(text[:24])
+    skippable = skippable_model("llama")
+    model, text = skippable.model, own_text(skippable.model, 30)
+    with skippable:
+        values, record = recover_in_closed_form(skippable, {3, 4}, text[:24], text[24:], lambda event: None)
+        final, fitted = record.fits[-1], values.pop("model.norm.weight")
+        pruned = Variant(skippable, {3, 4}, values).final_states(text[:24])
+        dense = Variant(skippable).final_states(text[:24])
     assert (final.block, final.weights, final.kept) == (None, ("model.norm",), True)
     weight = model.model.norm.weight
     wanted, found = (model.model.norm(states).flatten(0, 1).double() for states in (dense, pruned))
@@ -183,12 +183,12 @@ def test_the_gains_of_the_final_norm_equal_a_direct_computation(monkeypatch):
     torch.testing.assert_close(fitted.double(), weight + change, rtol=1e-3, atol=1e-4)
 
 
-def scale_of(gated, block, ids, name):
-    with gated, torch.inference_mode():
-        calls = gated.calls(ids)
-        hidden = gated.entering_states(ids, ())[block]
-        found = find_writers(gated, calls[block], hidden)
-    return next(writer.scale for together in found for writer in together if writer.name == name)
+def scale_of(skippable, block, ids, name):
+    with skippable, torch.inference_mode():
+        calls = skippable.calls(ids)
+        hidden = skippable.entering_states(ids, ())[block]
+        found = find_residual_projections(skippable, calls[block], hidden)
+    return next(projection.scale for together in found for projection in together if projection.name == name)
 
 
 @pytest.mark.parametrize(
@@ -209,34 +209,34 @@ def scale_of(gated, block, ids, name):
     ],
 )
 def test_the_loss_falls_on_text_that_was_not_fitted(model_type):
-    gated = gated_model(model_type)
-    text = own_text(gated.model, 60)
-    before = {name: parameter.clone() for name, parameter in gated.model.named_parameters()}
-    with gated:
-        values, record = recover_in_closed_form(gated, {2, 3}, text[:40], text[40:50], lambda event: None)
-        pruned = losses(Variant(gated, {2, 3}), Variant(gated), text[40:50])
-        recovered = losses(Variant(gated, {2, 3}, values), Variant(gated), text[40:50])
-    assert recovered[0] == pytest.approx(min(fold.loss for fold in record.folds if fold.kept), rel=1e-4)
+    skippable = skippable_model(model_type)
+    text = own_text(skippable.model, 60)
+    before = {name: parameter.clone() for name, parameter in skippable.model.named_parameters()}
+    with skippable:
+        values, record = recover_in_closed_form(skippable, {2, 3}, text[:40], text[40:50], lambda event: None)
+        pruned = losses(Variant(skippable, {2, 3}), Variant(skippable), text[40:50])
+        recovered = losses(Variant(skippable, {2, 3}, values), Variant(skippable), text[40:50])
+    assert recovered[0] == pytest.approx(min(fold.loss for fold in record.fits if fold.kept), rel=1e-4)
     assert recovered[0] < pruned[0]
-    assert all(torch.equal(parameter, before[name]) for name, parameter in gated.model.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in skippable.model.named_parameters())
     assert not any(f"{BLOCKS.get(model_type, 'model.layers')}.{gone}." in name for gone in (2, 3) for name in values)
-    assert {fold.gap for fold in record.folds} == {0, 2}
+    assert {fold.gap for fold in record.fits} == {0, 2}
 
 
 def test_a_fit_that_does_not_lower_the_held_out_loss_is_not_kept(monkeypatch):
-    gated = gated_model("llama")
-    text = own_text(gated.model, 24)
+    skippable = skippable_model("llama")
+    text = own_text(skippable.model, 24)
     monkeypatch.setattr(closed_form._Climb, "_loss", lambda self, block, values: 1.0)
-    with gated:
-        values, record = recover_in_closed_form(gated, {3}, text[:20], text[20:], lambda event: None)
+    with skippable:
+        values, record = recover_in_closed_form(skippable, {3}, text[:20], text[20:], lambda event: None)
     assert values == {}
-    assert record.folds
-    assert not any(fold.kept for fold in record.folds)
+    assert record.fits
+    assert not any(fold.kept for fold in record.fits)
 
 
 def test_a_family_whose_blocks_do_not_run_alone_is_refused():
     model = random_model(tiny_config("xlnet"))
-    gated = GatedModel(model, model.transformer.layer)
+    skippable = SkippableModel(model, model.transformer.layer)
     ids = torch.randint(2, 300, (6, 16))
-    with gated, pytest.raises(UnsupportedModelError, match="xlnet cannot be recovered"):
-        recover_in_closed_form(gated, {2}, ids[:5], ids[5:], lambda event: None)
+    with skippable, pytest.raises(UnsupportedModelError, match="xlnet cannot be recovered"):
+        recover_in_closed_form(skippable, {2}, ids[:5], ids[5:], lambda event: None)

@@ -3,8 +3,8 @@
 import pytest
 
 from sleb_plugins.config_keys import (
-    READINGS,
-    REWRITINGS,
+    KEY_PRUNERS,
+    KEY_REWRITERS,
     Kept,
     block_numbers,
     by_block,
@@ -51,10 +51,10 @@ def test_readings(reading, value, pruned):
     assert reading(value, KEPT) == pruned
 
 
-@pytest.mark.parametrize("key", READINGS)
+@pytest.mark.parametrize("key", KEY_PRUNERS)
 def test_removing_nothing_changes_nothing(key):
     everything = Kept(tuple(range(6)), 6)
-    reading = READINGS[key]
+    reading = KEY_PRUNERS[key]
     values = {
         by_block: list("abcdef"), by_letter: "abcdef", block_numbers: [1, 4], keyed_by_block: {"2": "x"},
         numbers_from_one: {"kda_layers": [1, 6]},
@@ -66,18 +66,21 @@ def test_removing_nothing_changes_nothing(key):
 def test_every_second_block_has_experts_becomes_a_list_of_those_that_have_none():
     config = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
     # Of 0..5, the odd ones have experts, but 3 is listed as dense: 1 and 5. Of these, 5 stays, as number 3.
-    assert REWRITINGS["decoder_sparse_step"](config, KEPT) == {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 2]}
+    assert KEY_REWRITERS["decoder_sparse_step"](config, KEPT) == {
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0, 1, 2],
+    }
 
 
 def test_runs_and_cycles_of_kinds_are_written_out():
     config = {"attention_layers": ["global", "local"] * 3, "block_types": ["r", "r", "a"]}
     kinds = ["global", "global", "local", "local"]
-    assert REWRITINGS["attention_types"](config, KEPT) == {"attention_types": [[kinds, 1]]}
-    assert REWRITINGS["block_types"](config, KEPT) == {"block_types": ["r", "a", "r", "a"]}
+    assert KEY_REWRITERS["attention_types"](config, KEPT) == {"attention_types": [[kinds, 1]]}
+    assert KEY_REWRITERS["block_types"](config, KEPT) == {"block_types": ["r", "a", "r", "a"]}
 
 
 def test_minicpm_keeps_its_factor():
-    scale = REWRITINGS["scale_depth"]({"scale_depth": 1.4}, KEPT)["scale_depth"]
+    scale = KEY_REWRITERS["scale_depth"]({"scale_depth": 1.4}, KEPT)["scale_depth"]
     assert scale / 4**0.5 == pytest.approx(1.4 / 6**0.5, rel=1e-15)
 
 

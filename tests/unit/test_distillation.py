@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from conftest import llama_config, random_model
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import Divergence, distill, learning_rate
 from sleb_cli.engine.recovery.heal import without
@@ -44,7 +44,7 @@ def test_gradients_in_stretches_are_those_of_all_logits_at_once(ids, positions, 
     plain = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
     parameters = list(pruned.model.layers.parameters())
     expected = torch.autograd.grad(plain, parameters)
-    with GatedModel(dense, dense.model.layers) as teacher, GatedModel(pruned, pruned.model.layers) as student:
+    with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
         with torch.no_grad():
             wanted = Variant(teacher).final_states(ids)
         found = distill(Variant(teacher), Variant(student), ids, wanted)
@@ -65,7 +65,7 @@ def test_a_walk_that_begins_at_a_block_gives_the_same_gradients(ids):
     parameters = list(pruned.model.layers[2:].parameters())
     pruned.model.layers[2:].requires_grad_(True)
     found = []
-    with GatedModel(dense, dense.model.layers) as teacher, GatedModel(pruned, pruned.model.layers) as student:
+    with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
         entering, wanted = Variant(teacher).two_depths(ids, 2)
         assert can_share(Variant(teacher), Variant(student), 2, ids)
         assert not can_share(Variant(teacher), Variant(student), 3, ids)

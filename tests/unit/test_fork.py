@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
 from sleb_cli.engine.forward.fork import Walk, fork
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 from sleb_plugins import UnsupportedModelError
 
@@ -22,11 +22,11 @@ PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transf
 
 
 @pytest.fixture(params=[llama_config, opt_config, gpt2_config, bloom_config], ids=PATHS)
-def gated(request):
+def skippable(request):
     config = request.param()
     model = random_model(config)
-    with torch.inference_mode(), GatedModel(model, model.get_submodule(PATHS[config.model_type])) as gated:
-        yield gated
+    with torch.inference_mode(), SkippableModel(model, model.get_submodule(PATHS[config.model_type])) as skippable:
+        yield skippable
 
 
 @pytest.fixture
@@ -34,53 +34,53 @@ def ids():
     return torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def count_calls(gated, monkeypatch):
+def count_calls(skippable, monkeypatch):
     calls = Counter()
-    run = gated.run_block
+    run = skippable.run_block
 
-    def counted(call, hidden):
+    def loss_mask(call, hidden):
         calls[call.block] += 1
         return run(call, hidden)
 
-    monkeypatch.setattr(gated, "run_block", counted)
+    monkeypatch.setattr(skippable, "run_block", loss_mask)
     return calls
 
 
 @pytest.mark.parametrize("removed", [(), (2,), (3, 1)])
 @pytest.mark.parametrize("at_once", [None, 1, 2])
-def test_each_row_is_bitwise_the_model_without_its_block(gated, ids, removed, at_once):
-    candidates = [block for block in range(len(gated.gates)) if block not in removed]
-    for block, hidden in fork(gated, ids, removed, candidates, States(), at_once=at_once):
-        assert torch.equal(gated.head(hidden, ids), gated.logits(ids, {*removed, block}))
+def test_each_row_is_bitwise_the_model_without_its_block(skippable, ids, removed, at_once):
+    candidates = [block for block in range(len(skippable.switches)) if block not in removed]
+    for block, hidden in fork(skippable, ids, removed, candidates, States(), at_once=at_once):
+        assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {*removed, block}))
 
 
-def test_without_the_last_block_that_is_left_nothing_runs(gated, ids):
+def test_without_the_last_block_that_is_left_nothing_runs(skippable, ids):
     others, told = [0, 1, 3, 4], []
-    ((block, hidden),) = fork(gated, ids, others, [2], States(), climbed=lambda done, of: told.append(done / of))
+    ((block, hidden),) = fork(skippable, ids, others, [2], States(), climbed=lambda done, of: told.append(done / of))
     assert (block, sum(told)) == (2, 1)
-    assert torch.equal(gated.head(hidden, ids), gated.logits(ids, range(5)))
+    assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, range(5)))
 
 
-def test_without_candidates_it_is_the_model_as_it_stands(gated, ids):
-    ((row, hidden),) = fork(gated, ids, (1,), (), States())
-    assert row == BASE
-    assert torch.equal(gated.head(hidden, ids), gated.logits(ids, {1}))
+def test_without_candidates_it_is_the_model_as_it_stands(skippable, ids):
+    ((branch, hidden),) = fork(skippable, ids, (1,), (), States())
+    assert branch == BASE
+    assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {1}))
 
 
-def test_a_stretch_of_positions_has_the_logits_of_the_whole(gated, ids):
-    ((_, hidden),) = fork(gated, ids, (), (), States())
-    whole = gated.logits(ids, ())
-    parts = [gated.head(hidden[:, part], ids[:, part]) for part in (slice(0, 5), slice(5, 24))]
+def test_a_stretch_of_positions_has_the_logits_of_the_whole(skippable, ids):
+    ((_, hidden),) = fork(skippable, ids, (), (), States())
+    whole = skippable.logits(ids, ())
+    parts = [skippable.head(hidden[:, part], ids[:, part]) for part in (slice(0, 5), slice(5, 24))]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [None, 2])
-def test_a_walk_does_half_of_the_work_and_drops_the_base_row(gated, ids, monkeypatch, at_once):
-    count = len(gated.gates)
-    calls = count_calls(gated, monkeypatch)
+def test_a_walk_does_half_of_the_work_and_drops_the_base_row(skippable, ids, monkeypatch, at_once):
+    count = len(skippable.switches)
+    calls = count_calls(skippable, monkeypatch)
     told = []
     candidates = list(range(1, count - 1))
-    finals = fork(gated, ids, (), candidates, States(), at_once=at_once, climbed=lambda done, of: told.append(done))
+    finals = fork(skippable, ids, (), candidates, States(), at_once=at_once, climbed=lambda done, of: told.append(done))
     assert [block for block, _ in finals] == candidates
     # Above the last candidate only the candidates' rows go on; below it, so does the base row.
     below = {block: 1 + sum(other < block for other in candidates) for block in range(count - 2)}
@@ -89,70 +89,70 @@ def test_a_walk_does_half_of_the_work_and_drops_the_base_row(gated, ids, monkeyp
     assert sum(told) == sum(calls.values())
 
 
-def test_the_walk_knows_its_work_beforehand(gated, ids, monkeypatch):
+def test_the_walk_knows_its_work_beforehand(skippable, ids, monkeypatch):
     states = States()
-    list(fork(gated, ids, (), [1, 2, 3], states, keep={2: 9}))
+    list(fork(skippable, ids, (), [1, 2, 3], states, keep={2: 9}))
     states.after_removal(2)
     for candidates in ([1, 3], [3], [1], []):
-        walk = Walk(gated, gated.calls(ids), states, (2,), candidates)
-        expected = walk.block_rows
-        calls = count_calls(gated, monkeypatch)
-        for block in range(walk.start, len(gated.gates)):
+        walk = Walk(skippable, skippable.calls(ids), states, (2,), candidates)
+        expected = walk.block_branches
+        calls = count_calls(skippable, monkeypatch)
+        for block in range(walk.start, len(skippable.switches)):
             walk.climb(block)
         assert sum(calls.values()) == expected
 
 
-def test_what_a_step_knows_saves_the_next_one_work_and_changes_no_bit(gated, ids, monkeypatch):
+def test_what_a_step_knows_saves_the_next_one_work_and_changes_no_bit(skippable, ids, monkeypatch):
     states = States()
-    candidates = list(range(len(gated.gates)))
-    list(fork(gated, ids, (), candidates, states, keep={1: 9, 3: 9}))
+    candidates = list(range(len(skippable.switches)))
+    list(fork(skippable, ids, (), candidates, states, keep={1: 9, 3: 9}))
     states.after_removal(3)
     candidates.remove(3)
-    fresh = dict(fork(gated, ids, (3,), candidates, States()))
-    calls = count_calls(gated, monkeypatch)
-    for block, hidden in fork(gated, ids, (3,), candidates, states):
+    fresh = dict(fork(skippable, ids, (3,), candidates, States()))
+    calls = count_calls(skippable, monkeypatch)
+    for block, hidden in fork(skippable, ids, (3,), candidates, states):
         assert torch.equal(hidden, fresh[block])
     assert all(calls[block] == 0 for block in range(4))
 
 
-def test_a_candidate_that_is_not_known_forks_off_where_the_base_row_is(gated, ids):
+def test_a_candidate_that_is_not_known_forks_off_where_the_base_row_is(skippable, ids):
     states = States()
-    list(fork(gated, ids, (), [1, 2], states, keep={1: 9, 2: 9, 3: 9}))
-    fresh = dict(fork(gated, ids, (), [0, 1, 2, 3], States()))
-    for block, hidden in fork(gated, ids, (), [0, 1, 2, 3], states):
+    list(fork(skippable, ids, (), [1, 2], states, keep={1: 9, 2: 9, 3: 9}))
+    fresh = dict(fork(skippable, ids, (), [0, 1, 2, 3], States()))
+    for block, hidden in fork(skippable, ids, (), [0, 1, 2, 3], states):
         assert torch.equal(hidden, fresh[block])
 
 
-def test_a_part_of_the_rows_may_be_known(gated, ids, monkeypatch):
+def test_a_part_of_the_rows_may_be_known(skippable, ids, monkeypatch):
     states = States()
-    list(fork(gated, ids, (), [0, 1, 2, 3], states, keep={0: 1, 3: 2}))
+    list(fork(skippable, ids, (), [0, 1, 2, 3], states, keep={0: 1, 3: 2}))
     assert set(states.at[3]) == {BASE, 0}
-    fresh = dict(fork(gated, ids, (), [0, 1, 2], States()))
-    calls = count_calls(gated, monkeypatch)
-    for block, hidden in fork(gated, ids, (), [0, 1, 2], states):
+    fresh = dict(fork(skippable, ids, (), [0, 1, 2], States()))
+    calls = count_calls(skippable, monkeypatch)
+    for block, hidden in fork(skippable, ids, (), [0, 1, 2], states):
         assert torch.equal(hidden, fresh[block])
     assert [calls[block] for block in range(4)] == [1, 1, 1, 3]
 
 
-def test_blocks_may_be_the_outer_loop(gated):
+def test_blocks_may_be_the_outer_loop(skippable):
     batches = [torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    walks = [Walk(gated, gated.calls(ids), States(), (1,), [0, 2, 3]) for ids in batches]
-    for block in range(len(gated.gates)):
+    walks = [Walk(skippable, skippable.calls(ids), States(), (1,), [0, 2, 3]) for ids in batches]
+    for block in range(len(skippable.switches)):
         for walk in walks:
             walk.climb(block)
     for walk, ids in zip(walks, batches, strict=True):
-        for block, hidden in fork(gated, ids, (1,), [0, 2, 3], States()):
-            assert torch.equal(walk.rows[block], hidden)
+        for block, hidden in fork(skippable, ids, (1,), [0, 2, 3], States()):
+            assert torch.equal(walk.branches[block], hidden)
 
 
-def test_hidden_states_may_lie_anywhere_in_between(gated, ids):
+def test_hidden_states_may_lie_anywhere_in_between(skippable, ids):
     """Rows are plain tensors in a dictionary: whoever walks may put them aside and bring them back."""
-    walk = Walk(gated, gated.calls(ids), States(), (), [1, 2])
-    for block in range(len(gated.gates)):
+    walk = Walk(skippable, skippable.calls(ids), States(), (), [1, 2])
+    for block in range(len(skippable.switches)):
         walk.climb(block)
-        walk.rows = {row: torch.from_numpy(hidden.numpy().copy()) for row, hidden in walk.rows.items()}
-    for block, hidden in fork(gated, ids, (), [1, 2], States()):
-        assert torch.equal(walk.rows[block], hidden)
+        walk.branches = {branch: torch.from_numpy(hidden.numpy().copy()) for branch, hidden in walk.branches.items()}
+    for block, hidden in fork(skippable, ids, (), [1, 2], States()):
+        assert torch.equal(walk.branches[block], hidden)
 
 
 def test_a_model_that_calls_a_block_twice_is_refused(ids):
@@ -161,7 +161,7 @@ def test_a_model_that_calls_a_block_twice_is_refused(ids):
     model.model.layers = torch.nn.ModuleList(twice)
     with (
         torch.inference_mode(),
-        GatedModel(model, list(model.model.layers)[:2]) as gated,
+        SkippableModel(model, list(model.model.layers)[:2]) as skippable,
         pytest.raises(UnsupportedModelError, match=r"calls its blocks in the order \[0, 1, 0\]"),
     ):
-        gated.calls(ids)
+        skippable.calls(ids)

@@ -12,20 +12,20 @@ from sleb_cli.engine.text.calibration import Calibration
 from sleb_plugins import UsageError
 
 
-def calibration_of(count, *, counted=False):
+def calibration_of(count, *, loss_mask=False):
     sequences = torch.arange(2 * count).reshape(count, 2)
-    return Calibration(sequences, None, sequences % 3 == 0 if counted else None)
+    return Calibration(sequences, None, sequences % 3 == 0 if loss_mask else None)
 
 
 @pytest.mark.parametrize(
     ("count", "share", "held"), [(16, 0.2, 3), (10, 0.25, 2), (2, 0.01, 1), (2, 0.99, 1), (16, 0.999, 15), (3, 0.5, 2)]
 )
 def test_the_last_sequences_are_held_out_at_least_one_and_at_least_one_is_left(count, share, held):
-    whole = calibration_of(count, counted=True)
+    whole = calibration_of(count, loss_mask=True)
     searched, kept = hold_out(whole, share)
     assert len(kept.sequences) == held
     assert torch.equal(torch.cat([searched.sequences, kept.sequences]), whole.sequences)
-    assert torch.equal(torch.cat([searched.counted, kept.counted]), whole.counted)
+    assert torch.equal(torch.cat([searched.loss_mask, kept.loss_mask]), whole.loss_mask)
 
 
 def test_without_a_share_nothing_is_held_out():
@@ -40,11 +40,11 @@ def test_one_sequence_cannot_be_split():
 
 def test_the_excess_and_its_error_are_those_of_students_t():
     searched, held_out = [0.1, 0.3, 0.2, 0.4], [0.5, 0.9]
-    excess, error, parted = compare_growth(searched, held_out, 0.05)
-    assert excess == pytest.approx(0.7 - 0.25)
+    generalization_gap, error, overfits = compare_growth(searched, held_out, 0.05)
+    assert generalization_gap == pytest.approx(0.7 - 0.25)
     squares = 0.15**2 + 0.05**2 + 0.05**2 + 0.15**2 + 0.2**2 + 0.2**2
     assert error == pytest.approx(math.sqrt(squares / 4 * (1 / 4 + 1 / 2)))
-    assert parted is (excess / error > 2.1318)  # the upper 5 % of Student's t with 4 degrees of freedom
+    assert overfits is (generalization_gap / error > 2.1318)  # the upper 5 % of Student's t with 4 degrees of freedom
     assert not compare_growth(held_out, searched, 0.05)[2]
 
 
@@ -73,9 +73,9 @@ def test_a_comparison_pairs_each_sequence_with_itself_in_the_dense_model():
         (2, 4): ([1.2, 5.21, 2.2, 8.19], [3.8, 7.81]),
     }
     compared = HeldOut(lambda removed: losses[removed][0], lambda removed: losses[removed][1], steps=2)
-    dense, same, parted = compared.dense(), compared.compare((2,), math.exp), compared.compare((2, 4), math.exp)
-    assert (dense.loss, dense.excess, dense.parted) == (5.0, 0.0, False)
-    assert (same.parted, parted.parted) == (False, True)
-    assert parted.loss == pytest.approx(statistics.fmean([3.8, 7.81]))
-    assert parted.perplexity == math.exp(parted.loss)
-    assert parted.excess == pytest.approx(0.805 - 0.2)
+    dense, same, overfits = compared.dense(), compared.compare((2,), math.exp), compared.compare((2, 4), math.exp)
+    assert (dense.loss, dense.generalization_gap, dense.overfits) == (5.0, 0.0, False)
+    assert (same.overfits, overfits.overfits) == (False, True)
+    assert overfits.loss == pytest.approx(statistics.fmean([3.8, 7.81]))
+    assert overfits.perplexity == math.exp(overfits.loss)
+    assert overfits.generalization_gap == pytest.approx(0.805 - 0.2)

@@ -4,58 +4,64 @@ import pytest
 import torch
 
 from sleb_cli.engine import device
-from sleb_cli.engine.forward.memory_budget import Budget, Footprint, available_memory, parse_bytes, settle_budget
+from sleb_cli.engine.forward.memory_budget import (
+    Footprint,
+    MemoryBudget,
+    available_memory,
+    parse_bytes,
+    resolve_memory_budget,
+)
 from sleb_plugins import MachineError, UsageError
 
-FOOTPRINT = Footprint(row=1_000, block=10_000, logits=100_000)
+FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000)
 
 
-def settle(available, batch=None, sequences=16, length=512):
+def resolve_search(available, batch=None, sequences=16, length=512):
     shape = {"candidates": 30, "sequences": sequences, "length": length, "batch": batch}
-    return settle_budget(available, FOOTPRINT, "cpu", **shape)
+    return resolve_memory_budget(available, FOOTPRINT, "cpu", **shape)
 
 
 def test_with_plenty_a_batch_fills_the_device_and_all_candidates_share_a_walk():
-    found = settle(10**12)
-    assert (found.sequences, found.positions, found.rows) == (4, 256, 30)
+    found = resolve_search(10**12)
+    assert (found.sequences, found.positions, found.branches) == (4, 256, 30)
     assert found.kept > 1000
 
 
 def test_a_batch_holds_at_least_one_sequence_and_at_most_all():
-    assert settle(10**12, length=4096).sequences == 1
-    assert settle(10**12, length=8, sequences=3).sequences == 3
+    assert resolve_search(10**12, length=4096).sequences == 1
+    assert resolve_search(10**12, length=8, sequences=3).sequences == 3
 
 
 def test_with_less_fewer_candidates_share_a_walk_but_the_batch_is_the_same():
-    found = settle(70_000_000)
+    found = resolve_search(70_000_000)
     assert (found.sequences, found.positions) == (4, 256)
-    assert 1 < found.rows < 30
+    assert 1 < found.branches < 30
     assert found.kept == 0
 
 
 def test_with_little_the_head_and_then_the_batch_give_way():
-    assert settle(16_000_000) == Budget(sequences=2, positions=16, rows=2, kept=0)
-    assert settle(9_000_000) == Budget(sequences=1, positions=16, rows=2, kept=0)
+    assert resolve_search(16_000_000) == MemoryBudget(sequences=2, positions=16, branches=2, kept=0)
+    assert resolve_search(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
 
 
 def test_what_cannot_fit_is_said_before_any_work():
     with pytest.raises(MachineError, match=r"needs 8\.3 MB beside the model, and may take 5\.0 MB"):
-        settle(5_000_000)
+        resolve_search(5_000_000)
 
 
 def test_a_batch_that_the_user_chose_is_kept_or_refused():
-    assert settle(10**12, batch=5).sequences == 5
+    assert resolve_search(10**12, batch=5).sequences == 5
     with pytest.raises(MachineError):
-        settle(9_000_000, batch=2)
+        resolve_search(9_000_000, batch=2)
 
 
 def test_when_memory_ends_the_least_costly_goes_first_until_nothing_is_left():
-    found = Budget(sequences=2, positions=32, rows=4, kept=50)
+    found = MemoryBudget(sequences=2, positions=32, branches=4, kept=50)
     seen = []
     while (found := found.halved()) is not None:
         seen.append(found)
     assert seen == [
-        Budget(2, 32, 2, 0), Budget(2, 32, 1, 0), Budget(2, 16, 1, 0), Budget(1, 16, 1, 0),
+        MemoryBudget(2, 32, 2, 0), MemoryBudget(2, 32, 1, 0), MemoryBudget(2, 16, 1, 0), MemoryBudget(1, 16, 1, 0),
     ]  # fmt: skip
 
 

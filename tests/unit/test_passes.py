@@ -8,24 +8,24 @@ from families import tiny_config
 from reference import plain_loss
 from sleb_cli.engine.device import OutOfMemory
 from sleb_cli.engine.forward.engines import choose_engine
-from sleb_cli.engine.forward.memory_budget import Budget
+from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
 from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-PLENTY = Budget(sequences=4, positions=1000, rows=6, kept=100)
+PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept=100)
 CANDIDATES = [1, 2, 3, 4]
 
 
 @pytest.fixture
-def gated():
+def skippable():
     model = random_model(llama_config(6, vocab_size=3000))
-    with torch.inference_mode(), GatedModel(model, model.model.layers) as gated:
-        yield gated
+    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
+        yield skippable
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def sequences():
     return torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(1))
 
 
-def passes_of(gated, sequences, budget=PLENTY, engine="fork"):
+def passes_of(skippable, sequences, budget=PLENTY, engine="fork"):
     events = []
-    return Passes(gated, torch.split(sequences, budget.sequences), budget, events.append, engine), events
+    return Passes(skippable, torch.split(sequences, budget.sequences), budget, events.append, engine), events
 
 
 def score(passes, removed=(), candidates=CANDIDATES, metric=None):
@@ -46,9 +46,9 @@ def score(passes, removed=(), candidates=CANDIDATES, metric=None):
     return found
 
 
-def test_all_engines_give_the_same_numbers(gated, sequences):
+def test_all_engines_give_the_same_numbers(skippable, sequences):
     by_fork, by_prefix, plain = (
-        score(passes_of(gated, sequences, engine=engine)[0], removed=(2,), candidates=[1, 3, 4])
+        score(passes_of(skippable, sequences, engine=engine)[0], removed=(2,), candidates=[1, 3, 4])
         for engine in ("fork", "prefix", "plain")
     )
     for block in (1, 3, 4):
@@ -57,59 +57,59 @@ def test_all_engines_give_the_same_numbers(gated, sequences):
 
 
 @pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
-def test_without_candidates_it_scores_the_model_as_it_stands(gated, sequences, engine):
-    passes, events = passes_of(gated, sequences, engine=engine)
-    logits = gated.logits(sequences, {3})[:, :-1]
+def test_without_candidates_it_scores_the_model_as_it_stands(skippable, sequences, engine):
+    passes, events = passes_of(skippable, sequences, engine=engine)
+    logits = skippable.logits(sequences, {3})[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").mean(1)
     assert score(passes, removed=(3,), candidates=())[BASE] == pytest.approx(expected.tolist(), abs=1e-5)
     assert sum(event.evaluations for event in events if isinstance(event, SearchAdvanced)) == 0
 
 
 @pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
-def test_tokens_that_do_not_count_have_no_part_in_a_score(gated, sequences, engine):
-    counted = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+def test_tokens_that_do_not_count_have_no_part_in_a_score(skippable, sequences, engine):
+    loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(2)) < 0.3
     for candidates, removed in (((), (3,)), ((2,), (3,))):
-        passes, _ = passes_of(gated, sequences, engine=engine)
-        passes.counted = torch.split(counted, 4)
+        passes, _ = passes_of(skippable, sequences, engine=engine)
+        passes.loss_mask = torch.split(loss_mask, 4)
         found = score(passes, removed, candidates)[candidates[0] if candidates else BASE]
-        logits = gated.logits(sequences, {*removed, *candidates})
-        for row, ids in enumerate(sequences.tolist()):
+        logits = skippable.logits(sequences, {*removed, *candidates})
+        for branch, ids in enumerate(sequences.tolist()):
             losses = [
-                -logits[row, position].log_softmax(-1)[ids[position + 1]].item()
+                -logits[branch, position].log_softmax(-1)[ids[position + 1]].item()
                 for position in range(len(ids) - 1)
-                if counted[row, position + 1]
+                if loss_mask[branch, position + 1]
             ]
-            assert found[row] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+            assert found[branch] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
-def test_where_all_tokens_count_no_digit_changes(gated, sequences):
-    passes, _ = passes_of(gated, sequences)
+def test_where_all_tokens_count_no_digit_changes(skippable, sequences):
+    passes, _ = passes_of(skippable, sequences)
     plain = score(passes)
-    masked, _ = passes_of(gated, sequences)
-    masked.counted = torch.split(torch.ones_like(sequences, dtype=torch.bool), 4)
+    masked, _ = passes_of(skippable, sequences)
+    masked.loss_mask = torch.split(torch.ones_like(sequences, dtype=torch.bool), 4)
     assert score(masked) == plain
 
 
 @pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
-def test_progress_adds_up_to_candidates_times_sequences(gated, sequences, engine):
-    passes, events = passes_of(gated, sequences, engine=engine)
+def test_progress_adds_up_to_candidates_times_sequences(skippable, sequences, engine):
+    passes, events = passes_of(skippable, sequences, engine=engine)
     score(passes)
     assert sum(event.evaluations for event in events) == pytest.approx(len(CANDIDATES) * len(sequences))
 
 
 @pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
-def test_no_more_logits_exist_than_a_chunk(gated, sequences, monkeypatch, metric):
+def test_no_more_logits_exist_than_a_chunk(skippable, sequences, monkeypatch, metric):
     sizes = []
-    forward = gated.model.forward
+    forward = skippable.model.forward
 
     def watched(*args, **kwargs):
         output = forward(*args, **kwargs)
         sizes.append(output.logits.shape[0] * output.logits.shape[1])
         return output
 
-    passes, _ = prepare_passes(gated, sequences, lambda event: None, batch_size=4)
-    passes.budget = Budget(sequences=4, positions=12, rows=6, kept=100)
-    monkeypatch.setattr(gated.model, "forward", watched)
+    passes, _ = prepare_passes(skippable, sequences, lambda event: None, batch_size=4)
+    passes.budget = MemoryBudget(sequences=4, positions=12, branches=6, kept=100)
+    monkeypatch.setattr(skippable.model, "forward", watched)
     monkeypatch.setattr("sleb_cli.engine.forward.skipping.inspect.signature", lambda forward: _Signature())
     score(passes, metric=metric)
     assert max(sizes) == 12
@@ -119,11 +119,11 @@ class _Signature:
     parameters = ("logits_to_keep",)
 
 
-def fail_at(gated, monkeypatch, *numbers, error=torch.OutOfMemoryError):
+def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
     """Let memory end at these calls of a block."""
     calls = []
-    gate = gated.gates[5]
-    forward = gate._forward
+    switch = skippable.switches[5]
+    forward = switch._forward
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -131,40 +131,40 @@ def fail_at(gated, monkeypatch, *numbers, error=torch.OutOfMemoryError):
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(gate, "_forward", failing)
+    monkeypatch.setattr(switch, "_forward", failing)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_when_memory_ends_it_goes_on_with_less_and_scores_nothing_twice(gated, sequences, monkeypatch, error):
-    expected = score(passes_of(gated, sequences)[0])
-    passes, events = passes_of(gated, sequences, Budget(sequences=4, positions=1000, rows=2, kept=100))
-    fail_at(gated, monkeypatch, 3, error=error)  # the second walk of the first batch: two candidates have their scores
+def test_when_memory_ends_it_goes_on_with_less_and_scores_nothing_twice(skippable, sequences, monkeypatch, error):
+    expected = score(passes_of(skippable, sequences)[0])
+    passes, events = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=1000, branches=2, kept=100))
+    fail_at(
+        skippable, monkeypatch, 3, error=error
+    )  # the second walk of the first batch: two candidates have their scores
     assert score(passes) == expected
     notices = [event.text for event in events if isinstance(event, Notice)]
-    assert notices == [
-        "The memory of cpu ended; the search goes on with 1 candidates, 4 sequences and 1000 positions at once."
-    ]
+    assert notices == ["Out of memory on cpu; continuing with 1 candidates, 4 sequences and 1000 positions at once."]
 
 
-def test_in_the_end_it_halves_batches_and_the_scores_are_the_same_sequences(gated, sequences, monkeypatch):
-    expected = score(passes_of(gated, sequences)[0])
-    passes, _ = passes_of(gated, sequences, Budget(sequences=4, positions=16, rows=1, kept=0))
-    fail_at(gated, monkeypatch, 1, 2)
+def test_in_the_end_it_halves_batches_and_the_scores_are_the_same_sequences(skippable, sequences, monkeypatch):
+    expected = score(passes_of(skippable, sequences)[0])
+    passes, _ = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=16, branches=1, kept=0))
+    fail_at(skippable, monkeypatch, 1, 2)
     found = score(passes)
-    assert passes.budget == Budget(sequences=1, positions=16, rows=1, kept=0)
+    assert passes.budget == MemoryBudget(sequences=1, positions=16, branches=1, kept=0)
     for block in CANDIDATES:
         assert found[block] == pytest.approx(expected[block], abs=1e-5)
 
 
-def test_where_nothing_smaller_is_left_the_error_says_so(gated, sequences, monkeypatch):
-    passes, _ = passes_of(gated, sequences)
-    fail_at(gated, monkeypatch)
+def test_where_nothing_smaller_is_left_the_error_says_so(skippable, sequences, monkeypatch):
+    passes, _ = passes_of(skippable, sequences)
+    fail_at(skippable, monkeypatch)
     with pytest.raises(MachineError, match="1 sequences of 24 tokens do not fit into the memory of cpu"):
         score(passes)
 
 
-def test_another_error_is_not_taken_for_the_end_of_memory(gated, sequences, monkeypatch):
-    passes, _ = passes_of(gated, sequences)
+def test_another_error_is_not_taken_for_the_end_of_memory(skippable, sequences, monkeypatch):
+    passes, _ = passes_of(skippable, sequences)
     monkeypatch.setattr("sleb_cli.engine.forward.passes.score_hidden_states", _broken)
     with pytest.raises(RuntimeError, match="shapes"):
         score(passes)
@@ -174,39 +174,39 @@ def _broken(*args, **kwargs):
     raise RuntimeError("shapes cannot be multiplied")
 
 
-def test_steps_begin_where_the_last_one_left_what_they_need(gated, sequences, monkeypatch):
-    rows = []
-    run = gated.run_block
-    monkeypatch.setattr(gated, "run_block", lambda call, hidden: rows.append(call.block) or run(call, hidden))
-    passes, _ = passes_of(gated, sequences)
+def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences, monkeypatch):
+    branches = []
+    run = skippable.run_block
+    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: branches.append(call.block) or run(call, hidden))
+    passes, _ = passes_of(skippable, sequences)
     passes.ranking = [3, 2, 1, 4]
     score(passes)
-    rows.clear()
+    branches.clear()
     remembered = score(passes, removed=(3,), candidates=[1, 2, 4])
     # Up to block 3 all is known, for 2 batches: then come rows 1 and 2, and the base row for 4 to fork off from.
-    assert rows == [4, 4, 5, 5, 5] * 2
-    fresh, _ = passes_of(gated, sequences, Budget(sequences=4, positions=1000, rows=6, kept=0))
+    assert branches == [4, 4, 5, 5, 5] * 2
+    fresh, _ = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=1000, branches=6, kept=0))
     assert score(fresh, removed=(3,), candidates=[1, 2, 4]) == remembered
 
 
-def test_later_steps_are_forecast_from_the_leader(gated, sequences):
-    passes, _ = passes_of(gated, sequences)
-    block = sum(weight.numel() for weight in gated.gates[3].block.parameters())
-    head = gated.model.lm_head.weight.numel() / block
+def test_later_steps_are_forecast_from_the_leader(skippable, sequences):
+    passes, _ = passes_of(skippable, sequences)
+    block = sum(weight.numel() for weight in skippable.switches[3].block.parameters())
+    head = skippable.model.lm_head.weight.numel() / block
     passes.ranking = [3, 1]
     # Rows from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
     assert passes.share_of_later_steps(CANDIDATES) == pytest.approx(1 - 6 / (20 + 4 * head))
-    passes.budget = Budget(sequences=4, positions=1000, rows=6, kept=0)
+    passes.budget = MemoryBudget(sequences=4, positions=1000, branches=6, kept=0)
     assert passes.share_of_later_steps(CANDIDATES) == 1
 
 
-def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(gated, sequences, monkeypatch):
+def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(skippable, sequences, monkeypatch):
     calls = []
-    run = gated.run_block
-    monkeypatch.setattr(gated, "run_block", lambda call, hidden: calls.append(call.block) or run(call, hidden))
+    run = skippable.run_block
+    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: calls.append(call.block) or run(call, hidden))
     seen = {}
     for engine in ("fork", "plain"):
-        passes, _ = passes_of(gated, sequences, engine=engine)
+        passes, _ = passes_of(skippable, sequences, engine=engine)
         seen[engine] = {}
         passes.watch(1, (2,), [1, 3, 4], lambda block, *states, engine=engine: seen[engine].update({block: states}))
     assert calls == [0, 1, 3, 4]  # and the last block not at all
@@ -216,37 +216,37 @@ def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(gated, se
             assert torch.equal(ours, theirs)
 
 
-def test_removals_that_do_not_follow_each_other_are_not_mixed_up(gated, sequences):
-    passes, _ = passes_of(gated, sequences)
+def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
+    passes, _ = passes_of(skippable, sequences)
     passes.ranking = [3]
     score(passes, removed=(1,), candidates=[2, 3, 4])
-    fresh = score(passes_of(gated, sequences)[0], removed=(4,), candidates=[1, 2, 3])
+    fresh = score(passes_of(skippable, sequences)[0], removed=(4,), candidates=[1, 2, 3])
     assert score(passes, removed=(4,), candidates=[1, 2, 3]) == fresh
 
 
-def test_the_self_check_gives_the_reason_in_words(gated, sequences, monkeypatch):
-    assert choose_engine(gated, sequences[:2]) == ("fork", None)
-    run = gated.run_block
-    monkeypatch.setattr(gated, "run_block", lambda call, hidden: run(call, hidden) * 1.001)
-    engine, reason = choose_engine(gated, sequences[:2])
+def test_the_self_check_gives_the_reason_in_words(skippable, sequences, monkeypatch):
+    assert choose_engine(skippable, sequences[:2]) == ("fork", None)
+    run = skippable.run_block
+    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: run(call, hidden) * 1.001)
+    engine, reason = choose_engine(skippable, sequences[:2])
     assert engine == "prefix"
     assert reason == "without block 0, forking there gives other logits than running the whole model"
 
 
-def test_the_self_check_survives_a_fork_that_raises(gated, sequences, monkeypatch):
+def test_the_self_check_survives_a_fork_that_raises(skippable, sequences, monkeypatch):
     def broken(hidden, call):
         raise ValueError("the mask has another size")
 
-    monkeypatch.setattr(gated.gates[2], "run", broken)
-    engine, reason = choose_engine(gated, sequences[:2])
+    monkeypatch.setattr(skippable.switches[2], "run", broken)
+    engine, reason = choose_engine(skippable, sequences[:2])
     assert engine == "prefix"
     assert reason == "llama does not run block 2 alone: the mask has another size"
 
 
-def test_memory_that_ends_in_the_self_check_is_not_taken_for_a_verdict(gated, sequences, monkeypatch):
-    fail_at(gated, monkeypatch)
+def test_memory_that_ends_in_the_self_check_is_not_taken_for_a_verdict(skippable, sequences, monkeypatch):
+    fail_at(skippable, monkeypatch)
     with pytest.raises(OutOfMemory):
-        choose_engine(gated, sequences[:2])
+        choose_engine(skippable, sequences[:2])
 
 
 @pytest.mark.parametrize(
@@ -261,8 +261,8 @@ def test_families_that_do_not_bear_the_fork(sequences, model_type, path, engine,
     """ProphetNet carries several streams of predictions, and XLM works between its blocks."""
     model = random_model(tiny_config(model_type))
     blocks = model.get_submodule(path)
-    with GatedModel(model, blocks) as gated:
-        passes, why = prepare_passes(gated, sequences, print, batch_size=2)
+    with SkippableModel(model, blocks) as skippable:
+        passes, why = prepare_passes(skippable, sequences, print, batch_size=2)
         found = score(passes, removed=(1,), candidates=[2, 4])
     assert (passes.engine, reason in why) == (engine, True)
     for block, scores in found.items():

@@ -25,7 +25,8 @@ def test_the_first_removals_are_the_plan_of_a_shorter_search(llama_plan):
 
 def test_its_top_level_keys(llama_plan):
     assert list(json.loads(llama_plan.read_text())) == [
-        "schema_version", "sleb_version", "model", "calibration", "search", "dense", "removals", "steps", "canary",
+        "schema_version", "sleb_version", "model", "calibration", "search", "dense", "removals", "steps",
+        "sample_generation",
             "environment",
     ]  # fmt: skip
 

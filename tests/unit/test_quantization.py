@@ -112,7 +112,7 @@ def test_every_place_of_a_config(surgery):
         },
         "text_config": {"quantization_config": {"llm_int8_skip_modules": ["model.layers.13.mlp.gate_proj"]}},
     }
-    assert prune_quantization(config, surgery) == {
+    assert prune_quantization(config, surgery.architecture, surgery.names) == {
         "num_hidden_layers": 24,
         "architectures": ["model.layers.3"],
         "quantization_config": {

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import llama_config, random_model, train_tokenizer
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.measure import sample_generation
-from sleb_cli.engine.measure.sample_generation import PROMPT, repetition, sing
+from sleb_cli.engine.measure.sample_generation import PROMPT, generate_sample, repetition
 from sleb_cli.events import Notice, TaskAdvanced
 from sleb_plugins import UnsupportedModelError
 
@@ -30,8 +30,8 @@ def test_repetition_is_the_share_of_runs_of_four_that_occurred_before(tokens, sh
 
 def sung(model, blocks, tokenizer, removed, longest=None):
     events = []
-    with GatedModel(model, blocks) as gated:
-        return sing(gated, tokenizer, removed, longest, events.append), events
+    with SkippableModel(model, blocks) as skippable:
+        return generate_sample(skippable, tokenizer, removed, longest, events.append), events
 
 
 def test_both_models_go_on_as_transformers_does_greedily(shared_data):
@@ -46,8 +46,8 @@ def test_both_models_go_on_as_transformers_does_greedily(shared_data):
         return ids[0, after:].tolist()
 
     dense = greedy()
-    with GatedModel(model, model.model.layers) as gated:
-        gated.switch_off({2})
+    with SkippableModel(model, model.model.layers) as skippable:
+        skippable.switch_off({2})
         pruned = greedy()
     assert (found.dense, found.pruned) == (tokenizer.decode(dense), tokenizer.decode(pruned))
     assert found.dense != found.pruned
@@ -92,7 +92,7 @@ def test_a_model_that_cannot_be_heard_is_left_out_with_a_notice(case, monkeypatc
         def broken(self, *args, **options):
             raise UnsupportedModelError("llama does not run.", hint="")
 
-        monkeypatch.setattr(GatedModel, "logits", broken)
+        monkeypatch.setattr(SkippableModel, "logits", broken)
     if case == "no tokens":
         monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text: type("Words", (), words))
     found, events = sung(model, model.model.layers, tokenizer, (1,), longest=20 if case == "no room" else None)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from conftest import gpt2_config, llama_config, opt_config, random_model
 from reference import plain_loss
 from sleb_cli.engine.forward.logits import score_logits
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -29,31 +29,31 @@ def ids():
 @torch.inference_mode()
 def test_skipping_equals_the_plain_reference(model, ids):
     model, blocks = model
-    with GatedModel(model, blocks) as gated:
+    with SkippableModel(model, blocks) as skippable:
         for removed in (set(), {1}, {0, 3}, {len(blocks) - 1}):
-            found = float(score_logits(NegativeLogLikelihood(), gated.logits(ids, removed), ids).mean())
-            gated.switch_off(())
+            found = float(score_logits(NegativeLogLikelihood(), skippable.logits(ids, removed), ids).mean())
+            skippable.switch_off(())
             assert found == pytest.approx(plain_loss(model, blocks, ids, removed), abs=1e-5)
 
 
 @torch.inference_mode()
 def test_resuming_at_a_block_is_bitwise_the_whole_pass(model, ids):
     model, blocks = model
-    with GatedModel(model, blocks) as gated:
+    with SkippableModel(model, blocks) as skippable:
         for removed in ((), (2,)):
-            states = gated.entering_states(ids, removed)
+            states = skippable.entering_states(ids, removed)
             assert set(states) == set(range(len(blocks))) - set(removed)
             for block in states:
-                whole = gated.logits(ids, {*removed, block})
-                assert torch.equal(gated.logits_from(block, states[block], ids, removed), whole)
+                whole = skippable.logits(ids, {*removed, block})
+                assert torch.equal(skippable.logits_from(block, states[block], ids, removed), whole)
 
 
 @torch.inference_mode()
 def test_a_block_never_seen_running_can_be_skipped_at_once(model, ids):
     model, blocks = model
-    with GatedModel(model, blocks) as gated:
-        first = gated.logits(ids, {1, 2})
-        assert torch.equal(first, gated.logits(ids, {1, 2}))
+    with SkippableModel(model, blocks) as skippable:
+        first = skippable.logits(ids, {1, 2})
+        assert torch.equal(first, skippable.logits(ids, {1, 2}))
 
 
 @torch.inference_mode()
@@ -61,8 +61,8 @@ def test_everything_is_put_back_after_an_error(model, ids):
     model, blocks = model
     before = model(ids).logits
     use_cache = model.config.use_cache
-    with pytest.raises(ZeroDivisionError), GatedModel(model, blocks) as gated:
-        gated.switch_off({1})
+    with pytest.raises(ZeroDivisionError), SkippableModel(model, blocks) as skippable:
+        skippable.switch_off({1})
         assert not model.config.use_cache
         raise ZeroDivisionError
     assert all("forward" not in vars(block) for block in blocks)
@@ -77,8 +77,8 @@ def test_a_forward_that_somebody_set_on_the_instance_is_called_and_put_back(ids)
     inner = block.forward
     block.forward = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
     outer = block.forward
-    with GatedModel(model, model.model.layers) as gated:
-        gated.logits(ids, ())
+    with SkippableModel(model, model.model.layers) as skippable:
+        skippable.logits(ids, ())
     assert calls == [1]
     assert block.forward is outer
 
@@ -90,11 +90,11 @@ def test_a_family_that_does_not_bear_a_skipped_block_is_named(ids):
     def needs_what_block_1_did(*args, **kwargs):
         raise ValueError("no top-k indices from a previous block")
 
-    with GatedModel(model, model.model.layers) as gated:
-        gated.logits(ids, ())
-        gated.gates[2]._forward = needs_what_block_1_did
+    with SkippableModel(model, model.model.layers) as skippable:
+        skippable.logits(ids, ())
+        skippable.switches[2]._forward = needs_what_block_1_did
         with pytest.raises(UnsupportedModelError, match=r"llama does not run without blocks \[1\]: no top-k indices"):
-            gated.logits(ids, {1})
+            skippable.logits(ids, {1})
 
 
 @torch.inference_mode()
@@ -104,7 +104,7 @@ def test_memory_that_ends_is_said_to_end(ids):
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with GatedModel(model, model.model.layers) as gated:
-        gated.gates[0]._forward = too_large
+    with SkippableModel(model, model.model.layers) as skippable:
+        skippable.switches[0]._forward = too_large
         with pytest.raises(MachineError, match="3 sequences of 24 tokens do not fit into the memory of cpu"):
-            gated.logits(ids, ())
+            skippable.logits(ids, ())

@@ -7,15 +7,15 @@ from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 
 def states(**depths):
     found = States()
-    for depth, rows in depths.items():
-        found.at[int(depth.removeprefix("d"))] = {row: f"{row}@{depth}" for row in rows}
+    for depth, branches in depths.items():
+        found.at[int(depth.removeprefix("d"))] = {branch: f"{branch}@{depth}" for branch in branches}
     return found
 
 
 def test_a_removal_leaves_what_lies_below_it():
     known = states(d1=[BASE], d3=[BASE, 1, 2], d5=[BASE, 1, 2, 3])
     known.after_removal(3)
-    assert {depth: set(rows) for depth, rows in known.at.items()} == {1: {BASE}, 3: {BASE, 1, 2}, 5: {BASE}}
+    assert {depth: set(branches) for depth, branches in known.at.items()} == {1: {BASE}, 3: {BASE, 1, 2}, 5: {BASE}}
     assert known.at[5][BASE] == "3@d5"  # without block 3: that is the base row now
 
 

@@ -82,7 +82,7 @@ def test_after_refine_no_exchange_of_one_block_is_better(seed):
 
 def test_refine_finds_what_only_two_exchanges_at_once_find():
     found = [(Costs(9, seed).search("refine", 3)[-1], Costs(9, seed).best(3)) for seed in range(60)]
-    two = [choice for choice, _ in found if any(len(exchange.removed) == 2 for exchange in choice.exchanges)]
+    two = [choice for choice, _ in found if any(len(swap.removed) == 2 for swap in choice.swaps)]
     assert two
     assert sum(sorted(choice.removals) == list(best) for choice, best in found) > 45
 
@@ -93,22 +93,22 @@ def test_exchanges_lead_from_greedy_to_what_refine_gives(seed):
     costs = Costs(10, seed)
     removals = set(costs.search("greedy", 4)[-1].removals)
     score = costs.of(removals)
-    end = costs.search("refine", 4, exchanged=told.append)[-1]
-    assert tuple(told) == end.exchanges
-    for exchange in end.exchanges:
-        assert exchange.before == pytest.approx(score)
-        assert removals >= set(exchange.restored)
-        assert not removals & set(exchange.removed)
-        removals = removals - set(exchange.restored) | set(exchange.removed)
-        score = exchange.after
-        assert score < exchange.before
+    end = costs.search("refine", 4, swapped=told.append)[-1]
+    assert tuple(told) == end.swaps
+    for swap in end.swaps:
+        assert swap.before == pytest.approx(score)
+        assert removals >= set(swap.restored)
+        assert not removals & set(swap.removed)
+        removals = removals - set(swap.restored) | set(swap.removed)
+        score = swap.after
+        assert score < swap.before
         assert costs.of(removals) == pytest.approx(score)
     assert removals == set(end.removals)
 
 
 def test_refine_of_one_block_or_of_all_but_one_has_nothing_to_exchange():
     costs = Costs(6, 0)
-    assert costs.search("refine", 1)[0].exchanges == ()
+    assert costs.search("refine", 1)[0].swaps == ()
     assert sorted(costs.search("refine", 4)[-1].removals) == [1, 2, 3, 4]
 
 

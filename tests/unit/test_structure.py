@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from sleb_cli.engine.model.structure import anatomy, block_changes, frame_changes, shared_weights, tell_apart
+from sleb_cli.engine.model.structure import block_changes, outer_changes, shared_weights, structure_of, tell_apart
 from sleb_plugins.config_keys import Kept
 
 KEPT = Kept((0, 2, 3), 4)
@@ -21,7 +21,7 @@ class Block(nn.Module):
 
 
 def changes(before, after, old=2):
-    return block_changes(anatomy(before), anatomy(after), old, KEPT)
+    return block_changes(structure_of(before), structure_of(after), old, KEPT)
 
 
 def test_a_block_keeps_all_but_its_number():
@@ -55,14 +55,14 @@ def test_around_the_blocks_counts_and_lists_may_shrink_and_parts_may_not():
         model.layers = nn.ModuleList(Block(number) for number in range(blocks))
         model.norms = nn.ModuleList(nn.LayerNorm(4, device="meta") for _ in range(parts))
         model.num_layers, model.kinds = blocks, kinds
-        return anatomy(model, without="layers")
+        return structure_of(model, without="layers")
 
     dense = frame(4, list("abcd"), 1)
-    assert frame_changes(dense, frame(3, list("acd"), 1), KEPT) == []
-    assert frame_changes(frame(4, ["full", "sliding"], 1), frame(3, ["sliding"], 1), KEPT) == []
-    pattern = frame_changes(frame(4, list("aaba"), 1), frame(3, list("aab"), 1), KEPT)
+    assert outer_changes(dense, frame(3, list("acd"), 1), KEPT) == []
+    assert outer_changes(frame(4, ["full", "sliding"], 1), frame(3, ["sliding"], 1), KEPT) == []
+    pattern = outer_changes(frame(4, list("aaba"), 1), frame(3, list("aab"), 1), KEPT)
     assert pattern == ["kinds would be ['a', 'a', 'b'], not ['a', 'a', 'b', 'a']"]
-    assert "norms.1 would be absent, not LayerNorm" in frame_changes(frame(4, [], 2), frame(3, [], 1), KEPT)
+    assert "norms.1 would be absent, not LayerNorm" in outer_changes(frame(4, [], 2), frame(3, [], 1), KEPT)
 
 
 def test_shared_weights():

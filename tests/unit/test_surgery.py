@@ -9,7 +9,7 @@ import torch
 from conftest import llama_config, save_model
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.block_names import Numbering, number_blocks
+from sleb_cli.engine.model.block_names import BlockNames, Numbering, number_blocks
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.plugin_manager import load_plugins
@@ -22,10 +22,12 @@ def surgery(
 ):
     source = ModelSource("x", Path())
     vars(source)["raw_config"] = raw or {"num_hidden_layers": blocks}
+    numbering = Numbering(prefix or f"{path}.", extra)
     architecture = SimpleNamespace(
         block_count=blocks,
         adapter=FamilyAdapter("x", frozenset({"x"}), path, **adapter),
-        numbering=Numbering(prefix or f"{path}.", extra),
+        numbering=numbering,
+        block_names=lambda kept: BlockNames(path, numbering, kept),
         text_config=SimpleNamespace(attribute_map={}, to_dict=lambda: config or {}, **(config or {})),
         text_key=text_key,
         source=source,

@@ -13,8 +13,8 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.context import Aim
-from sleb_cli.engine.search.speedup import Stopwatch
+from sleb_cli.engine.search.context import SearchContext
+from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.targets import (
     SizeTarget,
     TargetRequest,
@@ -167,8 +167,8 @@ def test_a_family_whose_cache_cannot_be_told_is_refused(tmp_path):
         caches(folder, 16)
 
 
-def aim(folder, notify):
-    return Aim(architecture(folder), Protection(1, 1), torch.float32, torch.device("cpu"), notify)
+def context(folder, notify):
+    return SearchContext(architecture(folder), Protection(1, 1), torch.float32, torch.device("cpu"), notify)
 
 
 def test_a_quantized_checkpoint_is_counted_as_packed_or_as_it_will_be_served(tmp_path):
@@ -177,12 +177,12 @@ def test_a_quantized_checkpoint_is_counted_as_packed_or_as_it_will_be_served(tmp
     packed = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     notes = []
-    target = aim(folder, notes.append).target(TargetRequest(target_memory="1kB", serve_length=10))
+    target = context(folder, notes.append).target(TargetRequest(target_memory="1kB", serve_length=10))
     parameters, a_cache = count_parameters(architecture(folder)), 2 * 2 * 8 * 10 * 4 * 4
     assert target.sizes.without(()) == stored_bytes(architecture(folder)).without(()) + a_cache
     assert "weights packed as in the checkpoint" in notes[0].text
     served = TargetRequest(target_memory="1kB", serve_length=10, serve_dtype="float32")
-    assert aim(folder, notes.append).target(served).sizes.without(()) == 4 * parameters.without(()) + a_cache
+    assert context(folder, notes.append).target(served).sizes.without(()) == 4 * parameters.without(()) + a_cache
     assert "weights in float32" in notes[1].text
 
 
@@ -191,7 +191,7 @@ def test_the_longest_run_is_the_first_of_equals():
     assert longest_run([3]) == [3]
 
 
-class Told(Stopwatch):
+class Told(SpeedupTimer):
     """A stopwatch that is told what it would measure: a twentieth of the time for each block."""
 
     def share(self, removals):
@@ -211,7 +211,7 @@ def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, most):
 
     timed.clear()
     request = TargetRequest(target_speedup="1.1", workload="prompt")
-    target = Told(aim(tiny_llama, lambda event: None), lambda: None, request).target(candidates)
+    target = Told(context(tiny_llama, lambda event: None), lambda: None, request).target(candidates)
     assert [len(removals) for removals in timed] == [1, 2]
     assert timed[1][:1] == timed[0] == (3,)
     assert target.sizes.without({1, 2}) == pytest.approx(0.9)

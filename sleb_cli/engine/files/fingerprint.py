@@ -21,8 +21,8 @@ def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = 
     """
     digest = hashlib.sha256()
     if config is not None:
-        settled = {key: value for key, value in config.items() if key not in _VOLATILE}
-        digest.update(json.dumps(settled, sort_keys=True).encode())
+        resolved = {key: value for key, value in config.items() if key not in _VOLATILE}
+        digest.update(json.dumps(resolved, sort_keys=True).encode())
     for path in sorted(paths):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())

@@ -18,7 +18,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from sleb_cli.engine.forward.skipping import Call, GatedModel
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
 
@@ -31,48 +31,50 @@ class Walk:
 
     def __init__(
         self,
-        gated: GatedModel,
+        skippable: SkippableModel,
         calls: Sequence[Call],
         states: States,
         removed: Collection[int],
         candidates: Sequence[int],
     ) -> None:
-        self.gated, self.calls, self.states, self.removed = gated, calls, states, removed
-        self.rows: dict[int, Tensor] = {}
-        known = {row: states.deepest(row, len(calls)) for row in candidates}
-        self.forks = [row for row, depth in known.items() if depth is None]
-        self.enters = {row: depth for row, depth in known.items() if depth is not None}
+        self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
+        self.branches: dict[int, Tensor] = {}
+        known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
+        self.forks = [branch for branch, depth in known.items() if depth is None]
+        self.enters = {branch: depth for branch, depth in known.items() if depth is not None}
         if self.forks or not candidates:
             states.at[0].setdefault(BASE, calls[0].entering)
             self.enters[BASE] = states.deepest(BASE, min(self.forks, default=len(calls))) or 0
         self.start = min(self.enters.values())
 
     @property
-    def block_rows(self) -> int:
+    def block_branches(self) -> int:
         """How many rows will go through a block, from start to end."""
         stays = [block for block in range(len(self.calls)) if block not in self.removed]
         ends = {BASE: self.forks[-1]} if self.forks else {}
         begins = self.enters | {block: block + 1 for block in self.forks}
-        return sum(begin <= block < ends.get(row, block + 1) for row, begin in begins.items() for block in stays)
+        return sum(begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in stays)
 
     def climb(self, block: int) -> None:
         """Take every row on the walk through `block`, except the row of the model without it."""
-        self.rows |= {row: self.states.at[block][row] for row, depth in self.enters.items() if depth == block}
+        self.branches |= {
+            branch: self.states.at[block][branch] for branch, depth in self.enters.items() if depth == block
+        }
         if block in self.forks:
-            self.rows[block] = self.rows[BASE]
+            self.branches[block] = self.branches[BASE]
             if block == self.forks[-1]:  # nobody else forks off: the base row goes no further
-                self.states.at[block][BASE] = self.rows.pop(BASE)
+                self.states.at[block][BASE] = self.branches.pop(BASE)
         if block not in self.removed:
-            for row in [row for row in self.rows if row != block]:
-                self.rows[row] = self.gated.run_block(self.calls[block], self.rows[row])
+            for branch in [branch for branch in self.branches if branch != block]:
+                self.branches[branch] = self.skippable.run_block(self.calls[block], self.branches[branch])
 
     def keep(self, depth: int, count: int) -> None:
         """Remember the `count` lowest rows that are about to enter the block at `depth`."""
-        self.states.at[depth] |= {row: self.rows[row] for row in sorted(self.rows)[:count]}
+        self.states.at[depth] |= {branch: self.branches[branch] for branch in sorted(self.branches)[:count]}
 
 
 def fork(
-    gated: GatedModel,
+    skippable: SkippableModel,
     ids: Tensor,
     removed: Collection[int],
     candidates: Sequence[int],
@@ -85,7 +87,7 @@ def fork(
     """Give what leaves the last block without each candidate (or, where there is none, of the model as it stands).
 
     Args:
-        gated: the model.
+        skippable: the model.
         ids: tokens, [batch, positions].
         removed: blocks that are gone.
         candidates: ascending; their rows come in this order, each [batch, positions, hidden size].
@@ -94,12 +96,12 @@ def fork(
         at_once: as many candidates share a walk; the next walk goes on where the base row was left.
         climbed: told after each block how many rows went through it, and of how many on this walk.
     """
-    calls = gated.calls(ids)
+    calls = skippable.calls(ids)
     size = at_once or len(candidates) or 1
     for first in range(0, len(candidates) or 1, size):
         group = candidates[first : first + size]
-        walk = Walk(gated, calls, states, removed, group)
-        of = walk.block_rows
+        walk = Walk(skippable, calls, states, removed, group)
+        of = walk.block_branches
         if not of:  # without the candidate, no block is left to run
             climbed(1, 1)
         for block in range(walk.start, len(calls)):
@@ -107,6 +109,6 @@ def fork(
                 walk.keep(block, keep[block])
             walk.climb(block)
             if of:
-                climbed(0 if block in removed else len(walk.rows) - (block in walk.rows), of)
-        for row in group or [BASE]:
-            yield row, walk.rows.pop(row)
+                climbed(0 if block in removed else len(walk.branches) - (block in walk.branches), of)
+        for branch in group or [BASE]:
+            yield branch, walk.branches.pop(branch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import LogitMetric, PluginError
 
 # Logits are widened to float32 in pieces of this size, which a CPU's caches and its allocator hand round.
@@ -15,23 +15,23 @@ _WIDENED_ELSEWHERE = 256 << 20
 
 def score_hidden_states(
     metric: LogitMetric,
-    gated: GatedModel,
+    skippable: SkippableModel,
     hidden: Tensor,
     ids: Tensor,
     dense_hidden: Tensor | None = None,
     *,
-    counted: Tensor | None = None,
+    loss_mask: Tensor | None = None,
     positions: int,
 ) -> Tensor:
     """Give each sequence's mean score over its predicted tokens that count, float64 [batch].
 
     Args:
         metric: looks at logits.
-        gated: the model, whose head turns hidden states into logits.
+        skippable: the model, whose head turns hidden states into logits.
         hidden: what leaves the last block, [batch, positions, hidden size].
         ids: the tokens, [batch, positions].
         dense_hidden: as `hidden`, of the dense model, where the metric asks for its logits.
-        counted: which tokens count where they are predicted, bool [batch, positions]; None for all.
+        loss_mask: which tokens count where they are predicted, bool [batch, positions]; None for all.
         positions: how many positions' logits may exist at once, over all sequences.
     """
     step = max(1, positions // len(ids))
@@ -39,10 +39,10 @@ def score_hidden_states(
     for start in range(0, ids.shape[1] - 1, step):
         stop = min(start + step, ids.shape[1] - 1)
         here = ids[:, start:stop]
-        dense = None if dense_hidden is None else gated.head(dense_hidden[:, start:stop], here)
-        logits = gated.head(hidden[:, start:stop], here)
+        dense = None if dense_hidden is None else skippable.head(dense_hidden[:, start:stop], here)
+        logits = skippable.head(hidden[:, start:stop], here)
         scores.append(score_positions(metric, logits, ids[:, start + 1 : stop + 1], dense))
-    return _mean(torch.cat(scores, dim=1), counted)
+    return _mean(torch.cat(scores, dim=1), loss_mask)
 
 
 def score_logits(
@@ -51,18 +51,18 @@ def score_logits(
     ids: Tensor,
     dense_logits: Tensor | None = None,
     *,
-    counted: Tensor | None = None,
+    loss_mask: Tensor | None = None,
 ) -> Tensor:
     """Give each sequence's mean score over its predicted tokens that count, float64 [batch], from all of its logits."""
     dense = None if dense_logits is None else dense_logits[:, :-1]
-    return _mean(score_positions(metric, logits[:, :-1], ids[:, 1:], dense), counted)
+    return _mean(score_positions(metric, logits[:, :-1], ids[:, 1:], dense), loss_mask)
 
 
-def _mean(scores: Tensor, counted: Tensor | None) -> Tensor:
-    """Average over the positions whose next token counts: [batch, positions - 1], counted [batch, positions]."""
-    if counted is None:
+def _mean(scores: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Average over the positions whose next token counts: [batch, positions - 1], loss_mask [batch, positions]."""
+    if loss_mask is None:
         return scores.double().mean(1)
-    targets = counted[:, 1:]
+    targets = loss_mask[:, 1:]
     return scores.double().where(targets, 0.0).sum(1) / targets.sum(1)
 
 

@@ -29,13 +29,13 @@ SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.5}
 class Footprint:
     """What one token takes, in bytes: a row of hidden states, passing through a block, and its logits."""
 
-    row: int
+    branch: int
     block: int
     logits: int
 
 
 @dataclass(frozen=True)
-class Budget:
+class MemoryBudget:
     """How a search fits into memory.
 
     Attributes:
@@ -47,13 +47,13 @@ class Budget:
 
     sequences: int
     positions: int
-    rows: int
+    branches: int
     kept: int
 
-    def halved(self) -> Budget | None:
+    def halved(self) -> MemoryBudget | None:
         """Take less, beginning with what costs the least time; None where nothing is left to give."""
-        if self.kept or self.rows > 1:
-            return dataclasses.replace(self, kept=0, rows=max(1, self.rows // 2))
+        if self.kept or self.branches > 1:
+            return dataclasses.replace(self, kept=0, branches=max(1, self.branches // 2))
         if self.positions > 16:
             return dataclasses.replace(self, positions=max(16, self.positions // 2))
         if self.sequences > 1:
@@ -61,7 +61,7 @@ class Budget:
         return None
 
 
-def settle_budget(
+def resolve_memory_budget(
     available: int,
     footprint: Footprint,
     device: str,
@@ -71,7 +71,7 @@ def settle_budget(
     length: int,
     batch: int | None,
     looks: int = 1,
-) -> Budget:
+) -> MemoryBudget:
     """Fit a search into `available` bytes; `batch` is the number of sequences in a batch where the user chose it.
 
     Otherwise there are `looks` batches or more, as far as there are sequences.
@@ -84,7 +84,7 @@ def settle_budget(
 
     def needed(size: int, positions: int) -> int:
         # The base row, a candidate's and what it becomes; one block at work; a chunk of logits, and its score.
-        return size * length * (3 * footprint.row + footprint.block) + positions * footprint.logits
+        return size * length * (3 * footprint.branch + footprint.block) + positions * footprint.logits
 
     while needed(size, positions) > available and (positions > 16 or (size > 1 and batch is None)):
         if positions > 16:
@@ -97,12 +97,14 @@ def settle_budget(
             f"and may take {_readable(available)}.",
             hint="Raise --memory, or take a smaller --batch-size or --sequence-length.",
         )
-    row = size * length * footprint.row
-    spare = (available - needed(size, positions)) // row
-    rows = max(1, min(candidates, 1 + spare))
+    branch = size * length * footprint.branch
+    spare = (available - needed(size, positions)) // branch
+    branches = max(1, min(candidates, 1 + spare))
     batches = -(-sequences // size)
     # While a step's rows come to be known, those of the step before are still there.
-    return Budget(sequences=size, positions=positions, rows=rows, kept=(spare - rows + 1) // batches // 2)
+    return MemoryBudget(
+        sequences=size, positions=positions, branches=branches, kept=(spare - branches + 1) // batches // 2
+    )
 
 
 def available_memory(device: torch.device, asked: str | None) -> int:

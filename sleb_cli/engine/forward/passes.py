@@ -13,8 +13,8 @@ from sleb_cli.engine.device import OutOfMemory, free_memory, memory_ended
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.fork import Walk, fork
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
-from sleb_cli.engine.forward.memory_budget import Budget, Footprint, available_memory, settle_budget
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.memory_budget import Footprint, MemoryBudget, available_memory, resolve_memory_budget
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.plan import Engine
@@ -33,32 +33,32 @@ class _Part:
 
     key: tuple[int, int]
     ids: Tensor
-    counted: Tensor | None
+    loss_mask: Tensor | None
 
 
 @dataclass
 class Passes:
     """The calibration sequences in batches on the model's device, and the way in which they pass through the model."""
 
-    gated: GatedModel
+    skippable: SkippableModel
     batches: Sequence[Tensor]
-    budget: Budget
+    budget: MemoryBudget
     notify: Notify
     engine: Engine = "fork"
     ranking: Sequence[int] = ()
     """The best candidates so far, the best first: the next step will probably begin at one of them."""
-    counted: Sequence[Tensor] | None = None
+    loss_mask: Sequence[Tensor] | None = None
     """For each batch, which of its tokens count where they are predicted, bool [sequences, positions]; None for all."""
 
     _removed: tuple[int, ...] = ()
     _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
     _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def beside(self, sequences: Tensor, counted: Tensor | None) -> Passes:
+    def beside(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
         """Give passes over other sequences, in batches of the same size, that remember nothing."""
-        which = None if counted is None else torch.split(counted, self.budget.sequences)
+        which = None if loss_mask is None else torch.split(loss_mask, self.budget.sequences)
         batches = torch.split(sequences, self.budget.sequences)
-        return Passes(self.gated, batches, replace(self.budget, kept=0), self.notify, self.engine, counted=which)
+        return Passes(self.skippable, batches, replace(self.budget, kept=0), self.notify, self.engine, loss_mask=which)
 
     def scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
@@ -70,11 +70,13 @@ class Passes:
         Raises:
             OutOfMemory: there is nothing left that could be done in smaller pieces.
         """
-        self._follow(tuple(removed))
+        self._drop_outdated(tuple(removed))
         left = list(candidates) or [BASE]
         while left:
             try:
-                for block, scores in self._scores(metric, batch, removed, [row for row in left if row != BASE]):
+                for block, scores in self._scores(
+                    metric, batch, removed, [branch for branch in left if branch != BASE]
+                ):
                     left.remove(block)
                     yield block, scores
             except (OutOfMemory, RuntimeError) as error:
@@ -86,13 +88,13 @@ class Passes:
             if left:
                 free_memory()
 
-    def _take(self, less: Budget) -> None:
+    def _take(self, less: MemoryBudget) -> None:
         self.budget = less
         self._states.clear()
         self._dense.clear()
         self.notify(
             Notice(
-                f"The memory of {self.gated.model.device} ended; the search goes on with {less.rows} candidates, "
+                f"Out of memory on {self.skippable.model.device}; continuing with {less.branches} candidates, "
                 f"{less.sequences} sequences and {less.positions} positions at once."
             )
         )
@@ -111,8 +113,8 @@ class Passes:
 
     def _parts(self, batch: int) -> list[_Part]:
         parts = torch.split(self.batches[batch], self.budget.sequences)
-        counted = torch.split(self.counted[batch], self.budget.sequences) if self.counted else [None] * len(parts)
-        return [_Part((batch, n), ids, which) for n, (ids, which) in enumerate(zip(parts, counted, strict=True))]
+        loss_mask = torch.split(self.loss_mask[batch], self.budget.sequences) if self.loss_mask else [None] * len(parts)
+        return [_Part((batch, n), ids, which) for n, (ids, which) in enumerate(zip(parts, loss_mask, strict=True))]
 
     def _by_fork(
         self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
@@ -120,18 +122,18 @@ class Passes:
         """All in one walk, or in as many as the memory asks for."""
         key, ids = part.key, part.ids
         dense = self._dense_hidden_states(key, ids) if metric.needs_dense_logits else None
-        states, rows = self._states[key], self.budget.rows
+        states, branches = self._states[key], self.budget.branches
         kept = self.budget.kept - (key in self._dense)
         depths = depths_to_keep(self.ranking, candidates, kept, KEPT_DEPTHS)
 
         def climbed(done: int, of: int) -> None:
-            self.notify(SearchAdvanced(CLIMB * len(ids) * min(rows, len(candidates)) * done / of))
+            self.notify(SearchAdvanced(CLIMB * len(ids) * min(branches, len(candidates)) * done / of))
 
         for block, hidden in fork(
-            self.gated, ids, removed, candidates, states, keep=depths, at_once=rows, climbed=climbed
+            self.skippable, ids, removed, candidates, states, keep=depths, at_once=branches, climbed=climbed
         ):
             scores = score_hidden_states(
-                metric, self.gated, hidden, ids, dense, counted=part.counted, positions=self.budget.positions
+                metric, self.skippable, hidden, ids, dense, loss_mask=part.loss_mask, positions=self.budget.positions
             )
             yield block, scores
             self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
@@ -141,36 +143,39 @@ class Passes:
         self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """One candidate at a time, each from its block on."""
-        ids, counted = part.ids, part.counted
-        dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
+        ids, loss_mask = part.ids, part.loss_mask
+        dense = self.skippable.logits(ids, ()) if metric.needs_dense_logits else None
         if not candidates:
-            yield BASE, score_logits(metric, self.gated.logits(ids, removed), ids, dense, counted=counted)
+            yield BASE, score_logits(metric, self.skippable.logits(ids, removed), ids, dense, loss_mask=loss_mask)
             return
-        entering = self.gated.entering_states(ids, removed)
+        entering = self.skippable.entering_states(ids, removed)
         for block in candidates:
-            logits = self.gated.logits_from(block, entering[block], ids, removed)
-            yield block, score_logits(metric, logits, ids, dense, counted=counted)
+            logits = self.skippable.logits_from(block, entering[block], ids, removed)
+            yield block, score_logits(metric, logits, ids, dense, loss_mask=loss_mask)
             self.notify(SearchAdvanced(len(ids)))
 
     def _one_by_one(
         self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
         """One candidate at a time, each through the whole model."""
-        ids, counted = part.ids, part.counted
-        dense = self.gated.logits(ids, ()) if metric.needs_dense_logits else None
+        ids, loss_mask = part.ids, part.loss_mask
+        dense = self.skippable.logits(ids, ()) if metric.needs_dense_logits else None
         for block in candidates or [BASE]:
-            yield block, score_logits(metric, self.gated.logits(ids, {*removed, block}), ids, dense, counted=counted)
+            yield (
+                block,
+                score_logits(metric, self.skippable.logits(ids, {*removed, block}), ids, dense, loss_mask=loss_mask),
+            )
             self.notify(SearchAdvanced(len(ids) if candidates else 0))
 
     def _dense_hidden_states(self, key: tuple[int, int], ids: Tensor) -> Tensor:
         if key in self._dense:
             return self._dense[key]
-        hidden = next(hidden for _, hidden in fork(self.gated, ids, (), (), States()))
+        hidden = next(hidden for _, hidden in fork(self.skippable, ids, (), (), States()))
         if self.budget.kept:
             self._dense[key] = hidden
         return hidden
 
-    def _follow(self, removed: tuple[int, ...]) -> None:
+    def _drop_outdated(self, removed: tuple[int, ...]) -> None:
         """Forget what the latest removals made untrue."""
         known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
         for states in self._states.values():
@@ -188,9 +193,9 @@ class Passes:
         """
         if self.engine != "fork" or not self.budget.kept:
             return 1.0
-        last, leader = len(self.gated.gates), (self.ranking or candidates[len(candidates) // 2 :])[0]
-        block = sum(weight.numel() for weight in self.gated.gates[leader].block.parameters())
-        output = self.gated.model.get_output_embeddings()
+        last, leader = len(self.skippable.switches), (self.ranking or candidates[len(candidates) // 2 :])[0]
+        block = sum(weight.numel() for weight in self.skippable.switches[leader].block.parameters())
+        output = self.skippable.model.get_output_embeddings()
         head = sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0
         whole = sum(last - candidate for candidate in candidates) + last
         spared = sum(leader - candidate for candidate in candidates if candidate < leader) + leader
@@ -202,24 +207,26 @@ class Passes:
         """Run a batch through the model as it stands; show for each candidate what enters and what leaves it."""
         ids = self.batches[batch]
         if self.engine != "fork":
-            self.gated.watch(ids, removed, lambda block, *states: look(block, *states) if block in candidates else None)
+            self.skippable.watch(
+                ids, removed, lambda block, *states: look(block, *states) if block in candidates else None
+            )
             return
-        calls = self.gated.calls(ids)
-        walk = Walk(self.gated, calls, States(), removed, ())
+        calls = self.skippable.calls(ids)
+        walk = Walk(self.skippable, calls, States(), removed, ())
         entering = calls[0].entering
         for block in range(candidates[-1] + 1):
             walk.climb(block)
             if block in candidates:
-                look(block, entering, walk.rows[BASE])
-            entering = walk.rows[BASE]
+                look(block, entering, walk.branches[BASE])
+            entering = walk.branches[BASE]
 
 
 def prepare_passes(
-    gated: GatedModel,
+    skippable: SkippableModel,
     sequences: Tensor,
     notify: Notify,
     *,
-    counted: Tensor | None = None,
+    loss_mask: Tensor | None = None,
     memory: str | None = None,
     batch_size: int | None = None,
     looks: int = 1,
@@ -227,10 +234,10 @@ def prepare_passes(
     """Fit the passes over these sequences into memory, and choose the engine; say why, where it is not the fork.
 
     Args:
-        gated: the model.
+        skippable: the model.
         sequences: tokens on its device, [sequences, positions].
         notify: told of progress.
-        counted: which tokens count where they are predicted, bool [sequences, positions]; None for all.
+        loss_mask: which tokens count where they are predicted, bool [sequences, positions]; None for all.
         memory: what the user gives beside the model; None takes a share of what is free.
         batch_size: sequences in a batch; None takes what suits the device.
         looks: into how many batches at least the sequences are cut, where there are so many.
@@ -240,38 +247,42 @@ def prepare_passes(
     """
     device = sequences.device.type
     with torch.inference_mode():
-        footprint = _footprint(gated, sequences[:1, :2])
+        footprint = _footprint(skippable, sequences[:1, :2])
         available = available_memory(sequences.device, memory)
-        budget = settle_budget(
+        budget = resolve_memory_budget(
             available,
             footprint,
             device,
-            candidates=len(gated.gates),
+            candidates=len(skippable.switches),
             sequences=len(sequences),
             length=sequences.shape[1],
             batch=batch_size,
             looks=looks,
         )
-        engine, reason = choose_engine(gated, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
+        engine, reason = choose_engine(skippable, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
     if engine != "fork" and batch_size is None:  # all logits of a batch exist at once
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
     batches = torch.split(sequences, budget.sequences)
-    which = None if counted is None else torch.split(counted, budget.sequences)
-    return Passes(gated, batches, budget, notify, engine, counted=which), reason
+    which = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
+    return Passes(skippable, batches, budget, notify, engine, loss_mask=which), reason
 
 
-def _footprint(gated: GatedModel, ids: Tensor) -> Footprint:
+def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     """Look at what a few tokens take on their way; a block's own need is guessed from its widest weight."""
-    entering = gated.entering_states(ids, ())
+    entering = skippable.entering_states(ids, ())
     if not entering:
         raise UnsupportedModelError(
-            f"{gated.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
+            f"{skippable.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
         )
     hidden = next(iter(entering.values()))
-    logits = gated.logits(ids, ())
+    logits = skippable.logits(ids, ())
     width = hidden.shape[-1]
-    widest = max([width, *(max(weight.shape, default=1) for g in gated.gates for weight in g.block.parameters())])
+    widest = max(
+        [width, *(max(weight.shape, default=1) for g in skippable.switches for weight in g.block.parameters())]
+    )
     return Footprint(
-        row=width * hidden.itemsize, block=4 * (8 * width + 4 * widest), logits=2 * logits.shape[-1] * logits.itemsize
+        branch=width * hidden.itemsize,
+        block=4 * (8 * width + 4 * widest),
+        logits=2 * logits.shape[-1] * logits.itemsize,
     )

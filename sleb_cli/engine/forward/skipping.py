@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import OutOfMemory, memory_ended
-from sleb_cli.engine.third_party import verdict
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import UnsupportedModelError
 
 
@@ -31,7 +31,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-class Gate:
+class BlockSwitch:
     """Stands in for one block's `forward`: runs it, hands its input on, or hands given hidden states on."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -88,7 +88,7 @@ def _wrapping(output: Any) -> Callable[[Tensor], Any]:
     return lambda hidden: kind([hidden, *others])
 
 
-class GatedModel:
+class SkippableModel:
     """A model whose blocks can be switched off; leaving the context puts everything back.
 
     Any pass raises UnsupportedModelError where the family does not run so, and MachineError where memory ends.
@@ -99,16 +99,16 @@ class GatedModel:
 
     def __init__(self, model: Any, blocks: Iterable[nn.Module]) -> None:
         self.model = model
-        self.gates = [Gate(block) for block in blocks]
+        self.switches = [BlockSwitch(block) for block in blocks]
         self._cache_settings = [
             (config, config.use_cache)
             for config in (model.config, model.generation_config)
             if hasattr(config, "use_cache")
         ]
 
-    def __enter__(self) -> GatedModel:
-        for gate in self.gates:
-            gate.install()
+    def __enter__(self) -> SkippableModel:
+        for switch in self.switches:
+            switch.install()
         for config, _ in self._cache_settings:
             config.use_cache = False
         return self
@@ -116,15 +116,15 @@ class GatedModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for gate in self.gates:
-            gate.uninstall()
+        for switch in self.switches:
+            switch.uninstall()
         for config, use_cache in self._cache_settings:
             config.use_cache = use_cache
 
     def switch_off(self, removed: Collection[int]) -> None:
         """Switch off exactly these blocks, until the next call of any method."""
-        for index, gate in enumerate(self.gates):
-            gate.skip, gate.inject, gate.watch, gate.record = index in removed, None, None, None
+        for index, switch in enumerate(self.switches):
+            switch.skip, switch.inject, switch.watch, switch.record = index in removed, None, None, None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks; with `last`, for so many positions where the family can do that."""
@@ -139,7 +139,7 @@ class GatedModel:
         Blocks before it are not computed: their result is what `entering` holds.
         """
         self.switch_off({*removed, *range(block + 1)})
-        self.gates[block].inject = entering
+        self.switches[block].inject = entering
         return self._forward(ids, last=last)
 
     def watch(
@@ -156,10 +156,10 @@ class GatedModel:
         first = start[0] if start else 0
         self.switch_off({*removed, *range(first)})
         if start and first:
-            self.gates[first - 1].inject = start[1]
-        for index, gate in enumerate(self.gates):
+            self.switches[first - 1].inject = start[1]
+        for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                gate.watch = lambda entering, leaving, block=index: listen(block, entering, leaving)
+                switch.watch = lambda entering, leaving, block=index: listen(block, entering, leaving)
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
@@ -168,13 +168,15 @@ class GatedModel:
         Raises:
             UnsupportedModelError: a block is not called exactly once, in order.
         """
-        self.switch_off(range(len(self.gates)))
+        self.switch_off(range(len(self.switches)))
         calls: list[Call] = []
-        for index, gate in enumerate(self.gates):
-            gate.record = lambda entering, args, kwargs, block=index: calls.append(Call(block, entering, args, kwargs))
+        for index, switch in enumerate(self.switches):
+            switch.record = lambda entering, args, kwargs, block=index: calls.append(
+                Call(block, entering, args, kwargs)
+            )
         self._forward(ids, last=1)
         self.switch_off(())
-        if [call.block for call in calls] != list(range(len(self.gates))):
+        if [call.block for call in calls] != list(range(len(self.switches))):
             raise UnsupportedModelError(
                 f"{self.model.config.model_type} calls its blocks in the order {[call.block for call in calls]}.",
                 hint="Its blocks cannot be run on their own.",
@@ -184,7 +186,7 @@ class GatedModel:
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
         """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
         with self._foreign(call.entering.shape, f"block {call.block} alone"):
-            return self.gates[call.block].run(hidden, call)
+            return self.switches[call.block].run(hidden, call)
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Give the logits of hidden states that leave the last block: final norm, head, and what the family does after.
@@ -192,8 +194,8 @@ class GatedModel:
         Each position stands for itself there, so any stretch of them may be given, with its own `ids`; no more
         logits than that exist.
         """
-        self.switch_off(range(len(self.gates)))
-        self.gates[-1].inject = hidden
+        self.switch_off(range(len(self.switches)))
+        self.switches[-1].inject = hidden
         return self._forward(ids)
 
     def backward(self, states: Tensor, gradient: Tensor) -> None:
@@ -213,7 +215,7 @@ class GatedModel:
 
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
         options = {"logits_to_keep": last} if last and self._can_keep_few_logits else {}
-        off = [index for index, gate in enumerate(self.gates) if gate.skip]
+        off = [index for index, switch in enumerate(self.switches) if switch.skip]
         with self._foreign(ids.shape, f"without blocks {off}" if off else ""):
             logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
         return logits
@@ -228,7 +230,7 @@ class GatedModel:
                 hint="If it runs whole in transformers, report the family to us.",
             )
 
-        with verdict(does_not_run):
+        with translate_errors(does_not_run):
             try:
                 yield
             except RuntimeError as error:

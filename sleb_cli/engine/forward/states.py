@@ -21,16 +21,18 @@ class States:
     def __init__(self) -> None:
         self.at: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
 
-    def deepest(self, row: int, limit: int) -> int | None:
+    def deepest(self, branch: int, limit: int) -> int | None:
         """Give the greatest depth up to `limit` at which this row is known."""
-        return max((depth for depth, rows in self.at.items() if depth <= limit and row in rows), default=None)
+        return max(
+            (depth for depth, branches in self.at.items() if depth <= limit and branch in branches), default=None
+        )
 
     def after_removal(self, block: int) -> None:
         """Keep what still holds when `block` is gone: all that it did not touch, and its own row, the new base."""
         for depth in [depth for depth in self.at if depth > block]:
-            rows = self.at.pop(depth)
-            if block in rows:
-                self.at[depth] = {BASE: rows[block]}
+            branches = self.at.pop(depth)
+            if block in branches:
+                self.at[depth] = {BASE: branches[block]}
 
     def shrink(self, limit: int, wanted: Sequence[int]) -> None:
         """Keep no more than `limit` rows, letting go first of depths that nobody wants, then of the least wanted."""
@@ -53,7 +55,7 @@ def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int
     spread = candidates[:: max(1, len(candidates) // (2 * count))]
     chosen: dict[int, int] = {}
     for depth in [*candidates[:1], *(ranking[:count] or spread)]:
-        rows = min(1 + sum(block < depth for block in candidates), limit - sum(chosen.values()))
-        if rows > 0 and depth not in chosen:
-            chosen[depth] = rows
+        branches = min(1 + sum(block < depth for block in candidates), limit - sum(chosen.values()))
+        if branches > 0 and depth not in chosen:
+            chosen[depth] = branches
     return chosen

@@ -13,7 +13,7 @@ from sleb_cli import __version__
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
 from sleb_cli.engine.measure.environment import processor_name
 from sleb_cli.engine.measure.peak_memory import peak_memory_alone
-from sleb_cli.engine.measure.workloads import BenchRequest, runner, settle_workload
+from sleb_cli.engine.measure.workloads import BenchRequest, resolve_workload, runner
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
@@ -29,7 +29,7 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
     architecture = subject.architecture
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, architecture.config.dtype, device)
-    workloads = [settle_workload(name, request, subject, device, notify) for name in request.workloads]
+    workloads = [resolve_workload(name, request, subject, device, notify) for name in request.workloads]
     models = {"dense": load_dense(architecture, dtype, device, notify)}
     if subject.surgery.removals:
         models["pruned"] = load_pruned(subject.surgery, dtype, device, notify)

@@ -61,7 +61,7 @@ def choose_workloads(*, prompt: bool, generation: bool) -> tuple[WorkloadName, .
     return ("prompt",) if prompt else ("generation",)
 
 
-def settle_workload(
+def resolve_workload(
     name: WorkloadName, request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
 ) -> Workload:
     """Fill in what the user left open, and say where a CPU gets less to do than the paper's GPU.

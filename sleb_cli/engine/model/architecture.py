@@ -23,8 +23,8 @@ from transformers import (
 
 from sleb_cli.engine.model.block_names import BlockNames, Numbering, number_blocks
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.model.structure import Anatomy, anatomy, shared_weights, tell_apart
-from sleb_cli.engine.third_party import transformers_reads
+from sleb_cli.engine.model.structure import Structure, shared_weights, structure_of, tell_apart
+from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
@@ -80,7 +80,7 @@ class Architecture:
         Raises:
             ModelError: it refuses them.
         """
-        with TemporaryDirectory() as folder, transformers_reads("the pruned config"):
+        with TemporaryDirectory() as folder, translate_transformers_errors("the pruned config"):
             (Path(folder) / "config.json").write_text(json.dumps(raw))
             config = type(self.config).from_pretrained(folder)
         config.name_or_path = self.config.name_or_path
@@ -140,18 +140,18 @@ class Architecture:
         return tell_apart(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
-    def block_anatomies(self) -> list[Anatomy]:
+    def block_structures(self) -> list[Structure]:
         """What each block is made of."""
-        return [anatomy(block) for block in self.blocks_of(self.skeleton)]
+        return [structure_of(block) for block in self.blocks_of(self.skeleton)]
 
     @cached_property
-    def frame_anatomy(self) -> Anatomy:
+    def outer_structure(self) -> Structure:
         """What the model is made of outside of its blocks."""
-        return self.frame_of(self.skeleton)
+        return self.outer_structure_of(self.skeleton)
 
-    def frame_of(self, model: nn.Module) -> Anatomy:
+    def outer_structure_of(self, model: nn.Module) -> Structure:
         """Say the same of another model of this family."""
-        return anatomy(model, without=self.adapter.blocks_path)
+        return structure_of(model, without=self.adapter.blocks_path)
 
     @cached_property
     def record(self) -> ModelRecord:
@@ -240,7 +240,7 @@ def _read_config(source: ModelSource) -> Any:
             f"transformers knows no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
-    with transformers_reads(f"the config of {source.id}"):
+    with translate_transformers_errors(f"the config of {source.id}"):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
@@ -266,7 +266,7 @@ def _auto_class(config: Any) -> Any:
 
 
 def _skeleton(config: Any, source: ModelSource) -> nn.Module:
-    with transformers_reads(f"the config of {source.id}"), torch.device("meta"):
+    with translate_transformers_errors(f"the config of {source.id}"), torch.device("meta"):
         model: nn.Module = _auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     return model
 

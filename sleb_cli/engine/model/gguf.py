@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import fingerprint_files
-from sleb_cli.engine.third_party import transformers_reads
+from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import ModelError, UnsupportedModelError
 
@@ -40,11 +40,11 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     # The whole path: a bare name is taken for a file in the working directory, where there is one of that name.
     file = str(path.absolute())
     notify(TaskAdvanced(task))
-    with transformers_reads(f"the tokenizer in {path}"):
+    with translate_transformers_errors(f"the tokenizer in {path}"):
         tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=file)
     notify(TaskAdvanced(task))
     # transformers draws a bar of its own here, whatever it is told.
-    with transformers_reads(f"the weights in {path}"), redirect_stderr(StringIO()):
+    with translate_transformers_errors(f"the weights in {path}"), redirect_stderr(StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=file, dtype=dtype, **_as_plain_weights()
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.third_party import verdict
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.config_keys import kept_blocks, sliced_axis
 
@@ -76,7 +76,7 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
     all_is_text = _YesToEverything()  # type: ignore[no-untyped-call]
     no_run = _unknown(architecture, "it does not run without its weights")
-    with torch.no_grad(), all_is_text, verdict(lambda words: no_run):
+    with torch.no_grad(), all_is_text, translate_errors(lambda words: no_run):
         read = model(input_ids=text, use_cache=True)
     layers = getattr(getattr(read, "past_key_values", None), "layers", None)
     if layers is None or len(layers) != architecture.block_count:

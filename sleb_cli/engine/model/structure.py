@@ -21,7 +21,7 @@ from sleb_plugins.config_keys import Kept, by_block, sliced_axis
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Structure:
     """A module taken apart, by dotted names.
 
     Attributes:
@@ -38,7 +38,7 @@ _NUMBER_NAMES = re.compile(r"layer|block|depth|number|idx|index|seed|(^|_)id($|_
 _SMALL = re.compile("Norm|Identity|Dropout")
 
 
-def anatomy(module: nn.Module, without: str | None = None) -> Anatomy:
+def structure_of(module: nn.Module, without: str | None = None) -> Structure:
     """Take a module apart; everything under the path `without` is left out."""
     parts: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
@@ -51,10 +51,10 @@ def anatomy(module: nn.Module, without: str | None = None) -> Anatomy:
         for name, value in vars(part).items():
             if not name.startswith("_") and name != "training" and _is_plain(value):
                 attributes[f"{path}.{name}".lstrip(".")] = value
-    return Anatomy(parts, attributes)
+    return Structure(parts, attributes)
 
 
-def block_changes(before: Anatomy, after: Anatomy, old: int, kept: Kept) -> list[str]:
+def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> list[str]:
     """Say what is different about block `old` after the others are gone, one clause each."""
     new = kept.blocks.index(old)
 
@@ -76,7 +76,7 @@ def block_changes(before: Anatomy, after: Anatomy, old: int, kept: Kept) -> list
     return [*_changes(before.parts, after.parts), *_changes(before.attributes, after.attributes, same)]
 
 
-def frame_changes(before: Anatomy, after: Anatomy, kept: Kept) -> list[str]:
+def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
     """Say what is different about the rest of the model, where it is not just a count or a list by block.
 
     What it kept for the last block of a kind may go with it, and tensors that hold a slice for each block shrink.

@@ -61,7 +61,7 @@ def apply_removals(
     it back.
 
     Raises:
-        ProofError: the checkpoint does not do what the gated dense model, or the recovered one in memory, does.
+        ProofError: the checkpoint does not compute what the model in memory does.
         OutputError: the folder exists, or cannot be written, or the hub does not take it.
     """
     surgery, source = subject.surgery, subject.architecture.source

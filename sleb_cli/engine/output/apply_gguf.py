@@ -22,7 +22,7 @@ from sleb_cli.engine.output.proof import Reference, proof_terms, prove
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import DEFAULT_PLAN, SubjectRequest, first_of_plan, first_removals, is_plan
 from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.engine.third_party import verdict
+from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
@@ -178,7 +178,7 @@ def _require_same_values(pruned: GgufFile, aside: Path) -> None:
     Raises:
         ProofError: anything differs.
     """
-    with verdict(lambda words: _failed(f"the gguf package cannot read it: {words}")):
+    with translate_errors(lambda words: _failed(f"the gguf package cannot read it: {words}")):
         found = gguf.GGUFReader(aside).tensors
     source = np.memmap(pruned.path, mode="r")
     for tensor, expected in zip(found, pruned.tensors, strict=True):

@@ -61,17 +61,17 @@ def _how(subject: Subject) -> list[str]:
 
 def _said(plan: Plan | None) -> list[str]:
     """Let both models speak, as they were when the search ended."""
-    canary = plan.canary if plan else None
-    if canary is None:
+    sample = plan.sample_generation if plan else None
+    if sample is None:
         return []
     said = (
-        ("base model", canary.dense, canary.dense_repetition),
-        ("pruned", canary.pruned, canary.pruned_repetition),
+        ("base model", sample.dense, sample.dense_repetition),
+        ("pruned", sample.pruned, sample.pruned_repetition),
     )
-    warning = "**The pruned model repeats itself much more than the base model.** " if canary.alarms else ""
+    warning = "**The pruned model repeats itself much more than the base model.** " if sample.is_repetitive else ""
     return [
         "",
-        f'{warning}When the search ended, both models went on greedily after "{canary.prompt}" like this; repeated is '
+        f'{warning}When the search ended, both models went on greedily after "{sample.prompt}" like this; repeated is '
         "the share of runs of 4 tokens that occurred before:",
         "",
         "```text",
@@ -111,7 +111,7 @@ def _proven(proof: Proof | None) -> list[str]:
     difference = proof.logits_difference or 0.0
     same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
     held_against = {
-        "gated": "the base model with these blocks switched off",
+        "dense": "the base model with these blocks switched off",
         "recovered": "the recovered model in memory, before it was written",
     }[proof.reference]
     words: dict[Check, str] = {

@@ -57,21 +57,21 @@ def export_files(
     any_model: bool,
 ) -> ExportResult:
     """Let the exporter write, and give what it wrote; raises as what it makes use of."""
-    workshop = _Workshop(subject, registry, notify, force, any_model)
-    lines = exporter.export(pruning, output, workshop)
+    writer = _EngineWriter(subject, registry, notify, force, any_model)
+    lines = exporter.export(pruning, output, writer)
     return ExportResult(
         schema_version=1,
         sleb_version=__version__,
         kind="export",
         exporter=exporter.name,
-        written=tuple(workshop.written),
+        written=tuple(writer.written),
         lines=tuple(lines),
     )
 
 
 @dataclass(frozen=True)
-class _Workshop:
-    """What exporters may ask of the engine, as `sleb_plugins.Workshop` says it."""
+class _EngineWriter:
+    """What exporters may ask of the engine, as `sleb_plugins.ArtifactWriter` says it."""
 
     subject: Subject
     registry: Registry

@@ -26,11 +26,11 @@ from transformers import GenerationConfig
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.shards import NewTensor, contents
 from sleb_cli.engine.files.weights import SAFETENSORS, TORCH_DTYPES, StoredTensor, find_weights, read_json
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import has_tokenizer, load_dense, load_tokenizer, misfit
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import transformers_reads, verdict
+from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.records import Check, Proof
 from sleb_cli.units import size as in_words
@@ -96,7 +96,9 @@ class Reference:
     @property
     def name(self) -> str:
         """What sentences call it."""
-        return "the gated dense model" if self.parameters is None else "the recovered model in memory"
+        return (
+            "the dense model with these blocks skipped" if self.parameters is None else "the recovered model in memory"
+        )
 
     def logits(self, ids: Tensor, dtype: torch.dtype, device: torch.device, notify: Notify) -> Tensor:
         """Load it, and give its logits, [1, positions, vocabulary]."""
@@ -104,8 +106,8 @@ class Reference:
         for name, value in (self.parameters or {}).items():
             dense.get_parameter(name).data.copy_(value)
         _align(dense)
-        with GatedModel(dense, self.surgery.architecture.blocks_of(dense)) as gated:
-            return gated.logits(ids, self.surgery.removed)
+        with SkippableModel(dense, self.surgery.architecture.blocks_of(dense)) as skippable:
+            return skippable.logits(ids, self.surgery.removed)
 
 
 def prove(reference: Reference, folder: Path, kept: Sequence[NewTensor], terms: Terms, notify: Notify) -> Proof:
@@ -116,7 +118,7 @@ def prove(reference: Reference, folder: Path, kept: Sequence[NewTensor], terms: 
     """
     proof = Proof(
         checks=(),
-        reference="gated" if reference.parameters is None else "recovered",
+        reference="dense" if reference.parameters is None else "recovered",
         partial=terms.too_large,
         dtype=dtype_name(terms.dtype),
         device=terms.device.type,
@@ -193,7 +195,7 @@ def _runs(reference: Reference, folder: Path, terms: Terms, notify: Notify) -> I
     _align(model)
     model = model.to(device).eval()
     yield "loads", "stock transformers loads it, with no weight missing and none left over", {}
-    with verdict(lambda words: _failed(f"it does not run: {words}")):
+    with translate_errors(lambda words: _failed(f"it does not run: {words}")):
         found = model(input_ids=ids, use_cache=False).logits
     difference, allowed = _relative_difference(found, expected), TOLERANCE.get(dtype, 0.0)
     if not difference <= allowed:
@@ -228,7 +230,7 @@ def _saves_again(models: list[Any], surgery: Surgery, folder: Path, dtype: torch
     # A generation config that contradicts itself cannot be saved; that would be the dense model's own fault.
     model.generation_config = GenerationConfig()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as place:
-        with verdict(lambda words: _failed(f"transformers does not save it again: {words}")):
+        with translate_errors(lambda words: _failed(f"transformers does not save it again: {words}")):
             model.save_pretrained(place)
         before = {name: tensor.shape for name, tensor in model.state_dict().items()}
         del model
@@ -259,7 +261,7 @@ def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal[
 
 def _load_stock(folder: Path, surgery: Surgery, **options: Any) -> Any:
     try:
-        with transformers_reads("it"):
+        with translate_transformers_errors("it"):
             model, info = surgery.architecture.auto_class.from_pretrained(
                 folder,
                 trust_remote_code=surgery.architecture.source.trust_remote_code,
@@ -293,7 +295,7 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
             output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         how = "with the KV cache" if use_cache else "without a KV cache"
-        with verdict(partial(_not_generating, how)):
+        with translate_errors(partial(_not_generating, how)):
             generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         found = generated.sequences.shape[1] - ids.shape[1]
         if found != new_tokens:

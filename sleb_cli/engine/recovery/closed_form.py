@@ -21,12 +21,17 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.logits import score_hidden_states
-from sleb_cli.engine.forward.skipping import Call, GatedModel
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge
-from sleb_cli.engine.recovery.residual_projections import Writer, final_norm, find_writers, inputs_of
+from sleb_cli.engine.recovery.residual_projections import (
+    ResidualProjection,
+    final_norm,
+    find_residual_projections,
+    inputs_of,
+)
 from sleb_cli.engine.recovery.variant import POSITIONS, placed
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
-from sleb_cli.plan import ClosedFormRecord, FoldRecord
+from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -51,7 +56,7 @@ _Rows = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class _Fold:
+class _Fit:
     """New values for some parameters of a block, and the sum of squares that they leave on the held-out text."""
 
     ridge: float
@@ -60,7 +65,7 @@ class _Fold:
 
 
 def recover_in_closed_form(
-    gated: GatedModel, removed: Collection[int], fit: Tensor, held_out: Tensor, notify: Notify
+    skippable: SkippableModel, removed: Collection[int], train: Tensor, held_out: Tensor, notify: Notify
 ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
     """Fit the blocks that are left to the dense model's hidden states.
 
@@ -68,9 +73,9 @@ def recover_in_closed_form(
     next, sums of the size of the fitted weights are all that is kept.
 
     Args:
-        gated: the dense model, as an entered context; it is put back as it was.
+        skippable: the dense model, as an entered context; it is put back as it was.
         removed: the blocks that are gone.
-        fit: the tokens to fit on, [sequences, positions].
+        train: the tokens to fit on, [sequences, positions].
         held_out: the tokens that decide, [sequences, positions].
         notify: is told of the progress.
 
@@ -81,24 +86,29 @@ def recover_in_closed_form(
         UnsupportedModelError: the family's blocks cannot be run one by one.
     """
     with torch.inference_mode():
-        engine, reason = choose_engine(gated, held_out[:CHECKED_SEQUENCES].to(gated.model.device))
+        engine, reason = choose_engine(skippable, held_out[:CHECKED_SEQUENCES].to(skippable.model.device))
         if engine != "fork":
             raise UnsupportedModelError(
-                f"{gated.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
+                f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
-        return _Climb(gated, frozenset(removed), fit, held_out, notify).run()
+        return _Climb(skippable, frozenset(removed), train, held_out, notify).run()
 
 
 class _Climb:
     def __init__(
-        self, gated: GatedModel, removed: frozenset[int], fit: Tensor, held_out: Tensor, notify: Notify
+        self,
+        skippable: SkippableModel,
+        removed: frozenset[int],
+        train: Tensor,
+        held_out: Tensor,
+        notify: Notify,
     ) -> None:
-        self.gated, self.removed, self.notify = gated, removed, notify
-        self.count = len(gated.gates)
-        self.fit, self.held_out = self._column(fit), self._column(held_out)
-        self.names = {id(parameter): name for name, parameter in gated.model.named_parameters()}
+        self.skippable, self.removed, self.notify = skippable, removed, notify
+        self.count = len(skippable.switches)
+        self.train, self.held_out = self._column(train), self._column(held_out)
+        self.names = {id(parameter): name for name, parameter in skippable.model.named_parameters()}
         self.values: dict[str, Tensor] = {}
-        self.folds: list[FoldRecord] = []
+        self.fits: list[FitRecord] = []
 
     def run(self) -> tuple[dict[str, Tensor], ClosedFormRecord]:
         task = "Recovering in closed form"
@@ -108,24 +118,24 @@ class _Climb:
         self.loss, fruitless = self._loss(0, {}), 0
         for block in kept:
             end = self._end_of_gap(block)
-            for column in (self.fit, self.held_out):
+            for column in (self.train, self.held_out):
                 for depth in range(block, end):
                     column.dense = self._through(depth, column, column.dense)
             gap = end > block + 1
             if gap or (block >= first and fruitless < PATIENCE):
                 fruitless = 0 if self._refit(block, end) or gap else fruitless + 1
-            for column in (self.fit, self.held_out):
-                with placed(self.gated.model, self.values):
+            for column in (self.train, self.held_out):
+                with placed(self.skippable.model, self.values):
                     column.pruned = column.dense if block < first else self._through(block, column, column.pruned)
             self.notify(TaskAdvanced(task, end - block, note=f"held-out loss {self.loss:.4f}"))
         self._refit_norm()
         self.notify(TaskFinished(task))
-        return self.values, ClosedFormRecord(folds=tuple(self.folds))
+        return self.values, ClosedFormRecord(fits=tuple(self.fits))
 
     def _column(self, sequences: Tensor) -> _Column:
         size = max(1, BATCH_TOKENS // sequences.shape[1])
-        ids = list(torch.split(sequences.to(self.gated.model.device), size))
-        calls = [self.gated.calls(batch) for batch in ids]
+        ids = list(torch.split(sequences.to(self.skippable.model.device), size))
+        calls = [self.skippable.calls(batch) for batch in ids]
         entering = [batch[0].entering for batch in calls]
         return _Column(ids, calls, entering, list(entering))
 
@@ -133,18 +143,20 @@ class _Climb:
         return next((depth for depth in range(block + 1, self.count) if depth not in self.removed), self.count)
 
     def _through(self, block: int, column: _Column, states: list[Tensor]) -> list[Tensor]:
-        return [self.gated.run_block(calls[block], hidden) for calls, hidden in zip(column.calls, states, strict=True)]
+        return [
+            self.skippable.run_block(calls[block], hidden) for calls, hidden in zip(column.calls, states, strict=True)
+        ]
 
     def _loss(self, block: int, values: Mapping[str, Tensor]) -> float:
         """Give the held-out loss of the model with these values, from the pruned states that enter `block` on."""
         column = self.held_out
         states = column.pruned
-        with placed(self.gated.model, values):
+        with placed(self.skippable.model, values):
             for depth in range(block, self.count):
                 if depth not in self.removed:
                     states = self._through(depth, column, states)
             losses = [
-                score_hidden_states(NegativeLogLikelihood(), self.gated, hidden, ids, positions=POSITIONS)
+                score_hidden_states(NegativeLogLikelihood(), self.skippable, hidden, ids, positions=POSITIONS)
                 for hidden, ids in zip(states, column.ids, strict=True)
             ]
         return float(torch.cat(losses).mean())
@@ -152,79 +164,85 @@ class _Climb:
     def _refit(self, block: int, end: int) -> bool:
         """Give a block the values that bring the pruned states at `end` nearest to the dense ones, if that pays."""
         before = self.loss
-        with placed(self.gated.model, self.values):
-            writers = find_writers(self.gated, self.fit.calls[0][block], self.fit.pruned[0])
-        if end > block + 1 and not writers:
+        with placed(self.skippable.model, self.values):
+            projections = find_residual_projections(self.skippable, self.train.calls[0][block], self.train.pruned[0])
+        if end > block + 1 and not projections:
             self.notify(Notice(f"The gap after block {block} stays as it is: no weights there add to its output."))
-        for together in writers:
-            rows = partial(self._rows, block=block, writers=together)
-            self._keep_if_better(block, end - block - 1, together, self._best_fold(rows, together))
+        for together in projections:
+            rows = partial(self._rows, block=block, projections=together)
+            self._keep_if_better(block, end - block - 1, together, self._best_fit(rows, together))
         return self.loss < before
 
     def _refit_norm(self) -> None:
         """Refit the gains of the final norm, and with them the scale of the head, to what the dense model has there."""
-        norm = final_norm(self.gated, self.fit.pruned[0], self.fit.ids[0])
+        norm = final_norm(self.skippable, self.train.pruned[0], self.train.ids[0])
         if norm is not None:
             rows = partial(self._rows_of_norm, norm=norm)
-            self._keep_if_better(None, 0, [norm], self._best_fold(rows, [norm]))
+            self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm]))
 
-    def _keep_if_better(self, block: int | None, gap: int, writers: Sequence[Writer], fold: _Fold) -> None:
-        values = self.values | fold.values
+    def _keep_if_better(
+        self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: _Fit
+    ) -> None:
+        values = self.values | fit.values
         loss = self._loss(self.count if block is None else block, values)
         kept = loss < self.loss
         if kept:
             self.values, self.loss = values, loss
-        record = FoldRecord(
+        record = FitRecord(
             block=block,
             gap=gap,
-            weights=tuple(writer.name for writer in writers),
-            exact=writers[0].exact,
-            ridge=fold.ridge,
-            error_left=fold.left,
+            weights=tuple(projection.name for projection in projections),
+            exact=projections[0].exact,
+            ridge=fit.ridge,
+            error_left=fit.left,
             loss=loss,
             kept=kept,
         )
-        self.folds.append(record)
+        self.fits.append(record)
 
-    def _best_fold(self, rows: Callable[[_Column], Iterator[_Rows]], writers: Sequence[Writer]) -> _Fold:
+    def _best_fit(self, rows: Callable[[_Column], Iterator[_Rows]], projections: Sequence[ResidualProjection]) -> _Fit:
         """Fit with each ridge, and take the one that leaves the least on the held-out text."""
-        fit, held_out = (_sums(rows(column), writers) for column in (self.fit, self.held_out))
-        fits = {ridge: fit.solve(ridge) for ridge in RIDGES}
+        train, held_out = (_sums(rows(column), projections) for column in (self.train, self.held_out))
+        fits = {ridge: train.solve(ridge) for ridge in RIDGES}
         left = {ridge: held_out.error(fitted) for ridge, fitted in fits.items()}
         ridge = min(RIDGES, key=lambda ridge: left[ridge])
-        return _Fold(ridge, dict(self._folded(writers, fits[ridge])), left[ridge] / max(held_out.yy, 1e-30))
+        return _Fit(ridge, dict(self._new_values(projections, fits[ridge])), left[ridge] / max(held_out.yy, 1e-30))
 
-    def _rows(self, column: _Column, block: int, writers: Sequence[Writer]) -> Iterator[_Rows]:
+    def _rows(self, column: _Column, block: int, projections: Sequence[ResidualProjection]) -> Iterator[_Rows]:
         """Give features, what is missing at the end of the gap, and weights, batch by batch, in float32.
 
         Whatever reads the hidden states divides them by their size first, so an error counts by its share of that:
         else the few positions whose states are a thousand times larger, as the first one's often are, would decide.
         """
-        modules = [writer.module for writer in writers]
+        modules = [projection.module for projection in projections]
         for calls, dense, pruned in zip(column.calls, column.dense, column.pruned, strict=True):
-            with placed(self.gated.model, self.values), inputs_of(modules) as entering:
-                missing = (dense.float() - self.gated.run_block(calls[block], pruned).float()).flatten(0, -2)
-                parts = [writer.features(entering[writer.module]) for writer in writers]
-            ones = [missing.new_full((len(missing), 1), writer.scale) for writer in writers if _fits_bias(writer)]
+            with placed(self.skippable.model, self.values), inputs_of(modules) as entering:
+                missing = (dense.float() - self.skippable.run_block(calls[block], pruned).float()).flatten(0, -2)
+                parts = [projection.features(entering[projection.module]) for projection in projections]
+            ones = [
+                missing.new_full((len(missing), 1), projection.scale)
+                for projection in projections
+                if _has_fitted_bias(projection)
+            ]
             weights = 1 / dense.float().square().mean(-1).flatten().clamp_min(1e-12)
             yield torch.cat([*parts, *ones[:1]], dim=1), missing, weights
 
-    def _rows_of_norm(self, column: _Column, norm: Writer) -> Iterator[_Rows]:
+    def _rows_of_norm(self, column: _Column, norm: ResidualProjection) -> Iterator[_Rows]:
         """The same at the final norm, behind which every channel counts as it is."""
         for dense, pruned in zip(column.dense, column.pruned, strict=True):
             wanted, found = (norm.module(states).float().flatten(0, -2) for states in (dense, pruned))
             yield norm.features(pruned), wanted - found, torch.ones(len(found), device=found.device)
 
-    def _folded(self, writers: Sequence[Writer], fitted: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _new_values(self, projections: Sequence[ResidualProjection], fitted: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Divide what was fitted among the writers' weights, and the constant, which the first bias takes."""
         start = 0
-        for writer in writers:
-            weight = writer.module.get_parameter("weight")
-            size = weight.shape[{"matrix": 1, "transposed": 0, "gain": 0}[writer.kind]]
+        for projection in projections:
+            weight = projection.module.get_parameter("weight")
+            size = weight.shape[{"matrix": 1, "transposed": 0, "gain": 0}[projection.kind]]
             part = fitted[start : start + size]
             start += size
-            yield self._changed(weight, part.T if writer.kind == "matrix" else part)
-        with_bias = [writer for writer in writers if _fits_bias(writer)]
+            yield self._changed(weight, part.T if projection.kind == "matrix" else part)
+        with_bias = [projection for projection in projections if _has_fitted_bias(projection)]
         if with_bias:
             yield self._changed(with_bias[0].module.get_parameter("bias"), fitted[start])
 
@@ -233,12 +251,12 @@ class _Climb:
         return name, (self.values.get(name, parameter).double() + change).to(parameter.dtype)
 
 
-def _sums(rows: Iterator[_Rows], writers: Sequence[Writer]) -> Gains | Ridge:
-    sums = Gains() if writers[0].kind == "gain" else Ridge()
+def _sums(rows: Iterator[_Rows], projections: Sequence[ResidualProjection]) -> Gains | Ridge:
+    sums = Gains() if projections[0].kind == "gain" else Ridge()
     for features, targets, weights in rows:
         sums.add(features, targets, weights)
     return sums
 
 
-def _fits_bias(writer: Writer) -> bool:
-    return writer.kind != "gain" and writer.has_bias
+def _has_fitted_bias(projection: ResidualProjection) -> bool:
+    return projection.kind != "gain" and projection.has_bias

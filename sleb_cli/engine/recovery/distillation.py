@@ -60,7 +60,7 @@ def distill(
         (divergence / count).backward()
         total += float(divergence.detach())
     assert gathered.grad is not None
-    student.gated.backward(states, gathered.grad)
+    student.skippable.backward(states, gathered.grad)
     return total / count
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.process_group import Team
+from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import Event, HealChecked, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_plugins import DataError, UsageError
@@ -43,7 +43,7 @@ MOST_TIME_FOR_SAVES = 0.05
 
 
 @dataclass(frozen=True)
-class Budget:
+class HealBudget:
     """When to stop: after minutes, or after tokens."""
 
     minutes: float | None
@@ -66,7 +66,7 @@ class Budget:
         return float(tokens) if self.tokens is not None else seconds
 
 
-def choose_budget(minutes: float | None, tokens: int | None) -> Budget:
+def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
     """Fill in the budget where nothing was said.
 
     Raises:
@@ -78,7 +78,7 @@ def choose_budget(minutes: float | None, tokens: int | None) -> Budget:
         raise UsageError(f"--heal-minutes {minutes:g} is no budget.", hint="Take more than 0.")
     if tokens is not None and tokens < 1:
         raise UsageError(f"--heal-tokens {tokens} is no budget.", hint="Take 1 or more.")
-    return Budget(DEFAULT_MINUTES if minutes is None and tokens is None else minutes, tokens)
+    return HealBudget(DEFAULT_MINUTES if minutes is None and tokens is None else minutes, tokens)
 
 
 @dataclass
@@ -141,27 +141,34 @@ class Healed:
 
 
 def heal(
-    case: Case, budget: Budget, team: Team, saved: Saved | None, save: Callable[[Saved], None], notify: Notify
+    case: Case,
+    budget: HealBudget,
+    group: ProcessGroup,
+    saved: Saved | None,
+    save: Callable[[Saved], None],
+    notify: Notify,
 ) -> Healed:
     """Distill until the budget is used or held-out text gains no more, and give the point that was best on it.
 
     Args:
         case: what is healed.
         budget: for how long.
-        team: the processes that do it together.
+        group: the processes that do it together.
         saved: where an interrupted healing stood.
         save: keeps on disk where it stands; called about every minute by the main process.
         notify: is told of the progress.
     """
-    return _Healing(case, budget, team, save, notify).run(saved)
+    return _Healing(case, budget, group, save, notify).run(saved)
 
 
 class _Healing:
-    def __init__(self, case: Case, budget: Budget, team: Team, save: Callable[[Saved], None], notify: Notify) -> None:
-        self.case, self.budget, self.team, self.save, self.notify = case, budget, team, save, notify
+    def __init__(
+        self, case: Case, budget: HealBudget, group: ProcessGroup, save: Callable[[Saved], None], notify: Notify
+    ) -> None:
+        self.case, self.budget, self.group, self.save, self.notify = case, budget, group, save, notify
         for weight in case.weights.values():
             # Each process fitted its own, and rounding may differ between them.
-            weight.data.copy_(team.of_main(weight.data))
+            weight.data.copy_(group.broadcast(weight.data))
         self.trained = LowRank(list(case.weights.values()))
         self.progress = Progress()
         self.best = self.trained.values.detach().clone()
@@ -192,15 +199,15 @@ class _Healing:
 
     def _share(self) -> float:
         """Say how much of the budget is used; all processes hear the same."""
-        self.progress.seconds = self.team.agreed(time.monotonic() - self._began)
+        self.progress.seconds = self.group.broadcast_number(time.monotonic() - self._began)
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
     def _step(self, ids: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
         start = (self.case.first, entering) if self.case.first else None
         self.loss = distill(self.case.teacher, self.case.student, ids, wanted, start)
-        gradient = self.team.mean(self.trained.take_gradient())
+        gradient = self.group.mean(self.trained.take_gradient())
         # What counts is the middle of the step.
-        tokens = ids.numel() * self.team.size
+        tokens = ids.numel() * self.group.size
         ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
         self.trained.step(gradient, learning_rate(self.case.rate, share + ahead, self.progress.steps))
         self.progress.steps += 1
@@ -210,7 +217,7 @@ class _Healing:
     def _check(self) -> None:
         """Look at held-out text, and keep the point if it is the best so far."""
         watched = self.case.held_out[: max(1, WATCHED_TOKENS // self.case.held_out.shape[1])]
-        found = self.team.agreed(losses(self.case.student, self.case.teacher, watched)[1])
+        found = self.group.broadcast_number(losses(self.case.student, self.case.teacher, watched)[1])
         best = self.progress.best_divergence
         if best is None or found < best:
             self.best = self.trained.values.detach().clone()
@@ -227,8 +234,8 @@ class _Healing:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Give sequences and the teacher's states on them, without end, from where the progress stands."""
         while True:
-            number = self.progress.portion * self.team.size + self.team.rank
-            rows = without(self.case.write(number, self._heartbeat), self.case.held_out).to(self.team.device)
+            number = self.progress.portion * self.group.size + self.group.rank
+            rows = without(self.case.write(number, self._heartbeat), self.case.held_out).to(self.group.device)
             order: list[int] = []
             for turn in range(PASSES):
                 shuffle = random.Random(f"{self.case.seed}/{number}/{turn}")
@@ -256,7 +263,7 @@ class _Healing:
         began = time.monotonic()
         if began - self._saved_at < max(SECONDS_BETWEEN_SAVES, self._save_took / MOST_TIME_FOR_SAVES):
             return
-        if self.team.rank == 0:
+        if self.group.rank == 0:
             state = {f"trained.{name}": tensor for name, tensor in self.trained.state().items()}
             self.save(Saved({"progress": asdict(self.progress)}, state | {"best": self.best}))
         self._saved_at = time.monotonic()
@@ -266,7 +273,7 @@ class _Healing:
         self.progress = Progress(**saved.data["progress"])
         marked = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("trained.")}
         self.trained.restore({name.removeprefix("trained."): tensor for name, tensor in marked.items()})
-        self.best = saved.tensors["best"].to(self.team.device)
+        self.best = saved.tensors["best"].to(self.group.device)
 
 
 class _Taught:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sleb_cli.processes import process_count
 
 
-class Team:
+class ProcessGroup:
     """What processes say to each other. All must call the same methods in the same order."""
 
     def __init__(self, device: torch.device) -> None:
@@ -25,15 +25,15 @@ class Team:
         """Give the mean of what all processes have."""
         return self._accelerator.reduce(tensor, reduction="mean") if self._accelerator else tensor
 
-    def of_main(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """Give what the main process has."""
         return broadcast(tensor) if self._accelerator else tensor
 
-    def agreed(self, number: float) -> float:
+    def broadcast_number(self, number: float) -> float:
         """Give a number of the main process: what decides must not differ between processes."""
         if not self._accelerator:
             return number
-        return float(self.of_main(torch.tensor(number, dtype=torch.float64, device=self.device)))
+        return float(self.broadcast(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
     def leave(self) -> None:
         """End the team: wait for all, and let go of what held them together."""

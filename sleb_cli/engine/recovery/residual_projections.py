@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from sleb_cli.engine.forward.skipping import Call, GatedModel
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
 
 EXACT = 0.02
 """How much may be otherwise than a constant times what was added, as a share of it: rounding of bfloat16."""
@@ -28,7 +28,7 @@ ADDED = 0.25
 
 
 @dataclass(frozen=True)
-class Writer:
+class ResidualProjection:
     """A module whose output is added to the hidden states.
 
     Attributes:
@@ -80,36 +80,36 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
             handle.remove()
 
 
-def find_writers(gated: GatedModel, call: Call, hidden: Tensor) -> list[list[Writer]]:
+def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[list[ResidualProjection]]:
     """Give the block's writers on these hidden states, [batch, positions, hidden size], in the order to fit them.
 
     Those that are fitted together make one list. First come matrices to whose output the rest of the block answers
     (attention's, to which the MLP does), as though it did not; then, together, those that are exact (attention and MLP
     in parallel are two), which makes up for it. Where no matrix is exact, a gain is, or nothing.
     """
-    found = list(_tried(gated, call, hidden))
-    near = [[writer] for writer in found if not writer.exact and writer.kind != "gain"]
-    exact = [writer for writer in found if writer.exact and writer.kind != "gain"]
-    gains = [writer for writer in found if writer.exact and writer.kind == "gain"][-1:]
+    found = list(_tried(skippable, call, hidden))
+    near = [[projection] for projection in found if not projection.exact and projection.kind != "gain"]
+    exact = [projection for projection in found if projection.exact and projection.kind != "gain"]
+    gains = [projection for projection in found if projection.exact and projection.kind == "gain"][-1:]
     return [*near, *([exact or gains] if exact or gains else [])]
 
 
-def final_norm(gated: GatedModel, hidden: Tensor, ids: Tensor) -> Writer | None:
+def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
     """Give the norm that takes what leaves the last block, [batch, positions, hidden size], where there is one."""
     norms = [
-        (name, module) for name, module in gated.model.named_modules() if _kind(module, hidden.shape[-1]) == "gain"
+        (name, module) for name, module in skippable.model.named_modules() if _kind(module, hidden.shape[-1]) == "gain"
     ]
     with inputs_of([module for _, module in norms]) as entering:
-        gated.head(hidden, ids)
+        skippable.head(hidden, ids)
     for name, module in norms:
         if module in entering and torch.equal(entering[module], hidden):
-            return Writer(name, module, "gain", 1.0, exact=True)
+            return ResidualProjection(name, module, "gain", 1.0, exact=True)
     return None
 
 
-def _tried(gated: GatedModel, call: Call, hidden: Tensor) -> Iterator[Writer]:
-    block = gated.gates[call.block].block
-    plain = gated.run_block(call, hidden).float()
+def _tried(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterator[ResidualProjection]:
+    block = skippable.switches[call.block].block
+    plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * ADDED
     for name, module in block.named_modules():
@@ -125,7 +125,7 @@ def _tried(gated: GatedModel, call: Call, hidden: Tensor) -> Iterator[Writer]:
 
         handle = module.register_forward_hook(add)
         try:
-            change = gated.run_block(call, hidden).float() - plain
+            change = skippable.run_block(call, hidden).float() - plain
         finally:
             handle.remove()
         if fitting != [True]:
@@ -133,7 +133,7 @@ def _tried(gated: GatedModel, call: Call, hidden: Tensor) -> Iterator[Writer]:
         scale = float((change * noise).sum() / noise.square().sum())
         error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))
         if error <= NEAR:
-            yield Writer(name, module, kind, scale, exact=error <= EXACT)
+            yield ResidualProjection(name, module, kind, scale, exact=error <= EXACT)
 
 
 def _kind(module: nn.Module, width: int) -> Literal["matrix", "transposed", "gain"] | None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_bytes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
-from sleb_cli.engine.recovery.heal import Budget, Case, choose_budget, heal
+from sleb_cli.engine.recovery.heal import Case, HealBudget, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
-from sleb_cli.engine.recovery.process_group import Team
+from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -31,7 +31,7 @@ from sleb_cli.engine.text.calibration import (
     CalibrationSettings,
     calibrate,
     draw,
-    settle_calibration,
+    resolve_calibration,
 )
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.events import Notify, TaskFinished, TaskStarted
@@ -130,22 +130,22 @@ class _Recovery:
         self.subject, self.request, self.state, self.notify = subject, request, state, notify
         self.architecture, self.surgery = subject.architecture, subject.surgery
         self.budget = choose_budget(request.heal.minutes, request.heal.tokens) if request.heal else None
-        self.settings = _settle(request, subject)
+        self.settings = _resolve_settings(request, subject)
         _require_plain(self.architecture)
-        self.team = Team(choose_device(request.device))
-        self.dtype = cast or choose_dtype("auto", self.architecture.config.dtype, self.team.device)
-        _require_memory(self.surgery, self.dtype, self.team.device, heals=request.heal is not None)
+        self.group = ProcessGroup(choose_device(request.device))
+        self.dtype = cast or choose_dtype("auto", self.architecture.config.dtype, self.group.device)
+        _require_memory(self.surgery, self.dtype, self.group.device, heals=request.heal is not None)
 
     def run(self) -> Recovered:
         saved = self.state.read(self.identity) if self.request.heal and self.request.heal.resume else None
         self.tokenizer = load_tokenizer(self.architecture.source)
-        model = load_dense(self.architecture, self.dtype, self.team.device, self.notify)
-        with GatedModel(model, self.architecture.blocks_of(model)) as gated:
-            start = _begun(saved) if saved else self._closed_form(gated)
+        model = load_dense(self.architecture, self.dtype, self.group.device, self.notify)
+        with SkippableModel(model, self.architecture.blocks_of(model)) as skippable:
+            start = _begun(saved) if saved else self._closed_form(skippable)
             values, record = start.values, start.record
             if self.budget:
-                values, record = self._heal(gated, self.budget, start, saved)
-        self.team.leave()
+                values, record = self._heal(skippable, self.budget, start, saved)
+        self.group.leave()
         return Recovered(values, file_tensors(model, self.surgery, values), record)
 
     @property
@@ -163,36 +163,36 @@ class _Recovery:
             "heal_minutes": budget.minutes if budget else None,
             "heal_tokens": budget.tokens if budget else None,
             "dtype": dtype_name(self.dtype),
-            "processes": self.team.size,
+            "processes": self.group.size,
         }
 
-    def _text(self, gated: GatedModel, settings: CalibrationSettings, notify: Notify) -> Calibration:
-        gated.switch_off(())
-        return calibrate(settings, self.tokenizer, lambda: gated.model, notify)
+    def _text(self, skippable: SkippableModel, settings: CalibrationSettings, notify: Notify) -> Calibration:
+        skippable.switch_off(())
+        return calibrate(settings, self.tokenizer, lambda: skippable.model, notify)
 
-    def _closed_form(self, gated: GatedModel) -> _Start:
+    def _closed_form(self, skippable: SkippableModel) -> _Start:
         """Draw the text, measure what the removal cost, and fit in closed form where that was asked for."""
-        calibration = self._text(gated, self.settings, self.notify)
+        calibration = self._text(skippable, self.settings, self.notify)
         fit, held_out = _split(calibration.sequences)
-        removed, dense = self.surgery.removed, Variant(gated)
+        removed, dense = self.surgery.removed, Variant(skippable)
         record = RecoveryRecord(
             text=calibration.record,
             held_out=len(held_out),
             dense=self._measured("dense", dense, dense, held_out),
-            pruned=self._measured("pruned", Variant(gated, removed), dense, held_out),
+            pruned=self._measured("pruned", Variant(skippable, removed), dense, held_out),
         )
         values: dict[str, Tensor] = {}
         if self.request.closed_form:
-            values, how = recover_in_closed_form(gated, removed, fit, held_out, self.notify)
-            after = self._measured("recovered", Variant(gated, removed, values), dense, held_out)
+            values, how = recover_in_closed_form(skippable, removed, fit, held_out, self.notify)
+            after = self._measured("recovered", Variant(skippable, removed, values), dense, held_out)
             record = record.model_copy(update={"closed_form": how, "closed_form_losses": after})
         return _Start(held_out, values, record)
 
     def _heal(
-        self, gated: GatedModel, budget: Budget, start: _Start, saved: Saved | None
+        self, skippable: SkippableModel, budget: HealBudget, start: _Start, saved: Saved | None
     ) -> tuple[dict[str, Tensor], RecoveryRecord]:
         """Distill from where the closed form ended."""
-        model = load_pruned(self.surgery, self.dtype, self.team.device, self.notify)
+        model = load_pruned(self.surgery, self.dtype, self.group.device, self.notify)
         parameters = block_parameters(self.surgery, model)
         weights = {name: parameter for name, parameter in parameters.items() if rank_of(parameter.shape)}
         _place(model, parameters, start.values)
@@ -203,27 +203,27 @@ class _Recovery:
             record = {"record": start.record.model_dump_json()}
             self.state.write(self.identity, Saved(now.data | record, now.tensors | beginning))
 
-        with GatedModel(model, self.architecture.blocks_of(model)) as student:
-            teacher, pupil = Variant(gated), Variant(student)
-            if not can_share(teacher, pupil, first, start.held_out[:1].to(self.team.device)):
+        with SkippableModel(model, self.architecture.blocks_of(model)) as student:
+            teacher, pupil = Variant(skippable), Variant(student)
+            if not can_share(teacher, pupil, first, start.held_out[:1].to(self.group.device)):
                 first = 0
             case = Case(
                 teacher=teacher,
                 student=pupil,
                 first=first,
                 weights={name: weights[name] for name in self._names_from(first, weights)},
-                write=lambda number, notify: self._text(gated, self._portion(budget, number), notify).sequences,
+                write=lambda number, notify: self._text(skippable, self._portion(budget, number), notify).sequences,
                 held_out=start.held_out,
                 seed=self.settings.seed,
                 width=self.architecture.text_config.hidden_size,
             )
-            healed = heal(case, budget, self.team, saved, save, self.notify)
+            healed = heal(case, budget, self.group, saved, save, self.notify)
         values, progress = start.values | healed.values, healed.progress
         record = HealRecord(
             minutes=budget.minutes,
             token_budget=budget.tokens,
             sequence_length=self.settings.sequence_length,
-            batch_size=case.batch * self.team.size,
+            batch_size=case.batch * self.group.size,
             learning_rate=case.rate,
             rank=RANK,
             tokens=progress.tokens,
@@ -232,7 +232,7 @@ class _Recovery:
             seconds=progress.seconds,
             stopped=healed.stopped,
             losses=self._measured(
-                "healed", Variant(gated, self.surgery.removed, values), Variant(gated), start.held_out
+                "healed", Variant(skippable, self.surgery.removed, values), Variant(skippable), start.held_out
             ),
         )
         return values, start.record.model_copy(update={"heal": record})
@@ -251,7 +251,7 @@ class _Recovery:
         below = {name for block in range(first) for name in self._names_of(block, names)}
         return [name for name in names if name not in below]
 
-    def _portion(self, budget: Budget, number: int) -> CalibrationSettings:
+    def _portion(self, budget: HealBudget, number: int) -> CalibrationSettings:
         """Give the settings of one portion of the text to heal on: other sequences than those that are held out."""
         settings = self.settings
         wanted = -(-budget.portion_tokens // settings.sequence_length)
@@ -339,13 +339,13 @@ def _require_memory(surgery: Surgery, dtype: torch.dtype, device: torch.device, 
         )
 
 
-def _settle(request: RecoveryRequest, subject: Subject) -> CalibrationSettings:
+def _resolve_settings(request: RecoveryRequest, subject: Subject) -> CalibrationSettings:
     """Fill in what the user left open, with more text than a search needs: weights are fitted to it."""
     asked, architecture = request.calibration, subject.architecture
     usual = HEAL_LENGTH if request.heal else DEFAULT_LENGTH
     length = asked.sequence_length or min(usual, architecture.longest_sequence or usual)
     source = asked.source or (_usual_source(subject.plan) if request.closed_form else SELF)
-    settings = settle_calibration(replace(asked, source=source, sequence_length=length), architecture)
+    settings = resolve_calibration(replace(asked, source=source, sequence_length=length), architecture)
     if settings.samples_were_asked or settings.source in REFERENCE_PRESETS:
         return settings
     tokens = DEFAULT_OWN_TOKENS if settings.source == SELF else DEFAULT_TOKENS

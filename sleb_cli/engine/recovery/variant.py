@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.logits import WIDENED_BYTES
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 
 # Positions whose logits exist at once, over all sequences of a batch.
 POSITIONS = 256
@@ -22,12 +22,12 @@ class Variant:
     """A gated model without some of its blocks and with other values for some of its parameters.
 
     Attributes:
-        gated: the model, as an entered context.
+        skippable: the model, as an entered context.
         removed: the blocks that are off.
         parameters: new values by the model's own parameter names.
     """
 
-    gated: GatedModel
+    skippable: SkippableModel
     removed: Collection[int] = ()
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class Variant:
 
     def two_depths(self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Give the hidden states that enter `block`, which must be on, and those that leave the last one."""
-        last = max(index for index in range(len(self.gated.gates)) if index not in self.removed)
+        last = max(index for index in range(len(self.skippable.switches)) if index not in self.removed)
         found: dict[str, Tensor] = {}
 
         def listen(index: int, entering: Tensor, leaving: Tensor) -> None:
@@ -49,14 +49,14 @@ class Variant:
             if index == last:
                 found["final"] = leaving
 
-        with placed(self.gated.model, self.parameters):
-            self.gated.watch(ids, self.removed, listen, start)
+        with placed(self.skippable.model, self.parameters):
+            self.skippable.watch(ids, self.removed, listen, start)
         return found.get("entering", found["final"]), found["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:
         """Give the logits of a stretch of final states, and of their tokens."""
-        with placed(self.gated.model, self.parameters):
-            return self.gated.head(states, ids)
+        with placed(self.skippable.model, self.parameters):
+            return self.skippable.head(states, ids)
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, 
     Both are means over the predicted tokens, in nats.
     """
     loss = divergence = 0.0
-    for sequence in sequences.to(dense.gated.model.device):
+    for sequence in sequences.to(dense.skippable.model.device):
         ids = sequence[None]
         states, dense_states = variant.final_states(ids), dense.final_states(ids)
         for part in stretches(ids):

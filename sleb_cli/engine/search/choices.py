@@ -19,7 +19,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Swap:
     """Blocks that came back into the model for others that went, and what the whole scored before and after."""
 
     restored: tuple[int, ...]
@@ -34,7 +34,7 @@ class Choice:
 
     removals: tuple[int, ...]
     outcome: Outcome
-    exchanges: tuple[Exchange, ...] = ()
+    swaps: tuple[Swap, ...] = ()
 
     @property
     def block(self) -> int:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from sleb_cli import __version__
 from sleb_cli.engine.search.journal import Journal, journal_of
-from sleb_cli.engine.search.resolve import SearchRequest, settle
-from sleb_cli.engine.search.run import Shared, carry_out
+from sleb_cli.engine.search.resolve import SearchRequest, resolve_search
+from sleb_cli.engine.search.run import Shared, run_search
 from sleb_cli.engine.search.strategies import STRATEGIES, strategy_name
 from sleb_cli.events import Event, Notice, Notify
 from sleb_cli.plan import Plan, StrategyName
@@ -49,14 +49,14 @@ def compare_removals(
     """
     once = _Once(notify)
     entries = parse_entries(request, compared)
-    settled = [settle(_request_for(request, entry, registry), registry, once) for entry in entries]
+    resolved = [resolve_search(_request_for(request, entry, registry), registry, once) for entry in entries]
     shared, found = Shared(), list[tuple[Entry, Plan, float]]()
-    _, model, _ = shared.load(settled[0], notify)
+    _, model, _ = shared.load(resolved[0], notify)
     model()  # not in the first search's time
-    for number, (entry, search) in enumerate(zip(entries, settled, strict=True), start=1):
+    for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):
         notify(Notice(f"{number} of {len(entries)}: {entry}"))
         started = time.monotonic()
-        plan = carry_out(search, shared, registry, once)
+        plan = run_search(search, shared, registry, once)
         found.append((entry, plan, time.monotonic() - started))
     best_entry, best, _ = min(found, key=lambda each: _standing(each[1]))
     result = CompareResult(

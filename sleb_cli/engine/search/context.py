@@ -34,7 +34,7 @@ LEAST_SPEEDUP = 1.01
 
 
 @dataclass(frozen=True)
-class Aim:
+class SearchContext:
     """What a target is settled for: the model, as it is searched."""
 
     architecture: Architecture

@@ -59,22 +59,29 @@ class HeldOut:
     def compare(self, removed: Sequence[int], perplexity: Callable[[float], float]) -> HeldOutRecord:
         """Measure the model without the removed blocks, and say whether its losses part."""
         losses = self.held_out(removed)
-        excess, error, parted = compare_growth(
+        generalization_gap, error, overfits = compare_growth(
             _growth(self.searched(()), self.searched(removed)), _growth(self.held_out(()), losses), ERROR / self.steps
         )
         loss = statistics.fmean(losses)
-        return HeldOutRecord(loss=loss, perplexity=perplexity(loss), excess=excess, error=error, parted=parted)
+        return HeldOutRecord(
+            loss=loss,
+            perplexity=perplexity(loss),
+            generalization_gap=generalization_gap,
+            standard_error=error,
+            overfits=overfits,
+        )
 
 
-def parting(steps: Sequence[Step]) -> str | None:
+def overfitting_note(steps: Sequence[Step]) -> str | None:
     """Say where the losses part first, if they do."""
     for number, step in enumerate(steps, start=1):
         found = step.held_out
-        if found is not None and found.parted:
+        if found is not None and found.overfits:
             return (
                 f"From step {number} on, the search fits its own text: on the sequences that were held out, the loss "
-                f"has grown by {found.excess:.3f} nats per token more than on those searched, "
-                f"{found.excess / found.error:.1f} standard errors. More or other calibration text may help."
+                f"has grown by {found.generalization_gap:.3f} nats per token more than on those searched, "
+                f"{found.generalization_gap / found.standard_error:.1f} standard errors. "
+                "More or other calibration text may help."
             )
     return None
 
@@ -95,10 +102,14 @@ def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: f
         held_out: the same of each that was not.
         tail: how often chance alone may count.
     """
-    excess = statistics.fmean(held_out) - statistics.fmean(searched)
+    generalization_gap = statistics.fmean(held_out) - statistics.fmean(searched)
     freedom = len(searched) + len(held_out) - 2
     if freedom < 1:
-        return excess, 0.0, False
+        return generalization_gap, 0.0, False
     squares = sum(sum((value - statistics.fmean(part)) ** 2 for value in part) for part in (searched, held_out))
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
-    return excess, error, freedom >= LEAST_FREEDOM and excess > student_quantile(tail, freedom) * error
+    return (
+        generalization_gap,
+        error,
+        freedom >= LEAST_FREEDOM and generalization_gap > student_quantile(tail, freedom) * error,
+    )

@@ -11,9 +11,9 @@ from sleb_cli.engine.device import choose_device, choose_dtype
 from sleb_cli.engine.forward.memory_budget import parse_bytes
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.search.context import Aim
-from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.context import SearchContext
+from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import (
     DEFAULT_BEAM_WIDTH,
@@ -29,7 +29,7 @@ from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
     CalibrationRequest,
     CalibrationSettings,
-    settle_calibration,
+    resolve_calibration,
 )
 from sleb_cli.events import (
     Notice,
@@ -79,7 +79,7 @@ class SearchRequest:
 
 
 @dataclass(frozen=True)
-class Settled:
+class ResolvedSearch:
     """A request after everything that can be checked without the weights was checked."""
 
     request: SearchRequest
@@ -88,7 +88,7 @@ class Settled:
     metric: Metric
     strategy_name: StrategyName
     calibration: CalibrationSettings
-    aim: Aim
+    context: SearchContext
     removable: Removable
     target: Target | None
     """How far it goes; None before it was timed how fast the model is."""
@@ -113,7 +113,7 @@ class Settled:
         return DEFAULT_BEAM_WIDTH if self.request.beam_width is None else self.request.beam_width
 
 
-def settle(request: SearchRequest, registry: Registry, notify: Notify) -> Settled:
+def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
     """Check everything that can be checked without reading the weights.
 
     Raises:
@@ -145,53 +145,53 @@ def settle(request: SearchRequest, registry: Registry, notify: Notify) -> Settle
         )
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     dtype = choose_dtype(request.dtype or "auto", architecture.config.dtype, device)
-    aim = Aim(architecture, protection, dtype, device, notify)
-    target = aim.target(request.target)
+    context = SearchContext(architecture, protection, dtype, device, notify)
+    target = context.target(request.target)
     removable = Removable(architecture, protection, notify)
-    settled = Settled(
+    resolved = ResolvedSearch(
         request=request,
         extended=extended,
         architecture=architecture,
         metric=metric,
         strategy_name=strategy,
-        calibration=settle_calibration(request.calibration, architecture),
-        aim=aim,
+        calibration=resolve_calibration(request.calibration, architecture),
+        context=context,
         removable=removable,
         target=target,
     )
-    settled = with_target(settled, target, notify) if target is not None else settled
-    removable.candidates(settled.gone)  # whether any can go is said before any work
+    resolved = with_target(resolved, target, notify) if target is not None else resolved
+    removable.candidates(resolved.gone)  # whether any can go is said before any work
     if strategy == "contiguous":
-        free_spans(removable.candidates, settled.remove or 1)
-    return settled
+        free_spans(removable.candidates, resolved.remove or 1)
+    return resolved
 
 
-def with_target(settled: Settled, target: Target, notify: Notify) -> Settled:
+def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> ResolvedSearch:
     """Say how many removals a target can take.
 
     Raises:
         UsageError: it is met already, cannot be met, or does not fit the strategy.
     """
-    if isinstance(target, SizeTarget) and target.counts_blocks and settled.gone and target.met(settled.gone):
+    if isinstance(target, SizeTarget) and target.counts_blocks and resolved.gone and target.met(resolved.gone):
         asked = len(target.sizes.blocks) - int(target.most)
         raise UsageError(
-            f"{settled.request.extend} has {len(settled.gone)} removals already, and {asked} are asked for.",
+            f"{resolved.request.extend} has {len(resolved.gone)} removals already, and {asked} are asked for.",
             hint="Ask for more; where fewer will do, `sleb apply --remove N` takes the first N.",
         )
-    candidates = settled.aim.protection.candidates(settled.architecture.block_count, ())
-    if settled.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.blocks_are_alike:
+    candidates = resolved.context.protection.candidates(resolved.architecture.block_count, ())
+    if resolved.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.blocks_are_alike:
         raise UsageError(
             f"--strategy refine exchanges blocks, which are not all of one size here: {option_of(target.name)} may be "
             f"missed.",
             hint="Take --strategy greedy, or --remove.",
         )
-    if settled.strategy_name == "contiguous" and isinstance(target, LossTarget):
+    if resolved.strategy_name == "contiguous" and isinstance(target, LossTarget):
         candidates = longest_run(candidates)
-    most = min(target.removals(candidates, settled.gone), settled.architecture.block_count - 1)
+    most = min(target.removals(candidates, resolved.gone), resolved.architecture.block_count - 1)
     if isinstance(target, LossTarget):
         within = f"The search goes on while the loss is within {target.most:.4f} nats per token of the dense model's"
         notify(Notice(f"{within}, for up to {most} removals."))
-    return replace(settled, target=target, remove=most)
+    return replace(resolved, target=target, remove=most)
 
 
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.logits import require_shape
 from sleb_cli.engine.forward.passes import Passes
-from sleb_cli.engine.forward.skipping import GatedModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.engine.search.choices import Outcome, Score, require_finite
 from sleb_cli.engine.search.journal import Journal
@@ -50,9 +50,9 @@ class Scoring:
     """Passes over sequences that are never searched on."""
 
     @property
-    def gated(self) -> GatedModel:
+    def skippable(self) -> SkippableModel:
         """The model."""
-        return self.passes.gated
+        return self.passes.skippable
 
     @property
     def sequences(self) -> int:
@@ -216,7 +216,7 @@ class Scoring:
         blocks = blocks_with_gradients(self.passes, removed, candidates) if metric.needs_gradients else candidates
         scores: dict[int, float] = {}
         for block in blocks:
-            scores[block] = _number(metric, metric.score_block(self.gated.gates[block].block, block))
+            scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
             self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
             self.notify(SearchAdvanced(self.sequences))
         return Outcome({block: scores[block] for block in candidates})
@@ -229,8 +229,8 @@ class Scoring:
         for block in candidates:
             found = self.journal.find(removed, block)
             if found is None:
-                self.gated.switch_off({*removed, block})
-                found = [_number(metric, metric.score_model(self.gated.model, self.tokenizer, sequences))]
+                self.skippable.switch_off({*removed, block})
+                found = [_number(metric, metric.score_model(self.skippable.model, self.tokenizer, sequences))]
                 self.journal.add(found, removed, block)
             scores[block] = found[0]
             self.notify(CandidateScored(len(removed) + 1, block, scores[block]))

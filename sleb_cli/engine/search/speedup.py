@@ -10,9 +10,9 @@ from typing import Any
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.measure.benchmark import time_in_turn
-from sleb_cli.engine.measure.workloads import BenchRequest, settle_workload
+from sleb_cli.engine.measure.workloads import BenchRequest, resolve_workload
 from sleb_cli.engine.model.sizes import Sizes
-from sleb_cli.engine.search.context import LEAST_SPEEDUP, Aim
+from sleb_cli.engine.search.context import LEAST_SPEEDUP, SearchContext
 from sleb_cli.engine.search.targets import (
     SizeTarget,
     TargetRequest,
@@ -29,25 +29,27 @@ from sleb_plugins import UnsupportedModelError, UsageError
 
 
 @dataclass(frozen=True)
-class Stopwatch:
+class SpeedupTimer:
     """Times pruned models beside the dense one in memory, as `bench` does."""
 
-    aim: Aim
+    context: SearchContext
     model: Callable[[], Any]
     request: TargetRequest
 
     @cached_property
     def workload(self) -> Workload:
         """What is timed: generation, where the user named nothing else."""
-        dense = Subject(Surgery(self.aim.architecture, ()), None)
+        dense = Subject(Surgery(self.context.architecture, ()), None)
         name = self.request.workload or "generation"
-        return settle_workload(name, BenchRequest((name,)), dense, self.aim.device, self.aim.notify)
+        return resolve_workload(name, BenchRequest((name,)), dense, self.context.device, self.context.notify)
 
     def share(self, removals: Sequence[int]) -> float:
         """Give the time that the model takes without these blocks, as a share of the dense model's."""
-        aim = self.aim
-        pruned = load_pruned(Surgery(aim.architecture, tuple(removals)), aim.dtype, aim.device, aim.notify)
-        seconds = time_in_turn(self.workload, {"dense": self.model(), "pruned": pruned}, aim.notify)
+        context = self.context
+        pruned = load_pruned(
+            Surgery(context.architecture, tuple(removals)), context.dtype, context.device, context.notify
+        )
+        seconds = time_in_turn(self.workload, {"dense": self.model(), "pruned": pruned}, context.notify)
         del pruned
         free_memory()
         return statistics.median(seconds["pruned"]) / statistics.median(seconds["dense"])
@@ -75,9 +77,9 @@ class Stopwatch:
         depths = sorted({max(1, len(gone) // 2), len(gone)})
         shares = [self.share(gone[:depth]) for depth in depths]
         slope = fit_slope(depths, shares)
-        blocks, workload = self.aim.architecture.block_count, self.workload.name
+        blocks, workload = self.context.architecture.block_count, self.workload.name
         found = ", ".join(f"{share:.0%} ({n} less)" for n, share in zip(depths, shares, strict=True))
-        self.aim.notify(
+        self.context.notify(
             Notice(f"Timed with fewer blocks, {workload} takes {found} of the dense model's time: {slope:.1%} a block.")
         )
         if slope <= 0:
@@ -93,7 +95,7 @@ class Stopwatch:
     def _some(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
         """Take two thirds of the blocks that may go, or as many as may go together, from the middle on."""
         gone: list[int] = []
-        while len(gone) < max(1, self.aim.free * 2 // 3):
+        while len(gone) < max(1, self.context.free * 2 // 3):
             try:
                 free = candidates(tuple(gone))
             except UnsupportedModelError:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.choices import Candidates, Choice, Exchange, Outcome, Score, best_of, require_finite
+from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, Swap, best_of, require_finite
 from sleb_cli.plan import StrategyName
 from sleb_cli.plugin_manager import suggestion
 from sleb_plugins import UnsupportedModelError, UsageError
@@ -45,7 +45,7 @@ class Problem:
     removed: tuple[int, ...] = ()
     score_spans: ScoreSpans | None = None
     width: int = DEFAULT_BEAM_WIDTH
-    exchanged: Callable[[Exchange], None] = lambda exchange: None
+    swapped: Callable[[Swap], None] = lambda swap: None
 
 
 def greedy(problem: Problem) -> Iterator[Choice]:
@@ -172,9 +172,9 @@ class _Refinement:
         if block is None or block in self.choice.removals or not outcome.scores[block] < self.choice.score:
             return
         new = tuple(b for b in (*stay, block) if b not in self.choice.removals)
-        exchange = Exchange(back, new, self.choice.score, outcome.scores[block])
-        self.choice = Choice((*stay, block), outcome, (*self.choice.exchanges, exchange))
-        self.problem.exchanged(exchange)
+        swap = Swap(back, new, self.choice.score, outcome.scores[block])
+        self.choice = Choice((*stay, block), outcome, (*self.choice.swaps, swap))
+        self.problem.swapped(swap)
 
 
 def _without(removals: tuple[int, ...], *blocks: int) -> tuple[int, ...]:
@@ -245,7 +245,7 @@ def _each_step(candidates: int, remove: int, width: int) -> list[int]:
     return [candidates - gone for gone in range(remove)]
 
 
-def _with_exchanges(candidates: int, remove: int, width: int) -> list[int]:
+def _with_swaps(candidates: int, remove: int, width: int) -> list[int]:
     """Two rounds of one for one, and one of two for two."""
     *steps, end = _each_step(candidates, remove, width)
     one = remove * (candidates - remove)
@@ -259,7 +259,7 @@ STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
         "oneshot": Strategy(oneshot, lambda candidates, remove, width: [candidates] + [0] * (remove - 1)),
         "contiguous": Strategy(contiguous, _each_step),
         "last": Strategy(last, lambda candidates, remove, width: [1] * remove),
-        "refine": Strategy(refine, _with_exchanges, races=True, needs_sets=True),
+        "refine": Strategy(refine, _with_swaps, races=True, needs_sets=True),
         "beam": Strategy(
             beam,
             lambda candidates, remove, width: [

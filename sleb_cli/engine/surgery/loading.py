@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import transformers_reads
+from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, TaskFinished, TaskStarted
 from sleb_plugins import ModelError
 
@@ -39,7 +39,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     if not has_tokenizer(source):
         raise ModelError(f"{source.id} has no tokenizer.", hint="Put the tokenizer's files into the model's folder.")
-    with transformers_reads(f"the tokenizer of {source.id}"):
+    with translate_transformers_errors(f"the tokenizer of {source.id}"):
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
 
 
@@ -58,7 +58,7 @@ def load_dense(architecture: Architecture, dtype: torch.dtype, device: torch.dev
     notify(TaskStarted(task))
     # Our own reader says plainly where a file is broken.
     architecture.source.weights.tensor_names()
-    with transformers_reads(f"the weights of {architecture.source.id}"):
+    with translate_transformers_errors(f"the weights of {architecture.source.id}"):
         model, info = architecture.auto_class.from_pretrained(
             architecture.source.folder,
             dtype=dtype,
@@ -81,7 +81,7 @@ def load_pruned(surgery: Surgery, dtype: torch.dtype, device: torch.device, noti
     notify(TaskStarted(task))
     pruned = surgery.names.prune(architecture.source.weights.tensors())
     tensors = {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
-    with transformers_reads(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
+    with translate_transformers_errors(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
         model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
             None,
             config=architecture.read_config(surgery.prune_config()),

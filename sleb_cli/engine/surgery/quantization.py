@@ -31,7 +31,7 @@ _DOT = r"(?:\\\.|\[\.\]|\.)"
 _NOTHING = "(?!)"
 
 Matches = Callable[[str], bool]
-Reading = Callable[[str], Matches]
+PatternSyntax = Callable[[str], Matches]
 """A way to read a pattern."""
 
 
@@ -93,14 +93,14 @@ class _Renaming:
             return self._rename_module(text)
         mark = next((mark for mark in _MARKS if text.startswith(mark)), "")
         pattern = text.removeprefix(mark)
-        readings = _readings(pattern, mark)
-        matched = {name for reading in readings for name in filter(reading(pattern), self._modules)}
+        syntaxes = _syntaxes(pattern, mark)
+        matched = {name for syntax in syntaxes for name in filter(syntax(pattern), self._modules)}
         if matched.isdisjoint(self._block_modules) and not self._says_the_path(pattern):
             return text
         for find_numbers in (self._after_the_path, _between_dots):
             renumbered, gone = self._renumber(pattern, find_numbers)
-            if all(self._same_modules(pattern, renumbered, reading) for reading in readings):
-                useless = gone and not any(self._any_module(renumbered, reading) for reading in readings)
+            if all(self._same_modules(pattern, renumbered, syntax) for syntax in syntaxes):
+                useless = gone and not any(self._any_module(renumbered, syntax) for syntax in syntaxes)
                 return None if useless else mark + renumbered
         raise UnsupportedModelError(
             f"The quantization settings name blocks by {text!r}, which cannot be renumbered exactly.",
@@ -170,12 +170,12 @@ class _Renaming:
             return None
         return None if len(named) == len(blocks) or not (named or part.isdigit()) else named
 
-    def _same_modules(self, before: str, after: str, reading: Reading) -> bool:
-        matches_before, matches_after = reading(before), reading(after)
+    def _same_modules(self, before: str, after: str, syntax: PatternSyntax) -> bool:
+        matches_before, matches_after = syntax(before), syntax(after)
         return all(matches_before(name) == matches_after(new) for name, new in self._kept)
 
-    def _any_module(self, pattern: str, reading: Reading) -> bool:
-        matches = reading(pattern)
+    def _any_module(self, pattern: str, syntax: PatternSyntax) -> bool:
+        matches = syntax(pattern)
         return any(matches(new) for _, new in self._kept)
 
 
@@ -185,7 +185,7 @@ def _between_dots(pattern: str) -> Iterator[int]:
         yield found.end()
 
 
-def _readings(pattern: str, mark: str) -> list[Reading]:
+def _syntaxes(pattern: str, mark: str) -> list[PatternSyntax]:
     """Give every way in which programs may read such a pattern: as a regex, or as a glob."""
     try:
         re.compile(pattern)

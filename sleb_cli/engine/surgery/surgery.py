@@ -12,16 +12,16 @@ from transformers import DynamicCache
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames
-from sleb_cli.engine.model.structure import anatomy, block_changes, frame_changes
+from sleb_cli.engine.model.structure import block_changes, outer_changes, structure_of
 from sleb_cli.engine.surgery.quantization import prune_quantization
-from sleb_cli.engine.third_party import verdict
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import (
+    KEY_PRUNERS,
+    KEY_REWRITERS,
     OBSTACLES,
-    PERIODS,
+    PERIOD_KEYS,
     PREDICTION_BLOCKS,
-    READINGS,
-    REWRITINGS,
     Kept,
     by_block,
     kept_blocks,
@@ -86,15 +86,15 @@ class Surgery:
         settings: dict[str, Any] = {}
         for key in dict.fromkeys((*written, *understood)):
             value = understood.get(key, written.get(key))
-            reading = adapter.config_keys.get(key) or READINGS.get(key)
-            if reading is None and means_blocks(key, value, kept.count):
-                reading = by_block
-            if reading is None or value is None or isinstance(value, bool):
+            pruner = adapter.config_keys.get(key) or KEY_PRUNERS.get(key)
+            if pruner is None and means_blocks(key, value, kept.count):
+                pruner = by_block
+            if pruner is None or value is None or isinstance(value, bool):
                 continue
-            pruned = reading(value, kept)
+            pruned = pruner(value, kept)
             if key in written or pruned != value or isinstance(value, list):
                 settings[key] = pruned
-        for key, rewrite in REWRITINGS.items():
+        for key, rewrite in KEY_REWRITERS.items():
             if key in understood and key not in adapter.config_keys:
                 settings |= rewrite({name: getattr(config, name, None) for name in (*understood, *written)}, kept)
         aliases = [alias for alias, name in config.attribute_map.items() if name == adapter.count_key]
@@ -128,16 +128,16 @@ class Surgery:
         if len(blocks) != len(kept.blocks):
             return f"with {before.adapter.count_key} {len(kept.blocks)} the model has {len(blocks)} blocks"
         for new, old in enumerate(kept.blocks):
-            changes = block_changes(before.block_anatomies[old], anatomy(blocks[new]), old, kept)
+            changes = block_changes(before.block_structures[old], structure_of(blocks[new]), old, kept)
             if changes:
                 return f"in block {old}, {changes[0]}{self._by_period()}"
-        if changes := frame_changes(before.frame_anatomy, before.frame_of(skeleton), kept):
+        if changes := outer_changes(before.outer_structure, before.outer_structure_of(skeleton), kept):
             return f"outside of the blocks, {changes[0]}"
         return None if _cache_fault(before.config) else _cache_fault(config)
 
     def _by_period(self) -> str:
         config = self.architecture.text_config
-        found = {key: getattr(config, key, None) for key in PERIODS}
+        found = {key: getattr(config, key, None) for key in PERIOD_KEYS}
         said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
         return f" (the config says it by period: {', '.join(said)})" if said else ""
 
@@ -145,7 +145,7 @@ class Surgery:
 def _cache_fault(config: Any) -> str | None:
     """Say what a KV cache for this config does not bear: most cannot be without any attention block."""
     try:
-        with verdict(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
+        with translate_errors(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
             DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
     except ModelError as error:
         return error.message

@@ -30,7 +30,7 @@ from sleb_cli.engine.text.windows import (
     require_windows,
     tokens_sha256,
 )
-from sleb_cli.engine.third_party import verdict
+from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
 from sleb_cli.plan import CalibrationRecord, Chat
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
@@ -85,17 +85,17 @@ class CalibrationSettings:
 class Calibration:
     """The calibration sequences, int64 [sequences, length], and how they came to be.
 
-    `counted` says which tokens count where they are predicted, bool of that shape; None for all.
+    `loss_mask` says which tokens count where they are predicted, bool of that shape; None for all.
     """
 
     sequences: Tensor
     record: CalibrationRecord
-    counted: Tensor | None = None
+    loss_mask: Tensor | None = None
 
     def part(self, rows: slice | list[int]) -> Calibration:
         """Give some of the sequences, in this order."""
-        counted = None if self.counted is None else self.counted[rows]
-        return replace(self, sequences=self.sequences[rows], counted=counted)
+        loss_mask = None if self.loss_mask is None else self.loss_mask[rows]
+        return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask)
 
     def shuffled(self) -> Calibration:
         """Give them in an order that the seed decides: candidates race over the sequences as they come."""
@@ -104,15 +104,15 @@ class Calibration:
 
     def to(self, device: torch.device) -> Calibration:
         """Move the tokens to a device."""
-        counted = None if self.counted is None else self.counted.to(device)
-        return replace(self, sequences=self.sequences.to(device), counted=counted)
+        loss_mask = None if self.loss_mask is None else self.loss_mask.to(device)
+        return replace(self, sequences=self.sequences.to(device), loss_mask=loss_mask)
 
 
 _Rows = tuple[Tensor, Tensor | None]
 """Sequences of one source, and which of their tokens count (None: all)."""
 
 
-def settle_calibration(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
+def resolve_calibration(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
     """Fill in what the user left open.
 
     Raises:
@@ -187,7 +187,7 @@ def calibrate(
             found.append(read[number])
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
-    masks = [counted for _, counted in found if counted is not None]
+    masks = [loss_mask for _, loss_mask in found if loss_mask is not None]
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -221,9 +221,9 @@ def _as_far_as_texts_go(settings: CalibrationSettings, found: Mapping[int, int],
     return settings
 
 
-def _drawn(sequences: Tensor, counted: Tensor | None, count: int, seed: int) -> _Rows:
+def _drawn(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: int) -> _Rows:
     rows = draw(len(sequences), count, seed)
-    return sequences[rows], counted[rows] if counted is not None else None
+    return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
 def _read_sequences(
@@ -232,11 +232,11 @@ def _read_sequences(
     """Cut the sequences out of a text: all of a reference preset, else as many as wanted, drawn by the seed."""
     length, seed = settings.sequence_length, settings.seed
     asked = samples if settings.samples_were_asked else None
-    counted = None
+    loss_mask = None
     if settings.chat is not None:
         conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
         answers = settings.chat == "answers"
-        windows, counted = cut_conversations(tokenizer, conversations, length, answers=answers, asked=asked)
+        windows, loss_mask = cut_conversations(tokenizer, conversations, length, answers=answers, asked=asked)
     elif source in REFERENCE_PRESETS:
         text = reference_calibration_text(source, rows=samples, seed=seed)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
@@ -246,7 +246,7 @@ def _read_sequences(
         require_windows(windows, text, tokenizer, length, asked)
     if len(windows) < samples and len(settings.parts) == 1:
         notify(Notice(f"{source} has text for {len(windows)} sequences of {length} tokens: all are used."))
-    return _drawn(windows, counted if settings.chat == "answers" else None, samples, seed)
+    return _drawn(windows, loss_mask if settings.chat == "answers" else None, samples, seed)
 
 
 def draw(found: int, count: int, seed: int) -> list[int]:
@@ -296,7 +296,7 @@ def write_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, *,
         for first in range(0, count, at_once):
             rows = min(at_once, count - first)
             prompt = torch.full((rows, 1), start, device=model.device)
-            with verdict(refused):
+            with translate_errors(refused):
                 ids = model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),

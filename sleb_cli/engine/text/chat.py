@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sleb_cli.engine.text.sources import Conversation, Conversations
 from sleb_cli.engine.text.windows import require_enough
-from sleb_cli.engine.third_party import verdict
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
 
 # How a template says itself what the model writes.
@@ -24,7 +24,7 @@ class Rendered:
     """A conversation as tokens, and which of them count where they are predicted."""
 
     ids: list[int]
-    counted: list[bool]
+    loss_mask: list[bool]
 
 
 def require_template(tokenizer: Any) -> None:
@@ -51,9 +51,9 @@ def cut_conversations(
     Raises:
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
-    writer = _Writer(tokenizer, text.source)
-    rendered = [writer.render(conversation, answers=answers) for conversation in text.content]
-    sequences = [pack for pack in _packs(rendered, length) if any(pack.counted[1:])]
+    renderer = _Renderer(tokenizer, text.source)
+    rendered = [renderer.render(conversation, answers=answers) for conversation in text.content]
+    sequences = [pack for pack in _packs(rendered, length) if any(pack.loss_mask[1:])]
     if not sequences:
         tokens = sum(len(conversation.ids) for conversation in rendered)
         raise DataError(
@@ -62,22 +62,22 @@ def cut_conversations(
             hint="Use more of them, or another --sequence-length.",
         )
     require_enough(len(sequences), text.source, length, asked)
-    return torch.tensor([pack.ids for pack in sequences]), torch.tensor([pack.counted for pack in sequences])
+    return torch.tensor([pack.ids for pack in sequences]), torch.tensor([pack.loss_mask for pack in sequences])
 
 
 def _packs(rendered: Iterable[Rendered], length: int) -> Iterator[Rendered]:
     """Fill sequences of exactly `length` tokens, each from the start of a conversation on."""
     ids: list[int] = []
-    counted: list[bool] = []
+    loss_mask: list[bool] = []
     for conversation in rendered:
-        ids, counted = ids + conversation.ids, counted + conversation.counted
+        ids, loss_mask = ids + conversation.ids, loss_mask + conversation.loss_mask
         if len(ids) >= length:
-            yield Rendered(ids[:length], counted[:length])
-            ids, counted = [], []
+            yield Rendered(ids[:length], loss_mask[:length])
+            ids, loss_mask = [], []
 
 
 @dataclass(frozen=True)
-class _Writer:
+class _Renderer:
     """Writes the conversations of a source with a tokenizer's chat template."""
 
     tokenizer: Any
@@ -127,7 +127,7 @@ class _Writer:
         Raises:
             DataError: it does not take the conversation.
         """
-        with verdict(self._refused):
+        with translate_errors(self._refused):
             return self.tokenizer.apply_chat_template(conversation, **options)
 
     def _refused(self, words: str) -> DataError:
