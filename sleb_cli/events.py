@@ -1,7 +1,9 @@
 """What the engine tells whoever listens. The listener may be a screen, a log, or a list in a test."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -132,3 +134,29 @@ Event = (
     | BlockRemoved
 )
 Notify = Callable[[Event], None]
+
+
+class Advance(Protocol):
+    """What `task` yields."""
+
+    def __call__(self, done: int = 1, note: str = "") -> None:
+        """Report that `done` more units of the task are finished; `note` says what was found."""
+
+
+@contextmanager
+def task(notify: Notify, name: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
+    """Report a stretch of work; the yielded function reports its progress.
+
+    If the body raises, the task is never reported as finished.
+    """
+    notify(TaskStarted(name, total, unit))
+
+    def advance(done: int = 1, note: str = "") -> None:
+        notify(TaskAdvanced(name, done, note))
+
+    yield advance
+    notify(TaskFinished(name))
+
+
+def ignore(event: Event) -> None:
+    """Listen to nothing."""
