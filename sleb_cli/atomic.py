@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 import errno
 import json
@@ -10,26 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.units import size
+from sleb_cli.units import format_bytes
 from sleb_plugins.errors import OutputError
 
 _REASONS = {
     errno.ENOSPC: ("the disk is full", "Free some space, or choose another place with -o."),
-    errno.EDQUOT: ("your disk quota is used up", "Free some space, or choose another place with -o."),
+    errno.EDQUOT: ("your disk quota is exhausted", "Free some space, or choose another place with -o."),
     errno.EFBIG: ("the file would be larger than this system allows", "Raise the limit (`ulimit -f`)."),
     errno.EROFS: ("the file system is read-only", "Choose another place with -o."),
     errno.EACCES: ("you may not write there", "Choose another place with -o."),
     errno.EPERM: ("you may not write there", "Choose another place with -o."),
     errno.ENOENT: ("its folder does not exist", "Create the folder first, or choose another place with -o."),
     errno.ENOTDIR: ("its parent is a file, not a folder", "Choose another place with -o."),
-    errno.EISDIR: ("it is a folder", "Give the name of a file."),
+    errno.EISDIR: ("it is a folder", "Name a file."),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter one with -o."),
 }
 
 
 @contextmanager
 def writing(path: Path, *, hint: str = "") -> Iterator[None]:
-    """Turn what a file system may refuse into an `OutputError` that names `path`; `hint` replaces the usual one."""
+    """Turn errors of the file system into an `OutputError` that names `path`; `hint` replaces the usual hint."""
     try:
         yield
     except OSError as error:
@@ -46,9 +46,9 @@ def require_new_file(path: Path, *, force: bool) -> None:
         OutputError: the file exists and `force` is not set, or nothing can be written there.
     """
     if path.is_dir():
-        raise OutputError(f"Cannot write {path}: it is a folder.", hint="Give the name of a file.")
+        raise OutputError(f"Cannot write {path}: it is a folder.", hint="Name a file.")
     if path.exists() and not force:
-        raise OutputError(f"{path} exists.", hint="Choose another name with -o, or overwrite it with --force.")
+        raise OutputError(f"{path} already exists.", hint="Choose another name with -o, or overwrite it with --force.")
     with writing(path), tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
         pass
 
@@ -63,7 +63,7 @@ def require_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"{size(needed)} are to be written, and the disk of {place} has {size(free)} free.",
+            f"{format_bytes(needed)} must be written, but the disk of {place} has only {format_bytes(free)} free.",
             hint="Free some space, or choose another place with -o.",
         )
 
@@ -76,9 +76,9 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a place of the same name in a hidden folder beside `path`; what is written there becomes `path` at the end.
+    """Yield a path of the same name in a hidden folder beside `path`; the file written there becomes `path` at the end.
 
-    The folder goes at the end, with whatever else is in it: nothing at all is left of what was not finished.
+    The hidden folder is always deleted, with anything else in it: an unfinished file leaves nothing behind.
     """
     target = path.absolute()
     with writing(path):
@@ -96,9 +96,9 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Give a folder beside `path` to fill; rename it to `path` at the end, or leave nothing at all.
+    """Yield a folder beside `path` to fill, and rename it to `path` at the end; on an error, delete it.
 
-    What stood at `path` before is kept until the new folder is whole, and only then replaced.
+    With `replace`, an existing folder at `path` is replaced only after the new one is complete.
     """
     path = path.absolute()
     with writing(path):
@@ -123,26 +123,8 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def to_json(value: Any) -> str:
-    """Write JSON as people read it: what holds only plain values stands on one line."""
-    return _json_lines(value, "") + "\n"
-
-
-def _json_lines(value: Any, indent: str) -> str:
-    if not isinstance(value, dict | list) or not value:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    parts = list(value.values()) if isinstance(value, dict) else value
-    if indent and not any(isinstance(part, dict | list) for part in parts) and _is_series(value):
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    inner = indent + "  "
-    names: list[str] = [f"{json.dumps(str(key))}: " for key in value] if isinstance(value, dict) else [""] * len(value)
-    lines = [inner + name + _json_lines(part, inner) for name, part in zip(names, parts, strict=True)]
-    brackets = "{}" if isinstance(value, dict) else "[]"
-    return f"{brackets[0]}\n" + ",\n".join(lines) + f"\n{indent}{brackets[1]}"
-
-
-def _is_series(value: Any) -> bool:
-    """Whether a container is a list, or a mapping from numbers, which reads best on one line."""
-    return isinstance(value, list) or all(str(key).isdigit() for key in value)
+    """Return JSON as sleb writes it: indented, in UTF-8, without NaN or infinity."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _umask() -> int:

@@ -1,11 +1,10 @@
-"""Find the installed plugins, keep the broken ones apart, and choose among what they offer."""
+"""Find the installed plugins, set broken ones aside, and choose among what the others offer."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -25,6 +24,7 @@ from sleb_plugins import (
     WeightMetric,
     hookspecs,
 )
+from sleb_plugins.errors import did_you_mean
 from sleb_plugins.metrics.weighted import Term, parse_terms, weighted_sum
 
 GROUP = "sleb"
@@ -40,7 +40,7 @@ _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
 
 @dataclass(frozen=True)
 class Plugin:
-    """An entry point of the group `sleb`, and the package that brings it."""
+    """An entry point of the group `sleb`, and the package it comes from."""
 
     name: str
     module: str
@@ -63,7 +63,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Failure:
-    """A plugin that could not be used, and why."""
+    """A plugin that could not be loaded, and why."""
 
     plugin: Plugin
     reason: str
@@ -71,18 +71,18 @@ class Failure:
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything on offer. A name that two plugins claim is refused when somebody asks for it."""
+    """Everything that plugins offer. A name that two plugins claim is refused when it is asked for."""
 
     offers: tuple[Offer, ...]
     failures: tuple[Failure, ...]
 
     def metric(self, text: str) -> Metric:
-        """Choose a metric by `NAME`, `NAME:ARGUMENT`, or a weighted sum of such: `nll+0.5*kl`.
+        """Return a metric by `NAME`, `NAME:ARGUMENT`, or a weighted sum of these: `nll+0.5*kl`.
 
         Raises:
-            UsageError: nobody offers it, it is called with another argument than it takes, or the sum makes no sense.
+            UsageError: no plugin offers it, its argument is missing or invalid, or the sum mixes kinds of metrics.
             PluginError: two plugins offer it.
-            DataError: what an argument names is not there.
+            DataError: its argument names something that does not exist.
         """
         return weighted_sum([(term.weight, self._metric(term)) for term in parse_terms(text)])
 
@@ -97,12 +97,17 @@ class Registry:
         return metric
 
     def exporter(self, name: str) -> Exporter | FileExporter:
-        """Choose an export format by name; raises as `metric` does."""
+        """Return an export format by name.
+
+        Raises:
+            UsageError: no plugin offers it.
+            PluginError: two plugins offer it.
+        """
         exporter: Exporter | FileExporter = self._choose("exporter", name).value
         return exporter
 
     def family(self, model_type: str) -> FamilyAdapter | None:
-        """Give the adapter that claims `model_type`, or None where nobody does.
+        """Return the adapter that claims `model_type`, or None.
 
         Raises:
             PluginError: two plugins claim it.
@@ -113,12 +118,12 @@ class Registry:
         return claims[0].value if claims else None
 
     def third_party(self) -> dict[str, str]:
-        """Give the version of every package besides sleb that offers something."""
+        """Return the version of each package other than sleb that offers something."""
         return {o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"}
 
     @cached_property
     def collisions(self) -> tuple[str, ...]:
-        """Say which names and model types are claimed twice, one sentence each."""
+        """One sentence for each name or model type that two plugins claim."""
         claims: dict[str, list[Offer]] = defaultdict(list)
         for offer in self.offers:
             claims[f"{offer.kind} {offer.name!r}"].append(offer)
@@ -136,26 +141,18 @@ class Registry:
         if found:
             return found[0]
         names = sorted({offer.name for offer in self._of(kind)})
-        raise UsageError(f"There is no {kind} {name!r}.", hint=suggestion(name, names))
-
-
-def suggestion(name: str, names: Sequence[str], otherwise: str | None = None) -> str:
-    """Say which of `names` was probably meant; else say `otherwise`, or list them all."""
-    close = get_close_matches(name, names, n=1)
-    if close:
-        return f"Did you mean {close[0]!r}?"
-    return otherwise or f"There are: {', '.join(names) or 'none'}."
+        raise UsageError(f"There is no {kind} {name!r}.", hint=did_you_mean(name, names))
 
 
 def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
-    """Load every installed plugin on its own, so that a broken one hurts only itself."""
+    """Load each installed plugin separately, so that a broken one affects no other."""
     offers: list[Offer] = []
     failures: list[Failure] = []
     for entry_point in entry_points(group=GROUP) if found is None else found:
         plugin = _plugin(entry_point)
         try:
             offers += _offers(plugin, entry_point.load)
-        except Exception as error:  # whatever a stranger's module raises on import is its own failure
+        except Exception as error:  # a plugin can raise anything on import
             failures.append(Failure(plugin, f"{type(error).__name__}: {error}"))
     return Registry(tuple(offers), tuple(failures))
 
@@ -167,7 +164,7 @@ def _plugin(entry_point: EntryPoint) -> Plugin:
 
 
 def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
-    # A manager for each plugin: pluggy checks the hooks of one, and no other can disturb that.
+    # One manager per plugin, so that a broken plugin cannot disturb the checks of another.
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     manager.register(load(), plugin.name)

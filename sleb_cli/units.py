@@ -1,8 +1,16 @@
-"""Quantities as people read them."""
+"""Quantities as people write and read them."""
+
+import math
+import re
+
+from sleb_plugins.errors import UsageError
+
+_COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_BYTES = re.compile(r"(\d*\.?\d+)\s*(?:([kmgtpe])(i?))?b?", re.ASCII)
 
 
-def count(number: float) -> str:
-    """Say a number of parameters: 134.5M, 1.19B."""
+def format_count(number: float) -> str:
+    """Return a number of parameters as text: 134.5M, 1.19B."""
     for unit in ("", "k", "M"):
         if number < 1000:
             return f"{number:.4g}{unit}"
@@ -10,10 +18,39 @@ def count(number: float) -> str:
     return f"{number:.3g}B" if number < 10 else f"{number:.4g}B"
 
 
-def size(count: float) -> str:
-    """Say a number of bytes, in powers of ten."""
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text, in powers of ten: 98.4 MB, 2.38 GB."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def parse_count(text: str, option: str) -> float:
+    """Read "1.2B", "600M" or "135000000".
+
+    Raises:
+        UsageError: `text`, the value of `option`, is no number above 0.
+    """
+    unit = text[-1:].lower()
+    try:
+        count = float(text[:-1] if unit in _COUNTS else text) * _COUNTS.get(unit, 1)
+    except ValueError:
+        count = math.nan
+    if not (0 < count < math.inf):
+        raise UsageError(f"{option} {text} is not a number of parameters.", hint="Write it like 1.2B or 600M.")
+    return count
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Read "5GB", "500 MB" (powers of ten), "8GiB", "8Gi" (powers of two) or a plain number of bytes.
+
+    Raises:
+        UsageError: `text`, the value of `option`, is no number of bytes above 0.
+    """
+    match = _BYTES.fullmatch(text.strip().lower())
+    count = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ")) if match else 0
+    if count < 1:
+        raise UsageError(f"{option} {text} is not a size.", hint="Write it like 8GiB or 500MB.")
+    return count

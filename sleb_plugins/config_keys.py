@@ -1,6 +1,6 @@
-"""How configs speak of single blocks, as data: what each key means, and what it says of the blocks that stay.
+"""How config keys describe single blocks, as data.
 
-A *reading* takes a key's value and the kept blocks, and gives the value that the pruned model's config needs.
+A `KeyPruner` takes a key's value and the kept blocks, and returns the value for the pruned model's config.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from sleb_plugins.errors import UsageError
 
 @dataclass(frozen=True)
 class Kept:
-    """The blocks that stay, by their numbers in the original, in order; and how many the original has."""
+    """The kept blocks, in order, by their numbers in the original, and the `count` of blocks in the original."""
 
     blocks: tuple[int, ...]
     count: int
 
     def below(self, block: int) -> int:
-        """Say how many of the first `block` blocks stay."""
+        """Return how many of the first `block` blocks are kept."""
         return sum(kept < block for kept in self.blocks)
 
 
 def kept_blocks(count: int, removals: Sequence[int]) -> Kept:
-    """Give the blocks that stay of a model of `count`."""
+    """Return the kept blocks of a model of `count` blocks."""
     return Kept(tuple(block for block in range(count) if block not in removals), count)
 
 
 def require_removable(removals: Sequence[int], count: int, model: str, *, further: str = "") -> None:
-    """Make sure that a model of `count` blocks can be without these; `further` goes on saying which blocks there are.
+    """Make sure that these blocks can be removed from a model of `count`; `further` is added to a message on its size.
 
     Raises:
-        UsageError: a block is named twice, does not exist, or none would remain.
+        UsageError: a block is named twice or does not exist, or no block would remain.
     """
     repeated = [block for block in removals if removals.count(block) > 1]
     if repeated:
@@ -45,30 +45,30 @@ def require_removable(removals: Sequence[int], count: int, model: str, *, furthe
             hint="Blocks are numbered from 0, as in the original model.",
         )
     if len(removals) == count:
-        raise UsageError(f"All {count} blocks would go.", hint="Keep at least one.")
+        raise UsageError(f"All {count} blocks would be removed.", hint="Keep at least one.")
 
 
 KeyPruner = Callable[[Any, Kept], Any]
 
 
 def by_block(values: Any, kept: Kept) -> Any:
-    """One value for each block: take those of the blocks that stay. What is no list of so many means something else."""
+    """Prune a list with one value per block. Values of another type or length are returned unchanged."""
     whole = isinstance(values, list | tuple) and len(values) == kept.count
     return [values[block] for block in kept.blocks] if whole else values
 
 
 def by_letter(text: Any, kept: Kept) -> Any:
-    """One letter for each block, as in Nemotron-H's "M-M*-"."""
+    """Prune a string with one letter per block, such as Nemotron-H's "M-M*-"."""
     return "".join(by_block(list(text), kept)) if isinstance(text, str) and len(text) == kept.count else text
 
 
 def block_numbers(numbers: Any, kept: Kept) -> list[int]:
-    """Numbers of blocks, from 0: leave out the removed ones, and renumber the others."""
+    """Renumber a list of block numbers, from 0, without the removed ones."""
     return [kept.blocks.index(number) for number in numbers if number in kept.blocks]
 
 
 def numbers_from_one(values: Any, kept: Kept) -> Any:
-    """A mapping whose lists number blocks from 1, among other settings (Kimi-Linear)."""
+    """Renumber the lists of block numbers, from 1, in a mapping that also holds other settings (Kimi-Linear)."""
     return {
         key: [number + 1 for number in block_numbers([block - 1 for block in value], kept)]
         if isinstance(value, list) and key.endswith("_layers")
@@ -78,23 +78,23 @@ def numbers_from_one(values: Any, kept: Kept) -> Any:
 
 
 def keyed_by_block(values: Any, kept: Kept) -> dict[str, Any]:
-    """A mapping from the numbers of some blocks, as text or not, to settings of theirs."""
+    """Renumber the keys of a mapping from some blocks, as numbers or text, to their settings."""
     new = {str(old): str(number) for number, old in enumerate(kept.blocks)}
     return {new[str(key)]: value for key, value in values.items() if str(key) in new}
 
 
 def leading_blocks(count: int, kept: Kept) -> int:
-    """How many blocks at the start are of one kind; a count beyond the last block stays what it is."""
+    """Prune a count of blocks at the start; a count beyond the last block is returned unchanged."""
     return kept.below(count) if count <= kept.count else count
 
 
 def trailing_blocks(count: int, kept: Kept) -> int:
-    """How many blocks at the end are of one kind."""
+    """Prune a count of blocks at the end."""
     return len(kept.blocks) - kept.below(kept.count - count)
 
 
 def last_block(number: int, kept: Kept) -> int:
-    """The number of the last block of a stretch, which may itself be removed; -1 means the last of all."""
+    """Renumber the last block of a run, which may itself be removed; -1 means the last of all."""
     return kept.below(number + 1) - 1 if number >= 0 else number
 
 
@@ -127,17 +127,17 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {
     "hybrid_override_pattern": by_letter,
     "linear_attn_config": numbers_from_one,
 }  # fmt: skip
-"""What the keys mean that configs of transformers use; a family's own `config_keys` go before these."""
+"""The keys of transformers' configs that describe single blocks; a family's own `config_keys` take precedence."""
 
 SLICED: Mapping[str, int] = {
     "embed_tokens_per_layer.weight": 1,
     "per_layer_model_projection.weight": 0,
 }
-"""Endings of the names of tensors outside of the blocks that hold a slice for each block, and along which axis."""
+"""Suffixes of tensors outside the blocks that hold one slice per block, with the axis of the slices."""
 
 
 def sliced_axis(name: str) -> int | None:
-    """Give the axis along which a tensor of this name holds a slice for each block, or None where it does not."""
+    """Return the axis along which a tensor of this name holds one slice per block, or None."""
     return next((axis for ending, axis in SLICED.items() if name.endswith(ending)), None)
 
 
@@ -146,51 +146,51 @@ PERIOD_KEYS = (
     "interleave_moe_layer_step", "no_rope_layer_interval", "sliding_window_pattern", "global_attn_every_n_layers",
     "moe_layer_interval", "moe_layer_freq", "layer_group_size", "cross_attention_interval",
 )  # fmt: skip
-"""Keys by which a block's kind follows from its number, where the config has no list to say it."""
+"""Keys that derive a block's kind from its number, in configs without a list of kinds."""
 
 PREDICTION_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "n_predict")
-"""Keys that count blocks for multi-token prediction, which checkpoints number on after the last block."""
+"""Keys that count blocks for multi-token prediction, which checkpoints number after the last block."""
 
 NOT_BY_BLOCK = (
     "_token_id", "_token_ids", "_tokens", "_section", "_limit", "_multipliers", "_group_size", "_sizes",
     "architectures",
 )  # fmt: skip
-"""Endings of keys whose lists are never one value for each block, however long they are."""
+"""Suffixes of keys whose lists never have one value per block, whatever their length."""
 
 
 def means_blocks(key: str, value: Any, count: int) -> bool:
-    """Say whether an unknown key looks like one value for each block: a list of their number."""
+    """Whether an unknown key's value seems to have one value per block: a list of that length."""
     return isinstance(value, list | tuple) and len(value) == count and not key.endswith(NOT_BY_BLOCK)
 
 
 OBSTACLES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "scale_attn_by_inverse_layer_idx": (bool, "each block divides its attention scores by its number"),
-    "rescale_every": (bool, "every so many blocks, the hidden states are halved"),
-    "indexer_types": (lambda kinds: "shared" in kinds, "blocks hand the indices they attend to on to the next ones"),
+    "rescale_every": (bool, "the hidden states are halved at regular intervals of blocks"),
+    "indexer_types": (lambda kinds: "shared" in kinds, "blocks pass the indices they attend to on to the next ones"),
 }
-"""Keys whose values can make a block depend on its number or on another block, with that as a clause."""
+"""Keys whose values can make a block depend on its number or on another block, with a test and a clause for that."""
 
 
 def explicit_experts(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Turn `decoder_sparse_step` into `mlp_only_layers` (Qwen-MoE): every n-th block has experts, unless listed."""
+    """Replace `decoder_sparse_step` (Qwen-MoE), by which every n-th block has experts, with `mlp_only_layers`."""
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     numbers = [new for new, old in enumerate(kept.blocks) if old in dense or (old + 1) % step]
     return {"decoder_sparse_step": 1, "mlp_only_layers": numbers}
 
 
 def explicit_attention(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Write GPT-Neo's runs of attention kinds as one run of the kinds that stay."""
+    """Replace GPT-Neo's runs of attention kinds with one run of the kept blocks' kinds."""
     return {"attention_types": [[by_block(config["attention_layers"], kept), 1]]}
 
 
 def explicit_cycle(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Write out the cycle of kinds that RecurrentGemma repeats over its blocks."""
+    """Expand the cycle of kinds that RecurrentGemma repeats over its blocks to the kept blocks' kinds."""
     cycle = config["block_types"]
     return {"block_types": [cycle[block % len(cycle)] for block in kept.blocks]}
 
 
 def same_scale(config: Mapping[str, Any], kept: Kept) -> dict[str, Any]:
-    """Keep the factor scale_depth / sqrt(blocks) of MiniCPM, which would grow as blocks go."""
+    """Keep MiniCPM's factor scale_depth / sqrt(blocks), which would grow with fewer blocks."""
     return {"scale_depth": config["scale_depth"] * (len(kept.blocks) / kept.count) ** 0.5}
 
 
@@ -202,4 +202,4 @@ KEY_REWRITERS: Mapping[str, KeyRewriter] = {
     "block_types": explicit_cycle,
     "scale_depth": same_scale,
 }
-"""Keys whose meaning needs others to change with them; each gives the keys that it writes."""
+"""Keys that must change together with others; each function returns the keys that it sets."""

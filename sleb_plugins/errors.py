@@ -1,10 +1,12 @@
 """Errors a user can act on, and the exit code of each class."""
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 
 class SlebError(Exception):
-    """A sentence for the person at the keyboard: what happened, and in `hint` what to do about it."""
+    """A sentence for the user that says what happened, and a `hint` that says what to do about it."""
 
     exit_code: ClassVar[int] = 1
 
@@ -15,35 +17,35 @@ class SlebError(Exception):
 
 
 class UsageError(SlebError):
-    """The command line asks for something that cannot be."""
+    """The command line is invalid, or asks for the impossible."""
 
     exit_code = 2
 
 
 class PlanError(SlebError):
-    """A plan is unreadable, from a newer sleb, or was made for another model."""
+    """The plan is unreadable, comes from a newer sleb, or was made for another model."""
 
     exit_code = 3
 
 
 class ModelError(SlebError):
-    """A model cannot be found, read, or run to finite numbers."""
+    """The model cannot be found or read, or does not run to finite numbers."""
 
     exit_code = 4
 
 
 class UnsupportedModelError(ModelError):
-    """The model is whole, but is not a decoder whose blocks sleb can remove."""
+    """The model is complete, but is not a decoder whose blocks sleb can remove."""
 
 
 class DataError(SlebError):
-    """A calibration or evaluation text, data set or task is missing, unreadable or too small."""
+    """A text, data set or task for calibration or evaluation is missing, unreadable or too small."""
 
     exit_code = 5
 
 
 class PluginError(SlebError):
-    """A plugin is missing, broken, or claims a name that another one has."""
+    """A plugin is missing or broken, or claims a name that another plugin has."""
 
     exit_code = 6
 
@@ -55,12 +57,28 @@ class MachineError(SlebError):
 
 
 class OutputError(SlebError):
-    """A result cannot be written: it exists, or the place is read-only or full."""
+    """The result cannot be written: it already exists, or its place is read-only or full.
+
+    Attributes:
+        unsaved: the result as JSON holds it, if the work was done and only writing failed.
+    """
 
     exit_code = 8
 
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.unsaved: Mapping[str, Any] | None = None
+
 
 class ProofError(SlebError):
-    """A pruned checkpoint did not do what the dense model with these blocks skipped does, and was not delivered."""
+    """The pruned checkpoint differs from the dense model with these blocks skipped, and was not delivered."""
 
     exit_code = 9
+
+
+def did_you_mean(name: str, names: Sequence[str], otherwise: str | None = None) -> str:
+    """Return a hint with the one of `names` that is closest to `name`; if none is close, `otherwise` or all names."""
+    close = get_close_matches(name, names, n=1)
+    if close:
+        return f"Did you mean {close[0]!r}?"
+    return otherwise or f"There are: {', '.join(names) or 'none'}."

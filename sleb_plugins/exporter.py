@@ -1,4 +1,4 @@
-"""How a removal of blocks is handed to another tool: as text, or as files."""
+"""Export formats: hand a removal of blocks to another tool, as text or as files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Pruning:
     """A model and the blocks it loses, numbered from 0 as in the original.
 
     Attributes:
-        model: where other tools find the model: a hub id or a folder.
-        revision: the hub commit, or None for a folder.
-        dtype: the data type of the checkpoint's weights, as in "bfloat16".
+        model: where other tools find the model: a Hub id or a folder.
+        revision: the Hub commit, or None for a folder.
+        dtype: the data type of the checkpoint's weights, such as "bfloat16".
         blocks: how many blocks the original has.
         removals: the removed blocks in the order of their removal.
-        source_file: a GGUF file of the model: what `--source` names, or else the model itself where it is one.
+        source_file: a GGUF file of the model: the value of `--source`, or the model itself if it is a GGUF file.
     """
 
     model: str
@@ -38,10 +38,12 @@ class Pruning:
 
 
 class Exporter(ABC):
-    """One format of `sleb export --to NAME` that is a text.
+    """A text format of `sleb export --to NAME`.
 
     Attributes:
-        uses_source: whether it looks at `source_file`; elsewhere `--source` is refused.
+        name: its name on the command line.
+        description: one line for `sleb plugins`.
+        uses_source: whether it uses `source_file`; otherwise `--source` is refused.
     """
 
     name: ClassVar[str]
@@ -50,28 +52,28 @@ class Exporter(ABC):
 
     @abstractmethod
     def document(self, pruning: Pruning) -> Any:
-        """Say it as data that JSON can hold (what `--json` prints)."""
+        """Return the removal as data for JSON (what `--json` prints)."""
 
     @abstractmethod
     def render(self, pruning: Pruning) -> str:
-        """Say it as the text that the other tool reads, ending in a newline."""
+        """Return the removal as the text that the other tool reads, ending in a newline."""
 
 
 class ArtifactWriter(Protocol):
-    """What the engine offers those who write files. Each result is there whole and proven, or not at all."""
+    """Writes files for exporters. Each result is complete and proven, or not written at all."""
 
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
-        """Write the pruned checkpoint as `sleb apply` does, and give its folder; None names it after the model.
+        """Write the pruned checkpoint as `sleb apply` does, and return its folder; None names it after the model.
 
-        `check` sees the finished folder before it is delivered; what it raises keeps it back.
+        `check` is called with the complete folder; if it raises, nothing is written.
         """
 
     def write_gguf(self, source: Path, output: Path | None) -> Path:
-        """Remove the blocks from a GGUF file of the model as `sleb apply --to-gguf` does, and give the new file."""
+        """Remove the blocks from a GGUF file of the model as `sleb apply --source` does; return the new file."""
 
 
 class FileExporter(ABC):
-    """One format of `sleb export --to NAME` that is a file or a folder; attributes as those of `Exporter`."""
+    """A format of `sleb export --to NAME` that is a file or a folder; its attributes are those of `Exporter`."""
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
@@ -79,10 +81,8 @@ class FileExporter(ABC):
 
     @abstractmethod
     def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
-        """Write it to `output`, or to a place named after the model.
-
-        What the writer writes is shown by itself.
+        """Write to `output`, or to a path named after the model.
 
         Returns:
-            Further lines for the user: how to start the other tool, or what was written without the writer.
+            Lines for the user, such as how to start the other tool. Files that `writer` writes are shown without them.
         """

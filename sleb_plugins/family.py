@@ -1,4 +1,4 @@
-"""Where a model family keeps its blocks, as data."""
+"""A model family as data: where its blocks are, and what its config says about them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,20 +8,20 @@ from sleb_plugins.config_keys import KeyPruner
 
 @dataclass(frozen=True)
 class FamilyAdapter:
-    """What `sleb` must know of a family of models to remove blocks from them.
+    """What `sleb` needs to know about a model family to remove blocks from it.
 
     Attributes:
-        name: how the family is called on screen and in plans.
+        name: the family's name on screen and in plans.
         model_types: the values of `config.model_type` that this adapter claims.
-        blocks_path: dotted path from the language model, as transformers loads it, to its list of blocks.
-        count_key: the key of the config that holds the number of blocks.
-        config_keys: what keys of the config say about blocks, where `sleb_plugins.layout.READINGS` does not know
-            them or is wrong for this family: `{"window_by_depth": by_block}`.
-        refusal: why no block of these models can be removed, as a clause that follows "because"; empty where
-            blocks can.
+        blocks_path: the dotted path from the language model, as transformers loads it, to its list of blocks.
+        count_key: the config key that holds the number of blocks.
+        config_keys: how to prune config keys that `sleb_plugins.config_keys.KEY_PRUNERS` lacks, or prunes wrongly for
+            this family: `{"window_by_depth": by_block}`.
+        refusal: why no block of these models can be removed, as a clause that follows "because"; empty if blocks can be
+            removed.
 
     Raises:
-        TypeError: an attribute is not of its type (a plain string of model types is the usual slip).
+        TypeError: an attribute is missing or has a wrong type (often a plain string of model types).
     """
 
     name: str
@@ -34,6 +34,6 @@ class FamilyAdapter:
     def __post_init__(self) -> None:
         model_types: object = self.model_types
         if isinstance(model_types, str):
-            raise TypeError(f"model_types of family {self.name!r} is a string, where a set of strings belongs")
+            raise TypeError(f"model_types of family {self.name!r} is a string, not a set of strings")
         if not (self.blocks_path or self.refusal):
-            raise TypeError(f"family {self.name!r} says neither where its blocks are nor why none can go")
+            raise TypeError(f"family {self.name!r} needs a blocks_path or a refusal")

@@ -1,4 +1,4 @@
-"""The hooks of `sleb`. A plugin implements those it wants and is found by the entry-point group `sleb`."""
+"""The hooks of `sleb`. A plugin implements some of them, and is found through the entry-point group `sleb`."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ hookimpl = pluggy.HookimplMarker("sleb")
 
 @hookspec
 def sleb_families() -> Iterable[FamilyAdapter]:  # type: ignore[empty-body]
-    """Offer model families; each `model_type` may be claimed once."""
+    """Offer model families; only one family may claim a `model_type`."""
 
 
 @hookspec

@@ -1,21 +1,20 @@
-"""lm-eval on a model in memory: its tasks found and loaded, its noise kept off the screen."""
+"""lm-eval on a model in memory: find and load its tasks, run them, and keep its noise off the screen."""
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-from sleb_plugins.errors import DataError
+from sleb_plugins.errors import DataError, did_you_mean
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
-    """Give lm-eval's task manager, once it has loaded these tasks and their data; `folder` holds further task files.
+    """Return lm-eval's task manager after loading these tasks and their data; `folder` holds further task files.
 
     Raises:
         DataError: there is no such task, or its file or data cannot be read.
@@ -26,20 +25,17 @@ def load_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
     manager = TaskManager(include_path=str(folder) if folder else None)
     for name in names:
         if name not in manager.all_tasks:
-            close = get_close_matches(name, manager.all_tasks, n=1)
-            raise DataError(
-                f"lm-eval knows no task {name!r}.",
-                hint=f"Did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` lists them.",
-            )
-    said = ", ".join(names)
-    with _loading_data(said):
+            hint = did_you_mean(name, manager.all_tasks, otherwise="`lm-eval ls tasks` lists them.")
+            raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
+    tasks = ", ".join(names)
+    with _loading_data(tasks):
         try:
             manager.load(list(names))
-        except Exception as error:  # a task file holds anything, and so lm-eval raises anything
+        except Exception as error:  # a task file can run any code, so lm-eval can raise anything
             if isinstance(error, _data_errors()):
                 raise
-            words = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-            raise DataError(f"lm-eval cannot load {said}: {words}.", hint="Check the task's own file.") from error
+            reason = _first_line(error) or type(error).__name__
+            raise DataError(f"lm-eval cannot load {tasks}: {reason}.", hint="Check the task's file.") from error
     return manager
 
 
@@ -53,22 +49,43 @@ def run_tasks(
     limit: int | None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """Give lm-eval's results for tasks that were loaded; `limit` takes only the first items of each."""
-    from lm_eval import evaluator
+    """Return lm-eval's results for loaded tasks; with `limit`, only the first items of each task are run.
+
+    This is `lm_eval.simple_evaluate` without its report on the environment, for which it runs git and several other
+    programs. Seeds and few-shot rules are the same.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    # lm-eval asks git about the folder you stand in, which complains aloud where that is no repository.
-    with _loading_data(", ".join(names)), patch.object(evaluator, "get_git_commit_hash", lambda: None, create=True):
-        results: dict[str, Any] = evaluator.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            tasks=list(names),
-            num_fewshot=num_fewshot,
+    with _loading_data(", ".join(names)):
+        _set_seeds()
+        loaded = manager.load(list(names))
+        for task in loaded["tasks"].values():
+            configured = task.get_config("num_fewshot")
+            if configured is None or (configured and num_fewshot is not None):
+                task.set_config(key="num_fewshot", value=num_fewshot or 0)
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        results: dict[str, Any] = evaluate(
+            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            task_dict=loaded,
             limit=limit,
-            task_manager=manager,
             bootstrap_iters=1000,
             log_samples=False,
+            fewshot_as_multiturn=True,
         )
     return results
+
+
+def _set_seeds() -> None:
+    """Seed all random number generators as `simple_evaluate` does, for tasks that sample answers."""
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
 
 
 def _data_errors() -> tuple[type[Exception], ...]:
@@ -77,15 +94,18 @@ def _data_errors() -> tuple[type[Exception], ...]:
     return (DatasetNotFoundError, ConnectionError, FileNotFoundError)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".")
+
+
 @contextmanager
 def _loading_data(names: str) -> Iterator[None]:
-    """Keep lm-eval's own bars off the screen, and say plainly where a task's data cannot be had."""
+    """Hide lm-eval's progress bars, and name the tasks whose data cannot be loaded."""
     try:
         with redirect_stderr(StringIO()):
             yield
     except _data_errors() as error:
-        words = str(error).strip().partition("\n")[0].rstrip(".")
         raise DataError(
-            f"The data of {names} cannot be loaded: {words}.",
-            hint="Check the network, or the paths in a task file of your own.",
+            f"The data of {names} cannot be loaded: {_first_line(error)}.",
+            hint="Check the network, or the paths in your own task file.",
         ) from error

@@ -1,7 +1,7 @@
-"""How a candidate removal is scored. Four kinds, by what they look at; lower is always better.
+"""Metrics score a candidate removal; lower is always better. The four kinds differ in what they look at.
 
-A metric says what it needs to see, and the engine decides how to show it: that is what lets one pass
-over the calibration text serve many candidates. Choose the first kind that can express your score.
+A metric declares what it needs, and the engine decides how to compute that, so that one pass over the calibration text
+can serve many candidates. Choose the first kind that can express your score.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ if TYPE_CHECKING:
 
 
 class Metric(ABC):
-    """What all four kinds share. Derive from one of the kinds, not from this."""
+    """The base of all four kinds. Derive from one of the kinds, not from this class."""
 
     name: str
     description: str = ""
     argument: ClassVar[str] = ""
-    """What may follow the name after a colon, as help shows it: `TASK`, or `[SEED]` where it may be left out."""
+    """The argument after the name and a colon, as shown in help: `TASK`, or `[SEED]` if it is optional."""
 
     def with_argument(self, argument: str) -> Metric:
-        """Give the metric that `NAME:ARGUMENT` asks for; its `name` is that text, or another that means the same.
+        """Return the metric for `NAME:ARGUMENT`; its `name` is that text, or an equivalent one.
+
+        It is called before any model is loaded.
 
         Raises:
             UsageError: the metric takes no argument, or not this one.
-            DataError: what the argument names is not there. It is said before any model is loaded.
+            DataError: the argument names something that does not exist.
         """
-        raise UsageError(
-            f"The metric {self.name!r} takes no argument, and {argument!r} was given.", hint=f"Write {self.name}."
-        )
+        raise UsageError(f"The metric {self.name!r} takes no argument, not {argument!r}.", hint=f"Write {self.name}.")
 
 
 class LogitMetric(Metric):
     """Scores the tokens that the model predicts without the candidate block."""
 
     needs_dense_logits: ClassVar[bool] = False
-    """Whether `score_tokens` is given the logits of the model with no block removed."""
+    """Whether `score_tokens` needs the logits of the dense model."""
 
     @abstractmethod
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
-        """Score each position of a chunk for itself; the engine averages over positions, then over sequences.
+        """Score each position of a chunk independently; the engine averages over positions, then over sequences.
 
-        A chunk is what fits into memory: part of a sequence, or parts of several.
+        A chunk is as much as fits in memory: part of a sequence, or parts of several.
 
         Args:
             logits: float32, [positions, vocabulary], of the model without the candidate.
             targets: int64, [positions], the token that follows each position.
-            dense_logits: as `logits`, of the dense model; None unless `needs_dense_logits`.
+            dense_logits: the same of the dense model; None unless `needs_dense_logits`.
 
         Returns:
             float32, [positions].
@@ -58,14 +58,14 @@ class LogitMetric(Metric):
 
 
 class HiddenStateMetric(Metric):
-    """Scores a block by what enters and what leaves it, in the model as it stands after earlier removals."""
+    """Scores a block by the hidden states that enter and leave it, in the model after earlier removals."""
 
     @abstractmethod
     def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
         """Score each position; both arguments are float32, [batch, positions, hidden size].
 
         Returns:
-            float32, [batch, positions]: low where the block changes little.
+            float32, [batch, positions]: low if the block changes little.
         """
 
 
@@ -73,25 +73,25 @@ class WeightMetric(Metric):
     """Scores a block by its parameters alone."""
 
     needs_gradients: ClassVar[bool] = False
-    """Whether each parameter's `.grad` holds the gradient of the mean calibration loss, in nats per token.
+    """Whether `score_block` needs each parameter's `.grad`, of the mean calibration loss in nats per token.
 
-    Where the family allows it, those of one block exist at a time.
+    If the family allows it, only the gradients of one block exist at a time.
     """
 
     @abstractmethod
     def score_block(self, block: nn.Module, number: int) -> float:
-        """Score one block, whose number in the original model is given: low where the block matters little."""
+        """Score one block: low if it matters little. `number` is its number in the original model."""
 
 
 class ModelMetric(Metric):
-    """Scores a whole model with the candidate switched off: the slow way, which can express anything."""
+    """Scores the whole model with the candidate skipped: the slowest kind, which can express anything."""
 
     @abstractmethod
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
-        """Score the model as given; the candidate and all earlier removals are switched off in it.
+        """Score the model, in which the candidate and all earlier removals are skipped.
 
         Args:
-            model: a causal language model of transformers, in inference mode, without KV cache.
+            model: a causal language model of transformers, in inference mode, without a KV cache.
             tokenizer: its tokenizer.
             sequences: int64, [sequences, length], the calibration tokens on the model's device.
         """

@@ -1,4 +1,4 @@
-"""The checkpoint folder of `sleb apply`, once more looked at as stock engines will."""
+"""Export a checkpoint folder like that of `sleb apply`, and check that stock engines can read it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
 
 
 class HuggingFace(FileExporter):
-    """A checkpoint folder for whatever loads those: transformers, text-generation-inference, SGLang, llama.cpp."""
+    """A checkpoint folder for transformers, text-generation-inference, SGLang, llama.cpp and others."""
 
     name = "hf"
     description = "a checkpoint folder whose config stock engines read"
 
     def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
-        """Write the folder, and make sure of its config."""
+        """Write the folder, and check its config."""
         writer.write_checkpoint(output, lambda folder: require_stock_config(folder, pruning))
         return []
 
@@ -28,10 +28,10 @@ class Vllm(FileExporter):
     """A checkpoint folder for vLLM."""
 
     name = "vllm"
-    description = "a checkpoint folder, and the line that serves it with vLLM"
+    description = "a checkpoint folder, and the command that serves it with vLLM"
 
     def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
-        """Write the folder, and make sure of its config and, where vLLM is installed, of what that knows."""
+        """Write the folder, and check its config and, if vLLM is installed, that it supports the architecture."""
 
         def check(folder: Path) -> None:
             require_stock_config(folder, pruning)
@@ -39,15 +39,15 @@ class Vllm(FileExporter):
                 _require_known_to_vllm(folder)
 
         folder = writer.write_checkpoint(output, check)
-        unchecked = [] if find_spec("vllm") else ["vLLM is not installed here, so nobody asked it for the architecture"]
+        unchecked = [] if find_spec("vllm") else ["vLLM is not installed, so its support of the model was not checked"]
         return [*unchecked, f"serve it: vllm serve {shlex.quote(str(folder))}"]
 
 
 def require_stock_config(folder: Path, pruning: Pruning) -> None:
-    """Make sure that the config is one that engines read without code of the model's own.
+    """Make sure that engines can read the config without the model's own code.
 
     Raises:
-        UnsupportedModelError: it is not, or it still has a value for each block of the original.
+        UnsupportedModelError: they cannot, or the config still has a value for each block of the original.
     """
     import transformers
 
@@ -55,20 +55,20 @@ def require_stock_config(folder: Path, pruning: Pruning) -> None:
         config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise UnsupportedModelError(
-            "The pruned config is none that stock engines read: transformers needs code that comes with the model.",
-            hint="`sleb apply --trust-remote-code` writes the checkpoint all the same.",
+            "Stock engines cannot read the pruned config: transformers needs code that comes with the model.",
+            hint="`sleb apply --trust-remote-code` writes the checkpoint anyway.",
         ) from error
     classes = [name for name in config.architectures or () if hasattr(transformers, name)]
     if not classes:
         raise UnsupportedModelError(
-            f"The config names no class that transformers has: its architectures are {config.architectures}.",
-            hint="Name the class in the model's config.json, then try again.",
+            f"The config names no class of transformers: its architectures are {config.architectures}.",
+            hint="Name the class under `architectures` in the model's config.json, then try again.",
         )
     for key, values in _lists(config.to_dict()):
         if len(values) == pruning.blocks and ("layer" in key or "block" in key):
             raise UnsupportedModelError(
                 f"{key} of the pruned config still has {pruning.blocks} values, one for each block of the original.",
-                hint="Report the model to us; `sleb apply` writes the checkpoint all the same.",
+                hint="Please report the model; `sleb apply` writes the checkpoint anyway.",
             )
 
 
@@ -87,5 +87,5 @@ def _require_known_to_vllm(folder: Path) -> None:
     names = transformers.AutoConfig.from_pretrained(folder).architectures
     if not set(names) & set(ModelRegistry.get_supported_archs()):
         raise UnsupportedModelError(
-            f"The installed vLLM knows no model {names[0]}.", hint="Upgrade vLLM, or export with --to hf."
+            f"The installed vLLM does not support {names[0]}.", hint="Upgrade vLLM, or export with --to hf."
         )

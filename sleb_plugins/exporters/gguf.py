@@ -1,4 +1,4 @@
-"""A pruned GGUF file, for llama.cpp and whatever is built on it."""
+"""Export a pruned GGUF file for llama.cpp and the programs built on it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,22 +8,22 @@ from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
 
 
 class Gguf(FileExporter):
-    """A GGUF file of the model without the blocks, with the weights of the source file as they are."""
+    """A GGUF file without the removed blocks, with the source file's weights unchanged."""
 
     name = "gguf"
-    description = "a pruned .gguf, from the model where it is one, or from --source"
+    description = "a pruned .gguf file, from a GGUF model or from --source"
     uses_source = True
 
     def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
         """Remove the blocks from the source file.
 
         Raises:
-            UsageError: there is no source file.
+            UsageError: no source file was named.
         """
         if pruning.source_file is None:
             raise UsageError(
-                f"Which GGUF file of {pruning.model} is to lose its blocks?",
-                hint="Name one with --source; llama.cpp's convert_hf_to_gguf.py makes one of a checkpoint.",
+                f"No GGUF file given for {pruning.model}.",
+                hint="Name one with --source; llama.cpp's convert_hf_to_gguf.py converts a checkpoint.",
             )
         file = writer.write_gguf(pruning.source_file, output)
         return [f"run it: llama-cli -m {file}"]

@@ -1,4 +1,4 @@
-"""The bare block numbers, for scripts and tools that take a list."""
+"""Export the block numbers alone, for scripts and tools that take a list."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from sleb_plugins.exporter import Exporter, Pruning
 
 
 class Indices(Exporter):
-    """The removed blocks in one line, separated by commas, in the order of their removal."""
+    """The removed blocks on one line, separated by commas, in the order of their removal."""
 
     name = "indices"
-    description = "the removed blocks on one line, or with --json the kept ones too"
+    description = "the removed blocks on one line; with --json, the kept ones too"
 
     def document(self, pruning: Pruning) -> dict[str, Any]:
-        """Name the model, and its removed and kept blocks."""
+        """Return the model with its removed and kept blocks."""
         kept = [block for low, high in pruning.kept_ranges for block in range(low, high)]
         return {
             "model": pruning.model,
@@ -23,5 +23,5 @@ class Indices(Exporter):
         }
 
     def render(self, pruning: Pruning) -> str:
-        """List the removed blocks, as `--blocks` takes them."""
+        """Return the removed blocks in the format of `--blocks`."""
         return ",".join(map(str, pruning.removals)) + "\n"

@@ -1,4 +1,4 @@
-"""The command line by which llama.cpp's own `llama-quantize` removes the blocks."""
+"""Export the command with which llama.cpp's `llama-quantize` removes the blocks."""
 
 import shlex
 from pathlib import Path
@@ -11,33 +11,33 @@ from sleb_plugins.gguf.surgery import PROVENANCE, plan_gguf_surgery
 
 
 class LlamaQuantize(Exporter):
-    """A command for `llama-quantize`, which can quantise in the same go: put a type in the place of COPY."""
+    """A command for `llama-quantize`, which can also quantize: replace COPY with a type."""
 
     name = "llama-quantize"
-    description = "the command by which llama.cpp removes the blocks, or quantises too"
+    description = "the command with which llama.cpp removes the blocks, and can quantize"
     uses_source = True
 
     def document(self, pruning: Pruning) -> dict[str, Any]:
-        """Give the command's words.
+        """Return the arguments of the command.
 
         Raises:
-            UnsupportedModelError: there is a source file, and `llama-quantize` would leave some of it wrong.
+            UnsupportedModelError: `llama-quantize` would leave some metadata of the source file wrong.
         """
         source = pruning.source_file
         if source is not None:
-            _require_that_the_count_is_all(source, pruning.removals)
+            _require_only_count_changes(source, pruning.removals)
         stem = source.with_suffix("") if source else Path(Path(pruning.model).name)
         kept = pruning.blocks - len(pruning.removals)
         command = ["llama-quantize", "--prune-layers", ",".join(map(str, pruning.removals))]
         return {"command": [*command, f"{stem}.gguf", f"{stem.name}-sleb-{kept}-blocks.gguf", "COPY"]}
 
     def render(self, pruning: Pruning) -> str:
-        """Write the command as a shell reads it."""
+        """Return the command, quoted for a shell."""
         return shlex.join(self.document(pruning)["command"]) + "\n"
 
 
-def _require_that_the_count_is_all(source: Path, removals: tuple[int, ...]) -> None:
-    """Make sure that nothing but the number of blocks has to change: `llama-quantize` corrects nothing else."""
+def _require_only_count_changes(source: Path, removals: tuple[int, ...]) -> None:
+    """Make sure that only the number of blocks has to change: `llama-quantize` corrects nothing else."""
     file = read_gguf(source)
     pruned = plan_gguf_surgery(file, removals).pruned()
     before = set(file.entries)
@@ -45,6 +45,6 @@ def _require_that_the_count_is_all(source: Path, removals: tuple[int, ...]) -> N
     others = [key for key in changed if key != f"{file.architecture}.block_count"]
     if others:
         raise UnsupportedModelError(
-            f"llama-quantize would number the blocks of {source} anew and leave {', '.join(others)} as it is.",
-            hint="`sleb export --to gguf` changes that too.",
+            f"llama-quantize would renumber the blocks of {source} but not correct {', '.join(others)}.",
+            hint="Use `sleb export --to gguf`, which corrects it.",
         )

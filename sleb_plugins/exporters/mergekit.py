@@ -1,4 +1,4 @@
-"""A recipe for mergekit, which stacks ranges of blocks with its merge method `passthrough`."""
+"""Export a recipe for mergekit, whose merge method `passthrough` stacks ranges of blocks."""
 
 from typing import Any
 
@@ -14,11 +14,11 @@ class MergekitRecipe(Exporter):
     description = "a passthrough recipe for mergekit-yaml"
 
     def document(self, pruning: Pruning) -> dict[str, Any]:
-        """Give one slice for each run of kept blocks."""
+        """Return a recipe with one slice for each run of kept blocks."""
         model = f"{pruning.model}@{pruning.revision}" if pruning.revision else pruning.model
         slices = [{"sources": [{"model": model, "layer_range": [low, high]}]} for low, high in pruning.kept_ranges]
         return {"slices": slices, "merge_method": "passthrough", "dtype": pruning.dtype}
 
     def render(self, pruning: Pruning) -> str:
-        """Write the recipe as YAML."""
+        """Return the recipe as YAML."""
         return str(yaml.safe_dump(self.document(pruning), sort_keys=False, default_flow_style=None))

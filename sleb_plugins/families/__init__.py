@@ -1,4 +1,4 @@
-"""The model families that ship with `sleb`; every other one is read by its structure."""
+"""The model families that ship with `sleb`; blocks of all others are found by structure."""
 
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.hookspecs import hookimpl
@@ -6,7 +6,7 @@ from sleb_plugins.hookspecs import hookimpl
 LLAMA = FamilyAdapter("llama", frozenset({"llama"}), blocks_path="model.layers")
 OPT = FamilyAdapter("opt", frozenset({"opt"}), blocks_path="model.decoder.layers")
 
-# Decoders of encoder-decoder families, on their own. `num_hidden_layers` counts the encoder's blocks there.
+# Standalone decoders of encoder-decoder families, in which `num_hidden_layers` counts the encoder's blocks.
 BART = FamilyAdapter(
     "bart",
     frozenset({
@@ -36,11 +36,11 @@ REFUSED = {
     "reformer": "its blocks are reversible: each takes and gives two streams of hidden states",
     "zaya": "the router of each block reads what the router of the block before it made",
 }
-"""Families of which no block can be removed, and why; most others that cannot are found out by their anatomy."""
+"""Families from which no block can be removed, and why; most others of that sort are detected by their structure."""
 
 
 @hookimpl
 def sleb_families() -> list[FamilyAdapter]:
-    """Offer the families that ship with `sleb`, and say which cannot be pruned."""
+    """Offer the families that ship with `sleb`, including those that cannot be pruned."""
     refused = [FamilyAdapter(name, frozenset({name}), refusal=why) for name, why in REFUSED.items()]
     return [LLAMA, OPT, BART, LONGCAT, XLSTM, *refused]

@@ -1,1 +1,1 @@
-"""GGUF files: reading and writing them, what a removal of blocks changes in them, and what llama.cpp makes of it."""
+"""GGUF files: read and write them, remove blocks from them, and know how llama.cpp loads the result."""

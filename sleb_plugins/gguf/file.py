@@ -1,4 +1,4 @@
-"""The GGUF format: a header that is kept byte for byte, and tensors that are copied as they lie."""
+"""The GGUF format: header values are kept byte for byte, and tensors are copied unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PIECE_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the metadata; `data` is its value as it stands in the file, after the number of its type."""
+    """One key of the metadata; `data` holds the bytes of its value in the file, after the number of its type."""
 
     key: str
     type: int
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor; `start` is where its values lie in the file, `size` how many bytes they are."""
+    """One tensor, with the offset of its values in the file, and their size in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of a GGUF file; `order` is the byte order, as `struct` writes it."""
+    """The header of a GGUF file; `order` is the byte order, as in `struct`."""
 
     path: Path
     order: str
@@ -58,50 +58,50 @@ class GgufFile:
         return {entry.key: entry for entry in self.entries}
 
     def get(self, key: str) -> Any:
-        """Give the value of a key as Python has it, or None where the key is not there."""
+        """Return the value of a key in Python's types, or None if there is no such key."""
         entry = self._by_key.get(key)
         return None if entry is None else decode(entry, self.order)
 
     @property
     def architecture(self) -> str:
-        """What `general.architecture` says: the first part of the model's own keys."""
+        """The value of `general.architecture`, which is the first part of the architecture's own keys."""
         return str(self.get("general.architecture") or "")
 
     def own(self, key: str) -> Any:
-        """Give the value of one of the architecture's own keys, as in "block_count"."""
+        """Return the value of one of the architecture's own keys, such as "block_count"."""
         return self.get(f"{self.architecture}.{key}")
 
     @property
     def alignment(self) -> int:
-        """What the start of each tensor is a multiple of."""
+        """The alignment of each tensor in bytes."""
         return int(self.get("general.alignment") or 32)
 
 
 def decode(entry: Entry, order: str) -> Any:
-    """Give an entry's value as Python has it; an array becomes a list."""
+    """Return an entry's value in Python's types; an array becomes a list."""
     return _Cursor(entry.data, order, f"The value of {entry.key}").value(entry.type)
 
 
 def entry_of_integers(key: str, values: Iterable[int], order: str) -> Entry:
-    """Make an entry that holds a list of int32."""
+    """Return an entry with an array of int32."""
     numbers = list(values)
     return Entry(key, ARRAY, struct.pack(f"{order}IQ{len(numbers)}i", _INT32, len(numbers), *numbers))
 
 
 def with_value(entry: Entry, value: int, order: str) -> Entry:
-    """Give the entry with another integer, in the type that it has."""
+    """Return the entry with another integer of the same type."""
     return Entry(entry.key, entry.type, struct.pack(order + _FORMATS[entry.type], value))
 
 
 def with_items(entry: Entry, places: Iterable[int], order: str) -> Entry:
-    """Give the entry of an array with the items at `places` only, in that order."""
+    """Return the entry of an array with only the items at `places`, in that order."""
     items = _Cursor(entry.data, order, f"The value of {entry.key}").items()
     kept = [entry.data[items[place]] for place in places]
     return Entry(entry.key, ARRAY, entry.data[:4] + struct.pack(order + "Q", len(kept)) + b"".join(kept))
 
 
 class _Cursor:
-    """Reads numbers, strings and arrays from bytes, one after the other."""
+    """Reads numbers, strings and arrays from bytes in sequence."""
 
     def __init__(self, data: bytes | mmap.mmap, order: str, what: str) -> None:
         self.data, self.order, self.what = data, order, what
@@ -126,7 +126,7 @@ class _Cursor:
 
     def value(self, type_: int) -> Any:
         if type_ == _STRING:
-            # A tokenizer may hold pieces of characters.
+            # The tokens of a tokenizer may be incomplete UTF-8.
             return self.take(self.number("Q")).decode(errors="replace")
         if type_ != ARRAY:
             return self.number(self._format(type_))
@@ -165,22 +165,23 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and check that all its tensors are there.
+    """Read the header of a GGUF file, and check that the file holds all tensors.
 
     Raises:
-        ModelError: the file is missing, truncated, no GGUF, of an unknown version or type, or a part of a split one.
+        ModelError: the file is missing or truncated, is not a GGUF file, has an unknown version or type, or is one part
+            of a split model.
     """
     with _mapped(path) as data:
         cursor = _Cursor(data, "<", str(path))
         if cursor.take(4) != _MAGIC:
             raise _broken(str(path))
         version = cursor.number("I")
-        if version & 0xFFFF == 0:  # written for machines of the other byte order
+        if version & 0xFFFF == 0:  # the other byte order
             cursor.order, cursor.place = ">", 4
             version = cursor.number("I")
         if version not in _VERSIONS:
             raise ModelError(
-                f"{path} is a GGUF file of version {version}; sleb knows 2 and 3.",
+                f"{path} is a GGUF file of version {version}; sleb reads versions 2 and 3.",
                 hint="Convert the model again with a current llama.cpp.",
             )
         tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
@@ -198,9 +199,9 @@ def read_gguf(path: Path) -> GgufFile:
 
 
 def write_gguf(file: GgufFile, output: Path, copied: Callable[[int], None]) -> None:
-    """Write a file with this header; the values of each tensor are copied from where `start` says, in `file.path`.
+    """Write a file with this header, and copy the values of each tensor from offset `start` of `file.path`.
 
-    Nothing but one piece of a tensor is in memory. `copied` is told how many bytes each piece had.
+    Only one piece of a tensor is in memory at a time. `copied` is called with the size of each piece in bytes.
     """
     with file.path.open("rb") as source, output.open("wb") as target:
         target.write(_header(file))
@@ -212,17 +213,17 @@ def write_gguf(file: GgufFile, output: Path, copied: Callable[[int], None]) -> N
 
 
 def gguf_size(file: GgufFile) -> int:
-    """Give how many bytes `write_gguf` will write."""
+    """Return how many bytes `write_gguf` writes."""
     return len(_header(file)) + sum(aligned(tensor.size, file.alignment) for tensor in file.tensors)
 
 
 def aligned(place: int, alignment: int) -> int:
-    """Give the next multiple of `alignment`."""
+    """Return the next multiple of `alignment`, or `place` itself if it is one."""
     return -(-place // alignment) * alignment
 
 
 def _header(file: GgufFile) -> bytes:
-    """Give everything before the first tensor's values, padded."""
+    """Return all bytes before the first tensor's values, with padding."""
     order = file.order
     parts = [_MAGIC, struct.pack(order + "IQQ", file.version, len(file.tensors), len(file.entries))]
     for entry in file.entries:
@@ -271,8 +272,8 @@ def _tensor(cursor: _Cursor) -> Tensor:
         packed, packed_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"The tensor {name} in {cursor.what} is of type {type_}, which the installed gguf package does not know.",
-            hint="Upgrade with `pip install --upgrade gguf`; else the file is damaged.",
+            f"The tensor {name} in {cursor.what} has type {type_}, which the installed gguf package does not support.",
+            hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file is damaged.",
         ) from error
     return Tensor(name, shape, type_, offset, math.prod(shape) * packed_bytes // packed)
 
@@ -282,7 +283,7 @@ def _require_one_file(file: GgufFile) -> None:
     if parts > 1:
         raise ModelError(
             f"{file.path} is one of {parts} parts of a model.",
-            hint="Merge them first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
+            hint="Merge the parts first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
         )
 
 
@@ -301,4 +302,4 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def _broken(what: str) -> ModelError:
-    return ModelError(f"{what} is truncated, or is no GGUF file.", hint="Download the file again.")
+    return ModelError(f"{what} is truncated, or is not a GGUF file.", hint="Download the file again.")

@@ -1,9 +1,9 @@
-"""What llama.cpp decides by a block's number or by how many there are, as data, from its loaders (late 2026).
+"""What llama.cpp derives from a block's number, or from the number of blocks, as data from its loaders (late 2026).
 
-A GGUF file says most of what a block is in its own tensors and in lists with one value per block. What it does not say,
-llama.cpp knows by counting: every sixth block of Gemma 3 sees the whole text, say. Where blocks are removed, the
-others move up; a removal is right only if none of them comes to a place where llama.cpp makes another kind of block
-of it. The blocks that predict further tokens (MTP) come last in the file, and are not counted here.
+A GGUF file defines most of a block by tensors and by lists with one value per block. llama.cpp derives the rest from
+the block's number: for example, every sixth block of Gemma 3 has full attention. A removal renumbers the later blocks,
+so it is right only if no block gets a number at which llama.cpp builds another kind of block. The blocks for
+multi-token prediction come last in the file, and are not counted here.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sleb_plugins.gguf.file import GgufFile
 
 @dataclass(frozen=True)
 class Period:
-    """One block of each `period` is of another kind.
+    """One block in each `period` is of another kind.
 
     Attributes:
-        what: what sets that block apart, as in "the last of every 4 blocks has no rotary positions".
-        period: llama.cpp's own number, or 1 (none is set apart) where only the file can say.
-        key: the architecture's own key that holds the number; where it holds a list, nothing goes by number.
-        place: which block of a period it is; "any" where nobody but the architecture's author knows.
-        only_with: an own key without which (or with 0) no block is set apart.
-        unless: an own key with a list that says it block by block instead.
+        what: how that block differs, as in "the last of every 4 blocks has no rotary positions".
+        period: llama.cpp's default; 1 (all blocks are alike) if only the file sets it.
+        key: the architecture's own key for the period; if it holds a list, numbers do not matter.
+        place: which block of a period differs; "any" if unknown.
+        only_with: an own key without which (or with 0) all blocks are alike.
+        unless: an own key that lists the kinds of all blocks instead.
     """
 
     what: str
@@ -37,7 +37,7 @@ class Period:
     unless: str | None = None
 
     def number(self, file: GgufFile) -> int | None:
-        """Give the period in this file, or None where no block is set apart by number."""
+        """Return the period in this file, or None if numbers do not matter."""
         if (self.only_with and not file.own(self.only_with)) or (self.unless and file.own(self.unless) is not None):
             return None
         said = file.own(self.key) if self.key else None
@@ -47,7 +47,7 @@ class Period:
         return period if period > 1 else None
 
     def kind(self, block: int, period: int) -> int:
-        """Give a number that is the same for two blocks if llama.cpp makes the same of them."""
+        """Return a number that is equal for two blocks if llama.cpp builds the same kind of block for both."""
         if self.place == "any":
             return block % period
         return int(block % period == (period - 1 if self.place == "last" else 0))
@@ -57,7 +57,7 @@ _WINDOW, _SPARSE = "attention.sliding_window", "interleave_moe_layer_step"
 
 
 def _window(period: int, place: Literal["last", "first"] = "last", only_with: str | None = None) -> Period:
-    return Period("sees the whole text and not a window", period, f"{_WINDOW}_pattern", place, only_with)
+    return Period("has full attention instead of a window", period, f"{_WINDOW}_pattern", place, only_with)
 
 
 def _recurrent() -> Period:
@@ -97,7 +97,7 @@ _ANY_ARCHITECTURE = (
     Period("is of another kind", 1, _SPARSE, "any"),
     Period("is of another kind", 1, "moe_every_n_layers", "any"),
 )
-"""What the keys mean for architectures that are not in the table."""
+"""The periods of architectures that are not in the table."""
 
 
 def _deepseek2_form(file: GgufFile, blocks: int) -> str:
@@ -119,7 +119,7 @@ BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
     "minicpm3": lambda file, blocks: f"a scale by {blocks} blocks",
     "minimax-01": lambda file, blocks: f"slopes by {blocks} blocks",
 }
-"""What llama.cpp takes from the number of blocks alone: something that must be the same before and after."""
+"""What llama.cpp derives from the number of blocks alone; it must be the same before and after a removal."""
 
 _FIRST_STAYS = {
     "arwkv7": "the values of its block 0 are mixed into all later blocks",
@@ -132,9 +132,9 @@ _REFUSED: Mapping[str, str] = {
     "gemma3n": "its last blocks share the keys and values of block 18 and 19, by number",
     "graniteswitch": "its last block chooses the adapters of all others",
     "hrm_text": "it runs its blocks in stacks of a fixed size",
-    "kimi-k3": "its residuals run over groups of blocks of a fixed size",
-    "nanbeige": "it runs its blocks several times over",
-    "qwen4exp": "inputs of their own enter at blocks that it names",
+    "kimi-k3": "its residuals span groups of blocks of a fixed size",
+    "nanbeige": "it runs its blocks several times",
+    "qwen4exp": "additional inputs enter at blocks that it names",
 }
 
 _REFUSED_WITH: Mapping[str, str] = {
@@ -143,19 +143,19 @@ _REFUSED_WITH: Mapping[str, str] = {
     "embedding_length_per_layer_input": "each of its blocks has a part in one table of inputs",
     "rescale_every_n_layers": "its weights are scaled by the number of their block",
 }
-"""Own keys that, where they are there and not 0, say that blocks cannot be moved."""
+"""Own keys that rule out any removal unless they are missing or 0."""
 
 LEADING = ("leading_dense_block_count", "hash_layer_count")
-"""Own keys that count blocks at the beginning: they go down with each that is removed there."""
+"""Own keys that count blocks at the start, and fall with each one that is removed."""
 
 LEADING_STAY = "n_deepstack_layers"
-"""The own key that counts blocks at the beginning into which inputs of their own are fed, one each."""
+"""The own key that counts blocks at the start with an additional input each."""
 
 NOT_PER_BLOCK = ("rope.dimension_sections", "classifier.output_labels", "target_layers")
-"""Own keys whose list is not one value per block, even where its length happens to be their number."""
+"""Own keys whose lists never have one value per block, even if their length is the number of blocks."""
 
 PER_BLOCK_PREFIX = "xielu."
-"""Keys that hold lists with one value per block though they do not begin with the architecture's name."""
+"""The prefix of keys that have lists with one value per block but do not start with the architecture's name."""
 
 
 _NAMES: Mapping[str, frozenset[str]] = {
@@ -173,11 +173,11 @@ _NAMES: Mapping[str, frozenset[str]] = {
     "qwen3_5": frozenset({"qwen35"}),
     "qwen3_5_moe": frozenset({"qwen35moe"}),
 }
-"""What GGUF calls a `model_type` of transformers, where that is more than another spelling."""
+"""GGUF's names of a `model_type` of transformers, if they differ in more than spelling."""
 
 
-def may_be(architecture: str, model_type: str) -> bool | None:
-    """Whether a GGUF architecture holds models of this `model_type`; None where nobody can tell."""
+def holds_model_type(architecture: str, model_type: str) -> bool | None:
+    """Whether files of a GGUF architecture hold models of this `model_type`; None if unknown."""
     from gguf.constants import MODEL_ARCH_NAMES
 
     model_type = model_type.removesuffix("_text")
@@ -193,10 +193,10 @@ def _plain(name: str) -> str:
 
 
 def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> None:
-    """Make sure that llama.cpp makes of each kept block, at its new number, what it makes of it now.
+    """Make sure that llama.cpp builds the same kind of block for each kept block at its new number.
 
     Raises:
-        UnsupportedModelError: it does not; the sentence says which block, and why.
+        UnsupportedModelError: it does not; the message names the block and the reason.
     """
     architecture = file.architecture
     if architecture in _REFUSED:
@@ -208,7 +208,7 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
         raise _refused(file, _FIRST_STAYS[architecture], "Keep block 0.")
     fed = int(file.own(LEADING_STAY) or 0)
     if kept[:fed] != tuple(range(fed)):
-        raise _refused(file, f"inputs of their own enter its first {fed} blocks", f"Keep blocks 0 to {fed - 1}.")
+        raise _refused(file, f"additional inputs enter its first {fed} blocks", f"Keep blocks 0 to {fed - 1}.")
     _require_same_count(file, blocks, len(kept))
     for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
         _require_same_places(file, rule, kept)
@@ -219,7 +219,7 @@ def _require_same_count(file: GgufFile, before: int, after: int) -> None:
     if form and form(file, before) != form(file, after):
         raise _refused(
             file,
-            f"llama.cpp tells variants of it by the number of blocks, and would take {after} for another than {before}",
+            f"llama.cpp tells its variants apart by the number of blocks, and {after} means another one than {before}",
         )
 
 
@@ -232,15 +232,15 @@ def _require_same_places(file: GgufFile, rule: Period, kept: tuple[int, ...]) ->
             which = {"last": "the last of every", "first": "the first of every", "any": "one of every"}[rule.place]
             raise _refused(
                 file,
-                f"there llama.cpp goes by number: {which} {period} blocks {rule.what}, and block {old} would move to "
-                f"number {new}, where it is taken for another kind",
-                f"Remove whole groups of {period} blocks in a row, or deliver the checkpoint instead: "
-                "`sleb apply` without --to-gguf.",
+                f"in llama.cpp, {which} {period} blocks {rule.what}, and block {old} would become block {new}, "
+                "which is of another kind",
+                f"Remove whole groups of {period} consecutive blocks, or write a checkpoint instead: "
+                "`sleb apply -o FOLDER`.",
             )
 
 
 def _refused(file: GgufFile, reason: str, hint: str | None = None) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"These blocks cannot be removed from a GGUF file of the architecture {file.architecture}: {reason}.",
-        hint=hint or "Deliver the checkpoint instead: `sleb apply` without --to-gguf.",
+        hint=hint or "Write a checkpoint instead: `sleb apply -o FOLDER`.",
     )

@@ -1,4 +1,4 @@
-"""Remove blocks from a GGUF file: which entries and tensors remain, under which names, and no value recomputed."""
+"""Remove blocks from a GGUF file: which entries and tensors remain, and under which names. No tensor is recomputed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleb_plugins.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_inte
 from sleb_plugins.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
 
 PROVENANCE = "sleb.removed_blocks"
-"""The key that keeps the removed blocks, in order, as numbered in the model from which nothing was removed yet."""
+"""The key that records the removed blocks in order, numbered as in the model before any removal."""
 
 _BLOCK = re.compile(r"blk\.(\d+)(\..+)")
 
@@ -33,11 +33,11 @@ class GgufSurgery:
 
     @cached_property
     def kept(self) -> Kept:
-        """The blocks that stay, those that predict further tokens (MTP) included: they come last."""
+        """The kept blocks, including those for multi-token prediction, which come last."""
         return kept_blocks(stored_block_count(self.file), self.removals)
 
     def pruned(self) -> GgufFile:
-        """Give the header of the pruned file; each tensor's values are still where they are in `file`."""
+        """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
         if not self.removals:
             return self.file
         new_number = {old: new for new, old in enumerate(self.kept.blocks)}
@@ -54,14 +54,14 @@ class GgufSurgery:
 
     @property
     def all_removals(self) -> list[int]:
-        """The removed blocks, those of earlier surgeries first, as numbered before all of them."""
+        """The removed blocks, those of earlier removals first, numbered as in the model before any removal."""
         earlier: list[int] = self.file.get(PROVENANCE) or []
         original = stored_block_count(self.file) + len(earlier)
         still_there = [block for block in range(original) if block not in earlier]
         return earlier + [still_there[block] for block in self.removals]
 
     def _entry(self, entry: Entry) -> Entry:
-        """Give an entry as it is in the pruned file."""
+        """Return an entry as in the pruned file."""
         file, count = self.file, stored_block_count(self.file)
         own = entry.key.removeprefix(f"{file.architecture}.")
         if own == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
@@ -72,35 +72,35 @@ class GgufSurgery:
             return with_value(entry, self.kept.below(int(file.own(own))), file.order)
         if entry.type == ARRAY and own not in NOT_PER_BLOCK:
             length = len(file.get(entry.key))
-            # Some lists leave out the blocks at the end that predict further tokens.
+            # Some lists leave out the blocks for multi-token prediction at the end.
             if length in (count, block_count(file)):
                 return with_items(entry, [block for block in self.kept.blocks if block < length], file.order)
         return entry
 
 
 def stored_block_count(file: GgufFile) -> int:
-    """Give how many blocks the file holds, those that predict further tokens (MTP) included, as `block_count` does."""
+    """Return the file's `block_count`, which includes the blocks for multi-token prediction."""
     return int(file.own("block_count"))
 
 
 def block_count(file: GgufFile) -> int:
-    """Give how many blocks the model has: without those that predict further tokens."""
+    """Return how many blocks the model has, without those for multi-token prediction."""
     return stored_block_count(file) - int(file.own("nextn_predict_layers") or 0)
 
 
 def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
-    """Check the blocks against the file, and the file against what llama.cpp will make of it.
+    """Return the removal of these blocks, checked against the file and against how llama.cpp loads the result.
 
     Raises:
-        UsageError: a block is named twice, does not exist, or none would remain.
-        ModelError: the file holds no model, or its tensors are not those of so many blocks.
-        UnsupportedModelError: the architecture does not let these blocks go.
+        UsageError: a block is named twice or does not exist, or no block would remain.
+        ModelError: the file holds no model, or its tensors do not match its number of blocks.
+        UnsupportedModelError: these blocks cannot be removed from this architecture.
     """
     blocks = tuple(removals)
     _require_blocks(file)
     count = block_count(file)
     predicting = stored_block_count(file) - count
-    further = f", and {predicting} that predict further tokens, which stay" if predicting else ""
+    further = f", and {predicting} for multi-token prediction, which stay" if predicting else ""
     require_removable(blocks, count, str(file.path), further=further)
     surgery = GgufSurgery(file, blocks)
     if blocks:
@@ -112,12 +112,12 @@ def _require_blocks(file: GgufFile) -> None:
     kind: Any = file.get("general.type") or "model"
     if kind != "model":
         raise UnsupportedModelError(
-            f"{file.path} is no model: its general.type is {kind!r}.", hint="Name the file that holds the blocks."
+            f"{file.path} is not a model: its general.type is {kind!r}.", hint="Name the file that holds the blocks."
         )
     stored = file.own("block_count")
     found = {int(place[1]) for tensor in file.tensors if (place := _BLOCK.fullmatch(tensor.name))}
     if not isinstance(stored, int) or not found or found != set(range(stored)):
         raise ModelError(
-            f"{file.path} says {stored} blocks ({file.architecture}.block_count) and has tensors of {len(found)}.",
-            hint="Name a GGUF file of a whole decoder-only language model.",
+            f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors of {len(found)}.",
+            hint="Name a GGUF file of a complete decoder-only language model.",
         )

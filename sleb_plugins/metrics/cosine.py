@@ -1,4 +1,4 @@
-"""How much a block turns the hidden states that pass through it."""
+"""The cosine distance between a block's input and output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CosineDistance(HiddenStateMetric):
     """One minus the cosine between a block's input and output (Men et al., ShortGPT, arXiv 2403.03853)."""
 
     name = "cosine"
-    description = "1 - cosine similarity of what enters and what leaves the block"
+    description = "1 - cosine similarity of the block's input and output"
 
     def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
         """Return 1 - cos(entering, leaving), [batch, positions]."""

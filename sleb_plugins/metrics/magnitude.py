@@ -1,4 +1,4 @@
-"""How large a block's weights are."""
+"""The magnitude of a block's weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Magnitude(WeightMetric):
     """The sum of |w| over all parameters of the block (the L1 norm), in the units of the weights.
 
-    "Mag" of Kim et al., Shortened LLaMA (arXiv 2402.02834), where block-level importance is evaluated; it looks at no
-    text. They found it to fail on LLaMA, where the first blocks have the smallest weights: a baseline.
+    "Mag" of Kim et al., Shortened LLaMA (arXiv 2402.02834), where block-level importance is evaluated; it uses no text.
+    They found that it fails on LLaMA, whose first blocks have the smallest weights: a baseline.
     """
 
     name = "magnitude"

@@ -1,4 +1,4 @@
-"""Chance, against which every metric must show that it knows something."""
+"""Random scores: the baseline that every metric must beat."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class RandomScore(WeightMetric):
-    """A number between 0 and 1, drawn for each block from the seed and the block's number alone: the baseline."""
+    """A number between 0 and 1 for each block, drawn from the seed and the block's number alone."""
 
     name = "random"
-    description = "drawn from a seed (0) and the block's number"
+    description = "random number from a seed (0) and the block's number"
     argument = "[SEED]"
 
     def __init__(self, seed: int | None = None) -> None:
@@ -25,15 +25,15 @@ class RandomScore(WeightMetric):
             self.name = f"random:{seed}"
 
     def with_argument(self, argument: str) -> RandomScore:
-        """Give the metric with this seed.
+        """Return the metric with this seed.
 
         Raises:
-            UsageError: it is no whole number of 0 or more.
+            UsageError: it is not a whole number of 0 or more.
         """
         if not (argument.isascii() and argument.isdigit()):
-            raise UsageError(f"The seed of random:{argument} is no whole number.", hint="Write it like random:7.")
+            raise UsageError(f"The seed of random:{argument} is not a whole number.", hint="Write it like random:7.")
         return RandomScore(int(argument))
 
     def score_block(self, block: nn.Module, number: int) -> float:
-        """Return the block's lot."""
+        """Return the block's random number."""
         return random.Random(f"{self.seed}:{number}").random()

@@ -1,4 +1,4 @@
-"""What share of a task's items the model without the block gets wrong."""
+"""The error on the items of an lm-eval task."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DEFAULT_ITEMS = 100
 class TaskError(ModelMetric):
     """1 - accuracy on the first items of an lm-eval task, from 0 to 1: `task:piqa`, `task:piqa:500`, `task:my.yaml`.
 
-    The accuracy is `acc_norm` (likelihoods of answers by their length) where the task has it, since answers differ in
-    length, and `acc` otherwise. It is coarse: with 100 items, the default, it moves in steps of 0.01, of which chance
-    explains up to 5. The calibration tokens are not looked at, and the model is run once for each candidate.
+    The accuracy is `acc_norm` (likelihoods normalized by the answers' lengths) if the task has it, else `acc`. It is
+    coarse: with 100 items, the default, it moves in steps of 0.01, of which chance explains up to 5. The calibration
+    tokens are not used, and the model runs once for each candidate.
     """
 
     name = "task"
@@ -30,15 +30,15 @@ class TaskError(ModelMetric):
 
     def __init__(self, named: str = "", task: str = "", items: int = DEFAULT_ITEMS, manager: Any = None) -> None:
         self._task, self._items, self._manager = task, items, manager
-        if named:  # a file by its path, so that a plan that is extended finds it again
+        if named:  # a file by its path, so that a search that extends the plan finds it again
             self.name = f"task:{named}" + ("" if items == DEFAULT_ITEMS else f":{items}")
 
     def with_argument(self, argument: str) -> TaskError:
-        """Give the metric for this task, whose data is loaded at once.
+        """Return the metric for this task, after loading its data.
 
         Raises:
             DataError: there is no such task, or its file or data cannot be read.
-            UsageError: the number of items is none.
+            UsageError: the number of items is invalid.
         """
         named, _, items = argument.rpartition(":")
         if not named:
@@ -58,12 +58,12 @@ class TaskError(ModelMetric):
             if measure in found:
                 return 1.0 - float(found[measure])
         raise DataError(
-            f"The task {self._task} measures no accuracy.", hint="Take a multiple-choice task, such as piqa."
+            f"The task {self._task} measures no accuracy.", hint="Use a multiple-choice task, such as piqa."
         )
 
 
 def _name_in(file: Path) -> str:
-    """Read a task's name from its file, which lm-eval alone can read as a whole: it may call functions."""
+    """Read a task's name from its file, whose YAML may contain tags that only lm-eval can load."""
     try:
         found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What the loss would change, to first order, if each of a block's weights were zero."""
+"""The first-order change of the loss if each of a block's weights were zero."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Taylor(WeightMetric):
     """The sum of |w dL/dw| over all parameters of the block, in nats per token.
 
-    L is the mean loss over the calibration text. |w dL/dw| is the first-order estimate of what setting one weight to
-    zero does to L (Molchanov et al., arXiv 1906.10771, section 3.1), and its sum over a block is "Taylor" of Kim et
+    L is the mean loss over the calibration text. |w dL/dw| is the first-order estimate of the change of L when one
+    weight is set to zero (Molchanov et al., arXiv 1906.10771, section 3.1); its sum over a block is "Taylor" of Kim et
     al., Shortened LLaMA (arXiv 2402.02834), where block-level importance is evaluated.
     """
 
@@ -23,7 +23,7 @@ class Taylor(WeightMetric):
     needs_gradients = True
 
     def score_block(self, block: nn.Module, number: int) -> float:
-        """Return the sum of |w dL/dw|; a parameter that the text did not reach counts nothing."""
+        """Return the sum of |w dL/dw|; a parameter without a gradient counts as 0."""
         return sum(
             (weight.detach().float() * weight.grad.float()).abs().sum().item()
             for weight in block.parameters()

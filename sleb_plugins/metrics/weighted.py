@@ -1,4 +1,4 @@
-"""Weighted sums of metrics: how they are written, and what they are."""
+"""Weighted sums of metrics: how they are written and computed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def parse_terms(text: str) -> list[Term]:
     """Read `nll+0.5*kl`, `random:7`, or a plain name.
 
     Raises:
-        UsageError: a weight is no number above 0, or a name is missing.
+        UsageError: a weight is not a number above 0, or a name is missing.
     """
     return [_term(part, text) for part in text.split("+")]
 
@@ -54,10 +54,10 @@ def _term(part: str, text: str) -> Term:
 
 
 def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
-    """Give the metric that is this sum, or the metric itself where it is alone: one pass serves all of them.
+    """Return one metric that computes this sum in a single pass; a lone metric of weight 1 is returned as it is.
 
     Raises:
-        UsageError: they look at different things.
+        UsageError: the metrics are of different kinds.
     """
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
@@ -73,29 +73,38 @@ def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
     )
 
 
+def require_shape(name: str, scores: Any, shape: Any) -> None:
+    """Check that a metric returned one score for each position.
+
+    Raises:
+        PluginError: the shape of `scores` is not `shape`.
+    """
+    found = getattr(scores, "shape", None)
+    if found != shape:
+        raise PluginError(
+            f"The metric {name!r} returned scores of shape {found} instead of {list(shape)}, one for each position.",
+            hint="Report it to the author of the metric.",
+        )
+
+
 class _Sum(Metric):
-    """What all kinds of sums share."""
+    """The name and the addition that all kinds of sums share."""
 
     def __init__(self, terms: Sequence[tuple[float, Any]]) -> None:
         self.terms = terms
         self.name = "+".join(metric.name if weight == 1 else f"{weight:.12g}*{metric.name}" for weight, metric in terms)
 
     def _sum(self, scores: Sequence[tuple[str, Any]], shape: Any) -> Any:
-        """Add up what each metric gave, once it is known to have the right shape: a wrong one would be spread out."""
+        """Add up the scores after checking their shapes: a wrong one would be broadcast."""
         for name, score in scores:
-            if getattr(score, "shape", None) != shape:
-                raise PluginError(
-                    f"The metric {name!r} gave scores of shape {getattr(score, 'shape', None)}, "
-                    f"where one for each of {list(shape)} belongs.",
-                    hint="Tell its author.",
-                )
+            require_shape(name, score, shape)
         return sum(weight * score for (weight, _), (_, score) in zip(self.terms, scores, strict=True))
 
 
 class _LogitSum(_Sum, LogitMetric):
     @property
     def needs_dense_logits(self) -> bool:  # type: ignore[override]
-        """Whether any of them does."""
+        """Whether any of the metrics does."""
         return any(metric.needs_dense_logits for _, metric in self.terms)
 
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
@@ -117,7 +126,7 @@ class _HiddenStateSum(_Sum, HiddenStateMetric):
 class _WeightSum(_Sum, WeightMetric):
     @property
     def needs_gradients(self) -> bool:  # type: ignore[override]
-        """Whether any of them does."""
+        """Whether any of the metrics does."""
         return any(metric.needs_gradients for _, metric in self.terms)
 
     def score_block(self, block: nn.Module, number: int) -> float:

@@ -1,4 +1,4 @@
-"""Bytes from one file to another, through this process only where the system knows no shorter way."""
+"""Copy bytes between files: share or copy them in the kernel if possible, else through a buffer."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import BinaryIO, Literal
 from sleb_plugins import ModelError
 
 BUFFER_BYTES = 1 << 20
-"""What is in memory where bytes do come through this process."""
+"""The size of the buffer that bytes go through if the kernel cannot copy them."""
 
 _CHUNK_BYTES = 16 << 20
 _FICLONE = 0x40049409
-# What only the target can mean: no other way of copying would get past it.
+# Errors of the target, which every other way of copying would meet too.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-Advance = Callable[[int], object]
-"""Told of every stretch of bytes as it is done."""
+ReportBytes = Callable[[int], object]
+"""Called with the number of bytes copied since the last call."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what a file system may refuse into a `ModelError` that names `path`."""
+    """Turn errors of the file system into a `ModelError` that names `path`."""
     try:
         yield
     except PermissionError as error:
@@ -37,19 +37,19 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def share_blocks(source: Path, target: Path) -> Literal["reflink", "hard link"] | None:
-    """Let `target` have the content of `source` without copying it, or give None where the file system cannot.
+def clone_or_link(source: Path, target: Path) -> Literal["reflink", "hard link"] | None:
+    """Create `target` with the content of `source` without copying; return None if the file system cannot.
 
-    A reflink is a copy in every respect: writing to one file leaves the other alone. A hard link is one file with
-    two names, so it comes second, and whoever makes one must say so: an edit in place would change both. (Programs that
-    save models write a new file, and leave the other name what it was.)
+    A reflink behaves like a copy: writing to one file leaves the other unchanged. A hard link is a second name of the
+    same file, so it is the second choice, and the user must be told: an edit in place changes both. (Programs that save
+    models write a new file, which leaves the other name unchanged.)
     """
     real = source.resolve()  # in a hub cache, `source` is a symlink to the file itself
     if _reflink(real, target):
         return "reflink"
     try:
         os.link(real, target)
-    except OSError:  # another file system, or one without links, or a file of somebody else
+    except OSError:  # another file system, one without links, or another user's file
         return None
     return "hard link"
 
@@ -70,7 +70,7 @@ def _reflink(source: Path, target: Path) -> bool:
     return True
 
 
-def copy_file(source: Path, target: Path, advance: Advance = lambda count: None) -> None:
+def copy_file(source: Path, target: Path) -> None:
     """Copy a file's content.
 
     Raises:
@@ -79,31 +79,30 @@ def copy_file(source: Path, target: Path, advance: Advance = lambda count: None)
     with reading(source):
         original = source.open("rb", buffering=0)
     with original, target.open("xb", buffering=0) as copy:
-        copy_range(original, 0, os.fstat(original.fileno()).st_size, copy, advance)
+        copy_range(original, 0, os.fstat(original.fileno()).st_size, copy, lambda count: None)
 
 
-def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, advance: Advance) -> None:
-    """Append `count` bytes of `source`, from `start` on, to `target`. Both are unbuffered.
+def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, report: ReportBytes) -> None:
+    """Append `count` bytes of `source`, from byte `start`, to `target`; both files are unbuffered.
 
     Raises:
-        ModelError: the bytes cannot be read, or are not there any more.
+        ModelError: the bytes cannot be read, or the file has become shorter.
     """
     end = start + count
-    for in_kernel in (_copy_file_range, _sendfile):
-        while start < end:
-            try:
-                done = in_kernel(source.fileno(), target.fileno(), start, min(_CHUNK_BYTES, end - start))
-            except OSError as error:
-                if error.errno in _NO_ROOM:
-                    raise
-                break  # not here, not between these two, or a fault that the plain way tells apart
-            if not done:
-                break
-            start += done
-            advance(done)
+    while start < end:
+        try:
+            done = _copy_file_range(source.fileno(), target.fileno(), start, min(_CHUNK_BYTES, end - start))
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            break  # unsupported here or between these two files, or a fault that the buffer will report
+        if not done:
+            break
+        start += done
+        report(done)
     for part in read_range(source, start, end - start):
         write_all(target, part)
-        advance(len(part))
+        report(len(part))
 
 
 def _copy_file_range(source: int, target: int, start: int, count: int) -> int:
@@ -112,17 +111,11 @@ def _copy_file_range(source: int, target: int, start: int, count: int) -> int:
     return os.copy_file_range(source, target, count, start)
 
 
-def _sendfile(source: int, target: int, start: int, count: int) -> int:
-    if sys.platform != "linux":  # elsewhere it only sends to sockets
-        raise OSError(errno.ENOSYS, "sendfile")
-    return os.sendfile(target, source, start, count)
-
-
 def read_range(source: BinaryIO, start: int, count: int) -> Iterator[memoryview]:
-    """Give `count` bytes from `start` on, in parts that are valid until the next one is asked for.
+    """Yield `count` bytes from byte `start`, in parts; each part is valid until the next is requested.
 
     Raises:
-        ModelError: they cannot be read, or are not there any more.
+        ModelError: they cannot be read, or the file has become shorter.
     """
     path = Path(source.name)
     buffer = memoryview(bytearray(min(BUFFER_BYTES, count)))
@@ -132,13 +125,15 @@ def read_range(source: BinaryIO, start: int, count: int) -> Iterator[memoryview]
         with reading(path):
             done = source.readinto(buffer[:count])  # type: ignore[attr-defined]
         if not done:
-            raise ModelError(f"{path} became shorter while it was read.", hint="Try again when nobody writes to it.")
+            raise ModelError(
+                f"{path} became shorter while it was read.", hint="Try again when no program writes to it."
+            )
         yield buffer[:done]
         count -= done
 
 
 def write_all(target: BinaryIO, part: memoryview | bytes) -> None:
-    """Write all of `part`: an unbuffered file may take less at a time."""
+    """Write all of `part`; one write to an unbuffered file may take less."""
     view = memoryview(part)
     while view:
         view = view[target.write(view) :]

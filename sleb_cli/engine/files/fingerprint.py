@@ -1,4 +1,4 @@
-"""Tell one model from another by content, reading two MiB of each weight file however large it is."""
+"""Identify a model by its content, reading 2 MiB of each weight file however large it is."""
 
 import hashlib
 import json
@@ -9,15 +9,15 @@ HEAD_BYTES = 1 << 20
 SAMPLE_BYTES = 4096
 SAMPLES = 256
 
-# What writing the same model again may change.
+# Keys that may differ when the same model is saved again.
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 
 def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None) -> str:
-    """Give a SHA-256 over the config and, of each file, its name, size, head and samples of the rest.
+    """Return a SHA-256 over the config and each file's name, size, first MiB and samples of the rest.
 
-    The head of a safetensors file names every tensor with its place. The samples, 256 of 4 KiB at even
-    distances, change with any training, but an edit of single weights may slip between them.
+    The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
+    with any training, but may miss an edit of single weights.
     """
     digest = hashlib.sha256()
     if config is not None:

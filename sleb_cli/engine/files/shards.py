@@ -1,7 +1,7 @@
-"""The weight files of a checkpoint to be written: planned from headers alone, then filled byte by byte.
+"""Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-No tensor is decoded, so any data type goes through, also one that nobody here knows; and no more than a buffer is in
-memory, whatever the model's size. Only a cast, and a pickle, take one tensor at a time.
+No tensor is decoded, so any data type is copied, even an unknown one, and memory holds one buffer whatever the model's
+size. Only a cast, a new value or a pickle needs a whole tensor at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 
 from sleb_cli.atomic import require_space, to_json
-from sleb_cli.engine.files.copying import Advance, copy_range, read_range, reading, share_blocks, write_all
+from sleb_cli.engine.files.copying import ReportBytes, clone_or_link, copy_range, read_range, reading, write_all
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import (
     DTYPE_NAMES,
@@ -28,19 +28,19 @@ from sleb_cli.engine.files.weights import (
     WeightFiles,
     load_pickle,
 )
-from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notice, Notify, task
 
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor of the checkpoint: its name there, what its bytes are made from, and what is done to them.
+    """A tensor of the new checkpoint, and how its bytes are made.
 
     Attributes:
-        name: its name.
-        stored: where its bytes come from.
-        cast: the data type to cast them to.
-        cut: what of it stays, where it is not all.
-        value: what stands in its place, of the stored shape, where it is new.
+        name: its name in the new checkpoint.
+        stored: the tensor that its bytes come from.
+        cast: the data type to cast to, if it changes.
+        cut: the slices to keep, if not all.
+        value: a new value of the stored shape, if it changes.
     """
 
     name: str
@@ -51,7 +51,7 @@ class NewTensor:
 
     @property
     def is_copy(self) -> bool:
-        """Whether its bytes are those that are stored."""
+        """Whether its bytes are the stored ones."""
         return self.cast is None and self.cut is None and self.value is None
 
     @property
@@ -61,12 +61,12 @@ class NewTensor:
 
     @property
     def dtype(self) -> str:
-        """Its data type as safetensors writes it."""
+        """Its data type, as safetensors names it."""
         return DTYPE_NAMES[self.cast] if self.cast else self.stored.dtype
 
     @property
     def size(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         if self.cast:
             return math.prod(self.shape) * self.cast.itemsize
         if self.cut and self.stored.size:
@@ -76,7 +76,7 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Shard:
-    """A weight file to be written; `same_as` is a file that already is what it will be."""
+    """A weight file to write; `same_as` is an existing file with the same content."""
 
     tensors: tuple[NewTensor, ...]
     metadata: dict[str, str]
@@ -84,22 +84,22 @@ class Shard:
 
     @property
     def size(self) -> int:
-        """The bytes of its tensors."""
+        """The size of its tensors in bytes."""
         return sum(tensor.size for tensor in self.tensors)
 
 
 def new_tensor(name: str, stored: StoredTensor, dtype: torch.dtype | None, cut: Cut | None = None) -> NewTensor:
-    """Give a tensor its new name; `dtype` applies where it holds floating-point numbers of another type."""
+    """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
     own = TORCH_DTYPES.get(stored.dtype)
     changes = dtype is not None and own is not None and own.is_floating_point and own is not dtype
     return NewTensor(name, stored, dtype if changes else None, cut)
 
 
 def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> list[Shard]:
-    """Divide the tensors into files of at most `max_bytes`, along the borders that the source's files have.
+    """Divide the tensors into files of at most `max_bytes`, following the source's files.
 
-    A file that keeps all it had is taken over as it is. What remains of the others is joined with its neighbour where
-    both together are no larger than the source's largest. A tensor larger than `max_bytes` has a file of its own.
+    A file that keeps all its tensors is used unchanged. The rest of another one is merged with its neighbour if both
+    together are no larger than the source's largest file. A tensor larger than `max_bytes` gets a file of its own.
     """
     remaining: dict[Path, list[NewTensor]] = {header.path: [] for header in weights.headers}
     for tensor in tensors:
@@ -118,7 +118,7 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
 
 
 def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
-    """Give the shards that hold what remains of one file."""
+    """Yield the shards for the remaining tensors of one file."""
     metadata = {"format": "pt"} | header.metadata
     as_before = [(tensor.name, tensor.stored) for tensor in tensors if tensor.is_copy]
     if (
@@ -142,38 +142,33 @@ def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> 
 
 
 def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notify: Notify) -> int:
-    """Write the shards and, where there are several, their index; give the bytes of all tensors.
+    """Write the shards and, if there are several, their index; return the size of all tensors in bytes.
 
-    `other_bytes` are to be written beside them: all must have room before anything is copied.
+    The disk must have room for all shards and `other_bytes` before anything is copied.
 
     Raises:
-        OutputError: they have not.
+        OutputError: it does not.
         ModelError: a source file cannot be read.
     """
-    names = shard_names(len(shards))
+    named = dict(zip(shard_names(len(shards)), shards, strict=True))
     total = sum(shard.size for shard in shards)
-    task = "Writing weights"
-    notify(TaskStarted(task, total, "B"))
-    shared = {
-        name: share_blocks(shard.same_as, folder / name)
-        for name, shard in zip(names, shards, strict=True)
-        if shard.same_as
-    }
-    to_write = [(name, shard) for name, shard in zip(names, shards, strict=True) if not shared.get(name)]
-    require_space(folder, sum(shard.size for _, shard in to_write) + other_bytes)
-    notify(TaskAdvanced(task, total - sum(shard.size for _, shard in to_write)))
-    for name, shard in to_write:
-        _write_shard(folder / name, shard, lambda count: notify(TaskAdvanced(task, count)))
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard.tensors}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / f"{SAFETENSORS}.index.json").write_text(to_json(index), encoding="utf-8")
-    notify(TaskFinished(task))
+    with task(notify, "Writing weights", total, "B") as advance:
+        shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in named.items() if shard.same_as}
+        to_write = {name: shard for name, shard in named.items() if not shared.get(name)}
+        bytes_to_write = sum(shard.size for shard in to_write.values())
+        require_space(folder, bytes_to_write + other_bytes)
+        advance(total - bytes_to_write)
+        for name, shard in to_write.items():
+            _write_shard(folder / name, shard, advance)
+        if len(shards) > 1:
+            weight_map = {tensor.name: name for name, shard in named.items() for tensor in shard.tensors}
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / f"{SAFETENSORS}.index.json").write_text(to_json(index), encoding="utf-8")
     links = list(shared.values()).count("hard link")
     if links:
         notify(
             Notice(
-                f"{links} of {len(shards)} weight files did not change and are hard links to the model's own: "
+                f"{links} of {len(shards)} weight files are unchanged and are hard links to the model's own: "
                 "do not edit them in place."
             )
         )
@@ -181,19 +176,19 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
 
 
 def shard_names(count: int) -> list[str]:
-    """Name the files as transformers does."""
+    """Return the names that transformers gives to this number of files."""
     if count == 1:
         return [SAFETENSORS]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _write_shard(path: Path, shard: Shard, advance: Advance) -> None:
-    # The widest first, as safetensors itself writes them: so each lies at a multiple of its own width.
+def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
+    # Widest elements first, as safetensors writes them, so that each tensor is aligned to its element size.
     tensors = sorted(shard.tensors, key=lambda tensor: -_width(tensor))
     with path.open("xb", buffering=0) as target:
         write_all(target, _header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
-            _write_tensors(source, list(group), target, advance)
+            _write_tensors(source, list(group), target, report)
 
 
 def _width(tensor: NewTensor) -> int:
@@ -212,35 +207,35 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, advance: Advance) -> None:
+def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
     """Append tensors that come from one file."""
     if source.suffix != ".safetensors" or not all(tensor.is_copy for tensor in tensors):
         for _, parts in contents(source, tensors):
             for part in parts:
                 write_all(target, part)
-                advance(len(part))
+                report(len(part))
         return
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
-        for start, count in _stretches(tensors):
-            copy_range(original, start, count, target, advance)
+        for start, count in _byte_ranges(tensors):
+            copy_range(original, start, count, target, report)
 
 
-def _stretches(tensors: Sequence[NewTensor]) -> list[tuple[int, int]]:
-    """Give where the tensors' bytes are, as (start, count); those that follow each other in one stretch."""
-    stretches: list[tuple[int, int]] = []
+def _byte_ranges(tensors: Sequence[NewTensor]) -> list[tuple[int, int]]:
+    """Return the byte ranges of the tensors as (start, count), with adjacent ones merged."""
+    ranges: list[tuple[int, int]] = []
     for tensor in tensors:
-        start, before = tensor.stored.start or 0, stretches[-1] if stretches else None
+        start, before = tensor.stored.start or 0, ranges[-1] if ranges else None
         if before and sum(before) == start:
-            stretches[-1] = (before[0], before[1] + tensor.size)
+            ranges[-1] = (before[0], before[1] + tensor.size)
         else:
-            stretches.append((start, tensor.size))
-    return stretches
+            ranges.append((start, tensor.size))
+    return ranges
 
 
 def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTensor, Iterable[memoryview]]]:
-    """Give, for each of these tensors of one file, the bytes that it has in the checkpoint, part by part.
+    """Yield each of these tensors of one file, with the parts of its bytes in the new checkpoint.
 
     Raises:
         ModelError: the file cannot be read.

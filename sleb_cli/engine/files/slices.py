@@ -1,4 +1,4 @@
-"""The slices of kept blocks in a tensor that holds one slice for each block."""
+"""Cut the slices of removed blocks out of a tensor that holds one slice for each block."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sleb_plugins.config_keys import Kept
 
 @dataclass(frozen=True)
 class Cut:
-    """The slices of kept blocks, along one axis of a tensor: Gemma 3n's embeddings for each block."""
+    """The slices of the kept blocks along one axis of a tensor, such as Gemma 3n's per-layer embeddings."""
 
     axis: int
     kept: Kept
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Give the shape of what stays."""
+        """Return the shape after the cut."""
         width = shape[self.axis] // self.kept.count * len(self.kept.blocks)
         return (*shape[: self.axis], width, *shape[self.axis + 1 :])
 
@@ -31,7 +31,7 @@ class Cut:
         return torch.cat([slices[block] for block in self.kept.blocks], self.axis)
 
     def of_bytes(self, parts: Iterable[memoryview], shape: Sequence[int], size: int) -> Iterator[memoryview]:
-        """Cut a tensor of this shape and so many bytes as they come, whatever they mean."""
+        """Cut the bytes of a tensor of this shape and `size` in bytes as they arrive, whatever its data type."""
         row = size // math.prod(shape[: self.axis])
         rest = bytearray()
         for part in parts:

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint folder: what is in them, known from their headers, and the tensors themselves."""
+"""The weight files of a checkpoint folder: their headers, and the tensors themselves."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TORCH_DTYPES = {
     "U32": torch.uint32, "F32": torch.float32, "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64,
     "C64": torch.complex64,
 }  # fmt: skip
-"""The data types of safetensors that have one in torch; a file may hold others, whose bytes are only handed on."""
+"""The data types of safetensors that torch has too; files may hold others, whose bytes are only copied."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# As safetensors itself: a longer header is none.
+# The limit of safetensors itself.
 _LONGEST_HEADER = 100_000_000
 
 
@@ -41,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Raises:
-        ModelError: the file is missing or no JSON object.
+        ModelError: the file is missing, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -56,15 +56,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a weight file.
+    """A tensor in a weight file.
 
     Attributes:
-        name: its name there.
-        dtype: its data type as safetensors writes it: "BF16".
+        name: its name.
+        dtype: its data type, as safetensors names it: "BF16".
         shape: its shape.
-        size: its bytes.
+        size: its size in bytes.
         path: the file.
-        start: where in the file its bytes begin; None in a pickle, which alone can find them.
+        start: the offset of its bytes in the file; None in a pickle.
     """
 
     name: str
@@ -77,7 +77,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a weight file says it holds: tensors in the order of their bytes, and words about itself."""
+    """The header of a weight file: its tensors in the order of their bytes, and its metadata."""
 
     path: Path
     tensors: tuple[StoredTensor, ...]
@@ -86,19 +86,19 @@ class Header:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of a folder, in order: safetensors where there are any, else PyTorch pickles."""
+    """The weight files of a folder, in order: safetensors if there are any, else PyTorch pickles."""
 
     folder: Path
     names: tuple[str, ...]
 
     @property
     def paths(self) -> list[Path]:
-        """Where the files are."""
+        """The paths of the files."""
         return [self.folder / name for name in self.names]
 
     @cached_property
     def headers(self) -> tuple[Header, ...]:
-        """What the files hold. Each is opened once, and no value of a tensor is read where the format allows.
+        """The headers of the files. Each file is opened once; a safetensors file's values are not read.
 
         Raises:
             ModelError: a file is truncated, or a pickle holds more than tensors.
@@ -107,12 +107,12 @@ class WeightFiles:
 
     @property
     def stored(self) -> list[StoredTensor]:
-        """Every tensor, in the files' order. A name that two files hold means the later one, as in transformers."""
+        """All tensors, in the files' order. If two files hold a name, the later one counts, as in transformers."""
         last = {tensor.name: tensor for header in self.headers for tensor in header.tensors}
         return [tensor for header in self.headers for tensor in header.tensors if last[tensor.name] is tensor]
 
     def tensor_names(self) -> list[str]:
-        """List the tensors."""
+        """Return the names of all tensors."""
         return [tensor.name for tensor in self.stored]
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -129,7 +129,7 @@ def find_weights(folder: Path) -> WeightFiles:
     """Find the weight files that transformers would load from `folder`.
 
     Raises:
-        ModelError: there are none, or the index names a file that is not there.
+        ModelError: there are none, or the index names a missing file.
     """
     for single in (SAFETENSORS, PICKLE):
         index = folder / f"{single}.index.json"
@@ -138,23 +138,25 @@ def find_weights(folder: Path) -> WeightFiles:
         if index.is_file():
             names = tuple(sorted(set(read_json(index).get("weight_map", {}).values())))
             missing = [name for name in names if not (folder / name).is_file()]
-            if missing or not names:
+            hint = "Copy or download the model again."
+            if not names:
+                raise ModelError(f"{index} lists no weight files.", hint=hint)
+            if missing:
                 raise ModelError(
-                    f"{folder} lacks {len(missing)} of its {len(names)} weight files, {', '.join(missing[:1])} first.",
-                    hint="Copy or download the model again.",
+                    f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as {missing[0]}.", hint=hint
                 )
             return WeightFiles(folder, names)
     raise ModelError(
         f"{folder} has no weights: no {SAFETENSORS}, no {PICKLE}, and no index of either.",
-        hint="Name a folder that holds a whole model.",
+        hint="Name a folder that holds a complete model.",
     )
 
 
 def read_header(path: Path) -> Header:
-    """Read what a weight file says it holds.
+    """Read the header of a weight file.
 
     Raises:
-        ModelError: it is truncated or no weight file, or a pickle holds more than tensors.
+        ModelError: the file is truncated or not a weight file, or a pickle holds more than tensors.
     """
     if path.suffix != ".safetensors":
         return Header(path, tuple(_pickled(path)), {})
@@ -172,7 +174,7 @@ def read_header(path: Path) -> Header:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _broken(path) from error
     end = 8 + length
-    for tensor in tensors:  # no hole, no overlap, and nothing behind the last
+    for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
         if tensor.start != end or tensor.size < 0:
             raise _broken(path)
         end += tensor.size
@@ -187,12 +189,12 @@ def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
     stored = StoredTensor(name, str(entry["dtype"]), shape, end - begin, path, start + begin)
     known = TORCH_DTYPES.get(stored.dtype)
     if known is not None and math.prod(shape) * known.itemsize != stored.size:
-        raise ValueError(f"{name} has {stored.size} bytes, which is not its shape's")
+        raise ValueError(f"{name} has {stored.size} bytes, which does not match its shape")
     return stored
 
 
 def _broken(path: Path) -> ModelError:
-    return ModelError(f"{path} is truncated, or is no safetensors file.", hint="Copy or download it again.")
+    return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")
 
 
 def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -209,21 +211,21 @@ def _pickled(path: Path) -> Iterator[StoredTensor]:
     for name, tensor in load_pickle(path, values=False).items():
         if tensor.dtype not in DTYPE_NAMES or tensor.layout is not torch.strided:
             raise ModelError(
-                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors has no place for.",
-                hint="Load the model with transformers and save it again, then try with that copy.",
+                f"{path} holds {name} as {tensor.dtype}, {tensor.layout}, which safetensors cannot store.",
+                hint="Load the model with transformers, save it again, and use that copy.",
             )
-        # Its shape's bytes, not those of its memory: tensors of a pickle may share it, or be views.
+        # The bytes of its shape, not of its storage: tensors of a pickle may share storage, or be views.
         yield StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes, path, None)
 
 
 def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
-    """Load the tensors of a pickle, mapped to memory where it allows; without `values`, only what they look like.
+    """Load the tensors of a pickle, memory-mapped if possible; without `values`, on the meta device.
 
     Raises:
         ModelError: it is truncated, or holds more than tensors.
     """
     try:
-        # Only tensors: a pickle that would run code is refused by `weights_only`.
+        # `weights_only` refuses a pickle that would run code.
         mapped = values and zipfile.is_zipfile(path)
         tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -239,5 +241,5 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
 def _unsafe(path: Path) -> ModelError:
     return ModelError(
         f"{path} is not safe to read: it is truncated, or holds more than tensors.",
-        hint="Convert the model to safetensors where you trust it, or name another copy.",
+        hint="If you trust the model, convert it to safetensors; otherwise use another copy.",
     )

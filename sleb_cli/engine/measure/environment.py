@@ -1,4 +1,4 @@
-"""What the machine and the installed versions are, for the record."""
+"""The machine and the installed versions, for the record."""
 
 import platform
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ def environment_record(plugins: dict[str, str], device: torch.device, seconds: f
 
 
 def processor_name(device: torch.device) -> str:
-    """Name the GPU, or the CPU and its number of threads."""
+    """Return the name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"

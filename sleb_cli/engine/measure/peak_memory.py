@@ -1,4 +1,4 @@
-"""How much memory a model takes while it works, measured in a process that holds nothing else."""
+"""Measure the peak memory of a model in a process that holds nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.events import Event, Notice, Notify, TaskFinished, TaskStarted
+from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import Workload
 
@@ -33,28 +33,27 @@ def peak_memory_alone(
     device: torch.device,
     notify: Notify,
 ) -> int | None:
-    """Give the most bytes that one iteration takes: allocated on a CUDA device, else resident in the process.
+    """Return the peak bytes of one iteration: allocated on a CUDA device, else resident in the process.
 
-    None on a device that does not tell, or where the process is killed for its memory.
+    Returns None on other devices, or if the process is killed for its memory.
     """
     if device.type not in {"cpu", "cuda"}:
         return None
-    task = f"Peak memory of {workload.name}, {'pruned' if removals else 'dense'}"
-    notify(TaskStarted(task))
+    what = f"Peak memory of {workload.name}, {'pruned' if removals else 'dense'}"
     context = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the child too, and is the parent's to answer.
-    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as alone:
+    # Ctrl-C reaches the child too, but the parent handles it.
+    alone = ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    with task(notify, what), alone:
         try:
-            peak: int | None = alone.submit(_measure, source, removals, workload, dtype, device).result()
+            peak: int = alone.submit(_measure, source, removals, workload, dtype, device).result()
         except BrokenProcessPool:
-            notify(Notice(f"{task} could not be measured: the process was killed."))
-            peak = None
+            notify(Notice(f"{what} could not be measured: the process was killed."))
+            return None
         except BaseException:
             for child in multiprocessing.active_children():
                 child.kill()
             raise
-    notify(TaskFinished(task))
-    return peak
+        return peak
 
 
 @torch.inference_mode()
@@ -66,11 +65,11 @@ def _measure(
     device: torch.device,
 ) -> int:
     quiet_libraries()
-    architecture = read_architecture(source, load_plugins(), _ignore)
+    architecture = read_architecture(source, load_plugins(), ignore)
     if removals:
-        model = load_pruned(plan_surgery(architecture, removals), dtype, device, _ignore)
+        model = load_pruned(plan_surgery(architecture, removals), dtype, device, ignore)
     else:
-        model = load_dense(architecture, dtype, device, _ignore)
+        model = load_dense(architecture, dtype, device, ignore)
     run = runner(workload, model)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -83,7 +82,7 @@ def _measure(
 
 @contextmanager
 def _watch_resident_bytes() -> Iterator[Callable[[], int]]:
-    """Sample this process's resident memory while the body runs; the given function then tells the peak."""
+    """Sample this process's resident memory while the body runs; the yielded function returns the peak."""
     process = psutil.Process()
     samples = [process.memory_info().rss]
     done = threading.Event()
@@ -99,7 +98,3 @@ def _watch_resident_bytes() -> Iterator[Callable[[], int]]:
     finally:
         done.set()
         watcher.join()
-
-
-def _ignore(event: Event) -> None:
-    """Say nothing: the process that asked has said it already."""

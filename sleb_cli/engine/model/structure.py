@@ -1,8 +1,8 @@
-"""What a model is made of, told without its weights: so that a removal which changes other blocks is seen beforehand.
+"""Compare the structure of models without weights, to detect a removal that would change the remaining blocks.
 
-A family builds each block from the config and the block's number. Where the number decides more than a place (a kind
-by period, a constant that grows with depth), the blocks that remain may come out as others than they were. Their
-classes, parameters and plain attributes tell.
+A family builds each block from the config and the block's number. If the number decides more than a position (a kind by
+period, a constant that grows with depth), a remaining block may be built differently under its new number. The classes,
+parameters and plain attributes of its modules show it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from sleb_plugins.config_keys import Kept, by_block, sliced_axis
 
 @dataclass(frozen=True)
 class Structure:
-    """A module taken apart, by dotted names.
+    """What a module consists of, by dotted names.
 
     Attributes:
         parts: classes of modules and shapes of parameters.
-        attributes: numbers, words, and lists of them, that modules keep for their forward pass.
+        attributes: numbers, strings, and lists of them, that modules keep for their forward pass.
     """
 
     parts: Mapping[str, Any]
@@ -39,7 +39,7 @@ _SMALL = re.compile("Norm|Identity|Dropout")
 
 
 def structure_of(module: nn.Module, without: str | None = None) -> Structure:
-    """Take a module apart; everything under the path `without` is left out."""
+    """Return the structure of a module, without anything under the path `without`."""
     parts: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
     for path, part in module.named_modules():
@@ -55,7 +55,7 @@ def structure_of(module: nn.Module, without: str | None = None) -> Structure:
 
 
 def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> list[str]:
-    """Say what is different about block `old` after the others are gone, one clause each."""
+    """Return what differs in block `old` after the removal, one clause each."""
     new = kept.blocks.index(old)
 
     def same(name: str, a: Any, b: Any) -> bool:
@@ -63,23 +63,22 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
             return True
         if not _is_number(name, a, b):
             return False
-        # Counted from its own number, the number of a block it refers to, or how many there are; and a block with two
-        # attentions counts these.
+        # A number relative to its own, the number of a block that it refers to, or the number of blocks.
         if (
             a - old == b - new
             or (a in kept.blocks and kept.blocks.index(a) == b)
             or (a, b) == (kept.count, len(kept.blocks))
         ):
             return True
-        return name.endswith("layer_idx") and a - 2 * old == b - 2 * new
+        return name.endswith("layer_idx") and a - 2 * old == b - 2 * new  # a block with two attentions counts these
 
     return [*_changes(before.parts, after.parts), *_changes(before.attributes, after.attributes, same)]
 
 
 def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
-    """Say what is different about the rest of the model, where it is not just a count or a list by block.
+    """Return what differs outside the blocks, apart from counts of blocks and lists with one value per block.
 
-    What it kept for the last block of a kind may go with it, and tensors that hold a slice for each block shrink.
+    An attribute for the last block of a kind may disappear with it, and tensors with one slice per block shrink.
     """
 
     def same(name: str, a: Any, b: Any) -> bool:
@@ -87,9 +86,9 @@ def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
             return True
         if not (isinstance(a, int) and isinstance(b, int)):
             return False
-        if sliced_axis(f"{name.rpartition('.')[0]}.weight") is not None:  # its width
+        if sliced_axis(f"{name.rpartition('.')[0]}.weight") is not None:  # the width of such a tensor
             return a * len(kept.blocks) == b * kept.count
-        # How many blocks there are, or where a stretch of them begins.
+        # The number of blocks, or where a run of them begins.
         return _is_number(name, a, b) and 0 <= a <= kept.count and kept.below(a) == b
 
     def same_part(name: str, a: Any, b: Any) -> bool:
@@ -105,15 +104,15 @@ def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
 
 
 def shared_weights(blocks: nn.ModuleList) -> bool:
-    """Say whether any parameter belongs to more than one block."""
+    """Whether any parameter belongs to more than one block."""
     owners = Counter(id(parameter) for block in blocks for parameter in set(block.parameters()))
     return any(count > 1 for count in owners.values())
 
 
-def tell_apart(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
-    """Add to each block's kind the classes of those parts that differ among blocks of its kind.
+def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
+    """Add to each block's kind the classes of the parts that differ among blocks of the same kind.
 
-    With no kinds yet, these classes are all there is; empty where all blocks are alike.
+    If all kinds are empty, the result holds only these classes; it is empty if all blocks are alike.
     """
     classes = [{"": type(b).__name__} | {n: type(m).__name__ for n, m in b.named_children()} for b in blocks]
     names = dict.fromkeys(name for parts in classes for name in parts)
@@ -131,7 +130,7 @@ def tell_apart(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-12)  # the same constant by another order of the same sums
+        return math.isclose(a, b, rel_tol=1e-12)  # the same constant, summed in another order
     return bool(a == b)
 
 
@@ -144,7 +143,7 @@ def _same_list(a: Any, b: Any, kept: Kept) -> bool:
 
 
 def _fewer_kinds(a: Any, b: Any) -> bool:
-    """Say whether two lists are names of kinds, of which some are gone."""
+    """Whether both lists name kinds of blocks, and `b` lacks only some of them."""
     are_lists = isinstance(a, list | tuple) and isinstance(b, list | tuple)
     return are_lists and len(set(map(str, a))) == len(a) > len(b) and set(b) <= set(a)
 

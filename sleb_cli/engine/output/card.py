@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
-import json
 import math
 
-from sleb_cli import __version__
+from huggingface_hub import ModelCardData
+
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.plan import LossesRecord, Plan, RecoveryRecord
 from sleb_cli.records import Check, Proof
+from sleb_cli.version import __version__
 
 
 def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
-    """Say what the model is made from, which blocks it lost, how they were found, and what was checked."""
+    """Return the README: the base model, the removed blocks, how they were found, and what was checked."""
     architecture, surgery = subject.architecture, subject.surgery
     source = architecture.source
     removals = ", ".join(map(str, surgery.removals))
+    front_matter = ModelCardData(
+        base_model=source.id if source.revision else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["sleb", "pruned"],
+    )
     lines = [
         "---",
-        *([f"base_model: {json.dumps(source.id)}"] if source.revision else []),
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [sleb, pruned]",
+        front_matter.to_yaml(),
         "---",
         "",
         f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
         "",
-        # The card may be published: a folder's place on this machine is nobody's business.
+        # The card may be published, so it does not show the path of a local folder.
         "- Base model: "
         + (f"`{source.id}` at revision `{source.revision}`" if source.revision else f"`{source.name}`"),
         f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
         + ("no training" if recovery is None else "the others given new weights"),
-        *_how(subject),
-        *_said(subject.plan),
-        *_recovered(recovery),
-        *_proven(proof),
+        *_search(subject),
+        *_sample_generation(subject.plan),
+        *_recovery(recovery),
+        *_proof(proof),
         "",
     ]
     return "\n".join(lines)
 
 
-def _how(subject: Subject) -> list[str]:
+def _search(subject: Subject) -> list[str]:
     plan = subject.plan
     if plan is None:
         return ["- The blocks were chosen by hand."]
@@ -59,8 +63,8 @@ def _how(subject: Subject) -> list[str]:
     ]
 
 
-def _said(plan: Plan | None) -> list[str]:
-    """Let both models speak, as they were when the search ended."""
+def _sample_generation(plan: Plan | None) -> list[str]:
+    """Return what both models generated at the end of the search."""
     sample = plan.sample_generation if plan else None
     if sample is None:
         return []
@@ -71,17 +75,17 @@ def _said(plan: Plan | None) -> list[str]:
     warning = "**The pruned model repeats itself much more than the base model.** " if sample.is_repetitive else ""
     return [
         "",
-        f'{warning}When the search ended, both models went on greedily after "{sample.prompt}" like this; repeated is '
-        "the share of runs of 4 tokens that occurred before:",
+        f'{warning}At the end of the search, both models continued "{sample.prompt}" greedily as follows; "repeated" '
+        "is the share of runs of 4 tokens that occurred before:",
         "",
         "```text",
-        # Whatever a model says stays inside the fence.
+        # Without backticks, so that no text can close the fence.
         *(f"{name} ({share:.0%} repeated): {' '.join(text.split())}".replace("`", "'") for name, text, share in said),
         "```",
     ]
 
 
-def _recovered(recovery: RecoveryRecord | None) -> list[str]:
+def _recovery(recovery: RecoveryRecord | None) -> list[str]:
     if recovery is None:
         return []
     text, healed = recovery.text, recovery.heal
@@ -91,10 +95,9 @@ def _recovered(recovery: RecoveryRecord | None) -> list[str]:
 
     return [
         "",
-        f"The blocks that stay were given new weights, on text of {text.title} ({text.sequences} x "
-        f"{text.sequence_length} tokens, {recovery.held_out} of these sequences held out), so that the model does "
-        f"again what the base model does. {recovery.share:.0%} of the nats that the removal cost came back, measured "
-        f"on what was held out:",
+        f"The remaining blocks were given new weights on {text.title} ({text.sequences} x {text.sequence_length} "
+        f"tokens, {recovery.held_out} of these sequences held out), to bring the model closer to the base model. This "
+        f"recovered {recovery.share:.0%} of the nats that the removal cost, measured on the held-out sequences:",
         "",
         "| | perplexity | KL to the base model, nats per token |",
         "|---|---|---|",
@@ -105,22 +108,22 @@ def _recovered(recovery: RecoveryRecord | None) -> list[str]:
     ]
 
 
-def _proven(proof: Proof | None) -> list[str]:
+def _proof(proof: Proof | None) -> list[str]:
     if proof is None:
-        return ["", "The checkpoint was written without proof (`--no-verify`)."]
+        return ["", "The checkpoint was written without a proof (`--no-verify`)."]
     difference = proof.logits_difference or 0.0
     same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
-    held_against = {
-        "dense": "the base model with these blocks switched off",
+    reference = {
+        "dense": "the base model with these blocks skipped",
         "recovered": "the recovered model in memory, before it was written",
     }[proof.reference]
     words: dict[Check, str] = {
-        "complete": "every tensor is in its file, as long as its header says",
+        "complete": "every tensor is complete in its file",
         "loads": "stock transformers finds every weight of the config in the files, and no other",
-        "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}) its logits are {same} to those "
-        f"of {held_against}",
+        "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}), its logits are {same} to those "
+        f"of {reference}",
         "generates": "it generates with the KV cache",
-        "saves again": "transformers saves it again, to the same weights",
+        "saves again": "transformers saves it again, with the same weights",
         "same bytes": "the bytes of every weight are those of the base model",
     }
     partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []

@@ -1,4 +1,4 @@
-"""`sleb apply --push`: the checkpoint, proven and whole on disk, goes to the hub as well."""
+"""`sleb apply --push`: upload the proven checkpoint to the Hub."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Notify, TaskFinished, TaskStarted
+from sleb_cli.events import Notify, task
 from sleb_plugins import OutputError, UsageError
 
-# What the hub's client raises for answers and for no answer. Its HTTP library, whose name depends on the version, has
-# one base for both; the class for answers has it as its own base.
+# What the Hub's client raises. Its HTTP library, which depends on the version, has one base class for bad responses and
+# for missing ones; HfHubHTTPError derives from it.
 _FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ConnectionError)
-# What an upload may raise beside; the faster transfers have only this for what went wrong.
+# The faster transfers (hf_xet) raise RuntimeError.
 _UPLOAD_FAILURES: tuple[type[BaseException], ...] = (*_FAILURES, RuntimeError)
-_LOGIN = "Log in with `hf auth login` and a token that may write, then try again."
+_LOGIN = "Log in with `hf auth login` and a token with write access, then try again."
 
 
 @dataclass(frozen=True)
 class PushRequest:
-    """Where the checkpoint goes on the hub: "ORG/NAME"."""
+    """Where the checkpoint goes on the Hub: "ORG/NAME"."""
 
     repo: str
     private: bool = True
@@ -39,11 +39,11 @@ class PushRequest:
 
 
 def require_pushable(request: PushRequest, *, force: bool) -> None:
-    """Make sure, before hours of work, that the user may make this repository, and overwrites none unasked.
+    """Make sure, before hours of work, that the user may create this repository, or has asked to overwrite it.
 
     Raises:
-        UsageError: it is no name of a repository.
-        OutputError: the user is not logged in, or may not write there, or it exists, or the hub is out of reach.
+        UsageError: the name is not that of a repository.
+        OutputError: the user is not logged in or may not write there, it exists, or the Hub is out of reach.
     """
     owner, name = _parts(request.repo)
     api = _api()
@@ -51,22 +51,22 @@ def require_pushable(request: PushRequest, *, force: bool) -> None:
         user: dict[str, Any] = api.whoami()
     except LocalTokenNotFoundError as error:
         raise OutputError(
-            f"You are not logged in to the hub, so {request.repo} cannot be made.", hint=_LOGIN
+            f"You are not logged in to the Hub, so {request.repo} cannot be created.", hint=_LOGIN
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
-            raise OutputError("The hub does not accept your token.", hint=_LOGIN) from error
+            raise OutputError("The Hub does not accept your token.", hint=_LOGIN) from error
         raise _unreachable(request, error) from error
     except _FAILURES as error:
         raise _unreachable(request, error) from error
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise OutputError("Your token for the hub may only read.", hint=_LOGIN)
+        raise OutputError("Your token for the Hub is read-only.", hint=_LOGIN)
     organizations = {str(part.get("name")): part.get("roleInOrg") for part in user.get("orgs") or []}
     if owner != user.get("name") and organizations.get(owner, "read") == "read":
         raise OutputError(
-            f"You are {user.get('name')} on the hub, and may not write to {owner}.",
-            hint=f"Push to {user.get('name')}/{name}, or ask {owner} for the right to write.",
+            f"You are {user.get('name')} on the Hub, and may not write to {owner}.",
+            hint=f"Push to {user.get('name')}/{name}, or ask {owner} for write access.",
         )
     try:
         exists = api.repo_exists(request.repo)
@@ -74,41 +74,39 @@ def require_pushable(request: PushRequest, *, force: bool) -> None:
         raise _unreachable(request, error) from error
     if exists and not force:
         raise OutputError(
-            f"{request.repo} exists on the hub.", hint="Choose another name, or upload into it with --force."
+            f"{request.repo} already exists on the Hub.", hint="Choose another name, or upload into it with --force."
         )
 
 
 def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> str:
-    """Upload a checkpoint and give its address.
+    """Upload a checkpoint and return its URL.
 
     Raises:
-        OutputError: the hub does not take it; the sentence says that nothing is lost, and how to go on by hand.
+        OutputError: the upload failed; the message says that the folder is complete, and the hint how to upload it.
     """
-    task = f"Uploading to {request.repo}"
-    notify(TaskStarted(task))
     disable_progress_bars()
     api = _api()
     try:
-        url = api.create_repo(request.repo, private=request.private, exist_ok=force)
-        api.upload_folder(repo_id=request.repo, folder_path=folder, commit_message="Pruned with sleb")
+        with task(notify, f"Uploading to {request.repo}"):
+            url = api.create_repo(request.repo, private=request.private, exist_ok=force)
+            api.upload_folder(repo_id=request.repo, folder_path=folder, commit_message="Pruned with sleb")
     except _UPLOAD_FAILURES as error:
         raise OutputError(
-            f"{folder} is whole, but was not uploaded to {request.repo}: {first_line(error)}.",
+            f"{folder} is complete, but was not uploaded to {request.repo}: {first_line(error)}.",
             hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`.",
         ) from error
-    notify(TaskFinished(task))
     return str(url)
 
 
 def _parts(repo: str) -> tuple[str, str]:
-    hint = "Write it like ORG/NAME, of letters, digits, '-', '_' and '.'."
+    hint = "Write it like ORG/NAME, with letters, digits, '-', '_' and '.'."
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError(f"--push {repo} is no name of a repository.", hint=hint) from error
+        raise UsageError(f"--push {repo} is not a valid repository name.", hint=hint) from error
     parts = re.fullmatch(r"([^/]+)/([^/]+)", repo)
     if parts is None:
-        raise UsageError(f"--push {repo} does not say whose repository it is.", hint=hint)
+        raise UsageError(f"--push {repo} does not name the owner of the repository.", hint=hint)
     return parts[1], parts[2]
 
 
@@ -118,6 +116,6 @@ def _api() -> HfApi:
 
 def _unreachable(request: PushRequest, error: BaseException) -> OutputError:
     return OutputError(
-        f"The hub is out of reach, so nothing can be pushed to {request.repo}: {first_line(error)}.",
-        hint=f"Check the network (is HF_HUB_OFFLINE set?), or leave out --push and later run `{request.by_hand}`.",
+        f"The Hub is out of reach, so nothing can be pushed to {request.repo}: {first_line(error)}.",
+        hint=f"Check the network (is HF_HUB_OFFLINE set?), or leave out --push and run `{request.by_hand}` later.",
     )

@@ -1,4 +1,4 @@
-"""Bring a model into memory: the dense one as it is, or the pruned one by the same surgery as on disk."""
+"""Load a model: the dense one unchanged, or the pruned one with the same surgery as on disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_transformers_errors
-from sleb_cli.events import Notify, TaskFinished, TaskStarted
+from sleb_cli.events import Notify, task
 from sleb_plugins import ModelError
 
 _TOKENIZER_FILES = (
@@ -26,7 +26,7 @@ _TOKENIZER_FILES = (
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and advice off the screen while ours is on it."""
+    """Turn off the progress bars and warnings of transformers, which would disturb ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -35,38 +35,36 @@ def load_tokenizer(source: ModelSource) -> Any:
     """Load the tokenizer.
 
     Raises:
-        ModelError: the model comes without one.
+        ModelError: the model has none.
     """
     if not has_tokenizer(source):
-        raise ModelError(f"{source.id} has no tokenizer.", hint="Put the tokenizer's files into the model's folder.")
+        raise ModelError(f"{source.id} has no tokenizer.", hint="Copy the tokenizer's files into the model's folder.")
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
 
 
 def has_tokenizer(source: ModelSource) -> bool:
-    """Whether the folder holds any file that a tokenizer is read from."""
+    """Whether the folder holds a file of a tokenizer."""
     return any((source.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def load_dense(architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify) -> Any:
-    """Load the model as it is.
+    """Load the dense model.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
     """
-    task = f"Loading {architecture.source.id}"
-    notify(TaskStarted(task))
-    # Our own reader says plainly where a file is broken.
-    architecture.source.weights.tensor_names()
-    with translate_transformers_errors(f"the weights of {architecture.source.id}"):
-        model, info = architecture.auto_class.from_pretrained(
-            architecture.source.folder,
-            dtype=dtype,
-            trust_remote_code=architecture.source.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    notify(TaskFinished(task))
+    source = architecture.source
+    with task(notify, f"Loading {source.id}"):
+        source.weights.tensor_names()  # its errors name the broken file
+        with translate_transformers_errors(f"the weights of {source.id}"):
+            model, info = architecture.auto_class.from_pretrained(
+                source.folder,
+                dtype=dtype,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     return _ready(model, info, architecture, device)
 
 
@@ -74,43 +72,42 @@ def load_pruned(surgery: Surgery, dtype: torch.dtype, device: torch.device, noti
     """Load the model that `sleb apply` would write, without writing it.
 
     Raises:
-        ModelError: the weights that remain do not fit the pruned config.
+        ModelError: the remaining weights do not fit the pruned config.
     """
     architecture = surgery.architecture
-    task = f"Loading {architecture.source.id} without {len(surgery.removals)} blocks"
-    notify(TaskStarted(task))
-    pruned = surgery.names.prune(architecture.source.weights.tensors())
-    tensors = {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
-    with translate_transformers_errors(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
-        model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
-            None,
-            config=architecture.read_config(surgery.prune_config()),
-            state_dict=tensors,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    notify(TaskFinished(task))
+    with task(notify, f"Loading {architecture.source.id} without {len(surgery.removals)} blocks"):
+        pruned = surgery.names.prune(architecture.source.weights.tensors())
+        tensors = {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
+        config = architecture.read_config(surgery.prune_config())
+        with translate_transformers_errors(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
+            model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     return _ready(model, info, architecture, device)
 
 
-def misfit(info: dict[str, Any], *kinds: str) -> str | None:
-    """Say which weights transformers made up ("missing"), left over ("unexpected") or found in another shape.
+def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
+    """Return a clause on the first of `kinds` of weights in transformers' loading info, or None if there are none.
 
-    `info` is its loading info; None means that there are none of these kinds.
+    The kinds are "missing" (initialized anew), "unexpected" (not used) and "mismatched" (of another shape).
     """
     for kind in kinds:
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])
         if keys:
-            return f"{len(keys)} weights are {kind}, {keys[0]} first"
+            return f"{len(keys)} weights are {kind}, such as {keys[0]}"
     return None
 
 
 def _ready(model: Any, info: dict[str, Any], architecture: Architecture, device: torch.device) -> Any:
-    found = misfit(info, "missing", "mismatched")
-    if found:
+    problem = loading_problem(info, "missing", "mismatched")
+    if problem:
         raise ModelError(
-            f"The weights of {architecture.source.id} do not fit its config: {found}.",
+            f"The weights of {architecture.source.id} do not fit its config: {problem}.",
             hint="Copy or download the model again.",
         )
     model.requires_grad_(False)

@@ -1,9 +1,12 @@
-"""Names of modules in the settings of a quantized checkpoint: renumbered, or dropped with their blocks.
+"""Renumber the names of modules in the settings of a quantized checkpoint, and drop those of removed blocks.
 
-The packed tensors themselves are bytes like any others. But the settings say by name which modules were quantized how,
-and every format says it elsewhere: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's `dynamic`, a
-dictionary by module... So every string is looked at. A name is renumbered as a tensor's is. A pattern (a regex, or a
-glob) is renumbered where it says numbers, and then held to match the same modules as before, under their new names.
+The packed tensors are copied like any others. But the settings list by name which modules were quantized in which way,
+and every format does so elsewhere: `ignore`, `modules_to_not_convert`, `config_groups.*.targets`, GPTQ's `dynamic`, a
+dictionary by module. So every string is checked. A name is renumbered like a tensor's. A pattern (a regex or a glob) is
+renumbered where it contains numbers, and must then match the same modules as before, under their new names.
+
+Patterns are not replaced by lists of the modules that they match, because inference engines match them against names of
+their own, such as vLLM's fused `qkv_proj` and `gate_up_proj`, which no list of transformers' modules contains.
 """
 
 from __future__ import annotations
@@ -20,23 +23,22 @@ from sleb_cli.engine.model.block_names import BlockNames
 from sleb_plugins import UnsupportedModelError
 
 QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
-"""Where formats say it beside `config.json`."""
+"""Files other than `config.json` that hold settings of quantization."""
 
 _KEYS = {"quantization_config", "compression_config"}
-# What a format writes in front of a regex: compressed-tensors; GPTQ, for what it takes and what it leaves alone.
-_MARKS = ("re:", "+:", "-:")
+# Prefixes of regexes: in compressed-tensors, and in GPTQ for modules that it includes or excludes.
+_PREFIXES = ("re:", "+:", "-:")
 _NAME = re.compile(r"[\w.-]*")
 _GLOB = re.compile(r"[\w.*?-]*")
 _DOT = r"(?:\\\.|\[\.\]|\.)"
 _NOTHING = "(?!)"
 
-Matches = Callable[[str], bool]
-PatternSyntax = Callable[[str], Matches]
-"""A way to read a pattern."""
+PatternSyntax = Callable[[str], Callable[[str], object]]
+"""A way to interpret a pattern: returns a function that is truthy for the names that it matches."""
 
 
 def prune_quantization(config: Mapping[str, Any], architecture: Architecture, names: BlockNames) -> dict[str, Any]:
-    """Give a `config.json` whose quantization settings, also those of a part of the model, name the kept blocks.
+    """Return a `config.json` whose quantization settings name the kept blocks, in nested configs too.
 
     Raises:
         UnsupportedModelError: a pattern names blocks in a way that cannot be renumbered exactly.
@@ -51,7 +53,7 @@ def prune_quantization(config: Mapping[str, Any], architecture: Architecture, na
 
 
 def prune_module_names(settings: Any, architecture: Architecture, names: BlockNames) -> Any:
-    """Renumber the modules that `settings` names, wherever they stand, and drop those of removed blocks.
+    """Renumber the modules that `settings` names anywhere, and drop those of removed blocks.
 
     Raises:
         UnsupportedModelError: a pattern names blocks in a way that cannot be renumbered exactly.
@@ -60,7 +62,7 @@ def prune_module_names(settings: Any, architecture: Architecture, names: BlockNa
 
 
 def _walk(value: Any, renaming: _Renaming) -> Any:
-    """Give `value` with its strings renamed; None where it was a string and is dropped."""
+    """Return `value` with its strings renamed; None for a string that is dropped."""
     if isinstance(value, str):
         return renaming.rename(value)
     if isinstance(value, list):
@@ -77,41 +79,42 @@ def _walk(value: Any, renaming: _Renaming) -> Any:
 
 
 def _lost_its_targets(before: Any, after: Any) -> bool:
-    """Whether a group of modules, which has `targets`, has none left."""
+    """Whether a group of modules had `targets` and has none left."""
     return isinstance(before, dict) and bool(before.get("targets")) and not after.get("targets")
 
 
 @dataclass(frozen=True)
 class _Renaming:
-    """From a string in the dense model's settings to the pruned model's, or None where its blocks are gone."""
+    """Translates strings of the dense model's settings to the pruned model's."""
 
     architecture: Architecture
     names: BlockNames
 
     def rename(self, text: str) -> str | None:
+        """Return the renumbered name or pattern, or None if it names removed blocks only."""
         if _NAME.fullmatch(text):
             return self._rename_module(text)
-        mark = next((mark for mark in _MARKS if text.startswith(mark)), "")
-        pattern = text.removeprefix(mark)
-        syntaxes = _syntaxes(pattern, mark)
+        prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
+        pattern = text.removeprefix(prefix)
+        syntaxes = _syntaxes(pattern, prefix)
         matched = {name for syntax in syntaxes for name in filter(syntax(pattern), self._modules)}
-        if matched.isdisjoint(self._block_modules) and not self._says_the_path(pattern):
+        if matched.isdisjoint(self._block_modules) and not self._has_path(pattern):
             return text
-        for find_numbers in (self._after_the_path, _between_dots):
-            renumbered, gone = self._renumber(pattern, find_numbers)
+        for find_numbers in (self._after_path, _between_dots):
+            renumbered, removed = self._renumber(pattern, find_numbers)
             if all(self._same_modules(pattern, renumbered, syntax) for syntax in syntaxes):
-                useless = gone and not any(self._any_module(renumbered, syntax) for syntax in syntaxes)
-                return None if useless else mark + renumbered
+                useless = removed and not any(self._any_module(renumbered, syntax) for syntax in syntaxes)
+                return None if useless else prefix + renumbered
         raise UnsupportedModelError(
             f"The quantization settings name blocks by {text!r}, which cannot be renumbered exactly.",
-            hint="Name those modules one by one in the model's quantization_config, then try again.",
+            hint="List those modules one by one in the model's quantization_config, then try again.",
         )
 
     def _rename_module(self, name: str) -> str | None:
         renamed = next((new for new, _ in self.names.prune([(name, None)])), None)
         if renamed != name or name in self._modules:
             return renamed
-        # The blocks of a part of a larger model, by their name there: "language_model." + "model.layers.3".
+        # A block of the language model by its name in a larger model: "language_model." + "model.layers.3".
         found = re.search(rf"\.{re.escape(self._path)}\.(\d+)(?=\.|$)", name)
         if found is None:
             return name
@@ -124,7 +127,7 @@ class _Renaming:
 
     @cached_property
     def _modules(self) -> frozenset[str]:
-        """Every module's name, as the model has it and as the files have it."""
+        """The names of all modules, as in the model and as in the files."""
         architecture = self.architecture
         in_files = (name.rpartition(".")[0] for name in architecture.source.weights.tensor_names())
         return frozenset(in_files) | {name for name, _ in architecture.skeleton.named_modules()}
@@ -135,21 +138,21 @@ class _Renaming:
 
     @cached_property
     def _kept(self) -> list[tuple[str, str]]:
-        """The kept modules' names, before and after."""
+        """The names of the kept modules, before and after."""
         return [(name, new) for new, name in self.names.prune((name, name) for name in self._modules)]
 
-    def _says_the_path(self, pattern: str) -> bool:
+    def _has_path(self, pattern: str) -> bool:
         return re.search(rf"(?<!\w){re.escape(self._path)}\.[\d(\[]", re.sub(_DOT, ".", pattern)) is not None
 
-    def _after_the_path(self, pattern: str) -> Iterator[int]:
-        """Say where in a pattern, after the name of the list of blocks, a number stands."""
+    def _after_path(self, pattern: str) -> Iterator[int]:
+        """Yield the positions of numbers in a pattern that follow the name of the list of blocks."""
         tail = re.escape(self._path.rpartition(".")[2])
         for found in re.finditer(rf"(?:(?<!\w)|(?<=\\b)){tail}{_DOT}", pattern):
             yield found.end()
 
     def _renumber(self, pattern: str, find_numbers: Callable[[str], Iterator[int]]) -> tuple[str, bool]:
-        """Replace what stands for numbers of blocks; say too whether only removed blocks were named."""
-        done, parts, gone = 0, [], []
+        """Return the pattern with new numbers of blocks, and whether it named removed blocks only."""
+        done, parts, removed = 0, [], []
         for start in find_numbers(pattern):
             end = _end_of_number(pattern, start)
             named = self._numbers(pattern[start:end])
@@ -157,12 +160,12 @@ class _Renaming:
                 continue
             kept = [str(self.names.new_number[block]) for block in named if block in self.names.new_number]
             parts += [pattern[done:start], kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})" if kept else _NOTHING]
-            gone.append(not kept)
+            removed.append(not kept)
             done = end
-        return "".join([*parts, pattern[done:]]), bool(gone) and all(gone)
+        return "".join([*parts, pattern[done:]]), bool(removed) and all(removed)
 
     def _numbers(self, part: str) -> list[int] | None:
-        """Give the blocks that a part of a pattern stands for; None where it stands for all, or for no number."""
+        """Return the blocks that a part of a pattern matches; None if it matches all, or no number."""
         blocks = range(self.architecture.block_count)
         try:
             named = [block for block in blocks if re.fullmatch(part, str(block))]
@@ -172,7 +175,7 @@ class _Renaming:
 
     def _same_modules(self, before: str, after: str, syntax: PatternSyntax) -> bool:
         matches_before, matches_after = syntax(before), syntax(after)
-        return all(matches_before(name) == matches_after(new) for name, new in self._kept)
+        return all(bool(matches_before(name)) == bool(matches_after(new)) for name, new in self._kept)
 
     def _any_module(self, pattern: str, syntax: PatternSyntax) -> bool:
         matches = syntax(pattern)
@@ -180,36 +183,34 @@ class _Renaming:
 
 
 def _between_dots(pattern: str) -> Iterator[int]:
-    """Say where a number stands alone, as in GPTQ's `.*\\.18\\..*gate.*`."""
+    """Yield the positions of numbers without the name of a list, as in GPTQ's `.*\\.18\\..*gate.*`."""
     for found in re.finditer(r"(?:\\\.|\[\.\])(?=[\d(\[])", pattern):
         yield found.end()
 
 
-def _syntaxes(pattern: str, mark: str) -> list[PatternSyntax]:
-    """Give every way in which programs may read such a pattern: as a regex, or as a glob."""
+def _syntaxes(pattern: str, prefix: str) -> list[PatternSyntax]:
+    """Return all the ways in which programs may interpret a pattern: as a regex, or as a glob."""
     try:
         re.compile(pattern)
     except re.error:  # "*.mlp"
         return [_as_glob]
-    return [_from_the_start, _anywhere, *([_as_glob] if not mark and _GLOB.fullmatch(pattern) else [])]
+    return [_from_the_start, _anywhere, *([_as_glob] if not prefix and _GLOB.fullmatch(pattern) else [])]
 
 
-def _from_the_start(pattern: str) -> Matches:
-    regex = re.compile(pattern)
-    return lambda name: regex.match(name) is not None
+def _from_the_start(pattern: str) -> Callable[[str], object]:
+    return re.compile(pattern).match
 
 
-def _anywhere(pattern: str) -> Matches:
-    regex = re.compile(pattern)
-    return lambda name: regex.search(name) is not None
+def _anywhere(pattern: str) -> Callable[[str], object]:
+    return re.compile(pattern).search
 
 
-def _as_glob(pattern: str) -> Matches:
-    return _from_the_start(translate(pattern))
+def _as_glob(pattern: str) -> Callable[[str], object]:
+    return re.compile(translate(pattern)).match
 
 
 def _end_of_number(pattern: str, start: int) -> int:
-    """Say where what stands for a number ends: before the next dot, or where its alternative or group does."""
+    """Return where the part that matches a number ends: before the next dot, or with its alternative or group."""
     depth, here = 0, start
     while here < len(pattern):
         character, next_one = pattern[here], pattern[here + 1 : here + 2]

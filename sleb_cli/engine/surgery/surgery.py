@@ -1,4 +1,4 @@
-"""Which tensors and settings remain when blocks are removed, and under which names. Nothing here reads a file."""
+"""Which tensors and settings remain after a removal of blocks, and under which names. Nothing here reads weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Surgery:
-    """The removal of blocks from one model. The same object serves files on disk and models in memory.
+    """The removal of blocks from one model, on disk or in memory.
 
     Attributes:
         architecture: the model.
@@ -47,7 +47,7 @@ class Surgery:
 
     @property
     def removed(self) -> frozenset[int]:
-        """The removed blocks, without their order."""
+        """The removed blocks, unordered."""
         return frozenset(self.removals)
 
     @cached_property
@@ -57,18 +57,18 @@ class Surgery:
 
     @cached_property
     def names(self) -> BlockNames:
-        """What names of tensors and modules say of blocks, before and after.
+        """The names of the blocks, before and after.
 
         Raises:
-            UnsupportedModelError: the weight files do not name each block.
+            UnsupportedModelError: the weight files do not number each block.
         """
         return self.architecture.block_names(self.kept)
 
     def prune_config(self) -> dict[str, Any]:
-        """Give `config.json` of the pruned model: the count, and every setting that speaks of single blocks.
+        """Return the `config.json` of the pruned model: a new count, and new values of settings of single blocks.
 
-        Settings are taken from the config as transformers understands it, so that a pattern which
-        `config.json` leaves to a default or a period becomes an explicit list.
+        Values come from the config as transformers parses it, so that a pattern which `config.json` leaves to a default
+        or a period becomes an explicit list.
         """
         raw = dict(self.architecture.source.raw_config)
         if not self.removed:
@@ -102,17 +102,17 @@ class Surgery:
         return settings | dict.fromkeys(counts, len(kept.blocks))
 
     def cut(self, name: str) -> Cut | None:
-        """Say what of a tensor stays that holds a slice for each block; None for one that is kept or dropped whole."""
+        """Return the slices to keep of a tensor with one slice per block; None for any other tensor."""
         axis = sliced_axis(name)
         return Cut(axis, self.kept) if axis is not None and self.removed else None
 
     def obstacle(self) -> str | None:
-        """Say in a clause what makes this removal wrong for the blocks that stay, or None where nothing does.
+        """Return a clause on what this removal would change in the kept blocks, or None if nothing.
 
-        The pruned model is built without weights, and its blocks are compared with what they were.
+        Builds the pruned model without weights, and compares its blocks with those of the dense model.
 
         Raises:
-            UnsupportedModelError: the weight files do not name every block.
+            UnsupportedModelError: the weight files do not number each block.
         """
         before, kept = self.architecture, self.kept
         _ = self.names
@@ -132,18 +132,18 @@ class Surgery:
             if changes:
                 return f"in block {old}, {changes[0]}{self._by_period()}"
         if changes := outer_changes(before.outer_structure, before.outer_structure_of(skeleton), kept):
-            return f"outside of the blocks, {changes[0]}"
+            return f"outside the blocks, {changes[0]}"
         return None if _cache_fault(before.config) else _cache_fault(config)
 
     def _by_period(self) -> str:
         config = self.architecture.text_config
         found = {key: getattr(config, key, None) for key in PERIOD_KEYS}
         said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
-        return f" (the config says it by period: {', '.join(said)})" if said else ""
+        return f" (the config sets it by period: {', '.join(said)})" if said else ""
 
 
 def _cache_fault(config: Any) -> str | None:
-    """Say what a KV cache for this config does not bear: most cannot be without any attention block."""
+    """Return why transformers' KV cache does not work with this config: most need at least one attention block."""
     try:
         with translate_errors(lambda words: ModelError(f"the KV cache would not work: {words}", hint="")):
             DynamicCache(config=config.get_text_config(decoder=True)).get_seq_length()
@@ -153,12 +153,11 @@ def _cache_fault(config: Any) -> str | None:
 
 
 def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery:
-    """Check the blocks against the model.
+    """Return the removal of these blocks, checked against the model.
 
     Raises:
-        UsageError: a block is named twice, does not exist, or none would remain.
-        UnsupportedModelError: the weight files do not name every block, so that none can be dropped safely; or the
-            blocks that stay would not be what they were.
+        UsageError: a block is named twice or does not exist, or no block would remain.
+        UnsupportedModelError: the weight files do not number each block, or the kept blocks would change.
     """
     blocks = tuple(removals)
     require_removable(blocks, architecture.block_count, architecture.source.id)

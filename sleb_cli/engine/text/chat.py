@@ -1,4 +1,4 @@
-"""Calibration sequences of conversations, as the model's own chat template writes them."""
+"""Cut conversations, rendered with the model's chat template, into calibration sequences."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from sleb_cli.engine.text.windows import require_enough
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
 
-# How a template says itself what the model writes.
+# The tag with which a template marks what the model writes.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as tokens, and which of them count where they are predicted."""
+    """The tokens of a conversation, and which of them count in the loss."""
 
     ids: list[int]
     loss_mask: list[bool]
 
 
 def require_template(tokenizer: Any) -> None:
-    """Make sure that the tokenizer can write conversations.
+    """Make sure that the tokenizer has a chat template.
 
     Raises:
-        UsageError: it has no chat template.
+        UsageError: it has none.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            "The tokenizer has no chat template, so it cannot write conversations.",
-            hint="Leave out --chat, or name a model that was trained to chat.",
+            "The tokenizer has no chat template, which --chat needs.",
+            hint="Leave out --chat, or name a chat model.",
         )
 
 
 def cut_conversations(
     tokenizer: Any, text: Conversations, length: int, *, answers: bool, asked: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Cut conversations into sequences, int64 [sequences, length], and say which tokens count, bool of that shape.
+    """Cut conversations into sequences, int64 [sequences, length], with a loss mask, bool of the same shape.
 
-    Each sequence begins where a conversation begins, and holds as many as fit; what stands beyond its end is left out.
-    All tokens count, or with `answers` those that the assistant writes; a sequence in which none counts is left out.
+    Each sequence starts with a conversation and holds as many as fit; the rest of the last one is dropped. The loss
+    mask covers all tokens, or with `answers` those of the assistant; sequences without any are dropped.
 
     Raises:
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
@@ -57,16 +57,16 @@ def cut_conversations(
     if not sequences:
         tokens = sum(len(conversation.ids) for conversation in rendered)
         raise DataError(
-            f"The conversations of {text.source} have {tokens} tokens and give no sequence of {length} "
+            f"The conversations of {text.source} have {tokens} tokens, too few for a sequence of {length} "
             + ("with an answer in it." if answers else "tokens."),
-            hint="Use more of them, or another --sequence-length.",
+            hint="Use more conversations, or another --sequence-length.",
         )
     require_enough(len(sequences), text.source, length, asked)
     return torch.tensor([pack.ids for pack in sequences]), torch.tensor([pack.loss_mask for pack in sequences])
 
 
 def _packs(rendered: Iterable[Rendered], length: int) -> Iterator[Rendered]:
-    """Fill sequences of exactly `length` tokens, each from the start of a conversation on."""
+    """Yield sequences of exactly `length` tokens, each starting with a conversation."""
     ids: list[int] = []
     loss_mask: list[bool] = []
     for conversation in rendered:
@@ -78,13 +78,13 @@ def _packs(rendered: Iterable[Rendered], length: int) -> Iterator[Rendered]:
 
 @dataclass(frozen=True)
 class _Renderer:
-    """Writes the conversations of a source with a tokenizer's chat template."""
+    """Renders the conversations of a source with a tokenizer's chat template."""
 
     tokenizer: Any
     source: str
 
     def render(self, conversation: Conversation, *, answers: bool) -> Rendered:
-        """Write a conversation in tokens; the template adds what the model expects, a BOS too where it does."""
+        """Return a conversation as tokens, including a BOS if the template adds one."""
         if not answers:
             ids = self._template(conversation, return_dict=True)["input_ids"]
             return Rendered(ids, [True] * len(ids))
@@ -94,12 +94,12 @@ class _Renderer:
         return self._find_answers(conversation)
 
     def _find_answers(self, conversation: Conversation) -> Rendered:
-        """Tell the answers by what each adds to the prompt before it, up to the token that ends it.
+        """Find each answer as the text that it adds to the prompt before it, up to its end token.
 
-        Prompt and answer are made tokens apart, as when the model generates.
+        Prompt and answer are tokenized separately, as in generation.
 
         Raises:
-            DataError: the template writes the beginning of a conversation otherwise when it goes on.
+            DataError: the template changes earlier messages when more follow.
         """
         whole = self._template(conversation, tokenize=False)
         pieces: list[tuple[str, bool]] = []
@@ -111,9 +111,9 @@ class _Renderer:
             answered = self._template(conversation[: turn + 1], tokenize=False).rstrip()
             if not (whole.startswith(answered) and answered.startswith(prompt)):
                 raise DataError(
-                    f"The chat template writes the beginning of a conversation of {self.source} otherwise when it goes "
-                    "on, so the answers cannot be told apart.",
-                    hint="Use --chat all, or conversations of one question and one answer.",
+                    f"The chat template changes earlier messages of a conversation of {self.source} when more follow, "
+                    "so its answers cannot be found.",
+                    hint="Use --chat all, or conversations with one question and one answer.",
                 )
             pieces += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
             done = len(answered)
@@ -125,13 +125,13 @@ class _Renderer:
         """Apply the template.
 
         Raises:
-            DataError: it does not take the conversation.
+            DataError: it refuses the conversation.
         """
         with translate_errors(self._refused):
             return self.tokenizer.apply_chat_template(conversation, **options)
 
     def _refused(self, words: str) -> DataError:
         return DataError(
-            f"The chat template does not take a conversation of {self.source}: {words}.",
-            hint="Leave that conversation out; many templates want user and assistant in turn.",
+            f"The chat template refuses a conversation of {self.source}: {words}.",
+            hint="Leave that conversation out; many templates need user and assistant in turn.",
         )

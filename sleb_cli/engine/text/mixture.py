@@ -1,4 +1,4 @@
-"""Several sources of calibration text at once: which, how much of each, and in which order. Pure arithmetic."""
+"""Mixtures of calibration texts: which sources, how much of each, and in which order. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Part:
 
 
 def parse_mixture(text: str) -> tuple[Part, ...]:
-    """Read "wikitext2:0.5,c4:0.5"; a source alone is all of it. A local file of that very name comes first.
+    """Parse "wikitext2:0.5,c4:0.5", or one source without a share. A local file of exactly this name takes precedence.
 
     Raises:
-        UsageError: a share is missing or is none, the shares do not sum to 1, or a source is named twice.
+        UsageError: a share is missing or invalid, the shares do not sum to 1, or a source is named twice.
     """
     if Path(text).exists():
         return (Part(text, Fraction(1)),)
@@ -34,7 +34,7 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
         if share is None or not source:
             raise UsageError(
                 f"{source or 'A source'} has no share in the mixture {text!r}.",
-                hint="Give each source its share: --calibration wikitext2:0.5,c4:0.5.",
+                hint="Write the share of each source: --calibration wikitext2:0.5,c4:0.5.",
             )
     mixture = tuple(Part(source, share) for source, share in parts if share is not None)
     total = sum(part.share for part in mixture)
@@ -45,12 +45,12 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
     sources = [part.source for part in mixture]
     twice = [source for source in sources if sources.count(source) > 1]
     if twice:
-        raise UsageError(f"{text!r} names {twice[0]} twice.", hint="Give it one share.")
+        raise UsageError(f"{text!r} names {twice[0]} twice.", hint="Name it once, with the sum of its shares.")
     return mixture
 
 
 def _parse_part(text: str) -> tuple[str, Fraction | None]:
-    """Take the share off the end of a source: a number above 0, at most 1."""
+    """Split a source from its share, a number above 0 and at most 1."""
     source, colon, end = text.rpartition(":")
     try:
         share = Fraction(end)
@@ -60,9 +60,9 @@ def _parse_part(text: str) -> tuple[str, Fraction | None]:
 
 
 def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
-    """Divide `count` by shares that sum to 1: whole numbers, what is left going to the largest remainders.
+    """Divide `count` into whole numbers by shares that sum to 1, rounding up the largest remainders.
 
-    Ties go to who comes first.
+    Ties go to the earlier share.
     """
     whole = [math.floor(count * share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda part: (whole[part] - count * shares[part], part))
@@ -72,10 +72,10 @@ def divide(count: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def interleave(counts: Sequence[int]) -> list[int]:
-    """Give an order for rows that stand part after part in which every part is spread evenly, up to the very end.
+    """Return an order of rows, stored part after part, that spreads each part evenly.
 
-    So any stretch of the order has about its share of each part, and the last k rows hold the last row of each of k
-    parts. Within a part, rows keep their order.
+    Any run of the order holds about its share of each part, and the last k rows are the last rows of k parts. Rows of
+    the same part keep their order.
     """
     keys = [(Fraction(row + 1, count), part) for part, count in enumerate(counts) for row in range(count)]
     return sorted(range(len(keys)), key=lambda row: keys[row])

@@ -1,4 +1,4 @@
-"""Where text comes from: a local file, or a data set of the hub, for calibration or for evaluation."""
+"""Read text for calibration or evaluation from a local file or a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ T = TypeVar("T", bound=Sized)
 
 PARAGRAPHS = "\n\n"
 REFERENCE_ROWS = 128
-"""Rows that the reference implementation draws for calibration."""
+"""The number of rows that the reference implementation draws for calibration."""
 C4_EVALUATION_DOCUMENTS = 1100
 C4_EVALUATION_WINDOWS = 256
 
-# No tokenizer in use spends more characters on a token, on average over a text.
+# An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where on the hub the documents of a text are."""
+    """A column of a data set on the Hub whose rows are documents."""
 
     path: str
     config: str | None = None
@@ -39,7 +39,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and where it is from. `limit` is the most windows that its protocol takes, from the start."""
+    """A text and its source; `limit` is the number of windows that its protocol takes, from the start."""
 
     source: str
     content: str
@@ -47,12 +47,12 @@ class Text:
 
 
 Conversation = list[dict[str, str]]
-"""Messages in turn, each with its `role` and `content`."""
+"""A list of messages, each with a `role` and its `content`."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations and where they are from."""
+    """Conversations and their source."""
 
     source: str
     content: list[Conversation]
@@ -65,10 +65,9 @@ C4_VALIDATION = Dataset("allenai/c4", split="train", data_files="en/c4-validatio
 
 
 def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
-    """Give a text of at least `tokens` tokens where the source has as many.
+    """Return a text of at least `tokens` tokens, or all of a smaller source.
 
-    `wikitext2` is one running text; of `c4` and other data sets, documents are drawn in an order set by
-    `seed` until there is enough.
+    `wikitext2` is one running text; documents of `c4` and other data sets are drawn in an order set by `seed`.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
@@ -85,7 +84,7 @@ def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
 
 
 def reference_calibration_text(source: str, *, rows: int, seed: int) -> Text:
-    """Give the text that the reference implementation calibrates on: `rows` shuffled rows, joined.
+    """Return the text that the reference implementation calibrates on: `rows` shuffled rows, joined.
 
     Raises:
         DataError: the data set cannot be loaded.
@@ -95,7 +94,7 @@ def reference_calibration_text(source: str, *, rows: int, seed: int) -> Text:
 
 
 def evaluation_text(source: str) -> Text:
-    """Give the text to measure perplexity on, as the literature does for `wikitext2` and `c4`.
+    """Return the text to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
@@ -111,20 +110,20 @@ def evaluation_text(source: str) -> Text:
 
 
 def calibration_conversations(source: str, *, tokens: int, seed: int) -> Conversations:
-    """Give conversations: all of a .jsonl file, or of a data set so many as have about `tokens` tokens.
+    """Return conversations: all of a .jsonl file, or about `tokens` tokens of a data set.
 
-    They stand in a field or column `messages`: lists of {"role": …, "content": …}.
+    They are read from the field or column `messages`: lists of {"role": …, "content": …}.
 
     Raises:
         UsageError: the source is plain text.
-        DataError: it is missing or unreadable, or what it holds are no conversations.
+        DataError: it is missing or unreadable, or does not hold conversations.
     """
     if _is_file(source) and Path(source).suffix == ".jsonl":
         lines = _json_lines(source, _read_file(source), "messages")
         found = [_conversation(value, f"line {number} of {source}") for number, value in lines]
     elif _is_file(source) or "/" not in source:
         raise UsageError(
-            f"{source} is plain text, and --chat is for conversations.",
+            f"{source} is plain text, but --chat needs conversations.",
             hint='Leave out --chat, or name a .jsonl file or data set with "messages": lists of role and content.',
         )
     else:
@@ -143,7 +142,8 @@ def _conversation(value: Any, where: str) -> Conversation:
     )
     if not (whole and value):
         raise DataError(
-            f'The "messages" in {where} are not a list of {{"role": …, "content": …}} with texts.', hint="Correct it."
+            f'The "messages" in {where} are not a list of {{"role": …, "content": …}} with strings.',
+            hint="Correct them.",
         )
     return list(value)
 
@@ -187,7 +187,7 @@ def _json_texts(source: str, content: str) -> Iterator[str]:
 
 
 def _json_lines(source: str, content: str, field: str) -> Iterator[tuple[int, Any]]:
-    """Give a field of each line that is not blank, with the line's number from 1."""
+    """Yield the number (from 1) and the `field` of each line that is not blank."""
     for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
@@ -196,12 +196,12 @@ def _json_lines(source: str, content: str, field: str) -> Iterator[tuple[int, An
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(
                 f'Line {number} of {source} is not an object with a field "{field}".',
-                hint='A .jsonl file holds one {"text": "…"} a line, or with --chat one {"messages": […]}.',
+                hint='Each line of a .jsonl file is a {"text": "…"}, or with --chat a {"messages": […]}.',
             ) from error
 
 
 def _parse_dataset(source: str, column: str = "text") -> Dataset:
-    """Read org/name[:config][:split][:column]; `column` is the usual one."""
+    """Parse org/name[:config][:split][:column]; `column` is the default column."""
     path, *parts = source.split(":")
     if "/" not in path or len(parts) > 3:
         raise DataError(
@@ -213,17 +213,17 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
 
 
 def _documents(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[str]:
-    """Load a data set of the hub and give its documents."""
+    """Load a data set from the Hub and return its documents."""
     return map(str, _values(dataset, shuffle_seed=shuffle_seed))
 
 
 def _values(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[Any]:
-    """Load a data set of the hub and give its column."""
+    """Load a data set from the Hub and return the values of its column."""
     rows = _load(dataset)
     if dataset.column not in rows.column_names:
         raise DataError(
             f"{dataset} has no column {dataset.column!r}.",
-            hint=f"It has {', '.join(rows.column_names)}; name one as org/name:config:split:COLUMN.",
+            hint=f"It has {', '.join(rows.column_names)}; choose one with org/name:config:split:COLUMN.",
         )
     if shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed)
@@ -242,7 +242,7 @@ def _load(dataset: Dataset) -> Any:
             f"The data set {dataset} cannot be loaded: {first_line(error)}.",
             hint="Check the name and the network, or calibrate on a file or on `self`.",
         ) from error
-    except ValueError as error:  # how datasets refuses an unknown config or split
+    except ValueError as error:  # an unknown config or split
         raise DataError(
             f"The data set {dataset} cannot be loaded: {first_line(error)}.", hint="Check the name."
         ) from error

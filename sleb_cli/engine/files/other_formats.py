@@ -1,0 +1,7 @@
+"""Other formats that a model's folder may hold the same weights in; they are neither downloaded nor copied."""
+
+SUFFIXES = ("ckpt", "gguf", "h5", "msgpack", "nemo", "onnx", "onnx_data", "ot", "pt", "pth", "tflite")
+"""Suffixes of weight files."""
+
+FOLDERS = ("coreml", "gguf", "metal", "onnx", "openvino", "original")
+"""Folders with a copy of the model for other programs, including settings that count all its blocks."""
