@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -14,7 +16,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Give the bytes that are free on the device; a container may leave a process less than the machine has."""
+    """Return the free bytes of the device; a container may leave a process less than the machine has."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -23,9 +25,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_in_container() -> int:
-    """Give the bytes that the control group of this process leaves it; without one, more than any machine has."""
+    """Return the free bytes in the control group of this process; without a limit, more than any machine has."""
     try:
-        limit = int((CONTROL_GROUP / "memory.max").read_text())  # or "max", where there is none
+        limit = int((CONTROL_GROUP / "memory.max").read_text())  # "max" where there is no limit
         used = int((CONTROL_GROUP / "memory.current").read_text())
         held = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
@@ -39,16 +41,14 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-
-
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolve `auto`, or check that the named device is there.
+    """Resolve `auto`, or check that the named device is available.
 
     Raises:
-        UsageError: no such kind of device.
+        UsageError: there is no such kind of device.
         MachineError: this machine, or this build of torch, does not have it.
     """
     available = {
@@ -73,10 +73,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Resolve `auto`: the checkpoint's `own` data type, but bfloat16 for float16 on a CPU, which is slow at it.
+    """Resolve `auto`: the checkpoint's `own` data type, but bfloat16 for float16 on a CPU, where float16 is slow.
 
     Raises:
-        UsageError: no such data type.
+        UsageError: there is no such data type.
     """
     if name == "auto":
         own = own or torch.float32
@@ -88,22 +88,39 @@ def choose_dtype(name: str, own: torch.dtype | None, device: torch.device) -> to
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Give the name as configs and plans write it: "bfloat16"."""
+    """Return the name that configs and plans use: "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def free_memory() -> None:
-    """Let go of models that nobody holds any more: two at once may not fit."""
+    """Free the memory of models that nothing refers to any more, since two models may not fit together."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 class OutOfMemory(MachineError):
-    """The device has no more memory; less at once may still do."""
+    """The device is out of memory; smaller pieces may still fit."""
 
 
-def memory_ended(error: RuntimeError) -> bool:
-    """Whether torch means that the device has no memory left; MPS and CPU have no class of their own for it."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an exception means that the device is out of memory; MPS and CPU have no class of their own for it."""
+    messages = ("out of memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
+    )
+
+
+@contextmanager
+def translate_out_of_memory(message: str, hint: str) -> Iterator[None]:
+    """Turn torch's out-of-memory errors into one that says what did not fit.
+
+    Raises:
+        OutOfMemory: the body ran out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(message, hint=hint) from error

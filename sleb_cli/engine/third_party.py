@@ -1,20 +1,49 @@
-"""Calls into other people's code on a user's files, whose refusals are verdicts on those files."""
+"""Calls into other people's code on a user's files, whose exceptions tell the user something about those files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from sleb_cli.engine.device import is_out_of_memory
 from sleb_plugins import MachineError, ModelError, SlebError
+
+
+class _FromOurCode(BaseException):
+    """Carries an exception of our own code through third-party code, out of reach of its `except Exception`."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@contextmanager
+def our_code() -> Iterator[None]:
+    """Run our own or a plugin's code inside a third-party call: `translate_errors` raises its exceptions unchanged.
+
+    Running out of memory is the exception, since the call around it is no less to blame.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _FromOurCode(error) from None
 
 
 @contextmanager
 def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
-    """Turn whatever a foreign call raises into the error that `sentence` makes of its words.
+    """Turn any exception of a third-party call into the error that `sentence` makes of its message.
 
-    Broken files and unusual families make libraries raise almost anything, so any exception counts. Nothing
-    but the foreign call may stand in the body: a bug of ours must not be taken for a verdict.
+    Broken files and unusual families make libraries raise almost anything, so any exception counts. The body must
+    hold nothing but the third-party call, or a bug of ours would be blamed on the files; what has to run inside
+    the call runs under `our_code`.
     """
     try:
         yield
+    except _FromOurCode as carrier:
+        error, context = carrier.error, carrier.error.__context__
+        try:
+            raise error
+        finally:
+            error.__context__ = context
     except SlebError:
         raise
     except Exception as error:
@@ -23,11 +52,11 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
 
 @contextmanager
 def translate_transformers_errors(what: str) -> Iterator[None]:
-    """Let transformers read a user's files.
+    """Translate the errors of transformers while it reads a user's files.
 
     Raises:
-        MachineError: it lacks a package.
-        ModelError: it refuses the files.
+        MachineError: a package is missing.
+        ModelError: transformers refuses the files.
     """
     hint = "Check the files, or upgrade with `pip install --upgrade transformers`."
     with translate_errors(lambda words: ModelError(f"transformers cannot read {what}: {words}.", hint=hint)):
@@ -41,7 +70,7 @@ def translate_transformers_errors(what: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Give an exception in one line, without a full stop: its words, after its class where they say too little."""
+    """Return an exception's message on one line, without a full stop; a one-word message follows its class's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = " ".join(lines[:2]).rstrip(".")
     return words if " " in words else f"{type(error).__name__} {words}".strip()

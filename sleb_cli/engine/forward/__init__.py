@@ -1,1 +1,1 @@
-"""How blocks are skipped in a living model, and how all candidates are scored in one walk."""
+"""How blocks are skipped in memory, and how all candidates are scored in one walk through the blocks."""

@@ -1,14 +1,14 @@
-"""The forking forward: one walk up the blocks runs the model without each candidate, however many there are.
+"""The forking forward: a single walk through the blocks runs the model without each candidate, for any number of them.
 
-To skip a block is to hand its input on. So the model without block j is the model itself up to j, and one walk can
-serve all candidates: it carries a *base* row, and where it comes to a candidate's block, that candidate's row forks off
-as a copy of the block's input, while the base row goes through. A row is the hidden states of one batch of
-sequences, [batch, positions, hidden size]. Half of the block work is saved, and the rest is done once.
+To skip a block is to pass its input on. So the model without block j equals the model itself up to j, and one walk can
+serve all candidates: it carries a *base* branch, and at a candidate's block that candidate's branch forks off as a copy
+of the block's input, while the base goes through the block. A branch is the hidden states of one batch of sequences,
+[batch, positions, hidden size]. This saves half of the block work, and the rest is done once.
 
-Every row goes through a block in a call of its own, in the very shape in which the model itself would run without that
-candidate. So the numbers are those of one-at-a-time skipping, bit for bit, and depend neither on who else is on the
-walk, nor on where it began, nor on how much memory there is: a search can be cut short, resumed, raced and squeezed
-without changing a digit. Larger calls would gain nothing once a batch fills the device's matrix units.
+Every branch goes through a block in a call of its own, in the very shape in which the model itself would run without
+that candidate. So the numbers are those of one-at-a-time skipping, bit for bit, and do not depend on the other
+candidates of the walk, on where it starts, or on the memory available: a search can be interrupted, resumed, raced and
+squeezed without changing a digit. Larger calls would gain nothing once a batch fills the device's matrix units.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from sleb_cli.engine.forward.states import BASE, States
 
 
 class Walk:
-    """One batch on its way up: the base row, and the candidates' rows that have forked off from it.
+    """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
 
-    Call `climb` for each block from `start` on, in order. Nothing else is assumed: all blocks for one batch, or all
-    batches for one block, whose weights are then needed only once. Without candidates, the base row goes to the top.
+    Call `advance` for each block from `start` on, in order: all blocks for one batch, or all batches for one block,
+    whose weights are then needed only once. Without candidates, the base goes through all blocks.
     """
 
     def __init__(
@@ -49,27 +49,27 @@ class Walk:
 
     @property
     def block_branches(self) -> int:
-        """How many rows will go through a block, from start to end."""
+        """How many times a branch goes through a block on the whole walk."""
         stays = [block for block in range(len(self.calls)) if block not in self.removed]
         ends = {BASE: self.forks[-1]} if self.forks else {}
         begins = self.enters | {block: block + 1 for block in self.forks}
         return sum(begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in stays)
 
-    def climb(self, block: int) -> None:
-        """Take every row on the walk through `block`, except the row of the model without it."""
+    def advance(self, block: int) -> None:
+        """Run `block` on every branch of the walk, except the branch that leaves it out."""
         self.branches |= {
             branch: self.states.at[block][branch] for branch, depth in self.enters.items() if depth == block
         }
         if block in self.forks:
             self.branches[block] = self.branches[BASE]
-            if block == self.forks[-1]:  # nobody else forks off: the base row goes no further
+            if block == self.forks[-1]:  # no branch forks off later, so the base ends here
                 self.states.at[block][BASE] = self.branches.pop(BASE)
         if block not in self.removed:
             for branch in [branch for branch in self.branches if branch != block]:
                 self.branches[branch] = self.skippable.run_block(self.calls[block], self.branches[branch])
 
     def keep(self, depth: int, count: int) -> None:
-        """Remember the `count` lowest rows that are about to enter the block at `depth`."""
+        """Keep the `count` lowest branches that are about to enter the block at `depth`."""
         self.states.at[depth] |= {branch: self.branches[branch] for branch in sorted(self.branches)[:count]}
 
 
@@ -81,34 +81,34 @@ def fork(
     states: States,
     *,
     keep: Mapping[int, int] = MappingProxyType({}),
-    at_once: int | None = None,
-    climbed: Callable[[int, int], None] = lambda done, of: None,
+    per_walk: int | None = None,
+    advanced: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Give what leaves the last block without each candidate (or, where there is none, of the model as it stands).
+    """Yield what leaves the last block without each candidate; without candidates, in the model as it stands (BASE).
 
     Args:
         skippable: the model.
         ids: tokens, [batch, positions].
-        removed: blocks that are gone.
-        candidates: ascending; their rows come in this order, each [batch, positions, hidden size].
-        states: what is known of this batch, and takes in what is to be kept.
-        keep: at which depths, and how many rows there.
-        at_once: as many candidates share a walk; the next walk goes on where the base row was left.
-        climbed: told after each block how many rows went through it, and of how many on this walk.
+        removed: the removed blocks.
+        candidates: in ascending order, in which their states are yielded, each [batch, positions, hidden size].
+        states: the kept states of this batch; what `keep` asks for is added.
+        keep: the depths at which to keep branches, and how many at each.
+        per_walk: how many candidates share a walk; the next walk continues where the base ended.
+        advanced: called after each block with the number of branches that went through it, and that of the whole walk.
     """
     calls = skippable.calls(ids)
-    size = at_once or len(candidates) or 1
+    size = per_walk or len(candidates) or 1
     for first in range(0, len(candidates) or 1, size):
         group = candidates[first : first + size]
         walk = Walk(skippable, calls, states, removed, group)
-        of = walk.block_branches
-        if not of:  # without the candidate, no block is left to run
-            climbed(1, 1)
+        total = walk.block_branches
+        if not total:  # without the candidate, no block is left to run
+            advanced(1, 1)
         for block in range(walk.start, len(calls)):
             if block in keep:
                 walk.keep(block, keep[block])
-            walk.climb(block)
-            if of:
-                climbed(0 if block in removed else len(walk.branches) - (block in walk.branches), of)
+            walk.advance(block)
+            if total:
+                advanced(0 if block in removed else len(walk.branches) - (block in walk.branches), total)
         for branch in group or [BASE]:
             yield branch, walk.branches.pop(branch)

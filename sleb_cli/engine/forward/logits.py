@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_plugins import LogitMetric, PluginError
+from sleb_plugins import LogitMetric
+from sleb_plugins.metrics.weighted import require_shape
 
-# Logits are widened to float32 in pieces of this size, which a CPU's caches and its allocator hand round.
+# How many bytes of logits are widened to float32 at a time: on a CPU, as many as stay in its caches.
 WIDENED_BYTES = {"cpu": 4 << 20}
 _WIDENED_ELSEWHERE = 256 << 20
+
+
+def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
+    """Slice the predicting positions of `ids`, [batch, positions], so that a slice has at most `positions` logits."""
+    step = max(1, positions // len(ids))
+    last = ids.shape[1] - 1
+    for start in range(0, last, step):
+        yield slice(start, min(start + step, last))
+
+
+def float32_slices(logits: Tensor) -> Iterator[slice]:
+    """Slice logits, [rows, vocabulary], so that a slice is small enough to be widened to float32."""
+    step = max(1, WIDENED_BYTES.get(logits.device.type, _WIDENED_ELSEWHERE) // (4 * logits.shape[-1]))
+    for start in range(0, len(logits), step):
+        yield slice(start, start + step)
 
 
 def score_hidden_states(
@@ -23,25 +41,23 @@ def score_hidden_states(
     loss_mask: Tensor | None = None,
     positions: int,
 ) -> Tensor:
-    """Give each sequence's mean score over its predicted tokens that count, float64 [batch].
+    """Return each sequence's mean score over the predicted tokens that count, float64 [batch].
 
     Args:
-        metric: looks at logits.
+        metric: a metric of logits.
         skippable: the model, whose head turns hidden states into logits.
         hidden: what leaves the last block, [batch, positions, hidden size].
         ids: the tokens, [batch, positions].
-        dense_hidden: as `hidden`, of the dense model, where the metric asks for its logits.
-        loss_mask: which tokens count where they are predicted, bool [batch, positions]; None for all.
+        dense_hidden: as `hidden`, of the dense model, if the metric needs its logits.
+        loss_mask: which tokens count as targets, bool [batch, positions]; None for all.
         positions: how many positions' logits may exist at once, over all sequences.
     """
-    step = max(1, positions // len(ids))
     scores = []
-    for start in range(0, ids.shape[1] - 1, step):
-        stop = min(start + step, ids.shape[1] - 1)
-        here = ids[:, start:stop]
-        dense = None if dense_hidden is None else skippable.head(dense_hidden[:, start:stop], here)
-        logits = skippable.head(hidden[:, start:stop], here)
-        scores.append(score_positions(metric, logits, ids[:, start + 1 : stop + 1], dense))
+    for part in position_slices(ids, positions):
+        here = ids[:, part]
+        dense = None if dense_hidden is None else skippable.head(dense_hidden[:, part], here)
+        logits = skippable.head(hidden[:, part], here)
+        scores.append(score_positions(metric, logits, ids[:, 1:][:, part], dense))
     return _mean(torch.cat(scores, dim=1), loss_mask)
 
 
@@ -53,13 +69,13 @@ def score_logits(
     *,
     loss_mask: Tensor | None = None,
 ) -> Tensor:
-    """Give each sequence's mean score over its predicted tokens that count, float64 [batch], from all of its logits."""
+    """Return each sequence's mean score over the predicted tokens that count, float64 [batch], from all its logits."""
     dense = None if dense_logits is None else dense_logits[:, :-1]
     return _mean(score_positions(metric, logits[:, :-1], ids[:, 1:], dense), loss_mask)
 
 
 def _mean(scores: Tensor, loss_mask: Tensor | None) -> Tensor:
-    """Average over the positions whose next token counts: [batch, positions - 1], loss_mask [batch, positions]."""
+    """Average scores, [batch, positions - 1], over the positions whose next token is in the `loss_mask`."""
     if loss_mask is None:
         return scores.double().mean(1)
     targets = loss_mask[:, 1:]
@@ -67,28 +83,12 @@ def _mean(scores: Tensor, loss_mask: Tensor | None) -> Tensor:
 
 
 def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:
-    """Score positions in pieces: [batch, positions, vocabulary] to float32 [batch, positions]."""
+    """Score logits [batch, positions, vocabulary] slice by slice, and return float32 [batch, positions]."""
     flat, flat_targets = logits.flatten(0, 1), targets.flatten()
     flat_dense = None if dense is None else dense.flatten(0, 1)
-    step = max(1, WIDENED_BYTES.get(logits.device.type, _WIDENED_ELSEWHERE) // (4 * logits.shape[-1]))
     scores = []
-    for start in range(0, len(flat), step):
-        piece = slice(start, start + step)
-        widened = None if flat_dense is None else flat_dense[piece].float()
-        scores.append(metric.score_tokens(flat[piece].float(), flat_targets[piece], widened))
-        require_shape(metric.name, scores[-1], flat_targets[piece].shape)
+    for part in float32_slices(flat):
+        widened = None if flat_dense is None else flat_dense[part].float()
+        scores.append(metric.score_tokens(flat[part].float(), flat_targets[part], widened))
+        require_shape(metric.name, scores[-1], flat_targets[part].shape)
     return torch.cat(scores).view(targets.shape)
-
-
-def require_shape(metric: str, scores: Tensor, shape: torch.Size) -> None:
-    """Make sure that a metric gave one score for each position.
-
-    Raises:
-        PluginError: it did not.
-    """
-    found = getattr(scores, "shape", None)
-    if found != shape:
-        raise PluginError(
-            f"The metric {metric!r} gave scores of shape {found}, where one for each of {list(shape)} belongs.",
-            hint="Tell its author.",
-        )

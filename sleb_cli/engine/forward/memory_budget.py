@@ -1,6 +1,6 @@
 """How much memory a search may take beside the model, and what follows from it.
 
-None of it changes a number as long as a batch keeps its sequences: rows share a walk or follow one another, states are
+None of it changes a number as long as a batch keeps its sequences: branches share a walk or take several, states are
 kept or computed again.
 """
 
@@ -10,24 +10,27 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from sleb_cli.engine.device import free_bytes
-from sleb_plugins import MachineError, UsageError
+from sleb_cli.units import format_bytes, parse_bytes
+from sleb_plugins import MachineError
 
 # Tokens in a batch: enough to fill a device's matrix units, few enough to stay in a CPU's caches.
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192, "mps": 2048}
 
+# Fewer tokens use a device badly, so a race looks less often rather than make smaller batches.
+MIN_TOKENS_PER_BATCH = {"cpu": 256, "cuda": 2048, "mps": 256}
+
 # Positions whose logits exist at once, in the model's data type.
 HEAD_POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 512}
 
-# Of the memory that is free. On a CPU, the other half is for the page cache and other programs: never swap.
+# The share of the free memory to use. On a CPU, the other half is for the page cache and other programs: never swap.
 SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.5}
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one token takes, in bytes: a row of hidden states, passing through a block, and its logits."""
+    """The bytes that one token takes: in a branch of hidden states, inside a block, and as logits."""
 
     branch: int
     block: int
@@ -40,9 +43,9 @@ class MemoryBudget:
 
     Attributes:
         sequences: sequences in a batch, the unit of arithmetic.
-        positions: positions of a sequence times sequences whose logits exist at once.
-        rows: candidates that share a walk.
-        kept: rows of a batch that are remembered from step to step.
+        positions: how many positions' logits may exist at once, over all sequences of a batch.
+        branches: candidates that share a walk.
+        kept: branches of a batch that are kept from step to step.
     """
 
     sequences: int
@@ -51,7 +54,7 @@ class MemoryBudget:
     kept: int
 
     def halved(self) -> MemoryBudget | None:
-        """Take less, beginning with what costs the least time; None where nothing is left to give."""
+        """Return a smaller budget, reduced first where it costs the least time; None if it cannot be smaller."""
         if self.kept or self.branches > 1:
             return dataclasses.replace(self, kept=0, branches=max(1, self.branches // 2))
         if self.positions > 16:
@@ -70,20 +73,21 @@ def resolve_memory_budget(
     sequences: int,
     length: int,
     batch: int | None,
-    looks: int = 1,
+    min_batches: int = 1,
 ) -> MemoryBudget:
-    """Fit a search into `available` bytes; `batch` is the number of sequences in a batch where the user chose it.
+    """Fit a search into `available` bytes; `batch` is the number of sequences in a batch, if the user chose it.
 
-    Otherwise there are `looks` batches or more, as far as there are sequences.
+    Otherwise there are at least `min_batches` batches, if there are enough sequences for batches of a useful size.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
     positions = HEAD_POSITIONS[device]
-    size = min(batch or max(1, min(TOKENS_PER_BATCH[device] // length, sequences // looks)), sequences)
+    fewest, most = MIN_TOKENS_PER_BATCH[device] // length, TOKENS_PER_BATCH[device] // length
+    size = min(batch or max(1, min(most, max(fewest, sequences // min_batches))), sequences)
 
     def needed(size: int, positions: int) -> int:
-        # The base row, a candidate's and what it becomes; one block at work; a chunk of logits, and its score.
+        # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
         return size * length * (3 * footprint.branch + footprint.block) + positions * footprint.logits
 
     while needed(size, positions) > available and (positions > 16 or (size > 1 and batch is None)):
@@ -93,45 +97,26 @@ def resolve_memory_budget(
             size //= 2
     if needed(size, positions) > available:
         raise MachineError(
-            f"A search needs {_readable(needed(size, positions))} beside the model, "
-            f"and may take {_readable(available)}.",
-            hint="Raise --memory, or take a smaller --batch-size or --sequence-length.",
+            f"A search needs {format_bytes(needed(size, positions))} beside the model, "
+            f"but may take only {format_bytes(available)}.",
+            hint="Raise --memory, or use a smaller --batch-size or --sequence-length.",
         )
     branch = size * length * footprint.branch
     spare = (available - needed(size, positions)) // branch
     branches = max(1, min(candidates, 1 + spare))
     batches = -(-sequences // size)
-    # While a step's rows come to be known, those of the step before are still there.
+    # While a step's branches are computed, those of the step before are still there.
     return MemoryBudget(
         sequences=size, positions=positions, branches=branches, kept=(spare - branches + 1) // batches // 2
     )
 
 
 def available_memory(device: torch.device, asked: str | None) -> int:
-    """Give the bytes that a search may take beside the model: what the user said, or a share of what is free.
+    """Return the bytes that a search may take beside the model: `asked`, or else a share of what is free.
 
     Raises:
-        UsageError: `asked` is no amount of memory.
+        UsageError: `asked` is not an amount of memory.
     """
     if asked is not None:
-        return parse_bytes(asked)
+        return parse_bytes(asked, "--memory")
     return int(free_bytes(device) * SHARE[device.type])
-
-
-def parse_bytes(text: str, option: str = "--memory") -> int:
-    """Read "8GiB", "500 MB" or a number of bytes, as `option` has it.
-
-    Raises:
-        UsageError: it is no amount of memory above 0.
-    """
-    try:
-        count = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        count = 0
-    if count <= 0:
-        raise UsageError(f"{option} {text} is no amount of memory.", hint="Write it like 8GiB or 500MB.")
-    return count
-
-
-def _readable(count: int) -> str:
-    return ByteSize(count).human_readable(decimal=True, separator=" ")

@@ -1,17 +1,18 @@
-"""Passes of the model without some of its blocks, batch by batch: forking, or else one candidate at a time."""
+"""Passes of the model without some of its blocks, batch by batch: by the fork, or else one candidate at a time."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import OutOfMemory, free_memory, memory_ended
+from sleb_cli.engine.device import OutOfMemory, free_memory, is_out_of_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
-from sleb_cli.engine.forward.fork import Walk, fork
+from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
 from sleb_cli.engine.forward.memory_budget import Footprint, MemoryBudget, available_memory, resolve_memory_budget
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -20,11 +21,11 @@ from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.plan import Engine
 from sleb_plugins import LogitMetric, UnsupportedModelError
 
-# A step's rows are remembered at the depths of so many of its best candidates.
+# At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
 
-# About what share of a candidate's evaluation is done when its row has left the last block; only progress shows it.
-CLIMB = 0.7
+# About what share of a candidate's evaluation the blocks take, and the head does not; only progress depends on it.
+BLOCKS_SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class _Part:
 
 @dataclass
 class Passes:
-    """The calibration sequences in batches on the model's device, and the way in which they pass through the model."""
+    """Calibration sequences in batches on the model's device, and how they pass through the model."""
 
     skippable: SkippableModel
     batches: Sequence[Tensor]
@@ -46,16 +47,16 @@ class Passes:
     notify: Notify
     engine: Engine = "fork"
     ranking: Sequence[int] = ()
-    """The best candidates so far, the best first: the next step will probably begin at one of them."""
+    """The best candidates so far, the best first: the next step probably starts at one of them."""
     loss_mask: Sequence[Tensor] | None = None
-    """For each batch, which of its tokens count where they are predicted, bool [sequences, positions]; None for all."""
+    """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
 
     _removed: tuple[int, ...] = ()
     _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
     _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def beside(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
-        """Give passes over other sequences, in batches of the same size, that remember nothing."""
+    def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
+        """Return passes over other sequences, in batches of the same size, that keep no states."""
         which = None if loss_mask is None else torch.split(loss_mask, self.budget.sequences)
         batches = torch.split(sequences, self.budget.sequences)
         return Passes(self.skippable, batches, replace(self.budget, kept=0), self.notify, self.engine, loss_mask=which)
@@ -63,12 +64,12 @@ class Passes:
     def scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, list[float]]]:
-        """Score the sequences of a batch without each candidate; without candidates, of the model as it stands (BASE).
+        """Score the sequences of a batch without each candidate; without candidates, in the model as it stands (BASE).
 
-        Where the device's memory ends, less is done at once; what was scored is not scored again.
+        If the device is out of memory, continue with smaller pieces; nothing is scored twice.
 
         Raises:
-            OutOfMemory: there is nothing left that could be done in smaller pieces.
+            OutOfMemory: the pieces are as small as they can be.
         """
         self._drop_outdated(tuple(removed))
         left = list(candidates) or [BASE]
@@ -81,14 +82,14 @@ class Passes:
                     yield block, scores
             except (OutOfMemory, RuntimeError) as error:
                 less = self.budget.halved()
-                if less is None or (isinstance(error, RuntimeError) and not memory_ended(error)):
+                if less is None or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
                     raise
-                self._take(less)
-            # Only here is the error gone, and with it what its frames held.
+                self._reduce(less)
+            # Only here is the error gone, and with it the tensors of its frames.
             if left:
                 free_memory()
 
-    def _take(self, less: MemoryBudget) -> None:
+    def _reduce(self, less: MemoryBudget) -> None:
         self.budget = less
         self._states.clear()
         self._dense.clear()
@@ -105,8 +106,8 @@ class Passes:
         parts = self._parts(batch)
         gathered: defaultdict[int, list[float]] = defaultdict(list)
         for number, part in enumerate(parts):
-            ways = {"fork": self._by_fork, "prefix": self._by_prefix, "plain": self._one_by_one}
-            for block, scores in ways[self.engine](metric, part, removed, candidates):
+            score = self._by_fork if self.engine == "fork" else self._one_by_one
+            for block, scores in score(metric, part, removed, candidates):
                 gathered[block] += scores.tolist()
                 if number == len(parts) - 1:
                     yield block, gathered[block]
@@ -119,64 +120,47 @@ class Passes:
     def _by_fork(
         self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """All in one walk, or in as many as the memory asks for."""
+        """Score all candidates in one walk, or in several if memory is short."""
         key, ids = part.key, part.ids
         dense = self._dense_hidden_states(key, ids) if metric.needs_dense_logits else None
         states, branches = self._states[key], self.budget.branches
         kept = self.budget.kept - (key in self._dense)
         depths = depths_to_keep(self.ranking, candidates, kept, KEPT_DEPTHS)
 
-        def climbed(done: int, of: int) -> None:
-            self.notify(SearchAdvanced(CLIMB * len(ids) * min(branches, len(candidates)) * done / of))
+        def advanced(done: int, total: int) -> None:
+            self.notify(SearchAdvanced(BLOCKS_SHARE * len(ids) * min(branches, len(candidates)) * done / total))
 
         for block, hidden in fork(
-            self.skippable, ids, removed, candidates, states, keep=depths, at_once=branches, climbed=climbed
+            self.skippable, ids, removed, candidates, states, keep=depths, per_walk=branches, advanced=advanced
         ):
             scores = score_hidden_states(
                 metric, self.skippable, hidden, ids, dense, loss_mask=part.loss_mask, positions=self.budget.positions
             )
             yield block, scores
-            self.notify(SearchAdvanced((1 - CLIMB) * len(ids) if candidates else 0))
+            self.notify(SearchAdvanced((1 - BLOCKS_SHARE) * len(ids) if candidates else 0))
         states.shrink(kept, list(depths))
-
-    def _by_prefix(
-        self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
-    ) -> Iterator[tuple[int, Tensor]]:
-        """One candidate at a time, each from its block on."""
-        ids, loss_mask = part.ids, part.loss_mask
-        dense = self.skippable.logits(ids, ()) if metric.needs_dense_logits else None
-        if not candidates:
-            yield BASE, score_logits(metric, self.skippable.logits(ids, removed), ids, dense, loss_mask=loss_mask)
-            return
-        entering = self.skippable.entering_states(ids, removed)
-        for block in candidates:
-            logits = self.skippable.logits_from(block, entering[block], ids, removed)
-            yield block, score_logits(metric, logits, ids, dense, loss_mask=loss_mask)
-            self.notify(SearchAdvanced(len(ids)))
 
     def _one_by_one(
         self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
-        """One candidate at a time, each through the whole model."""
+        """Score one candidate at a time, each by a pass of the whole model."""
         ids, loss_mask = part.ids, part.loss_mask
         dense = self.skippable.logits(ids, ()) if metric.needs_dense_logits else None
         for block in candidates or [BASE]:
-            yield (
-                block,
-                score_logits(metric, self.skippable.logits(ids, {*removed, block}), ids, dense, loss_mask=loss_mask),
-            )
+            logits = self.skippable.logits(ids, {*removed, block})
+            yield block, score_logits(metric, logits, ids, dense, loss_mask=loss_mask)
             self.notify(SearchAdvanced(len(ids) if candidates else 0))
 
     def _dense_hidden_states(self, key: tuple[int, int], ids: Tensor) -> Tensor:
         if key in self._dense:
             return self._dense[key]
-        hidden = next(hidden for _, hidden in fork(self.skippable, ids, (), (), States()))
+        _, hidden = next(fork(self.skippable, ids, (), (), States()))
         if self.budget.kept:
             self._dense[key] = hidden
         return hidden
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
-        """Forget what the latest removals made untrue."""
+        """Drop the kept states that the latest removals change."""
         known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
         for states in self._states.values():
             if known is None:
@@ -186,10 +170,10 @@ class Passes:
         self._removed = removed
 
     def share_of_later_steps(self, candidates: Sequence[int]) -> float:
-        """Forecast what an evaluation will take in the next step, as a share of one that began at the first block.
+        """Forecast the time of an evaluation in the next step, as a share of one that starts at the first block.
 
-        The next step begins at the block that leads now; while none does, one in the middle stands for it. The head
-        counts as so many blocks as its weights would make.
+        The next step starts at the block that leads now, or before any does, at the middle candidate. The head counts
+        as the number of blocks that have as many weights.
         """
         if self.engine != "fork" or not self.budget.kept:
             return 1.0
@@ -202,23 +186,24 @@ class Passes:
         return 1 - spared / (whole + head * len(candidates))
 
     def watch(
-        self, batch: int, removed: Sequence[int], candidates: Sequence[int], look: Callable[[int, Tensor, Tensor], None]
+        self,
+        batch: int,
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        listen: Callable[[int, Tensor, Tensor], None],
     ) -> None:
-        """Run a batch through the model as it stands; show for each candidate what enters and what leaves it."""
+        """Run a batch through the model as it stands; pass to `listen` each candidate and what enters and leaves it."""
         ids = self.batches[batch]
         if self.engine != "fork":
             self.skippable.watch(
-                ids, removed, lambda block, *states: look(block, *states) if block in candidates else None
+                ids, removed, lambda block, *states: listen(block, *states) if block in candidates else None
             )
             return
-        calls = self.skippable.calls(ids)
-        walk = Walk(self.skippable, calls, States(), removed, ())
-        entering = calls[0].entering
-        for block in range(candidates[-1] + 1):
-            walk.climb(block)
+        calls = self.skippable.calls(ids)[: candidates[-1] + 1]
+        states = self.skippable.run_blocks(calls, calls[0].entering, removed)
+        for block, (entering, leaving) in enumerate(pairwise(states)):
             if block in candidates:
-                look(block, entering, walk.branches[BASE])
-            entering = walk.branches[BASE]
+                listen(block, entering, leaving)
 
 
 def prepare_passes(
@@ -229,18 +214,18 @@ def prepare_passes(
     loss_mask: Tensor | None = None,
     memory: str | None = None,
     batch_size: int | None = None,
-    looks: int = 1,
+    min_batches: int = 1,
 ) -> tuple[Passes, str | None]:
-    """Fit the passes over these sequences into memory, and choose the engine; say why, where it is not the fork.
+    """Fit the passes over these sequences into memory and choose the engine; also return the reason if it is not fork.
 
     Args:
         skippable: the model.
         sequences: tokens on its device, [sequences, positions].
-        notify: told of progress.
-        loss_mask: which tokens count where they are predicted, bool [sequences, positions]; None for all.
-        memory: what the user gives beside the model; None takes a share of what is free.
-        batch_size: sequences in a batch; None takes what suits the device.
-        looks: into how many batches at least the sequences are cut, where there are so many.
+        notify: the listener for events.
+        loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
+        memory: how much memory the user allows beside the model; None takes a share of what is free.
+        batch_size: sequences in a batch; None chooses it by the device.
+        min_batches: how many batches to make at least, if there are enough sequences.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
@@ -257,10 +242,10 @@ def prepare_passes(
             sequences=len(sequences),
             length=sequences.shape[1],
             batch=batch_size,
-            looks=looks,
+            min_batches=min_batches,
         )
         engine, reason = choose_engine(skippable, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
-    if engine != "fork" and batch_size is None:  # all logits of a batch exist at once
+    if engine != "fork" and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
     batches = torch.split(sequences, budget.sequences)
@@ -269,7 +254,7 @@ def prepare_passes(
 
 
 def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
-    """Look at what a few tokens take on their way; a block's own need is guessed from its widest weight."""
+    """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
     entering = skippable.entering_states(ids, ())
     if not entering:
         raise UnsupportedModelError(

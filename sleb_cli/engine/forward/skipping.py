@@ -1,13 +1,13 @@
-"""Switch blocks of a living model off and on, without touching a line of its family's code.
+"""Skip blocks of a model in memory, without touching its family's code.
 
-A gate takes the place of `forward` on one block *instance*. The list of blocks keeps its length and order,
-so whatever the model looks up by index (masks, rotary tables, layer types) stays right.
+A block switch takes the place of `forward` on one block *instance*. The list of blocks keeps its length and order, so
+whatever the model looks up by index (masks, rotary tables, layer types) stays right.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import OutOfMemory, memory_ended
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.device import translate_out_of_memory
+from sleb_cli.engine.third_party import our_code, translate_errors
 from sleb_plugins import UnsupportedModelError
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a model hands to one block beside the hidden states: masks, rotary tables, inputs of that depth."""
+    """What a model passes to one block: hidden states, and the masks, rotary tables and other inputs beside them."""
 
     block: int
     entering: Tensor
@@ -32,7 +32,7 @@ class Call:
 
 
 class BlockSwitch:
-    """Stands in for one block's `forward`: runs it, hands its input on, or hands given hidden states on."""
+    """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`."""
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -45,33 +45,37 @@ class BlockSwitch:
         self._wrap: Callable[[Tensor], Any] | None = None
 
     def install(self) -> None:
-        """Take the place of the block's `forward`."""
+        """Replace the block's `forward`."""
         self.block.forward = self
 
     def uninstall(self) -> None:
-        """Put back what was there: the class's `forward`, or one that somebody had set on the instance."""
+        """Restore the class's `forward`, or the one that was set on the instance."""
         del self.block.forward
         if self._own_forward is not None:
             self.block.forward = self._own_forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Be called as the block is."""
+        """Take the block's own arguments, and return what it would return."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
         if self.record is not None:
-            self.record(entering, args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"})
+            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            with our_code():
+                self.record(entering, args[1:], others)
         if self.skip:
             if self._wrap is None:
-                self._wrap = _wrapping(self._forward(*args, **kwargs))
+                self._wrap = _wrapper_like(self._forward(*args, **kwargs))
             output = self._wrap(entering if self.inject is None else self.inject)
         else:
             output = self._forward(*args, **kwargs)
-            self._wrap = _wrapping(output)
+            self._wrap = _wrapper_like(output)
         if self.watch is not None:
-            self.watch(entering, _hidden_states(output))
+            leaving = _hidden_states(output)
+            with our_code():
+                self.watch(entering, leaving)
         return output
 
     def run(self, hidden: Tensor, call: Call) -> Tensor:
-        """Run the block on any hidden states, with the rest as it was recorded; give the hidden states that leave."""
+        """Run the block on these hidden states, with the other inputs of a recorded call; return what leaves it."""
         return _hidden_states(self._forward(hidden, *call.args, **call.kwargs))
 
 
@@ -80,8 +84,11 @@ def _hidden_states(output: Any) -> Tensor:
     return hidden
 
 
-def _wrapping(output: Any) -> Callable[[Tensor], Any]:
-    """Learn from one output how a block hands hidden states on: alone, or before others, which nobody asked for."""
+def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
+    """Return a function that wraps hidden states as `output` does: alone, or first in a tuple or list filled with None.
+
+    The other elements hold what nobody asked for, such as attention weights.
+    """
     if not isinstance(output, tuple | list):
         return lambda hidden: hidden
     kind, others = type(output), [None] * (len(output) - 1)
@@ -89,12 +96,12 @@ def _wrapping(output: Any) -> Callable[[Tensor], Any]:
 
 
 class SkippableModel:
-    """A model whose blocks can be switched off; leaving the context puts everything back.
+    """A model whose blocks can be skipped; leaving the context restores it.
 
-    Any pass raises UnsupportedModelError where the family does not run so, and MachineError where memory ends.
+    Every pass raises UnsupportedModelError if the family's code fails, and OutOfMemory if the device is out of memory.
 
     Shapes: `ids` is [batch, positions], hidden states are [batch, positions, hidden size], logits are
-    [batch, positions, vocabulary]. The KV cache is off throughout: a block that is off would leave a hole.
+    [batch, positions, vocabulary]. The KV cache is off throughout: a skipped block would leave a hole in it.
     """
 
     def __init__(self, model: Any, blocks: Iterable[nn.Module]) -> None:
@@ -121,25 +128,17 @@ class SkippableModel:
         for config, use_cache in self._cache_settings:
             config.use_cache = use_cache
 
-    def switch_off(self, removed: Collection[int]) -> None:
-        """Switch off exactly these blocks, until the next call of any method."""
+    def skip(self, removed: Collection[int]) -> None:
+        """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip, switch.inject, switch.watch, switch.record = index in removed, None, None, None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
-        """Run the model without the removed blocks; with `last`, for so many positions where the family can do that."""
-        self.switch_off(removed)
-        return self._forward(ids, last=last)
+        """Run the model without the removed blocks.
 
-    def logits_from(
-        self, block: int, entering: Tensor, ids: Tensor, removed: Collection[int], *, last: int = 0
-    ) -> Tensor:
-        """Run the model without `block` and the removed ones, given the hidden states that enter `block`.
-
-        Blocks before it are not computed: their result is what `entering` holds.
+        With `last`, only the last `last` positions have logits if the family supports that; otherwise all have.
         """
-        self.switch_off({*removed, *range(block + 1)})
-        self.switches[block].inject = entering
+        self.skip(removed)
         return self._forward(ids, last=last)
 
     def watch(
@@ -149,12 +148,13 @@ class SkippableModel:
         listen: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
     ) -> None:
-        """Run the model without the removed blocks; tell of each other block what enters and what leaves it.
+        """Run the model without the removed blocks; pass to `listen` each other block and what enters and leaves it.
 
-        With `start`, a block and the hidden states that enter it, those before it are not computed.
+        `start` is a block and the hidden states that enter it: the blocks before it are not run. An exception raised by
+        `listen` is raised unchanged.
         """
         first = start[0] if start else 0
-        self.switch_off({*removed, *range(first)})
+        self.skip({*removed, *range(first)})
         if start and first:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
@@ -163,19 +163,19 @@ class SkippableModel:
         self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
-        """Record what the model hands to each block for these tokens; with every block off, that costs next to nothing.
+        """Record what the model passes to each block for these tokens; every block is skipped, so it costs little.
 
         Raises:
             UnsupportedModelError: a block is not called exactly once, in order.
         """
-        self.switch_off(range(len(self.switches)))
+        self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
             switch.record = lambda entering, args, kwargs, block=index: calls.append(
                 Call(block, entering, args, kwargs)
             )
         self._forward(ids, last=1)
-        self.switch_off(())
+        self.skip(())
         if [call.block for call in calls] != list(range(len(self.switches))):
             raise UnsupportedModelError(
                 f"{self.model.config.model_type} calls its blocks in the order {[call.block for call in calls]}.",
@@ -185,26 +185,37 @@ class SkippableModel:
 
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
         """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
-        with self._foreign(call.entering.shape, f"block {call.block} alone"):
+        with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
             return self.switches[call.block].run(hidden, call)
 
-    def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Give the logits of hidden states that leave the last block: final norm, head, and what the family does after.
+    def run_blocks(self, calls: Sequence[Call], hidden: Tensor, removed: Collection[int] = ()) -> Iterator[Tensor]:
+        """Run the blocks of these calls one after another, and yield `hidden` and what leaves each of them.
 
-        Each position stands for itself there, so any stretch of them may be given, with its own `ids`; no more
-        logits than that exist.
+        What leaves a removed block is what enters it.
         """
-        self.switch_off(range(len(self.switches)))
+        yield hidden
+        for call in calls:
+            if call.block not in removed:
+                hidden = self.run_block(call, hidden)
+            yield hidden
+
+    def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return the logits of hidden states that leave the last block: final norm, head, and the family's own steps.
+
+        Positions do not depend on each other there, so any slice of them will do, with its own `ids`; no logits exist
+        beyond the slice.
+        """
+        self.skip(range(len(self.switches)))
         self.switches[-1].inject = hidden
         return self._forward(ids)
 
     def backward(self, states: Tensor, gradient: Tensor) -> None:
-        """Add the gradients that follow from that of `states`, which a pass gave, to the trainable parameters."""
-        with self._foreign(states.shape, "backwards"):
+        """Backpropagate the gradient of `states`, which a pass returned, to the trainable parameters."""
+        with self._translate_errors(states.shape, "backwards"):
             torch.autograd.backward(states, gradient)
 
     def entering_states(self, ids: Tensor, removed: Collection[int]) -> dict[int, Tensor]:
-        """Give, for each block that is not removed, the hidden states that enter it."""
+        """Return the hidden states that enter each block that is not removed."""
         states: dict[int, Tensor] = {}
 
         def keep(block: int, entering: Tensor, leaving: Tensor) -> None:
@@ -214,15 +225,15 @@ class SkippableModel:
         return states
 
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
-        options = {"logits_to_keep": last} if last and self._can_keep_few_logits else {}
-        off = [index for index, switch in enumerate(self.switches) if switch.skip]
-        with self._foreign(ids.shape, f"without blocks {off}" if off else ""):
+        options = {"logits_to_keep": last} if last and self._takes_logits_to_keep else {}
+        skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
+        with self._translate_errors(ids.shape, f"without blocks {skipped}" if skipped else ""):
             logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
         return logits
 
     @contextmanager
-    def _foreign(self, shape: torch.Size, what: str) -> Iterator[None]:
-        """Run the family's own code, which may not bear that a block does nothing."""
+    def _translate_errors(self, shape: torch.Size, what: str) -> Iterator[None]:
+        """Translate the errors of the family's own code, which may not work when blocks are skipped or run alone."""
 
         def does_not_run(words: str) -> UnsupportedModelError:
             return UnsupportedModelError(
@@ -230,17 +241,11 @@ class SkippableModel:
                 hint="If it runs whole in transformers, report the family to us.",
             )
 
-        with translate_errors(does_not_run):
-            try:
-                yield
-            except RuntimeError as error:
-                if not memory_ended(error):
-                    raise
-                raise OutOfMemory(
-                    f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {self.model.device}.",
-                    hint="Take a smaller --batch-size or --sequence-length, or --device cpu.",
-                ) from error
+        too_large = f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {self.model.device}."
+        hint = "Use a smaller --batch-size or --sequence-length, or --device cpu."
+        with translate_errors(does_not_run), translate_out_of_memory(too_large, hint):
+            yield
 
     @property
-    def _can_keep_few_logits(self) -> bool:
+    def _takes_logits_to_keep(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters

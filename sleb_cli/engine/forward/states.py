@@ -1,7 +1,7 @@
-"""What one step of a search knows about the next: hidden states that a removal left as they were.
+"""Hidden states that one step of a search keeps for the next, because a removal leaves them unchanged.
 
-The model without r and j is, below r, the model without j. So where the rows of a step are remembered at some depth,
-and nothing below that depth is removed, the next step begins there, with every row in its place.
+Below r, the model without r and j equals the model without j. So if a step's branches are kept at some depth, and
+nothing below that depth is removed, the next step starts there with all of its branches.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-# The row of the model as it stands; other rows are named by the candidate that they are without.
+# The branch of the model as it stands; other branches are named by the candidate that they leave out.
 BASE = -1
 
 
 class States:
-    """Hidden states of one batch, [batch, positions, hidden size], by depth (the block that they enter) and row."""
+    """Hidden states of one batch, [batch, positions, hidden size], by depth (the block that they enter) and branch."""
 
     def __init__(self) -> None:
         self.at: defaultdict[int, dict[int, Tensor]] = defaultdict(dict)
 
     def deepest(self, branch: int, limit: int) -> int | None:
-        """Give the greatest depth up to `limit` at which this row is known."""
+        """Return the greatest depth up to `limit` at which this branch is kept."""
         return max(
             (depth for depth, branches in self.at.items() if depth <= limit and branch in branches), default=None
         )
 
     def after_removal(self, block: int) -> None:
-        """Keep what still holds when `block` is gone: all that it did not touch, and its own row, the new base."""
+        """Drop what changes when `block` is removed; above it, only its own branch is right, as the new base."""
         for depth in [depth for depth in self.at if depth > block]:
             branches = self.at.pop(depth)
             if block in branches:
                 self.at[depth] = {BASE: branches[block]}
 
     def shrink(self, limit: int, wanted: Sequence[int]) -> None:
-        """Keep no more than `limit` rows, letting go first of depths that nobody wants, then of the least wanted."""
+        """Keep at most `limit` branches; drop the depths that are not wanted first, then the least wanted."""
         kept = 0
         for depth in [*wanted, *sorted(self.at.keys() - set(wanted), reverse=True)]:
             if depth in self.at:
@@ -45,12 +45,12 @@ class States:
 
 
 def depths_to_keep(ranking: Sequence[int], candidates: Sequence[int], limit: int, count: int) -> dict[int, int]:
-    """Choose the depths at which the next step would best begin, the most wanted first, and how many rows to keep.
+    """Choose the depths at which to keep branches for the next step, and how many at each; the most useful come first.
 
-    What lies below the first candidate is the same in every step, so that depth comes first. The next step will begin
-    at the block which this one removes: probably one of the `count` best of `ranking` (the best first); where it knows
-    nothing yet, depths are spread evenly. At each depth there are the base row and one for every candidate below, of
-    which the lowest have come furthest. Altogether at most `limit` rows are kept.
+    The first candidate's depth comes first, because what lies below it is the same in every step. The next step starts
+    at the block that this one removes, which is probably among the `count` best of `ranking` (the best first); without
+    a ranking, depths are spread evenly. A depth has the base branch and one for every candidate below it; the lowest
+    ones save the most. At most `limit` branches are kept in all.
     """
     spread = candidates[:: max(1, len(candidates) // (2 * count))]
     chosen: dict[int, int] = {}

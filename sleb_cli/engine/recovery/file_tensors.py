@@ -1,4 +1,4 @@
-"""From new values of a model's parameters to tensors of its weight files, which may name and join them otherwise."""
+"""Turn new values of a model's parameters into tensors of its weight files, which may name and fuse them otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sleb_plugins import UnsupportedModelError
 
 
 def file_tensors(model: Any, surgery: Surgery, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give new values as tensors of the pruned checkpoint: its names, and no more than what changed.
+    """Return the changed tensors of the pruned checkpoint, by their names there.
 
     Args:
         model: the dense model in memory, with its own values.
@@ -23,14 +23,13 @@ def file_tensors(model: Any, surgery: Surgery, values: Mapping[str, Tensor]) -> 
         values: new values by the model's own parameter names, in its data type.
 
     Raises:
-        UnsupportedModelError: the files do not hold such a tensor as plain floating-point numbers, or not the way in
-            which transformers would write it.
+        UnsupportedModelError: the files hold such a tensor quantized, or otherwise than transformers would write it.
     """
     weights = surgery.architecture.source.weights
     stored, base = set(weights.tensor_names()), f"{model.base_model_prefix}."
 
     def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Leave out the base model's prefix where the files, which may be those of the base model alone, do."""
+        """Drop the base model's prefix from names that the files have without it, as those of a base model do."""
         return {name if name in stored else name.removeprefix(base): tensor for name, tensor in tensors.items()}
 
     before, after = map(as_stored, _as_files(model, surgery, values))
@@ -43,7 +42,7 @@ def file_tensors(model: Any, surgery: Surgery, values: Mapping[str, Tensor]) -> 
 def _as_files(
     model: Any, surgery: Surgery, values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Name tensors as the files do, before and after: all of each block that changes, since files may join some."""
+    """Return the old and the new tensors as in the files: all of each changed block, since files may fuse some."""
     blocks = f"{surgery.architecture.adapter.blocks_path}."
     state = dict(model.state_dict())
     changing = {_block(name, blocks) for name in values}
@@ -53,7 +52,7 @@ def _as_files(
 
 
 def _block(name: str, blocks: str) -> str:
-    """Give what stays together: a block's prefix, or a name outside of the blocks."""
+    """Return the prefix of the block that a parameter belongs to, or its whole name if it is outside the blocks."""
     number = name.removeprefix(blocks).partition(".")[0]
     return f"{blocks}{number}" if name.startswith(blocks) else name
 
@@ -65,21 +64,21 @@ def _require_stored(changed: Mapping[str, Tensor], stored: Iterable[StoredTensor
         if there is None or there.shape != value.shape:
             raise UnsupportedModelError(
                 f"The weight files have no tensor {name} of shape {list(value.shape)} to write new values to.",
-                hint="Load the model with transformers and save it again, then recover that copy.",
+                hint="Load the model with transformers, save it again, and recover that copy.",
             )
         dtype = TORCH_DTYPES.get(there.dtype)
         if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
             raise UnsupportedModelError(
                 f"{name} is stored quantized ({there.dtype}), so new values cannot be written to it.",
-                hint="Recover the model that it was quantized from, and quantize the result.",
+                hint="Recover the model it was quantized from, and quantize the result.",
             )
 
 
 def _require_same(changed: Mapping[str, Tensor], before: Mapping[str, Tensor], weights: WeightFiles) -> None:
-    """Make sure that each name means in the files what it means here: its old values are there."""
+    """Check that the files hold the old values under each name, so that it means the same tensor there."""
     for name, tensor in weights.tensors():
         if name in changed and not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
             raise UnsupportedModelError(
-                f"{name} is not in the weight files as transformers would write it, so new values cannot be.",
-                hint="Load the model with transformers and save it again, then recover that copy.",
+                f"The weight files hold {name} otherwise than transformers writes it, so it cannot take new values.",
+                hint="Load the model with transformers, save it again, and recover that copy.",
             )

@@ -1,4 +1,4 @@
-"""An unfinished healing on disk, beside the checkpoint that it will become: whatever stops the program, it goes on."""
+"""An unfinished healing on disk, beside the checkpoint to be written, so that an interrupted one can be resumed."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ _KEY = "sleb"
 
 @dataclass(frozen=True)
 class Saved:
-    """What was saved: plain data, and tensors by name."""
+    """The saved state: plain data, and tensors by name."""
 
     data: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 class HealState:
-    """The hidden folder beside `output` in which a healing is saved, as one file."""
+    """The hidden folder beside `output` that holds the saved state, one file."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}.heal")
         self._file = self.folder / "state.safetensors"
 
     def require(self, *, resume: bool, force: bool) -> None:
-        """Make sure, before any work, that no unfinished healing is overwritten unasked.
+        """Check, before any work, that no unfinished healing would be overwritten.
 
         Raises:
-            OutputError: there is one, and neither is set.
+            OutputError: there is one, and neither `resume` nor `force` is set.
         """
         if self._file.exists() and not (resume or force):
             raise OutputError(
                 f"{self.folder} holds an unfinished healing.",
-                hint="Go on with it by --resume, or start anew with --force.",
+                hint="Continue it with --resume, or start over with --force.",
             )
 
     def read(self, identity: Mapping[str, Any]) -> Saved | None:
-        """Give what was saved for this healing, or None where nothing was.
+        """Return the saved state of this healing, or None if there is none.
 
         Raises:
-            PlanError: what is there belongs to another healing (the sentence names the differences), or is broken.
+            PlanError: the file is broken, or belongs to another healing; the message names the differences.
         """
         if not self._file.exists():
             return None
@@ -61,20 +61,21 @@ class HealState:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError) as error:
             raise PlanError(
-                f"{self._file} is broken, or not of sleb.", hint="Remove its folder, or start anew with --force."
+                f"{self._file} is broken, or was not written by sleb.",
+                hint="Remove its folder, or start over with --force.",
             ) from error
         if found := differences(identity, data["identity"]):
             raise PlanError(
                 f"{self.folder} belongs to another healing ({found}).",
-                hint="Give the same plan, text and budget, or start anew with --force.",
+                hint="Use the same plan, text and budget, or start over with --force.",
             )
         return Saved(data, tensors)
 
     def write(self, identity: Mapping[str, Any], saved: Saved) -> None:
-        """Save, in the place of what was saved before.
+        """Save, replacing what was saved before.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
@@ -83,5 +84,5 @@ class HealState:
             save_file(saved.tensors, aside, metadata={_KEY: text})
 
     def delete(self) -> None:
-        """Remove it: the checkpoint is written."""
+        """Delete the folder once the checkpoint is written."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Ridge regression from sums that are streamed: no activation is kept."""
+"""Ridge regression from running sums: no activation is kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Ridge:
     """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
 
     Only X'WX, X'WY and Y'WY are held. The penalty of a coefficient is `ridge` times its feature's own weighted sum of
-    squares, so that no unit of measurement matters: at 1, a feature that stands alone would be halved.
+    squares, so units of measurement do not matter: with `ridge` 1, the coefficient of a lone feature is halved.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Ridge:
         self.yy = 0.0
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Take in some rows; `weights` are [rows]."""
+        """Add some rows; `weights` is [rows]."""
         root = weights.sqrt()[:, None]
         x, y = features * root, targets * root
         xx, xy = (x.T @ x).double(), (x.T @ y).double()
@@ -28,23 +28,23 @@ class Ridge:
         self.yy += float(y.double().square().sum())
 
     def solve(self, ridge: float) -> Tensor:
-        """Give the coefficients, float64 [features, outputs]."""
+        """Return the coefficients, float64 [features, outputs]."""
         assert self.xx is not None
         assert self.xy is not None
         own = self.xx.diagonal()
-        # A feature that is always zero has no coefficient, and would leave nothing to divide by.
+        # A feature that is always zero would make the matrix singular; its coefficient is 0.
         penalty = torch.diag(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + penalty))
 
     def error(self, coefficients: Tensor) -> float:
-        """Give the weighted sum of squares that these coefficients, which other rows may have given, leave of Y."""
+        """Return the weighted sum of squares that these coefficients leave of Y; they may be fitted to other rows."""
         assert self.xx is not None
         assert self.xy is not None
         return self.yy + float((coefficients * (self.xx @ coefficients - 2 * self.xy)).sum())
 
 
 class Gains:
-    """The same for each channel alone: Y[:, i] from X[:, i]."""
+    """The same regression for each channel alone: Y[:, i] from X[:, i]."""
 
     def __init__(self) -> None:
         self.xx: Tensor | None = None
@@ -52,7 +52,7 @@ class Gains:
         self.yy = 0.0
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Take in some rows; `weights` are [rows]."""
+        """Add some rows; `weights` is [rows]."""
         x, y, w = features.double(), targets.double(), weights.double()[:, None]
         xx, xy = (w * x * x).sum(0), (w * x * y).sum(0)
         self.xx = xx if self.xx is None else self.xx + xx
@@ -60,13 +60,13 @@ class Gains:
         self.yy += float((w * y * y).sum())
 
     def solve(self, ridge: float) -> Tensor:
-        """Give the coefficients, float64 [channels]."""
+        """Return the coefficients, float64 [channels]."""
         assert self.xx is not None
         assert self.xy is not None
         return self.xy / (self.xx * (1 + ridge)).clamp_min(1e-30)
 
     def error(self, coefficients: Tensor) -> float:
-        """Give the weighted sum of squares that these coefficients leave of Y."""
+        """Return the weighted sum of squares that these coefficients leave of Y."""
         assert self.xx is not None
         assert self.xy is not None
         return self.yy + float((coefficients * (self.xx * coefficients - 2 * self.xy)).sum())

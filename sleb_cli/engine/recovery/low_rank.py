@@ -1,4 +1,4 @@
-"""Training no more of a weight than a change of low rank (LoRA, Hu et al., arXiv 2106.09685, section 4.1)."""
+"""Train only a low-rank change to each weight (LoRA, Hu et al., arXiv 2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor, nn
 RANK = 64
 BETAS = (0.9, 0.95)
 CLIP = 1.0
-"""The longest gradient that is followed as it is; longer ones are shortened to it."""
+"""The largest norm of a gradient; a larger one is scaled down to it."""
 
 
 def rank_of(shape: Sequence[int]) -> int:
-    """Give the rank of the change to a weight [..., out, in]: at most half of its own, and 0 for what is no matrix."""
+    """Return the rank of the change to a weight [..., out, in]: at most half of its own, and 0 for a vector."""
     return min(RANK, *(side // 2 for side in shape[-2:])) if len(shape) > 1 else 0
 
 
 def trained_numbers(shape: Sequence[int]) -> int:
-    """Say how many numbers are trained of such a weight."""
+    """Return how many numbers are trained for a weight of this shape."""
     return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:]) if len(shape) > 1 else 0
 
 
 @dataclass(frozen=True)
 class _Change:
-    """A weight, what it was, and its A (`down`) and B (`up`) with their gradients: views of what holds all of them."""
+    """A weight, its original value, and its A (`down`) and B (`up`) with their gradients, views of the flat tensors."""
 
     weight: nn.Parameter
-    own: Tensor
+    original: Tensor
     down: Tensor
     up: Tensor
     down_gradient: Tensor
     up_gradient: Tensor
 
-    def take(self, weight: nn.Parameter) -> None:
-        """Turn the weight's gradient into those of A and B."""
+    def take_gradient(self, weight: nn.Parameter) -> None:
+        """Replace the weight's gradient by those of A and B."""
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient)
@@ -47,27 +47,27 @@ class _Change:
 class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
-    The weights themselves hold W + B A, rounded to their data type: the model's code runs as it is, nothing is left to
-    merge, and what is measured is what will be written. The gradient of a weight is turned into those of its B and A as
-    soon as it is there, so that of whole weights no more than one exists. Before the first step every B is 0.
+    The weights themselves hold W + B A, rounded to their data type: the model's code runs unchanged, nothing needs
+    merging, and the measured model is the one that is written. As soon as a weight has a gradient, it is replaced by
+    those of its B and A, so at most one whole gradient exists. Before the first step every B is 0.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter]) -> None:
         size = sum(trained_numbers(weight.shape) for weight in weights)
-        # End to end in one tensor: fused, a step is one pass over memory.
+        # One flat tensor for all, so that a fused step is one pass over memory.
         self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
         self._gradient = torch.zeros_like(self.values)
         self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
-        self._changes = list(self._laid_out(weights))
+        self._changes = list(self._changes_of(weights))
         generator = torch.Generator().manual_seed(0)
         for change in self._changes:
-            # As LoRA's authors begin: what A gives is as large as what comes in.
-            start = 2 * torch.rand(change.down.shape, generator=generator) - 1
-            change.down.copy_(start / math.sqrt(change.down.shape[-1]))
+            # Initialized as by LoRA's authors: A keeps the size of its input.
+            initial = 2 * torch.rand(change.down.shape, generator=generator) - 1
+            change.down.copy_(initial / math.sqrt(change.down.shape[-1]))
             change.weight.requires_grad_(True)
-            change.weight.register_post_accumulate_grad_hook(change.take)  # type: ignore[no-untyped-call]
+            change.weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
 
-    def _laid_out(self, weights: Sequence[nn.Parameter]) -> Iterator[_Change]:
+    def _changes_of(self, weights: Sequence[nn.Parameter]) -> Iterator[_Change]:
         start = 0
         for weight in weights:
             *stack, rows, columns = weight.shape
@@ -78,37 +78,37 @@ class LowRank:
             yield _Change(weight, weight.detach().clone(), views[0], views[2], views[1], views[3])
 
     def take_gradient(self) -> Tensor:
-        """Take what the passes since the last call add up to, float32 in the order of `values`."""
+        """Return the sum of the gradients since the last call, float32 in the order of `values`, and reset it."""
         gradient = self._gradient.clone()
         self._gradient.zero_()
         return gradient
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Move the changes by a step of AdamW without decay (Loshchilov and Hutter, 2019), and the weights after."""
+        """Update the changes by a step of AdamW without decay (Loshchilov and Hutter, 2019), then the weights."""
         self.values.grad = gradient * min(1.0, CLIP / (float(gradient.norm()) + 1e-6))
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self.values.grad = None
-        self._place()
+        self._write_weights()
 
     @torch.no_grad()
-    def put(self, values: Tensor) -> None:
-        """Take these values, and give the weights what they are with them."""
+    def set_values(self, values: Tensor) -> None:
+        """Set the changes to these values, and update the weights."""
         self.values.data.copy_(values)
-        self._place()
+        self._write_weights()
 
     def state(self) -> dict[str, Tensor]:
-        """Give all that a later process needs to go on."""
+        """Return all that a later process needs to continue."""
         moments: dict[str, Tensor] = self._adam.state[self.values]
         return {"values": self.values.data} | moments
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from such a state."""
+        """Continue from such a state."""
         moments = {name: tensor.to(self.values.device) for name, tensor in state.items()}
-        self.put(moments.pop("values"))
+        self.set_values(moments.pop("values"))
         self._adam.state[self.values] = moments
 
-    def _place(self) -> None:
+    def _write_weights(self) -> None:
         for change in self._changes:
-            change.weight.copy_(change.own.float() + change.up @ change.down)
+            change.weight.copy_(change.original.float() + change.up @ change.down)

@@ -1,4 +1,4 @@
-"""The processes that heal one model together, by means of `accelerate`; or one alone."""
+"""The processes that heal one model together, through `accelerate`, or a single process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sleb_cli.processes import process_count
 
 
 class ProcessGroup:
-    """What processes say to each other. All must call the same methods in the same order."""
+    """Communication between the processes. All of them must call the same methods in the same order."""
 
     def __init__(self, device: torch.device) -> None:
         self.size = process_count()
@@ -22,21 +22,21 @@ class ProcessGroup:
         self.device: torch.device = self._accelerator.device if self._accelerator else device
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Give the mean of what all processes have."""
+        """Return the mean of all processes' tensors."""
         return self._accelerator.reduce(tensor, reduction="mean") if self._accelerator else tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Give what the main process has."""
+        """Return the main process's tensor."""
         return broadcast(tensor) if self._accelerator else tensor
 
     def broadcast_number(self, number: float) -> float:
-        """Give a number of the main process: what decides must not differ between processes."""
+        """Return the main process's number, so that all processes decide alike."""
         if not self._accelerator:
             return number
         return float(self.broadcast(torch.tensor(number, dtype=torch.float64, device=self.device)))
 
     def leave(self) -> None:
-        """End the team: wait for all, and let go of what held them together."""
+        """Wait for all processes, then shut the group down."""
         if self._accelerator:
             self._accelerator.wait_for_everyone()
             self._accelerator.end_training()

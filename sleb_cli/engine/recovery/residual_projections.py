@@ -1,8 +1,8 @@
-"""The modules of a block that write to the hidden states: what can be given new values with the family's code as it is.
+"""The modules of a block that add to the hidden states, and can take new weights without changing the family's code.
 
-A block ends as `hidden states + what its last projection says`, or so in most families; which module that is, and
-whether it is so at all, is not looked up by name but tried: something is added to a module's output, and a *writer* is
-one where the same, times a constant, comes out of the block.
+In most families, a block's output is its input plus the output of its last projection. Which module that is, and
+whether there is one, is not looked up by name but tried: noise is added to a module's output, and the module is a
+*residual projection* if the same noise, times a constant, comes out of the block.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.third_party import our_code
 
 EXACT = 0.02
-"""How much may be otherwise than a constant times what was added, as a share of it: rounding of bfloat16."""
+"""How far what comes out may be from a constant times the noise, as a share of it: the rounding of bfloat16."""
 NEAR = 3.0
-"""The same where the rest of the block answers to what was added; what does not write to the states is far beyond."""
-# What is added, relative to the hidden states: as little as rounding allows, since the answer should be in proportion.
-ADDED = 0.25
+"""The same if the rest of the block reads the module's output; other modules are far beyond."""
+# The noise relative to the hidden states: as little as rounding allows, since the response should be linear.
+NOISE = 0.25
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,11 @@ class ResidualProjection:
     """A module whose output is added to the hidden states.
 
     Attributes:
-        name: its name in the block.
-        module: itself.
-        kind: a matrix, [out, in] or, transposed, [in, out], or a gain for each channel, as norms have.
+        name: the module's name in the block.
+        module: the module.
+        kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each channel, as in norms.
         scale: which multiple of its output is added.
-        exact: whether nothing else in the block answers to its output.
+        exact: whether nothing else in the block reads its output.
     """
 
     name: str
@@ -47,11 +48,11 @@ class ResidualProjection:
 
     @property
     def has_bias(self) -> bool:
-        """Whether a constant can be added, too."""
+        """Whether a constant can be fitted, too."""
         return getattr(self.module, "bias", None) is not None
 
     def features(self, entering: Tensor) -> Tensor:
-        """Give what the module's weights are multiplied with, float32 [positions, in] (gain: [positions, channels])."""
+        """Return what the module's weights are multiplied by, float32 [positions, in] (gain: [positions, channels])."""
         if self.kind != "gain":
             return entering.flatten(0, -2).float() * self.scale
         on: Tensor = self._norm(1.0)(entering.float())
@@ -66,11 +67,12 @@ class ResidualProjection:
 
 @contextmanager
 def inputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect what enters these modules when they are called next."""
+    """Collect what enters these modules while the context is open."""
     found: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[module] = args[0] if args else next(iter(kwargs.values()))
+        with our_code():
+            found[module] = args[0] if args else next(iter(kwargs.values()))
 
     handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
@@ -81,13 +83,13 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
 
 
 def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[list[ResidualProjection]]:
-    """Give the block's writers on these hidden states, [batch, positions, hidden size], in the order to fit them.
+    """Return the block's residual projections, in the order of fitting; `hidden` is [batch, positions, hidden size].
 
-    Those that are fitted together make one list. First come matrices to whose output the rest of the block answers
-    (attention's, to which the MLP does), as though it did not; then, together, those that are exact (attention and MLP
-    in parallel are two), which makes up for it. Where no matrix is exact, a gain is, or nothing.
+    Those that are fitted together are one list. First come, one by one, matrices whose output the rest of the block
+    reads (attention's, which the MLP reads), fitted as though it did not. Then come the exact ones together (attention
+    and MLP in parallel are two), which make up for it. If no matrix is exact, an exact gain is fitted, or nothing.
     """
-    found = list(_tried(skippable, call, hidden))
+    found = list(_candidates(skippable, call, hidden))
     near = [[projection] for projection in found if not projection.exact and projection.kind != "gain"]
     exact = [projection for projection in found if projection.exact and projection.kind != "gain"]
     gains = [projection for projection in found if projection.exact and projection.kind == "gain"][-1:]
@@ -95,7 +97,7 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
-    """Give the norm that takes what leaves the last block, [batch, positions, hidden size], where there is one."""
+    """Return the norm whose input is what leaves the last block, [batch, positions, hidden size], or None."""
     norms = [
         (name, module) for name, module in skippable.model.named_modules() if _kind(module, hidden.shape[-1]) == "gain"
     ]
@@ -107,28 +109,29 @@ def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> Residu
     return None
 
 
-def _tried(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterator[ResidualProjection]:
+def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterator[ResidualProjection]:
     block = skippable.switches[call.block].block
     plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * ADDED
+    noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * NOISE
     for name, module in block.named_modules():
         kind = _kind(module, hidden.shape[-1])
         if kind is None:
             continue
-        fitting: list[bool] = []
+        fits: list[bool] = []
 
-        def add(module: nn.Module, args: Any, output: Any, fitting: list[bool] = fitting) -> Any:
-            # Some families join sequences before their MLP: [batch x positions, hidden size].
-            fitting.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
-            return output + noise.to(output.dtype).view_as(output) if fitting[-1] else output
+        def add_noise(module: nn.Module, args: Any, output: Any, fits: list[bool] = fits) -> Any:
+            # Some families flatten sequences before their MLP: [batch x positions, hidden size].
+            with our_code():
+                fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
+                return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
 
-        handle = module.register_forward_hook(add)
+        handle = module.register_forward_hook(add_noise)
         try:
             change = skippable.run_block(call, hidden).float() - plain
         finally:
             handle.remove()
-        if fitting != [True]:
+        if fits != [True]:
             continue
         scale = float((change * noise).sum() / noise.square().sum())
         error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))

@@ -1,4 +1,4 @@
-"""A model in one of its forms: dense, pruned, recovered; and what it loses on a text, compared with the dense one."""
+"""A model in one of its forms (dense, pruned, recovered), and its loss and its divergence from the dense model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.forward.logits import WIDENED_BYTES
+from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_plugins.metrics.kl import divergence_terms
 
-# Positions whose logits exist at once, over all sequences of a batch.
+# How many positions' logits exist at once, over all sequences of a batch.
 POSITIONS = 256
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A gated model without some of its blocks and with other values for some of its parameters.
+    """A model without some of its blocks and with new values for some of its parameters.
 
     Attributes:
         skippable: the model, as an entered context.
-        removed: the blocks that are off.
+        removed: the skipped blocks.
         parameters: new values by the model's own parameter names.
     """
 
@@ -32,14 +33,16 @@ class Variant:
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def final_states(self, ids: Tensor, start: tuple[int, Tensor] | None = None) -> Tensor:
-        """Give the hidden states that leave the last block that is on, [batch, positions, hidden size].
+        """Return the hidden states that leave the last kept block, [batch, positions, hidden size].
 
-        With `start`, a block and the states that enter it, the walk begins there.
+        `start` is a block and the hidden states that enter it: the blocks before it are not run.
         """
-        return self.two_depths(ids, 0, start)[1]
+        return self.entering_and_final_states(ids, 0, start)[1]
 
-    def two_depths(self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Give the hidden states that enter `block`, which must be on, and those that leave the last one."""
+    def entering_and_final_states(
+        self, ids: Tensor, block: int, start: tuple[int, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states that enter `block`, which must be kept, and those that leave the last kept block."""
         last = max(index for index in range(len(self.skippable.switches)) if index not in self.removed)
         found: dict[str, Tensor] = {}
 
@@ -49,19 +52,19 @@ class Variant:
             if index == last:
                 found["final"] = leaving
 
-        with placed(self.skippable.model, self.parameters):
+        with parameters_replaced(self.skippable.model, self.parameters):
             self.skippable.watch(ids, self.removed, listen, start)
         return found.get("entering", found["final"]), found["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:
-        """Give the logits of a stretch of final states, and of their tokens."""
-        with placed(self.skippable.model, self.parameters):
+        """Return the logits of a slice of final states, given its tokens."""
+        with parameters_replaced(self.skippable.model, self.parameters):
             return self.skippable.head(states, ids)
 
 
 @contextmanager
-def placed(model: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put values in the place of parameters, and the parameters' own back."""
+def parameters_replaced(model: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Set parameters to new values by name, and restore their own on exit."""
     own = {name: model.get_parameter(name) for name in values}
     before = {name: parameter.data for name, parameter in own.items()}
     try:
@@ -73,21 +76,9 @@ def placed(model: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
             parameter.data = before[name]
 
 
-def stretches(ids: Tensor) -> Iterator[slice]:
-    """Divide the predicting positions of a batch into stretches whose logits may exist at once."""
-    step = max(1, POSITIONS // len(ids))
-    for start in range(0, ids.shape[1] - 1, step):
-        yield slice(start, min(start + step, ids.shape[1] - 1))
-
-
-def pieces(logits: Tensor) -> int:
-    """Say how many positions' logits are widened to float32 at once."""
-    return max(1, WIDENED_BYTES.get(logits.device.type, 256 << 20) // (4 * logits.shape[-1]))
-
-
 @torch.inference_mode()
 def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, float]:
-    """Measure a variant on these sequences, [sequences, length]: its loss and its divergence from the dense model.
+    """Return a variant's loss and its divergence from the dense model on these sequences, [sequences, length].
 
     Both are means over the predicted tokens, in nats.
     """
@@ -95,14 +86,12 @@ def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, 
     for sequence in sequences.to(dense.skippable.model.device):
         ids = sequence[None]
         states, dense_states = variant.final_states(ids), dense.final_states(ids)
-        for part in stretches(ids):
-            here, targets = ids[:, part], ids[0, part.start + 1 : part.stop + 1]
+        for part in position_slices(ids, POSITIONS):
+            here, targets = ids[:, part], ids[0, 1:][part]
             ours, theirs = variant.logits(states[:, part], here)[0], dense.logits(dense_states[:, part], here)[0]
-            step = pieces(ours)
-            for start in range(0, len(targets), step):
-                log_q = ours[start : start + step].float().log_softmax(-1)
-                log_p = theirs[start : start + step].float().log_softmax(-1)
-                loss -= float(log_q.gather(-1, targets[start : start + step, None]).double().sum())
-                divergence += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+            for rows in float32_slices(ours):
+                log_q, log_p = (logits[rows].float().log_softmax(-1) for logits in (ours, theirs))
+                loss -= float(log_q.gather(-1, targets[rows, None]).double().sum())
+                divergence += float(divergence_terms(log_p.exp(), log_p, log_q).sum(-1).double().sum())
     count = len(sequences) * (sequences.shape[1] - 1)
     return loss / count, divergence / count

@@ -1,4 +1,4 @@
-"""Calibration sequences that are never searched on: whether what the search gained there holds elsewhere."""
+"""Held-out calibration sequences, never searched on, which show whether a search overfits its text."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from sleb_cli.plan import HeldOutRecord, Step
 from sleb_plugins import UsageError
 
 ERROR = 0.05
-"""How often a search is warned of at most whose losses part by chance alone, as far as differences are normal."""
+"""The largest share of searches flagged as overfitting by chance alone, if differences are normally distributed."""
 
-# With less freedom than this, an error is not known well enough to say anything.
-LEAST_FREEDOM = 3
+# With fewer degrees of freedom, the standard error is too uncertain to conclude anything.
+MIN_DEGREES_OF_FREEDOM = 3
 
 Losses = Callable[[Sequence[int]], Sequence[float]]
-"""From the blocks that are gone to the loss of each sequence, in nats per token."""
+"""Takes the removed blocks; returns the loss of each sequence, in nats per token."""
 
 
 def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calibration | None]:
-    """Split off a share of the sequences: the last ones, rounded, at least one, and at least one is left.
+    """Split off the last `share` of the sequences, rounded; both parts keep at least one sequence.
 
-    Those of a mixture are spread so that the last ones hold one of each source, where there are as many. Of a text,
-    they are what stands furthest behind.
+    A mixture is interleaved, so its last sequences include each source if there are enough of them. The held-out
+    sequences of a single text come from its end.
 
     Raises:
-        UsageError: a single sequence cannot be split.
+        UsageError: there is only one sequence.
     """
     if not share:
         return calibration, None
     count = len(calibration.sequences)
     if count < 2:
-        raise UsageError("One calibration sequence cannot be split.", hint="Leave out --holdout, or use more text.")
+        raise UsageError(
+            "A single calibration sequence cannot be split.", hint="Leave out --holdout, or use more text."
+        )
     kept = count - min(max(1, round(share * count)), count - 1)
     return calibration.part(slice(0, kept)), calibration.part(slice(kept, None))
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Compares, size by size, how the loss has grown on the sequences searched and on those held out.
+    """Compare, step by step, how the loss grows on the searched and on the held-out sequences.
 
-    `steps` is how many comparisons there will be.
+    `steps` is the number of comparisons.
     """
 
     searched: Losses
@@ -57,7 +59,7 @@ class HeldOut:
         return HeldOutRecord(loss=loss, perplexity=math.exp(loss))
 
     def compare(self, removed: Sequence[int], perplexity: Callable[[float], float]) -> HeldOutRecord:
-        """Measure the model without the removed blocks, and say whether its losses part."""
+        """Measure the model without the removed blocks, and whether the search overfits."""
         losses = self.held_out(removed)
         generalization_gap, error, overfits = compare_growth(
             _growth(self.searched(()), self.searched(removed)), _growth(self.held_out(()), losses), ERROR / self.steps
@@ -73,14 +75,14 @@ class HeldOut:
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:
-    """Say where the losses part first, if they do."""
+    """Return a warning that names the first step that overfits, if any does."""
     for number, step in enumerate(steps, start=1):
         found = step.held_out
         if found is not None and found.overfits:
             return (
-                f"From step {number} on, the search fits its own text: on the sequences that were held out, the loss "
-                f"has grown by {found.generalization_gap:.3f} nats per token more than on those searched, "
-                f"{found.generalization_gap / found.standard_error:.1f} standard errors. "
+                f"The search overfits its calibration text from step {number}: the loss grew by "
+                f"{found.generalization_gap:.3f} nats per token more on the held-out sequences than on those searched "
+                f"({found.generalization_gap / found.standard_error:.1f} standard errors). "
                 "More or other calibration text may help."
             )
     return None
@@ -91,16 +93,16 @@ def _growth(before: Sequence[float], after: Sequence[float]) -> list[float]:
 
 
 def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: float) -> tuple[float, float, bool]:
-    """Say by how much more the sequences held out have lost, its standard error, and whether chance explains it not.
+    """Return the generalization gap, its standard error, and whether it is more than chance explains.
 
-    Each sequence is paired with itself in the dense model, so how hard it is cancels out. If neither part were
-    favoured, all would scatter alike: the error is that of a difference of two means with one pooled variance
-    (Student's t).
+    Each sequence is paired with itself in the dense model, so its difficulty cancels out. If the search favoured
+    neither part, both would have the same variance, so the error is that of a difference of two means with a pooled
+    variance (Student's t).
 
     Args:
-        searched: what each sequence that was searched on lost, in nats per token.
-        held_out: the same of each that was not.
-        tail: how often chance alone may count.
+        searched: the growth of the loss of each searched sequence, in nats per token.
+        held_out: the same for each held-out sequence.
+        tail: the allowed probability of a false positive.
     """
     generalization_gap = statistics.fmean(held_out) - statistics.fmean(searched)
     freedom = len(searched) + len(held_out) - 2
@@ -111,5 +113,5 @@ def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: f
     return (
         generalization_gap,
         error,
-        freedom >= LEAST_FREEDOM and generalization_gap > student_quantile(tail, freedom) * error,
+        freedom >= MIN_DEGREES_OF_FREEDOM and generalization_gap > student_quantile(tail, freedom) * error,
     )

@@ -1,6 +1,6 @@
 """Score the removal of each candidate block, for each of the four kinds of metric.
 
-A scorer takes the blocks removed so far and the candidates of this step, and gives a score for each.
+A scorer takes the blocks removed so far and the candidates of this step, and returns a score for each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.logits import require_shape
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
@@ -33,11 +32,12 @@ from sleb_plugins import (
     WeightMetric,
 )
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_plugins.metrics.weighted import require_shape
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What every scorer works on: passes over the calibration sequences, and the journal of what was measured."""
+    """What every scorer needs: passes over the calibration sequences, and the journal of measurements."""
 
     passes: Passes
     journal: Journal
@@ -45,9 +45,9 @@ class Scoring:
     notify: Notify
     fast: bool = False
     winners: int = 1
-    """How many of a race's candidates are wanted."""
+    """How many winners a race has."""
     held_out: Passes | None = None
-    """Passes over sequences that are never searched on."""
+    """Passes over sequences that the search never scores."""
 
     @property
     def skippable(self) -> SkippableModel:
@@ -56,7 +56,7 @@ class Scoring:
 
     @property
     def sequences(self) -> int:
-        """How many calibration sequences there are."""
+        """The number of calibration sequences."""
         return sum(len(batch) for batch in self.passes.batches)
 
     def loss(
@@ -66,9 +66,9 @@ class Scoring:
         *,
         scores_are_losses: bool = False,
     ) -> float:
-        """Give the mean negative log-likelihood, in nats per token, of the model without the removed blocks.
+        """Return the mean negative log-likelihood, in nats per token, of the model without the removed blocks.
 
-        Where scores are losses, one of the last removed block is as good.
+        If scores are losses, the score of the last removed block is taken.
         """
         return _mean(self.losses(removed, advanced, scores_are_losses=scores_are_losses))
 
@@ -79,7 +79,7 @@ class Scoring:
         *,
         scores_are_losses: bool = False,
     ) -> list[float]:
-        """Give what `loss` is the mean of: the loss of each sequence."""
+        """Return the loss of each sequence, whose mean is `loss`."""
         losses: list[float] = []
         for batch in range(len(self.passes.batches)):
             found = self.journal.find(removed[:-1], removed[-1], batch) if scores_are_losses and removed else None
@@ -88,7 +88,7 @@ class Scoring:
         return losses
 
     def held_out_losses(self, removed: Sequence[int]) -> list[float]:
-        """Give the loss of each sequence that is held out; in the journal, their batches follow those searched on."""
+        """Return the loss of each held-out sequence; in the journal, their batches follow the calibration batches."""
         assert self.held_out is not None
         first = len(self.passes.batches)
         batches = range(len(self.held_out.batches))
@@ -96,7 +96,7 @@ class Scoring:
 
     @torch.inference_mode()
     def _measure(self, passes: Passes, batch: int, removed: Sequence[int], number: int) -> list[float]:
-        """Give the losses of a batch from the journal, where its number is `number`; else measure them."""
+        """Return the losses of a batch from the journal, in which its number is `number`, or else measure them."""
         found = self.journal.find(removed, batch=number)
         if found is None:
             found = dict(passes.scores(NegativeLogLikelihood(), batch, removed, ()))[BASE]
@@ -104,7 +104,7 @@ class Scoring:
         return found
 
     def scorer(self, metric: Metric) -> tuple[Score, Engine]:
-        """Choose how `metric` is computed."""
+        """Choose how to compute `metric`."""
         if isinstance(metric, LogitMetric):
             return lambda removed, candidates: self._score_logits(metric, removed, candidates), self.passes.engine
         if isinstance(metric, HiddenStateMetric):
@@ -116,9 +116,9 @@ class Scoring:
         return lambda removed, candidates: self._score_models(metric, removed, candidates), "model"
 
     def span_scorer(self, metric: Metric, longest: int) -> ScoreSpans | None:
-        """Choose how spans of up to `longest` blocks score by what a metric sees of blocks.
+        """Choose how to score spans of up to `longest` blocks by a metric of single blocks.
 
-        None where it sees the whole model: then a span scores what the model scores without it.
+        None if the metric sees the whole model: then the score of a span is that of the model without it.
         """
         if isinstance(metric, HiddenStateMetric):
             return lambda spans: self._score_spans(metric, spans, longest)
@@ -129,13 +129,13 @@ class Scoring:
 
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Score batch after batch; in a race, those who are beaten drop out after each."""
+        """Score batch after batch; in a race, beaten candidates drop out after each."""
         race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates}, winners=self.winners)
         for batch in range(len(self.passes.batches)):
             self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             for block in race.contenders:
                 if (found := self.journal.find(removed, block, batch)) is not None:
-                    self.notify(SearchAdvanced(len(found), found=True))
+                    self.notify(SearchAdvanced(len(found), from_journal=True))
                     self._add(race, removed, block, found)
             missing = [block for block in race.contenders if self.journal.find(removed, block, batch) is None]
             if missing:
@@ -160,13 +160,11 @@ class Scoring:
         scores: dict[int, list[float]] = {block: [] for block in candidates}
         for batch in range(len(self.passes.batches)):
 
-            def look(block: int, entering: Tensor, leaving: Tensor, batch: int = batch) -> None:
-                tokens = metric.score_tokens(entering.float(), leaving.float())
-                require_shape(metric.name, tokens, entering.shape[:-1])
-                self.journal.add(tokens.double().mean(-1).tolist(), removed, block, batch)
+            def listen(block: int, entering: Tensor, leaving: Tensor, batch: int = batch) -> None:
+                self.journal.add(_mean_over_tokens(metric, entering, leaving), removed, block, batch)
 
             if any(self.journal.find(removed, block, batch) is None for block in candidates):
-                self.passes.watch(batch, removed, candidates, look)
+                self.passes.watch(batch, removed, candidates, listen)
             for block in candidates:
                 found = self.journal.find(removed, block, batch) or []
                 scores[block] += found
@@ -176,7 +174,7 @@ class Scoring:
 
     @torch.inference_mode()
     def _score_spans(self, metric: HiddenStateMetric, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
-        """Hold what enters a span's first block against what leaves its last, in the dense model: in one pass."""
+        """Score spans by what enters their first block and leaves their last, in one pass of the dense model."""
         scores: dict[int, list[float]] = {span[-1]: [] for span in spans}
         for batch in range(len(self.passes.batches)):
             if any(self.journal.find(span[:-1], span[-1], batch) is None for span in spans):
@@ -189,30 +187,28 @@ class Scoring:
         return Outcome({block: _mean(values) for block, values in scores.items()})
 
     def _watch_spans(self, metric: HiddenStateMetric, batch: int, blocks: range, longest: int) -> None:
-        """Score all spans among these blocks that are not too long; so many states exist at once."""
+        """Score all spans of up to `longest` of these blocks; at most `longest` states exist at once."""
         entered: dict[int, Tensor] = {}
 
-        def look(block: int, entering: Tensor, leaving: Tensor) -> None:
+        def listen(block: int, entering: Tensor, leaving: Tensor) -> None:
             entered[block] = entering
             entered.pop(block - longest, None)
             for start, state in entered.items():
-                tokens = metric.score_tokens(state.float(), leaving.float())
-                require_shape(metric.name, tokens, entering.shape[:-1])
-                self.journal.add(tokens.double().mean(-1).tolist(), range(start, block), block, batch)
+                self.journal.add(_mean_over_tokens(metric, state, leaving), range(start, block), block, batch)
 
-        self.passes.watch(batch, (), blocks, look)
+        self.passes.watch(batch, (), blocks, listen)
 
     def _sum_over_spans(
         self, metric: WeightMetric, spans: Sequence[tuple[int, ...]], known: dict[int, float]
     ) -> Outcome:
-        """Add up what the blocks of a span score in the dense model, where each is looked at once."""
+        """Add up the scores of a span's blocks in the dense model; each block is scored once."""
         blocks = sorted({block for span in spans for block in span} - known.keys())
         if blocks:
             known.update(self._score_weights(metric, (), blocks).scores)
         return Outcome({span[-1]: math.fsum(known[block] for block in span) for span in spans})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Look at each block's parameters, with gradients where the metric asks for them."""
+        """Score each block's parameters, with gradients if the metric needs them."""
         blocks = blocks_with_gradients(self.passes, removed, candidates) if metric.needs_gradients else candidates
         scores: dict[int, float] = {}
         for block in blocks:
@@ -223,13 +219,13 @@ class Scoring:
 
     @torch.inference_mode()
     def _score_models(self, metric: ModelMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Hand the gated model over, once for each candidate."""
+        """Score the model once for each candidate, with it skipped."""
         sequences = torch.cat(tuple(self.passes.batches))
         scores: dict[int, float] = {}
         for block in candidates:
             found = self.journal.find(removed, block)
             if found is None:
-                self.skippable.switch_off({*removed, block})
+                self.skippable.skip({*removed, block})
                 found = [_number(metric, metric.score_model(self.skippable.model, self.tokenizer, sequences))]
                 self.journal.add(found, removed, block)
             scores[block] = found[0]
@@ -242,7 +238,17 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tensor) -> list[float]:
+    scores = metric.score_tokens(entering.float(), leaving.float())
+    require_shape(metric.name, scores, entering.shape[:-1])
+    means: list[float] = scores.double().mean(-1).tolist()
+    return means
+
+
 def _number(metric: Metric, score: Any) -> float:
     if not isinstance(score, int | float):
-        raise PluginError(f"The metric {metric.name!r} gave {score!r}, which is not a number.", hint="Tell its author.")
+        raise PluginError(
+            f"The metric {metric.name!r} returned {score!r}, which is not a number.",
+            hint="Report it to the author of the metric.",
+        )
     return float(score)
