@@ -1,3 +1,33 @@
-"""The `sleb` program: the command line, and the engine behind it."""
+"""The `sleb` program, and its verbs for Python: `search`, `compare`, `apply`, `evaluate`, `bench` and `export`."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING, Any
+
+from sleb_cli.version import __version__
+
+if TYPE_CHECKING:
+    from sleb_cli.api import apply, bench, compare, evaluate, export, search
+    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
+
+__all__ = [
+    "ApplyRequest",
+    "BenchRequest",
+    "EvalRequest",
+    "ExportRequest",
+    "SearchRequest",
+    "__version__",
+    "apply",
+    "bench",
+    "compare",
+    "evaluate",
+    "export",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the verbs and requests when they are first used: `sleb --help` needs none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sleb_cli import api, requests
+
+    return getattr(requests if name.endswith("Request") else api, name)

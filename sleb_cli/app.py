@@ -6,13 +6,13 @@ from typing import Annotated
 
 import typer
 
-from sleb_cli import __version__
 from sleb_cli.commands.apply import apply
 from sleb_cli.commands.bench import bench
 from sleb_cli.commands.eval import eval_
 from sleb_cli.commands.export import export
 from sleb_cli.commands.plugins import plugins
 from sleb_cli.commands.search import search
+from sleb_cli.version import __version__
 
 app = typer.Typer(
     name="sleb",

@@ -1,28 +1,32 @@
-"""What the engine tells whoever listens. The listener may be a screen, a log, or a list in a test."""
+"""The events that the engine reports to a listener, which may be a screen, a log, or a list in a test."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+# Tasks that a screen shows in their own way.
+SEARCH_TASK = "Search"
+HEAL_TASK = "Healing"
+
 
 @dataclass(frozen=True)
 class Notice:
-    """A sentence the user should see once, though nothing is wrong."""
+    """A sentence for the user, though nothing is wrong."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class CheckPassed:
-    """Something that was in doubt holds; `text` says what, without a full stop."""
+    """A check passed; `text` says which, without a full stop."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TaskStarted:
-    """A stretch of work begins; `total` is in `unit`, or None where nobody can tell."""
+    """A task starts; `total` is in `unit`, or None if unknown."""
 
     task: str
     total: int | None = None
@@ -31,7 +35,7 @@ class TaskStarted:
 
 @dataclass(frozen=True)
 class TaskAdvanced:
-    """`done` more units of the running task are finished; `note` says what was found, where something was."""
+    """`done` more units of the task are finished; `note` is an intermediate result, if any."""
 
     task: str
     done: int = 1
@@ -40,14 +44,14 @@ class TaskAdvanced:
 
 @dataclass(frozen=True)
 class TaskFinished:
-    """The task came to its end."""
+    """The task is finished."""
 
     task: str
 
 
 @dataclass(frozen=True)
 class HealChecked:
-    """With this share of the budget used, the divergence from the dense model: in the last step, and held out."""
+    """The divergence from the dense model in the last step and on held-out text; `share` of the budget is used."""
 
     share: float
     divergence: float
@@ -56,7 +60,7 @@ class HealChecked:
 
 @dataclass(frozen=True)
 class SearchStarted:
-    """The search begins, `done` steps behind it; `evaluations` counts candidate x sequence for each to come."""
+    """A search starts after `done` steps; `evaluations` counts candidate x sequence for each remaining step."""
 
     blocks: int
     remove: int
@@ -66,15 +70,15 @@ class SearchStarted:
 
 @dataclass(frozen=True)
 class SearchAdvanced:
-    """So many more evaluations of one candidate on one sequence are done, in parts of one too; or were found done."""
+    """More evaluations (candidate x sequence), possibly fractions of one, are done or were found in the journal."""
 
     evaluations: float
-    found: bool = False
+    from_journal: bool = False
 
 
 @dataclass(frozen=True)
 class LaterStepsForecast:
-    """An evaluation in a later step will take about this share of the time of one in the first step."""
+    """An evaluation in later steps is expected to take this share of the time of one in the first step."""
 
     share: float
 
@@ -90,16 +94,16 @@ class CandidateScored:
 
 @dataclass(frozen=True)
 class RaceNarrowed:
-    """So many candidates are still in the race; so many evaluations will not be made."""
+    """`contenders` candidates are still in the race; `skipped_evaluations` are no longer needed."""
 
     step: int
     contenders: int
-    spared: int
+    skipped_evaluations: int
 
 
 @dataclass(frozen=True)
 class BlocksSwapped:
-    """Blocks came back into the model for others that went, and the score fell."""
+    """`restored` blocks replaced `removed` ones, and the score fell."""
 
     restored: tuple[int, ...]
     removed: tuple[int, ...]
@@ -109,7 +113,7 @@ class BlocksSwapped:
 
 @dataclass(frozen=True)
 class BlockRemoved:
-    """The step is decided; `removals` names all blocks where they are not those of the last step and `block`."""
+    """A step is decided; `removals` lists all removed blocks if they are not the previous ones plus `block`."""
 
     step: int
     block: int
@@ -137,15 +141,15 @@ Notify = Callable[[Event], None]
 
 
 class Advance(Protocol):
-    """What `task` yields."""
+    """The function that `task` yields."""
 
     def __call__(self, done: int = 1, note: str = "") -> None:
-        """Report that `done` more units of the task are finished; `note` says what was found."""
+        """Report that `done` more units are finished; `note` is an intermediate result."""
 
 
 @contextmanager
 def task(notify: Notify, name: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
-    """Report a stretch of work; the yielded function reports its progress.
+    """Report the start and end of a task; the yielded function reports its progress.
 
     If the body raises, the task is never reported as finished.
     """
@@ -159,4 +163,4 @@ def task(notify: Notify, name: str, total: int | None = None, unit: str = "") ->
 
 
 def ignore(event: Event) -> None:
-    """Listen to nothing."""
+    """Ignore an event."""

@@ -1,4 +1,4 @@
-"""`plan.json`: which blocks to remove, in which order, and everything that decided it."""
+"""`plan.json`: which blocks to remove, in which order, and everything that led to them."""
 
 from __future__ import annotations
 
@@ -10,34 +10,27 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from sleb_cli.records import ModelRecord, Proof, Record
+from sleb_cli.requests import Chat, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
 
 MAX_ADDED_REPETITION = 0.2
-"""A pruned model that repeats itself by so much more than the dense one is suspected of having collapsed."""
+"""How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
 
 Block = Annotated[int, Field(ge=0)]
 
 
-Engine = Literal["fork", "prefix", "plain", "weights", "model"]
-"""How candidates were scored: all in one walk, each from its block on, each through the whole model, or otherwise."""
-
-
-Chat = Literal["all", "answers"]
-"""Which tokens of conversations count: all, or those that the assistant writes."""
-
-StrategyName = Literal["greedy", "oneshot", "contiguous", "last", "refine", "beam"]
-"""How a search goes about it: see `engine/search/strategies.py`."""
-
+Engine = Literal["fork", "plain", "weights", "model"]
+"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
 
 _FILE = re.compile(r"\.(txt|jsonl)(:|$)")
 
 
 class CalibrationRecord(Record):
-    """The tokens that decided; `tokens_sha256` is over the ids as little-endian int64.
+    """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
 
-    `bos` says that every sequence begins with the BOS token; `chat`, that they are conversations, and what counts.
+    `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations.
     """
 
     source: str
@@ -50,7 +43,7 @@ class CalibrationRecord(Record):
 
     @property
     def title(self) -> str:
-        """The source as people read it: of a file its name, since where it lies is nobody's business."""
+        """The source for display: a file by its name alone, so that private paths stay private."""
         parts = self.source.split(",")
         return ",".join(part.rpartition("/")[2] if _FILE.search(part) else part for part in parts)
 
@@ -59,22 +52,8 @@ class CalibrationRecord(Record):
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
-TargetName = Literal[
-    "ratio",
-    "remove",
-    "target_params",
-    "target_memory",
-    "target_speedup",
-    "max_loss_increase",
-    "max_perplexity_ratio",
-]
-"""The ways to say how far a search goes."""
-
-Workload = Literal["prompt", "generation"]
-
-
 class ServingRecord(Record):
-    """How a model is to be served, where its memory is the target: the KV cache is of `batch` x `length` tokens."""
+    """How the model will be served, for a memory target; the KV cache holds `batch` x `length` tokens."""
 
     dtype: str
     length: int
@@ -82,11 +61,11 @@ class ServingRecord(Record):
 
 
 class TargetRecord(Record):
-    """What the search was to reach, and what it reached, where that was not a number of blocks.
+    """The target of the search, if it was not a number of blocks, and what was reached.
 
-    `limit`, `dense` and `reached` are parameters, bytes, times as fast, nats per token above the dense model, or times
-    its perplexity, by `name`. `asked` is what the user wrote. Of a speedup, `predicted` came before the search and
-    `reached` was timed after it; of a loss, `next` is what one more removal would have come to.
+    The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats per token above
+    the dense model, or a multiple of its perplexity. `asked` is what the user wrote. For a speedup, `predicted` was
+    estimated before the search and `reached` timed after it; for a loss, `next` is the value after one more removal.
     """
 
     name: TargetName
@@ -97,13 +76,13 @@ class TargetRecord(Record):
     predicted: float | None = None
     next: float | None = None
     serving: ServingRecord | None = None
-    workload: Workload | None = None
+    workload: WorkloadName | None = None
 
 
 class SearchRecord(Record):
-    """How the search was run; `engine` is how candidates were scored, with the reason if not the usual way.
+    """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
 
-    `held_out` of the calibration sequences, a share of `holdout`, were never searched on.
+    `held_out` is the number of calibration sequences never searched on, and `holdout` their requested share.
     """
 
     strategy: StrategyName
@@ -126,10 +105,10 @@ class SearchRecord(Record):
 
 
 class HeldOutRecord(Record):
-    """What a model loses on the sequences that are never searched on: nats per token, and its exponential.
+    """The loss of a model on the held-out sequences, in nats per token, and its perplexity.
 
-    `generalization_gap` is how much more the loss has grown here than on the sequences searched on,
-    `standard_error` its standard error, and `overfits` whether that is more than chance explains.
+    `generalization_gap` is how much more the loss grew here than on the sequences searched on, `standard_error` its
+    standard error, and `overfits` whether that is more than chance explains.
     """
 
     loss: float
@@ -140,7 +119,7 @@ class HeldOutRecord(Record):
 
 
 class DenseRecord(Record):
-    """The unpruned model on the calibration tokens that are searched on: nats per token, and its exponential."""
+    """The loss of the dense model on the searched sequences, in nats per token, and its perplexity."""
 
     loss: float
     perplexity: float
@@ -148,7 +127,7 @@ class DenseRecord(Record):
 
 
 class DropRecord(Record):
-    """A candidate that left the race: after how many sequences, how far behind the leader, in how many errors."""
+    """A candidate dropped from a race: after how many sequences, and how far behind, also in standard errors."""
 
     sequences: int
     behind: float
@@ -156,14 +135,14 @@ class DropRecord(Record):
 
 
 class RaceRecord(Record):
-    """How a step was raced; `margin` is the winner's lead over the next survivor, None where no other survived."""
+    """The race of a step; `margin` is the winner's lead over the next survivor, None if no other survived."""
 
     margin: float | None
     dropped: dict[Block, DropRecord]
 
 
 class SwapRecord(Record):
-    """Blocks that came back into the model for others that went, and what the whole scored before and after."""
+    """Blocks restored to the model and those removed in their place, with the score before and after."""
 
     restored: tuple[Block, ...]
     removed: tuple[Block, ...]
@@ -172,12 +151,12 @@ class SwapRecord(Record):
 
 
 class Step(Record):
-    """One size: the metric's score, and the calibration perplexity, without this and all earlier blocks.
+    """One size: the metric's score and the calibration perplexity without `block` and all earlier blocks.
 
-    Where the blocks of this size are not those of the size before and `block`, `removals` names them all, and `block`
-    is the last of them. `scores` holds every candidate's for this last place (of spans, by the block that they end
-    with); where they raced, every survivor's. All are over all sequences. `kind` says what kind of block went, where
-    the model has several. `swaps` led from the blocks that were chosen one by one to these.
+    If the removed blocks are not those of the previous size plus `block`, `removals` lists all of them, `block` being
+    the last. `scores` has the score of each candidate for that last place (for spans, by their last block), or after a
+    race, of each survivor; all are over all sequences. `kind` is the kind of `block`, if the model has several.
+    `swaps` lists the swaps that led from the greedily chosen blocks to these.
     """
 
     block: Block
@@ -192,9 +171,9 @@ class Step(Record):
 
 
 class SampleGeneration(Record):
-    """What the dense and the pruned model say after `prompt`, and what share of it says again what was said.
+    """How the dense and the pruned model continue `prompt`, with up to `new_tokens` each.
 
-    `new_tokens` is the most that each may say; repetitions are shares of runs of 4 tokens that occurred before.
+    The repetitions are the shares of 4-token sequences that occurred before.
     """
 
     prompt: str
@@ -211,7 +190,7 @@ class SampleGeneration(Record):
 
 
 class EnvironmentRecord(Record):
-    """Where and when: the only part that differs between two runs of one search."""
+    """Where and when the search ran: the only part that differs between two runs of the same search."""
 
     python: str
     torch: str
@@ -224,19 +203,19 @@ class EnvironmentRecord(Record):
 
 
 class LossesRecord(Record):
-    """Nats per token on a text, and of divergence from the dense model's distribution (KL, dense to this)."""
+    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per token."""
 
     loss: float
     divergence: float
 
 
 class FitRecord(Record):
-    """One fit of a block's weights to what the dense model has `gap` removed blocks later (0: at the same depth).
+    """One fit of a block to the dense model's hidden states `gap` removed blocks later (0: at the same depth).
 
-    `weights` are the modules that were fitted, none where nothing could be; `exact` says whether the block's output
-    changes by just what they add. `error_left` is the share of the squared error that is left on held-out text, with
-    the `ridge` that leaves least; `loss` is the held-out loss with these values, which stay only if they are `kept`.
-    Without a `block`, it is the norm behind the last one.
+    `weights` are the fitted modules, none if nothing could be fitted; `exact` says whether the block's output changes
+    by exactly what they add. `error_left` is the share of the squared error left on held-out text, with the `ridge`
+    that leaves the least. `loss` is the held-out loss with these values, which stay only if `kept`. If `block` is null,
+    the norm after the last block was fitted.
     """
 
     block: Block | None
@@ -250,16 +229,16 @@ class FitRecord(Record):
 
 
 class ClosedFormRecord(Record):
-    """What the fit in closed form did, in order of depth."""
+    """The fits in closed form, in order of depth."""
 
     fits: tuple[FitRecord, ...]
 
 
 class HealRecord(Record):
-    """How the kept blocks were trained to predict as the dense model does; `seconds` include the writing of text.
+    """How the kept blocks were trained to predict as the dense model does; `seconds` includes generating the text.
 
-    What is trained are changes of the matrices, of `rank` or, where that is less, half the matrix's own.
-    `losses` are those of the point that was kept, after `kept_tokens`; `stopped` says what ended the training.
+    Training changes each matrix by one of `rank`, or of half the matrix's own rank if that is lower. `losses` are those
+    of the best point, kept after `kept_tokens`; `stopped` says what ended the training.
     """
 
     minutes: float | None
@@ -277,10 +256,10 @@ class HealRecord(Record):
 
 
 class RecoveryRecord(Record):
-    """What the kept blocks were given back, on which text, and what the model then does on text that was held out.
+    """How the kept blocks were recovered, on which text, and the losses on held-out text.
 
-    `text` is all of it, of which `held_out` sequences were never fitted; `dense`, `pruned`, `closed_form_losses` and
-    `heal.losses` are measured on those. What was not asked for is None.
+    `text` is all the text, of which `held_out` sequences were never fitted; `dense`, `pruned`, `closed_form_losses` and
+    `heal.losses` are measured on those. Stages that were not requested are null.
     """
 
     text: CalibrationRecord
@@ -293,12 +272,12 @@ class RecoveryRecord(Record):
 
     @property
     def recovered(self) -> LossesRecord:
-        """The losses of the model as it is written."""
+        """The losses of the written model."""
         return self.heal.losses if self.heal else self.closed_form_losses or self.pruned
 
     @property
     def share(self) -> float:
-        """The share of the nats lost by the removal that came back."""
+        """The share of the loss caused by the removal that was recovered."""
         lost = self.pruned.loss - self.dense.loss
         return (self.pruned.loss - self.recovered.loss) / lost if lost else 0.0
 
@@ -306,10 +285,9 @@ class RecoveryRecord(Record):
 class Plan(Record):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
-    `removals` are the blocks of the last step; what goes where fewer are asked for, `first` knows.
+    `removals` are the blocks of the last step; `first` returns the plan for fewer.
 
-    In the copy that a checkpoint carries, `recovery` says what its blocks were given back, and `proof` what was
-    checked of it.
+    In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked.
     """
 
     schema_version: Literal[1]
@@ -329,18 +307,18 @@ class Plan(Record):
     def _agree(self) -> Plan:
         for size, removals in enumerate(self.by_size, start=1):
             if len(removals) != size or removals[-1] != self.steps[size - 1].block:
-                raise ValueError(f"step {size} names other blocks than its own, or not so many")
+                raise ValueError(f"step {size} names the wrong blocks, or the wrong number of them")
             if len(set(removals)) != size:
-                raise ValueError("removals name a block twice")
+                raise ValueError("removals contain a block twice")
             if any(block >= self.model.blocks for block in removals):
-                raise ValueError(f"removals name a block that a model of {self.model.blocks} blocks does not have")
+                raise ValueError(f"removals contain a block that a model of {self.model.blocks} blocks does not have")
         if self.removals != ((), *self.by_size)[-1]:
-            raise ValueError("removals and steps name different blocks")
+            raise ValueError("removals and steps do not name the same blocks")
         return self
 
     @property
     def by_size(self) -> tuple[tuple[int, ...], ...]:
-        """The blocks that are gone at each size, the smallest first."""
+        """The removed blocks at each size, fewest first."""
         sizes: list[tuple[int, ...]] = []
         for step in self.steps:
             sizes.append(step.removals or (*((), *sizes)[-1], step.block))
@@ -348,16 +326,16 @@ class Plan(Record):
 
     @property
     def nested(self) -> bool:
-        """Whether each size has the blocks of the one before, and one more."""
+        """Whether each size removes the blocks of the previous size and one more."""
         return all(step.removals is None for step in self.steps)
 
     def to_data(self) -> dict[str, Any]:
-        """Give the plan as JSON holds it; `recovery` and `proof` only where there are any."""
+        """Return the plan as in JSON, without `recovery` and `proof` if they are None."""
         checkpoints = {"recovery": self.recovery, "proof": self.proof}
         return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
 
     def first(self, count: int) -> Plan:
-        """Give the plan of the search that had stopped after `count` removals; its model was not heard if not now."""
+        """Return the plan of a search stopped after `count` removals; the sample generation is kept only for all."""
         target = self.search.target if count == len(self.steps) else None
         search = self.search.model_copy(update={"remove": count, "target": target})
         cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
@@ -365,7 +343,7 @@ class Plan(Record):
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan and check that it is whole and means something to this version.
+    """Read a plan and check that it is complete, consistent, and of a version that this sleb reads.
 
     Raises:
         PlanError: the file is missing, unreadable, truncated, from a newer sleb, or contradicts itself.
@@ -383,12 +361,12 @@ def read_plan(path: Path) -> Plan:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanError(
-            f"The plan {path} is not whole JSON: {error.msg} at line {error.lineno}.",
-            hint="It may have been cut off while it was copied; copy it again, or search again.",
+            f"The plan {path} is not valid JSON: {error.msg} at line {error.lineno}.",
+            hint="It may be truncated: copy it again, or search again.",
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
-        raise PlanError(f"{path} is not a plan of sleb: it has no schema_version.", hint="`sleb search` writes plans.")
+        raise PlanError(f"{path} is not a sleb plan: it has no schema_version.", hint="`sleb search` writes plans.")
     if version > SCHEMA_VERSION:
         raise PlanError(
             f"The plan {path} has schema_version {version}; this sleb reads up to {SCHEMA_VERSION}.",
@@ -400,6 +378,6 @@ def read_plan(path: Path) -> Plan:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the plan"
         raise PlanError(
-            f"The plan {path} does not say what a plan must: {where}: {first['msg']}.",
+            f"The plan {path} is invalid: {where}: {first['msg']}.",
             hint="If you edited it by hand, undo that; otherwise search again.",
         ) from error

@@ -1,4 +1,4 @@
-"""What plans and results share: strict records, and how a model is named in them."""
+"""What plans and results share: strict records, and the identity of a model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from sleb_cli.atomic import to_json, write_text
 
 
 class Record(BaseModel):
-    """Something written to disk: frozen, typed, and strict about unknown keys."""
+    """Data written to disk: frozen, typed, and strict about unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     def to_data(self) -> dict[str, Any]:
-        """Give the record as JSON holds it."""
+        """Return the record as in JSON."""
         return self.model_dump(mode="json")
 
     def write(self, path: Path) -> None:
-        """Write the record so that the file is there whole or not at all."""
+        """Write the record atomically: the whole file, or none."""
         write_text(path, to_json(self.to_data()))
 
 
 class ModelRecord(Record):
-    """The model that the plan is for; `id` is what the user named, a folder or file as absolute path."""
+    """The model; `id` is what the user named, a folder or file as an absolute path."""
 
     id: str
     revision: str | None
@@ -37,15 +37,15 @@ class ModelRecord(Record):
 
 
 Check = Literal["complete", "loads", "same logits", "generates", "saves again", "same bytes"]
-"""What a proof can check of a checkpoint: see `engine/proof.py`."""
+"""What a proof can check in a checkpoint: see `engine/output/proof.py`."""
 
 
 class Proof(Record):
-    """What was checked of a checkpoint, on which machine's terms, and how near it was.
+    """What was checked in a checkpoint, in which data type and on which device, and how close the logits are.
 
-    `reference` is what its logits were held against: the dense model with these blocks skipped ("dense"), or that with
-    the recovered weights in memory ("recovered"). `partial` says why less than everything was checked, where it was
-    less. The numbers are None where no logits were compared; differences are relative to the largest logit.
+    `reference` is what its logits were compared with: the dense model with these blocks skipped ("dense"), or the same
+    with the recovered weights ("recovered"). `partial` says why not everything was checked, if so. The numbers are null
+    if no logits were compared; differences are relative to the largest logit.
     """
 
     checks: tuple[Check, ...]
@@ -63,7 +63,7 @@ class Proof(Record):
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """Name what differs between two records' data: "search.metric: nll, not cosine; …"; nothing, where they agree."""
+    """Return the differences between two records' data, or an empty string: "search.metric: nll, not cosine; …"."""
     left, right = _flat(found), _flat(expected)
     return "; ".join(
         f"{name}: {left.get(name)}, not {right.get(name)}"

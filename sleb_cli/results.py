@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from sleb_cli.plan import RecoveryRecord
+from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Proof, Record
+from sleb_cli.requests import WorkloadName
 
 
 class ResultRecord(Record):
-    """What both kinds of result share. `removals` is empty where only the dense model was measured."""
+    """The fields that several results share. `removals` is empty if only the dense model was measured."""
 
     schema_version: Literal[1]
     sleb_version: str
@@ -20,10 +21,9 @@ class ResultRecord(Record):
 
 
 class ApplyResult(ResultRecord):
-    """A checkpoint that was written. `proof`, in this dtype on this device, is None where none was asked for.
+    """A written checkpoint. `proof`, in this dtype on this device, is null if it was skipped.
 
-    `recovery` says what its blocks were given back, where anything was; `pushed` is its address on the hub, where it
-    went there too.
+    `recovery` tells how its blocks were recovered, if they were; `pushed` is its address on the Hub, if uploaded.
     """
 
     kind: Literal["apply"]
@@ -36,9 +36,9 @@ class ApplyResult(ResultRecord):
 
 
 class GgufResult(Record):
-    """A pruned GGUF file. What stays was compared byte for byte with the source, where `verified`.
+    """A pruned GGUF file; if `verified`, its tensors were compared with the source byte for byte.
 
-    `proof`, by transformers, is None where there is none, and `unproven` then says why.
+    `proof` is by transformers; if it is null, `unproven` says why.
     """
 
     schema_version: Literal[1]
@@ -56,18 +56,23 @@ class GgufResult(Record):
 
 
 class ExportResult(Record):
-    """What an exporter wrote through the engine, and the lines that it says besides."""
+    """The output of an exporter: a `text`, with the same data as `document`, or files.
+
+    `written` are the results for the files, and `lines` tell how to use them.
+    """
 
     schema_version: Literal[1]
     sleb_version: str
     kind: Literal["export"]
     exporter: str
-    written: tuple[ApplyResult | GgufResult, ...]
-    lines: tuple[str, ...]
+    written: tuple[ApplyResult | GgufResult, ...] = ()
+    lines: tuple[str, ...] = ()
+    text: str | None = None
+    document: Any = None
 
 
 class ComparedRecord(Record):
-    """A search of a comparison: what goes, and the perplexity without it on the calibration text."""
+    """One search of a comparison: the removed blocks, and the calibration perplexity without them."""
 
     metric: str
     strategy: str
@@ -84,6 +89,7 @@ class CompareResult(Record):
     sleb_version: str
     kind: Literal["compare"]
     model: ModelRecord
+    calibration: CalibrationRecord
     dtype: str
     device: str
     dense_perplexity: float
@@ -93,7 +99,7 @@ class CompareResult(Record):
 
 
 class PerplexityRecord(Record):
-    """exp(mean nats per token) over `windows` windows; `losses` holds the mean of each window."""
+    """The perplexity over `windows` windows; `losses` has the mean of each window, in nats per token."""
 
     text: str
     windows: int
@@ -105,7 +111,7 @@ class PerplexityRecord(Record):
 
 
 class TaskRecord(Record):
-    """One metric of one lm-eval task; `stderr` is lm-eval's own, where it gives one."""
+    """One metric of one lm-eval task; `stderr` is lm-eval's, if it reports one."""
 
     task: str
     metric: str
@@ -125,7 +131,7 @@ class ModelScores(Record):
 
 
 class EvalResult(ResultRecord):
-    """Quality, dense beside pruned."""
+    """The quality of the dense and the pruned model."""
 
     kind: Literal["eval"]
     dense: ModelScores
@@ -133,9 +139,9 @@ class EvalResult(ResultRecord):
 
 
 class Workload(Record):
-    """What is timed. `new_tokens` is 0 where only the prompt is processed, without a KV cache."""
+    """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache."""
 
-    name: Literal["prompt", "generation"]
+    name: WorkloadName
     batch_size: int
     prompt_length: int
     new_tokens: int
@@ -152,7 +158,7 @@ class Workload(Record):
 
 
 class Timing(Record):
-    """The raw seconds of one workload on one model, and the most memory that it took."""
+    """The raw seconds of one workload on one model, and its peak memory."""
 
     seconds: tuple[float, ...]
     median_seconds: float
@@ -170,7 +176,7 @@ class WorkloadResult(Record):
 
 
 class ModelSize(Record):
-    """How large a model is."""
+    """The size of a model."""
 
     blocks: int
     parameters: int
@@ -178,7 +184,7 @@ class ModelSize(Record):
 
 
 class BenchResult(ResultRecord):
-    """Speed and size, dense beside pruned."""
+    """The speed and size of the dense and the pruned model."""
 
     kind: Literal["bench"]
     threads: int

@@ -1,67 +1,120 @@
-"""Option types that more than one command takes."""
+"""From the fields of a request to the arguments and options of its command."""
 
-from pathlib import Path
-from typing import Annotated
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from sleb_cli.requests import Doc
 from sleb_plugins import UsageError
+from sleb_plugins.errors import did_you_mean
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file, or demo.", show_default=False),
-]
-SubjectArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="PLAN|MODEL",
-        help="A plan (./plan.json where nothing is named), or a model with --blocks.",
-        show_default=False,
-    ),
-]
-BlocksOption = Annotated[
-    str | None,
-    typer.Option("--blocks", help="Blocks to remove from MODEL, in order: 5,4,9.", show_default=False),
-]
-RemoveFirstOption = Annotated[
-    int | None,
-    typer.Option(
-        "--remove",
-        help="Remove only N: the blocks of the plan's step N, or the first N of --blocks.",
-        show_default=False,
-    ),
-]
-OtherModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="Where the plan's model is now, if it moved.", show_default=False),
-]
-AnyModelOption = Annotated[bool, typer.Option("--any-model", help="Use the plan on a model it was not made for.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.", show_default=False)]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto: the checkpoint's own.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
-ResultOption = Annotated[
-    Path | None, typer.Option("-o", "--output", help="Write the result as JSON.", show_default=False)
-]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
 
 
-def parse_blocks(text: str | None, option: str = "--blocks") -> tuple[int, ...] | None:
-    """Read `5,4,9`.
+def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take the fields of `request_type` as arguments and options, and hand it the request."""
 
-    Raises:
-        UsageError: something in it is no number.
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(run, eval_str=True)
+        own = [p.replace(kind=p.KEYWORD_ONLY) for name, p in signature.parameters.items() if name != "request"]
+        options = {option.field.name: option for option in _options(request_type)}
+
+        def command(**values: Any) -> None:
+            given = {name: option.read(values.pop(name)) for name, option in options.items()}
+            run(request_type(**given), **values)
+
+        parameters = [*(option.parameter for option in options.values()), *own]
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
-def parse_names(text: str | None) -> tuple[str, ...]:
-    """Read `wikitext2,c4`; nothing gives nothing."""
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+def _options(request_type: type[Any]) -> Iterator[_Option]:
+    """List the fields as options, positional arguments first."""
+    hints = get_type_hints(request_type, include_extras=True)
+    options = [_Option(field, *get_args(hints[field.name])) for field in fields(request_type)]
+    yield from sorted(options, key=lambda option: not option.doc.argument)
+
+
+class _Option:
+    """One field on the command line."""
+
+    def __init__(self, field: Field[Any], kind: Any, doc: Doc) -> None:
+        self.field, self.doc = field, doc
+        kinds = [kind for kind in (get_args(kind) if _is_union(kind) else (kind,)) if kind is not NoneType]
+        # What may be text or a number is text on the command line.
+        self.kind = str if str in kinds else kinds[0]
+        self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
+        self.choices: tuple[str, ...] = get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def flag(self) -> str:
+        """How the option is spelled."""
+        return self.doc.flag or "--" + self.field.name.replace("_", "-")
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The parameter that Typer reads: a list is text with commas, or a repeated option."""
+        kind: Any = str if self.choices or self.item else self.kind
+        kind = list[str] if self.doc.repeated else kind
+        default = None if self.item else self.field.default
+        return inspect.Parameter(
+            self.field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is MISSING else default,
+            annotation=Annotated[kind | None if default is None else kind, self._typer_info()],
+        )
+
+    def _typer_info(self) -> Any:
+        if self.doc.argument:
+            return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
+        return typer.Option(
+            self.flag,
+            *([self.doc.short] if self.doc.short else []),
+            help=self.doc.help + self._default_note(),
+            metavar=self.doc.metavar or "|".join(self.choices) or None,
+            autocompletion=self._complete if self.choices else None,
+            show_default=False,
+            rich_help_panel=self.doc.panel,
+        )
+
+    def _default_note(self) -> str:
+        shown = self.field.default if self.doc.default is None else self.doc.default
+        unset = shown is MISSING or shown is None or shown is False or shown == ()
+        return "" if unset else f" (default: {shown})"
+
+    def _complete(self, incomplete: str) -> list[str]:
+        return [choice for choice in self.choices if choice.startswith(incomplete)]
+
+    def read(self, value: Any) -> Any:
+        """Return the field's value for what Typer read.
+
+        Raises:
+            UsageError: it is not one of the choices, or not a list of numbers where one is needed.
+        """
+        if value is None:
+            return self.field.default
+        if self.choices and value not in self.choices:
+            raise UsageError(f"There is no {self.flag} {value!r}.", hint=did_you_mean(value, self.choices))
+        return self._read_list(value, self.item) if self.item else value
+
+    def _read_list(self, value: Any, item: type) -> tuple[Any, ...]:
+        parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
+        try:
+            return tuple(item(part) for part in parts if part or item is int)
+        except ValueError as error:
+            raise UsageError(f"{self.flag} {value!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, UnionType)

@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from sleb_cli.atomic import write_text
 from sleb_cli.processes import is_main_process
-from sleb_plugins import Exporter, OutputError, Pruning, SlebError
+from sleb_plugins import SlebError
 
 if TYPE_CHECKING:
     from sleb_cli.records import Record
 
 
 def stdout() -> Console:
-    """Give a console on stdout as it is now, of which the main process alone makes use; Rich honours NO_COLOR."""
+    """Return a console on the current stdout, quiet in all but the main process. Rich honours NO_COLOR."""
     return Console(highlight=False, quiet=not is_main_process())
 
 
 def stderr() -> Console:
-    """Give a console on stderr as it is now, of which the main process alone makes use."""
-    # The stream itself, so that what the engine redirects for a library does not take our bars along.
+    """Return a console on the current stderr, quiet in all but the main process."""
+    # The stream itself, so that redirecting stderr around a library call does not redirect our bars.
     return Console(file=sys.stderr, highlight=False, quiet=not is_main_process())
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Print nothing but JSON on stdout, unwrapped and uncoloured."""
+    """Print only JSON on stdout, unwrapped and uncoloured."""
     print(json.dumps(data, ensure_ascii=False, allow_nan=False))
 
 
@@ -43,7 +41,7 @@ def print_error(error: SlebError) -> None:
 
 
 def print_warning(text: str) -> None:
-    """Print something the user should know though the command goes on."""
+    """Print a warning; the command continues."""
     stderr().print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
@@ -52,25 +50,9 @@ def print_note(text: str) -> None:
     stderr().print(escape(text), soft_wrap=True)
 
 
-def save(record: Record, path: Path) -> None:
-    """Write a result; where that fails after all the work, print it on stdout, so that nothing is lost.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    try:
-        record.write(path)
-    except OutputError:
+def show(record: Record, table: Callable[[], None], *, as_json: bool) -> None:
+    """Print a result on stdout: as JSON, or as its command's table."""
+    if as_json:
         print_json(record.to_data())
-        print_warning("The result could not be saved, so it stands on stdout as JSON.")
-        raise
-
-
-def show_document(exporter: Exporter, pruning: Pruning, output: Path | None, *, as_json: bool) -> None:
-    """Print an export on stdout exactly as it is, or write it to `output`."""
-    text = json.dumps(exporter.document(pruning), ensure_ascii=False) + "\n" if as_json else exporter.render(pruning)
-    if output is None:
-        print(text, end="")
     else:
-        write_text(output, text)
-        print_note(f"wrote {output}")
+        table()

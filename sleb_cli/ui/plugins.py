@@ -1,4 +1,4 @@
-"""Load the plugins and name each broken one once; list what is installed."""
+"""Load the plugins, with a warning for each broken one; show the result of `sleb plugins`."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from sleb_plugins import FamilyAdapter
 
 
 def load_and_report() -> Registry:
-    """Load what is installed; a plugin that failed costs a line on stderr, and no more."""
+    """Load the installed plugins; print a warning for each one that fails."""
     registry = load_plugins()
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}.")
@@ -19,7 +19,7 @@ def load_and_report() -> Registry:
 
 
 def show_plugins(registry: Registry, *, as_json: bool) -> None:
-    """List every offer with the package that brings it, then what failed and why."""
+    """List every offer with its package, then each plugin that failed and why."""
     if as_json:
         print_json(_as_data(registry))
         return
@@ -61,7 +61,7 @@ def _as_data(registry: Registry) -> dict[str, Any]:
 
 
 def _usage(offer: dict[str, Any]) -> str:
-    """Give the name with its argument, if it takes one: random[:SEED], task:TASK."""
+    """Return the name with its argument, if it takes one: random[:SEED], task:TASK."""
     name, argument = offer["name"], offer["argument"]
     if argument.startswith("["):
         return f"{name}[:{argument[1:]}"

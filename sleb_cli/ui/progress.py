@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
@@ -22,6 +24,8 @@ from rich.progress import (
 from rich.text import Text
 
 from sleb_cli.events import (
+    HEAL_TASK,
+    SEARCH_TASK,
     BlockRemoved,
     BlocksSwapped,
     CandidateScored,
@@ -37,22 +41,20 @@ from sleb_cli.events import (
     TaskAdvanced,
     TaskFinished,
     TaskStarted,
+    ignore,
 )
 from sleb_cli.ui.console import stderr
 
 
 @contextmanager
-def show_progress(*, quiet: bool, first: str) -> Iterator[Notify]:
-    """Give a listener for the engine's events: silent, bars, or log lines, as fits the stream.
-
-    `first` is on screen at once, while the libraries are imported and before any event has come.
-    """
+def show_progress(*, quiet: bool) -> Iterator[Notify]:
+    """Yield a listener for the engine's events: silent, bars on a terminal, or log lines elsewhere."""
     console = stderr()
     if quiet:
-        yield lambda event: None
+        yield ignore
     elif console.is_terminal:
         with _progress(console) as progress:
-            yield _Bars(progress, first)
+            yield _Bars(progress)
     else:
         yield _Log(console)
 
@@ -71,18 +73,21 @@ def _progress(console: Console) -> Progress:
 
 
 class _Done(ProgressColumn):
-    """How much of the task is done, in its own unit."""
+    """The progress of a task: bytes or a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes, self._count = DownloadColumn(), MofNCompleteColumn()
 
     def render(self, task: Task) -> Text:
+        """Render the column that fits the task's unit."""
         if task.total is None or not task.fields["unit"]:
             return Text("")
-        if task.fields["unit"] == "B":
-            return Text(f"{task.completed / 1e6:.0f}/{task.total / 1e6:.0f} MB")
-        return Text(f"{task.completed:.0f}/{task.total:.0f}")
+        return (self._bytes if task.fields["unit"] == "B" else self._count).render(task)
 
 
 class _Remaining(TimeRemainingColumn):
-    """The time to come, as a task forecasts it itself, or else from its last seconds."""
+    """The remaining time: the task's own forecast, or an estimate from its recent speed."""
 
     def render(self, task: Task) -> Text:
         forecast: Callable[[], float | None] | None = task.fields["forecast"]
@@ -94,8 +99,8 @@ class _Remaining(TimeRemainingColumn):
         return Text(f"{hours:d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}", "cyan")
 
 
-class _Standing:
-    """How a search stands: what is done and still expected, in evaluations of one candidate on one sequence."""
+class _SearchProgress:
+    """The progress of a search, in evaluations of one candidate on one sequence."""
 
     def __init__(self, search: SearchStarted) -> None:
         self._search = search
@@ -103,66 +108,66 @@ class _Standing:
         self._steps = [float(evaluations) for evaluations in search.evaluations]
         self._best: dict[int, float] = {}
         self._racing: int | None = None
-        # Of the steps before, of the one that runs, and of the stretch from which the pace is taken.
-        self._before = self._here = self._measured = 0.0
-        self._since = time.monotonic()
-        self._share = 1.0
+        # Evaluations in earlier steps, in the current step, and in the interval that determines the pace.
+        self._done_before = self._done_in_step = self._timed = 0.0
+        self._timed_since = time.monotonic()
+        self._later_share = 1.0
 
     @property
     def steps_left(self) -> int:
-        """How many steps are not decided."""
+        """The number of undecided steps."""
         return len(self._steps)
 
     @property
     def done(self) -> float:
-        """Evaluations done."""
-        return self._before + self._here
+        """The number of evaluations done."""
+        return self._done_before + self._done_in_step
 
     @property
     def expected(self) -> float:
-        """Evaluations done and to come."""
-        return self._before + sum(self._steps)
+        """The expected total number of evaluations."""
+        return self._done_before + sum(self._steps)
 
-    def advanced(self, evaluations: float, *, found: bool) -> None:
-        """More is done; what a journal had says nothing about the pace."""
-        self._here += evaluations
-        self._measured += 0 if found else evaluations
+    def advanced(self, evaluations: float, *, from_journal: bool) -> None:
+        """Add evaluations; those from the journal do not count for the pace."""
+        self._done_in_step += evaluations
+        self._timed += 0 if from_journal else evaluations
 
     def removed(self) -> None:
-        """A step is decided, and the next one begins; the first one's pace is not that of the others."""
+        """Start the next step; the pace of the first step does not apply to later ones."""
         if self._number == self._search.done + 1:
-            self._measured, self._since, self._share = 0.0, time.monotonic(), 1.0
-        self._before += self._steps.pop(0)
-        self._here = 0.0
+            self._timed, self._timed_since, self._later_share = 0.0, time.monotonic(), 1.0
+        self._done_before += self._steps.pop(0)
+        self._done_in_step = 0.0
         self._number += 1
         self._best.clear()
         self._racing = None
 
     def scored(self, block: int, score: float) -> None:
-        """A candidate's score so far."""
+        """Set a candidate's score so far."""
         self._best[block] = score
 
     def forecast(self, share: float) -> None:
-        """What an evaluation will take in the steps after the first."""
+        """Set the expected share of the first step's time per evaluation in later steps."""
         if self._number == self._search.done + 1:
-            self._share = share
+            self._later_share = share
 
-    def narrowed(self, contenders: int, spared: int) -> None:
-        """Expect of the steps to come what this one is expected to take."""
+    def narrowed(self, contenders: int, skipped: int) -> None:
+        """Shorten this step, and later steps in proportion."""
         self._racing = contenders
-        scale = 1 - spared / self._steps[0]
-        self._steps = [self._steps[0] - spared, *(step * scale for step in self._steps[1:])]
+        scale = 1 - skipped / self._steps[0]
+        self._steps = [self._steps[0] - skipped, *(step * scale for step in self._steps[1:])]
 
     def remaining(self) -> float | None:
-        """Give the seconds that are still to come, at the pace so far."""
-        if not self._measured or not self._steps:
+        """Return the remaining seconds at the pace so far; None if there is none yet."""
+        if not self._timed or not self._steps:
             return None
-        pace = (time.monotonic() - self._since) / self._measured
+        pace = (time.monotonic() - self._timed_since) / self._timed
         here, *later = self._steps
-        return pace * (max(0.0, here - self._here) + sum(later) * self._share)
+        return pace * (max(0.0, here - self._done_in_step) + sum(later) * self._later_share)
 
     def note(self) -> str:
-        """Say it in a few words."""
+        """Return a short status line."""
         best = min(self._best, key=lambda block: self._best[block])
         racing = f", {self._racing} still racing" if self._racing else ""
         return (
@@ -171,15 +176,16 @@ class _Standing:
 
 
 class _Bars:
-    """One bar a task; one bar for the whole search."""
+    """One bar per task, and one for the whole search."""
 
-    def __init__(self, progress: Progress, first: str) -> None:
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._first: TaskID | None = progress.add_task(first, total=None, unit="", note="", forecast=None)
+        # Shown while the libraries are imported, before the first event.
+        self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="", forecast=None)
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
         self._notes: dict[str, str] = {}
-        self._standing: _Standing | None = None
+        self._search: _SearchProgress | None = None
 
     def __call__(self, event: Event) -> None:
         match event:
@@ -195,36 +201,36 @@ class _Bars:
                 self._finish(task)
             case HealChecked(_, divergence, held_out):
                 note = f"KL {divergence:.3f}, held out {held_out:.3f}"
-                self._notes["Healing"] = note
-                self._progress.update(self._tasks["Healing"], note=note)
+                self._notes[HEAL_TASK] = note
+                self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted():
-                self._standing = _Standing(event)
-                self._add("Search", sum(event.evaluations), "evaluations", forecast=self._standing.remaining)
-            case _ if self._standing is not None:
-                self._search(event, self._standing)
+                self._search = _SearchProgress(event)
+                self._add(SEARCH_TASK, sum(event.evaluations), "evaluations", forecast=self._search.remaining)
+            case _ if self._search is not None:
+                self._update_search(event, self._search)
 
-    def _search(self, event: Event, standing: _Standing) -> None:
+    def _update_search(self, event: Event, search: _SearchProgress) -> None:
         match event:
-            case SearchAdvanced(evaluations, found):
-                standing.advanced(evaluations, found=found)
+            case SearchAdvanced(evaluations, from_journal):
+                search.advanced(evaluations, from_journal=from_journal)
             case LaterStepsForecast(share):
-                standing.forecast(share)
+                search.forecast(share)
             case CandidateScored(_, block, score):
-                standing.scored(block, score)
-                self._progress.update(self._tasks["Search"], note=standing.note())
-            case RaceNarrowed(_, contenders, spared):
-                standing.narrowed(contenders, spared)
-                self._progress.update(self._tasks["Search"], note=standing.note())
+                search.scored(block, score)
+                self._progress.update(self._tasks[SEARCH_TASK], note=search.note())
+            case RaceNarrowed(_, contenders, skipped):
+                search.narrowed(contenders, skipped)
+                self._progress.update(self._tasks[SEARCH_TASK], note=search.note())
             case BlocksSwapped():
                 self._progress.console.print(_swap_line(event), soft_wrap=True)
             case BlockRemoved():
-                standing.removed()
-        self._progress.update(self._tasks["Search"], completed=standing.done, total=standing.expected)
-        if not standing.steps_left:
-            self._finish("Search")
+                search.removed()
+        self._progress.update(self._tasks[SEARCH_TASK], completed=search.done, total=search.expected)
+        if not search.steps_left:
+            self._finish(SEARCH_TASK)
 
     def _add(self, task: str, total: int | None, unit: str, forecast: Callable[[], float | None] | None = None) -> None:
-        if self._first is not None:  # the work itself is on screen from here on
+        if self._first is not None:  # replaced by the first real task
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
@@ -236,12 +242,12 @@ class _Bars:
 
 
 def _swap_line(event: BlocksSwapped) -> str:
-    back, gone = (", ".join(map(str, blocks)) for blocks in (event.restored, event.removed))
-    return f"exchanged: {back} stays, {gone} goes; score {event.before:.4f} -> {event.after:.4f}"
+    restored, removed = (", ".join(map(str, blocks)) for blocks in (event.restored, event.removed))
+    return f"swapped: {restored} restored, {removed} removed; score {event.before:.4f} -> {event.after:.4f}"
 
 
 class _Log:
-    """A line where something began or was decided; nothing that overwrites itself."""
+    """A plain line for each start and decision, for logs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -259,7 +265,7 @@ class _Log:
                 self._line(f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, held out {held_out:.4f}")
             case SearchStarted(blocks, remove, done, evaluations):
                 self._remove, count = remove, sum(evaluations)
-                after = f", {done} of them gone already" if done else ""
+                after = f", {done} of them already removed" if done else ""
                 self._line(f"Search: {remove} of {blocks} blocks{after}, {count} candidate x sequence evaluations …")
             case BlocksSwapped():
                 self._line(_swap_line(event))

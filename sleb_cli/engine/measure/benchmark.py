@@ -9,27 +9,28 @@ from typing import Any
 
 import torch
 
-from sleb_cli import __version__
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
 from sleb_cli.engine.measure.environment import processor_name
 from sleb_cli.engine.measure.peak_memory import peak_memory_alone
-from sleb_cli.engine.measure.workloads import BenchRequest, resolve_workload, runner
+from sleb_cli.engine.measure.workloads import choose_workloads, resolve_workload, runner
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notify, task
+from sleb_cli.requests import AUTO, BenchRequest
 from sleb_cli.results import BenchResult, ModelSize, Timing, Workload, WorkloadResult
+from sleb_cli.version import __version__
 
 
 def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchResult:
-    """Time each workload on the dense model and, where blocks are to go, on the pruned one.
+    """Time each workload on the dense model and, if blocks are removed, on the pruned one.
 
     Raises:
         UsageError: a number is out of range.
     """
     architecture = subject.architecture
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype, architecture.config.dtype, device)
-    workloads = [resolve_workload(name, request, subject, device, notify) for name in request.workloads]
+    dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
+    workloads = [resolve_workload(name, request, subject, device, notify) for name in choose_workloads(request)]
     models = {"dense": load_dense(architecture, dtype, device, notify)}
     if subject.surgery.removals:
         models["pruned"] = load_pruned(subject.surgery, dtype, device, notify)
@@ -60,19 +61,17 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
 
 @torch.inference_mode()
 def time_in_turn(workload: Workload, models: dict[str, Any], notify: Notify) -> dict[str, list[float]]:
-    """Time the models in turn, so that a machine that slows down slows both."""
-    task = f"Timing {workload.name}"
+    """Time the models in alternation, so that a machine that slows down affects all of them."""
     rounds = workload.warmup + workload.iterations
-    notify(TaskStarted(task, rounds * len(models), "runs"))
-    runs = {name: runner(workload, model) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(rounds):
-        for name, run in runs.items():
-            taken = _time(run, models[name].device)
-            if turn >= workload.warmup:
-                seconds[name].append(taken)
-            notify(TaskAdvanced(task, note=f"{name}: {taken:.3f} s"))
-    notify(TaskFinished(task))
+    with task(notify, f"Timing {workload.name}", rounds * len(models), "runs") as advance:
+        runs = {name: runner(workload, model) for name, model in models.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for turn in range(rounds):
+            for name, run in runs.items():
+                taken = _time(run, models[name].device)
+                if turn >= workload.warmup:
+                    seconds[name].append(taken)
+                advance(note=f"{name}: {taken:.3f} s")
     return seconds
 
 

@@ -1,17 +1,14 @@
-"""`sleb eval`: perplexity and zero-shot tasks, on the dense model and on the one that `apply` would write."""
+"""`sleb eval`: perplexity and zero-shot tasks, on the dense model and on the one that `apply` writes."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleb_cli import __version__
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.model.architecture import Architecture
@@ -19,33 +16,17 @@ from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokeni
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.sources import Text, evaluation_text
 from sleb_cli.engine.text.windows import choose_length, cut_running_text, cut_windows, require_windows, tokens_sha256
-from sleb_cli.events import Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notify, task
+from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.results import EvalResult, ModelScores, PerplexityRecord, TaskRecord
+from sleb_cli.version import __version__
 from sleb_plugins import DataError, ModelError, UsageError
 from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-DEFAULT_TEXT = "wikitext2"
 
-
-@dataclass(frozen=True)
-class EvalRequest:
-    """What to measure."""
-
-    texts: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    include_path: Path | None = None
-    sequence_length: int | None = None
-    bos: bool = False
-    batch_size: int = 1
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResult:
-    """Measure the dense model and, where blocks are to go, the pruned one, on the same data.
+def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResult:
+    """Measure the dense model and, if blocks are removed, the pruned one, on the same data.
 
     Raises:
         DataError: a text or a task is missing or too small.
@@ -53,7 +34,7 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
     """
     architecture = subject.architecture
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype, architecture.config.dtype, device)
+    dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
     evaluator = Evaluator(request, architecture)
     dense = evaluator.measure(load_dense(architecture, dtype, device, notify), "dense", notify)
     free_memory()
@@ -74,7 +55,7 @@ def evaluate(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResu
 
 
 class Evaluator:
-    """Measures any number of models, the dense one and its pruned ones, on the same data, which is read once.
+    """Measures any number of models, dense or pruned, on the same data, which is read once.
 
     Raises:
         DataError: a text or a task is missing or too small.
@@ -83,18 +64,18 @@ class Evaluator:
 
     def __init__(self, request: EvalRequest, architecture: Architecture) -> None:
         if request.batch_size < 1 or (request.limit is not None and request.limit < 1):
-            raise UsageError("--batch-size and --limit are 1 or more.", hint="Leave them out for the defaults.")
+            raise UsageError("--batch-size and --limit must be 1 or more.", hint="Leave them out for the defaults.")
         self._request = request
         self._architecture = architecture
         self._tasks = _Tasks(request) if request.tasks else None
         self._tokenizer = load_tokenizer(architecture.source)
-        names = request.texts or (() if request.tasks else (DEFAULT_TEXT,))
+        names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
         length = choose_length(request.sequence_length, architecture)
         texts = map(evaluation_text, names)
         self._texts = [(text, _windows(text, self._tokenizer, length, bos=request.bos)) for text in texts]
 
     def measure(self, model: Any, what: str, notify: Notify) -> ModelScores:
-        """Measure one model, which progress calls by the name `what`.
+        """Measure one model, called `what` in progress and errors.
 
         Raises:
             ModelError: a loss is not finite.
@@ -110,7 +91,7 @@ class Evaluator:
 
 def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
     if bos and tokenizer.bos_token_id is None:
-        raise UsageError("--bos is not possible: the tokenizer has no BOS token.", hint="Leave out --bos.")
+        raise UsageError("--bos does not work: the tokenizer has no BOS token.", hint="Leave out --bos.")
     cut = partial(cut_windows, bos=True) if bos else cut_running_text
     windows = require_windows(cut(tokenizer, text.content, length), text, tokenizer, length)
     return windows[: text.limit]
@@ -120,14 +101,12 @@ def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
 def _perplexity(
     model: Any, what: str, text: Text, windows: Tensor, request: EvalRequest, notify: Notify
 ) -> PerplexityRecord:
-    task = f"Perplexity on {text.source}, {what}"
-    notify(TaskStarted(task, len(windows), "windows"))
     losses: list[float] = []
-    for batch in torch.split(windows, request.batch_size):
-        ids = batch.to(model.device)
-        losses += score_logits(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
-        notify(TaskAdvanced(task, len(batch), f"{math.exp(min(sum(losses) / len(losses), 700)):.2f} so far"))
-    notify(TaskFinished(task))
+    with task(notify, f"Perplexity on {text.source}, {what}", len(windows), "windows") as advance:
+        for batch in torch.split(windows, request.batch_size):
+            ids = batch.to(model.device)
+            losses += score_logits(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
+            advance(len(batch), f"{math.exp(min(sum(losses) / len(losses), 700)):.2f} so far")
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean) or mean > math.log(1e300):
         raise ModelError(f"The loss of the {what} model on {text.source} is {mean}.", hint="Try --dtype float32.")
@@ -149,44 +128,43 @@ class _Tasks:
         if request.include_path is not None and not request.include_path.is_dir():
             raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
         self._request = request
-        # Once before any model is loaded, so that a broken task file is said at once.
+        # Loaded before any model, so that a broken task file is reported early.
         self._manager = load_tasks(request.tasks, request.include_path)
 
     def run(self, model: Any, tokenizer: Any, what: str, notify: Notify) -> list[TaskRecord]:
         """Evaluate all tasks on one model."""
         request = self._request
-        notify(TaskStarted(task := f"{', '.join(request.tasks)}, {what}"))
-        results = run_tasks(
-            self._manager,
-            request.tasks,
-            model,
-            tokenizer,
-            batch_size=request.batch_size,
-            limit=request.limit,
-            num_fewshot=request.num_fewshot,
-        )
-        notify(TaskFinished(task))
+        with task(notify, f"{', '.join(request.tasks)}, {what}"):
+            results = run_tasks(
+                self._manager,
+                request.tasks,
+                model,
+                tokenizer,
+                batch_size=request.batch_size,
+                limit=request.limit,
+                num_fewshot=request.num_fewshot,
+            )
         return list(_task_records(results))
 
 
 def _task_records(results: dict[str, Any]) -> list[TaskRecord]:
     records = []
-    for task, values in results["results"].items():
-        better = results["higher_is_better"].get(task, {})
+    for name, values in results["results"].items():
+        higher_is_better = results["higher_is_better"].get(name, {})
         for key, value in values.items():
-            name, _, variant = key.partition(",")
-            if not variant or name.endswith("_stderr") or not isinstance(value, int | float):
+            metric, _, variant = key.partition(",")
+            if not variant or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            stderr = values.get(f"{name}_stderr,{variant}")
+            stderr = values.get(f"{metric}_stderr,{variant}")
             records.append(
                 TaskRecord(
-                    task=task,
-                    metric=name,
+                    task=name,
+                    metric=metric,
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                    items=int(results["n-samples"].get(task, {}).get("effective", 0)),
-                    num_fewshot=int(results["n-shot"].get(task, 0) or 0),
-                    higher_is_better=bool(better.get(name, True)),
+                    items=int(results["n-samples"].get(name, {}).get("effective", 0)),
+                    num_fewshot=int(results["n-shot"].get(name, 0) or 0),
+                    higher_is_better=bool(higher_is_better.get(metric, True)),
                 )
             )
     return records

@@ -1,10 +1,10 @@
-"""What is timed: processing a prompt, or generating after one, with the settings of each."""
+"""The timed workloads, prompt processing and generation, and their settings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from transformers import GenerationConfig
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
+from sleb_cli.requests import BenchRequest, WorkloadName
 from sleb_cli.results import Workload
 from sleb_plugins import UsageError
 
-WorkloadName = Literal["prompt", "generation"]
 SEED = 0
 
 
@@ -29,7 +29,7 @@ class _Defaults:
     warmup: int
 
 
-# On an accelerator, the settings of the paper (Song et al., ICML 2024, section 4.3); on a CPU what ends within minutes.
+# Accelerators use the settings of the paper (Song et al., ICML 2024, section 4.3); CPUs, settings that take minutes.
 _ON_ACCELERATOR: dict[WorkloadName, _Defaults] = {
     "prompt": _Defaults(batch_size=1, prompt_length=2048, new_tokens=0, iterations=50, warmup=5),
     "generation": _Defaults(batch_size=64, prompt_length=64, new_tokens=128, iterations=10, warmup=2),
@@ -40,41 +40,27 @@ _ON_CPU: dict[WorkloadName, _Defaults] = {
 }
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What to time; None leaves a number to the workload and the device."""
-
-    workloads: tuple[WorkloadName, ...]
-    batch_size: int | None = None
-    prompt_length: int | None = None
-    new_tokens: int | None = None
-    iterations: int | None = None
-    warmup: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
-
-
-def choose_workloads(*, prompt: bool, generation: bool) -> tuple[WorkloadName, ...]:
-    """Give the workloads that were asked for; both, where none was."""
-    if prompt == generation:
+def choose_workloads(request: BenchRequest) -> tuple[WorkloadName, ...]:
+    """Return the requested workloads; both by default."""
+    if request.prompt == request.generation:
         return ("prompt", "generation")
-    return ("prompt",) if prompt else ("generation",)
+    return ("prompt",) if request.prompt else ("generation",)
 
 
 def resolve_workload(
     name: WorkloadName, request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
 ) -> Workload:
-    """Fill in what the user left open, and say where a CPU gets less to do than the paper's GPU.
+    """Fill unset options with the defaults, with a notice if a CPU runs less than the paper's setting.
 
     Raises:
-        UsageError: a number is out of range, or the text would outgrow the model's positions.
+        UsageError: a number is out of range, or the text exceeds the model's positions.
     """
     standard = (_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name]
 
     def pick(field: str, least: int) -> int:
         asked: int | None = getattr(request, field)
         if asked is not None and asked < least:
-            raise UsageError(f"--{field.replace('_', '-')} {asked} is too small.", hint=f"Take {least} or more.")
+            raise UsageError(f"--{field.replace('_', '-')} {asked} is too small.", hint=f"Use {least} or more.")
         value: int = getattr(standard, field) if asked is None else asked
         return value
 
@@ -94,7 +80,7 @@ def resolve_workload(
         seed=SEED,
     )
     if device.type == "cpu" and _is_smaller(workload, _ON_ACCELERATOR[name]):
-        notify(Notice(f"{name}: {workload}. On a CPU this is less than the paper's setting."))
+        notify(Notice(f"{name}: {workload}, smaller than the paper's setting because this is a CPU."))
     return workload
 
 
@@ -104,7 +90,7 @@ def _is_smaller(workload: Workload, paper: _Defaults) -> bool:
 
 
 def runner(workload: Workload, model: Any) -> Callable[[], None]:
-    """Give a function that does one iteration of the workload: random token ids, nothing but the model's own work."""
+    """Return a function that runs one iteration on random token ids and does nothing besides."""
     vocabulary = model.config.get_text_config().vocab_size
     seeded = torch.Generator().manual_seed(workload.seed)
     shape = (workload.batch_size, workload.prompt_length)

@@ -1,4 +1,4 @@
-"""`sleb apply --to-gguf`: remove blocks from a GGUF file, whatever it is quantised to, and prove the result."""
+"""Remove blocks from a GGUF file, quantised or not, and prove the result."""
 
 from __future__ import annotations
 
@@ -11,93 +11,124 @@ import gguf
 import numpy as np
 import torch
 
-from sleb_cli import __version__
 from sleb_cli.atomic import new_file, require_new_file, require_space
 from sleb_cli.engine.device import free_bytes
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
-from sleb_cli.engine.output.proof import Reference, proof_terms, prove
+from sleb_cli.engine.output.proof import Reference, choose_proof_settings, prove
 from sleb_cli.engine.surgery.loading import quiet_libraries
-from sleb_cli.engine.surgery.subject import DEFAULT_PLAN, SubjectRequest, first_of_plan, first_removals, is_plan
+from sleb_cli.engine.surgery.subject import first_of_plan, first_removals, is_plan, resolve_subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import translate_errors
-from sleb_cli.events import Notice, Notify, TaskAdvanced, TaskFinished, TaskStarted
+from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, Proof
+from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
 from sleb_cli.results import GgufResult
+from sleb_cli.units import format_bytes
+from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
 from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
-from sleb_plugins.gguf.llama_cpp import may_be
+from sleb_plugins.gguf.llama_cpp import holds_model_type
 from sleb_plugins.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What transformers said of a pruned file, or why it was not asked."""
+class _LogitsProof:
+    """The proof of a pruned file by transformers, or why there is none."""
 
     unproven: str | None = None
     proof: Proof | None = None
 
 
-def apply_to_gguf(
-    request: SubjectRequest,
-    source: Path,
-    output: Path | None,
-    registry: Registry,
-    notify: Notify,
-    *,
-    dtype: str | None = None,
-    force: bool = False,
-    verify: bool = True,
-) -> GgufResult:
-    """Remove from `source` the blocks that the request names, by a plan or one by one; the plan's model is not read.
+def gguf_source(request: ApplyRequest) -> Path | None:
+    """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
+
+    A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
 
     Raises:
-        PlanError: the plan is unreadable, or was made for a model of another type or number of blocks.
-        UsageError: the blocks or their number do not fit, or an option speaks of what is not read here.
+        UsageError: the output, the source and the other options contradict each other.
+    """
+    output, checkpoint_options = request.output, _checkpoint_options(request)
+    named_file = output is not None and output.suffix == ".gguf"
+    if request.source is None and not named_file:
+        return None if output is not None or checkpoint_options else _gguf_model(request)
+    if checkpoint_options:
+        raise UsageError(
+            f"{checkpoint_options[0]} does not apply to a GGUF file, whose tensors are copied as they are.",
+            hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
+        )
+    if output is not None and not named_file:
+        raise UsageError(
+            f"--source writes a GGUF file, and {output} does not end in .gguf.", hint="Add .gguf to the name."
+        )
+    source = request.source or _gguf_model(request)
+    if source is None:
+        raise UsageError(
+            f"{output} can only be made from a GGUF file of the model.",
+            hint="Name that file with --source, or choose a folder with -o.",
+        )
+    return source
+
+
+def _checkpoint_options(request: ApplyRequest) -> list[str]:
+    """Return the given options that only apply to a checkpoint."""
+    given = {
+        "--recover": request.recover,
+        "--heal": request.heal,
+        "--dtype": request.dtype is not None,
+        "--push": request.push is not None,
+        "--max-shard-size": request.max_shard_size != DEFAULT_SHARD_SIZE,
+    }
+    return [option for option, is_given in given.items() if is_given]
+
+
+def _gguf_model(request: ApplyRequest) -> Path | None:
+    """Return the model, if it is a GGUF file."""
+    named = request.subject or str(DEFAULT_PLAN)
+    if is_plan(named):
+        if request.blocks is not None:  # refused where the plan is read
+            return None
+        named = request.model or read_plan(Path(named)).model.id
+    return Path(named) if named.endswith(".gguf") and not Path(named).is_dir() else None
+
+
+def apply_to_gguf(request: ApplyRequest, source: Path, registry: Registry, notify: Notify) -> GgufResult:
+    """Remove from `source` the blocks that the request names, in a plan or as a list.
+
+    Raises:
+        PlanError: the plan is unreadable, or was made for another model.
+        UsageError: the blocks or their number do not fit.
     """
     quiet_libraries()
-    if request.model or request.revision or request.trust_remote_code or dtype:
-        raise UsageError(
-            "--model, --revision, --trust-remote-code and --dtype do not go with --to-gguf.",
-            hint="Nothing is read but the plan and the GGUF file, whose weights stay as they are: leave them out.",
-        )
     file = read_gguf(source)
-    removals = _removals(request, file, notify)
-    return prune_gguf(file, removals, output, registry, notify, force=force, verify=verify)
+    return prune_gguf(file, _removals(request, file, registry, notify), request, registry, notify)
 
 
 def prune_gguf(
-    file: GgufFile,
-    removals: tuple[int, ...],
-    output: Path | None,
-    registry: Registry,
-    notify: Notify,
-    *,
-    force: bool = False,
-    verify: bool = True,
+    file: GgufFile, removals: tuple[int, ...], request: ApplyRequest, registry: Registry, notify: Notify
 ) -> GgufResult:
-    """Write the pruned file to `output`, whole and checked, or write nothing.
+    """Write the pruned file, complete and checked, or write nothing.
 
     Raises:
-        UnsupportedModelError: the architecture does not let these blocks go.
-        ProofError: the file does not do what the source with its blocks switched off does.
+        UnsupportedModelError: these blocks cannot be removed from this architecture.
+        ProofError: the file does not compute the same as the source with these blocks skipped.
         OutputError: the file exists, cannot be written, or is the source itself.
     """
     surgery = plan_gguf_surgery(file, removals)
     pruned = surgery.pruned()
     blocks = block_count(file) - len(removals)
-    path = output or Path(f"{file.path.stem}-sleb-{blocks}-blocks.gguf")
-    _require_place(path, pruned, force=force)
-    outcome = _Outcome("--no-verify")
+    path = request.output or Path(f"{file.path.stem}-sleb-{blocks}-blocks.gguf")
+    _require_place(path, pruned, force=request.force)
+    logits_proof = _LogitsProof("--no-verify")
     with new_file(path) as aside:
         _write(pruned, aside, notify)
-        if verify:
+        if not request.no_verify:
             _require_same_values(pruned, aside)
-            outcome = _ask_transformers(surgery, aside, registry, notify)
+            logits_proof = _prove_with_transformers(surgery, aside, registry, notify)
     return GgufResult(
         schema_version=1,
         sleb_version=__version__,
@@ -108,27 +139,31 @@ def prune_gguf(
         file=str(path),
         blocks=blocks,
         file_bytes=gguf_size(pruned),
-        verified=verify,
-        proof=outcome.proof,
-        unproven=outcome.unproven,
+        verified=not request.no_verify,
+        proof=logits_proof.proof,
+        unproven=logits_proof.unproven,
     )
 
 
-def _removals(request: SubjectRequest, file: GgufFile, notify: Notify) -> tuple[int, ...]:
-    named = request.named
-    if named is not None and not is_plan(named):
-        if not (Path(named).exists() and file.path.samefile(named)):
-            raise UsageError(
-                f"--to-gguf removes blocks from {file.path}, and not from {named}.",
-                hint="Name a plan, or leave out MODEL and give --blocks 5,4,9.",
-            )
-        if request.blocks is None:
-            raise UsageError(f"Which blocks of {named} are to go?", hint="Name a plan, or give --blocks 5,4,9.")
-    elif named is not None and request.blocks is not None:
-        raise UsageError("--blocks goes with a model; a plan names its own blocks.", hint="Give one of the two.")
-    if request.blocks is not None:
-        return first_removals(request.blocks, request.remove, "--blocks")
-    path = Path(named or DEFAULT_PLAN)
+def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
+    """Return the blocks to remove, after checking that they belong to this file's model."""
+    if request.source is not None and request.model is not None:
+        raise UsageError(
+            "--model does not apply with --source: only the plan and the GGUF file are read.", hint="Leave it out."
+        )
+    named = request.subject
+    if request.blocks is None or (named is not None and is_plan(named)):
+        return _planned_removals(request, file, registry, notify)
+    is_other = named is not None and not (Path(named).exists() and file.path.samefile(named))
+    if is_other and not request.any_model:
+        require_same_kind_of_model(resolve_subject(request, registry, notify).architecture.record, file, notify)
+    return first_removals(request.blocks, request.remove, "--blocks")
+
+
+def _planned_removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
+    path = Path(request.subject or DEFAULT_PLAN)
+    if request.source is None or not is_plan(str(path)) or request.blocks is not None:
+        return resolve_subject(request, registry, notify, needs_removals=True).surgery.removals
     plan = read_plan(path)
     if not request.any_model:
         require_same_kind_of_model(plan.model, file, notify)
@@ -136,44 +171,42 @@ def _removals(request: SubjectRequest, file: GgufFile, notify: Notify) -> tuple[
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:
-    """Make sure that a GGUF file may hold this model: by its type and its number of blocks.
+    """Check that a GGUF file may hold this model, by its type and number of blocks.
 
     Raises:
-        PlanError: it holds another one.
+        PlanError: it holds another model.
     """
     count = block_count(file)
-    fits = may_be(file.architecture, model.model_type)
+    fits = holds_model_type(file.architecture, model.model_type)
     if fits is False or model.blocks != count:
         raise PlanError(
-            f"The blocks are those of {model.id} ({model.model_type}, {model.blocks} blocks), and {file.path} holds "
+            f"The blocks are those of {model.id} ({model.model_type}, {model.blocks} blocks), but {file.path} holds "
             f"another model ({file.architecture}, {count} blocks).",
-            hint="Name a GGUF file of that model, or remove the blocks from this one all the same with --any-model.",
+            hint="Name a GGUF file of that model, or remove these blocks from this one with --any-model.",
         )
     if fits is None:
         notify(
             Notice(
-                f"Whether GGUF files of {model.model_type} are called {file.architecture} is not known to sleb; "
-                f"the number of blocks fits."
+                f"sleb does not know if GGUF files of {model.model_type} have the architecture {file.architecture}; "
+                "the number of blocks matches."
             )
         )
 
 
 def _require_place(path: Path, pruned: GgufFile, *, force: bool) -> None:
     if path.exists() and path.samefile(pruned.path):
-        raise OutputError(f"{path} is the model itself.", hint="Choose another name with -o.")
+        raise OutputError(f"{path} is the source file itself.", hint="Choose another name with -o.")
     require_new_file(path, force=force)
     require_space(path, gguf_size(pruned))
 
 
 def _write(pruned: GgufFile, aside: Path, notify: Notify) -> None:
-    task = "Writing weights"
-    notify(TaskStarted(task, sum(tensor.size for tensor in pruned.tensors), "B"))
-    write_gguf(pruned, aside, lambda size: notify(TaskAdvanced(task, size)))
-    notify(TaskFinished(task))
+    with task(notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B") as advance:
+        write_gguf(pruned, aside, advance)
 
 
 def _require_same_values(pruned: GgufFile, aside: Path) -> None:
-    """Read the file with the format's own library, and compare every byte of every tensor with the source.
+    """Read the file with the gguf package, and compare every byte of every tensor with the source.
 
     Raises:
         ProofError: anything differs.
@@ -184,54 +217,55 @@ def _require_same_values(pruned: GgufFile, aside: Path) -> None:
     for tensor, expected in zip(found, pruned.tensors, strict=True):
         values = source[expected.start : expected.start + expected.size]
         if not _is_the_same(tensor, expected) or not np.array_equal(tensor.data.reshape(-1).view(np.uint8), values):
-            raise _failed(f"{tensor.name} is not what {expected.name} should be")
+            raise _failed(f"the tensor {tensor.name} differs from the expected {expected.name}")
     if read_gguf(aside).entries != pruned.entries:
-        raise _failed("its metadata are not what was to be written")
+        raise _failed("its metadata differ from the expected ones")
 
 
 def _is_the_same(found: gguf.ReaderTensor, expected: Tensor) -> bool:
     return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
 
 
-def _ask_transformers(surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify) -> _Outcome:
-    """Compare the pruned file, as transformers reads it, with the source as it reads that, the blocks switched off."""
+def _prove_with_transformers(surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify) -> _LogitsProof:
+    """Compare the pruned file with the source without these blocks, both as transformers reads them."""
     file = surgery.file
-    if reason := _out_of_reach(file, aside):
-        return _Outcome(reason)
+    if reason := _why_transformers_cannot(file, aside):
+        return _LogitsProof(reason)
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
         hf_surgery = plan_surgery(architecture, surgery.removals)
     except (ModelError, MachineError, UsageError) as error:
-        return _Outcome(error.message.rstrip("."))
+        return _LogitsProof(error.message.rstrip("."))
     if architecture.block_count != block_count(file):
-        return _Outcome(f"transformers reads {architecture.block_count} blocks in it, and not {block_count(file)}")
+        return _LogitsProof(f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}")
     folder = aside.parent / "checkpoint"
     try:
         convert_gguf(aside, folder, notify)
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
     kept = kept_tensors(hf_surgery)
-    return _Outcome(None, prove(Reference(hf_surgery), folder, kept, proof_terms(architecture, None), notify))
+    settings = choose_proof_settings(architecture, None)
+    return _LogitsProof(None, prove(Reference(hf_surgery), folder, kept, settings, notify))
 
 
-def _out_of_reach(file: GgufFile, aside: Path) -> str | None:
-    """Say why transformers cannot be asked at all, where that is known beforehand."""
+def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
+    """Return why transformers cannot read this file on this machine, if that is known beforehand."""
     if not transformers_knows(file.architecture):
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
     parameters = sum(math.prod(tensor.shape) for tensor in file.tensors)
-    # It unpacks everything to float32 before it casts it; the weights are then written twice, dense and pruned.
+    # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.
     memory, disk = 8 * parameters, 8 * parameters
     available = free_bytes(torch.device("cpu"))
     if available < memory:
-        return f"transformers would take {memory / 1e9:,.0f} GB of memory, and {available / 1e9:,.0f} GB are free"
+        return f"transformers needs {format_bytes(memory)} of memory, and only {format_bytes(available)} are free"
     free = shutil.disk_usage(aside.parent).free
     if free < disk:
-        return f"transformers would take {disk / 1e9:,.0f} GB on the disk, and {free / 1e9:,.0f} GB are free"
+        return f"transformers needs {format_bytes(disk)} of disk space, and only {format_bytes(free)} are free"
     return None
 
 
 def _failed(what: str) -> ProofError:
     return ProofError(
         f"The pruned GGUF file failed its proof: {what}.",
-        hint="Nothing was delivered. Report the model to us; --no-verify writes the file without proof.",
+        hint="Nothing was written. Please report this model; --no-verify writes the file without proof.",
     )

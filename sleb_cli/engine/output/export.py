@@ -1,12 +1,12 @@
-"""`sleb export`: the removals as another tool writes them, or the files that it reads."""
+"""`sleb export`: the removals in another tool's notation, or the files that it reads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from sleb_cli import __version__
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
@@ -14,28 +14,28 @@ from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_m
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import ApplyRequest, ExportRequest
 from sleb_cli.results import ApplyResult, ExportResult, GgufResult
+from sleb_cli.version import __version__
 from sleb_plugins import Exporter, FileExporter, Pruning, UsageError
 from sleb_plugins.gguf.file import read_gguf
 
-MAX_SHARD_SIZE = "5GB"
-
 
 def describe_pruning(subject: Subject, exporter: Exporter | FileExporter, source_file: Path | None) -> Pruning:
-    """Describe the subject as exporters take it.
+    """Return the description of the subject that exporters take.
 
     Raises:
-        UsageError: no block is to go, or a source file was named that the format does not use.
+        UsageError: no block is removed, or the format does not use the given source file.
     """
     architecture = subject.architecture
     if not subject.surgery.removals:
-        raise UsageError("There is nothing to export: no block is removed.", hint="Name a plan, or give --blocks.")
+        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
     if source_file is not None and not exporter.uses_source:
-        raise UsageError(f"--source does not go with --to {exporter.name}.", hint="Leave it out.")
+        raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
     source = architecture.source
     own_file = Path(source.id) if source.id.endswith(".gguf") else None
     return Pruning(
-        # Other tools know neither "demo" nor our cache of converted GGUF files: they get the folder.
+        # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the folder.
         model=str(source.folder) if own_file or source.id == DEMO else source.id,
         revision=source.revision,
         dtype=dtype_name(architecture.config.dtype) if architecture.config.dtype else "float32",
@@ -45,52 +45,50 @@ def describe_pruning(subject: Subject, exporter: Exporter | FileExporter, source
     )
 
 
+def export_text(exporter: Exporter, pruning: Pruning) -> ExportResult:
+    """Return the text that another tool reads, and the same as data."""
+    return _result(exporter, text=exporter.render(pruning), document=exporter.document(pruning))
+
+
 def export_files(
     exporter: FileExporter,
     subject: Subject,
     pruning: Pruning,
-    output: Path | None,
+    request: ExportRequest,
     registry: Registry,
     notify: Notify,
-    *,
-    force: bool,
-    any_model: bool,
 ) -> ExportResult:
-    """Let the exporter write, and give what it wrote; raises as what it makes use of."""
-    writer = _EngineWriter(subject, registry, notify, force, any_model)
-    lines = exporter.export(pruning, output, writer)
-    return ExportResult(
-        schema_version=1,
-        sleb_version=__version__,
-        kind="export",
-        exporter=exporter.name,
-        written=tuple(writer.written),
-        lines=tuple(lines),
-    )
+    """Let the exporter write its files; raises what `apply_removals` and `prune_gguf` raise."""
+    writer = _EngineWriter(subject, request, registry, notify)
+    lines = exporter.export(pruning, request.output, writer)
+    return _result(exporter, written=tuple(writer.written), lines=tuple(lines))
+
+
+def _result(exporter: Exporter | FileExporter, **made: Any) -> ExportResult:
+    return ExportResult(schema_version=1, sleb_version=__version__, kind="export", exporter=exporter.name, **made)
 
 
 @dataclass(frozen=True)
 class _EngineWriter:
-    """What exporters may ask of the engine, as `sleb_plugins.ArtifactWriter` says it."""
+    """What the engine offers to exporters: see `sleb_plugins.ArtifactWriter`."""
 
     subject: Subject
+    request: ExportRequest
     registry: Registry
     notify: Notify
-    force: bool
-    any_model: bool
     written: list[ApplyResult | GgufResult] = field(default_factory=list)
 
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
-        result = apply_removals(
-            self.subject, output, self.notify, max_shard_size=MAX_SHARD_SIZE, force=self.force, check=check
-        )
+        request = ApplyRequest(output=output, force=self.request.force)
+        result = apply_removals(self.subject, request, self.notify, check)
         self.written.append(result)
         return Path(result.folder)
 
     def write_gguf(self, source: Path, output: Path | None) -> Path:
         file = read_gguf(source)
-        if not self.any_model:
+        if not self.request.any_model:
             require_same_kind_of_model(self.subject.architecture.record, file, self.notify)
-        result = prune_gguf(file, self.subject.surgery.removals, output, self.registry, self.notify, force=self.force)
+        request = ApplyRequest(output=output, force=self.request.force)
+        result = prune_gguf(file, self.subject.surgery.removals, request, self.registry, self.notify)
         self.written.append(result)
         return Path(result.file)

@@ -1,1 +1,1 @@
-"""Which blocks go. `run.py` is where a search begins."""
+"""Which blocks to remove. `run.py` is the entry point."""

@@ -1,4 +1,4 @@
-"""The greedy search itself (Song et al., ICML 2024, Algorithm 1), free of any model."""
+"""What a search scores and decides at each step (Song et al., ICML 2024, Algorithm 1), independent of any model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sleb_plugins import ModelError
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the candidates of a step scored: every one, or where they raced, every survivor."""
+    """The score of each candidate of a step; if they raced, of each survivor."""
 
     scores: Mapping[int, float]
     race: RaceRecord | None = None
@@ -20,7 +20,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Swap:
-    """Blocks that came back into the model for others that went, and what the whole scored before and after."""
+    """Blocks restored to the model and those removed in their place, with the score before and after."""
 
     restored: tuple[int, ...]
     removed: tuple[int, ...]
@@ -30,7 +30,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Choice:
-    """One decided size: all blocks that are gone then, and what the last of them was chosen from."""
+    """The blocks removed at one size, and the scores from which the last of them was chosen."""
 
     removals: tuple[int, ...]
     outcome: Outcome
@@ -38,50 +38,50 @@ class Choice:
 
     @property
     def block(self) -> int:
-        """The block that the score is filed under."""
+        """The last removed block, by which `outcome` holds the score."""
         return self.removals[-1]
 
     @property
     def score(self) -> float:
-        """What the choice scored."""
+        """The score of the choice."""
         return self.outcome.scores[self.block]
 
 
 Score = Callable[[Sequence[int], Sequence[int]], Outcome]
-"""From the blocks removed so far, whose order has no meaning, and the candidates of this step to what each scores."""
+"""Takes the blocks removed so far, whose order has no meaning, and the candidates; returns the candidates' scores."""
 
 Candidates = Callable[[Sequence[int]], Sequence[int]]
-"""From the blocks removed so far to those that may go next, in order."""
+"""Takes the blocks removed so far; returns those that may be removed next, in order."""
 
 
 @dataclass(frozen=True)
 class Protection:
-    """Which blocks are never candidates: the first and the last so many of those that remain, and `blocks`."""
+    """Blocks that are never candidates: `first` and `last` count from the ends of what remains; `blocks` are named."""
 
     first: int = 0
     last: int = 0
     blocks: tuple[int, ...] = ()
 
     def candidates(self, count: int, removed: Sequence[int]) -> list[int]:
-        """Give the blocks of a model of `count` that may go after `removed`."""
+        """Return the candidates in a model of `count` blocks after `removed`."""
         remaining = [block for block in range(count) if block not in removed]
         return [b for b in remaining[self.first : len(remaining) - self.last] if b not in self.blocks]
 
 
 def best_of(outcome: Outcome) -> int:
-    """Give the candidate that scored lowest; ties go to the lower block."""
+    """Return the candidate with the lowest score; ties go to the lower block."""
     return min(outcome.scores, key=lambda block: (outcome.scores[block], block))
 
 
 def require_finite(score: float, removed: Sequence[int], block: int) -> None:
-    """Make sure that a score can be compared with others.
+    """Check that a score can be compared with others.
 
     Raises:
-        ModelError: it is not finite; the sentence names the block.
+        ModelError: it is not finite; the message names the block.
     """
     if not math.isfinite(score):
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
         raise ModelError(
             f"Without block {block}{without}, the score is {score}.",
-            hint="A wider data type may help: --dtype float32. Nothing was chosen.",
+            hint="A wider data type may help: --dtype float32. No plan was written.",
         )

@@ -1,28 +1,30 @@
-"""`sleb search --compare`: one search for each metric, on one model in memory and one calibration text."""
+"""`sleb search --compare`: one search per metric, on the same loaded model and the same calibration text."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sleb_cli import __version__
+from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.search.journal import Journal, journal_of
-from sleb_cli.engine.search.resolve import SearchRequest, resolve_search
-from sleb_cli.engine.search.run import Shared, run_search
-from sleb_cli.engine.search.strategies import STRATEGIES, strategy_name
+from sleb_cli.engine.search.resolve import can_race, resolve_search
+from sleb_cli.engine.search.run import SearchInputs, run_search
+from sleb_cli.engine.search.strategies import strategy_name
+from sleb_cli.engine.search.targets import chosen_target
 from sleb_cli.events import Event, Notice, Notify
-from sleb_cli.plan import Plan, StrategyName
+from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import DEFAULT_STRATEGY, SearchRequest, StrategyName
 from sleb_cli.results import ComparedRecord, CompareResult
-from sleb_plugins import LogitMetric, UsageError
+from sleb_cli.version import __version__
+from sleb_plugins import UsageError
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A metric and the strategy that it is searched with."""
+    """A metric and the strategy to search with."""
 
     metric: str
     strategy: StrategyName
@@ -30,40 +32,40 @@ class Entry:
     def __str__(self) -> str:
         return f"{self.metric}@{self.strategy}"
 
-    def place(self, output: Path) -> Path:
-        """Give the place beside whose journal this entry keeps what it measures."""
+    def plan_path(self, output: Path) -> Path:
+        """Return the plan path that names this entry's journal; no plan is written there."""
         name = re.sub(r"[^\w.+@-]", "-", str(self))  # task:piqa
         return output.with_name(f"{output.name}.{name}")
 
 
-def compare_removals(
-    request: SearchRequest, compared: Sequence[str], registry: Registry, notify: Notify
-) -> tuple[CompareResult, Plan]:
-    """Search once with each of `compared` (METRIC or METRIC@STRATEGY) and give all results, and the best one's plan.
+def compare_removals(request: SearchRequest, registry: Registry, notify: Notify) -> tuple[CompareResult, Plan]:
+    """Search once for each entry of `request.compare`; return all results and the best plan.
 
-    The best is the one with the lowest loss on the held-out sequences, or where none are, on those searched on. Each
-    keeps a journal of its own beside `request.output`; whoever writes the plan lets `forget_journals` delete them.
+    The best plan has the lowest perplexity on the held-out sequences, or on the calibration text if none are held out.
+    Each search keeps its own journal next to `request.plan_file`; call `delete_journals` once the plan is written.
 
     Raises:
-        UsageError: they name nothing that can be held against one another; said before any work.
+        UsageError: the entries cannot be compared. Raised before any work.
     """
-    once = _Once(notify)
-    entries = parse_entries(request, compared)
-    resolved = [resolve_search(_request_for(request, entry, registry), registry, once) for entry in entries]
-    shared, found = Shared(), list[tuple[Entry, Plan, float]]()
-    _, model, _ = shared.load(resolved[0], notify)
-    model()  # not in the first search's time
+    notify_once = _NoticeOnce(notify)
+    entries = parse_entries(request)
+    require_new_file(request.plan_file, force=request.force)
+    resolved = [resolve_search(_request_for(request, entry, registry), registry, notify_once) for entry in entries]
+    inputs, found = SearchInputs(), list[tuple[Entry, Plan, float]]()
+    _, model, _ = inputs.load(resolved[0], notify)
+    model()  # loaded now, so that the first search's time does not include it
     for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):
         notify(Notice(f"{number} of {len(entries)}: {entry}"))
         started = time.monotonic()
-        plan = run_search(search, shared, registry, once)
+        plan = run_search(search, inputs, registry, notify_once)
         found.append((entry, plan, time.monotonic() - started))
-    best_entry, best, _ = min(found, key=lambda each: _standing(each[1]))
+    best_entry, best, _ = min(found, key=lambda each: _deciding_perplexity(each[1]))
     result = CompareResult(
         schema_version=1,
         sleb_version=__version__,
         kind="compare",
         model=best.model,
+        calibration=best.calibration,
         dtype=best.search.dtype,
         device=best.search.device,
         dense_perplexity=best.dense.perplexity,
@@ -74,50 +76,52 @@ def compare_removals(
     return result, best
 
 
-def parse_entries(request: SearchRequest, compared: Sequence[str]) -> tuple[Entry, ...]:
-    """Read what is to be compared.
+def parse_entries(request: SearchRequest) -> tuple[Entry, ...]:
+    """Read the entries of `--compare`.
 
     Raises:
-        UsageError: a strategy is not known, an entry is named twice or alone, or the sizes would differ.
+        UsageError: a strategy is unknown, an entry is alone or a duplicate, or the plans would differ in size.
     """
     if request.metric is not None or request.extend is not None:
         given = "--metric" if request.metric is not None else "--extend"
         raise UsageError(
-            f"--compare names the metrics of whole searches, so {given} does not go with it.", hint="Leave it out."
+            f"--compare names the metric of each search, so {given} does not apply.", hint=f"Leave out {given}."
         )
-    if request.target.chosen() not in ("ratio", "remove", "target_params", "target_memory"):
+    if chosen_target(request) not in ("ratio", "remove", "target_params", "target_memory"):
         raise UsageError(
-            "--compare holds metrics against one another at one size, which a loss or a speedup does not set.",
-            hint="Take --remove, --ratio, --target-params or --target-memory.",
+            "--compare compares metrics at the same size, and a loss or a speedup does not fix the size.",
+            hint="Use --remove, --ratio, --target-params or --target-memory.",
         )
-    usual = request.strategy or "greedy"
+    usual = request.strategy or DEFAULT_STRATEGY
     entries = []
-    for text in compared:
+    for text in request.compare:
         metric, at, strategy = text.rpartition("@")
         entries.append(Entry(metric, strategy_name(strategy)) if at else Entry(text, strategy_name(usual)))
     if len(entries) < 2 or len(set(entries)) < len(entries):
+        problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
         raise UsageError(
-            f"--compare {','.join(compared)} names {'one twice' if len(entries) > 1 else 'nothing to compare with'}.",
-            hint="Write it like nll,cosine,angular@contiguous.",
+            f"--compare {','.join(request.compare)} {problem}.",
+            hint="For example: --compare nll,cosine,angular@contiguous.",
         )
     return tuple(entries)
 
 
 def _request_for(request: SearchRequest, entry: Entry, registry: Registry) -> SearchRequest:
-    """Give the request for one search; only those race whose candidates can."""
-    races = isinstance(registry.metric(entry.metric), LogitMetric) and STRATEGIES[entry.strategy].races
+    """Return the request for one search, with `--fast` only where candidates can race."""
+    races = can_race(registry.metric(entry.metric), entry.strategy)
     return replace(
         request,
         metric=entry.metric,
         strategy=entry.strategy,
         beam_width=request.beam_width if entry.strategy == "beam" else None,
-        fast=request.fast and races,
-        output=entry.place(request.output),
+        fast=request.fast if races else False,
+        output=entry.plan_path(request.plan_file),
+        compare=(),
     )
 
 
-def _standing(plan: Plan) -> float:
-    """Give the perplexity that decides: on the held-out sequences, or where there are none, on those searched on."""
+def _deciding_perplexity(plan: Plan) -> float:
+    """Return the perplexity on the held-out sequences, or on the calibration text if none are held out."""
     step = plan.steps[-1]
     return step.held_out.perplexity if step.held_out else step.perplexity
 
@@ -134,22 +138,22 @@ def _record(entry: Entry, plan: Plan, seconds: float) -> ComparedRecord:
     )
 
 
-def forget_journals(result: CompareResult, output: Path) -> None:
-    """Delete what the searches kept beside the plan that is written now."""
+def delete_journals(result: CompareResult, output: Path) -> None:
+    """Delete the journals of all compared searches."""
     for compared in result.compared:
-        Journal(journal_of(Entry(compared.metric, strategy_name(compared.strategy)).place(output))).delete()
+        Journal(journal_of(Entry(compared.metric, strategy_name(compared.strategy)).plan_path(output))).delete()
 
 
-class _Once:
-    """Hands events on, and each notice only once: every search would say the same of the model."""
+class _NoticeOnce:
+    """Forward events, but each notice only once: every search repeats those about the model."""
 
     def __init__(self, notify: Notify) -> None:
         self._notify = notify
-        self._said: set[Event] = set()
+        self._seen: set[Event] = set()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Notice):
-            if event in self._said:
+            if event in self._seen:
                 return
-            self._said.add(event)
+            self._seen.add(event)
         self._notify(event)

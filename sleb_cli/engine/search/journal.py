@@ -1,8 +1,8 @@
 """The journal of a search: every score as it is measured, so that an interrupted search loses nothing.
 
-A journal lies beside the plan that it will become. Each line is a checksum and a JSON document; the first one says
-which search it is, the others hold one measurement each. Lines are only ever added. Whatever stops the program, what
-was added before stays readable: a last line that is not whole is left out.
+The journal is a file next to the plan. Each line is a checksum and a JSON document; the first identifies the search,
+the others hold one measurement each. Lines are only appended, so whatever stops the program, earlier lines stay
+readable; an incomplete last line is ignored.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ Key = tuple[tuple[int, ...], int | None, int | None]
 
 
 def journal_of(plan: Path) -> Path:
-    """Give the place of the journal that becomes this plan."""
+    """Return the path of the journal of this plan."""
     return plan.with_name(plan.name + ".journal")
 
 
 class Journal:
-    """Measurements by what was measured: scores of one candidate on one batch, or a loss. Without a path, in memory.
+    """The measurements of a search: scores of one candidate on one batch, or losses. Without a path, only in memory.
 
-    The order of the blocks that are gone has no meaning. Where scores are `of_sets`, neither has which of them is
-    called the candidate: the model without 3 and 5 is one model.
+    The order of removed blocks has no meaning. If scores are `of_sets`, neither does which block is the candidate:
+    3 after 5 and 5 after 3 are the same model.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -49,23 +49,23 @@ class Journal:
         return len(self._known)
 
     def require(self, *, resume: bool, force: bool) -> None:
-        """Make sure, before any work, that no unfinished search is overwritten unasked.
+        """Refuse, before any work, to overwrite an unfinished search.
 
         Raises:
-            OutputError: there is one, and neither is set.
+            OutputError: there is one, and neither `resume` nor `force` is set.
         """
         if self.path is not None and self.path.exists() and not (resume or force):
             raise OutputError(
                 f"{self.path} holds an unfinished search.",
-                hint="Go on with it by --resume, or start anew with --force.",
+                hint="Continue it with --resume, or start over with --force.",
             )
 
     def open(self, search: Mapping[str, Any], *, resume: bool) -> None:
-        """Begin a journal for `search`; with `resume`, go on with the one that is there, if it is.
+        """Start a journal for `search`; with `resume`, continue an existing one.
 
         Raises:
-            OutputError: it cannot be written, or another search writes it.
-            PlanError: the one that is there belongs to another search; the sentence names the differences.
+            OutputError: the file cannot be written, or another search is writing it.
+            PlanError: the existing journal belongs to another search; the message names the differences.
         """
         if self.path is None:
             return
@@ -86,27 +86,27 @@ class Journal:
             self.sync()
 
     def find(self, removed: Removed, block: int | None = None, batch: int | None = None) -> list[float] | None:
-        """Give what was measured without `removed` and `block` on this batch, if it was."""
+        """Return the measurement without `removed` and `block` on this batch, if there is one."""
         return self._known.get(self._key(removed, block, batch))
 
     def add(
         self, scores: Sequence[float], removed: Removed, block: int | None = None, batch: int | None = None
     ) -> None:
-        """Write down a measurement."""
+        """Record a measurement."""
         self._known[self._key(removed, block, batch)] = list(scores)
         self._append({"removed": list(removed), "block": block, "batch": batch, "scores": list(scores)})
         if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
             self.sync()
 
     def sync(self) -> None:
-        """Make sure that it is on the disk itself."""
+        """Flush the journal to disk."""
         if self._file is not None and self.path is not None:
             with writing(self.path):
                 os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Let go of the file; it stays as long as it holds anything that was measured."""
+        """Close the file, and delete it if it holds no measurement."""
         self.sync()
         file, self._file = self._file, None
         if file is not None and self.path is not None:
@@ -116,7 +116,7 @@ class Journal:
                 self.delete()
 
     def delete(self) -> None:
-        """Remove the file: its plan is written."""
+        """Delete the file, once its plan is written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
@@ -134,7 +134,7 @@ class Journal:
                 self._file.flush()
 
     def _read(self, content: bytes, search: Mapping[str, Any]) -> int:
-        """Take in what is whole, and give its length in bytes."""
+        """Load the complete lines, and return their length in bytes."""
         whole = 0
         for line in content.splitlines(keepends=True):
             document = _parse(line)
@@ -144,7 +144,7 @@ class Journal:
                 if found := differences(search, document):
                     raise PlanError(
                         f"{self.path} belongs to another search ({found}).",
-                        hint="Give the same model, data and settings, or start anew with --force.",
+                        hint="Use the same model, data and settings, or start over with --force.",
                     )
             else:
                 key = self._key(document["removed"], document["block"], document["batch"])
@@ -152,14 +152,14 @@ class Journal:
             whole += len(line)
         if content and not whole:
             raise PlanError(
-                f"{self.path} is not a journal of sleb, or it is broken from its first line on.",
-                hint="Remove it, or start anew with --force.",
+                f"{self.path} is not a sleb journal, or its first line is damaged.",
+                hint="Delete it, or start over with --force.",
             )
         return whole
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
-    """Make sure that no other program adds to this file, where the system can tell."""
+    """Lock the file against other searches, where the system supports it."""
     try:
         import fcntl
     except ImportError:
@@ -168,7 +168,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputError(
-            f"Another search is writing {path} at this moment.", hint="Wait for it, or choose another plan with -o."
+            f"Another search is writing {path}.", hint="Wait until it ends, or choose another plan with -o."
         ) from error
 
 

@@ -1,86 +1,45 @@
-"""What a search was asked for, checked and completed, before a weight is read."""
+"""Check and complete a search request before any weight is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import choose_device, choose_dtype
-from sleb_cli.engine.forward.memory_budget import parse_bytes
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.context import SearchContext
 from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.strategies import (
-    DEFAULT_BEAM_WIDTH,
-    STRATEGIES,
-    Strategy,
-    free_spans,
-    strategy_name,
-)
-from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, TargetRequest, longest_run, option_of
+from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
+from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, chosen_target, longest_run, option_of
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_model
-from sleb_cli.engine.text.calibration import (
-    REFERENCE_PRESETS,
-    CalibrationRequest,
-    CalibrationSettings,
-    resolve_calibration,
-)
-from sleb_cli.events import (
-    Notice,
-    Notify,
-)
-from sleb_cli.plan import (
-    Plan,
+from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, CalibrationSettings, resolve_calibration
+from sleb_cli.events import Notice, Notify
+from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import (
+    AUTO,
+    DEFAULT_BEAM_WIDTH,
+    DEFAULT_METRIC,
+    DEFAULT_PROTECTED,
+    DEFAULT_SAMPLE_TOKENS,
+    DEFAULT_STRATEGY,
+    SearchRequest,
     StrategyName,
-    read_plan,
 )
-from sleb_cli.plugin_manager import Registry, suggestion
-from sleb_plugins import (
-    LogitMetric,
-    Metric,
-    ModelMetric,
-    UnsupportedModelError,
-    UsageError,
-)
-
-
-@dataclass(frozen=True)
-class SearchRequest:
-    """Everything that decides a search, as the user gave it; None leaves it to the plan that is extended, or to us."""
-
-    model: str
-    output: Path
-    target: TargetRequest
-    calibration: CalibrationRequest
-    metric: str | None = None
-    strategy: str | None = None
-    beam_width: int | None = None
-    fast: bool = False
-    holdout: float | None = None
-    protect_first: int | None = None
-    protect_last: int | None = None
-    protect: tuple[int, ...] | None = None
-    protect_kinds: tuple[str, ...] = ()
-    dtype: str | None = None
-    device: str = "auto"
-    memory: str | None = None
-    batch_size: int | None = None
-    extend: Path | None = None
-    resume: bool = False
-    force: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
+from sleb_cli.units import parse_bytes
+from sleb_plugins import LogitMetric, Metric, ModelMetric, UnsupportedModelError, UsageError
+from sleb_plugins.errors import did_you_mean
 
 
 @dataclass(frozen=True)
 class ResolvedSearch:
-    """A request after everything that can be checked without the weights was checked."""
+    """A request after every check that needs no weights."""
 
     request: SearchRequest
     extended: Plan | None
@@ -91,62 +50,56 @@ class ResolvedSearch:
     context: SearchContext
     removable: Removable
     target: Target | None
-    """How far it goes; None before it was timed how fast the model is."""
+    """How far to search; None for --target-speedup until the model is timed."""
     remove: int = 0
-    """The most removals that it can take."""
+    """The largest possible number of removals."""
 
     @property
     def gone(self) -> tuple[int, ...]:
-        """What the extended plan has removed already."""
+        """The blocks that the extended plan removes."""
         return self.extended.removals if self.extended else ()
 
     @property
     def strategy(self) -> Strategy:
-        """How it is searched."""
+        """The search strategy."""
         return STRATEGIES[self.strategy_name]
 
     @property
     def beam_width(self) -> int:
-        """How many sets are kept from size to size."""
+        """How many sets of blocks a beam keeps at each size; 1 for other strategies."""
         if self.strategy_name != "beam":
             return 1
         return DEFAULT_BEAM_WIDTH if self.request.beam_width is None else self.request.beam_width
 
+    @property
+    def sample_tokens(self) -> int:
+        """How many tokens both models generate at the end."""
+        asked = self.request.sample_tokens
+        return DEFAULT_SAMPLE_TOKENS if asked is None else asked
+
 
 def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
-    """Check everything that can be checked without reading the weights.
+    """Check everything that needs no weights, starting with the request alone.
 
     Raises:
-        SlebError: of the class that fits, for anything the request asks that cannot be.
+        SlebError: a subclass that fits, if the request is impossible.
     """
     quiet_libraries()
-    Journal(journal_of(request.output)).require(resume=request.resume, force=request.force)
-    request.target.chosen()
-    if request.batch_size is not None and request.batch_size < 1:
-        raise UsageError(f"--batch-size {request.batch_size} is too small.", hint="Take 1 or more.")
-    if request.memory is not None:
-        parse_bytes(request.memory)
-    if request.holdout is not None and not 0 <= request.holdout < 1:
-        raise UsageError(f"--holdout {request.holdout:g} is no share.", hint="0.2 holds out a fifth of the sequences.")
+    _require_valid(request)
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
-    metric = registry.metric(request.metric or "nll")
-    strategy = strategy_name(request.strategy or "greedy")
+    metric, strategy = registry.metric(str(request.metric)), strategy_name(str(request.strategy))
+    if request.fast is None:
+        # The demo is a first impression: it must not take long.
+        request = replace(request, fast=request.model == DEMO and can_race(metric, strategy))
     _require_fitting(request, metric, strategy)
+    _require_place(request)
     device = choose_device(request.device)
-    source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
-    architecture = read_architecture(source, registry, notify)
-    if extended is not None and request.extend is not None:
-        require_same_model(request.extend, extended, architecture)
-    if architecture.block_count < 2:
-        raise UnsupportedModelError(
-            f"The number of blocks of {source.id} is {architecture.block_count}: nothing can be removed.",
-            hint="Name a deeper model.",
-        )
+    architecture = _read_architecture(request, extended, registry, notify)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
-    dtype = choose_dtype(request.dtype or "auto", architecture.config.dtype, device)
+    dtype = choose_dtype(str(request.dtype), architecture.config.dtype, device)
     context = SearchContext(architecture, protection, dtype, device, notify)
-    target = context.target(request.target)
+    target = context.target(request)
     removable = Removable(architecture, protection, notify)
     resolved = ResolvedSearch(
         request=request,
@@ -154,79 +107,144 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         architecture=architecture,
         metric=metric,
         strategy_name=strategy,
-        calibration=resolve_calibration(request.calibration, architecture),
+        calibration=resolve_calibration(request, architecture, chat=request.chat),
         context=context,
         removable=removable,
         target=target,
     )
     resolved = with_target(resolved, target, notify) if target is not None else resolved
-    removable.candidates(resolved.gone)  # whether any can go is said before any work
+    removable.candidates(resolved.gone)  # raises now if no block can be removed
     if strategy == "contiguous":
         free_spans(removable.candidates, resolved.remove or 1)
     return resolved
 
 
-def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> ResolvedSearch:
-    """Say how many removals a target can take.
+def _read_architecture(
+    request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify
+) -> Architecture:
+    """Read the model's architecture.
 
     Raises:
-        UsageError: it is met already, cannot be met, or does not fit the strategy.
+        PlanError: the extended plan was made for another model.
+        UnsupportedModelError: the model has too few blocks.
+    """
+    source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    architecture = read_architecture(source, registry, notify)
+    if extended is not None and request.extend is not None:
+        require_same_model(request.extend, extended, architecture)
+    if architecture.block_count < 2:
+        raise UnsupportedModelError(
+            f"Nothing can be removed from {source.id}: its number of blocks is {architecture.block_count}.",
+            hint="Name a deeper model.",
+        )
+    return architecture
+
+
+def _require_valid(request: SearchRequest) -> None:
+    """Check that the values of a request are in range.
+
+    Raises:
+        UsageError: one is not.
+    """
+    chosen_target(request)
+    for name, least in (("batch_size", 1), ("sample_tokens", 0)):
+        value = getattr(request, name)
+        if value is not None and value < least:
+            raise UsageError(f"{option_of(name)} {value} is too small.", hint=f"Use {least} or more.")
+    if request.memory is not None:
+        parse_bytes(str(request.memory), "--memory")
+    if request.holdout is not None and not 0 <= request.holdout < 1:
+        raise UsageError(
+            f"--holdout {request.holdout:g} is not a share from 0 to below 1.",
+            hint="0.2 holds out a fifth of the sequences.",
+        )
+
+
+def _require_place(request: SearchRequest) -> None:
+    """Check, before any work, that the plan can be written and overwrites nothing.
+
+    Raises:
+        OutputError: a plan or an unfinished search exists, or the path is not writable.
+    """
+    replaces = request.plan_file == request.extend
+    require_new_file(request.plan_file, force=request.force or replaces)
+    Journal(journal_of(request.plan_file)).require(resume=request.resume, force=request.force)
+
+
+def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> ResolvedSearch:
+    """Set the target and the largest number of removals for it.
+
+    Raises:
+        UsageError: the target is already met, cannot be met, or does not fit the strategy.
     """
     if isinstance(target, SizeTarget) and target.counts_blocks and resolved.gone and target.met(resolved.gone):
         asked = len(target.sizes.blocks) - int(target.most)
         raise UsageError(
-            f"{resolved.request.extend} has {len(resolved.gone)} removals already, and {asked} are asked for.",
-            hint="Ask for more; where fewer will do, `sleb apply --remove N` takes the first N.",
+            f"{resolved.request.extend} already has {len(resolved.gone)} removals, and the target is {asked}.",
+            hint="Ask for more. For fewer, `sleb apply --remove N` uses the first N.",
         )
     candidates = resolved.context.protection.candidates(resolved.architecture.block_count, ())
-    if resolved.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.blocks_are_alike:
+    if resolved.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.has_equal_blocks:
         raise UsageError(
-            f"--strategy refine exchanges blocks, which are not all of one size here: {option_of(target.name)} may be "
-            f"missed.",
-            hint="Take --strategy greedy, or --remove.",
+            f"--strategy refine swaps blocks, and those of this model differ in size, so it may miss "
+            f"{option_of(target.name)}.",
+            hint="Use --strategy greedy, or --remove.",
         )
     if resolved.strategy_name == "contiguous" and isinstance(target, LossTarget):
         candidates = longest_run(candidates)
     most = min(target.removals(candidates, resolved.gone), resolved.architecture.block_count - 1)
     if isinstance(target, LossTarget):
-        within = f"The search goes on while the loss is within {target.most:.4f} nats per token of the dense model's"
-        notify(Notice(f"{within}, for up to {most} removals."))
+        limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
+        notify(Notice(f"The search removes up to {most} blocks, and stops before {limit}."))
     return replace(resolved, target=target, remove=most)
 
 
+def can_race(metric: Metric, strategy: StrategyName) -> bool:
+    """Whether candidates can be compared sequence by sequence until one wins."""
+    return isinstance(metric, LogitMetric) and STRATEGIES[strategy].races
+
+
 def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
-    """Make sure that metric, strategy and their options go together."""
+    """Check that metric, strategy and their options fit together.
+
+    Raises:
+        UsageError: they do not.
+    """
     if request.fast and not isinstance(metric, LogitMetric):
         raise UsageError(
-            f"{metric.name} does not score sequence by sequence, so its candidates cannot race.",
+            f"--fast does not apply to {metric.name}, which does not score sequence by sequence.",
             hint="Leave out --fast.",
         )
     if request.fast and not STRATEGIES[strategy].races:
         raise UsageError(
-            f"With --strategy {strategy}, it is not one candidate that wins, so they cannot race.",
+            f"--fast does not apply to --strategy {strategy}, which does not look for a single best candidate.",
             hint="Leave out --fast.",
         )
     if STRATEGIES[strategy].needs_sets and not isinstance(metric, LogitMetric | ModelMetric):
         raise UsageError(
-            f"--strategy {strategy} compares whole sets of blocks, and {metric.name} looks at single ones.",
-            hint="Take a metric of the whole model, such as nll, or --strategy greedy.",
+            f"--strategy {strategy} compares sets of blocks, and {metric.name} scores single blocks.",
+            hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
         )
     if request.beam_width is not None and (strategy != "beam" or request.beam_width < 1):
         raise UsageError(
-            f"--beam-width {request.beam_width} does not go with --strategy {strategy}."
+            f"--beam-width does not apply to --strategy {strategy}."
             if strategy != "beam"
             else f"--beam-width {request.beam_width} is too small.",
-            hint="Leave it out." if strategy != "beam" else "Take 1 or more.",
+            hint="Leave it out." if strategy != "beam" else "Use 1 or more.",
         )
     if request.extend is not None and strategy != "greedy":
         raise UsageError(
-            f"--extend goes on with --strategy greedy only, and not with {strategy}.",
-            hint="Search again for the number that you want.",
+            f"--extend works with --strategy greedy only, not with {strategy}.",
+            hint="Search again for the number of blocks you want.",
         )
 
 
 def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int, ...]:
-    """Give the blocks that were named, by number or by kind."""
+    """Return the protected blocks, named by number or by kind.
+
+    Raises:
+        UsageError: the model has no such block or kind.
+    """
     count, kinds = architecture.block_count, architecture.kinds
     absent = [block for block in request.protect or () if not 0 <= block < count]
     if absent:
@@ -238,9 +256,9 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
     unknown = [kind for kind in request.protect_kinds if kind not in known]
     if unknown:
         raise UsageError(
-            f"{architecture.source.id} has no blocks of the kind {unknown[0]!r}.",
-            hint=suggestion(
-                unknown[0], known, None if known else "Its blocks are all of one kind: use --protect 5,11."
+            f"{architecture.source.id} has no blocks of kind {unknown[0]!r}.",
+            hint=did_you_mean(
+                unknown[0], known, None if known else "All its blocks are of one kind: use --protect 5,11."
             ),
         )
     of_kind = [b for b, kind in enumerate(kinds) if {kind, *kind.split(", ")} & set(request.protect_kinds)]
@@ -248,33 +266,27 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
 
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
-    """Take what the user left open from the plan that is extended, or else what is usual."""
-    usual: dict[str, Any] = {
-        "metric": "nll",
-        "strategy": "greedy",
-        "protect_first": 1,
-        "protect_last": 1,
-        "dtype": "auto",
+    """Fill unset options from the extended plan, or from the defaults."""
+    defaults: dict[str, Any] = {
+        "metric": DEFAULT_METRIC,
+        "strategy": DEFAULT_STRATEGY,
+        "protect_first": DEFAULT_PROTECTED,
+        "protect_last": DEFAULT_PROTECTED,
+        "dtype": AUTO,
         "holdout": 0.0,
     }
-    calibration = request.calibration
-    if extended is not None:
-        how, was = extended.search, extended.calibration
-        usual = {name: getattr(how, name) for name in (*usual, "batch_size", "fast", "protect")}
-        drawn = {
-            "source": was.source,
-            "samples": was.sequences,
-            "sequence_length": was.sequence_length,
-            "chat": was.chat,
-        }
-        if was.source in REFERENCE_PRESETS:
-            del drawn["samples"]  # those count rows of text, not sequences
-        calibration = _fill(calibration, drawn | {"seed": was.seed})
-    filled: SearchRequest = replace(_fill(request, usual), calibration=_fill(calibration, {"seed": 0}))
-    return filled
+    if extended is None:
+        return _fill(request, defaults | {"seed": 0})
+    search, text = extended.search, extended.calibration
+    planned = {name: getattr(search, name) for name in (*defaults, "batch_size", "fast", "protect")}
+    planned |= {"calibration": text.source, "chat": text.chat, "seed": text.seed}
+    planned |= {"sequence_length": text.sequence_length}
+    if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
+        planned["samples"] = text.sequences
+    return _fill(request, planned)
 
 
-def _fill(request: Any, values: Mapping[str, Any]) -> Any:
-    """Set those fields of a request that the user left open: 0 is an answer, a flag that is not set is none."""
-    left_open = [name for name in values if getattr(request, name) is None or getattr(request, name) is False]
+def _fill(request: SearchRequest, values: Mapping[str, Any]) -> SearchRequest:
+    """Set the fields that are unset."""
+    left_open = [name for name in values if getattr(request, name) is None]
     return replace(request, **{name: values[name] for name in left_open})

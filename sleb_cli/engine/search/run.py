@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from sleb_cli import __version__
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -22,24 +21,22 @@ from sleb_cli.engine.search.choices import Choice
 from sleb_cli.engine.search.held_out import HeldOut, hold_out, overfitting_note
 from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.race import LOOKS
-from sleb_cli.engine.search.resolve import ResolvedSearch, SearchRequest, resolve_search, with_target
+from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_target
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.speedup import SpeedupTimer
-from sleb_cli.engine.search.strategies import (
-    Problem,
-)
+from sleb_cli.engine.search.strategies import Problem
 from sleb_cli.engine.search.targets import LossTarget, option_of
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import (
+    SEARCH_TASK,
     BlockRemoved,
     BlocksSwapped,
     Notice,
     Notify,
     SearchStarted,
-    TaskAdvanced,
     TaskFinished,
-    TaskStarted,
+    task,
 )
 from sleb_cli.plan import (
     DenseRecord,
@@ -53,6 +50,8 @@ from sleb_cli.plan import (
 )
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import differences
+from sleb_cli.requests import SearchRequest
+from sleb_cli.version import __version__
 from sleb_plugins import (
     HiddenStateMetric,
     LogitMetric,
@@ -64,17 +63,17 @@ from sleb_plugins import (
 )
 
 
-class Shared:
-    """What searches of one model on one text share; the first one loads it."""
+class SearchInputs:
+    """What all searches of one model on one text share: tokenizer, model and text, loaded once."""
 
     def __init__(self) -> None:
         self._loaded: tuple[Any, Callable[[], Any], Calibration] | None = None
 
     def load(self, resolved: ResolvedSearch, notify: Notify) -> tuple[Any, Callable[[], Any], Calibration]:
-        """Give tokenizer, model and calibration sequences."""
+        """Return the tokenizer, a function that returns the model, and the calibration sequences."""
         if self._loaded is None:
             tokenizer = load_tokenizer(resolved.architecture.source)
-            # Loaded at first use: a text that is missing should be said before gigabytes are read.
+            # Loaded at first use, so that a missing text is reported before gigabytes are read.
             model = cache(
                 partial(load_dense, resolved.architecture, resolved.context.dtype, resolved.context.device, notify)
             )
@@ -85,34 +84,34 @@ class Shared:
 def find_removals(request: SearchRequest, registry: Registry, notify: Notify) -> Plan:
     """Search for the blocks that the model can best do without.
 
-    What is measured on the way stands in a journal beside `request.output`; whoever writes the plan deletes it then.
+    Measurements are kept in a journal next to `request.plan_file`; delete it once the plan is written.
 
     Raises:
-        SlebError: of the class that fits, for anything the request asks that cannot be.
+        SlebError: a subclass that fits, if the request is impossible.
     """
-    return run_search(resolve_search(request, registry, notify), Shared(), registry, notify)
+    return run_search(resolve_search(request, registry, notify), SearchInputs(), registry, notify)
 
 
-def run_search(resolved: ResolvedSearch, shared: Shared, registry: Registry, notify: Notify) -> Plan:
-    """Do a search that was settled, with what it shares with others of the same model on the same text.
+def run_search(resolved: ResolvedSearch, inputs: SearchInputs, registry: Registry, notify: Notify) -> Plan:
+    """Run a resolved search on inputs that it may share with others of the same model and text.
 
     Raises:
-        SlebError: of the class that fits, for what only shows when the model and the text are read.
+        SlebError: a subclass that fits, for problems that only show once the model and the text are read.
     """
     started, request = time.monotonic(), resolved.request
-    tokenizer, model, calibration = shared.load(resolved, notify)
+    tokenizer, model, calibration = inputs.load(resolved, notify)
     _require_continuation(resolved, calibration)
-    journal = Journal(journal_of(request.output))
-    speedup_timer = SpeedupTimer(resolved.context, model, request.target)
+    journal = Journal(journal_of(request.plan_file))
+    speedup_timer = SpeedupTimer(resolved.context, model, request)
     if resolved.target is None:
         resolved = with_target(resolved, speedup_timer.target(resolved.removable.candidates), notify)
     try:
-        dense, trace, how = _search(resolved, model(), tokenizer, calibration, journal, notify)
-        target = _record(resolved, dense, trace, speedup_timer)
-        how = how.model_copy(update={"remove": len(trace.removals), "target": target})
+        dense, trace, search = _search(resolved, model(), tokenizer, calibration, journal, notify)
+        target = _target_record(resolved, dense, trace, speedup_timer)
+        search = search.model_copy(update={"remove": len(trace.removals), "target": target})
     except BaseException:
         if len(journal):
-            notify(Notice(f"What was measured is kept in {journal.path}: the same command with --resume goes on."))
+            notify(Notice(f"All measurements are kept in {journal.path}: rerun with --resume to continue."))
         raise
     finally:
         journal.close()
@@ -121,7 +120,7 @@ def run_search(resolved: ResolvedSearch, shared: Shared, registry: Registry, not
         sleb_version=__version__,
         model=resolved.architecture.record,
         calibration=calibration.record,
-        search=how,
+        search=search,
         dense=dense,
         removals=trace.removals,
         steps=tuple(trace.steps),
@@ -131,10 +130,10 @@ def run_search(resolved: ResolvedSearch, shared: Shared, registry: Registry, not
 
 
 def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) -> None:
-    """Make sure that the extended plan was searched on the same tokens, in the same way.
+    """Check that the extended plan was searched on the same tokens, with the same settings.
 
     Raises:
-        PlanError: it was not; the sentence names the differences.
+        PlanError: it was not; the message names the differences.
     """
     plan, request = resolved.extended, resolved.request
     if plan is None:
@@ -149,8 +148,8 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     )
     if differing:
         raise PlanError(
-            f"This search does not go on where {request.extend} ended ({differing}).",
-            hint="Leave these settings to the plan, and name the text that it was calibrated on.",
+            f"This search cannot continue from {request.extend} ({differing}).",
+            hint="Leave out these options, so that the plan sets them, and name the text it was calibrated on.",
         )
 
 
@@ -163,59 +162,59 @@ def _search(
         searched = searched.shuffled()
     with SkippableModel(model, architecture.blocks_of(model)) as skippable:
         passes, reason = _prepare(skippable, resolved, searched, notify)
-        held_out = passes.beside(kept.sequences, kept.loss_mask) if kept else None
+        held_out = passes.over(kept.sequences, kept.loss_mask) if kept else None
         scoring = Scoring(
-            passes, journal, tokenizer, notify, fast=request.fast, winners=resolved.beam_width, held_out=held_out
+            passes, journal, tokenizer, notify, fast=bool(request.fast), winners=resolved.beam_width, held_out=held_out
         )
         _, engine = scoring.scorer(metric)
-        how = _how(resolved, scoring, engine, reason)
+        record = _search_record(resolved, scoring, engine, reason)
         journal.of_sets = isinstance(metric, LogitMetric | ModelMetric)
-        journal.open(_identity(resolved, calibration, how), resume=request.resume)
+        journal.open(_identity(resolved, calibration, record), resume=request.resume)
         if len(journal):
-            notify(Notice(f"{journal.path} holds {len(journal)} measurements: the search goes on from there."))
+            notify(Notice(f"Continuing with the {len(journal)} measurements in {journal.path}."))
         dense = resolved.extended.dense if resolved.extended else _measure_dense(scoring, resolved)
         trace = _search_to_target(resolved, dense, scoring, notify)
-        if words := overfitting_note(trace.steps):
-            notify(Notice(words))
-        trace.sample_generation = generate_sample(
-            skippable, tokenizer, trace.removals, architecture.longest_sequence, notify
-        )
-    return dense, trace, how
+        if warning := overfitting_note(trace.steps):
+            notify(Notice(warning))
+        if resolved.sample_tokens:
+            limit = architecture.longest_sequence
+            trace.sample_generation = generate_sample(
+                skippable, tokenizer, trace.removals, resolved.sample_tokens, limit, notify
+            )
+    return dense, trace, record
 
 
 def _prepare(
     skippable: SkippableModel, resolved: ResolvedSearch, calibration: Calibration, notify: Notify
 ) -> tuple[Passes, str | None]:
     request = resolved.request
-    notify(TaskStarted(task := "Checking the engine"))
-    prepared = prepare_passes(
-        skippable,
-        calibration.sequences,
-        notify,
-        loss_mask=calibration.loss_mask,
-        memory=request.memory,
-        batch_size=request.batch_size,
-        looks=LOOKS if request.fast else 1,
-    )
-    notify(TaskFinished(task))
-    return prepared
+    with task(notify, "Checking the engine"):
+        return prepare_passes(
+            skippable,
+            calibration.sequences,
+            notify,
+            loss_mask=calibration.loss_mask,
+            memory=None if request.memory is None else str(request.memory),
+            batch_size=request.batch_size,
+            min_batches=LOOKS if request.fast else 1,
+        )
 
 
-def _how(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, reason: str | None) -> SearchRecord:
+def _search_record(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, reason: str | None) -> SearchRecord:
     request, metric = resolved.request, resolved.metric
     return SearchRecord(
         strategy=resolved.strategy_name,
         beam_width=resolved.beam_width if resolved.strategy_name == "beam" else None,
         metric=metric.name,
         remove=resolved.remove,
-        ratio=request.target.ratio,
+        ratio=None if request.ratio is None else str(request.ratio),
         protect_first=resolved.context.protection.first,
         protect_last=resolved.context.protection.last,
         protect=resolved.context.protection.blocks,
         dtype=dtype_name(resolved.context.dtype),
         device=resolved.context.device.type,
         batch_size=scoring.passes.budget.sequences,
-        fast=request.fast,
+        fast=bool(request.fast),
         holdout=request.holdout or 0.0,
         held_out=sum(map(len, scoring.held_out.batches)) if scoring.held_out else 0,
         engine=engine,
@@ -225,9 +224,9 @@ def _how(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, reason: str
 
 @dataclass
 class SearchTrace:
-    """How a search went: its steps, what is gone in the end, and what the removal that was not made would have cost.
+    """The course of a search: its steps, the blocks removed in the end, and the cost of the removal not made.
 
-    `next_increase` is in nats per token above the dense model; None where none was tried that the target did not allow.
+    `next_increase` is that cost, in nats per token above the dense model; None if the target ruled out no removal.
     """
 
     steps: list[Step]
@@ -237,24 +236,24 @@ class SearchTrace:
 
 
 def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, notify: Notify) -> SearchTrace:
-    """Search until the target is met, or the next removal would miss it.
+    """Search until the target is met, or until the next removal would exceed it.
 
     Raises:
         UsageError: not even one removal is within the target.
     """
     if resolved.strategy_name == "refine" and isinstance(resolved.target, LossTarget):
-        # It exchanges at its last size, which a greedy search tells; and what that measured is known from then on.
-        greedily = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring, notify)
-        refined = _run_steps(replace(resolved, remove=len(greedily.removals)), dense, scoring, notify)
-        return replace(refined, next_increase=greedily.next_increase)
+        # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
+        greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring, notify)
+        refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring, notify)
+        return replace(refined, next_increase=greedy.next_increase)
     trace = _run_steps(resolved, dense, scoring, notify)
     if len(trace.removals) == len(resolved.gone):
         assert isinstance(resolved.target, LossTarget)
         assert trace.next_increase is not None
         raise UsageError(
-            f"The {'next' if resolved.gone else 'first'} removal would put the loss {trace.next_increase:.4f} nats per "
-            f"token above the dense model's, and {resolved.target.most:.4f} are allowed.",
-            hint=f"Allow more: a larger {option_of(resolved.target.name)}. With --resume, nothing is measured again.",
+            f"The {'next' if resolved.gone else 'first'} removal would raise the loss {trace.next_increase:.4f} nats "
+            f"per token above the dense model's; the limit is {resolved.target.most:.4f}.",
+            hint=f"Increase {option_of(resolved.target.name)}. With --resume, nothing is measured again.",
         )
     return trace
 
@@ -293,12 +292,12 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, n
         notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
         if target.met(trace.removals):
             break
-    notify(TaskFinished("Search"))
+    notify(TaskFinished(SEARCH_TASK))
     return trace
 
 
 def _choices(resolved: ResolvedSearch, problem: Problem, notify: Notify) -> Iterator[Choice]:
-    """Give one size after another. Where no number of removals is asked for, it is no error that no more may go."""
+    """Yield one size after another; with a limit on the loss, running out of candidates ends the search."""
     choices = resolved.strategy.search(problem)
     if not isinstance(resolved.target, LossTarget):
         yield from choices
@@ -306,14 +305,14 @@ def _choices(resolved: ResolvedSearch, problem: Problem, notify: Notify) -> Iter
     try:
         yield from choices
     except UnsupportedModelError as error:
-        notify(Notice(f"The search ends here: {error.message}"))
+        notify(Notice(f"The search stops here: {error.message}"))
 
 
-def _record(
+def _target_record(
     resolved: ResolvedSearch, dense: DenseRecord, trace: SearchTrace, speedup_timer: SpeedupTimer
 ) -> TargetRecord | None:
-    """Say what was to be reached, and what was; a speedup is timed once more, on the blocks that were found."""
-    request, target = resolved.request.target, resolved.target
+    """Return the target and what was reached; time a speedup again, without the removed blocks."""
+    request, target = resolved.request, resolved.target
     assert target is not None
     if isinstance(target, LossTarget):
         increase = math.log(trace.steps[-1].perplexity) - dense.loss
@@ -327,7 +326,7 @@ def _record(
 
 
 def _step(choice: Choice, before: tuple[int, ...], loss: float, kinds: Sequence[str]) -> Step:
-    """Write a choice down, after the blocks that were gone at the size before."""
+    """Return the record of a choice, `before` being the blocks removed at the previous size."""
     return Step(
         block=choice.block,
         kind=kinds[choice.block],
@@ -340,25 +339,25 @@ def _step(choice: Choice, before: tuple[int, ...], loss: float, kinds: Sequence[
     )
 
 
-def _identity(resolved: ResolvedSearch, calibration: Calibration, how: SearchRecord) -> dict[str, Any]:
-    """Say what a journal's measurements depend on; how many blocks go in the end is not among it."""
+def _identity(resolved: ResolvedSearch, calibration: Calibration, search: SearchRecord) -> dict[str, Any]:
+    """Return all that a journal's measurements depend on; the number of removals is not part of it."""
     return {
         "sleb": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": resolved.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
         "calibration": calibration.record.to_data(),
-        "search": how.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
+        "search": search.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
     }
 
 
 def _measure_dense(scoring: Scoring, resolved: ResolvedSearch) -> DenseRecord:
-    scoring.notify(TaskStarted(task := "Measuring the dense model", scoring.sequences, "sequences"))
-    loss = scoring.loss((), advanced=lambda done: scoring.notify(TaskAdvanced(task, done)))
-    scoring.notify(TaskFinished(task))
+    with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
+        loss = scoring.loss((), advanced=advance)
     if not math.isfinite(loss):
+        dtype = dtype_name(resolved.context.dtype)
         raise ModelError(
-            f"The loss of {resolved.architecture.source.id} itself is {loss} in {dtype_name(resolved.context.dtype)}.",
+            f"The loss of {resolved.architecture.source.id} is {loss} in {dtype}, before any removal.",
             hint="Use a wider data type: --dtype float32.",
         )
     compared = _comparison(resolved, scoring)
@@ -366,7 +365,7 @@ def _measure_dense(scoring: Scoring, resolved: ResolvedSearch) -> DenseRecord:
 
 
 def _comparison(resolved: ResolvedSearch, scoring: Scoring) -> HeldOut | None:
-    """Choose how the sequences that are held out are compared with the others; None where there are none."""
+    """Return the comparison with the held-out sequences; None if none are held out."""
     losses = partial(scoring.losses, scores_are_losses=resolved.metric.name == "nll")
     return HeldOut(losses, scoring.held_out_losses, resolved.remove) if scoring.held_out else None
 
@@ -385,7 +384,7 @@ def _perplexity(loss: float, block: int) -> float:
         perplexity = math.inf
     if not math.isfinite(perplexity):
         raise ModelError(
-            f"Without block {block}, the calibration loss is {loss} nats per token: no perplexity can be given.",
+            f"Without block {block}, the calibration loss is {loss} nats per token, and the perplexity is not finite.",
             hint="A wider data type may help: --dtype float32.",
         )
     return perplexity

@@ -1,4 +1,4 @@
-"""From what the user wants to reach to a target that the search can hold each removal against: counted, or timed."""
+"""`--target-speedup`: time pruned models to turn a speedup into a target, and to measure the one reached."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.measure.benchmark import time_in_turn
-from sleb_cli.engine.measure.workloads import BenchRequest, resolve_workload
+from sleb_cli.engine.measure.workloads import resolve_workload
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.search.context import LEAST_SPEEDUP, SearchContext
 from sleb_cli.engine.search.targets import (
     SizeTarget,
-    TargetRequest,
     fit_slope,
     parse_number,
 )
@@ -24,13 +23,14 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice
 from sleb_cli.plan import TargetRecord
+from sleb_cli.requests import DEFAULT_WORKLOAD, BenchRequest, TargetRequest
 from sleb_cli.results import Workload
 from sleb_plugins import UnsupportedModelError, UsageError
 
 
 @dataclass(frozen=True)
 class SpeedupTimer:
-    """Times pruned models beside the dense one in memory, as `bench` does."""
+    """Time pruned models in alternation with the dense one, as `bench` does."""
 
     context: SearchContext
     model: Callable[[], Any]
@@ -38,13 +38,13 @@ class SpeedupTimer:
 
     @cached_property
     def workload(self) -> Workload:
-        """What is timed: generation, where the user named nothing else."""
+        """The timed workload; generation by default."""
         dense = Subject(Surgery(self.context.architecture, ()), None)
-        name = self.request.workload or "generation"
-        return resolve_workload(name, BenchRequest((name,)), dense, self.context.device, self.context.notify)
+        name = self.request.target_workload or DEFAULT_WORKLOAD
+        return resolve_workload(name, BenchRequest(), dense, self.context.device, self.context.notify)
 
     def share(self, removals: Sequence[int]) -> float:
-        """Give the time that the model takes without these blocks, as a share of the dense model's."""
+        """Return the time of the model without these blocks, as a share of the dense model's."""
         context = self.context
         pruned = load_pruned(
             Surgery(context.architecture, tuple(removals)), context.dtype, context.device, context.notify
@@ -55,7 +55,7 @@ class SpeedupTimer:
         return statistics.median(seconds["pruned"]) / statistics.median(seconds["dense"])
 
     def record(self, target: SizeTarget, removals: Sequence[int]) -> TargetRecord:
-        """Say what was reached: timed once more, without the blocks that were found."""
+        """Return the speedup reached, timed again without the blocks that the search removed."""
         predicted, measured = 1 / target.sizes.without(removals), 1 / self.share(removals)
         return TargetRecord(
             name="target_speedup",
@@ -68,32 +68,32 @@ class SpeedupTimer:
         )
 
     def target(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> SizeTarget:
-        """Time the model at two depths, and reckon what each block takes.
+        """Time the model at two depths, and estimate the time per block.
 
         Raises:
-            UsageError: the model does not become faster.
+            UsageError: the model does not get faster with fewer blocks.
         """
-        gone = self._some(candidates)
+        gone = self._removable_sample(candidates)
         depths = sorted({max(1, len(gone) // 2), len(gone)})
         shares = [self.share(gone[:depth]) for depth in depths]
         slope = fit_slope(depths, shares)
         blocks, workload = self.context.architecture.block_count, self.workload.name
-        found = ", ".join(f"{share:.0%} ({n} less)" for n, share in zip(depths, shares, strict=True))
+        timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
         self.context.notify(
-            Notice(f"Timed with fewer blocks, {workload} takes {found} of the dense model's time: {slope:.1%} a block.")
+            Notice(f"With fewer blocks, {workload} takes {timed} of the dense model's time: {slope:.1%} per block.")
         )
         if slope <= 0:
             raise UsageError(
-                f"Here, {workload} does not become faster with fewer blocks.",
-                hint="Try when nothing else runs, or take --ratio and measure with `sleb bench`.",
+                f"On this machine, {workload} does not get faster with fewer blocks.",
+                hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
             )
         asked = str(self.request.target_speedup)
         speedup = parse_number(asked, "target_speedup", least=LEAST_SPEEDUP)
         seconds = Sizes(1 - slope * blocks, (slope,) * blocks)
         return SizeTarget("target_speedup", asked, seconds, 1 / speedup, lambda share: f"{1 / share:.2f}x the speed")
 
-    def _some(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
-        """Take two thirds of the blocks that may go, or as many as may go together, from the middle on."""
+    def _removable_sample(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
+        """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
         gone: list[int] = []
         while len(gone) < max(1, self.context.free * 2 // 3):
             try:

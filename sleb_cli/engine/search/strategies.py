@@ -1,7 +1,7 @@
-"""How a search goes about it: pure code over what candidates score, free of any model.
+"""The search strategies: pure functions of the candidates' scores, independent of any model.
 
-A strategy gives one size after another, each as soon as it is decided, so that whoever listens may stop early. Which
-candidates may go is asked before they are scored; the order of the blocks that are gone has no meaning.
+A strategy yields one size after another, each as soon as it is decided, so that the caller may stop early. It asks for
+the candidates before it scores them; the order of removed blocks has no meaning.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from itertools import combinations
 from types import MappingProxyType
 
 from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, Swap, best_of, require_finite
-from sleb_cli.plan import StrategyName
-from sleb_cli.plugin_manager import suggestion
+from sleb_cli.requests import DEFAULT_BEAM_WIDTH, StrategyName
 from sleb_plugins import UnsupportedModelError, UsageError
+from sleb_plugins.errors import did_you_mean
 
-DEFAULT_BEAM_WIDTH = 4
-
-# Of the kept blocks, so many that came closest to an exchange are tried two at a time.
+# The number of kept blocks that came closest to a swap and are tried in pairs.
 NEAR_MISSES = 4
 
 ScoreSpans = Callable[[Sequence[tuple[int, ...]]], Outcome]
-"""From spans of consecutive blocks, all of one length, to what each scores, by the block that it ends with."""
+"""Takes spans of consecutive blocks, all of one length; returns the score of each, by its last block."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,13 @@ class Problem:
     """What a strategy works on.
 
     Attributes:
-        score: what each candidate scores after given removals.
-        candidates: which blocks may go after given removals.
-        remove: how many are to go.
-        removed: what is gone from the start; only `greedy` goes on from there.
-        score_spans: what spans score; None asks `score` for the model without each.
-        width: how many sets a beam keeps.
-        exchanged: told of every exchange as it is made.
+        score: scores each candidate after given removals.
+        candidates: returns the blocks that may be removed after given removals.
+        remove: the number of blocks to remove.
+        removed: the blocks removed before the search; only `greedy` can start with any.
+        score_spans: scores spans; if None, `score` scores the model without each span.
+        width: how many sets of blocks a beam keeps.
+        swapped: called with each swap as it is made.
     """
 
     score: Score
@@ -49,12 +47,12 @@ class Problem:
 
 
 def greedy(problem: Problem) -> Iterator[Choice]:
-    """Remove the block whose absence scores lowest, again and again (SLEB, Song et al., ICML 2024, Algorithm 1).
+    """Repeatedly remove the block whose removal scores lowest (SLEB, Song et al., ICML 2024, Algorithm 1).
 
-    Ties go to the lower block, so that two runs write the same plan.
+    Ties go to the lower block, so two runs write the same plan.
 
     Raises:
-        ModelError: a score is not finite; the sentence names the block.
+        ModelError: a score is not finite; the message names the block.
     """
     gone = list(problem.removed)
     while len(gone) < problem.remove:
@@ -64,7 +62,7 @@ def greedy(problem: Problem) -> Iterator[Choice]:
 
 
 def oneshot(problem: Problem) -> Iterator[Choice]:
-    """Score every block once, on the dense model, and remove those that score lowest."""
+    """Score every block once, on the dense model, and remove those with the lowest scores."""
     outcome = _finite(problem.score((), problem.candidates(())), ())
     gone: list[int] = []
     while len(gone) < problem.remove:
@@ -72,14 +70,14 @@ def oneshot(problem: Problem) -> Iterator[Choice]:
         left = Outcome({block: score for block, score in outcome.scores.items() if block in allowed})
         if not left.scores:
             raise UsageError(
-                f"After {', '.join(map(str, gone))}, no block may go that was scored.", hint="Take --strategy greedy."
+                f"No scored block can be removed after {', '.join(map(str, gone))}.", hint="Use --strategy greedy."
             )
         gone.append(best_of(left))
         yield Choice(tuple(gone), left)
 
 
 def contiguous(problem: Problem) -> Iterator[Choice]:
-    """For each size, remove the span of so many consecutive blocks that scores lowest."""
+    """For each size, remove the span of consecutive blocks with the lowest score."""
     score_spans = problem.score_spans or (lambda spans: _without_each(problem.score, spans))
     for size in range(1, problem.remove + 1):
         outcome = _finite(score_spans(free_spans(problem.candidates, size)), ())
@@ -88,7 +86,7 @@ def contiguous(problem: Problem) -> Iterator[Choice]:
 
 
 def last(problem: Problem) -> Iterator[Choice]:
-    """Remove the last block that may go, again and again; whatever it scores. A baseline."""
+    """Repeatedly remove the last candidate, whatever its score. A baseline."""
     gone: list[int] = []
     while len(gone) < problem.remove:
         block = problem.candidates(tuple(gone))[-1]
@@ -98,7 +96,7 @@ def last(problem: Problem) -> Iterator[Choice]:
 
 
 def beam(problem: Problem) -> Iterator[Choice]:
-    """For each size keep the `width` sets of blocks that score lowest, and go on from all of them; give the lowest."""
+    """For each size, keep the `width` sets of blocks with the lowest scores and extend them all; yield the lowest."""
     kept: list[tuple[int, ...]] = [()]
     for _ in range(problem.remove):
         found: dict[frozenset[int], tuple[float, tuple[int, ...], Outcome]] = {}
@@ -108,16 +106,16 @@ def beam(problem: Problem) -> Iterator[Choice]:
                 found.setdefault(frozenset({*removed, block}), (score, (*removed, block), outcome))
         ranked = sorted(found.values(), key=lambda entry: (entry[0], sorted(entry[1])))[: problem.width]
         if not ranked:
-            problem.candidates(kept[0])  # says why there is none
+            problem.candidates(kept[0])  # raises an error that says why
         kept = [removals for _, removals, _ in ranked]
         yield Choice(kept[0], ranked[0][2])
 
 
 def refine(problem: Problem) -> Iterator[Choice]:
-    """Search greedily, and then exchange removed and kept blocks as long as the score falls.
+    """Search greedily, then swap removed and kept blocks as long as the score falls.
 
-    One for one, until no exchange of one block lowers the score; then two for two among the kept blocks that came
-    closest; and one for one again where that changed something. It ends, since every exchange lowers the score.
+    Swap single blocks until no such swap lowers the score, then pairs among the kept blocks that came closest; if a
+    pair was swapped, start over. This terminates, since every swap lowers the score.
     """
     for choice in greedy(problem):
         if len(choice.removals) == problem.remove:
@@ -126,22 +124,22 @@ def refine(problem: Problem) -> Iterator[Choice]:
 
 
 class _Refinement:
-    """Exchanges from one set of removed blocks to a better one."""
+    """Swaps that lead from one set of removed blocks to a better one."""
 
     def __init__(self, problem: Problem, choice: Choice) -> None:
         self.problem, self.choice = problem, choice
         self.closest: dict[int, float] = {}
 
     def run(self) -> Choice:
-        """Exchange until nothing is gained."""
+        """Swap blocks until no swap lowers the score."""
         while True:
-            while self._one_for_one():
+            while self._swap_single_blocks():
                 pass
-            if not self._two_for_two():
+            if not self._swap_pairs():
                 return self.choice
 
-    def _one_for_one(self) -> bool:
-        """Try a kept block in every removed one's place; say whether anything changed."""
+    def _swap_single_blocks(self) -> bool:
+        """Try every kept block in place of each removed one; return whether any was swapped."""
         before, self.closest = self.choice, {}
         for back in before.removals:
             stay = _without(self.choice.removals, back)
@@ -152,8 +150,8 @@ class _Refinement:
             self._take((back,), stay, outcome)
         return self.choice is not before
 
-    def _two_for_two(self) -> bool:
-        """Try two of the near misses in the place of every two that are removed; say whether anything changed."""
+    def _swap_pairs(self) -> bool:
+        """Try pairs of near misses in place of each removed pair; return whether any was swapped."""
         near = sorted(sorted(self.closest, key=lambda block: (self.closest[block], block))[:NEAR_MISSES])
         before = self.choice
         for back in combinations(sorted(before.removals), 2):
@@ -167,7 +165,7 @@ class _Refinement:
         return False
 
     def _take(self, back: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome) -> None:
-        """Make the exchange that scored lowest, where it lowers the score."""
+        """Make the swap with the lowest score, if it lowers the current one."""
         block = best_of(outcome) if outcome.scores else None
         if block is None or block in self.choice.removals or not outcome.scores[block] < self.choice.score:
             return
@@ -186,7 +184,7 @@ def _without_each(score: Score, spans: Sequence[tuple[int, ...]]) -> Outcome:
 
 
 def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
-    """Give the spans of `size` consecutive blocks that may go.
+    """Return the spans of `size` consecutive blocks that may be removed.
 
     Raises:
         UsageError: there is none.
@@ -196,13 +194,14 @@ def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
     spans = [s for s in spans if set(s) <= set(free) and s[-1] in _allowed(candidates, s[:-1])]
     if not spans:
         raise UsageError(
-            f"No {size} consecutive blocks may go.", hint="Ask for fewer, protect fewer, or take --strategy greedy."
+            f"No {size} consecutive blocks can be removed.",
+            hint="Remove fewer, protect fewer, or use --strategy greedy.",
         )
     return spans
 
 
 def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
-    """Give the blocks that may go after `removed`; it is no error that none may, since there are other sets."""
+    """Return the candidates after `removed`; none is no error here, since other sets may have some."""
     try:
         return candidates(removed)
     except UnsupportedModelError:
@@ -210,7 +209,7 @@ def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
 
 
 def _score_next(problem: Problem, removed: tuple[int, ...], among: Sequence[int] | None = None) -> Outcome:
-    """Score the blocks that may go after `removed`, those of `among` where only they are asked for."""
+    """Score the candidates after `removed`; only those in `among`, if given."""
     allowed = _allowed(problem.candidates, removed)
     candidates = [block for block in allowed if among is None or block in among]
     outcome = problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
@@ -225,14 +224,14 @@ def _finite(outcome: Outcome, removed: Sequence[int]) -> Outcome:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A way to search, and what it asks of a metric.
+    """A search strategy, and what it needs from a metric.
 
     Attributes:
-        search: gives one size after another.
-        evaluations: from the candidates of the dense model, how many go, and the beam's width to how many sets are
-            scored for each size, or at most.
-        races: whether it can do with the scores of those candidates that were not beaten.
-        needs_sets: whether it compares whole sets of blocks, which a metric that looks at single ones cannot tell.
+        search: yields one size after another.
+        evaluations: takes the number of candidates of the dense model, of removals, and the beam's width; returns the
+            number of sets scored for each size, or an upper bound.
+        races: whether the scores of the surviving candidates of a race suffice.
+        needs_sets: whether it compares sets of blocks, which a metric of single blocks cannot score.
     """
 
     search: Callable[[Problem], Iterator[Choice]]
@@ -246,7 +245,7 @@ def _each_step(candidates: int, remove: int, width: int) -> list[int]:
 
 
 def _with_swaps(candidates: int, remove: int, width: int) -> list[int]:
-    """Two rounds of one for one, and one of two for two."""
+    """Count two rounds of single swaps and one of pairs."""
     *steps, end = _each_step(candidates, remove, width)
     one = remove * (candidates - remove)
     two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
@@ -276,9 +275,9 @@ def strategy_name(text: str) -> StrategyName:
     """Read the name of a strategy.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: no strategy has this name.
     """
     for name in STRATEGIES:
         if name == text:
             return name
-    raise UsageError(f"There is no strategy {text!r}.", hint=suggestion(text, list(STRATEGIES)))
+    raise UsageError(f"There is no strategy {text!r}.", hint=did_you_mean(text, list(STRATEGIES)))

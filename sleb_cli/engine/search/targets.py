@@ -1,71 +1,53 @@
-"""How far a search goes: until so many blocks are gone, the model is small or fast enough, or it would lose too much.
+"""When a search stops: at a number of blocks, once the model is small or fast enough, or before it loses too much.
 
-All arithmetic. What a model takes by block (`Sizes`) is found out elsewhere: parameters, bytes, or seconds.
+Pure arithmetic: how much each block takes (`Sizes`), in parameters, bytes or seconds, is measured elsewhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import get_args
 
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.plan import ServingRecord, TargetName, TargetRecord, Workload
+from sleb_cli.plan import ServingRecord, TargetRecord
+from sleb_cli.requests import TARGET_NAMES, TargetName, TargetRequest
 from sleb_plugins import UsageError
 
-HOW_FAR: tuple[TargetName, ...] = get_args(TargetName)
-"""The fields of a request that say how far to go: one of them does."""
+_NEEDS: Mapping[str, TargetName] = {
+    "serve_dtype": "target_memory",
+    "serve_length": "target_memory",
+    "serve_batch": "target_memory",
+    "target_workload": "target_speedup",
+}
+"""Options that refine one target, and that target."""
 
-_COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 
+def chosen_target(request: TargetRequest) -> TargetName:
+    """Return the one field of `TARGET_NAMES` that is given.
 
-@dataclass(frozen=True)
-class TargetRequest:
-    """How far to go, as the user gave it, and what some ways to say it need to know.
-
-    `serve_dtype`, `serve_length` and `serve_batch` say how the model will be served; `workload`, what is to be faster.
+    Raises:
+        UsageError: none is given, or several are, or a field that belongs to another target.
     """
-
-    ratio: str | None = None
-    remove: int | None = None
-    target_params: str | None = None
-    target_memory: str | None = None
-    target_speedup: str | None = None
-    max_loss_increase: str | None = None
-    max_perplexity_ratio: str | None = None
-    serve_dtype: str | None = None
-    serve_length: int | None = None
-    serve_batch: int | None = None
-    workload: Workload | None = None
-
-    def chosen(self) -> TargetName:
-        """Give the one of `HOW_FAR` that the user said.
-
-        Raises:
-            UsageError: there is none, or more than one; or what belongs to another one was given.
-        """
-        given = [name for name in HOW_FAR if getattr(self, name) is not None]
-        if not given:
-            raise UsageError(f"How far to go? One of {_options(HOW_FAR, ', ')} says it.", hint="--ratio 0.2 is usual.")
-        if len(given) > 1:
-            raise UsageError(f"{_options(given, ' and ')} each say how far to go.", hint="Give one of them.")
-        needs = {"serve_dtype": "target_memory", "serve_length": "target_memory", "serve_batch": "target_memory",
-                 "workload": "target_speedup"}  # fmt: skip
-        for name, target in needs.items():
-            if getattr(self, name) is not None and given[0] != target:
-                raise UsageError(
-                    f"{option_of(name)} goes with {option_of(target)}.", hint=f"Leave out {option_of(name)}."
-                )
-        return given[0]
+    given = [name for name in TARGET_NAMES if getattr(request, name) is not None]
+    if not given:
+        raise UsageError(
+            f"No target given: one of {_options(TARGET_NAMES, ', ')} is needed.", hint="For example: --ratio 0.2."
+        )
+    if len(given) > 1:
+        raise UsageError(f"{_options(given, ' and ')} are different targets.", hint="Give only one of them.")
+    for name, target in _NEEDS.items():
+        if getattr(request, name) is not None and given[0] != target:
+            raise UsageError(f"{option_of(name)} requires {option_of(target)}.", hint=f"Leave out {option_of(name)}.")
+    return given[0]
 
 
 def option_of(name: str) -> str:
-    """Give the option of the command line that fills a field: --target-params."""
-    return "--target-workload" if name == "workload" else "--" + name.replace("_", "-")
+    """Return the command-line option of a field: --target-params."""
+    return "--" + name.replace("_", "-")
 
 
 def _options(names: Sequence[str], between: str) -> str:
@@ -74,30 +56,30 @@ def _options(names: Sequence[str], between: str) -> str:
 
 @dataclass(frozen=True)
 class SizeTarget:
-    """Ends a search as soon as what remains is small enough.
+    """Stop once the model is small enough.
 
     Attributes:
-        name: what is to become small: a field of the request.
+        name: the field of the request.
         asked: what the user wrote.
-        sizes: how much of it the model has, block by block.
-        most: how much of it may remain.
-        say: words for an amount of it: "1.19B parameters".
+        sizes: the size of each block, in the target's unit.
+        most: the size that may remain.
+        describe: formats a size: "1.19B parameters".
     """
 
     name: TargetName
     asked: str
     sizes: Sizes
     most: float
-    say: Callable[[float], str]
+    describe: Callable[[float], str]
 
     @property
     def counts_blocks(self) -> bool:
-        """Whether it is only about how many blocks go."""
+        """Whether the target is a number of blocks."""
         return self.name in ("ratio", "remove")
 
     @property
-    def blocks_are_alike(self) -> bool:
-        """Whether it makes no difference which blocks go."""
+    def has_equal_blocks(self) -> bool:
+        """Whether all blocks have the same size."""
         return len(set(self.sizes.blocks)) == 1
 
     def met(self, removed: Collection[int]) -> bool:
@@ -105,53 +87,53 @@ class SizeTarget:
         return self._fits(self.sizes.without(removed))
 
     def allows(self, increase: float) -> bool:
-        """Whether a removal may raise the loss so far above the dense model's, in nats per token: any may."""
+        """Whether the loss may be this far above the dense model's, in nats per token: always."""
         return True
 
     def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
-        """Give how many removals meet it whichever of the candidates go, those in `removed` among them.
+        """Return how many removals meet the target whichever candidates are removed, including those in `removed`.
 
         Raises:
-            UsageError: it is met already, or cannot be; the sentence says what is the nearest.
+            UsageError: the target is already met, or cannot be met; the message names the nearest size.
         """
-        has, goal = self.sizes.without(removed), self.say(self.most)
-        if self._fits(has):
-            so_far = f"Without the {len(removed)} blocks" if removed else "As it is"
+        size, goal = self.sizes.without(removed), self.describe(self.most)
+        if self._fits(size):
+            so_far = f" without the {len(removed)} removed blocks" if removed else ""
             raise UsageError(
-                f"{so_far}, the model is at {self.say(has)} already; the target is {goal}.",
-                hint="Nothing needs to go.",
+                f"The model is already at {self.describe(size)}{so_far}; the target is {goal}.",
+                hint="Nothing needs to be removed.",
             )
-        # The small ones first; and one block stays in any case.
+        # The smallest blocks first, which is the worst case; one block always stays.
         free = sorted(self.sizes.blocks[block] for block in candidates if block not in removed)
         free = free[: len(self.sizes.blocks) - 1 - len(removed)]
-        left = list(accumulate(free, lambda rest, block: rest - block, initial=has))
+        left = list(accumulate(free, lambda rest, block: rest - block, initial=size))
         if not self._fits(left[-1]):
             raise UsageError(
-                f"With {len(removed) + len(free)} blocks removed, the most that may go, the model is still at "
-                f"{self.say(left[-1])}; the target is {goal}.",
-                hint="Ask for what can be had, or protect fewer blocks.",
+                f"The model is still at {self.describe(left[-1])} with {len(removed) + len(free)} blocks removed, the "
+                f"maximum; the target is {goal}.",
+                hint="Choose a target that can be met, or protect fewer blocks.",
             )
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
 
     def record(self, removed: Collection[int], serving: ServingRecord | None = None) -> TargetRecord:
-        """Say what was reached without these blocks."""
+        """Return what was reached without these blocks."""
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
         return TargetRecord(
             name=self.name, asked=self.asked, limit=self.most, dense=dense, reached=reached, serving=serving
         )
 
     def _fits(self, amount: float) -> bool:
-        return amount <= self.most * (1 + 1e-12)  # what rounding alone adds is not too much
+        return amount <= self.most * (1 + 1e-12)  # tolerates rounding
 
 
 @dataclass(frozen=True)
 class LossTarget:
-    """Ends a search before the removal that would raise the calibration loss too far.
+    """Stop before the removal that would raise the calibration loss too far.
 
     Attributes:
-        name: a field of the request.
+        name: the field of the request.
         asked: what the user wrote.
-        limit: what that is: nats per token above the dense model, or times its perplexity.
+        limit: the number: nats per token above the dense model, or a multiple of its perplexity.
     """
 
     name: TargetName
@@ -160,35 +142,35 @@ class LossTarget:
 
     @property
     def most(self) -> float:
-        """Nats per token that the loss may lie above the dense model's."""
+        """The largest allowed increase of the loss over the dense model's, in nats per token."""
         return math.log(self.limit) if self.name == "max_perplexity_ratio" else self.limit
 
     def met(self, removed: Collection[int]) -> bool:
-        """Whether the search ends here: it goes on as long as it may."""
+        """Whether the search stops here: never, since only the next removal can exceed the limit."""
         return False
 
     def allows(self, increase: float) -> bool:
-        """Whether a removal may raise the loss so far above the dense model's, in nats per token."""
+        """Whether the loss may be this far above the dense model's, in nats per token."""
         return increase <= self.most
 
     def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
-        """Give how many removals there can be, those in `removed` among them; one block stays in any case."""
+        """Return the largest number of removals, including those in `removed`; the caller keeps one block."""
         return len({*candidates, *removed})
 
     def record(self, increase: float, next_increase: float | None) -> TargetRecord:
-        """Say what was reached, in nats per token above the dense model or as a ratio of perplexities, as was asked."""
-        ratio = self.name == "max_perplexity_ratio"
+        """Return what was reached, in the unit of the target: nats per token, or a ratio of perplexities."""
+        is_ratio = self.name == "max_perplexity_ratio"
 
-        def said(nats: float) -> float:
-            return math.exp(min(nats, 700)) if ratio else nats
+        def in_unit(nats: float) -> float:
+            return math.exp(min(nats, 700)) if is_ratio else nats
 
         return TargetRecord(
             name=self.name,
             asked=self.asked,
             limit=self.limit,
-            dense=said(0.0),
-            reached=said(increase),
-            next=None if next_increase is None else said(next_increase),
+            dense=in_unit(0.0),
+            reached=in_unit(increase),
+            next=None if next_increase is None else in_unit(next_increase),
         )
 
 
@@ -199,45 +181,29 @@ def loss_target(request: TargetRequest, name: TargetName) -> LossTarget:
     """Read --max-loss-increase or --max-perplexity-ratio.
 
     Raises:
-        UsageError: it is no number, or the loss would have to fall.
+        UsageError: the value is not a number, or the loss would have to fall.
     """
     asked = str(getattr(request, name))
     return LossTarget(name, asked, parse_number(asked, name, least=0 if name == "max_loss_increase" else 1))
 
 
 def parse_number(text: str, name: str, *, least: float) -> float:
-    """Read a number of at least `least`; "1.25x" is one.
+    """Read a number of at least `least`; "1.25x" is 1.25.
 
     Raises:
-        UsageError: it is none, or a smaller one.
+        UsageError: the text is not a number, or is below `least`.
     """
     try:
         number = float(text.lower().removesuffix("x"))
     except ValueError:
         number = math.nan
     if not (least <= number < math.inf):
-        raise UsageError(f"{option_of(name)} {text} is not a number of {least:g} or more.", hint="Write it like 1.25.")
+        raise UsageError(f"{option_of(name)} {text} is not a number of {least:g} or more.", hint="For example: 1.25.")
     return number
 
 
-def parse_count(text: str, name: str) -> float:
-    """Read "1.2B", "600M" or "135000000".
-
-    Raises:
-        UsageError: it is no such number above 0.
-    """
-    unit = text[-1:].lower()
-    try:
-        count = float(text[:-1] if unit in _COUNTS else text) * _COUNTS.get(unit, 1)
-    except ValueError:
-        count = math.nan
-    if not (0 < count < math.inf):
-        raise UsageError(f"{option_of(name)} {text} is no number of parameters.", hint="Write it like 1.2B or 600M.")
-    return count
-
-
 def longest_run(blocks: Sequence[int]) -> list[int]:
-    """Give the longest of the runs of consecutive blocks, the first of equals."""
+    """Return the longest run of consecutive blocks; the first one if several are equally long."""
     runs: list[list[int]] = [[]]
     for block in blocks:
         if runs[-1] and block != runs[-1][-1] + 1:
@@ -247,31 +213,31 @@ def longest_run(blocks: Sequence[int]) -> list[int]:
 
 
 def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:
-    """Give the share of the dense model's time that one block takes, by least squares through the dense model itself.
+    """Return the share of the dense model's time that one block takes: a least-squares fit through the dense model.
 
-    `share` holds, for so many `removed` blocks, the pruned model's time as a share of the dense one's, measured side by
-    side: 1 - slope x removed.
+    `share` holds the pruned model's time as a share of the dense model's for each number of `removed` blocks, modelled
+    as 1 - slope x removed.
     """
     return sum(n * (1 - s) for n, s in zip(removed, share, strict=True)) / sum(n * n for n in removed)
 
 
 def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | None, remove: int | None) -> int:
-    """Give how many blocks go: `remove`, or ceil(ratio x blocks).
+    """Return how many blocks to remove: `remove`, or ceil(ratio x blocks).
 
     Raises:
-        UsageError: none would go, or more than the protected blocks leave.
+        UsageError: the number is below 1, or above what the protected blocks leave.
     """
     if min(protection.first, protection.last) < 0:
-        raise UsageError("A negative number of blocks cannot be protected.", hint="Take 0 or more.")
+        raise UsageError("Cannot protect a negative number of blocks.", hint="Use 0 or more.")
     count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
-    available = min(len(protection.candidates(blocks, ())), blocks - 1)  # one stays in any case
+    available = min(len(protection.candidates(blocks, ())), blocks - 1)  # one always stays
     if count < 1:
-        raise UsageError(f"{count} blocks to remove leaves nothing to search.", hint="Remove at least 1.")
+        raise UsageError(f"Cannot remove {count} blocks.", hint="Remove at least 1.")
     if count > available:
-        among = f", and {len(protection.blocks)} by name" if protection.blocks else ""
+        named = f", and {len(protection.blocks)} by name" if protection.blocks else ""
         raise UsageError(
-            f"{count} of {blocks} blocks cannot go: {available} may, "
-            f"with {protection.first} protected at the start and {protection.last} at the end{among}.",
+            f"Cannot remove {count} of {blocks} blocks: only {available} can be removed, "
+            f"with {protection.first} protected at the start and {protection.last} at the end{named}.",
             hint=f"Remove {available} or fewer, or protect fewer." if available else "Protect fewer blocks.",
         )
     return count
@@ -281,7 +247,7 @@ def parse_ratio(text: str) -> Fraction:
     """Read a ratio exactly as written, so that 0.2 of 35 blocks is 7.
 
     Raises:
-        UsageError: the text is no number above 0 and below 1.
+        UsageError: the text is not a number above 0 and below 1.
     """
     try:
         ratio = Fraction(text)

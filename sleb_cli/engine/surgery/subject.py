@@ -1,4 +1,4 @@
-"""What `apply`, `eval`, `bench` and `export` work on: a plan or a model, and the blocks that go."""
+"""What `apply`, `eval`, `bench` and `export` work on: a plan or a model, and the blocks to remove."""
 
 from __future__ import annotations
 
@@ -14,27 +14,13 @@ from sleb_cli.events import Notify
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, differences
+from sleb_cli.requests import DEFAULT_PLAN, SubjectRequest
 from sleb_plugins import PlanError, UsageError
-
-DEFAULT_PLAN = "plan.json"
-
-
-@dataclass(frozen=True)
-class SubjectRequest:
-    """What the user named. `remove` takes only the first removals; `model` says where the plan's model is now."""
-
-    named: str | None
-    blocks: tuple[int, ...] | None = None
-    remove: int | None = None
-    model: str | None = None
-    any_model: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the surgery on it (of no block where only the model was named), and the plan behind it."""
+    """A model, the surgery on it (of no block if only the model was named), and the plan, if any."""
 
     surgery: Surgery
     plan: Plan | None
@@ -48,34 +34,36 @@ class Subject:
 def resolve_subject(
     request: SubjectRequest, registry: Registry, notify: Notify, *, needs_removals: bool = False
 ) -> Subject:
-    """Read the plan, find its model, and check that the two belong together.
+    """Read the plan, find its model, and check that the plan was made for it.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
-        UsageError: the blocks or their number do not fit, or there are none where some are needed.
+        UsageError: the blocks or their number do not fit, or none are given although some are needed.
     """
     quiet_libraries()
-    named = request.named or DEFAULT_PLAN
+    named = request.subject or str(DEFAULT_PLAN)
     if is_plan(named):
         return _from_plan(Path(named), request, registry, notify)
     if request.model is not None:
-        raise UsageError("--model goes with a plan; here MODEL is named already.", hint="Leave out --model.")
+        raise UsageError(f"--model applies to a plan, and {named} is a model.", hint="Leave out --model.")
     if request.blocks is None and (needs_removals or request.remove is not None):
-        raise UsageError(f"Which blocks of {named} are to go?", hint="Name a plan, or give --blocks 5,4,9.")
+        raise UsageError(f"No blocks given for {named}.", hint="Name a plan, or use --blocks 5,4,9.")
     removals = first_removals(request.blocks or (), request.remove, "--blocks")
     architecture = _architecture(named, request.revision, request, registry, notify)
     return Subject(plan_surgery(architecture, removals), None)
 
 
 def is_plan(named: str) -> bool:
-    """Whether what the user named is a plan and not a model, by its name or by what lies there."""
+    """Whether the user named a plan rather than a model, by the name or by the file there."""
     path = Path(named)
     return path.suffix == ".json" or (path.is_file() and path.suffix != ".gguf")
 
 
 def _from_plan(path: Path, request: SubjectRequest, registry: Registry, notify: Notify) -> Subject:
     if request.blocks is not None:
-        raise UsageError("--blocks goes with a model; a plan names its own blocks.", hint="Give one of the two.")
+        raise UsageError(
+            f"--blocks applies to a model, and {path} is a plan with its own blocks.", hint="Leave out --blocks."
+        )
     plan = read_plan(path)
     plan = first_of_plan(plan, request.remove, path)
     revision = request.revision or (plan.model.revision if request.model is None else None)
@@ -93,40 +81,40 @@ def _architecture(
 
 
 def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
-    """Give the first `count` removals of `where`, or all of them.
+    """Return the first `count` removals of `where`; all of them by default.
 
     Raises:
-        UsageError: there are not so many.
+        UsageError: `where` has fewer.
     """
     if count is None:
         return removals
     if not 1 <= count <= len(removals):
         raise UsageError(
-            f"--remove {count} is not possible: {where} names {len(removals)} removals.",
-            hint=f"Take 1 to {len(removals)}.",
+            f"Cannot remove {count} blocks: {where} names {len(removals)}.",
+            hint=f"Use --remove 1 to {len(removals)}.",
         )
     return removals[:count]
 
 
 def first_of_plan(plan: Plan, count: int | None, path: Path) -> Plan:
-    """Give the plan for `count` removals, or all of it; raises as `first_removals` does."""
+    """Return the plan for `count` removals; all of it by default. Raises like `first_removals`."""
     return plan.first(len(first_removals(plan.removals, count, str(path))))
 
 
 def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:
-    """Make sure that a plan was made for this model, wherever it is now.
+    """Check that a plan was made for this model, wherever the model is stored now.
 
     Raises:
-        PlanError: it was made for another one; the sentence names the differences.
+        PlanError: it was made for another model; the message names the differences.
     """
     planned, found = plan.model, architecture.record
     if differing := differences(_identity(found), _identity(planned)):
         raise PlanError(
-            f"{path} was made for {planned.id}, and {found.id} is another model ({differing}).",
+            f"{path} was made for {planned.id}, and {found.id} is a different model ({differing}).",
             hint="Name the plan's model with --model, or use the plan on this one with --any-model.",
         )
 
 
 def _identity(model: ModelRecord) -> dict[str, Any]:
-    """Give what makes it the same model, wherever it lies."""
+    """Return what identifies a model, wherever it is stored."""
     return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}

@@ -1,0 +1,477 @@
+"""What users can ask for: one request per verb, the same from the command line and from Python.
+
+The fields of a request are the options of its command, with their help. None leaves a value to the plan that is
+extended, to the model, or to the default that the help names. Nothing here imports torch, so that `sleb --help` is
+instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+WorkloadName = Literal["prompt", "generation"]
+"""What is timed: processing a prompt, or generating after one."""
+
+Chat = Literal["all", "answers"]
+"""Which tokens of conversations count: all, or those that the assistant writes."""
+
+StrategyName = Literal["greedy", "refine", "beam", "oneshot", "contiguous", "last"]
+"""How a search chooses blocks: see `engine/search/strategies.py`."""
+
+TargetName = Literal[
+    "ratio",
+    "remove",
+    "target_params",
+    "target_memory",
+    "target_speedup",
+    "max_loss_increase",
+    "max_perplexity_ratio",
+]
+"""The fields that say how far a search goes."""
+
+TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
+
+DEFAULT_PLAN = Path("plan.json")
+DEFAULT_METRIC = "nll"
+DEFAULT_STRATEGY: StrategyName = "greedy"
+DEFAULT_BEAM_WIDTH = 4
+DEFAULT_PROTECTED = 1
+DEFAULT_CALIBRATION = "wikitext2"
+DEMO_CALIBRATION = "self"
+DEFAULT_SAMPLES = 16
+DEMO_SAMPLES = 24
+DEFAULT_LENGTH = 2048
+DEMO_LENGTH = 64
+DEFAULT_SAMPLE_TOKENS = 48
+DEFAULT_SERVE_LENGTH = 4096
+DEFAULT_SERVE_BATCH = 1
+DEFAULT_WORKLOAD: WorkloadName = "generation"
+DEFAULT_TEXT = "wikitext2"
+DEFAULT_SHARD_SIZE = "5GB"
+DEFAULT_HEAL_MINUTES = 10.0
+RECOVERY_TOKENS = 65_536
+"""Recovery takes more text than a search: it fits weights to it."""
+RECOVERY_SELF_TOKENS = 32_768
+"""Where the model writes all of it: writing a token takes as long as fitting several."""
+RECOVERY_LENGTH = 512
+HEAL_LENGTH = 256
+"""Shorter for training: more and cheaper steps in the same time."""
+
+AUTO = "auto"
+
+_TARGET = "How far to go (choose one)"
+_SERVING = "What a target counts and times"
+_SCORING = "How blocks are chosen"
+_CALIBRATION = "Calibration text"
+_PROTECTION = "Blocks that stay"
+_MACHINE = "Model and machine"
+_OUTPUT = "Output"
+_SUBJECT = "Which blocks go"
+_CHECKPOINT = "Checkpoint"
+_RECOVERY = "Recovery"
+_QUALITY = "Texts and tasks"
+_WORKLOAD = "Workload"
+
+
+@dataclass(frozen=True)
+class Doc:
+    """What help says about a field, and how the command line spells it.
+
+    Attributes:
+        help: one sentence.
+        default: what help names as the default where the field's own is None.
+        panel: the heading under which help lists it.
+        flag: the option, where it is not the field's name: "--protect-kind".
+        short: a one-letter option: "-o".
+        metavar: what help calls the value, where the type says too little.
+        argument: it is a positional argument.
+        repeated: the option may be given more than once; other tuples are lists with commas.
+    """
+
+    help: str
+    default: object = None
+    panel: str | None = None
+    flag: str | None = None
+    short: str | None = None
+    metavar: str | None = None
+    argument: bool = False
+    repeated: bool = False
+
+
+Dtype = Annotated[
+    str | None,
+    Doc("float32, bfloat16, float16, or auto (the checkpoint's own).", default=AUTO, panel=_MACHINE),
+]
+Device = Annotated[str, Doc("cpu, cuda, cuda:1, mps, or auto.", panel=_MACHINE)]
+Revision = Annotated[str | None, Doc("Branch, tag or commit of a model on the Hub.", panel=_MACHINE)]
+TrustRemoteCode = Annotated[bool, Doc("Run Python code that comes with the model.", panel=_MACHINE)]
+Force = Annotated[bool, Doc("Overwrite existing output.", panel=_OUTPUT)]
+ResultFile = Annotated[Path | None, Doc("Write the result to this JSON file.", short="-o", panel=_OUTPUT)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRequest:
+    """How far a search goes: one field of `TARGET_NAMES`, and what some of them need to know."""
+
+    ratio: Annotated[str | float | None, Doc("Remove this share of the blocks, rounded up: 0.2.", panel=_TARGET)] = None
+    remove: Annotated[int | None, Doc("Remove this number of blocks.", panel=_TARGET)] = None
+    target_params: Annotated[
+        str | int | None, Doc("Remove blocks until at most this many parameters remain: 1.2B.", panel=_TARGET)
+    ] = None
+    target_memory: Annotated[
+        str | int | None, Doc("Remove blocks until weights and KV cache fit into this: 6GiB.", panel=_TARGET)
+    ] = None
+    target_speedup: Annotated[
+        str | float | None,
+        Doc("Remove blocks until the model runs this many times faster, timed on this machine: 1.25.", panel=_TARGET),
+    ] = None
+    max_loss_increase: Annotated[
+        str | float | None,
+        Doc("Remove blocks while the loss rises by at most this many nats per token: 0.1.", panel=_TARGET),
+    ] = None
+    max_perplexity_ratio: Annotated[
+        str | float | None,
+        Doc("Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", panel=_TARGET),
+    ] = None
+    serve_dtype: Annotated[
+        str | None,
+        Doc("With --target-memory: data type in which the model will be served.", default="--dtype", panel=_SERVING),
+    ] = None
+    serve_length: Annotated[
+        int | None,
+        Doc(
+            "With --target-memory: tokens per sequence in the KV cache.",
+            default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
+            panel=_SERVING,
+        ),
+    ] = None
+    serve_batch: Annotated[
+        int | None,
+        Doc("With --target-memory: sequences in the KV cache.", default=DEFAULT_SERVE_BATCH, panel=_SERVING),
+    ] = None
+    target_workload: Annotated[
+        WorkloadName | None, Doc("With --target-speedup: what to time.", default=DEFAULT_WORKLOAD, panel=_SERVING)
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRequest:
+    """Which text to calibrate on; a mixture names the share of each source."""
+
+    calibration: Annotated[
+        str | None,
+        Doc(
+            "wikitext2, c4, wikitext2-sleb, c4-sleb, self (written by the model), a .txt or .jsonl file, "
+            "org/name[:config][:split][:column], or a mixture: self:0.5,c4:0.5.",
+            default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
+            panel=_CALIBRATION,
+        ),
+    ] = None
+    samples: Annotated[
+        int | None,
+        Doc("Number of sequences.", default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo", panel=_CALIBRATION),
+    ] = None
+    sequence_length: Annotated[
+        int | None,
+        Doc(
+            "Tokens per sequence.",
+            default=f"{DEFAULT_LENGTH}, or the model's limit; {DEMO_LENGTH} for demo",
+            panel=_CALIBRATION,
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Doc("Seed for drawing and writing text, and for the order of a race.", default=0, panel=_CALIBRATION),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest(CalibrationRequest, TargetRequest):
+    """Everything that decides a search."""
+
+    model: Annotated[str, Doc("A Hub id, a folder, a .gguf file, or demo.", metavar="MODEL", argument=True)] = field(
+        kw_only=False
+    )
+    metric: Annotated[
+        str | None,
+        Doc(
+            "Score candidates by this metric or weighted sum, such as nll+0.5*kl; see `sleb plugins`.",
+            default=DEFAULT_METRIC,
+            panel=_SCORING,
+        ),
+    ] = None
+    strategy: Annotated[
+        StrategyName | None,
+        Doc(
+            "greedy; refine (greedy, then swaps); beam; oneshot (score every block once); contiguous (best span); "
+            "or last.",
+            default=DEFAULT_STRATEGY,
+            metavar="NAME",
+            panel=_SCORING,
+        ),
+    ] = None
+    beam_width: Annotated[
+        int | None, Doc("Sets of blocks that a beam keeps.", default=DEFAULT_BEAM_WIDTH, panel=_SCORING)
+    ] = None
+    compare: Annotated[
+        tuple[str, ...],
+        Doc(
+            "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
+            metavar="LIST",
+            panel=_SCORING,
+        ),
+    ] = ()
+    fast: Annotated[
+        bool | None,
+        Doc(
+            "Race the candidates: stop scoring one once it is clearly behind.",
+            default="no; yes for demo",
+            flag="--fast/--no-fast",
+            panel=_SCORING,
+        ),
+    ] = None
+    chat: Annotated[
+        Chat | None,
+        Doc("Calibrate on conversations (a field or column `messages`), and count these tokens.", panel=_CALIBRATION),
+    ] = None
+    holdout: Annotated[
+        float | None,
+        Doc(
+            "Share of the sequences to keep out of the search, to show overfitting: 0.2.",
+            default=0,
+            panel=_CALIBRATION,
+        ),
+    ] = None
+    sample_tokens: Annotated[
+        int | None,
+        Doc(
+            "Tokens that both models write at the end, to show a collapse; 0 writes none.",
+            default=DEFAULT_SAMPLE_TOKENS,
+            panel=_CALIBRATION,
+        ),
+    ] = None
+    protect_first: Annotated[
+        int | None, Doc("Protect this many blocks at the start.", default=DEFAULT_PROTECTED, panel=_PROTECTION)
+    ] = None
+    protect_last: Annotated[
+        int | None, Doc("Protect this many blocks at the end.", default=DEFAULT_PROTECTED, panel=_PROTECTION)
+    ] = None
+    protect: Annotated[
+        tuple[int, ...] | None, Doc("Protect these blocks, too: 5,11.", metavar="LIST", panel=_PROTECTION)
+    ] = None
+    protect_kinds: Annotated[
+        tuple[str, ...],
+        Doc(
+            "Protect all blocks of this kind: full_attention. May be repeated.",
+            flag="--protect-kind",
+            metavar="KIND",
+            panel=_PROTECTION,
+            repeated=True,
+        ),
+    ] = ()
+    dtype: Dtype = None
+    device: Device = AUTO
+    memory: Annotated[
+        str | int | None,
+        Doc("Memory for the search beside the model: 8GiB.", default="a share of what is free", panel=_MACHINE),
+    ] = None
+    batch_size: Annotated[int | None, Doc("Sequences per forward pass.", default="by device", panel=_MACHINE)] = None
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    extend: Annotated[
+        Path | None,
+        Doc("Continue from a finished plan, with its settings and text.", metavar="PLAN", panel=_OUTPUT),
+    ] = None
+    resume: Annotated[bool, Doc("Continue an interrupted search.", panel=_OUTPUT)] = False
+    output: Annotated[
+        Path | None,
+        Doc("Write the plan here.", default=f"{DEFAULT_PLAN}, or the extended plan", short="-o", panel=_OUTPUT),
+    ] = None
+    force: Force = False
+
+    @property
+    def plan_file(self) -> Path:
+        """Where the plan is written; an extended plan holds all that the old one did, so it may replace it."""
+        return self.output or self.extend or DEFAULT_PLAN
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectRequest:
+    """What to work on: a plan, or a model and the blocks to remove from it."""
+
+    subject: Annotated[
+        str | None,
+        Doc(
+            f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.",
+            metavar="PLAN|MODEL",
+            argument=True,
+        ),
+    ] = field(default=None, kw_only=False)
+    blocks: Annotated[
+        tuple[int, ...] | None,
+        Doc("Remove these blocks from MODEL, in this order: 5,4,9.", metavar="LIST", panel=_SUBJECT),
+    ] = None
+    remove: Annotated[
+        int | None,
+        Doc(
+            "Remove only N blocks: those of the plan's step N, or the first N of --blocks.", metavar="N", panel=_SUBJECT
+        ),
+    ] = None
+    model: Annotated[str | None, Doc("Where the plan's model is now, if it moved.", panel=_SUBJECT)] = None
+    any_model: Annotated[bool, Doc("Use the plan on a model it was not made for.", panel=_SUBJECT)] = False
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyRequest(SubjectRequest, CalibrationRequest):
+    """A checkpoint or GGUF file to be written, and how the blocks that stay are recovered."""
+
+    source: Annotated[
+        Path | None,
+        Doc("Remove the blocks from this GGUF file of the model, quantised or not.", metavar="GGUF", panel=_CHECKPOINT),
+    ] = None
+    dtype: Annotated[str | None, Doc("Cast the weights: float32, bfloat16, float16.", panel=_CHECKPOINT)] = None
+    max_shard_size: Annotated[str | int, Doc("Largest weight file: 5GB, 512MiB.", panel=_CHECKPOINT)] = (
+        DEFAULT_SHARD_SIZE
+    )
+    no_verify: Annotated[bool, Doc("Skip the proof after saving.", panel=_CHECKPOINT)] = False
+    recover: Annotated[
+        bool, Doc("Refit the blocks around each gap to the dense model, in closed form.", panel=_RECOVERY)
+    ] = False
+    heal: Annotated[
+        bool, Doc("Train the remaining blocks to predict what the dense model predicts.", panel=_RECOVERY)
+    ] = False
+    heal_minutes: Annotated[
+        float | None, Doc("Stop healing after this time.", default=f"{DEFAULT_HEAL_MINUTES:g}", panel=_RECOVERY)
+    ] = None
+    heal_tokens: Annotated[
+        int | None, Doc("Stop healing after this many tokens instead, which is reproducible.", panel=_RECOVERY)
+    ] = None
+    resume: Annotated[bool, Doc("Continue an interrupted healing.", panel=_RECOVERY)] = False
+    calibration: Annotated[
+        str | None,
+        Doc(
+            "Text to recover on, as for `sleb search`.",
+            default="the plan's text and a quarter self; --heal alone: self",
+            panel=_RECOVERY,
+        ),
+    ] = None
+    samples: Annotated[
+        int | None,
+        Doc(
+            "Number of sequences; a fifth is held out.",
+            default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
+            panel=_RECOVERY,
+        ),
+    ] = None
+    sequence_length: Annotated[
+        int | None,
+        Doc(
+            "Tokens per sequence.",
+            default=f"{RECOVERY_LENGTH}, or {HEAL_LENGTH} with --heal, or the model's limit",
+            panel=_RECOVERY,
+        ),
+    ] = None
+    seed: Annotated[int | None, Doc("Seed for drawing and writing text.", default=0, panel=_RECOVERY)] = None
+    device: Annotated[
+        str | None, Doc("Device to recover on: cpu, cuda, cuda:1, mps.", default=AUTO, panel=_RECOVERY)
+    ] = None
+    push: Annotated[
+        str | None, Doc("Upload the checkpoint to the Hub, private.", metavar="ORG/NAME", panel=_OUTPUT)
+    ] = None
+    public: Annotated[bool, Doc("With --push: make it public.", panel=_OUTPUT)] = False
+    output: Annotated[
+        Path | None,
+        Doc(
+            "Write this folder, or this file if it ends in .gguf.",
+            default="named after the model",
+            short="-o",
+            panel=_OUTPUT,
+        ),
+    ] = None
+    force: Force = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRequest(SubjectRequest):
+    """What to measure of a model's quality."""
+
+    perplexity: Annotated[
+        tuple[str, ...],
+        Doc(
+            "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column].",
+            default=f"{DEFAULT_TEXT}, unless --tasks",
+            metavar="LIST",
+            panel=_QUALITY,
+        ),
+    ] = ()
+    tasks: Annotated[
+        tuple[str, ...], Doc("lm-eval tasks, separated by commas: piqa,arc_easy.", metavar="LIST", panel=_QUALITY)
+    ] = ()
+    limit: Annotated[int | None, Doc("Use only the first items of each task.", panel=_QUALITY)] = None
+    num_fewshot: Annotated[int | None, Doc("Examples in the prompt.", default="the task's own", panel=_QUALITY)] = None
+    include_path: Annotated[Path | None, Doc("Folder with your own task files.", panel=_QUALITY)] = None
+    sequence_length: Annotated[
+        int | None,
+        Doc("Tokens per perplexity window.", default=f"{DEFAULT_LENGTH}, or the model's limit", panel=_QUALITY),
+    ] = None
+    bos: Annotated[bool, Doc("Begin every perplexity window with the BOS token.", panel=_QUALITY)] = False
+    batch_size: Annotated[int, Doc("Windows or task items per forward pass.", panel=_QUALITY)] = 1
+    dtype: Dtype = None
+    device: Device = AUTO
+    output: ResultFile = None
+    force: Force = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest(SubjectRequest):
+    """What to time; numbers that are None follow from the workload and the device."""
+
+    prompt: Annotated[bool, Doc("Time prompt processing (prefill).", panel=_WORKLOAD)] = False
+    generation: Annotated[bool, Doc("Time generation (prefill and decode).", default="both", panel=_WORKLOAD)] = False
+    batch_size: Annotated[int | None, Doc("Prompts per batch.", default="by workload and device", panel=_WORKLOAD)] = (
+        None
+    )
+    prompt_length: Annotated[
+        int | None, Doc("Tokens per prompt.", default="by workload and device", panel=_WORKLOAD)
+    ] = None
+    new_tokens: Annotated[
+        int | None, Doc("Tokens to generate per prompt.", default="by workload and device", panel=_WORKLOAD)
+    ] = None
+    iterations: Annotated[int | None, Doc("Timed runs.", default="by workload and device", panel=_WORKLOAD)] = None
+    warmup: Annotated[int | None, Doc("Untimed runs first.", default="by workload and device", panel=_WORKLOAD)] = None
+    dtype: Dtype = None
+    device: Device = AUTO
+    output: ResultFile = None
+    force: Force = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest(SubjectRequest):
+    """A format that another tool reads."""
+
+    to: Annotated[
+        str,
+        Doc(
+            "gguf, hf, vllm, llama-quantize, mergekit, indices, or a plugin's format: see `sleb plugins`.",
+            metavar="FORMAT",
+            panel=_OUTPUT,
+        ),
+    ]
+    source: Annotated[
+        Path | None,
+        Doc("A GGUF file of the model, for gguf and llama-quantize.", metavar="GGUF", panel=_OUTPUT),
+    ] = None
+    output: Annotated[
+        Path | None,
+        Doc(
+            "Write this file or folder.",
+            default="text to stdout, files named after the model",
+            short="-o",
+            panel=_OUTPUT,
+        ),
+    ] = None
+    force: Force = False

@@ -1,0 +1,26 @@
+"""Show the result of `sleb export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sleb_cli.ui.apply import show_applied
+from sleb_cli.ui.console import print_note
+from sleb_cli.ui.tables import print_line
+
+if TYPE_CHECKING:
+    from sleb_cli.results import ExportResult
+
+
+def show_exported(exported: ExportResult, output: Path | None) -> None:
+    """Print a text unchanged, or show what was written, how far it is proven, and how to use it."""
+    if exported.text is not None:
+        if output is None:
+            print(exported.text, end="")
+        else:
+            print_note(f"wrote {output}")
+    for result in exported.written:
+        show_applied(result)
+    for line in exported.lines:
+        print_line(line)
