@@ -3,12 +3,10 @@
 import os
 import tempfile
 
-from sleb_cli.engine.measure import sample_generation
-
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="sleb-tests-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# Tiny models gain nothing from threads, and there is one test a core at a time.
+# Tiny models gain nothing from threads, and each core runs one test at a time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "120"
 
@@ -46,7 +44,7 @@ WORDS = (
 ).split()
 
 
-# Before each test gets a cache of its own: where `sleb search demo` left the 135M model.
+# Read before each test gets its own cache: where `sleb search demo` left the 135M model.
 USERS_CACHE = cache_root()
 
 
@@ -63,18 +61,19 @@ class Result:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    # What models say is of no interest to most tests, and would take longer than some searches.
-    monkeypatch.setattr(sample_generation, "NEW_TOKENS", 6)
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run `sleb` with these arguments, in an empty folder, and give its exit code and both streams."""
+    """Run `sleb` with these arguments in an empty folder, and return its exit code and both streams."""
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
-        code = main([str(argument) for argument in arguments])
+        words = [str(argument) for argument in arguments]
+        if words[:1] == ["search"] and "--sample-tokens" not in words:
+            words += ["--sample-tokens", "6"]  # a whole sample takes longer than some searches
+        code = main(words)
         captured = capfd.readouterr()
         assert "Traceback" not in captured.err
         return Result(code, captured.out, captured.err)
@@ -83,7 +82,7 @@ def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 
 
 def prose(sentences: int, seed: int = 0) -> str:
-    """Give text that looks like sentences, the same for the same seed."""
+    """Return text that looks like sentences, the same for the same seed."""
     rng = random.Random(seed)
     lines = [" ".join(rng.choices(WORDS, k=rng.randint(5, 12))).capitalize() + "." for _ in range(sentences)]
     return "\n".join(" ".join(lines[start : start + 6]) for start in range(0, sentences, 6))
@@ -98,7 +97,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_tokenizer(*, bos: bool) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer; with `bos`, it begins every text with <s> by itself."""
+    """Train a byte-level BPE tokenizer; with `bos`, it begins every text with <s>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -130,7 +129,7 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, *
 
 
 def random_model(config: Any) -> Any:
-    """Give a random model of the real class in memory, with weights large enough that every block matters."""
+    """Return a random model of the real class in memory, with weights large enough that every block matters."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -197,25 +196,25 @@ def llama_plan(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Pat
 
 
 def few_bytes() -> None:
-    """Let no file of this process, a child that is about to run a command, become larger than 20 kB."""
+    """Limit the files of this process, a child about to run a command, to 20 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:
-    """Options for a calibration that takes no time."""
+    """Return options for a calibration that takes no time."""
     return ["--calibration", text, "--samples", samples, "--sequence-length", length]
 
 
 def calibration_sequences(model: Path, text: Path, samples: int = 4, length: int = 32) -> torch.Tensor:
-    """Give the tokens that a search with `calibration` measures on, drawn in the slow way."""
+    """Return the tokens that a search with `calibration` measures on, drawn the slow way."""
     windows = cut_windows(AutoTokenizer.from_pretrained(model), text.read_text(), length, bos=False)
     return windows[draw(len(windows), samples, 0)]
 
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real text, tasks and models that lie beside the checkout; elsewhere its tests are skipped."""
+    """Real text, tasks and models beside the checkout; without them, tests that need them are skipped."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the shared data folder does not lie beside this checkout")
@@ -224,7 +223,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The trained 135M model, where `sleb search demo` has fetched it before; elsewhere its tests are skipped."""
+    """The trained 135M model, if `sleb search demo` has fetched it; otherwise, tests that need it are skipped."""
     found = [path for path in USERS_CACHE.glob("demo-*") if (path / "config.json").is_file()]
     if not found:
         pytest.skip("the demo model is not in the cache: run `sleb search demo --ratio 0.2` once")

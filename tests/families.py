@@ -1,4 +1,4 @@
-"""A tiny config for every causal language model that transformers knows: what each needs beside the common sizes."""
+"""A tiny config for every causal language model in transformers, with what each needs beside the common sizes."""
 
 import inspect
 from typing import Any
@@ -17,14 +17,14 @@ COMMON = {
     "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
     "v_head_dim": 8, "index_topk": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320,
 }  # fmt: skip
-"""Sizes under the names that configs use; each family gets those that it knows."""
+"""Sizes under the names that configs use; each family gets those it has."""
 
 DECODER = {"is_decoder": True}
 HALF = {
     "d_model": 32, "decoder_layers": BLOCKS, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "encoder_layers": 2,
     "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "is_encoder_decoder": False, "is_decoder": True,
 }  # fmt: skip
-"""The decoder of an encoder-decoder model, on its own."""
+"""The decoder of an encoder-decoder model, alone."""
 
 SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
@@ -153,20 +153,20 @@ ON_THE_HUB = {
     "a count, glm4_moe_lite": ("glm4_moe_lite", {}, {"mlp_layer_types": None, "first_k_dense_replace": 1}),
     "the last block by -1, ernie4_5_moe": ("ernie4_5_moe", {"moe_layer_end_index": -1}, {"moe_layer_end_index": -1}),
 }  # fmt: skip
-"""What checkpoints of the hub say otherwise than transformers saves it: type, settings, and changes to config.json."""
+"""Configs of Hub checkpoints that differ from what transformers saves: type, settings, changes to config.json."""
 
 NOT_ONLY_TEXT = {
     "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
     "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moss_transcribe_diarize", "musicgen",
     "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp",
 }  # fmt: skip
-"""Models that also see or hear, draft for another one, or read bytes: they are no single stack of blocks."""
+"""Models that also see or hear, draft for another model, or read bytes: not a single stack of blocks."""
 
 FAMILIES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_ONLY_TEXT)
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
-    """Give a config of some thousand parameters for any of FAMILIES."""
+    """Return a config of some thousand parameters for one of FAMILIES."""
     kind = CONFIG_MAPPING[model_type]
     known = {
         *getattr(kind, "__dataclass_fields__", ()),

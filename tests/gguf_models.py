@@ -102,7 +102,7 @@ def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
 
 
 def tensors_of(path: Path) -> dict[str, tuple[Any, ...]]:
-    """Give each tensor's type, shape and bytes, in the file's order, as the format's own library reads them."""
+    """Return each tensor's type, shape and bytes, in the file's order, as the format's own library reads them."""
     return {
         tensor.name: (tensor.tensor_type, tensor.shape.tolist(), tensor.data.tobytes())
         for tensor in gguf.GGUFReader(path).tensors
@@ -110,6 +110,6 @@ def tensors_of(path: Path) -> dict[str, tuple[Any, ...]]:
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """Give the metadata, in the file's order, as the format's own library reads it."""
+    """Return the metadata, in the file's order, as the format's own library reads it."""
     fields = gguf.GGUFReader(path).fields
     return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}

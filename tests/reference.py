@@ -1,4 +1,4 @@
-"""SLEB as plainly as it can be said: one sequence, one candidate at a time. Nothing of sleb in here."""
+"""SLEB in its plainest form: one sequence and one candidate at a time. Imports nothing of sleb."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def plain_loss(model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: set[int], kinds: Any = None) -> float:
-    """Give the mean over sequences of the mean cross entropy, with these blocks handing their input on."""
+    """Return the mean over sequences of the mean cross entropy, with these blocks returning their input."""
     kinds = kinds or output_kinds(model, blocks, sequences)
     before = {index: vars(blocks[index]).pop("forward", None) for index in skipped}
     try:
         for index in skipped:
-            blocks[index].forward = handing_on(*kinds[index])
+            blocks[index].forward = passing_through(*kinds[index])
         losses = []
         for sequence in sequences:
             logits = model(sequence[None], use_cache=False).logits[0, :-1].float()
@@ -29,14 +29,14 @@ def plain_loss(model: Any, blocks: nn.ModuleList, sequences: Tensor, skipped: se
 
 @torch.no_grad()
 def output_kinds(model: Any, blocks: nn.ModuleList, sequences: Tensor) -> list[tuple[type, int]]:
-    """Learn by hooks what each block returns: a tensor, or so many things in a tuple or list."""
+    """Return what each block returns, seen by hooks: the type, and the length of a tuple or list."""
     kinds: dict[int, tuple[type, int]] = {}
 
-    def learn(index: int, output: Any) -> None:
+    def record(index: int, output: Any) -> None:
         kinds[index] = type(output), len(output)
 
     handles = [
-        block.register_forward_hook(lambda block, args, output, index=index: learn(index, output))
+        block.register_forward_hook(lambda block, args, output, index=index: record(index, output))
         for index, block in enumerate(blocks)
     ]
     model(sequences[:1, :2], use_cache=False)
@@ -45,8 +45,8 @@ def output_kinds(model: Any, blocks: nn.ModuleList, sequences: Tensor) -> list[t
     return [kinds[index] for index in range(len(blocks))]
 
 
-def handing_on(kind: type, length: int) -> Any:
-    """Give a `forward` that does nothing."""
+def passing_through(kind: type, length: int) -> Any:
+    """Return a `forward` that returns its input."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -58,7 +58,7 @@ def handing_on(kind: type, length: int) -> Any:
 def plain_search(
     model: Any, blocks: nn.ModuleList, sequences: Tensor, remove: int, *, removed: Sequence[int] = ()
 ) -> tuple[list[int], list[dict[int, float]]]:
-    """Give the removals in order, and each step's loss of every candidate; first and last block are protected."""
+    """Return the removals in order, and the loss of every candidate per step; protects the first and last block."""
     gone, kinds = list(removed), output_kinds(model, blocks, sequences)
     steps = []
     while len(gone) < remove:

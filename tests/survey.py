@@ -1,6 +1,6 @@
-"""Take a family through everything, by the real command line, and hold the result against plain transformers.
+"""Take a family through the real command line, and compare the result with plain transformers.
 
-`python tests/survey.py` does so for all of them and writes docs/families.md; `python tests/survey.py llama opt` prints.
+`python tests/survey.py` surveys all families and writes docs/families.md; `python tests/survey.py llama opt` prints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from conftest import calibration, prose, save_model
 from families import FAMILIES, tiny_config
-from reference import handing_on, output_kinds
+from reference import output_kinds, passing_through
 from sleb_cli.__main__ import main
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
@@ -37,47 +37,47 @@ HEAD = """# Families
 
 Written by `python tests/survey.py`, checked by `tests/contract/test_every_family.py`: do not edit.
 
-Each causal language model that transformers knows, taken through `search`, `apply` and the proof as a tiny random model:
-{tried} tried, {works} work, {refused} are refused before any work. To work means: two blocks found by search, and two of
-different kinds where there are several, removed; stock transformers loads the checkpoint with nothing missing or unexpected;
-its logits equal those of the whole model with these blocks switched off (float32, 1e-5); it generates with the KV cache as
-without; saved again, it loads again; and what `eval` and `bench` build in memory has the same weights.
+Every causal language model that transformers knows, taken through `search`, `apply` and the proof as a tiny random model:
+{tried} tried, {works} work, {refused} are refused before any work. A family works if two blocks can be found by search, and two
+of different kinds (if it has several) can be removed; stock transformers loads the checkpoint with nothing missing or unexpected;
+its logits equal those of the whole model with these blocks switched off (float32, 1e-5); it generates the same with the KV cache
+as without; it can be saved and loaded again; and the model that `eval` and `bench` build in memory has the same weights.
 
-Vision-language models are pruned in their language model, whose config is a part of theirs (`text_config`): the rest of
-the files stay as they are. Models with code of their own (`auto_map`) are read by their structure. Adapters (PEFT) are refused:
+Vision-language models are pruned in their language model, whose config is part of theirs (`text_config`); their other
+files stay as they are. Models with their own code (`auto_map`) are read by their structure. Adapters (PEFT) are refused:
 merge them first.
 
-- *search*: `fork` scores all candidates in one walk up the blocks, `prefix` each from its block on, `plain` each through
-  the whole model. All give the same numbers.
+- *search*: `fork` scores all candidates in one walk up the blocks, `plain` each through the whole model. Both give the
+  same numbers.
 - *keys that change*: in `config.json`, when blocks of different kinds go.
-- *kinds of blocks*: what `--protect-kind` takes and the table of steps shows. They are those of the tiny model.
+- *kinds of blocks*: what `--protect-kind` takes and the table of steps shows, here for the tiny model.
 """
 
 TAIL = """## What other tools get wrong here
 
-- **Lists by block.** Where only the count is lowered, `layer_types` (Gemma 2 and 3, Qwen3-Next, gpt-oss, OLMo 3, …) no
-  longer fits: transformers 5 refuses to load the checkpoint, older versions and other engines read the kinds of the first blocks.
+- **Lists by block.** If only the count is lowered, `layer_types` (Gemma 2 and 3, Qwen3-Next, gpt-oss, OLMo 3, …) no
+  longer fits: transformers 5 refuses to load the checkpoint; older versions and other engines read the kinds of the first blocks.
 - **Kinds by period** (`sliding_window_pattern`, `full_attention_interval`, `decoder_sparse_step`, RecurrentGemma's
-  `block_types`): a removed block shifts the period for all that follow. They become explicit lists.
-  Jamba has no list to write them to (`attn_layer_period`, `expert_layer_period`): only removals that keep the period true are taken.
-- **Leading blocks** (`first_k_dense_replace`, `num_dense_layers`, `moe_layer_start_index`): a removed dense block lowers the
+  `block_types`): removing a block shifts the period for all blocks after it. These keys become explicit lists.
+  Jamba has no list to write them to (`attn_layer_period`, `expert_layer_period`): only removals that keep the period true are accepted.
+- **Leading blocks** (`first_k_dense_replace`, `num_dense_layers`, `moe_layer_start_index`): removing a dense block lowers the
   count, or an expert block would be built dense.
-- **Names.** Weight files may call blocks otherwise than the loaded model does (`transformer.h` for `model.layers`), and
-  number blocks for multi-token prediction on after the last one (DeepSeek-V3, GLM-4.5). These go: transformers looks for them under
-  a fixed number, and they would predict from hidden states of the whole model. In GGUF files, which count them, they move up.
+- **Names.** Weight files may name blocks differently from the loaded model (`transformer.h` for `model.layers`), and
+  number blocks for multi-token prediction on after the last one (DeepSeek-V3, GLM-4.5). These are removed: transformers looks for
+  them under a fixed number, and they would predict from hidden states of the whole model. In GGUF files, which count them, they move up.
 - **Decay slopes of MiniMax** follow from a block's number and the number of blocks. transformers stores them with the
-  weights, so they stay right; an engine that computes them anew from the config decays otherwise.
+  weights, so they stay right; an engine that recomputes them from the config decays differently.
 - **Constants of depth.** MiniCPM scales each residual by `scale_depth` over the root of the number of blocks: `scale_depth` is
   lowered so that the factor stays. DiffLlama's `lambda_init`, GPT-2's `scale_attn_by_inverse_layer_idx` and RWKV's
   `rescale_every` depend on the number of each single block and cannot be kept.
 - **The last attention block of a hybrid** (Qwen3.5, LFM2, OLMo-Hybrid, …) carries the length of the KV cache: without
   any, decoding fails. It is never a candidate.
-- **Embeddings by block outside of the blocks** (`embed_tokens_per_layer` and `per_layer_model_projection` of Gemma 3n and 4)
-  hold one slice for each block: these are cut out of them.
+- **Embeddings by block outside the blocks** (`embed_tokens_per_layer` and `per_layer_model_projection` of Gemma 3n and 4)
+  hold one slice for each block; the slices of removed blocks are cut out.
 - **Borrowed keys and values** (`num_kv_shared_layers` of Gemma 3n and 4): the last blocks read those of the last lender of
   their kind. A lender is never a candidate, or its borrowers would read another one's.
-- **Positions of RoBERTa's kin** are counted otherwise by `generate` than by a plain forward pass, in transformers itself:
-  with and without cache are compared within `generate`.
+- **Positions of RoBERTa and its relatives** are counted differently by `generate` and by a plain forward pass, in transformers
+  itself: decoding with and without cache is compared within `generate`.
 """
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
@@ -85,7 +85,7 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 
 @dataclass(frozen=True)
 class Row:
-    """What docs/families.md says about one family: `refused` is why, or empty where it works."""
+    """What docs/families.md says about one family: `refused` is the reason, or empty if it works."""
 
     model_type: str
     refused: str = ""
@@ -97,7 +97,7 @@ class Row:
 
 
 def survey(model_type: str, work: Path) -> Row:
-    """Search, apply, reload, compare and generate with a tiny random model; or see that it is refused at once."""
+    """Search, apply, reload, compare and generate with a tiny random model, or check that it is refused before any work."""
     folder = save_model(work / "model", tiny_config(model_type))
     (work / "text.txt").write_text(prose(60))
     code, out, err = run(
@@ -126,11 +126,11 @@ def survey(model_type: str, work: Path) -> Row:
 
 
 def silent(event: Event) -> None:
-    """Listen, and say nothing."""
+    """Drop events."""
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
-    """Run `sleb` and give its exit code and both streams."""
+    """Run `sleb` and return its exit code and both streams."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
@@ -138,7 +138,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def mixed_removals(architecture: Architecture) -> list[int]:
-    """Choose two blocks, of two kinds where there are any, so that every list by block has to change."""
+    """Choose two blocks, of two kinds if the model has several, so that every list by block must change."""
     free = Removable(architecture, Protection(1, 1), silent)
     for first in free.candidates(()):
         try:
@@ -153,7 +153,7 @@ def mixed_removals(architecture: Architecture) -> list[int]:
 
 @torch.inference_mode()
 def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) -> None:
-    """Apply, and look at the checkpoint with nothing of sleb in hand; and at the same model as `eval` builds it."""
+    """Apply, and check the checkpoint without sleb, and the same model as `eval` builds it in memory."""
     code, out, err = run("apply", *subject, "-o", folder, "--json")
     assert code == 0, err
     applied = json.loads(out)
@@ -176,18 +176,18 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
 
 
 def skipped_logits(architecture: Architecture, removals: list[int], ids: torch.Tensor) -> torch.Tensor:
-    """Give the logits of the dense model whose removed blocks hand their input on."""
+    """Return the logits of the dense model whose removed blocks return their input."""
     dense = AutoModelForCausalLM.from_pretrained(architecture.source.folder, dtype=torch.float32).eval()
     blocks = architecture.blocks_of(dense)
     kinds = output_kinds(dense, blocks, ids)
     for block in removals:
-        blocks[block].forward = handing_on(*kinds[block])
+        blocks[block].forward = passing_through(*kinds[block])
     logits: torch.Tensor = dense(input_ids=ids, use_cache=False).logits
     return logits
 
 
 def greedy(model: Any, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
-    """Give the logits of 6 greedy steps."""
+    """Return the logits of 6 greedy steps."""
     settings = GenerationConfig(
         do_sample=False, use_cache=use_cache, max_new_tokens=6, min_new_tokens=6, output_logits=True,
         return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
@@ -199,12 +199,12 @@ def greedy(model: Any, ids: torch.Tensor, *, use_cache: bool) -> torch.Tensor:
 def _reason(stderr: str, folder: Path) -> str:
     message = next(line for line in stderr.splitlines() if line.startswith("error: ")).removeprefix("error: ")
     message = message.replace(f"{folder} ", "").rstrip(".")
-    because = re.search(r", because (.*)|can go: without block \d+, (.*)", message)
+    because = re.search(r", because (.*)|can be removed: without block \d+, (.*)", message)
     return (because[1] or because[2]) if because else message
 
 
 def example(model_type: str) -> str:
-    """Give the checkpoint that transformers' own documentation names for the family, where it names one."""
+    """Return the checkpoint that the documentation of transformers names for the family, or an empty string."""
     kind = CONFIG_MAPPING[model_type]
     source = inspect.getsource(inspect.getmodule(kind))
     found = re.search(rf'checkpoint="([^"]+)"\)(?:\s*@\w+(?:\([^)]*\))?)*\s*class {kind.__name__}\b', source)
@@ -212,7 +212,7 @@ def example(model_type: str) -> str:
 
 
 def document(rows: list[Row]) -> str:
-    """Write docs/families.md."""
+    """Return the text of docs/families.md."""
     works, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
     return "\n".join([
         HEAD.format(works=len(works), refused=len(refused), tried=len(rows)),
@@ -224,7 +224,7 @@ def document(rows: list[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    """Write one line of a table."""
+    """Return one line of a table."""
     if row.refused:
         return f"| {row.model_type} | {row.refused} | {example(row.model_type)} |"
     kinds = "; ".join(row.kinds) + (f" (some stay: {row.stays})" if row.stays else "")
@@ -233,7 +233,7 @@ def line(row: Row) -> str:
 
 
 def survey_all(names: list[str], tell: Callable[[str], None]) -> list[Row]:
-    """Survey these families, one after another."""
+    """Survey these families, one after the other."""
     rows = []
     for name in names:
         with TemporaryDirectory() as work:

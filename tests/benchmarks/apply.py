@@ -1,12 +1,12 @@
-"""How long `sleb apply` takes beside a plain copy of the folder, and how much memory, in one run on the same data.
+"""Time and peak memory of `sleb apply`, next to a plain copy of the folder, in one run on the same data.
 
     python tests/benchmarks/apply.py [FOLDER] [--gib 8] [--shards 16] [--blocks 5,20,41] [--rounds 3] [--dtype float32]
 
-Makes a Llama of 64 blocks in bfloat16, whose weights are random bytes, in a new folder under FOLDER (default: the
-system's temporary one; it needs 2.9 times the size), and deletes it. Each round times `cp -r` and `sleb apply
---no-verify`, each from start to finish as a process of its own and until its output is on the disk (`sync -f`), in
-an order that alternates. Both find the source in the page cache as far as that is large enough. Peak memory is the
-process's own (`ru_maxrss`). What a process takes that only imports torch and transformers is said beside both.
+Writes a Llama of 64 blocks in bfloat16, whose weights are random bytes, to a new folder under FOLDER (default: the
+system's temporary folder; it needs 2.9 times the size), and deletes it afterwards. Each round times `cp -r` and
+`sleb apply --no-verify`, each as a separate process from its start until its output is on disk (`sync -f`), in
+alternating order. Both find the source in the page cache if the cache is large enough. Peak memory is that of the
+process (`ru_maxrss`). Time and memory of a process that only imports torch and transformers are shown for comparison.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ IMPORTS = "from transformers import LlamaForCausalLM"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="where to work; default: the temporary folder")
+    parser.add_argument("folder", type=Path, nargs="?", help="working folder; default: the temporary folder")
     parser.add_argument("--gib", type=float, default=8.0)
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--blocks", default="5,20,41,42,50,57", help="blocks to remove")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", help="cast, which reads and writes tensor by tensor")
+    parser.add_argument("--dtype", help="cast to this type, tensor by tensor")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="sleb-benchmark-") as place:
@@ -65,17 +65,17 @@ def main() -> None:
         print(f"{name:11} {statistics.median(taken_by):7.2f} s   ({' '.join(f'{taken:.2f}' for taken in taken_by)})")
     ratio = statistics.median(seconds["sleb apply"]) / statistics.median(seconds["cp -r"])
     print(
-        f"ratio       {ratio:7.2f}x  {verdict(ratio <= GOAL_RATIO)} {GOAL_RATIO}x; {written / 1e9:.2f} GB were written"
+        f"ratio       {ratio:7.2f}x  {compared(ratio <= GOAL_RATIO)} {GOAL_RATIO}x; {written / 1e9:.2f} GB were written"
     )
     print(f"            {start:.2f} s of `sleb apply` are the import of torch and transformers")
     print(
-        f"peak memory {peak / 2**20:7.0f} MiB {verdict(peak < GOAL_BYTES)} {GOAL_BYTES / 2**20:.0f} MiB; "
+        f"peak memory {peak / 2**20:7.0f} MiB {compared(peak < GOAL_BYTES)} {GOAL_BYTES / 2**20:.0f} MiB; "
         f"{floor / 2**20:.0f} MiB of it are torch and transformers"
     )
 
 
 def run(command: list[str], output: Path) -> tuple[float, int]:
-    """Run a command until what it wrote is on the disk; give the seconds and its peak resident bytes."""
+    """Run a command until its output is on disk; return the seconds and its peak resident bytes."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -86,14 +86,14 @@ def run(command: list[str], output: Path) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def verdict(reached: bool) -> str:
+def compared(reached: bool) -> str:
     return "within the goal of" if reached else "MISSES the goal of"
 
 
 def make_model(folder: Path, gib: float, shards: int) -> int:
-    """Write a Llama of random bytes, tensor by tensor, and give its size."""
+    """Write a Llama of random bytes, tensor by tensor, and return its size in bytes."""
     folder.mkdir()
-    # Four matrices of attention, and three of the MLP, whose width makes up the size.
+    # Four matrices of attention, and three of the MLP, whose width sets the size.
     elements = gib * 2**30 / 2 / BLOCKS
     width = max(8, round((elements - 4 * HIDDEN**2) / (3 * HIDDEN)))
     config = {
@@ -115,12 +115,12 @@ def make_model(folder: Path, gib: float, shards: int) -> int:
 
 
 def shapes(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name the tensors of the model, and give their shapes."""
+    """Yield the name and shape of each tensor of the model."""
     yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
     for block in range(BLOCKS):
         prefix = f"model.layers.{block}"
         yield from ((f"{prefix}.self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)) for name in "qkvo")
-        yield from ((f"{prefix}.mlp.{name}_proj.weight", (width, HIDDEN)) for name in ("switch", "up"))
+        yield from ((f"{prefix}.mlp.{name}_proj.weight", (width, HIDDEN)) for name in ("gate", "up"))
         yield f"{prefix}.mlp.down_proj.weight", (HIDDEN, width)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}.{norm}.weight", (HIDDEN,)

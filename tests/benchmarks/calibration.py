@@ -1,14 +1,13 @@
-"""What the choice of the calibration text does: search on A, test on B, for all pairs, as a Markdown table.
+"""The effect of the calibration text: search on A, test on B, for all pairs, as a Markdown table.
 
     python tests/benchmarks/calibration.py MODEL DATA WORK [--remove 6] [--samples 16] [--length 128] [--tests 32]
         [--only "NAME;NAME"] [--fast] [--chat]
 
 DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt, text/c4_50.jsonl and tasks/arc_easy.jsonl. No text is
 both searched and tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text (with
---chat, also its answers to questions of ARC-easy) for the search with one seed, for the test with another. Everything
-that was found stands in WORK: a plan for each search, which goes on where it was interrupted, and results.json.
-Perplexities are printed in bold where the loss, paired over the windows, is within two standard errors of the best in
-its column.
+--chat, also its answers to questions of ARC-easy) with one seed for the search and another for the test. WORK holds all
+results: a plan for each search, which resumes if interrupted, and results.json. A perplexity is bold if its loss,
+paired over the windows, is within two standard errors of the best in its column.
 """
 
 from __future__ import annotations
@@ -34,9 +33,10 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, resolve_calibration
+from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate, resolve_calibration
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest, Chat
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 ANSWER_TOKENS = 64
@@ -44,7 +44,7 @@ BATCH = 8
 
 
 class Bench:
-    """The model, the texts, and what was found so far."""
+    """The model, the texts, and the results so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.work = options, options.work
@@ -61,8 +61,8 @@ class Bench:
             self.architecture, choose_dtype("auto", self.architecture.config.dtype, device), device, quiet
         )
 
-    def texts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, CalibrationRequest]]:
-        """Give the options of each search, and what each is tested on."""
+    def texts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, CalibrationSettings]]:
+        """Return the options of each search, and the texts to test on."""
         text, options = self.options.data / "text", self.options
         halves = self._halves(text / "c4_50.jsonl")
         chat = self._chat(self.options.data / "tasks" / "arc_easy.jsonl") if options.chat else None
@@ -75,23 +75,29 @@ class Bench:
             "encyclopaedia, C4, self": ("--calibration", f"{wiki}:1/3,{halves[0]}:1/3,self:1/3"),
         }
         tests = {
-            "encyclopaedia": CalibrationRequest(str(text / "enwiki_test.txt"), options.tests, options.length, 1),
-            "C4": CalibrationRequest(str(halves[1]), options.tests, options.length, 1),
-            "self": CalibrationRequest("self", options.tests, options.length, 1),
+            "encyclopaedia": self._test_text(text / "enwiki_test.txt", options.tests),
+            "C4": self._test_text(halves[1], options.tests),
+            "self": self._test_text("self", options.tests),
         }
         if chat:
             searches["chat, answers"] = ("--calibration", str(chat[0]), "--chat", "answers")
-            tests["chat, answers"] = CalibrationRequest(str(chat[1]), options.samples, options.length, 1, "answers")
+            tests["chat, answers"] = self._test_text(chat[1], options.samples, chat="answers")
         return searches, tests
 
+    def _test_text(self, source: Path | str, samples: int, *, chat: Chat | None = None) -> CalibrationSettings:
+        request = CalibrationRequest(
+            calibration=str(source), samples=samples, sequence_length=self.options.length, seed=1
+        )
+        return resolve_calibration(request, self.architecture, chat=chat)
+
     def _halves(self, path: Path) -> tuple[Path, Path]:
-        """Cut the documents into two files that share none."""
+        """Split the documents into two files that share none."""
         lines = path.read_text().splitlines(keepends=True)
         middle = len(lines) // 2
         return self._write("c4_search.jsonl", lines[:middle]), self._write("c4_test.jsonl", lines[middle:])
 
     def _chat(self, path: Path) -> tuple[Path, Path]:
-        """Let the model answer other questions for the search than for the test."""
+        """Let the model answer one set of questions for the search and another for the test."""
         places = self.work / "chat_search.jsonl", self.work / "chat_test.jsonl"
         count = 3 * self.options.samples
         asked = [json.loads(line)["query"].removeprefix("Question: ") for line in path.read_text().splitlines()]
@@ -107,7 +113,7 @@ class Bench:
 
     @torch.inference_mode()
     def _answer(self, questions: list[str], seed: int) -> list[str]:
-        """Sample an answer to each question, a few at a time."""
+        """Sample an answer to each question, `BATCH` at a time."""
         torch.manual_seed(seed)
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
@@ -129,30 +135,30 @@ class Bench:
         return self.work / name
 
     def search(self, name: str, text: tuple[str, ...]) -> tuple[int, ...]:
-        """Give the blocks that a search on this text removes; search only where nobody did."""
+        """Return the blocks that a search on this text removes; search only if there is no plan yet."""
         options, plan = self.options, self.work / f"{name.replace(' ', '-')}.json"
         if not plan.exists():
             setting = ["--remove", options.remove, "--samples", options.samples, "--sequence-length", options.length]
             arguments = [options.model, *text, *setting, *(["--fast"] if options.fast else []), "-o", plan, "--resume"]
             with contextlib.redirect_stdout(io.StringIO()):
-                code = sleb(["search", *map(str, arguments), "-q"])
+                code = sleb(["search", *map(str, arguments), "--sample-tokens", "0", "-q"])
             if code != 0:
                 raise SystemExit(f"The search on {name} failed.")
         return read_plan(plan).removals
 
     @torch.inference_mode()
-    def test(self, removed: tuple[int, ...], name: str, request: CalibrationRequest) -> list[float]:
-        """Give the loss of each test window without these blocks; measure only what nobody measured."""
+    def test(self, removed: tuple[int, ...], name: str, settings: CalibrationSettings) -> list[float]:
+        """Return the loss of each test window without these blocks; measure only what is missing."""
         known = self.losses.setdefault(",".join(map(str, sorted(removed))) or "dense", {})
         if name not in known:
-            text = calibrate(resolve_calibration(request, self.architecture), self.tokenizer, lambda: self.model, quiet)
+            text = calibrate(settings, self.tokenizer, lambda: self.model, quiet)
             losses: list[float] = []
             with SkippableModel(self.model, self.architecture.blocks_of(self.model)) as skippable:
                 for start in range(0, len(text.sequences), BATCH):
-                    rows = slice(start, start + BATCH)
-                    ids, loss_mask = text.sequences[rows], None if text.loss_mask is None else text.loss_mask[rows]
-                    logits = skippable.logits(ids, removed)
-                    losses += score_logits(NegativeLogLikelihood(), logits, ids, loss_mask=loss_mask).tolist()
+                    part = text.part(slice(start, start + BATCH))
+                    logits = skippable.logits(part.sequences, removed)
+                    scores = score_logits(NegativeLogLikelihood(), logits, part.sequences, loss_mask=part.loss_mask)
+                    losses += scores.tolist()
             known[name] = losses
             write_text(self.work / "results.json", to_json(self.losses))
         return known[name]
@@ -163,11 +169,11 @@ def question(text: str) -> list[dict[str, str]]:
 
 
 def quiet(event: object) -> None:
-    """Say nothing of the progress."""
+    """Drop progress events."""
 
 
 def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[float]]]) -> str:
-    """Show the perplexity of each row's model on each column's text."""
+    """Return the Markdown table: a pruned model per row, a test text per column."""
     tests = list(next(iter(losses.values())))
     best = {
         test: min((found[test] for name, found in losses.items() if name != "dense"), key=statistics.fmean)
@@ -200,9 +206,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--tests", type=int, default=32)
-    parser.add_argument("--only", help="searches to make now, semicolons between")
+    parser.add_argument("--only", help="searches to run now, separated by semicolons")
     parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--chat", action="store_true", help="search and test on the model's own answers, too")
+    parser.add_argument("--chat", action="store_true", help="also search and test on the model's own answers")
     options = parser.parse_args()
 
     quiet_libraries()
@@ -211,7 +217,7 @@ def main() -> None:
     wanted = options.only.split(";") if options.only else list(searches)
     blocks = {name: bench.search(name, searches[name]) for name in wanted}
     losses = {
-        name: {test: bench.test(removed, test, request) for test, request in tests.items()}
+        name: {test: bench.test(removed, test, settings) for test, settings in tests.items()}
         for name, removed in {"dense": (), **blocks}.items()
     }
     print(table(blocks, losses))

@@ -1,9 +1,9 @@
-"""How the time of a search grows with blocks, sequences and removals, and what that makes of a large model.
+"""How search time grows with blocks, sequences and removals, with a projection to a large model.
 
     python tests/benchmarks/growth.py [--hidden 256] [--length 256]
 
-The models are random Llamas. The exponent of a column is the slope between its first and its last row, on logarithmic
-scales. The projection counts block passes as the walk does, on a model of 80 blocks whose removals fall at `--depth`.
+The models are random Llamas. The exponent of a column is the slope between its first and last row on logarithmic
+scales. The projection counts block passes as the search does, on a model of 80 blocks with removals at `--depth`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--depth", type=float, default=0.7, help="where the large model's removals fall, as a share")
+    parser.add_argument("--depth", type=float, default=0.7, help="relative depth of the large model's removals")
     options = parser.parse_args()
     quiet_libraries()
 
@@ -62,7 +62,7 @@ def table(what: str, values: list[int], run: Callable[[int], tuple[float, float]
 
 
 def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: int) -> tuple[float, float]:
-    """Time our search, and the plain one, of a random model."""
+    """Return the seconds of our search and of the plain one on a random model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=hidden, intermediate_size=hidden * 8 // 3, num_hidden_layers=blocks,
@@ -84,7 +84,7 @@ def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: in
 
 
 def project(depth: float, blocks: int = 80, remove: int = 16) -> None:
-    """Reckon a search of Llama-2-70B: hidden size 8192, MLP 28672, 8 key-value heads, 128 sequences of 2048 tokens."""
+    """Estimate a search of Llama-2-70B: hidden size 8192, MLP 28672, 8 key-value heads, 128 x 2048 tokens."""
     hidden, wide, kv, vocabulary, length, sequences = 8192, 28672, 1024, 32000, 2048, 128
     weights = 2 * hidden * (hidden + kv) + 3 * hidden * wide
     tokens = sequences * length
@@ -102,12 +102,14 @@ def project(depth: float, blocks: int = 80, remove: int = 16) -> None:
         reuse += walk - saved
         heads += candidates
     print(f"\nLlama-2-70B, {remove} of {blocks} blocks at {depth:.0%} of its depth, {sequences} x {length} tokens")
-    for name, rows in (("plain", plain), ("fork", fork), ("fork with reuse", reuse)):
-        flops = rows * block + heads * head
+    for name, passes in (("plain", plain), ("fork", fork), ("fork with reuse", reuse)):
+        flops = passes * block + heads * head
         hours = flops / 4e14 / 3600
-        print(f"{name:16} {rows:7,} block passes, {heads:,} heads: {flops:.2e} FLOP, {hours:.0f} h at 400 TFLOP/s")
+        print(f"{name:16} {passes:7,} block passes, {heads:,} heads: {flops:.2e} FLOP, {hours:.0f} h at 400 TFLOP/s")
     print(f"one block, all tokens: {block:.2e} FLOP; its weights: {2 * weights / 1e9:.2f} GB in bfloat16")
-    print(f"a row of states: {2 * tokens * hidden / 1e9:.1f} GB for all tokens, {16384 * hidden / 1e9:.2f} for 8192")
+    print(
+        f"one branch of states: {2 * tokens * hidden / 1e9:.1f} GB for all tokens, {16384 * hidden / 1e9:.2f} for 8192"
+    )
 
 
 if __name__ == "__main__":

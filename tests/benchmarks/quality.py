@@ -1,13 +1,13 @@
-"""What each way to choose blocks costs in quality, on one model with one calibration text, in one table and one plot.
+"""Quality of the pruned model by metric and strategy, on one model and calibration text, as a table and a plot.
 
     python tests/benchmarks/quality.py MODEL DATA [--sizes 3,6,9] [--methods nll-greedy,last] [--items 300]
 
 DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl (perplexity), and
-tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py beside it (zero-shot accuracy). Everything that was
-measured stands in WORK/quality.json as soon as it is: searches by their settings, models by the blocks that they lack,
-so that methods with the same removals are measured once, and the same command goes on where it was stopped. With
---seconds it stops by itself after so long. --report writes the table into a Markdown file, between its two marks, and
---plot the plot (with the extra `plots`); both show what is there so far.
+tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py beside it (zero-shot accuracy). Each result is saved
+to WORK/quality.json as soon as it is measured: searches by their settings, models by the blocks that they lack, so that
+methods with the same removals are measured once, and the same command resumes a stopped run. --seconds sets a time
+limit. --report writes the table into a Markdown file, between its two marks, and --plot draws the plot (needs the extra
+`plots`); both show the results so far.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from sleb_cli.atomic import to_json, write_text
 from sleb_cli.engine.device import choose_dtype, free_memory
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.measure.environment import processor_name
-from sleb_cli.engine.measure.evaluation import EvalRequest, Evaluator
+from sleb_cli.engine.measure.evaluation import Evaluator
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer, quiet_libraries
@@ -50,6 +50,7 @@ from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import cut_running_text
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import EvalRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
@@ -60,13 +61,13 @@ DENSE, REFERENCE = "dense", "nll-greedy"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose blocks: options of `sleb search`, once for each seed, which stands where they say {seed}."""
+    """A way to choose blocks: options of `sleb search`, with {seed} replaced by each seed in turn."""
 
     label: str
     options: str
     seeds: tuple[int, ...] = (0,)
     each_size: bool = False
-    """Whether each size is searched for itself, since a plan of it does not know what the best of fewer are."""
+    """Whether each size needs its own search, because its plan does not hold the best removals of smaller sizes."""
 
 
 METHODS = {
@@ -87,11 +88,11 @@ RACING = ("nll-greedy", "kl-greedy", "nll-beam", "nll-refine")
 
 
 class Stopped(Exception):
-    """The time given is over, or the user interrupted; everything measured is saved."""
+    """The time limit is reached, or the user interrupted; all results are saved."""
 
 
 class Work:
-    """What was measured so far, in a file that is written whenever there is more."""
+    """The results so far, in a file that is written after each measurement."""
 
     def __init__(self, folder: Path, setting: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,21 +109,21 @@ class Work:
         write_text(self.path, to_json(self.data))
 
     def removals(self, name: str, size: int, seed: int) -> tuple[int, ...] | None:
-        """Give the blocks that a method removes, if its search is done."""
+        """Return the blocks that a method removes, if its search is done."""
         _, search = self._search(name, size, seed)
         return tuple(search["removals"][str(size)]) if search else None
 
     def seconds(self, name: str, size: int) -> float:
-        """Give what the searches took, on average over the seeds; one for a larger size serves the smaller ones."""
+        """Return the mean seconds of a search over the seeds; one for a larger size serves the smaller ones."""
         searches = [self._search(name, size, seed) for seed in METHODS[name].seeds]
         return statistics.fmean(search["seconds"] for _, search in searches if search)
 
     def searched(self, name: str, size: int) -> str:
-        """Give the size that was searched for where this size was found."""
+        """Return the size whose search found this size."""
         return self._search(name, size, seed=0)[0]
 
     def _search(self, name: str, size: int, seed: int) -> tuple[str, dict[str, Any]]:
-        """Give the size that was searched for where this one was found, and the search; nothing in both if none was."""
+        """Return the size whose search found this one, and the search; both empty if there is none."""
         searches = self.data["searches"].get(f"{name}/{seed}", {}).items()
         return next((found for found in searches if str(size) in found[1].get("removals", {})), ("", {}))
 
@@ -131,12 +132,12 @@ class Work:
 
 
 def key_of(removals: Sequence[int], variant: str = "") -> str:
-    """Name a model by what it lacks: the order of removal makes no other."""
+    """Return the name of a model by the blocks it lacks, in any order of removal."""
     return (",".join(map(str, sorted(removals))) or DENSE) + variant
 
 
 class Bench:
-    """The model, the data, and what is asked for."""
+    """The model, the data, and the options."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -157,7 +158,7 @@ class Bench:
 
     @cached_property
     def windows(self) -> dict[str, torch.Tensor]:
-        """Windows of each text, drawn from all over it."""
+        """Windows of each text, drawn at random positions."""
         texts = {name: evaluation_text(str(self.options.data / place)) for name, place in TEXTS.items()}
         length, count = self.options.window_length, self.options.windows
         cut = {name: cut_running_text(self.tokenizer, text.content, length) for name, text in texts.items()}
@@ -173,7 +174,7 @@ class Bench:
         return Evaluator(request, self.architecture)
 
     def search(self, name: str, seed: int, size: int) -> None:
-        """Search with one method, through the command line; an interrupted search goes on."""
+        """Search with one method through the command line; resume an interrupted search."""
         found = self.work.data["searches"].setdefault(f"{name}/{seed}", {}).setdefault(str(size), {"seconds": 0.0})
         plan_file = self.work.folder / f"{name}-{seed}-{size}.json"
         command = [
@@ -208,7 +209,7 @@ class Bench:
         say("  " + ", ".join(f"{TASKS[task]} {value:.3f}" for task, (value, _) in found.items()))
 
     def measure(self, key: str, removals: Sequence[int], *, with_tasks: bool, checkpoint: Path | None = None) -> None:
-        """Measure what is missing of one model: made by surgery in memory, or read from a checkpoint."""
+        """Measure what is missing for one model, pruned in memory or read from a checkpoint."""
         have = self.work.model(key)
         text_missing = any(name not in have["losses"] for name in TEXTS)
         tasks_missing = with_tasks and not have["tasks"]
@@ -235,7 +236,7 @@ class Bench:
         return load_dense(self.architecture, dtype, device, quiet)
 
     def apply(self, key: str, name: str, size: int, options: str) -> Path:
-        """Write a checkpoint with these options of `sleb apply`, such as --recover; give its folder."""
+        """Write a checkpoint with these options of `sleb apply`, such as --recover; return its folder."""
         folder = self.work.folder / "checkpoints" / re.sub(r"[^\w.+-]", "-", key)
         if not folder.exists():
             plan = self.work.folder / f"{name}-0-{self.work.searched(name, size)}.json"
@@ -249,7 +250,7 @@ class Bench:
 
 
 def window_losses(model: Any, windows: torch.Tensor, batch: int) -> list[float]:
-    """Give the mean nats per token of each window."""
+    """Return the mean nats per token of each window."""
     losses: list[float] = []
     for ids in torch.split(windows.to(model.device), batch):
         logits = model(input_ids=ids, use_cache=False).logits
@@ -258,7 +259,7 @@ def window_losses(model: Any, windows: torch.Tensor, batch: int) -> list[float]:
 
 
 def run_sleb(command: Sequence[Any], on_exit: Any = lambda: None) -> None:
-    """Run a command of the program in this process."""
+    """Run a `sleb` command in this process."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             code = sleb([str(part) for part in command])
@@ -271,18 +272,18 @@ def run_sleb(command: Sequence[Any], on_exit: Any = lambda: None) -> None:
 
 
 def quiet(event: object) -> None:
-    """Say nothing of the progress."""
+    """Drop progress events."""
 
 
 def say(text: str) -> None:
     print(text, flush=True)
 
 
-# What was measured, as numbers.
+# Results as numbers.
 
 
 def paired(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Give how many nats per token a model loses against another one, over the same windows, and its standard error."""
+    """Return the mean difference of two models in nats per token over the same windows, and its standard error."""
     differences = [a - b for a, b in zip(losses, reference, strict=True)]
     return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
@@ -293,7 +294,7 @@ def perplexity(losses: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a label, the models behind it (several for several seeds), and the seconds of the search."""
+    """A row of the table: a label, its models (one per seed), and the seconds of the search."""
 
     label: str
     models: tuple[dict[str, Any], ...]
@@ -301,7 +302,7 @@ class Row:
 
 
 def rows(bench: Bench, size: int) -> Iterator[tuple[str, Row]]:
-    """Give what there is to show for a size, by method."""
+    """Yield the measured rows for a size, by method."""
     for name in bench.options.methods:
         found = {seed: bench.work.removals(name, size, seed) for seed in METHODS[name].seeds}
         models = [bench.work.model(key_of(removals)) for removals in found.values() if removals]
@@ -316,7 +317,7 @@ def rows(bench: Bench, size: int) -> Iterator[tuple[str, Row]]:
 
 
 def shares_back(dense: dict[str, Any], pruned: dict[str, Any], after: dict[str, Any]) -> list[float]:
-    """Give, for each text, the share of the nats lost by the removal that a recovery gave back."""
+    """Return, for each text, the share of the nats lost by the removal that a recovery won back."""
     means = [[statistics.fmean(model["losses"][text]) for model in (dense, pruned, after)] for text in TEXTS]
     return [(lost - now) / (lost - whole) for whole, lost, now in means]
 
@@ -326,7 +327,7 @@ def is_measured(model: dict[str, Any]) -> bool:
 
 
 def table(bench: Bench, size: int) -> str:
-    """Give the Markdown table for one size."""
+    """Return the Markdown table for one size."""
     dense = bench.work.model(DENSE)
     found = dict(rows(bench, size))
     reference = found[REFERENCE].models[0] if REFERENCE in found else None
@@ -348,7 +349,7 @@ def table(bench: Bench, size: int) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Say a value, or the middle and the ends of several."""
+    """Format a value, or the median and range of several."""
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.median(values):.1f} ({min(values):.1f} to {max(values):.1f})"
@@ -374,14 +375,15 @@ def accuracy_cells(row: Row) -> list[str]:
 
 
 def report(bench: Bench) -> str:
-    """Give what stands between the marks of the document."""
+    """Return the text between the marks of the document."""
     options, blocks = bench.options, bench.architecture.block_count
     raced = ", nll and kl raced (`--fast`)" if options.fast else ""
     with_tasks = any(model["tasks"] for model in bench.work.data["models"].values())
     items = f" Zero-shot accuracy on the first {options.items} items, with standard errors." if with_tasks else ""
     lines = [
-        f"{options.model}, {blocks} blocks, {options.dtype}; calibrated on {options.samples} x {options.length} tokens "
-        f"of encyclopaedia{raced}. Perplexity on {options.windows} windows of {options.window_length} tokens, of other "
+        f"{Path(options.model).name}, {blocks} blocks, {options.dtype}; calibrated on {options.samples} x "
+        f"{options.length} tokens of encyclopaedia{raced}. Perplexity on {options.windows} windows of "
+        f"{options.window_length} tokens, of other "
         f"encyclopaedia and of C4, drawn from all over the texts; differences in nats per token, paired over windows, "
         f"with standard errors.{items} Seconds are those of the search (one for the largest size where it serves the "
         f"smaller ones) or of the recovery.",
@@ -398,7 +400,7 @@ def report(bench: Bench) -> str:
 
 
 def as_typed(options: argparse.Namespace) -> str:
-    """Give the arguments that decide a number; where things lie on this machine is nobody's business."""
+    """Return the arguments that affect a number, without paths of this machine."""
     decide = ("sizes", "samples", "length", "windows", "window_length", "items", "dtype")
     given = {name: getattr(options, name) for name in decide}
     text = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
@@ -407,7 +409,7 @@ def as_typed(options: argparse.Namespace) -> str:
 
 
 def write_report(text: str, path: Path) -> None:
-    """Put the text between the marks of a document; what else it says stays."""
+    """Replace the text between the marks of a document; keep the rest."""
     document = path.read_text() if path.exists() else f"# Quality\n\n{MARKS[0]}\n{MARKS[1]}\n"
     before, _, rest = document.partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
@@ -443,27 +445,25 @@ def parse() -> argparse.Namespace:
     names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("quality"), help="where results are kept")
+    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder for results")
     parser.add_argument("--sizes", type=lambda text: [int(n) for n in names(text)], default=[3, 6, 9])
     parser.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens in each")
-    parser.add_argument("--fast", action="store_true", help="let candidates race")
+    parser.add_argument("--fast", action="store_true", help="stop scoring a candidate once it is clearly behind")
     parser.add_argument("--windows", type=int, default=24, help="windows of each text")
     parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4, help="windows that are read together")
+    parser.add_argument("--batch", type=int, default=4, help="windows per batch")
     parser.add_argument("--items", type=int, default=300, help="items of each task")
-    parser.add_argument("--task-methods", type=names, default=[], help="methods measured on tasks too, or all")
+    parser.add_argument("--task-methods", type=names, default=[], help="methods also measured on tasks, or all")
     parser.add_argument("--task-batch", type=int, default=8)
     parser.add_argument("--variants", type=names, default=[], help="options of apply: --variants=--recover,--heal")
-    parser.add_argument(
-        "--variant-methods", type=names, default=[REFERENCE], help="methods whose removals they apply to"
-    )
+    parser.add_argument("--variant-methods", type=names, default=[REFERENCE], help="methods that the variants apply to")
     parser.add_argument("--variant-options", default="", help="further options of apply, in one string")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=int, help="stop after so long; the same command goes on")
-    parser.add_argument("--show", action="store_true", help="measure nothing, show what there is")
+    parser.add_argument("--seconds", type=int, help="time limit; the same command resumes")
+    parser.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
     parser.add_argument("--report", type=Path, help="Markdown file to write the table into")
     parser.add_argument("--plot", type=Path, help="file to draw the plot into: .svg, .png")
     options = parser.parse_args()
@@ -474,7 +474,7 @@ def parse() -> argparse.Namespace:
 
 
 def search_all(bench: Bench) -> None:
-    """Do the searches that are missing."""
+    """Run the searches that are missing."""
     options = bench.options
     for name in options.methods:
         sizes = options.sizes if METHODS[name].each_size else [max(options.sizes)]
@@ -484,7 +484,7 @@ def search_all(bench: Bench) -> None:
 
 
 def measure_all(bench: Bench) -> None:
-    """Measure what is missing: first all models on the texts, then those that are to be on the tasks."""
+    """Measure what is missing: first all models on the texts, then the chosen ones on the tasks."""
     options = bench.options
     with_tasks = set(METHODS) if "all" in options.task_methods else set(options.task_methods)
     for tasks_too in (False, True):
@@ -512,7 +512,7 @@ def main() -> None:
             search_all(bench)
             measure_all(bench)
     except (Stopped, KeyboardInterrupt):
-        say("stopped: the same command goes on")
+        say("stopped: the same command resumes")
     finally:
         signal.alarm(0)
         bench.work.save()

@@ -1,10 +1,10 @@
-"""How often a race ends as the exact search does, what it saves, and what another pick costs.
+"""How often a racing search finds the blocks of the exact one, what it saves, and what a different pick costs.
 
     python tests/benchmarks/race.py MODEL TEXT... [--samples 32] [--length 128] [--remove 4] [--orders 8] [--seed 0]
 
-A TEXT is a file, or "self". Each is searched exactly once; then every step is raced over the same scores, with the
-sequences in as many orders as asked. A search counts as equal when all of its steps are. What another pick costs is the
-difference of the two candidates' losses over all sequences, in nats per token.
+A TEXT is a file, or "self". Each text is searched exactly once; every step is then raced over the same scores, with the
+sequences in `--orders` random orders. A search counts as equal if all of its steps are. The cost of another pick is the
+difference between the losses of the two candidates over all sequences, in nats per token.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from sleb_cli.engine.search.race import LOOKS, Race
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.strategies import Problem, greedy
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, resolve_calibration
+from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 Matrix = dict[int, list[float]]
@@ -59,7 +60,9 @@ def main() -> None:
     print("| calibration | searches | equal | steps | equal | evaluations | another pick costs |")
     print("|---|---|---|---|---|---|---|")
     for text in options.texts:
-        request = CalibrationRequest(text, options.samples, options.length, options.seed)
+        request = CalibrationRequest(
+            calibration=text, samples=options.samples, sequence_length=options.length, seed=options.seed
+        )
         sequences = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, _ignore).sequences
         start = time.perf_counter()
         steps = exact_steps(model, architecture.blocks_of(model), sequences, options.remove)
@@ -81,7 +84,7 @@ def main() -> None:
 
 
 def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -> list[Matrix]:
-    """Give every candidate's loss on every sequence, for each step of the exact search."""
+    """Return the loss of each candidate on each sequence, for each step of the exact search."""
     journal, steps, removed = Journal(), [], []
     with SkippableModel(model, blocks) as skippable:
         passes, _ = prepare_passes(skippable, sequences, _ignore)
@@ -99,7 +102,7 @@ def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -
 
 
 def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
-    """Race each step; give the share of the evaluations that it took, and what its pick costs beside the best."""
+    """Race each step; return the share of evaluations it needed, and the cost of its pick over the best one."""
     found = []
     size = max(1, len(order) // LOOKS)
     for matrix in steps:
@@ -115,7 +118,7 @@ def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
 
 
 def _ignore(event: object) -> None:
-    """Say nothing of the progress."""
+    """Drop progress events."""
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--plain-steps 1]
 
-Plain means: one sequence and one candidate at a time, through the whole model without it (`tests/reference.py`). Where
-it runs fewer steps than the search, the rest is reckoned from the block-branches that it would take. A block-row is one
-sequence through one block, a head-row one sequence through the head. Peak memory is what the process holds at most
-beside the model, in resident bytes.
+The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the whole model without
+the candidate. If it runs fewer steps than the search, its remaining time is estimated from the block passes left. A
+block pass is one sequence through one block, a head pass one sequence through the head. Peak memory is the largest
+resident size of the process during the search, less the size before it (the model).
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.strategies import Problem, greedy
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import draw, shuffled
-from sleb_cli.engine.text.windows import adds_bos, cut_windows
+from sleb_cli.engine.text.calibration import Calibration, calibrate, resolve_calibration
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
 class Side:
-    """One of the two: what it took."""
+    """Seconds per step, passes and peak memory of one of the two algorithms."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.bytes = 0
-        self.block_branches = 0
-        self.head_rows = 0.0
+        self.block_passes = 0
+        self.head_passes = 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("text", type=Path)
+    parser.add_argument("text")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--remove", type=int, default=2)
-    parser.add_argument("--plain-steps", type=int, help="steps that the plain side runs (default: all)")
-    parser.add_argument("--fast", action="store_true", help="let candidates race")
-    parser.add_argument("--check", action="store_true", help="where they race, compare with our exact search too")
+    parser.add_argument("--plain-steps", type=int, help="steps that the plain algorithm runs (default: all)")
+    parser.add_argument("--fast", action="store_true", help="stop scoring a candidate once it is clearly behind")
+    parser.add_argument("--check", action="store_true", help="with --fast, compare with our exact search too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
@@ -75,15 +75,18 @@ def main() -> None:
     tokenizer = load_tokenizer(architecture.source)
     model = load_dense(architecture, choose_dtype(options.dtype, architecture.config.dtype, device), device, _ignore)
     blocks = architecture.blocks_of(model)
-    windows = cut_windows(tokenizer, options.text.read_text(), options.length, bos=adds_bos(tokenizer))
-    sequences = windows[draw(len(windows), options.samples, options.seed)]
+    request = CalibrationRequest(
+        calibration=options.text, samples=options.samples, sequence_length=options.length, seed=options.seed
+    )
+    calibration = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, _ignore)
+    sequences = calibration.sequences
     count, steps = len(blocks), options.remove
     print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {options.dtype}", flush=True)
 
-    ours, our_removals = search(model, blocks, sequences, steps, fast=options.fast, seed=options.seed)
+    ours, our_removals = search(model, blocks, calibration, steps, fast=options.fast)
     show("ours", ours, our_removals)
     if options.fast and options.check:
-        exact, exact_removals = search(model, blocks, sequences, steps, fast=False, seed=options.seed)
+        exact, exact_removals = search(model, blocks, calibration, steps, fast=False)
         show("exact", exact, exact_removals)
         print(f"        racing is {sum(exact.seconds) / sum(ours.seconds):.2f}x as fast as our exact search")
         agree(our_removals, exact_removals)
@@ -95,34 +98,34 @@ def main() -> None:
             start = time.perf_counter()
             removed, _ = plain_search(model, blocks, sequences, step + 1, removed=removed)
             plain.seconds.append(time.perf_counter() - start)
-    passes = [(count - 2 - step) * len(sequences) for step in range(steps)]
-    rows = [passes[step] * (count - 1 - step) for step in range(steps)]
-    plain.block_branches, plain.head_rows = sum(rows), sum(passes)
+    head_passes = [(count - 2 - step) * len(sequences) for step in range(steps)]
+    block_passes = [head_passes[step] * (count - 1 - step) for step in range(steps)]
+    plain.block_passes, plain.head_passes = sum(block_passes), sum(head_passes)
     show("plain", plain, removed)
     agree(our_removals[:plain_steps], removed)
 
     first = sum(plain.seconds)
-    whole = first * sum(rows) / sum(rows[:plain_steps])
+    whole = first * sum(block_passes) / sum(block_passes[:plain_steps])
     if not options.fast:
         print(f"ratio   {first / sum(ours.seconds[:plain_steps]):.2f}x in time over the first {plain_steps} steps")
     if plain_steps < steps:
-        print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, the plain side reckoned at {whole:.0f} s")
+        print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, plain estimated at {whole:.0f} s")
     elif options.fast:
         print(f"ratio   {whole / sum(ours.seconds):.2f}x in time")
     print(
-        f"        {plain.block_branches / ours.block_branches:.2f}x in block-branches, "
-        f"{plain.head_rows / ours.head_rows:.2f}x in "
-        f"head-rows, {plain.bytes / ours.bytes:.2f}x in peak memory beside the model"
+        f"        {plain.block_passes / ours.block_passes:.2f}x in block passes, "
+        f"{plain.head_passes / ours.head_passes:.2f}x in head passes, "
+        f"{plain.bytes / max(1, ours.bytes):.2f}x in peak memory beside the model"
     )
 
 
-def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fast: bool, seed: int) -> Any:
-    """Run our search, as `sleb search` does, and count what it computes."""
+def search(model: Any, blocks: Any, calibration: Calibration, remove: int, *, fast: bool) -> Any:
+    """Run our search as `sleb search` does, and count its passes."""
     with measured(Side()) as side, SkippableModel(model, blocks) as skippable:
-        count(skippable, side, sequences.shape[1])
+        count_passes(skippable, side, calibration.sequences.shape[1])
         start = time.perf_counter()
-        order = shuffled(sequences, seed) if fast else sequences
-        passes, reason = prepare_passes(skippable, order, _ignore, looks=LOOKS if fast else 1)
+        sequences = (calibration.shuffled() if fast else calibration).sequences
+        passes, reason = prepare_passes(skippable, sequences, _ignore, min_batches=LOOKS if fast else 1)
         assert reason is None, reason
         score, _ = Scoring(passes, Journal(), None, _ignore, fast=fast).scorer(NegativeLogLikelihood())
         removals = []
@@ -133,16 +136,16 @@ def search(model: Any, blocks: Any, sequences: torch.Tensor, remove: int, *, fas
     return side, removals
 
 
-def count(skippable: SkippableModel, side: Side, length: int) -> None:
-    """Let every call to a block and to the head add to the rows of a side."""
+def count_passes(skippable: SkippableModel, side: Side, length: int) -> None:
+    """Add every call of a block and of the head to the passes of a side."""
     run_block, head = skippable.run_block, skippable.head
 
     def counted_block(call: Any, hidden: torch.Tensor) -> torch.Tensor:
-        side.block_branches += len(hidden)
+        side.block_passes += len(hidden)
         return run_block(call, hidden)
 
     def counted_head(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        side.head_rows += ids.numel() / (length - 1)
+        side.head_passes += ids.numel() / (length - 1)
         return head(hidden, ids)
 
     skippable.run_block, skippable.head = counted_block, counted_head  # type: ignore[method-assign]
@@ -150,7 +153,7 @@ def count(skippable: SkippableModel, side: Side, length: int) -> None:
 
 @contextmanager
 def measured(side: Side) -> Iterator[Side]:
-    """Look at the process's resident bytes while it works."""
+    """Record the peak of the process's resident bytes, less those before."""
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -174,8 +177,8 @@ def show(name: str, side: Side, removals: list[int]) -> None:
     seconds = " + ".join(f"{step:.0f}" for step in side.seconds)
     print(f"{name:7} removes {removals} in {sum(side.seconds):.1f} s ({seconds})")
     print(
-        f"        {side.block_branches:,} block-branches, "
-        f"{side.head_rows:,.0f} head-rows, {side.bytes / 1e6:.0f} MB at most",
+        f"        {side.block_passes:,} block passes, {side.head_passes:,.0f} head passes, "
+        f"{side.bytes / 1e6:.0f} MB at most",
         flush=True,
     )
 
@@ -185,7 +188,7 @@ def agree(ours: list[int], theirs: list[int]) -> None:
 
 
 def _ignore(event: object) -> None:
-    """Say nothing of the progress."""
+    """Drop progress events."""
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import few_bytes, llama_config, save_model, train_tokenizer
+from sleb_cli.engine.files import copying
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import apply as engine
 from sleb_cli.engine.output import proof
@@ -60,7 +61,7 @@ def test_small_files_come_along_and_weights_do_not(run_sleb, tmp_path):
     assert (tmp_path / "out" / "LICENSE").read_text() == "licence"
     assert (tmp_path / "out" / "templates" / "chat.jinja").exists()
     assert not (tmp_path / "out" / "old.bin").exists()
-    assert "Left out, because they hold the whole model in another form: old.bin." in result.stderr
+    assert "Not copied, because they hold the model in other formats: old.bin." in result.stderr
     assert "chosen by hand" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -80,7 +81,7 @@ def test_the_model_in_other_formats_is_left_out_with_a_word(run_sleb, tmp_path):
     assert all((out / name).read_text() == name for name in kept)
     assert not any((out / name).exists() for name in left)
     names = "consolidated.safetensors, model.Q4_K_M.gguf, onnx/, original/, params.json, tf_model.h5"
-    assert f"in another form: {names}." in result.stderr
+    assert f"in other formats: {names}." in result.stderr
 
 
 def test_a_source_that_cannot_be_read_is_named(run_sleb, tmp_path, monkeypatch):
@@ -102,7 +103,7 @@ def test_without_room_nothing_is_written(run_sleb, tiny_llama, tmp_path, monkeyp
     monkeypatch.setattr(shards, "_write_shard", None)
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
     assert result.exit_code == 8
-    assert re.search(r"\S+ kB are to be written, and the disk of /\S+ has \S+ kB free", result.stderr)
+    assert re.search(r"\S+ kB must be written, but the disk of /\S+ has only \S+ kB free", result.stderr)
     assert os.listdir(tmp_path) == []
 
 
@@ -140,7 +141,8 @@ def test_shards(run_sleb, tiny_llama, tmp_path):
     assert all(torch.equal(sharded[name], tensor) for name, tensor in single.items())
 
 
-def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path):
+def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path, monkeypatch):
+    monkeypatch.setattr(copying, "_reflink", lambda *arguments: False)  # as where the file system has none
     folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
     result = run_sleb("apply", folder, "--blocks", "4,5", "-o", "out")
     assert result.exit_code == 0, result.stderr
@@ -148,9 +150,8 @@ def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path):
     unchanged = {path.read_bytes() for path in before} & {path.read_bytes() for path in after}
     assert len(before) > len(after) > len(unchanged) > 1
     links = [path for path in after if path.stat().st_nlink == 2]
-    if links:  # the file system has no reflinks
-        assert len(links) == len(unchanged)
-        assert f"{len(links)} of {len(after)} weight files did not change and are hard links" in result.stderr
+    assert len(links) == len(unchanged)
+    assert f"{len(links)} of {len(after)} weight files are unchanged and are hard links" in result.stderr
 
 
 def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
@@ -305,7 +306,7 @@ def test_an_output_that_exists(run_sleb, tiny_llama, tmp_path):
     (tmp_path / "out" / "mark").touch()
     result = apply()
     assert result.exit_code == 8
-    assert "out exists" in result.stderr
+    assert "out already exists" in result.stderr
     assert (tmp_path / "out" / "mark").exists()
     assert apply("--force").exit_code == 0
     assert not (tmp_path / "out" / "mark").exists()
@@ -325,22 +326,22 @@ def test_the_model_itself_is_never_the_output(run_sleb, tmp_path):
     for output in (folder, tmp_path):
         result = run_sleb("apply", folder, "--blocks", "1", "-o", output, "--force")
         assert result.exit_code == 8
-        assert "holds the model itself" in result.stderr
+        assert "contains the source model" in result.stderr
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ((), 2, "Which blocks"),
+        ((), 2, "No blocks given"),
         (("--blocks", "1,1"), 2, "named twice"),
         (("--blocks", "6"), 2, "no block 6"),
         (("--blocks", "-1"), 2, "no block -1"),
         (("--blocks", "a"), 2, "not a list of numbers"),
         (("--blocks", ""), 2, "not a list of numbers"),
         (("--blocks", "0,1,2,3,4,5"), 2, "All 6 blocks"),
-        (("--blocks", "1,2", "--remove", 3), 2, "--remove 3 is not possible"),
-        (("--blocks", "1", "--model", "x"), 2, "--model goes with a plan"),
+        (("--blocks", "1,2", "--remove", 3), 2, "Cannot remove 3 blocks: --blocks names 2"),
+        (("--blocks", "1", "--model", "x"), 2, "--model applies to a plan"),
         (("--blocks", "1", "--max-shard-size", "big"), 2, "not a size"),
         (("--blocks", "1", "--dtype", "int3"), 2, "no data type"),
         (("--blocks", "1", "-o", "no/out"), 8, "folder does not exist"),
@@ -382,9 +383,9 @@ def spoil(monkeypatch, change):
             lambda t: t | {"model.layers.1.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"] + 1e-3},
             "logits differ",
         ),
-        (lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}, "missing, model.norm.weight first"),
-        (lambda t: t | {"model.layers.5.mlp.up_proj.weight": torch.ones(1)}, "unexpected, model.layers.5"),
-        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "another type or shape, model.norm.weight first"),
+        (lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}, "missing, such as model.norm.weight"),
+        (lambda t: t | {"model.layers.5.mlp.up_proj.weight": torch.ones(1)}, "unexpected, such as model.layers.5"),
+        (lambda t: t | {"model.norm.weight": torch.ones(3)}, "another type or shape, such as model.norm.weight"),
     ],
 )
 def test_a_failed_proof_leaves_nothing_and_says_which_check(
@@ -404,9 +405,9 @@ def test_a_failed_proof_leaves_nothing_and_says_which_check(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda name: None if name == "model.norm.weight" else name, "missing, model.norm.weight first"),
-        (lambda name: name.replace("layers.4.", "layers.5."), "missing, model.layers.4"),
-        (lambda name: "model.layers.4.mlp.x.weight" if name == "lm_head.weight" else name, "missing, lm_head"),
+        (lambda name: None if name == "model.norm.weight" else name, "missing, such as model.norm.weight"),
+        (lambda name: name.replace("layers.4.", "layers.5."), "missing, such as model.layers.4"),
+        (lambda name: "model.layers.4.mlp.x.weight" if name == "lm_head.weight" else name, "missing, such as lm_head"),
         (lambda name: {"lm_head.weight": "model.norm.weight", "model.norm.weight": "lm_head.weight"}.get(name, name),
          "mismatched"),
     ],
@@ -445,7 +446,7 @@ def test_an_index_that_names_another_file_fails_the_proof(run_sleb, tmp_path, mo
     monkeypatch.setattr(engine, "write_weights", write_wrong)
     result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
     assert result.exit_code == 9, result.stderr
-    assert "the index does not say where its tensors are" in result.stderr
+    assert "the index does not match the files" in result.stderr
 
 
 def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tmp_path):
@@ -474,7 +475,7 @@ def test_the_proof_of_a_model_larger_than_memory_is_partial_and_says_so(
     monkeypatch.setattr(proof, "load_dense", None)
     result = run_sleb("apply", llama_plan, "-o", "out", *options)
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"partly proven: the model needs \d+ kB of memory, and \d+ kB are free", result.stdout)
+    assert re.search(r"partially proven: the model needs \d+ kB of memory, and \d+ kB are free", result.stdout)
     assert "The proof is partial" in result.stderr
     recorded = read_plan(tmp_path / "out" / "sleb_plan.json").proof
     assert recorded.checks == ("complete", "loads", "same bytes")
@@ -514,7 +515,7 @@ def test_without_room_to_save_it_again_the_proof_is_partial(run_sleb, tiny_llama
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
     assert result.exit_code == 0, result.stderr
     reason = r"saving it again needs \d+ kB on the disk, and 1 kB are free"
-    assert re.search(f"are bitwise equal .* not proven is that it can be saved again: {reason}", result.stdout)
+    assert re.search(f"are bitwise equal .* not proven that it can be saved again: {reason}", result.stdout)
     assert re.search(rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text())
 
 
@@ -546,7 +547,7 @@ def test_missing_weights_are_not_made_up(run_sleb, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = run_sleb("search", folder, "--remove", 1, "--calibration", "self", "--sequence-length", 16)
     assert result.exit_code == 4
-    assert "missing, model.norm.weight first" in result.stderr
+    assert "missing, such as model.norm.weight" in result.stderr
 
 
 def test_a_full_disk_leaves_nothing(tiny_llama, tmp_path):

@@ -1,4 +1,4 @@
-"""`sleb apply --to-gguf`, through `main()`."""
+"""`sleb apply` on GGUF files, through `main()`."""
 
 import json
 import os
@@ -40,10 +40,10 @@ def logits(path, *, gguf_file=None):
 def test_a_plan_of_the_full_model_cuts_any_quantisation(run_sleb, tmp_path, plan, type_):
     write_llama_gguf(tmp_path / "q.gguf", 6, type_)
     removals = json.loads(plan.read_text())["removals"]
-    result = run_sleb("apply", plan, "--to-gguf", "q.gguf", "-o", "small.gguf")
+    result = run_sleb("apply", plan, "--source", "q.gguf", "-o", "small.gguf")
     assert result.exit_code == 0, result.stderr
     assert "wrote small.gguf: 4 blocks" in result.stdout
-    assert "byte for byte that of the source; transformers reads it" in result.stdout
+    assert "every tensor is a byte-for-byte copy from the source; transformers reads it" in result.stdout
     assert "bitwise equal" in result.stdout
     assert metadata_of(tmp_path / "small.gguf")["sleb.removed_blocks"] == removals
     # By another way: prune the model as transformers reads it, and compare what the two compute.
@@ -58,7 +58,7 @@ def test_a_plan_of_the_full_model_cuts_any_quantisation(run_sleb, tmp_path, plan
 
 def test_fewer_removals_a_default_name_and_json(run_sleb, tmp_path, source, plan):
     removals = json.loads(plan.read_text())["removals"]
-    result = run_sleb("apply", "--remove", 1, "--to-gguf", source, "--json")
+    result = run_sleb("apply", "--remove", 1, "--source", source, "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     assert (data["kind"], data["file"], data["blocks"]) == ("gguf", "tiny-sleb-5-blocks.gguf", 5)
@@ -70,9 +70,9 @@ def test_fewer_removals_a_default_name_and_json(run_sleb, tmp_path, source, plan
 
 
 def test_blocks_without_a_plan_and_without_a_proof(run_sleb, tmp_path, source):
-    result = run_sleb("apply", "--blocks", "4,1", "--to-gguf", source, "-o", "a.gguf", "--no-verify")
+    result = run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "a.gguf", "--no-verify")
     assert (result.exit_code, "not verified (--no-verify)" in result.stdout) == (0, True), result.stderr
-    result = run_sleb("apply", source, "--blocks", "4,1", "--to-gguf", source, "-o", "b.gguf")
+    result = run_sleb("apply", source, "--blocks", "4,1", "--source", source, "-o", "b.gguf")
     assert (result.exit_code, "proven" in result.stdout) == (0, True), result.stderr
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert "blk.3.attn_q.weight" in tensors_of(tmp_path / "a.gguf")
@@ -80,10 +80,10 @@ def test_blocks_without_a_plan_and_without_a_proof(run_sleb, tmp_path, source):
 
 
 def test_a_pruned_file_is_a_model_to_search(run_sleb, tmp_path, source, text_file):
-    assert run_sleb("apply", "--blocks", "4,1", "--to-gguf", source, "-o", "a.gguf").exit_code == 0
+    assert run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "a.gguf").exit_code == 0
     result = run_sleb("search", "a.gguf", "--remove", 1, *calibration(text_file), "--json")
     assert json.loads(result.stdout)["model"]["blocks"] == 4
-    result = run_sleb("apply", "--to-gguf", "a.gguf", "-o", "b.gguf")
+    result = run_sleb("apply", "--source", "a.gguf", "-o", "b.gguf")
     assert result.exit_code == 0, result.stderr
     kept = [block for block in range(6) if block not in (4, 1)]
     removed = kept[json.loads((tmp_path / "plan.json").read_text())["removals"][0]]
@@ -93,38 +93,68 @@ def test_a_pruned_file_is_a_model_to_search(run_sleb, tmp_path, source, text_fil
 def test_what_transformers_cannot_read_is_said_to_be_verified_in_part(run_sleb, tmp_path, monkeypatch, source):
 
     write_gguf(tmp_path / "odd.gguf", "granite", 4)
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "odd.gguf")
+    result = run_sleb("apply", "--blocks", "1", "--source", "odd.gguf")
     assert result.exit_code == 0, result.stderr
-    assert "partially verified: every tensor is byte for byte that of the source; not run, since " in result.stdout
+    copied = "every tensor is a byte-for-byte copy from the source"
+    assert f"partially proven: {copied}; logits not compared: " in result.stdout
     assert "transformers does not read GGUF files of the architecture granite" in result.stdout
-    data = json.loads(run_sleb("apply", "--blocks", "1", "--to-gguf", "odd.gguf", "--force", "--json").stdout)
+    data = json.loads(run_sleb("apply", "--blocks", "1", "--source", "odd.gguf", "--force", "--json").stdout)
     assert (data["verified"], data["proof"]) == (True, None)
     # A known architecture whose file transformers cannot make a model of.
     write_gguf(tmp_path / "bare.gguf", "llama", 4)
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "bare.gguf")
-    assert (result.exit_code, "not run, since transformers cannot read" in result.stdout) == (0, True), result.stderr
+    result = run_sleb("apply", "--blocks", "1", "--source", "bare.gguf")
+    assert (result.exit_code, "logits not compared: transformers cannot read" in result.stdout) == (0, True), (
+        result.stderr
+    )
 
     class Full:
         available = 5
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Full)
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
-    assert (result.exit_code, "GB of memory" in result.stdout) == (0, True), result.stderr
+    result = run_sleb("apply", "--blocks", "1", "--source", source)
+    assert (result.exit_code, "B of memory" in result.stdout) == (0, True), result.stderr
+
+
+def test_a_gguf_model_or_output_is_enough(run_sleb, tmp_path, source, tiny_llama):
+    named = run_sleb("apply", source, "--blocks", "4,1", "-o", "small.gguf")
+    assert named.exit_code == 0, named.stderr
+    assert metadata_of(tmp_path / "small.gguf")["llama.block_count"] == 4
+    assert run_sleb("apply", source, "--blocks", "4,1").exit_code == 0
+    assert (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes() == (tmp_path / "small.gguf").read_bytes()
+    as_folder = run_sleb("apply", source, "--blocks", "4,1", "-o", "folder")
+    assert as_folder.exit_code == 0, as_folder.stderr
+    assert (tmp_path / "folder" / "model.safetensors").is_file()
+    result = run_sleb("apply", tiny_llama, "--blocks", "4,1", "-o", "other.gguf")
+    assert (result.exit_code, "can only be made from a GGUF file" in result.stderr) == (2, True), result.stderr
+    result = run_sleb("apply", source, "--blocks", "4,1", "--recover", "-o", "other.gguf")
+    assert (result.exit_code, "--recover does not apply to a GGUF file" in result.stderr) == (2, True), result.stderr
+    assert not (tmp_path / "other.gguf").exists()
+
+
+def test_a_plan_made_for_a_gguf_file_gives_a_gguf_file(run_sleb, tmp_path, source, text_file):
+    options = ("--remove", 2, *calibration(text_file), "-o", "own.json", "-q")
+    assert run_sleb("search", source, *options).exit_code == 0
+    result = run_sleb("apply", "own.json")
+    assert result.exit_code == 0, result.stderr
+    assert metadata_of(tmp_path / "tiny-sleb-4-blocks.gguf")["llama.block_count"] == 4
+    write_llama_gguf(source, 6, Type.F32)
+    result = run_sleb("apply", "own.json", "-o", "again.gguf")
+    assert (result.exit_code, "fingerprint" in result.stderr) == (3, True), result.stderr
 
 
 def test_a_plan_of_another_model_is_refused(run_sleb, tmp_path, plan):
     write_gguf(tmp_path / "gemma.gguf", "gemma", 6)
     write_llama_gguf(tmp_path / "short.gguf", 5)
     for name, words in (("gemma.gguf", "(gemma, 6 blocks)"), ("short.gguf", "(llama, 5 blocks)")):
-        result = run_sleb("apply", plan, "--to-gguf", name)
+        result = run_sleb("apply", plan, "--source", name)
         assert (result.exit_code, words in result.stderr) == (3, True), result.stderr
         assert "(llama, 6 blocks)" in result.stderr
-    result = run_sleb("apply", plan, "--to-gguf", "short.gguf", "--any-model")
+    result = run_sleb("apply", plan, "--source", "short.gguf", "--any-model")
     assert result.exit_code == 0, result.stderr
     plan.write_text(plan.read_text().replace('"model_type": "llama"', '"model_type": "lama_of_mine"'))
-    result = run_sleb("apply", plan, "--to-gguf", "tiny.gguf")
-    assert (result.exit_code, "is not known to sleb" in result.stderr) == (0, True), result.stderr
-    assert run_sleb("apply", "nowhere.json", "--to-gguf", "tiny.gguf").exit_code == 3
+    result = run_sleb("apply", plan, "--source", "tiny.gguf")
+    assert (result.exit_code, "does not know if GGUF files of lama_of_mine" in result.stderr) == (0, True)
+    assert run_sleb("apply", "nowhere.json", "--source", "tiny.gguf").exit_code == 3
 
 
 def test_what_cannot_be_is_refused_and_nothing_is_left(run_sleb, tmp_path, source, tiny_opt):
@@ -135,26 +165,26 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(run_sleb, tmp_path, sourc
         (2, "no block 6", "--blocks", "6"),
         (2, "named twice", "--blocks", "1,1"),
         (2, "All 6 blocks", "--blocks", "0,1,2,3,4,5"),
-        (2, "Which blocks of", source),
-        (2, "and not from", tiny_opt, "--blocks", "1"),
-        (2, "Give one of the two", "plan.json", "--blocks", "1"),
-        (2, "--remove 3 is not possible: --blocks names 2", "--blocks", "1,2", "--remove", 3),
-        (2, "do not go with --to-gguf", "--blocks", "1", "--dtype", "float16"),
-        (2, "do not go with --to-gguf", "--blocks", "1", "--model", tiny_opt),
+        (2, "No blocks given for", source),
+        (3, "holds another model", tiny_opt, "--blocks", "1"),
+        (2, "--blocks applies to a model", "plan.json", "--blocks", "1"),
+        (2, "Cannot remove 3 blocks: --blocks names 2", "--blocks", "1,2", "--remove", 3),
+        (2, "--dtype does not apply to a GGUF file", "--blocks", "1", "--dtype", "float16"),
+        (2, "--model does not apply with --source", "--blocks", "1", "--model", tiny_opt),
         (3, "no plan plan.json"),
-        (8, "tiny.gguf is the model itself", "--blocks", "1", "-o", "tiny.gguf", "--force"),
-        (8, "link.gguf is the model itself", "--blocks", "1", "-o", "link.gguf", "--force"),
-        (8, "there.gguf exists", "--blocks", "1", "-o", "there.gguf"),
+        (8, "tiny.gguf is the source file itself", "--blocks", "1", "-o", "tiny.gguf", "--force"),
+        (8, "link.gguf is the source file itself", "--blocks", "1", "-o", "link.gguf", "--force"),
+        (8, "there.gguf already exists", "--blocks", "1", "-o", "there.gguf"),
         (8, "folder does not exist", "--blocks", "1", "-o", "nowhere/small.gguf"),
-        (8, "it is a folder", "--blocks", "1", "-o", tmp_path),
+        (2, "does not end in .gguf", "--blocks", "1", "-o", tmp_path),
     ):
-        result = run_sleb("apply", *options, "--to-gguf", source)
+        result = run_sleb("apply", *options, "--source", source)
         assert (result.exit_code, message in result.stderr) == (code, True), (options, result.stderr)
         assert "hint:" in result.stderr
         assert result.stdout == ""
     assert sorted(os.listdir(tmp_path)) == names
     assert (source.read_bytes(), (tmp_path / "there.gguf").read_text()) == (whole, "precious")
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source, "-o", "there.gguf", "--force")
+    result = run_sleb("apply", "--blocks", "1", "--source", source, "-o", "there.gguf", "--force")
     assert result.exit_code == 0, result.stderr
     assert metadata_of(tmp_path / "there.gguf")["llama.block_count"] == 5
 
@@ -163,15 +193,15 @@ def test_files_that_are_no_whole_model(run_sleb, tmp_path, source):
     whole = source.read_bytes()
     for keep in (0, 3, 100, 5000, len(whole) - 4000):
         source.write_bytes(whole[:keep])
-        result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
-        assert (result.exit_code, "is truncated, or is no GGUF file" in result.stderr) == (4, True), result.stderr
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "nowhere.gguf")
+        result = run_sleb("apply", "--blocks", "1", "--source", source)
+        assert (result.exit_code, "is truncated, or is not a GGUF file" in result.stderr) == (4, True), result.stderr
+    result = run_sleb("apply", "--blocks", "1", "--source", "nowhere.gguf")
     assert (result.exit_code, "no file nowhere.gguf" in result.stderr) == (4, True)
     write_gguf(tmp_path / "part-00001-of-00002.gguf", "llama", 3, {"split.count": 2})
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "part-00001-of-00002.gguf")
+    result = run_sleb("apply", "--blocks", "1", "--source", "part-00001-of-00002.gguf")
     assert (result.exit_code, "llama-gguf-split --merge" in result.stderr) == (4, True)
     write_gguf(tmp_path / "g.gguf", "gemma2", 6)
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", "g.gguf")
+    result = run_sleb("apply", "--blocks", "1", "--source", "g.gguf")
     assert (result.exit_code, "the last of every 2 blocks" in result.stderr) == (4, True)
     assert [name for name in os.listdir(tmp_path) if "sleb" in name or name.startswith(".")] == []
 
@@ -179,10 +209,13 @@ def test_files_that_are_no_whole_model(run_sleb, tmp_path, source):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-200] + bytes(200), "is not what"),
+        (lambda data: data[:-200] + bytes(200), "differs from the expected"),
         (lambda data: data[:-3000], "the gguf package cannot read it"),
         (lambda data: data.replace(b"llama.rope.freq_base", b"llama.rope.freq_bass"), "metadata"),
-        (lambda data: data.replace(b"blk.0.attn_q", b"blk.0.attn_x"), "blk.0.attn_x.weight is not what blk.0.attn_q"),
+        (
+            lambda data: data.replace(b"blk.0.attn_q", b"blk.0.attn_x"),
+            "blk.0.attn_x.weight differs from the expected blk.0.attn_q",
+        ),
     ],
 )
 def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch, source, damage, message):
@@ -194,7 +227,7 @@ def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch
 
     monkeypatch.setattr(apply_gguf, "write_gguf", write_badly)
     names = sorted(os.listdir(tmp_path))
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+    result = run_sleb("apply", "--blocks", "1", "--source", source)
     assert (result.exit_code, message in result.stderr) == (9, True), result.stderr
     assert sorted(os.listdir(tmp_path)) == names
 
@@ -210,7 +243,7 @@ def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path
         save_file(tensors, weights, metadata={"format": "pt"})
 
     monkeypatch.setattr(apply_gguf, "convert_gguf", convert_badly)
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
+    result = run_sleb("apply", "--blocks", "1", "--source", source)
     assert (result.exit_code, "logits differ" in result.stderr) == (9, True), result.stderr
     assert not list(tmp_path.glob("*blocks*"))
 
@@ -222,15 +255,15 @@ def test_no_room_is_said_before_anything_is_written(run_sleb, tmp_path, monkeypa
         free = 1000
 
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Full)
-    result = run_sleb("apply", "--blocks", "1", "--to-gguf", source)
-    assert (result.exit_code, "has 1 kB free" in result.stderr) == (8, True), result.stderr
+    result = run_sleb("apply", "--blocks", "1", "--source", source)
+    assert (result.exit_code, "has only 1 kB free" in result.stderr) == (8, True), result.stderr
 
 
 def test_a_disk_that_is_full_midway_leaves_nothing(source, tmp_path):
     place = tmp_path / "run"
     place.mkdir()
 
-    command = [sys.executable, "-B", "-m", "sleb_cli", "apply", "--blocks", "1", "--to-gguf", str(source)]
+    command = [sys.executable, "-B", "-m", "sleb_cli", "apply", "--blocks", "1", "--source", str(source)]
     process = subprocess.run(command, cwd=place, preexec_fn=few_bytes, capture_output=True, text=True, check=False)
     assert process.returncode == 8, process.stderr
     assert "the file would be larger than this system allows" in process.stderr

@@ -36,7 +36,7 @@ def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
     assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
     for word in ("generation, median", "tokens/s", "peak memory", "parameters", "fastest to slowest"):
         assert word in result.stdout
-    assert "less than the paper's setting" in result.stderr
+    assert "smaller than the paper's setting" in result.stderr
 
 
 def test_one_workload_on_the_dense_model(run_sleb, tiny_llama):

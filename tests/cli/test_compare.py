@@ -46,8 +46,13 @@ def test_the_table_says_who_is_best_and_the_model_is_loaded_once(run_sleb, tiny_
 
 
 def test_only_those_race_that_can(run_sleb, tiny_llama, text_file, tmp_path):
-    result = compare(run_sleb, tiny_llama, text_file, "nll,cosine,nll@last", "--fast")
+    result = compare(run_sleb, tiny_llama, text_file, "nll,cosine,nll@last", "--fast", "--json")
     assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["best"] == "nll@greedy"
+    assert read_plan(tmp_path / "plan.json").search.fast
+    result = compare(run_sleb, tiny_llama, text_file, "cosine,nll@last", "--fast", "-o", "other.json")
+    assert result.exit_code == 0, result.stderr
+    assert not read_plan(tmp_path / "other.json").search.fast
 
 
 def test_an_interrupted_comparison_goes_on(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
@@ -81,12 +86,12 @@ def test_an_interrupted_comparison_goes_on(run_sleb, tiny_llama, text_file, tmp_
 @pytest.mark.parametrize(
     ("compared", "options", "message"),
     [
-        ("nll", (), "names nothing to compare with"),
-        ("nll,nll@greedy", (), "names one twice"),
+        ("nll", (), "needs at least two entries"),
+        ("nll,nll@greedy", (), "names an entry twice"),
         ("nll,cosine@best", (), "There is no strategy 'best'"),
         ("nll,nl", (), "nl"),
-        ("nll,cosine@refine", (), "cosine looks at single ones"),
-        ("nll,cosine", ("--metric", "nll"), "--metric does not go with it"),
+        ("nll,cosine@refine", (), "cosine scores single blocks"),
+        ("nll,cosine", ("--metric", "nll"), "so --metric does not apply"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_any_work(
@@ -101,7 +106,7 @@ def test_what_cannot_be_compared_is_said_before_any_work(
 
 def test_a_loss_sets_no_size_to_compare_at(run_sleb, tiny_llama, text_file):
     options = [*calibration(text_file), "--compare", "nll,cosine", "--max-loss-increase", 1]
-    assert "at one size" in run_sleb("search", tiny_llama, *options).stderr
+    assert "at the same size" in run_sleb("search", tiny_llama, *options).stderr
 
 
 def test_where_sequences_are_held_out_they_decide(run_sleb, tiny_llama, text_file):

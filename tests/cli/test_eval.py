@@ -136,7 +136,7 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
         (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
         (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
         (("--tasks", "piqa"), 5, "piqa"),
-        (("--remove", "1"), 2, "Which blocks"),
+        (("--remove", "1"), 2, "No blocks given"),
     ],
 )
 def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code, message):

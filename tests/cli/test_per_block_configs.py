@@ -51,7 +51,7 @@ def test_blocks_are_protected_by_kind_and_by_number(run_sleb, mixed, text_file, 
     assert plan.search.protect == (1, 2, 3, 5)
     assert list(plan.steps[0].scores) == [4]
     result = search(run_sleb, mixed, text_file, *options[:-1], 2, "--force")
-    assert (result.exit_code, "1 may, with 1 protected at the start" in result.stderr) == (2, True)
+    assert (result.exit_code, "only 1 can be removed, with 1 protected at the start" in result.stderr) == (2, True)
 
 
 def test_an_extended_search_protects_the_same(run_sleb, mixed, text_file, tmp_path):
@@ -82,7 +82,7 @@ def test_what_cannot_be_protected(run_sleb, mixed, text_file, options, message):
 
 def test_no_kinds_to_protect(run_sleb, tiny_llama, text_file):
     result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--protect-kind", "mamba")
-    assert (result.exit_code, "all of one kind" in result.stderr) == (2, True)
+    assert (result.exit_code, "All its blocks are of one kind" in result.stderr) == (2, True)
 
 
 def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_path):
@@ -103,8 +103,8 @@ def test_when_no_more_can_go_the_search_says_how_many_did(run_sleb, text_file, t
     options = ["--protect-first", 1, "--protect-last", 0]
     result = search(run_sleb, folder, text_file, "--remove", 3, *options)
     assert result.exit_code == 4, result.stderr
-    assert "can go after " in result.stderr
-    assert "Ask for 2 removals: with --resume, nothing is measured again" in result.stderr
+    assert "can be removed after " in result.stderr
+    assert "Remove 2 blocks: with --resume, nothing is measured again" in result.stderr
     result = search(run_sleb, folder, text_file, "--remove", 2, *options, "--resume")
     assert result.exit_code == 0, result.stderr
     assert set(read_plan(tmp_path / "plan.json").removals) == {2, 3}

@@ -63,7 +63,7 @@ def test_each_class_of_error_has_an_exit_code_of_its_own():
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", lambda: 1 / 0)
+    monkeypatch.setattr("sleb_cli.commands.plugins.load_plugins", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         program.main(["plugins"])
 
@@ -72,7 +72,7 @@ def test_ctrl_c_says_so(run_sleb, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sleb_cli.plugin_manager.load_plugins", interrupt)
+    monkeypatch.setattr("sleb_cli.commands.plugins.load_plugins", interrupt)
     result = run_sleb("plugins")
     assert result.exit_code == 130
     assert "Interrupted" in result.stderr

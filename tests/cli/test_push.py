@@ -154,26 +154,26 @@ def refused(run_sleb, tiny_llama, tmp_path, message, *options, code=8, push="acm
 def test_who_is_not_logged_in_is_told_before_the_work(run_sleb, tiny_llama, tmp_path, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path.parent / "no-token"))
-    result = refused(run_sleb, tiny_llama, tmp_path, "You are not logged in to the hub")
+    result = refused(run_sleb, tiny_llama, tmp_path, "You are not logged in to the Hub")
     assert "hf auth login" in result.stderr
 
 
 def test_a_token_that_is_wrong_or_only_reads(run_sleb, tiny_llama, tmp_path, hub, monkeypatch):
     hub.user = JANE | {"auth": {"accessToken": {"role": "read"}}}
-    refused(run_sleb, tiny_llama, tmp_path, "may only read")
+    refused(run_sleb, tiny_llama, tmp_path, "is read-only")
     monkeypatch.setenv("HF_TOKEN", "bad")
     refused(run_sleb, tiny_llama, tmp_path, "does not accept your token")
 
 
 @pytest.mark.parametrize("owner", ["nobody", "far"])
 def test_an_organization_that_one_may_not_write_to(run_sleb, tiny_llama, tmp_path, hub, owner):
-    result = refused(run_sleb, tiny_llama, tmp_path, f"You are jane on the hub, and may not write to {owner}.",
+    result = refused(run_sleb, tiny_llama, tmp_path, f"You are jane on the Hub, and may not write to {owner}.",
                      push=f"{owner}/small")  # fmt: skip
     assert "Push to jane/small" in result.stderr
 
 
 def test_a_repository_that_exists_is_written_into_only_when_forced(run_sleb, tiny_llama, tmp_path, hub):
-    refused(run_sleb, tiny_llama, tmp_path, "acme/old exists on the hub", push="acme/old")
+    refused(run_sleb, tiny_llama, tmp_path, "acme/old already exists on the Hub", push="acme/old")
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/old", "--force")
     assert result.exit_code == 0, result.stderr
     assert "model.safetensors" in hub.files
@@ -188,16 +188,16 @@ def test_what_is_no_name_of_a_repository(run_sleb, tiny_llama, tmp_path, hub, na
 def test_public_goes_with_push(run_sleb, tiny_llama):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "--public")
     assert result.exit_code == 2
-    assert "--public goes with --push" in result.stderr
+    assert "--public requires --push" in result.stderr
 
 
 def test_a_hub_out_of_reach(run_sleb, tiny_llama, tmp_path, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    result = refused(run_sleb, tiny_llama, tmp_path, "The hub is out of reach")
+    result = refused(run_sleb, tiny_llama, tmp_path, "The Hub is out of reach")
     assert "`hf upload acme/small FOLDER --private`" in result.stderr
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    refused(run_sleb, tiny_llama, tmp_path, "The hub is out of reach")
+    refused(run_sleb, tiny_llama, tmp_path, "The Hub is out of reach")
 
 
 @pytest.mark.parametrize(("step", "status"), [("repos/create", 403), ("/store/", 403), ("/commit/", 403)])
@@ -205,7 +205,7 @@ def test_a_failed_upload_loses_nothing(run_sleb, tiny_llama, tmp_path, hub, step
     hub.refuses[step] = status
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small")
     assert result.exit_code == 8, result.stderr
-    assert "out is whole, but was not uploaded to acme/small" in result.stderr
+    assert "out is complete, but was not uploaded to acme/small" in result.stderr
     assert "`hf upload acme/small out --private`" in result.stderr
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert hub.files == {}

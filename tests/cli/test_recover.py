@@ -139,16 +139,16 @@ def test_a_quantized_model_is_refused(run_sleb, text_file, fit, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     result = run_sleb("apply", folder, "--blocks", "2", *recovering(text_file), "-o", "out")
     assert result.exit_code == 4
-    assert "is quantized: its blocks cannot be given new values" in result.stderr
+    assert "is quantized, so its blocks cannot be recovered" in result.stderr
     assert not fit.calls
 
 
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--samples", "9"], 2, "--samples goes with --recover or --heal"),
-        (["--device", "cpu"], 2, "--device goes with --recover or --heal"),
-        (["--recover", "--to-gguf", "x.gguf"], 2, "does not go with --to-gguf"),
+        (["--samples", "9"], 2, "--samples requires --recover or --heal"),
+        (["--device", "cpu"], 2, "--device requires --recover or --heal"),
+        (["--recover", "--source", "x.gguf"], 2, "--recover does not apply to a GGUF file"),
         (["--recover", "--samples", "4", "--calibration", "TEXT", "--sequence-length", "32"], 5, "4 sequences are too"),
         (["--recover", "--device", "cuda:77"], 7, "no usable cuda:77"),
     ],

@@ -92,7 +92,7 @@ def test_where_the_losses_part_the_search_warns(run_sleb, shared_data, tmp_path)
     assert result.exit_code == 0, result.stderr
     step = read_plan(tmp_path / "plan.json").steps[0]
     assert step.held_out.overfits
-    assert "From step 1 on, the search fits its own text" in result.stderr
+    assert "The search overfits its calibration text from step 1" in result.stderr
     assert f"{step.held_out.generalization_gap:.3f} nats per token more" in result.stderr
     assert "held out" in result.stdout
 
@@ -100,11 +100,11 @@ def test_where_the_losses_part_the_search_warns(run_sleb, shared_data, tmp_path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--holdout", "1"), "--holdout 1 is no share"),
-        (("--holdout", "-0.1"), "--holdout -0.1 is no share"),
-        (("--holdout", "nan"), "--holdout nan is no share"),
+        (("--holdout", "1"), "--holdout 1 is not a share"),
+        (("--holdout", "-0.1"), "--holdout -0.1 is not a share"),
+        (("--holdout", "nan"), "--holdout nan is not a share"),
         (("--holdout", "x"), "--holdout"),
-        (("--holdout", "0.2", "--samples", 1), "One calibration sequence cannot be split"),
+        (("--holdout", "0.2", "--samples", 1), "A single calibration sequence cannot be split"),
     ],
 )
 def test_what_cannot_be_held_out_is_refused(run_sleb, tiny_llama, text_file, options, message):

@@ -5,17 +5,15 @@ import json
 import pytest
 
 from conftest import calibration
-from sleb_cli.engine.measure import sample_generation
 from sleb_cli.engine.measure.sample_generation import PROMPT
 from sleb_cli.plan import read_plan
 
 
 @pytest.fixture
-def searched(run_sleb, shared_data, text_file, monkeypatch):
+def searched(run_sleb, shared_data, text_file):
     """Search for all but the protected blocks of a trained model, which then only stutters."""
-    monkeypatch.setattr(sample_generation, "NEW_TOKENS", 48)
     model = shared_data / "models" / "stories260K"
-    result = run_sleb("search", model, *calibration(text_file), "--remove", 3)
+    result = run_sleb("search", model, *calibration(text_file), "--remove", 3, "--sample-tokens", 48)
     assert result.exit_code == 0, result.stderr
     return result
 
@@ -24,7 +22,7 @@ def test_a_collapse_is_shown_and_warned_of(searched, tmp_path):
     plan = read_plan(tmp_path / "plan.json")
     assert plan.sample_generation.is_repetitive
     assert plan.sample_generation.pruned_repetition > 0.4
-    assert f'both go on after "{PROMPT}"' in searched.stdout
+    assert f'both models continue "{PROMPT}"' in searched.stdout
     assert f"pruned ({plan.sample_generation.pruned_repetition:.0%} repeated): " in searched.stdout
     assert " ".join(plan.sample_generation.dense.split())[:60] in searched.stdout
     assert "The pruned model repeats itself" in searched.stdout
@@ -56,5 +54,5 @@ def test_a_model_with_few_positions_is_searched_without_it(run_sleb, tmp_path, t
     folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=16))
     result = run_sleb("search", folder, *calibration(text_file, length=16), "--remove", 1)
     assert result.exit_code == 0, result.stderr
-    assert "No text of the pruned model is shown" in result.stderr
+    assert "No sample text is shown" in result.stderr
     assert read_plan(tmp_path / "plan.json").sample_generation is None

@@ -56,7 +56,8 @@ def test_each_size_has_the_perplexity_of_the_model_without_its_blocks(search, lo
     for removals, step in zip(plan.by_size, plan.steps, strict=True):
         assert step.perplexity == pytest.approx(math.exp(loss(removals)), rel=1e-4)
         assert step.scores[step.block] == step.score
-    assert plan.nested == (strategy in ("greedy", "oneshot", "last")) or strategy in ("refine", "beam", "contiguous")
+    assert plan.nested == all(before == after[:-1] for before, after in itertools.pairwise([(), *plan.by_size]))
+    assert plan.nested or strategy in ("refine", "beam", "contiguous")
 
 
 def test_a_wide_beam_finds_the_best_set_of_each_size(search, loss):
@@ -90,26 +91,27 @@ def test_with_a_metric_of_hidden_states_spans_score_from_first_to_last_in_the_de
             assert score == pytest.approx(float(expected), abs=1e-5)
 
 
-def test_exchanges_are_recorded_and_shown(search, loss):
+def test_swaps_are_recorded_and_shown(search, loss):
     for first in range(4):  # some protected block makes greedy go wrong
         result, plan = search("--strategy", "refine", "--protect-first", 0, "--protect-last", 0, "--protect", first)
         if plan.steps[-1].swaps:
             break
     else:
-        pytest.skip("greedy is right on this model")
+        pytest.fail("greedy is right on this model, whichever block is protected")
     swap = plan.steps[-1].swaps[-1]
     assert swap.after == plan.steps[-1].score < swap.before
     assert swap.after == pytest.approx(loss(plan.removals), abs=1e-5)
     assert f"nll {swap.before:.4f} -> {swap.after:.4f}" in result.stdout
-    assert "exchanged: " in result.stderr
+    assert "swapped: " in result.stderr
 
 
 def test_racing_ends_with_the_same_sets(search):
-    for strategy in ("refine", "beam"):
-        settings = ["--strategy", strategy, "--samples", 12]
-        _, exact = search(*settings, "--batch-size", 1)
+    for strategy in (["refine"], ["beam", "--beam-width", 2]):
+        settings = ["--strategy", *strategy, "--samples", 32, "--batch-size", 1]
+        _, exact = search(*settings)
         _, raced = search(*settings, "--fast")
         assert sorted(raced.removals) == sorted(exact.removals)
+        assert any(step.race.dropped for step in raced.steps)
 
 
 def test_remove_takes_the_blocks_of_that_size(search, run_sleb, tmp_path):
@@ -119,7 +121,7 @@ def test_remove_takes_the_blocks_of_that_size(search, run_sleb, tmp_path):
     for size in (1, 2, 3):
         result = run_sleb("export", "plan.json", "--to", "indices", "--remove", size, "--json")
         assert result.exit_code == 0, result.stderr
-        assert tuple(json.loads(result.stdout)["removals"]) == sizes[size - 1]
+        assert tuple(json.loads(result.stdout)["document"]["removals"]) == sizes[size - 1]
     result = run_sleb("apply", "plan.json", "--remove", 2, "-o", "two")
     assert result.exit_code == 0, result.stderr
     assert read_plan(tmp_path / "two" / "sleb_plan.json").removals == sizes[1]
@@ -129,16 +131,16 @@ def test_remove_takes_the_blocks_of_that_size(search, run_sleb, tmp_path):
 @pytest.mark.parametrize(
     ("step", "removals", "message"),
     [
-        (1, [1, 1], "name a block twice"),
-        (1, [1], "not so many"),
-        (1, [1, 99], "other blocks than its own"),
+        (1, [1, 1], "contain a block twice"),
+        (1, [1], "the wrong number of them"),
+        (1, [1, 99], "names the wrong blocks"),
     ],
 )
 def test_a_plan_whose_lists_do_not_agree_is_refused(search, tmp_path, step, removals, message):
     search("--strategy", "contiguous")
     data = json.loads((tmp_path / "plan.json").read_text())
     data["steps"][step]["removals"] = removals
-    if message == "name a block twice":
+    if message == "contain a block twice":
         data["steps"][step]["block"] = 1
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(PlanError, match=message):
@@ -149,11 +151,11 @@ def test_a_plan_whose_lists_do_not_agree_is_refused(search, tmp_path, step, remo
     ("options", "message"),
     [
         (["--strategy", "gredy"], "Did you mean 'greedy'?"),
-        (["--strategy", "oneshot", "--fast"], "they cannot race"),
-        (["--strategy", "refine", "--metric", "cosine"], "cosine looks at single ones"),
-        (["--strategy", "refine", "--beam-width", 3], "does not go with --strategy refine"),
+        (["--strategy", "oneshot", "--fast"], "--fast does not apply to --strategy oneshot"),
+        (["--strategy", "refine", "--metric", "cosine"], "cosine scores single blocks"),
+        (["--strategy", "refine", "--beam-width", 3], "--beam-width does not apply to --strategy refine"),
         (["--strategy", "beam", "--beam-width", 0], "--beam-width 0 is too small"),
-        (["--strategy", "contiguous", "--protect", "2,3"], "No 2 consecutive blocks may go"),
+        (["--strategy", "contiguous", "--protect", "2,3"], "No 2 consecutive blocks can be removed"),
     ],
 )
 def test_what_does_not_go_together_is_refused(run_sleb, tiny_llama, text_file, tmp_path, options, message):
@@ -168,4 +170,4 @@ def test_only_greedy_plans_are_extended(search, run_sleb, tiny_llama, strategy):
     search("--strategy", strategy, remove=2)
     result = run_sleb("search", tiny_llama, "--extend", "plan.json", "--remove", 3)
     assert result.exit_code == 2
-    assert f"goes on with --strategy greedy only, and not with {strategy}" in result.stderr
+    assert f"works with --strategy greedy only, not with {strategy}" in result.stderr

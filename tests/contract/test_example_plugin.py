@@ -69,9 +69,9 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2, tmp_path):
     result = sleb_with_plugin("export", *options, "-q", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (0, "blocks[0:1] + blocks[2:3] + blocks[4:5]\n"), result.stderr
     result = sleb_with_plugin("export", *options, "--json", cwd=tmp_path)
-    assert json.loads(result.stdout) == {"slices": [[0, 1], [2, 3], [4, 5]]}
+    assert json.loads(result.stdout)["document"] == {"slices": [[0, 1], [2, 3], [4, 5]]}
     result = sleb_with_plugin("export", *options, "--source", "x.gguf", cwd=tmp_path)
-    assert (result.returncode, "--source does not go with --to slices" in result.stderr) == (2, True)
+    assert (result.returncode, "--source does not apply to --to slices" in result.stderr) == (2, True)
 
 
 def test_without_it_its_metric_is_unknown(run_sleb, tiny_gpt2):

@@ -23,13 +23,14 @@ from conftest import calibration, gpt2_config, llama_config, opt_config, save_mo
 from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import passes
-from sleb_cli.engine.forward.memory_budget import MemoryBudget, parse_bytes
+from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.windows import adds_bos, cut_windows, tokens_sha256
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.units import parse_bytes
 
 SHAPE = {
     "vocab_size": 320,
@@ -84,7 +85,7 @@ def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, archite
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     assert (plan["model"]["family"] in CLAIMED) == (plan["model"]["model_type"] in CLAIMED)
-    assert ("found by structure" in result.stderr) == (plan["model"]["family"] == "structure")
+    assert ("blocks by structure" in result.stderr) == (plan["model"]["family"] == "structure")
     assert plan["search"]["engine"] == "fork"
     assert plan["search"]["engine_reason"] is None
 
@@ -97,14 +98,14 @@ def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, archite
         assert step["score"] == step["scores"][str(step["block"])]
 
 
-def test_a_family_that_the_fork_does_not_fit_is_searched_the_slower_way(run_sleb, tmp_path, text_file):
-    """XLNet turns tokens and positions around before its blocks."""
+def test_a_family_whose_blocks_cannot_be_forked_is_searched_by_whole_passes(run_sleb, tmp_path, text_file):
+    """XLNet swaps sequences and positions before its blocks."""
     folder = save_model(tmp_path / "xlnet", tiny_config("xlnet"))
     result = run_sleb("search", folder, "--remove", 2, *calibration(text_file))
     assert result.exit_code == 0, result.stderr
-    assert "engine prefix: " in result.stdout
+    assert "engine plain: " in result.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["search"]["engine"] == "prefix"
+    assert plan["search"]["engine"] == "plain"
     assert "[2, 32] tokens become [32, 2] states" in plan["search"]["engine_reason"]
 
     architecture = read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
@@ -120,14 +121,16 @@ def test_little_memory_forces_slices_and_finds_the_same(run_sleb, folder, text_f
     plenty = json.loads(run_sleb("search", folder, *options).stdout)
     refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
     assert refused.exit_code == 7, refused.stderr
-    needed = re.search(r"needs ([\d.]+ .B) beside the model, and may take 1.0 KB", refused.stderr)[1]
+    needed = re.search(r"needs ([\d.]+ .B) beside the model, but may take only 1 kB", refused.stderr)[1]
 
     budgets = []
     resolve_search = passes.resolve_memory_budget
     monkeypatch.setattr(
         passes, "resolve_memory_budget", lambda *a, **k: budgets.append(resolve_search(*a, **k)) or budgets[-1]
     )
-    squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", parse_bytes(needed) + 100).stdout)
+    squeezed = json.loads(
+        run_sleb("search", folder, *options, "--force", "--memory", parse_bytes(needed, "") + 500).stdout
+    )
     assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept=0)]
     assert squeezed["removals"] == plenty["removals"]
     for ours, theirs in zip(plenty["steps"], squeezed["steps"], strict=True):

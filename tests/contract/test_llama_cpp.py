@@ -57,7 +57,7 @@ def generate_with_transformers(folder):
 @pytest.mark.parametrize(("kv_heads", "type_"), [(4, Type.F32), (2, Type.F32), (4, Type.Q8_0)])
 def test_it_generates_from_a_pruned_file_what_transformers_generates(run_sleb, llama_cpp, tmp_path, kv_heads, type_):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_, kv_heads=kv_heads)
-    assert run_sleb("apply", "--blocks", "4,1", "--to-gguf", source, "-o", "small.gguf").exit_code == 0
+    assert run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "small.gguf").exit_code == 0
     assert run_sleb("apply", tmp_path / "origin", "--blocks", "4,1", "-o", "small").exit_code == 0
     found, expected = llama_cpp(tmp_path / "small.gguf"), generate_with_transformers(tmp_path / "small")
     # Quantised, near ties fall the other way sooner or later; the first token of a sharp model does not.
@@ -79,7 +79,7 @@ def test_it_goes_by_number_where_our_table_says_so_and_only_there(run_sleb, llam
     assert llama_cpp(source) == generate_with_transformers(tmp_path / "origin")
     blocks = ",".join(map(str, removals))
     assert run_sleb("apply", tmp_path / "origin", "--blocks", blocks, "-o", "small").exit_code == 0
-    passes = run_sleb("apply", "--blocks", blocks, "--to-gguf", source, "--no-verify").exit_code == 0
+    passes = run_sleb("apply", "--blocks", blocks, "--source", source, "--no-verify").exit_code == 0
     write_gguf(GgufSurgery(read_gguf(source), removals).pruned(), tmp_path / "forced.gguf", lambda size: None)
     agrees = llama_cpp(tmp_path / "forced.gguf") == generate_with_transformers(tmp_path / "small")
     assert agrees == passes == (removals in [(0, 1, 2, 3), (7,)])

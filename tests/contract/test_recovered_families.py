@@ -30,5 +30,5 @@ def test_recovery_pays_and_its_checkpoint_is_proven(run_sleb, model_type, tmp_pa
     applied = json.loads(result.stdout)
     recovery, proof = applied["recovery"], applied["proof"]
     assert recovery["closed_form_losses"]["loss"] < recovery["pruned"]["loss"]
-    assert any(fold["kept"] for fold in recovery["closed_form"]["fits"])
+    assert any(fit["kept"] for fit in recovery["closed_form"]["fits"])
     assert (proof["reference"], proof["partial"], proof["logits_difference"]) == ("recovered", None, 0.0)

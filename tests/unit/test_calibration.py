@@ -10,12 +10,13 @@ from conftest import prose, train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.text import sources
-from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, draw, resolve_calibration
+from sleb_cli.engine.text.calibration import calibrate, draw, resolve_calibration
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
 from sleb_cli.engine.text.windows import adds_bos, cut_running_text, cut_windows, tokens_sha256
 from sleb_cli.events import Notice
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest
 from sleb_plugins import DataError, UsageError
 
 
@@ -65,7 +66,7 @@ def test_the_hash_is_over_little_endian_int64():
 def hub(monkeypatch):
     """Answer `load_dataset` with a real data set made here, and note what was asked for."""
     asked = []
-    rows = datasets.Dataset.from_dict({"text": [prose(3, seed) for seed in range(300)], "title": ["t"] * 300})
+    rows = datasets.Dataset.from_dict({"text": [prose(3, seed) for seed in range(1200)], "title": ["t"] * 1200})
 
     def load_dataset(path, name=None, *, split, data_files=None):
         asked.append((path, name, split, data_files))
@@ -106,7 +107,8 @@ def calibrated(tiny_llama, tokenizers):
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
 
     def calibrated(source, samples=None, length=64, *, seed=0, bos=False, load_model=pytest.fail, notify=print):
-        settings = resolve_calibration(CalibrationRequest(source, samples, length, seed), architecture)
+        request = CalibrationRequest(calibration=source, samples=samples, sequence_length=length, seed=seed)
+        settings = resolve_calibration(request, architecture)
         return calibrate(settings, tokenizers[bos], load_model, notify)
 
     return calibrated
@@ -210,8 +212,8 @@ def test_a_file_whose_name_looks_like_a_mixture_is_a_file(tmp_path):
         ("c4:0.5,self:-0.5", None, "self:-0.5 has no share"),
         ("c4:0.5,self:nan", None, "self:nan has no share"),
         ("c4:0.5,c4:0.5", None, "names c4 twice"),
-        ("c4:0.5,wikitext2-sleb:0.5", None, "wikitext2-sleb is drawn as the reference"),
-        ("c4:0.9,self:0.1", 2, "none would be of self"),
+        ("c4:0.5,wikitext2-sleb:0.5", None, "wikitext2-sleb cannot be mixed: it is drawn as in the reference"),
+        ("c4:0.9,self:0.1", 2, "none would be from self"),
     ],
 )
 def test_a_mixture_that_is_none_is_refused(calibrated, source, samples, message):
@@ -228,7 +230,8 @@ def test_a_mixture_is_as_long_as_its_scarcest_source_lets_it_be_where_nobody_sai
     mixed = calibrated("a.txt:0.5,b.txt:0.5", notify=events.append)
     assert torch.equal(mixed.sequences, calibrated("a.txt:0.5,b.txt:0.5", 2 * there + 1).sequences)
     (notice,) = [event.text for event in events if isinstance(event, Notice)]
-    assert notice == f"b.txt has text for {there} sequences of 64 tokens, so the mixture has {2 * there + 1}, not 16."
+    mixed = f"so the mixture has {2 * there + 1} sequences, not 16."
+    assert notice == f"b.txt has text for only {there} sequences of 64 tokens, {mixed}"
     with pytest.raises(DataError, match=rf"b\.txt has text for {there} sequences of 64 tokens, not for 8"):
         calibrated("a.txt:0.5,b.txt:0.5", 16)
 
@@ -237,5 +240,5 @@ def test_a_mixture_that_would_lack_a_source_is_refused(tmp_path, calibrated):
     (tmp_path / "a.txt").write_text(prose(300))
     (tmp_path / "b.txt").write_text(prose(3))
     assert len(calibrated("b.txt").sequences) == 1
-    with pytest.raises(UsageError, match=r"none would be of a\.txt"):
+    with pytest.raises(UsageError, match=r"none would be from a\.txt"):
         calibrated("a.txt:1/10,b.txt:9/10")

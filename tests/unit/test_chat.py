@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from conftest import train_tokenizer
 from sleb_cli.engine.text.chat import cut_conversations, require_template
@@ -83,9 +82,9 @@ def test_each_sequence_begins_where_a_conversation_begins_and_has_an_answer():
 
 def test_too_few_conversations_are_refused_by_what_there_is():
     long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
-    with pytest.raises(DataError, match="give no sequence of 40 with an answer in it"):
+    with pytest.raises(DataError, match="too few for a sequence of 40 with an answer in it"):
         cut(PLAIN, [long], 40, answers=True)
-    with pytest.raises(DataError, match=r"chat\.jsonl have \d+ tokens and give no sequence of 4000 tokens"):
+    with pytest.raises(DataError, match=r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"):
         cut(PLAIN, [long], 4000, answers=False)
     with pytest.raises(DataError, match="text for 1 sequences of 40 tokens, not for 2"):
         cut(PLAIN, [long], 40, answers=False, asked=2)
@@ -99,7 +98,7 @@ def test_what_a_template_refuses_is_said_in_its_words():
 
 def test_a_template_that_rewrites_the_beginning_is_refused_for_answers_only():
     template = "{{ messages | length }}" + PLAIN
-    with pytest.raises(DataError, match="cannot be told apart") as error:
+    with pytest.raises(DataError, match="so its answers cannot be found") as error:
         cut(template, [CONVERSATION], 40, answers=True)
     assert "--chat all" in error.value.hint
     assert cut(template, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
@@ -154,21 +153,28 @@ def test_a_data_set_gives_its_column_of_messages(monkeypatch):
 def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_llama, tmp_path):
     from sleb_cli.engine.model.architecture import read_architecture
     from sleb_cli.engine.model.source import locate_model
-    from sleb_cli.engine.text.calibration import CalibrationRequest, calibrate, resolve_calibration
+    from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
     from sleb_cli.plugin_manager import load_plugins
+    from sleb_cli.requests import CalibrationRequest
 
     tokenizer = tokenizer_with(PLAIN)
     for name, word in (("a.jsonl", "river"), ("b.jsonl", "snow")):
-        turns = [{"role": "user", "content": "mill " * 4}, {"role": "assistant", "content": word}]
-        (tmp_path / name).write_text("\n".join([json.dumps({"messages": turns})] * 40))
+        lines = []
+        for number in range(40):
+            turns = [{"role": "user", "content": "mill " * (number % 5)}, {"role": "assistant", "content": word}]
+            lines.append(json.dumps({"messages": turns}))
+        (tmp_path / name).write_text("\n".join(lines))
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
-    settings = resolve_calibration(CalibrationRequest("a.jsonl:0.5,b.jsonl:0.5", 6, 48, 0, "answers"), architecture)
+    request = CalibrationRequest(calibration="a.jsonl:0.5,b.jsonl:0.5", samples=6, sequence_length=48, seed=0)
+    settings = resolve_calibration(request, architecture, chat="answers")
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
     words = [tokenizer.decode(ids[own]) for ids, own in zip(calibration.sequences, calibration.loss_mask, strict=True)]
     assert [word.split("</s>")[0] for word in words] == ["river", "snow"] * 3
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
     mixed = calibration.shuffled()
-    assert sorted(mixed.sequences.tolist()) == sorted(calibration.sequences.tolist())
-    assert not torch.equal(mixed.sequences, calibration.sequences)
-    for ids, own in zip(mixed.sequences, mixed.loss_mask, strict=True):
-        assert tokenizer.decode(ids[own]).split("</s>")[0] in {"river", "snow"}
+    before, after = (
+        list(zip(each.sequences.tolist(), each.loss_mask.tolist(), strict=True)) for each in (calibration, mixed)
+    )
+    assert len({str(mask) for _, mask in before}) > 2
+    assert after != before
+    assert sorted(after) == sorted(before)

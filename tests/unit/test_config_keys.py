@@ -21,7 +21,7 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
 
 
 @pytest.mark.parametrize(
-    ("reading", "value", "pruned"),
+    ("prune", "value", "pruned"),
     [
         (by_block, list("abcdef"), list("acdf")),
         (by_block, tuple("abcdef"), list("acdf")),
@@ -47,20 +47,20 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (last_block, -1, -1),
     ],
 )  # fmt: skip
-def test_readings(reading, value, pruned):
-    assert reading(value, KEPT) == pruned
+def test_pruners(prune, value, pruned):
+    assert prune(value, KEPT) == pruned
 
 
 @pytest.mark.parametrize("key", KEY_PRUNERS)
 def test_removing_nothing_changes_nothing(key):
     everything = Kept(tuple(range(6)), 6)
-    reading = KEY_PRUNERS[key]
+    prune = KEY_PRUNERS[key]
     values = {
         by_block: list("abcdef"), by_letter: "abcdef", block_numbers: [1, 4], keyed_by_block: {"2": "x"},
         numbers_from_one: {"kda_layers": [1, 6]},
     }  # fmt: skip
-    value = values.get(reading, 3)
-    assert reading(value, everything) == value
+    value = values.get(prune, 3)
+    assert prune(value, everything) == value
 
 
 def test_every_second_block_has_experts_becomes_a_list_of_those_that_have_none():

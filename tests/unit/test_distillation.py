@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional
 
 from conftest import llama_config, random_model
+from sleb_cli.engine.forward import logits
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import Divergence, distill, learning_rate
-from sleb_cli.engine.recovery.heal import without
+from sleb_cli.engine.recovery.heal import drop_held_out
 from sleb_cli.engine.recovery.run import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import DataError
@@ -20,7 +21,7 @@ def ids():
 
 
 def test_the_divergence_and_its_gradient_are_those_of_a_plain_computation(monkeypatch):
-    monkeypatch.setattr(variant, "WIDENED_BYTES", {"cpu": 4 * 50 * 3})  # three positions at a time
+    monkeypatch.setattr(logits, "WIDENED_BYTES", {"cpu": 4 * 50 * 3})  # three positions at a time
     student = torch.randn(2, 5, 50, requires_grad=True)
     teacher = 3 * torch.randn(2, 5, 50)
     plain = functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum")
@@ -32,7 +33,7 @@ def test_the_divergence_and_its_gradient_are_those_of_a_plain_computation(monkey
 
 
 @pytest.mark.parametrize("positions", [1, 9, 1000])
-def test_gradients_in_stretches_are_those_of_all_logits_at_once(ids, positions, monkeypatch):
+def test_gradients_in_slices_are_those_of_all_logits_at_once(ids, positions, monkeypatch):
     monkeypatch.setattr(variant, "POSITIONS", positions)
     dense, pruned = random_model(llama_config(3)), random_model(llama_config(3))
     for model in (dense, pruned):
@@ -56,7 +57,7 @@ def test_gradients_in_stretches_are_those_of_all_logits_at_once(ids, positions, 
     assert all(parameter.grad is None for name, parameter in pruned.named_parameters() if ".layers." not in name)
 
 
-def test_a_walk_that_begins_at_a_block_gives_the_same_gradients(ids):
+def test_a_pass_that_starts_at_a_block_gives_the_same_gradients(ids):
     dense, pruned = random_model(llama_config(4)), random_model(llama_config(4))
     with torch.no_grad():
         pruned.model.layers[2].mlp.down_proj.weight *= 0.5
@@ -66,7 +67,7 @@ def test_a_walk_that_begins_at_a_block_gives_the_same_gradients(ids):
     pruned.model.layers[2:].requires_grad_(True)
     found = []
     with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
-        entering, wanted = Variant(teacher).two_depths(ids, 2)
+        entering, wanted = Variant(teacher).entering_and_final_states(ids, 2)
         assert can_share(Variant(teacher), Variant(student), 2, ids)
         assert not can_share(Variant(teacher), Variant(student), 3, ids)
         for start in (None, (2, entering)):
@@ -80,7 +81,7 @@ def test_a_walk_that_begins_at_a_block_gives_the_same_gradients(ids):
 def test_the_learning_rate_goes_up_with_the_steps_and_down_with_the_budget():
     assert [learning_rate(2.0, 0.0, steps) for steps in (0, 9, 19, 200)] == pytest.approx([0.1, 1.0, 2.0, 2.0])
     assert [learning_rate(2.0, share, 200) for share in (0.5, 1.0, 1.5)] == pytest.approx([1.0, 0.0, 0.0])
-    # Time may have gone by before the first step: text was written.
+    # Time may have passed before the first step, to generate text.
     assert learning_rate(2.0, 0.3, 0) == pytest.approx(0.1)
     rates = [learning_rate(2.0, steps / 100, steps) for steps in range(101)]
     assert rates.index(max(rates)) < 25
@@ -89,6 +90,6 @@ def test_the_learning_rate_goes_up_with_the_steps_and_down_with_the_budget():
 
 def test_what_is_held_out_is_not_trained_on():
     rows = torch.tensor([[1, 2], [3, 4], [1, 3]])
-    assert without(rows, torch.tensor([[3, 4], [2, 1]])).tolist() == [[1, 2], [1, 3]]
+    assert drop_held_out(rows, torch.tensor([[3, 4], [2, 1]])).tolist() == [[1, 2], [1, 3]]
     with pytest.raises(DataError, match="held out"):
-        without(rows, rows)
+        drop_held_out(rows, rows)

@@ -1,22 +1,174 @@
 """Documents cannot drift from what they describe."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import typer
+import yaml
 
 import sleb_cli
-from sleb_cli.plan import CalibrationRecord, Plan, SearchRecord
+from sleb_cli.app import app
+from sleb_cli.plan import CalibrationRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
+from sleb_cli.requests import TARGET_NAMES, StrategyName
 from sleb_plugins import SlebError, errors, hookspecs
+from sleb_plugins.families import REFUSED
+from sleb_plugins.metrics import sleb_metrics
+from survey import HEAD, TAIL
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+ENGINE = ROOT / "sleb_cli" / "engine"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
+COMMANDS = typer.main.get_command(app).commands
+OPTIONS = {
+    name
+    for command in COMMANDS.values()
+    for parameter in command.params
+    for name in (*parameter.opts, *parameter.secondary_opts)
+}
+OPTIONS |= {"--help", "--version", "--install-completion"}
 
 
-def test_the_readme_is_what_cog_would_write():
-    subprocess.run([sys.executable, "-m", "cogapp", "--check", "README.md"], cwd=ROOT, check=True)
+def read(page):
+    return (ROOT / page).read_text()
+
+
+def without_cog(text):
+    """The page as people read it: no program that generates a part of it."""
+    return re.sub(r"<!-- \[\[\[cog.*?\]\]\] -->", "", text, flags=re.DOTALL)
+
+
+def code_lines(text):
+    """The lines of all code blocks, fenced or indented; those that end with a backslash are joined."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    indented = re.findall(r"(?:^\n)((?:^ {4}.*\n)+)", text, re.MULTILINE)
+    for block in (*fenced, *indented):
+        yield from block.replace("\\\n", " ").splitlines()
+
+
+def inline_code(text):
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def commands_in(lines):
+    """Every command line of `sleb` in these lines of code, as a list of arguments."""
+    for line in lines:
+        for part in re.split(r"&&|\||(?:^|\s)#\s", line):
+            words = part.strip().replace("accelerate launch -m sleb_cli", "sleb")
+            if words.startswith("sleb "):
+                yield shlex.split(words)[1:]
+
+
+def what_is_wrong_with(arguments, *, complete):
+    """Parse a command line with the program's own parameters, without running it; one in a sentence may be open."""
+    name, *rest = arguments
+    if name.startswith("-") or name == "COMMAND":
+        return [word for word in arguments if word.startswith("-") and word not in OPTIONS]
+    if name not in COMMANDS:
+        return [f"There is no command {name}."]
+    try:
+        COMMANDS[name].make_context(name, [word for word in rest if word not in ("…", "--help")])
+    except typer.TyperException as error:
+        message = error.format_message()
+        is_open = message.startswith("Missing") or message.endswith("requires an argument.")
+        return [message] if complete or not is_open else []
+    return []
+
+
+def wrong_commands(text):
+    typed = [(arguments, True) for arguments in commands_in(code_lines(text))]
+    named = [(arguments, False) for arguments in commands_in(inline_code(text))]
+    options = [word.partition("=")[0] for code in inline_code(text) if code.startswith("--") for word in code.split()]
+    return [
+        *(
+            wrong
+            for arguments, complete in (*typed, *named)
+            for wrong in what_is_wrong_with(arguments, complete=complete)
+        ),
+        *(option for option in options if option.startswith("--") and option not in OPTIONS),
+    ]
+
+
+def absent_places(text):
+    named = re.findall(
+        r"(?<![\w/.-])(?:sleb_cli|sleb_plugins|tests|docs|completions|\.ci|\.github)/[\w./-]*", without_cog(text)
+    )
+    return [place for place in named if not (ROOT / place.rstrip(".")).exists()]
+
+
+def slugs_in(text):
+    """The names by which links reach the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings]
+
+
+def broken_links(text, page):
+    """Relative links and images whose file, or heading within it, is not there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_cog(text)):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, heading = target.partition("#")
+        path = (ROOT / page).parent / file if file else ROOT / page
+        if not path.exists() or (heading and heading not in slugs_in(path.read_text())):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_and_link_in_a_page_exists(page):
+    assert absent_places(read(page)) == []
+    assert list(broken_links(read(page), page)) == []
+    names = {path.name for folder in ("sleb_cli", "sleb_plugins", "tests") for path in (ROOT / folder).rglob("*.py")}
+    files = [name for code in inline_code(read(page)) for name in re.findall(r"^(?:[a-z_]+/)*(\w+\.py)$", code)]
+    assert [name for name in files if name not in names] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_in_a_page_is_one_that_sleb_takes(page):
+    assert wrong_commands(read(page)) == []
+
+
+def test_the_readme_has_commands_and_is_short():
+    assert len(list(commands_in(code_lines(read("README.md"))))) > 10
+    assert len(read("README.md").splitlines()) <= 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`sleb serch demo`",
+        "`sleb search demo --ratoi 0.2`",
+        "`sleb search demo --remove three`",
+        "`sleb apply one two`",
+        "\n    sleb export plan.json\n",
+        "\n    pip install . && sleb search demo --no-such\n",
+        "```\nsleb bench --generation \\\n    --nope\n```\n",
+        "Use `--to-gguf model.gguf`.",
+        "`accelerate launch -m sleb_cli apply plan.json --heel`",
+    ],
+)
+def test_a_wrong_command_is_found(text):
+    assert wrong_commands(text)
+
+
+def test_a_wrong_path_or_link_is_found():
+    assert absent_places("See `sleb_cli/engine/gates.py`, tests/no/such.py.") != []
+    for link in ("[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"):
+        assert list(broken_links(link, "README.md"))
+    assert not list(broken_links("[a](docs/search.md#the-forking-forward)", "README.md"))
+
+
+def test_generated_parts_are_what_cog_would_write():
+    pages = [page for page in PAGES if "[[[cog" in read(page)]
+    assert len(pages) > 3
+    subprocess.run([sys.executable, "-m", "cogapp", "--check", *pages], cwd=ROOT, check=True)
+    checked = re.search(r"^cog --check (.+)$", read(".ci/run"), re.MULTILINE)
+    assert checked
+    patterns = checked[1].split()
+    assert set(pages) <= {str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)}
 
 
 def test_the_completions_are_what_the_program_prints():
@@ -35,29 +187,101 @@ def test_bash_completes_commands_and_options(tmp_path):
     assert result.stdout.split() == ["search", "--calibration"]
 
 
-def test_every_hook_key_of_the_plan_and_exit_code_is_in_the_readme():
+def test_every_hook_kind_of_metric_and_exit_code_is_in_the_reference():
+    plugins, codes = read("docs/reference/plugins.md"), read("docs/reference/exit-codes.md")
     hooks = [name for name in vars(hookspecs) if name.startswith("sleb_")]
     assert len(hooks) == 3
-    assert all(f"`{hook}()`" in README for hook in hooks)
-    assert all(f"| `{key}` |" in README for key in Plan.model_fields)
+    assert all(f"`{hook}()`" in plugins for hook in hooks)
+    for kind in ("LogitMetric", "HiddenStateMetric", "WeightMetric", "ModelMetric"):
+        assert f"| `{kind}` |" in plugins
     classes = [c for c in vars(errors).values() if isinstance(c, type) and c.__base__ is SlebError]
-    assert all(f"| {c.exit_code} | `{c.__name__}` |" in README for c in classes)
-    keys = {*CalibrationRecord.model_fields, *SearchRecord.model_fields} - {"protect_first", "protect_last", "seed"}
-    assert [key for key in keys if f"`{key}`" not in README] == []
+    assert all(f"| {c.exit_code} | `{c.__name__}` |" in codes for c in classes)
+
+
+def test_every_key_of_the_plan_is_explained():
+    explained = read("docs/reference/plan.md").partition("<!-- [[[cog")[0]
+    assert all(f"| `{key}` |" in explained for key in Plan.model_fields)
+    records = (CalibrationRecord, SearchRecord, Step, HeldOutRecord, SampleGeneration)
+    keys = {key for record in records for key in record.model_fields}
+    assert [key for key in sorted(keys) if f"`{key}`" not in explained] == []
+
+
+def test_every_metric_strategy_and_target_is_in_the_reference():
+    commands = read("docs/reference/commands.md")
+    prose = re.sub(r"^```.*?^```", "", commands, flags=re.MULTILINE | re.DOTALL)
+    assert [metric.name for metric in sleb_metrics() if not re.search(rf"`{metric.name}[`:]", prose)] == []
+    assert [name for name in get_args(StrategyName) if f"| `{name}` |" not in prose] == []
+    assert [name for name in TARGET_NAMES if f"`--{name.replace('_', '-')} " not in prose] == []
+    assert all(f"## sleb {name}\n" in commands for name in COMMANDS)
+
+
+def test_the_architecture_has_every_file_of_every_room():
+    page = read("docs/architecture.md")
+    assert len(page.splitlines()) <= 150
+    rows = dict(re.findall(r"^\| `(\w+)/` \| [^|]+ \| (.+) \|$", page, re.MULTILINE))
+    rooms = {path.parent.name: path.parent for path in ENGINE.glob("*/__init__.py")}
+    assert sorted(rows) == sorted(rooms)
+    for room, files in rows.items():
+        there = {path.name for path in rooms[room].glob("*.py")} - {"__init__.py"}
+        assert set(re.findall(r"`(\w+\.py)`", files)) == there, room
+    drawn = re.findall(rf"\b(?:{'|'.join(rooms)})/\w+", " ".join(re.findall(r"```mermaid\n(.*?)```", page, re.DOTALL)))
+    assert len(drawn) > 10
+    assert [place for place in drawn if not (ENGINE / f"{place}.py").exists()] == []
+    source = "\n".join(
+        path.read_text() for name in ("sleb_cli", "sleb_plugins") for path in (ROOT / name).rglob("*.py")
+    )
+    named = [code.rpartition(".")[2] for code in inline_code(page) if re.fullmatch(r"[A-Z]\w+|\w+\.[a-z]+_\w+", code)]
+    assert len(named) > 5
+    assert [name for name in named if not re.search(rf"^ *(?:class |def )?{name}\b", source, re.MULTILINE)] == []
+
+
+def test_the_index_has_every_page():
+    index = read("docs/README.md")
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/") and page != "docs/README.md"]
+    assert [page for page in pages if f"]({page})" not in index] == []
+
+
+def test_the_families_are_introduced_as_the_survey_writes_them():
+    page = read("docs/families.md")
+    works, _, refused = page.partition("## Refused")
+    works, refused = (
+        part.count("\n| ") - 1 for part in (works.partition("## Works")[2], refused.partition("## What")[0])
+    )
+    assert page.startswith(HEAD.format(tried=works + refused, works=works, refused=refused))
+    assert page.endswith(TAIL)
+    assert f"**{works} families**" in read("README.md")
+    listed = re.findall(r"^\| (\S+) \| (.+) \| [^|]*\|$", page.partition("## Refused")[2], re.MULTILINE)
+    assert [name for name, reason in listed if REFUSED.get(name, reason) != reason] == []
+
+
+def test_the_readme_s_python_runs(tiny_llama, text_file, tmp_path, capsys):
+    example = re.search(r"^```python\n(from pathlib.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)
+    assert example
+    program = example[1].replace("HuggingFaceTB/SmolLM2-135M", str(tiny_llama)).replace("wikitext2", str(text_file))
+    exec(compile(program, "README.md", "exec"), {})
+    assert "same logits" in capsys.readouterr().out
+    assert (tmp_path / "smaller" / "config.json").exists()
+
+
+def test_the_screen_is_small_and_of_the_first_command():
+    screen = read("docs/images/search.svg")
+    assert len(screen.encode()) < 100_000
+    assert "sleb&#160;search&#160;demo&#160;--ratio&#160;0.2" in screen
 
 
 def test_the_changelog_begins_with_this_version():
-    found = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    found = re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)
     assert found
     assert found[1] == sleb_cli.__version__
 
 
 def test_the_example_plugin_is_short():
-    lines = (ROOT / "tests" / "example_plugin" / "sleb_example.py").read_text().splitlines()
-    assert len(lines) < 45  # a family, a metric and an export format
+    assert len(read("tests/example_plugin/sleb_example.py").splitlines()) < 45  # a family, a metric, an export format
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/architecture.md", "docs/families.md", "docs/search.md"])
-def test_places_that_documents_name_exist(path):
-    named = re.findall(r"`((?:sleb_cli|sleb_plugins|tests|docs|completions)/[\w./]*)`", (ROOT / path).read_text())
-    assert all((ROOT / place).exists() for place in named)
+def test_the_workflow_runs_what_must_pass():
+    workflow = yaml.safe_load(read(".github/workflows/ci.yml"))
+    assert {"push", "pull_request"} <= set(workflow[True])  # YAML reads `on` as a truth value
+    (job,) = workflow["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100

@@ -10,8 +10,7 @@ from safetensors.torch import save_file
 from sleb_cli.atomic import new_folder, require_new_file, to_json, write_text
 from sleb_cli.engine.files.fingerprint import HEAD_BYTES, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights
-from sleb_cli.engine.output.apply import parse_size
-from sleb_plugins import ModelError, OutputError, UsageError
+from sleb_plugins import ModelError, OutputError
 
 
 def test_a_file_is_written_whole_and_alone(tmp_path):
@@ -65,8 +64,9 @@ def test_json_is_readable_and_equal():
     data = {"a": [1, 2], "b": {"1": 0.5, "2": 1.5}, "c": {"x": "é", "y": []}, "d": [{"e": {}}], "f": None}
     text = to_json(data)
     assert json.loads(text) == data
-    assert '"a": [1, 2]' in text
-    assert '"b": {"1": 0.5, "2": 1.5}' in text
+    assert text.startswith('{\n  "a": [\n    1,\n    2\n  ],\n')
+    assert '"x": "é"' in text
+    assert text.endswith("}\n")
     with pytest.raises(ValueError, match="JSON"):
         to_json({"a": float("nan")})
 
@@ -75,7 +75,7 @@ def test_a_missing_shard_is_named(tmp_path):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": torch.ones(1)}, tmp_path / "model-1.safetensors")
-    with pytest.raises(ModelError, match="lacks 1 of its 2 weight files, model-2"):
+    with pytest.raises(ModelError, match="lacks 1 of its 2 weight files, such as model-2"):
         find_weights(tmp_path)
 
 
@@ -105,16 +105,3 @@ def test_a_fingerprint_sees_changes_at_both_ends_and_not_the_place(tmp_path):
     (tmp_path / "copy" / "w").write_bytes(content)
     assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 1}) in prints
     assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 2}) not in prints
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("512MiB", 2**29), ("1.5kb", 1500), ("7", 7), ("2G", 2 * 10**9)]
-)
-def test_sizes(text, size):
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1GB", "5XB", "GB", "five"])
-def test_no_sizes(text):
-    with pytest.raises(UsageError, match="not a size"):
-        parse_size(text)

@@ -38,7 +38,7 @@ def test_one_sequence_cannot_be_split():
         hold_out(calibration_of(1), 0.2)
 
 
-def test_the_excess_and_its_error_are_those_of_students_t():
+def test_the_generalization_gap_and_its_error_are_those_of_students_t():
     searched, held_out = [0.1, 0.3, 0.2, 0.4], [0.5, 0.9]
     generalization_gap, error, overfits = compare_growth(searched, held_out, 0.05)
     assert generalization_gap == pytest.approx(0.7 - 0.25)

@@ -93,7 +93,7 @@ def test_a_damaged_line_ends_what_is_believed(written):
 @pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe"])
 def test_what_is_no_journal_is_refused_and_left_alone(path, content):
     path.write_bytes(content)
-    with pytest.raises(PlanError, match="is not a journal"):
+    with pytest.raises(PlanError, match="is not a sleb journal"):
         opened(path, resume=True)
     assert path.read_bytes() == content
 

@@ -14,7 +14,7 @@ SHAPES = [(24, 16), (3, 10, 12)]
 
 
 def plain_pairs(values, shapes):
-    """Give A and B of each weight out of the flat values, each as a leaf."""
+    """Return A and B of each weight from the flat values, each as a leaf."""
     pairs, start = [], 0
     for *stack, rows, columns in shapes:
         rank = rank_of((rows, columns))
@@ -79,7 +79,7 @@ def test_steps_too_small_for_bfloat16_add_up():
     torch.testing.assert_close(weight.float(), torch.full((8, 8), 0.99), atol=2e-3, rtol=0)
 
 
-def test_what_was_saved_goes_on_to_the_same_values():
+def test_what_was_saved_continues_to_the_same_values():
     def run(trained, weight, steps):
         for step in steps:
             generator = torch.Generator().manual_seed(step)
@@ -91,8 +91,8 @@ def test_what_was_saved_goes_on_to_the_same_values():
     run(LowRank([whole]), whole, range(6))
     begun = LowRank([first])
     run(begun, first, range(3))
-    gone_on = LowRank([second])
-    gone_on.restore({name: tensor.clone() for name, tensor in begun.state().items()})
+    continued = LowRank([second])
+    continued.restore({name: tensor.clone() for name, tensor in begun.state().items()})
     assert torch.equal(second, first)
-    run(gone_on, second, range(3, 6))
+    run(continued, second, range(3, 6))
     assert torch.equal(second, whole)

@@ -1,7 +1,8 @@
-"""Passes over batches: what they cost in memory, and what happens when it ends."""
+"""Passes over batches: what they cost in memory, and what happens when the device runs out of it."""
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from conftest import llama_config, random_model
 from families import tiny_config
@@ -46,17 +47,16 @@ def score(passes, removed=(), candidates=CANDIDATES, metric=None):
     return found
 
 
-def test_all_engines_give_the_same_numbers(skippable, sequences):
-    by_fork, by_prefix, plain = (
+def test_both_engines_give_the_same_numbers(skippable, sequences):
+    by_fork, plain = (
         score(passes_of(skippable, sequences, engine=engine)[0], removed=(2,), candidates=[1, 3, 4])
-        for engine in ("fork", "prefix", "plain")
+        for engine in ("fork", "plain")
     )
     for block in (1, 3, 4):
         assert by_fork[block] == pytest.approx(plain[block], abs=1e-5)
-        assert by_prefix[block] == pytest.approx(plain[block], abs=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
+@pytest.mark.parametrize("engine", ["fork", "plain"])
 def test_without_candidates_it_scores_the_model_as_it_stands(skippable, sequences, engine):
     passes, events = passes_of(skippable, sequences, engine=engine)
     logits = skippable.logits(sequences, {3})[:, :-1]
@@ -65,7 +65,7 @@ def test_without_candidates_it_scores_the_model_as_it_stands(skippable, sequence
     assert sum(event.evaluations for event in events if isinstance(event, SearchAdvanced)) == 0
 
 
-@pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
+@pytest.mark.parametrize("engine", ["fork", "plain"])
 def test_tokens_that_do_not_count_have_no_part_in_a_score(skippable, sequences, engine):
     loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(2)) < 0.3
     for candidates, removed in (((), (3,)), ((2,), (3,))):
@@ -90,7 +90,7 @@ def test_where_all_tokens_count_no_digit_changes(skippable, sequences):
     assert score(masked) == plain
 
 
-@pytest.mark.parametrize("engine", ["fork", "prefix", "plain"])
+@pytest.mark.parametrize("engine", ["fork", "plain"])
 def test_progress_adds_up_to_candidates_times_sequences(skippable, sequences, engine):
     passes, events = passes_of(skippable, sequences, engine=engine)
     score(passes)
@@ -98,29 +98,48 @@ def test_progress_adds_up_to_candidates_times_sequences(skippable, sequences, en
 
 
 @pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
-def test_no_more_logits_exist_than_a_chunk(skippable, sequences, monkeypatch, metric):
-    sizes = []
-    forward = skippable.model.forward
+@torch.inference_mode()
+def test_no_more_logits_exist_than_a_chunk(sequences, metric):
+    model = Counting(llama_config(6)).eval()
+    with SkippableModel(model, model.model.layers) as skippable:
+        passes, _ = prepare_passes(skippable, sequences, lambda event: None, batch_size=4)
+        passes.budget = MemoryBudget(sequences=4, positions=12, branches=6, kept=100)
+        model.counts.clear()
+        score(passes, metric=metric)
+    assert max(model.counts) == 12
 
-    def watched(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        sizes.append(output.logits.shape[0] * output.logits.shape[1])
+
+class Counting(LlamaForCausalLM):
+    """Counts the positions whose logits each pass returns."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.counts = []
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+        self.counts.append(output.logits.shape[:2].numel())
         return output
 
-    passes, _ = prepare_passes(skippable, sequences, lambda event: None, batch_size=4)
-    passes.budget = MemoryBudget(sequences=4, positions=12, branches=6, kept=100)
-    monkeypatch.setattr(skippable.model, "forward", watched)
-    monkeypatch.setattr("sleb_cli.engine.forward.skipping.inspect.signature", lambda forward: _Signature())
-    score(passes, metric=metric)
-    assert max(sizes) == 12
+
+class WithoutLogitsToKeep(LlamaForCausalLM):
+    """Returns the logits of all positions, whatever is asked."""
+
+    def forward(self, input_ids, use_cache=None):
+        return super().forward(input_ids, use_cache=use_cache)
 
 
-class _Signature:
-    parameters = ("logits_to_keep",)
+@torch.inference_mode()
+def test_a_model_without_logits_to_keep_has_the_same_scores(skippable, sequences):
+    expected = score(passes_of(skippable, sequences)[0])
+    model = WithoutLogitsToKeep(skippable.model.config).eval()
+    model.load_state_dict(skippable.model.state_dict())
+    with SkippableModel(model, model.model.layers) as whole:
+        assert score(passes_of(whole, sequences)[0]) == expected
 
 
 def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
-    """Let memory end at these calls of a block."""
+    """Run out of memory at these calls of a block, or at all of them."""
     calls = []
     switch = skippable.switches[5]
     forward = switch._forward
@@ -135,12 +154,11 @@ def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_when_memory_ends_it_goes_on_with_less_and_scores_nothing_twice(skippable, sequences, monkeypatch, error):
+def test_out_of_memory_it_continues_with_less_and_scores_nothing_twice(skippable, sequences, monkeypatch, error):
     expected = score(passes_of(skippable, sequences)[0])
     passes, events = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=1000, branches=2, kept=100))
-    fail_at(
-        skippable, monkeypatch, 3, error=error
-    )  # the second walk of the first batch: two candidates have their scores
+    # The second walk of the first batch: two candidates have their scores.
+    fail_at(skippable, monkeypatch, 3, error=error)
     assert score(passes) == expected
     notices = [event.text for event in events if isinstance(event, Notice)]
     assert notices == ["Out of memory on cpu; continuing with 1 candidates, 4 sequences and 1000 positions at once."]
@@ -163,7 +181,7 @@ def test_where_nothing_smaller_is_left_the_error_says_so(skippable, sequences, m
         score(passes)
 
 
-def test_another_error_is_not_taken_for_the_end_of_memory(skippable, sequences, monkeypatch):
+def test_another_error_is_not_taken_for_one_of_memory(skippable, sequences, monkeypatch):
     passes, _ = passes_of(skippable, sequences)
     monkeypatch.setattr("sleb_cli.engine.forward.passes.score_hidden_states", _broken)
     with pytest.raises(RuntimeError, match="shapes"):
@@ -183,7 +201,7 @@ def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences
     score(passes)
     branches.clear()
     remembered = score(passes, removed=(3,), candidates=[1, 2, 4])
-    # Up to block 3 all is known, for 2 batches: then come rows 1 and 2, and the base row for 4 to fork off from.
+    # Up to block 3 all is known, for 2 batches: then come branches 1 and 2, and the base for 4 to fork off from.
     assert branches == [4, 4, 5, 5, 5] * 2
     fresh, _ = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=1000, branches=6, kept=0))
     assert score(fresh, removed=(3,), candidates=[1, 2, 4]) == remembered
@@ -194,7 +212,7 @@ def test_later_steps_are_forecast_from_the_leader(skippable, sequences):
     block = sum(weight.numel() for weight in skippable.switches[3].block.parameters())
     head = skippable.model.lm_head.weight.numel() / block
     passes.ranking = [3, 1]
-    # Rows from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
+    # Branches from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
     assert passes.share_of_later_steps(CANDIDATES) == pytest.approx(1 - 6 / (20 + 4 * head))
     passes.budget = MemoryBudget(sequences=4, positions=1000, branches=6, kept=0)
     assert passes.share_of_later_steps(CANDIDATES) == 1
@@ -229,8 +247,8 @@ def test_the_self_check_gives_the_reason_in_words(skippable, sequences, monkeypa
     run = skippable.run_block
     monkeypatch.setattr(skippable, "run_block", lambda call, hidden: run(call, hidden) * 1.001)
     engine, reason = choose_engine(skippable, sequences[:2])
-    assert engine == "prefix"
-    assert reason == "without block 0, forking there gives other logits than running the whole model"
+    assert engine == "plain"
+    assert reason == "without block 0, the fork's logits differ from those of the whole model"
 
 
 def test_the_self_check_survives_a_fork_that_raises(skippable, sequences, monkeypatch):
@@ -239,31 +257,32 @@ def test_the_self_check_survives_a_fork_that_raises(skippable, sequences, monkey
 
     monkeypatch.setattr(skippable.switches[2], "run", broken)
     engine, reason = choose_engine(skippable, sequences[:2])
-    assert engine == "prefix"
+    assert engine == "plain"
     assert reason == "llama does not run block 2 alone: the mask has another size"
 
 
-def test_memory_that_ends_in_the_self_check_is_not_taken_for_a_verdict(skippable, sequences, monkeypatch):
+def test_out_of_memory_in_the_self_check_does_not_choose_an_engine(skippable, sequences, monkeypatch):
     fail_at(skippable, monkeypatch)
     with pytest.raises(OutOfMemory):
         choose_engine(skippable, sequences[:2])
 
 
 @pytest.mark.parametrize(
-    ("model_type", "path", "engine", "reason"),
+    ("model_type", "path", "reason"),
     [
-        ("prophetnet", "prophetnet.decoder.layers", "prefix", "[2, 24] tokens become [2, 72] states"),
-        ("xlm", "transformer.ffns", "plain", "resuming there gives other logits than running the whole model"),
+        ("prophetnet", "prophetnet.decoder.layers", "[2, 24] tokens become [2, 72] states"),
+        ("xlm", "transformer.ffns", "the fork's logits differ from those of the whole model"),
+        ("xlnet", "transformer.layer", "[2, 24] tokens become [24, 2] states"),
     ],
 )
 @torch.inference_mode()
-def test_families_that_do_not_bear_the_fork(sequences, model_type, path, engine, reason):
-    """ProphetNet carries several streams of predictions, and XLM works between its blocks."""
+def test_families_whose_blocks_cannot_be_forked_are_run_whole(sequences, model_type, path, reason):
+    """ProphetNet carries several streams of predictions, XLM works between its blocks, XLNet swaps two dimensions."""
     model = random_model(tiny_config(model_type))
     blocks = model.get_submodule(path)
     with SkippableModel(model, blocks) as skippable:
         passes, why = prepare_passes(skippable, sequences, print, batch_size=2)
         found = score(passes, removed=(1,), candidates=[2, 4])
-    assert (passes.engine, reason in why) == (engine, True)
+    assert (passes.engine, reason in why) == ("plain", True)
     for block, scores in found.items():
         assert sum(scores) / len(scores) == pytest.approx(plain_loss(model, blocks, sequences, {1, block}), abs=1e-5)

@@ -49,13 +49,13 @@ def change(path, **changes):
     ("changes", "message"),
     [
         ({"schema_version": 2}, "schema_version 2; this sleb reads up to 1"),
-        ({"schema_version": "1"}, "not a plan"),
-        ({"schema_version": None}, "not a plan"),
+        ({"schema_version": "1"}, "not a sleb plan"),
+        ({"schema_version": None}, "not a sleb plan"),
         ({"surprise": 1}, "surprise: Extra inputs"),
         ({"search__surprise": 1}, "search.surprise"),
         ({"dense": None}, "dense: Field required"),
         ({"model__blocks": "6"}, "model.blocks"),
-        ({"removals": [1, 2, 3]}, "name different blocks"),
+        ({"removals": [1, 2, 3]}, "do not name the same blocks"),
         ({"steps__0__score": "low"}, "steps.0.score"),
         ({"model__blocks": 2}, "does not have"),
     ],
@@ -76,5 +76,5 @@ def test_what_is_no_plan_is_refused(tmp_path, content):
 
 def test_a_truncated_plan_is_refused(llama_plan):
     llama_plan.write_bytes(llama_plan.read_bytes()[:-20])
-    with pytest.raises(PlanError, match="not whole JSON"):
+    with pytest.raises(PlanError, match="not valid JSON"):
         read_plan(llama_plan)

@@ -1,10 +1,10 @@
-"""How a search stands, as the screen tells it."""
+"""The progress of a search, as the screen shows it."""
 
 import pytest
 
 from sleb_cli.events import SearchStarted
 from sleb_cli.ui import progress
-from sleb_cli.ui.progress import _Standing
+from sleb_cli.ui.progress import _SearchProgress
 
 
 @pytest.fixture
@@ -15,57 +15,57 @@ def clock(monkeypatch):
     return now
 
 
-def standing(*evaluations, done=0):
-    return _Standing(SearchStarted(30, done + len(evaluations), done, evaluations))
+def search_progress(*evaluations, done=0):
+    return _SearchProgress(SearchStarted(30, done + len(evaluations), done, evaluations))
 
 
 def test_at_an_even_pace_the_remaining_time_is_right_from_the_start(clock):
-    search = standing(280, 270)
+    search = search_progress(280, 270)
     for _ in range(28):
         clock[0] += 1
-        search.advanced(10, found=False)
+        search.advanced(10, from_journal=False)
     assert search.remaining() == pytest.approx(27)
     assert (search.done, search.expected) == (280, 550)
 
 
 def test_later_steps_that_are_known_to_be_faster_are_expected_to_be(clock):
-    search = standing(100, 100, 100)
+    search = search_progress(100, 100, 100)
     clock[0] += 10
-    search.advanced(10, found=False)
+    search.advanced(10, from_journal=False)
     assert search.remaining() == pytest.approx(290)
     search.forecast(0.5)
     assert search.remaining() == pytest.approx(90 + 100)
 
 
 def test_after_the_first_step_only_the_pace_of_the_later_ones_counts(clock):
-    search = standing(100, 100, 100)
+    search = search_progress(100, 100, 100)
     clock[0] += 100
-    search.advanced(100, found=False)
+    search.advanced(100, from_journal=False)
     search.removed()
     assert search.remaining() is None
     clock[0] += 5
-    search.advanced(10, found=False)
+    search.advanced(10, from_journal=False)
     search.forecast(0.5)
     assert search.remaining() == pytest.approx(95)
-    search.advanced(90, found=False)
+    search.advanced(90, from_journal=False)
     clock[0] += 45
     search.removed()
     assert search.remaining() == pytest.approx(50)
 
 
 def test_what_a_journal_had_says_nothing_about_the_pace(clock):
-    search = standing(100)
-    search.advanced(60, found=True)
+    search = search_progress(100)
+    search.advanced(60, from_journal=True)
     assert search.remaining() is None
     clock[0] += 10
-    search.advanced(20, found=False)
+    search.advanced(20, from_journal=False)
     assert search.remaining() == pytest.approx(10)
 
 
 def test_a_race_that_narrows_makes_all_steps_shorter(clock):
-    search = standing(1000, 900)
+    search = search_progress(1000, 900)
     clock[0] += 10
-    search.advanced(100, found=False)
+    search.advanced(100, from_journal=False)
     search.scored(7, 3.5)
     search.narrowed(5, 800)
     assert search.expected == pytest.approx(200 + 180)
@@ -76,9 +76,9 @@ def test_a_race_that_narrows_makes_all_steps_shorter(clock):
 
 
 def test_at_the_end_nothing_is_left_whatever_the_parts_add_up_to(clock):
-    search = standing(3, done=2)
+    search = search_progress(3, done=2)
     for _ in range(30):
-        search.advanced(0.1, found=False)
+        search.advanced(0.1, from_journal=False)
     search.removed()
     assert search.steps_left == 0
     assert search.done == search.expected == 3

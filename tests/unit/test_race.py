@@ -1,10 +1,11 @@
 """The racing rule on plain numbers."""
 
 import random
+import statistics
 
 import pytest
 
-from sleb_cli.engine.search.race import ERROR, Race, student_quantile
+from sleb_cli.engine.search.race import ERROR, PRIOR, Race, student_quantile
 
 
 def run(matrix, *, batch=2):
@@ -86,16 +87,28 @@ def test_a_constant_lead_is_certain_at_once():
 
 
 # Percentage points of Student's t, from tables.
-@pytest.mark.parametrize(
-    ("tail", "freedom", "value"),
-    [
-        (0.05, 10, 1.812),
-        (0.01, 10, 2.764),
-        (0.001, 10, 4.144),
-        (0.001, 30, 3.385),
-        (0.0005, 20, 3.850),
-        (0.05, 1000, 1.646),
-    ],
-)
+QUANTILES = [
+    (0.05, 10, 1.812),
+    (0.01, 10, 2.764),
+    (0.001, 10, 4.144),
+    (0.001, 30, 3.385),
+    (0.0005, 20, 3.850),
+    (0.05, 1000, 1.646),
+]
+
+
+@pytest.mark.parametrize(("tail", "freedom", "value"), QUANTILES)
 def test_students_quantiles(tail, freedom, value):
-    assert student_quantile(tail, freedom) == pytest.approx(value, rel=2e-3)
+    assert student_quantile(tail, freedom) == pytest.approx(value, abs=6e-4)
+
+
+@pytest.mark.parametrize(("tail", "freedom", "value"), QUANTILES)
+def test_a_rival_drops_out_beyond_the_quantile_of_the_table_and_not_before(tail, freedom, value):
+    seen = freedom - PRIOR + 1
+    scatter = [(-1.0) ** n for n in range(seen)]
+    error = (statistics.variance(scatter) * (1 / seen - 1 / 10_000)) ** 0.5
+    for times, drops in ((value - 0.001, False), (value + 0.001, True)):
+        behind = times * error - statistics.fmean(scatter)
+        race = Race(10_000, round(ERROR / tail), {0: [0.0] * seen, 1: [behind + by for by in scatter]})
+        race.drop_beaten()
+        assert (1 in race.dropped) == drops

@@ -1,4 +1,4 @@
-"""What two models say after a prompt, and how much of it they say again."""
+"""The text that two models generate after a prompt, and how much of it is repeated."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import llama_config, random_model, train_tokenizer
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.measure import sample_generation
 from sleb_cli.engine.measure.sample_generation import PROMPT, generate_sample, repetition
 from sleb_cli.events import Notice, TaskAdvanced
 from sleb_plugins import UnsupportedModelError
@@ -28,37 +27,40 @@ def test_repetition_is_the_share_of_runs_of_four_that_occurred_before(tokens, sh
     assert repetition(tokens) == pytest.approx(share)
 
 
-def sung(model, blocks, tokenizer, removed, longest=None):
+NEW_TOKENS = 6
+
+
+def sample(model, blocks, tokenizer, removed, longest=None):
     events = []
     with SkippableModel(model, blocks) as skippable:
-        return generate_sample(skippable, tokenizer, removed, longest, events.append), events
+        return generate_sample(skippable, tokenizer, removed, NEW_TOKENS, longest, events.append), events
 
 
-def test_both_models_go_on_as_transformers_does_greedily(shared_data):
+def test_both_models_generate_what_transformers_does_greedily(shared_data):
     folder = shared_data / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    found, events = sung(model, model.model.layers, tokenizer, (2,))
+    found, events = sample(model, model.model.layers, tokenizer, (2,))
     prompt = tokenizer(PROMPT, return_tensors="pt")
     after = prompt.input_ids.shape[1]
 
     def greedy():
-        ids = model.generate(**prompt, do_sample=False, max_new_tokens=sample_generation.NEW_TOKENS, use_cache=False)
+        ids = model.generate(**prompt, do_sample=False, max_new_tokens=NEW_TOKENS, use_cache=False)
         return ids[0, after:].tolist()
 
     dense = greedy()
     with SkippableModel(model, model.model.layers) as skippable:
-        skippable.switch_off({2})
+        skippable.skip({2})
         pruned = greedy()
     assert (found.dense, found.pruned) == (tokenizer.decode(dense), tokenizer.decode(pruned))
     assert found.dense != found.pruned
     assert (found.dense_repetition, found.pruned_repetition) == (repetition(dense), repetition(pruned))
-    assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * sample_generation.NEW_TOKENS
+    assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * NEW_TOKENS
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
-def test_where_the_cache_does_not_bear_it_the_text_is_the_same(fault, monkeypatch):
+def test_where_the_cache_does_not_work_the_text_is_the_same(fault, monkeypatch):
     tokenizer, model = train_tokenizer(bos=False), random_model(llama_config(4))
-    expected, _ = sung(model, model.model.layers, tokenizer, (1,))
+    expected, _ = sample(model, model.model.layers, tokenizer, (1,))
 
     def generate(prompt, **options):
         if fault == "raises":
@@ -66,7 +68,7 @@ def test_where_the_cache_does_not_bear_it_the_text_is_the_same(fault, monkeypatc
         return torch.cat([prompt, prompt[:, :5]], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    found, _ = sung(model, model.model.layers, tokenizer, (1,))
+    found, _ = sample(model, model.model.layers, tokenizer, (1,))
     assert found == expected
     assert found.dense != found.pruned
 
@@ -77,13 +79,13 @@ def test_it_ends_where_the_text_ends():
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all tokens are as likely: the first one is taken
     tokenizer.eos_token = "<s>"
-    found, events = sung(model, model.model.layers, tokenizer, (1,))
+    found, events = sample(model, model.model.layers, tokenizer, (1,))
     assert (found.dense, found.dense_repetition) == ("", 0.0)
-    assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * sample_generation.NEW_TOKENS
+    assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * NEW_TOKENS
 
 
 @pytest.mark.parametrize("case", ["no tokens", "strange tokens", "no room", "does not run"])
-def test_a_model_that_cannot_be_heard_is_left_out_with_a_notice(case, monkeypatch):
+def test_a_model_that_cannot_generate_is_left_out_with_a_notice(case, monkeypatch):
     tokenizer = train_tokenizer(bos=False)
     model = random_model(llama_config(3, vocab_size=30 if case == "strange tokens" else 320))
     words = {"input_ids": []}
@@ -95,6 +97,6 @@ def test_a_model_that_cannot_be_heard_is_left_out_with_a_notice(case, monkeypatc
         monkeypatch.setattr(SkippableModel, "logits", broken)
     if case == "no tokens":
         monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text: type("Words", (), words))
-    found, events = sung(model, model.model.layers, tokenizer, (1,), longest=20 if case == "no room" else None)
+    found, events = sample(model, model.model.layers, tokenizer, (1,), longest=20 if case == "no room" else None)
     assert found is None
     assert len([event for event in events if isinstance(event, Notice)]) == 1

@@ -1,4 +1,4 @@
-"""Gates on real blocks: they switch, they hand on, and they leave nothing behind."""
+"""Block switches on real blocks: they skip, they pass states on, and they leave nothing behind."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
 from reference import plain_loss
+from sleb_cli.engine.device import OutOfMemory
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -32,20 +33,24 @@ def test_skipping_equals_the_plain_reference(model, ids):
     with SkippableModel(model, blocks) as skippable:
         for removed in (set(), {1}, {0, 3}, {len(blocks) - 1}):
             found = float(score_logits(NegativeLogLikelihood(), skippable.logits(ids, removed), ids).mean())
-            skippable.switch_off(())
+            skippable.skip(())
             assert found == pytest.approx(plain_loss(model, blocks, ids, removed), abs=1e-5)
 
 
 @torch.inference_mode()
-def test_resuming_at_a_block_is_bitwise_the_whole_pass(model, ids):
+def test_a_pass_that_starts_at_a_block_is_bitwise_the_whole_pass(model, ids):
     model, blocks = model
     with SkippableModel(model, blocks) as skippable:
         for removed in ((), (2,)):
-            states = skippable.entering_states(ids, removed)
-            assert set(states) == set(range(len(blocks))) - set(removed)
-            for block in states:
-                whole = skippable.logits(ids, {*removed, block})
-                assert torch.equal(skippable.logits_from(block, states[block], ids, removed), whole)
+            whole = skippable.entering_states(ids, removed)
+            assert set(whole) == set(range(len(blocks))) - set(removed)
+            for block in whole:
+                seen = {}
+                skippable.watch(
+                    ids, removed, lambda n, *states, at=seen: at.update({n: states[0]}), (block, whole[block])
+                )
+                assert list(seen) == [n for n in whole if n >= block]
+                assert all(torch.equal(entering, whole[n]) for n, entering in seen.items())
 
 
 @torch.inference_mode()
@@ -62,7 +67,7 @@ def test_everything_is_put_back_after_an_error(model, ids):
     before = model(ids).logits
     use_cache = model.config.use_cache
     with pytest.raises(ZeroDivisionError), SkippableModel(model, blocks) as skippable:
-        skippable.switch_off({1})
+        skippable.skip({1})
         assert not model.config.use_cache
         raise ZeroDivisionError
     assert all("forward" not in vars(block) for block in blocks)
@@ -84,7 +89,7 @@ def test_a_forward_that_somebody_set_on_the_instance_is_called_and_put_back(ids)
 
 
 @torch.inference_mode()
-def test_a_family_that_does_not_bear_a_skipped_block_is_named(ids):
+def test_a_family_that_does_not_run_without_a_block_is_named(ids):
     model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
 
     def needs_what_block_1_did(*args, **kwargs):
@@ -98,7 +103,7 @@ def test_a_family_that_does_not_bear_a_skipped_block_is_named(ids):
 
 
 @torch.inference_mode()
-def test_memory_that_ends_is_said_to_end(ids):
+def test_out_of_memory_is_said(ids):
     model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
 
     def too_large(*args, **kwargs):
@@ -108,3 +113,39 @@ def test_memory_that_ends_is_said_to_end(ids):
         skippable.switches[0]._forward = too_large
         with pytest.raises(MachineError, match="3 sequences of 24 tokens do not fit into the memory of cpu"):
             skippable.logits(ids, ())
+
+
+def fails(*states):
+    raise ValueError("a bug of ours")
+
+
+@torch.inference_mode()
+def test_a_bug_of_a_listener_is_not_blamed_on_the_family(ids, monkeypatch):
+    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
+    forward = model.model.forward
+
+    def catches_everything(*args, **kwargs):
+        try:
+            return forward(*args, **kwargs)
+        except Exception as error:
+            raise RuntimeError("the family failed") from error
+
+    monkeypatch.setattr(model.model, "forward", catches_everything)
+    with SkippableModel(model, model.model.layers) as skippable:
+        with pytest.raises(ValueError, match="a bug of ours") as raised:
+            skippable.watch(ids, (), fails)
+        assert raised.traceback[-1].name == "fails"
+        assert raised.value.__cause__ is raised.value.__context__ is None
+        skippable.switches[1]._forward = fails
+        with pytest.raises(UnsupportedModelError, match="llama does not run: the family failed"):
+            skippable.logits(ids, ())
+
+
+@torch.inference_mode()
+def test_a_listener_that_runs_out_of_memory_is_said_to(ids):
+    def too_large(*states):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
+    with SkippableModel(model, model.model.layers) as skippable, pytest.raises(OutOfMemory, match="do not fit"):
+        skippable.watch(ids, (), too_large)

@@ -1,4 +1,4 @@
-"""What a step knows about the next one, without a model."""
+"""What one step keeps for the next, without a model."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def test_a_removal_leaves_what_lies_below_it():
     known = states(d1=[BASE], d3=[BASE, 1, 2], d5=[BASE, 1, 2, 3])
     known.after_removal(3)
     assert {depth: set(branches) for depth, branches in known.at.items()} == {1: {BASE}, 3: {BASE, 1, 2}, 5: {BASE}}
-    assert known.at[5][BASE] == "3@d5"  # without block 3: that is the base row now
+    assert known.at[5][BASE] == "3@d5"  # without block 3: that is the base now
 
 
 def test_a_removal_at_the_depth_itself_leaves_it():
@@ -53,7 +53,7 @@ def test_depths_fit_the_limit():
     assert depths_to_keep([5], range(1, 9), limit=0, count=3) == {}
 
 
-def test_of_a_depth_that_does_not_fit_the_lowest_rows_are_kept():
+def test_of_a_depth_that_does_not_fit_the_lowest_branches_are_kept():
     assert depths_to_keep([5, 2, 7], range(1, 9), limit=4, count=3) == {1: 1, 5: 3}
 
 

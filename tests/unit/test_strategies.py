@@ -68,7 +68,7 @@ def test_a_beam_of_one_is_greedy_and_a_wider_one_is_not_worse_at_the_first_two_s
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_after_refine_no_exchange_of_one_block_is_better(seed):
+def test_after_refine_no_swap_of_one_block_is_better(seed):
     costs = Costs(10, seed)
     greedy, refined = costs.search("greedy", 4), costs.search("refine", 4)
     assert [c.removals for c in refined[:-1]] == [c.removals for c in greedy[:-1]]
@@ -80,7 +80,7 @@ def test_after_refine_no_exchange_of_one_block_is_better(seed):
         assert costs.of({*end.removals, block} - {back}) >= end.score - 1e-12
 
 
-def test_refine_finds_what_only_two_exchanges_at_once_find():
+def test_refine_finds_what_only_a_swap_of_two_blocks_finds():
     found = [(Costs(9, seed).search("refine", 3)[-1], Costs(9, seed).best(3)) for seed in range(60)]
     two = [choice for choice, _ in found if any(len(swap.removed) == 2 for swap in choice.swaps)]
     assert two
@@ -88,7 +88,7 @@ def test_refine_finds_what_only_two_exchanges_at_once_find():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_exchanges_lead_from_greedy_to_what_refine_gives(seed):
+def test_swaps_lead_from_greedy_to_the_result_of_refine(seed):
     told = []
     costs = Costs(10, seed)
     removals = set(costs.search("greedy", 4)[-1].removals)
@@ -106,7 +106,7 @@ def test_exchanges_lead_from_greedy_to_what_refine_gives(seed):
     assert removals == set(end.removals)
 
 
-def test_refine_of_one_block_or_of_all_but_one_has_nothing_to_exchange():
+def test_refine_of_one_block_or_of_all_but_one_has_nothing_to_swap():
     costs = Costs(6, 0)
     assert costs.search("refine", 1)[0].swaps == ()
     assert sorted(costs.search("refine", 4)[-1].removals) == [1, 2, 3, 4]
@@ -155,7 +155,7 @@ def test_spans_are_of_blocks_that_may_go():
     candidates = lambda removed: [b for b in (1, 2, 4, 5, 6) if b not in removed]  # noqa: E731
     assert free_spans(candidates, 2) == [(1, 2), (4, 5), (5, 6)]
     assert free_spans(candidates, 3) == [(4, 5, 6)]
-    with pytest.raises(UsageError, match="No 4 consecutive blocks may go"):
+    with pytest.raises(UsageError, match="No 4 consecutive blocks can be removed"):
         free_spans(candidates, 4)
 
 

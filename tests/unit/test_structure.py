@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from sleb_cli.engine.model.structure import block_changes, outer_changes, shared_weights, structure_of, tell_apart
+from sleb_cli.engine.model.structure import block_changes, outer_changes, refine_kinds, shared_weights, structure_of
 from sleb_plugins.config_keys import Kept
 
 KEPT = Kept((0, 2, 3), 4)
@@ -50,19 +50,19 @@ def test_a_block_of_two_attentions_counts_these():
 
 
 def test_around_the_blocks_counts_and_lists_may_shrink_and_parts_may_not():
-    def frame(blocks, kinds, parts):
+    def outer(blocks, kinds, parts):
         model = nn.Module()
         model.layers = nn.ModuleList(Block(number) for number in range(blocks))
         model.norms = nn.ModuleList(nn.LayerNorm(4, device="meta") for _ in range(parts))
         model.num_layers, model.kinds = blocks, kinds
         return structure_of(model, without="layers")
 
-    dense = frame(4, list("abcd"), 1)
-    assert outer_changes(dense, frame(3, list("acd"), 1), KEPT) == []
-    assert outer_changes(frame(4, ["full", "sliding"], 1), frame(3, ["sliding"], 1), KEPT) == []
-    pattern = outer_changes(frame(4, list("aaba"), 1), frame(3, list("aab"), 1), KEPT)
+    dense = outer(4, list("abcd"), 1)
+    assert outer_changes(dense, outer(3, list("acd"), 1), KEPT) == []
+    assert outer_changes(outer(4, ["full", "sliding"], 1), outer(3, ["sliding"], 1), KEPT) == []
+    pattern = outer_changes(outer(4, list("aaba"), 1), outer(3, list("aab"), 1), KEPT)
     assert pattern == ["kinds would be ['a', 'a', 'b'], not ['a', 'a', 'b', 'a']"]
-    assert "norms.1 would be absent, not LayerNorm" in outer_changes(frame(4, [], 2), frame(3, [], 1), KEPT)
+    assert "norms.1 would be absent, not LayerNorm" in outer_changes(outer(4, [], 2), outer(3, [], 1), KEPT)
 
 
 def test_shared_weights():
@@ -74,9 +74,9 @@ def test_shared_weights():
 
 def test_kinds_are_told_apart_by_the_classes_that_differ():
     blocks = nn.ModuleList([Block(0), Block(1), Block(2)])
-    assert tell_apart(blocks, ["", "", ""]) == ["", "", ""]
+    assert refine_kinds(blocks, ["", "", ""]) == ["", "", ""]
     blocks[1].mlp = nn.Conv1d(4, 4, 1)
     blocks[2].norm = nn.LayerNorm(4)
-    assert tell_apart(blocks, ["", "", ""]) == ["Linear", "Conv1d", "Linear"]
-    assert tell_apart(blocks, ["dense", "sparse", "dense"]) == ["dense", "sparse", "dense"]
-    assert tell_apart(blocks, ["full", "full", "sliding"]) == ["full, Linear", "full, Conv1d", "sliding, Linear"]
+    assert refine_kinds(blocks, ["", "", ""]) == ["Linear", "Conv1d", "Linear"]
+    assert refine_kinds(blocks, ["dense", "sparse", "dense"]) == ["dense", "sparse", "dense"]
+    assert refine_kinds(blocks, ["full", "full", "sliding"]) == ["full, Linear", "full, Conv1d", "sliding, Linear"]

@@ -9,7 +9,7 @@ import torch
 from conftest import llama_config, save_model
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.block_names import BlockNames, Numbering, number_blocks
+from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource, locate_model
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.plugin_manager import load_plugins
@@ -22,7 +22,7 @@ def surgery(
 ):
     source = ModelSource("x", Path())
     vars(source)["raw_config"] = raw or {"num_hidden_layers": blocks}
-    numbering = Numbering(prefix or f"{path}.", extra)
+    numbering = BlockNumbering(prefix or f"{path}.", extra)
     architecture = SimpleNamespace(
         block_count=blocks,
         adapter=FamilyAdapter("x", frozenset({"x"}), path, **adapter),
@@ -72,15 +72,15 @@ def test_blocks_may_have_another_name_in_files():
 )
 def test_the_files_say_how_blocks_are_named(stems, path, prefix):
     names = [f"{stem}.{number}.w" for stem in stems for number in range(4)]
-    assert number_blocks([*names, "norm.weight", "model.rotary.7.w"], path, 4) == Numbering(prefix)
+    assert find_block_numbering([*names, "norm.weight", "model.rotary.7.w"], path, 4) == BlockNumbering(prefix)
 
 
 def test_files_that_do_not_name_every_block():
-    assert number_blocks(["model.layers.0.w", "model.layers.2.w"], "model.layers", 3) is None
-    assert number_blocks([f"model.layers.{number}.w" for number in (0, 1, 2, 7)], "model.layers", 3) is None
-    assert number_blocks([f"model.layers.{number}.w" for number in range(4)], "model.layers", 3) == Numbering(
-        "model.layers.", extra=1
-    )
+    assert find_block_numbering(["model.layers.0.w", "model.layers.2.w"], "model.layers", 3) is None
+    assert find_block_numbering([f"model.layers.{number}.w" for number in (0, 1, 2, 7)], "model.layers", 3) is None
+    assert find_block_numbering(
+        [f"model.layers.{number}.w" for number in range(4)], "model.layers", 3
+    ) == BlockNumbering("model.layers.", extra=1)
 
 
 def test_blocks_for_multi_token_prediction_go_with_any_other():
