@@ -1,7 +1,7 @@
 """The whole way from a model to a faster one, in Python. Run the cells in a notebook, or the file as a script.
 
-    python docs/example.py                                     # SmolLM2-135M
-    python docs/example.py MODEL TEXT.txt FOLDER               # your own
+python docs/example.py                                     # SmolLM2-135M
+python docs/example.py MODEL TEXT.txt FOLDER               # your own
 """
 
 # %% What to prune, the text to calibrate and to evaluate on, and where results go
