@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleb_cli.atomic import require_new_file, write_text
-from sleb_cli.events import Notice, Notify, ignore
+from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins
 from sleb_plugins import Exporter, OutputError, UsageError
 
@@ -81,8 +81,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
 
     _require_result_file(request)
     result = evaluate_subject(resolve_subject(request, _registry(notify), notify), request, notify)
-    if request.output is not None:
-        _save(result, request.output)
+    _save(result, request.output)
     return result
 
 
@@ -97,8 +96,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
 
     _require_result_file(request)
     result = benchmark(resolve_subject(request, _registry(notify), notify), request, notify)
-    if request.output is not None:
-        _save(result, request.output)
+    _save(result, request.output)
     return result
 
 
@@ -126,10 +124,10 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
 
 def _registry(notify: Notify) -> Registry:
-    """Load the plugins; one that fails costs a notice, and no more."""
+    """Load the plugins, and warn of each that fails."""
     registry = load_plugins()
     for failure in registry.failures:
-        notify(Notice(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}."))
+        notify(Warned(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}."))
     return registry
 
 
@@ -138,12 +136,14 @@ def _require_result_file(request: EvalRequest | BenchRequest | ExportRequest) ->
         require_new_file(request.output, force=request.force)
 
 
-def _save(record: Record, path: Path) -> None:
-    """Write a result.
+def _save(record: Record, path: Path | None) -> None:
+    """Write a result, if a file was named.
 
     Raises:
         OutputError: the file cannot be written; the error carries the result, so that nothing is lost.
     """
+    if path is None:
+        return
     try:
         record.write(path)
     except OutputError as error:

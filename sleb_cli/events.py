@@ -18,6 +18,13 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """A sentence the user should see even when progress and notes are hidden."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class CheckPassed:
     """A check passed; `text` says which, without a full stop."""
 
@@ -124,6 +131,7 @@ class BlockRemoved:
 
 Event = (
     Notice
+    | Warned
     | CheckPassed
     | TaskStarted
     | TaskAdvanced

@@ -40,9 +40,9 @@ def print_error(error: SlebError) -> None:
     console.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
 
 
-def print_warning(text: str) -> None:
-    """Print a warning; the command continues."""
-    stderr().print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
+def print_warning(text: str, console: Console | None = None) -> None:
+    """Print something the user should know though the command continues, on stderr or a console that draws there."""
+    (console or stderr()).print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 def print_note(text: str) -> None:

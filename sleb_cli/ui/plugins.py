@@ -5,17 +5,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from sleb_cli.plugin_manager import Registry, load_plugins
+from sleb_cli.plugin_manager import Registry
 from sleb_cli.ui.console import print_json, print_warning, stdout
 from sleb_plugins import FamilyAdapter
-
-
-def load_and_report() -> Registry:
-    """Load the installed plugins; print a warning for each one that fails."""
-    registry = load_plugins()
-    for failure in registry.failures:
-        print_warning(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}.")
-    return registry
 
 
 def show_plugins(registry: Registry, *, as_json: bool) -> None:

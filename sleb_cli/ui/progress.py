@@ -41,9 +41,9 @@ from sleb_cli.events import (
     TaskAdvanced,
     TaskFinished,
     TaskStarted,
-    ignore,
+    Warned,
 )
-from sleb_cli.ui.console import stderr
+from sleb_cli.ui.console import print_warning, stderr
 
 
 @contextmanager
@@ -51,12 +51,17 @@ def show_progress(*, quiet: bool) -> Iterator[Notify]:
     """Yield a listener for the engine's events: silent, bars on a terminal, or log lines elsewhere."""
     console = stderr()
     if quiet:
-        yield ignore
+        yield _only_warnings
     elif console.is_terminal:
         with _progress(console) as progress:
             yield _Bars(progress)
     else:
         yield _Log(console)
+
+
+def _only_warnings(event: Event) -> None:
+    if isinstance(event, Warned):
+        print_warning(event.text)
 
 
 def _progress(console: Console) -> Progress:
@@ -191,6 +196,8 @@ class _Bars:
         match event:
             case Notice(text):
                 self._progress.console.print(escape(text), soft_wrap=True)
+            case Warned(text):
+                print_warning(text, self._progress.console)
             case CheckPassed(text):
                 self._progress.console.print(f"[green]✓[/] {escape(text)}", soft_wrap=True)
             case TaskStarted(task, total, unit):
@@ -257,6 +264,8 @@ class _Log:
         match event:
             case Notice(text):
                 self._line(text)
+            case Warned(text):
+                print_warning(text, self._console)
             case CheckPassed(text):
                 self._line(f"proven: {text}")
             case TaskStarted(task):

@@ -108,6 +108,9 @@ def test_sleb_names_the_broken_ones(run_sleb, plugins, monkeypatch, tiny_llama):
     assert result.exit_code == 6
     assert result.stderr.count("bad_cli") == 1
     assert "twin_cli" in result.stderr
+    quiet = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "self", "-q")
+    assert quiet.stderr.startswith("warning: The plugin ")
+    assert quiet.stderr.count("bad_cli") == 1
 
 
 def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, monkeypatch, tiny_gpt2):

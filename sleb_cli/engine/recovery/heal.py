@@ -17,9 +17,8 @@ from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notify, task
+from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import DataError, UsageError
-
-DEFAULT_MINUTES = 10.0
 
 LEARNING_RATE = 1e-3
 BASE_WIDTH = 576
@@ -59,7 +58,7 @@ class HealBudget:
         """How many tokens a portion has: fewer for short budgets, so that most of their time is left for training."""
         if self.tokens is not None:
             return min(PORTION_TOKENS, -(-self.tokens // EPOCHS))
-        return round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_MINUTES))
+        return round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES))
 
     def used(self, seconds: float, tokens: int) -> float:
         """Return how much of the budget is used, in its own unit."""
@@ -78,7 +77,7 @@ def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
         raise UsageError(f"--heal-minutes {minutes:g} is not above 0.", hint="Use a number above 0.")
     if tokens is not None and tokens < 1:
         raise UsageError(f"--heal-tokens {tokens} is below 1.", hint="Use 1 or more.")
-    return HealBudget(DEFAULT_MINUTES if minutes is None and tokens is None else minutes, tokens)
+    return HealBudget(DEFAULT_HEAL_MINUTES if minutes is None and tokens is None else minutes, tokens)
 
 
 @dataclass
