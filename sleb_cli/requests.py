@@ -104,7 +104,7 @@ Dtype = Annotated[
     str | None,
     Doc("float32, bfloat16, float16, or auto (the checkpoint's own).", default=AUTO, panel=_MACHINE),
 ]
-Device = Annotated[str, Doc("cpu, cuda, cuda:1, mps, or auto.", panel=_MACHINE)]
+Device = Annotated[str, Doc("cpu, cuda, cuda:1, mps, xpu, npu, or auto.", panel=_MACHINE)]
 Revision = Annotated[str | None, Doc("Branch, tag or commit of a model on the Hub.", panel=_MACHINE)]
 TrustRemoteCode = Annotated[bool, Doc("Run Python code that comes with the model.", panel=_MACHINE)]
 Force = Annotated[bool, Doc("Overwrite existing output.", panel=_OUTPUT)]
@@ -377,7 +377,7 @@ class ApplyRequest(SubjectRequest, CalibrationRequest):
     ] = None
     seed: Annotated[int | None, Doc("Seed for drawing and writing text.", default=0, panel=_RECOVERY)] = None
     device: Annotated[
-        str | None, Doc("Device to recover on: cpu, cuda, cuda:1, mps.", default=AUTO, panel=_RECOVERY)
+        str | None, Doc("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", default=AUTO, panel=_RECOVERY)
     ] = None
     push: Annotated[
         str | None, Doc("Upload the checkpoint to the Hub, private.", metavar="ORG/NAME", panel=_OUTPUT)

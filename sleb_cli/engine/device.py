@@ -5,23 +5,33 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from sleb_plugins import MachineError, UsageError
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
+CPU = torch.device("cpu")
+
+
 def free_bytes(device: torch.device) -> int:
-    """Return the free bytes of the device; a container may leave a process less than the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    """Return the free bytes of the device, counting what torch's allocator holds unused.
+
+    A container may leave a process less memory than the machine has.
+    """
+    if device.type == "cpu":
+        return min(psutil.virtual_memory().available, _left_in_container())
+    backend = torch.get_device_module(device.type)
     if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return min(psutil.virtual_memory().available, _left_in_container())
+        return int(backend.recommended_max_memory() - backend.current_allocated_memory())
+    unused = backend.memory_reserved(device) - backend.memory_allocated(device)
+    return int(backend.mem_get_info(device)[0] + unused)
 
 
 def _left_in_container() -> int:
@@ -45,31 +55,59 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "flo
 
 
 def choose_device(name: str) -> torch.device:
-    """Resolve `auto`, or check that the named device is available.
+    """Resolve `auto` to this machine's accelerator or else the CPU, or check that the named device is available.
 
     Raises:
         UsageError: there is no such kind of device.
         MachineError: this machine, or this build of torch, does not have it.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    accelerator = _accelerator()
     if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
+        return accelerator or CPU
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"There is no device {name!r}.", hint="Devices are auto, cpu, cuda, cuda:1, mps.") from error
-    if not available.get(device.type, False):
+        raise UsageError(
+            f"There is no device {name!r}.", hint="Devices are auto, cpu, cuda, cuda:1, mps, xpu, npu."
+        ) from error
+    if device.type == "cpu":
+        return device
+    if accelerator is None or device.type != accelerator.type:
         raise MachineError(f"This machine has no usable {name} device.", hint="Use --device auto, or cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    count = torch.get_device_module(device.type).device_count()
+    if (device.index or 0) >= count:
         raise MachineError(
-            f"There is no {name}: this machine has {torch.cuda.device_count()} CUDA devices.",
-            hint="They are numbered from cuda:0.",
+            f"There is no {name}: this machine has {count} {device.type} device{'' if count == 1 else 's'}.",
+            hint=f"They are numbered from {device.type}:0.",
         )
     return device
+
+
+def _accelerator() -> torch.device | None:
+    """Return the kind of accelerator that this build of torch can use on this machine, if any."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work, which it does in the background."""
+    if device.type == "mps":
+        torch.mps.synchronize()
+    elif device.type != "cpu":
+        torch.get_device_module(device.type).synchronize(device)
+
+
+@cache
+def _has_float64(kind: str) -> bool:
+    """Whether this kind of device computes in float64; Apple's GPUs and some of Intel's do not."""
+    try:
+        return bool(torch.ones(1, dtype=torch.float64, device=kind).add(1).cpu() == 2)
+    except (RuntimeError, TypeError):
+        return False
+
+
+def as_float64(tensor: Tensor) -> Tensor:
+    """Return the tensor in float64: on its device, or on the CPU if the device has no float64."""
+    return (tensor if _has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
 def choose_dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -95,8 +133,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def free_memory() -> None:
     """Free the memory of models that nothing refers to any more, since two models may not fit together."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if accelerator := _accelerator():
+        torch.get_device_module(accelerator.type).empty_cache()
 
 
 class OutOfMemory(MachineError):

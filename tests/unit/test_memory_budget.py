@@ -9,6 +9,7 @@ from sleb_cli.engine.forward.memory_budget import (
     MemoryBudget,
     available_memory,
     resolve_memory_budget,
+    settings_for,
 )
 from sleb_plugins import MachineError
 
@@ -18,7 +19,7 @@ FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000)
 def fit(available, batch=None, sequences=16, length=512, min_batches=1):
     shape = {"candidates": 30, "sequences": sequences, "length": length, "batch": batch}
     shape |= {"min_batches": min_batches}
-    return resolve_memory_budget(available, FOOTPRINT, "cpu", **shape)
+    return resolve_memory_budget(available, FOOTPRINT, settings_for(torch.device("cpu")), **shape)
 
 
 def test_with_plenty_a_batch_fills_the_device_and_all_candidates_share_a_walk():

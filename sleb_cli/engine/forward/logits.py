@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import LogitMetric
 from sleb_plugins.metrics.weighted import require_shape
@@ -76,10 +77,11 @@ def score_logits(
 
 def _mean(scores: Tensor, loss_mask: Tensor | None) -> Tensor:
     """Average scores, [batch, positions - 1], over the positions whose next token is in the `loss_mask`."""
+    scores = as_float64(scores)
     if loss_mask is None:
-        return scores.double().mean(1)
-    targets = loss_mask[:, 1:]
-    return scores.double().where(targets, 0.0).sum(1) / targets.sum(1)
+        return scores.mean(1)
+    targets = loss_mask[:, 1:].to(scores.device)
+    return scores.where(targets, 0.0).sum(1) / targets.sum(1)
 
 
 def score_positions(metric: LogitMetric, logits: Tensor, targets: Tensor, dense: Tensor | None) -> Tensor:

@@ -15,17 +15,34 @@ from sleb_cli.engine.device import free_bytes
 from sleb_cli.units import format_bytes, parse_bytes
 from sleb_plugins import MachineError
 
-# Tokens in a batch: enough to fill a device's matrix units, few enough to stay in a CPU's caches.
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 8192, "mps": 2048}
 
-# Fewer tokens use a device badly, so a race looks less often rather than make smaller batches.
-MIN_TOKENS_PER_BATCH = {"cpu": 256, "cuda": 2048, "mps": 256}
+@dataclass(frozen=True)
+class DeviceSettings:
+    """What suits a kind of device.
 
-# Positions whose logits exist at once, in the model's data type.
-HEAD_POSITIONS = {"cpu": 256, "cuda": 2048, "mps": 512}
+    Attributes:
+        tokens_per_batch: enough to fill its matrix units, few enough to stay in a CPU's caches.
+        min_tokens_per_batch: fewer use it badly, so a race looks less often rather than make smaller batches.
+        head_positions: positions whose logits exist at once, in the model's data type.
+        share: the share of its free memory to use. Where other programs use the same memory, half of it: never swap.
+    """
 
-# The share of the free memory to use. On a CPU, the other half is for the page cache and other programs: never swap.
-SHARE = {"cpu": 0.5, "cuda": 0.9, "mps": 0.5}
+    tokens_per_batch: int
+    min_tokens_per_batch: int
+    head_positions: int
+    share: float
+
+
+_SETTINGS = {
+    "cpu": DeviceSettings(tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, share=0.5),
+    "mps": DeviceSettings(tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, share=0.5),
+}
+_ACCELERATOR = DeviceSettings(tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, share=0.9)
+
+
+def settings_for(device: torch.device) -> DeviceSettings:
+    """Return what suits this device; an accelerator with memory of its own is like any other."""
+    return _SETTINGS.get(device.type, _ACCELERATOR)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class MemoryBudget:
 def resolve_memory_budget(
     available: int,
     footprint: Footprint,
-    device: str,
+    settings: DeviceSettings,
     *,
     candidates: int,
     sequences: int,
@@ -82,8 +99,8 @@ def resolve_memory_budget(
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
-    positions = HEAD_POSITIONS[device]
-    fewest, most = MIN_TOKENS_PER_BATCH[device] // length, TOKENS_PER_BATCH[device] // length
+    positions = settings.head_positions
+    fewest, most = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
     size = min(batch or max(1, min(most, max(fewest, sequences // min_batches))), sequences)
 
     def needed(size: int, positions: int) -> int:
@@ -119,4 +136,4 @@ def available_memory(device: torch.device, asked: str | None) -> int:
     """
     if asked is not None:
         return parse_bytes(asked, "--memory")
-    return int(free_bytes(device) * SHARE[device.type])
+    return int(free_bytes(device) * settings_for(device).share)

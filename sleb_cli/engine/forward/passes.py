@@ -14,7 +14,13 @@ from sleb_cli.engine.device import OutOfMemory, free_memory, is_out_of_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
-from sleb_cli.engine.forward.memory_budget import Footprint, MemoryBudget, available_memory, resolve_memory_budget
+from sleb_cli.engine.forward.memory_budget import (
+    Footprint,
+    MemoryBudget,
+    available_memory,
+    resolve_memory_budget,
+    settings_for,
+)
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
@@ -230,14 +236,13 @@ def prepare_passes(
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
-    device = sequences.device.type
     with torch.inference_mode():
         footprint = _footprint(skippable, sequences[:1, :2])
         available = available_memory(sequences.device, memory)
         budget = resolve_memory_budget(
             available,
             footprint,
-            device,
+            settings_for(sequences.device),
             candidates=len(skippable.switches),
             sequences=len(sequences),
             length=sequences.shape[1],

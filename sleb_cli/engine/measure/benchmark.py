@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
+from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory, synchronize
 from sleb_cli.engine.measure.environment import processor_name
 from sleb_cli.engine.measure.peak_memory import peak_memory_alone
 from sleb_cli.engine.measure.workloads import choose_workloads, resolve_workload, runner
@@ -76,18 +76,11 @@ def time_in_turn(workload: Workload, models: dict[str, Any], notify: Notify) -> 
 
 
 def _time(run: Callable[[], None], device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     run()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def _size(model: Any, blocks: int) -> ModelSize:

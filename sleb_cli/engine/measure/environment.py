@@ -26,8 +26,9 @@ def environment_record(plugins: dict[str, str], device: torch.device, seconds: f
 
 def processor_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    named = None if device.type == "cpu" else getattr(torch.get_device_module(device.type), "get_device_name", None)
+    if named is not None:
+        return str(named(device))
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
+from sleb_cli.engine.device import synchronize
 from sleb_cli.engine.measure.workloads import runner
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
@@ -33,11 +34,11 @@ def peak_memory_alone(
     device: torch.device,
     notify: Notify,
 ) -> int | None:
-    """Return the peak bytes of one iteration: allocated on a CUDA device, else resident in the process.
+    """Return the peak bytes of one iteration: allocated on an accelerator, or resident in the process on a CPU.
 
-    Returns None on other devices, or if the process is killed for its memory.
+    Returns None if the accelerator does not say (MPS), or if the process is killed for its memory.
     """
-    if device.type not in {"cpu", "cuda"}:
+    if device.type != "cpu" and not hasattr(torch.get_device_module(device.type), "max_memory_allocated"):
         return None
     what = f"Peak memory of {workload.name}, {'pruned' if removals else 'dense'}"
     context = multiprocessing.get_context("spawn")
@@ -71,10 +72,12 @@ def _measure(
     else:
         model = load_dense(architecture, dtype, device, ignore)
     run = runner(workload, model)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        backend = torch.get_device_module(device.type)
+        backend.reset_peak_memory_stats(device)
         run()
-        return torch.cuda.max_memory_allocated(device)
+        synchronize(device)
+        return int(backend.max_memory_allocated(device))
     with _watch_resident_bytes() as peak:
         run()
     return peak()

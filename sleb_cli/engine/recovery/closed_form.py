@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.logits import score_hidden_states
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
@@ -246,7 +247,8 @@ class _ClosedFormFit:
 
     def _changed(self, parameter: nn.Parameter, change: Tensor) -> tuple[str, Tensor]:
         name = self.names[id(parameter)]
-        return name, (self.values.get(name, parameter).double() + change).to(parameter.dtype)
+        changed = as_float64(self.values.get(name, parameter)).to(change.device) + change
+        return name, changed.to(parameter.device, parameter.dtype)
 
 
 def _sums(rows: Iterator[_Rows], projections: Sequence[ResidualProjection]) -> Gains | Ridge:

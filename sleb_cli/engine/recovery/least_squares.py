@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.device import as_float64
+
 
 class Ridge:
     """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
 
-    Only X'WX, X'WY and Y'WY are held. The penalty of a coefficient is `ridge` times its feature's own weighted sum of
-    squares, so units of measurement do not matter: with `ridge` 1, the coefficient of a lone feature is halved.
+    Only X'WX, X'WY and Y'WY are held, on the CPU if the rows' device has no float64. The penalty of a coefficient is
+    `ridge` times its feature's own weighted sum of squares, so units of measurement do not matter: with `ridge` 1, the
+    coefficient of a lone feature is halved.
     """
 
     def __init__(self) -> None:
@@ -22,10 +25,10 @@ class Ridge:
         """Add some rows; `weights` is [rows]."""
         root = weights.sqrt()[:, None]
         x, y = features * root, targets * root
-        xx, xy = (x.T @ x).double(), (x.T @ y).double()
+        xx, xy = as_float64(x.T @ x), as_float64(x.T @ y)
         self.xx = xx if self.xx is None else self.xx + xx
         self.xy = xy if self.xy is None else self.xy + xy
-        self.yy += float(y.double().square().sum())
+        self.yy += float(as_float64(y.square().sum(1)).sum())
 
     def solve(self, ridge: float) -> Tensor:
         """Return the coefficients, float64 [features, outputs]."""
@@ -53,7 +56,7 @@ class Gains:
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
-        x, y, w = features.double(), targets.double(), weights.double()[:, None]
+        x, y, w = as_float64(features), as_float64(targets), as_float64(weights)[:, None]
         xx, xy = (w * x * x).sum(0), (w * x * y).sum(0)
         self.xx = xx if self.xx is None else self.xx + xx
         self.xy = xy if self.xy is None else self.xy + xy

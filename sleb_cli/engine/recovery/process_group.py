@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor
 
 from sleb_cli.processes import process_count
@@ -33,7 +33,7 @@ class ProcessGroup:
         """Return the main process's number, so that all processes decide alike."""
         if not self._accelerator:
             return number
-        return float(self.broadcast(torch.tensor(number, dtype=torch.float64, device=self.device)))
+        return float(broadcast_object_list([number])[0])
 
     def leave(self) -> None:
         """Wait for all processes, then shut the group down."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins.metrics.kl import divergence_terms
@@ -91,7 +92,7 @@ def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, 
             ours, theirs = variant.logits(states[:, part], here)[0], dense.logits(dense_states[:, part], here)[0]
             for rows in float32_slices(ours):
                 log_q, log_p = (logits[rows].float().log_softmax(-1) for logits in (ours, theirs))
-                loss -= float(log_q.gather(-1, targets[rows, None]).double().sum())
-                divergence += float(divergence_terms(log_p.exp(), log_p, log_q).sum(-1).double().sum())
+                loss -= float(as_float64(log_q.gather(-1, targets[rows, None])).sum())
+                divergence += float(as_float64(divergence_terms(log_p.exp(), log_p, log_q).sum(-1)).sum())
     count = len(sequences) * (sequences.shape[1] - 1)
     return loss / count, divergence / count

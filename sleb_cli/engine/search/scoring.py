@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -241,7 +242,7 @@ def _mean(values: Sequence[float]) -> float:
 def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tensor) -> list[float]:
     scores = metric.score_tokens(entering.float(), leaving.float())
     require_shape(metric.name, scores, entering.shape[:-1])
-    means: list[float] = scores.double().mean(-1).tolist()
+    means: list[float] = as_float64(scores).mean(-1).tolist()
     return means
 
 

@@ -287,10 +287,11 @@ def generate_own_text(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
     written: list[Tensor] = []
-    devices = [model.device] if model.device.type == "cuda" else []
+    # MPS cannot tell the state of its random number generator by device.
+    devices = [] if model.device.type in ("cpu", "mps") else [model.device]
     with (
         task(notify, "Generating calibration text", count * new, "tokens") as advance,
-        torch.random.fork_rng(devices=devices),
+        torch.random.fork_rng(devices=devices, device_type=model.device.type),
         torch.inference_mode(),
     ):
         torch.manual_seed(settings.seed)
