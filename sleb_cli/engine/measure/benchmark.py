@@ -33,7 +33,7 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
     workloads = [resolve_workload(name, request, subject, device, notify) for name in choose_workloads(request)]
     models = {"dense": load_dense(architecture, dtype, device, notify)}
     if subject.surgery.removals:
-        models["pruned"] = load_pruned(subject.surgery, dtype, device, notify)
+        models["pruned"] = load_pruned(subject.surgery, dtype, device, notify, dense=models["dense"])
     sizes = {name: _size(model, len(architecture.blocks_of(model))) for name, model in models.items()}
     seconds = [time_in_turn(workload, models, notify) for workload in workloads]
     models.clear()

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
-from sleb_cli.engine.forward.logits import score_logits
+from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.states import BASE
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -24,6 +26,9 @@ from sleb_plugins import DataError, ModelError, UsageError
 from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
+# On how many tokens of a window it is checked that the model may be run block by block.
+CHECKED_TOKENS = 128
+
 
 def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResult:
     """Measure the dense model and, if blocks are removed, the pruned one, on the same data.
@@ -36,11 +41,15 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> 
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
     evaluator = Evaluator(request, architecture)
-    dense = evaluator.measure(load_dense(architecture, dtype, device, notify), "dense", notify)
-    free_memory()
+    model = load_dense(architecture, dtype, device, notify)
+    dense = evaluator.measure(model, "dense", notify)
     pruned = None
     if subject.surgery.removals:
-        pruned = evaluator.measure(load_pruned(subject.surgery, dtype, device, notify), "pruned", notify)
+        # Packed weights cannot be shared, so the dense model is freed before they are loaded again.
+        model = None if architecture.is_quantized else model
+        free_memory()
+        model = load_pruned(subject.surgery, dtype, device, notify, dense=model)
+        pruned = evaluator.measure(model, "pruned", notify)
     return EvalResult(
         schema_version=1,
         sleb_version=__version__,
@@ -81,10 +90,14 @@ class Evaluator:
             ModelError: a loss is not finite.
         """
         request, tasks = self._request, self._tasks
-        texts = self._texts
+        blocks = self._architecture.blocks_of(model)
+        with SkippableModel(model, blocks) as skippable:
+            perplexities = tuple(
+                _perplexity(skippable, what, text, windows, request, notify) for text, windows in self._texts
+            )
         return ModelScores(
-            blocks=len(self._architecture.blocks_of(model)),
-            perplexities=tuple(_perplexity(model, what, text, windows, request, notify) for text, windows in texts),
+            blocks=len(blocks),
+            perplexities=perplexities,
             tasks=tuple(tasks.run(model, self._tokenizer, what, notify)) if tasks else (),
         )
 
@@ -99,13 +112,15 @@ def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
 
 @torch.inference_mode()
 def _perplexity(
-    model: Any, what: str, text: Text, windows: Tensor, request: EvalRequest, notify: Notify
+    skippable: SkippableModel, what: str, text: Text, windows: Tensor, request: EvalRequest, notify: Notify
 ) -> PerplexityRecord:
+    """Measure the loss of each window: hidden states first, then a slice of logits at a time."""
     losses: list[float] = []
+    on_device = windows.to(skippable.model.device)
+    passes, _ = prepare_passes(skippable, on_device, notify, batch_size=request.batch_size, checked=CHECKED_TOKENS)
     with task(notify, f"Perplexity on {text.source}, {what}", len(windows), "windows") as advance:
-        for batch in torch.split(windows, request.batch_size):
-            ids = batch.to(model.device)
-            losses += score_logits(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
+        for number, batch in enumerate(passes.batches):
+            losses += dict(passes.scores(NegativeLogLikelihood(), number, (), ()))[BASE]
             advance(len(batch), f"{math.exp(min(sum(losses) / len(losses), 700)):.2f} so far")
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean) or mean > math.log(1e300):

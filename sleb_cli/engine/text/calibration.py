@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
 from sleb_cli.engine.text.mixture import Part, divide, interleave, parse_mixture
@@ -29,7 +30,7 @@ from sleb_cli.engine.text.windows import (
     require_windows,
     tokens_sha256,
 )
-from sleb_cli.engine.third_party import our_code, translate_errors
+from sleb_cli.engine.third_party import our_code
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.plan import CalibrationRecord
 from sleb_cli.requests import (
@@ -314,11 +315,5 @@ def _generate(model: Any, prompt: Tensor, sampling: GenerationConfig, advance: A
             hint="Calibrate on a file or a data set: --calibration FILE.",
         )
 
-    with translate_errors(refused):
-        ids: Tensor = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=sampling,
-            stopping_criteria=StoppingCriteriaList([report]),
-        )
+    ids: Tensor = generate(model, prompt, sampling, refused, stopping_criteria=StoppingCriteriaList([report]))
     return ids
