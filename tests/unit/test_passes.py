@@ -226,9 +226,7 @@ def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(skippable
     for engine in ("fork", "plain"):
         passes, _ = passes_of(skippable, sequences, engine=engine)
         seen[engine] = {}
-        passes.watch(
-            1, (2,), [1, 3, 4], lambda: lambda block, *states, engine=engine: keep(seen[engine], block, states)
-        )
+        passes.watch(1, (2,), [1, 3, 4], lambda here=seen[engine]: lambda block, *states: keep(here, block, states))
     assert calls == [0, 1, 3, 4]  # and the last block not at all
     assert list(seen["fork"]) == list(seen["plain"]) == [1, 3, 4]
     for block in (1, 3, 4):
