@@ -210,12 +210,13 @@ class LossesRecord(Record):
 
 
 class FitRecord(Record):
-    """One fit of a block to the dense model's hidden states `gap` removed blocks later (0: at the same depth).
+    """One fit of a block to the dense model's hidden states, in place of `gap` removed blocks (0: at the same depth).
 
-    `weights` are the fitted modules, none if nothing could be fitted; `exact` says whether the block's output changes
-    by exactly what they add. `error_left` is the share of the squared error left on held-out text, with the `ridge`
-    that leaves the least. `loss` is the held-out loss with these values, which stay only if `kept`. If `block` is null,
-    the norm after the last block was fitted.
+    The removed blocks follow the block, or precede it if no block before them stays. `weights` are the fitted modules,
+    none if nothing could be fitted; `exact` says whether the block's output changes by exactly what they add.
+    `error_left` is the share of the squared error left on the deciding text, with the `ridge` that leaves the least.
+    `divergence` is that from the dense model there, in nats per token, with these values, which stay only if `kept`. If
+    `block` is null, the norm after the last block was fitted.
     """
 
     block: Block | None
@@ -224,7 +225,7 @@ class FitRecord(Record):
     exact: bool = True
     ridge: float | None = None
     error_left: float | None = None
-    loss: float
+    divergence: float
     kept: bool
 
 
@@ -256,14 +257,16 @@ class HealRecord(Record):
 
 
 class RecoveryRecord(Record):
-    """How the kept blocks were recovered, on which text, and the losses on held-out text.
+    """How the kept blocks were recovered, on which text, and the losses on text that decided nothing.
 
-    `text` is all the text, of which `held_out` sequences were never fitted; `dense`, `pruned`, `closed_form_losses` and
-    `heal.losses` are measured on those. Stages that were not requested are null.
+    Values were fitted to `text`; `deciding_text` chose ridges, fits and the point that is kept; `dense`, `pruned`,
+    `closed_form_losses` and `heal.losses` are measured on `report_text`. No document is in two of them. Stages that
+    were not requested are null.
     """
 
     text: CalibrationRecord
-    held_out: int
+    deciding_text: CalibrationRecord
+    report_text: CalibrationRecord
     dense: LossesRecord
     pruned: LossesRecord
     closed_form: ClosedFormRecord | None = None
@@ -276,10 +279,30 @@ class RecoveryRecord(Record):
         return self.heal.losses if self.heal else self.closed_form_losses or self.pruned
 
     @property
-    def share(self) -> float:
-        """The share of the loss caused by the removal that was recovered."""
+    def nats_back(self) -> float | None:
+        """The share of the loss caused by the removal that was recovered; None if the removal caused none.
+
+        At most 1: below the dense model's loss, the model has adapted to the kind of text.
+        """
         lost = self.pruned.loss - self.dense.loss
-        return (self.pruned.loss - self.recovered.loss) / lost if lost else 0.0
+        return min(1.0, (self.pruned.loss - self.recovered.loss) / lost) if lost > 0 else None
+
+    @property
+    def divergence_left(self) -> float:
+        """The share of the divergence from the dense model that is left, which no adaptation to the text hides."""
+        return self.recovered.divergence / self.pruned.divergence if self.pruned.divergence else 0.0
+
+    @property
+    def summary(self) -> str:
+        """Both shares in words."""
+        back = self.nats_back
+        if back is None:
+            nats = "the removal cost no nats there"
+        elif self.recovered.loss < self.dense.loss:
+            nats = "all of the lost nats are back, and more, by adapting to the text"
+        else:
+            nats = f"{back:.0%} of the lost nats are back"
+        return f"{nats}; {self.divergence_left:.0%} of the divergence from the dense model is left"
 
 
 class Plan(Record):

@@ -139,15 +139,15 @@ def free_memory() -> None:
 
 
 @contextmanager
-def translate_out_of_memory(message: str, hint: str) -> Iterator[None]:
+def translate_out_of_memory(message: str, hint: str, error_class: type[MachineError] = OutOfMemory) -> Iterator[None]:
     """Turn out-of-memory errors into one that says what did not fit.
 
     Raises:
-        OutOfMemory: the body ran out of memory.
+        MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller pieces are tried.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(message, hint=hint) from error
+        raise error_class(message, hint=hint) from error

@@ -206,8 +206,8 @@ class _Bars:
                 self._progress.update(self._tasks[task], advance=done, note=escape(note) or self._notes.get(task, ""))
             case TaskFinished(task):
                 self._finish(task)
-            case HealChecked(_, divergence, held_out):
-                note = f"KL {divergence:.3f}, held out {held_out:.3f}"
+            case HealChecked(_, divergence, deciding):
+                note = f"KL {divergence:.3f}, on deciding text {deciding:.3f}"
                 self._notes[HEAL_TASK] = note
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted():
@@ -270,8 +270,10 @@ class _Log:
                 self._line(f"proven: {text}")
             case TaskStarted(task):
                 self._line(f"{task} …")
-            case HealChecked(share, divergence, held_out):
-                self._line(f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, held out {held_out:.4f}")
+            case HealChecked(share, divergence, deciding):
+                self._line(
+                    f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, on deciding text {deciding:.4f}"
+                )
             case SearchStarted(blocks, remove, done, evaluations):
                 self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them already removed" if done else ""

@@ -130,7 +130,7 @@ def keep_every_fit(monkeypatch):
     """One ridge, and whatever is fitted is taken for a gain."""
     monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
     falling = iter(range(100, 0, -1))
-    monkeypatch.setattr(closed_form._ClosedFormFit, "_loss", lambda self, block, values: float(next(falling)))
+    monkeypatch.setattr(closed_form._ClosedFormFit, "_divergence", lambda self, block, values: float(next(falling)))
 
 
 def test_the_fits_at_a_gap_equal_a_direct_computation(monkeypatch):
@@ -208,7 +208,7 @@ def scale_of(skippable, block, ids, name):
         "bloom",
     ],
 )
-def test_the_loss_falls_on_text_that_was_not_fitted(model_type):
+def test_the_divergence_falls_on_text_that_was_not_fitted(model_type):
     skippable = skippable_model(model_type)
     text = own_text(skippable.model, 60)
     before = {name: parameter.clone() for name, parameter in skippable.model.named_parameters()}
@@ -216,17 +216,17 @@ def test_the_loss_falls_on_text_that_was_not_fitted(model_type):
         values, record = recover_in_closed_form(skippable, {2, 3}, text[:40], text[40:50], lambda event: None)
         pruned = losses(Variant(skippable, {2, 3}), Variant(skippable), text[40:50])
         recovered = losses(Variant(skippable, {2, 3}, values), Variant(skippable), text[40:50])
-    assert recovered[0] == pytest.approx(min(fit.loss for fit in record.fits if fit.kept), rel=1e-4)
-    assert recovered[0] < pruned[0]
+    assert recovered[1] == pytest.approx(min(fit.divergence for fit in record.fits if fit.kept), rel=1e-4)
+    assert recovered[1] < pruned[1]
     assert all(torch.equal(parameter, before[name]) for name, parameter in skippable.model.named_parameters())
     assert not any(f"{BLOCKS.get(model_type, 'model.layers')}.{gone}." in name for gone in (2, 3) for name in values)
     assert {fit.gap for fit in record.fits} == {0, 2}
 
 
-def test_a_fit_that_does_not_lower_the_held_out_loss_is_not_kept(monkeypatch):
+def test_a_fit_that_does_not_lower_the_divergence_is_not_kept(monkeypatch):
     skippable = skippable_model("llama")
     text = own_text(skippable.model, 24)
-    monkeypatch.setattr(closed_form._ClosedFormFit, "_loss", lambda self, block, values: 1.0)
+    monkeypatch.setattr(closed_form._ClosedFormFit, "_divergence", lambda self, block, values: 1.0)
     with skippable:
         values, record = recover_in_closed_form(skippable, {3}, text[:20], text[20:], lambda event: None)
     assert values == {}

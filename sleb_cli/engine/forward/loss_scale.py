@@ -1,4 +1,4 @@
-"""Powers of two that keep float16 gradients in range (loss scaling, Micikevicius et al., arXiv 1710.03740, section 3.2).
+"""Powers of two that keep float16 gradients in range: loss scaling (Micikevicius et al., arXiv 1710.03740, 3.2).
 
 The gradient of a mean over thousands of tokens is smaller than the smallest float16 number almost everywhere, so it is
 computed of a multiple of the loss, and divided by that in float32. A power of two changes no digit. Other data types

@@ -116,7 +116,7 @@ def resolve_memory_budget(
         raise MachineError(
             f"{size} sequences of {length} tokens need {format_bytes(needed(size, positions))} beside the model, "
             f"but may take only {format_bytes(available)}.",
-            hint="Use a smaller --batch-size or --sequence-length, or a narrower --dtype; raise --memory if you set it.",
+            hint="Use a smaller --batch-size or --sequence-length, or a narrower --dtype, or raise --memory.",
         )
     branch = size * length * footprint.branch
     spare = (available - needed(size, positions)) // branch

@@ -216,7 +216,7 @@ class Scoring:
         return Outcome({span[-1]: math.fsum(known[block] for block in span) for span in spans})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Score each block's parameters, with gradients if the metric needs them, in smaller batches if memory is short."""
+        """Score each block's parameters, and their gradients if the metric needs them, in batches that fit."""
         scores: dict[int, float] = {}
         passes: Passes | None = self.passes
         while passes is not None:

@@ -46,6 +46,29 @@ class Text:
     limit: int | None = None
 
 
+@dataclass(frozen=True)
+class TextSplit:
+    """The part of a source from `begin` to `end`, as shares of it; no document is in two parts that do not overlap."""
+
+    begin: float = 0.0
+    end: float = 1.0
+
+    def rows(self, count: int) -> range:
+        """Return the numbers of the rows of this part, of `count` rows."""
+        return range(round(self.begin * count), round(self.end * count))
+
+    def of(self, source: str) -> str:
+        """Return the name of this part of a source."""
+        return source if self == WHOLE else f"{source} from {self.begin:.0%} to {self.end:.0%}"
+
+
+WHOLE = TextSplit()
+
+# With fewer documents, a part of a file may end within one.
+MIN_DOCUMENTS = 10
+# Documents of a data set are divided in this order, whatever the seed that they are drawn by.
+SPLIT_SEED = 0
+
 Conversation = list[dict[str, str]]
 """A list of messages, each with a `role` and its `content`."""
 
@@ -64,8 +87,8 @@ C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz"
 C4_VALIDATION = Dataset("allenai/c4", split="train", data_files="en/c4-validation.00000-of-00008.json.gz")
 
 
-def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
-    """Return a text of at least `tokens` tokens, or all of a smaller source.
+def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
+    """Return a text of at least `tokens` tokens, or all of a smaller source, from this part of it.
 
     `wikitext2` is one running text; documents of `c4` and other data sets are drawn in an order set by `seed`.
 
@@ -74,23 +97,21 @@ def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
     """
     characters = tokens * CHARACTERS_PER_TOKEN
     if source == "wikitext2":
-        return Text(source, PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN)))
-    if source == "c4":
-        return Text(source, PARAGRAPHS.join(_enough(_documents(C4_TRAIN, shuffle_seed=seed), characters)))
+        return Text(split.of(source), PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN, split)))
     if _is_file(source):
-        return _file_text(source)
-    dataset = _parse_dataset(source)
-    return Text(source, PARAGRAPHS.join(_enough(_documents(dataset, shuffle_seed=seed), characters)))
+        return _file_text(source, split)
+    dataset = C4_TRAIN if source == "c4" else _parse_dataset(source)
+    return Text(split.of(source), PARAGRAPHS.join(_enough(_documents(dataset, split, shuffle_seed=seed), characters)))
 
 
-def reference_calibration_text(source: str, *, rows: int, seed: int) -> Text:
+def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
     """Return the text that the reference implementation calibrates on: `rows` shuffled rows, joined.
 
     Raises:
         DataError: the data set cannot be loaded.
     """
     dataset, separator = (WIKITEXT2_TRAIN, PARAGRAPHS) if source.startswith("wikitext2") else (C4_TRAIN, " ")
-    return Text(source, separator.join(_first(_documents(dataset, shuffle_seed=seed), rows)))
+    return Text(source, separator.join(_first(_documents(dataset, split, shuffle_seed=seed), rows)))
 
 
 def evaluation_text(source: str) -> Text:
@@ -157,13 +178,28 @@ def _is_file(source: str) -> bool:
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
 
-def _file_text(source: str) -> Text:
-    content = _read_file(source)
+def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
+    named, content = split.of(source), _read_file(source)
     if Path(source).suffix == ".jsonl":
-        content = PARAGRAPHS.join(_json_texts(source, content))
+        documents = list(_json_texts(source, content))
+        if len(documents) >= MIN_DOCUMENTS:
+            documents = [documents[row] for row in split.rows(len(documents))]
+            split = WHOLE
+        content = PARAGRAPHS.join(documents)
+    content = content[_boundary(content, split.begin) : _boundary(content, split.end)]
     if not content.strip():
-        raise DataError(f"{source} is empty.", hint="Name a file that holds text.")
-    return Text(source, content)
+        raise DataError(f"{named} is empty.", hint="Name a file that holds text.")
+    return Text(named, content)
+
+
+def _boundary(content: str, share: float) -> int:
+    """Return about where this share of a running text ends: between paragraphs, lines or words, if one ends there."""
+    at = round(share * len(content))
+    for separator in (PARAGRAPHS, "\n", " "):
+        found = content.find(separator, at, at + len(content) // 50)
+        if found >= 0:
+            return found + len(separator)
+    return at
 
 
 def _read_file(source: str) -> str:
@@ -212,19 +248,25 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
     return Dataset(path, config or None, split or "train", named or column)
 
 
-def _documents(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[str]:
-    """Load a data set from the Hub and return its documents."""
-    return map(str, _values(dataset, shuffle_seed=shuffle_seed))
+def _documents(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[str]:
+    """Load a data set from the Hub and return the documents of this part of it."""
+    return map(str, _values(dataset, split, shuffle_seed=shuffle_seed))
 
 
-def _values(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[Any]:
-    """Load a data set from the Hub and return the values of its column."""
+def _values(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
+    """Load a data set from the Hub and return the values of its column.
+
+    Rows that are read in their order are divided in it, since neighbours may belong to one document.
+    """
     rows = _load(dataset)
     if dataset.column not in rows.column_names:
         raise DataError(
             f"{dataset} has no column {dataset.column!r}.",
             hint=f"It has {', '.join(rows.column_names)}; choose one with org/name:config:split:COLUMN.",
         )
+    if split != WHOLE:
+        ordered = rows if shuffle_seed is None else rows.shuffle(seed=SPLIT_SEED)
+        rows = ordered.select(split.rows(len(rows)))
     if shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed)
     return (row[dataset.column] for row in rows)
