@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import DEMO
@@ -46,6 +47,7 @@ from sleb_cli.requests import (
     Chat,
 )
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.errors import is_out_of_memory
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
@@ -329,11 +331,32 @@ def generate_own_text(
         )
     count, length = settings.samples, settings.sequence_length
     new = length - 1 if bos else length
-    batch_size = min(_MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new, use_cache=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
+    batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
+    while True:
+        try:
+            return _write(model, start, settings, sampling, batch_size, notify)
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+        batch_size //= 2
+        notify(Notice(f"Out of memory on {model.device}; generating {batch_size} sequences at once."))
+        free_memory()
+
+
+def _write(
+    model: Any,
+    start: int,
+    settings: CalibrationSettings,
+    sampling: GenerationConfig,
+    batch_size: int,
+    notify: Notify,
+) -> Tensor:
+    """Generate the sequences after the token `start`, which depend on the seed and on how many there are at once."""
+    count, length, new = settings.samples, settings.sequence_length, sampling.max_new_tokens
     written: list[Tensor] = []
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if model.device.type in ("cpu", "mps") else [model.device]

@@ -195,6 +195,8 @@ def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
 def _boundary(content: str, share: float) -> int:
     """Return about where this share of a running text ends: between paragraphs, lines or words, if one ends there."""
     at = round(share * len(content))
+    if at in (0, len(content)):
+        return at
     for separator in (PARAGRAPHS, "\n", " "):
         found = content.find(separator, at, at + len(content) // 50)
         if found >= 0:
