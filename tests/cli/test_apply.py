@@ -238,6 +238,26 @@ def test_a_snapshot_in_a_hub_cache_is_left_alone(run_sleb, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
+def test_a_link_out_of_the_folder_is_not_followed(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    (tmp_path / "private" / "sub").mkdir(parents=True)
+    (tmp_path / "private" / "key").write_text('{"token": "secret"}')
+    (folder / "templates").mkdir()
+    (folder / "templates" / "chat.jinja").write_text("x")
+    for name, target in {
+        "LICENSE": "../private/key", "quantize_config.json": "../private/key", "data": "../private",
+        "templates/more": "../../private/sub", "templates/key": "../../private/key", "again.jinja": "templates/chat.jinja",
+    }.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    names = "LICENSE, data, quantize_config.json, templates/key, templates/more"
+    assert f"because they are links out of the model's folder: {names}." in " ".join(result.stderr.split())
+    assert (tmp_path / "out" / "templates" / "chat.jinja").read_text() == "x"
+    assert (tmp_path / "out" / "again.jinja").read_text() == "x"
+
+
 def test_a_cast(run_sleb, tiny_llama, tmp_path):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--dtype", "bf16", "--json")
     assert result.exit_code == 0, result.stderr

@@ -14,7 +14,7 @@ import torch
 from sleb_cli.atomic import new_folder
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.copying import copy_file
+from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import NewTensor, Shard, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
@@ -26,7 +26,7 @@ from sleb_cli.engine.recovery.run import Recovered, recover
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.processes import WorkerFinished, is_main_process
 from sleb_cli.requests import ApplyRequest
 from sleb_cli.results import ApplyResult
@@ -93,6 +93,8 @@ def apply_removals(
         state.delete()
     if left_out := checkpoint.other_files.left_out:
         notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
+    if outside := checkpoint.other_files.outside:
+        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,
@@ -185,17 +187,21 @@ def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str,
     return {"config.json": config} | {
         name: prune_module_names(read_json(folder / name), surgery.architecture, surgery.names)
         for name in QUANTIZATION_FILES
-        if (folder / name).is_file()
+        if (folder / name).is_file() and not leads_out(folder / name, folder)
     }
 
 
 @dataclass(frozen=True)
 class _OtherFiles:
-    """The other files of the source: those to copy, and the names of those left out."""
+    """The other files of the source: those to copy, and the names of those left out.
+
+    `left_out` are the model in other formats, and `outside` links out of the folder, such as to private files.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     left_out: tuple[str, ...]
+    outside: tuple[str, ...]
 
     @property
     def bytes(self) -> int:
@@ -244,22 +250,29 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
     """
     files: list[Path] = []
     left_out: list[str] = []
+    outside: list[str] = []
     weight_files = set(source.weights.names)
     # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
     consolidated = any(source.folder.glob("consolidated*"))
     for path in sorted(source.folder.iterdir()):
         name = path.name
-        if name.startswith(".") or name in _REWRITTEN | written or (path.is_dir() and (path / "config.json").is_file()):
+        if name.startswith(".") or name in _REWRITTEN | written | weight_files or name.endswith(".index.json"):
             continue
-        if name in other_formats.FOLDERS and path.is_dir():
+        if leads_out(path, source.folder):
+            outside.append(name)
+        elif path.is_dir() and (path / "config.json").is_file():
+            continue
+        elif name in other_formats.FOLDERS and path.is_dir():
             left_out.append(f"{name}/")
         elif consolidated and (name.startswith("consolidated") or name == "params.json"):
             left_out.append(name)
         else:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 inside = str(file.relative_to(source.folder))
-                if file.is_file() and not _WEIGHTS.fullmatch(file.name):
+                if leads_out(file, source.folder):
+                    outside.append(inside)
+                elif file.is_file() and not _WEIGHTS.fullmatch(file.name):
                     files.append(file)
-                elif file.is_file() and inside not in weight_files and not name.endswith(".index.json"):
+                elif file.is_file() and inside not in weight_files:
                     left_out.append(inside)
-    return _OtherFiles(source.folder, tuple(files), tuple(left_out))
+    return _OtherFiles(source.folder, tuple(files), tuple(left_out), tuple(outside))
