@@ -182,13 +182,24 @@ def _with_values(kept: Sequence[NewTensor], values: Mapping[str, torch.Tensor]) 
 
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
     """Return the contents of the files that name blocks by number: the config, and those of quantized formats."""
-    config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
+    config = surgery.prune_config()
+    if cast:
+        spelled = {} if "torch_dtype" in config else {"dtype": None}
+        config = _with_dtype(spelled | config, dtype_name(cast))
     folder = surgery.architecture.source.folder
     return {"config.json": config} | {
         name: prune_module_names(read_json(folder / name), surgery.architecture, surgery.names)
         for name in QUANTIZATION_FILES
         if (folder / name).is_file() and not leads_out(folder / name, folder)
     }
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a config of this data type, in nested configs too; of both spellings, only `dtype` remains."""
+    named = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    if "dtype" in named:
+        named.pop("torch_dtype", None)
+    return named | {key: dtype for key in ("dtype", "torch_dtype") if key in named}
 
 
 @dataclass(frozen=True)
