@@ -168,6 +168,16 @@ def test_a_broken_tokenizer(run_sleb, tmp_path, name):
     refused(run_sleb, folder, 4, "cannot read the tokenizer")
 
 
+def test_a_tokenizer_that_fails_when_it_is_used(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "odd", llama_config(3))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "x"}))
+    for command in (("search", "--remove", 1, "--calibration", "self"), ("apply", "--blocks", 1), ("eval",)):
+        result = run_sleb(command[0], folder, *command[1:])
+        assert result.exit_code == 4, result.stderr
+        assert "cannot read the tokenizer" in result.stderr
+
+
 def test_a_model_of_few_positions_is_proven_all_the_same(run_sleb, tmp_path):
     folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=6))
     result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--json")
