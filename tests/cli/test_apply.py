@@ -246,7 +246,8 @@ def test_a_link_out_of_the_folder_is_not_followed(run_sleb, tmp_path):
     (folder / "templates" / "chat.jinja").write_text("x")
     for name, target in {
         "LICENSE": "../private/key", "quantize_config.json": "../private/key", "data": "../private",
-        "templates/more": "../../private/sub", "templates/key": "../../private/key", "again.jinja": "templates/chat.jinja",
+        "templates/more": "../../private/sub", "templates/key": "../../private/key",
+        "again.jinja": "templates/chat.jinja",
     }.items():  # fmt: skip
         (folder / name).symlink_to(target)
     result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "-q")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -255,35 +255,36 @@ def _plan_checkpoint(
 
 
 def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
-    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model.
-
-    Hidden entries are skipped, and so are folders with their own config, which are other models.
-    """
+    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model."""
+    folder, weight_files = source.folder, set(source.weights.names)
+    # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
+    consolidated = {path.name for path in folder.glob("consolidated*")}
+    in_other_formats = consolidated | {"params.json"} if consolidated else set()
     files: list[Path] = []
     left_out: list[str] = []
     outside: list[str] = []
-    weight_files = set(source.weights.names)
-    # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
-    consolidated = any(source.folder.glob("consolidated*"))
-    for path in sorted(source.folder.iterdir()):
-        name = path.name
-        if name.startswith(".") or name in _REWRITTEN | written | weight_files or name.endswith(".index.json"):
+    for path in _entries(folder, _REWRITTEN | written | weight_files):
+        inside = str(path.relative_to(folder))
+        if leads_out(path, folder):
+            outside.append(inside)
+        elif path.is_file() and not _WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
+            files.append(path)
+        elif path.is_file() and inside not in weight_files:
+            left_out.append(inside)
+        elif path.is_dir() and path.parent == folder:
+            left_out.append(f"{inside}/")
+    return _OtherFiles(folder, tuple(files), tuple(left_out), tuple(outside))
+
+
+def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
+    """Yield all files and links that may belong to the model; a folder with another format of it, as a whole.
+
+    Hidden entries are skipped, and so are folders with their own config, which are other models.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
-        if leads_out(path, source.folder):
-            outside.append(name)
-        elif path.is_dir() and (path / "config.json").is_file():
-            continue
-        elif name in other_formats.FOLDERS and path.is_dir():
-            left_out.append(f"{name}/")
-        elif consolidated and (name.startswith("consolidated") or name == "params.json"):
-            left_out.append(name)
-        else:
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                inside = str(file.relative_to(source.folder))
-                if leads_out(file, source.folder):
-                    outside.append(inside)
-                elif file.is_file() and not _WEIGHTS.fullmatch(file.name):
-                    files.append(file)
-                elif file.is_file() and inside not in weight_files:
-                    left_out.append(inside)
-    return _OtherFiles(source.folder, tuple(files), tuple(left_out), tuple(outside))
+        if leads_out(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
+            yield path
+        elif not (path / "config.json").is_file():
+            yield from sorted(path.rglob("*"))
