@@ -69,7 +69,7 @@ def test_packed_weights_count_as_many_parameters_as_they_stand_for(run_sleb, tmp
     load_dense, load_pruned = benchmark.load_dense, benchmark.load_pruned
     monkeypatch.setattr(benchmark, "load_dense", lambda *given: pack(load_dense(*given)))
     monkeypatch.setattr(benchmark, "load_pruned", lambda *given: pack(load_pruned(*given)))
-    monkeypatch.setattr(benchmark, "time_in_turn", lambda workload, models, notify: dict.fromkeys(models, [1.0]))
+    monkeypatch.setattr(benchmark, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
     monkeypatch.setattr(benchmark, "peak_memory_alone", lambda *given: None)
     result = run_sleb("bench", folder, "--blocks", "1", "--prompt", *QUICK, "--json", "-q")
     assert result.exit_code == 0, result.stderr
