@@ -25,7 +25,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.user, self.created, self.files, self.objects = JANE, [], {}, {}
-        self.repos, self.asked, self.refuses = {"acme/old"}, [], {}
+        self.repos, self.asked, self.refuses, self.commits = {"acme/old": "private"}, [], {}, 0
 
     @property
     def address(self):
@@ -52,7 +52,9 @@ class Handler(BaseHTTPRequestHandler):
         hub.asked.append(f"{self.command} {path}")
         routes = {
             "/api/whoami-v2": self.whoami, "/api/repos/create": self.create, "/preupload/": self.modes,
-            "/info/lfs/objects/batch": self.batch, "/store/": self.store, "/commit/": self.commit, "": self.repo,
+            "/info/lfs/objects/batch": self.batch, "/store/": self.store, "/commit/": self.commit, "/tree/": self.tree,
+            "/api/validate-yaml": self.validate,
+            "": self.repo,
         }  # fmt: skip
         refused = [status for part, status in hub.refuses.items() if part in path]
         if refused:
@@ -67,6 +69,8 @@ class Handler(BaseHTTPRequestHandler):
     def create(self, hub, path, body):
         asked = json.loads(body)
         hub.created.append(asked)
+        visibility = asked.get("visibility") or {True: "private", False: "public"}[asked["private"]]
+        hub.repos.setdefault(f"{asked['organization']}/{asked['name']}", visibility)
         self.reply({"url": f"{hub.address}/{asked['organization']}/{asked['name']}"})
 
     def modes(self, hub, path, body):
@@ -86,20 +90,30 @@ class Handler(BaseHTTPRequestHandler):
         hub.objects[path.removeprefix("/store/")] = body
         self.reply({})
 
+    def validate(self, hub, path, body):
+        self.reply({"errors": [], "warnings": []})
+
+    def tree(self, hub, path, body):
+        files = [(name, len(content)) for name, content in hub.files.items()]
+        self.reply([{"type": "file", "path": name, "oid": "c" * 40, "size": size} for name, size in files])
+
     def commit(self, hub, path, body):
+        hub.commits += 1
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 hub.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 hub.files[value["path"]] = hub.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del hub.files[value["path"]]
         url = f"{hub.address}/acme/small/commit/{'a' * 40}"
         self.reply({"success": True, "commitOid": "a" * 40, "commitUrl": url})
 
     def repo(self, hub, path, body):
         name = path.removeprefix("/api/models/").partition("/revision/")[0]
-        if name in hub.repos or hub.created:
-            self.reply({"id": name, "sha": "b" * 40, "siblings": []})
+        if name in hub.repos:
+            self.reply({"id": name, "sha": "b" * 40, "siblings": [], "private": hub.repos[name] == "private"})
         else:
             self.reply({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
 
@@ -128,8 +142,7 @@ def test_a_proven_checkpoint_goes_to_the_hub_private_unless_told(run_sleb, tiny_
     assert result.exit_code == 0, result.stderr
     (created,) = hub.created
     assert (created["organization"], created["name"]) == ("acme", "small")
-    visibility = created.get("visibility") or {True: "private", False: "public"}[created["private"]]
-    assert visibility == ("public" if options else "private")
+    assert hub.repos["acme/small"] == ("public" if options else "private")
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.files == local
     assert "README.md" in hub.files
@@ -177,6 +190,60 @@ def test_a_repository_that_exists_is_written_into_only_when_forced(run_sleb, tin
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/old", "--force")
     assert result.exit_code == 0, result.stderr
     assert "model.safetensors" in hub.files
+
+
+def test_weights_of_another_model_go_in_the_same_commit(run_sleb, tiny_llama, tmp_path, hub):
+    stale = [
+        "model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json",
+        "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
+        "tf_model.h5", "consolidated.00.pth", "adapter_model.safetensors", "adapter_config.json", "small-Q4_K_M.gguf", "Q8/small.gguf",
+        "onnx/model.onnx", "onnx/config.json", "original/consolidated.00.pth",
+    ]  # fmt: skip
+    kept = [
+        ".gitattributes", "LICENSE", "notes.md", "images/a.png", "training_args.bin", "optimizer.pt", "rng_state_0.pth",
+        "checkpoint-500/model.safetensors", "vocab.bpe", "onnx", "logs/index.json",
+    ]  # fmt: skip
+    hub.files = dict.fromkeys([*stale, *kept], b"old")
+    options = ["--push", "acme/old", "--force", "--max-shard-size", "50KB"]
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", *options)
+    assert result.exit_code == 0, result.stderr
+    local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert len([name for name in local if name.endswith(".safetensors")]) > 1
+    assert hub.files == dict.fromkeys(kept, b"old") | local
+    assert hub.commits == 1
+    told = " ".join(result.stderr.split())
+    gone = ", ".join(sorted(name for name in stale if name not in local))
+    assert f"Deleted from acme/old, as they belong to another model: {gone}." in told
+
+
+def test_a_repository_keeps_its_visibility_so_another_is_refused(run_sleb, tiny_llama, tmp_path, hub):
+    options = ["--push", "acme/old", "--force"]
+    message = "acme/old is private on the Hub, and --public does not change that"
+    result = refused(run_sleb, tiny_llama, tmp_path, message, "--force", "--public", push="acme/old")
+    assert "hint: Leave out --public" in result.stderr
+    hub.repos["acme/old"] = "public"
+    result = refused(run_sleb, tiny_llama, tmp_path, "acme/old is public on the Hub", "--force", push="acme/old")
+    assert "hint: Add --public" in result.stderr
+    assert hub.files == {}
+    assert run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", *options, "--public").exit_code == 0
+    assert "model.safetensors" in hub.files
+
+
+def test_a_repository_created_meanwhile_with_another_visibility_gets_nothing(
+    run_sleb, tiny_llama, tmp_path, hub, monkeypatch
+):
+    create = Handler.create
+
+    def too_late(handler, hub, path, body):
+        hub.repos["acme/small"] = "public"
+        create(handler, hub, path, body)
+
+    monkeypatch.setattr(Handler, "create", too_late)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small", "--force")
+    assert result.exit_code == 8
+    assert "out is complete, but acme/small is public on the Hub" in result.stderr
+    assert hub.files == {}
+    assert load_file(tmp_path / "out" / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["", "small", "a/b/c", "acme/sm all", "acme/..", "-/x"])

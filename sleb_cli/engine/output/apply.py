@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,7 +37,6 @@ PLAN_FILE = "sleb_plan.json"
 
 # Files that the pruned checkpoint has its own versions of, beside weights and settings.
 _REWRITTEN = {"README.md", PLAN_FILE}
-_WEIGHTS = re.compile(rf".*\.(safetensors|bin|{'|'.join(other_formats.SUFFIXES)})|.*\.index\.json", re.IGNORECASE)
 
 
 def require_coherent(request: ApplyRequest) -> None:
@@ -267,7 +265,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
         inside = str(path.relative_to(folder))
         if leads_out(path, folder):
             outside.append(inside)
-        elif path.is_file() and not _WEIGHTS.fullmatch(path.name) and inside not in in_other_formats:
+        elif path.is_file() and not other_formats.is_weights(path.name) and inside not in in_other_formats:
             files.append(path)
         elif path.is_file() and inside not in weight_files:
             left_out.append(inside)
