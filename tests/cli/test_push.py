@@ -11,6 +11,9 @@ import huggingface_hub
 import pytest
 from safetensors.torch import load_file
 
+from conftest import calibration, llama_config, save_model
+from sleb_cli.plan import read_plan
+
 JANE = {
     "type": "user",
     "name": "jane",
@@ -155,6 +158,39 @@ def test_a_proven_checkpoint_goes_to_the_hub_private_unless_told(run_sleb, tiny_
     assert "%|" not in result.stderr
 
 
+def test_what_is_uploaded_holds_no_path_of_this_machine(run_sleb, tmp_path, text_file, hub):
+    folder = save_model(tmp_path / "own" / "model", llama_config(4))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_name_or_path": str(tmp_path / "base"), "vision_config": {"_name_or_path": "org/eyes"}}
+    (folder / "config.json").write_text(json.dumps(config | {"text": {"_name_or_path": f"{tmp_path}/base/"}}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")}))
+    mixture = f"{text_file}:2/3,self:1/3"
+    search = run_sleb("search", folder, "--remove", 1, *calibration(mixture, samples=6), "-o", "plan.json")
+    assert search.exit_code == 0, search.stderr
+    result = run_sleb("apply", "plan.json", "-o", "out", "--push", "acme/small")
+    assert result.exit_code == 0, result.stderr
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    secret = [str(place).encode() for place in (tmp_path.parent, text_file.parent, os.environ["SLEB_CACHE"])]
+    assert [name for name, content in hub.files.items() if any(part in content for part in secret)] == []
+    written = json.loads(hub.files["config.json"])
+    assert (written["_name_or_path"], written["text"]["_name_or_path"]) == ("base", "base")
+    assert written["vision_config"]["_name_or_path"] == "org/eyes"
+    assert json.loads(hub.files["tokenizer_config.json"]) == tokenizer | {"name_or_path": "base"}
+    plan = read_plan(tmp_path / "out" / "sleb_plan.json")
+    assert (plan.model.id, plan.calibration.source) == ("model", "prose.txt:2/3,self:1/3")
+    # It is still a plan for that model, wherever that is, and nobody looks for "model" on the Hub.
+    hub.asked.clear()
+    result = run_sleb("apply", "out/sleb_plan.json", "-o", "again")
+    assert result.exit_code == 3
+    assert "was made for model, and does not say where that is" in result.stderr
+    assert hub.asked == []
+    result = run_sleb("apply", "out/sleb_plan.json", "-o", "again", "--model", folder)
+    assert result.exit_code == 0, result.stderr
+    names = ("model.safetensors", "config.json", "sleb_plan.json", "README.md")
+    assert all((tmp_path / "again" / name).read_bytes() == hub.files[name] for name in names)
+
+
 def refused(run_sleb, tiny_llama, tmp_path, message, *options, code=8, push="acme/small"):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", push, *options)
     assert result.exit_code == code, result.stderr
@@ -195,8 +231,9 @@ def test_a_repository_that_exists_is_written_into_only_when_forced(run_sleb, tin
 def test_weights_of_another_model_go_in_the_same_commit(run_sleb, tiny_llama, tmp_path, hub):
     stale = [
         "model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json",
-        "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
-        "tf_model.h5", "consolidated.00.pth", "adapter_model.safetensors", "adapter_config.json", "small-Q4_K_M.gguf", "Q8/small.gguf",
+        "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json", "tf_model.h5", "consolidated.00.pth", "adapter_model.safetensors",
+        "adapter_config.json", "small-Q4_K_M.gguf", "Q8/small.gguf",
         "onnx/model.onnx", "onnx/config.json", "original/consolidated.00.pth",
     ]  # fmt: skip
     kept = [

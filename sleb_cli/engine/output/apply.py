@@ -27,6 +27,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.processes import WorkerFinished, is_main_process
+from sleb_cli.records import without_folders
 from sleb_cli.requests import ApplyRequest
 from sleb_cli.results import ApplyResult
 from sleb_cli.units import parse_bytes
@@ -34,6 +35,9 @@ from sleb_cli.version import __version__
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
 PLAN_FILE = "sleb_plan.json"
+
+# Files of settings that may name blocks or local paths, besides the config.
+_SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 # Files that the pruned checkpoint has its own versions of, beside weights and settings.
 _REWRITTEN = {"README.md", PLAN_FILE}
@@ -83,7 +87,7 @@ def apply_removals(
         reference = Reference(surgery, recovered.parameters if recovered else None)
         proof = None if request.no_verify else prove(reference, aside, checkpoint.tensors, proof_settings, notify)
         if subject.plan:
-            subject.plan.model_copy(update={"recovery": record, "proof": proof}).write(aside / PLAN_FILE)
+            subject.plan.model_copy(update={"recovery": record, "proof": proof}).published().write(aside / PLAN_FILE)
         (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
         if check:
             check(aside)
@@ -179,16 +183,32 @@ def _with_values(kept: Sequence[NewTensor], values: Mapping[str, torch.Tensor]) 
 
 
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """Return the contents of the files that name blocks by number: the config, and those of quantized formats."""
+    """Return the contents of the files that change: the config, settings of quantized formats, and local paths."""
     config = surgery.prune_config()
     if cast:
         spelled = {} if "torch_dtype" in config else {"dtype": None}
         config = _with_dtype(spelled | config, dtype_name(cast))
     folder = surgery.architecture.source.folder
-    return {"config.json": config} | {
-        name: prune_module_names(read_json(folder / name), surgery.architecture, surgery.names)
-        for name in QUANTIZATION_FILES
-        if (folder / name).is_file() and not leads_out(folder / name, folder)
+    own = [name for name in _SETTINGS if (folder / name).is_file() and not leads_out(folder / name, folder)]
+    before = {name: read_json(folder / name) for name in own}
+    after = {
+        name: _without_paths(prune_module_names(values, surgery.architecture, surgery.names))
+        if name in QUANTIZATION_FILES
+        else _without_paths(values)
+        for name, values in before.items()
+    }
+    return {"config.json": _without_paths(config)} | {name: after[name] for name in own if after[name] != before[name]}
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that do not say where on this machine a model was: the checkpoint may be published."""
+    return {
+        key: _without_paths(value)
+        if isinstance(value, dict)
+        else without_folders(value)
+        if isinstance(value, str) and key.endswith("name_or_path")
+        else value
+        for key, value in settings.items()
     }
 
 

@@ -128,9 +128,7 @@ def _holds_a_model(name: str) -> bool:
     instead; below it, GGUF files and folders with the model in another format.
     """
     if "/" in name:
-        return name.startswith(tuple(f"{folder}/" for folder in other_formats.FOLDERS)) or name.lower().endswith(
-            ".gguf"
-        )
+        return name.partition("/")[0] in other_formats.FOLDERS or name.lower().endswith(".gguf")
     return name == "adapter_config.json" or (other_formats.is_weights(name) and not _TRAINING.fullmatch(name))
 
 
