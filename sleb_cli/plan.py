@@ -44,12 +44,22 @@ class CalibrationRecord(Record):
     tokens_sha256: str
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of a mixture, without their shares, or the only one."""
+        return tuple(source for source, _ in self._parts)
+
+    @property
+    def _parts(self) -> list[tuple[str, str]]:
+        """Each source, and its share with a colon before it, or nothing."""
+        if not _MIXTURE.fullmatch(self.source):
+            return [(self.source, "")]
+        parts = re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", self.source)
+        return [(source.strip(), share) for source, share in parts]
+
+    @property
     def title(self) -> str:
         """The source for display: what is local by its name alone, so that private paths stay private."""
-        if not _MIXTURE.fullmatch(self.source):
-            return _public_name(self.source)
-        parts = re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", self.source)
-        return ",".join(_public_name(source.strip()) + share for source, share in parts)
+        return ",".join(_public_name(source) + share for source, share in self._parts)
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
@@ -357,9 +367,12 @@ class Plan(Record):
     def published(self) -> Plan:
         """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
         model = self.model.model_copy(update={"id": without_folders(self.model.id)})
+        # A task of the user's own is named by its file: task:/home/jane/my.yaml:500.
+        search = self.search.model_copy(update={"metric": re.sub(r"(?<=:)[^:]*/", "", self.search.metric)})
         calibration = _without_folders(self.calibration)
         recovery = self.recovery and self.recovery.model_copy(update={"text": _without_folders(self.recovery.text)})
-        return self.model_copy(update={"model": model, "calibration": calibration, "recovery": recovery})
+        named = {"model": model, "search": search, "calibration": calibration, "recovery": recovery}
+        return self.model_copy(update=named)
 
 
 def _without_folders(text: CalibrationRecord) -> CalibrationRecord:

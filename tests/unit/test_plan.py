@@ -61,6 +61,20 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     assert published.calibration.title == title
 
 
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("nll+0.5*kl", "nll+0.5*kl"),
+        ("task:/home/jane/my.yaml:500", "task:my.yaml:500"),
+        ("nll+0.5*task:/a/b.yaml+task:../c/d.yaml:9", "nll+0.5*task:b.yaml+task:d.yaml:9"),
+    ],
+)
+def test_a_published_metric_has_no_folder_of_this_machine(llama_plan, metric, name):
+    plan = read_plan(llama_plan)
+    plan = plan.model_copy(update={"search": plan.search.model_copy(update={"metric": metric})})
+    assert plan.published().search.metric == name
+
+
 def change(path, **changes):
     data = json.loads(path.read_text())
     for dotted, value in changes.items():
