@@ -15,6 +15,9 @@ from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
 
+CHECKPOINT_PLAN = "sleb_plan.json"
+"""The file in a checkpoint that holds the plan it was made from."""
+
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
 

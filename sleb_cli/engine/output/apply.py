@@ -26,6 +26,7 @@ from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_modul
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished, is_main_process
 from sleb_cli.records import without_folders
 from sleb_cli.requests import ApplyRequest
@@ -34,13 +35,11 @@ from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
-PLAN_FILE = "sleb_plan.json"
-
 # Files of settings that may name blocks or local paths, besides the config.
 _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 # Files that the pruned checkpoint has its own versions of, beside weights and settings.
-_REWRITTEN = {"README.md", PLAN_FILE}
+_REWRITTEN = {"README.md", CHECKPOINT_PLAN}
 
 
 def require_coherent(request: ApplyRequest) -> None:
@@ -87,7 +86,8 @@ def apply_removals(
         reference = Reference(surgery, recovered.parameters if recovered else None)
         proof = None if request.no_verify else prove(reference, aside, checkpoint.tensors, proof_settings, notify)
         if subject.plan:
-            subject.plan.model_copy(update={"recovery": record, "proof": proof}).published().write(aside / PLAN_FILE)
+            plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
+            plan.published().write(aside / CHECKPOINT_PLAN)
         (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
         if check:
             check(aside)
