@@ -9,11 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from sleb_cli.records import ModelRecord, Proof, Record
+from sleb_cli.records import ModelRecord, Proof, Record, without_folders
 from sleb_cli.requests import Chat, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
+
+CHECKPOINT_PLAN = "sleb_plan.json"
+"""The file in a checkpoint that holds the plan it was made from."""
 
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
@@ -24,7 +27,9 @@ Block = Annotated[int, Field(ge=0)]
 Engine = Literal["fork", "plain", "weights", "model"]
 """How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
 
-_FILE = re.compile(r"\.(txt|jsonl)(:|$)")
+_FILE = re.compile(r"\.(txt|jsonl|md|json)$")
+_SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
+_MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 
 
 class CalibrationRecord(Record):
@@ -42,14 +47,34 @@ class CalibrationRecord(Record):
     tokens_sha256: str
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of a mixture, without their shares, or the only one."""
+        return tuple(source for source, _ in self._parts)
+
+    @property
+    def _parts(self) -> list[tuple[str, str]]:
+        """Each source, and its share with a colon before it, or nothing."""
+        if not _MIXTURE.fullmatch(self.source):
+            return [(self.source, "")]
+        parts = re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", self.source)
+        return [(source.strip(), share) for source, share in parts]
+
+    @property
     def title(self) -> str:
-        """The source for display: a file by its name alone, so that private paths stay private."""
-        parts = self.source.split(",")
-        return ",".join(part.rpartition("/")[2] if _FILE.search(part) else part for part in parts)
+        """The source for display: what is local by its name alone, so that private paths stay private."""
+        return ",".join(_public_name(source) + share for source, share in self._parts)
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
+
+
+def _public_name(source: str) -> str:
+    """Return a source without the folders of a local file or data set."""
+    if _FILE.search(source):
+        return source.rpartition("/")[2]
+    place, colon, rest = source.partition(":")
+    return without_folders(place) + colon + rest
 
 
 class ServingRecord(Record):
@@ -310,7 +335,8 @@ class Plan(Record):
 
     `removals` are the blocks of the last step; `first` returns the plan for fewer.
 
-    In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked.
+    In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked. That
+    copy may be published, so it names local models and texts without their folders.
     """
 
     schema_version: Literal[1]
@@ -363,6 +389,20 @@ class Plan(Record):
         search = self.search.model_copy(update={"remove": count, "target": target})
         cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
         return self.model_copy(update=cut if count == len(self.removals) else cut | {"sample_generation": None})
+
+    def published(self) -> Plan:
+        """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
+        model = self.model.model_copy(update={"id": without_folders(self.model.id)})
+        # A task of the user's own is named by its file: task:/home/jane/my.yaml:500.
+        search = self.search.model_copy(update={"metric": re.sub(r"(?<=:)[^:]*/", "", self.search.metric)})
+        calibration = _without_folders(self.calibration)
+        recovery = self.recovery and self.recovery.model_copy(update={"text": _without_folders(self.recovery.text)})
+        named = {"model": model, "search": search, "calibration": calibration, "recovery": recovery}
+        return self.model_copy(update=named)
+
+
+def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
+    return text.model_copy(update={"source": text.title})
 
 
 def read_plan(path: Path) -> Plan:

@@ -67,12 +67,12 @@ def _only_warnings(event: Event) -> None:
 def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         _Done(),
         TimeElapsedColumn(),
         _Remaining(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 
@@ -203,7 +203,7 @@ class _Bars:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done, note=escape(note) or self._notes.get(task, ""))
+                self._progress.update(self._tasks[task], advance=done, note=note or self._notes.get(task, ""))
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
@@ -241,7 +241,7 @@ class _Bars:
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
-        self._tasks[task] = self._progress.add_task(escape(task), total=total, unit=unit, note="", forecast=forecast)
+        self._tasks[task] = self._progress.add_task(task, total=total, unit=unit, note="", forecast=forecast)
 
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1

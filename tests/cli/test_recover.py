@@ -247,7 +247,7 @@ def test_where_no_text_is_named_it_is_mostly_what_the_plan_was_searched_on(
     assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "out" / "sleb_plan.json")
     assert plan.recovery
-    assert plan.recovery.text.source == f"{text_file}:0.75,self:0.25"
+    assert plan.recovery.text.source == f"{text_file.name}:0.75,self:0.25"
 
 
 def test_without_a_plan_it_is_the_models_own(run_sleb, tiny_llama, fit, tmp_path):

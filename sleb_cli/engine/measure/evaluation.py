@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,13 +18,15 @@ from sleb_cli.engine.forward.states import BASE
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import Text, evaluation_text
 from sleb_cli.engine.text.windows import choose_length, cut_running_text, cut_windows, require_windows, tokens_sha256
-from sleb_cli.events import Notify, task
+from sleb_cli.events import Notice, Notify, task
+from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.results import EvalResult, ModelScores, PerplexityRecord, TaskRecord
 from sleb_cli.version import __version__
-from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins import DataError, ModelError, PlanError, UsageError
 from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -41,6 +45,8 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> 
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
     evaluator = Evaluator(request, architecture)
+    for sentence in evaluator.remarks(subject):
+        notify(Notice(sentence))
     model = load_dense(architecture, dtype, device, notify)
     dense = evaluator.measure(model, "dense", notify)
     pruned = None
@@ -83,6 +89,15 @@ class Evaluator:
         texts = map(evaluation_text, names)
         self._texts = [(text, _windows(text, self._tokenizer, length, bos=request.bos)) for text in texts]
 
+    def remarks(self, subject: Subject) -> Iterator[str]:
+        """Yield what to know about the texts: which split was chosen, and which the pruned model was made on."""
+        for text, windows in self._texts:
+            if text.split is not None:
+                yield f"No split was named, so perplexity is measured on {text.source}."
+            for what, record in _texts_used(subject):
+                if is_known(text, windows, record):
+                    yield f"{what} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
+
     def measure(self, model: Any, what: str, notify: Notify) -> ModelScores:
         """Measure one model, called `what` in progress and errors.
 
@@ -100,6 +115,17 @@ class Evaluator:
             perplexities=perplexities,
             tasks=tuple(tasks.run(model, self._tokenizer, what, notify)) if tasks else (),
         )
+
+
+def _texts_used(subject: Subject) -> Iterator[tuple[str, CalibrationRecord]]:
+    """Yield the texts that the pruned model was made on, or the checkpoint that is measured as a model."""
+    plans = [] if subject.plan is None else [subject.plan]
+    with suppress(PlanError):  # no checkpoint of ours
+        plans.append(read_plan(subject.architecture.source.folder / CHECKPOINT_PLAN))
+    for plan in plans:
+        yield "Blocks were chosen", plan.calibration
+        if plan.recovery:
+            yield "The remaining blocks were recovered", plan.recovery.text
 
 
 def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:

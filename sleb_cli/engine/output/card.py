@@ -46,9 +46,9 @@ def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof |
 
 
 def _search(subject: Subject) -> list[str]:
-    plan = subject.plan
-    if plan is None:
+    if subject.plan is None:
         return ["- The blocks were chosen by hand."]
+    plan = subject.plan.published()
     return [
         f"- Found by {plan.search.strategy} search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
         f"{plan.search.dtype} (`sleb_plan.json` has every score)",

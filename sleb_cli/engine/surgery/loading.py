@@ -44,7 +44,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     if not has_tokenizer(source):
         raise ModelError(f"{source.id} has no tokenizer.", hint="Copy the tokenizer's files into the model's folder.")
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        tokenizer("a")  # a wrong setting, such as a length that is no number, may only show here
+        return tokenizer
 
 
 def has_tokenizer(source: ModelSource) -> bool:

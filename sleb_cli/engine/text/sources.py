@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,11 +40,15 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its source; `limit` is the number of windows that its protocol takes, from the start."""
+    """A text and its source; `limit` is the number of windows that its protocol takes, from the start.
+
+    `split` is the split of a data set that was chosen because none was named; `source` names it too.
+    """
 
     source: str
     content: str
     limit: int | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,14 @@ WIKITEXT2_TEST = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
 C4_VALIDATION = Dataset("allenai/c4", split="train", data_files="en/c4-validation.00000-of-00008.json.gz")
 
+CALIBRATION_PRESETS = {
+    "wikitext2": WIKITEXT2_TRAIN, "wikitext2-sleb": WIKITEXT2_TRAIN, "c4": C4_TRAIN, "c4-sleb": C4_TRAIN,
+}  # fmt: skip
+EVALUATION_PRESETS = {"wikitext2": WIKITEXT2_TEST, "c4": C4_VALIDATION}
+
+EVALUATION_SPLITS = ("test", "validation", "valid", "dev", "val", "eval", "train")
+"""The splits of a data set to evaluate on, the best first; calibration takes `train`."""
+
 
 def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
     """Return a text of at least `tokens` tokens, or all of a smaller source, from this part of it.
@@ -98,7 +111,7 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
     characters = tokens * CHARACTERS_PER_TOKEN
     if source == "wikitext2":
         return Text(split.of(source), PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN, split)))
-    if _is_file(source):
+    if is_file(source):
         return _file_text(source, split)
     dataset = C4_TRAIN if source == "c4" else _parse_dataset(source)
     return Text(split.of(source), PARAGRAPHS.join(_enough(_documents(dataset, split, shuffle_seed=seed), characters)))
@@ -117,6 +130,8 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
 def evaluation_text(source: str) -> Text:
     """Return the text to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
 
+    Of another data set, it is the named split, or the one that models were least likely trained or calibrated on.
+
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
@@ -125,9 +140,24 @@ def evaluation_text(source: str) -> Text:
     if source == "c4":
         documents = _first(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
         return Text(source, " ".join(documents), C4_EVALUATION_WINDOWS)
-    if _is_file(source):
+    if is_file(source):
         return _file_text(source)
-    return Text(source, PARAGRAPHS.join(_documents(_parse_dataset(source))), C4_EVALUATION_WINDOWS)
+    dataset = _parse_dataset(source)
+    path, config, named, column = [*source.split(":"), "", "", ""][:4]
+    if named:
+        return Text(source, PARAGRAPHS.join(_documents(dataset)), C4_EVALUATION_WINDOWS)
+    split = _evaluation_split(dataset)
+    content = PARAGRAPHS.join(_documents(replace(dataset, split=split)))
+    full_name = ":".join([path, config, split, *([column] if column else [])])
+    return Text(full_name, content, C4_EVALUATION_WINDOWS, split)
+
+
+def _evaluation_split(dataset: Dataset) -> str:
+    import datasets
+
+    with _loading(dataset):
+        splits = datasets.get_dataset_split_names(dataset.path, dataset.config)
+    return next((split for split in EVALUATION_SPLITS if split in splits), [*splits, "train"][0])
 
 
 def calibration_conversations(source: str, *, tokens: int, seed: int) -> Conversations:
@@ -139,10 +169,10 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> Convers
         UsageError: the source is plain text.
         DataError: it is missing or unreadable, or does not hold conversations.
     """
-    if _is_file(source) and Path(source).suffix == ".jsonl":
+    if is_file(source) and Path(source).suffix == ".jsonl":
         lines = _json_lines(source, _read_file(source), "messages")
         found = [_conversation(value, f"line {number} of {source}") for number, value in lines]
-    elif _is_file(source) or "/" not in source:
+    elif is_file(source) or "/" not in source:
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
             hint='Leave out --chat, or name a .jsonl file or data set with "messages": lists of role and content.',
@@ -173,7 +203,8 @@ def _characters(conversation: Conversation) -> int:
     return sum(len(message["content"]) for message in conversation)
 
 
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
+    """Whether a source is a local file rather than a preset or a data set."""
     path = Path(source)
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
@@ -276,11 +307,20 @@ def _values(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | N
 
 def _load(dataset: Dataset) -> Any:
     import datasets
+
+    with _loading(dataset):
+        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
+
+
+@contextmanager
+def _loading(dataset: Dataset) -> Iterator[None]:
+    """Turn errors of the library `datasets` into a `DataError` that names the data set."""
+    import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
+        yield
     except (DatasetNotFoundError, ConnectionError) as error:
         raise DataError(
             f"The data set {dataset} cannot be loaded: {first_line(error)}.",
