@@ -132,7 +132,7 @@ class Scoring:
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score batch after batch; in a race, beaten candidates drop out after each."""
-        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates}, winners=self.winners)
+        race = Race(self.sequences, {block: [] for block in candidates}, winners=self.winners)
         for batch in range(len(self.passes.batches)):
             self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             for block in race.contenders:
