@@ -495,7 +495,7 @@ def test_an_index_that_names_another_file_fails_the_proof(run_sleb, tmp_path, mo
     assert "the index does not match the files" in result.stderr
 
 
-def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tmp_path):
+def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tiny_llama, tmp_path):
     result = run_sleb("apply", llama_plan, "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)["proof"]
@@ -509,7 +509,8 @@ def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tmp_path):
     assert "partial" not in card
     assert "- transformers saves it again" in card
     # With its proof the plan is still a plan.
-    assert run_sleb("apply", "out/sleb_plan.json", "--remove", 1, "-o", "again", "--no-verify").exit_code == 0
+    options = ["--model", tiny_llama, "--remove", 1, "-o", "again", "--no-verify"]
+    assert run_sleb("apply", "out/sleb_plan.json", *options).exit_code == 0
     assert read_plan(tmp_path / "again" / "sleb_plan.json").proof is None
 
 

@@ -7,8 +7,9 @@ of the block's input, while the base goes through the block. A branch is the hid
 
 Every branch goes through a block in a call of its own, in the very shape in which the model itself would run without
 that candidate. So the numbers are those of one-at-a-time skipping, bit for bit, and do not depend on the other
-candidates of the walk, on where it starts, or on the memory available: a search can be interrupted, resumed, raced and
-squeezed without changing a digit. Larger calls would gain nothing once a batch fills the device's matrix units.
+candidates of the walk, or on where it starts: a search can be interrupted and resumed, and candidates can drop out,
+without changing a digit. Only the size of a batch can, in the last bits. Larger calls would gain nothing once a batch
+fills the device's matrix units.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much memory a search may take beside the model, and what follows from it.
 
-None of it changes a number as long as a batch keeps its sequences: branches share a walk or take several, states are
-kept or computed again.
+How many branches share a walk and how many states are kept changes no digit. Fewer sequences in a batch, or fewer
+positions at once, can change the last bits, so they come last.
 """
 
 from __future__ import annotations
