@@ -5,6 +5,7 @@ The commands call these, so Python and the command line do the same. What a requ
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,39 @@ from sleb_cli.atomic import require_new_file, write_text
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins
 from sleb_plugins import Exporter, OutputError, UsageError
+from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
     from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
 
 
+_SEARCH = (
+    "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower --dtype, or --device cpu. "
+    "With --resume, nothing is measured again."
+)
+_APPLY = "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a larger machine."
+_EVALUATE = "Use a smaller --batch-size or --sequence-length, a narrower --dtype, or --device cpu."
+_BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or --device cpu."
+
+
+@contextmanager
+def _names_memory(hint: str) -> Iterator[None]:
+    """Turn an out-of-memory error that nothing below could say more about into one with a hint."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or ["no more memory"]
+        raise OutOfMemory(f"Out of memory: {lines[0].rstrip('.')}.", hint=hint) from error
+
+
+@_names_memory(_SEARCH)
 def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     """Find the blocks that a model can do best without, and write them to a plan.
 
@@ -37,6 +63,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     return plan
 
 
+@_names_memory(_SEARCH)
 def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     """Search once for each entry of `request.compare`, and write the best plan.
 
@@ -51,6 +78,7 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     return result
 
 
+@_names_memory(_APPLY)
 def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufResult:
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured.
 
@@ -70,6 +98,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     return apply_removals(resolve_subject(request, registry, notify, needs_removals=True), request, notify)
 
 
+@_names_memory(_EVALUATE)
 def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """Measure the quality of a model, dense beside pruned: perplexity and lm-eval tasks.
 
@@ -85,6 +114,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     return result
 
 
+@_names_memory(_BENCH)
 def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """Measure speed and memory of a model, dense and pruned in alternation.
 
@@ -100,6 +130,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     return result
 
 
+@_names_memory(_APPLY)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """Export the pruned model for another tool, as files or as text.
 

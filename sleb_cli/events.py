@@ -58,11 +58,11 @@ class TaskFinished:
 
 @dataclass(frozen=True)
 class HealChecked:
-    """The divergence from the dense model in the last step and on held-out text; `share` of the budget is used."""
+    """The divergence from the dense model in the last step and on deciding text; `share` of the budget is used."""
 
     share: float
     divergence: float
-    held_out: float
+    deciding: float
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from sleb_cli.records import ModelRecord, Proof, Record
+from sleb_cli.records import ModelRecord, Proof, Record, without_folders
 from sleb_cli.requests import Chat, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
+
+CHECKPOINT_PLAN = "sleb_plan.json"
+"""The file in a checkpoint that holds the plan it was made from."""
 
 MAX_ADDED_REPETITION = 0.2
 """How much more than the dense model the pruned one may repeat itself before it is suspected of collapse."""
@@ -24,7 +27,9 @@ Block = Annotated[int, Field(ge=0)]
 Engine = Literal["fork", "plain", "weights", "model"]
 """How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
 
-_FILE = re.compile(r"\.(txt|jsonl)(:|$)")
+_FILE = re.compile(r"\.(txt|jsonl|md|json)$")
+_SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
+_MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 
 
 class CalibrationRecord(Record):
@@ -42,14 +47,34 @@ class CalibrationRecord(Record):
     tokens_sha256: str
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of a mixture, without their shares, or the only one."""
+        return tuple(source for source, _ in self._parts)
+
+    @property
+    def _parts(self) -> list[tuple[str, str]]:
+        """Each source, and its share with a colon before it, or nothing."""
+        if not _MIXTURE.fullmatch(self.source):
+            return [(self.source, "")]
+        parts = re.findall(rf"([^,]+?)({_SHARE})(?:,|$)", self.source)
+        return [(source.strip(), share) for source, share in parts]
+
+    @property
     def title(self) -> str:
-        """The source for display: a file by its name alone, so that private paths stay private."""
-        parts = self.source.split(",")
-        return ",".join(part.rpartition("/")[2] if _FILE.search(part) else part for part in parts)
+        """The source for display: what is local by its name alone, so that private paths stay private."""
+        return ",".join(_public_name(source) + share for source, share in self._parts)
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
+
+
+def _public_name(source: str) -> str:
+    """Return a source without the folders of a local file or data set."""
+    if _FILE.search(source):
+        return source.rpartition("/")[2]
+    place, colon, rest = source.partition(":")
+    return without_folders(place) + colon + rest
 
 
 class ServingRecord(Record):
@@ -210,12 +235,13 @@ class LossesRecord(Record):
 
 
 class FitRecord(Record):
-    """One fit of a block to the dense model's hidden states `gap` removed blocks later (0: at the same depth).
+    """One fit of a block to the dense model's hidden states, in place of `gap` removed blocks (0: at the same depth).
 
-    `weights` are the fitted modules, none if nothing could be fitted; `exact` says whether the block's output changes
-    by exactly what they add. `error_left` is the share of the squared error left on held-out text, with the `ridge`
-    that leaves the least. `loss` is the held-out loss with these values, which stay only if `kept`. If `block` is null,
-    the norm after the last block was fitted.
+    The removed blocks follow the block, or precede it if no block before them stays. `weights` are the fitted modules,
+    none if nothing could be fitted; `exact` says whether the block's output changes by exactly what they add.
+    `error_left` is the share of the squared error left on the deciding text, with the `ridge` that leaves the least.
+    `divergence` is that from the dense model there, in nats per token, with these values, which stay only if `kept`. If
+    `block` is null, the norm after the last block was fitted.
     """
 
     block: Block | None
@@ -224,7 +250,7 @@ class FitRecord(Record):
     exact: bool = True
     ridge: float | None = None
     error_left: float | None = None
-    loss: float
+    divergence: float
     kept: bool
 
 
@@ -256,14 +282,16 @@ class HealRecord(Record):
 
 
 class RecoveryRecord(Record):
-    """How the kept blocks were recovered, on which text, and the losses on held-out text.
+    """How the kept blocks were recovered, on which text, and the losses on text that decided nothing.
 
-    `text` is all the text, of which `held_out` sequences were never fitted; `dense`, `pruned`, `closed_form_losses` and
-    `heal.losses` are measured on those. Stages that were not requested are null.
+    Values were fitted to `text`; `deciding_text` chose ridges, fits and the point that is kept; `dense`, `pruned`,
+    `closed_form_losses` and `heal.losses` are measured on `report_text`. No document is in two of them. Stages that
+    were not requested are null.
     """
 
     text: CalibrationRecord
-    held_out: int
+    deciding_text: CalibrationRecord
+    report_text: CalibrationRecord
     dense: LossesRecord
     pruned: LossesRecord
     closed_form: ClosedFormRecord | None = None
@@ -276,10 +304,30 @@ class RecoveryRecord(Record):
         return self.heal.losses if self.heal else self.closed_form_losses or self.pruned
 
     @property
-    def share(self) -> float:
-        """The share of the loss caused by the removal that was recovered."""
+    def nats_back(self) -> float | None:
+        """The share of the loss caused by the removal that was recovered; None if the removal caused none.
+
+        At most 1: below the dense model's loss, the model has adapted to the kind of text.
+        """
         lost = self.pruned.loss - self.dense.loss
-        return (self.pruned.loss - self.recovered.loss) / lost if lost else 0.0
+        return min(1.0, (self.pruned.loss - self.recovered.loss) / lost) if lost > 0 else None
+
+    @property
+    def divergence_left(self) -> float:
+        """The share of the divergence from the dense model that is left, which no adaptation to the text hides."""
+        return self.recovered.divergence / self.pruned.divergence if self.pruned.divergence else 0.0
+
+    @property
+    def summary(self) -> str:
+        """Both shares in words."""
+        back = self.nats_back
+        if back is None:
+            nats = "the removal cost no nats there"
+        elif self.recovered.loss < self.dense.loss:
+            nats = "all of the lost nats are back, and more, by adapting to the text"
+        else:
+            nats = f"{back:.0%} of the lost nats are back"
+        return f"{nats}; {self.divergence_left:.0%} of the divergence from the dense model is left"
 
 
 class Plan(Record):
@@ -287,7 +335,8 @@ class Plan(Record):
 
     `removals` are the blocks of the last step; `first` returns the plan for fewer.
 
-    In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked.
+    In the copy inside a checkpoint, `recovery` tells how its blocks were recovered, and `proof` what was checked. That
+    copy may be published, so it names local models and texts without their folders.
     """
 
     schema_version: Literal[1]
@@ -340,6 +389,20 @@ class Plan(Record):
         search = self.search.model_copy(update={"remove": count, "target": target})
         cut = {"removals": ((), *self.by_size)[count], "steps": self.steps[:count], "search": search}
         return self.model_copy(update=cut if count == len(self.removals) else cut | {"sample_generation": None})
+
+    def published(self) -> Plan:
+        """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
+        model = self.model.model_copy(update={"id": without_folders(self.model.id)})
+        # A task of the user's own is named by its file: task:/home/jane/my.yaml:500.
+        search = self.search.model_copy(update={"metric": re.sub(r"(?<=:)[^:]*/", "", self.search.metric)})
+        calibration = _without_folders(self.calibration)
+        recovery = self.recovery and self.recovery.model_copy(update={"text": _without_folders(self.recovery.text)})
+        named = {"model": model, "search": search, "calibration": calibration, "recovery": recovery}
+        return self.model_copy(update=named)
+
+
+def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
+    return text.model_copy(update={"source": text.title})
 
 
 def read_plan(path: Path) -> Plan:

@@ -11,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sleb_cli.atomic import to_json, write_text
 
 
+def without_folders(name: str) -> str:
+    """Return the last part of a local path, and any other name, such as a Hub id, unchanged."""
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if is_path else name
+
+
 class Record(BaseModel):
     """Data written to disk: frozen, typed, and strict about unknown keys."""
 
@@ -26,7 +32,10 @@ class Record(BaseModel):
 
 
 class ModelRecord(Record):
-    """The model; `id` is what the user named, a folder or file as an absolute path."""
+    """The model; `id` is what the user named, a folder or file as an absolute path.
+
+    In a checkpoint, which may be published, it is the name of that folder or file alone.
+    """
 
     id: str
     revision: str | None

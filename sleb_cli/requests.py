@@ -362,7 +362,7 @@ class ApplyRequest(SubjectRequest, CalibrationRequest):
     samples: Annotated[
         int | None,
         Doc(
-            "Number of sequences; a fifth is held out.",
+            "Number of sequences; a fifth of them decide, and a tenth are reported on.",
             default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
             panel=_RECOVERY,
         ),

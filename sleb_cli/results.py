@@ -176,7 +176,7 @@ class WorkloadResult(Record):
 
 
 class ModelSize(Record):
-    """The size of a model."""
+    """The size of a model: quantized weights count as the parameters they stand for, and as the bytes they take."""
 
     blocks: int
     parameters: int

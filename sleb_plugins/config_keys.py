@@ -1,6 +1,7 @@
 """How config keys describe single blocks, as data.
 
-A `KeyPruner` takes a key's value and the kept blocks, and returns the value for the pruned model's config.
+A `KeyPruner` takes a key's value and the kept blocks, and returns the value for the pruned model's config. A value that
+is not of the key's type is returned unchanged: transformers refuses it if the model reads it.
 """
 
 from __future__ import annotations
@@ -62,40 +63,46 @@ def by_letter(text: Any, kept: Kept) -> Any:
     return "".join(by_block(list(text), kept)) if isinstance(text, str) and len(text) == kept.count else text
 
 
-def block_numbers(numbers: Any, kept: Kept) -> list[int]:
+def block_numbers(numbers: Any, kept: Kept) -> Any:
     """Renumber a list of block numbers, from 0, without the removed ones."""
+    if not isinstance(numbers, list | tuple):
+        return numbers
     return [kept.blocks.index(number) for number in numbers if number in kept.blocks]
 
 
 def numbers_from_one(values: Any, kept: Kept) -> Any:
     """Renumber the lists of block numbers, from 1, in a mapping that also holds other settings (Kimi-Linear)."""
+    if not isinstance(values, dict):
+        return values
     return {
-        key: [number + 1 for number in block_numbers([block - 1 for block in value], kept)]
-        if isinstance(value, list) and key.endswith("_layers")
+        key: [kept.blocks.index(number - 1) + 1 for number in value if number - 1 in kept.blocks]
+        if key.endswith("_layers") and isinstance(value, list) and all(isinstance(number, int) for number in value)
         else value
         for key, value in values.items()
     }
 
 
-def keyed_by_block(values: Any, kept: Kept) -> dict[str, Any]:
+def keyed_by_block(values: Any, kept: Kept) -> Any:
     """Renumber the keys of a mapping from some blocks, as numbers or text, to their settings."""
+    if not isinstance(values, dict):
+        return values
     new = {str(old): str(number) for number, old in enumerate(kept.blocks)}
     return {new[str(key)]: value for key, value in values.items() if str(key) in new}
 
 
-def leading_blocks(count: int, kept: Kept) -> int:
+def leading_blocks(count: Any, kept: Kept) -> Any:
     """Prune a count of blocks at the start; a count beyond the last block is returned unchanged."""
-    return kept.below(count) if count <= kept.count else count
+    return kept.below(count) if isinstance(count, int) and count <= kept.count else count
 
 
-def trailing_blocks(count: int, kept: Kept) -> int:
+def trailing_blocks(count: Any, kept: Kept) -> Any:
     """Prune a count of blocks at the end."""
-    return len(kept.blocks) - kept.below(kept.count - count)
+    return len(kept.blocks) - kept.below(kept.count - count) if isinstance(count, int) else count
 
 
-def last_block(number: int, kept: Kept) -> int:
+def last_block(number: Any, kept: Kept) -> Any:
     """Renumber the last block of a run, which may itself be removed; -1 means the last of all."""
-    return kept.below(number + 1) - 1 if number >= 0 else number
+    return kept.below(number + 1) - 1 if isinstance(number, int) and number >= 0 else number
 
 
 KEY_PRUNERS: Mapping[str, KeyPruner] = {

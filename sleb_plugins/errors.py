@@ -56,6 +56,10 @@ class MachineError(SlebError):
     exit_code = 7
 
 
+class OutOfMemory(MachineError):
+    """The device is out of memory; smaller pieces may still fit."""
+
+
 class OutputError(SlebError):
     """The result cannot be written: it already exists, or its place is read-only or full.
 
@@ -74,6 +78,16 @@ class ProofError(SlebError):
     """The pruned checkpoint differs from the dense model with these blocks skipped, and was not delivered."""
 
     exit_code = 9
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a device is out of memory; torch has no class of its own for MPS and CPU."""
+    if isinstance(error, MemoryError | OutOfMemory):
+        return True
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in said)
+    )
 
 
 def did_you_mean(name: str, names: Sequence[str], otherwise: str | None = None) -> str:

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from sleb_plugins.errors import DataError, did_you_mean
+from sleb_plugins.errors import DataError, did_you_mean, is_out_of_memory
 
 
 def load_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
@@ -52,8 +52,26 @@ def run_tasks(
     """Return lm-eval's results for loaded tasks; with `limit`, only the first items of each task are run.
 
     This is `lm_eval.simple_evaluate` without its report on the environment, for which it runs git and several other
-    programs. Seeds and few-shot rules are the same.
+    programs. Seeds and few-shot rules are the same. If the device is out of memory, smaller batches are tried.
     """
+    while True:
+        try:
+            return _run_tasks(manager, names, model, tokenizer, batch_size, limit, num_fewshot)
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+        batch_size //= 2  # the items of a batch do not depend on each other
+
+
+def _run_tasks(
+    manager: Any,
+    names: Sequence[str],
+    model: Any,
+    tokenizer: Any,
+    batch_size: int,
+    limit: int | None,
+    num_fewshot: int | None,
+) -> dict[str, Any]:
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM

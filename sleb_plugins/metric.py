@@ -75,7 +75,8 @@ class WeightMetric(Metric):
     needs_gradients: ClassVar[bool] = False
     """Whether `score_block` needs each parameter's `.grad`, of the mean calibration loss in nats per token.
 
-    If the family allows it, only the gradients of one block exist at a time.
+    The block's parameters and their gradients are then float32, whatever the model's data type. If the family allows
+    it, only the gradients of one block exist at a time.
     """
 
     @abstractmethod

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sleb_plugins import MachineError, UsageError
+from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -137,28 +138,16 @@ def free_memory() -> None:
         torch.get_device_module(accelerator.type).empty_cache()
 
 
-class OutOfMemory(MachineError):
-    """The device is out of memory; smaller pieces may still fit."""
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an exception means that the device is out of memory; MPS and CPU have no class of their own for it."""
-    messages = ("out of memory", "can't allocate memory")
-    return isinstance(error, RuntimeError) and (
-        isinstance(error, torch.OutOfMemoryError) or any(message in str(error) for message in messages)
-    )
-
-
 @contextmanager
-def translate_out_of_memory(message: str, hint: str) -> Iterator[None]:
-    """Turn torch's out-of-memory errors into one that says what did not fit.
+def translate_out_of_memory(message: str, hint: str, error_class: type[MachineError] = OutOfMemory) -> Iterator[None]:
+    """Turn out-of-memory errors into one that says what did not fit.
 
     Raises:
-        OutOfMemory: the body ran out of memory.
+        MachineError: the body ran out of memory; by default an OutOfMemory, after which smaller pieces are tried.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(message, hint=hint) from error
+        raise error_class(message, hint=hint) from error

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sleb_cli.engine.device import is_out_of_memory
 from sleb_plugins import MachineError, ModelError, SlebError
+from sleb_plugins.errors import is_out_of_memory
 
 
 class _FromOurCode(BaseException):
@@ -32,9 +32,9 @@ def our_code() -> Iterator[None]:
 def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
     """Turn any exception of a third-party call into the error that `sentence` makes of its message.
 
-    Broken files and unusual families make libraries raise almost anything, so any exception counts. The body must
-    hold nothing but the third-party call, or a bug of ours would be blamed on the files; what has to run inside
-    the call runs under `our_code`.
+    Broken files and unusual families make libraries raise almost anything, so any exception counts but running out of
+    memory, which says nothing about them and is raised unchanged. The body must hold nothing but the third-party call,
+    or a bug of ours would be blamed on the files; what has to run inside the call runs under `our_code`.
     """
     try:
         yield
@@ -47,6 +47,8 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
     except SlebError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise sentence(first_line(error)) from error
 
 

@@ -58,11 +58,10 @@ def _print_recovery(recovery: RecoveryRecord) -> None:
     stages = {"dense": recovery.dense, "pruned": recovery.pruned, "recovered": recovery.closed_form_losses}
     stages |= {"healed": recovery.heal.losses if recovery.heal else None}
     perplexities = [f"{what} {math.exp(losses.loss):.2f}" for what, losses in stages.items() if losses]
-    text = recovery.text
-    print_line(
-        f"perplexity on {recovery.held_out} held-out sequences of {text.title}: {', '.join(perplexities)}; "
-        f"{recovery.share:.0%} of the lost nats recovered"
-    )
+    text = recovery.report_text
+    sequences = "1 sequence" if text.sequences == 1 else f"{text.sequences} sequences"
+    print_line(f"perplexity on {sequences} of {text.title} that decided nothing: {', '.join(perplexities)}")
+    print_line(recovery.summary)
 
 
 def _print_proof(proof: Proof, loaded: str) -> None:

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 def stdout() -> Console:
     """Return a console on the current stdout, quiet in all but the main process. Rich honours NO_COLOR."""
-    return Console(highlight=False, quiet=not is_main_process())
+    return Console(highlight=False, emoji=False, quiet=not is_main_process())
 
 
 def stderr() -> Console:
     """Return a console on the current stderr, quiet in all but the main process."""
     # The stream itself, so that redirecting stderr around a library call does not redirect our bars.
-    return Console(file=sys.stderr, highlight=False, quiet=not is_main_process())
+    return Console(file=sys.stderr, highlight=False, emoji=False, quiet=not is_main_process())
 
 
 def print_json(data: Mapping[str, Any]) -> None:

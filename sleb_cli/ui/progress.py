@@ -67,12 +67,12 @@ def _only_warnings(event: Event) -> None:
 def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         _Done(),
         TimeElapsedColumn(),
         _Remaining(compact=True),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 
@@ -203,11 +203,11 @@ class _Bars:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done, note=escape(note) or self._notes.get(task, ""))
+                self._progress.update(self._tasks[task], advance=done, note=note or self._notes.get(task, ""))
             case TaskFinished(task):
                 self._finish(task)
-            case HealChecked(_, divergence, held_out):
-                note = f"KL {divergence:.3f}, held out {held_out:.3f}"
+            case HealChecked(_, divergence, deciding):
+                note = f"KL {divergence:.3f}, on deciding text {deciding:.3f}"
                 self._notes[HEAL_TASK] = note
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted():
@@ -241,7 +241,7 @@ class _Bars:
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
-        self._tasks[task] = self._progress.add_task(escape(task), total=total, unit=unit, note="", forecast=forecast)
+        self._tasks[task] = self._progress.add_task(task, total=total, unit=unit, note="", forecast=forecast)
 
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
@@ -270,8 +270,10 @@ class _Log:
                 self._line(f"proven: {text}")
             case TaskStarted(task):
                 self._line(f"{task} …")
-            case HealChecked(share, divergence, held_out):
-                self._line(f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, held out {held_out:.4f}")
+            case HealChecked(share, divergence, deciding):
+                self._line(
+                    f"healing, {share:.0%}: KL to the dense model {divergence:.4f}, on deciding text {deciding:.4f}"
+                )
             case SearchStarted(blocks, remove, done, evaluations):
                 self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them already removed" if done else ""

@@ -106,7 +106,7 @@ def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
     found = []
     size = max(1, len(order) // LOOKS)
     for matrix in steps:
-        step = Race(len(order), -(-len(order) // size), {block: [] for block in matrix})
+        step = Race(len(order), {block: [] for block in matrix})
         for start in range(0, len(order), size):
             for block in step.contenders:
                 step.add(block, [matrix[block][index] for index in order[start : start + size]])

@@ -34,7 +34,7 @@ def test_the_plan_beside_you_is_applied(run_sleb, llama_plan, tiny_llama, tmp_pa
     assert set(os.listdir(folder)) == {*os.listdir(tiny_llama), "README.md", "sleb_plan.json"}
     plan = read_plan(folder / "sleb_plan.json")
     assert plan.proof
-    assert plan.model_copy(update={"proof": None}) == read_plan(tmp_path / "plan.json")
+    assert plan.model_copy(update={"proof": None}) == read_plan(tmp_path / "plan.json").published()
     card = (folder / "README.md").read_text()
     assert ", ".join(map(str, plan.removals)) in card
     assert f"{plan.dense.perplexity:.2f}" in card
@@ -45,7 +45,7 @@ def test_fewer_removals_of_the_same_plan(run_sleb, llama_plan, tmp_path):
     assert run_sleb("apply", llama_plan, "--remove", 1, "-o", "out").exit_code == 0
     plan = read_plan(llama_plan)
     written = read_plan(tmp_path / "out" / "sleb_plan.json")
-    assert written == plan.first(1).model_copy(update={"proof": written.proof})
+    assert written == plan.first(1).model_copy(update={"proof": written.proof}).published()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 5
 
 
@@ -238,11 +238,57 @@ def test_a_snapshot_in_a_hub_cache_is_left_alone(run_sleb, tmp_path):
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 
+def test_a_link_out_of_the_folder_is_not_followed(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    (tmp_path / "private" / "sub").mkdir(parents=True)
+    (tmp_path / "private" / "key").write_text('{"token": "secret"}')
+    (folder / "templates").mkdir()
+    (folder / "templates" / "chat.jinja").write_text("x")
+    for name, target in {
+        "LICENSE": "../private/key", "quantize_config.json": "../private/key", "data": "../private",
+        "templates/more": "../../private/sub", "templates/key": "../../private/key",
+        "again.jinja": "templates/chat.jinja",
+    }.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert not any(b"secret" in path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    names = "LICENSE, data, quantize_config.json, templates/key, templates/more"
+    assert f"because they are links out of the model's folder: {names}." in " ".join(result.stderr.split())
+    assert (tmp_path / "out" / "templates" / "chat.jinja").read_text() == "x"
+    assert (tmp_path / "out" / "again.jinja").read_text() == "x"
+
+
 def test_a_cast(run_sleb, tiny_llama, tmp_path):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--dtype", "bf16", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"dtype": "bfloat16"}),
+        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ({"torch_dtype": None, "dtype": "float32"}, {"dtype": "bfloat16"}),
+    ],
+)
+def test_a_cast_config_names_one_data_type_in_one_spelling(run_sleb, tmp_path, before, after):
+    folder = save_model(tmp_path / "model", llama_config(3))
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    nested = {"audio_config": before | {"inner": before}, "vision_config": before}
+    (folder / "config.json").write_text(json.dumps(config | before | nested))
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--dtype", "bf16")
+    assert result.exit_code == 0, result.stderr
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    places = (written, written["audio_config"]["inner"], written["vision_config"])
+    found = [{key: place[key] for key in ("dtype", "torch_dtype") if key in place} for place in places]
+    nested = after if before else {}
+    assert found == [after, nested, nested]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from sleb_cli.engine.measure import peak_memory
+from conftest import llama_config, save_model
+from sleb_cli.engine.measure import benchmark, peak_memory
 
 QUICK = ["--iterations", 3, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
 
@@ -47,6 +49,37 @@ def test_one_workload_on_the_dense_model(run_sleb, tiny_llama):
     assert data["pruned"] is None
     assert data["workloads"][0]["speedup"] is None
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_packed_weights_count_as_many_parameters_as_they_stand_for(run_sleb, tmp_path, monkeypatch, tied):
+    folder = save_model(tmp_path / "model", llama_config(4, tie_word_embeddings=tied))
+
+    def pack(model):
+        """Put the numbers of each projection into buffers, as GPTQ and AWQ do; one more is not stored."""
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+                rows = module.out_features
+                del module.weight
+                module.register_buffer("qweight", torch.zeros(module.in_features // 8, rows, dtype=torch.int32))
+                module.register_buffer("scales", torch.zeros(1, rows, dtype=torch.float16))
+                module.register_buffer("workspace", torch.zeros(1000), persistent=False)
+        return model
+
+    load_dense, load_pruned = benchmark.load_dense, benchmark.load_pruned
+    monkeypatch.setattr(benchmark, "load_dense", lambda *given: pack(load_dense(*given)))
+    monkeypatch.setattr(benchmark, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
+    monkeypatch.setattr(benchmark, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
+    monkeypatch.setattr(benchmark, "peak_memory_alone", lambda *given: None)
+    result = run_sleb("bench", folder, "--blocks", "1", "--prompt", *QUICK, "--json", "-q")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    projections, columns, norms = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64, 32 * 2 + 16 * 2 + 64 * 2 + 32, 2 * 32
+    outside = (1 if tied else 2) * 320 * 32 + 32
+    for name, blocks in (("dense", 4), ("pruned", 3)):
+        assert data[name]["parameters"] == blocks * (projections + norms) + outside
+        packed = projections // 8 * 4 + columns * 2 + norms * 4
+        assert data[name]["weights_bytes"] == blocks * packed + outside * 4
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import prose
+from conftest import calibration, prose
 from reference import plain_loss
+from sleb_cli.engine.text.sources import evaluation_text
 
 
 @pytest.fixture
@@ -168,3 +171,123 @@ def test_names_that_look_like_markup_are_shown_as_they_are(run_sleb, tiny_llama,
     result = run_sleb("search", tiny_llama, *options, "-o", "p[bold].json")
     assert "calibrated on a[bold]b[ end].txt" in result.stdout
     assert "next: sleb apply p[bold].json" in result.stdout
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Make a data set of these splits, which `load_dataset` reads from a folder; return how to name it."""
+
+    def corpus(*splits):
+        folder = tmp_path / "org" / "corpus"
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed, split in enumerate(splits):
+            (folder / f"{split}.txt").write_text(prose(60, seed=seed))
+        return "org/corpus:"
+
+    return corpus
+
+
+SHORT = ["--sequence-length", 32, "--json"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "chosen"),
+    [
+        (("train", "validation", "test"), "test"),
+        (("train", "validation"), "validation"),
+        (("train", "dev"), "validation"),  # as the library `datasets` calls it
+        (("train",), "train"),
+    ],
+)
+def test_a_data_set_without_a_named_split_is_measured_on_the_least_known_one(
+    run_sleb, tiny_llama, corpus, splits, chosen
+):
+    result = run_sleb("eval", tiny_llama, "--perplexity", corpus(*splits), *SHORT)
+    assert result.exit_code == 0, result.stderr
+    assert f"No split was named, so perplexity is measured on org/corpus::{chosen}." in result.stderr
+    (measured,) = json.loads(result.stdout)["dense"]["perplexities"]
+    assert measured["text"] == f"org/corpus::{chosen}"
+    named = run_sleb("eval", tiny_llama, "--perplexity", f"org/corpus::{chosen}", *SHORT)
+    assert json.loads(named.stdout)["dense"]["perplexities"] == [measured]
+    assert "No split was named" not in named.stderr
+
+
+@pytest.mark.parametrize(
+    ("splits", "chosen"),
+    [
+        (["train", "dev", "validation"], "validation"),
+        (["train", "valid"], "valid"),
+        (["train", "dev"], "dev"),
+        (["corpus", "more"], "corpus"),
+        ([], "train"),
+    ],
+)
+def test_splits_by_other_names(monkeypatch, splits, chosen):
+    rows = datasets.Dataset.from_dict({"text": ["a river"]})
+    asked = []
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config: splits)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, split, data_files: asked.append((*names, split)) or rows
+    )
+    assert evaluation_text("org/name:cfg").source == f"org/name:cfg:{chosen}"
+    assert asked == [("org/name", "cfg", chosen)]
+
+
+def test_a_named_split_and_column_count(run_sleb, tiny_llama, corpus):
+    corpus("train", "test")
+    result = run_sleb("eval", tiny_llama, "--perplexity", "org/corpus::train,org/corpus:::text", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout)["dense"]["perplexities"]
+    assert [part["text"] for part in measured] == ["org/corpus::train", "org/corpus::test:text"]
+    assert measured[0]["tokens_sha256"] != measured[1]["tokens_sha256"]
+
+
+def test_a_data_set_whose_splits_are_unknown(run_sleb, tiny_llama):
+    result = run_sleb("eval", tiny_llama, "--perplexity", "org/none", *SHORT)
+    assert result.exit_code == 5
+    assert "The data set org/none:train:text cannot be loaded" in result.stderr
+
+
+def search_on(run_sleb, model, text):
+    result = run_sleb("search", model, "--remove", 1, *calibration(text), "-o", "found.json", "--force", "-q")
+    assert result.exit_code == 0, result.stderr
+
+
+def flattered(run_sleb, subject, text):
+    result = run_sleb("eval", subject, "--perplexity", text, *SHORT)
+    assert result.exit_code == 0, result.stderr
+    return [line for line in result.stderr.splitlines() if "may flatter" in line]
+
+
+def test_the_text_that_the_plan_was_calibrated_on_is_said_to_flatter(
+    run_sleb, tiny_llama, text_file, test_text, corpus, tmp_path
+):
+    corpus("train", "test")
+    search_on(run_sleb, tiny_llama, f"{text_file}:1/2,org/corpus::train:1/2")
+    for text in (text_file, os.path.relpath(text_file), "org/corpus::train", "org/corpus::train:text"):
+        (line,) = flattered(run_sleb, "found.json", text)
+        assert f"Blocks were chosen on prose.txt:1/2,org/corpus::train:1/2, so perplexity on {text}" in line
+    for text in (test_text, "org/corpus:", "org/corpus::test"):
+        assert flattered(run_sleb, "found.json", text) == []
+    assert flattered(run_sleb, tiny_llama, text_file) == []
+
+
+def test_the_same_tokens_under_another_name_are_said_to_flatter(run_sleb, tiny_llama, text_file, tmp_path):
+    (tmp_path / "copy.txt").write_bytes(text_file.read_bytes())
+    windows = run_sleb("eval", tiny_llama, "--perplexity", "copy.txt", *SHORT)
+    count = json.loads(windows.stdout)["dense"]["perplexities"][0]["windows"]
+    options = ["--calibration", text_file, "--samples", count, "--sequence-length", 32]
+    assert run_sleb("search", tiny_llama, "--remove", 1, *options, "-q").exit_code == 0
+    assert len(flattered(run_sleb, "plan.json", "copy.txt")) == 1
+
+
+def test_a_checkpoint_knows_the_texts_that_it_was_made_on(run_sleb, tiny_llama, text_file, test_text, tmp_path):
+    search_on(run_sleb, tiny_llama, text_file)
+    recovering = ["--recover", "--calibration", test_text, "--samples", 10, "--sequence-length", 32]
+    assert run_sleb("apply", "found.json", *recovering, "-o", "out", "--no-verify", "-q").exit_code == 0
+    (chosen,) = flattered(run_sleb, "out", text_file)
+    assert "Blocks were chosen on prose.txt" in chosen
+    (recovered,) = flattered(run_sleb, "out", test_text)
+    assert "The remaining blocks were recovered on test.txt" in recovered
+    (tmp_path / "out" / "sleb_plan.json").write_text("{}")
+    assert flattered(run_sleb, "out", text_file) == []

@@ -12,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import calibration, llama_config, prose, save_model
+from conftest import calibration, llama_config, prose, random_model, save_model
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.recovery import run
+from sleb_cli.engine.recovery.process_group import ProcessGroup
+from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.plan import read_plan
 
 
@@ -38,9 +41,9 @@ def weights(folder):
 
 def test_healing_comes_nearer_to_the_dense_model(healed, tmp_path):
     result = healed("out")
-    assert re.search(r"dense (\S+), pruned (\S+), healed (\S+); (-?\d+)% of the lost nats recovered", result.stdout)
+    assert re.search(r"dense (\S+), pruned (\S+), healed (\S+)\n.*; \d+% of the divergence", result.stdout)
     assert "bitwise equal to those of the recovered model in memory" in result.stdout
-    told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), held out (\S+)", result.stderr)
+    told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), on deciding text (\S+)", result.stderr)
     assert len(told) >= 8
     assert int(told[-1][0]) >= 100
     assert float(told[-1][1]) < float(told[0][1])
@@ -116,6 +119,66 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     assert not (tmp_path / ".out.heal").exists()
 
 
+def test_a_healing_is_not_resumed_on_other_text(run_sleb, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(prose(400))
+    command = ["apply", tiny_llama, "--blocks", "2,3", "--heal", "--heal-tokens", 8192, "-o", "out"]
+    command += calibration(tmp_path / "text.txt", samples=10)
+    with monkeypatch.context() as patches:
+        interrupt_at(patches, 6)
+        assert run_sleb(*command).exit_code == 130
+    (tmp_path / "text.txt").write_text(prose(400, seed=1))
+    result = run_sleb(*command, "--resume")
+    assert result.exit_code == 3
+    assert "belongs to another healing (text: " in result.stderr
+
+
+def test_out_of_memory_fewer_sequences_are_healed_at_once(healed, tmp_path, monkeypatch):
+    distill, failed = healing.distill, []
+
+    def short_of_memory(teacher, student, ids, *rest):
+        if len(ids) > 8:
+            failed.append(len(ids))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return distill(teacher, student, ids, *rest)
+
+    monkeypatch.setattr(healing, "distill", short_of_memory)
+    result = healed("out", "--json")
+    assert failed == [32, 16]
+    assert "Out of memory on cpu; healing 8 sequences at once." in result.stderr
+    record = json.loads(result.stdout)["recovery"]
+    assert record["heal"]["losses"]["divergence"] < record["pruned"]["divergence"]
+
+
+@pytest.mark.parametrize("overflows", [False, True])
+def test_float16_gradients_are_scaled_and_an_overflow_lowers_the_scale(monkeypatch, overflows):
+    monkeypatch.setattr(healing, "SCALE_HEADROOM", 2**20 if overflows else 16)
+    found, scales = first_gradient(torch.float16)
+    assert (scales[1] < scales[0]) == overflows
+    exact, _ = first_gradient(torch.float32)
+    assert torch.cosine_similarity(found, exact, dim=0) > 0.999
+    assert float(found.norm() / exact.norm()) == pytest.approx(1, abs=0.02)
+
+
+def first_gradient(dtype):
+    """Return the gradient of a healing's first step, and the scale of the loss before and after it."""
+    teacher, student = (random_model(llama_config(3)).half().to(dtype).requires_grad_(False) for _ in range(2))
+    with torch.no_grad():
+        student.model.layers[1].mlp.down_proj.weight *= 0.5
+    ids = torch.randint(2, 300, (32, 32), generator=torch.Generator().manual_seed(0))
+    with (
+        SkippableModel(teacher, teacher.model.layers) as dense,
+        SkippableModel(student, student.model.layers) as pruned,
+    ):
+        case = healing.Case(
+            Variant(dense), Variant(pruned), 0, {"down": student.model.layers[2].mlp.down_proj.weight},
+            stored=torch.float16, write=None, deciding=ids, seed=0, width=32,
+        )  # fmt: skip
+        group = ProcessGroup(torch.device("cpu"))
+        run = healing._Healing(case, healing.HealBudget(None, 1), group, lambda saved: None, lambda event: None)
+        began, wanted = run.progress.scale, Variant(dense).final_states(ids).detach()
+        return run._gradient(ids, wanted, wanted), (began, run.progress.scale)
+
+
 def test_a_broken_state_is_named(healed, tmp_path):
     (tmp_path / ".out.heal").mkdir()
     (tmp_path / ".out.heal" / "state.safetensors").write_bytes(b"nothing")
@@ -157,7 +220,7 @@ def test_text_may_be_the_models_own(run_sleb, tiny_llama, tmp_path):
     command = ["apply", tiny_llama, "--blocks", "2", "--heal", "--heal-tokens", 1024, "--sequence-length", 32]
     result = run_sleb(*command, "--samples", 5, "-o", "out")
     assert result.exit_code == 0, result.stderr
-    assert "held-out sequences of self" in result.stdout
+    assert "1 sequence of self that decided nothing" in result.stdout
 
 
 def test_bfloat16_weights_move_by_less_than_they_can_hold(run_sleb, text_file, tmp_path):
@@ -198,7 +261,10 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, code, words):
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
 
     monkeypatch.setattr(run, "free_bytes", lambda device: 500_000)
-    assert "Healing needs both models and its training state in memory" in healed("out", code=7).stderr
+    words = healed("out", code=7).stderr
+    assert re.search(
+        r"Healing needs \S+ MB of memory on cpu \(.* trained weights, \S+ kB for the state of training", words
+    )
 
 
 @pytest.mark.slow

@@ -145,6 +145,10 @@ def test_types_that_transformers_does_not_know(run_sleb, tmp_path):
         ({"num_hidden_layers": -1}, 4, "says -1 blocks"),
         ({"num_hidden_layers": 4}, 4, "do not keep 4 blocks under model.layers"),
         ({"vocab_size": -3}, 4, "negative dimension"),
+        ({"model_type": ["llama"]}, 4, "no model of type ['llama']"),
+        ({"model_type": {}, "auto_map": {"AutoConfig": "x.C"}}, 4, "own Python code"),
+        ({"text_config": {"num_hidden_layers": 3}}, 4, "has a text_config that llama does not have"),
+        ({"text_config": 1.5}, 4, "has a text_config that llama does not have"),
         ({"hidden_act": "zzz"}, 4, "KeyError 'zzz'"),
         ({"layer_types": ["full_attention"]}, 4, "must be equal to the number of `layer_types`"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, 7, "needs another package"),
@@ -162,6 +166,16 @@ def test_a_broken_tokenizer(run_sleb, tmp_path, name):
     folder = save_model(tmp_path / "odd", llama_config(3))
     (folder / name).write_text("{")
     refused(run_sleb, folder, 4, "cannot read the tokenizer")
+
+
+def test_a_tokenizer_that_fails_when_it_is_used(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "odd", llama_config(3))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "x"}))
+    for command in (("search", "--remove", 1, "--calibration", "self"), ("apply", "--blocks", 1), ("eval",)):
+        result = run_sleb(command[0], folder, *command[1:])
+        assert result.exit_code == 4, result.stderr
+        assert "cannot read the tokenizer" in result.stderr
 
 
 def test_a_model_of_few_positions_is_proven_all_the_same(run_sleb, tmp_path):

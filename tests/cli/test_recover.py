@@ -2,18 +2,21 @@
 
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from conftest import calibration, llama_config, save_model
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.recovery import run
-from sleb_cli.plan import ClosedFormRecord, read_plan
+from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
+from sleb_cli.plan import CalibrationRecord, ClosedFormRecord, LossesRecord, RecoveryRecord, read_plan
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -22,8 +25,8 @@ def standing_in(monkeypatch, names):
     """Let something stand in for the closed form: a tenth more for the parameters that are named."""
     asked = SimpleNamespace(names=names, calls=[])
 
-    def recover_in_closed_form(skippable, removed, fit, held_out, notify):
-        asked.calls.append((sorted(removed), fit, held_out))
+    def recover_in_closed_form(skippable, removed, fit, deciding, notify, *, stored):
+        asked.calls.append((sorted(removed), fit, deciding))
         own = dict(skippable.model.named_parameters())
         return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(fits=())
 
@@ -44,18 +47,22 @@ def test_new_values_are_written_proven_and_recorded(run_sleb, llama_plan, tiny_l
     result = run_sleb("apply", llama_plan, *recovering(text_file), "-o", "out")
     assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "out" / "sleb_plan.json")
-    (removed, fitted, held_out), record = fit.calls[0], plan.recovery
+    (removed, fitted, deciding), record = fit.calls[0], plan.recovery
     assert removed == sorted(plan.removals)
-    assert (fitted.shape, held_out.shape) == ((8, 32), (2, 32))
+    assert (fitted.shape, deciding.shape) == ((7, 32), (2, 32))
     assert record
-    assert (record.held_out, record.text.sequences, record.dense.divergence) == (2, 10, 0.0)
+    texts = (record.text, record.deciding_text, record.report_text)
+    assert [text.sequences for text in texts] == [7, 2, 1]
+    assert len({text.tokens_sha256 for text in texts}) == 3
+    assert record.dense.divergence == 0.0
     assert plan.proof
     assert plan.proof.reference == "recovered"
     assert "bitwise equal to those of the recovered model in memory" in result.stdout
     assert "bitwise equal to those of the recovered model in memory" in result.stderr
     assert (
-        f"pruned {math.exp(record.pruned.loss):.2f}, recovered {math.exp(record.recovered.loss):.2f};" in result.stdout
+        f"pruned {math.exp(record.pruned.loss):.2f}, recovered {math.exp(record.recovered.loss):.2f}\n" in result.stdout
     )
+    assert record.summary in result.stdout
     card = (tmp_path / "out" / "README.md").read_text()
     assert text_file.name in card
     assert str(text_file.parent) not in card
@@ -73,14 +80,24 @@ def test_new_values_are_written_proven_and_recorded(run_sleb, llama_plan, tiny_l
         assert torch.equal(tensor, before[source]) == (name not in changed), name
 
 
+def reported_tokens(model, text, record):
+    """Return the tokens of the last tenth of the text that the record is about, cut the slow way."""
+    content = text.read_text()
+    start = content.index("\n", round(0.9 * len(content))) + 1
+    windows = cut_windows(AutoTokenizer.from_pretrained(model), content[start:], 32, bos=False)
+    drawn = windows[draw(len(windows), record["report_text"]["sequences"], 0)]
+    assert tokens_sha256(drawn) == record["report_text"]["tokens_sha256"]
+    return drawn
+
+
 def test_losses_are_those_of_a_plain_computation(run_sleb, tiny_llama, text_file, fit, tmp_path):
     result = run_sleb("apply", tiny_llama, "--blocks", "2", *recovering(text_file), "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)["recovery"]
-    held_out = fit.calls[0][2]
-    dense = AutoModelForCausalLM.from_pretrained(tiny_llama)(held_out).logits[:, :-1].log_softmax(-1)
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(held_out).logits[:, :-1].log_softmax(-1)
-    loss = -ours.gather(-1, held_out[:, 1:, None]).mean()
+    reported = reported_tokens(tiny_llama, text_file, record)
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama)(reported).logits[:, :-1].log_softmax(-1)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(reported).logits[:, :-1].log_softmax(-1)
+    loss = -ours.gather(-1, reported[:, 1:, None]).mean()
     divergence = (dense.exp() * (dense - ours)).sum(-1).mean()
     assert record["closed_form_losses"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert record["closed_form_losses"]["divergence"] == pytest.approx(divergence.item(), rel=1e-4)
@@ -116,6 +133,46 @@ def test_files_of_a_base_model_alone_take_new_values(run_sleb, tiny_gpt2, text_f
     after = load_file(tmp_path / "out" / "model.safetensors")
     for new, old in (("h.3.mlp.c_proj.weight", fit.names[0]), ("ln_f.weight", fit.names[1])):
         assert torch.equal(after[new], stored[old] * 1.1)
+
+
+def test_without_block_0_the_first_that_stays_makes_up_for_it(run_sleb, tiny_llama, text_file):
+    result = run_sleb("apply", tiny_llama, "--blocks", "0,1", *recovering(text_file, 100), "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)["recovery"]
+    first = record["closed_form"]["fits"][0]
+    assert (first["block"], first["gap"], first["kept"]) == (2, 2, True)
+    assert record["closed_form_losses"]["divergence"] < 0.95 * record["pruned"]["divergence"]
+
+
+def test_half_precision_on_a_cpu_keeps_every_digit_that_is_stored(run_sleb, text_file, tmp_path):
+    folder = save_model(tmp_path / "half", llama_config(4, dtype=torch.float16))
+    result = run_sleb("apply", folder, "--blocks", "2", *recovering(text_file, 100), "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = [n for n, tensor in after.items() if ".layers.1." in n and not torch.equal(tensor, before[n])]
+    assert changed
+    for name in changed:
+        assert after[name].dtype is torch.float16
+        assert not torch.equal(after[name].bfloat16().half(), after[name])
+
+
+def test_nats_back_are_at_most_all_and_the_divergence_left_says_the_rest():
+    text = CalibrationRecord(source="self", seed=0, sequences=1, sequence_length=2, bos=False, tokens_sha256="")
+    record = RecoveryRecord(
+        text=text, deciding_text=text, report_text=text,
+        dense=LossesRecord(loss=2.0, divergence=0.0), pruned=LossesRecord(loss=3.0, divergence=0.8),
+    )  # fmt: skip
+
+    def after(loss, divergence):
+        return record.model_copy(update={"closed_form_losses": LossesRecord(loss=loss, divergence=divergence)})
+
+    assert after(2.5, 0.6).nats_back == 0.5
+    assert after(2.5, 0.6).summary.startswith("50% of the lost nats are back; 75% of the divergence")
+    assert after(1.8, 0.4).nats_back == 1
+    assert after(1.8, 0.4).summary.startswith("all of the lost nats are back, and more, by adapting to the text; 50%")
+    gained = record.model_copy(update={"pruned": LossesRecord(loss=1.9, divergence=0.1)})
+    assert gained.nats_back is None
+    assert "cost no nats" in gained.summary
 
 
 def test_new_values_have_the_checkpoints_data_type(run_sleb, text_file, fit, tmp_path):
@@ -164,17 +221,21 @@ def test_without_the_memory_for_the_model_it_is_refused(run_sleb, llama_plan, te
     monkeypatch.setattr(run, "free_bytes", lambda device: 1000)
     result = run_sleb("apply", llama_plan, *recovering(text_file), "-o", "out")
     assert result.exit_code == 7
-    assert "Recovery needs the dense model in memory" in result.stderr
+    assert re.search(
+        r"Recovery needs \S+ [kM]B of memory on cpu \(\S+ kB for the model, .* for the sums of a fit\)", result.stderr
+    )
 
 
-def test_of_much_text_no_more_is_held_out_than_decides(run_sleb, llama_plan, text_file, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "HELD_OUT_TOKENS", 96)
+def test_of_much_text_no_more_decides_than_is_needed(run_sleb, llama_plan, text_file, fit, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "DECIDING_TOKENS", 96)
+    monkeypatch.setattr(run, "REPORTED_TOKENS", 64)
     result = run_sleb("apply", llama_plan, *recovering(text_file, 30), "-o", "out", "--no-verify")
     assert result.exit_code == 0, result.stderr
     record = read_plan(tmp_path / "out" / "sleb_plan.json").recovery
     assert record
-    ((_, fitted, held_out),) = fit.calls
-    assert (record.text.sequences, record.held_out, len(fitted), len(held_out)) == (30, 3, 27, 3)
+    ((_, fitted, deciding),) = fit.calls
+    assert (record.text.sequences, record.deciding_text.sequences, record.report_text.sequences) == (25, 3, 2)
+    assert (len(fitted), len(deciding)) == (25, 3)
 
 
 def test_where_no_text_is_named_it_is_mostly_what_the_plan_was_searched_on(
@@ -186,7 +247,7 @@ def test_where_no_text_is_named_it_is_mostly_what_the_plan_was_searched_on(
     assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "out" / "sleb_plan.json")
     assert plan.recovery
-    assert plan.recovery.text.source == f"{text_file}:0.75,self:0.25"
+    assert plan.recovery.text.source == f"{text_file.name}:0.75,self:0.25"
 
 
 def test_without_a_plan_it_is_the_models_own(run_sleb, tiny_llama, fit, tmp_path):

@@ -45,10 +45,22 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (last_block, 5, 3),
         (last_block, 4, 2),
         (last_block, -1, -1),
+        (block_numbers, [[1], "x"], []),
+        (numbers_from_one, {"kda_layers": ["x"]}, {"kda_layers": ["x"]}),
+        (numbers_from_one, [1], [1]),
+        (keyed_by_block, [1], [1]),
+        (leading_blocks, [1], [1]),
+        (trailing_blocks, {}, {}),
     ],
 )  # fmt: skip
 def test_pruners(prune, value, pruned):
     assert prune(value, KEPT) == pruned
+
+
+@pytest.mark.parametrize("key", KEY_PRUNERS)
+@pytest.mark.parametrize("value", ["x", 1.5])
+def test_a_value_of_another_type_stays(key, value):
+    assert KEY_PRUNERS[key](value, KEPT) == value
 
 
 @pytest.mark.parametrize("key", KEY_PRUNERS)

@@ -1,4 +1,4 @@
-"""Which device is chosen, and what is done where it lacks something; `tests/device` runs whole commands on a simulated one."""
+"""Which device is chosen, and what is done where it lacks something."""
 
 import pytest
 import torch

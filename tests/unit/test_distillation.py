@@ -9,10 +9,8 @@ from sleb_cli.engine.forward import logits
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import Divergence, distill, learning_rate
-from sleb_cli.engine.recovery.heal import drop_held_out
 from sleb_cli.engine.recovery.run import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
-from sleb_plugins import DataError
 
 
 @pytest.fixture
@@ -86,10 +84,3 @@ def test_the_learning_rate_goes_up_with_the_steps_and_down_with_the_budget():
     rates = [learning_rate(2.0, steps / 100, steps) for steps in range(101)]
     assert rates.index(max(rates)) < 25
     assert sorted(rates[30:], reverse=True) == rates[30:]
-
-
-def test_what_is_held_out_is_not_trained_on():
-    rows = torch.tensor([[1, 2], [3, 4], [1, 3]])
-    assert drop_held_out(rows, torch.tensor([[3, 4], [2, 1]])).tolist() == [[1, 2], [1, 3]]
-    with pytest.raises(DataError, match="held out"):
-        drop_held_out(rows, rows)

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from sleb_cli.atomic import new_folder, require_new_file, to_json, write_text
+from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import HEAD_BYTES, fingerprint_files
-from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.files.weights import find_weights, read_json
 from sleb_plugins import ModelError, OutputError
 
 
@@ -105,3 +106,68 @@ def test_a_fingerprint_sees_changes_at_both_ends_and_not_the_place(tmp_path):
     (tmp_path / "copy" / "w").write_bytes(content)
     assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 1}) in prints
     assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 2}) not in prints
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "sub/../../x.safetensors", "away/x.safetensors", "/x", "a\0/b"])
+def test_a_shard_outside_the_folder_is_not_read(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "away").symlink_to(tmp_path)
+    (folder / "sub").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    name = str(tmp_path / "x.safetensors") if name == "/x" else name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match="names a weight file outside its folder"):
+        find_weights(folder)
+
+
+def test_a_shard_in_a_folder_within_or_linked_from_another_disk_is_read(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    save_file({"a": torch.ones(1)}, folder / "sub" / "1.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / "disk.safetensors")
+    (folder / "2.safetensors").symlink_to(tmp_path / "disk.safetensors")
+    index = {"weight_map": {"a": "sub/1.safetensors", "b": "2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert sorted(find_weights(folder).tensor_names()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "weight_map", [["x"], None, 3, "x", {"a": 1}, {"a": None}, {"a": ["x"]}, {"a": 1, "b": "x"}, {"a": "x" * 300}]
+)
+def test_an_index_that_is_none_is_refused(tmp_path, weight_map):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"does not map tensors to names of files|File name too long|lacks 1 of"):
+        find_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"a": ' + "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\xff", "[1]"])
+def test_json_that_python_does_not_take_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"is not readable JSON|is not a JSON object"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_folder_in_place_of_a_json_file_is_refused(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json cannot be read: Is a directory"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_pickle_whose_keys_are_no_names_is_refused(tmp_path):
+    torch.save({1: torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="not safe to read"):
+        find_weights(tmp_path).tensor_names()
+
+
+def test_what_leads_out_of_a_folder(tmp_path):
+    folder = tmp_path / "snapshots" / "abc"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "private").touch()
+    targets = {"blob": "../../blobs/x", "inside": "sub/y", "out": "../../private", "up": "..", "loop": "loop"}
+    for name, target in targets.items():
+        (folder / name).symlink_to(target)
+    (tmp_path / "alias").symlink_to(folder)
+    for place in (folder, tmp_path / "alias"):
+        assert [name for name in targets if leads_out(place / name, place)] == ["out", "up"]

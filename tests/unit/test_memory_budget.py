@@ -52,7 +52,9 @@ def test_with_little_the_head_and_then_the_batch_give_way():
 
 
 def test_what_cannot_fit_is_said_before_any_work():
-    with pytest.raises(MachineError, match=r"needs 8\.\d+ MB beside the model, but may take only 5 MB"):
+    with pytest.raises(
+        MachineError, match=r"1 sequences of 512 tokens need 8\.\d+ MB beside the model, but may take only 5 MB"
+    ):
         fit(5_000_000)
 
 

@@ -7,7 +7,6 @@ from transformers import LlamaForCausalLM
 from conftest import llama_config, random_model
 from families import tiny_config
 from reference import plain_loss
-from sleb_cli.engine.device import OutOfMemory
 from sleb_cli.engine.forward.engines import choose_engine
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
@@ -15,6 +14,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
+from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -226,12 +226,31 @@ def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(skippable
     for engine in ("fork", "plain"):
         passes, _ = passes_of(skippable, sequences, engine=engine)
         seen[engine] = {}
-        passes.watch(1, (2,), [1, 3, 4], lambda block, *states, engine=engine: seen[engine].update({block: states}))
+        passes.watch(1, (2,), [1, 3, 4], lambda here=seen[engine]: lambda block, *states: keep(here, block, states))
     assert calls == [0, 1, 3, 4]  # and the last block not at all
     assert list(seen["fork"]) == list(seen["plain"]) == [1, 3, 4]
     for block in (1, 3, 4):
         for ours, theirs in zip(seen["fork"][block], seen["plain"][block], strict=True):
             assert torch.equal(ours, theirs)
+
+
+def keep(seen, block, states):
+    seen[block] = states
+    return [(block, [0.0])]
+
+
+def test_out_of_memory_states_are_seen_in_smaller_parts_and_give_the_same_scores(skippable, sequences, monkeypatch):
+    def size(block, entering, leaving):
+        yield block, (leaving - entering).norm(dim=-1).mean(-1).tolist()
+
+    expected = passes_of(skippable, sequences)[0].watch(1, (2,), [3, 5], lambda: size)
+    passes, events = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=16, branches=1, kept=0))
+    fail_at(skippable, monkeypatch, 1, 3)
+    found = passes.watch(1, (2,), [3, 5], lambda: size)
+    assert passes.budget.sequences == 1
+    assert len([event for event in events if isinstance(event, Notice)]) == 2
+    for block in (3, 5):
+        assert found[block] == pytest.approx(expected[block], rel=1e-5)
 
 
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sleb_cli.plan import read_plan
+from sleb_cli.plan import LossesRecord, RecoveryRecord, read_plan
 from sleb_plugins import PlanError
 
 
@@ -29,6 +29,50 @@ def test_its_top_level_keys(llama_plan):
         "sample_generation",
             "environment",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("source", "title"),
+    [
+        ("wikitext2", "wikitext2"),
+        ("self:0.5,c4:0.5", "self:0.5,c4:0.5"),
+        ("org/name:config:split:column", "org/name:config:split:column"),
+        ("org/name:con/fig::a/b", "org/name:con/fig::a/b"),
+        ("/home/jane/notes.txt", "notes.txt"),
+        ("private/notes.md", "notes.md"),
+        ("/home/jane/notes", "notes"),
+        ("../notes", "notes"),
+        ("~/notes.json", "notes.json"),
+        ("/home/a,b/c:d/notes.txt", "notes.txt"),
+        ("/home/jane/corpus:default:test", "corpus:default:test"),
+        ("deep/in/corpus/::test", "corpus::test"),
+        ("/home/jane/notes.txt:1/3, deep/notes.jsonl:.5,org/name:a:1/6", "notes.txt:1/3,notes.jsonl:.5,org/name:a:1/6"),
+        ("self:1e-1,/home/jane/corpus:config:0.9", "self:1e-1,corpus:config:0.9"),
+    ],
+)
+def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
+    plan = read_plan(llama_plan)
+    text = plan.calibration.model_copy(update={"source": source})
+    losses = LossesRecord(loss=1.0, divergence=0.0)
+    recovery = RecoveryRecord(text=text, held_out=1, dense=losses, pruned=losses)
+    published = plan.model_copy(update={"calibration": text, "recovery": recovery}).published()
+    assert text.title == published.calibration.source == published.recovery.text.source == title
+    assert published.model.id == "tiny-llama"
+    assert published.calibration.title == title
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [
+        ("nll+0.5*kl", "nll+0.5*kl"),
+        ("task:/home/jane/my.yaml:500", "task:my.yaml:500"),
+        ("nll+0.5*task:/a/b.yaml+task:../c/d.yaml:9", "nll+0.5*task:b.yaml+task:d.yaml:9"),
+    ],
+)
+def test_a_published_metric_has_no_folder_of_this_machine(llama_plan, metric, name):
+    plan = read_plan(llama_plan)
+    plan = plan.model_copy(update={"search": plan.search.model_copy(update={"metric": metric})})
+    assert plan.published().search.metric == name
 
 
 def change(path, **changes):

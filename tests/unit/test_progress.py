@@ -1,9 +1,11 @@
 """The progress of a search, as the screen shows it."""
 
+import io
+
 import pytest
 
-from sleb_cli.events import SearchStarted
-from sleb_cli.ui import progress
+from sleb_cli.events import Notice, SearchStarted, TaskAdvanced, TaskStarted
+from sleb_cli.ui import console, progress
 from sleb_cli.ui.progress import _SearchProgress
 
 
@@ -83,3 +85,16 @@ def test_at_the_end_nothing_is_left_whatever_the_parts_add_up_to(clock):
     assert search.steps_left == 0
     assert search.done == search.expected == 3
     assert search.remaining() is None
+
+
+def test_names_are_shown_as_they_are(monkeypatch):
+    monkeypatch.setattr(console.sys, "stderr", io.StringIO())
+    shown = console.stderr()
+    bars = progress._progress(shown)
+    listen = progress._Bars(bars)
+    listen(TaskStarted("Reading org/a:train:[b]"))
+    listen(TaskAdvanced("Reading org/a:train:[b]", note="x:train:[c]"))
+    listen(Notice("org/d:train:[e]"))
+    shown.print(bars.get_renderable(), width=200)
+    for text in ("Reading org/a:train:[b]", "x:train:[c]", "org/d:train:[e]"):
+        assert text in shown.file.getvalue()

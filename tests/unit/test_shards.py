@@ -269,10 +269,12 @@ WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         spoiled(WHOLE | {"data_offsets": [1, 5]}, data=b"12345"),
         spoiled(WHOLE | {"data_offsets": [4, 0]}),
         spoiled(WHOLE | {"data_offsets": [0]}),
+        spoiled(WHOLE | {"data_offsets": [0, float("inf")]}),
         spoiled({"shape": [1]}),
         spoiled(header=[1]),
         spoiled(header={"a": WHOLE, "b": WHOLE}),
         spoiled(header={"a": WHOLE, "__metadata__": 5}),
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
     ],
 )
 def test_what_is_no_safetensors_file_is_said_to_be_so(tmp_path, content):

@@ -6,10 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
 from reference import plain_loss
-from sleb_cli.engine.device import OutOfMemory
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h"}

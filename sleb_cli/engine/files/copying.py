@@ -37,6 +37,16 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether an entry of a model's folder lies elsewhere, by a link.
+
+    The files of a snapshot in the Hub's cache are links to its blobs, which belong to it.
+    """
+    real, own = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # never raises, even on loops of links
+    blobs = own.parents[1] / "blobs" if own.parent.name == "snapshots" else own
+    return not any(real.is_relative_to(os.path.realpath(place)) for place in (own, blobs))
+
+
 def clone_or_link(source: Path, target: Path) -> Literal["reflink", "hard link"] | None:
     """Create `target` with the content of `source` without copying; return None if the file system cannot.
 

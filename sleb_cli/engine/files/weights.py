@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from sleb_cli.engine.files.copying import reading
+from sleb_cli.engine.files.copying import leads_out, reading
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -41,13 +41,16 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of a checkpoint.
 
     Raises:
-        ModelError: the file is missing, or is not a JSON object.
+        ModelError: the file is missing, cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        with reading(path):
+            raise error
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too large a number or too deep for Python
         raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object.", hint="Copy or download the model again.")
@@ -129,27 +132,45 @@ def find_weights(folder: Path) -> WeightFiles:
     """Find the weight files that transformers would load from `folder`.
 
     Raises:
-        ModelError: there are none, or the index names a missing file.
+        ModelError: there are none, or the index is not one, or names a missing file or one outside the folder.
     """
     for single in (SAFETENSORS, PICKLE):
         index = folder / f"{single}.index.json"
         if (folder / single).is_file():
             return WeightFiles(folder, (single,))
         if index.is_file():
-            names = tuple(sorted(set(read_json(index).get("weight_map", {}).values())))
-            missing = [name for name in names if not (folder / name).is_file()]
-            hint = "Copy or download the model again."
-            if not names:
-                raise ModelError(f"{index} lists no weight files.", hint=hint)
-            if missing:
-                raise ModelError(
-                    f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as {missing[0]}.", hint=hint
-                )
-            return WeightFiles(folder, names)
+            return WeightFiles(folder, _files_in(index))
     raise ModelError(
         f"{folder} has no weights: no {SAFETENSORS}, no {PICKLE}, and no index of either.",
         hint="Name a folder that holds a complete model.",
     )
+
+
+def _files_in(index: Path) -> tuple[str, ...]:
+    """Return the names of the weight files that an index lists, in order, after checking that they are there."""
+    folder, hint = index.parent, "Copy or download the model again."
+    weight_map = read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"The weight_map of {index} does not map tensors to names of files.", hint=hint)
+    names = tuple(sorted(set(weight_map.values())))
+    if not names:
+        raise ModelError(f"{index} lists no weight files.", hint=hint)
+    with reading(index):
+        outside = [name for name in names if _is_outside(folder, name)]
+        missing = [name for name in names if not (folder / name).is_file()]
+    if outside:
+        raise ModelError(f"{index} names a weight file outside its folder: {outside[0]!r}.", hint=hint)
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as {missing[0]}.", hint=hint
+        )
+    return names
+
+
+def _is_outside(folder: Path, name: str) -> bool:
+    """Whether the name of a weight file leads out of the folder. The file itself may be a link to another disk."""
+    path = Path(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name or leads_out((folder / path).parent, folder)
 
 
 def read_header(path: Path) -> Header:
@@ -171,7 +192,7 @@ def read_header(path: Path) -> Header:
             (_stored(path, name, entry, 8 + length) for name, entry in entries.items()),
             key=lambda tensor: (tensor.start, tensor.size),
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise _broken(path) from error
     end = 8 + length
     for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
@@ -233,7 +254,9 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
     except OSError as error:
         with reading(path):
             raise error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise _unsafe(path)
     return tensors
 

@@ -3,25 +3,28 @@
 One forward pass keeps what enters each block. Then the blocks are taken from the last to the first: for each batch, the
 gradient of a block's output is backpropagated through that block, on the kept input, to its weights and to its input,
 which is the output of the block below. So at most one block's gradients exist at a time, and the graph of one block on
-one batch.
+one batch. Gradients in float16 are scaled from block to block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.logits import position_slices, score_logits, score_positions
+from sleb_cli.engine.forward.loss_scale import largest_in_range, starting_scale, without_overflow
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
 def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
-    """Yield each of `blocks` while its parameters hold the gradients of the mean loss in `.grad`.
+    """Yield each of `blocks` while its parameters, in float32, hold the gradients of the mean loss in `.grad`.
 
     The loss is that of the model without the removed blocks: the mean over sequences of the mean over the tokens that
     count, in nats. If the family's blocks cannot be run alone, all gradients exist together.
@@ -43,15 +46,22 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
 
 def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
     skippable = passes.skippable
-    for block in blocks:
-        for parameter in _weights(skippable, block):
-            parameter.requires_grad_(True)
+    sums = {block: _Sums(_weights(skippable, block)) for block in blocks}
+    parameters = [parameter for of_block in sums.values() for parameter in of_block.totals]
+    scale = starting_scale(skippable.model.dtype, passes.batches[0].shape[1] * _sequences(passes))
     for batch, ids in enumerate(passes.batches):
-        losses = score_logits(
-            NegativeLogLikelihood(), skippable.logits(ids, removed), ids, loss_mask=_loss_mask(passes, batch)
-        )
-        (losses.sum() / _sequences(passes)).backward()  # type: ignore[no-untyped-call]
-    yield from blocks
+
+        def backward(scale: float, batch: int = batch, ids: Tensor = ids) -> None:
+            logits = skippable.logits(ids, removed)
+            losses = score_logits(NegativeLogLikelihood(), logits, ids, loss_mask=_loss_mask(passes, batch))
+            (scale * losses.sum() / _sequences(passes)).backward()  # type: ignore[no-untyped-call]
+
+        scale = without_overflow(backward, parameters, scale)
+        for of_block in sums.values():
+            of_block.take(scale)
+    for block in blocks:
+        with sums[block].shown():
+            yield block
 
 
 def _one_by_one(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
@@ -64,44 +74,81 @@ def _one_by_one(passes: Passes, removed: Collection[int], blocks: Sequence[int])
         inputs = [states.pop() for states in entering]
         if block in removed:
             continue
-        # Sums over many batches are kept in float32, whatever the weights' data type.
-        parameters = _weights(skippable, block) if block in blocks else []
-        sums = {p.requires_grad_(True): torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+        sums = _Sums(_weights(skippable, block) if block in blocks else [])
         for batch, hidden in enumerate(inputs):
-            gradients[batch] = _backpropagate(skippable, calls[batch][block], hidden, gradients[batch])
-            for parameter, total in sums.items():
-                if parameter.grad is not None:
-                    total += parameter.grad.float()
-                    parameter.grad = None
-        for parameter, total in sums.items():
-            parameter.grad = total.to(parameter.dtype)
+            gradients[batch] = _backpropagate(skippable, calls[batch][block], hidden, gradients[batch], sums)
         if block in blocks:
-            yield block
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(False)
+            with sums.shown():
+                yield block
 
 
-def _gradient_of_head(passes: Passes, batch: int, hidden: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Scaled:
+    """A gradient in the model's data type, times `scale`."""
+
+    values: Tensor
+    scale: float
+
+
+class _Sums:
+    """The gradients of some parameters, summed over many batches in float32, whatever the parameters' data type."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.totals = {p.requires_grad_(True): torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+
+    def take(self, scale: float) -> None:
+        """Add the parameters' gradients, which are `scale` times too large, and reset them."""
+        for parameter, total in self.totals.items():
+            if parameter.grad is not None:
+                total += parameter.grad.float() / scale
+                parameter.grad = None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Let the parameters hold the sums, and their own values in float32 beside them: a gradient has their type."""
+        own = {parameter: parameter.data for parameter in self.totals}
+        try:
+            for parameter, total in self.totals.items():
+                parameter.data, parameter.grad = parameter.data.float(), total
+            yield
+        finally:
+            for parameter, values in own.items():
+                parameter.grad = None
+                parameter.data = values
+                parameter.requires_grad_(False)
+
+
+def _gradient_of_head(passes: Passes, batch: int, hidden: Tensor) -> _Scaled:
     """Return the loss's gradient with respect to the last block's output, computed a slice of logits at a time."""
     ids, loss_mask = passes.batches[batch], _loss_mask(passes, batch)
     counts = torch.ones_like(ids, dtype=torch.bool)[:, 1:] if loss_mask is None else loss_mask[:, 1:]
     weights = counts / counts.sum(1, keepdim=True) / _sequences(passes)
     leaf = hidden.detach().clone().requires_grad_()
-    for part in position_slices(ids, passes.budget.positions):
-        logits = passes.skippable.head(leaf[:, part], ids[:, part])
-        losses = score_positions(NegativeLogLikelihood(), logits, ids[:, 1:][:, part], None)
-        (losses * weights[:, part]).sum().backward()  # type: ignore[no-untyped-call]
+
+    def backward(scale: float) -> None:
+        for part in position_slices(ids, passes.budget.positions):
+            logits = passes.skippable.head(leaf[:, part], ids[:, part])
+            losses = score_positions(NegativeLogLikelihood(), logits, ids[:, 1:][:, part], None)
+            (scale * (losses * weights[:, part]).sum()).backward()  # type: ignore[no-untyped-call]
+
+    scale = without_overflow(backward, [leaf], starting_scale(hidden.dtype, ids.shape[1] * _sequences(passes)))
     assert leaf.grad is not None
-    return leaf.grad
+    return _Scaled(leaf.grad, scale)
 
 
-def _backpropagate(skippable: SkippableModel, call: Call, hidden: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of a block's input, given that of its output; its parameters' gradients stay in them."""
+def _backpropagate(skippable: SkippableModel, call: Call, hidden: Tensor, gradient: _Scaled, sums: _Sums) -> _Scaled:
+    """Return the gradient of a block's input, given that of its output; add those of its parameters to `sums`."""
     leaf = hidden.detach().clone().requires_grad_()
-    skippable.run_block(call, leaf).backward(gradient)  # type: ignore[no-untyped-call]
+    leaving = skippable.run_block(call, leaf)
+
+    def backward(factor: float) -> None:
+        leaving.backward(gradient.values * factor, retain_graph=is_scaled)  # type: ignore[no-untyped-call]
+
+    is_scaled = leaving.dtype is torch.float16
+    factor = without_overflow(backward, [leaf, *sums.totals], largest_in_range(gradient.values))
+    sums.take(gradient.scale * factor)
     assert leaf.grad is not None
-    return leaf.grad
+    return _Scaled(leaf.grad, gradient.scale * factor)
 
 
 def _weights(skippable: SkippableModel, block: int) -> list[Tensor]:

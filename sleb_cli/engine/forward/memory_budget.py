@@ -114,9 +114,9 @@ def resolve_memory_budget(
             size //= 2
     if needed(size, positions) > available:
         raise MachineError(
-            f"A search needs {format_bytes(needed(size, positions))} beside the model, "
+            f"{size} sequences of {length} tokens need {format_bytes(needed(size, positions))} beside the model, "
             f"but may take only {format_bytes(available)}.",
-            hint="Raise --memory, or use a smaller --batch-size or --sequence-length.",
+            hint="Use a smaller --batch-size or --sequence-length, or a narrower --dtype, or raise --memory.",
         )
     branch = size * length * footprint.branch
     spare = (available - needed(size, positions)) // branch

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import OutOfMemory, free_memory, is_out_of_memory
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
@@ -26,12 +28,19 @@ from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.plan import Engine
 from sleb_plugins import LogitMetric, UnsupportedModelError
+from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
 
 # About what share of a candidate's evaluation the blocks take, and the head does not; only progress depends on it.
 BLOCKS_SHARE = 0.7
+
+
+K = TypeVar("K")
+
+Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
+"""Takes a block and what enters and leaves it, [sequences, positions, hidden size]; returns scores by key."""
 
 
 @dataclass(frozen=True)
@@ -80,20 +89,41 @@ class Passes:
         self._drop_outdated(tuple(removed))
         left = list(candidates) or [BASE]
         while left:
-            try:
+            with self._smaller_pieces():
                 for block, scores in self._scores(
                     metric, batch, removed, [branch for branch in left if branch != BASE]
                 ):
                     left.remove(block)
                     yield block, scores
-            except (OutOfMemory, RuntimeError) as error:
-                less = self.budget.halved()
-                if less is None or (isinstance(error, RuntimeError) and not is_out_of_memory(error)):
-                    raise
-                self._reduce(less)
             # Only here is the error gone, and with it the tensors of its frames.
             if left:
                 free_memory()
+
+    @contextmanager
+    def _smaller_pieces(self) -> Iterator[None]:
+        """If the body runs out of memory, end it and take smaller pieces from now on.
+
+        Raises:
+            OutOfMemory: the pieces are as small as they can be.
+        """
+        try:
+            yield
+        except (OutOfMemory, RuntimeError, MemoryError) as error:
+            less = self.budget.halved()
+            if not is_out_of_memory(error):
+                raise
+            if less is None:
+                raise self._no_smaller(error) from error
+            self._reduce(less)
+
+    def _no_smaller(self, error: Exception) -> OutOfMemory:
+        if isinstance(error, OutOfMemory):
+            return error
+        device, length = self.skippable.model.device, self.batches[0].shape[1]
+        return OutOfMemory(
+            f"A sequence of {length} tokens does not fit into the memory of {device}.",
+            hint="Use a smaller --sequence-length, a narrower --dtype, or --device cpu.",
+        )
 
     def _reduce(self, less: MemoryBudget) -> None:
         self.budget = less
@@ -192,24 +222,52 @@ class Passes:
         return 1 - spared / (whole + head * len(candidates))
 
     def watch(
-        self,
-        batch: int,
-        removed: Sequence[int],
-        candidates: Sequence[int],
-        listen: Callable[[int, Tensor, Tensor], None],
-    ) -> None:
-        """Run a batch through the model as it stands; pass to `listen` each candidate and what enters and leaves it."""
-        ids = self.batches[batch]
+        self, batch: int, removed: Sequence[int], candidates: Sequence[int], start: Callable[[], Listener[K]]
+    ) -> dict[K, list[float]]:
+        """Run a batch through the model as it stands, and return the scores of its sequences by key.
+
+        A listener is passed each candidate, and what enters and leaves it, and returns scores by keys of its choice.
+        `start` makes one for each part of the batch that passes through the model on its own: if the device is out of
+        memory, the batch is run again in smaller parts.
+
+        Raises:
+            OutOfMemory: the parts are as small as they can be.
+        """
+        found: dict[K, list[float]] | None = None
+        while found is None:
+            with self._smaller_pieces():
+                gathered: defaultdict[K, list[float]] = defaultdict(list)
+                for part in self._parts(batch):
+                    for key, scores in self._watch(part.ids, removed, candidates, start()):
+                        gathered[key] += scores
+                found = gathered
+            if found is None:
+                free_memory()
+        return found
+
+    def _watch(
+        self, ids: Tensor, removed: Sequence[int], candidates: Sequence[int], listen: Listener[K]
+    ) -> Iterator[tuple[K, list[float]]]:
+        found: list[tuple[K, list[float]]] = []
         if self.engine != "fork":
             self.skippable.watch(
-                ids, removed, lambda block, *states: listen(block, *states) if block in candidates else None
+                ids, removed, lambda block, *states: found.extend(listen(block, *states) if block in candidates else ())
             )
+            yield from found
             return
         calls = self.skippable.calls(ids)[: candidates[-1] + 1]
         states = self.skippable.run_blocks(calls, calls[0].entering, removed)
         for block, (entering, leaving) in enumerate(pairwise(states)):
             if block in candidates:
-                listen(block, entering, leaving)
+                yield from listen(block, entering, leaving)
+
+    def smaller(self) -> Passes | None:
+        """Return passes over the same sequences in batches of half the size; None if these hold one each."""
+        size = self.budget.sequences
+        if size == 1:
+            return None
+        half = replace(self, budget=replace(self.budget, sequences=size // 2, kept=0))
+        return half.over(torch.cat(list(self.batches)), torch.cat(list(self.loss_mask)) if self.loss_mask else None)
 
 
 def prepare_passes(
@@ -221,6 +279,7 @@ def prepare_passes(
     memory: str | None = None,
     batch_size: int | None = None,
     min_batches: int = 1,
+    checked: int | None = None,
 ) -> tuple[Passes, str | None]:
     """Fit the passes over these sequences into memory and choose the engine; also return the reason if it is not fork.
 
@@ -232,6 +291,7 @@ def prepare_passes(
         memory: how much memory the user allows beside the model; None takes a share of what is free.
         batch_size: sequences in a batch; None chooses it by the device.
         min_batches: how many batches to make at least, if there are enough sequences.
+        checked: on how many tokens of a sequence the engine is checked; None for all.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
@@ -249,13 +309,24 @@ def prepare_passes(
             batch=batch_size,
             min_batches=min_batches,
         )
-        engine, reason = choose_engine(skippable, sequences[: min(CHECKED_SEQUENCES, budget.sequences)])
+        engine, reason = _choose_engine(skippable, sequences[: min(CHECKED_SEQUENCES, budget.sequences), :checked])
     if engine != "fork" and batch_size is None:  # all logits of a batch exist together
         fitting = available // 4 // (sequences.shape[1] * footprint.logits)
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
     batches = torch.split(sequences, budget.sequences)
     which = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
     return Passes(skippable, batches, budget, notify, engine, loss_mask=which), reason
+
+
+def _choose_engine(skippable: SkippableModel, ids: Tensor) -> tuple[Engine, str | None]:
+    """Choose the engine; by a single sequence, if the device has no memory for all of these."""
+    try:
+        return choose_engine(skippable, ids)
+    except OutOfMemory:
+        if len(ids) == 1:
+            raise
+    free_memory()
+    return choose_engine(skippable, ids[:1])
 
 
 def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory, synchronize
 from sleb_cli.engine.measure.environment import processor_name
@@ -33,8 +34,8 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
     workloads = [resolve_workload(name, request, subject, device, notify) for name in choose_workloads(request)]
     models = {"dense": load_dense(architecture, dtype, device, notify)}
     if subject.surgery.removals:
-        models["pruned"] = load_pruned(subject.surgery, dtype, device, notify)
-    sizes = {name: _size(model, len(architecture.blocks_of(model))) for name, model in models.items()}
+        models["pruned"] = load_pruned(subject.surgery, dtype, device, notify, dense=models["dense"])
+    sizes = {name: _size(model, subject, _removals(name, subject)) for name, model in models.items()}
     seconds = [time_in_turn(workload, models, notify) for workload in workloads]
     models.clear()
     free_memory()
@@ -83,13 +84,23 @@ def _time(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _size(model: Any, blocks: int) -> ModelSize:
-    tensors = [*model.parameters()]
+def _size(model: Any, subject: Subject, removals: tuple[int, ...]) -> ModelSize:
+    """Count parameters as if none were packed, and the bytes of all that is stored, since packed ones are buffers."""
+    architecture = subject.architecture
+    unpacked = architecture.skeleton
+    if removals:
+        unpacked = architecture.build(architecture.read_config(subject.surgery.prune_config()))
+    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
     return ModelSize(
-        blocks=blocks,
-        parameters=sum(tensor.numel() for tensor in tensors),
-        weights_bytes=sum(tensor.nbytes for tensor in tensors),
+        blocks=len(architecture.blocks_of(model)),
+        parameters=sum(tensor.numel() for tensor in unpacked.parameters()),
+        weights_bytes=sum(tensor.nbytes for tensor in stored.values()),
     )
+
+
+def _removals(name: str, subject: Subject) -> tuple[int, ...]:
+    """Return the removals from the model of this name."""
+    return subject.surgery.removals if name == "pruned" else ()
 
 
 def _result(
@@ -102,7 +113,7 @@ def _result(
 ) -> WorkloadResult:
     timings = {}
     for name, times in seconds.items():
-        removals = subject.surgery.removals if name == "pruned" else ()
+        removals = _removals(name, subject)
         peak = peak_memory_alone(subject.architecture.source, removals, workload, dtype, device, notify)
         median = statistics.median(times)
         tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -10,19 +12,26 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory
-from sleb_cli.engine.forward.logits import score_logits
+from sleb_cli.engine.forward.passes import prepare_passes
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.states import BASE
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import Text, evaluation_text
 from sleb_cli.engine.text.windows import choose_length, cut_running_text, cut_windows, require_windows, tokens_sha256
-from sleb_cli.events import Notify, task
+from sleb_cli.events import Notice, Notify, task
+from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.results import EvalResult, ModelScores, PerplexityRecord, TaskRecord
 from sleb_cli.version import __version__
-from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins import DataError, ModelError, PlanError, UsageError
 from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
+
+# On how many tokens of a window it is checked that the model may be run block by block.
+CHECKED_TOKENS = 128
 
 
 def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> EvalResult:
@@ -36,11 +45,17 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> 
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
     evaluator = Evaluator(request, architecture)
-    dense = evaluator.measure(load_dense(architecture, dtype, device, notify), "dense", notify)
-    free_memory()
+    for sentence in evaluator.remarks(subject):
+        notify(Notice(sentence))
+    model = load_dense(architecture, dtype, device, notify)
+    dense = evaluator.measure(model, "dense", notify)
     pruned = None
     if subject.surgery.removals:
-        pruned = evaluator.measure(load_pruned(subject.surgery, dtype, device, notify), "pruned", notify)
+        # Packed weights cannot be shared, so the dense model is freed before they are loaded again.
+        model = None if architecture.is_quantized else model
+        free_memory()
+        model = load_pruned(subject.surgery, dtype, device, notify, dense=model)
+        pruned = evaluator.measure(model, "pruned", notify)
     return EvalResult(
         schema_version=1,
         sleb_version=__version__,
@@ -74,6 +89,15 @@ class Evaluator:
         texts = map(evaluation_text, names)
         self._texts = [(text, _windows(text, self._tokenizer, length, bos=request.bos)) for text in texts]
 
+    def remarks(self, subject: Subject) -> Iterator[str]:
+        """Yield what to know about the texts: which split was chosen, and which the pruned model was made on."""
+        for text, windows in self._texts:
+            if text.split is not None:
+                yield f"No split was named, so perplexity is measured on {text.source}."
+            for what, record in _texts_used(subject):
+                if is_known(text, windows, record):
+                    yield f"{what} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
+
     def measure(self, model: Any, what: str, notify: Notify) -> ModelScores:
         """Measure one model, called `what` in progress and errors.
 
@@ -81,12 +105,27 @@ class Evaluator:
             ModelError: a loss is not finite.
         """
         request, tasks = self._request, self._tasks
-        texts = self._texts
+        blocks = self._architecture.blocks_of(model)
+        with SkippableModel(model, blocks) as skippable:
+            perplexities = tuple(
+                _perplexity(skippable, what, text, windows, request, notify) for text, windows in self._texts
+            )
         return ModelScores(
-            blocks=len(self._architecture.blocks_of(model)),
-            perplexities=tuple(_perplexity(model, what, text, windows, request, notify) for text, windows in texts),
+            blocks=len(blocks),
+            perplexities=perplexities,
             tasks=tuple(tasks.run(model, self._tokenizer, what, notify)) if tasks else (),
         )
+
+
+def _texts_used(subject: Subject) -> Iterator[tuple[str, CalibrationRecord]]:
+    """Yield the texts that the pruned model was made on, or the checkpoint that is measured as a model."""
+    plans = [] if subject.plan is None else [subject.plan]
+    with suppress(PlanError):  # no checkpoint of ours
+        plans.append(read_plan(subject.architecture.source.folder / CHECKPOINT_PLAN))
+    for plan in plans:
+        yield "Blocks were chosen", plan.calibration
+        if plan.recovery:
+            yield "The remaining blocks were recovered", plan.recovery.text
 
 
 def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
@@ -99,13 +138,15 @@ def _windows(text: Text, tokenizer: Any, length: int, *, bos: bool) -> Tensor:
 
 @torch.inference_mode()
 def _perplexity(
-    model: Any, what: str, text: Text, windows: Tensor, request: EvalRequest, notify: Notify
+    skippable: SkippableModel, what: str, text: Text, windows: Tensor, request: EvalRequest, notify: Notify
 ) -> PerplexityRecord:
+    """Measure the loss of each window: hidden states first, then a slice of logits at a time."""
     losses: list[float] = []
+    on_device = windows.to(skippable.model.device)
+    passes, _ = prepare_passes(skippable, on_device, notify, batch_size=request.batch_size, checked=CHECKED_TOKENS)
     with task(notify, f"Perplexity on {text.source}, {what}", len(windows), "windows") as advance:
-        for batch in torch.split(windows, request.batch_size):
-            ids = batch.to(model.device)
-            losses += score_logits(NegativeLogLikelihood(), model(input_ids=ids, use_cache=False).logits, ids).tolist()
+        for number, batch in enumerate(passes.batches):
+            losses += dict(passes.scores(NegativeLogLikelihood(), number, (), ()))[BASE]
             advance(len(batch), f"{math.exp(min(sum(losses) / len(losses), 700)):.2f} so far")
     mean = sum(losses) / len(losses)
     if not math.isfinite(mean) or mean > math.log(1e300):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.engines import same_numbers
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.model.generation import end_tokens, generate
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import SampleGeneration
 from sleb_plugins import UnsupportedModelError
+from sleb_plugins.errors import OutOfMemory
 
 PROMPT = "A river begins as snow on a mountain. In spring the water runs down over the rocks,"
 
@@ -32,7 +34,7 @@ def generate_sample(
 ) -> SampleGeneration | None:
     """Continue a fixed prompt with the dense model and without the removed blocks; greedily, so the text is repeatable.
 
-    Returns None, with a notice, if the model cannot generate text.
+    Returns None, with a notice, if the model cannot generate text or runs out of memory.
 
     Args:
         skippable: the model.
@@ -47,16 +49,17 @@ def generate_sample(
     if not ids or max(ids) >= skippable.model.get_input_embeddings().num_embeddings or count < 1:
         notify(Notice("No sample text is shown: the prompt does not fit the model's tokens or positions."))
         return None
-    ends = {tokenizer.eos_token_id} - {None}
+    ends = end_tokens(skippable.model, tokenizer)
     prompt = torch.tensor([ids], device=skippable.model.device)
     generated = []
     with task(notify, "Generating text with both models", 2 * count, "tokens") as advance:
         try:
-            for skipped in ((), tuple(removed)):
-                cached = _generate(skippable, prompt, skipped, count, ends)
-                generated.append(_continue(skippable, prompt, skipped, count, ends) if cached is None else cached)
-                advance(count)
-        except UnsupportedModelError as error:
+            with translate_out_of_memory(f"out of memory on {skippable.model.device}.", hint=""):
+                for skipped in ((), tuple(removed)):
+                    cached = _generate(skippable, prompt, skipped, count, ends)
+                    generated.append(_continue(skippable, prompt, skipped, count, ends) if cached is None else cached)
+                    advance(count)
+        except (UnsupportedModelError, OutOfMemory) as error:
             notify(Notice(f"No sample text is shown: {error.message}"))
             return None
     dense, pruned = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated)
@@ -83,8 +86,7 @@ def _generate(
     )
     skippable.skip(removed)
     try:
-        with translate_errors(lambda words: UnsupportedModelError(words, hint="")):
-            ids = skippable.model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=greedy)
+        ids = generate(skippable.model, prompt, greedy, lambda words: UnsupportedModelError(words, hint=""))
     except UnsupportedModelError:
         return None
     new = ids[:, prompt.shape[1] :]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import BenchRequest, WorkloadName
 from sleb_cli.results import Workload
-from sleb_plugins import UsageError
+from sleb_plugins import UnsupportedModelError, UsageError
 
 SEED = 0
 
@@ -102,4 +104,10 @@ def runner(workload: Workload, model: Any) -> Callable[[], None]:
         do_sample=False, use_cache=True, max_new_tokens=workload.new_tokens, min_new_tokens=workload.new_tokens,
         pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
-    return lambda: model.generate(ids, attention_mask=mask, generation_config=settings)
+    return lambda: generate(model, ids, settings, partial(_not_generating, model))
+
+
+def _not_generating(model: Any, words: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{model.config.model_type} cannot generate text: {words}.", hint="Time the prompt alone: --prompt."
+    )

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
 )
 
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
@@ -229,19 +230,25 @@ def _refused(source: ModelSource, config: Any, why: str) -> UnsupportedModelErro
 def _read_config(source: ModelSource) -> Any:
     raw = source.raw_config
     model_type = raw.get("model_type")
-    needs_code = "auto_map" in raw and model_type not in CONFIG_MAPPING
+    needs_code = "auto_map" in raw and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING)
     if needs_code and not source.trust_remote_code:
         raise ModelError(
             f"{source.id} comes with its own Python code.",
             hint="Read that code; if you trust it, run it with --trust-remote-code.",
         )
-    if model_type not in CONFIG_MAPPING and not needs_code:
+    if not needs_code and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
         raise UnsupportedModelError(
             f"transformers has no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
     with translate_transformers_errors(f"the config of {source.id}"):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
+        text = _text_config(config)
+    if not isinstance(text, PreTrainedConfig):
+        raise ModelError(
+            f"The config of {source.id} ({model_type}) has a text_config that {model_type} does not have.",
+            hint="Copy or download the model again.",
+        )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is an encoder-decoder model.",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from sleb_cli.atomic import new_folder
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.copying import copy_file
+from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import NewTensor, Shard, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
@@ -26,19 +25,21 @@ from sleb_cli.engine.recovery.run import Recovered, recover
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished, is_main_process
+from sleb_cli.records import without_folders
 from sleb_cli.requests import ApplyRequest
 from sleb_cli.results import ApplyResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
-PLAN_FILE = "sleb_plan.json"
+# Files of settings that may name blocks or local paths, besides the config.
+_SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 # Files that the pruned checkpoint has its own versions of, beside weights and settings.
-_REWRITTEN = {"README.md", PLAN_FILE}
-_WEIGHTS = re.compile(rf".*\.(safetensors|bin|{'|'.join(other_formats.SUFFIXES)})|.*\.index\.json", re.IGNORECASE)
+_REWRITTEN = {"README.md", CHECKPOINT_PLAN}
 
 
 def require_coherent(request: ApplyRequest) -> None:
@@ -85,7 +86,8 @@ def apply_removals(
         reference = Reference(surgery, recovered.parameters if recovered else None)
         proof = None if request.no_verify else prove(reference, aside, checkpoint.tensors, proof_settings, notify)
         if subject.plan:
-            subject.plan.model_copy(update={"recovery": record, "proof": proof}).write(aside / PLAN_FILE)
+            plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
+            plan.published().write(aside / CHECKPOINT_PLAN)
         (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
         if check:
             check(aside)
@@ -93,6 +95,8 @@ def apply_removals(
         state.delete()
     if left_out := checkpoint.other_files.left_out:
         notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
+    if outside := checkpoint.other_files.outside:
+        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,
@@ -179,23 +183,54 @@ def _with_values(kept: Sequence[NewTensor], values: Mapping[str, torch.Tensor]) 
 
 
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
-    """Return the contents of the files that name blocks by number: the config, and those of quantized formats."""
-    config = surgery.prune_config() | ({"dtype": dtype_name(cast)} if cast else {})
+    """Return the contents of the files that change: the config, settings of quantized formats, and local paths."""
+    config = surgery.prune_config()
+    if cast:
+        spelled = {} if "torch_dtype" in config else {"dtype": None}
+        config = _with_dtype(spelled | config, dtype_name(cast))
     folder = surgery.architecture.source.folder
-    return {"config.json": config} | {
-        name: prune_module_names(read_json(folder / name), surgery.architecture, surgery.names)
-        for name in QUANTIZATION_FILES
-        if (folder / name).is_file()
+    own = [name for name in _SETTINGS if (folder / name).is_file() and not leads_out(folder / name, folder)]
+    before = {name: read_json(folder / name) for name in own}
+    after = {
+        name: _without_paths(prune_module_names(values, surgery.architecture, surgery.names))
+        if name in QUANTIZATION_FILES
+        else _without_paths(values)
+        for name, values in before.items()
     }
+    return {"config.json": _without_paths(config)} | {name: after[name] for name in own if after[name] != before[name]}
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings that do not say where on this machine a model was: the checkpoint may be published."""
+    return {
+        key: _without_paths(value)
+        if isinstance(value, dict)
+        else without_folders(value)
+        if isinstance(value, str) and key.endswith("name_or_path")
+        else value
+        for key, value in settings.items()
+    }
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a config of this data type, in nested configs too; of both spellings, only `dtype` remains."""
+    named = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    if "dtype" in named:
+        named.pop("torch_dtype", None)
+    return named | {key: dtype for key in ("dtype", "torch_dtype") if key in named}
 
 
 @dataclass(frozen=True)
 class _OtherFiles:
-    """The other files of the source: those to copy, and the names of those left out."""
+    """The other files of the source: those to copy, and the names of those left out.
+
+    `left_out` are the model in other formats, and `outside` links out of the folder, such as to private files.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     left_out: tuple[str, ...]
+    outside: tuple[str, ...]
 
     @property
     def bytes(self) -> int:
@@ -238,28 +273,36 @@ def _plan_checkpoint(
 
 
 def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
-    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model.
+    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model."""
+    folder, weight_files = source.folder, set(source.weights.names)
+    # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
+    consolidated = {path.name for path in folder.glob("consolidated*")}
+    in_other_formats = consolidated | {"params.json"} if consolidated else set()
+    files: list[Path] = []
+    left_out: list[str] = []
+    outside: list[str] = []
+    for path in _entries(folder, _REWRITTEN | written | weight_files):
+        inside = str(path.relative_to(folder))
+        if leads_out(path, folder):
+            outside.append(inside)
+        elif path.is_file() and not other_formats.is_weights(path.name) and inside not in in_other_formats:
+            files.append(path)
+        elif path.is_file() and inside not in weight_files:
+            left_out.append(inside)
+        elif path.is_dir() and path.parent == folder:
+            left_out.append(f"{inside}/")
+    return _OtherFiles(folder, tuple(files), tuple(left_out), tuple(outside))
+
+
+def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
+    """Yield all files and links that may belong to the model; a folder with another format of it, as a whole.
 
     Hidden entries are skipped, and so are folders with their own config, which are other models.
     """
-    files: list[Path] = []
-    left_out: list[str] = []
-    weight_files = set(source.weights.names)
-    # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
-    consolidated = any(source.folder.glob("consolidated*"))
-    for path in sorted(source.folder.iterdir()):
-        name = path.name
-        if name.startswith(".") or name in _REWRITTEN | written or (path.is_dir() and (path / "config.json").is_file()):
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name in skipped or path.name.endswith(".index.json"):
             continue
-        if name in other_formats.FOLDERS and path.is_dir():
-            left_out.append(f"{name}/")
-        elif consolidated and (name.startswith("consolidated") or name == "params.json"):
-            left_out.append(name)
-        else:
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                inside = str(file.relative_to(source.folder))
-                if file.is_file() and not _WEIGHTS.fullmatch(file.name):
-                    files.append(file)
-                elif file.is_file() and inside not in weight_files and not name.endswith(".index.json"):
-                    left_out.append(inside)
-    return _OtherFiles(source.folder, tuple(files), tuple(left_out))
+        if leads_out(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
+            yield path
+        elif not (path / "config.json").is_file():
+            yield from sorted(path.rglob("*"))

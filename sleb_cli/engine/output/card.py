@@ -46,9 +46,9 @@ def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof |
 
 
 def _search(subject: Subject) -> list[str]:
-    plan = subject.plan
-    if plan is None:
+    if subject.plan is None:
         return ["- The blocks were chosen by hand."]
+    plan = subject.plan.published()
     return [
         f"- Found by {plan.search.strategy} search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
         f"{plan.search.dtype} (`sleb_plan.json` has every score)",
@@ -96,8 +96,8 @@ def _recovery(recovery: RecoveryRecord | None) -> list[str]:
     return [
         "",
         f"The remaining blocks were given new weights on {text.title} ({text.sequences} x {text.sequence_length} "
-        f"tokens, {recovery.held_out} of these sequences held out), to bring the model closer to the base model. This "
-        f"recovered {recovery.share:.0%} of the nats that the removal cost, measured on the held-out sequences:",
+        f"tokens), to bring the model closer to the base model. On {recovery.report_text.sequences} other sequences, "
+        f"which decided nothing, {recovery.summary}:",
         "",
         "| | perplexity | KL to the base model, nats per token |",
         "|---|---|---|",

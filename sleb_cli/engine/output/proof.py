@@ -28,6 +28,7 @@ from sleb_cli.engine.files.shards import NewTensor, contents
 from sleb_cli.engine.files.weights import SAFETENSORS, TORCH_DTYPES, StoredTensor, find_weights, read_json
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.surgery.loading import has_tokenizer, load_dense, load_tokenizer, loading_problem
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
@@ -74,8 +75,7 @@ def choose_proof_settings(architecture: Architecture, cast: torch.dtype | None) 
     for device in dict.fromkeys([best, torch.device("cpu")]):
         dtype = cast or choose_dtype("auto", architecture.config.dtype, device)
         needed = round(PEAK_SHARE * sum(_bytes_as(dtype, tensor) for tensor in architecture.source.weights.stored))
-        # A model for another device is loaded into this machine's memory first.
-        free = min(free_bytes(place) for place in {device, torch.device("cpu")})
+        free = free_bytes(device)
         if needed <= free:
             return ProofSettings(device, dtype, None)
     too_large = f"the model needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
@@ -193,9 +193,8 @@ def _runs(reference: Reference, folder: Path, settings: ProofSettings, notify: N
     expected = reference.logits(ids, dtype, device, notify)
     free_memory()
     with task(notify, "Proving the checkpoint"):
-        model = _load_stock(folder, surgery, dtype=dtype)
+        model = _load_stock(folder, surgery, dtype=dtype, device_map={"": device}).eval()
         _align(model)
-        model = model.to(device).eval()
         yield "loads", "stock transformers loads it, with no weight missing and none left over", {}
         sentence, values = _compare_logits(model, ids, expected, reference.name, dtype)
         yield "same logits", sentence, {"prompt": prompt, "prompt_tokens": ids.shape[1], **values}
@@ -240,9 +239,10 @@ def _saves_again(models: list[Any], surgery: Surgery, folder: Path, dtype: torch
         with translate_errors(lambda words: _failed(f"transformers does not save it again: {words}")):
             model.save_pretrained(place)
         before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        device = model.device
         del model
         free_memory()
-        again = _load_stock(Path(place), surgery, dtype=dtype)
+        again = _load_stock(Path(place), surgery, dtype=dtype, device_map={"": device})
         after = {name: tensor.shape for name, tensor in again.state_dict().items()}
     if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise _failed(f"saved again, it has {len(different)} other weights, such as {different[0]}")
@@ -302,8 +302,7 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
             output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         how = "with the KV cache" if use_cache else "without a KV cache"
-        with translate_errors(partial(_not_generating, how)):
-            generated = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        generated = generate(model, ids, settings, partial(_not_generating, how))
         found = generated.sequences.shape[1] - ids.shape[1]
         if found != new_tokens:
             raise _failed(f"it generated {found} tokens {how}, not {new_tokens}")

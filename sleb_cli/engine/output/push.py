@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Notify, task
+from sleb_cli.events import Notice, Notify, task
 from sleb_plugins import OutputError, UsageError
 
 # What the Hub's client raises. Its HTTP library, which depends on the version, has one base class for bad responses and
@@ -22,6 +28,8 @@ from sleb_plugins import OutputError, UsageError
 _FAILURES: tuple[type[BaseException], ...] = (*HfHubHTTPError.__bases__, ConnectionError)
 # The faster transfers (hf_xet) raise RuntimeError.
 _UPLOAD_FAILURES: tuple[type[BaseException], ...] = (*_FAILURES, RuntimeError)
+# Files of a training run that are named like weights, but are none.
+_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?)\.(bin|pt|pth)")
 _LOGIN = "Log in with `hf auth login` and a token with write access, then try again."
 
 
@@ -69,17 +77,18 @@ def require_pushable(request: PushRequest, *, force: bool) -> None:
             hint=f"Push to {user.get('name')}/{name}, or ask {owner} for write access.",
         )
     try:
-        exists = api.repo_exists(request.repo)
+        is_private = _is_private(api, request.repo)
     except _FAILURES as error:
         raise _unreachable(request, error) from error
-    if exists and not force:
+    if is_private is not None and not force:
         raise OutputError(
             f"{request.repo} already exists on the Hub.", hint="Choose another name, or upload into it with --force."
         )
+    _require_visibility(is_private, request)
 
 
 def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> str:
-    """Upload a checkpoint and return its URL.
+    """Upload a checkpoint in one commit, which also deletes the weights of another model, and return its URL.
 
     Raises:
         OutputError: the upload failed; the message says that the folder is complete, and the hint how to upload it.
@@ -89,13 +98,63 @@ def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> 
     try:
         with task(notify, f"Uploading to {request.repo}"):
             url = api.create_repo(request.repo, private=request.private, exist_ok=force)
-            api.upload_folder(repo_id=request.repo, folder_path=folder, commit_message="Pruned with sleb")
+            # It may have been created since the first check, and its visibility changed.
+            _require_visibility(_is_private(api, request.repo), request, f"{folder} is complete, but ")
+            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            stale = [name for name in api.list_repo_files(request.repo) if name not in files and _holds_a_model(name)]
+            api.create_commit(
+                request.repo,
+                [
+                    *(CommitOperationDelete(name) for name in stale),
+                    *(CommitOperationAdd(name, path) for name, path in files.items()),
+                ],
+                commit_message="Pruned with sleb",
+            )
     except _UPLOAD_FAILURES as error:
+        also = ", and delete the weights of another model there" if force else ""
         raise OutputError(
             f"{folder} is complete, but was not uploaded to {request.repo}: {first_line(error)}.",
-            hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`.",
+            hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`{also}.",
         ) from error
+    if stale:
+        notify(Notice(f"Deleted from {request.repo}, as they belong to another model: {', '.join(sorted(stale))}."))
     return str(url)
+
+
+def _holds_a_model(name: str) -> bool:
+    """Whether a program that loads a model could take this file of a repository for the model or a part of it.
+
+    At the top, where programs look, these are weights, their indices, and a PEFT adapter, which transformers would load
+    instead; below it, GGUF files and folders with the model in another format.
+    """
+    if "/" in name:
+        return name.partition("/")[0] in other_formats.FOLDERS or name.lower().endswith(".gguf")
+    return name == "adapter_config.json" or (other_formats.is_weights(name) and not _TRAINING.fullmatch(name))
+
+
+def _is_private(api: HfApi, repo: str) -> bool | None:
+    """Return whether a repository is private; None if there is none."""
+    try:
+        return bool(api.model_info(repo).private)
+    except RepositoryNotFoundError:
+        return None
+
+
+def _require_visibility(is_private: bool | None, request: PushRequest, before: str = "") -> None:
+    """Make sure that an existing repository is as private or public as asked, since an upload does not change that.
+
+    Raises:
+        OutputError: it is not.
+    """
+    if is_private is None or is_private is request.private:
+        return
+    if request.private:
+        message = f"{request.repo} is public on the Hub, and without --public nothing is published."
+        hint = "Add --public, choose another name, or make the repository private in its settings."
+    else:
+        message = f"{request.repo} is private on the Hub, and --public does not change that."
+        hint = "Leave out --public, choose another name, or make the repository public in its settings."
+    raise OutputError(before + message, hint=hint)
 
 
 def _parts(repo: str) -> tuple[str, str]:

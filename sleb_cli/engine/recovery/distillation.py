@@ -43,9 +43,14 @@ class Divergence(torch.autograd.Function):
 
 
 def distill(
-    teacher: Variant, student: Variant, ids: Tensor, wanted: Tensor, start: tuple[int, Tensor] | None = None
+    teacher: Variant,
+    student: Variant,
+    ids: Tensor,
+    wanted: Tensor,
+    start: tuple[int, Tensor] | None = None,
+    scale: float = 1.0,
 ) -> float:
-    """Add the gradient of the mean divergence on these tokens to the student's parameters, and return the divergence.
+    """Add the gradient of the mean divergence, times `scale`, to the student's parameters, and return the divergence.
 
     The gradient of the student's final states is summed slice by slice of logits, then backpropagated in one pass.
 
@@ -55,6 +60,7 @@ def distill(
         ids: the tokens, [batch, positions].
         wanted: the teacher's final states there.
         start: a block and the hidden states that enter it, if the blocks before it are not to run.
+        scale: keeps gradients in the range of their data type; a power of two.
 
     Returns:
         The mean over the predicting positions, in nats.
@@ -67,7 +73,7 @@ def distill(
             theirs = teacher.logits(wanted[:, part], ids[:, part])
         ours = student.logits(leaf[:, part], ids[:, part])
         divergence = Divergence.apply(ours, theirs)  # type: ignore[no-untyped-call]
-        (divergence / count).backward()
+        (scale * divergence / count).backward()
         total += float(divergence.detach())
     assert leaf.grad is not None
     student.skippable.backward(states, leaf.grad)

@@ -11,14 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved
 from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant, losses
-from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notify, task
+from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
-from sleb_plugins import DataError, UsageError
+from sleb_plugins import UsageError
+from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 LEARNING_RATE = 1e-3
 BASE_WIDTH = 576
@@ -31,10 +34,13 @@ EPOCHS = 2
 """How many times a portion is trained on before the next one."""
 
 CHECKS = 10
-"""How many times held-out text is measured over the whole budget."""
+"""How many times the deciding text is measured over the whole budget."""
 PATIENCE = 3
 """Training stops after this many checks without a lower divergence."""
 CHECKED_TOKENS = 2048
+
+SCALE_HEADROOM = 16
+"""How many times the scale of a single token a float16 loss starts with; it is lowered where that overflows."""
 
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_SAVING_SHARE = 0.05
@@ -51,14 +57,14 @@ class HealBudget:
     @property
     def total(self) -> int:
         """The budget in its own unit, seconds or tokens."""
-        return self.tokens if self.tokens is not None else round(60 * (self.minutes or 0))
+        return self.tokens if self.tokens is not None else max(1, round(60 * (self.minutes or 0)))
 
     @property
     def portion_tokens(self) -> int:
         """How many tokens a portion has: fewer for short budgets, so that most of their time is left for training."""
         if self.tokens is not None:
             return min(PORTION_TOKENS, -(-self.tokens // EPOCHS))
-        return round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES))
+        return max(1, round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
 
     def used(self, seconds: float, tokens: int) -> float:
         """Return how much of the budget is used, in its own unit."""
@@ -82,8 +88,12 @@ def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
 
 @dataclass
 class Progress:
-    """The progress of a healing. `portion` and `position` locate it in the text; `best_*` describe the kept point."""
+    """The progress of a healing.
 
+    `portion` and `position` locate it in the text; `best_*` describe the kept point; `scale` is that of the loss.
+    """
+
+    scale: float = 1.0
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -104,8 +114,9 @@ class Case:
         student: the pruned model, recovered in closed form if that was asked for.
         first: the first block to train; the blocks before it are the dense model's own in both.
         weights: the matrices of the student's blocks from `first` on, by the dense model's names.
+        stored: the data type of the checkpoint, to which weights are rounded.
         write: returns the portion of text with this number, [sequences, length].
-        held_out: sequences that are never trained on, [sequences, length].
+        deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
         seed: determines the order of sequences.
         width: the hidden size.
     """
@@ -114,8 +125,9 @@ class Case:
     student: Variant
     first: int
     weights: Mapping[str, nn.Parameter]
+    stored: torch.dtype
     write: Callable[[int, Notify], Tensor]
-    held_out: Tensor
+    deciding: Tensor
     seed: int
     width: int
 
@@ -127,7 +139,12 @@ class Case:
     @property
     def batch(self) -> int:
         """Sequences in a step of each process."""
-        return max(1, BATCH_TOKENS // self.held_out.shape[1])
+        return max(1, BATCH_TOKENS // self.length)
+
+    @property
+    def length(self) -> int:
+        """The length of a sequence."""
+        return self.deciding.shape[1]
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,7 @@ def heal(
     save: Callable[[Saved], None],
     notify: Notify,
 ) -> Healed:
-    """Distill until the budget is used or held-out text stops improving, and return the point that was best on it.
+    """Distill until the budget is used or the deciding text stops improving, and return the point that was best on it.
 
     Args:
         case: what to heal.
@@ -168,8 +185,11 @@ class _Healing:
         for weight in case.weights.values():
             # Each process fitted its own weights, and rounding may differ between them.
             weight.data.copy_(group.broadcast(weight.data))
-        self.trained = LowRank(list(case.weights.values()))
-        self.progress = Progress()
+        self.trained = LowRank(list(case.weights.values()), case.stored)
+        dtype = next(iter(case.weights.values())).dtype
+        self.is_scaled = dtype is torch.float16
+        self.progress = Progress(scale=starting_scale(dtype, case.batch * case.length * SCALE_HEADROOM))
+        self.micro_batch = case.batch
         self.best = self.trained.values.detach().clone()
         self.loss = 0.0
         self._advance: Advance
@@ -207,9 +227,7 @@ class _Healing:
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
     def _step(self, ids: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
-        start = (self.case.first, entering) if self.case.first else None
-        self.loss = distill(self.case.teacher, self.case.student, ids, wanted, start)
-        gradient = self.group.mean(self.trained.take_gradient())
+        gradient = self._gradient(ids, entering, wanted)
         # The learning rate is that of the middle of the step.
         tokens = ids.numel() * self.group.size
         ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
@@ -218,9 +236,39 @@ class _Healing:
         self.progress.tokens += tokens
         self._report()
 
+    def _gradient(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> Tensor:
+        """Return the gradient of a step, the mean over all processes; an overflow lowers the scale of the loss."""
+        while True:
+            self.loss = self._distill(ids, entering, wanted)
+            gradient = self.group.mean(self.trained.take_gradient())
+            if not self.is_scaled or self.progress.scale <= LOWEST or bool(gradient.isfinite().all()):
+                return gradient / self.progress.scale
+            self.progress.scale *= BACKOFF
+
+    def _distill(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> float:
+        """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
+        while True:
+            try:
+                return sum(
+                    len(part[0]) / len(ids) * self._distill_part(*part, share=len(part[0]) / len(ids))
+                    for part in zip(*(torch.split(t, self.micro_batch) for t in (ids, entering, wanted)), strict=True)
+                )
+            except (OutOfMemory, RuntimeError, MemoryError) as error:
+                if self.micro_batch == 1 or not is_out_of_memory(error):
+                    raise
+            self.trained.take_gradient()
+            self.micro_batch = max(1, self.micro_batch // 2)
+            self.notify(Notice(f"Out of memory on {self.group.device}; healing {self.micro_batch} sequences at once."))
+            free_memory()
+
+    def _distill_part(self, ids: Tensor, entering: Tensor, wanted: Tensor, *, share: float) -> float:
+        start = (self.case.first, entering) if self.case.first else None
+        scale = share * self.progress.scale
+        return distill(self.case.teacher, self.case.student, ids, wanted, start, scale)
+
     def _check(self) -> None:
-        """Measure held-out text, and keep the point if it is the best so far."""
-        checked = self.case.held_out[: max(1, CHECKED_TOKENS // self.case.held_out.shape[1])]
+        """Measure the deciding text, and keep the point if it is the best so far."""
+        checked = self.case.deciding[: max(1, CHECKED_TOKENS // self.case.length)]
         found = self.group.broadcast_number(losses(self.case.student, self.case.teacher, checked)[1])
         best = self.progress.best_divergence
         if best is None or found < best:
@@ -236,7 +284,7 @@ class _Healing:
         """Yield sequences and the teacher's states on them, without end, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
-            rows = drop_held_out(self.case.write(number, self._heartbeat), self.case.held_out).to(self.group.device)
+            rows = self.case.write(number, self._heartbeat).to(self.group.device)
             order: list[int] = []
             for epoch in range(EPOCHS):
                 shuffle = random.Random(f"{self.case.seed}/{number}/{epoch}")
@@ -294,15 +342,3 @@ class _TeacherStates:
                 )
         entering, final = zip(*(self._known[row] for row in chosen), strict=True)
         return torch.cat(entering), torch.cat(final)
-
-
-def drop_held_out(rows: Tensor, held_out: Tensor) -> Tensor:
-    """Return the rows that are not held out.
-
-    Raises:
-        DataError: all are held out.
-    """
-    left = rows[~(rows[:, None] == held_out[None].to(rows.device)).all(-1).any(1)]
-    if not len(left):
-        raise DataError("All the text is held out, so none is left to heal on.", hint="Use more text.")
-    return left

@@ -8,6 +8,14 @@ from torch import Tensor
 from sleb_cli.engine.device import as_float64
 
 
+def ridge_bytes(features: int, outputs: int) -> int:
+    """Return how much memory a ridge regression and the sums to judge it by take, in bytes of float64.
+
+    There are two pairs of sums, the matrix to factor and its factor, the coefficients and the best ones so far.
+    """
+    return 8 * (4 * features * features + 4 * features * outputs)
+
+
 class Ridge:
     """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
 
@@ -29,6 +37,11 @@ class Ridge:
         self.xx = xx if self.xx is None else self.xx + xx
         self.xy = xy if self.xy is None else self.xy + xy
         self.yy += float(as_float64(y.square().sum(1)).sum())
+
+    @property
+    def bytes_to_solve(self) -> int:
+        """About how much memory it takes, with the sums to judge it by."""
+        return ridge_bytes(*self.xy.shape) if self.xy is not None else 0
 
     def solve(self, ridge: float) -> Tensor:
         """Return the coefficients, float64 [features, outputs]."""
@@ -61,6 +74,11 @@ class Gains:
         self.xx = xx if self.xx is None else self.xx + xx
         self.xy = xy if self.xy is None else self.xy + xy
         self.yy += float((w * y * y).sum())
+
+    @property
+    def bytes_to_solve(self) -> int:
+        """About how much memory it takes, with the sums to judge it by."""
+        return 48 * len(self.xy) if self.xy is not None else 0
 
     def solve(self, ridge: float) -> Tensor:
         """Return the coefficients, float64 [channels]."""

@@ -47,12 +47,14 @@ class _Change:
 class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
-    The weights themselves hold W + B A, rounded to their data type: the model's code runs unchanged, nothing needs
-    merging, and the measured model is the one that is written. As soon as a weight has a gradient, it is replaced by
-    those of its B and A, so at most one whole gradient exists. Before the first step every B is 0.
+    The weights themselves hold W + B A, rounded to what is `stored`, by default their own data type: the model's code
+    runs unchanged, nothing needs merging, and the measured model is the one that is written. As soon as a weight has a
+    gradient, it is replaced by those of its B and A, so at most one whole gradient exists. Before the first step every
+    B is 0.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter]) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], stored: torch.dtype | None = None) -> None:
+        self._stored = stored or weights[0].dtype
         size = sum(trained_numbers(weight.shape) for weight in weights)
         # One flat tensor for all, so that a fused step is one pass over memory.
         self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
@@ -111,4 +113,5 @@ class LowRank:
 
     def _write_weights(self) -> None:
         for change in self._changes:
-            change.weight.copy_(change.original.float() + change.up @ change.down)
+            changed = change.original.float() + change.up @ change.down
+            change.weight.copy_(changed.to(self._stored))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_bytes
+from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
+from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
 from sleb_cli.engine.recovery.heal import Case, HealBudget, Healed, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
@@ -29,10 +31,12 @@ from sleb_cli.engine.text.calibration import (
     Calibration,
     CalibrationSettings,
     calibrate,
-    draw,
+    calibrate_splits,
     resolve_calibration,
+    texts_sha256,
 )
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.requests import (
@@ -44,12 +48,14 @@ from sleb_cli.requests import (
     ApplyRequest,
 )
 from sleb_cli.units import format_bytes
+from sleb_cli.version import __version__
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError
 
-HELD_OUT_EVERY = 5
-"""One sequence in this many is held out: it decides on each fit, and the recovery is measured on it."""
-HELD_OUT_TOKENS = 8192
-"""The most tokens to hold out, since every fit runs the model on all of them; the others are fitted."""
+FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
+"""The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""
+FEWEST_SEQUENCES = 5
+DECIDING_TOKENS, REPORTED_TOKENS = 8192, 8192
+"""The most tokens that decide, since every fit runs the model on all of them, and that are reported on."""
 
 TRAINED_BELOW = 4
 """Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
@@ -76,9 +82,10 @@ class Recovered:
 
 @dataclass(frozen=True)
 class _Start:
-    """The state before healing: held-out sequences, values fitted in closed form, and the record so far."""
+    """The state before healing: sequences that decide and that are reported on, fitted values, the record so far."""
 
-    held_out: Tensor
+    deciding: Tensor
+    reported: Tensor
     values: dict[str, Tensor]
     record: RecoveryRecord
 
@@ -114,12 +121,14 @@ class _Recovery:
         self.settings = _resolve_settings(request, subject)
         _require_plain(self.architecture)
         self.group = ProcessGroup(choose_device(request.device or AUTO))
-        self.dtype = cast or choose_dtype("auto", self.architecture.config.dtype, self.group.device)
-        _require_memory(self.surgery, self.dtype, self.group.device, heals=request.heal)
+        self.stored = cast or self.architecture.config.dtype or torch.float32
+        # Twice rounded, to bfloat16 and then to float16, the values that are written would not be those measured.
+        self.dtype = torch.float32 if self.stored is torch.float16 and self.group.device == CPU else self.stored
+        _require_memory(self.surgery, self.dtype, self.group.device, self.settings, request)
 
     def run(self) -> Recovered:
-        saved = self.state.read(self.identity) if self.request.heal and self.request.resume else None
         self.tokenizer = load_tokenizer(self.architecture.source)
+        saved = self.state.read(self.identity) if self.request.heal and self.request.resume else None
         model = load_dense(self.architecture, self.dtype, self.group.device, self.notify)
         with SkippableModel(model, self.architecture.blocks_of(model)) as skippable:
             start = _resumed(saved) if saved else self._closed_form(skippable)
@@ -129,21 +138,30 @@ class _Recovery:
         self.group.leave()
         return Recovered(values, file_tensors(model, self.surgery, values), record)
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a healing to be resumed."""
+        """What must be the same for a healing to be resumed.
+
+        The text is compared by its tokens, and text of the model's own by all that it is generated from.
+        """
         text, budget = self.settings, self.budget
         return {
             "model": self.architecture.source.fingerprint,
             "removals": list(self.surgery.removals),
             "recover": self.request.recover,
             "calibration": text.source,
+            "text": texts_sha256(self._splits(), self.tokenizer),
+            "sleb": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
             "samples": text.samples,
             "sequence_length": text.sequence_length,
             "seed": text.seed,
             "heal_minutes": budget.minutes if budget else None,
             "heal_tokens": budget.tokens if budget else None,
             "dtype": dtype_name(self.dtype),
+            "stored": dtype_name(self.stored),
+            "device": self.group.device.type,
             "processes": self.group.size,
         }
 
@@ -153,30 +171,47 @@ class _Recovery:
 
     def _closed_form(self, skippable: SkippableModel) -> _Start:
         """Draw the text, measure the cost of the removal, and fit in closed form if requested."""
-        calibration = self._text(skippable, self.settings, self.notify)
-        fit, held_out = _split(calibration.sequences)
+        skippable.skip(())
+        fitted, deciding, reported = calibrate_splits(
+            self._splits(), self.tokenizer, lambda: skippable.model, self.notify
+        )
         removed, dense = self.surgery.removed, Variant(skippable)
         record = RecoveryRecord(
-            text=calibration.record,
-            held_out=len(held_out),
-            dense=self._measure("dense", dense, dense, held_out),
-            pruned=self._measure("pruned", Variant(skippable, removed), dense, held_out),
+            text=fitted.record,
+            deciding_text=deciding.record,
+            report_text=reported.record,
+            dense=self._measure("dense", dense, dense, reported.sequences),
+            pruned=self._measure("pruned", Variant(skippable, removed), dense, reported.sequences),
         )
         values: dict[str, Tensor] = {}
         if self.request.recover:
-            values, closed_form = recover_in_closed_form(skippable, removed, fit, held_out, self.notify)
-            after = self._measure("recovered", Variant(skippable, removed, values), dense, held_out)
+            values, closed_form = recover_in_closed_form(
+                skippable, removed, fitted.sequences, deciding.sequences, self.notify, stored=self.stored
+            )
+            after = self._measure("recovered", Variant(skippable, removed, values), dense, reported.sequences)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
-        return _Start(held_out, values, record)
+        return _Start(deciding.sequences, reported.sequences, values, record)
+
+    def _splits(self) -> list[CalibrationSettings]:
+        """Return the settings of the text to fit, the text that decides and the text that is reported on."""
+        settings = self.settings
+        deciding = max(1, min(settings.samples // 5, DECIDING_TOKENS // settings.sequence_length))
+        reported = max(1, min(settings.samples // 10, REPORTED_TOKENS // settings.sequence_length))
+        counts = (settings.samples - deciding - reported, deciding, reported)
+        return [
+            replace(settings, samples=samples, split=split)
+            for samples, split in zip(counts, (FITTED, DECIDING, REPORTED), strict=True)
+        ]
 
     def _heal(
         self, skippable: SkippableModel, budget: HealBudget, start: _Start, saved: Saved | None
     ) -> tuple[dict[str, Tensor], RecoveryRecord]:
         """Distill the dense model into the pruned one, which has the values from `start`."""
-        model = load_pruned(self.surgery, self.dtype, self.group.device, self.notify)
+        model = load_pruned(self.surgery, self.dtype, self.group.device, self.notify, dense=skippable.model)
         parameters = block_parameters(self.surgery, model)
         _place(model, parameters, start.values)
-        start_tensors = {f"start.{name}": value for name, value in start.values.items()} | {"held_out": start.held_out}
+        start_tensors = {f"start.{name}": value for name, value in start.values.items()}
+        start_tensors |= {"deciding": start.deciding, "reported": start.reported}
 
         def save(now: Saved) -> None:
             record = {"record": start.record.model_dump_json()}
@@ -184,10 +219,12 @@ class _Recovery:
 
         with SkippableModel(model, self.architecture.blocks_of(model)) as student:
             case = self._case(skippable, Variant(student), parameters, start, budget)
+            for weight in case.weights.values():
+                weight.data = weight.data.clone()  # so far it is the dense model's own
             healed = heal(case, budget, self.group, saved, save, self.notify)
         values = start.values | healed.values
         after = self._measure(
-            "healed", Variant(skippable, self.surgery.removed, values), Variant(skippable), start.held_out
+            "healed", Variant(skippable, self.surgery.removed, values), Variant(skippable), start.reported
         )
         return values, start.record.model_copy(update={"heal": self._heal_record(case, budget, healed, after)})
 
@@ -200,7 +237,7 @@ class _Recovery:
         budget: HealBudget,
     ) -> Case:
         teacher, first = Variant(skippable), self._first_trained(start.values)
-        if not can_share(teacher, student, first, start.held_out[:1].to(self.group.device)):
+        if not can_share(teacher, student, first, start.deciding[:1].to(self.group.device)):
             first = 0
         weights = {name: parameter for name, parameter in parameters.items() if rank_of(parameter.shape)}
         return Case(
@@ -209,7 +246,8 @@ class _Recovery:
             first=first,
             weights={name: weights[name] for name in self._names_from(first, weights)},
             write=lambda number, notify: self._text(skippable, self._portion(budget, number), notify).sequences,
-            held_out=start.held_out,
+            stored=self.stored,
+            deciding=start.deciding,
             seed=self.settings.seed,
             width=self.architecture.text_config.hidden_size,
         )
@@ -253,14 +291,14 @@ class _Recovery:
         if len(settings.parts) > 1 or settings.source in REFERENCE_PRESETS:
             # The shares of the sources hold only if each has enough text, so draw no more than before.
             samples = min(settings.samples, samples)
-        return replace(settings, samples=samples, samples_given=False, seed=settings.seed + 1 + number)
+        return replace(settings, samples=samples, samples_given=False, seed=settings.seed + 1 + number, split=FITTED)
 
     def _measure(self, what: str, variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
-        with task(self.notify, f"Measuring the {what} model on held-out text"):
+        with task(self.notify, f"Measuring the {what} model on text that decided nothing"):
             loss, divergence = losses(variant, dense, sequences)
         if not math.isfinite(loss + divergence):
             raise ModelError(
-                f"The loss of the {what} model on held-out text is {loss}.",
+                f"The loss of the {what} model on text that decided nothing is {loss}.",
                 hint="Use a wider data type, or other text.",
             )
         return LossesRecord(loss=loss, divergence=divergence)
@@ -297,12 +335,13 @@ def _place(pruned: Any, parameters: Mapping[str, nn.Parameter], values: Mapping[
     """Copy values by the dense model's names into the pruned one; outside the blocks, the names are the same."""
     for name, value in values.items():
         parameter = parameters[name] if name in parameters else pruned.get_parameter(name)
-        parameter.data.copy_(value)
+        parameter.data = value.to(parameter.device, parameter.dtype, copy=True)  # not into the dense model's own
 
 
 def _resumed(saved: Saved) -> _Start:
     start = {name.removeprefix("start."): value for name, value in saved.tensors.items() if name.startswith("start.")}
-    return _Start(saved.tensors["held_out"], start, RecoveryRecord.model_validate_json(saved.data["record"]))
+    record = RecoveryRecord.model_validate_json(saved.data["record"])
+    return _Start(saved.tensors["deciding"], saved.tensors["reported"], start, record)
 
 
 def _require_plain(architecture: Architecture) -> None:
@@ -313,22 +352,30 @@ def _require_plain(architecture: Architecture) -> None:
         )
 
 
-def _require_memory(surgery: Surgery, dtype: torch.dtype, device: torch.device, *, heals: bool) -> None:
-    """Check that the models fit into memory; recovery loads them, while pruning alone needs only a buffer."""
-    dense = surgery.architecture.skeleton
-    needed = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
-    if heals:
-        blocks = surgery.architecture.blocks_of(dense)
-        shapes = [parameter.shape for block in surgery.kept.blocks for parameter in blocks[block].parameters()]
-        # Both models, the original values of the trained weights, and the training state.
-        needed += needed + sum(map(math.prod, shapes)) * dtype.itemsize
-        needed += sum(map(trained_numbers, shapes)) * TRAINING_BYTES
-    free = free_bytes(device)
-    if needed > free:
-        what = "Healing needs both models and its training state" if heals else "Recovery needs the dense model"
+def _require_memory(
+    surgery: Surgery, dtype: torch.dtype, device: torch.device, settings: CalibrationSettings, request: ApplyRequest
+) -> None:
+    """Check that everything fits into memory; recovery loads the model, while pruning alone needs only a buffer."""
+    dense, architecture = surgery.architecture.skeleton, surgery.architecture
+    blocks = [architecture.blocks_of(dense)[block] for block in surgery.kept.blocks]
+    width = architecture.text_config.hidden_size
+    needed = {"the model": sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize}
+    # What enters a block on all the text, in the dense and in the recovered model, and what leaves it.
+    needed["hidden states"] = 4 * settings.samples * settings.sequence_length * width * dtype.itemsize
+    if request.recover:
+        needed["the sums of a fit"] = max(fitting_bytes(block, width) for block in blocks)
+    if request.heal:
+        shapes = [parameter.shape for block in blocks for parameter in block.parameters()]
+        # The weights that are trained and their original values; what is not trained, both models share.
+        needed["the trained weights"] = 2 * sum(map(math.prod, shapes)) * dtype.itemsize
+        needed["the state of training"] = sum(map(trained_numbers, shapes)) * TRAINING_BYTES
+    total, free = sum(needed.values()), free_bytes(device)
+    if total > free:
+        parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
         raise MachineError(
-            f"{what} in memory: {format_bytes(needed)} on {device.type}, and only {format_bytes(free)} are free.",
-            hint=f"Leave out {'--heal' if heals else '--recover'}, or use a machine with more memory.",
+            f"{'Healing' if request.heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} "
+            f"({parts}), and only {format_bytes(free)} are free.",
+            hint=f"Leave out {'--heal' if request.heal else '--recover'}, or use a machine with more memory.",
         )
 
 
@@ -339,10 +386,15 @@ def _resolve_settings(request: ApplyRequest, subject: Subject) -> CalibrationSet
     length = request.sequence_length or min(default, architecture.longest_sequence or default)
     source = request.calibration or (_default_source(subject.plan) if request.recover else SELF)
     settings = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
-    if settings.samples_given or settings.source in REFERENCE_PRESETS:
-        return settings
-    tokens = RECOVERY_SELF_TOKENS if settings.source == SELF else RECOVERY_TOKENS
-    return replace(settings, samples=max(HELD_OUT_EVERY, tokens // length))
+    if not (settings.samples_given or settings.source in REFERENCE_PRESETS):
+        tokens = RECOVERY_SELF_TOKENS if settings.source == SELF else RECOVERY_TOKENS
+        settings = replace(settings, samples=max(FEWEST_SEQUENCES, tokens // length))
+    if settings.samples < FEWEST_SEQUENCES:
+        raise DataError(
+            f"{settings.samples} sequences are too few to recover on: some decide, and others are reported on.",
+            hint=f"Use --samples {FEWEST_SEQUENCES} or more.",
+        )
+    return settings
 
 
 def _default_source(plan: Plan | None) -> str:
@@ -352,22 +404,3 @@ def _default_source(plan: Plan | None) -> str:
         return SELF
     source = searched.source.removesuffix("-sleb")
     return source if len(parse_mixture(source)) > 1 else f"{source}:0.75,{SELF}:0.25"
-
-
-def _split(sequences: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the sequences into those to fit and those held out.
-
-    Raises:
-        DataError: there are too few.
-    """
-    if len(sequences) < HELD_OUT_EVERY:
-        raise DataError(
-            f"{len(sequences)} sequences are too few to recover on: one in {HELD_OUT_EVERY} is held out.",
-            hint=f"Use --samples {HELD_OUT_EVERY} or more, or more text.",
-        )
-    rows = range(HELD_OUT_EVERY - 1, len(sequences), HELD_OUT_EVERY)
-    # Drawn at random: a mixture's sources alternate, so regular steps could always hit the same one.
-    drawn = [rows[row] for row in draw(len(rows), max(1, HELD_OUT_TOKENS // sequences.shape[1]), seed=0)]
-    held_out = torch.zeros(len(sequences), dtype=torch.bool)
-    held_out[drawn] = True
-    return sequences[~held_out], sequences[held_out]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
-from sleb_cli.engine.forward.logits import float32_slices, position_slices
+from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins.metrics.kl import divergence_terms
 
@@ -83,16 +83,37 @@ def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, 
 
     Both are means over the predicted tokens, in nats.
     """
-    loss = divergence = 0.0
+    count, total = len(sequences) * (sequences.shape[1] - 1), (0.0, 0.0)
     for sequence in sequences.to(dense.skippable.model.device):
         ids = sequence[None]
-        states, dense_states = variant.final_states(ids), dense.final_states(ids)
-        for part in position_slices(ids, POSITIONS):
-            here, targets = ids[:, part], ids[0, 1:][part]
-            ours, theirs = variant.logits(states[:, part], here)[0], dense.logits(dense_states[:, part], here)[0]
-            for rows in float32_slices(ours):
-                log_q, log_p = (logits[rows].float().log_softmax(-1) for logits in (ours, theirs))
-                loss -= float(as_float64(log_q.gather(-1, targets[rows, None])).sum())
-                divergence += float(as_float64(divergence_terms(log_p.exp(), log_p, log_q).sum(-1)).sum())
-    count = len(sequences) * (sequences.shape[1] - 1)
-    return loss / count, divergence / count
+        everywhere = torch.arange(ids.shape[1] - 1, device=ids.device)
+        found = summed_losses(variant, dense, variant.final_states(ids), dense.final_states(ids), ids, everywhere)
+        total = (total[0] + found[0], total[1] + found[1])
+    return total[0] / count, total[1] / count
+
+
+def summed_losses(
+    variant: Variant, dense: Variant, states: Tensor, dense_states: Tensor, ids: Tensor, positions: Tensor
+) -> tuple[float, float]:
+    """Return the loss and the divergence of some positions of a batch, summed in float64, in nats.
+
+    Args:
+        variant: the model.
+        dense: the dense model.
+        states: the model's final states, [batch, positions, hidden size].
+        dense_states: as `states`, the dense model's.
+        ids: the tokens, [batch, positions].
+        positions: which positions count, each with a next token.
+    """
+    loss = divergence = 0.0
+    for part in torch.split(positions, max(1, POSITIONS // len(ids))):
+        here, targets = ids[:, part], ids[:, part + 1].flatten()
+        ours, theirs = (
+            model.logits(of_model[:, part], here).flatten(0, 1)
+            for model, of_model in ((variant, states), (dense, dense_states))
+        )
+        for rows in float32_slices(ours):
+            log_q, log_p = (logits[rows].float().log_softmax(-1) for logits in (ours, theirs))
+            loss -= float(as_float64(log_q.gather(-1, targets[rows, None])).sum())
+            divergence += float(as_float64(divergence_terms(log_p.exp(), log_p, log_q).sum(-1)).sum())
+    return loss, divergence

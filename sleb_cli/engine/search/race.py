@@ -1,31 +1,38 @@
-"""Racing: stop scoring a candidate once it is clearly behind. Pure arithmetic.
+"""Racing: stop scoring a candidate once others are clearly ahead. Pure arithmetic.
 
-Each candidate is compared with the leader sequence by sequence, which cancels out how hard a sequence is. The winner is
-decided by the mean over *all* sequences, which are drawn without replacement, so the standard error shrinks to 0 at the
-last one. The differences scatter about equally for all candidates, so a candidate's own variance, unreliable after few
-sequences, is moderated by the median of all (as in Smyth, "Linear models and empirical Bayes methods", SAGMB 2004).
+Candidates are compared in pairs, sequence by sequence, which cancels out how hard a sequence is. The mean over *all*
+sequences decides, and they come in random order, without replacement. If the differences of a pair are normal, the
+error of their mean so far, over its estimate, is Student's t, whatever the mean over all sequences: the two are
+independent. The estimate is from the pair's own variance, so candidates may scatter as they like. By Bonferroni over
+looks and pairs, a step drops a true winner with a probability of at most `ERROR`.
+
+Two things are not exact: each look counts only the pairs still in the race, and real differences are not normal. In
+simulation `ERROR` holds all the same, with tails as heavy as those of Student's t with 3 degrees of freedom, because no
+look comes after half of the sequences: later, one outlier among those left can decide. It does not hold if differences
+are so skewed that a few sequences decide, or come in coarse steps.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from scipy.special import stdtrit
 
 from sleb_cli.engine.search.choices import Outcome
 from sleb_cli.plan import DropRecord, RaceRecord
 
 ERROR = 0.05
-"""The largest probability that a step drops its true winner, provided that the differences are normal."""
+"""The largest probability that a step drops a true winner, if the differences of each pair are normal."""
 
 LOOKS = 32
-"""About how many batches the sequences of a race are cut into; after each, candidates may drop out."""
+"""About how many batches the sequences of a race are cut into; after some of them, candidates may drop out."""
 
-# How many sequences the median variance of all contenders counts as.
-PRIOR = 8
+# Few sequences say nothing of chance, and two looks at nearly the same sequences say nearly the same.
+FIRST_LOOK = 4
+GROWTH = 1.25
 
 
 @dataclass
@@ -34,17 +41,16 @@ class Race:
 
     Attributes:
         sequences: how many sequences there are.
-        looks: how often `drop_beaten` will be called.
         scores: the scores of each candidate.
         dropped: the candidates that dropped out.
         winners: how many winners the step needs.
     """
 
     sequences: int
-    looks: int
     scores: dict[int, list[float]]
     dropped: dict[int, DropRecord] = field(default_factory=dict)
     winners: int = 1
+    _looked: int = field(default=0, init=False)
 
     @property
     def contenders(self) -> list[int]:
@@ -69,22 +75,30 @@ class Race:
         return math.fsum(self.scores[block]) / len(self.scores[block])
 
     def drop_beaten(self) -> None:
-        """Drop the contenders that are behind the last current winner by more than chance explains."""
-        ranking = self.ranking()
-        leader, others = ranking[: self.winners][-1], ranking[self.winners :]
-        seen = len(self.scores[leader])
-        if not others or not 2 <= seen < self.sequences:
+        """Drop each contender behind as many others as there are winners, by more than chance explains."""
+        blocks = self.contenders
+        seen, rivals = len(self.scores[blocks[0]]), len(blocks) - self.winners
+        looks = look_schedule(self.sequences)
+        due = [look for look in looks if self._looked < look <= seen]
+        if not due or rivals < 1 or 2 * seen >= self.sequences:
             return
-        differences = {block: self._differences(block, leader) for block in others}
-        usual = statistics.median(statistics.variance(values) for values in differences.values())
-        limit = student_quantile(ERROR / (self.looks * len(others)), PRIOR + seen - 1)
-        for block, values in differences.items():
-            variance = (PRIOR * usual + (seen - 1) * statistics.variance(values)) / (PRIOR + seen - 1)
-            error = math.sqrt(variance * (1 / seen - 1 / self.sequences))
-            behind = statistics.fmean(values)
-            if behind > limit * error:
-                errors = behind / error if error else math.inf
-                self.dropped[block] = DropRecord(sequences=seen, behind=behind, errors=min(errors, 1e9))
+        self._looked = seen
+        behind, errors = self._compare(blocks)
+        limit = student_quantile(ERROR * len(due) / len(looks) / (self.winners * rivals), seen - 1)
+        for block, leads, distances in zip(blocks, behind, errors, strict=True):
+            last = np.argsort(-distances)[self.winners - 1]
+            if distances[last] > limit:
+                distance = min(float(distances[last]), 1e9)
+                self.dropped[block] = DropRecord(sequences=seen, behind=float(leads[last]), errors=distance)
+
+    def _compare(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return how far each block is behind each other one: the mean difference, also in standard errors."""
+        scores = np.array([self.scores[block] for block in blocks])
+        differences = scores[:, None] - scores
+        behind = differences.mean(-1)
+        error = np.sqrt(differences.var(-1, ddof=1) * (1 / scores.shape[1] - 1 / self.sequences))
+        certain = np.where(behind > 0, np.inf, 0.0)
+        return behind, np.divide(behind, error, out=certain, where=error > 0)
 
     def outcome(self, *, fast: bool) -> Outcome:
         """Return the result, after all contenders were scored on all sequences."""
@@ -95,8 +109,14 @@ class Race:
         margin = scores[others[0]] - scores[best] if others else None
         return Outcome(scores, RaceRecord(margin=margin, dropped=self.dropped))
 
-    def _differences(self, block: int, leader: int) -> list[float]:
-        return [theirs - best for theirs, best in zip(self.scores[block], self.scores[leader], strict=True)]
+
+def look_schedule(sequences: int) -> list[int]:
+    """Return after how many sequences candidates may drop out: each time a quarter more, but fewer than half of all."""
+    looks, look = [], float(FIRST_LOOK)
+    while 2 * look < sequences:
+        looks.append(int(look))
+        look *= GROWTH
+    return looks
 
 
 def student_quantile(tail: float, freedom: int) -> float:

@@ -6,16 +6,16 @@ A scorer takes the blocks removed so far and the candidates of this step, and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.device import as_float64, free_memory
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.passes import Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.engine.search.choices import Outcome, Score, require_finite
@@ -32,6 +32,7 @@ from sleb_plugins import (
     PluginError,
     WeightMetric,
 )
+from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.weighted import require_shape
 
@@ -131,7 +132,7 @@ class Scoring:
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score batch after batch; in a race, beaten candidates drop out after each."""
-        race = Race(self.sequences, len(self.passes.batches), {block: [] for block in candidates}, winners=self.winners)
+        race = Race(self.sequences, {block: [] for block in candidates}, winners=self.winners)
         for batch in range(len(self.passes.batches)):
             self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
             for block in race.contenders:
@@ -159,13 +160,14 @@ class Scoring:
     def _score_states(self, metric: HiddenStateMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Run the model once, and score every block on the way."""
         scores: dict[int, list[float]] = {block: [] for block in candidates}
+
+        def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[int, list[float]]]:
+            yield block, _mean_over_tokens(metric, entering, leaving)
+
         for batch in range(len(self.passes.batches)):
-
-            def listen(block: int, entering: Tensor, leaving: Tensor, batch: int = batch) -> None:
-                self.journal.add(_mean_over_tokens(metric, entering, leaving), removed, block, batch)
-
             if any(self.journal.find(removed, block, batch) is None for block in candidates):
-                self.passes.watch(batch, removed, candidates, listen)
+                for block, found in self.passes.watch(batch, removed, candidates, lambda: listen).items():
+                    self.journal.add(found, removed, block, batch)
             for block in candidates:
                 found = self.journal.find(removed, block, batch) or []
                 scores[block] += found
@@ -189,15 +191,20 @@ class Scoring:
 
     def _watch_spans(self, metric: HiddenStateMetric, batch: int, blocks: range, longest: int) -> None:
         """Score all spans of up to `longest` of these blocks; at most `longest` states exist at once."""
-        entered: dict[int, Tensor] = {}
 
-        def listen(block: int, entering: Tensor, leaving: Tensor) -> None:
-            entered[block] = entering
-            entered.pop(block - longest, None)
-            for start, state in entered.items():
-                self.journal.add(_mean_over_tokens(metric, state, leaving), range(start, block), block, batch)
+        def start() -> Listener[tuple[int, int]]:
+            entered: dict[int, Tensor] = {}
 
-        self.passes.watch(batch, (), blocks, listen)
+            def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[tuple[int, int], list[float]]]:
+                entered[block] = entering
+                entered.pop(block - longest, None)
+                for start, state in entered.items():
+                    yield (start, block), _mean_over_tokens(metric, state, leaving)
+
+            return listen
+
+        for (start_block, block), found in self.passes.watch(batch, (), blocks, start).items():
+            self.journal.add(found, range(start_block, block), block, batch)
 
     def _sum_over_spans(
         self, metric: WeightMetric, spans: Sequence[tuple[int, ...]], known: dict[int, float]
@@ -209,13 +216,24 @@ class Scoring:
         return Outcome({span[-1]: math.fsum(known[block] for block in span) for span in spans})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Score each block's parameters, with gradients if the metric needs them."""
-        blocks = blocks_with_gradients(self.passes, removed, candidates) if metric.needs_gradients else candidates
+        """Score each block's parameters, and their gradients if the metric needs them, in batches that fit."""
         scores: dict[int, float] = {}
-        for block in blocks:
-            scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
-            self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
-            self.notify(SearchAdvanced(self.sequences))
+        passes: Passes | None = self.passes
+        while passes is not None:
+            smaller = passes.smaller() if metric.needs_gradients else None
+            try:
+                left = [block for block in candidates if block not in scores]
+                blocks = blocks_with_gradients(passes, removed, left) if metric.needs_gradients else left
+                for block in blocks:
+                    scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
+                    self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
+                    self.notify(SearchAdvanced(self.sequences))
+                break
+            except OutOfMemory:
+                if smaller is None:
+                    raise
+            passes = smaller
+            free_memory()
         return Outcome({block: scores[block] for block in candidates})
 
     @torch.inference_mode()

@@ -46,10 +46,9 @@ class SpeedupTimer:
     def share(self, removals: Sequence[int]) -> float:
         """Return the time of the model without these blocks, as a share of the dense model's."""
         context = self.context
-        pruned = load_pruned(
-            Surgery(context.architecture, tuple(removals)), context.dtype, context.device, context.notify
-        )
-        seconds = time_in_turn(self.workload, {"dense": self.model(), "pruned": pruned}, context.notify)
+        surgery, dense = Surgery(context.architecture, tuple(removals)), self.model()
+        pruned = load_pruned(surgery, context.dtype, context.device, context.notify, dense=dense)
+        seconds = time_in_turn(self.workload, {"dense": dense, "pruned": pruned}, context.notify)
         del pruned
         free_memory()
         return statistics.median(seconds["pruned"]) / statistics.median(seconds["dense"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notify
@@ -66,11 +66,25 @@ def _from_plan(path: Path, request: SubjectRequest, registry: Registry, notify: 
         )
     plan = read_plan(path)
     plan = first_of_plan(plan, request.remove, path)
+    if request.model is None:
+        _require_located(path, plan.model)
     revision = request.revision or (plan.model.revision if request.model is None else None)
     architecture = _architecture(request.model or plan.model.id, revision, request, registry, notify)
     if not request.any_model:
         require_same_model(path, plan, architecture)
     return Subject(plan_surgery(architecture, plan.removals), plan)
+
+
+def _require_located(path: Path, model: ModelRecord) -> None:
+    """Make sure that a plan from a checkpoint, which has only the name of a local model, does not lead to the Hub.
+
+    Raises:
+        PlanError: there is no such folder or file here.
+    """
+    if model.revision is None and model.id != DEMO and not Path(model.id).is_absolute() and not Path(model.id).exists():
+        raise PlanError(
+            f"{path} was made for {model.id}, and does not say where that is.", hint="Name its folder with --model."
+        )
 
 
 def _architecture(

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
 from sleb_cli.engine.text.mixture import Part, divide, interleave, parse_mixture
 from sleb_cli.engine.text.sources import (
     REFERENCE_ROWS,
+    WHOLE,
+    TextSplit,
     calibration_conversations,
     calibration_text,
     reference_calibration_text,
@@ -29,8 +33,8 @@ from sleb_cli.engine.text.windows import (
     require_windows,
     tokens_sha256,
 )
-from sleb_cli.engine.third_party import our_code, translate_errors
-from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.engine.third_party import our_code
+from sleb_cli.events import Advance, Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
@@ -43,6 +47,7 @@ from sleb_cli.requests import (
     Chat,
 )
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.errors import is_out_of_memory
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
@@ -56,7 +61,7 @@ class CalibrationSettings:
     """A calibration request with every option set.
 
     `parts` are the sources in `source`, with their shares. `samples` counts the sequences of all parts together; for a
-    reference preset, it counts rows of text.
+    reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from.
     """
 
     source: str
@@ -66,6 +71,7 @@ class CalibrationSettings:
     seed: int
     chat: Chat | None
     samples_given: bool
+    split: TextSplit = WHOLE
 
     @property
     def counts(self) -> list[int]:
@@ -139,15 +145,16 @@ def _default_samples(parts: Sequence[Part], *, is_demo: bool) -> int:
     return DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
 
 
-def _require_mixable(settings: CalibrationSettings) -> None:
+def _require_mixable(settings: CalibrationSettings, needed: Sequence[bool] = ()) -> None:
+    """Check that sources can be mixed, and that each that is `needed`, by default all, has a sequence."""
     presets = [part.source for part in settings.parts if part.source in REFERENCE_PRESETS]
     if presets:
         raise UsageError(
             f"{presets[0]} cannot be mixed: it is drawn as in the reference implementation.",
             hint=f"Mix {presets[0].removesuffix('-sleb')} instead, which is cut into windows.",
         )
-    for part, count in zip(settings.parts, settings.counts, strict=True):
-        if count == 0:
+    for part, count, must in zip(settings.parts, settings.counts, needed or [True] * len(settings.parts), strict=True):
+        if count == 0 and must:
             raise UsageError(
                 f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {part.source}.",
                 hint="Increase --samples or the share.",
@@ -166,10 +173,62 @@ def calibrate(
         DataError: the text is missing or too short.
         UsageError: no text is left for a part of the mixture.
     """
-    if settings.chat is not None:
+    return calibrate_splits([settings], tokenizer, load_model, notify)[0]
+
+
+def calibrate_splits(
+    splits: Sequence[CalibrationSettings], tokenizer: Any, load_model: Callable[[], Any], notify: Notify
+) -> list[Calibration]:
+    """Return the sequences for each of several splits of the same text; only the first needs some of every source.
+
+    What the model generates is generated for all splits at once, and is as good as divided by document: each sequence
+    is one. Raises what `calibrate` raises.
+    """
+    first = splits[0]
+    if first.chat is not None:
         require_template(tokenizer)
-    bos = adds_bos(tokenizer) and settings.parts[0].source not in REFERENCE_PRESETS
-    found = _sequences_by_part(settings, tokenizer, load_model, bos=bos, notify=notify)
+    bos = adds_bos(tokenizer) and first.parts[0].source not in REFERENCE_PRESETS
+    drafts = [
+        _read_parts(settings, tokenizer, bos=bos, notify=notify if settings is first else ignore) for settings in splits
+    ]
+    for number in _generated_parts(first):
+        counts = [draft.settings.counts[number] for draft in drafts]
+        own = replace(first, samples=sum(counts))
+        written = generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify)
+        for draft, sequences in zip(drafts, torch.split(written, counts), strict=True):
+            draft.rows[number] = (sequences, None)
+    return [_assemble(draft, tokenizer, bos=bos) for draft in drafts]
+
+
+def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
+    """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
+    bos = adds_bos(tokenizer) and splits[0].parts[0].source not in REFERENCE_PRESETS
+    drafts = [_read_parts(settings, tokenizer, bos=bos, notify=ignore) for settings in splits]
+    return tokens_sha256(
+        torch.cat(
+            [
+                torch.zeros(0, dtype=torch.int64),
+                *(sequences.flatten() for draft in drafts for _, (sequences, _) in sorted(draft.rows.items())),
+            ]
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """Settings with as many samples as the texts provide, and the rows of each part by its number in the mixture."""
+
+    settings: CalibrationSettings
+    rows: dict[int, _Rows]
+
+
+def _generated_parts(settings: CalibrationSettings) -> list[int]:
+    """Return the numbers of the parts that the model generates."""
+    return [n for n, part in enumerate(settings.parts) if part.source == SELF and settings.chat is None]
+
+
+def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
+    settings, found = draft.settings, [rows for _, rows in sorted(draft.rows.items())]
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
     masks = [loss_mask for _, loss_mask in found if loss_mask is not None]
@@ -185,39 +244,29 @@ def calibrate(
     return Calibration(sequences, record, torch.cat(masks)[order] if masks else None)
 
 
-def _sequences_by_part(
-    settings: CalibrationSettings, tokenizer: Any, load_model: Callable[[], Any], *, bos: bool, notify: Notify
-) -> list[_Rows]:
-    """Return the sequences of each part, read before any are generated, since texts may be missing or too short."""
-    generated = [part.source == SELF and settings.chat is None for part in settings.parts]
-    read: dict[int, _Rows] = {}
+def _read_parts(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> _Draft:
+    """Read the parts that are texts, before any text is generated, since they may be missing or too short."""
+    generated, read = _generated_parts(settings), dict[int, _Rows]()
     for number, (part, count) in enumerate(zip(settings.parts, settings.counts, strict=True)):
-        if not generated[number]:
+        if number not in generated and count:
             with task(notify, f"Reading {part.source}"):
                 read[number] = _read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify)
     if len(settings.parts) > 1:
         settings = _limit_to_texts(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
         read = {number: _draw_rows(*rows, settings.counts[number], settings.seed) for number, rows in read.items()}
-    found: list[_Rows] = []
-    for number, count in enumerate(settings.counts):
-        if generated[number]:
-            own = replace(settings, samples=count)
-            found.append((generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify), None))
-        else:
-            found.append(read[number])
-    return found
+    return _Draft(settings, read)
 
 
 def _limit_to_texts(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
     """Reduce the samples to what the texts provide in the given shares; `found` counts sequences by part.
 
     Raises:
-        UsageError: a part would have no sequence.
+        UsageError: a part that had sequences would have none.
     """
-    wanted = settings.samples
+    wanted, had = settings.samples, [count > 0 for count in settings.counts]
     while any(settings.counts[number] > count for number, count in found.items()):
         settings = replace(settings, samples=settings.samples - 1)
-    _require_mixable(settings)
+    _require_mixable(settings, had)
     if settings.samples < wanted:
         scarce = min(found, key=lambda number: found[number] / settings.parts[number].share)
         notify(
@@ -239,17 +288,18 @@ def _read_sequences(
 ) -> _Rows:
     """Cut sequences from a text: all of a reference preset, else `samples` of them, drawn by the seed."""
     length, seed = settings.sequence_length, settings.seed
-    asked = samples if settings.samples_given else None
+    # What is asked for counts the whole text, of which a split has only about its share.
+    asked = samples if settings.samples_given and settings.split == WHOLE else None
     loss_mask = None
     if settings.chat is not None:
         conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
         answers = settings.chat == "answers"
         windows, loss_mask = cut_conversations(tokenizer, conversations, length, answers=answers, asked=asked)
     elif source in REFERENCE_PRESETS:
-        text = reference_calibration_text(source, rows=samples, seed=seed)
+        text = reference_calibration_text(source, rows=samples, seed=seed, split=settings.split)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
     else:
-        text = calibration_text(source, tokens=samples * length, seed=seed)
+        text = calibration_text(source, tokens=samples * length, seed=seed, split=settings.split)
         windows = cut_windows(tokenizer, text.content, length, bos=bos)
         require_windows(windows, text, tokenizer, length, asked)
     if len(windows) < samples and len(settings.parts) == 1:
@@ -281,11 +331,32 @@ def generate_own_text(
         )
     count, length = settings.samples, settings.sequence_length
     new = length - 1 if bos else length
-    batch_size = min(_MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
     sampling = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new, use_cache=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
+    batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
+    while True:
+        try:
+            return _write(model, start, settings, sampling, batch_size, notify)
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+        batch_size //= 2
+        notify(Notice(f"Out of memory on {model.device}; generating {batch_size} sequences at once."))
+        free_memory()
+
+
+def _write(
+    model: Any,
+    start: int,
+    settings: CalibrationSettings,
+    sampling: GenerationConfig,
+    batch_size: int,
+    notify: Notify,
+) -> Tensor:
+    """Generate the sequences after the token `start`, which depend on the seed and on how many there are at once."""
+    count, length, new = settings.samples, settings.sequence_length, sampling.max_new_tokens
     written: list[Tensor] = []
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if model.device.type in ("cpu", "mps") else [model.device]
@@ -314,11 +385,5 @@ def _generate(model: Any, prompt: Tensor, sampling: GenerationConfig, advance: A
             hint="Calibrate on a file or a data set: --calibration FILE.",
         )
 
-    with translate_errors(refused):
-        ids: Tensor = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            generation_config=sampling,
-            stopping_criteria=StoppingCriteriaList([report]),
-        )
+    ids: Tensor = generate(model, prompt, sampling, refused, stopping_criteria=StoppingCriteriaList([report]))
     return ids

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,12 +40,39 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and its source; `limit` is the number of windows that its protocol takes, from the start."""
+    """A text and its source; `limit` is the number of windows that its protocol takes, from the start.
+
+    `split` is the split of a data set that was chosen because none was named; `source` names it too.
+    """
 
     source: str
     content: str
     limit: int | None = None
+    split: str | None = None
 
+
+@dataclass(frozen=True)
+class TextSplit:
+    """The part of a source from `begin` to `end`, as shares of it; no document is in two parts that do not overlap."""
+
+    begin: float = 0.0
+    end: float = 1.0
+
+    def rows(self, count: int) -> range:
+        """Return the numbers of the rows of this part, of `count` rows."""
+        return range(round(self.begin * count), round(self.end * count))
+
+    def of(self, source: str) -> str:
+        """Return the name of this part of a source."""
+        return source if self == WHOLE else f"{source} from {self.begin:.0%} to {self.end:.0%}"
+
+
+WHOLE = TextSplit()
+
+# With fewer documents, a part of a file may end within one.
+MIN_DOCUMENTS = 10
+# Documents of a data set are divided in this order, whatever the seed that they are drawn by.
+SPLIT_SEED = 0
 
 Conversation = list[dict[str, str]]
 """A list of messages, each with a `role` and its `content`."""
@@ -63,9 +91,17 @@ WIKITEXT2_TEST = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
 C4_VALIDATION = Dataset("allenai/c4", split="train", data_files="en/c4-validation.00000-of-00008.json.gz")
 
+CALIBRATION_PRESETS = {
+    "wikitext2": WIKITEXT2_TRAIN, "wikitext2-sleb": WIKITEXT2_TRAIN, "c4": C4_TRAIN, "c4-sleb": C4_TRAIN,
+}  # fmt: skip
+EVALUATION_PRESETS = {"wikitext2": WIKITEXT2_TEST, "c4": C4_VALIDATION}
 
-def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
-    """Return a text of at least `tokens` tokens, or all of a smaller source.
+EVALUATION_SPLITS = ("test", "validation", "valid", "dev", "val", "eval", "train")
+"""The splits of a data set to evaluate on, the best first; calibration takes `train`."""
+
+
+def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> Text:
+    """Return a text of at least `tokens` tokens, or all of a smaller source, from this part of it.
 
     `wikitext2` is one running text; documents of `c4` and other data sets are drawn in an order set by `seed`.
 
@@ -74,27 +110,27 @@ def calibration_text(source: str, *, tokens: int, seed: int) -> Text:
     """
     characters = tokens * CHARACTERS_PER_TOKEN
     if source == "wikitext2":
-        return Text(source, PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN)))
-    if source == "c4":
-        return Text(source, PARAGRAPHS.join(_enough(_documents(C4_TRAIN, shuffle_seed=seed), characters)))
-    if _is_file(source):
-        return _file_text(source)
-    dataset = _parse_dataset(source)
-    return Text(source, PARAGRAPHS.join(_enough(_documents(dataset, shuffle_seed=seed), characters)))
+        return Text(split.of(source), PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN, split)))
+    if is_file(source):
+        return _file_text(source, split)
+    dataset = C4_TRAIN if source == "c4" else _parse_dataset(source)
+    return Text(split.of(source), PARAGRAPHS.join(_enough(_documents(dataset, split, shuffle_seed=seed), characters)))
 
 
-def reference_calibration_text(source: str, *, rows: int, seed: int) -> Text:
+def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
     """Return the text that the reference implementation calibrates on: `rows` shuffled rows, joined.
 
     Raises:
         DataError: the data set cannot be loaded.
     """
     dataset, separator = (WIKITEXT2_TRAIN, PARAGRAPHS) if source.startswith("wikitext2") else (C4_TRAIN, " ")
-    return Text(source, separator.join(_first(_documents(dataset, shuffle_seed=seed), rows)))
+    return Text(source, separator.join(_first(_documents(dataset, split, shuffle_seed=seed), rows)))
 
 
 def evaluation_text(source: str) -> Text:
     """Return the text to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
+
+    Of another data set, it is the named split, or the one that models were least likely trained or calibrated on.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
@@ -104,9 +140,24 @@ def evaluation_text(source: str) -> Text:
     if source == "c4":
         documents = _first(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
         return Text(source, " ".join(documents), C4_EVALUATION_WINDOWS)
-    if _is_file(source):
+    if is_file(source):
         return _file_text(source)
-    return Text(source, PARAGRAPHS.join(_documents(_parse_dataset(source))), C4_EVALUATION_WINDOWS)
+    dataset = _parse_dataset(source)
+    path, config, named, column = [*source.split(":"), "", "", ""][:4]
+    if named:
+        return Text(source, PARAGRAPHS.join(_documents(dataset)), C4_EVALUATION_WINDOWS)
+    split = _evaluation_split(dataset)
+    content = PARAGRAPHS.join(_documents(replace(dataset, split=split)))
+    full_name = ":".join([path, config, split, *([column] if column else [])])
+    return Text(full_name, content, C4_EVALUATION_WINDOWS, split)
+
+
+def _evaluation_split(dataset: Dataset) -> str:
+    import datasets
+
+    with _loading(dataset):
+        splits = datasets.get_dataset_split_names(dataset.path, dataset.config)
+    return next((split for split in EVALUATION_SPLITS if split in splits), [*splits, "train"][0])
 
 
 def calibration_conversations(source: str, *, tokens: int, seed: int) -> Conversations:
@@ -118,10 +169,10 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> Convers
         UsageError: the source is plain text.
         DataError: it is missing or unreadable, or does not hold conversations.
     """
-    if _is_file(source) and Path(source).suffix == ".jsonl":
+    if is_file(source) and Path(source).suffix == ".jsonl":
         lines = _json_lines(source, _read_file(source), "messages")
         found = [_conversation(value, f"line {number} of {source}") for number, value in lines]
-    elif _is_file(source) or "/" not in source:
+    elif is_file(source) or "/" not in source:
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
             hint='Leave out --chat, or name a .jsonl file or data set with "messages": lists of role and content.',
@@ -152,18 +203,36 @@ def _characters(conversation: Conversation) -> int:
     return sum(len(message["content"]) for message in conversation)
 
 
-def _is_file(source: str) -> bool:
+def is_file(source: str) -> bool:
+    """Whether a source is a local file rather than a preset or a data set."""
     path = Path(source)
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
 
-def _file_text(source: str) -> Text:
-    content = _read_file(source)
+def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
+    named, content = split.of(source), _read_file(source)
     if Path(source).suffix == ".jsonl":
-        content = PARAGRAPHS.join(_json_texts(source, content))
+        documents = list(_json_texts(source, content))
+        if len(documents) >= MIN_DOCUMENTS:
+            documents = [documents[row] for row in split.rows(len(documents))]
+            split = WHOLE
+        content = PARAGRAPHS.join(documents)
+    content = content[_boundary(content, split.begin) : _boundary(content, split.end)]
     if not content.strip():
-        raise DataError(f"{source} is empty.", hint="Name a file that holds text.")
-    return Text(source, content)
+        raise DataError(f"{named} is empty.", hint="Name a file that holds text.")
+    return Text(named, content)
+
+
+def _boundary(content: str, share: float) -> int:
+    """Return about where this share of a running text ends: between paragraphs, lines or words, if one ends there."""
+    at = round(share * len(content))
+    if at in (0, len(content)):
+        return at
+    for separator in (PARAGRAPHS, "\n", " "):
+        found = content.find(separator, at, at + len(content) // 50)
+        if found >= 0:
+            return found + len(separator)
+    return at
 
 
 def _read_file(source: str) -> str:
@@ -212,19 +281,25 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
     return Dataset(path, config or None, split or "train", named or column)
 
 
-def _documents(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[str]:
-    """Load a data set from the Hub and return its documents."""
-    return map(str, _values(dataset, shuffle_seed=shuffle_seed))
+def _documents(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[str]:
+    """Load a data set from the Hub and return the documents of this part of it."""
+    return map(str, _values(dataset, split, shuffle_seed=shuffle_seed))
 
 
-def _values(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[Any]:
-    """Load a data set from the Hub and return the values of its column."""
+def _values(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
+    """Load a data set from the Hub and return the values of its column.
+
+    Rows that are read in their order are divided in it, since neighbours may belong to one document.
+    """
     rows = _load(dataset)
     if dataset.column not in rows.column_names:
         raise DataError(
             f"{dataset} has no column {dataset.column!r}.",
             hint=f"It has {', '.join(rows.column_names)}; choose one with org/name:config:split:COLUMN.",
         )
+    if split != WHOLE:
+        ordered = rows if shuffle_seed is None else rows.shuffle(seed=SPLIT_SEED)
+        rows = ordered.select(split.rows(len(rows)))
     if shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed)
     return (row[dataset.column] for row in rows)
@@ -232,11 +307,20 @@ def _values(dataset: Dataset, *, shuffle_seed: int | None = None) -> Iterator[An
 
 def _load(dataset: Dataset) -> Any:
     import datasets
+
+    with _loading(dataset):
+        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
+
+
+@contextmanager
+def _loading(dataset: Dataset) -> Iterator[None]:
+    """Turn errors of the library `datasets` into a `DataError` that names the data set."""
+    import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
+        yield
     except (DatasetNotFoundError, ConnectionError) as error:
         raise DataError(
             f"The data set {dataset} cannot be loaded: {first_line(error)}.",

@@ -1,0 +1,46 @@
+"""Generate text with settings of our own, and none of the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from sleb_cli.engine.third_party import translate_errors
+from sleb_plugins import SlebError
+
+
+def generate(
+    model: Any, prompt: Tensor, settings: GenerationConfig, refused: Callable[[str], SlebError], **options: Any
+) -> Any:
+    """Return what transformers generates after `prompt`, [batch, positions], with exactly these settings.
+
+    transformers fills unset ones from the model's `generation_config.json`: a repetition penalty or a `top_p` there
+    would change the distribution that is sampled, and another end token the number of steps that are timed.
+
+    Raises:
+        SlebError: the one that `refused` makes of transformers' message.
+    """
+    with translate_errors(refused), _without_own_settings(model):
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, **options)
+
+
+@contextmanager
+def _without_own_settings(model: Any) -> Iterator[None]:
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end a text: the tokenizer's, and those of the model's generation settings."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    listed = found if isinstance(found, list | tuple) else [found]
+    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}

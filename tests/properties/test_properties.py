@@ -1,0 +1,140 @@
+"""What holds for every set of blocks in random tiny models: any data type, the first and the last block included."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from conftest import save_model
+from families import tiny_config
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.output.apply import apply_removals
+from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
+from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.plan import CalibrationRecord, LossesRecord, RecoveryRecord
+from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import ApplyRequest
+from sleb_plugins.config_keys import kept_blocks
+
+CPU = torch.device("cpu")
+BLOCKS = 6
+TYPES = ["llama", "opt", "gpt2", "gemma2", "gemma3_text", "qwen3", "phi", "mixtral"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+LIMITS = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+removals = st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS - 1, unique=True).map(tuple)
+families = st.sampled_from(TYPES)
+dtypes = st.sampled_from(DTYPES)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Architectures by family and data type, saved once each."""
+    place, made = tmp_path_factory.mktemp("properties"), {}
+
+    def of(model_type: str, dtype: torch.dtype) -> Architecture:
+        if (model_type, dtype) not in made:
+            config = tiny_config(model_type, dtype=dtype)
+            folder = save_model(place / f"{model_type}-{dtype}".replace("torch.", ""), config)
+            model = AutoModelForCausalLM.from_pretrained(folder).to(dtype)
+            model.save_pretrained(folder)
+            source = locate_model(str(folder), lambda event: None)
+            made[model_type, dtype] = read_architecture(source, load_plugins(), lambda event: None)
+        return made[model_type, dtype]
+
+    return of
+
+
+def tokens(seed: int, sequences: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(2, 300, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=40, **LIMITS)
+@given(model_type=families, dtype=dtypes, gone=removals, seed=st.integers(0, 99))
+def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dtype, gone, seed):
+    """Blocks switched off in memory, weights shared with the dense model, the files, and stock transformers agree."""
+    architecture, ids = models(model_type, dtype), tokens(seed)
+    surgery = plan_surgery(architecture, gone)
+    with working_folder() as folder, torch.inference_mode():
+        request = ApplyRequest(output=folder / "out", no_verify=True)
+        apply_removals(Subject(surgery, None), request, lambda event: None)
+        dense = load_dense(architecture, dtype, CPU, lambda event: None)
+        with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
+            skipped = skippable.logits(ids, gone)
+        shared = load_pruned(surgery, dtype, CPU, lambda event: None, dense=dense)
+        read = load_pruned(surgery, dtype, CPU, lambda event: None)
+        written = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype).eval()
+        assert written.dtype is dtype
+        for model in (shared, read, written):
+            found = model(input_ids=ids, use_cache=False).logits
+            tolerance = 0 if dtype is torch.float32 else 2.0**-6 * float(skipped.abs().max())
+            torch.testing.assert_close(found, skipped, atol=tolerance, rtol=0)
+
+
+@contextlib.contextmanager
+def working_folder():
+    folder = Path(tempfile.mkdtemp())
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@settings(max_examples=24, **LIMITS)
+@given(model_type=st.sampled_from(["llama", "opt", "gpt2", "gemma2", "phi"]), gone=removals, seed=st.integers(0, 99))
+def test_recovered_is_never_worse_on_the_text_that_decides(models, model_type, gone, seed):
+    architecture = models(model_type, torch.float32)
+    model = load_dense(architecture, torch.float32, CPU, lambda event: None)
+    train, deciding = tokens(seed, 12), tokens(seed + 1, 4)
+    with SkippableModel(model, architecture.blocks_of(model)) as skippable:
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        values, record = recover_in_closed_form(skippable, gone, train, deciding, lambda event: None)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+        pruned = losses(Variant(skippable, gone), Variant(skippable), deciding)
+        recovered = losses(Variant(skippable, gone, values), Variant(skippable), deciding)
+    assert recovered[1] <= pruned[1] * (1 + 1e-6)
+    removed = {f"{architecture.adapter.blocks_path}.{block}." for block in gone}
+    assert not [name for name in values if any(name.startswith(prefix) for prefix in removed)]
+    if any(fit.kept for fit in record.fits):
+        assert recovered[1] < pruned[1]
+
+
+@settings(max_examples=200, **LIMITS)
+@given(
+    dense=st.floats(0, 10), lost=st.floats(-1, 10), back=st.floats(-5, 20),
+    before=st.floats(0, 10), after=st.floats(0, 10),
+)  # fmt: skip
+def test_no_more_comes_back_than_was_lost(dense, lost, back, before, after):
+    text = CalibrationRecord(source="self", seed=0, sequences=1, sequence_length=2, bos=False, tokens_sha256="")
+    pruned = dense + lost
+    record = RecoveryRecord(
+        text=text, deciding_text=text, report_text=text, dense=LossesRecord(loss=dense, divergence=0),
+        pruned=LossesRecord(loss=pruned, divergence=before),
+        closed_form_losses=LossesRecord(loss=pruned - back, divergence=after),
+    )  # fmt: skip
+    assert record.nats_back is None or record.nats_back <= 1
+    assert record.divergence_left >= 0
+    assert record.summary
+
+
+@settings(max_examples=100, **LIMITS)
+@given(gone=removals)
+def test_every_removal_renumbers_the_rest_in_order(gone):
+    kept = kept_blocks(BLOCKS, gone)
+    assert sorted({*kept.blocks, *gone}) == list(range(BLOCKS))
+    assert list(kept.blocks) == sorted(kept.blocks)
+    assert [kept.below(block) for block in kept.blocks] == list(range(len(kept.blocks)))

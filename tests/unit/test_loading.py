@@ -1,0 +1,89 @@
+"""What is loaded: one set of weights for two models, the same settings for both, straight to the device."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import llama_config, save_model
+from families import tiny_config
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.surgery import loading
+from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.plugin_manager import load_plugins
+
+CPU = torch.device("cpu")
+
+
+def surgery_of(folder, removals=(1, 3)):
+    source = locate_model(str(folder), lambda event: None)
+    return plan_surgery(read_architecture(source, load_plugins(), lambda event: None), removals)
+
+
+def load_both(surgery, dtype=torch.float32):
+    dense = load_dense(surgery.architecture, dtype, CPU, lambda event: None)
+    return dense, load_pruned(surgery, dtype, CPU, lambda event: None, dense=dense)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gemma3_text", "gpt2", "opt", "mamba", "falcon_h1"])
+def test_the_pruned_model_shares_the_dense_ones_weights_and_equals_that_from_the_files(tmp_path, model_type):
+    surgery = surgery_of(save_model(tmp_path / "model", tiny_config(model_type)))
+    dense, pruned = load_both(surgery)
+    from_files = load_pruned(surgery, torch.float32, CPU, lambda event: None)
+    places = {tensor.data_ptr() for tensor in dense.state_dict().values()}
+    found, expected = pruned.state_dict(), from_files.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+        assert tensor.data_ptr() in places, name
+    ids = torch.randint(2, 300, (2, 12))
+    with torch.inference_mode():
+        assert torch.equal(pruned(ids, use_cache=False).logits, from_files(ids, use_cache=False).logits)
+
+
+def test_where_transformers_would_change_its_own_tensors_they_come_from_the_files(tmp_path, monkeypatch):
+    surgery = surgery_of(save_model(tmp_path / "model", llama_config(5)))
+    read, seen = loading._with_tensors, []
+
+    def doubling(surgery, tensors, *rest):
+        seen.append(len(tensors))
+        model = read(surgery, {name: tensor.clone() for name, tensor in tensors.items()}, *rest)
+        if len(seen) == 1:
+            model.model.norm.weight.data *= 2
+        return model
+
+    monkeypatch.setattr(loading, "_with_tensors", doubling)
+    dense, pruned = load_both(surgery)
+    assert len(seen) == 2
+    assert torch.equal(pruned.model.norm.weight, dense.model.norm.weight)
+
+
+def test_dense_pruned_and_checkpoint_generate_by_the_same_settings(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(5))
+    own = {"eos_token_id": [1, 9], "repetition_penalty": 1.3, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    assert run_sleb("apply", folder, "--blocks", "1,3", "-o", "out").exit_code == 0
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for model in (*load_both(surgery_of(folder)), written):
+        assert {key: getattr(model.generation_config, key) for key in own} == own
+
+
+def test_memory_that_ends_while_loading_is_no_verdict_about_the_files(run_sleb, tiny_llama, text_file, monkeypatch):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
+    result = run_sleb("eval", tiny_llama, "--perplexity", text_file)
+    assert result.exit_code == 7
+    assert f"{tiny_llama} does not fit into the memory of cpu in float32" in result.stderr
+    assert "--dtype" in result.stderr
+
+
+def test_a_folder_without_generation_settings_needs_none(tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(5))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    _, pruned = load_both(surgery_of(folder))
+    assert pruned.generation_config.eos_token_id == pruned.config.eos_token_id

@@ -1,0 +1,143 @@
+"""What is fitted, what decides and what is reported on: no document is in two of them."""
+
+import json
+from dataclasses import replace
+
+import datasets
+import pytest
+import torch
+
+from conftest import llama_config, prose, random_model, train_tokenizer
+from sleb_cli.engine.recovery.run import DECIDING, FITTED, REPORTED
+from sleb_cli.engine.text import calibration
+from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, generate_own_text, texts_sha256
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.sources import WHOLE, TextSplit, calibration_text, reference_calibration_text
+from sleb_plugins import DataError
+from sleb_plugins.errors import OutOfMemory
+
+SPLITS = (FITTED, DECIDING, REPORTED)
+
+
+def read(source, split, seed=0, tokens=10**6):
+    return calibration_text(str(source), tokens=tokens, seed=seed, split=split).content
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": [f"document {number} is about {number % 7}" for number in range(200)]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+
+
+def test_the_parts_are_the_whole():
+    assert [FITTED.begin, FITTED.end, DECIDING.end, REPORTED.end] == [0, DECIDING.begin, REPORTED.begin, 1]
+    for count in (1, 5, 9, 10, 11, 200):
+        rows = [row for split in SPLITS for row in split.rows(count)]
+        assert rows == list(range(count))
+
+
+def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(f"Paragraph {number}. " + prose(2, number) for number in range(100)))
+    parts = [read(tmp_path / "text.txt", split) for split in SPLITS]
+    assert "".join(parts) == (tmp_path / "text.txt").read_text()
+    assert [part.startswith("Paragraph") for part in parts] == [True] * 3
+    assert len(parts[0]) / len(parts[2]) == pytest.approx(7, rel=0.2)
+
+
+def test_documents_of_a_file_stay_whole(tmp_path):
+    documents = [f"{number}: " + "\n\n".join([prose(1, number)] * 5) for number in range(20)]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
+    parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
+    assert parts == ["\n\n".join(documents[:14]), "\n\n".join(documents[14:18]), "\n\n".join(documents[18:])]
+
+
+def test_a_file_of_few_documents_is_divided_all_the_same(tmp_path):
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": prose(60, n)}) for n in range(2)))
+    parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
+    assert all(parts)
+    assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
+
+
+def test_documents_of_a_data_set_are_in_the_same_part_whatever_the_seed(hub):
+    seen = {split: set() for split in SPLITS}
+    for split in SPLITS:
+        for seed in range(5):
+            seen[split] |= set(read("org/name", split, seed).split("\n\n"))
+    assert [len(found) for found in seen.values()] == [140, 40, 20]
+    assert not seen[FITTED] & (seen[DECIDING] | seen[REPORTED])
+    assert not seen[DECIDING] & seen[REPORTED]
+    assert seen[FITTED] != {f"document {number} is about {number % 7}" for number in range(140)}  # not by their order
+    rows = reference_calibration_text("c4-sleb", rows=500, seed=3, split=REPORTED).content
+    assert set(rows.replace(" document", "\ndocument").split("\n")) == seen[REPORTED]
+
+
+def test_lines_of_a_running_data_set_are_divided_in_their_order(hub):
+    parts = [read("wikitext2", split) for split in SPLITS]
+    assert "\n\n".join(parts) == read("wikitext2", WHOLE)
+
+
+def test_a_part_without_text_is_named(tmp_path):
+    (tmp_path / "text.txt").write_text("word " * 90)
+    with pytest.raises(DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"):
+        calibrate_splits(settings(tmp_path / "text.txt", 5, (1, 1, 1)), train_tokenizer(bos=False), lambda: None, print)
+
+
+def settings(source, samples, counts, length=32):
+    own = CalibrationSettings(str(source), parse_mixture(str(source)), samples, length, 0, None, samples_given=True)
+    return [replace(own, samples=count, split=split) for count, split in zip(counts, SPLITS, strict=True)]
+
+
+def test_a_mixture_is_generated_once_for_all_parts_and_its_texts_are_hashed(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(prose(400))
+    model, tokenizer = random_model(llama_config(2)), train_tokenizer(bos=False)
+    asked = []
+    written = calibration.generate_own_text
+    monkeypatch.setattr(
+        calibration,
+        "generate_own_text",
+        lambda model, tokenizer, own, **options: asked.append(own.samples) or written(model, tokenizer, own, **options),
+    )
+    splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
+    parts = calibrate_splits(splits, tokenizer, lambda: model, lambda event: None)
+    # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the largest remainder.
+    assert [len(part.sequences) for part in parts] == [14, 4, 2]
+    assert asked == [sum(part.settings.counts[1] for part in map(Draft, splits))]
+    rows = [tuple(row.tolist()) for part in parts for row in part.sequences]
+    assert len(set(rows)) == 20
+    found = texts_sha256(splits, tokenizer)
+    assert found == texts_sha256(splits, tokenizer)
+    (tmp_path / "text.txt").write_text(prose(400, seed=1))
+    assert texts_sha256(splits, tokenizer) != found
+    assert texts_sha256(settings("self", 20, (14, 4, 2)), tokenizer) == texts_sha256(
+        settings("self", 10, (7, 2, 1)), tokenizer
+    )
+
+
+class Draft:
+    def __init__(self, settings):
+        self.settings = settings
+
+
+def test_out_of_memory_fewer_sequences_are_generated_at_once(monkeypatch):
+    model, tokenizer = random_model(llama_config(2)), train_tokenizer(bos=False)
+    forward, events = model.forward, []
+
+    def short_of_memory(*args, **kwargs):
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", short_of_memory)
+    (own,) = settings("self", 8, (8, 0, 0))[:1]
+    found = generate_own_text(model, tokenizer, own, bos=False, notify=events.append)
+    assert found.shape == (8, 32)
+    told = [event.text for event in events if hasattr(event, "text")]
+    assert told == [f"Out of memory on cpu; generating {count} sequences at once." for count in (4, 2)]
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: short_of_memory(input_ids=range(9)))
+    with pytest.raises((torch.OutOfMemoryError, OutOfMemory)):
+        generate_own_text(model, tokenizer, own, bos=False, notify=events.append)
+
+
+def test_a_split_knows_its_rows_and_its_name():
+    assert TextSplit(0.5, 1).of("c4") == "c4 from 50% to 100%"
+    assert WHOLE.of("c4") == "c4"
