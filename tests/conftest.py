@@ -13,7 +13,8 @@ os.environ["COLUMNS"] = "120"
 import random
 import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import simulated_device
 from sleb_cli.__main__ import main
+from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows
@@ -79,6 +82,23 @@ def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         return Result(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., simulated_device.Backend]]:
+    """Make the simulated accelerator available as `--device sim`, here and in processes that the test starts."""
+    if reason := simulated_device.why_not():
+        pytest.skip(reason)
+    with ExitStack() as until_the_end, pytest.MonkeyPatch.context() as patch:
+
+        def start(**settings: Any) -> simulated_device.Backend:
+            like = simulated_device.Settings(**settings)
+            simulated_device.for_children(like, tmp_path_factory.mktemp("backend"), patch)
+            engine_device._has_float64.cache_clear()
+            return until_the_end.enter_context(simulated_device.simulate(like))
+
+        yield start
+    engine_device._has_float64.cache_clear()
 
 
 def prose(sentences: int, seed: int = 0) -> str:

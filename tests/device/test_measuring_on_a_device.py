@@ -1,0 +1,58 @@
+"""`sleb eval` and `sleb bench` on the simulated device."""
+
+import json
+
+import pytest
+
+from conftest import prose, save_model
+from families import tiny_config
+from sleb_cli.engine.measure import benchmark
+
+
+@pytest.fixture
+def evaluate(run_sleb, tmp_path):
+    (tmp_path / "test.txt").write_text(prose(60, seed=5))
+
+    def run(model, device, *options):
+        text = ["--perplexity", tmp_path / "test.txt", "--sequence-length", 32, "--batch-size", 3]
+        result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--device", device, "--json", "-q")
+        assert (result.exit_code, result.stderr) == (0, "")
+        data = json.loads(result.stdout)
+        assert data.pop("device") == device.partition(":")[0]
+        return data
+
+    return run
+
+
+@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, family, float64):
+    model = save_model(tmp_path / "dense", tiny_config(family))
+    expected = evaluate(model, "cpu")
+    simulate(float64=float64)
+    assert evaluate(model, "sim:1") == expected
+
+
+def run_bench(run_sleb, model, *options):
+    sizes = ["--batch-size", 2, "--prompt-length", 8, "--iterations", 2, "--warmup", 0, "--device", "sim:1"]
+    result = run_sleb("bench", model, *sizes, *options, "--json", "-q")
+    assert (result.exit_code, result.stderr) == (0, "")
+    data = json.loads(result.stdout)
+    assert (data["device"], data["processor"]) == ("sim", "Simulated device")
+    return data
+
+
+def test_both_workloads_are_timed_on_both_models(run_sleb, simulate, tiny_llama, monkeypatch):
+    simulate(float64=False)
+    monkeypatch.setattr(benchmark, "peak_memory_alone", lambda *arguments: None)
+    data = run_bench(run_sleb, tiny_llama, "--blocks", "1,2", "--new-tokens", 2)
+    assert [measured["workload"]["name"] for measured in data["workloads"]] == ["prompt", "generation"]
+    for measured in data["workloads"]:
+        assert [len(measured[name]["seconds"]) for name in ("dense", "pruned")] == [2, 2]
+
+
+def test_the_memory_is_the_devices(run_sleb, simulate, tiny_llama):
+    simulate(float64=False)
+    data = run_bench(run_sleb, tiny_llama, "--generation", "--new-tokens", 2)
+    beyond = data["workloads"][0]["dense"]["peak_memory_bytes"] - data["dense"]["weights_bytes"]
+    assert 10_000 < beyond < 500_000

@@ -1,0 +1,131 @@
+"""`sleb search` on the simulated device writes the plan that it writes on the CPU, to the last digit."""
+
+import json
+
+import pytest
+
+from conftest import calibration, save_model
+from families import tiny_config
+from sleb_cli.engine.search import run
+from sleb_cli.engine.search.journal import journal_of
+
+SEARCHES = {
+    "nll": (),
+    "kl": ("--metric", "kl"),
+    "cosine": ("--metric", "cosine"),
+    "angular": ("--metric", "angular"),
+    "taylor": ("--metric", "taylor"),
+    "magnitude": ("--metric", "magnitude"),
+    "a sum": ("--metric", "nll+0.5*kl"),
+    "a task": ("--metric", "task:tales.yaml:2"),
+    "refine": ("--strategy", "refine"),
+    "beam": ("--strategy", "beam", "--beam-width", 2),
+    "contiguous": ("--strategy", "contiguous"),
+    "contiguous cosine": ("--strategy", "contiguous", "--metric", "cosine"),
+    "oneshot": ("--strategy", "oneshot"),
+    "fast": ("--fast", "--batch-size", 1),
+    "held out": ("--holdout", 0.25),
+    "held out, fast": ("--holdout", 0.25, "--fast", "--batch-size", 1),
+    "own text": ("--calibration", "self:0.5,prose.txt:0.5"),
+    "a sample": ("--sample-tokens", 6),
+    "bfloat16": ("--dtype", "bfloat16"),
+    "float16": ("--dtype", "float16"),
+}
+
+
+@pytest.fixture
+def search(run_sleb, text_file, tmp_path):
+    """Search on a device, and return the plan without what may differ: the device, and the machine and its time."""
+    (tmp_path / "prose.txt").symlink_to(text_file)
+    write_task(tmp_path)
+
+    def run_search(model, device, *options, name=None, code=0):
+        given = ["--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--calibration", text_file]
+        remove = [] if "--remove" in options else ["--remove", 2]
+        path = tmp_path / f"{name or device.partition(':')[0]}.json"
+        command = ["search", model, *remove, *given, *options, "--device", device, "-o", path, "-q"]
+        result = run_sleb(*command)
+        assert result.exit_code == code, result.stderr
+        if code:
+            return None
+        assert result.stderr == ""
+        plan = json.loads(path.read_text())
+        assert plan["search"].pop("device") == device.partition(":")[0]
+        del plan["environment"]
+        return plan
+
+    return run_search
+
+
+def write_task(folder):
+    """Write a task of two choices, as lm-eval reads it."""
+    items = [{"text": f"the river {i}", "choices": [" stone bridge", " town"], "label": i % 2} for i in range(8)]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (folder / "tales.yaml").write_text(
+        f"task: tales\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'items.jsonl'}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{text}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: '{{label}}'\nmetric_list:\n  - metric: acc\n"
+    )
+
+
+@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
+def test_the_plan_is_the_cpus(search, simulate, tiny_llama, options):
+    expected = search(tiny_llama, "cpu", *options)
+    simulate(float64=False)
+    assert search(tiny_llama, "sim:1", *options) == expected
+
+
+@pytest.mark.parametrize("name", ["nll", "kl", "cosine", "taylor", "fast", "held out"])
+def test_the_plan_is_the_cpus_where_the_device_has_float64(search, simulate, tiny_llama, name):
+    expected = search(tiny_llama, "cpu", *SEARCHES[name])
+    simulate(float64=True)
+    assert search(tiny_llama, "sim", *SEARCHES[name]) == expected
+
+
+FAMILIES = ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"]  # the last is searched by whole passes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family):
+    model = save_model(tmp_path / family, tiny_config(family))
+    metrics = {metric: ("--metric", metric, "--remove", 1, "--force") for metric in ("nll", "taylor")}
+    expected = {metric: search(model, "cpu", *options) for metric, options in metrics.items()}
+    simulate(float64=False)
+    assert {metric: search(model, "sim:1", *options) for metric, options in metrics.items()} == expected
+
+
+def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):
+    simulate()
+    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "-q")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert (plan["search"]["device"], plan["environment"]["processor"]) == ("sim", "Simulated device")
+
+
+@pytest.mark.parametrize("options", [(), ("--fast",)])
+def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llama, tmp_path, monkeypatch, options):
+    options = [*options, "--batch-size", 1]
+    expected = search(tiny_llama, "cpu", *options)
+    simulate(float64=False)
+    path = tmp_path / "stopped.json"
+    stops = iter([None, KeyboardInterrupt()])
+
+    def step(*arguments):
+        if stop := next(stops):
+            raise stop
+        return real(*arguments)
+
+    real = run._step
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_step", step)
+        assert search(tiny_llama, "sim:1", *options, name="stopped", code=130) is None
+    assert journal_of(path).stat().st_size > 1000
+    assert search(tiny_llama, "sim:1", *options, "--resume", name="stopped") == expected
+    assert not journal_of(path).exists()
+
+
+def test_a_device_that_is_not_there(run_sleb, simulate, tiny_llama):
+    simulate()
+    result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2")
+    assert result.exit_code == 7
+    assert "There is no sim:2: this machine has 2 sim devices." in result.stderr

@@ -1,0 +1,219 @@
+"""The simulated device itself: it computes what the CPU computes, and refuses what a GPU refuses."""
+
+import copy
+import gc
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import llama_config, opt_config, random_model
+from families import tiny_config
+from simulated_device import BLOCK, Backend
+from sleb_cli.engine.device import choose_device
+
+MODES = {"with gradients": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    with MODES[request.param]():
+        yield
+
+
+@pytest.fixture
+def sim(simulate):
+    return simulate(memory=2**20)
+
+
+CONFIGS = {
+    "llama": llama_config,
+    "opt": opt_config,
+    "gemma3": lambda: tiny_config("gemma3_text"),
+    "mixtral": lambda: tiny_config("mixtral"),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return random_model(CONFIGS[request.param]())
+
+
+IDS = torch.arange(2, 34).reshape(2, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_and_gradients_are_the_cpus(simulate, model, dtype):
+    simulate()
+    model.to(dtype)
+
+    def measure(device):
+        model.zero_grad()
+        ids = IDS.to(device)
+        with torch.inference_mode():
+            written = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        output = model.to(device)(ids, labels=ids)
+        output.loss.backward()
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        return [tensor.clone() for tensor in (written, output.logits, *gradients)]
+
+    expected = measure("cpu")
+    model.to("sim:1")
+    found = measure("sim:1")
+    assert {str(tensor.device) for tensor in found} == {"sim:1"}
+    assert len(found) == len(expected) > 20
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+def ones(device="sim"):
+    return torch.ones(2, 4, device=device)
+
+
+MIXED = {
+    "a sum": lambda: ones() + ones("cpu"),
+    "two devices": lambda: ones("sim:0") + ones("sim:1"),
+    "a number of the device": lambda: ones("cpu") * ones().sum(),
+    "in place": lambda: ones("cpu").add_(ones()),
+    "a list": lambda: torch.cat([ones(), ones("cpu")]),
+    "a lookup": lambda: nn.functional.embedding(torch.tensor([0]), ones()),
+    "a linear layer": lambda: nn.Linear(4, 4).to("sim")(ones("cpu")),
+    "indices of the device": lambda: ones("cpu")[torch.tensor([0], device="sim")],
+    "gather": lambda: ones().gather(1, torch.zeros(2, 1, dtype=torch.long)),
+    "attention": lambda: nn.functional.scaled_dot_product_attention(ones()[None], ones()[None], ones("cpu")[None]),
+    "a generator": lambda: torch.randn(2, device="sim", generator=torch.Generator()),
+}
+
+
+@pytest.mark.parametrize("operation", MIXED.values(), ids=MIXED)
+def test_devices_do_not_mix(sim, mode, operation):
+    with pytest.raises(RuntimeError, match=r"Expected (all tensors to be on the same device|a 'sim' device type)"):
+        operation()
+
+
+NUMPY = {"numpy": lambda t: t.numpy(), "asarray": np.asarray, "array": np.array}
+
+
+@pytest.mark.parametrize("convert", NUMPY.values(), ids=NUMPY)
+def test_numpy_does_not_reach_it(sim, convert):
+    with pytest.raises(TypeError, match="can't convert sim:0 device type tensor to numpy"):
+        convert(ones())
+
+
+def test_numbers_and_indices_of_the_cpu_are_taken_as_by_a_gpu(sim, mode):
+    scaled = ones("sim:1") * torch.tensor(2.0)
+    scaled[torch.tensor([1])] = torch.tensor(5.0)
+    assert scaled.device == torch.device("sim:1")
+    assert scaled[torch.tensor([1, 0])].tolist() == [[5.0] * 4, [2.0] * 4]
+    assert (scaled.sum().item(), float(scaled[0, 0]), bool(scaled.sum() > 27)) == (28.0, 2.0, True)
+
+
+def test_a_copy_is_a_copy_and_a_view_is_a_view(sim, mode):
+    tensor = ones()
+    there = tensor.cpu()
+    tensor[0].zero_()
+    tensor.view(-1)[7] = 9
+    assert tensor.tolist() == [[0, 0, 0, 0], [1, 1, 1, 9]]
+    assert there.tolist() == [[1] * 4] * 2
+    assert tensor.to("sim:0") is tensor
+    assert tensor.to("sim:1").device.index == 1
+
+
+def test_a_module_keeps_its_parameters_and_can_be_copied(sim):
+    module = nn.Linear(4, 4)
+    own = module.weight
+    module.to("sim:1")
+    assert module.weight is own
+    copied = copy.deepcopy(module)
+    copied.weight.data.zero_()
+    copied.requires_grad_(False)
+    assert isinstance(copied.weight, nn.Parameter)
+    assert copied.weight.device == own.device == torch.device("sim:1")
+    assert own.requires_grad
+    assert own.abs().sum().item() > 0
+    assert copied(ones("sim:1")).tolist() == copied.bias.expand(2, 4).tolist()
+
+
+FLOAT64 = {
+    "made": lambda: torch.zeros(2, dtype=torch.float64, device="sim"),
+    "moved": lambda: torch.zeros(2, dtype=torch.float64).to("sim"),
+    "double": lambda: ones().double(),
+    "summed": lambda: ones().sum(dtype=torch.float64),
+    "from numbers": lambda: torch.tensor([1.0], dtype=torch.float64, device="sim"),
+}
+
+
+@pytest.mark.parametrize("operation", FLOAT64.values(), ids=FLOAT64)
+def test_it_may_have_no_float64(simulate, mode, operation):
+    simulate(float64=True)
+    assert operation().dtype is torch.float64
+    simulate(float64=False)
+    with pytest.raises(TypeError, match="doesn't support float64"):
+        operation()
+
+
+def test_memory_is_counted_by_storages_of_each_device(sim):
+    assert torch.get_device_module("sim") is sim
+    kept = torch.zeros(BLOCK, device="sim:1")
+    views = [kept.view(2, -1), kept.detach(), kept[3:]]
+    torch.zeros(4 * BLOCK, device="sim:1")
+    gc.collect()
+    assert (sim.memory_allocated(0), sim.memory_allocated("sim:1")) == (0, 4 * BLOCK)
+    assert (sim.max_memory_allocated(1), sim.memory_reserved(1)) == (20 * BLOCK, 20 * BLOCK)
+    assert sim.mem_get_info(torch.device("sim:1")) == (2**20 - 20 * BLOCK, 2**20)
+    sim.empty_cache()
+    sim.reset_peak_memory_stats(1)
+    assert (sim.max_memory_allocated(1), sim.mem_get_info(1)[0]) == (4 * BLOCK, 2**20 - 4 * BLOCK)
+    del kept, views
+    assert sim.memory_allocated(1) == 0
+    assert torch.ones(1, device="sim").numel() * BLOCK == sim.max_memory_allocated(0)
+
+
+def test_beyond_its_memory_it_raises_torchs_error(sim, mode):
+    kept = torch.zeros(2**17, device="sim")
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError, match="SIM out of memory"):
+            kept.clone() + kept.clone()
+        gc.collect()
+        assert sim.memory_allocated() == 2**19
+    del kept
+    assert torch.zeros(2**18 - BLOCK, device="sim").sum() == 0
+
+
+def test_it_draws_the_cpus_numbers_from_a_generator_of_its_own(sim, mode):
+    torch.manual_seed(5)
+    expected, later = torch.rand(3), torch.get_rng_state()
+    assert torch.equal(torch.rand(3, device="sim:1").cpu(), expected)
+    assert torch.equal(torch.get_rng_state(), later)
+    state = sim.get_rng_state(1)
+    first = torch.rand(3, device="sim:1").cpu()
+    sim.set_rng_state(state, 1)
+    assert torch.equal(torch.rand(3, device="sim:1").cpu(), first)
+    assert torch.equal(torch.rand(3, device="sim:0").cpu(), expected)
+
+
+def test_it_is_there_only_while_it_is_used(sim):
+    assert choose_device("auto").type == "sim"
+    sim.available = False
+    assert choose_device("auto").type != "sim"
+    assert not torch.accelerator.is_available()
+    assert torch.accelerator.device_count() == 0
+
+
+def test_a_process_that_a_test_starts_has_it_too(simulate):
+    simulate(memory=12345, float64=False)
+    code = "import torch; print(torch.sim.mem_get_info()[1], torch.sim.settings.float64, torch.ones(2, device='sim:1'))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (found.stdout, found.stderr) == ("12345 False tensor([1., 1.]) on sim:1\n", "")
+
+
+def test_it_has_what_torch_expects_of_a_backend(sim):
+    """The functions that the documentation of rename_privateuse1_backend names, and those of CUDA that sleb calls."""
+    for name in ("_is_in_bad_fork", "manual_seed_all", "get_rng_state", "set_rng_state", "synchronize", "empty_cache"):
+        assert callable(getattr(Backend, name))
+    with torch.random.fork_rng([0], device_type="sim"):
+        torch.rand(1, device="sim")
+    assert torch.equal(sim.get_rng_state(0), sim.get_rng_state(1))

@@ -1,0 +1,477 @@
+"""A simulated accelerator, "sim": two devices that compute what the CPU computes, and refuse what a GPU refuses.
+
+Each of its tensors wraps a tensor of the CPU, so its results are the CPU's, bit for bit. Like a GPU, each device has a
+memory and a random generator of its own, and raises an error if tensors of several devices meet, if numpy asks for its
+memory, or if that memory is full. Like Apple's, it may have no float64.
+
+PyTorch reserves the device type PrivateUse1 for backends that it does not know, and lets a process register one, once
+and for good. While nobody uses the simulated device (`simulate`), it reports that it is not available. In the process
+of a command that a test starts, it is available from the start if `for_children` prepared the environment.
+"""
+
+import atexit
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+
+KIND = "sim"
+DEVICES = 2
+BLOCK = 512
+"""Memory is allocated in multiples of so many bytes, as on CUDA."""
+
+_CPU = torch.device("cpu")
+_SETTINGS = "SIMULATED_DEVICE"
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a simulated device is like: the memory of each in bytes, and whether it has float64."""
+
+    memory: int = 2**33
+    float64: bool = True
+
+
+@dataclass
+class _Device:
+    """The state of one device. Its allocator keeps what was freed until it is told to empty its cache."""
+
+    allocated: int = 0
+    reserved: int = 0
+    peak: int = 0
+    rng: Tensor = field(default_factory=lambda: torch.Generator().manual_seed(0).get_state())
+
+    def allocate(self, size: int) -> None:
+        free = backend.settings.memory - self.allocated
+        if size > free:
+            backend.refuse(
+                torch.OutOfMemoryError(
+                    f"{KIND.upper()} out of memory. Tried to allocate {size} bytes; {free} are free."
+                )
+            )
+        self.allocated += size
+        self.reserved = max(self.reserved, self.allocated)
+        self.peak = max(self.peak, self.allocated)
+
+
+class _Allocation:
+    """The memory that one storage takes on its device; every tensor on the storage holds it."""
+
+    def __init__(self, device: _Device, size: int) -> None:
+        device.allocate(size)
+        self._device, self.size = device, size
+
+    def __del__(self) -> None:
+        if hasattr(self, "size"):  # otherwise there was no memory for it
+            self._device.allocated -= self.size
+
+
+class Backend:
+    """The module `torch.sim`, with the functions that `torch.cuda` has under these names."""
+
+    def __init__(self) -> None:
+        self.available = False
+        self.settings = Settings()
+        self.devices = [_Device() for _ in range(DEVICES)]
+        self._allocations: WeakValueDictionary[int, _Allocation] = WeakValueDictionary()
+        self._refused: list[Exception] | None = None
+
+    def refuse(self, error: Exception) -> None:
+        """Raise an error; in a backward pass, raise it at the end."""
+        if self._refused is None:
+            raise error
+        self._refused.append(error)
+
+    def run_backward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a backward pass. Torch would end the process if one of our operations raised an error in it."""
+        self._refused = refused = []
+        try:
+            result = run(*args, **kwargs)
+        finally:
+            self._refused = None
+        if refused:
+            raise refused[0]
+        return result
+
+    def allocation(self, payload: Tensor, device: torch.device) -> _Allocation:
+        """Return the allocation of a tensor's storage, made if this is the first tensor on it."""
+        storage = payload.untyped_storage()
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        found = self._allocations.get(storage._cdata)
+        if found is None or found.size < size:
+            found = self._allocations[storage._cdata] = _Allocation(self.of(device), size)
+        return found
+
+    def of(self, device: Any = None) -> _Device:
+        """Return the state of a device, given in any way that torch knows."""
+        index = device if isinstance(device, int) else torch.device(device or KIND).index
+        return self.devices[index or 0]
+
+    def is_available(self) -> bool:
+        return self.available
+
+    def is_initialized(self) -> bool:
+        return self.available
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return DEVICES if self.available else 0
+
+    def current_device(self) -> int:
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "Simulated device"
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def synchronize(self, device: Any = None) -> None:
+        self.of(device)
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return self.settings.memory - self.of(device).reserved, self.settings.memory
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return self.of(device).allocated
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.of(device).reserved
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        return self.of(device).peak
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        self.of(device).peak = self.of(device).allocated
+
+    def empty_cache(self) -> None:
+        for device in self.devices:
+            device.reserved = device.allocated
+
+    def manual_seed_all(self, seed: int) -> None:
+        for device in self.devices:
+            device.rng = torch.Generator().manual_seed(seed).get_state()
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return self.of(device).rng.clone()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        self.of(device).rng = state.clone()
+
+
+backend = Backend()
+
+
+class SimulatedTensor(Tensor):
+    """A tensor on a simulated device; `payload` holds its values on the CPU."""
+
+    payload: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, payload: Tensor, device: torch.device) -> "SimulatedTensor":
+        if payload.dtype is torch.float64 and not backend.settings.float64:
+            backend.refuse(
+                TypeError(
+                    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
+                    "Please use float32 instead."
+                )
+            )
+        made = Tensor._make_wrapper_subclass(
+            cls,
+            payload.size(),
+            strides=payload.stride(),
+            storage_offset=payload.storage_offset(),
+            dtype=payload.dtype,
+            device=device,
+        )
+        made.payload = payload
+        made._allocation = backend.allocation(payload, device)
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, **options: Any) -> str:
+        return f"{self.payload!r} on {self.device}"
+
+    # The rest is refused to every tensor that wraps another one, though a GPU's tensors can do it.
+
+    def tolist(self) -> Any:
+        return self.detach().cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.payload.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.payload.untyped_storage()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            made = SimulatedTensor(self.payload.clone(), self.device)
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(made) if is_parameter else made
+            memo[id(self)].requires_grad_(self.requires_grad)
+        return memo[id(self)]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError(
+                f"can't convert {self.device} device type tensor to numpy. "
+                "Use Tensor.cpu() to copy the tensor to host memory first."
+            )
+        return self.detach().cpu().numpy()
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        Tensor.data.__set__(self, value)
+        self.payload, self._allocation = value.payload, value._allocation
+
+
+def _placed(device: Any) -> torch.device:
+    device = torch.device(device)
+    return torch.device(device.type, device.index or 0) if device.type == KIND else device
+
+
+_ACROSS = {"aten::copy_", "aten::_to_copy"}
+_INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+_MOVING = {"aten::to", "aten::type_as", "aten::_to_cpu", "aten::_has_compatible_shallow_copy_type"}
+
+
+def _histc(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Count whole numbers too, as GPUs do; mixtures of experts ask them to."""
+    return torch.histc(values.float(), *args, **kwargs).to(values.dtype)
+
+
+_INSTEAD = {"aten::histc": _histc}
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the CPU, and return its result where a GPU would."""
+    name = func._schema.name
+    if name in _MOVING:  # in inference mode, torch hands them over whole; otherwise as a copy, or not at all
+        return func.decompose(*args, **kwargs)
+    tensors: list[Tensor] = []
+    _collect(args, tensors)
+    _collect(tuple(kwargs.values()), tensors)
+    if name not in _ACROSS:
+        _require_one_device(name, tensors)
+    mine = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
+    device = _placed(kwargs["device"]) if kwargs.get("device") is not None else mine[0].device
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": _CPU}
+    if kwargs.get("generator") is not None:
+        backend.refuse(RuntimeError(f"Expected a '{KIND}' device type for generator but found 'cpu'"))
+    draws = device.type == KIND and torch.Tag.nondeterministic_seeded in func.tags
+    # Views of tensors made outside inference mode are no inference tensors; to make none at all is simplest.
+    with torch.inference_mode(False), _generator_of(device) if draws else nullcontext():
+        compute = _INSTEAD.get(name, func)
+        result = compute(*_unwrapped(args), **{name: _unwrapped(value) for name, value in kwargs.items()})
+        return _wrapped(result, device, {id(tensor.payload): tensor for tensor in mine})
+
+
+def _collect(value: Any, tensors: list[Tensor]) -> None:
+    """Add the tensors among the arguments of an operation to a list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _collect(item, tensors)
+
+
+def _unwrapped(value: Any) -> Any:
+    if isinstance(value, SimulatedTensor):
+        return value.payload
+    if isinstance(value, list | tuple):
+        return type(value)(_unwrapped(item) for item in value)
+    return value
+
+
+def _wrapped(value: Any, device: torch.device, known: dict[int, SimulatedTensor]) -> Any:
+    """Wrap the tensors of a result; operations in place return the tensor that they were given."""
+    if isinstance(value, list | tuple):
+        return type(value)(_wrapped(item, device, known) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if (own := known.get(id(value))) is not None:
+        if own.shape != value.shape:  # the operation resized what it was to write to
+            own.data = SimulatedTensor(value, device)
+        return own
+    return SimulatedTensor(value, device) if device.type == KIND else value
+
+
+def _require_one_device(name: str, tensors: list[Tensor]) -> None:
+    """Raise torch's error if tensors of several devices meet; only numbers of the CPU may, and its indices."""
+    if name in _INDEXED and tensors[0].device.type == KIND:
+        tensors = [tensors[0], *(tensor for tensor in tensors[1:] if tensor.device.type != "cpu")]
+    devices = {str(tensor.device) for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"}
+    if len(devices) > 1:
+        backend.refuse(
+            RuntimeError(
+                f"Expected all tensors to be on the same device, but found at least two devices, "
+                f"{' and '.join(sorted(devices))}! (in {name})"
+            )
+        )
+
+
+@contextmanager
+def _generator_of(device: torch.device) -> Iterator[None]:
+    """Let a random operation draw from the generator of its device."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(backend.of(device).rng)
+    try:
+        yield
+    finally:
+        backend.of(device).rng = torch.get_rng_state()
+        torch.set_rng_state(before)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Compute attention by the kernel that the CPU would choose; torch chooses another for devices unknown to it."""
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _aten.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    states = [tensor.payload for tensor in (query, key, value)]
+    mask = None if attn_mask is None else attn_mask.payload
+    flash = torch._fused_sdp_choice(*states, mask, dropout_p, is_causal, **options) == 1
+    if not flash:
+        return _aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, **options)[
+            0
+        ]
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+    flashed = _aten._scaled_dot_product_flash_attention_for_cpu
+    return flashed(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+def _empty(size: Any, *strides: Any, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
+    """Make a tensor: what every other way of making one on a device leads to."""
+    with torch.inference_mode(False):
+        made = torch.empty_strided(size, *strides, dtype=dtype) if strides else torch.empty(size, dtype=dtype)
+        return SimulatedTensor(made, _placed(device or KIND))
+
+
+def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
+    _unwrapped(target).copy_(_unwrapped(source))
+    return target
+
+
+def _whole(name: str) -> Callable[..., Any]:
+    """Return a kernel that runs an operation as it is."""
+    base, _, overload = name.removeprefix("aten::").partition(".")
+    func = getattr(getattr(_aten, base), overload or "default")
+    return lambda *args, **kwargs: _run(func, args, kwargs)
+
+
+_ENGINE = torch.autograd._engine_run_backward
+_library: list[torch.library.Library] = []
+
+
+def register() -> None:
+    """Register the device with torch, unavailable until it is used."""
+    if _library:
+        return
+    backend_registration._setup_privateuseone_for_python_backend(KIND, backend_module=backend)
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("empty.memory_format", _empty, "PrivateUse1")
+    library.impl("empty_strided", _empty, "PrivateUse1")
+    library.impl("_copy_from", _copy_from, "PrivateUse1")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
+    # What the CPU computes by a kernel of its own, and torch would take apart for a device without one.
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("aten::") and has_kernel(name, "CompositeImplicitAutograd") and has_kernel(name, "CPU"):
+            library.impl(name, _whole(name), "PrivateUse1")
+    _library.append(library)  # its kernels last as long as it does
+
+
+@contextmanager
+def _parameters_stay() -> Iterator[None]:
+    """Let a module that moves to the device keep its parameters, as on a GPU, so that tied weights stay tied."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def why_not() -> str | None:
+    """Return why this process cannot simulate a device, or None if it can."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        return f"torch {torch.__version__} has no backends in Python"
+    if not _library and torch.accelerator.is_available():
+        return "this machine has a real accelerator, which a registered one would replace"
+    return None
+
+
+@contextmanager
+def simulate(settings: Settings) -> Iterator[Backend]:
+    """Make the devices available, empty and with these settings, while the body runs."""
+    register()
+    backend.settings, backend.available = settings, True
+    backend.devices[:] = [_Device() for _ in range(DEVICES)]
+    try:
+        # Torch starts a thread for each device that computes gradients, but takes ours to be a single one.
+        with (
+            torch.autograd.set_multithreading_enabled(False),
+            mock.patch.object(torch.autograd, "_engine_run_backward", partial(backend.run_backward, _ENGINE)),
+            _parameters_stay(),
+        ):
+            yield backend
+    finally:
+        backend.available = False
+
+
+def for_children(settings: Settings, folder: Path, patch: Any) -> None:
+    """Let every new process find the device, by the entry point through which torch loads backends.
+
+    Args:
+        settings: what the devices are like.
+        folder: an empty folder, for the description of a package.
+        patch: pytest's MonkeyPatch.
+    """
+    package = folder / "simulated_device-0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: simulated-device\nVersion: 0\n")
+    (package / "entry_points.txt").write_text("[torch.backends]\nsim = simulated_device:start\n")
+    patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+    patch.syspath_prepend(folder)  # processes that multiprocessing starts take over the path of this one
+    patch.setenv(_SETTINGS, json.dumps(asdict(settings)))
+
+
+def start() -> None:
+    """Make the devices available in this process until it ends, with the settings in the environment."""
+    lasting = ExitStack()
+    lasting.enter_context(simulate(Settings(**json.loads(os.environ[_SETTINGS]))))
+    atexit.register(lasting.close)
