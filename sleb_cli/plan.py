@@ -104,15 +104,29 @@ class TargetRecord(Record):
     workload: WorkloadName | None = None
 
 
+class MetricRecord(Record):
+    """What the scores of a metric depend on besides the model and the text.
+
+    `code` is a hash of the files that define its class and its bases, and `fingerprint` what the metric itself names.
+    """
+
+    package: str
+    version: str
+    code: str
+    fingerprint: str
+
+
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
 
-    `held_out` is the number of calibration sequences never searched on, and `holdout` their requested share.
+    `metrics` are the terms of `metric`, by name. `held_out` is the number of calibration sequences never searched on,
+    and `holdout` their requested share.
     """
 
     strategy: StrategyName
     beam_width: int | None = None
     metric: str
+    metrics: dict[str, MetricRecord] = Field(default_factory=dict)
     remove: int
     ratio: str | None
     target: TargetRecord | None = None

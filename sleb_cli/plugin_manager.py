@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
 
+from sleb_cli.plan import MetricRecord
 from sleb_plugins import (
     Exporter,
     FamilyAdapter,
@@ -25,7 +30,7 @@ from sleb_plugins import (
     hookspecs,
 )
 from sleb_plugins.errors import did_you_mean
-from sleb_plugins.metrics.weighted import Term, parse_terms, weighted_sum
+from sleb_plugins.metrics.weighted import Term, parse_terms, terms_of, weighted_sum
 
 GROUP = "sleb"
 
@@ -95,6 +100,15 @@ class Registry:
                 f"The metric {term.name!r} needs an argument.", hint=f"Write {term.name}:{metric.argument}."
             )
         return metric
+
+    def metric_records(self, text: str, metric: Metric) -> dict[str, MetricRecord]:
+        """Return what the scores of each term of `metric`, written as `text`, depend on.
+
+        Raises:
+            PluginError: the fingerprint of a metric is not a text.
+        """
+        plugins = [self._choose("metric", term.name).plugin for term in parse_terms(text)]
+        return {term.name: _metric_record(term, plugin) for term, plugin in zip(terms_of(metric), plugins, strict=True)}
 
     def exporter(self, name: str) -> Exporter | FileExporter:
         """Return an export format by name.
@@ -179,6 +193,28 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
                 raise TypeError(f"{hook} offers {value!r}, which is not a named {expected}")
             offers.append(Offer(kind, name, value, plugin))
     return offers
+
+
+def _metric_record(metric: Metric, plugin: Plugin) -> MetricRecord:
+    fingerprint: Any = metric.fingerprint()
+    if not isinstance(fingerprint, str):
+        raise PluginError(
+            f"The fingerprint of the metric {metric.name!r} is {fingerprint!r}, which is not a text.",
+            hint="Report it to the author of the metric.",
+        )
+    return MetricRecord(
+        package=plugin.package, version=plugin.version, code=_hash_of_code(type(metric)), fingerprint=fingerprint
+    )
+
+
+def _hash_of_code(kind: type) -> str:
+    """Hash the files that define a class and its bases, up to our own; a class may have none, as in a session."""
+    code = hashlib.sha256()
+    for base in kind.__mro__:
+        if base.__module__ not in ("builtins", "abc", Metric.__module__):
+            with suppress(OSError, TypeError):
+                code.update(Path(inspect.getfile(base)).read_bytes())
+    return code.hexdigest()[:12]
 
 
 def _collision(what: str, rivals: list[Offer]) -> PluginError:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +98,24 @@ def _run_tasks(
             fewshot_as_multiturn=True,
         )
     return results
+
+
+def task_fingerprint(manager: Any, name: str, limit: int) -> str:
+    """Return what the results of a loaded task depend on besides the model: lm-eval, its settings and its items."""
+    with _loading_data(name):
+        tasks = sorted(manager.load([name])["tasks"].items())
+        settings = [(task, loaded.dump_config()) for task, loaded in tasks]
+        items = [list(islice(loaded.eval_docs, limit)) for _, loaded in tasks]
+        examples = [list(loaded.fewshot_docs()) for _, loaded in tasks if loaded.get_config("num_fewshot")]
+    shots = ", ".join(sorted({f"{loaded.get_config('num_fewshot') or 0}-shot" for _, loaded in tasks}))
+    version = importlib.metadata.version("lm_eval")
+    return f"lm-eval {version}, {shots}, settings {_hash(settings)}, items {_hash([items, examples])}"
+
+
+def _hash(data: Iterable[Any]) -> str:
+    text = json.dumps(data, sort_keys=True, default=lambda value: type(value).__qualname__)
+    # A function whose source cannot be read is written with its address, which differs from run to run.
+    return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
 
 
 def _set_seeds() -> None:

@@ -34,6 +34,15 @@ class Metric(ABC):
         """
         raise UsageError(f"The metric {self.name!r} takes no argument, not {argument!r}.", hint=f"Write {self.name}.")
 
+    def fingerprint(self) -> str:
+        """Return a short text that differs whenever the same metric could score differently.
+
+        An interrupted search is resumed, and a plan extended, only while it stays the same; it is shown if it does not.
+        The version of the metric's package and the source of its class are compared anyway, so this is for all else:
+        data, settings, other packages. It is called once the argument is known, before any model is loaded.
+        """
+        return ""
+
 
 class LogitMetric(Metric):
     """Scores the tokens that the model predicts without the candidate block."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleb_plugins.errors import DataError, UsageError
-from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks
+from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks, task_fingerprint
 from sleb_plugins.metric import ModelMetric
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class TaskError(ModelMetric):
             name, folder = _name_in(Path(named)), Path(named).parent
             return TaskError(named, name, int(items), load_tasks([name], folder))
         return TaskError(named, named, int(items), load_tasks([named]))
+
+    def fingerprint(self) -> str:
+        """Return lm-eval's version, and hashes of the task's settings and items."""
+        return task_fingerprint(self._manager, self._task, self._items)
 
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""

@@ -73,6 +73,11 @@ def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
     )
 
 
+def terms_of(metric: Metric) -> list[Metric]:
+    """Return the metrics of a sum, in order; any other metric is its only term."""
+    return [term for _, term in metric.terms] if isinstance(metric, _Sum) else [metric]
+
+
 def require_shape(name: str, scores: Any, shape: Any) -> None:
     """Check that a metric returned one score for each position.
 
@@ -93,6 +98,10 @@ class _Sum(Metric):
     def __init__(self, terms: Sequence[tuple[float, Any]]) -> None:
         self.terms = terms
         self.name = "+".join(metric.name if weight == 1 else f"{weight:.12g}*{metric.name}" for weight, metric in terms)
+
+    def fingerprint(self) -> str:
+        """Return the fingerprints of all terms."""
+        return "; ".join(text for _, metric in self.terms if (text := metric.fingerprint()))
 
     def _sum(self, scores: Sequence[tuple[str, Any]], shape: Any) -> Any:
         """Add up the scores after checking their shapes: a wrong one would be broadcast."""

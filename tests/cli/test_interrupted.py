@@ -1,20 +1,26 @@
 """An interrupted search loses nothing, and ends with the very plan that it would have had."""
 
+import importlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from importlib.metadata import EntryPoint, entry_points
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import calibration
+from sleb_cli import plugin_manager
 from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.plan import read_plan
+from sleb_plugins import PluginError
 
 # Enough batches that there is a middle to stop in.
 LONG = ["--remove", "3", "--batch-size", "1"]
+FOUR = ["--remove", "4"]
 
 
 def plan_bytes(path):
@@ -201,6 +207,94 @@ def test_a_search_that_fails_before_anything_is_measured_leaves_nothing(run_sleb
     result = run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--memory", "1kB")
     assert result.exit_code == 7
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def acme(monkeypatch, tmp_path_factory):
+    """Return a function that installs a version of a plugin, whose metric multiplies the loss, in place of another."""
+    folder = tmp_path_factory.mktemp("acme")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def install(*, version="0.1", factor=1, data=""):
+        (folder / "acme_base.py").write_text(
+            "import sleb_plugins as sleb\nfrom torch.nn.functional import cross_entropy\n\n\n"
+            f"class Scaled(sleb.LogitMetric):\n    def score_tokens(self, logits, targets, dense_logits):\n"
+            f"        return {factor} * cross_entropy(logits, targets, reduction='none')\n"
+        )
+        (folder / "acme_metric.py").write_text(
+            f"import sleb_plugins as sleb\nfrom acme_base import Scaled\n\n\n"
+            f"class Loss(Scaled):\n    name = 'acme'\n\n    def fingerprint(self):\n        return {data!r}\n\n\n"
+            "@sleb.hookimpl\ndef sleb_metrics():\n    return [Loss()]\n"
+        )
+        for module in ("acme_base", "acme_metric"):
+            sys.modules.pop(module, None)
+        importlib.invalidate_caches()
+        package = SimpleNamespace(name="sleb-acme", version=version)
+        ours = EntryPoint("acme", "acme_metric", "sleb")._for(package)
+        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*entry_points(group=group), ours])
+
+    yield install
+    for module in ("acme_base", "acme_metric"):
+        sys.modules.pop(module, None)
+
+
+class TestMetricThatChanges:
+    """Scores of two versions of a metric are not comparable, so they never meet in one search or plan."""
+
+    @pytest.mark.parametrize("metric", ["acme", "nll+0.5*acme"])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"factor": -1}, "search.metrics.acme.code: "),
+            ({"version": "0.2"}, "search.metrics.acme.version: 0.2, not 0.1"),
+            ({"data": "words 2"}, "search.metrics.acme.fingerprint: words 2, not words 1"),
+        ],
+    )
+    def test_neither_resumed_nor_extended(
+        self, run_sleb, tiny_llama, text_file, tmp_path, acme, metric, change, message
+    ):
+        acme(data="words 1")
+        options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", metric, "-q"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "delete", lambda self: None)
+            assert run_sleb(*options).exit_code == 0
+        journal, plan = journal_of(tmp_path / "plan.json").read_bytes(), (tmp_path / "plan.json").read_bytes()
+        acme(**{"data": "words 1", **change})
+        for command in (
+            [*options, "--resume", "--force"],
+            ["search", tiny_llama, "--extend", "plan.json", *FOUR, "--force"],
+        ):
+            result = run_sleb(*command)
+            assert result.exit_code == 3, result.stderr
+            assert message in result.stderr
+            assert "seed" not in result.stderr
+        assert journal_of(tmp_path / "plan.json").read_bytes() == journal
+        assert (tmp_path / "plan.json").read_bytes() == plan
+
+    def test_one_that_does_not_change_goes_on(self, run_sleb, tiny_llama, text_file, tmp_path, acme):
+        acme()
+        options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", "acme", "-q"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "delete", lambda self: None)
+            assert run_sleb(*options).exit_code == 0
+        acme()
+        assert run_sleb(*options, "--resume", "--force").exit_code == 0
+        assert read_plan(tmp_path / "plan.json").search.metrics["acme"].package == "sleb-acme"
+        assert run_sleb("search", tiny_llama, "--extend", "plan.json", *FOUR, "-q").exit_code == 0
+
+    def test_another_version_of_sleb_extends_a_plan_of_its_own_metrics(self, run_sleb, tiny_llama, text_file, tmp_path):
+        assert run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "-q").exit_code == 0
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        plan["search"]["metrics"]["nll"] |= {"version": "0.0.1", "code": "another"}
+        (tmp_path / "plan.json").write_text(json.dumps(plan))
+        assert run_sleb("search", tiny_llama, "--extend", "plan.json", *FOUR, "-q").exit_code == 0
+
+    def test_a_fingerprint_that_is_no_text_is_the_plugins_fault(self, run_sleb, tiny_llama, text_file, acme):
+        acme(data=7)
+        result = run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--metric", "acme")
+        assert result.exit_code == PluginError.exit_code
+        assert "The fingerprint of the metric 'acme' is 7, which is not a text" in result.stderr
 
 
 class TestExtend:

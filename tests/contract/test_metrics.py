@@ -1,5 +1,6 @@
 """All four kinds of metric, in a real search, against arithmetic of our own."""
 
+import importlib.metadata
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.search.journal import Journal
 from sleb_plugins import metrics
 from sleb_plugins.metrics.weighted import parse_terms
 
@@ -273,6 +275,15 @@ def test_a_metric_that_cannot_be_read_is_refused(search, tmp_path, text, message
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sum_depends_on_what_its_terms_do(monkeypatch):
+    monkeypatch.setattr(Loss, "fingerprint", lambda self: "words 2")
+    registry = plugin_manager.load_plugins()
+    assert registry.metric("loss+0.5*loss").fingerprint() == "words 2; words 2"
+    assert registry.metric("nll+0.5*kl").fingerprint() == ""
+    records = registry.metric_records("2*loss+nan", registry.metric("2*loss+nan"))
+    assert [(name, record.fingerprint) for name, record in records.items()] == [("loss", "words 2"), ("nan", "")]
+
+
 class TestTask:
     @pytest.fixture(autouse=True)
     def _task(self, tmp_path):
@@ -308,6 +319,42 @@ class TestTask:
             wrong = [likelihood(i["q"], i["a"][1]) <= likelihood(i["q"], i["a"][0]) for i in self.items[:9]]
             assert score == pytest.approx(sum(wrong) / 9)
         assert "%|" not in result.stderr
+
+    @pytest.mark.parametrize("change", ["a setting", "an item", "lm-eval", "nothing"])
+    def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch, change):
+        task, items = tmp_path / "mine.yaml", tmp_path / "items.jsonl"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "delete", lambda self: None)
+            plan_of(search("task:mine.yaml:9", "--remove", 1))
+        if change == "a setting":
+            task.write_text(task.read_text().replace("{{q}}", "Q: {{q}}"))
+        elif change == "an item":
+            items.write_text(items.read_text().replace('"gold": 1', '"gold": 0', 1))
+        elif change == "lm-eval":
+            version = importlib.metadata.version
+            monkeypatch.setattr(
+                "importlib.metadata.version", lambda name: "9.9" if name == "lm_eval" else version(name)
+            )
+        result = search("task:mine.yaml:9", "--remove", 1, "--resume")
+        if change == "nothing":
+            assert "Continuing with the" in result.stderr
+            return
+        assert result.exit_code == 3, result.stderr
+        told = re.search(r"search.metrics.task:mine.yaml:9.fingerprint: (.*), not (.*)\)", result.stderr)
+        parts = [text.split(", ") for text in told.groups()]
+        differing = [new.split()[0] for new, old in zip(*parts, strict=True) if new != old]
+        assert differing == [{"a setting": "settings", "an item": "items"}.get(change, change)]
+
+    def test_an_item_that_is_not_run_may_change(self, tmp_path):
+        def fingerprint(items):
+            return metrics.TaskError().with_argument(f"{tmp_path / 'mine.yaml'}:{items}").fingerprint()
+
+        before = fingerprint(9), fingerprint(12)
+        *lines, last = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "items.jsonl").write_text("".join([*lines, last.replace('"gold": 1', '"gold": 0')]))
+        after = fingerprint(9), fingerprint(12)
+        assert before[0] == after[0]
+        assert before[1] != after[1]
 
     @pytest.mark.parametrize(
         ("metric", "message"),

@@ -144,7 +144,7 @@ class Journal:
                 if found := differences(search, document):
                     raise PlanError(
                         f"{self.path} belongs to another search ({found}).",
-                        hint="Use the same model, data and settings, or start over with --force.",
+                        hint="Use the same model, data, metric and settings, or start over with --force.",
                     )
             else:
                 key = self._key(document["removed"], document["block"], document["batch"])

@@ -20,7 +20,7 @@ from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_model
 from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, CalibrationSettings, resolve_calibration
 from sleb_cli.events import Notice, Notify
-from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plan import MetricRecord, Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import (
     AUTO,
@@ -45,6 +45,7 @@ class ResolvedSearch:
     extended: Plan | None
     architecture: Architecture
     metric: Metric
+    metrics: dict[str, MetricRecord]
     strategy_name: StrategyName
     calibration: CalibrationSettings
     context: SearchContext
@@ -106,6 +107,7 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         extended=extended,
         architecture=architecture,
         metric=metric,
+        metrics=registry.metric_records(str(request.metric), metric),
         strategy_name=strategy,
         calibration=resolve_calibration(request, architecture, chat=request.chat),
         context=context,

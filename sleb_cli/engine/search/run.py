@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -41,6 +41,7 @@ from sleb_cli.events import (
 from sleb_cli.plan import (
     DenseRecord,
     Engine,
+    MetricRecord,
     Plan,
     SampleGeneration,
     SearchRecord,
@@ -142,6 +143,7 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
     found |= {"dtype": dtype_name(resolved.context.dtype), "protect": resolved.context.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
+    found["metrics"], expected["metrics"] = _across_versions(resolved.metrics), _across_versions(plan.search.metrics)
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -149,8 +151,17 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     if differing:
         raise PlanError(
             f"This search cannot continue from {request.extend} ({differing}).",
-            hint="Leave out these options, so that the plan sets them, and name the text it was calibrated on.",
+            hint="Leave out these options, so that the plan sets them, name the text it was calibrated on, and use the "
+            "same version of the metric.",
         )
+
+
+def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
+    """Return the records of metrics as another version of sleb can extend them: without the code of its own ones."""
+    return {
+        name: record.model_dump(exclude={"version", "code"} if record.package == "sleb" else None)
+        for name, record in metrics.items()
+    }
 
 
 def _search(
@@ -206,6 +217,7 @@ def _search_record(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, r
         strategy=resolved.strategy_name,
         beam_width=resolved.beam_width if resolved.strategy_name == "beam" else None,
         metric=metric.name,
+        metrics=resolved.metrics,
         remove=resolved.remove,
         ratio=None if request.ratio is None else str(request.ratio),
         protect_first=resolved.context.protection.first,
