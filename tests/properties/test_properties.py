@@ -1,4 +1,4 @@
-"""What holds for every set of blocks in random tiny models: any data type, the first and the last block included."""
+"""What holds for every set of blocks in random tiny models: any data type and device, first and last block included."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import simulated_device
 from conftest import save_model
 from families import tiny_config
+from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
@@ -23,11 +25,12 @@ from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.plan import CalibrationRecord, LossesRecord, RecoveryRecord
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import ApplyRequest
 from sleb_plugins.config_keys import kept_blocks
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 CPU = torch.device("cpu")
 BLOCKS = 6
@@ -83,6 +86,35 @@ def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dty
             found = model(input_ids=ids, use_cache=False).logits
             tolerance = 0 if dtype is torch.float32 else 2.0**-6 * float(skipped.abs().max())
             torch.testing.assert_close(found, skipped, atol=tolerance, rtol=0)
+
+
+@settings(max_examples=16, **LIMITS)
+@given(
+    model_type=st.sampled_from(["llama", "opt", "gemma2", "mixtral"]), dtype=dtypes, gone=removals,
+    seed=st.integers(0, 99), float64=st.booleans(), device=st.sampled_from(["sim:0", "sim:1"]),
+)  # fmt: skip
+def test_every_device_has_the_cpus_numbers(models, model_type, dtype, gone, seed, float64, device):
+    architecture, ids = models(model_type, dtype), tokens(seed)
+    surgery = plan_surgery(architecture, gone)
+    expected = all_about(surgery, dtype, CPU, ids)
+    with simulated_device.simulate(simulated_device.Settings(float64=float64)):
+        found = all_about(surgery, dtype, torch.device(device), ids)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def all_about(surgery: Surgery, dtype: torch.dtype, device: torch.device, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Return the logits of the pruned model, its loss and divergence, and the scores of every candidate."""
+    architecture = surgery.architecture
+    dense = load_dense(architecture, dtype, device, lambda event: None)
+    pruned = load_pruned(surgery, dtype, device, lambda event: None, dense=dense)
+    ids = ids.to(device)
+    with torch.inference_mode(), SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
+        passes, _ = prepare_passes(skippable, ids, lambda event: None, memory="1GB")
+        scores = dict(passes.scores(NegativeLogLikelihood(), 0, (), list(range(BLOCKS))))
+        compared = losses(Variant(skippable, surgery.removals), Variant(skippable), ids)
+        logits = pruned(input_ids=ids, use_cache=False).logits.cpu()
+    return [logits, torch.tensor(compared), torch.tensor([scores[block] for block in range(BLOCKS)])]
 
 
 @contextlib.contextmanager

@@ -233,17 +233,17 @@ class Passes:
         Raises:
             OutOfMemory: the parts are as small as they can be.
         """
-        found: dict[K, list[float]] | None = None
-        while found is None:
+        found: list[dict[K, list[float]]] = []
+        while not found:
             with self._smaller_pieces():
                 gathered: defaultdict[K, list[float]] = defaultdict(list)
                 for part in self._parts(batch):
                     for key, scores in self._watch(part.ids, removed, candidates, start()):
                         gathered[key] += scores
-                found = gathered
-            if found is None:
+                found.append(gathered)
+            if not found:
                 free_memory()
-        return found
+        return found[0]
 
     def _watch(
         self, ids: Tensor, removed: Sequence[int], candidates: Sequence[int], listen: Listener[K]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sleb_cli.atomic import require_new_file
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.resolve import can_race, resolve_search
 from sleb_cli.engine.search.run import SearchInputs, run_search
@@ -56,6 +57,7 @@ def compare_removals(request: SearchRequest, registry: Registry, notify: Notify)
     model()  # loaded now, so that the first search's time does not include it
     for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):
         notify(Notice(f"{number} of {len(entries)}: {entry}"))
+        free_memory()  # each search takes a share of what is free, which the last one's states are not yet
         started = time.monotonic()
         plan = run_search(search, inputs, registry, notify_once)
         found.append((entry, plan, time.monotonic() - started))
