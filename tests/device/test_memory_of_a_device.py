@@ -58,7 +58,7 @@ def test_out_of_memory_it_goes_on_with_smaller_pieces_to_the_same_plan(search, n
     assert found == plan
 
 
-@pytest.mark.parametrize("metric", ["nll", "kl", "cosine", "taylor"])
+@pytest.mark.parametrize("metric", ["nll", "taylor"])
 def test_whatever_the_memory_it_is_the_same_plan_or_one_sentence(search, simulate, metric):
     backend = simulate()
     _, expected = search("sim", "--metric", metric, "--batch-size", 8)
@@ -81,7 +81,7 @@ def test_wherever_the_check_of_the_engine_runs_out_of_memory_the_error_is_ours(s
     ids = torch.arange(2, 130, device="sim").reshape(2, 64)
     outcomes = set()
     with torch.inference_mode(), SkippableModel(model, list(model.model.layers)) as skippable:
-        for free in range(100_000, 1_200_000, 50_000):
+        for free in range(200_000, 1_200_000, 100_000):
             gc.collect()
             backend.settings = replace(backend.settings, memory=backend.memory_allocated() + free)
             try:
