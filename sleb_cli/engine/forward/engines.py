@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import States
@@ -35,16 +36,24 @@ def _why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     blocks = list(range(count)) if count <= 2 * CHECKED_CANDIDATES else blocks
     checked = min(CHECKED_POSITIONS, ids.shape[1])
     parts = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
+    too_large = f"{len(ids)} sequences of {ids.shape[1]} tokens do not fit into the memory of {ids.device}."
+    hint = "Use a smaller --batch-size or --sequence-length, or --device cpu."
     try:
-        for block, hidden in fork(skippable, ids, (), blocks, States()):
-            if hidden.shape[:2] != ids.shape:
-                return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
-            forked = torch.cat([skippable.head(hidden[:, part], ids[:, part]) for part in parts], dim=1)
-            plain = skippable.logits(ids, {block}, last=CHECKED_POSITIONS)
-            if not same_numbers(plain[:, -CHECKED_POSITIONS:], forked):
-                return f"without block {block}, the fork's logits differ from those of the whole model"
+        with translate_out_of_memory(too_large, hint):
+            return _difference(skippable, ids, blocks, parts)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")
+
+
+def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int], parts: list[slice]) -> str | None:
+    """Return where the logits of the fork, on these parts of the last positions, are not those of whole passes."""
+    for block, hidden in fork(skippable, ids, (), blocks, States()):
+        if hidden.shape[:2] != ids.shape:
+            return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
+        forked = torch.cat([skippable.head(hidden[:, part], ids[:, part]) for part in parts], dim=1)
+        plain = skippable.logits(ids, {block}, last=CHECKED_POSITIONS)
+        if not same_numbers(plain[:, -CHECKED_POSITIONS:], forked):
+            return f"without block {block}, the fork's logits differ from those of the whole model"
     return None
 
 

@@ -1,0 +1,121 @@
+"""What `sleb` does where the memory of a device does not suffice: smaller pieces and the same plan, or a sentence."""
+
+import gc
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import calibration, llama_config, random_model
+from sleb_cli.engine.device import OutOfMemory
+from sleb_cli.engine.forward.engines import choose_engine
+from sleb_cli.engine.forward.skipping import SkippableModel
+
+SMALLEST = 2**18
+"""Too little even for the weights of the tiny Llama, of which there are 328,704 bytes with their padding."""
+
+
+@pytest.fixture
+def search(run_sleb, tiny_llama, text_file, tmp_path):
+    """Search on a device; return the result, and the plan without what may differ."""
+
+    def run(device, *options):
+        command = ["search", tiny_llama, "--remove", 2, *calibration(text_file, 8, 32), "--sample-tokens", 1]
+        result = run_sleb(*command, "--device", device, *options, "--force", "-o", "plan.json")
+        gc.collect()
+        if result.exit_code:
+            return result, None
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        plan["search"].pop("device")
+        del plan["environment"]
+        return result, plan
+
+    return run
+
+
+@pytest.fixture
+def needed(search, simulate):
+    """Search with plenty of memory; return the plan, and a function that limits memory to a share of the peak."""
+    backend = simulate()
+    _, plan = search("sim")
+    peak = backend.max_memory_allocated()
+
+    def limit(share):
+        backend.empty_cache()
+        backend.settings = replace(backend.settings, memory=int(share * peak))
+
+    return plan, limit
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5])
+def test_out_of_memory_it_goes_on_with_smaller_pieces_to_the_same_plan(search, needed, share):
+    plan, limit = needed
+    limit(share)
+    result, found = search("sim", "--memory", "1GB", "--batch-size", 8)
+    assert result.exit_code == 0, result.stderr
+    assert "Out of memory on sim:0; continuing with" in result.stderr
+    assert found == plan
+
+
+@pytest.mark.parametrize("metric", ["nll", "taylor"])
+def test_whatever_the_memory_it_is_the_same_plan_or_one_sentence(search, simulate, metric):
+    backend = simulate()
+    _, expected = search("sim", "--metric", metric, "--batch-size", 8)
+    peak, codes = backend.max_memory_allocated(), []
+    for share in (0.5, 0.25, 0.1):
+        backend.empty_cache()
+        backend.settings = replace(backend.settings, memory=int(share * peak))
+        result, plan = search("sim", "--metric", metric, "--batch-size", 8, "--memory", "1GB")
+        codes.append(result.exit_code)
+        if plan:
+            assert plan["removals"] == expected["removals"]
+        else:
+            assert (result.exit_code, result.stderr.count("error: "), "memory" in result.stderr) == (7, 1, True)
+    assert codes[-1] == 7
+
+
+def test_wherever_the_check_of_the_engine_runs_out_of_memory_the_error_is_ours(simulate):
+    backend = simulate()
+    model = random_model(llama_config()).to("sim")
+    ids = torch.arange(2, 130, device="sim").reshape(2, 64)
+    outcomes = set()
+    with torch.inference_mode(), SkippableModel(model, list(model.model.layers)) as skippable:
+        for free in range(200_000, 1_200_000, 100_000):
+            gc.collect()
+            backend.settings = replace(backend.settings, memory=backend.memory_allocated() + free)
+            try:
+                outcomes.add(choose_engine(skippable, ids)[0])
+            except OutOfMemory:
+                outcomes.add("out of memory")
+    assert outcomes == {"fork", "out of memory"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("search", "--remove", 1),
+        ("eval", "--perplexity", "test.txt", "--sequence-length", 32),
+        ("bench", "--prompt", "--prompt-length", 8, "--iterations", 1, "--warmup", 0),
+        ("apply", "--blocks", "2", "--recover", "--samples", 8, "--sequence-length", 32, "-o", "out"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_that_does_not_fit_is_one_sentence(run_sleb, simulate, tiny_llama, text_file, tmp_path, command):
+    simulate(memory=SMALLEST)
+    (tmp_path / "test.txt").write_text(text_file.read_text())
+    calibrated = ["--calibration", text_file] if command[0] in ("search", "apply") else []
+    result = run_sleb(command[0], tiny_llama, *command[1:], *calibrated, "--device", "sim:1")
+    assert result.exit_code == 7, result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "memory" in result.stderr
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_memory_that_torch_holds_unused_counts_as_free(search, simulate):
+    backend = simulate()
+    _, plan = search("sim")
+    backend.settings = replace(backend.settings, memory=backend.memory_reserved())
+    assert backend.mem_get_info()[0] == 0
+    result, found = search("sim")
+    assert (result.exit_code, found["removals"]) == (0, plan["removals"])

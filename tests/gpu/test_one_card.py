@@ -1,0 +1,166 @@
+"""What a machine with a real accelerator can show, in ten minutes: `pytest -m gpu -n0 -s`. See docs/gpu.md.
+
+The same tests run on the simulated device, on a tiny model, in every run of the suite: so they cannot rot.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import calibration_sequences
+from reference import plain_loss
+from sleb_cli.engine.device import choose_device
+
+REAL = pytest.param("real", marks=pytest.mark.gpu)
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device and what to run on it: a model, the sequences to calibrate on, and whether its times mean anything."""
+
+    device: torch.device
+    model: Path
+    samples: int
+    length: int
+    is_real: bool
+
+    @property
+    def backend(self) -> Any:
+        return torch.get_device_module(self.device.type)
+
+
+@pytest.fixture(params=[REAL, "simulated"])
+def card(request, tiny_llama):
+    if request.param == "simulated":
+        request.getfixturevalue("simulate")(memory=2**30)
+        return Card(torch.device("sim:1"), tiny_llama, samples=8, length=16, is_real=False)
+    device = choose_device("auto")
+    if device.type == "cpu":
+        pytest.skip("this machine has no accelerator that torch can use")
+    return Card(device, request.getfixturevalue("smollm2"), samples=16, length=256, is_real=True)
+
+
+@pytest.fixture
+def run(run_sleb, card, text_file, capfd):
+    """Run a command on the card; return what it printed as JSON, and the seconds it took."""
+
+    def run_command(verb, *options, device=None, model=None):
+        sizes = ["--samples", card.samples, "--sequence-length", card.length] if verb in ("search", "apply") else []
+        text = ["--calibration", text_file] if sizes else []
+        words = [verb, model or card.model, *text, *sizes, *options, "--device", device or card.device]
+        start = time.perf_counter()
+        result = run_sleb(*words, "--json", "-q")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout), time.perf_counter() - start
+
+    return run_command
+
+
+@pytest.fixture
+def show(capfd):
+    """Print a figure, whatever pytest captures."""
+
+    def print_line(line):
+        with capfd.disabled():
+            print(f"\n  {line}", end="")
+
+    return print_line
+
+
+def search(run, *options, remove=2, **where):
+    return run("search", "--remove", remove, "--sample-tokens", 4, *options, "--force", **where)
+
+
+@pytest.mark.parametrize("dense", ["tiny", "card's"])
+def test_in_float32_it_finds_the_cpus_blocks(run, card, tiny_llama, dense):
+    model = tiny_llama if dense == "tiny" else card.model
+    there, _ = search(run, "--dtype", "float32", model=model)
+    here, _ = search(run, "--dtype", "float32", model=model, device="cpu")
+    assert there["removals"] == here["removals"]
+    assert there["dense"]["loss"] == pytest.approx(here["dense"]["loss"], rel=1e-4)
+    for one, other in zip(there["steps"], here["steps"], strict=True):
+        assert one["score"] == pytest.approx(other["score"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_it_finishes(run, card, show, dtype):
+    plan, seconds = search(run, "--dtype", dtype)
+    assert len(set(plan["removals"])) == 2
+    assert all(math.isfinite(step["perplexity"]) for step in plan["steps"])
+    show(f"{dtype}: removed {plan['removals']} in {seconds:.1f} s")
+
+
+def test_a_race_finds_what_the_exact_search_finds(run, card):
+    exact, _ = search(run, "--dtype", "float32", "--batch-size", 1)
+    raced, _ = search(run, "--dtype", "float32", "--batch-size", 1, "--fast")
+    assert raced["removals"] == exact["removals"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_search_keeps_to_its_memory(run, card, show, dtype):
+    allowed = 2 * 10**9 if card.is_real else 16 * 10**6
+    card.backend.empty_cache()
+    card.backend.reset_peak_memory_stats(card.device)
+    search(run, "--dtype", dtype, "--memory", f"{allowed // 10**6}MB")
+    peak = card.backend.max_memory_allocated(card.device)
+    parameters = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(card.model).parameters())
+    weights = parameters * (4 if dtype == "float32" else 2)
+    show(f"{dtype}: {(peak - weights) / 1e6:.1f} MB beside the model, of {allowed / 1e6:.0f} allowed")
+    assert peak > weights
+    assert peak <= 1.05 * weights + allowed
+
+
+def test_recovered_and_healed_it_comes_nearer_to_the_dense_model(run, card, show, tmp_path):
+    tokens = 65536 if card.is_real else 1024
+    options = ["--blocks", "2,3", "--recover", "--heal", "--heal-tokens", tokens, "-o", tmp_path / "out"]
+    data, seconds = run("apply", *options)
+    recovery = data["recovery"]
+    show(f"recovered and healed in {seconds:.1f} s")
+    if card.is_real:
+        assert recovery["recovered"]["divergence"] < recovery["pruned"]["divergence"]
+
+
+def test_the_speedup_is_measured_beside_its_bounds(run, card, show):
+    few = [] if card.is_real else ["--batch-size", 1, "--prompt-length", 8, "--new-tokens", 2, "--iterations", 1]
+    data, _ = run("bench", "--blocks", "2,3", *few, *([] if card.is_real else ["--warmup", 0, "--prompt"]))
+    dense, pruned = data["dense"], data["pruned"]
+    bound = dense["weights_bytes"] / pruned["weights_bytes"]
+    head = AutoModelForCausalLM.from_pretrained(card.model)
+    table = head.get_input_embeddings().weight.numel()
+    # Each parameter of a matrix takes two operations a token; the table of embeddings is only looked up.
+    tied = head.config.tie_word_embeddings
+    flops = (dense["parameters"] - (0 if tied else table)) / (pruned["parameters"] - (0 if tied else table))
+    for measured in data["workloads"]:
+        name, speedup = measured["workload"]["name"], measured["speedup"]
+        show(f"{name}: {speedup:.3f} times as fast; at most {flops:.3f} by FLOPs, {bound:.3f} by bytes of weights")
+        assert speedup > 0
+
+
+@torch.inference_mode()
+def test_the_search_is_faster_than_the_plain_algorithm(run, card, text_file, show):
+    plan, seconds = search(run, "--dtype", "float32", remove=1)
+    model = AutoModelForCausalLM.from_pretrained(card.model, dtype=torch.float32).to(card.device).eval()
+    sequences = calibration_sequences(card.model, text_file, card.samples, card.length).to(card.device)
+    candidates = sorted(map(int, plan["steps"][0]["scores"]))
+    start = time.perf_counter()
+    losses = {block: plain_loss(model, model.model.layers, sequences, {block}) for block in candidates[:4]}
+    plain_seconds = (time.perf_counter() - start) * len(candidates) / len(losses)
+    for block, loss in losses.items():
+        assert plan["steps"][0]["scores"][str(block)] == pytest.approx(loss, rel=1e-3)
+    tokens = sequences.numel() * len(candidates)
+    whole = f"search {tokens / seconds:.0f} tokens/s with loading and its sample"
+    show(f"{whole}; plain algorithm {tokens / plain_seconds:.0f} tokens/s of {candidates[:4]}, without")
+
+
+def test_the_second_card_finds_the_same(run, card):
+    if card.backend.device_count() < 2:
+        pytest.skip("this machine has one accelerator")
+    first, second = (search(run, device=f"{card.device.type}:{index}")[0] for index in (0, 1))
+    assert first["removals"] == second["removals"]
