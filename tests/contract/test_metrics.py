@@ -21,7 +21,7 @@ from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.journal import Journal
-from sleb_plugins import metrics
+from sleb_plugins import MachineError, metrics
 from sleb_plugins.metrics.weighted import parse_terms
 
 
@@ -184,6 +184,30 @@ def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(m
     for block, gradients in found.items():
         for name, parameter in model.model.layers[block].named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("depths", [5, 6, 7])
+def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
+    """States of fewer depths are kept, and those between are computed again."""
+
+    def gradients(available):
+        with SkippableModel(model, model.model.layers) as skippable:
+            budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
+            batches = (sequences[:2], sequences[2:])
+            passes = Passes(skippable, batches, budget, lambda event: None, "fork", available=available)
+            return {
+                block: [p.grad.clone() for p in model.model.layers[block].parameters()]
+                for block in blocks_with_gradients(passes, (2,), [0, 1, 3, 4, 5])
+            }
+
+    one_depth = sequences.numel() * 32 * 4
+    if depths == 5:
+        with pytest.raises(MachineError, match=r"Gradients need .* beside the model, but may take only"):
+            gradients(depths * one_depth)
+        return
+    expected, found = gradients(2**63), gradients(depths * one_depth)
+    for block, parameters in expected.items():
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[block], parameters, strict=True))
 
 
 @torch.no_grad()

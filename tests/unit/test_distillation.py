@@ -1,11 +1,14 @@
 """The gradient and the steps of healing, against direct computations."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
 
 from conftest import llama_config, random_model
 from sleb_cli.engine.forward import logits
+from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.distillation import Divergence, distill, learning_rate
@@ -19,7 +22,8 @@ def ids():
 
 
 def test_the_divergence_and_its_gradient_are_those_of_a_plain_computation(monkeypatch):
-    monkeypatch.setattr(logits, "WIDENED_BYTES", {"cpu": 4 * 50 * 3})  # three positions at a time
+    three = replace(settings_for(torch.device("cpu")), widened_bytes=4 * 50 * 3)  # three positions at a time
+    monkeypatch.setattr(logits, "settings_for", lambda device: three)
     student = torch.randn(2, 5, 50, requires_grad=True)
     teacher = 3 * torch.randn(2, 5, 50)
     plain = functional.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum")

@@ -1,5 +1,7 @@
 """How a search fits into memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from sleb_cli.engine.forward.memory_budget import (
 )
 from sleb_plugins import MachineError
 
-FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000)
+FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000, scored=0)
 
 
 def fit(available, batch=None, sequences=16, length=512, min_batches=1):
@@ -49,6 +51,17 @@ def test_with_less_fewer_candidates_share_a_walk_but_the_batch_is_the_same():
 def test_with_little_the_head_and_then_the_batch_give_way():
     assert fit(16_000_000) == MemoryBudget(sequences=2, positions=16, branches=2, kept=0)
     assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
+
+
+def test_what_a_metric_widens_counts_up_to_what_is_widened_at_a_time():
+    settings = settings_for(torch.device("cpu"))
+    assert settings.widened_bytes == 4 << 20
+    shape = {"candidates": 30, "sequences": 16, "length": 512, "batch": None}
+    scored = replace(FOOTPRINT, scored=1_000_000)
+    # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
+    assert resolve_memory_budget(33_000_000, FOOTPRINT, settings, **shape).positions == 128
+    assert resolve_memory_budget(33_000_000, scored, settings, **shape).sequences == 2
+    assert resolve_memory_budget(10**12, scored, settings, **shape).positions == 256
 
 
 def test_what_cannot_fit_is_said_before_any_work():

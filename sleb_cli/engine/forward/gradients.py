@@ -1,9 +1,9 @@
 """Gradients of the calibration loss with respect to blocks' weights, for one block at a time.
 
-One forward pass keeps what enters each block. Then the blocks are taken from the last to the first: for each batch, the
-gradient of a block's output is backpropagated through that block, on the kept input, to its weights and to its input,
-which is the output of the block below. So at most one block's gradients exist at a time, and the graph of one block on
-one batch. Gradients in float16 are scaled from block to block.
+One forward pass keeps what enters each block, or every few blocks where memory is short. Then the blocks are taken from
+the last to the first: for each batch, the gradient of a block's output is backpropagated through that block, on the
+kept input, to its weights and to its input, which is the output of the block below. So at most one block's gradients
+exist at a time, and the graph of one block on one batch. Gradients in float16 are scaled from block to block.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from sleb_cli.engine.forward.logits import position_slices, score_logits, score_
 from sleb_cli.engine.forward.loss_scale import largest_in_range, starting_scale, without_overflow
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.units import format_bytes
+from sleb_plugins import MachineError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
@@ -66,20 +68,73 @@ def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int
 
 def _one_by_one(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
     skippable = passes.skippable
-    with torch.no_grad():
-        calls = [skippable.calls(ids) for ids in passes.batches]
-        entering = [list(skippable.run_blocks(of_batch, of_batch[0].entering, removed)) for of_batch in calls]
-    gradients = [_gradient_of_head(passes, batch, states.pop()) for batch, states in enumerate(entering)]
+    inputs = _Inputs(passes, removed)
+    gradients = [_gradient_of_head(passes, batch, hidden) for batch, hidden in enumerate(inputs.final)]
+    calls = inputs.calls
     for block in reversed(range(min(blocks), len(skippable.switches))):
-        inputs = [states.pop() for states in entering]
         if block in removed:
             continue
         sums = _Sums(_weights(skippable, block) if block in blocks else [])
-        for batch, hidden in enumerate(inputs):
+        for batch, hidden in enumerate(inputs.of(block)):
             gradients[batch] = _backpropagate(skippable, calls[batch][block], hidden, gradients[batch], sums)
         if block in blocks:
             with sums.shown():
                 yield block
+
+
+class _Inputs:
+    """What enters each block, batch by batch: kept at every `stride`-th depth, and computed again in between.
+
+    (Chen et al., arXiv 1604.06174, section 4.) The stride is the least whose states fit into the memory allowed.
+
+    Raises:
+        MachineError: with no stride they fit.
+    """
+
+    def __init__(self, passes: Passes, removed: Collection[int]) -> None:
+        self._skippable, self._removed = passes.skippable, removed
+        self.calls = [self._skippable.calls(ids) for ids in passes.batches]
+        depths = len(self._skippable.switches)
+        one_depth = sum(calls[0].entering.nbytes for calls in self.calls)
+        self._stride = _stride(depths, one_depth, passes.available)
+        self._kept: list[dict[int, Tensor]] = [{} for _ in self.calls]
+        self.final: list[Tensor] = []
+        self._segment: list[list[Tensor]] = []
+        self._start = depths
+        with torch.no_grad():
+            for calls, kept in zip(self.calls, self._kept, strict=True):
+                for depth, hidden in enumerate(self._skippable.run_blocks(calls, calls[0].entering, removed)):
+                    if depth % self._stride == 0 and depth < depths:
+                        kept[depth] = hidden
+                self.final.append(hidden)
+
+    def of(self, block: int) -> list[Tensor]:
+        """Return what enters a block; blocks are asked for from the last to the first."""
+        start = block - block % self._stride
+        if start != self._start:
+            self._start = start
+            self._segment = [
+                self._run(calls, kept.pop(start)) for calls, kept in zip(self.calls, self._kept, strict=True)
+            ]
+        return [states[block - start] for states in self._segment]
+
+    @torch.no_grad()
+    def _run(self, calls: Sequence[Call], hidden: Tensor) -> list[Tensor]:
+        blocks = calls[self._start : self._start + self._stride - 1]
+        return list(self._skippable.run_blocks(blocks, hidden, self._removed))
+
+
+def _stride(depths: int, one_depth: int, available: int) -> int:
+    """Return how far apart states are kept: together with one stretch between, and with gradients, they must fit."""
+    needed = {stride: (-(-depths // stride) + stride - 1 + 2) * one_depth for stride in range(1, depths + 1)}
+    fitting = [stride for stride, size in needed.items() if size <= available]
+    if not fitting:
+        raise MachineError(
+            f"Gradients need {format_bytes(min(needed.values()))} beside the model, "
+            f"but may take only {format_bytes(available)}.",
+            hint="Use fewer --samples or a smaller --sequence-length, or raise --memory.",
+        )
+    return fitting[0]
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import LogitMetric
 from sleb_plugins.metrics.weighted import require_shape
-
-# How many bytes of logits are widened to float32 at a time: on a CPU, as many as stay in its caches.
-WIDENED_BYTES = {"cpu": 4 << 20}
-_WIDENED_ELSEWHERE = 256 << 20
 
 
 def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
@@ -27,7 +24,7 @@ def position_slices(ids: Tensor, positions: int) -> Iterator[slice]:
 
 def float32_slices(logits: Tensor) -> Iterator[slice]:
     """Slice logits, [rows, vocabulary], so that a slice is small enough to be widened to float32."""
-    step = max(1, WIDENED_BYTES.get(logits.device.type, _WIDENED_ELSEWHERE) // (4 * logits.shape[-1]))
+    step = max(1, settings_for(logits.device).widened_bytes // (4 * logits.shape[-1]))
     for start in range(0, len(logits), step):
         yield slice(start, start + step)
 

@@ -24,20 +24,33 @@ class DeviceSettings:
         tokens_per_batch: enough to fill its matrix units, few enough to stay in a CPU's caches.
         min_tokens_per_batch: fewer use it badly, so a race looks less often rather than make smaller batches.
         head_positions: positions whose logits exist at once, in the model's data type.
+        widened_bytes: bytes of logits that are widened to float32 at a time; on a CPU, as many as stay in its caches.
         share: the share of its free memory to use. Where other programs use the same memory, half of it: never swap.
     """
 
     tokens_per_batch: int
     min_tokens_per_batch: int
     head_positions: int
+    widened_bytes: int
     share: float
 
 
 _SETTINGS = {
-    "cpu": DeviceSettings(tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, share=0.5),
-    "mps": DeviceSettings(tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, share=0.5),
+    "cpu": DeviceSettings(
+        tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, widened_bytes=4 << 20, share=0.5
+    ),
+    "mps": DeviceSettings(
+        tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, widened_bytes=256 << 20, share=0.5
+    ),
 }
-_ACCELERATOR = DeviceSettings(tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, share=0.9)
+_ACCELERATOR = DeviceSettings(
+    tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, widened_bytes=256 << 20, share=0.9
+)
+
+COPIES_OF_LOGITS = 3
+"""Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
+COPIES_WIDENED = 6
+"""The same in float32, while a metric takes softmaxes of both and multiplies them."""
 
 
 def settings_for(device: torch.device) -> DeviceSettings:
@@ -47,11 +60,12 @@ def settings_for(device: torch.device) -> DeviceSettings:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The bytes that one token takes: in a branch of hidden states, inside a block, and as logits."""
+    """The bytes that one token takes: in a branch of hidden states, inside a block, as logits, and while scored."""
 
     branch: int
     block: int
     logits: int
+    scored: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,8 @@ def resolve_memory_budget(
 
     def needed(size: int, positions: int) -> int:
         # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
-        return size * length * (3 * footprint.branch + footprint.block) + positions * footprint.logits
+        scored = min(positions * footprint.scored, COPIES_WIDENED * settings.widened_bytes)
+        return size * length * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
 
     while needed(size, positions) > available and (positions > 16 or (size > 1 and batch is None)):
         if positions > 16:

@@ -17,6 +17,8 @@ from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
 from sleb_cli.engine.forward.memory_budget import (
+    COPIES_OF_LOGITS,
+    COPIES_WIDENED,
     Footprint,
     MemoryBudget,
     available_memory,
@@ -65,6 +67,8 @@ class Passes:
     """The best candidates so far, the best first: the next step probably starts at one of them."""
     loss_mask: Sequence[Tensor] | None = None
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
+    available: int = 2**63
+    """The bytes that may be taken beside the model."""
 
     _removed: tuple[int, ...] = ()
     _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
@@ -74,7 +78,16 @@ class Passes:
         """Return passes over other sequences, in batches of the same size, that keep no states."""
         which = None if loss_mask is None else torch.split(loss_mask, self.budget.sequences)
         batches = torch.split(sequences, self.budget.sequences)
-        return Passes(self.skippable, batches, replace(self.budget, kept=0), self.notify, self.engine, loss_mask=which)
+        budget = replace(self.budget, kept=0)
+        return Passes(
+            self.skippable,
+            batches,
+            budget,
+            self.notify,
+            self.engine,
+            loss_mask=which,
+            available=self.available,
+        )
 
     def scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
@@ -315,7 +328,7 @@ def prepare_passes(
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
     batches = torch.split(sequences, budget.sequences)
     which = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
-    return Passes(skippable, batches, budget, notify, engine, loss_mask=which), reason
+    return Passes(skippable, batches, budget, notify, engine, loss_mask=which, available=available), reason
 
 
 def _choose_engine(skippable: SkippableModel, ids: Tensor) -> tuple[Engine, str | None]:
@@ -345,5 +358,6 @@ def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     return Footprint(
         branch=width * hidden.itemsize,
         block=4 * (8 * width + 4 * widest),
-        logits=2 * logits.shape[-1] * logits.itemsize,
+        logits=COPIES_OF_LOGITS * logits.shape[-1] * logits.itemsize,
+        scored=COPIES_WIDENED * logits.shape[-1] * 4,
     )
