@@ -312,6 +312,11 @@ class RecoveryRecord(Record):
     closed_form_losses: LossesRecord | None = None
     heal: HealRecord | None = None
 
+    def published(self) -> RecoveryRecord:
+        """Return the record with the names of local texts, but not their folders."""
+        texts = {"text": self.text, "deciding_text": self.deciding_text, "report_text": self.report_text}
+        return self.model_copy(update={name: _without_folders(text) for name, text in texts.items()})
+
     @property
     def recovered(self) -> LossesRecord:
         """The losses of the written model."""
@@ -407,12 +412,19 @@ class Plan(Record):
     def published(self) -> Plan:
         """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
         model = self.model.model_copy(update={"id": without_folders(self.model.id)})
-        # A task of the user's own is named by its file: task:/home/jane/my.yaml:500.
-        search = self.search.model_copy(update={"metric": re.sub(r"(?<=:)[^:]*/", "", self.search.metric)})
+        terms = {_metric_without_folders(name): record for name, record in self.search.metrics.items()}
+        search = self.search.model_copy(
+            update={"metric": _metric_without_folders(self.search.metric), "metrics": terms}
+        )
         calibration = _without_folders(self.calibration)
-        recovery = self.recovery and self.recovery.model_copy(update={"text": _without_folders(self.recovery.text)})
+        recovery = self.recovery and self.recovery.published()
         named = {"model": model, "search": search, "calibration": calibration, "recovery": recovery}
         return self.model_copy(update=named)
+
+
+def _metric_without_folders(name: str) -> str:
+    """Return a metric's name in which a task of the user's own is its file alone: not task:/home/jane/my.yaml:500."""
+    return re.sub(r"(?<=:)[^:]*/", "", name)
 
 
 def _without_folders(text: CalibrationRecord) -> CalibrationRecord:

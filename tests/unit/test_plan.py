@@ -54,9 +54,11 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     plan = read_plan(llama_plan)
     text = plan.calibration.model_copy(update={"source": source})
     losses = LossesRecord(loss=1.0, divergence=0.0)
-    recovery = RecoveryRecord(text=text, held_out=1, dense=losses, pruned=losses)
+    recovery = RecoveryRecord(text=text, deciding_text=text, report_text=text, dense=losses, pruned=losses)
     published = plan.model_copy(update={"calibration": text, "recovery": recovery}).published()
-    assert text.title == published.calibration.source == published.recovery.text.source == title
+    found = published.recovery
+    texts = (published.calibration, found.text, found.deciding_text, found.report_text)
+    assert {text.title, *(each.source for each in texts)} == {title}
     assert published.model.id == "tiny-llama"
     assert published.calibration.title == title
 
@@ -71,8 +73,11 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
 )
 def test_a_published_metric_has_no_folder_of_this_machine(llama_plan, metric, name):
     plan = read_plan(llama_plan)
-    plan = plan.model_copy(update={"search": plan.search.model_copy(update={"metric": metric})})
-    assert plan.published().search.metric == name
+    (record,) = plan.search.metrics.values()
+    of_terms = {"metric": metric, "metrics": dict.fromkeys(metric.split("+"), record)}
+    published = plan.model_copy(update={"search": plan.search.model_copy(update=of_terms)}).published()
+    assert published.search.metric == name
+    assert list(published.search.metrics) == name.split("+")
 
 
 def change(path, **changes):
