@@ -59,45 +59,34 @@ def run_tasks(
     This is `lm_eval.simple_evaluate` without its report on the environment, for which it runs git and several other
     programs. Seeds and few-shot rules are the same. If the device is out of memory, smaller batches are tried.
     """
-    while True:
-        try:
-            return _run_tasks(manager, names, model, tokenizer, batch_size, limit, num_fewshot)
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not is_out_of_memory(error):
-                raise
-        batch_size //= 2  # the items of a batch do not depend on each other
-
-
-def _run_tasks(
-    manager: Any,
-    names: Sequence[str],
-    model: Any,
-    tokenizer: Any,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int | None,
-) -> dict[str, Any]:
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _loading_data(", ".join(names)):
-        _set_seeds()
-        loaded = manager.load(list(names))
-        for task in loaded["tasks"].values():
-            configured = task.get_config("num_fewshot")
-            if configured is None or (configured and num_fewshot is not None):
-                task.set_config(key="num_fewshot", value=num_fewshot or 0)
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        results: dict[str, Any] = evaluate(
-            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-            task_dict=loaded,
-            limit=limit,
-            bootstrap_iters=1000,
-            log_samples=False,
-            fewshot_as_multiturn=True,
-        )
-    return results
+    try:
+        with _loading_data(", ".join(names)):
+            _set_seeds()
+            loaded = manager.load(list(names))
+            for task in loaded["tasks"].values():
+                configured = task.get_config("num_fewshot")
+                if configured is None or (configured and num_fewshot is not None):
+                    task.set_config(key="num_fewshot", value=num_fewshot or 0)
+                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            results: dict[str, Any] = evaluate(
+                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                task_dict=loaded,
+                limit=limit,
+                bootstrap_iters=1000,
+                log_samples=False,
+                fewshot_as_multiturn=True,
+            )
+        return results
+    except (RuntimeError, MemoryError) as error:
+        if batch_size == 1 or not is_out_of_memory(error):
+            raise
+    # The items of a batch do not depend on each other.
+    half = batch_size // 2
+    return run_tasks(manager, names, model, tokenizer, batch_size=half, limit=limit, num_fewshot=num_fewshot)
 
 
 def task_fingerprint(manager: Any, name: str, limit: int) -> str:

@@ -7,7 +7,7 @@ import os
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import calibration, prose
 from reference import plain_loss
@@ -149,6 +149,31 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code
     assert result.exit_code == code, result.stderr
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_out_of_memory_windows_and_items_come_in_smaller_batches(
+    run_sleb, tiny_llama, task_folder, text_file, monkeypatch
+):
+    options = ["--tasks", "own_weather", "--include-path", task_folder, "--batch-size", 4, "--json"]
+    options += ["--perplexity", text_file, "--sequence-length", 64]
+    expected = json.loads(run_sleb("eval", tiny_llama, *options).stdout)["dense"]
+    forward, refused = LlamaForCausalLM.forward, []
+
+    def short_of_memory(self, input_ids=None, **options):
+        if len(input_ids) > 1:
+            refused.append(len(input_ids))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", short_of_memory)
+    result = run_sleb("eval", tiny_llama, *options)
+    assert result.exit_code == 0, result.stderr
+    assert {2, 4} <= set(refused)
+    assert "Out of memory on cpu; continuing with" in result.stderr
+    found = json.loads(result.stdout)["dense"]
+    assert found["tasks"] == expected["tasks"]
+    for ours, theirs in zip(found["perplexities"], expected["perplexities"], strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
 
 
 def test_a_task_file_that_lm_eval_refuses(run_sleb, tiny_llama, tmp_path):
