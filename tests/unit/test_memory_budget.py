@@ -59,8 +59,8 @@ def test_what_a_metric_widens_counts_up_to_what_is_widened_at_a_time():
     shape = {"candidates": 30, "sequences": 16, "length": 512, "batch": None}
     scored = replace(FOOTPRINT, scored=1_000_000)
     # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
-    assert resolve_memory_budget(33_000_000, FOOTPRINT, settings, **shape).positions == 128
-    assert resolve_memory_budget(33_000_000, scored, settings, **shape).sequences == 2
+    assert resolve_memory_budget(40_000_000, FOOTPRINT, settings, **shape).positions == 128
+    assert resolve_memory_budget(40_000_000, scored, settings, **shape).sequences == 2
     assert resolve_memory_budget(10**12, scored, settings, **shape).positions == 256
 
 
