@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.fork import fork
-from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import States
 from sleb_cli.plan import Engine
 from sleb_plugins import UnsupportedModelError
@@ -36,10 +35,8 @@ def _why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     blocks = list(range(count)) if count <= 2 * CHECKED_CANDIDATES else blocks
     checked = min(CHECKED_POSITIONS, ids.shape[1])
     parts = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
-    too_large = f"{len(ids)} sequences of {ids.shape[1]} tokens do not fit into the memory of {ids.device}."
-    hint = "Use a smaller --batch-size or --sequence-length, or --device cpu."
     try:
-        with translate_out_of_memory(too_large, hint):
+        with sequences_fit(ids.shape, ids.device):
             return _difference(skippable, ids, blocks, parts)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -93,6 +93,14 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
         return lambda hidden: hidden
     kind, others = type(output), [None] * (len(output) - 1)
     return lambda hidden: kind([hidden, *others])
+
+
+def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
+    """Say what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
+    return translate_out_of_memory(
+        f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {device}.",
+        "Use a smaller --batch-size or --sequence-length, or --device cpu.",
+    )
 
 
 class SkippableModel:
@@ -241,9 +249,7 @@ class SkippableModel:
                 hint="If it runs whole in transformers, report the family to us.",
             )
 
-        too_large = f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {self.model.device}."
-        hint = "Use a smaller --batch-size or --sequence-length, or --device cpu."
-        with translate_errors(does_not_run), translate_out_of_memory(too_large, hint):
+        with translate_errors(does_not_run), sequences_fit(shape, self.model.device):
             yield
 
     @property

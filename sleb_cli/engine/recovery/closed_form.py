@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import as_float64, free_memory, translate_out_of_memory
+from sleb_cli.engine.device import as_float64, in_smaller_pieces, translate_out_of_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, ridge_bytes
@@ -37,7 +37,6 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
-from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
@@ -105,17 +104,11 @@ def recover_in_closed_form(
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
-        batch = max(1, BATCH_TOKENS // length)
-        while True:
-            try:
-                fit = _ClosedFormFit(skippable, frozenset(removed), (train, deciding), batch, stored, notify)
-                return fit.run()
-            except (OutOfMemory, RuntimeError, MemoryError) as error:
-                if batch == 1 or not is_out_of_memory(error):
-                    raise
-            batch //= 2
-            notify(Notice(f"Out of memory on {device}; fitting with {batch} sequences at once."))
-            free_memory()
+        return in_smaller_pieces(
+            lambda batch: _ClosedFormFit(skippable, frozenset(removed), (train, deciding), batch, stored, notify).run(),
+            max(1, BATCH_TOKENS // length),
+            lambda batch: notify(Notice(f"Out of memory on {device}; fitting with {batch} sequences at once.")),
+        )
 
 
 class _ClosedFormFit:

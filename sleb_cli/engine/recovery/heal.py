@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.device import in_smaller_pieces
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved
@@ -21,7 +21,6 @@ from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
-from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 LEARNING_RATE = 1e-3
 BASE_WIDTH = 576
@@ -247,19 +246,20 @@ class _Healing:
 
     def _distill(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> float:
         """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
-        while True:
-            try:
-                return sum(
-                    len(part[0]) / len(ids) * self._distill_part(*part, share=len(part[0]) / len(ids))
-                    for part in zip(*(torch.split(t, self.micro_batch) for t in (ids, entering, wanted)), strict=True)
-                )
-            except (OutOfMemory, RuntimeError, MemoryError) as error:
-                if self.micro_batch == 1 or not is_out_of_memory(error):
-                    raise
-            self.trained.take_gradient()
-            self.micro_batch = max(1, self.micro_batch // 2)
-            self.notify(Notice(f"Out of memory on {self.group.device}; healing {self.micro_batch} sequences at once."))
-            free_memory()
+
+        def run(size: int) -> float:
+            parts = zip(*(torch.split(tensor, size) for tensor in (ids, entering, wanted)), strict=True)
+            return sum(
+                len(part[0]) / len(ids) * self._distill_part(*part, share=len(part[0]) / len(ids)) for part in parts
+            )
+
+        return in_smaller_pieces(run, self.micro_batch, self._reduce)
+
+    def _reduce(self, micro_batch: int) -> None:
+        """Heal fewer sequences at once from now on, without the gradients of those that ran out of memory."""
+        self.trained.take_gradient()
+        self.micro_batch = micro_batch
+        self.notify(Notice(f"Out of memory on {self.group.device}; healing {micro_batch} sequences at once."))
 
     def _distill_part(self, ids: Tensor, entering: Tensor, wanted: Tensor, *, share: float) -> float:
         start = (self.case.first, entering) if self.case.first else None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.device import in_smaller_pieces
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import DEMO
@@ -47,7 +47,6 @@ from sleb_cli.requests import (
     Chat,
 )
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
-from sleb_plugins.errors import is_out_of_memory
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
@@ -336,15 +335,11 @@ def generate_own_text(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
     )  # fmt: skip
     batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
-    while True:
-        try:
-            return _write(model, start, settings, sampling, batch_size, notify)
-        except (RuntimeError, MemoryError) as error:
-            if batch_size == 1 or not is_out_of_memory(error):
-                raise
-        batch_size //= 2
-        notify(Notice(f"Out of memory on {model.device}; generating {batch_size} sequences at once."))
-        free_memory()
+    return in_smaller_pieces(
+        lambda size: _write(model, start, settings, sampling, size, notify),
+        batch_size,
+        lambda size: notify(Notice(f"Out of memory on {model.device}; generating {size} sequences at once.")),
+    )
 
 
 def _write(
