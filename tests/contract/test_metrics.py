@@ -16,6 +16,7 @@ import sleb_plugins as sleb
 from conftest import WORDS, calibration, calibration_sequences, save_model
 from families import tiny_config
 from sleb_cli import plugin_manager
+from sleb_cli.engine.forward import gradients
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
@@ -158,6 +159,23 @@ def test_taylor_is_what_one_backward_pass_through_the_whole_model_gives(search, 
     assert plan["steps"][1]["scores"] == pytest.approx({n: expected[n] for n in plan["steps"][1]["scores"]}, rel=1e-4)
 
 
+def test_out_of_memory_gradients_come_in_smaller_batches_and_give_the_same_scores(search, monkeypatch):
+    expected, refused = plan_of(search("taylor")), []
+    backpropagate = gradients._backpropagate
+
+    def short_of_memory(skippable, call, hidden, *rest):
+        if len(hidden) > 1:
+            refused.append((call.block, len(hidden)))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return backpropagate(skippable, call, hidden, *rest)
+
+    monkeypatch.setattr(gradients, "_backpropagate", short_of_memory)
+    found = plan_of(search("taylor"))
+    assert refused[:2] == [(5, 4), (5, 2)]
+    for ours, theirs in zip(found["steps"], expected["steps"], strict=True):
+        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-4)
+
+
 @pytest.mark.parametrize("engine", ["fork", "plain"])
 def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(model, sequences, engine):
     loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
@@ -181,16 +199,16 @@ def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(m
     targets = loss_mask[:, 1:]
     ((losses * targets).sum(1) / targets.sum(1)).mean().backward()
     assert sorted(found) == [1, 3, 4]
-    for block, gradients in found.items():
+    for block, of_block in found.items():
         for name, parameter in model.model.layers[block].named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(of_block[name], parameter.grad, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("depths", [5, 6, 7])
 def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
     """States of fewer depths are kept, and those between are computed again."""
 
-    def gradients(available):
+    def gradients_within(available):
         with SkippableModel(model, model.model.layers) as skippable:
             budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
             batches = (sequences[:2], sequences[2:])
@@ -203,9 +221,9 @@ def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
     one_depth = sequences.numel() * 32 * 4
     if depths == 5:
         with pytest.raises(MachineError, match=r"Gradients need .* beside the model, but may take only"):
-            gradients(depths * one_depth)
+            gradients_within(depths * one_depth)
         return
-    expected, found = gradients(2**63), gradients(depths * one_depth)
+    expected, found = gradients_within(2**63), gradients_within(depths * one_depth)
     for block, parameters in expected.items():
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[block], parameters, strict=True))
 

@@ -274,13 +274,10 @@ class Passes:
             if block in candidates:
                 yield from listen(block, entering, leaving)
 
-    def smaller(self) -> Passes | None:
-        """Return passes over the same sequences in batches of half the size; None if these hold one each."""
-        size = self.budget.sequences
-        if size == 1:
-            return None
-        half = replace(self, budget=replace(self.budget, sequences=size // 2, kept=0))
-        return half.over(torch.cat(list(self.batches)), torch.cat(list(self.loss_mask)) if self.loss_mask else None)
+    def in_batches_of(self, size: int) -> Passes:
+        """Return passes over the same sequences, this many in a batch, that keep no states."""
+        loss_mask = torch.cat(list(self.loss_mask)) if self.loss_mask else None
+        return replace(self, budget=replace(self.budget, sequences=size)).over(torch.cat(list(self.batches)), loss_mask)
 
 
 def prepare_passes(

@@ -230,13 +230,14 @@ def _refused(source: ModelSource, config: Any, why: str) -> UnsupportedModelErro
 def _read_config(source: ModelSource) -> Any:
     raw = source.raw_config
     model_type = raw.get("model_type")
-    needs_code = "auto_map" in raw and not (isinstance(model_type, str) and model_type in CONFIG_MAPPING)
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    needs_code = "auto_map" in raw and not is_known
     if needs_code and not source.trust_remote_code:
         raise ModelError(
             f"{source.id} comes with its own Python code.",
             hint="Read that code; if you trust it, run it with --trust-remote-code.",
         )
-    if not needs_code and (not isinstance(model_type, str) or model_type not in CONFIG_MAPPING):
+    if not (is_known or needs_code):
         raise UnsupportedModelError(
             f"transformers has no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",

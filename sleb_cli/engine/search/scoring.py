@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import as_float64, free_memory
+from sleb_cli.engine.device import as_float64, in_smaller_pieces
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.passes import Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -32,7 +32,6 @@ from sleb_plugins import (
     PluginError,
     WeightMetric,
 )
-from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.weighted import require_shape
 
@@ -218,22 +217,17 @@ class Scoring:
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score each block's parameters, and their gradients if the metric needs them, in batches that fit."""
         scores: dict[int, float] = {}
-        passes: Passes | None = self.passes
-        while passes is not None:
-            smaller = passes.smaller() if metric.needs_gradients else None
-            try:
-                left = [block for block in candidates if block not in scores]
-                blocks = blocks_with_gradients(passes, removed, left) if metric.needs_gradients else left
-                for block in blocks:
-                    scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
-                    self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
-                    self.notify(SearchAdvanced(self.sequences))
-                break
-            except OutOfMemory:
-                if smaller is None:
-                    raise
-            passes = smaller
-            free_memory()
+
+        def score(size: int) -> None:
+            left: Iterable[int] = [block for block in candidates if block not in scores]
+            if metric.needs_gradients:
+                left = blocks_with_gradients(self.passes.in_batches_of(size), removed, tuple(left))
+            for block in left:
+                scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
+                self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
+                self.notify(SearchAdvanced(self.sequences))
+
+        in_smaller_pieces(score, self.passes.budget.sequences if metric.needs_gradients else 1, lambda size: None)
         return Outcome({block: scores[block] for block in candidates})
 
     @torch.inference_mode()
