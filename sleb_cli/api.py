@@ -105,7 +105,7 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     Raises:
         SlebError: of the class that fits.
     """
-    from sleb_cli.engine.measure.evaluation import evaluate_subject
+    from sleb_cli.engine.quality.evaluation import evaluate_subject
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _require_result_file(request)
@@ -121,7 +121,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     Raises:
         SlebError: of the class that fits.
     """
-    from sleb_cli.engine.measure.benchmark import benchmark
+    from sleb_cli.engine.speed.benchmark import benchmark
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _require_result_file(request)

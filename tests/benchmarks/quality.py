@@ -38,11 +38,11 @@ import transformers
 from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.engine.device import choose_dtype, free_memory
+from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.logits import score_logits
-from sleb_cli.engine.measure.environment import processor_name
-from sleb_cli.engine.measure.evaluation import Evaluator
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.quality.evaluation import Evaluator
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.calibration import draw

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import llama_config, save_model
-from sleb_cli.engine.measure import benchmark, peak_memory
+from sleb_cli.engine.speed import benchmark, peak_memory
 
 QUICK = ["--iterations", 3, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import calibration
-from sleb_cli.engine.measure.sample_generation import PROMPT
+from sleb_cli.engine.quality.sample_generation import PROMPT
 from sleb_cli.plan import read_plan
 
 

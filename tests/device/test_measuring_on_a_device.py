@@ -6,7 +6,7 @@ import pytest
 
 from conftest import prose, save_model
 from families import tiny_config
-from sleb_cli.engine.measure import benchmark
+from sleb_cli.engine.speed import benchmark
 
 
 @pytest.fixture

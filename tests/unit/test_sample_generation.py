@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import llama_config, random_model, train_tokenizer
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.measure.sample_generation import PROMPT, generate_sample, repetition
+from sleb_cli.engine.quality.sample_generation import PROMPT, generate_sample, repetition
 from sleb_cli.events import Notice, TaskAdvanced
 from sleb_plugins import UnsupportedModelError
 

@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.measure.environment import environment_record
-from sleb_cli.engine.measure.sample_generation import generate_sample
+from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.choices import Choice
 from sleb_cli.engine.search.held_out import HeldOut, hold_out, overfitting_note
 from sleb_cli.engine.search.journal import Journal, journal_of

@@ -9,8 +9,6 @@ from functools import cached_property
 from typing import Any
 
 from sleb_cli.engine.device import free_memory
-from sleb_cli.engine.measure.benchmark import time_in_turn
-from sleb_cli.engine.measure.workloads import resolve_workload
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.search.context import LEAST_SPEEDUP, SearchContext
 from sleb_cli.engine.search.targets import (
@@ -18,6 +16,8 @@ from sleb_cli.engine.search.targets import (
     fit_slope,
     parse_number,
 )
+from sleb_cli.engine.speed.benchmark import time_in_turn
+from sleb_cli.engine.speed.workloads import resolve_workload
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery

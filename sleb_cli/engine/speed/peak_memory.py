@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from sleb_cli.engine.device import synchronize
-from sleb_cli.engine.measure.workloads import runner
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.speed.workloads import runner
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_memory, synchronize
-from sleb_cli.engine.measure.environment import processor_name
-from sleb_cli.engine.measure.peak_memory import peak_memory_alone
-from sleb_cli.engine.measure.workloads import choose_workloads, resolve_workload, runner
+from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.speed.peak_memory import peak_memory_alone
+from sleb_cli.engine.speed.workloads import choose_workloads, resolve_workload, runner
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, task

@@ -1,0 +1,1 @@
+"""Measure what a removal costs: perplexity, divergence and tasks."""

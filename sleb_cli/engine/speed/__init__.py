@@ -1,0 +1,1 @@
+"""Measure what a removal gains: speed, memory and energy."""
