@@ -35,7 +35,7 @@ def refused(run_sleb, model, code, message, *options):
 def test_no_such_folder_or_hub_model(run_sleb):
     refused(run_sleb, "./nowhere", 4, "no folder ./nowhere")
     refused(run_sleb, "/nowhere/at/all", 4, "no folder /nowhere/at/all")
-    refused(run_sleb, "org/model", 4, "the Hub is out of reach")
+    refused(run_sleb, "org/model", 4, "no folder org/model here, the cache lacks the model, and HF_HUB_OFFLINE is set")
     refused(run_sleb, "nowhere.gguf", 4, "no file nowhere.gguf")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -23,9 +23,11 @@ from tqdm.auto import tqdm
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.fingerprint import fingerprint_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
+from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notify, task
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, UsageError
+from sleb_plugins.hub import offline_if_unreachable
 
 DEMO = "demo"
 
@@ -39,12 +41,16 @@ _NOT_DOWNLOADED = [
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model in a local folder; `id` is a Hub id, "demo", or an absolute path."""
+    """A model in a local folder; `id` is a Hub id, "demo", or an absolute path.
+
+    With `config_only`, the folder may lack the weights, and nothing looks for them.
+    """
 
     id: str
     folder: Path
     revision: str | None = None
     trust_remote_code: bool = False
+    config_only: bool = False
 
     @property
     def name(self) -> str:
@@ -58,8 +64,8 @@ class ModelSource:
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """The weight files that transformers would load."""
-        return find_weights(self.folder)
+        """The weight files that transformers would load; none with `config_only`."""
+        return WeightFiles(self.folder, ()) if self.config_only else find_weights(self.folder)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -68,9 +74,14 @@ class ModelSource:
 
 
 def locate_model(
-    model: str, notify: Notify, *, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    notify: Notify,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    config_only: bool = False,
 ) -> ModelSource:
-    """Find the model, and download it if it is not on this machine.
+    """Find the model, and download it if it is not on this machine: all of it, or its config alone.
 
     Raises:
         UsageError: `revision` is set for a model that is not from the Hub.
@@ -96,8 +107,9 @@ def locate_model(
     elif is_local:
         raise ModelError(f"There is no folder {model}.", hint="Name a folder, a .gguf file, a Hub id, or demo.")
     else:
-        folder = _download(model, revision, notify)
+        folder = _download(model, revision, notify, config_only=config_only)
         source = ModelSource(model, folder, folder.name, trust_remote_code)
+    source = replace(source, config_only=config_only)
     _require_whole_model(source)
     # Read both now, to report missing files before any long work.
     _ = source.raw_config, source.weights
@@ -122,11 +134,15 @@ def _gguf(path: Path, notify: Notify) -> Path:
     return gguf_folder(path, notify)
 
 
-def _download(model: str, revision: str | None, notify: Notify) -> Path:
-    """Download a snapshot of a Hub model."""
+def _download(model: str, revision: str | None, notify: Notify, *, config_only: bool) -> Path:
+    """Download a snapshot of a Hub model, or its config alone with the code that it may need."""
     try:
-        with task(notify, f"Looking for {model} on the Hub") as advance:
-            return _snapshot(model, revision, _silent_bar(advance))
+        with task(notify, f"Looking for {model} on the Hub") as advance, offline_if_unreachable() as unreachable:
+            bar = _silent_bar(advance)
+            if config_only:
+                only = ["config.json", "*.py"]
+                return Path(snapshot_download(model, revision=revision, allow_patterns=only, tqdm_class=bar))
+            return _snapshot(model, revision, bar)
     except GatedRepoError as error:
         raise ModelError(
             f"{model} is gated: its owner grants access on request.",
@@ -143,8 +159,8 @@ def _download(model: str, revision: str | None, notify: Notify) -> Path:
         raise ModelError(f"The Hub refused {model}: {error}.", hint="Try again later.") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
-            f"There is no folder {model} here, the Hub is out of reach, and its cache lacks the model.",
-            hint="Check the name and the network (is HF_HUB_OFFLINE set?), or name a local folder.",
+            f"There is no folder {model} here, the cache lacks the model, and {unreachable or first_line(error)}.",
+            hint="Check the name and the network, or name a local folder.",
         ) from error
 
 

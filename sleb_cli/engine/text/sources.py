@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from sleb_cli.engine.third_party import first_line
 from sleb_plugins import DataError, UsageError
+from sleb_plugins.hub import offline_if_unreachable
 
 T = TypeVar("T", bound=Sized)
 
@@ -19,6 +21,9 @@ REFERENCE_ROWS = 128
 """The number of rows that the reference implementation draws for calibration."""
 C4_EVALUATION_DOCUMENTS = 1100
 C4_EVALUATION_WINDOWS = 256
+
+# The title of an article in WikiText: " = Valkyria Chronicles III = ".
+_TITLE = re.compile(r"= [^=](.*[^=])? =")
 
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
@@ -42,13 +47,15 @@ class Dataset:
 class Text:
     """A text and its source; `limit` is the number of windows that its protocol takes, from the start.
 
-    `split` is the split of a data set that was chosen because none was named; `source` names it too.
+    `split` is the split of a data set that was chosen because none was named; `source` names it too. `documents` are
+    the places in `content` where documents begin, if it has several.
     """
 
     source: str
     content: str
     limit: int | None = None
     split: str | None = None
+    documents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,21 +142,37 @@ def evaluation_text(source: str) -> Text:
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
-    if source == "wikitext2":
-        return Text(source, PARAGRAPHS.join(_documents(WIKITEXT2_TEST)))
+    if source == "wikitext2":  # its rows are lines; an article begins with its title
+        return _joined(source, _documents(WIKITEXT2_TEST), begins=lambda line: bool(_TITLE.fullmatch(line.strip())))
     if source == "c4":
         documents = _first(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
-        return Text(source, " ".join(documents), C4_EVALUATION_WINDOWS)
+        return _joined(source, documents, " ", limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
         return _file_text(source)
     dataset = _parse_dataset(source)
     path, config, named, column = [*source.split(":"), "", "", ""][:4]
     if named:
-        return Text(source, PARAGRAPHS.join(_documents(dataset)), C4_EVALUATION_WINDOWS)
+        return _joined(source, _documents(dataset), limit=C4_EVALUATION_WINDOWS)
     split = _evaluation_split(dataset)
-    content = PARAGRAPHS.join(_documents(replace(dataset, split=split)))
     full_name = ":".join([path, config, split, *([column] if column else [])])
-    return Text(full_name, content, C4_EVALUATION_WINDOWS, split)
+    found = _joined(full_name, _documents(replace(dataset, split=split)), limit=C4_EVALUATION_WINDOWS)
+    return replace(found, split=split)
+
+
+def _joined(
+    source: str,
+    parts: Iterable[str],
+    separator: str = PARAGRAPHS,
+    *,
+    limit: int | None = None,
+    begins: Callable[[str], bool] = bool,
+) -> Text:
+    """Join the parts of a text; a part begins a document if `begins` says so."""
+    parts, starts, at = list(parts), [], 0
+    for part in parts:
+        starts += [at] if begins(part) else []
+        at += len(part) + len(separator)
+    return Text(source, separator.join(parts), limit, documents=tuple(starts) if len(starts) > 1 else ())
 
 
 def _evaluation_split(dataset: Dataset) -> str:
@@ -216,11 +239,17 @@ def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
         if len(documents) >= MIN_DOCUMENTS:
             documents = [documents[row] for row in split.rows(len(documents))]
             split = WHOLE
+        if split == WHOLE:
+            return _joined(named, _require_text(documents, named))
         content = PARAGRAPHS.join(documents)
     content = content[_boundary(content, split.begin) : _boundary(content, split.end)]
-    if not content.strip():
+    return Text(named, "".join(_require_text([content], named)))
+
+
+def _require_text(parts: list[str], named: str) -> list[str]:
+    if not any(part.strip() for part in parts):
         raise DataError(f"{named} is empty.", hint="Name a file that holds text.")
-    return Text(named, content)
+    return parts
 
 
 def _boundary(content: str, share: float) -> int:
@@ -320,11 +349,13 @@ def _loading(dataset: Dataset) -> Iterator[None]:
 
     datasets.disable_progress_bars()
     try:
-        yield
+        with offline_if_unreachable() as unreachable:
+            yield
     except (DatasetNotFoundError, ConnectionError) as error:
+        reason = f"not in the cache, and {unreachable}" if unreachable else first_line(error)
         raise DataError(
-            f"The data set {dataset} cannot be loaded: {first_line(error)}.",
-            hint="Check the name and the network, or calibrate on a file or on `self`.",
+            f"The data set {dataset} cannot be loaded: {reason}.",
+            hint="Check the name and the network, or name a local file.",
         ) from error
     except ValueError as error:  # an unknown config or split
         raise DataError(
