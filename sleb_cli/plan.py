@@ -62,14 +62,14 @@ class CalibrationRecord(Record):
     @property
     def title(self) -> str:
         """The source for display: what is local by its name alone, so that private paths stay private."""
-        return ",".join(_public_name(source) + share for source, share in self._parts)
+        return ",".join(public_name(source) + share for source, share in self._parts)
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
 
 
-def _public_name(source: str) -> str:
+def public_name(source: str) -> str:
     """Return a source without the folders of a local file or data set."""
     if _FILE.search(source):
         return source.rpartition("/")[2]

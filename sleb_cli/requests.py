@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
+from sleb_plugins.errors import UsageError
+
 WorkloadName = Literal["prompt", "generation"]
 """What is timed: processing a prompt, or generating after one."""
 
@@ -60,6 +62,8 @@ HEAL_LENGTH = 256
 """Shorter for training: more and cheaper steps in the same time."""
 
 AUTO = "auto"
+TRANSFORMERS = "transformers"
+"""The engine that is built in."""
 
 _TARGET = "How far to go (choose one)"
 _SERVING = "What a target counts and times"
@@ -73,6 +77,8 @@ _CHECKPOINT = "Checkpoint"
 _RECOVERY = "Recovery"
 _QUALITY = "Texts and tasks"
 _WORKLOAD = "Workload"
+_TIMING = "Timing"
+_ESTIMATE = "Prediction without weights"
 
 
 @dataclass(frozen=True)
@@ -313,12 +319,6 @@ class SubjectRequest:
         tuple[int, ...] | None,
         Doc("Remove these blocks from MODEL, in this order: 5,4,9.", metavar="LIST", panel=_SUBJECT),
     ] = None
-    remove: Annotated[
-        int | None,
-        Doc(
-            "Remove only N blocks: those of the plan's step N, or the first N of --blocks.", metavar="N", panel=_SUBJECT
-        ),
-    ] = None
     model: Annotated[str | None, Doc("Where the plan's model is now, if it moved.", panel=_SUBJECT)] = None
     any_model: Annotated[bool, Doc("Use the plan on a model it was not made for.", panel=_SUBJECT)] = False
     revision: Revision = None
@@ -326,7 +326,44 @@ class SubjectRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApplyRequest(SubjectRequest, CalibrationRequest):
+class OneSizeRequest(SubjectRequest):
+    """One size of the pruned model: that with all removals by default."""
+
+    remove: Annotated[
+        int | None,
+        Doc(
+            "Remove only N blocks: those of the plan's step N, or the first N of --blocks.", metavar="N", panel=_SUBJECT
+        ),
+    ] = None
+
+    @property
+    def most_removals(self) -> int | None:
+        """The number of removals; None for all."""
+        return self.remove
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizesRequest(SubjectRequest):
+    """Sizes of the pruned model that are measured beside the dense one: the smallest by default."""
+
+    remove: Annotated[
+        tuple[int, ...],
+        Doc(
+            "Measure these sizes, each without N blocks of the plan or the first N of --blocks: 2,4,6.",
+            metavar="LIST",
+            panel=_SUBJECT,
+        ),
+    ] = ()
+    every: Annotated[int | None, Doc("Measure every N-th size, and the smallest.", metavar="N", panel=_SUBJECT)] = None
+
+    @property
+    def most_removals(self) -> int | None:
+        """The number of removals of the smallest model; None for all."""
+        return max(self.remove, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyRequest(OneSizeRequest, CalibrationRequest):
     """A checkpoint or GGUF file to be written, and how the blocks that stay are recovered."""
 
     source: Annotated[
@@ -396,7 +433,7 @@ class ApplyRequest(SubjectRequest, CalibrationRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalRequest(SubjectRequest):
+class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
     perplexity: Annotated[
@@ -409,25 +446,70 @@ class EvalRequest(SubjectRequest):
         ),
     ] = ()
     tasks: Annotated[
-        tuple[str, ...], Doc("lm-eval tasks, separated by commas: piqa,arc_easy.", metavar="LIST", panel=_QUALITY)
+        tuple[str, ...],
+        Doc(
+            "lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2, separated by commas: "
+            "piqa,canaries.",
+            metavar="LIST",
+            panel=_QUALITY,
+        ),
     ] = ()
     limit: Annotated[int | None, Doc("Use only the first items of each task.", panel=_QUALITY)] = None
     num_fewshot: Annotated[int | None, Doc("Examples in the prompt.", default="the task's own", panel=_QUALITY)] = None
+    apply_chat_template: Annotated[bool, Doc("Put tasks into the chat template.", panel=_QUALITY)] = False
     include_path: Annotated[Path | None, Doc("Folder with your own task files.", panel=_QUALITY)] = None
+    show_flips: Annotated[
+        int | None, Doc("Show up to N items of each task that only one model gets right.", metavar="N", panel=_QUALITY)
+    ] = None
     sequence_length: Annotated[
         int | None,
         Doc("Tokens per perplexity window.", default=f"{DEFAULT_LENGTH}, or the model's limit", panel=_QUALITY),
     ] = None
+    max_windows: Annotated[
+        int | None,
+        Doc("Use only the first windows of each text.", default="all, or the text's protocol", panel=_QUALITY),
+    ] = None
+    stride: Annotated[
+        int | None,
+        Doc(
+            "Tokens from one perplexity window to the next; overlapping windows give more context.",
+            default="the window's length",
+            panel=_QUALITY,
+        ),
+    ] = None
     bos: Annotated[bool, Doc("Begin every perplexity window with the BOS token.", panel=_QUALITY)] = False
-    batch_size: Annotated[int, Doc("Windows or task items per forward pass.", panel=_QUALITY)] = 1
+    batch_size: Annotated[
+        str | int,
+        Doc("Windows or requests of tasks per forward pass; auto is what suits the device.", panel=_QUALITY),
+    ] = AUTO
+    fresh: Annotated[bool, Doc("Measure again what is in the cache.", panel=_QUALITY)] = False
     dtype: Dtype = None
     device: Device = AUTO
     output: ResultFile = None
     force: Force = False
 
+    @property
+    def items_per_batch(self) -> str | int:
+        """The requests of tasks per forward pass: a number, or `auto`.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        if self.batch_size == AUTO:
+            return AUTO
+        if not str(self.batch_size).isdecimal() or not int(self.batch_size):
+            raise UsageError(f"--batch-size {self.batch_size} is no number of 1 or more.", hint="Use 8, or auto.")
+        return int(self.batch_size)
+
+    @property
+    def windows_per_batch(self) -> int:
+        """The windows of text per forward pass. Raises like `items_per_batch`."""
+        size = self.items_per_batch
+        return 1 if isinstance(size, str) else size
+
 
 @dataclass(frozen=True, kw_only=True)
-class BenchRequest(SubjectRequest):
+class BenchRequest(SizesRequest):
     """What to time; numbers that are None follow from the workload and the device."""
 
     prompt: Annotated[bool, Doc("Time prompt processing (prefill).", panel=_WORKLOAD)] = False
@@ -441,22 +523,71 @@ class BenchRequest(SubjectRequest):
     new_tokens: Annotated[
         int | None, Doc("Tokens to generate per prompt.", default="by workload and device", panel=_WORKLOAD)
     ] = None
-    iterations: Annotated[int | None, Doc("Timed runs.", default="by workload and device", panel=_WORKLOAD)] = None
-    warmup: Annotated[int | None, Doc("Untimed runs first.", default="by workload and device", panel=_WORKLOAD)] = None
+    sweep: Annotated[
+        tuple[str, ...],
+        Doc(
+            'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
+            metavar="TEXT",
+            panel=_WORKLOAD,
+            repeated=True,
+        ),
+    ] = ()
+    iterations: Annotated[
+        int | None, Doc("Timed runs of each model.", default="by workload and device", panel=_TIMING)
+    ] = None
+    warmup: Annotated[
+        int | None, Doc("Untimed runs of each model first.", default="until times are stable", panel=_TIMING)
+    ] = None
+    cooldown: Annotated[float, Doc("Seconds to pause before each run.", panel=_TIMING)] = 0.0
+    compile: Annotated[bool, Doc("Run the models through torch.compile.", panel=_MACHINE)] = False
+    static_cache: Annotated[
+        bool, Doc("Generate with a KV cache of fixed size; --compile always does.", panel=_MACHINE)
+    ] = False
+    threads: Annotated[int | None, Doc("CPU threads.", default="torch's choice", panel=_MACHINE)] = None
     dtype: Dtype = None
     device: Device = AUTO
     output: ResultFile = None
     force: Force = False
+    engine: Annotated[
+        str,
+        Doc("transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.", panel=_MACHINE),
+    ] = TRANSFORMERS
+    source: Annotated[
+        Path | None,
+        Doc("A GGUF file of the model, for engines that read such files.", metavar="GGUF", panel=_MACHINE),
+    ] = None
+    estimate: Annotated[
+        bool,
+        Doc("Time nothing: predict speed and memory from the model's config; no weights are read.", panel=_ESTIMATE),
+    ] = False
+    device_flops: Annotated[
+        float | None,
+        Doc(
+            "With --estimate: operations per second of the device to predict for, such as 989e12.",
+            default="measured here",
+            metavar="NUMBER",
+            panel=_ESTIMATE,
+        ),
+    ] = None
+    device_bandwidth: Annotated[
+        float | None,
+        Doc(
+            "With --estimate: bytes per second that its memory delivers, such as 3.35e12.",
+            default="measured here",
+            metavar="NUMBER",
+            panel=_ESTIMATE,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest(SubjectRequest):
+class ExportRequest(OneSizeRequest):
     """A format that another tool reads."""
 
     to: Annotated[
         str,
         Doc(
-            "gguf, hf, vllm, llama-quantize, mergekit, indices, or a plugin's format: see `sleb plugins`.",
+            "report, figures, summary; gguf, hf, vllm, llama-quantize, mergekit, indices; or a plugin's format.",
             metavar="FORMAT",
             panel=_OUTPUT,
         ),

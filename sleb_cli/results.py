@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
 from sleb_cli.records import ModelRecord, Proof, Record
@@ -10,12 +10,11 @@ from sleb_cli.requests import WorkloadName
 
 
 class ResultRecord(Record):
-    """The fields that several results share. `removals` is empty if only the dense model was measured."""
+    """The fields that several results share."""
 
     schema_version: Literal[1]
     sleb_version: str
     model: ModelRecord
-    removals: tuple[int, ...]
     dtype: str
     device: str
 
@@ -28,6 +27,7 @@ class ApplyResult(ResultRecord):
 
     kind: Literal["apply"]
     folder: str
+    removals: tuple[int, ...]
     blocks: int
     weights_bytes: int
     recovery: RecoveryRecord | None
@@ -58,7 +58,7 @@ class GgufResult(Record):
 class ExportResult(Record):
     """The output of an exporter: a `text`, with the same data as `document`, or files.
 
-    `written` are the results for the files, and `lines` tell how to use them.
+    `written` are the results for models, `files` are other files and folders, and `lines` tell how to use them.
     """
 
     schema_version: Literal[1]
@@ -66,6 +66,7 @@ class ExportResult(Record):
     kind: Literal["export"]
     exporter: str
     written: tuple[ApplyResult | GgufResult, ...] = ()
+    files: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
     text: str | None = None
     document: Any = None
@@ -98,98 +99,489 @@ class CompareResult(Record):
     best: str
 
 
-class PerplexityRecord(Record):
-    """The perplexity over `windows` windows; `losses` has the mean of each window, in nats per token."""
+class Interval(Record):
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+Bos = Literal["none", "text", "windows"]
+"""What begins with the BOS token: nothing, the text as a whole, or every window."""
+
+
+class TextScores(Record):
+    """How well a model predicts a text; `losses` has the mean of each window, in nats per token.
+
+    `word_perplexity` and `byte_perplexity` are null if the counted tokens hold no word or byte. `calibration_error` is
+    the expected calibration error of its first choices, from 0 to 1.
+    """
+
+    perplexity: float
+    word_perplexity: float | None
+    byte_perplexity: float | None
+    bits_per_byte: float | None
+    calibration_error: float
+    losses: tuple[float, ...]
+
+
+class DivergenceRecord(Record):
+    """How far a model's predictions are from the dense model's: KL(dense || pruned) at each position, in nats.
+
+    `probability_change_rms` is the root mean square of the change of the right token's probability, and `same_top` the
+    share of positions with the same first choice.
+    """
+
+    mean: float
+    standard_error: float | None
+    median: float
+    p90: float
+    p99: float
+    maximum: float
+    probability_change_rms: float
+    same_top: float
+
+
+class PrunedTextScores(TextScores):
+    """The scores without `removals`, and how they differ from the dense model's on the same tokens.
+
+    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token; its error takes what belongs together,
+    documents or windows, as one observation.
+    """
+
+    removals: tuple[int, ...]
+    log_ratio: float
+    standard_error: float | None
+    interval: Interval | None
+    divergence: DivergenceRecord
+
+
+class TextResult(Record):
+    """One text on the dense and each pruned model. Windows overlap if `stride` is set, and each token counts once.
+
+    `tokens`, `words` and `bytes` count what is predicted. `clusters` are the observations behind each standard error:
+    so many of `clustered_by`.
+    """
 
     text: str
     windows: int
     sequence_length: int
-    bos: bool
+    stride: int | None
+    bos: Bos
+    tokens: int
+    words: int
+    bytes: int
+    clusters: int
+    clustered_by: Literal["documents", "windows"]
     tokens_sha256: str
-    perplexity: float
-    losses: tuple[float, ...]
+    dense: TextScores
+    pruned: tuple[PrunedTextScores, ...]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two results of a text comparable."""
+        return (self.text, self.sequence_length, self.stride, self.bos, self.tokens_sha256)
 
 
-class TaskRecord(Record):
-    """One metric of one lm-eval task; `stderr` is lm-eval's, if it reports one."""
+class TaskScores(Record):
+    """One metric of a task on one model: `value` as lm-eval reports it, and the score of each item in `items`.
+
+    `interval` is Wilson's where each item is right or wrong, else normal; null if lm-eval reports no error.
+    """
+
+    value: float
+    stderr: float | None
+    interval: Interval | None
+    items: tuple[float, ...]
+
+
+class FlipRecord(Record):
+    """An item that only one model gets right, and what each answered."""
+
+    doc_id: int
+    prompt: str
+    target: str
+    dense: str
+    pruned: str
+
+
+class PrunedTaskScores(TaskScores):
+    """The scores without `removals`, and how they differ from the dense model's on the same items.
+
+    `retention` is pruned / dense (null if dense is 0). `lost` items went from right to wrong, `gained` ones from wrong
+    to right; with `mcnemar_p`, the exact McNemar test, they are null where items are not right or wrong. `items_needed`
+    is how many items would show a difference of one point. `flips` are those asked for.
+    """
+
+    removals: tuple[int, ...]
+    retention: float | None
+    difference: float
+    standard_error: float | None
+    difference_interval: Interval | None
+    mcnemar_p: float | None
+    lost: int | None
+    gained: int | None
+    items_needed: int | None
+    flips: tuple[FlipRecord, ...] = ()
+
+
+class TaskResult(Record):
+    """One metric of one lm-eval task on the dense and each pruned model.
+
+    Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their documents, prompts and
+    targets. A group has no items of its own.
+    """
 
     task: str
     metric: str
-    value: float
-    stderr: float | None
-    items: int
+    filter: str
+    version: str
     num_fewshot: int
     higher_is_better: bool
+    doc_ids: tuple[int, ...]
+    items_sha256: str | None
+    dense: TaskScores
+    pruned: tuple[PrunedTaskScores, ...]
 
-
-class ModelScores(Record):
-    """Everything measured on one model."""
-
-    blocks: int
-    perplexities: tuple[PerplexityRecord, ...]
-    tasks: tuple[TaskRecord, ...]
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two results of a task comparable."""
+        return (self.task, self.metric, self.filter, self.version, self.num_fewshot, self.doc_ids, self.items_sha256)
 
 
 class EvalResult(ResultRecord):
-    """The quality of the dense and the pruned model."""
+    """The quality of the dense model and of each size of the pruned one, `sizes`: the removed blocks, fewest first.
+
+    `lm_eval` names the files in the format of lm-eval's own command, if any were written.
+    """
 
     kind: Literal["eval"]
-    dense: ModelScores
-    pruned: ModelScores | None
+    sizes: tuple[tuple[int, ...], ...]
+    torch: str
+    transformers: str
+    processor: str
+    texts: tuple[TextResult, ...]
+    tasks: tuple[TaskResult, ...]
+    lm_eval: tuple[str, ...] = ()
+
+    def merged_with(self, previous: EvalResult) -> EvalResult:
+        """Return both results as one, if they are of the same model in the same data type on the same kind of device.
+
+        What was measured in both is taken from this one.
+        """
+        if (self.model.fingerprint, self.dtype, self.device) != (
+            previous.model.fingerprint,
+            previous.dtype,
+            previous.device,
+        ):
+            return self
+        sizes = {frozenset(size): size for size in (*previous.sizes, *self.sizes)}
+        return self.model_copy(
+            update={
+                "sizes": tuple(sorted(sizes.values(), key=len)),
+                "texts": _merged(previous.texts, self.texts),
+                "tasks": _merged(previous.tasks, self.tasks),
+                "lm_eval": tuple(dict.fromkeys((*previous.lm_eval, *self.lm_eval))),
+            }
+        )
+
+
+_R = TypeVar("_R", TextResult, TaskResult)
+
+
+def _merged(old: tuple[_R, ...], new: tuple[_R, ...]) -> tuple[_R, ...]:
+    """Merge results of texts or tasks; of those that are in both, also their sizes."""
+    found = {result.key: result for result in old}
+    for result in new:
+        pruned = {frozenset(size.removals): size for size in getattr(found.get(result.key), "pruned", ())}
+        pruned |= {frozenset(size.removals): size for size in result.pruned}
+        ordered = tuple(sorted(pruned.values(), key=lambda size: len(size.removals)))
+        found[result.key] = result.model_copy(update={"pruned": ordered})
+    return tuple(found.values())
 
 
 class Workload(Record):
-    """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache."""
+    """A timed workload. If `new_tokens` is 0, only the prompt is processed, without a KV cache.
+
+    Every iteration has prompts of its own, drawn from `seed`. `warmup` is null if it lasted until times were stable,
+    and `cooldown` is the pause before each run, in seconds. `engine` runs the model: transformers, or a plugin's.
+    """
+
+    name: WorkloadName
+    engine: str
+    batch_size: int
+    prompt_length: int
+    new_tokens: int
+    iterations: int
+    warmup: int | None
+    cooldown: float
+    seed: int
+    compiled: bool
+    static_cache: bool
+
+    @property
+    def label(self) -> str:
+        """What is run: prompt 1x512, generation 4x64+32."""
+        new = f"+{self.new_tokens}" if self.new_tokens else ""
+        return f"{self.name} {self.batch_size}x{self.prompt_length}{new}"
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What makes it the same workload again, however often it is run."""
+        return (
+            self.name, self.engine, self.batch_size, self.prompt_length, self.new_tokens, self.compiled,
+            self.static_cache,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        new = f", {self.new_tokens} new tokens each" if self.new_tokens else ""
+        return f"{self.batch_size} x {self.prompt_length} prompt tokens{new}"
+
+
+class WarmupRecord(Record):
+    """The untimed runs of each model; `deviation` is the largest relative standard deviation of the last few.
+
+    `stable` says whether it fell below the limit of 2 %; null if the number of runs was asked for.
+    """
+
+    runs: int
+    deviation: float | None
+    stable: bool | None
+
+
+class MemoryRecord(Record):
+    """The peak memory of a process that runs nothing else: the weights, the KV cache at its largest, and the rest.
+
+    On a CPU it is what is resident in memory, so the rest holds the program, too; on an accelerator, what torch
+    allocates.
+    """
+
+    peak_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    rest_bytes: int
+
+
+EnergySource = Literal["NVML", "RAPL"]
+
+
+class EnergyRecord(Record):
+    """The energy of each iteration, and its means; `source` counts that of the whole GPU or processor package.
+
+    A token is a generated one, or one of the prompt if none is generated.
+    """
+
+    source: EnergySource
+    joules: tuple[float, ...]
+    joules_per_iteration: float
+    joules_per_token: float
+
+
+class WorkRecord(Record):
+    """The work of one iteration: floating-point operations, and bytes of weights and KV cache that are read.
+
+    The first new token belongs to `prefill`, the others to `decode`.
+    """
+
+    prefill_flops: float
+    prefill_bytes: float
+    decode_flops: float
+    decode_bytes: float
+
+
+class Timing(Record):
+    """One workload on one model, in the names of `vllm bench serve`: milliseconds, and tokens per second.
+
+    TTFT is the time to first token, ITL the latency between tokens, TPOT the time per token after the first, E2EL that
+    from end to end; all prompts of a batch share them. `ttfts`, `itls` and `e2els` are the samples, in seconds, by
+    iteration; without new tokens there are no `itls`, and the first token is the end. `duration` is the sum of
+    `e2els`, and `completed` counts prompts. `outliers` is the number of `e2els` beyond Tukey's fences, which are kept.
+    """
+
+    duration: float
+    completed: int
+    total_input_tokens: int
+    total_output_tokens: int
+    request_throughput: float
+    output_throughput: float
+    total_token_throughput: float
+    mean_ttft_ms: float
+    median_ttft_ms: float
+    std_ttft_ms: float
+    p50_ttft_ms: float
+    p90_ttft_ms: float
+    p99_ttft_ms: float
+    mean_tpot_ms: float | None
+    median_tpot_ms: float | None
+    std_tpot_ms: float | None
+    p50_tpot_ms: float | None
+    p90_tpot_ms: float | None
+    p99_tpot_ms: float | None
+    mean_itl_ms: float | None
+    median_itl_ms: float | None
+    std_itl_ms: float | None
+    p50_itl_ms: float | None
+    p90_itl_ms: float | None
+    p99_itl_ms: float | None
+    mean_e2el_ms: float
+    median_e2el_ms: float
+    std_e2el_ms: float
+    p50_e2el_ms: float
+    p90_e2el_ms: float
+    p99_e2el_ms: float
+    ttfts: tuple[float, ...]
+    itls: tuple[tuple[float, ...], ...]
+    e2els: tuple[float, ...]
+    outliers: int
+    memory: MemoryRecord | None
+    energy: EnergyRecord | None
+    work: WorkRecord | None
+
+
+class PrunedTiming(Timing):
+    """The timing without `removals`; `speedup` is dense over pruned, of the medians from end to end.
+
+    `interval` is its 95 % bootstrap interval over rounds; null if there are too few for one. `bound` is the speedup
+    that the work of the two models allows; null if the work is unknown. Where time goes to starting operations rather
+    than to the work, the ratio of the blocks is the bound instead.
+    """
+
+    removals: tuple[int, ...]
+    speedup: float
+    interval: Interval | None
+    bound: float | None
+
+
+class WorkloadResult(Record):
+    """One workload on the dense and each pruned model, run in turn, and in every other round in reverse.
+
+    `attention` is the implementation that transformers uses; null for other engines. Models that do not fit together
+    are timed in pairs, each size with the dense model, whose runs are then all in `dense`.
+    """
+
+    workload: Workload
+    engine_version: str | None
+    attention: str | None
+    warmup: WarmupRecord
+    dense: Timing
+    pruned: tuple[PrunedTiming, ...]
+
+
+class ModelSize(Record):
+    """The size of a model without `removals`, and how long it takes to load, if that was measured.
+
+    Quantized weights count as the parameters they stand for, and as the bytes they take.
+    """
+
+    removals: tuple[int, ...]
+    blocks: int
+    parameters: int
+    weights_bytes: int
+    load_seconds: float | None
+
+
+class BenchResult(ResultRecord):
+    """The speed and size of the dense model and of each size of the pruned one, the fewest removals first.
+
+    `governor` is how the system sets the processor's clock, where it says so: performance, powersave.
+    """
+
+    kind: Literal["bench"]
+    threads: int
+    processor: str
+    governor: str | None
+    torch: str
+    transformers: str
+    dense: ModelSize
+    pruned: tuple[ModelSize, ...]
+    workloads: tuple[WorkloadResult, ...]
+
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What results share that can stand beside each other."""
+        model = self.model.fingerprint
+        return (model, self.dtype, self.device, self.processor, self.threads, self.torch, self.transformers)
+
+    def merged_with(self, previous: BenchResult) -> BenchResult:
+        """Return both results as one, if they are of the same model in the same setting: see `setting`.
+
+        A workload that was run again replaces the earlier one, with all its sizes, since it has a dense model's runs of
+        its own.
+        """
+        if self.setting != previous.setting:
+            return self
+        again = {result.workload.identity for result in self.workloads}
+        kept = [result for result in previous.workloads if result.workload.identity not in again]
+        used = {timing.removals for result in kept for timing in result.pruned}
+        sizes = {size.removals: size for size in previous.pruned if size.removals in used}
+        sizes |= {size.removals: size for size in self.pruned}
+        return self.model_copy(
+            update={
+                "pruned": tuple(sorted(sizes.values(), key=lambda size: len(size.removals))),
+                "workloads": (*kept, *self.workloads),
+            }
+        )
+
+
+class EstimatedTiming(Record):
+    """The predicted `seconds` of one iteration; `speedup` is dense over pruned, and `bound` is as in a benchmark."""
+
+    work: WorkRecord
+    seconds: float
+    speedup: float
+    bound: float
+
+
+class EstimatedSize(Record):
+    """A model without `removed` blocks: `removals`, or average ones if these are null.
+
+    `kv_cache_bytes` is the cache at its largest in the last workload that has one; null if none has. `timings` are by
+    workload.
+    """
+
+    removed: int
+    removals: tuple[int, ...] | None
+    blocks: int
+    parameters: int
+    weights_bytes: int
+    kv_cache_bytes: int | None
+    timings: tuple[EstimatedTiming, ...]
+
+
+class RateRecord(Record):
+    """How fast matrices of a model's blocks, and its head, read the tokens of a phase on a device.
+
+    The overheads are the seconds of one call of an average block, and of all that is outside the blocks, besides.
+    """
+
+    blocks_flops_per_second: float
+    blocks_bytes_per_second: float
+    outside_flops_per_second: float
+    outside_bytes_per_second: float
+    block_overhead_seconds: float
+    outside_overhead_seconds: float
+
+
+class EstimatedWorkload(Record):
+    """A workload whose speed is predicted, and the rates in its two phases; `decode` is null without new tokens."""
 
     name: WorkloadName
     batch_size: int
     prompt_length: int
     new_tokens: int
-    iterations: int
-    warmup: int
-    seed: int
-
-    def __str__(self) -> str:
-        new = f", {self.new_tokens} new tokens each" if self.new_tokens else ""
-        return (
-            f"{self.batch_size} x {self.prompt_length} prompt tokens{new}, "
-            f"{self.iterations} iterations after {self.warmup} to warm up"
-        )
+    prefill: RateRecord
+    decode: RateRecord | None
 
 
-class Timing(Record):
-    """The raw seconds of one workload on one model, and its peak memory."""
+class EstimateResult(ResultRecord):
+    """The size of a model and its predicted speed, from its config: of the dense one, and of sizes of the pruned one.
 
-    seconds: tuple[float, ...]
-    median_seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int | None
+    `device` is that on which rates were measured, or "described" if they were given. The fingerprint is that of the
+    config alone.
+    """
 
-
-class WorkloadResult(Record):
-    """One workload on both models; `speedup` is the ratio of the medians, dense over pruned."""
-
-    workload: Workload
-    dense: Timing
-    pruned: Timing | None
-    speedup: float | None
-
-
-class ModelSize(Record):
-    """The size of a model: quantized weights count as the parameters they stand for, and as the bytes they take."""
-
-    blocks: int
-    parameters: int
-    weights_bytes: int
-
-
-class BenchResult(ResultRecord):
-    """The speed and size of the dense and the pruned model."""
-
-    kind: Literal["bench"]
-    threads: int
-    processor: str
-    torch: str
-    dense: ModelSize
-    pruned: ModelSize | None
-    workloads: tuple[WorkloadResult, ...]
+    kind: Literal["estimate"]
+    processor: str | None
+    workloads: tuple[EstimatedWorkload, ...]
+    dense: EstimatedSize
+    pruned: tuple[EstimatedSize, ...]

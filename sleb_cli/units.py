@@ -4,27 +4,12 @@ import math
 import re
 
 from sleb_plugins.errors import UsageError
+from sleb_plugins.formats import format_bytes, format_count
+
+__all__ = ["format_bytes", "format_count", "parse_bytes", "parse_count"]
 
 _COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BYTES = re.compile(r"(\d*\.?\d+)\s*(?:([kmgtpe])(i?))?b?", re.ASCII)
-
-
-def format_count(number: float) -> str:
-    """Return a number of parameters as text: 134.5M, 1.19B."""
-    for unit in ("", "k", "M"):
-        if number < 1000:
-            return f"{number:.4g}{unit}"
-        number /= 1000
-    return f"{number:.3g}B" if number < 10 else f"{number:.4g}B"
-
-
-def format_bytes(count: float) -> str:
-    """Return a number of bytes as text, in powers of ten: 98.4 MB, 2.38 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def parse_count(text: str, option: str) -> float:

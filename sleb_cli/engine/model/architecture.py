@@ -103,12 +103,13 @@ class Architecture:
 
     @cached_property
     def numbering(self) -> BlockNumbering:
-        """How the weight files number the blocks, which may differ from the model in memory.
+        """How the weight files, if any, number the blocks, which may differ from the model in memory.
 
         Raises:
             UnsupportedModelError: they do not number each block.
         """
-        names = self.source.weights.tensor_names()
+        source = self.source
+        names = list(self.skeleton.state_dict()) if source.config_only else source.weights.tensor_names()
         numbering = find_block_numbering(names, self.adapter.blocks_path, self.block_count)
         predicted = [getattr(self.text_config, key, None) for key in PREDICTION_BLOCKS]
         if numbering is None or (numbering.extra and numbering.extra not in predicted):

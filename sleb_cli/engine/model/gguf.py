@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +53,22 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
         _forget_quantization(model)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        _write_card(path, folder)
+
+
+def _write_card(path: Path, folder: Path) -> None:
+    """Write what the file says of its licence and languages as a model card, from which a pruned model inherits it."""
+    file = read_gguf(path)
+    keys = {
+        "license": "license",
+        "license.name": "license_name",
+        "license.link": "license_link",
+        "languages": "language",
+        "tags": "tags",
+    }
+    said = {name: file.get(f"general.{key}") for key, name in keys.items()}
+    data = yaml.safe_dump({name: value for name, value in said.items() if value}, allow_unicode=True)
+    (folder / "README.md").write_text(f"---\n{data}---\n", encoding="utf-8")
 
 
 def transformers_knows(architecture: str) -> bool:

@@ -74,14 +74,15 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
     """
     model = architecture.build(architecture.config).to(torch.bfloat16).eval()
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
-    conditions_hold = _ConditionsHold()  # type: ignore[no-untyped-call]
+    conditions_hold = ConditionsHold()  # type: ignore[no-untyped-call]
     no_run = _unknown(architecture, "it does not run without its weights")
     with torch.no_grad(), conditions_hold, translate_errors(lambda words: no_run):
         read = model(input_ids=text, use_cache=True)
-    layers = getattr(getattr(read, "past_key_values", None), "layers", None)
-    if layers is None or len(layers) != architecture.block_count:
+    layers = cache_layers(read)
+    if not layers or len(layers) != architecture.block_count:
         raise _unknown(architecture, "it is not kept block by block")
-    return Sizes(0, tuple(float(_elements(layer) * batch * dtype.itemsize) for layer in layers))
+    elements = (sum(tensor.numel() for tensor in layer_tensors(layer)) for layer in layers)
+    return Sizes(0, tuple(float(count * batch * dtype.itemsize) for count in elements))
 
 
 def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
@@ -91,16 +92,23 @@ def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
     )
 
 
-def _elements(layer: Any) -> int:
-    """Count the elements in one layer of a cache, which holds tensors, or dictionaries and lists of them."""
+def cache_layers(output: Any) -> list[Any]:
+    """Return the layers of the cache in a model's output; none if there is no cache, or not one in layers."""
+    # transformers 5.24 calls it `cache`, earlier versions `past_key_values`.
+    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    return list(getattr(cache, "layers", None) or ())
+
+
+def layer_tensors(layer: Any) -> list[Tensor]:
+    """Return the tensors in one layer of a cache, which holds them as they are, or in dictionaries and lists."""
     tensors: dict[int, Tensor] = {}
     for value in vars(layer).values():
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
         tensors |= {id(part): part for part in parts if isinstance(part, Tensor) and part.is_floating_point()}
-    return sum(tensor.numel() for tensor in tensors.values())
+    return list(tensors.values())
 
 
-class _ConditionsHold(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ConditionsHold(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets every condition on values hold that a model on the meta device checks, such as that all input is text."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -18,6 +18,7 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_plugins import ModelError
+from sleb_plugins.formats import plural
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -90,7 +91,7 @@ def load_pruned(
     """
     source = surgery.architecture.source
     with (
-        task(notify, f"Loading {source.id} without {len(surgery.removals)} blocks"),
+        task(notify, f"Loading {source.id} without {plural(len(surgery.removals), 'block')}"),
         _fits(source, dtype, device),
     ):
         # Packed weights are taken apart by the code that loads them.

@@ -14,27 +14,60 @@ from sleb_cli.events import Notify
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, differences
-from sleb_cli.requests import DEFAULT_PLAN, SubjectRequest
+from sleb_cli.requests import DEFAULT_PLAN, OneSizeRequest, SizesRequest, SubjectRequest
 from sleb_plugins import PlanError, UsageError
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the surgery on it (of no block if only the model was named), and the plan, if any."""
+    """A model, the surgery on it (of no block if only the model was named), and the plan with its file, if any."""
 
     surgery: Surgery
     plan: Plan | None
+    file: Path | None = None
 
     @property
     def architecture(self) -> Architecture:
         """The model."""
         return self.surgery.architecture
 
+    def sizes(self, request: SizesRequest) -> tuple[Surgery, ...]:
+        """Return the surgery for each size to be measured, the fewest removals first; none if no block is removed.
+
+        Raises:
+            UsageError: there is no such size.
+        """
+        most = len(self.surgery.removals)
+        if request.every is not None:
+            _require_every(request.every, most, with_remove=bool(request.remove))
+        if not most:
+            return ()
+        counts = set(request.remove) or {most, *range(request.every or most, most, request.every or most)}
+        if min(counts) < 1:
+            raise UsageError(f"Cannot remove {min(counts)} blocks.", hint=f"Use --remove 1 to {most}.")
+        by_size = self.plan.by_size if self.plan else [self.surgery.removals[:size] for size in range(1, most + 1)]
+        return tuple(plan_surgery(self.architecture, by_size[count - 1]) for count in sorted(counts))
+
+
+def _require_every(every: int, most: int, *, with_remove: bool) -> None:
+    hint = "Use --every 2, or --remove 2,4,6."
+    if every < 1:
+        raise UsageError(f"--every {every} is too small.", hint=hint)
+    if with_remove:
+        raise UsageError(f"--every {every} does not go with --remove.", hint=hint)
+    if not most:
+        raise UsageError(f"--every {every} needs a plan or --blocks.", hint=hint)
+
 
 def resolve_subject(
-    request: SubjectRequest, registry: Registry, notify: Notify, *, needs_removals: bool = False
+    request: OneSizeRequest | SizesRequest,
+    registry: Registry,
+    notify: Notify,
+    *,
+    needs_removals: bool = False,
+    config_only: bool = False,
 ) -> Subject:
-    """Read the plan, find its model, and check that the plan was made for it.
+    """Read the plan, find its model, and check that the plan was made for it; with `config_only`, by the config alone.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
@@ -43,13 +76,15 @@ def resolve_subject(
     quiet_libraries()
     named = request.subject or str(DEFAULT_PLAN)
     if is_plan(named):
-        return _from_plan(Path(named), request, registry, notify)
+        return _from_plan(Path(named), request, registry, notify, config_only=config_only)
     if request.model is not None:
         raise UsageError(f"--model applies to a plan, and {named} is a model.", hint="Leave out --model.")
-    if request.blocks is None and (needs_removals or request.remove is not None):
+    removals: tuple[int, ...] = ()
+    if request.blocks is not None:
+        removals = first_removals(request.blocks, request.most_removals, "--blocks")
+    elif needs_removals or (request.most_removals is not None and not config_only):
         raise UsageError(f"No blocks given for {named}.", hint="Name a plan, or use --blocks 5,4,9.")
-    removals = first_removals(request.blocks or (), request.remove, "--blocks")
-    architecture = _architecture(named, request.revision, request, registry, notify)
+    architecture = _architecture(named, request.revision, request, registry, notify, config_only=config_only)
     return Subject(plan_surgery(architecture, removals), None)
 
 
@@ -59,20 +94,32 @@ def is_plan(named: str) -> bool:
     return path.suffix == ".json" or (path.is_file() and path.suffix != ".gguf")
 
 
-def _from_plan(path: Path, request: SubjectRequest, registry: Registry, notify: Notify) -> Subject:
+def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
+    """Read the plan that the user named, for the requested number of removals.
+
+    Raises:
+        PlanError: the plan is unreadable.
+        UsageError: it has fewer removals, or other blocks were named, too.
+    """
     if request.blocks is not None:
         raise UsageError(
             f"--blocks applies to a model, and {path} is a plan with its own blocks.", hint="Leave out --blocks."
         )
-    plan = read_plan(path)
-    plan = first_of_plan(plan, request.remove, path)
+    return first_of_plan(read_plan(path), request.most_removals, path)
+
+
+def _from_plan(
+    path: Path, request: OneSizeRequest | SizesRequest, registry: Registry, notify: Notify, *, config_only: bool
+) -> Subject:
+    plan = read_named_plan(path, request)
     if request.model is None:
         _require_located(path, plan.model)
     revision = request.revision or (plan.model.revision if request.model is None else None)
-    architecture = _architecture(request.model or plan.model.id, revision, request, registry, notify)
+    model = request.model or plan.model.id
+    architecture = _architecture(model, revision, request, registry, notify, config_only=config_only)
     if not request.any_model:
         require_same_model(path, plan, architecture)
-    return Subject(plan_surgery(architecture, plan.removals), plan)
+    return Subject(plan_surgery(architecture, plan.removals), plan, path)
 
 
 def _require_located(path: Path, model: ModelRecord) -> None:
@@ -88,9 +135,17 @@ def _require_located(path: Path, model: ModelRecord) -> None:
 
 
 def _architecture(
-    model: str, revision: str | None, request: SubjectRequest, registry: Registry, notify: Notify
+    model: str,
+    revision: str | None,
+    request: SubjectRequest,
+    registry: Registry,
+    notify: Notify,
+    *,
+    config_only: bool,
 ) -> Architecture:
-    source = locate_model(model, notify, revision=revision, trust_remote_code=request.trust_remote_code)
+    source = locate_model(
+        model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only
+    )
     return read_architecture(source, registry, notify)
 
 
@@ -122,6 +177,8 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
         PlanError: it was made for another model; the message names the differences.
     """
     planned, found = plan.model, architecture.record
+    if architecture.source.config_only:  # its fingerprint is that of the config
+        found = found.model_copy(update={"fingerprint": planned.fingerprint})
     if differing := differences(_identity(found), _identity(planned)):
         raise PlanError(
             f"{path} was made for {planned.id}, and {found.id} is a different model ({differing}).",
