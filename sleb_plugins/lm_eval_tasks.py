@@ -6,103 +6,367 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from sleb_plugins.errors import DataError, did_you_mean, is_out_of_memory
+from sleb_plugins.errors import DataError, OutputError, UsageError, did_you_mean, is_out_of_memory
+from sleb_plugins.hub import offline_if_unreachable
+
+# Where lm-eval's own search for the largest batch begins.
+LARGEST_BATCH = 64
+# On a CPU the search for the largest batch takes long, and too large a one may end the process. Writing needs the
+# logits of the last position alone, so more fits.
+CPU_BATCH, CPU_WRITING_BATCH = 8, 32
+BOOTSTRAP_ITERATIONS = 1000
+
+Observe = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Is told how many requests follow, and yields the function that is told how many of them are done."""
 
 
-def load_tasks(names: Sequence[str], folder: Path | None = None) -> Any:
-    """Return lm-eval's task manager after loading these tasks and their data; `folder` holds further task files.
+@dataclass(frozen=True)
+class TaskSettings:
+    """How tasks are run: on their first items only with `limit`, and `batch_size` requests at once, a number or "auto".
+
+    `num_fewshot` replaces the task's own number of examples unless that is 0, which is lm-eval's rule.
+    """
+
+    batch_size: int | str = 1
+    limit: int | None = None
+    num_fewshot: int | None = None
+    apply_chat_template: bool = False
+
+
+class LoadedTask:
+    """A task, group or tag of lm-eval with its data, to be run on any number of models."""
+
+    def __init__(self, name: str, loaded: Mapping[str, Any], settings: TaskSettings) -> None:
+        self.name = name
+        self._loaded, self._settings = loaded, settings
+        for task in self.tasks.values():
+            configured = task.get_config("num_fewshot")
+            if configured is None or (configured and settings.num_fewshot is not None):
+                task.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+
+    @property
+    def tasks(self) -> dict[str, Any]:
+        """lm-eval's tasks by their names; a group or tag has several."""
+        return dict(self._loaded["tasks"])
+
+    def fingerprint(self) -> str:
+        """Return what the results depend on besides the model and its tokenizer: lm-eval, settings, code and items."""
+        tasks = sorted(self.tasks.items())
+        with _quiet(), _loading_data(self.name):
+            settings = [(name, _settings_of(task)) for name, task in tasks]
+            items = [list(islice(task.eval_docs, self._settings.limit)) for _, task in tasks]
+            examples = [list(task.fewshot_docs()) for _, task in tasks if task.get_config("num_fewshot")]
+        shots = ", ".join(sorted({f"{task.get_config('num_fewshot')}-shot" for _, task in tasks}))
+        version = importlib.metadata.version("lm_eval")
+        asked = [self._settings.batch_size, self._settings.apply_chat_template]
+        return f"lm-eval {version}, {shots}, settings {_hash([settings, asked])}, items {_hash([items, examples])}"
+
+    def longest_request(self, tokenizer: Any) -> int:
+        """Return the tokens of the longest prompt and what is generated after it; 0 if nothing is generated."""
+        return max((_longest_request(task, tokenizer, self._settings) for task in self.tasks.values()), default=0)
+
+    def run(self, model: Any, tokenizer: Any, observe: Observe | None = None) -> dict[str, Any]:
+        """Return lm-eval's results in its `result_schema`, with all samples, as JSON holds them.
+
+        This is `lm_eval.simple_evaluate` without its report on the environment, for which it runs git and several other
+        programs. Seeds and few-shot rules are the same. If the device is out of memory, smaller batches are tried.
+
+        Raises:
+            UsageError: the task does not fit the model's positions, or the tokenizer has no chat template.
+        """
+        if self._settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "--apply-chat-template does not work: the tokenizer has no chat template.", hint="Leave it out."
+            )
+        batch_size = self._settings.batch_size
+        if batch_size == "auto" and model.device.type == "cpu":
+            batch_size = CPU_WRITING_BATCH if all(map(_new_tokens, self.tasks.values())) else CPU_BATCH
+        while True:
+            try:
+                return self._run(model, tokenizer, batch_size, observe)
+            except (RuntimeError, MemoryError) as error:
+                if batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            # The items of a batch do not depend on each other.
+            batch_size = (LARGEST_BATCH if isinstance(batch_size, str) else batch_size) // 2
+
+    def _run(self, model: Any, tokenizer: Any, batch_size: int | str, observe: Observe | None) -> dict[str, Any]:
+        from lm_eval.defaults import DEFAULT_OTHER_SEED
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        began = time.time()
+        with _quiet(), _loading_data(self.name):
+            _set_seeds()
+            for task in self.tasks.values():
+                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            self._require_positions(lm.max_length)
+            if observe is not None:
+                _observe_requests(lm, observe)
+            results = evaluate(
+                lm=lm,
+                task_dict=self._loaded,
+                limit=self._settings.limit,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+                log_samples=True,
+                apply_chat_template=self._settings.apply_chat_template,
+                fewshot_as_multiturn=self._settings.apply_chat_template,
+            )
+            results |= _metadata(lm, self._settings, began)
+        return _as_json(results)
+
+    def _require_positions(self, positions: int) -> None:
+        for name, task in self.tasks.items():
+            if (new := _new_tokens(task)) >= positions:
+                raise UsageError(
+                    f"{name} has models write up to {new} tokens, and this one has {positions} positions.",
+                    hint="Leave the task out.",
+                )
+
+
+def load_tasks(
+    names: Sequence[str],
+    folders: Sequence[Path] = (),
+    settings: TaskSettings | None = None,
+    also: Iterable[str] = (),
+) -> tuple[LoadedTask, ...]:
+    """Load tasks, groups and tags of lm-eval, and their data; `folders` hold further task files.
+
+    A name that is not there may be meant for one of `also`, which the caller knows.
 
     Raises:
-        DataError: there is no such task, or its file or data cannot be read.
+        DataError: there is no such task, its file or data cannot be read, or it needs what is not done here.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = task_manager(names, folders)
+    for name in names:
+        require_task(name, [*also, *manager.all_tasks])
+    return tuple(LoadedTask(name, _load(manager, name), settings or TaskSettings()) for name in names)
+
+
+def task_manager(names: Iterable[str], folders: Sequence[Path]) -> Any:
+    """Return lm-eval's index of tasks: of `folders` and those of lm-eval with these tasks, or of all of its folders.
+
+    To read them all takes lm-eval ten seconds, so they are searched as text first.
     """
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=str(folder) if folder else None)
-    for name in names:
-        if name not in manager.all_tasks:
-            hint = did_you_mean(name, manager.all_tasks, otherwise="`lm-eval ls tasks` lists them.")
-            raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
-    tasks = ", ".join(names)
-    with _loading_data(tasks):
+    own = [str(folder) for folder in folders]
+    wanted = set(names)
+    few = TaskManager(include_path=own, include_defaults=False)
+    if missing := wanted - set(few.all_subtasks):
+        few = TaskManager(include_path=[*map(str, _folders_with(missing)), *own], include_defaults=False)
+    # A group may name tasks of any folder.
+    return few if wanted <= set(few.all_subtasks) else TaskManager(include_path=own)
+
+
+def _folders_with(tasks: Collection[str]) -> list[Path]:
+    """Return the folders of lm-eval with files of these tasks."""
+    folders: dict[str, Path] = {}
+    for file in sorted((_lm_eval_folder() / "tasks").rglob("*.yaml")):
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        for found in re.finditer(r"^task:[ \t]*[\"']?([^\s\"'#]+)", text, re.MULTILINE):
+            if found[1] in tasks:
+                folders.setdefault(found[1], file.parent)
+    return list(dict.fromkeys(folders.values()))
+
+
+def require_task(name: str, known: Sequence[str]) -> None:
+    """Check that there is such a task.
+
+    Raises:
+        DataError: there is none; the hint names one that is close.
+    """
+    if name not in known:
+        hint = did_you_mean(name, known, otherwise="`lm-eval ls tasks` lists them.")
+        raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
+
+
+def write_lm_eval_results(folder: Path, results: Mapping[str, Any], model_args: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Write results as lm-eval's own command does, `results_DATE.json` and `samples_TASK_DATE.jsonl`; return the files.
+
+    `model_args` are those of lm-eval's `--model sleb`, for the record.
+
+    Raises:
+        OutputError: the files cannot be written.
+    """
+    from lm_eval.loggers import EvaluationTracker
+
+    # lm-eval changes what it is given.
+    results = _as_json(results)
+    samples = results.pop("samples")
+    results["config"]["model_args"] = dict(model_args)
+    tracker = EvaluationTracker(output_path=str(folder / "results.json"))
+    general = tracker.general_config_tracker
+    general.log_experiment_args(
+        model_source=results["config"]["model"],
+        model_args=dict(model_args),
+        system_instruction=None,
+        chat_template=results.get("chat_template"),
+        fewshot_as_multiturn=bool(results.get("chat_template")),
+    )
+    general.start_time -= float(results.get("total_evaluation_time_seconds", 0))
+    with _quiet():
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for name, of_task in samples.items():
+            tracker.save_results_samples(task_name=name, samples=of_task)
+    # lm-eval tells its log, and nobody else, that it could not write.
+    date = getattr(tracker, "date_id", None)
+    files = (folder / f"results_{date}.json", *(folder / f"samples_{name}_{date}.jsonl" for name in samples))
+    if missing := [file for file in files if not file.is_file()]:
+        raise OutputError(f"{missing[0]} cannot be written.", hint="Check the folder's permissions and free space.")
+    return files
+
+
+def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return results of several runs on one model as those of one run."""
+    merged: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, dict) and key != "config":
+                merged[key] = merged.get(key, {}) | value
+            else:
+                merged.setdefault(key, value)
+    seconds = sum(float(part["total_evaluation_time_seconds"]) for part in parts)
+    return merged | {"total_evaluation_time_seconds": str(seconds)}
+
+
+def _load(manager: Any, name: str) -> dict[str, Any]:
+    with _quiet(), _loading_data(name):
         try:
-            manager.load(list(names))
+            loaded: dict[str, Any] = manager.load([name])
         except Exception as error:  # a task file can run any code, so lm-eval can raise anything
             if isinstance(error, _data_errors()):
                 raise
             reason = _first_line(error) or type(error).__name__
-            raise DataError(f"lm-eval cannot load {tasks}: {reason}.", hint="Check the task's file.") from error
-    return manager
+            raise DataError(f"lm-eval cannot load {name}: {reason}.", hint="Check the task's file.") from error
+    for part, task in loaded["tasks"].items():
+        for attribute, need in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is no text alone")):
+            if getattr(task, attribute, False):
+                raise DataError(
+                    f"The task {part} {need}.", hint="Run lm-eval's own command on what `sleb apply` writes."
+                )
+    return loaded
 
 
-def run_tasks(
-    manager: Any,
-    names: Sequence[str],
-    model: Any,
-    tokenizer: Any,
-    *,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int | None = None,
-) -> dict[str, Any]:
-    """Return lm-eval's results for loaded tasks; with `limit`, only the first items of each task are run.
+def _settings_of(task: Any) -> Any:
+    """Return a task's settings and the code beside its file, whatever folder they lie in."""
+    settings = task.dump_config()
+    metadata = dict(settings.get("metadata") or {})
+    source = Path(metadata.pop("config_source", ""))
+    code = {}
+    if source.is_file() and not source.is_relative_to(_lm_eval_folder()):  # its version stands for lm-eval's own code
+        folder = source.parent
+        code = {str(file.relative_to(folder)): file.read_bytes().hex() for file in sorted(folder.rglob("*.py"))}
+    return settings | {"metadata": metadata}, code
 
-    This is `lm_eval.simple_evaluate` without its report on the environment, for which it runs git and several other
-    programs. Seeds and few-shot rules are the same. If the device is out of memory, smaller batches are tried.
-    """
+
+def _lm_eval_folder() -> Path:
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent
+
+
+def _longest_request(task: Any, tokenizer: Any, settings: TaskSettings) -> int:
+    new = _new_tokens(task)
+    if not new:
+        return 0
     from lm_eval.defaults import DEFAULT_OTHER_SEED
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    try:
-        with _loading_data(", ".join(names)):
-            _set_seeds()
-            loaded = manager.load(list(names))
-            for task in loaded["tasks"].values():
-                configured = task.get_config("num_fewshot")
-                if configured is None or (configured and num_fewshot is not None):
-                    task.set_config(key="num_fewshot", value=num_fewshot or 0)
-                task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-            results: dict[str, Any] = evaluate(
-                lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                task_dict=loaded,
-                limit=limit,
-                bootstrap_iters=1000,
-                log_samples=False,
-                fewshot_as_multiturn=True,
-            )
-        return results
-    except (RuntimeError, MemoryError) as error:
-        if batch_size == 1 or not is_out_of_memory(error):
-            raise
-    # The items of a batch do not depend on each other.
-    half = batch_size // 2
-    return run_tasks(manager, names, model, tokenizer, batch_size=half, limit=limit, num_fewshot=num_fewshot)
+    with _quiet():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        task.build_all_requests(limit=settings.limit)
+    return new + max(len(tokenizer(request.args[0]).input_ids) for request in task.instances)
 
 
-def task_fingerprint(manager: Any, name: str, limit: int) -> str:
-    """Return what the results of a loaded task depend on besides the model: lm-eval, its settings and its items."""
-    with _loading_data(name):
-        tasks = sorted(manager.load([name])["tasks"].items())
-        settings = [(task, loaded.dump_config()) for task, loaded in tasks]
-        items = [list(islice(loaded.eval_docs, limit)) for _, loaded in tasks]
-        examples = [list(loaded.fewshot_docs()) for _, loaded in tasks if loaded.get_config("num_fewshot")]
-    shots = ", ".join(sorted({f"{loaded.get_config('num_fewshot') or 0}-shot" for _, loaded in tasks}))
-    version = importlib.metadata.version("lm_eval")
-    return f"lm-eval {version}, {shots}, settings {_hash(settings)}, items {_hash([items, examples])}"
+def _new_tokens(task: Any) -> int:
+    """Return how many tokens a model writes at most for an item; 0 if it only rates what is there."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return 0
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(task.get_config("generation_kwargs") or {})["max_gen_toks"])
+
+
+def _observe_requests(lm: Any, observe: Observe) -> None:
+    """Have each of lm-eval's calls of the model report its progress."""
+
+    class Hook:
+        def __init__(self, advance: Callable[[int], None]) -> None:
+            self._advance = advance
+
+        def add_partial(self, kind: str, request: Any, result: Any) -> None:
+            self._advance(1)
+
+    def observed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(requests: Sequence[Any], **options: Any) -> Any:
+            with observe(len(requests)) as advance:
+                lm.set_cache_hook(Hook(advance))
+                return call(requests, **options)
+
+        return run
+
+    for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        setattr(lm, kind, observed(getattr(lm, kind)))
+
+
+def _metadata(lm: Any, settings: TaskSettings, began: float) -> dict[str, Any]:
+    """Return what `simple_evaluate` adds to the results of `evaluate`, where it runs no program for it."""
+    import transformers
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.loggers.utils import add_tokenizer_info
+
+    added: dict[str, Any] = {
+        "config": {
+            "model": "sleb",
+            "model_args": None,
+            "model_num_parameters": lm.model.num_parameters(),
+            "model_dtype": lm.model.dtype,
+            "batch_size": settings.batch_size,
+            "batch_sizes": list(lm.batch_sizes.values()),
+            "device": str(lm.device),
+            "use_cache": None,
+            "limit": settings.limit,
+            "bootstrap_iters": BOOTSTRAP_ITERATIONS,
+            "gen_kwargs": None,
+            "random_seed": DEFAULT_RANDOM_SEED,
+            "numpy_seed": DEFAULT_OTHER_SEED,
+            "torch_seed": DEFAULT_OTHER_SEED,
+            "fewshot_seed": DEFAULT_OTHER_SEED,
+        },
+        "date": began,
+        "transformers_version": transformers.__version__,
+        "lm_eval_version": importlib.metadata.version("lm_eval"),
+        "chat_template": lm.chat_template(True) if settings.apply_chat_template else None,
+        "total_evaluation_time_seconds": str(time.time() - began),
+    }
+    add_tokenizer_info(added, lm)
+    return added
+
+
+def _as_json(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of results as it is read back from lm-eval's files."""
+    from lm_eval.utils import handle_non_serializable
+
+    copy: dict[str, Any] = json.loads(json.dumps(results, default=handle_non_serializable))
+    return copy
 
 
 def _hash(data: Iterable[Any]) -> str:
-    text = json.dumps(data, sort_keys=True, default=lambda value: type(value).__qualname__)
+    text = json.dumps(data, sort_keys=True, default=str)
     # A function whose source cannot be read is written with its address, which differs from run to run.
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
 
@@ -129,13 +393,32 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _loading_data(names: str) -> Iterator[None]:
-    """Hide lm-eval's progress bars, and name the tasks whose data cannot be loaded."""
+def _quiet() -> Iterator[None]:
+    """Hide what lm-eval prints, and keep it from starting processes that inherit the model, for its bootstrap."""
+    before = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = "1"
     try:
-        with redirect_stderr(StringIO()):
+        with ExitStack() as redirected:
+            redirected.enter_context(redirect_stdout(StringIO()))
+            redirected.enter_context(redirect_stderr(StringIO()))
+            yield
+    finally:
+        if before is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = before
+
+
+@contextmanager
+def _loading_data(names: str) -> Iterator[None]:
+    """Name the tasks whose data cannot be loaded."""
+    try:
+        with offline_if_unreachable() as unreachable:
             yield
     except _data_errors() as error:
+        is_offline = unreachable and isinstance(error, ConnectionError)
+        reason = f"not in the cache, and {unreachable}" if is_offline else _first_line(error)
         raise DataError(
-            f"The data of {names} cannot be loaded: {_first_line(error)}.",
+            f"The data of {names} cannot be loaded: {reason}.",
             hint="Check the network, or the paths in your own task file.",
         ) from error

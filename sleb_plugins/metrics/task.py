@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sleb_plugins.errors import DataError, UsageError
-from sleb_plugins.lm_eval_tasks import load_tasks, run_tasks, task_fingerprint
+from sleb_plugins.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
 from sleb_plugins.metric import ModelMetric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DEFAULT_ITEMS = 100
+BATCH_SIZE = 8
 
 
 class TaskError(ModelMetric):
@@ -28,8 +29,8 @@ class TaskError(ModelMetric):
     description = "1 - accuracy on the first items (100) of an lm-eval task, a name or a YAML file"
     argument = "TASK[:ITEMS]"
 
-    def __init__(self, named: str = "", task: str = "", items: int = DEFAULT_ITEMS, manager: Any = None) -> None:
-        self._task, self._items, self._manager = task, items, manager
+    def __init__(self, named: str = "", task: LoadedTask | None = None, items: int = DEFAULT_ITEMS) -> None:
+        self._task = task
         if named:  # a file by its path, so that a search that extends the plan finds it again
             self.name = f"task:{named}" + ("" if items == DEFAULT_ITEMS else f":{items}")
 
@@ -45,25 +46,28 @@ class TaskError(ModelMetric):
             named, items = argument, str(DEFAULT_ITEMS)
         if not (items.isascii() and items.isdigit() and int(items)):
             raise UsageError(f"task:{argument} asks for {items!r} items.", hint="Write it like task:piqa:100.")
-        if named.endswith((".yaml", ".yml")):
-            name, folder = _name_in(Path(named)), Path(named).parent
-            return TaskError(named, name, int(items), load_tasks([name], folder))
-        return TaskError(named, named, int(items), load_tasks([named]))
+        is_file = named.endswith((".yaml", ".yml"))
+        name, folders = (_name_in(Path(named)), [Path(named).parent]) if is_file else (named, [])
+        (task,) = load_tasks([name], folders, TaskSettings(batch_size=BATCH_SIZE, limit=int(items)))
+        return TaskError(named, task, int(items))
 
     def fingerprint(self) -> str:
         """Return lm-eval's version, and hashes of the task's settings and items."""
-        return task_fingerprint(self._manager, self._task, self._items)
+        return self._loaded.fingerprint()
 
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""
-        results = run_tasks(self._manager, [self._task], model, tokenizer, batch_size=8, limit=self._items)
-        found = results["results"].get(self._task, {})
+        task = self._loaded
+        found = task.run(model, tokenizer)["results"].get(task.name, {})
         for measure in ("acc_norm,none", "acc,none"):
             if measure in found:
                 return 1.0 - float(found[measure])
-        raise DataError(
-            f"The task {self._task} measures no accuracy.", hint="Use a multiple-choice task, such as piqa."
-        )
+        raise DataError(f"The task {task.name} measures no accuracy.", hint="Use a multiple-choice task, such as piqa.")
+
+    @property
+    def _loaded(self) -> LoadedTask:
+        assert self._task is not None, "a search uses a metric with its argument"
+        return self._task
 
 
 def _name_in(file: Path) -> str:

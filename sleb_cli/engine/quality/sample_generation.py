@@ -17,11 +17,9 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import SampleGeneration
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
+from sleb_plugins.repetition import repetition
 
 PROMPT = "A river begins as snow on a mountain. In spring the water runs down over the rocks,"
-
-# How many tokens make a run that may be repeated.
-RUN = 4
 
 
 def generate_sample(
@@ -109,13 +107,3 @@ def _continue(
         ids = torch.cat([ids, best], dim=1)
     new: list[int] = ids[0, prompt.shape[1] :].tolist()
     return new
-
-
-def repetition(tokens: Sequence[int]) -> float:
-    """Return the share of the runs of 4 tokens that occurred before in the same text: 0 means no repetition.
-
-    That is 1 minus the distinct share of n-grams with n = 4 (seq-rep-4 of Welleck et al., ICLR 2020, arXiv:1908.04319,
-    equation 10).
-    """
-    runs = [tuple(tokens[start : start + RUN]) for start in range(len(tokens) - RUN + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -1,0 +1,101 @@
+"""Errors and intervals of proportions, means and paired differences: pure functions of numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from sleb_cli.results import Interval
+
+CONFIDENCE = 0.95
+POWER = 0.8
+
+_QUANTILE = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its standard error and its 95 % interval; both None if there is only one observation."""
+
+    mean: float
+    standard_error: float | None
+    interval: Interval | None
+
+
+def wilson_interval(right: int, count: int) -> Interval:
+    """Return the interval of a proportion: Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), also for 0 and 1."""
+    found = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(low=float(found.low), high=float(found.high))
+
+
+def normal_interval(value: float, standard_error: float) -> Interval:
+    """Return the interval of a normally distributed estimate."""
+    return Interval(low=value - _QUANTILE * standard_error, high=value + _QUANTILE * standard_error)
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """Estimate the mean of `after - before` over the same items; the interval is Student's.
+
+    Source: Miller, arXiv 2411.00640, section 4.2.
+    """
+    differences = [second - first for first, second in zip(before, after, strict=True)]
+    mean, count = fmean(differences), len(differences)
+    if count < 2:
+        return Estimate(mean, None, None)
+    error = stdev(differences) / math.sqrt(count)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    return Estimate(mean, error, Interval(low=mean - reach, high=mean + reach))
+
+
+def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
+    """Estimate the mean of values, [n], those of a cluster being one observation; the interval is Student's.
+
+    Source of the clustered error: Miller, arXiv 2411.00640, section 2.2.
+    """
+    values = values.double()
+    mean = float(values.mean())
+    which = torch.unique(clusters, return_inverse=True)[1]
+    residuals = torch.zeros(int(which.max()) + 1, dtype=torch.float64).index_add(0, which, values - mean)
+    count = len(residuals)
+    if count < 2:
+        return Estimate(mean, None, None)
+    error = math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values)
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    return Estimate(mean, error, Interval(low=mean - reach, high=mean + reach))
+
+
+def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
+    """Return the interval of the difference of two proportions of the same items, `(gained - lost) / count`.
+
+    That is the Wald interval after one more item has been lost and one gained (Bonett and Price, J. Educ. Behav. Stat.
+    37, 2012). Without them, models that answer alike on a few items would seem to do so on all.
+    """
+    gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
+    difference = gains - losses
+    error = math.sqrt((gains + losses - difference**2) / (count + 2))
+    return Interval(low=max(-1.0, difference - _QUANTILE * error), high=min(1.0, difference + _QUANTILE * error))
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Return the p-value of the exact McNemar test: that so uneven a split of the flips is chance.
+
+    Source: McNemar, Psychometrika 12, 1947, with the binomial distribution instead of its approximation.
+    """
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def items_needed(deviation: float, effect: float = 0.01) -> int | None:
+    """Return how many items show an `effect` with 95 % confidence and 80 % power, given the deviation of differences.
+
+    None if the items never differ, which says nothing about others. Source: Miller, arXiv 2411.00640, equation 9, where
+    one answer per item leaves the variance of the paired difference.
+    """
+    if not deviation:
+        return None
+    return math.ceil(((_QUANTILE + float(stats.norm.ppf(POWER))) * deviation / effect) ** 2)

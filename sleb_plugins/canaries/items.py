@@ -1,0 +1,179 @@
+"""Items and graders of the canaries: drawn by a fixed seed, in need of no data set and no network."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sleb_plugins.repetition import repetition
+
+Item = dict[str, str]
+"""A `question` and its `answer`."""
+
+SEED = 2402_09025
+EXAMPLES = 8
+
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+
+NOUNS = (
+    "apple, basket, bottle, bridge, button, candle, chair, cloud, drum, engine, feather, garden, glass, hammer, "
+    "jacket, kettle, ladder, lamp, lemon, letter, mirror, mountain, needle, orange, pencil, pillow, pocket, rabbit, "
+    "radio, ribbon, river, saddle, shadow, spider, spoon, stone, table, ticket, tower, train, turtle, violin, wallet"
+)
+
+# Parts of a sentence such as "The old farmer sold the lamp near the river."
+ADJECTIVES = "old, young, tall, quiet, happy, tired, brave, lazy, clever, hungry, proud, angry, gentle, poor, rich"
+PEOPLE = "farmer, doctor, teacher, sailor, baker, painter, soldier, hunter, driver, singer, lawyer, nurse, writer, king"
+VERBS = "found, sold, hid, broke, washed, lost, bought, painted, carried, dropped, opened, stole, fixed, kept"
+THINGS = "lamp, book, chair, ring, coat, hammer, basket, letter, clock, bottle, mirror, candle, guitar, saddle, drum"
+PLACES = "river, bridge, garden, forest, market, church, station, harbour, kitchen, tower, school, museum, palace, mill"
+FUNCTION_WORDS = frozenset({"the", "near"})
+
+BETWEEN = (
+    "Water boils at a hundred degrees. Bees make honey from nectar. Trains run on rails of steel. The moon shines at "
+    "night. Bread is baked in an oven. Ice melts in the sun. Birds build nests in trees. Paper is made of wood. Cats "
+    "sleep most of the day. Rain falls from grey clouds. Ships sail across the sea. Corn grows in the summer. Clocks "
+    "tell us the time. Salt comes from the sea. Dogs like to run and play. Snow covers the hills in January. Glass is "
+    "made of sand. Plants need light and air. Iron rusts when it is wet. Children learn to read at school."
+)
+"""Twenty sentences of about eight tokens."""
+
+STARTS = (
+    "The old lighthouse keeper climbed the stairs every evening. One night, when the storm was at its worst,",
+    "The history of the bicycle began in the nineteenth century, when",
+    "Photosynthesis is the process by which plants",
+    "To make a good vegetable soup, first",
+    "Dear Sir or Madam,\n\nI am writing to you because",
+    "In economics, inflation means that",
+    "The city lies on two rivers. Its oldest quarter",
+    "When Anna opened the letter that had come with the morning post, she",
+    "A computer program is a list of instructions. Before it can run,",
+    "The whale is the largest animal that",
+    "There are three reasons why people should learn a second language. First,",
+    "Early in the morning the fishermen pushed their boats into the water and",
+    "The Roman Empire reached its greatest extent under",
+    "Question: How does a vaccine work?\nAnswer:",
+    "The committee met on Tuesday to discuss the new library. The first speaker",
+    "Mountains are formed when",
+    "My grandmother used to tell us that",
+    "The first railway in the country was opened in",
+    "Scientists have found that sleep",
+    "On the island there was only one shop, and",
+    "A good teacher knows that",
+    "The recipe for this bread is simple. Mix",
+    "It was raining when the bus arrived, so",
+    "The river begins high in the hills and",
+)
+
+
+def sums(items: int, **_: Any) -> dict[str, Any]:
+    """Return sums of two numbers with two digits."""
+
+    def draw(rng: random.Random) -> Item:
+        first, second = rng.randint(10, 99), rng.randint(10, 99)
+        return {"question": f"Q: What is {first} + {second}?\nA:", "answer": str(first + second)}
+
+    return _splits("sums", draw, items)
+
+
+def brackets(items: int, **_: Any) -> dict[str, Any]:
+    """Return two to five open brackets of three kinds, to be closed."""
+
+    def draw(rng: random.Random) -> Item:
+        opened = rng.choices([*BRACKETS], k=rng.randint(2, 5))
+        closed = [BRACKETS[bracket] for bracket in reversed(opened)]
+        return {"question": f"Open: {' '.join(opened)}\nClose:", "answer": " ".join(closed)}
+
+    return _splits("brackets", draw, items)
+
+
+def lists(items: int, **_: Any) -> dict[str, Any]:
+    """Return lists of eight words, to be copied."""
+
+    def draw(rng: random.Random) -> Item:
+        words = ", ".join(rng.sample(NOUNS.split(", "), 8))
+        return {"question": f"List: {words}\nCopy:", "answer": words}
+
+    return _splits("lists", draw, items)
+
+
+def counting(items: int, **_: Any) -> dict[str, Any]:
+    """Return a first and a last number with two digits, to be counted from one to the other."""
+
+    def draw(rng: random.Random) -> Item:
+        start = rng.randint(10, 90)
+        numbers = [str(start + step) for step in range(10)]
+        return {"question": f"From {numbers[0]} to {numbers[-1]}:", "answer": ", ".join(numbers)}
+
+    return _splits("counting", draw, items)
+
+
+def repeating(items: int, sentences: int, **_: Any) -> dict[str, Any]:
+    """Return a sentence, so many others, and the beginning of the first again, which is to be completed."""
+    others = BETWEEN.split(". ")
+
+    def draw(rng: random.Random) -> Item:
+        words = [rng.choice(part.split(", ")) for part in (ADJECTIVES, PEOPLE, VERBS, THINGS, PLACES)]
+        begin, end = "The {} {}".format(*words), "{2} the {3} near the {4}.".format(*words)
+        between = [sentence.rstrip(".") for _ in range(0, sentences, len(others)) for sentence in shuffled(rng)]
+        text = ". ".join(between[:sentences]) + "."
+        return {"question": f"Say: {begin} {end}\n\n{text}\n\nAgain: {begin}", "answer": end}
+
+    def shuffled(rng: random.Random) -> list[str]:
+        return rng.sample(others, len(others))
+
+    return _splits(f"repeating {sentences}", draw, items)
+
+
+def writing(**_: Any) -> dict[str, Any]:
+    """Return beginnings of texts, to be continued; there is no right answer."""
+    from datasets import Dataset
+
+    return {"test": Dataset.from_list([{"question": start, "answer": ""} for start in STARTS])}
+
+
+def _splits(name: str, draw: Callable[[random.Random], Item], items: int) -> dict[str, Any]:
+    """Draw different items: a few examples, which come first in every prompt, and the test."""
+    from datasets import Dataset
+
+    rng = random.Random(f"{SEED} {name}")
+    drawn: dict[str, Item] = {}
+    while len(drawn) < EXAMPLES + items:
+        item = draw(rng)
+        drawn[item["question"]] = item
+    rows = [*drawn.values()]
+    return {"examples": Dataset.from_list(rows[:EXAMPLES]), "test": Dataset.from_list(rows[EXAMPLES:])}
+
+
+def grade(doc: Item, results: Sequence[Any]) -> dict[str, float]:
+    """Return 1 for the right answer."""
+    return {"exact_match": float(_is_right(doc, results[0]))}
+
+
+def grade_samples(doc: Item, results: Sequence[Any]) -> dict[str, float]:
+    """Return the share of eight answers that are right, and 1 if any is."""
+    right = [_is_right(doc, answer) for answer in results[0]]
+    return {"pass@1": sum(right) / len(right), "pass@8": float(any(right))}
+
+
+def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
+    """Return the share of words and numbers that are right and in their place."""
+    expected, found = (re.findall(r"\w+", text) for text in (doc["answer"], _line(results[0])))
+    places = [place for place, word in enumerate(expected) if word not in FUNCTION_WORDS]
+    return {"right_words": sum(found[place : place + 1] == [expected[place]] for place in places) / len(places)}
+
+
+def grade_repetition(doc: Item, results: Sequence[Any]) -> dict[str, float]:
+    """Return the share of runs of four words and signs that occurred before in the text."""
+    return {"repetition": repetition(re.findall(r"\w+|[^\w\s]|\n", results[0]))}
+
+
+def _is_right(doc: Item, answer: str) -> bool:
+    return _line(answer) == doc["answer"]
+
+
+def _line(answer: str) -> str:
+    """Return the first line that is not empty."""
+    return answer.strip().partition("\n")[0].strip()

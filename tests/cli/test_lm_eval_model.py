@@ -1,0 +1,116 @@
+"""lm-eval's own command on a plan and on what `apply` writes, beside `sleb eval` on the same items."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from conftest import prose
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.quality.lm_eval_model import SlebLM
+from sleb_cli.engine.quality.tasks import Tasks
+from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.events import ignore
+from sleb_cli.lm_eval import main
+from sleb_cli.requests import EvalRequest
+from sleb_plugins import PlanError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+ITEMS = 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A multiple-choice task with files of its own."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    words = [line.split() for line in prose(ITEMS).replace("\n", " ").split(". ")]
+    rows = [{"q": " ".join(line[:3]), "choices": [f" {line[3]}", " mill"], "gold": 0} for line in words]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "own.yaml").write_text(
+        f"task: own_words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'items.jsonl'}\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{gold}}"\ntarget_delimiter: ""\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\nmetadata:\n  version: 1.0\n"
+    )
+    return folder
+
+
+def run_lm_eval(program, model, args, folder, out):
+    """Return the results and samples that lm-eval's command writes."""
+    options = ["--tasks", "own_words", "--include_path", folder, "--output_path", out / "r.json", "--log_samples"]
+    command = [*program, "run", "--model", model, "--model_args", args, "--device", "cpu", *options]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (results,), (samples,) = (list(out.glob(f"{name}_*")) for name in ("r", "samples"))
+    return json.loads(results.read_text()), list(map(json.loads, samples.read_text().splitlines()))
+
+
+def items_of(samples):
+    """What identifies the items and their scores; likelihoods are text in lm-eval's files."""
+    hashes = [[sample[f"{part}_hash"] for part in ("doc", "prompt", "target")] for sample in samples]
+    scores = [float(likelihood) for sample in samples for likelihood, _ in sample["filtered_resps"]]
+    return [sample["doc_id"] for sample in samples], hashes, [sample["acc"] for sample in samples], scores
+
+
+def test_lm_evals_own_command_agrees_with_ours_item_by_item(run_sleb, llama_plan, folder, tmp_path):
+    assert run_sleb("apply", llama_plan, "-o", "applied", "-q").exit_code == 0
+    ours = Tasks(EvalRequest(None, tasks=("own_words",), include_path=folder, batch_size=1))
+    model = SlebLM(plan=str(llama_plan), device="cpu")
+    results = ours.run("own_words", model.model, model.tokenizer, "pruned", ignore)
+    doc_ids, hashes, right, scores = items_of(results["samples"]["own_words"])
+    assert (doc_ids, sum(right) > 0) == (list(range(ITEMS)), True)
+    lm_eval = [sys.executable, "-m", "lm_eval"]
+    ways = {
+        "hf": (lm_eval, f"pretrained={tmp_path / 'applied'},dtype=float32"),
+        "sleb": ([sys.executable, "-m", "sleb_cli.lm_eval"], f"plan={llama_plan}"),
+    }
+    for name, (program, args) in ways.items():
+        (tmp_path / name).mkdir()
+        told, samples = run_lm_eval(program, name, args, folder, tmp_path / name)
+        assert told["results"]["own_words"]["acc,none"] == results["results"]["own_words"]["acc,none"]
+        found = items_of(samples)
+        assert found[:3] == (doc_ids, hashes, right)
+        assert found[3] == pytest.approx(scores, abs=1e-5)
+
+
+def test_sizes_and_blocks(llama_plan, tiny_llama):
+    whole, first = SlebLM(plan=str(llama_plan)), SlebLM(plan=str(llama_plan), remove=1)
+    dense, cut = SlebLM(model=str(tiny_llama)), SlebLM(model=str(tiny_llama), blocks="3+1", batch_size=4)
+    assert [lm.config.num_hidden_layers for lm in (whole, first, dense, cut)] == [4, 5, 6, 4]
+    assert SlebLM(model=str(tiny_llama), blocks=2).config.num_hidden_layers == 5
+    assert cut.batch_size == 4
+    # What lm-eval asks for by default, on a machine without it.
+    assert SlebLM(model=str(tiny_llama), device="cuda:0").device.type in ("cpu", "cuda")
+
+
+def test_the_tokenizer_is_the_models(tiny_opt):
+    model = SlebLM(model=str(tiny_opt))
+    assert model.tok_encode("river") == load_tokenizer(locate_model(str(tiny_opt), ignore))("river").input_ids
+
+
+def test_what_cannot_be_is_a_sentence(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="blocks=a\\+b is not a list of numbers"):
+        SlebLM(model=str(tiny_llama), blocks="a+b")
+    with pytest.raises(PlanError):
+        SlebLM(plan=str(tmp_path / "plan.json"))
+
+
+def test_the_entry_point_is_the_model_type():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["entry-points"]["lm_eval.models"].items()
+    assert name == "sleb"
+    assert EntryPoint(name, value, "lm_eval.models").load() is SlebLM
+
+
+def test_errors_of_the_command_are_ours(monkeypatch, capsys):
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: SlebLM(plan="gone.json"))
+    assert main() == PlanError.exit_code
+    assert "error: " in capsys.readouterr().err

@@ -1,0 +1,179 @@
+"""The canaries: items and graders, and that lm-eval runs them on a model that knows the answers."""
+
+import json
+import logging
+
+import pytest
+import yaml
+from lm_eval.api.model import LM
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sleb_cli.engine.quality.tasks import Tasks, compare_task
+from sleb_cli.events import ignore
+from sleb_cli.requests import EvalRequest
+from sleb_plugins.canaries import CANARIES, FOLDER, items
+
+GRADED = [name for name in CANARIES if name != "sleb_repetition"]
+
+
+@pytest.fixture(scope="module")
+def manager():
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=str(FOLDER), include_defaults=False)
+
+
+@pytest.fixture(scope="module")
+def loaded(manager):
+    return manager.load(["sleb_canaries"])
+
+
+class Oracle(LM):
+    """Writes what it is told to for each prompt."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self._answer = answer
+
+    def generate_until(self, requests):
+        return [self._answer(request.doc) for request in requests]
+
+    def loglikelihood(self, requests):
+        raise AssertionError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def values(loaded, answer):
+    """The metrics of each canary for a model that answers so."""
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=0)
+    results = evaluate(lm=Oracle(answer), task_dict=loaded, bootstrap_iters=0, log_samples=True)
+    return {
+        name: {key.partition(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}
+        for name, metrics in results["results"].items()
+    }
+
+
+def test_the_group_has_all_canaries_and_none_else(loaded, manager):
+    assert tuple(loaded["tasks"]) == CANARIES
+    assert set(manager.all_subtasks) == set(CANARIES)
+
+
+def test_a_perfect_answer_scores_one(loaded):
+    found = values(loaded, lambda doc: f" {doc['answer']}\n\nand more")
+    for name in GRADED:
+        assert set(found[name].values()) == {1.0}, name
+
+
+@pytest.mark.parametrize("answer", ["", "\n", "nonsense", "0 0 0 0 0 0 0 0 0 0"])
+def test_a_wrong_answer_scores_zero(loaded, answer):
+    found = values(loaded, lambda doc: answer)
+    for name in GRADED:
+        assert set(found[name].values()) == {0.0}, name
+
+
+def test_an_answer_that_is_right_once_in_eight_times_passes():
+    doc = {"question": "2 + 2 =", "answer": "4"}
+    assert items.grade_samples(doc, [[" 4", *["5"] * 7]]) == {"pass@1": 1 / 8, "pass@8": 1.0}
+    assert items.grade_samples(doc, [["44", "4 4", " 4."] * 2 + ["", "four"]]) == {"pass@1": 0.0, "pass@8": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [
+        ("sold the lamp near the river.", 1.0),
+        ("sold the lamp near the mill.", 2 / 3),
+        ("sold a lamp near a river", 1.0),
+        ("found the lamp near the river. sold the lamp near the river.", 2 / 3),
+        ("the lamp near the river.", 0.0),
+        ("sold", 1 / 3),
+    ],
+)
+def test_words_count_where_they_are_right_and_in_their_place(answer, share):
+    doc = {"question": "", "answer": "sold the lamp near the river."}
+    assert items.grade_words(doc, [answer]) == {"right_words": pytest.approx(share)}
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("one two three four five", 0.0), ("a b c d a b c d", 1 / 5), ("x y " * 50, 95 / 97), ("", 0.0)]
+)
+def test_repetition_is_the_share_of_runs_that_occurred_before(text, share):
+    assert items.grade_repetition({}, [text]) == {"repetition": pytest.approx(share)}
+
+
+def test_the_items_are_the_same_every_time_and_differ_from_each_other(loaded, manager):
+    again = manager.load(["sleb_canaries"])["tasks"]
+    for name, task in loaded["tasks"].items():
+        rows = list(task.eval_docs)
+        assert rows == list(again[name].eval_docs)
+        questions = [row["question"] for row in [*rows, *task.fewshot_docs()]]
+        if name in GRADED:
+            assert len(set(questions)) == len(questions)
+
+
+def test_the_answers_follow_from_the_questions(loaded):
+    tasks = {name: list(task.eval_docs) for name, task in loaded["tasks"].items()}
+    for row in tasks["sleb_sums"]:
+        first, second = row["question"].removeprefix("Q: What is ").removesuffix("?\nA:").split(" + ")
+        assert int(first) + int(second) == int(row["answer"])
+    for row in tasks["sleb_brackets"]:
+        text = row["question"].partition("\n")[0].removeprefix("Open: ") + row["answer"]
+        text = text.replace(" ", "")
+        while (shorter := text.replace("()", "").replace("[]", "").replace("{}", "")) != text:
+            text = shorter
+        assert text == ""
+    for row in tasks["sleb_lists"]:
+        assert row["question"] == f"List: {row['answer']}\nCopy:"
+    for row in tasks["sleb_counting"]:
+        numbers = list(map(int, row["answer"].split(", ")))
+        assert row["question"] == f"From {numbers[0]} to {numbers[-1]}:"
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    for length in (64, 256, 1024):
+        for row in tasks[f"sleb_repeat_{length}"]:
+            said, between, again = row["question"].split("\n\n")
+            assert said.removeprefix("Say: ") == f"{again.removeprefix('Again: ')} {row['answer']}"
+            assert 0.6 * length <= len(between.split()) <= length
+
+
+def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for name in GRADED:
+        task = loaded["tasks"][name]
+        longest = max(len(tokenizer(f" {row['answer']}").input_ids) for row in task.eval_docs)
+        assert longest <= task.config.generation_kwargs["max_gen_toks"], name
+
+
+def test_prompts_begin_with_the_same_examples_and_end_with_the_question(loaded):
+    for name in GRADED:
+        task = loaded["tasks"][name]
+        task.set_fewshot_seed(seed=0)
+        task.build_all_requests(limit=3)
+        prompts = [request.args[0] for request in task.instances]
+        shots = task.config.num_fewshot
+        for row, prompt in zip(task.eval_docs, prompts, strict=False):
+            assert prompt.endswith(row["question"])
+        if shots:
+            heads = {prompt.removesuffix(row["question"]) for row, prompt in zip(task.eval_docs, prompts, strict=False)}
+            assert len(heads) == 1
+
+
+def test_they_are_part_of_the_package():
+    assert {file.name for file in FOLDER.glob("*.yaml")} == {f"{name}.yaml" for name in (*CANARIES, "sleb_canaries")}
+    group = yaml.safe_load((FOLDER / "sleb_canaries.yaml").read_text())
+    assert tuple(group["task"]) == CANARIES
+
+
+def test_they_run_on_a_model_that_knows_nothing(tiny_llama):
+    tasks = Tasks(EvalRequest(None, tasks=("canaries",), limit=2))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama).eval(),
+        AutoTokenizer.from_pretrained(tiny_llama),
+    )
+    model.config.max_position_embeddings = 4096  # rotary, so it computes at any length
+    for name in tasks.names:
+        results = tasks.run(name, model, tokenizer, "dense", ignore)
+        found = compare_task(json.loads(json.dumps(results)), [((1,), results)], show_flips=2)
+        assert all(len(result.dense.items) == 2 for result in found)
+        assert all(result.pruned[0].difference == 0 for result in found)
