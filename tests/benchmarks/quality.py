@@ -7,7 +7,7 @@ tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py beside it (z
 to WORK/quality.json as soon as it is measured: searches by their settings, models by the blocks that they lack, so that
 methods with the same removals are measured once, and the same command resumes a stopped run. --seconds sets a time
 limit. --report writes the table into a Markdown file, between its two marks, and --plot draws the plot (needs the extra
-`plots`); both show the results so far.
+`report`); both show the results so far.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.quality.evaluation import Evaluator
+from sleb_cli.engine.quality.tasks import Tasks
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.calibration import draw
@@ -165,13 +165,13 @@ class Bench:
         return {name: windows[draw(len(windows), count, seed=0)] for name, windows in cut.items()}
 
     @cached_property
-    def tasks(self) -> Evaluator:
+    def tasks(self) -> Tasks:
         folder = self.work.folder / "tasks"
         subprocess.run([sys.executable, self.options.data / "make_tasks.py", folder], check=True)
         request = EvalRequest(
             tasks=tuple(TASKS), limit=self.options.items, include_path=folder, batch_size=self.options.task_batch
         )
-        return Evaluator(request, self.architecture)
+        return Tasks(request)
 
     def search(self, name: str, seed: int, size: int) -> None:
         """Search with one method through the command line; resume an interrupted search."""
@@ -202,8 +202,10 @@ class Bench:
         say("  " + ", ".join(f"{name} {math.exp(statistics.fmean(values)):.2f}" for name, values in losses.items()))
 
     def accuracies(self, key: str, model: Any) -> None:
-        records = self.tasks.measure(model, key, quiet).tasks
-        found = {record.task: [record.value, record.stderr] for record in records if record.metric == "acc"}
+        found = {}
+        for name in self.tasks.names:
+            scores = self.tasks.run(name, model, self.tokenizer, key, quiet)["results"][name]
+            found[name] = [scores["acc,none"], scores["acc_stderr,none"]]
         self.work.model(key)["tasks"] = found
         self.work.save()
         say("  " + ", ".join(f"{TASKS[task]} {value:.3f}" for task, (value, _) in found.items()))

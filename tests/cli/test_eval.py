@@ -3,15 +3,22 @@
 import json
 import math
 import os
+import shutil
 
 import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from conftest import calibration, prose
+from conftest import WORDS, calibration, llama_config, prose, save_model
 from reference import plain_loss
+from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.quality import texts
+from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
+from sleb_cli.kept_results import beside_plan
+from sleb_cli.results import EvalResult
 
 
 @pytest.fixture
@@ -37,10 +44,13 @@ def test_perplexity_is_that_of_the_literature_dense_beside_pruned(run_sleb, requ
     result = run_sleb("eval", folder, "--blocks", "3,1", *options, "-o", "r.json")
     assert result.exit_code == 0, result.stderr
     data = json.loads((tmp_path / "r.json").read_text())
-    dense, pruned = (data[name]["perplexities"][0] for name in ("dense", "pruned"))
+    (text,) = data["texts"]
+    dense, (pruned,) = text["dense"], text["pruned"]
     assert dense["perplexity"] == pytest.approx(plain_perplexity(folder, test_text, 64), rel=1e-5)
     assert pruned["perplexity"] == pytest.approx(plain_perplexity(folder, test_text, 64, [1, 3]), rel=1e-5)
-    assert len(dense["losses"]) == dense["windows"]
+    assert len(dense["losses"]) == text["windows"]
+    assert pruned["log_ratio"] == pytest.approx(math.log(pruned["perplexity"] / dense["perplexity"]))
+    assert pruned["interval"]["low"] < pruned["log_ratio"] < pruned["interval"]["high"]
     assert f"{dense['perplexity']:.2f}" in result.stdout
     assert f"{pruned['perplexity']:.2f}" in result.stdout
 
@@ -49,15 +59,16 @@ def test_the_plan_beside_you_and_several_texts(run_sleb, llama_plan, test_text, 
     llama_plan.rename(tmp_path / "plan.json")
     result = run_sleb("eval", "--perplexity", f"{test_text},{text_file}", "--json", "-q")
     data = json.loads(result.stdout)
-    assert [p["text"] for p in data["pruned"]["perplexities"]] == [str(test_text), str(text_file)]
-    assert data["pruned"]["blocks"] == 4
+    assert [text["text"] for text in data["texts"]] == [str(test_text), str(text_file)]
+    assert [len(size["removals"]) for text in data["texts"] for size in text["pruned"]] == [2, 2]
     assert result.stderr == ""
 
 
 def test_a_model_alone_is_measured_alone(run_sleb, tiny_llama, test_text):
     result = run_sleb("eval", tiny_llama, "--perplexity", test_text)
     assert result.exit_code == 0
-    assert "pruned" not in result.stdout
+    assert "ln ratio" not in result.stdout
+    assert "KL" not in result.stdout
 
 
 def test_a_bos_in_every_window(run_sleb, tiny_llama, test_text):
@@ -65,9 +76,9 @@ def test_a_bos_in_every_window(run_sleb, tiny_llama, test_text):
         json.loads(run_sleb("eval", tiny_llama, "--perplexity", test_text, "--json", *options).stdout)
         for options in ([], ["--bos"])
     )
-    assert without["dense"]["perplexities"][0]["bos"] is False
-    assert with_bos["dense"]["perplexities"][0]["bos"] is True
-    assert without["dense"]["perplexities"][0]["tokens_sha256"] != with_bos["dense"]["perplexities"][0]["tokens_sha256"]
+    assert without["texts"][0]["bos"] == "none"
+    assert with_bos["texts"][0]["bos"] == "windows"
+    assert without["texts"][0]["tokens_sha256"] != with_bos["texts"][0]["tokens_sha256"]
 
 
 @pytest.fixture
@@ -75,7 +86,10 @@ def task_folder(tmp_path):
     """A multiple-choice task of our own, as lm-eval reads it."""
     folder = tmp_path / "tasks"
     folder.mkdir()
-    items = [{"q": f"The {word} is", "choices": [" cold.", " warm."], "gold": n % 2} for n, word in enumerate("abcdef")]
+    items = [
+        {"q": f"The {word} is", "choices": [f" {first}.", f" {second}."], "gold": n % 2}
+        for n, (word, first, second) in enumerate(zip(WORDS, WORDS[9:], WORDS[20:], strict=False))
+    ]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
     (folder / "weather.yaml").write_text(
         f"""
@@ -121,11 +135,172 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
     result = run_sleb("eval", tiny_llama, "--blocks", "2", *options, "--json")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
-    task = data["dense"]["tasks"][0]
-    assert (task["task"], task["metric"], task["items"], task["num_fewshot"]) == ("own_weather", "acc", 5, 0)
-    assert task["value"] == pytest.approx(plain_accuracy(tiny_llama, tmp_path, 5))
-    assert data["pruned"]["tasks"][0]["items"] == 5
-    assert data["dense"]["perplexities"] == []
+    (task,) = data["tasks"]
+    assert (task["task"], task["metric"], task["num_fewshot"]) == ("own_weather", "acc", 0)
+    assert task["doc_ids"] == [0, 1, 2, 3, 4]
+    assert task["dense"]["value"] == pytest.approx(plain_accuracy(tiny_llama, tmp_path, 5))
+    (pruned,) = task["pruned"]
+    pairs = list(zip(task["dense"]["items"], pruned["items"], strict=True))
+    assert pruned["lost"] == sum(before > after for before, after in pairs)
+    assert pruned["gained"] == sum(before < after for before, after in pairs)
+    assert pruned["difference"] == pytest.approx(pruned["value"] - task["dense"]["value"])
+    assert data["texts"] == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "counts"),
+    [((), [3]), (("--every", 2), [2, 3]), (("--remove", "3,1"), [1, 3]), (("--remove", 2), [2]), (("--every", 9), [3])],
+)
+def test_sizes_are_measured_beside_one_dense_model(run_sleb, tiny_llama, test_text, tmp_path, sizes, counts):
+    options = ["--perplexity", test_text, "--sequence-length", 64, "--json", "-q"]
+    result = run_sleb("eval", tiny_llama, "--blocks", "3,1,4", *sizes, *options)
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["sizes"] == [[3, 1, 4][:count] for count in counts]
+    for size in data["texts"][0]["pruned"]:
+        alone = plain_perplexity(tiny_llama, test_text, 64, size["removals"])
+        assert size["perplexity"] == pytest.approx(alone, rel=1e-5)
+
+
+def count_passes(monkeypatch, limit=None):
+    """Return a list that grows with each pass of a model with weights; the pass after `limit` is interrupted."""
+    forward, passes = LlamaForCausalLM.forward, []
+
+    def counted(self, *given, **options):
+        if self.device.type != "meta":
+            passes.append(1)
+            if len(passes) == limit:
+                raise KeyboardInterrupt
+        return forward(self, *given, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    return passes
+
+
+def test_an_evaluation_runs_once(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
+    options = ["--perplexity", test_text, "--sequence-length", 64, "--tasks", "own_weather", "--json"]
+    options += ["--include-path", task_folder, "--blocks", "3,1"]
+    first = run_sleb("eval", tiny_llama, *options, "--remove", 1)
+    passes = count_passes(monkeypatch)
+    again = run_sleb("eval", tiny_llama, *options, "--remove", 1)
+    assert passes == []
+    assert again.stdout == first.stdout
+    assert "own_weather: cached; --fresh measures again" in again.stderr
+    assert "Loading" not in again.stderr
+    more = json.loads(run_sleb("eval", tiny_llama, *options).stdout)
+    assert passes
+    assert more["texts"][0]["dense"] == json.loads(first.stdout)["texts"][0]["dense"]
+    assert run_sleb("eval", tiny_llama, *options, "--dtype", "bfloat16").stdout != again.stdout
+    passes.clear()
+    assert run_sleb("eval", tiny_llama, *options, "--remove", 1, "--fresh").stdout == first.stdout
+    assert passes
+
+
+def test_packed_weights_are_measured_without_a_second_copy(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
+    options = ["--perplexity", test_text, "--sequence-length", 64, "--tasks", "own_weather", "--json", "--fresh"]
+    options += ["--include-path", task_folder, "--blocks", "3,1", "--every", 1]
+    expected = json.loads(run_sleb("eval", tiny_llama, *options).stdout)
+    monkeypatch.setattr(Architecture, "is_quantized", property(lambda self: True))
+    loaded, without = [], Models.without
+    monkeypatch.setattr(Models, "_load", lambda self, size, load=Models._load: loaded.append(size) or load(self, size))
+
+    def one_at_a_time(self, removals):
+        model = without(self, removals)
+        assert list(self._loaded) == [removals]
+        return model
+
+    monkeypatch.setattr(Models, "without", one_at_a_time)
+    result = run_sleb("eval", tiny_llama, *options)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["tasks"] == expected["tasks"]
+    for ours, theirs in zip(found["texts"][0]["pruned"], expected["texts"][0]["pruned"], strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+        assert ours["divergence"]["mean"] == pytest.approx(theirs["divergence"]["mean"], rel=1e-4)
+    assert loaded == [(), (3,), (3, 1)]
+
+
+def test_an_interrupted_evaluation_keeps_its_finished_parts(run_sleb, tiny_llama, test_text, monkeypatch):
+    monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
+    options = ["--blocks", "3", "--perplexity", test_text, "--sequence-length", 64, "--batch-size", 2, "--json"]
+    with monkeypatch.context() as patch:
+        passes = count_passes(patch)
+        whole = run_sleb("eval", tiny_llama, *options, "--fresh")
+    shutil.rmtree(cache_root() / "evaluations")
+    with monkeypatch.context() as patch:
+        count_passes(patch, limit=len(passes) - 20)
+        assert run_sleb("eval", tiny_llama, *options).exit_code == 130
+    with monkeypatch.context() as patch:
+        rest = count_passes(patch)
+        resumed = run_sleb("eval", tiny_llama, *options)
+    assert resumed.stdout == whole.stdout
+    assert 0 < len(rest) < len(passes) / 2
+
+
+def test_a_broken_or_read_only_cache_does_no_harm(run_sleb, tiny_llama, test_text, tmp_path, monkeypatch):
+    options = ["--perplexity", test_text, "--sequence-length", 64, "--json"]
+    first = run_sleb("eval", tiny_llama, *options)
+    for part in (cache_root() / "evaluations").iterdir():
+        part.write_bytes(b"broken")
+    assert run_sleb("eval", tiny_llama, *options).stdout == first.stdout
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "file"))
+    result = run_sleb("eval", tiny_llama, *options)
+    assert result.stdout == first.stdout
+    assert result.stderr.count("Results are not cached") == 1
+
+
+def test_results_of_several_runs_are_kept_beside_the_plan(run_sleb, llama_plan, test_text, text_file, task_folder):
+    short = ["--sequence-length", 64, "-q"]
+    for options in (
+        ["--perplexity", test_text, "--every", 1], ["--perplexity", text_file],
+        ["--tasks", "own_weather", "--include-path", task_folder],
+    ):  # fmt: skip
+        result = run_sleb("eval", llama_plan, *options, *short)
+        assert result.exit_code == 0, result.stderr
+    kept = EvalResult.model_validate_json(beside_plan(llama_plan, "eval").read_text())
+    assert [text.text for text in kept.texts] == [str(test_text), str(text_file)]
+    assert [len(text.pruned) for text in kept.texts] == [2, 1]
+    assert [task.task for task in kept.tasks] == ["own_weather"]
+    assert len(kept.lm_eval) == 4
+    assert all((llama_plan.parent / name).is_file() for name in kept.lm_eval)
+
+
+def test_a_plan_of_another_model_keeps_nothing_beside_it(run_sleb, llama_plan, tmp_path, test_text):
+    other = save_model(tmp_path / "other", llama_config(), seed=1)
+    options = ["--model", other, "--any-model", "--perplexity", test_text, "--sequence-length", 64]
+    assert run_sleb("eval", llama_plan, *options).exit_code == 0
+    assert not beside_plan(llama_plan, "eval").exists()
+
+
+def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, llama_plan, test_text, tmp_path):
+    assert run_sleb("apply", llama_plan, "-o", "out", "-q").exit_code == 0
+    options = ["--perplexity", test_text, "--sequence-length", 64]
+    applied = run_sleb("eval", "out", *options)
+    assert applied.exit_code == 0, applied.stderr
+    kept = EvalResult.model_validate_json((tmp_path / "out" / "sleb_eval.json").read_text())
+    planned = json.loads(run_sleb("eval", llama_plan, *options, "--json").stdout)
+    assert kept.texts[0].dense.perplexity == planned["texts"][0]["pruned"][0]["perplexity"]
+    assert str(tmp_path) not in (tmp_path / "out" / "sleb_eval.json").read_text()
+    assert run_sleb("eval", "out", *options).exit_code == 0
+    assert len(EvalResult.model_validate_json((tmp_path / "out" / "sleb_eval.json").read_text()).texts) == 1
+    # With further blocks removed, it is another model.
+    (tmp_path / "out" / "sleb_eval.json").unlink()
+    assert run_sleb("eval", "out", "--blocks", 1, *options).exit_code == 0
+    assert not (tmp_path / "out" / "sleb_eval.json").exists()
+
+
+def test_flips_are_shown_on_request(run_sleb, tiny_llama, task_folder):
+    options = ["--tasks", "own_weather", "--include-path", task_folder, "--blocks", "3,2,1"]
+    result = run_sleb("eval", tiny_llama, *options, "--every", 1, "--show-flips", 1, "--json")
+    flipping = [size for size in json.loads(result.stdout)["tasks"][0]["pruned"] if size["lost"] + size["gained"]]
+    assert flipping
+    for size in flipping:
+        (flip,) = size["flips"]
+        assert flip["dense"] != flip["pruned"]
+    shown = run_sleb("eval", tiny_llama, *options, "--every", 1, "--show-flips", 1)
+    assert shown.stdout.count("only one model gets right") == len(flipping)
+    assert '"flips":[]' in run_sleb("eval", tiny_llama, *options, "--json").stdout.replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +310,15 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
         (("--tasks", "piqa", "--include-path", "nowhere"), 5, "no folder nowhere"),
         (("--perplexity", "nowhere.txt"), 5, "no file nowhere.txt"),
         (("--perplexity", "t.txt", "--sequence-length", 999), 2, "128 positions"),
-        (("--perplexity", "t.txt", "--limit", 0), 2, "--limit"),
+        (("--tasks", "piqa", "--limit", 0), 2, "--limit"),
+        (("--perplexity", "t.txt", "--max-windows", 0), 2, "--max-windows"),
+        (("--perplexity", "t.txt", "--stride", 129), 2, "--stride 129 does not fit windows of 128"),
+        (("--perplexity", "t.txt", "--batch-size", "many"), 2, "--batch-size many"),
+        (("--perplexity", "t.txt", "--every", 2), 2, "--every 2 needs a plan or --blocks"),
+        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 0), 2, "--every 0 is too small"),
+        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 2, "--remove", 1), 2, "does not go with --remove"),
+        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--remove", "2,4"), 2, "--remove 1 to 3"),
+        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--remove", "0,2"), 2, "Cannot remove 0 blocks"),
         (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
         (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
         (("--tasks", "piqa"), 5, "piqa"),
@@ -156,7 +339,7 @@ def test_out_of_memory_windows_and_items_come_in_smaller_batches(
 ):
     options = ["--tasks", "own_weather", "--include-path", task_folder, "--batch-size", 4, "--json"]
     options += ["--perplexity", text_file, "--sequence-length", 64]
-    expected = json.loads(run_sleb("eval", tiny_llama, *options).stdout)["dense"]
+    expected = json.loads(run_sleb("eval", tiny_llama, *options, "--fresh").stdout)
     forward, refused = LlamaForCausalLM.forward, []
 
     def short_of_memory(self, input_ids=None, **options):
@@ -166,14 +349,13 @@ def test_out_of_memory_windows_and_items_come_in_smaller_batches(
         return forward(self, input_ids, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", short_of_memory)
-    result = run_sleb("eval", tiny_llama, *options)
+    result = run_sleb("eval", tiny_llama, *options, "--fresh")
     assert result.exit_code == 0, result.stderr
     assert {2, 4} <= set(refused)
     assert "Out of memory on cpu; continuing with" in result.stderr
-    found = json.loads(result.stdout)["dense"]
+    found = json.loads(result.stdout)
     assert found["tasks"] == expected["tasks"]
-    for ours, theirs in zip(found["perplexities"], expected["perplexities"], strict=True):
-        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+    assert found["texts"][0]["dense"]["losses"] == pytest.approx(expected["texts"][0]["dense"]["losses"], rel=1e-5)
 
 
 def test_a_task_file_that_lm_eval_refuses(run_sleb, tiny_llama, tmp_path):
@@ -190,7 +372,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(run_sleb, tiny_llama,
     options = ["--perplexity", "a[bold]b[ end].txt", "--sequence-length", 32, "-o", "r[x].json"]
     result = run_sleb("eval", tiny_llama, *options)
     assert result.exit_code == 0, result.stderr
-    assert "perplexity, a[bold]b[ end].txt" in result.stdout
+    assert "perplexity on a[bold]b[ end].txt: " in result.stdout
     assert "wrote r[x].json" in result.stdout
     options = ["--remove", 1, "--calibration", "a[bold]b[ end].txt", "--samples", 2, "--sequence-length", 16]
     result = run_sleb("search", tiny_llama, *options, "-o", "p[bold].json")
@@ -230,10 +412,10 @@ def test_a_data_set_without_a_named_split_is_measured_on_the_least_known_one(
     result = run_sleb("eval", tiny_llama, "--perplexity", corpus(*splits), *SHORT)
     assert result.exit_code == 0, result.stderr
     assert f"No split was named, so perplexity is measured on org/corpus::{chosen}." in result.stderr
-    (measured,) = json.loads(result.stdout)["dense"]["perplexities"]
+    (measured,) = json.loads(result.stdout)["texts"]
     assert measured["text"] == f"org/corpus::{chosen}"
     named = run_sleb("eval", tiny_llama, "--perplexity", f"org/corpus::{chosen}", *SHORT)
-    assert json.loads(named.stdout)["dense"]["perplexities"] == [measured]
+    assert json.loads(named.stdout)["texts"] == [measured]
     assert "No split was named" not in named.stderr
 
 
@@ -262,7 +444,7 @@ def test_a_named_split_and_column_count(run_sleb, tiny_llama, corpus):
     corpus("train", "test")
     result = run_sleb("eval", tiny_llama, "--perplexity", "org/corpus::train,org/corpus:::text", *SHORT)
     assert result.exit_code == 0, result.stderr
-    measured = json.loads(result.stdout)["dense"]["perplexities"]
+    measured = json.loads(result.stdout)["texts"]
     assert [part["text"] for part in measured] == ["org/corpus::train", "org/corpus::test:text"]
     assert measured[0]["tokens_sha256"] != measured[1]["tokens_sha256"]
 
@@ -300,7 +482,7 @@ def test_the_text_that_the_plan_was_calibrated_on_is_said_to_flatter(
 def test_the_same_tokens_under_another_name_are_said_to_flatter(run_sleb, tiny_llama, text_file, tmp_path):
     (tmp_path / "copy.txt").write_bytes(text_file.read_bytes())
     windows = run_sleb("eval", tiny_llama, "--perplexity", "copy.txt", *SHORT)
-    count = json.loads(windows.stdout)["dense"]["perplexities"][0]["windows"]
+    count = json.loads(windows.stdout)["texts"][0]["windows"]
     options = ["--calibration", text_file, "--samples", count, "--sequence-length", 32]
     assert run_sleb("search", tiny_llama, "--remove", 1, *options, "-q").exit_code == 0
     assert len(flattered(run_sleb, "plan.json", "copy.txt")) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.text.sources import Text
 from sleb_cli.requests import DEFAULT_LENGTH
+from sleb_cli.results import Bos
 from sleb_plugins import DataError, UsageError
 
 
@@ -53,6 +55,93 @@ def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
 def cut_running_text(tokenizer: Any, text: str, length: int) -> Tensor:
     """Cut `text` as the literature does: tokenized as a whole, with a BOS at its start if the tokenizer adds one."""
     return _rows(tokenizer(text).input_ids, length, [])
+
+
+@dataclass(frozen=True)
+class EvaluationWindows:
+    """A text to measure perplexity on, cut into windows whose tokens are predicted, each once.
+
+    Attributes:
+        text: the text.
+        ids: the tokens, int64 [windows, positions].
+        counted: which predictions count, bool [windows, positions - 1]: of the tokens after the first.
+        clusters: which document, or else which window, each predicted token belongs to; int64, of the same shape.
+        by_document: whether the clusters are documents.
+        bos: what begins with the BOS token.
+        stride: how many tokens further each window begins; None if windows do not overlap.
+    """
+
+    text: Text
+    ids: Tensor
+    counted: Tensor
+    clusters: Tensor
+    by_document: bool
+    bos: Bos
+    stride: int | None
+
+    def count_words(self, tokenizer: Any) -> tuple[int, int]:
+        """Return the number of words and of bytes of UTF-8 that the counted tokens stand for."""
+        words = characters = 0
+        for row, counted in zip(self.ids, self.counted, strict=True):
+            text = tokenizer.decode(row[1:][counted].tolist(), clean_up_tokenization_spaces=False)
+            words, characters = words + len(text.split()), characters + len(text.encode())
+        return words, characters
+
+
+def cut_for_evaluation(
+    tokenizer: Any,
+    text: Text,
+    length: int,
+    *,
+    bos: bool = False,
+    stride: int | None = None,
+    most: int | None = None,
+) -> EvaluationWindows:
+    """Cut a text into windows as the literature does, one after another, or with a `stride` so that they overlap.
+
+    Overlapping windows count only the tokens that no earlier window had, so each is predicted after at least
+    `length - stride` others (Press et al., arXiv 2012.15832, section 2, "sliding window").
+
+    Raises:
+        DataError: the text is too short.
+        UsageError: the tokenizer has no BOS token, or the stride does not fit the windows.
+    """
+    if bos and tokenizer.bos_token_id is None:
+        raise UsageError("--bos does not work: the tokenizer has no BOS token.", hint="Leave out --bos.")
+    own = length - bos
+    if stride is not None and not 1 <= stride <= own:
+        raise UsageError(f"--stride {stride} does not fit windows of {own} tokens.", hint=f"Use 1 to {own}.")
+    ids, documents = _tokens(tokenizer, text, special=not bos)
+    step = stride or own
+    ids = ids[: text.limit * own] if text.limit else ids
+    starts = range(0, len(ids) - own + 1, step)[:most]
+    rows = torch.tensor([ids[start : start + own] for start in starts], dtype=torch.int64).reshape(len(starts), own)
+    require_windows(rows, text, tokenizer, length)
+    counted = torch.ones(rows.shape, dtype=torch.bool)
+    counted[1:, : own - step] = False
+    clusters = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
+    if documents is not None:
+        clusters = torch.stack([documents[start : start + own] for start in starts])
+    by_document = len(set(clusters[counted].tolist())) > 1 and documents is not None
+    if not by_document:
+        clusters = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
+    start = torch.full((len(rows), int(bos)), tokenizer.bos_token_id if bos else 0)
+    policy: Bos = "windows" if bos else "text" if adds_bos(tokenizer) else "none"
+    # The first token is predicted only after a BOS.
+    first = 0 if bos else 1
+    return EvaluationWindows(
+        text, torch.cat([start, rows], dim=1), counted[:, first:], clusters[:, first:], by_document, policy, stride
+    )
+
+
+def _tokens(tokenizer: Any, text: Text, *, special: bool) -> tuple[list[int], Tensor | None]:
+    """Tokenize a text as a whole, and say which document each token is from, if it has several and that is known."""
+    if not (text.documents and getattr(tokenizer, "is_fast", False)):
+        return tokenizer(text.content, add_special_tokens=special).input_ids, None
+    found = tokenizer(text.content, add_special_tokens=special, return_offsets_mapping=True)
+    starts = torch.tensor([start for start, _ in found.offset_mapping])
+    documents = torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1
+    return found.input_ids, documents.clamp(min=0)
 
 
 def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:

@@ -1,0 +1,96 @@
+"""Finished parts of evaluations, kept in the cache under everything that their numbers depend on.
+
+An evaluation that was interrupted, or is asked for again, finds what it measured before. A part is the scores of one
+model on a few windows of a text, or on a task.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from sleb_cli.atomic import new_file, to_json, writing
+from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.events import Notice, Notify
+from sleb_plugins import OutputError
+
+# Raise it when the same key would name other numbers.
+VERSION = 1
+
+FOLDER = "evaluations"
+
+
+class Parts:
+    """The parts of evaluations of one model in one data type on one kind of device."""
+
+    def __init__(
+        self, architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify, *, fresh: bool
+    ) -> None:
+        self._common = {
+            "version": VERSION,
+            "model": architecture.source.fingerprint,
+            "dtype": dtype_name(dtype),
+            "device": device.type,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        }
+        self._notify, self._fresh, self._can_write = notify, fresh, True
+
+    def tensors(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """Return the tensors kept under this key, if any."""
+        content = self._read(key)
+        try:
+            return None if content is None else load(content)
+        except SafetensorError:
+            return None
+
+    def keep_tensors(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors under this key."""
+        self._write(key, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+    def document(self, key: Mapping[str, Any]) -> Any:
+        """Return the data kept under this key, or None."""
+        content = self._read(key)
+        try:
+            return None if content is None else json.loads(content)
+        except ValueError:
+            return None
+
+    def keep_document(self, key: Mapping[str, Any], document: Any) -> None:
+        """Keep data for JSON under this key."""
+        self._write(key, to_json(document).encode())
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        name = json.dumps(self._common | dict(key), sort_keys=True)
+        return cache_root() / FOLDER / hashlib.sha256(name.encode()).hexdigest()
+
+    def _read(self, key: Mapping[str, Any]) -> bytes | None:
+        try:
+            return None if self._fresh else self._path(key).read_bytes()
+        except OSError:
+            return None
+
+    def _write(self, key: Mapping[str, Any], content: bytes) -> None:
+        """Write a part, if the cache can be written; the evaluation does not depend on it."""
+        if not self._can_write:
+            return
+        try:
+            path = self._path(key)
+            with writing(path, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as aside:
+                aside.write_bytes(content)
+        except OutputError as error:
+            self._can_write = False
+            self._notify(Notice(f"Results are not cached: {error.message}"))
