@@ -17,6 +17,7 @@ import pluggy
 
 from sleb_cli.plan import MetricRecord
 from sleb_plugins import (
+    Engine,
     Exporter,
     FamilyAdapter,
     FileExporter,
@@ -34,12 +35,13 @@ from sleb_plugins.metrics.weighted import Term, parse_terms, terms_of, weighted_
 
 GROUP = "sleb"
 
-Kind = Literal["family", "metric", "exporter"]
+Kind = Literal["family", "metric", "exporter", "engine"]
 
 _HOOKS: dict[str, tuple[Kind, tuple[type, ...]]] = {
     "sleb_families": ("family", (FamilyAdapter,)),
     "sleb_metrics": ("metric", (LogitMetric, HiddenStateMetric, WeightMetric, ModelMetric)),
     "sleb_exporters": ("exporter", (Exporter, FileExporter)),
+    "sleb_engines": ("engine", (Engine,)),
 }
 
 
@@ -58,7 +60,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Offer:
-    """One family, metric or exporter, and the plugin that offers it."""
+    """One family, metric, exporter or engine, and the plugin that offers it."""
 
     kind: Kind
     name: str
@@ -119,6 +121,16 @@ class Registry:
         """
         exporter: Exporter | FileExporter = self._choose("exporter", name).value
         return exporter
+
+    def engine(self, name: str) -> Engine:
+        """Return an inference engine other than transformers by name.
+
+        Raises:
+            UsageError: no plugin offers it.
+            PluginError: two plugins offer it.
+        """
+        engine: Engine = self._choose("engine", name).value
+        return engine
 
     def family(self, model_type: str) -> FamilyAdapter | None:
         """Return the adapter that claims `model_type`, or None.

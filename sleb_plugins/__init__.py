@@ -1,6 +1,7 @@
 """The public contract of `sleb`: what a plugin imports, and nothing else."""
 
 from sleb_plugins.config_keys import block_numbers, by_block, leading_blocks, trailing_blocks
+from sleb_plugins.engine import Engine, EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import (
     DataError,
     MachineError,
@@ -21,10 +22,13 @@ from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMet
 __all__ = [
     "ArtifactWriter",
     "DataError",
+    "Engine",
+    "EngineSettings",
     "Exporter",
     "FamilyAdapter",
     "FileExporter",
     "HiddenStateMetric",
+    "LoadedModel",
     "LogitMetric",
     "MachineError",
     "Metric",
@@ -36,6 +40,7 @@ __all__ = [
     "ProofError",
     "Pruning",
     "SlebError",
+    "TimedRun",
     "UnsupportedModelError",
     "UsageError",
     "WeightMetric",

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pluggy
 
+from sleb_plugins.engine import Engine
 from sleb_plugins.exporter import Exporter, FileExporter
 from sleb_plugins.family import FamilyAdapter
 from sleb_plugins.metric import Metric
@@ -25,3 +26,8 @@ def sleb_metrics() -> Iterable[Metric]:  # type: ignore[empty-body]
 @hookspec
 def sleb_exporters() -> Iterable[Exporter | FileExporter]:  # type: ignore[empty-body]
     """Offer formats for `sleb export --to NAME`."""
+
+
+@hookspec
+def sleb_engines() -> Iterable[Engine]:  # type: ignore[empty-body]
+    """Offer inference engines for `sleb bench --engine NAME`."""

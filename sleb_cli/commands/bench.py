@@ -1,16 +1,33 @@
 """`sleb bench`."""
 
+from typing import Annotated
+
+import typer
+
 from sleb_cli import api
 from sleb_cli.commands.options import JsonOption, QuietOption, takes
 from sleb_cli.requests import BenchRequest
-from sleb_cli.ui.bench import show_benchmark
+from sleb_cli.ui.bench import show_benchmark, show_markdown
 from sleb_cli.ui.console import show
+from sleb_cli.ui.estimate import show_estimate
 from sleb_cli.ui.progress import show_progress
+
+MarkdownOption = Annotated[
+    bool, typer.Option("--markdown", help="Print the result as a Markdown table like llama-bench's, and nothing else.")
+]
 
 
 @takes(BenchRequest)
-def bench(request: BenchRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Measure speed and memory, dense and pruned in alternation."""
+def bench(
+    request: BenchRequest, markdown: MarkdownOption = False, json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Measure speed, memory and energy, dense and pruned in turn; or predict them."""
+    if request.estimate:
+        with show_progress(quiet=quiet) as notify:
+            predicted = api.estimate(request, notify)
+        show(predicted, lambda: show_estimate(predicted, request.output), as_json=json)
+        return
     with show_progress(quiet=quiet) as notify:
         result = api.bench(request, notify)
-    show(result, lambda: show_benchmark(result, request.output), as_json=json)
+    table = (lambda: show_markdown(result)) if markdown else (lambda: show_benchmark(result, request.output))
+    show(result, table, as_json=json)

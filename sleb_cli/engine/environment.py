@@ -9,6 +9,8 @@ import transformers
 
 from sleb_cli.plan import EnvironmentRecord
 
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
 
 def environment_record(plugins: dict[str, str], device: torch.device, seconds: float) -> EnvironmentRecord:
     """Describe where a search ran and how long it took."""
@@ -30,6 +32,14 @@ def processor_name(device: torch.device) -> str:
     if named is not None:
         return str(named(device))
     return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_governor(file: Path = GOVERNOR) -> str | None:
+    """Return how the system sets the processor's clock, or None where it does not say."""
+    try:
+        return file.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -11,9 +12,22 @@ import pytest
 import torch
 
 from conftest import llama_config, save_model
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, peak_memory
+from sleb_cli.engine.speed.in_turn import Measured, Sample
+from sleb_cli.engine.speed.peak_memory import AloneResult
+from sleb_cli.results import BenchResult, WarmupRecord
+from sleb_plugins.engine import TimedRun
 
-QUICK = ["--iterations", 3, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
+QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
+STATISTICS = ("mean", "median", "std", "p50", "p90", "p99")
+
+
+@pytest.fixture
+def without_memory(monkeypatch):
+    """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
+    nothing = AloneResult(None, (None,) * 99)
+    monkeypatch.setattr(benchmark, "measure_alone", lambda alone, workloads, notify: nothing)
 
 
 def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
@@ -22,37 +36,192 @@ def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
     assert result.exit_code == 0, result.stderr
     data = json.loads((tmp_path / "b.json").read_text())
     assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt", "generation"]
-    for measured, tokens in zip(data["workloads"], (2 * 8, 2 * 4), strict=True):
-        for name in ("dense", "pruned"):
-            timing = measured[name]
-            assert len(timing["seconds"]) == 3
-            assert timing["median_seconds"] == statistics.median(timing["seconds"])
-            assert timing["tokens_per_second"] == pytest.approx(tokens / timing["median_seconds"])
-            assert timing["peak_memory_bytes"] > 10**6
-        assert measured["speedup"] == pytest.approx(
-            measured["dense"]["median_seconds"] / measured["pruned"]["median_seconds"]
-        )
-    assert data["dense"]["blocks"] - data["pruned"]["blocks"] == 2
-    per_block = (data["dense"]["parameters"] - data["pruned"]["parameters"]) / 2
+    for measured, new in zip(data["workloads"], (0, 4), strict=True):
+        (pruned,) = measured["pruned"]
+        for timing in (measured["dense"], pruned):
+            check_timing(timing, new)
+        times = [statistics.median(timing["e2els"]) for timing in (measured["dense"], pruned)]
+        assert pruned["speedup"] == pytest.approx(times[0] / times[1])
+        assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
+        assert 1 < pruned["bound"] < 6 / 4
+        assert pruned["removals"] == data["pruned"][0]["removals"]
+        assert measured["warmup"] == {"runs": 1, "deviation": None, "stable": None}
+        assert measured["attention"] == "sdpa"
+    (size,) = data["pruned"]
+    assert data["dense"]["blocks"] - size["blocks"] == 2
+    per_block = (data["dense"]["parameters"] - size["parameters"]) / 2
     assert per_block == 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
     assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
-    for word in ("generation, median", "tokens/s", "peak memory", "parameters", "fastest to slowest"):
-        assert word in result.stdout
+    assert data["dense"]["load_seconds"] > 0
+    for words in ("generation: 2 x 8 prompt tokens, 4 new tokens each", "tokens/s", "peak memory", "95 %", "bound"):
+        assert words in result.stdout
     assert "smaller than the paper's setting" in result.stderr
 
 
-def test_one_workload_on_the_dense_model(run_sleb, tiny_llama):
+def check_timing(timing, new):
+    assert len(timing["e2els"]) == len(timing["ttfts"]) == 5
+    assert timing["duration"] == pytest.approx(sum(timing["e2els"]))
+    assert timing["completed"] == 2 * 5
+    assert timing["output_throughput"] == pytest.approx(2 * 5 * new / timing["duration"])
+    assert timing["median_e2el_ms"] == pytest.approx(1000 * statistics.median(timing["e2els"]))
+    memory = timing["memory"]
+    assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
+    # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
+    assert memory["kv_cache_bytes"] == (2 * 11 * 2 * 16 * 4 * memory_blocks(memory) if new else 0)
+    assert sum(memory[part] for part in ("weights_bytes", "kv_cache_bytes", "rest_bytes")) == memory["peak_bytes"]
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        assert all(
+            (timing[f"{what}_{name}_ms"] is None) == (not new and name in ("tpot", "itl")) for what in STATISTICS
+        )
+    for first, steps, last in zip(timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)):
+        assert len(steps) == new - 1
+        assert 0 < first <= first + sum(steps) <= last
+    assert timing["work"]["prefill_flops"] > 2 * 16 * timing["work"]["prefill_bytes"] / 4 / 2
+    assert bool(timing["work"]["decode_bytes"]) == bool(new)
+
+
+def memory_blocks(memory):
+    """Return the blocks of a model by its weights: 6 or 4."""
+    return 6 if memory["weights_bytes"] > 250_000 else 4
+
+
+def test_one_workload_on_the_dense_model(run_sleb, tiny_llama, without_memory):
     result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--json", "-q")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt"]
-    assert data["pruned"] is None
-    assert data["workloads"][0]["speedup"] is None
+    assert data["pruned"] == data["workloads"][0]["pruned"] == []
     assert result.stderr == ""
 
 
+def test_models_are_timed_as_transformers_loads_them_and_then_as_before(
+    run_sleb, tiny_llama, without_memory, monkeypatch
+):
+    seen, time_all = [], benchmark.measure
+
+    def noted(runs, workload, vocabulary, notify, meter):
+        (model,) = loaded
+        seen.append(all(weight.requires_grad for weight in model.parameters()))
+        return time_all(runs, workload, vocabulary, notify, meter)
+
+    loaded, load_dense = [], benchmark.load_dense
+    monkeypatch.setattr(benchmark, "load_dense", lambda *given: loaded.append(load_dense(*given)) or loaded[-1])
+    monkeypatch.setattr(benchmark, "measure", noted)
+    assert run_sleb("bench", tiny_llama, *QUICK, "--new-tokens", 3, "-q").exit_code == 0
+    assert seen == [True, True]
+    assert not any(weight.requires_grad for weight in loaded[0].parameters())
+
+
+def test_all_sizes_in_one_run(run_sleb, tiny_llama, without_memory, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    sizes = ["--blocks", "3,1,2,4", "--every", 2]
+    result = run_sleb("bench", tiny_llama, *sizes, "--generation", *QUICK, "--new-tokens", 3, "-o", "b.json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads((tmp_path / "b.json").read_text())
+    assert [size["removals"] for size in data["pruned"]] == [[3, 1], [3, 1, 2, 4]]
+    assert [timing["removals"] for timing in data["workloads"][0]["pruned"]] == [[3, 1], [3, 1, 2, 4]]
+    assert [size["blocks"] for size in data["pruned"]] == [4, 2]
+    tables = [line for line in result.stdout.splitlines() if line[:1] in "┏┃┡│└├"]
+    assert all(len(line) <= 80 for line in tables)
+    assert sum(line.startswith(("│ dense ", "│ -2 ", "│ -4 ")) for line in tables) == 3 * 3
+    assert "…" not in result.stdout
+
+
+def test_a_sweep(run_sleb, tiny_llama, without_memory):
+    few = ["--iterations", 1, "--warmup", 0, "--json", "-q"]
+    result = run_sleb("bench", tiny_llama, "--sweep", "batch=1,2 prompt=4,8", "--sweep", "new=2,3", *few)
+    assert result.exit_code == 0, result.stderr
+    found = [measured["workload"] for measured in json.loads(result.stdout)["workloads"]]
+    shapes = [(one["name"], one["batch_size"], one["prompt_length"], one["new_tokens"]) for one in found]
+    assert shapes == [
+        *(("prompt", batch, length, 0) for batch in (1, 2) for length in (4, 8)),
+        *(("generation", batch, length, new) for batch in (1, 2) for length in (4, 8) for new in (2, 3)),
+    ]
+
+
+def test_a_table_in_the_shape_of_llama_bench(run_sleb, tiny_llama, without_memory):
+    options = ["--blocks", "3", *QUICK, "--new-tokens", 4, "--threads", 1, "--markdown", "-q"]
+    result = run_sleb("bench", tiny_llama, *options)
+    assert result.exit_code == 0, result.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines()]
+    assert rows[0] == ["model", "size", "params", "backend", "threads", "batch", "test", "t/s"]
+    assert all(re.fullmatch("-+:?", cell) for cell in rows[1])
+    name = "tiny-llama float32", "0.29 MiB", "0.08 M", "CPU", "1", "2"
+    assert [tuple(row[:6]) for row in rows[2::2]] == [name] * 2
+    assert rows[3][:3] == ["tiny-llama -1 blocks float32", "0.26 MiB", "0.07 M"]
+    assert [row[6] for row in rows[2:]] == ["pp8", "pp8", "tg4 @ d8", "tg4 @ d8"]
+    assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[7]) for row in rows[2:])
+
+
+def test_the_threads_are_those_asked_for_and_then_as_before(run_sleb, tiny_llama, without_memory):
+    before = torch.get_num_threads()
+    result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--threads", before + 1, "--json", "-q")
+    assert json.loads(result.stdout)["threads"] == before + 1
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("cache", [[], ["--static-cache"]])
+def test_a_cache_of_fixed_size(run_sleb, tiny_llama, cache):
+    options = ["--generation", *QUICK, "--new-tokens", 3, *cache, "--json", "-q"]
+    result = run_sleb("bench", tiny_llama, *options)
+    assert result.exit_code == 0, result.stderr
+    (measured,) = json.loads(result.stdout)["workloads"]
+    assert measured["workload"]["static_cache"] == bool(cache)
+    assert measured["dense"]["memory"]["kv_cache_bytes"] >= 2 * 10 * 2 * 16 * 4 * 6
+
+
+@pytest.mark.parametrize("workload", ["--prompt", "--generation"])
+def test_a_model_that_cannot_be_compiled_is_said_so(run_sleb, tiny_llama, without_memory, monkeypatch, workload):
+    def fail(*arguments, **options):
+        raise RuntimeError("no compiler was found\nHere is how to install one")
+
+    compiled = "torch.compile" if workload == "--prompt" else "transformers.PreTrainedModel.get_compiled_call"
+    monkeypatch.setattr(compiled, lambda *given, **options: fail)
+    result = run_sleb("bench", tiny_llama, workload, *QUICK, "--new-tokens", 3, "--compile")
+    assert result.exit_code == 7, result.stderr
+    assert "torch.compile does not work for this model on this machine: no compiler was found" in result.stderr
+
+
+def test_results_are_kept_beside_the_plan(run_sleb, llama_plan, tmp_path, without_memory):
+    assert run_sleb("bench", llama_plan, "--prompt", *QUICK).exit_code == 0
+    again = run_sleb("bench", llama_plan, "--remove", 1, "--generation", *QUICK, "--new-tokens", 3)
+    assert again.exit_code == 0, again.stderr
+    kept = BenchResult.model_validate_json(llama_plan.with_suffix(".bench.json").read_text())
+    assert [measured.workload.name for measured in kept.workloads] == ["prompt", "generation"]
+    assert [len(size.removals) for size in kept.pruned] == [1, 2]
+    assert [[len(timing.removals) for timing in measured.pruned] for measured in kept.workloads] == [[2], [1]]
+    third = run_sleb("bench", llama_plan, "--prompt", *QUICK)
+    assert third.exit_code == 0
+    kept = BenchResult.model_validate_json(llama_plan.with_suffix(".bench.json").read_text())
+    assert [measured.workload.name for measured in kept.workloads] == ["generation", "prompt"]
+
+
+def instantly(workload, models, notify, meter):
+    samples = {name: Sample((TimedRun(1.0),)) for name in models}
+    return Measured(WarmupRecord(runs=0, deviation=None, stable=None), samples)
+
+
+def test_models_that_share_no_weights_are_timed_in_pairs(run_sleb, tiny_llama, without_memory, monkeypatch):
+    monkeypatch.setattr(Architecture, "is_quantized", True)
+    together = []
+
+    def noted(workload, models, notify, meter):
+        together.append([len(model.model.layers) for model in models.values()])
+        return instantly(workload, models, notify, meter)
+
+    monkeypatch.setattr(benchmark, "_measure", noted)
+    result = run_sleb("bench", tiny_llama, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert together == [[6, 5], [6, 4]]
+    (measured,) = json.loads(result.stdout)["workloads"]
+    assert len(measured["dense"]["e2els"]) == 2
+    assert [timing["removals"] for timing in measured["pruned"]] == [[1], [1, 2]]
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_packed_weights_count_as_many_parameters_as_they_stand_for(run_sleb, tmp_path, monkeypatch, tied):
+def test_packed_weights_count_as_many_parameters_as_they_stand_for(
+    run_sleb, tmp_path, monkeypatch, without_memory, tied
+):
     folder = save_model(tmp_path / "model", llama_config(4, tie_word_embeddings=tied))
 
     def pack(model):
@@ -69,17 +238,16 @@ def test_packed_weights_count_as_many_parameters_as_they_stand_for(run_sleb, tmp
     load_dense, load_pruned = benchmark.load_dense, benchmark.load_pruned
     monkeypatch.setattr(benchmark, "load_dense", lambda *given: pack(load_dense(*given)))
     monkeypatch.setattr(benchmark, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
-    monkeypatch.setattr(benchmark, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
-    monkeypatch.setattr(benchmark, "peak_memory_alone", lambda *given: None)
+    monkeypatch.setattr(benchmark, "_measure", instantly)
     result = run_sleb("bench", folder, "--blocks", "1", "--prompt", *QUICK, "--json", "-q")
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     projections, columns, norms = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64, 32 * 2 + 16 * 2 + 64 * 2 + 32, 2 * 32
     outside = (1 if tied else 2) * 320 * 32 + 32
-    for name, blocks in (("dense", 4), ("pruned", 3)):
-        assert data[name]["parameters"] == blocks * (projections + norms) + outside
+    for size, blocks in ((data["dense"], 4), (data["pruned"][0], 3)):
+        assert size["parameters"] == blocks * (projections + norms) + outside
         packed = projections // 8 * 4 + columns * 2 + norms * 4
-        assert data[name]["weights_bytes"] == blocks * packed + outside * 4
+        assert size["weights_bytes"] == blocks * packed + outside * 4
 
 
 @pytest.mark.parametrize(
@@ -90,6 +258,17 @@ def test_packed_weights_count_as_many_parameters_as_they_stand_for(run_sleb, tmp
         (("--generation", "--new-tokens", 0), "--new-tokens 0"),
         (("--generation", "--prompt-length", 100, "--new-tokens", 100), "128 positions"),
         (("--prompt", "--prompt-length", 129), "128 positions"),
+        (("--cooldown", -1), "--cooldown -1.0 is too small"),
+        (("--threads", 0), "--threads 0 is too small"),
+        (("--compile", "--warmup", 0), "--warmup 0 is too small"),
+        (("--blocks", "1,2", "--every", 0), "--every 0 is too small"),
+        (("--sweep", "batch=1,2 prompts=8"), "--sweep cannot vary 'prompts'"),
+        (("--sweep", "batch=one"), "'batch=one' is not a name with a list of numbers"),
+        (("--sweep", "batch="), "'batch=' is not a name with a list of numbers"),
+        (("--sweep", "batch=0"), "--batch-size 0 is too small"),
+        (("--sweep", "batch=1", "--batch-size", 2), "--sweep sets batch and --batch-size, too"),
+        (("--sweep", "batch=1", "--sweep", "batch=2"), "--sweep sets batch twice"),
+        (("--sweep", "prompt=8,2048"), "A prompt of 2048 tokens exceeds the 128 positions"),
     ],
 )
 def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, message):
@@ -122,6 +301,6 @@ def test_times_are_kept_where_the_process_for_the_memory_is_killed(run_sleb, tin
     result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--json")
     assert result.exit_code == 0, result.stderr
     timing = json.loads(result.stdout)["workloads"][0]["dense"]
-    assert timing["peak_memory_bytes"] is None
-    assert len(timing["seconds"]) == 3
-    assert "could not be measured: the process was killed" in result.stderr
+    assert timing["memory"] is None
+    assert len(timing["e2els"]) == 5
+    assert "in prompt 2x8 could not be measured: the process was killed" in result.stderr

@@ -42,8 +42,10 @@ def test_it_is_listed_with_its_package_and_version(sleb_with_plugin, tmp_path):
     assert result.returncode == 0, result.stderr
     data = json.loads(result.stdout)
     ours = [(o["kind"], o["name"]) for o in data["offers"] if (o["package"], o["version"]) == ("sleb-example", "1.2.3")]
-    assert sorted(ours) == [("exporter", "slices"), ("family", "gpt2"), ("metric", "next-token-error")]
-    assert {o["name"] for o in data["offers"]} >= {"llama", "opt", "nll", "cosine", "mergekit", "gguf"}
+    expected = [("engine", "steady"), ("exporter", "slices"), ("family", "gpt2"), ("metric", "next-token-error")]
+    assert sorted(ours) == expected
+    built_in = {"llama", "opt", "nll", "cosine", "mergekit", "gguf", "llama.cpp", "vllm"}
+    assert {o["name"] for o in data["offers"]} >= built_in
     assert data["failures"] == []
 
 
@@ -72,6 +74,15 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2, tmp_path):
     assert json.loads(result.stdout)["document"] == {"slices": [[0, 1], [2, 3], [4, 5]]}
     result = sleb_with_plugin("export", *options, "--source", "x.gguf", cwd=tmp_path)
     assert (result.returncode, "--source does not apply to --to slices" in result.stderr) == (2, True)
+
+
+def test_its_engine_is_timed(sleb_with_plugin, tiny_gpt2, tmp_path):
+    options = ["--blocks", "3,1", "--engine", "steady", "--prompt", "--iterations", 2, "--json", "-q"]
+    result = sleb_with_plugin("bench", tiny_gpt2, *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (measured,) = json.loads(result.stdout)["workloads"]
+    assert measured["workload"]["engine"] == "steady"
+    assert measured["pruned"][0]["speedup"] > 1
 
 
 def test_without_it_its_metric_is_unknown(run_sleb, tiny_gpt2):

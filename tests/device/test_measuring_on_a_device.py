@@ -7,6 +7,7 @@ import pytest
 from conftest import prose, save_model
 from families import tiny_config
 from sleb_cli.engine.speed import benchmark
+from sleb_cli.engine.speed.peak_memory import AloneResult
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def evaluate(run_sleb, tmp_path):
         assert (result.exit_code, result.stderr) == (0, "")
         data = json.loads(result.stdout)
         assert data.pop("device") == device.partition(":")[0]
+        assert data.pop("processor")
         return data
 
     return run
@@ -44,15 +46,20 @@ def run_bench(run_sleb, model, *options):
 
 def test_both_workloads_are_timed_on_both_models(run_sleb, simulate, tiny_llama, monkeypatch):
     simulate(float64=False)
-    monkeypatch.setattr(benchmark, "peak_memory_alone", lambda *arguments: None)
+    nothing = AloneResult(None, (None, None))
+    monkeypatch.setattr(benchmark, "measure_alone", lambda *arguments: nothing)
     data = run_bench(run_sleb, tiny_llama, "--blocks", "1,2", "--new-tokens", 2)
     assert [measured["workload"]["name"] for measured in data["workloads"]] == ["prompt", "generation"]
     for measured in data["workloads"]:
-        assert [len(measured[name]["seconds"]) for name in ("dense", "pruned")] == [2, 2]
+        assert [len(timing["e2els"]) for timing in (measured["dense"], *measured["pruned"])] == [2, 2]
+    assert [len(steps) for steps in data["workloads"][1]["dense"]["itls"]] == [1, 1]
 
 
 def test_the_memory_is_the_devices(run_sleb, simulate, tiny_llama):
     simulate(float64=False)
     data = run_bench(run_sleb, tiny_llama, "--generation", "--new-tokens", 2)
-    beyond = data["workloads"][0]["dense"]["peak_memory_bytes"] - data["dense"]["weights_bytes"]
-    assert 10_000 < beyond < 500_000
+    memory = data["workloads"][0]["dense"]["memory"]
+    assert memory["weights_bytes"] == data["dense"]["weights_bytes"]
+    # Two sequences of 8 + 1 tokens, keys and values of 16 float32 numbers each, in every block.
+    assert memory["kv_cache_bytes"] == 2 * 9 * 2 * 16 * 4 * 6
+    assert 10_000 < memory["rest_bytes"] < 500_000

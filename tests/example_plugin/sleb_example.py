@@ -1,4 +1,4 @@
-"""A family, a metric and an export format for sleb."""
+"""A family, a metric, an export format and an inference engine for sleb."""
 
 import sleb_plugins as sleb
 
@@ -27,6 +27,32 @@ class SliceExpression(sleb.Exporter):
         return " + ".join(f"blocks[{low}:{high}]" for low, high in pruning.kept_ranges) + "\n"
 
 
+class SteadyModel(sleb.LoadedModel):
+    """Takes a nanosecond for each byte and token."""
+
+    def __init__(self, size):
+        self.seconds = size / 1e9
+
+    def run(self, prompts, new_tokens):
+        first = self.seconds * sum(map(len, prompts))
+        arrivals = [first + self.seconds * step * len(prompts) for step in range(new_tokens)]
+        return sleb.TimedRun(arrivals[-1] if arrivals else first, tuple(arrivals))
+
+    def close(self):
+        pass
+
+
+class SteadyEngine(sleb.Engine):
+    """Does nothing, in the time that the weights suggest."""
+
+    name = "steady"
+    description = "pretends to run checkpoints, in proportion to their bytes"
+    reads = "checkpoint"
+
+    def load(self, model, settings):
+        return SteadyModel(sum(path.stat().st_size for path in model.glob("*.safetensors")))
+
+
 @sleb.hookimpl
 def sleb_metrics():
     return [NextTokenError()]
@@ -40,3 +66,8 @@ def sleb_families():
 @sleb.hookimpl
 def sleb_exporters():
     return [SliceExpression()]
+
+
+@sleb.hookimpl
+def sleb_engines():
+    return [SteadyEngine()]

@@ -1,86 +1,153 @@
-"""Measure the peak memory of a model in a process that holds nothing else."""
+"""Measure the peak memory of a model, and how long it takes to load, in a process that holds nothing else."""
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
-from sleb_cli.engine.device import synchronize
+from sleb_cli.engine.device import free_memory, synchronize
 from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.speed.workloads import runner
+from sleb_cli.engine.speed.in_turn import draw_prompts
+from sleb_cli.engine.speed.transformers_model import TransformersModel
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.results import Workload
+from sleb_cli.results import MemoryRecord, Workload
 
 SAMPLE_SECONDS = 0.002
 
 
-def peak_memory_alone(
-    source: ModelSource,
-    removals: tuple[int, ...],
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device,
-    notify: Notify,
-) -> int | None:
-    """Return the peak bytes of one iteration: allocated on an accelerator, or resident in the process on a CPU.
+@dataclass(frozen=True)
+class Alone:
+    """What is loaded in a process of its own."""
 
-    Returns None if the accelerator does not say (MPS), or if the process is killed for its memory.
+    source: ModelSource
+    removals: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+
+
+@dataclass(frozen=True)
+class AloneResult:
+    """How long the model took to load, and the memory of each workload; None where that could not be measured."""
+
+    load_seconds: float | None
+    memory: tuple[MemoryRecord | None, ...]
+
+
+def measure_alone(alone: Alone, workloads: Sequence[Workload], notify: Notify) -> AloneResult:
+    """Load the model in a process of its own, and run each workload once.
+
+    If the system kills the process for its memory, the remaining workloads run in a new one. An accelerator that does
+    not tell its peak (MPS) has no memory in the result.
     """
-    if device.type != "cpu" and not hasattr(torch.get_device_module(device.type), "max_memory_allocated"):
-        return None
-    what = f"Peak memory of {workload.name}, {'pruned' if removals else 'dense'}"
+    which = f"without {len(alone.removals)} blocks" if alone.removals else "of the dense model"
+    load_seconds: float | None = None
+    memory: list[MemoryRecord | None] = []
+    with task(notify, f"Peak memory {which}", len(workloads), "workloads") as advance:
+        while len(memory) < len(workloads):
+            with _process() as process:
+                try:
+                    load_seconds = process.submit(_load, alone).result()
+                    for workload in workloads[len(memory) :]:
+                        memory.append(process.submit(_measure, workload).result())
+                        advance()
+                except BrokenProcessPool:
+                    lost = workloads[len(memory)].label
+                    notify(Notice(f"The peak memory {which} in {lost} could not be measured: the process was killed."))
+                    memory.append(None)
+                    advance()
+    return AloneResult(load_seconds, tuple(memory))
+
+
+@contextmanager
+def _process() -> Iterator[ProcessPoolExecutor]:
+    """Start a process for what is submitted, and kill it if anything is raised."""
     context = multiprocessing.get_context("spawn")
     # Ctrl-C reaches the child too, but the parent handles it.
-    alone = ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-    with task(notify, what), alone:
+    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
-            peak: int = alone.submit(_measure, source, removals, workload, dtype, device).result()
-        except BrokenProcessPool:
-            notify(Notice(f"{what} could not be measured: the process was killed."))
-            return None
+            yield pool
         except BaseException:
             for child in multiprocessing.active_children():
                 child.kill()
             raise
-        return peak
 
 
-@torch.inference_mode()
-def _measure(
-    source: ModelSource,
-    removals: tuple[int, ...],
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> int:
+_loaded: tuple[Any, Alone] | None = None
+"""What this process measures, if it is one that `measure_alone` started."""
+
+
+def _load(alone: Alone) -> float:
+    """Load the model, and return how many seconds its weights took."""
+    global _loaded
     quiet_libraries()
-    architecture = read_architecture(source, load_plugins(), ignore)
-    if removals:
-        model = load_pruned(plan_surgery(architecture, removals), dtype, device, ignore)
+    torch.set_num_threads(alone.threads)
+    architecture = read_architecture(alone.source, load_plugins(), ignore)
+    surgery = plan_surgery(architecture, alone.removals)
+    start = time.perf_counter()
+    if alone.removals:
+        model = load_pruned(surgery, alone.dtype, alone.device, ignore)
     else:
-        model = load_dense(architecture, dtype, device, ignore)
-    run = runner(workload, model)
-    if device.type != "cpu":
-        backend = torch.get_device_module(device.type)
+        model = load_dense(architecture, alone.dtype, alone.device, ignore)
+    synchronize(alone.device)
+    _loaded = model, alone
+    return time.perf_counter() - start
+
+
+def _measure(workload: Workload) -> MemoryRecord | None:
+    """Return the memory of one run of the loaded model."""
+    assert _loaded is not None
+    model, alone = _loaded
+    runner = TransformersModel(model, workload)
+    prompts = draw_prompts(workload, model.config.get_text_config().vocab_size, 0)
+    if workload.compiled:
+        runner.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
+    free_memory()
+    with as_transformers_loads([model]), _watch(alone.device) as peak:
+        cache = runner.run_for_cache(prompts, workload.new_tokens)
+        synchronize(alone.device)
+    found, weights = peak(), weights_bytes(model)
+    if found is None:
+        return None
+    rest = max(0, found - weights - cache)
+    return MemoryRecord(peak_bytes=found, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
+
+
+def weights_bytes(model: Any) -> int:
+    """Return the bytes of all that is stored of a model, each tensor once; packed weights are buffers."""
+    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
+    return sum(tensor.nbytes for tensor in stored.values())
+
+
+@contextmanager
+def _watch(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Watch memory while the body runs; the yielded function returns the peak, or None if it is unknown."""
+    if device.type == "cpu":
+        with _watch_resident_bytes() as peak:
+            yield peak
+        return
+    backend = torch.get_device_module(device.type)
+    known = hasattr(backend, "max_memory_allocated")
+    if known:
         backend.reset_peak_memory_stats(device)
-        run()
-        synchronize(device)
-        return int(backend.max_memory_allocated(device))
-    with _watch_resident_bytes() as peak:
-        run()
-    return peak()
+    yield lambda: int(backend.max_memory_allocated(device)) if known else None
 
 
 @contextmanager

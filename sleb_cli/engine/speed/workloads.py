@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
 
-from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
-from sleb_cli.requests import BenchRequest, WorkloadName
+from sleb_cli.requests import TRANSFORMERS, BenchRequest, WorkloadName
 from sleb_cli.results import Workload
-from sleb_plugins import UnsupportedModelError, UsageError
+from sleb_plugins import UsageError
+from sleb_plugins.errors import did_you_mean
 
 SEED = 0
+
+_SWEPT = {"batch": "batch_size", "prompt": "prompt_length", "new": "new_tokens"}
+"""What a sweep can vary, and the option for one value of it."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +27,68 @@ class _Defaults:
     prompt_length: int
     new_tokens: int
     iterations: int
-    warmup: int
 
 
 # Accelerators use the settings of the paper (Song et al., ICML 2024, section 4.3); CPUs, settings that take minutes.
 _ON_ACCELERATOR: dict[WorkloadName, _Defaults] = {
-    "prompt": _Defaults(batch_size=1, prompt_length=2048, new_tokens=0, iterations=50, warmup=5),
-    "generation": _Defaults(batch_size=64, prompt_length=64, new_tokens=128, iterations=10, warmup=2),
+    "prompt": _Defaults(batch_size=1, prompt_length=2048, new_tokens=0, iterations=50),
+    "generation": _Defaults(batch_size=64, prompt_length=64, new_tokens=128, iterations=10),
 }
 _ON_CPU: dict[WorkloadName, _Defaults] = {
-    "prompt": _Defaults(batch_size=1, prompt_length=512, new_tokens=0, iterations=10, warmup=2),
-    "generation": _Defaults(batch_size=4, prompt_length=64, new_tokens=32, iterations=7, warmup=1),
+    "prompt": _Defaults(batch_size=1, prompt_length=512, new_tokens=0, iterations=10),
+    "generation": _Defaults(batch_size=4, prompt_length=64, new_tokens=32, iterations=10),
 }
 
 
-def choose_workloads(request: BenchRequest) -> tuple[WorkloadName, ...]:
-    """Return the requested workloads; both by default."""
+def resolve_workloads(
+    request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
+) -> tuple[Workload, ...]:
+    """Return all workloads that the request names: prompt and generation by default, and every point of its sweep.
+
+    Raises:
+        UsageError: a number is out of range, the sweep says nothing sensible, or a text exceeds the model's positions.
+    """
+    points = sweep_requests(request)
+    found = [resolve_workload(name, point, subject, device, notify) for name in _names(request) for point in points]
+    # Several points are the same prompt workload if only their new tokens differ.
+    return tuple(dict.fromkeys(found))
+
+
+def _names(request: BenchRequest) -> tuple[WorkloadName, ...]:
     if request.prompt == request.generation:
         return ("prompt", "generation")
     return ("prompt",) if request.prompt else ("generation",)
+
+
+def sweep_requests(request: BenchRequest) -> list[BenchRequest]:
+    """Return a request for each combination of the sweep's values; without a sweep, the request itself.
+
+    Raises:
+        UsageError: a part is not like batch=1,8,32, or sweeps what another part or option sets.
+    """
+    values: dict[str, list[Any]] = {}
+    for part in " ".join(request.sweep).split():
+        name, _, numbers = part.partition("=")
+        if name not in _SWEPT:
+            hint = did_you_mean(name, list(_SWEPT), otherwise="Write it like batch=1,8,32 prompt=128,2048 new=64.")
+            raise UsageError(f"--sweep cannot vary {name!r}.", hint=hint)
+        field = _SWEPT[name]
+        if field in values or getattr(request, field) is not None:
+            other = "twice" if field in values else f"and --{field.replace('_', '-')}, too"
+            raise UsageError(f"--sweep sets {name} {other}.", hint=f"Set it once: {name}=1,8.")
+        values[field] = _read_numbers(part, numbers)
+    combinations = product(*values.values())
+    return [replace(request, **dict(zip(values, point, strict=True))) for point in combinations]
+
+
+def _read_numbers(part: str, numbers: str) -> list[int]:
+    try:
+        read = [int(number) for number in numbers.split(",")]
+    except ValueError as error:
+        raise UsageError(
+            f"--sweep {part!r} is not a name with a list of numbers.", hint="Write it like batch=1,8,32."
+        ) from error
+    return list(dict.fromkeys(read))
 
 
 def resolve_workload(
@@ -59,55 +101,58 @@ def resolve_workload(
     """
     standard = (_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name]
 
-    def pick(field: str, least: int) -> int:
+    def pick(field: str) -> int:
         asked: int | None = getattr(request, field)
-        if asked is not None and asked < least:
-            raise UsageError(f"--{field.replace('_', '-')} {asked} is too small.", hint=f"Use {least} or more.")
         value: int = getattr(standard, field) if asked is None else asked
         return value
 
-    new_tokens = pick("new_tokens", 1) if name == "generation" else 0
-    limit = subject.architecture.longest_sequence
-    prompt_length = pick("prompt_length", 1)
-    if request.prompt_length is None and limit:
-        prompt_length = max(1, min(prompt_length, limit - new_tokens))
-    choose_length(max(2, prompt_length + new_tokens), subject.architecture)
+    _require_in_range(request, name)
+    new_tokens = pick("new_tokens") if name == "generation" else 0
     workload = Workload(
         name=name,
-        batch_size=pick("batch_size", 1),
-        prompt_length=prompt_length,
+        engine=TRANSFORMERS,
+        batch_size=pick("batch_size"),
+        prompt_length=_fitting(pick("prompt_length"), new_tokens, request, subject),
         new_tokens=new_tokens,
-        iterations=pick("iterations", 1),
-        warmup=pick("warmup", 0),
+        iterations=pick("iterations"),
+        warmup=request.warmup,
+        cooldown=request.cooldown,
         seed=SEED,
+        compiled=request.compile,
+        # transformers compiles the decoding only with such a cache.
+        static_cache=name == "generation" and (request.static_cache or request.compile),
     )
-    if device.type == "cpu" and _is_smaller(workload, _ON_ACCELERATOR[name]):
+    if device.type == "cpu" and _is_smaller(workload, _ON_ACCELERATOR[name]) and not request.sweep:
         notify(Notice(f"{name}: {workload}, smaller than the paper's setting because this is a CPU."))
     return workload
+
+
+def _require_in_range(request: BenchRequest, name: WorkloadName) -> None:
+    least = {"batch_size": 1, "prompt_length": 1, "iterations": 1, "warmup": 0, "cooldown": 0}
+    if name == "generation":
+        least["new_tokens"] = 1
+    if request.compile:
+        least["warmup"] = 1  # or the compilation would be timed
+    for field, smallest in least.items():
+        value = getattr(request, field)
+        if value is not None and value < smallest:
+            raise UsageError(f"--{field.replace('_', '-')} {value} is too small.", hint=f"Use {smallest} or more.")
+
+
+def _fitting(length: int, new_tokens: int, request: BenchRequest, subject: Subject) -> int:
+    """Return the length of the prompt if the model has positions for all; a default is cut to what it has."""
+    limit = subject.architecture.longest_sequence
+    if request.prompt_length is None and limit:
+        length = max(1, min(length, limit - new_tokens))
+    if limit and length + new_tokens > limit:
+        new = f" and {new_tokens} new ones" if new_tokens else ""
+        raise UsageError(
+            f"A prompt of {length} tokens{new} exceeds the {limit} positions of {subject.architecture.source.id}.",
+            hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
+        )
+    return length
 
 
 def _is_smaller(workload: Workload, paper: _Defaults) -> bool:
     ours = workload.batch_size * (workload.prompt_length + workload.new_tokens)
     return ours < paper.batch_size * (paper.prompt_length + paper.new_tokens)
-
-
-def runner(workload: Workload, model: Any) -> Callable[[], None]:
-    """Return a function that runs one iteration on random token ids and does nothing besides."""
-    vocabulary = model.config.get_text_config().vocab_size
-    seeded = torch.Generator().manual_seed(workload.seed)
-    shape = (workload.batch_size, workload.prompt_length)
-    ids: Tensor = torch.randint(vocabulary, shape, generator=seeded).to(model.device)
-    mask = torch.ones_like(ids)
-    if not workload.new_tokens:
-        return lambda: model(input_ids=ids, attention_mask=mask, use_cache=False)
-    settings = GenerationConfig(
-        do_sample=False, use_cache=True, max_new_tokens=workload.new_tokens, min_new_tokens=workload.new_tokens,
-        pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return lambda: generate(model, ids, settings, partial(_not_generating, model))
-
-
-def _not_generating(model: Any, words: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{model.config.model_type} cannot generate text: {words}.", hint="Time the prompt alone: --prompt."
-    )

@@ -1,0 +1,73 @@
+"""Files for inference engines that are timed: the model as it is, and without blocks, in a temporary folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sleb_cli.engine.model.demo import demo_gguf
+from sleb_cli.engine.model.source import DEMO
+from sleb_cli.engine.output.apply import apply_removals
+from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.events import Notify
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.requests import ApplyRequest, BenchRequest
+from sleb_plugins import Engine, UsageError
+from sleb_plugins.gguf.file import read_gguf
+
+
+@contextmanager
+def engine_files(
+    subject: Subject, engine: Engine, request: BenchRequest, registry: Registry, notify: Notify
+) -> Iterator[Callable[[Surgery], Path]]:
+    """Yield a function that returns what the engine reads: the model's own file or folder, or a pruned one.
+
+    Raises:
+        UsageError: the engine reads GGUF files, and there is none of this model; or `request.source` does not apply.
+        PlanError: `request.source` holds another model.
+    """
+    if engine.reads == "checkpoint" and request.source is not None:
+        raise UsageError(f"--source does not apply to --engine {engine.name}.", hint="Leave out --source.")
+    with TemporaryDirectory(prefix="sleb-bench-") as folder:
+        if engine.reads == "checkpoint":
+            yield lambda surgery: _checkpoint(surgery, Path(folder), notify)
+        else:
+            source = _gguf_source(subject, engine, request, notify)
+            yield lambda surgery: _gguf(source, surgery, Path(folder), registry, notify)
+
+
+def _checkpoint(surgery: Surgery, folder: Path, notify: Notify) -> Path:
+    if not surgery.removals:
+        return surgery.architecture.source.folder
+    output = folder / f"{len(surgery.removals)}-blocks-fewer"
+    apply_removals(Subject(surgery, None), ApplyRequest(output=output, no_verify=True), notify)
+    return output
+
+
+def _gguf(source: Path, surgery: Surgery, folder: Path, registry: Registry, notify: Notify) -> Path:
+    if not surgery.removals:
+        return source
+    output = folder / f"{len(surgery.removals)}-blocks-fewer.gguf"
+    request = ApplyRequest(output=output, no_verify=True)
+    prune_gguf(read_gguf(source), surgery.removals, request, registry, notify)
+    return output
+
+
+def _gguf_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:
+    model = subject.architecture.record
+    if request.source is not None:
+        if not request.any_model:
+            require_same_kind_of_model(model, read_gguf(request.source), notify)
+        return request.source
+    if model.id == DEMO:
+        return demo_gguf(notify)
+    if model.id.endswith(".gguf"):
+        return Path(model.id)
+    raise UsageError(
+        f"{engine.name} reads GGUF files, and {model.id} is a checkpoint.",
+        hint="Name a GGUF file of the model with --source; llama.cpp's convert_hf_to_gguf.py makes one.",
+    )

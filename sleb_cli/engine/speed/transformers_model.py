@@ -1,0 +1,121 @@
+"""Run a model with transformers and time it: a prompt, or generation token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, GenerationConfig
+from transformers.generation import BaseStreamer
+
+from sleb_cli.engine.device import synchronize
+from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.model.sizes import cache_layers, layer_tensors
+from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.results import Workload
+from sleb_plugins import MachineError, SlebError, UnsupportedModelError
+from sleb_plugins.engine import LoadedModel, TimedRun
+
+MOST_COMPILED = 256
+
+
+class TransformersModel(LoadedModel):
+    """A model of transformers with the settings of a workload."""
+
+    def __init__(self, model: Any, workload: Workload) -> None:
+        self._model, self._workload = model, workload
+        self._forward = torch.compile(model, dynamic=False) if workload.compiled else model
+
+    @torch.inference_mode()
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
+        """Process the prompts together and generate `new_tokens` for each.
+
+        Raises:
+            MachineError: the model cannot be compiled here.
+            UnsupportedModelError: it cannot generate.
+        """
+        ids, clock = self._on_device(prompts), _TokenClock()
+        synchronize(ids.device)
+        start = time.perf_counter()
+        if new_tokens:
+            self._generate(ids, new_tokens, streamer=clock)
+        else:
+            self._read(ids)
+        synchronize(ids.device)
+        seconds = time.perf_counter() - start
+        return TimedRun(seconds, tuple(at - start for at in clock.times[1:]))
+
+    @torch.inference_mode()
+    def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+        """Do the same untimed, and return the bytes of the KV cache at its largest; 0 if there is none."""
+        ids = self._on_device(prompts)
+        if not new_tokens:
+            self._read(ids)
+            return 0
+        output = self._generate(ids, new_tokens, return_dict_in_generate=True)
+        return sum(tensor.nbytes for layer in cache_layers(output) for tensor in layer_tensors(layer))
+
+    def close(self) -> None:
+        """Do nothing: the model belongs to the caller."""
+
+    def _on_device(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(prompts, device=self._model.device)
+
+    def _read(self, ids: Tensor) -> None:
+        may_fail = translate_errors(_not_compiled) if self._workload.compiled else nullcontext()
+        with may_fail:
+            self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    def _generate(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:
+        compiled = self._workload.compiled
+        settings = GenerationConfig(
+            do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            pad_token_id=0, eos_token_id=None, disable_compile=not compiled,
+            cache_implementation="static" if self._workload.static_cache else None,
+            compile_config=_compile_everywhere() if compiled else None,
+        )  # fmt: skip
+        return generate(self._model, ids, settings, _not_compiled if compiled else self._not_generating, **options)
+
+    def _not_generating(self, words: str) -> SlebError:
+        return UnsupportedModelError(
+            f"{self._model.config.model_type} cannot generate text: {words}.", hint="Time the prompt alone: --prompt."
+        )
+
+
+class _TokenClock(BaseStreamer):  # type: ignore[misc]
+    """Notes when each step's tokens arrive on the host, for which transformers waits for the device; prompts first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Do nothing: the time of the end is taken outside."""
+
+
+@contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Forget what was compiled before, and compile all models: after eight, torch would run the others as they are."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED):
+        yield
+
+
+def _compile_everywhere() -> CompileConfig:
+    """Return settings that let transformers compile the decoding on a CPU, too."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
+def _not_compiled(words: str) -> SlebError:
+    return MachineError(
+        f"torch.compile does not work for this model on this machine: {words}.", hint="Leave out --compile."
+    )

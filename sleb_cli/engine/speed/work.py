@@ -1,0 +1,197 @@
+"""The work of a workload by block: floating-point operations, and bytes read. Nothing here reads weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.sizes import ConditionsHold, Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.third_party import translate_errors
+from sleb_plugins import UnsupportedModelError
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
+_ACTIVE_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations and bytes read, in each block and outside the blocks."""
+
+    flops: Sizes
+    bytes: Sizes
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one batch: reading its prompts, and all steps of generation after the first token.
+
+    The first new token comes from reading the prompts; `decode` is None if there are no further ones.
+    """
+
+    prefill: Cost
+    decode: Cost | None
+
+
+def count_work(architecture: Architecture, batch: int, prompt_length: int, new_tokens: int, dtype: torch.dtype) -> Work:
+    """Count the work of `batch` prompts of this length, with `new_tokens` generated after each, in this data type.
+
+    Operations are those of matrix products and attention, which is counted whole, as without a causal mask. Without new
+    tokens, the head reads every position and no cache is kept; otherwise it reads the last one. Bytes are those of the
+    weights, read once per step, and of the KV cache. Embeddings are looked up, so only the rows that are used count,
+    but a tied head reads all of them. Of the experts in a mixture, each token uses the number that the config names;
+    so many tokens as are read together are taken to choose independently, which gives the expected number of different
+    experts whose weights are read.
+
+    Raises:
+        UnsupportedModelError: the size of the KV cache is unknown.
+    """
+    tokens = batch * prompt_length
+    flops = _flops(architecture, prompt_length, all_logits=not new_tokens) * batch
+    weights = _weights_read(architecture, dtype, tokens)
+    if not new_tokens:
+        return Work(Cost(flops, weights), None)
+    prefill = Cost(flops, weights + cache_bytes(architecture, dtype, length=prompt_length, batch=batch))
+    steps = new_tokens - 1
+    if not steps:
+        return Work(prefill, None)
+    # The cache holds prompt_length + 1 to prompt_length + steps tokens.
+    length = prompt_length + (steps + 1) // 2
+    step = _weights_read(architecture, dtype, batch) + cache_bytes(architecture, dtype, length=length, batch=batch)
+    return Work(prefill, Cost(_step_flops(architecture, length) * (batch * steps), step * steps))
+
+
+def _step_flops(architecture: Architecture, length: int) -> Sizes:
+    """Return the operations of one new token among `length`: its share of reading them all, each attending to all."""
+    read = _flops(architecture, length, all_logits=True)
+    return read * (1 / length)
+
+
+def _flops(architecture: Architecture, length: int, *, all_logits: bool) -> Sizes:
+    """Return the operations of reading `length` tokens: as counted on the meta device, but at least 2 per weight used.
+
+    Where the family does not run there, the latter is all there is.
+    """
+    least = _matrix_elements(architecture)
+    outside = least.outside * (length if all_logits else 1)
+    counted = _counted_flops(architecture, length, all_logits=all_logits)
+    if counted is None:
+        counted = Sizes(0, (0,) * architecture.block_count)
+    blocks = (max(found, 2 * length * used) for found, used in zip(counted.blocks, least.blocks, strict=True))
+    return Sizes(max(counted.outside, 2 * outside), tuple(blocks))
+
+
+def _counted_flops(architecture: Architecture, length: int, *, all_logits: bool) -> Sizes | None:
+    """Count the operations on the meta device; None if the family does not run there."""
+    # A copy, since the choice of how experts are applied would stay in the config.
+    model: Any = architecture.build(copy.deepcopy(architecture.config)).to(torch.bfloat16).eval()
+    text = torch.zeros(1, length, dtype=torch.long, device="meta")
+    counter = FlopCounterMode(display=False)
+    conditions_hold = ConditionsHold()  # type: ignore[no-untyped-call]
+    failed = UnsupportedModelError("", hint="")
+    try:
+        with translate_errors(lambda words: failed):
+            _count_active_experts(model)
+            with torch.no_grad(), conditions_hold, counter:
+                model(input_ids=text, use_cache=False, **({} if all_logits else {"logits_to_keep": 1}))
+    except UnsupportedModelError:
+        return None
+    found = {name: float(sum(by_operation.values())) for name, by_operation in counter.get_flop_counts().items()}
+    path = f"{type(model).__name__}.{architecture.adapter.blocks_path}"
+    blocks = tuple(found.get(f"{path}.{block}", 0.0) for block in range(architecture.block_count))
+    return Sizes(found.get("Global", 0.0) - sum(blocks), blocks)
+
+
+def _count_active_experts(model: Any) -> None:
+    """Let the experts be applied in a way that the counter sees, one product for each token and expert."""
+    set_experts = getattr(model, "set_experts_implementation", None)
+    if set_experts is not None:
+        try:
+            set_experts("batched_mm")
+        except ValueError:
+            return  # a family without experts, or with its own way
+
+
+def _matrix_elements(architecture: Architecture) -> Sizes:
+    """Count the weights that one token is multiplied with: no tables to look up, and only the experts it chooses."""
+    return _by_block(
+        architecture,
+        (
+            (weight.block, weight.tensor.numel() * (weight.active or 1))
+            for weight in _weights(architecture)
+            if weight.tensor.dim() > 1 and not weight.is_table
+        ),
+    )
+
+
+def _weights_read(architecture: Architecture, dtype: torch.dtype, tokens: int) -> Sizes:
+    """Return the bytes of weights that are read to process so many tokens at once."""
+    read = _by_block(architecture, ((weight.block, weight.elements_read(tokens)) for weight in _weights(architecture)))
+    if not architecture.is_quantized or architecture.source.config_only:
+        return read * dtype.itemsize
+    # Packed weights: the share that is read of what is stored.
+    stored, all_of_them = stored_bytes(architecture), count_parameters(architecture)
+    shares = zip(read.blocks, all_of_them.blocks, stored.blocks, strict=True)
+    outside = read.outside / all_of_them.outside * stored.outside if all_of_them.outside else 0
+    return Sizes(outside, tuple(part / whole * size if whole else 0 for part, whole, size in shares))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter: its block, None outside; whether it is a table to look up; the share of experts per token."""
+
+    tensor: Tensor
+    block: int | None
+    is_table: bool
+    active: float | None
+
+    def elements_read(self, tokens: int) -> float:
+        """Return how many elements are read to process so many tokens at once."""
+        elements = self.tensor.numel()
+        if self.is_table:
+            return min(elements, tokens * elements / len(self.tensor))
+        return elements * (1 - (1 - self.active) ** tokens) if self.active else elements
+
+
+def _weights(architecture: Architecture) -> Iterator[_Weight]:
+    """Yield each parameter once; a table that is also multiplied with, such as a tied head, is no table."""
+    model, path = architecture.skeleton, architecture.adapter.blocks_path
+    users: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for tensor in module.parameters(recurse=False):
+            users[id(tensor)].append(module)
+    share = _active_share(architecture.text_config)
+    for name, tensor in model.named_parameters():
+        inside = name.startswith(f"{path}.")
+        yield _Weight(
+            tensor=tensor,
+            block=int(name.removeprefix(f"{path}.").partition(".")[0]) if inside else None,
+            is_table=all(isinstance(user, nn.Embedding) for user in users[id(tensor)]),
+            active=share if inside and "experts" in name.split(".") else None,
+        )
+
+
+def _active_share(config: Any) -> float | None:
+    """Return the share of the experts that one token uses, or None if the config names no experts."""
+    experts, active = _first_number(config, _EXPERT_COUNTS), _first_number(config, _ACTIVE_COUNTS)
+    return min(1.0, active / experts) if experts and active else None
+
+
+def _first_number(config: Any, keys: Sequence[str]) -> int | None:
+    """Return the first of these settings that is a positive number, in the config or its part for the MLP (DBRX)."""
+    values = (getattr(part, key, None) for part in (config, getattr(config, "ffn_config", None)) for key in keys)
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
+
+
+def _by_block(architecture: Architecture, sizes: Iterator[tuple[int | None, float]]) -> Sizes:
+    found: dict[int | None, float] = defaultdict(float)
+    for block, size in sizes:
+        found[block] += size
+    return Sizes(found[None], tuple(found[block] for block in range(architecture.block_count)))

@@ -1,0 +1,183 @@
+"""llama.cpp, through the low-level functions of llama-cpp-python."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sleb_plugins.engine import Engine, EngineSettings, LoadedModel, TimedRun
+from sleb_plugins.engines.packages import import_engine, package_version
+from sleb_plugins.errors import MachineError, UnsupportedModelError
+
+_BATCH_TOKENS = 2048
+"""The most tokens of one call, as in llama-bench."""
+
+_ERROR = 3
+"""ggml's log level of errors."""
+
+
+class _Entry(NamedTuple):
+    """A token of a batch; logits are computed after the last one of a sequence."""
+
+    token: int
+    position: int
+    sequence: int
+    is_last: bool
+
+
+class LlamaCpp(Engine):
+    """llama.cpp on a GGUF file, with the data types of the file."""
+
+    name = "llama.cpp"
+    description = "llama.cpp, through llama-cpp-python; reads GGUF files"
+    reads = "gguf"
+
+    def version(self) -> str:
+        """Return the version of llama-cpp-python.
+
+        Raises:
+            MachineError: it is not installed.
+        """
+        self._module()
+        return package_version("llama_cpp")
+
+    def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
+        """Load a GGUF file, onto the GPU if this build of llama.cpp uses one.
+
+        Raises:
+            MachineError: llama-cpp-python is not installed, or the memory is short.
+            UnsupportedModelError: llama.cpp does not read this file.
+        """
+        return _LoadedGguf(self._module(), model, settings)
+
+    def _module(self) -> Any:
+        return import_engine("llama_cpp", "llama.cpp", "llama-cpp")
+
+
+class _LoadedGguf(LoadedModel):
+    def __init__(self, llama: Any, file: Path, settings: EngineSettings) -> None:
+        self._llama = llama
+        self._context = None
+        self.device = "gpu" if llama.llama_supports_gpu_offload() else "cpu"
+        with _quiet(llama) as errors:
+            self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
+            if not self._model:
+                raise UnsupportedModelError(
+                    f"llama.cpp cannot load {file.name}{_because(errors)}.",
+                    hint="Upgrade llama-cpp-python, or use another engine.",
+                )
+            self._context = llama.llama_init_from_model(self._model, _context_settings(llama, settings))
+            if not self._context:
+                self.close()
+                raise MachineError(
+                    f"llama.cpp has no memory for {settings.batch_size} x {settings.sequence_length} tokens of "
+                    f"{file.name}{_because(errors)}.",
+                    hint="Use a smaller --batch-size or --prompt-length.",
+                )
+        self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
+        """Process the prompts as llama-bench does, in batches of up to 2,048 tokens, then decode token by token."""
+        llama = self._llama
+        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        entries = [
+            _Entry(token, position, sequence, position == len(prompt) - 1)
+            for sequence, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        chunks = [entries[start : start + _BATCH_TOKENS] for start in range(0, len(entries), _BATCH_TOKENS)]
+        with _batches(llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
+            start = time.perf_counter()
+            read = (self._decode(batch, chunk) for batch, chunk in zip(prepared, chunks, strict=True))
+            chosen = list(itertools.chain.from_iterable(read))
+            arrivals = [time.perf_counter() - start]
+            for made in range(new_tokens - 1):
+                rows = [_Entry(chosen[n], len(prompt) + made, n, True) for n, prompt in enumerate(prompts)]
+                _fill(step, rows)
+                chosen = self._decode(step, rows)
+                arrivals.append(time.perf_counter() - start)
+        return TimedRun(arrivals[-1], tuple(arrivals) if new_tokens else ())
+
+    def _decode(self, batch: Any, entries: Sequence[_Entry]) -> list[int]:
+        """Run one batch, and return the likeliest next token of each sequence whose last token is in it."""
+        import numpy as np
+
+        llama = self._llama
+        status = llama.llama_decode(self._context, batch)
+        if status:
+            raise MachineError(
+                f"llama.cpp could not process {len(entries)} tokens (status {status}).",
+                hint="Use a smaller --batch-size or --prompt-length.",
+            )
+        llama.llama_synchronize(self._context)
+        rows = [row for row, entry in enumerate(entries) if entry.is_last]
+        logits = (llama.llama_get_logits_ith(self._context, row) for row in rows)
+        return [int(np.ctypeslib.as_array(values, (self._vocabulary,)).argmax()) for values in logits]
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._context = self._model = None
+
+
+def _context_settings(llama: Any, settings: EngineSettings) -> Any:
+    """Return the settings of a context that holds all sequences, each in a multiple of 256 tokens."""
+    found = llama.llama_context_default_params()
+    found.n_ctx = settings.batch_size * 256 * math.ceil(settings.sequence_length / 256)
+    found.n_seq_max = settings.batch_size
+    found.n_batch = _BATCH_TOKENS
+    found.n_threads = found.n_threads_batch = settings.threads
+    return found
+
+
+@contextmanager
+def _batches(llama: Any, chunks: Sequence[Sequence[_Entry]]) -> Iterator[list[Any]]:
+    """Prepare batches outside the timed part."""
+    batches = [llama.llama_batch_init(len(chunk), 0, 1) for chunk in chunks]
+    try:
+        for batch, chunk in zip(batches, chunks, strict=True):
+            _fill(batch, chunk)
+        yield batches
+    finally:
+        for batch in batches:
+            llama.llama_batch_free(batch)
+
+
+def _fill(batch: Any, entries: Sequence[_Entry]) -> None:
+    batch.n_tokens = len(entries)
+    for row, entry in enumerate(entries):
+        batch.token[row] = entry.token
+        batch.pos[row] = entry.position
+        batch.n_seq_id[row] = 1
+        batch.seq_id[row][0] = entry.sequence
+        batch.logits[row] = entry.is_last
+
+
+@contextmanager
+def _quiet(llama: Any) -> Iterator[list[str]]:
+    """Collect the errors that llama.cpp would print, and drop all else that it says, now and later."""
+    errors: list[str] = []
+
+    def listen(level: int, text: bytes, _: Any) -> None:
+        if level == _ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    # llama.cpp calls it as long as the process lives, so it must not be freed.
+    _CALLBACKS.append(llama.llama_log_callback(listen))
+    llama.llama_log_set(_CALLBACKS[-1], None)
+    yield errors
+
+
+_CALLBACKS: list[Any] = []
+
+
+def _because(errors: Sequence[str]) -> str:
+    return f": {errors[0].rstrip('.')}" if errors else ""

@@ -1,0 +1,108 @@
+"""vLLM, through its engine in this process."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sleb_plugins.engine import Engine, EngineSettings, LoadedModel, TimedRun
+from sleb_plugins.engines.packages import import_engine, package_version
+from sleb_plugins.errors import MachineError
+
+_MEMORY_SHARE = 0.9
+"""The share of a GPU's memory that vLLM takes by default; of a CPU's, we let it take what is free."""
+
+
+class Vllm(Engine):
+    """vLLM on a checkpoint folder, without its prefix cache."""
+
+    name = "vllm"
+    description = "vLLM; reads checkpoints"
+    reads = "checkpoint"
+
+    def version(self) -> str:
+        """Return the version of vLLM.
+
+        Raises:
+            MachineError: it is not installed.
+        """
+        self._module()
+        return package_version("vllm")
+
+    def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
+        """Load a checkpoint folder.
+
+        Raises:
+            MachineError: vLLM is not installed, or does not start with this model on this machine.
+        """
+        vllm = self._module()
+        try:
+            return _LoadedCheckpoint(vllm, model, settings)
+        except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
+            words = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise MachineError(
+                f"vLLM does not start with {model.name}: {words[0].rstrip('.')}.",
+                hint="Run `vllm serve` on the folder for more; with less memory, measure one size at a time.",
+            ) from error
+
+    def _module(self) -> Any:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        return import_engine("vllm", "vLLM", "vllm")
+
+
+class _LoadedCheckpoint(LoadedModel):
+    def __init__(self, vllm: Any, folder: Path, settings: EngineSettings) -> None:
+        from vllm.platforms import current_platform
+
+        self._vllm = vllm
+        self._runs = 0
+        self.device = str(current_platform.device_type)
+        self._llm = vllm.LLM(
+            str(folder),
+            dtype=settings.dtype,
+            # vLLM generates at least one token, also after a prompt that is timed alone.
+            max_model_len=settings.sequence_length + 1,
+            max_num_seqs=settings.batch_size,
+            gpu_memory_utilization=_memory_share(self.device) / settings.models,
+            enable_prefix_caching=False,
+            use_tqdm_on_load=False,
+            skip_tokenizer_init=True,
+        )
+
+    def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
+        """Submit the prompts at once, and note when the last of them has each new token."""
+        wanted = max(1, new_tokens)
+        sampling = self._vllm.SamplingParams(temperature=0, max_tokens=wanted, ignore_eos=True, detokenize=False)
+        engine, self._runs = self._llm.llm_engine, self._runs + 1
+        made: Counter[str] = Counter({f"{self._runs}.{number}": 0 for number in range(len(prompts))})
+        arrivals: list[float] = []
+        start = time.perf_counter()
+        for name, prompt in zip(made, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, sampling)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                made[output.request_id] = len(output.outputs[0].token_ids)
+            now = time.perf_counter() - start
+            arrivals += [now] * (min(made.values()) - len(arrivals))
+        return TimedRun(arrivals[-1], tuple(arrivals) if new_tokens else ())
+
+    def close(self) -> None:
+        """Stop the engine."""
+        shutdown = getattr(self._llm.llm_engine.engine_core, "shutdown", None)
+        if shutdown:
+            shutdown()
+        del self._llm
+
+
+def _memory_share(device: str) -> float:
+    """Return the share of the device's memory that all models may take together; vLLM asks for it at the start."""
+    if device != "cpu":
+        return _MEMORY_SHARE
+    memory = psutil.virtual_memory()
+    return _MEMORY_SHARE * 0.5 * memory.available / memory.total

@@ -1,0 +1,203 @@
+"""`sleb bench --estimate`, through `main()`: from a config, without weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from conftest import llama_config, save_model
+from sleb_cli.engine.model import source
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.speed.rates import Rate, count_operations, measure_rate
+from sleb_cli.events import ignore
+from sleb_cli.plugin_manager import load_plugins
+
+H100 = ["--device-flops", "989e12", "--device-bandwidth", "3.35e12"]
+QUICK = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3]
+LLAMA_70B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 32000,
+    "max_position_embeddings": 4096, "dtype": "float16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def llama_70b(tmp_path):
+    """The config of Llama-2-70B, alone in a folder."""
+    folder = tmp_path / "llama-2-70b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    return folder
+
+
+@pytest.fixture
+def config_only(tiny_llama, tmp_path):
+    """The tiny Llama without its weights."""
+    folder = tmp_path / "config-only"
+    folder.mkdir()
+    shutil.copy(tiny_llama / "config.json", folder)
+    return folder
+
+
+def estimated(run_sleb, *arguments):
+    result = run_sleb("bench", *arguments, "--estimate", "--json", "-q")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_model_that_fits_no_machine(run_sleb, llama_70b):
+    data = estimated(run_sleb, llama_70b, *H100)
+    per_block = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192
+    parameters = 80 * per_block + 2 * 32000 * 8192 + 8192
+    assert parameters == 68_976_648_192  # the published number
+    dense = data["dense"]
+    assert (dense["blocks"], dense["parameters"], dense["weights_bytes"]) == (80, parameters, 2 * parameters)
+    assert (data["dtype"], data["device"], data["processor"]) == ("float16", "described", None)
+    assert dense["kv_cache_bytes"] == 2 * 80 * 1024 * (64 + 128) * 64 * 2
+    assert [size["removed"] for size in data["pruned"]] == list(range(4, 41, 4))
+    for size in data["pruned"]:
+        assert size["removals"] is None
+        assert size["parameters"] == parameters - size["removed"] * per_block
+        assert size["kv_cache_bytes"] == dense["kv_cache_bytes"] * size["blocks"] // 80
+        for timing in size["timings"]:
+            assert 1 < timing["speedup"] < 80 / size["blocks"]
+            assert timing["speedup"] <= timing["bound"] + 1e-9
+    prompt, generation = data["workloads"]
+    assert (prompt["batch_size"], prompt["prompt_length"], prompt["decode"]) == (1, 2048, None)
+    assert (generation["batch_size"], generation["new_tokens"]) == (64, 128)
+    # The operations of a prompt: two for each weight and token, and attention.
+    attention = 80 * 4 * 2048**2 * 8192
+    expected = 2 * 2048 * (parameters - 32000 * 8192 - 161 * 8192) + attention
+    assert dense["timings"][0]["work"]["prefill_flops"] == pytest.approx(expected)
+    assert dense["timings"][0]["seconds"] == pytest.approx(expected / 989e12)
+    # Generation is bound by reading the weights and the cache, at every step but the first.
+    read = 2 * (parameters - 32000 * 8192) + dense["kv_cache_bytes"] * (64 + 64) / 192
+    first = 2 * 64 * 64 * 80 * per_block / 989e12
+    assert dense["timings"][1]["seconds"] == pytest.approx(first + 127 * read / 3.35e12, rel=0.01)
+
+
+def test_what_the_screen_says(run_sleb, llama_70b, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = run_sleb("bench", llama_70b, "--estimate", "--remove", "8,16", *H100)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    (row,) = (line for line in lines if "-16" in line)
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "-16", "64", "55.29B", "110.57 GB", "3.22 GB", "1.25x", "1.25x",
+    ]  # fmt: skip
+    assert "a device of 989 TFLOP/s and 3.35 TB/s" in result.stdout
+    assert "average" in result.stdout
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_sweep_has_a_table_for_each_workload(run_sleb, config_only):
+    options = ["--estimate", *H100, "--generation", "--sweep", "batch=1,2,4", "--prompt-length", 8, "--new-tokens", 4]
+    result = run_sleb("bench", config_only, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("predicted") == 4
+    assert "generation, 4 x 8 prompt tokens, 4 new tokens each" in result.stdout
+
+
+def test_sizes_agree_with_the_benchmark(run_sleb, tiny_llama, config_only):
+    blocks = ["--blocks", "4,1,2", "--every", 1]
+    predicted = estimated(run_sleb, config_only, *blocks, *QUICK, *H100)
+    result = run_sleb("bench", tiny_llama, *blocks, *QUICK, "--iterations", 1, "--warmup", 0, "--json", "-q")
+    measured = json.loads(result.stdout)
+    for ours, theirs in zip(
+        (predicted["dense"], *predicted["pruned"]), (measured["dense"], *measured["pruned"]), strict=True
+    ):
+        assert ours["parameters"] == theirs["parameters"]
+        assert ours["weights_bytes"] == theirs["weights_bytes"]
+        assert (ours["removals"], ours["removed"]) == (theirs["removals"], len(theirs["removals"]))
+    for number, workload in enumerate(measured["workloads"]):
+        assert predicted["dense"]["timings"][number]["work"] == workload["dense"]["work"]
+        assert [size["timings"][number]["bound"] for size in predicted["pruned"]] == pytest.approx(
+            [timing["bound"] for timing in workload["pruned"]]
+        )
+
+
+def test_rates_are_measured_here(run_sleb, config_only):
+    data = estimated(run_sleb, config_only, *QUICK, "--threads", 1)
+    assert data["device"] == "cpu"
+    assert "1 thread" in data["processor"]
+    for workload in data["workloads"]:
+        assert all(rate > 0 for rate in workload["prefill"].values())
+    for number in range(2):
+        speedups = [size["timings"][number]["speedup"] for size in data["pruned"]]
+        assert [size["removed"] for size in data["pruned"]] == [1, 2, 3]
+        assert 1 < speedups[0] < speedups[1] < speedups[2] < 2
+
+
+def test_the_model_of_a_plan_may_have_lost_its_weights(run_sleb, llama_plan, config_only, tmp_path):
+    data = estimated(run_sleb, llama_plan, "--model", config_only, *QUICK, *H100)
+    assert [size["removed"] for size in data["pruned"]] == [1, 2]
+    assert data["pruned"][1]["removals"] == json.loads(llama_plan.read_text())["removals"]
+    deeper = tmp_path / "deeper"
+    llama_config(7).save_pretrained(deeper)
+    config = json.loads((deeper / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (deeper / "config.json").write_text(json.dumps(config))
+    result = run_sleb("bench", llama_plan, "--model", deeper, "--estimate")
+    assert (result.exit_code, "is a different model (blocks" in result.stderr) == (3, True)
+
+
+def test_of_a_hub_model_only_the_config_is_downloaded(run_sleb, config_only, monkeypatch):
+    asked = []
+
+    def download(model, *, revision, allow_patterns, tqdm_class):
+        asked.append((model, revision, allow_patterns))
+        return str(config_only)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    data = estimated(run_sleb, "org/tiny", "--revision", "v1", *QUICK, *H100)
+    assert asked == [("org/tiny", "v1", ["config.json", "*.py"])]
+    assert data["model"]["id"] == "org/tiny"
+
+
+def test_without_weights_all_else_refuses(run_sleb, config_only):
+    for command in (["bench"], ["apply", "--blocks", "1", "-o", "out"]):
+        result = run_sleb(command[0], config_only, *command[1:])
+        assert result.exit_code == 4, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device-flops", "1e12"], "--device-bandwidth is missing"),
+        (["--device-bandwidth", "1e12"], "--device-flops is missing"),
+        (["--device-flops", "-1", "--device-bandwidth", "1e12"], "--device-flops -1 is too small"),
+        (["--remove", "6"], "Cannot remove 6 of 6 blocks"),
+        (["--every", "0"], "Cannot remove 0 of 6 blocks"),
+        (["--engine", "vllm"], "--engine does not apply to --estimate"),
+        (["--compile"], "--compile does not apply to --estimate"),
+        (["--threads", "0"], "--threads 0 is too small"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, config_only, options, message):
+    result = run_sleb("bench", config_only, "--estimate", *options)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+
+
+def test_figures_of_a_device_without_an_estimate(run_sleb, tiny_llama):
+    result = run_sleb("bench", tiny_llama, *H100)
+    assert (result.exit_code, "--device-flops requires --estimate" in result.stderr) == (2, True)
+
+
+def test_the_slower_of_operations_and_bytes_counts():
+    rate = Rate(flops_per_second=10, bytes_per_second=2)
+    assert (rate.seconds(40, 4), rate.seconds(10, 4)) == (4, 2)
+
+
+def test_operations_are_counted_by_block_and_rates_by_part(tmp_path):
+    folder = save_model(tmp_path / "model", llama_config(4))
+    architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
+    counted = count_operations(architecture.skeleton, architecture.blocks_of(architecture.skeleton))
+    assert len(set(counted.blocks)) == 1
+    assert counted.blocks[0] > 20
+    assert counted.outside > 5
+    for part in ("block", "head"):
+        rate = measure_rate(architecture, part, 16, torch.float32, torch.device("cpu"))
+        # 16 tokens: 32 operations for each weight of 4 bytes.
+        assert rate.flops_per_second == pytest.approx(8 * rate.bytes_per_second)

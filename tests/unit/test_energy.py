@@ -1,0 +1,80 @@
+"""Energy counters, on files like the system's."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sleb_cli.engine.speed.energy import find_meter
+from sleb_plugins import MachineError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def powercap(tmp_path):
+    """Two packages; the zone within the first counts part of it again."""
+    for name in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+        zone = tmp_path / name
+        zone.mkdir()
+        (zone / "max_energy_range_uj").write_text("1000000000\n")
+        (zone / "energy_uj").write_text("900000000\n")
+    return tmp_path
+
+
+def test_packages_are_added_up_and_a_full_counter_starts_again(powercap):
+    meter = find_meter(CPU, powercap)
+    assert (meter.source, meter.joules()) == ("RAPL", 0)
+    (powercap / "intel-rapl:0" / "energy_uj").write_text("950000000")
+    (powercap / "intel-rapl:0:0" / "energy_uj").write_text("990000000")
+    assert meter.joules() == pytest.approx(50)
+    (powercap / "intel-rapl:0" / "energy_uj").write_text("30000000")
+    (powercap / "intel-rapl:1" / "energy_uj").write_text("901000000")
+    assert meter.joules() == pytest.approx(50 + 80 + 1)
+
+
+def test_why_there_is_none_is_said(powercap, tmp_path):
+    with pytest.raises(MachineError, match=f"the processor has no counter in {tmp_path / 'nowhere'}"):
+        find_meter(CPU, tmp_path / "nowhere")
+    (powercap / "intel-rapl:0" / "energy_uj").unlink()
+    with pytest.raises(MachineError, match="energy_uj is not readable by this user"):
+        find_meter(CPU, powercap)
+    with pytest.raises(MachineError, match="mps has no counter"):
+        find_meter(torch.device("mps"), powercap)
+
+
+class NVMLError(Exception):
+    """What NVML raises."""
+
+
+@pytest.fixture
+def nvml(monkeypatch):
+    """A driver for one GPU, which NVML numbers otherwise than torch; its counter is in millijoules."""
+    driver = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID={"GPU-b7ab": "the GPU"}.get,
+        nvmlDeviceGetTotalEnergyConsumption={"the GPU": 5000}.__getitem__,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="b7ab"))
+    return driver
+
+
+def test_a_gpu_is_asked_by_its_own_number(nvml):
+    meter = find_meter(torch.device("cuda:0"))
+    assert (meter.source, meter.joules()) == ("NVML", 5)
+
+
+def test_a_gpu_without_a_counter_is_said_so(nvml, monkeypatch):
+    def unsupported(handle):
+        raise NVMLError("Not Supported")
+
+    nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
+    with pytest.raises(MachineError, match="NVML says Not Supported"):
+        find_meter(torch.device("cuda:0"))
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with pytest.raises(MachineError, match="nvidia-ml-py is not installed"):
+        find_meter(torch.device("cuda:0"))
