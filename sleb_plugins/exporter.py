@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,10 @@ class Pruning:
         blocks: how many blocks the original has.
         removals: the removed blocks in the order of their removal.
         source_file: a GGUF file of the model: the value of `--source`, or the model itself if it is a GGUF file.
+        plan_file: the plan's file as the user named it, or None if the blocks were named by hand.
+        plan: the plan as in its JSON file, without local folders, so that it may be published.
+        evaluation: what `sleb eval` measured of the plan's sizes, as in its JSON file, if it did; likewise published.
+        benchmark: what `sleb bench` measured of the plan's sizes, as in its JSON file, if it did; likewise published.
     """
 
     model: str
@@ -29,6 +33,10 @@ class Pruning:
     blocks: int
     removals: tuple[int, ...]
     source_file: Path | None = None
+    plan_file: Path | None = None
+    plan: Mapping[str, Any] | None = None
+    evaluation: Mapping[str, Any] | None = None
+    benchmark: Mapping[str, Any] | None = None
 
     @property
     def kept_ranges(self) -> list[tuple[int, int]]:
@@ -44,11 +52,13 @@ class Exporter(ABC):
         name: its name on the command line.
         description: one line for `sleb plugins`.
         uses_source: whether it uses `source_file`; otherwise `--source` is refused.
+        needs_model: whether it needs the model. Otherwise it describes a plan, from its JSON files alone.
     """
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
     uses_source: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = True
 
     @abstractmethod
     def document(self, pruning: Pruning) -> Any:
@@ -71,6 +81,12 @@ class ArtifactWriter(Protocol):
     def write_gguf(self, source: Path, output: Path | None) -> Path:
         """Remove the blocks from a GGUF file of the model as `sleb apply --source` does; return the new file."""
 
+    def write_file(self, content: bytes, output: Path | None, ending: str) -> Path:
+        """Write a file, and return its path; None names it after the plan, with this ending: ".report.html"."""
+
+    def write_folder(self, files: Mapping[str, bytes], output: Path | None, ending: str) -> Path:
+        """Write these files into a folder of their own, and return it; None names it after the plan: ".figures"."""
+
 
 class FileExporter(ABC):
     """A format of `sleb export --to NAME` that is a file or a folder; its attributes are those of `Exporter`."""
@@ -78,6 +94,7 @@ class FileExporter(ABC):
     name: ClassVar[str]
     description: ClassVar[str] = ""
     uses_source: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = True
 
     @abstractmethod
     def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sleb_cli.ui.apply import show_applied
 from sleb_cli.ui.console import print_note
-from sleb_cli.ui.tables import print_line
+from sleb_cli.ui.tables import print_line, print_written
 
 if TYPE_CHECKING:
     from sleb_cli.results import ExportResult
@@ -22,5 +22,7 @@ def show_exported(exported: ExportResult, output: Path | None) -> None:
             print_note(f"wrote {output}")
     for result in exported.written:
         show_applied(result)
+    for file in exported.files:
+        print_written(Path(file))
     for line in exported.lines:
         print_line(line)

@@ -6,10 +6,12 @@ from sleb_plugins.exporters.gguf import Gguf
 from sleb_plugins.exporters.indices import Indices
 from sleb_plugins.exporters.llama_quantize import LlamaQuantize
 from sleb_plugins.exporters.mergekit import MergekitRecipe
+from sleb_plugins.exporters.report import Figures, Report
+from sleb_plugins.exporters.summary import Summary
 from sleb_plugins.hookspecs import hookimpl
 
 
 @hookimpl
 def sleb_exporters() -> list[Exporter | FileExporter]:
     """Offer the export formats that ship with `sleb`."""
-    return [Gguf(), HuggingFace(), Vllm(), LlamaQuantize(), MergekitRecipe(), Indices()]
+    return [Gguf(), HuggingFace(), Vllm(), LlamaQuantize(), MergekitRecipe(), Indices(), Summary(), Report(), Figures()]

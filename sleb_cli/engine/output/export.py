@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.atomic import new_file, new_folder, require_new_file
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
-from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.output.measured import measured_of_plan
+from sleb_cli.engine.surgery.subject import Subject, is_plan, read_named_plan, resolve_subject
 from sleb_cli.events import Notify
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import ApplyRequest, ExportRequest
+from sleb_cli.requests import DEFAULT_PLAN, ApplyRequest, ExportRequest
 from sleb_cli.results import ApplyResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
-from sleb_plugins import Exporter, FileExporter, Pruning, UsageError
+from sleb_plugins import Exporter, FileExporter, OutputError, PluginError, Pruning, UsageError
 from sleb_plugins.gguf.file import read_gguf
 
 
-def describe_pruning(subject: Subject, exporter: Exporter | FileExporter, source_file: Path | None) -> Pruning:
-    """Return the description of the subject that exporters take.
+@dataclass(frozen=True)
+class Described:
+    """What an exporter is given, and the model behind it, if the exporter needs that."""
+
+    pruning: Pruning
+    subject: Subject | None
+
+
+def describe_pruning(
+    request: ExportRequest, exporter: Exporter | FileExporter, registry: Registry, notify: Notify
+) -> Described:
+    """Return the description of a removal that exporters take.
 
     Raises:
-        UsageError: no block is removed, or the format does not use the given source file.
+        PlanError: the plan is unreadable, or was made for another model.
+        UsageError: no block is removed, the format does not use the given source file, or describes only plans.
     """
-    architecture = subject.architecture
-    if not subject.surgery.removals:
-        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
-    if source_file is not None and not exporter.uses_source:
+    if request.source is not None and not exporter.uses_source:
         raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
+    if exporter.needs_model:
+        subject = resolve_subject(request, registry, notify, needs_removals=True)
+        described = Described(_pruning_of_model(subject, request, notify), subject)
+    else:
+        described = Described(_pruning_of_plan(request, exporter.name, notify), None)
+    if not described.pruning.removals:
+        raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
+    return described
+
+
+def _pruning_of_model(subject: Subject, request: ExportRequest, notify: Notify) -> Pruning:
+    architecture = subject.architecture
     source = architecture.source
     own_file = Path(source.id) if source.id.endswith(".gguf") else None
+    measured = _measured(subject.file, subject.plan, notify) if subject.file and subject.plan else {}
     return Pruning(
         # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the folder.
         model=str(source.folder) if own_file or source.id == DEMO else source.id,
@@ -41,8 +65,36 @@ def describe_pruning(subject: Subject, exporter: Exporter | FileExporter, source
         dtype=dtype_name(architecture.config.dtype) if architecture.config.dtype else "float32",
         blocks=architecture.block_count,
         removals=subject.surgery.removals,
-        source_file=source_file or own_file,
+        source_file=request.source or own_file,
+        **measured,
     )
+
+
+def _pruning_of_plan(request: ExportRequest, to: str, notify: Notify) -> Pruning:
+    """Describe a plan from its files alone: the model may be on another machine."""
+    named = Path(request.subject or DEFAULT_PLAN)
+    file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
+    if not is_plan(str(file)):
+        raise UsageError(f"--to {to} describes a plan, and {named} is a model.", hint="Name a plan of `sleb search`.")
+    plan = read_named_plan(file, request)
+    return Pruning(
+        model=plan.model.id,
+        revision=plan.model.revision,
+        dtype=plan.search.dtype,
+        blocks=plan.model.blocks,
+        removals=plan.removals,
+        **_measured(file, plan, notify),
+    )
+
+
+def _measured(file: Path, plan: Plan, notify: Notify) -> dict[str, Any]:
+    """Return the fields for the plan and what was measured of it, all fit to be published."""
+    return {
+        "plan_file": file,
+        "plan": plan.published().to_data(),
+        "evaluation": measured_of_plan(file, plan, "eval", notify),
+        "benchmark": measured_of_plan(file, plan, "bench", notify),
+    }
 
 
 def export_text(exporter: Exporter, pruning: Pruning) -> ExportResult:
@@ -52,16 +104,16 @@ def export_text(exporter: Exporter, pruning: Pruning) -> ExportResult:
 
 def export_files(
     exporter: FileExporter,
-    subject: Subject,
-    pruning: Pruning,
+    described: Described,
     request: ExportRequest,
     registry: Registry,
     notify: Notify,
 ) -> ExportResult:
     """Let the exporter write its files; raises what `apply_removals` and `prune_gguf` raise."""
-    writer = _EngineWriter(subject, request, registry, notify)
-    lines = exporter.export(pruning, request.output, writer)
-    return _result(exporter, written=tuple(writer.written), lines=tuple(lines))
+    writer = _EngineWriter(exporter.name, described, request, registry, notify)
+    lines = exporter.export(described.pruning, request.output, writer)
+    files = tuple(map(str, writer.files))
+    return _result(exporter, written=tuple(writer.written), files=files, lines=tuple(lines))
 
 
 def _result(exporter: Exporter | FileExporter, **made: Any) -> ExportResult:
@@ -72,23 +124,79 @@ def _result(exporter: Exporter | FileExporter, **made: Any) -> ExportResult:
 class _EngineWriter:
     """What the engine offers to exporters: see `sleb_plugins.ArtifactWriter`."""
 
-    subject: Subject
+    exporter: str
+    described: Described
     request: ExportRequest
     registry: Registry
     notify: Notify
     written: list[ApplyResult | GgufResult] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def _subject(self) -> Subject:
+        if self.described.subject is None:
+            raise PluginError(
+                f"The exporter {self.exporter!r} wants to write a model, but says that it needs none.",
+                hint="Its author must set needs_model = True.",
+            )
+        return self.described.subject
 
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
         request = ApplyRequest(output=output, force=self.request.force)
-        result = apply_removals(self.subject, request, self.notify, check)
+        result = apply_removals(self._subject, request, self.notify, check)
         self.written.append(result)
         return Path(result.folder)
 
     def write_gguf(self, source: Path, output: Path | None) -> Path:
         file = read_gguf(source)
         if not self.request.any_model:
-            require_same_kind_of_model(self.subject.architecture.record, file, self.notify)
+            require_same_kind_of_model(self._subject.architecture.record, file, self.notify)
         request = ApplyRequest(output=output, force=self.request.force)
-        result = prune_gguf(file, self.subject.surgery.removals, request, self.registry, self.notify)
+        result = prune_gguf(file, self._subject.surgery.removals, request, self.registry, self.notify)
         self.written.append(result)
         return Path(result.file)
+
+    def write_file(self, content: bytes, output: Path | None, ending: str) -> Path:
+        path = output or self._default(ending)
+        require_new_file(path, force=self.request.force)
+        with new_file(path) as aside:
+            aside.write_bytes(content)
+        self.files.append(path)
+        return path
+
+    def write_folder(self, files: Mapping[str, bytes], output: Path | None, ending: str) -> Path:
+        folder = output or self._default(ending)
+        _require_replaceable(folder, files, force=self.request.force)
+        with new_folder(folder, replace=self.request.force) as aside:
+            for name, content in files.items():
+                (aside / name).write_bytes(content)
+        self.files.append(folder)
+        return folder
+
+    def _default(self, ending: str) -> Path:
+        """Return a path beside the plan, of its name; without a plan, one named after the model."""
+        pruning = self.described.pruning
+        if pruning.plan_file is not None:
+            return pruning.plan_file.with_suffix(ending)
+        return Path(Path(pruning.model).name + ending)
+
+
+def _require_replaceable(folder: Path, files: Collection[str], *, force: bool) -> None:
+    """Check that a folder is new, or with `force` holds nothing but earlier versions of these files.
+
+    Raises:
+        OutputError: it is not.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise OutputError(f"Cannot write {folder}: it is a file.", hint="Choose another folder with -o.")
+    if not force:
+        raise OutputError(
+            f"{folder} already exists.", hint="Choose another name with -o, or overwrite it with --force."
+        )
+    if others := sorted({path.name for path in folder.iterdir()} - set(files)):
+        raise OutputError(
+            f"{folder} holds other files, such as {others[0]}, and is not replaced.",
+            hint="Choose another folder with -o.",
+        )

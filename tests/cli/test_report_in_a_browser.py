@@ -1,0 +1,134 @@
+"""The report in a real browser: `pytest -m browser -n0`, with Chromium installed."""
+
+import re
+import shutil
+
+import pytest
+
+from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
+from sleb_cli.__main__ import main
+from sleb_plugins.formats import format_perplexity
+
+pytestmark = pytest.mark.browser
+
+# Nothing that calls home, and no sandbox, which root may not use.
+ARGUMENTS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+WIDTHS = {"desk": 1280, "hand": 390}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert chromium, "no Chromium is installed: apt-get install chromium"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A report of a plan of which everything was measured, and the results."""
+    plan = make_plan(24, 5)
+    evaluation, benchmark = make_evaluation(plan, items=100), make_benchmark(plan)
+    file = write_measured(tmp_path_factory.mktemp("browser"), plan, evaluation=evaluation, benchmark=benchmark)
+    assert main(["export", str(file), "--to", "report", "-q"]) == 0
+    return file.with_suffix(".report.html"), evaluation, benchmark
+
+
+@pytest.fixture
+def open_page(browser, measured):
+    """Open the report; whatever it says to the console or asks of a network fails the test."""
+    opened, complaints = [], []
+
+    def open_page(width, **options):
+        page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: complaints.append(request.url) if is_outside(request.url) else None)
+        page.goto(measured[0].as_uri())
+        opened.append(page)
+        return page
+
+    def is_outside(url):
+        return not url.startswith("data:") and url != measured[0].as_uri()
+
+    yield open_page
+    for page in opened:
+        page.close()
+    assert complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_nothing_overflows_and_pictures_follow_the_scheme(open_page, width, scheme):
+    page = open_page(width, color_scheme=scheme)
+    for details in page.locator("details").all():
+        details.evaluate("element => element.open = true")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    visible = page.locator("svg:visible")
+    assert visible.count() == page.locator("figure h3").count() == 12
+    for picture in visible.all():
+        box = picture.bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        # No label is cut off, nor reaches over the edge of the page.
+        edges = picture.evaluate(
+            """svg => Array.from(svg.querySelectorAll("text"), text => text.getBoundingClientRect())
+                 .filter(box => box.width).map(box => [box.left, box.right])"""
+        )
+        assert min(left for left, _ in edges) >= 0
+        assert max(right for _, right in edges) <= width
+    paper = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    ink = page.evaluate('getComputedStyle(document.querySelector("svg text")).fill')
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (paper, ink)]
+    assert (brightness[0] > 600 and brightness[1] < 200) == (scheme == "light")
+    assert (brightness[0] < 120 and brightness[1] > 600) == (scheme == "dark")
+
+
+def test_what_a_reader_sees_is_what_was_measured(open_page, measured):
+    _, evaluation, benchmark = measured
+    page = open_page(1280)
+    seen = page.inner_text("#summary").replace("\N{NO-BREAK SPACE}", " ")
+    for text in evaluation.texts:
+        before, after = (format_perplexity(scores.perplexity) for scores in (text.dense, text.pruned[-1]))
+        assert f"{before} → {after}" in seen
+    for result in benchmark.workloads[:2]:
+        timing = result.pruned[-1]
+        assert f"{timing.speedup:.2f}×" in seen
+        assert f"{timing.interval.low:.2f} to {timing.interval.high:.2f}" in seen
+    embedded = page.evaluate('JSON.parse(document.getElementById("sleb-data").textContent)')
+    speedups = [entry["speedup"] for result in embedded["benchmark"]["workloads"] for entry in result["pruned"]]
+    assert speedups == [timing.speedup for result in benchmark.workloads for timing in result.pruned]
+
+
+def test_it_reads_without_scripts_and_prints(open_page):
+    page = open_page(1280, java_script_enabled=False)
+    assert page.locator("svg:visible").count() == 12
+    assert page.locator(".copy").count() == 0
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.pdf().startswith(b"%PDF")
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(open_page):
+    page = open_page(1280)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    reached = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(
+            "[document.activeElement.tagName, getComputedStyle(document.activeElement).outlineStyle]"
+        )
+        if name == "BODY":
+            break
+        assert outline != "none", name
+        reached.add(name)
+    assert reached >= {"A", "SUMMARY", "PRE", "BUTTON", "DIV"}

@@ -1,0 +1,327 @@
+"""Plans of any size with plausible results, through the real records: what reports are tested on."""
+
+import math
+import random
+import statistics
+from pathlib import Path
+
+from sleb_cli.engine.output.measured import results_of_plan
+from sleb_cli.plan import (
+    CalibrationRecord,
+    DenseRecord,
+    DropRecord,
+    EnvironmentRecord,
+    HeldOutRecord,
+    Plan,
+    RaceRecord,
+    SampleGeneration,
+    SearchRecord,
+    Step,
+)
+from sleb_cli.records import ModelRecord
+from sleb_cli.results import (
+    BenchResult,
+    DivergenceRecord,
+    EnergyRecord,
+    EvalResult,
+    FlipRecord,
+    Interval,
+    MemoryRecord,
+    ModelSize,
+    PrunedTaskScores,
+    PrunedTextScores,
+    PrunedTiming,
+    TaskResult,
+    TaskScores,
+    TextResult,
+    TextScores,
+    Timing,
+    WarmupRecord,
+    Workload,
+    WorkloadResult,
+    WorkRecord,
+)
+
+SHA = "0" * 64
+
+
+def make_plan(
+    blocks: int, remove: int, *, name: str = "acme/Tiny-1B", raced: bool = True, kinds: bool = False, seed: int = 0
+) -> Plan:
+    """Return a plan in which blocks of the middle cost least, and the first costs most."""
+    rng = random.Random(seed)
+    cost = {b: 0.02 + 0.1 * abs(b / blocks - 0.6) ** 2 + rng.uniform(0, 0.03) for b in range(blocks)}
+    cost[min(cost)] = 6.0
+    if blocks > 3:
+        cost[1] = 1.5
+    removed: list[int] = []
+    steps, loss = [], 2.4
+    for size in range(1, remove + 1):
+        candidates = [b for b in range(1, blocks - 1) if b not in removed]
+        scores = {b: loss + cost[b] * (1 + 0.25 * size) for b in candidates}
+        block = min(scores, key=scores.__getitem__)
+        survivors = sorted(scores, key=scores.__getitem__)[: max(1, len(scores) // 3)] if raced else list(scores)
+        dropped = {
+            b: DropRecord(sequences=4, behind=scores[b] - scores[block], errors=3.5)
+            for b in scores
+            if b not in survivors
+        }
+        loss = scores[block]
+        removed.append(block)
+        steps.append(
+            Step(
+                block=block,
+                kind=("mamba" if block % 3 else "attention") if kinds else "",
+                score=loss,
+                perplexity=math.exp(loss),
+                scores={b: scores[b] for b in sorted(survivors)},
+                race=RaceRecord(margin=0.01, dropped=dropped) if raced else None,
+                held_out=HeldOutRecord(
+                    loss=loss + 0.03 * size,
+                    perplexity=math.exp(loss + 0.03 * size),
+                    generalization_gap=0.02 * size,
+                    standard_error=0.02,
+                    overfits=size > 4,
+                ),
+            )
+        )
+    return Plan(
+        schema_version=1,
+        sleb_version="0.1.0",
+        model=ModelRecord(
+            id=name, revision="3f1c2d", fingerprint=SHA, model_type="llama", family="llama", blocks=blocks
+        ),
+        calibration=CalibrationRecord(
+            source="wikitext2", seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256=SHA
+        ),
+        search=SearchRecord(
+            strategy="greedy", metric="nll", remove=remove, ratio=None, protect_first=1, protect_last=1,
+            dtype="bfloat16", device="cpu", batch_size=1, fast=raced, holdout=0.25, held_out=4, engine="fork",
+            engine_reason=None,
+        ),
+        dense=DenseRecord(
+            loss=2.4, perplexity=math.exp(2.4), held_out=HeldOutRecord(loss=2.41, perplexity=math.exp(2.41))
+        ),
+        removals=tuple(removed),
+        steps=tuple(steps),
+        sample_generation=SampleGeneration(
+            prompt="The river", new_tokens=16, dense=" flows past the old mill and into the sea, where",
+            pruned=" flows past the mill and the mill and the mill and", dense_repetition=0.0, pruned_repetition=0.6,
+        ),
+        environment=EnvironmentRecord(
+            python="3.11.9", torch="2.6.0", transformers="5.0.0", platform="Linux", processor="A processor",
+            plugins={}, started="2025-05-01T10:00:00+00:00", seconds=93.2,
+        ),
+    )  # fmt: skip
+
+
+def make_evaluation(
+    plan: Plan, *, texts: tuple[str, ...] = ("wikitext2", "c4"), tasks: tuple[str, ...] = ("piqa", "arc_easy"),
+    every: int = 2, items: int = 400, seed: int = 0,
+) -> EvalResult:  # fmt: skip
+    """Return what `sleb eval --every` could say of a plan."""
+    sizes = _sizes(plan, every)
+    return EvalResult(
+        schema_version=1, sleb_version="0.1.0", model=plan.model, dtype="bfloat16", device="cpu", kind="eval",
+        sizes=sizes, torch="2.6.0", transformers="5.0.0", processor="A processor",
+        texts=tuple(_text(name, sizes, seed + number) for number, name in enumerate(texts)),
+        tasks=tuple(_task(name, sizes, items, seed + number) for number, name in enumerate(tasks)),
+    )  # fmt: skip
+
+
+def _sizes(plan: Plan, every: int) -> tuple[tuple[int, ...], ...]:
+    most = len(plan.removals)
+    return tuple(plan.by_size[size - 1] for size in sorted({most, *range(every, most, every)}))
+
+
+def _text(name: str, sizes: tuple[tuple[int, ...], ...], seed: int) -> TextResult:
+    rng = random.Random(f"{name}{seed}")
+    base = 2.7 + rng.uniform(0, 0.6)
+    windows = tuple(base + rng.gauss(0, 0.3) for _ in range(24))
+
+    def scores(losses: tuple[float, ...]) -> dict[str, object]:
+        mean = statistics.fmean(losses)
+        return {
+            "perplexity": math.exp(mean), "word_perplexity": math.exp(mean * 1.3),
+            "byte_perplexity": math.exp(mean / 4), "bits_per_byte": mean / 4 / math.log(2),
+            "calibration_error": 0.01 + mean / 100, "losses": losses,
+        }  # fmt: skip
+
+    pruned = []
+    for removals in sizes:
+        rise = 0.035 * len(removals) ** 1.25
+        losses = tuple(loss + rise + rng.gauss(0, 0.03) for loss in windows)
+        ratio = statistics.fmean(losses) - statistics.fmean(windows)
+        divergence = DivergenceRecord(
+            mean=rise * 0.8, standard_error=rise * 0.02, median=rise * 0.4, p90=rise * 2, p99=rise * 6,
+            maximum=rise * 20, probability_change_rms=min(0.3, rise * 0.3), same_top=max(0.3, 1 - rise * 0.6),
+        )  # fmt: skip
+        pruned.append(
+            PrunedTextScores(
+                **scores(losses),
+                removals=removals,
+                log_ratio=ratio,
+                standard_error=0.006,
+                interval=Interval(low=ratio - 0.012, high=ratio + 0.012),
+                divergence=divergence,
+            )
+        )
+    return TextResult(
+        text=name, windows=24, sequence_length=2048, stride=None, bos="none", tokens=24 * 2047, words=38000,
+        bytes=195000, clusters=24, clustered_by="windows", tokens_sha256=SHA, dense=TextScores(**scores(windows)),
+        pruned=tuple(pruned),
+    )  # fmt: skip
+
+
+def _wilson(share: float, count: int) -> Interval:
+    z = 1.96
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return Interval(low=middle - reach, high=middle + reach)
+
+
+def _task(name: str, sizes: tuple[tuple[int, ...], ...], items: int, seed: int) -> TaskResult:
+    rng = random.Random(f"{name}{seed}")
+    share = rng.uniform(0.5, 0.75)
+    dense = tuple(float(rng.random() < share) for _ in range(items))
+
+    def scores(values: tuple[float, ...]) -> dict[str, object]:
+        value = statistics.fmean(values)
+        return {
+            "value": value, "stderr": math.sqrt(value * (1 - value) / items), "interval": _wilson(value, items),
+            "items": values,
+        }  # fmt: skip
+
+    pruned = []
+    for removals in sizes:
+        lose, gain = 0.025 * len(removals), 0.008 * len(removals)
+        values = tuple(float(rng.random() >= lose) if right else float(rng.random() < gain) for right in dense)
+        differences = [after - before for before, after in zip(dense, values, strict=True)]
+        lost, gained = differences.count(-1.0), differences.count(1.0)
+        difference = statistics.fmean(differences)
+        error = statistics.stdev(differences) / math.sqrt(items)
+        flip = FlipRecord(doc_id=3, prompt="To open a jar,", target=" twist it", dense=" twist it", pruned=" hit it")
+        pruned.append(
+            PrunedTaskScores(
+                **scores(values),
+                removals=removals,
+                difference=difference,
+                standard_error=error,
+                retention=statistics.fmean(values) / statistics.fmean(dense),
+                difference_interval=Interval(low=difference - 1.96 * error, high=difference + 1.96 * error),
+                mcnemar_p=min(1.0, 2.0 ** -(abs(lost - gained) / 2)),
+                lost=lost,
+                gained=gained,
+                items_needed=3100,
+                flips=(flip,),
+            )
+        )
+    return TaskResult(
+        task=name, metric="acc", filter="none", version="1.0", num_fewshot=0, higher_is_better=True,
+        doc_ids=tuple(range(items)), items_sha256=SHA, dense=TaskScores(**scores(dense)), pruned=tuple(pruned),
+    )  # fmt: skip
+
+
+def make_benchmark(
+    plan: Plan, *, every: int = 2, iterations: int = 20, batches: tuple[int, ...] = (1, 8)
+) -> BenchResult:
+    """Return what `sleb bench --every` could say of a plan."""
+    sizes = _sizes(plan, every)
+    workloads = [("prompt", 1, 512, 0), *(("generation", batch, 64, 32) for batch in batches)]
+    per_block, rest = 3_540_000, 28_300_000
+
+    def size(removals: tuple[int, ...]) -> ModelSize:
+        blocks = plan.model.blocks - len(removals)
+        parameters = rest + per_block * blocks
+        return ModelSize(
+            removals=removals, blocks=blocks, parameters=parameters, weights_bytes=2 * parameters, load_seconds=0.4
+        )
+
+    return BenchResult(
+        schema_version=1, sleb_version="0.1.0", model=plan.model, dtype="bfloat16", device="cpu", kind="bench",
+        threads=8, processor="A processor", governor="performance", torch="2.6.0", transformers="5.0.0",
+        dense=size(()), pruned=tuple(map(size, sizes)),
+        workloads=tuple(_workload(plan, sizes, iterations, *workload) for workload in workloads),
+    )  # fmt: skip
+
+
+def _workload(
+    plan: Plan, sizes: tuple[tuple[int, ...], ...], iterations: int, name: str, batch: int, prompt: int, new: int
+) -> WorkloadResult:
+    rng = random.Random(f"{name}{batch}")
+    blocks = plan.model.blocks
+    base = 0.2 + 0.02 * batch
+
+    def timing(removals: tuple[int, ...]) -> dict[str, object]:
+        share = 0.12 + 0.88 * (blocks - len(removals)) / blocks
+        ttfts = tuple(base * share * rng.lognormvariate(0, 0.015) for _ in range(iterations))
+        itls = tuple(
+            tuple(base / 8 * share * rng.lognormvariate(0, 0.03) for _ in range(new - 1)) for _ in range(iterations)
+        ) if new else ()  # fmt: skip
+        e2els = tuple(first + sum(itls[i]) if new else first for i, first in enumerate(ttfts))
+        tpots = tuple(statistics.fmean(row) for row in itls)
+        total = sum(e2els)
+        weights = 2 * (28_300_000 + 3_540_000 * (blocks - len(removals)))
+        return {
+            "duration": total, "completed": batch * iterations, "total_input_tokens": batch * prompt * iterations,
+            "total_output_tokens": batch * new * iterations, "request_throughput": batch * iterations / total,
+            "output_throughput": batch * new * iterations / total,
+            "total_token_throughput": batch * (prompt + new) * iterations / total,
+            **_milliseconds("ttft", ttfts), **_milliseconds("tpot", tpots),
+            **_milliseconds("itl", tuple(value for row in itls for value in row)), **_milliseconds("e2el", e2els),
+            "ttfts": ttfts, "itls": itls, "e2els": e2els, "outliers": 1,
+            "memory": MemoryRecord(
+                peak_bytes=weights + 30_000_000 * batch + 250_000_000, weights_bytes=weights,
+                kv_cache_bytes=(blocks - len(removals)) * 1_000_000 * batch, rest_bytes=250_000_000,
+            ),
+            "energy": EnergyRecord(
+                source="RAPL", joules=tuple(40 * share for _ in range(iterations)), joules_per_iteration=40 * share,
+                joules_per_token=40 * share / (batch * (new or prompt)),
+            ),
+            "work": WorkRecord(prefill_flops=1e11, prefill_bytes=2e8, decode_flops=1e9, decode_bytes=3e9),
+        }  # fmt: skip
+
+    dense = timing(())
+    pruned = []
+    for removals in sizes:
+        values = timing(removals)
+        speedup = dense["median_e2el_ms"] / values["median_e2el_ms"]
+        interval = Interval(low=speedup * 0.992, high=speedup * 1.008)
+        bound = blocks / (blocks - len(removals))
+        pruned.append(PrunedTiming(**values, removals=removals, speedup=speedup, interval=interval, bound=bound))
+    return WorkloadResult(
+        workload=Workload(
+            name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
+            iterations=iterations, warmup=None, cooldown=0.0, seed=0, compiled=False, static_cache=False,
+        ),
+        engine_version=None, attention="sdpa", warmup=WarmupRecord(runs=4, deviation=0.012, stable=True),
+        dense=Timing(**dense), pruned=tuple(pruned),
+    )  # fmt: skip
+
+
+def _milliseconds(name: str, seconds: tuple[float, ...]) -> dict[str, float | None]:
+    if not seconds:
+        return dict.fromkeys([f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "p50", "p90", "p99")])
+    ordered = sorted(1000 * value for value in seconds)
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    return {
+        f"mean_{name}_ms": statistics.fmean(ordered), f"median_{name}_ms": statistics.median(ordered),
+        f"std_{name}_ms": statistics.pstdev(ordered), f"p50_{name}_ms": statistics.median(ordered),
+        f"p90_{name}_ms": at(0.9), f"p99_{name}_ms": at(0.99),
+    }  # fmt: skip
+
+
+def write_measured(
+    folder: Path, plan: Plan, *, evaluation: EvalResult | None = None, benchmark: BenchResult | None = None
+) -> Path:
+    """Write a plan and what was measured of it, and return the plan's file."""
+    file = folder / "plan.json"
+    plan.write(file)
+    if evaluation:
+        evaluation.write(results_of_plan(file, "eval"))
+    if benchmark:
+        benchmark.write(results_of_plan(file, "bench"))
+    return file
