@@ -28,6 +28,8 @@ def write_llama_gguf(
     folder = save_model(path.parent / "origin", config or llama_config(blocks, num_key_value_heads=kv_heads))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
+    writer.add_license("apache-2.0")
+    writer.add_languages(["en", "no"])
     writer.add_context_length(128)
     writer.add_embedding_length(32)
     writer.add_block_count(blocks)

@@ -503,7 +503,7 @@ def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tiny_llama, tmp_p
     assert told["partial"] is None
     assert (told["dtype"], told["logits_difference"], told["prompt_tokens"]) == ("float32", 0.0, 64)
     assert result.stderr.count("proven: ") == 5
-    assert "proven: complete: 39 tensors in 1 files" in result.stderr
+    assert "proven: complete: 39 tensors in 1 file" in result.stderr
     assert read_plan(tmp_path / "out" / "sleb_plan.json").proof.to_data() == told
     card = (tmp_path / "out" / "README.md").read_text()
     assert "partial" not in card

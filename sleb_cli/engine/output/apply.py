@@ -6,18 +6,19 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from sleb_cli.atomic import new_folder
+from sleb_cli.atomic import new_folder, to_json, write_text
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import NewTensor, Shard, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.card import model_card
+from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
+from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import Reference, choose_proof_settings, prove
 from sleb_cli.engine.output.push import PushRequest, push, require_pushable
 from sleb_cli.engine.recovery.heal_state import HealState
@@ -26,6 +27,7 @@ from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_modul
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished, is_main_process
 from sleb_cli.records import without_folders
@@ -39,7 +41,7 @@ from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
 # Files that the pruned checkpoint has its own versions of, beside weights and settings.
-_REWRITTEN = {"README.md", CHECKPOINT_PLAN}
+_REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 
 def require_coherent(request: ApplyRequest) -> None:
@@ -88,7 +90,9 @@ def apply_removals(
         if subject.plan:
             plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
             plan.published().write(aside / CHECKPOINT_PLAN)
-        (aside / "README.md").write_text(model_card(subject, record, proof), encoding="utf-8")
+            if record is None:
+                _keep_results(subject, aside, notify)
+        (aside / CARD).write_text(model_card(subject, aside, record, proof), encoding="utf-8")
         if check:
             check(aside)
     if request.heal:
@@ -114,10 +118,24 @@ def apply_removals(
     )
 
 
+def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
+    """Copy what was measured of the plan into the checkpoint, without local folders."""
+    plan, file = subject.plan, subject.file
+    if plan is None or file is None or plan.model.fingerprint != subject.architecture.record.fingerprint:
+        return
+    kinds: tuple[Literal["eval", "bench"], ...] = ("eval", "bench")
+    for kind in kinds:
+        data = measured_of_plan(file, plan, kind, notify)
+        if data is not None:
+            # Files of lm-eval are not copied.
+            without_files = data | ({"lm_eval": []} if "lm_eval" in data else {})
+            write_text(beside_plan(folder / CHECKPOINT_PLAN, kind), to_json(without_files))
+
+
 def _resolve_outputs(subject: Subject, request: ApplyRequest) -> tuple[Path, PushRequest | None, HealState]:
     """Return where the checkpoint, its upload and an unfinished healing go, after checking that all of them can."""
     source = subject.architecture.source
-    folder = request.output or Path(f"{source.name}-sleb-{len(subject.surgery.kept.blocks)}-blocks")
+    folder = request.output or Path(checkpoint_name(source.name, len(subject.surgery.kept.blocks)))
     require_new_folder(folder, source, force=request.force)
     push_to = PushRequest(request.push, private=not request.public) if request.push is not None else None
     if push_to:

@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from huggingface_hub import ModelCardData
+import yaml
 
+from sleb_cli.atomic import write_text
+from sleb_cli.engine.output.card_metadata import front_matter, with_results
+from sleb_cli.engine.output.card_results import Measured, hub_results, measured_in, results_section
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.plan import LossesRecord, Plan, RecoveryRecord
-from sleb_cli.records import Check, Proof
+from sleb_cli.events import Notify, Warned, ignore
+from sleb_cli.plan import CHECKPOINT_PLAN, LossesRecord, Plan, RecoveryRecord, read_plan
+from sleb_cli.records import Check, Proof, without_folders
 from sleb_cli.version import __version__
+from sleb_plugins import SlebError
+
+CARD = "README.md"
+# What is between these lines is written anew whenever something is measured; what people write around them stays.
+BEGIN = "<!-- results, kept up to date by sleb: begin -->"
+END = "<!-- results, kept up to date by sleb: end -->"
 
 
-def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
-    """Return the README: the base model, the removed blocks, how they were found, and what was checked."""
+def checkpoint_name(base: str, blocks: int) -> str:
+    """Return what a checkpoint is called unless the user says otherwise."""
+    return f"{base}-sleb-{blocks}-blocks"
+
+
+def update_card(folder: Path, notify: Notify = ignore) -> None:
+    """Bring the results in a checkpoint's card up to date with what it holds; a card that has no place for them stays.
+
+    The listener is told if that is not possible: what was measured is kept anyway.
+    """
+    path = folder / CARD
+    try:
+        card = path.read_text(encoding="utf-8")
+        before, begin, rest = card.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            return
+        plan = read_plan(folder / CHECKPOINT_PLAN)
+        measured = measured_in(folder, plan, notify)
+        name = checkpoint_name(without_folders(plan.model.id), plan.model.blocks - len(plan.removals))
+        card = with_results(f"{before}{_results(measured)}{after}", name, hub_results(measured))
+        write_text(path, card)
+    except FileNotFoundError:
+        return
+    except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
+        notify(Warned(f"{path} is not brought up to date: {reason.rstrip('.')}."))
+
+
+def _results(measured: Measured) -> str:
+    return "\n".join([BEGIN, *results_section(measured), END])
+
+
+def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
+    """Return the README: the base model, the removed blocks, how they were found, and what was checked and measured.
+
+    `folder` holds the checkpoint, with the results of its plan.
+    """
     architecture, surgery = subject.architecture, subject.surgery
     source = architecture.source
     removals = ", ".join(map(str, surgery.removals))
-    front_matter = ModelCardData(
-        base_model=source.id if source.revision else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["sleb", "pruned"],
-    )
+    plan = subject.plan and subject.plan.model_copy(update={"recovery": recovery})
+    measured = measured_in(folder, plan)
+    name = checkpoint_name(source.name, len(surgery.kept.blocks))
     lines = [
-        "---",
-        front_matter.to_yaml(),
-        "---",
-        "",
+        front_matter(source, name, hub_results(measured)),
         f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
         "",
         # The card may be published, so it does not show the path of a local folder.
@@ -40,6 +81,8 @@ def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof |
         *_sample_generation(subject.plan),
         *_recovery(recovery),
         *_proof(proof),
+        "",
+        _results(measured),
         "",
     ]
     return "\n".join(lines)

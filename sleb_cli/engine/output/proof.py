@@ -157,7 +157,8 @@ def _complete(folder: Path, kept: Sequence[NewTensor]) -> Iterator[CheckResult]:
         index = read_json(folder / f"{SAFETENSORS}.index.json")["weight_map"]
         if index != {name: file for name, (_, _, file) in found.items()}:
             raise _failed("the index does not match the files")
-    yield "complete", f"complete: {len(found)} tensors in {len(weights.names)} files", {}
+    files = "1 file" if len(weights.names) == 1 else f"{len(weights.names)} files"
+    yield "complete", f"complete: {len(found)} tensors in {files}", {}
 
 
 def _fits(surgery: Surgery, folder: Path) -> Iterator[CheckResult]:
