@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from sleb_cli.ui.console import stdout
-from sleb_cli.ui.tables import print_line
+from sleb_cli.ui.console import print_prose, stdout
+from sleb_cli.ui.tables import print_line, print_to_copy
 from sleb_cli.units import format_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def _show_checkpoint(result: ApplyResult) -> None:
     if result.recovery:
         _print_recovery(result.recovery)
     if result.pushed:
-        print_line(f"pushed to {result.pushed}")
+        print_to_copy(f"pushed to {result.pushed}")
     if result.proof is None:
         stdout().print("not verified (--no-verify)")
         return
@@ -43,15 +43,14 @@ def _show_gguf(result: GgufResult) -> None:
     if not result.verified:
         stdout().print("not verified (--no-verify)")
     elif result.proof is None:
-        stdout().print(
-            f"[yellow]partially proven[/]: {same}; logits not compared: {escape(result.unproven or '')}", soft_wrap=True
-        )
+        unproven = escape(result.unproven or "")
+        print_prose(stdout(), f"[yellow]partially proven[/]: {same}; logits not compared: {unproven}")
     else:
         _print_proof(result.proof, f"{same}; transformers reads it")
 
 
 def _print_size(path: str, blocks: int, size: int) -> None:
-    print_line(f"wrote {path}: {blocks} blocks, {format_bytes(size)}")
+    print_to_copy(f"wrote {path}: {blocks} blocks, {format_bytes(size)}")
 
 
 def _print_recovery(recovery: RecoveryRecord) -> None:
@@ -66,10 +65,10 @@ def _print_recovery(recovery: RecoveryRecord) -> None:
 
 def _print_proof(proof: Proof, loaded: str) -> None:
     if proof.logits_difference is None:
-        stdout().print(
+        print_prose(
+            stdout(),
             f"[yellow]partially proven[/]: {proof.partial}; transformers finds every weight in the files, and their "
             "bytes equal the dense model's; logits not compared",
-            soft_wrap=True,
         )
         return
     closeness = "bitwise equal to" if proof.logits_difference == 0 else f"within {proof.logits_difference:.1g} of"
@@ -82,8 +81,8 @@ def _print_proof(proof: Proof, loaded: str) -> None:
     reference = {"dense": "the dense model with these blocks skipped", "recovered": "the recovered model in memory"}[
         proof.reference
     ]
-    stdout().print(
+    print_prose(
+        stdout(),
         f"[green]proven[/] in {proof.dtype} on {proof.device}: {loaded}; its logits on {proof.prompt_tokens} "
         f"prompt tokens are {closeness} those of {reference}{allowed}; it generates with the KV cache; {saves}",
-        soft_wrap=True,
     )

@@ -28,6 +28,11 @@ def stderr() -> Console:
     return Console(file=sys.stderr, highlight=False, emoji=False, quiet=not is_main_process())
 
 
+def print_prose(console: Console, text: str) -> None:
+    """Print sentences with markup; a terminal, but no file, gets them wrapped between words."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
 def print_json(data: Mapping[str, Any]) -> None:
     """Print only JSON on stdout, unwrapped and uncoloured."""
     print(json.dumps(data, ensure_ascii=False, allow_nan=False))
@@ -35,6 +40,7 @@ def print_json(data: Mapping[str, Any]) -> None:
 
 def print_error(error: SlebError) -> None:
     """Print what happened, and what to do about it."""
+    # Not wrapped, since paths and commands in them may be copied.
     console = stderr()
     console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
     console.print(f"[bold cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
@@ -42,7 +48,7 @@ def print_error(error: SlebError) -> None:
 
 def print_warning(text: str, console: Console | None = None) -> None:
     """Print something the user should know though the command continues, on stderr or a console that draws there."""
-    (console or stderr()).print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    print_prose(console or stderr(), f"[bold yellow]warning:[/] {escape(text)}")
 
 
 def print_note(text: str) -> None:

@@ -3,10 +3,10 @@
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.ui.console import print_json, print_warning, stdout
+from sleb_cli.ui.tables import FittingTable
 from sleb_plugins import FamilyAdapter
 
 
@@ -15,12 +15,14 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
     if as_json:
         print_json(_as_data(registry))
         return
-    table = Table(header_style="bold")
-    for column in ("kind", "name", "what", "package", "version"):
-        table.add_column(column)
+    columns = ("kind", "name", "what", "package", "version")
+    table = FittingTable(header_style="bold")
+    table.optional = ("version", "package")
+    for column in columns:
+        table.add_column(column, no_wrap=column != "what")
     for row in _as_data(registry)["offers"]:
         shown = row | {"name": _usage(row)}
-        table.add_row(*(escape(shown[key]) for key in ("kind", "name", "what", "package", "version")))
+        table.add_row(*(escape(shown[key]) for key in columns))
     stdout().print(table)
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -17,10 +17,11 @@ from rich.progress import (
     SpinnerColumn,
     Task,
     TaskID,
-    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress_bar import ProgressBar
+from rich.table import Column
 from rich.text import Text
 
 from sleb_cli.events import (
@@ -43,7 +44,8 @@ from sleb_cli.events import (
     TaskStarted,
     Warned,
 )
-from sleb_cli.ui.console import print_warning, stderr
+from sleb_cli.ui.console import print_prose, print_warning, stderr
+from sleb_cli.ui.names import elide, short_name
 
 
 @contextmanager
@@ -54,7 +56,7 @@ def show_progress(*, quiet: bool) -> Iterator[Notify]:
         yield _only_warnings
     elif console.is_terminal:
         with _progress(console) as progress:
-            yield _Bars(progress)
+            yield _Listener(progress)
     else:
         yield _Log(console)
 
@@ -65,23 +67,66 @@ def _only_warnings(event: Event) -> None:
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
+    return _Bars(
         SpinnerColumn(finished_text="[green]✓[/]"),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        _Description(console),
+        _Bar(console),
         _Done(),
-        TimeElapsedColumn(),
-        _Remaining(compact=True),
-        TextColumn("{task.fields[note]}", markup=False),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        _Remaining(compact=True, table_column=Column(no_wrap=True)),
         console=console,
     )
+
+
+class _Bars(Progress):
+    """A bar for each task, and below them the intermediate results, which would take the room of counts and times."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the bars, and a line for each running task that has a note."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+
+
+def _bar_width(console: Console) -> int:
+    return max(4, min(24, (console.width - 40) // 5))
+
+
+class _Description(ProgressColumn):
+    """What a task does, with the names of files alone, in the width that the other columns leave."""
+
+    # The spinner, "123456/1234567", two durations, and the space between six columns.
+    OTHERS = 1 + 14 + 2 * 7 + 5
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> Text:
+        """Render the description; if it is too long, without its middle."""
+        room = self._console.width - _bar_width(self._console) - self.OTHERS
+        return Text(elide(short_name(task.description), max(8, room)))
+
+
+class _Bar(BarColumn):
+    """A bar that is shorter on a narrow screen."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._console = console
+
+    def render(self, task: Task) -> ProgressBar:
+        """Render the bar in the width for the console's."""
+        self.bar_width = _bar_width(self._console)
+        return super().render(task)
 
 
 class _Done(ProgressColumn):
     """The progress of a task: bytes or a count."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._bytes, self._count = DownloadColumn(), MofNCompleteColumn()
 
     def render(self, task: Task) -> Text:
@@ -95,8 +140,10 @@ class _Remaining(TimeRemainingColumn):
     """The remaining time: the task's own forecast, or an estimate from its recent speed."""
 
     def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text("")
         forecast: Callable[[], float | None] | None = task.fields["forecast"]
-        seconds = forecast() if forecast is not None and not task.finished else None
+        seconds = forecast() if forecast is not None else None
         if seconds is None:
             return super().render(task)
         minutes, seconds = divmod(round(seconds), 60)
@@ -180,7 +227,7 @@ class _SearchProgress:
         )
 
 
-class _Bars:
+class _Listener:
     """One bar per task, and one for the whole search."""
 
     def __init__(self, progress: Progress) -> None:
@@ -195,11 +242,11 @@ class _Bars:
     def __call__(self, event: Event) -> None:
         match event:
             case Notice(text):
-                self._progress.console.print(escape(text), soft_wrap=True)
+                print_prose(self._progress.console, escape(text))
             case Warned(text):
                 print_warning(text, self._progress.console)
             case CheckPassed(text):
-                self._progress.console.print(f"[green]✓[/] {escape(text)}", soft_wrap=True)
+                print_prose(self._progress.console, f"[green]✓[/] {escape(text)}")
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
@@ -229,7 +276,7 @@ class _Bars:
                 search.narrowed(contenders, skipped)
                 self._progress.update(self._tasks[SEARCH_TASK], note=search.note())
             case BlocksSwapped():
-                self._progress.console.print(_swap_line(event), soft_wrap=True)
+                print_prose(self._progress.console, _swap_line(event))
             case BlockRemoved():
                 search.removed()
         self._progress.update(self._tasks[SEARCH_TASK], completed=search.done, total=search.expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -13,9 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from sleb_cli.ui.console import stdout
-from sleb_cli.ui.tables import new_table, print_line, print_title, relative_change, spans
+from sleb_cli.ui.chart import Line, draw_lines
+from sleb_cli.ui.console import print_prose, stdout
+from sleb_cli.ui.names import short_name
+from sleb_cli.ui.tables import new_table, print_line, print_title, print_to_copy, relative_change, spans
 from sleb_cli.units import format_bytes, format_count
+from sleb_plugins.formats import format_perplexity
 
 if TYPE_CHECKING:
     from sleb_cli.plan import Plan, SampleGeneration, TargetRecord
@@ -24,15 +27,22 @@ if TYPE_CHECKING:
 
 # The plan has the full sample.
 SAMPLE_CHARACTERS = 160
+# With fewer, the table says it all.
+CHART_STEPS = 3
+CHART_WIDTH = 80
+# One for each kind of block, and again from the first if there are more.
+REMOVED_MARKS = "·○×+~"
 
 
 def show_plan(plan: Plan, output: Path) -> None:
     """Show the steps of a search, the removed blocks, and the plan's path."""
     search = plan.search
     console = stdout()
-    print_title(console, f"{plan.model.id}: {search.remove} of {plan.model.blocks} blocks removed")
+    print_title(console, f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed")
     console.print(_steps(plan))
-    console.print(block_strip(plan.model.blocks, plan.removals))
+    if len(plan.steps) >= CHART_STEPS:
+        console.print(perplexity_chart(plan, min(console.width, CHART_WIDTH)))
+    console.print(block_strip(plan.model.blocks, _removed_kinds(plan), console.width))
     for swap in plan.steps[-1].swaps:
         print_line(
             f"swapped: {spans(swap.restored)} restored, {spans(swap.removed)} removed; "
@@ -51,7 +61,7 @@ def show_plan(plan: Plan, output: Path) -> None:
         print_line(f"engine {search.engine}: {search.engine_reason}")
     if plan.sample_generation:
         _print_sample(console, plan.sample_generation)
-    print_line(f"wrote {output}; next: sleb apply {output}")
+    print_to_copy(f"wrote {output}; next: sleb apply {output}")
 
 
 def _steps(plan: Plan) -> Table:
@@ -59,7 +69,12 @@ def _steps(plan: Plan) -> Table:
     metric, dense = plan.search.metric, plan.dense
     kinds = plan.nested and any(step.kind for step in plan.steps)
     first = ["step", "block" if plan.nested else "blocks", *(["kind"] if kinds else []), escape(metric)]
-    table = new_table(*first, "perplexity", "change", *(["held out", "change"] if dense.held_out else []))
+    # The loss says the same as the perplexity.
+    optional = (*(["nll"] if metric == "nll" else []), "change", "kind")
+    table = new_table(
+        *first, "perplexity", "change", *(["held out", "change"] if dense.held_out else []), optional=optional
+    )
+    table.columns[1].no_wrap = plan.nested
     loss = f"{dense.loss:.4f}" if metric == "nll" else ""
     table.add_row(
         "dense", *([""] * (1 + kinds)), loss, f"{dense.perplexity:.2f}", "",
@@ -90,22 +105,52 @@ def _print_sample(console: Console, sample: SampleGeneration) -> None:
         line = shorten(" ".join(text.split()), SAMPLE_CHARACTERS, placeholder=" …")
         print_line(f"  {name:6} ({share:.0%} repeated): {line}")
     if sample.is_repetitive:
-        console.print(
+        print_prose(
+            console,
             f"[yellow]The pruned model repeats itself: {sample.pruned_repetition:.0%} of its text, against "
             f"{sample.dense_repetition:.0%} of the dense model's. It may have collapsed, whatever its perplexity.[/]",
-            soft_wrap=True,
         )
 
 
-def block_strip(blocks: int, removed: Collection[int]) -> Text:
-    """Draw the blocks in order above a ruler: a bar for each kept block, a dot for each removed one."""
-    strip, ruler = Text("  "), "  "
-    for block in range(blocks):
-        is_removed = block in removed
-        strip.append("·" if is_removed else "█", style="red" if is_removed else "green")
-        if block % 10 == 0:
-            ruler += str(block).ljust(10)
-    return Text("\n").join([strip, Text(ruler.rstrip(), style="dim")])
+def perplexity_chart(plan: Plan, width: int) -> Text:
+    """Draw the perplexity at each size, on a logarithmic scale, also on the held-out sequences, if any."""
+    perplexities = [plan.dense.perplexity, *(step.perplexity for step in plan.steps)]
+    lines = [Line("●", "cyan", [math.log(perplexity) for perplexity in perplexities])]
+    legend = Text("perplexity by blocks removed")
+    if plan.dense.held_out:
+        held_out = [plan.dense.held_out, *(step.held_out for step in plan.steps)]
+        lines.append(Line("○", "yellow", [math.log(record.perplexity) if record else None for record in held_out]))
+        legend.append("   ● searched on", "cyan").append("   ○ held out", "yellow")
+    known = [value for line in lines for value in line.values if value is not None]
+    low, high = min(known), max(known)
+    lowest, middle, highest = (format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high))
+    return Text("\n").join([legend, draw_lines(lines, (lowest, middle, highest), width)])
+
+
+def _removed_kinds(plan: Plan) -> dict[int, str]:
+    """Return the removed blocks, each with its kind, or "" if it is not known."""
+    kinds = {step.block: step.kind for step in plan.steps}
+    return {block: kinds.get(block, "") if plan.nested else "" for block in plan.removals}
+
+
+def block_strip(blocks: int, removed: Mapping[int, str], width: int) -> Text:
+    """Draw the blocks in order above a ruler: a bar for each kept block, a mark by its kind for each removed one."""
+    kinds = sorted(set(removed.values()))
+    marks = {kind: REMOVED_MARKS[number % len(REMOVED_MARKS)] for number, kind in enumerate(kinds)}
+    # Rows of whole tens, indented.
+    per_row = max(10, (width - 2) // 10 * 10)
+    rows = []
+    for start in range(0, blocks, per_row):
+        row = range(start, min(start + per_row, blocks))
+        strip = Text("  ")
+        for block in row:
+            strip.append(*((marks[removed[block]], "red") if block in removed else ("█", "green")))
+        ruler = "".join(str(block).ljust(10) for block in row if block % 10 == 0)
+        rows += [strip, Text(f"  {ruler.rstrip()}", style="dim")]
+    legend = Text("  █ kept", "green")
+    for kind, mark in marks.items():
+        legend.append(f"   {mark} {f'{kind} ' if kind else ''}removed", "red")
+    return Text("\n").join([*rows, legend])
 
 
 def race_summary(plan: Plan) -> str:
@@ -127,11 +172,13 @@ def race_summary(plan: Plan) -> str:
 def show_comparison(result: CompareResult, output: Path) -> None:
     """Show the result of each search, and which was best."""
     console, removed = stdout(), len(result.compared[0].removals)
-    print_title(console, f"{result.model.id}: {removed} of {result.model.blocks} blocks removed")
+    print_title(console, f"{short_name(result.model.id)}: {removed} of {result.model.blocks} blocks removed")
     held_out = result.dense_held_out_perplexity is not None
     held_out_column = ["held out"] if held_out else []
-    table = new_table("metric", "strategy", "blocks", "perplexity", "change", *held_out_column, "seconds")
+    columns = ("metric", "strategy", "blocks", "perplexity", "change", *held_out_column, "seconds")
+    table = new_table(*columns, optional=("seconds", "change"))
     table.columns[1].justify = table.columns[2].justify = "left"
+    table.columns[0].no_wrap, table.columns[2].no_wrap = True, False
 
     def cells(perplexity: float | None) -> list[str]:
         return [] if perplexity is None else [f"{perplexity:.2f}"]
@@ -148,7 +195,7 @@ def show_comparison(result: CompareResult, output: Path) -> None:
     console.print(table)
     print_line(f"calibrated on {result.calibration}, {result.dtype} on {result.device}")
     text = "the held-out sequences" if held_out else "the calibration text"
-    print_line(f"wrote {output}: the plan of {result.best}, best on {text}")
+    print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")
 
 
 def target_summary(target: TargetRecord, plan: Plan) -> str:

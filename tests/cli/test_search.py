@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import calibration, gpt2_config, llama_config, save_model
 from sleb_cli.plan import read_plan
+from sleb_plugins.formats import format_perplexity
 
 
 def search(run_sleb, model, text_file, *options):
@@ -32,6 +33,27 @@ def test_a_search_writes_a_plan_and_shows_it(run_sleb, tiny_llama, text_file, tm
     assert [index for index, mark in enumerate(strip.strip()) if mark == "·"] == sorted(plan.removals)
     assert "step 2 of 2: block" in result.stderr
     assert "4 x 32 tokens" in result.stdout
+
+
+def test_three_steps_or_more_are_drawn_as_a_chart(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 3, "--holdout", 0.5)
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    start = lines.index("perplexity by blocks removed   ● searched on   ○ held out")
+    chart = lines[start + 1 : start + 9]
+    plan = read_plan(tmp_path / "plan.json")
+    values = [plan.dense.perplexity, *(step.perplexity for step in plan.steps)]
+    values += [plan.dense.held_out.perplexity, *(step.held_out.perplexity for step in plan.steps)]
+    assert chart[0].split(" ┤")[0].strip() == format_perplexity(max(values))
+    assert chart[-2].split(" ┤")[0].strip() == format_perplexity(min(values))
+    assert chart[-1].split() == ["0", "1", "2", "3"]
+    assert "".join(chart).count("●") == 4
+    assert "  █ kept   · removed" in lines
+    assert "\x1b" not in result.stdout
+    assert max(len(line) for line in lines if line[:1] in "┏┃┡│└ ") <= 80
+    two = search(run_sleb, tiny_llama, text_file, "--remove", 2, "--force")
+    assert "perplexity by blocks removed" not in two.stdout
 
 
 def test_the_same_search_writes_the_same_plan(run_sleb, tiny_llama, text_file, tmp_path):

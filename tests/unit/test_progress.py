@@ -1,10 +1,20 @@
 """The progress of a search, as the screen shows it."""
 
 import io
+import re
 
 import pytest
+from rich.console import Console
 
-from sleb_cli.events import Notice, SearchStarted, TaskAdvanced, TaskStarted
+from sleb_cli.events import (
+    CandidateScored,
+    Notice,
+    SearchAdvanced,
+    SearchStarted,
+    TaskAdvanced,
+    TaskFinished,
+    TaskStarted,
+)
 from sleb_cli.ui import console, progress
 from sleb_cli.ui.progress import _SearchProgress
 
@@ -91,10 +101,40 @@ def test_names_are_shown_as_they_are(monkeypatch):
     monkeypatch.setattr(console.sys, "stderr", io.StringIO())
     shown = console.stderr()
     bars = progress._progress(shown)
-    listen = progress._Bars(bars)
+    listen = progress._Listener(bars)
     listen(TaskStarted("Reading org/a:train:[b]"))
     listen(TaskAdvanced("Reading org/a:train:[b]", note="x:train:[c]"))
     listen(Notice("org/d:train:[e]"))
     shown.print(bars.get_renderable(), width=200)
     for text in ("Reading org/a:train:[b]", "x:train:[c]", "org/d:train:[e]"):
         assert text in shown.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_long_paths_and_notes_leave_room_for_counts_and_times(clock, width):
+    shown = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    bars = progress._progress(shown)
+    listen = progress._Listener(bars)
+    name = "a-model-with-a-name-of-its-own-that-is-longer-than-any-screen-is-wide"
+    listen(TaskStarted(f"Loading /very/long/path/of/{name}"))
+    listen(TaskFinished(f"Loading /very/long/path/of/{name}"))
+    listen(TaskStarted("Writing weights", 98_362_432, "B"))
+    listen(TaskAdvanced("Writing weights", 40_000_000))
+    listen(SearchStarted(32, 2, 0, (62_000, 60_000)))
+    listen(SearchAdvanced(2500))
+    listen(CandidateScored(1, 21, 3.123456))
+    rows = _lines(shown, bars)
+    assert max(map(len, rows)) <= width
+    loading, writing, search, note = rows
+    assert "/very" not in loading
+    assert loading.endswith("0:00:00")
+    assert "…" in loading
+    assert re.search(r"Writing weights +━.* 40.0/98.4 MB +0:00:00 --:--$", writing)
+    assert re.search(r"Search .* 2500/122000 +0:00:00 00:00$", search)
+    assert note == "  step 1 of 2, best so far: block 21 (3.1235)"
+
+
+def _lines(console, bars):
+    return [
+        "".join(part.text for part in row).rstrip() for row in console.render_lines(bars.get_renderable(), pad=False)
+    ]

@@ -1,0 +1,135 @@
+"""What a screen of 80 or fewer columns shows: charts, block strips, tables, names."""
+
+import io
+import math
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from sleb_cli.ui.chart import ROWS, Line, draw_lines
+from sleb_cli.ui.names import elide, short_name
+from sleb_cli.ui.search import block_strip
+from sleb_cli.ui.tables import new_table
+
+
+def shown(renderable, width):
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(renderable)
+    return console.file.getvalue().splitlines()
+
+
+def test_a_chart_has_the_highest_value_on_top_and_a_mark_for_each_step():
+    rows = shown(draw_lines([Line("●", "", [1.0, 2.0, 4.0])], ("1", "2.5", "4"), 80), 80)
+    assert len(rows) == ROWS + 1
+    assert rows[0] == "  4 ┤                   ·●"
+    assert rows[ROWS - 1].startswith("  1 ┤●·")
+    assert rows[ROWS // 2].startswith("2.5 ┤")
+    assert rows[-1] == "     0         1         2"
+    assert "".join(rows).count("●") == 3
+    # The middle value stands a third of the way up.
+    assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"
+
+
+@pytest.mark.parametrize("steps", [4, 30, 126])
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_chart_is_as_wide_as_asked_however_many_steps_there_are(steps, width):
+    values = [math.log(step + 2) for step in range(steps)]
+    rows = shown(draw_lines([Line("●", "", values)], ("2.00", "60.00", "128.00"), width), width + 40)
+    assert max(map(len, rows)) <= width
+    numbers = rows[-1].split()
+    assert numbers[0] == "0"
+    strides = {int(after) - int(before) for before, after in pairwise(numbers)}
+    assert len(strides) == 1
+
+
+def test_where_lines_meet_the_first_is_on_top_and_a_missing_value_leaves_a_gap():
+    lines = [Line("●", "", [1.0, 2.0, 3.0]), Line("○", "", [1.0, None, 3.0])]
+    rows = "".join(shown(draw_lines(lines, ("1", "2", "3"), 80), 80))
+    assert (rows.count("●"), rows.count("○")) == (3, 0)
+    assert "○" in "".join(shown(draw_lines(lines[::-1], ("1", "2", "3"), 80), 80))
+
+
+def test_equal_values_are_a_flat_line():
+    rows = shown(draw_lines([Line("●", "", [2.0] * 4)], ("2", "2", "2"), 80), 80)
+    assert [row.count("●") for row in rows].count(4) == 1
+
+
+def test_a_strip_of_many_blocks_takes_several_rows_with_their_numbers():
+    rows = shown(block_strip(126, {3: "", 77: "", 125: ""}, 80), 80)
+    assert [row.strip() for row in rows if "█ kept" not in row][1::2] == [
+        "0         10        20        30        40        50        60",
+        "70        80        90        100       110       120",
+    ]
+    marks = "".join(row.strip() for row in rows[:4:2])
+    assert [block for block, mark in enumerate(marks) if mark == "·"] == [3, 77, 125]
+    assert rows[-1].split("   ") == ["  █ kept", "· removed"]
+
+
+def test_kinds_have_their_own_marks_in_the_legend():
+    strip, _, legend = shown(block_strip(6, {1: "full_attention", 2: "linear_attention", 5: "full_attention"}, 80), 80)
+    assert strip == "  █·○██·"
+    assert legend == "  █ kept   · full_attention removed   ○ linear_attention removed"
+
+
+def wide_table():
+    table = new_table(
+        "step", "block", "kind", "nll", "perplexity", "change", "held out", "change", optional=("nll", "change", "kind")
+    )
+    for step in range(3):
+        table.add_row(
+            str(step), "112", "linear_attention", "12.3456", "12345.67", "+1234.5%", "23456.78", "+1234.5%",
+            end_section=step == 0,
+        )  # fmt: skip
+    return table
+
+
+@pytest.mark.parametrize(
+    ("width", "gone"),
+    [(100, set()), (80, set()), (79, {"nll"}), (60, {"nll", "change"}), (45, {"nll", "change", "kind"})],
+)
+def test_a_narrow_screen_costs_lines_and_optional_columns_but_breaks_no_cell(width, gone):
+    rows = shown(wide_table(), width)
+    assert max(map(len, rows)) <= width
+    assert "…" not in "".join(rows)
+    words = {word for row in rows for word in row.replace("│", " ").replace("┃", " ").split()}
+    there = {"nll": "12.3456", "change": "+1234.5%", "kind": "linear_attention"}
+    assert {name for name, value in there.items() if value not in words} == gone
+    assert {"12345.67", "23456.78"} <= words
+
+
+def test_on_a_screen_too_narrow_for_all_cells_nothing_is_lost():
+    rows = shown(wide_table(), 24)
+    assert max(map(len, rows)) <= 24
+    assert "".join(rows).count("2") >= 3 * "112 12345.67 23456.78".count("2")
+
+
+def test_text_wraps_between_words_before_a_column_goes():
+    table = new_table("what", "number", optional=("number",))
+    table.add_row("the quick brown fox jumps over the lazy dog", "12345")
+    rows = shown(table, 30)
+    assert any("12345" in row for row in rows)
+    assert " ".join(row.strip("│ ").partition("│")[0].strip() for row in rows[3:-1]).endswith("over the lazy dog")
+
+
+@pytest.mark.parametrize(
+    ("sentence", "short"),
+    [
+        ("Loading /home/jane/My models/llama without 3 blocks", "Loading llama without 3 blocks"),
+        ("Reading ./texts/prose.txt", "Reading prose.txt"),
+        ("Reading ~/prose.jsonl from 0% to 80%", "Reading prose.jsonl from 0% to 80%"),
+        ("Perplexity on ../a/b.txt, dense", "Perplexity on b.txt, dense"),
+        ("Looking for org/name on the Hub", "Looking for org/name on the Hub"),
+        ("Reading org/name:config:train:text", "Reading org/name:config:train:text"),
+        ("/models/llama", "llama"),
+        ("From /a/b and ./c/d, not e/f", "From b and d, not e/f"),
+        ("demo", "demo"),
+    ],
+)
+def test_names_lose_their_folders(sentence, short):
+    assert short_name(sentence) == short
+
+
+def test_what_is_too_long_loses_its_middle():
+    assert elide("abcdefghij", 10) == "abcdefghij"
+    assert elide("abcdefghijk", 10) == "abcde…hijk"
