@@ -31,12 +31,12 @@ print(f"{applied.blocks} blocks, checked: {', '.join(applied.proof.checks)}")
 # %% Measure what it cost
 if text != "self":
     scores = sleb.evaluate(sleb.EvalRequest(str(results / "plan.json"), perplexity=(text,), sequence_length=64))
-    assert scores.pruned is not None
-    print("perplexity", scores.dense.perplexities[0].perplexity, "->", scores.pruned.perplexities[0].perplexity)
+    text = scores.texts[0]
+    print("perplexity", text.dense.perplexity, "->", text.pruned[-1].perplexity)
 
 # %% Measure what it gained
 speed = sleb.bench(sleb.BenchRequest(str(results / "plan.json"), generation=True, iterations=3))
-print(f"{speed.workloads[0].speedup:.2f}x at {speed.workloads[0].workload}")
+print(f"{speed.workloads[0].pruned[-1].speedup:.2f}x at {speed.workloads[0].workload}")
 
 # %% Hand the blocks to another tool
 recipe = sleb.export(sleb.ExportRequest(str(results / "plan.json"), to="mergekit"))

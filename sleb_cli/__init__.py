@@ -1,11 +1,14 @@
-"""The `sleb` program, and its verbs for Python: `search`, `compare`, `apply`, `evaluate`, `bench` and `export`."""
+"""The `sleb` program, and its verbs for Python.
+
+They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate` and `export`.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
-    from sleb_cli.api import apply, bench, compare, evaluate, export, search
+    from sleb_cli.api import apply, bench, compare, estimate, evaluate, export, search
     from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 
 __all__ = [
@@ -18,6 +21,7 @@ __all__ = [
     "apply",
     "bench",
     "compare",
+    "estimate",
     "evaluate",
     "export",
     "search",

@@ -7,22 +7,35 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sleb_cli.atomic import require_new_file, write_text
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins
+from sleb_cli.requests import TRANSFORMERS
 from sleb_plugins import Exporter, OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sleb_cli.engine.surgery.subject import Subject
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
     from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
-    from sleb_cli.results import ApplyResult, BenchResult, CompareResult, EvalResult, ExportResult, GgufResult
+    from sleb_cli.results import (
+        ApplyResult,
+        BenchResult,
+        CompareResult,
+        EstimateResult,
+        EvalResult,
+        ExportResult,
+        GgufResult,
+    )
+    from sleb_plugins import Engine
 
+
+R = TypeVar("R", "EvalResult", "BenchResult")
 
 _SEARCH = (
     "Use a smaller --memory, --batch-size or --sequence-length, fewer --samples, a narrower --dtype, or --device cpu. "
@@ -105,27 +118,77 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     Raises:
         SlebError: of the class that fits.
     """
-    from sleb_cli.engine.quality.evaluation import evaluate_subject
+    from sleb_cli.engine.quality.evaluation import evaluate_subject, write_by_lm_eval
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _require_result_file(request)
-    result = evaluate_subject(resolve_subject(request, _registry(notify), notify), request, notify)
+    subject = resolve_subject(request, _registry(notify), notify)
+    place = _kept_place(subject, "eval")
+    result, by_lm_eval = evaluate_subject(subject, request, notify)
+    if by_lm_eval and (beside := request.output or place):
+        result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
     _save(result, request.output)
+    if place:
+        _keep(result, place, notify)
     return result
 
 
 @_names_memory(_BENCH)
 def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
-    """Measure speed and memory of a model, dense and pruned in alternation.
+    """Measure speed, memory and energy of a model, dense and pruned in turn.
 
     Raises:
         SlebError: of the class that fits.
     """
+    from sleb_cli.engine.surgery.subject import resolve_subject
+
+    if request.estimate:
+        raise UsageError("A benchmark predicts nothing.", hint="Call `estimate` with this request.")
+    for option in ("device_flops", "device_bandwidth"):
+        if getattr(request, option) is not None:
+            flag = f"--{option.replace('_', '-')}"
+            raise UsageError(f"{flag} requires --estimate.", hint="Use both, or neither.")
+    _require_result_file(request)
+    registry = _registry(notify)
+    engine = None if request.engine == TRANSFORMERS else registry.engine(request.engine)
+    if engine:
+        engine.version()  # before the model is looked for, so that a missing engine is named at once
+    subject = resolve_subject(request, registry, notify)
+    result = _benchmark(subject, engine, request, registry, notify)
+    _save(result, request.output)
+    if place := _kept_place(subject, "bench"):
+        # Weights and data types may differ between engines, so each has its own file.
+        _keep(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
+    return result
+
+
+def _benchmark(
+    subject: Subject, engine: Engine | None, request: BenchRequest, registry: Registry, notify: Notify
+) -> BenchResult:
+    from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
+    from sleb_cli.engine.speed.other_engines import benchmark_engine
+
+    if engine is None:
+        if request.source is not None:
+            raise UsageError("--source requires --engine.", hint="Use both, or neither: --engine llama.cpp.")
+        return benchmark(subject, request, notify)
+    with engine_files(subject, engine, request, registry, notify) as write_files:
+        return benchmark_engine(subject, engine, write_files, request, notify)
+
+
+def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
+    """Predict the speed and memory of a model, dense and pruned, from its config.
+
+    Raises:
+        SlebError: of the class that fits.
+    """
+    from sleb_cli.engine.speed.estimate import estimate_speed
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _require_result_file(request)
-    result = benchmark(resolve_subject(request, _registry(notify), notify), request, notify)
+    subject = resolve_subject(request, _registry(notify), notify, config_only=True)
+    result = estimate_speed(subject, request, notify)
     _save(result, request.output)
     return result
 
@@ -138,20 +201,44 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
         SlebError: of the class that fits.
     """
     from sleb_cli.engine.output.export import describe_pruning, export_files, export_text
-    from sleb_cli.engine.surgery.subject import resolve_subject
 
     registry = _registry(notify)
     exporter = registry.exporter(request.to)
     if isinstance(exporter, Exporter):
         _require_result_file(request)
-    subject = resolve_subject(request, registry, notify, needs_removals=True)
-    pruning = describe_pruning(subject, exporter, request.source)
+    described = describe_pruning(request, exporter, registry, notify)
     if not isinstance(exporter, Exporter):
-        return export_files(exporter, subject, pruning, request, registry, notify)
-    result = export_text(exporter, pruning)
+        return export_files(exporter, described, request, registry, notify)
+    result = export_text(exporter, described.pruning)
     if request.output is not None:
         write_text(request.output, result.text or "")
     return result
+
+
+def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
+    """Return where results are kept: beside their plan, or in the checkpoint of ours that is measured; else nowhere."""
+    from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan
+    from sleb_cli.plan import CHECKPOINT_PLAN
+
+    record = subject.architecture.record
+    if subject.plan is not None and subject.file is not None:
+        return beside_plan(subject.file, kind) if subject.plan.model.fingerprint == record.fingerprint else None
+    folder = subject.architecture.source.folder
+    ours = not subject.surgery.removals and record.revision is None and (folder / CHECKPOINT_PLAN).is_file()
+    return folder / IN_CHECKPOINT[kind] if ours else None
+
+
+def _keep(result: R, place: Path, notify: Notify) -> None:
+    """Keep a result for reports; in a checkpoint, its model card shows it, too."""
+    from sleb_cli.engine.output.card import update_card
+    from sleb_cli.engine.output.measured import without_local_folders
+    from sleb_cli.kept_results import IN_CHECKPOINT, keep_result
+
+    in_checkpoint = place.name in IN_CHECKPOINT.values()
+    # A checkpoint may be published, so it holds no local folders.
+    keep_result(without_local_folders(result) if in_checkpoint else result, place, notify)
+    if in_checkpoint:
+        update_card(place.parent, notify)
 
 
 def _registry(notify: Notify) -> Registry:

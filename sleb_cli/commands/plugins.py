@@ -6,5 +6,5 @@ from sleb_cli.ui.plugins import show_plugins
 
 
 def plugins(json: JsonOption = False) -> None:
-    """List the installed families, metrics and export formats, and what failed to load."""
+    """List the installed families, metrics, export formats and engines, and what failed to load."""
     show_plugins(load_plugins(), as_json=json)

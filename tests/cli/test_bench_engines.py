@@ -1,0 +1,253 @@
+"""`sleb bench --engine`: other engines than transformers, through `main()`."""
+
+import json
+import sys
+import tempfile
+from importlib.metadata import EntryPoint
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import sleb_plugins as sleb
+from gguf_models import write_llama_gguf
+from sleb_cli import plugin_manager
+from sleb_cli.plan import read_plan
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins.gguf.file import read_gguf
+from sleb_plugins.gguf.surgery import block_count
+
+EXAMPLE = Path(__file__).parents[1] / "example_plugin"
+SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iterations", 4, "--warmup", 1]
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Let modules be plugins besides the installed ones."""
+    real = plugin_manager.entry_points
+
+    def add(name):
+        monkeypatch.setattr(
+            plugin_manager, "entry_points", lambda group: [*real(group=group), EntryPoint(name, name, "sleb")]
+        )
+
+    return add
+
+
+@pytest.fixture
+def steady(install, monkeypatch):
+    """The engine of the example plugin, whose times follow from the bytes of the files."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    install("sleb_example")
+
+
+class Recorder(sleb.Engine):
+    """Reads GGUF files, and remembers what it was asked."""
+
+    name = "recorder"
+    reads = "gguf"
+
+    def __init__(self):
+        self.settings, self.files, self.running, self.prompts = [], [], [], []
+
+    def version(self):
+        return "recorder 1.0"
+
+    def load(self, model, settings):
+        self.settings.append(settings)
+        self.files.append(read_gguf(model))
+        return RecordedModel(self, len(self.files))
+
+
+class RecordedModel(sleb.LoadedModel):
+    device = "abacus"
+
+    def __init__(self, engine, number):
+        self.engine, self.number = engine, number
+        engine.running.append(number)
+        assert len(engine.running) <= engine.settings[0].models
+
+    def run(self, prompts, new_tokens):
+        self.engine.prompts.append((self.number, prompts))
+        return sleb.TimedRun(1.0 / self.number, tuple(step / 8 for step in range(new_tokens)))
+
+    def close(self):
+        self.engine.running.remove(self.number)
+
+
+@pytest.fixture
+def recorder(install, monkeypatch):
+    """An engine that is offered as a plugin, to be asked what it has seen."""
+    engine = Recorder()
+    module = type(sys)("recorder_plugin")
+    module.sleb_engines = sleb.hookimpl(lambda: [engine])
+    monkeypatch.setitem(sys.modules, "recorder_plugin", module)
+    install("recorder_plugin")
+    return engine
+
+
+def weights_bytes(folder):
+    return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan, tiny_llama):
+    result = run_sleb("bench", llama_plan, "--every", 1, "--engine", "steady", *SHORT, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    removals = list(read_plan(llama_plan).removals)
+    assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
+    assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
+    assert data["dense"]["weights_bytes"] == weights_bytes(tiny_llama) == 4 * data["dense"]["parameters"]
+    assert [measured["workload"]["name"] for measured in data["workloads"]] == ["prompt", "generation"]
+    for measured in data["workloads"]:
+        assert measured["workload"]["engine"] == "steady"
+        assert (measured["attention"], measured["engine_version"]) == (None, None)
+        assert len(measured["dense"]["e2els"]) == 4 * 2  # it runs beside each size
+        for size, timing in zip(data["pruned"], measured["pruned"], strict=True):
+            assert timing["removals"] == size["removals"]
+            assert timing["memory"] is None
+            shares = data["dense"]["weights_bytes"] / size["weights_bytes"]
+            assert timing["speedup"] == pytest.approx(shares, rel=0.01)  # a file has a header, too
+    prompt, generation = data["workloads"]
+    assert generation["dense"]["ttfts"] == prompt["dense"]["ttfts"]
+    assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
+
+
+def test_results_are_kept_by_engine(run_sleb, steady, llama_plan, tiny_llama):
+    assert run_sleb("bench", llama_plan, "--engine", "steady", *SHORT, "-q").exit_code == 0
+    kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
+    assert {measured["workload"]["engine"] for measured in kept["workloads"]} == {"steady"}
+    assert not llama_plan.with_suffix(".bench.json").exists()
+
+
+def test_nothing_stays_of_the_files_that_were_written(run_sleb, steady, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    result = run_sleb("bench", tiny_llama, "--blocks", "2", "--engine", "steady", *SHORT)
+    assert result.exit_code == 0, result.stderr
+    assert "steady" in result.stdout
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_gguf_file_is_cut_and_loaded_in_pairs(run_sleb, recorder, tmp_path):
+    file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
+    options = ["--blocks", "4,1,2", "--remove", "1,3", "--engine", "recorder", "--prompt", *SHORT[:4], "--threads", 1]
+    result = run_sleb("bench", file, *options, "--iterations", 4, "--warmup", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert [block_count(file) for file in recorder.files] == [6, 5, 3]
+    assert (data["dtype"], data["device"], data["threads"]) == ("F32", "abacus", 1)
+    settings = recorder.settings[0]
+    assert (settings.threads, settings.batch_size, settings.sequence_length, settings.models) == (1, 2, 8, 2)
+    (measured,) = data["workloads"]
+    assert measured["engine_version"] == "recorder 1.0"
+    assert [timing["speedup"] for timing in measured["pruned"]] == [2.0, 3.0]
+    assert recorder.running == []
+    assert [number for number, _ in recorder.prompts[:10]] == [1, 2, 2, 1, 1, 2, 2, 1, 1, 2]
+    # Both models of a round read the same prompts, which no other round of the two repeats.
+    assert len({json.dumps(prompts) for _, prompts in recorder.prompts[:10]}) == 5
+
+
+def test_the_gguf_file_of_a_checkpoint_is_named(run_sleb, recorder, tmp_path):
+    file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
+    options = ["--blocks", "1", "--engine", "recorder", "--prompt", *SHORT]
+    result = run_sleb("bench", tmp_path / "origin", *options)
+    assert result.exit_code == 2
+    assert "recorder reads GGUF files" in result.stderr
+    assert "--source" in result.stderr
+    assert run_sleb("bench", tmp_path / "origin", *options, "--source", file).exit_code == 0
+    (tmp_path / "other").mkdir()
+    other = write_llama_gguf(tmp_path / "other" / "other.gguf", 4)
+    result = run_sleb("bench", tmp_path / "origin", *options, "--source", other)
+    assert result.exit_code == 3
+    assert "holds another model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--engine", "lama.cpp"], "Did you mean 'llama.cpp'?"),
+        (["--source", "x.gguf"], "--source requires --engine"),
+        (["--engine", "steady", "--source", "x.gguf"], "--source does not apply to --engine steady"),
+        (["--engine", "steady", "--device", "cpu"], "--device does not apply to --engine steady"),
+        (["--engine", "steady", "--compile"], "--compile does not apply to --engine steady"),
+        (["--engine", "steady", "--static-cache"], "--static-cache does not apply to --engine steady"),
+        (["--engine", "steady", "--threads", 0], "--threads 0 is too small"),
+    ],
+)
+def test_what_cannot_be_is_refused(run_sleb, steady, tiny_llama, options, message):
+    result = run_sleb("bench", tiny_llama, *options)
+    assert result.exit_code == 2, result.stderr
+    assert message in result.stderr
+
+
+def test_the_data_type_of_a_gguf_file_is_its_own(run_sleb, recorder, tmp_path):
+    file = write_llama_gguf(tmp_path / "tiny.gguf", 4)
+    result = run_sleb("bench", file, "--engine", "recorder", "--dtype", "float32")
+    assert (result.exit_code, "--dtype does not apply" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "module", "extra"), [("llama.cpp", "llama_cpp", "llama-cpp"), ("vllm", "vllm", "vllm")]
+)
+def test_an_engine_that_is_not_installed(run_sleb, tiny_llama, monkeypatch, engine, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run_sleb("bench", tiny_llama, "--engine", engine)
+    assert result.exit_code == 7
+    assert "is not installed" in result.stderr
+    assert f"pip install 'sleb[{extra}]'" in result.stderr
+
+
+def test_an_engine_that_does_not_load(run_sleb, tiny_llama, monkeypatch, tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "llama_cpp.py").write_text("raise OSError('libgomp.so.1: cannot open shared object file')")
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    result = run_sleb("bench", tiny_llama, "--engine", "llama.cpp")
+    assert result.exit_code == 7
+    assert "llama.cpp is installed, but does not load: libgomp.so.1" in result.stderr
+
+
+def test_the_engines_that_ship_with_sleb_are_offered():
+    registry = load_plugins()
+    assert registry.engine("llama.cpp").reads == "gguf"
+    assert registry.engine("vllm").reads == "checkpoint"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_llama_cpp_runs_a_gguf_file(run_sleb, tmp_path):
+    file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
+    result = run_sleb("bench", file, "--blocks", "4,1", "--every", 1, "--engine", "llama.cpp", *SHORT, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    for measured in data["workloads"]:
+        assert measured["engine_version"].startswith("llama_cpp_python ")
+        assert all(seconds > 0 for timing in measured["pruned"] for seconds in timing["e2els"])
+    generation = data["workloads"][1]
+    assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_llama_cpp_decodes_sequences_together_as_it_does_alone(tmp_path):
+    from sleb_plugins.engines.llama_cpp import LlamaCpp
+
+    file = write_llama_gguf(tmp_path / "tiny.gguf", 4)
+    prompts = [[5, 9, 200, 31, 7], [11, 12, 13], [300, 2, 2, 40]]
+    chosen = {}
+    for name, batches in (("together", [prompts]), ("alone", [[prompt] for prompt in prompts])):
+        model = LlamaCpp().load(file, sleb.EngineSettings("float32", 1, 3, 16))
+        decode, chosen[name] = model._decode, []
+
+        def remember(*given, decode=decode, into=chosen[name]):
+            into.append(decode(*given))
+            return into[-1]
+
+        model._decode = remember
+        runs = [model.run(batch, 6) for batch in batches]
+        model.close()
+        assert all(len(run.token_seconds) == 6 for run in runs)
+    alone = chosen["alone"]
+    assert chosen["together"] == [[alone[6 * n + step][0] for n in range(3)] for step in range(6)]
