@@ -44,9 +44,7 @@ def benchmark_engine(
         MachineError: the engine is not installed, or does not run here.
     """
     _require_applicable(request, engine)
-    version = engine.version() or None
-    architecture = subject.architecture
-    device = choose_device(AUTO)
+    architecture, device = subject.architecture, choose_device(AUTO)
     dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
     workloads = [
         workload.model_copy(update={"engine": engine.name})
@@ -54,37 +52,26 @@ def benchmark_engine(
     ]
     with threads(request.threads):
         settings = _settings(workloads, dtype_name(dtype), in_pairs=bool(subject.surgery.removals))
-    dense_surgery, surgeries = Surgery(architecture, ()), subject.sizes(request)
-    sizes: list[ModelSize] = []
-    compared: dict[Workload, list[Compared]] = {workload: [] for workload in workloads}
-    loader = _Loader(engine, write_files, settings, notify)
-    with loader.load(dense_surgery) as dense:
-        sizes.append(dense.size)
-        for surgery in surgeries:
-            with loader.load(surgery) as pruned:
-                sizes.append(pruned.size)
-                _time([dense, pruned], compared, notify)
-        if not surgeries:
-            _time([dense], compared, notify)
-    return BenchResult(
-        schema_version=1,
-        sleb_version=__version__,
-        kind="bench",
-        model=architecture.record,
-        dtype=_dtype_in_files(dense.files) or settings.dtype,
-        device=dense.model.device,
-        threads=settings.threads,
-        processor=processor_name(device),
-        governor=cpu_governor(),
-        torch=str(torch.__version__),
-        transformers=transformers.__version__,
-        dense=sizes[0],
-        pruned=tuple(sizes[1:]),
-        workloads=tuple(
-            workload_result(workload, found, Facts(work=_work(subject, workload, dtype), engine_version=version))
-            for workload, found in compared.items()
-        ),
-    )
+        timed = _time(subject, _Loader(engine, write_files, settings, notify), workloads, request)
+        return BenchResult(
+            schema_version=1,
+            sleb_version=__version__,
+            kind="bench",
+            model=architecture.record,
+            dtype=timed.dtype or settings.dtype,
+            device=timed.device,
+            threads=settings.threads,
+            processor=processor_name(device),
+            governor=cpu_governor(),
+            torch=str(torch.__version__),
+            transformers=transformers.__version__,
+            dense=timed.sizes[0],
+            pruned=tuple(timed.sizes[1:]),
+            workloads=tuple(
+                workload_result(workload, found, _facts(engine, subject, workload, dtype))
+                for workload, found in timed.compared.items()
+            ),
+        )
 
 
 def _require_applicable(request: BenchRequest, engine: Engine) -> None:
@@ -165,8 +152,33 @@ def _dtype_in_files(files: Path) -> str | None:
     return max(by_type, key=lambda name: by_type[name])
 
 
-def _time(models: Sequence[_Loaded], compared: dict[Workload, list[Compared]], notify: Notify) -> None:
-    """Time the dense model, the first one, in turn with the others."""
+@dataclass(frozen=True)
+class _Timed:
+    """What was timed: the sizes, the dense one first, and what they were compared in; `dtype` is that of a file."""
+
+    dtype: str | None
+    device: str
+    sizes: list[ModelSize]
+    compared: dict[Workload, list[Compared]]
+
+
+def _time(subject: Subject, loader: _Loader, workloads: Sequence[Workload], request: BenchRequest) -> _Timed:
+    """Time each size in turn with the dense model, two models at once; without sizes, the dense model alone."""
+    surgeries = subject.sizes(request)
+    with loader.load(Surgery(subject.architecture, ())) as dense:
+        compared: dict[Workload, list[Compared]] = {workload: [] for workload in workloads}
+        timed = _Timed(_dtype_in_files(dense.files), dense.model.device, [dense.size], compared)
+        for surgery in surgeries:
+            with loader.load(surgery) as pruned:
+                timed.sizes.append(pruned.size)
+                _compare([dense, pruned], timed.compared, loader.notify)
+        if not surgeries:
+            _compare([dense], timed.compared, loader.notify)
+    return timed
+
+
+def _compare(models: Sequence[_Loaded], compared: dict[Workload, list[Compared]], notify: Notify) -> None:
+    """Time the dense model, the first one, in turn with the other."""
     architecture = models[0].surgery.architecture
     names = [f"{len(one.surgery.removals)} blocks fewer" if one.surgery.removals else DENSE for one in models]
     runs = {name: one.model.run for name, one in zip(names, models, strict=True)}
@@ -174,6 +186,12 @@ def _time(models: Sequence[_Loaded], compared: dict[Workload, list[Compared]], n
     for workload, found in compared.items():
         measured = measure(runs, workload, architecture.text_config.vocab_size, notify)
         found.append(Compared(measured, removals))
+
+
+def _facts(engine: Engine, subject: Subject, workload: Workload, dtype: torch.dtype) -> Facts:
+    # A GGUF file has its own data types, so the bytes of the checkpoint are not those that are read.
+    work = _work(subject, workload, dtype) if engine.reads == "checkpoint" else None
+    return Facts(work=work, engine_version=engine.version() or None)
 
 
 def _work(subject: Subject, workload: Workload, dtype: torch.dtype) -> Work | None:
