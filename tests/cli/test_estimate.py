@@ -100,6 +100,7 @@ def test_a_sweep_has_a_table_for_each_workload(run_sleb, config_only):
     assert "generation, 4 x 8 prompt tokens, 4 new tokens each" in result.stdout
 
 
+@pytest.mark.slow
 def test_sizes_agree_with_the_benchmark(run_sleb, tiny_llama, config_only):
     blocks = ["--blocks", "4,1,2", "--every", 1]
     predicted = estimated(run_sleb, config_only, *blocks, *QUICK, *H100)

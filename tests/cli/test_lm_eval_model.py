@@ -60,6 +60,7 @@ def items_of(samples):
     return [sample["doc_id"] for sample in samples], hashes, [sample["acc"] for sample in samples], scores
 
 
+@pytest.mark.slow
 def test_lm_evals_own_command_agrees_with_ours_item_by_item(run_sleb, llama_plan, folder, tmp_path):
     assert run_sleb("apply", llama_plan, "-o", "applied", "-q").exit_code == 0
     ours = Tasks(EvalRequest(None, tasks=("own_words",), include_path=folder, batch_size=1))

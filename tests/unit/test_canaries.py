@@ -165,6 +165,7 @@ def test_they_are_part_of_the_package():
     assert tuple(group["task"]) == CANARIES
 
 
+@pytest.mark.slow
 def test_they_run_on_a_model_that_knows_nothing(tiny_llama):
     tasks = Tasks(EvalRequest(None, tasks=("canaries",), limit=2))
     model, tokenizer = (
