@@ -99,7 +99,8 @@ def _show_tasks(console: Console, tasks: tuple[TaskResult, ...], blocks: int) ->
             )  # fmt: skip
     console.print(table)
     if compared:
-        items = ", ".join(f"{task.task} {len(task.doc_ids)}" for task in tasks if task.doc_ids)
+        counts = {task.task: len(task.doc_ids) for task in tasks if task.doc_ids}
+        items = ", ".join(f"{name} {count}" for name, count in counts.items())
         needed = [size.items_needed for task in tasks for size in task.pruned if size.items_needed]
         more = f" To see 1 point takes {format_count(max(needed))} items at most." if needed else ""
         _print_legend(
