@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sleb_plugins.engine import Engine, EngineSettings, LoadedModel, TimedRun
-from sleb_plugins.engines.packages import import_engine, package_version
+from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
+from sleb_plugins.engines.packages import PackagedEngine
 from sleb_plugins.errors import MachineError, UnsupportedModelError
 
 _BATCH_TOKENS = 2048
@@ -30,21 +30,13 @@ class _Entry(NamedTuple):
     is_last: bool
 
 
-class LlamaCpp(Engine):
+class LlamaCpp(PackagedEngine):
     """llama.cpp on a GGUF file, with the data types of the file."""
 
     name = "llama.cpp"
     description = "llama.cpp, through llama-cpp-python; reads GGUF files"
     reads = "gguf"
-
-    def version(self) -> str:
-        """Return the version of llama-cpp-python.
-
-        Raises:
-            MachineError: it is not installed.
-        """
-        self._module()
-        return package_version("llama_cpp")
+    title, module, extra = "llama.cpp", "llama_cpp", "llama-cpp"
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a GGUF file, onto the GPU if this build of llama.cpp uses one.
@@ -53,10 +45,7 @@ class LlamaCpp(Engine):
             MachineError: llama-cpp-python is not installed, or the memory is short.
             UnsupportedModelError: llama.cpp does not read this file.
         """
-        return _LoadedGguf(self._module(), model, settings)
-
-    def _module(self) -> Any:
-        return import_engine("llama_cpp", "llama.cpp", "llama-cpp")
+        return _LoadedGguf(self.imported(), model, settings)
 
 
 class _LoadedGguf(LoadedModel):

@@ -4,9 +4,41 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import packages_distributions, version
-from typing import Any
+from typing import Any, ClassVar
 
+from sleb_plugins.engine import Engine
 from sleb_plugins.errors import MachineError
+
+
+class PackagedEngine(Engine):
+    """An engine in a Python package, which an extra of ours installs.
+
+    Attributes:
+        title: what errors call it.
+        module: its module.
+        extra: the extra.
+    """
+
+    title: ClassVar[str]
+    module: ClassVar[str]
+    extra: ClassVar[str]
+
+    def version(self) -> str:
+        """Return the package and its version.
+
+        Raises:
+            MachineError: it is not installed.
+        """
+        self.imported()
+        return package_version(self.module)
+
+    def imported(self) -> Any:
+        """Return the module.
+
+        Raises:
+            MachineError: it is not installed, or does not load on this machine.
+        """
+        return import_engine(self.module, self.title, self.extra)
 
 
 def import_engine(module: str, name: str, extra: str) -> Any:

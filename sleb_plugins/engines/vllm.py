@@ -11,29 +11,21 @@ from typing import Any
 
 import psutil
 
-from sleb_plugins.engine import Engine, EngineSettings, LoadedModel, TimedRun
-from sleb_plugins.engines.packages import import_engine, package_version
+from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
+from sleb_plugins.engines.packages import PackagedEngine
 from sleb_plugins.errors import MachineError
 
 _MEMORY_SHARE = 0.9
 """The share of a GPU's memory that vLLM takes by default; of a CPU's, we let it take what is free."""
 
 
-class Vllm(Engine):
+class Vllm(PackagedEngine):
     """vLLM on a checkpoint folder, without its prefix cache."""
 
     name = "vllm"
     description = "vLLM; reads checkpoints"
     reads = "checkpoint"
-
-    def version(self) -> str:
-        """Return the version of vLLM.
-
-        Raises:
-            MachineError: it is not installed.
-        """
-        self._module()
-        return package_version("vllm")
+    title, module, extra = "vLLM", "vllm", "vllm"
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a checkpoint folder.
@@ -41,7 +33,7 @@ class Vllm(Engine):
         Raises:
             MachineError: vLLM is not installed, or does not start with this model on this machine.
         """
-        vllm = self._module()
+        vllm = self.imported()
         try:
             return _LoadedCheckpoint(vllm, model, settings)
         except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
@@ -51,9 +43,10 @@ class Vllm(Engine):
                 hint="Run `vllm serve` on the folder for more; with less memory, measure one size at a time.",
             ) from error
 
-    def _module(self) -> Any:
+    def imported(self) -> Any:
+        """Return the module, which reads from the environment what it logs."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        return import_engine("vllm", "vLLM", "vllm")
+        return super().imported()
 
 
 class _LoadedCheckpoint(LoadedModel):

@@ -233,3 +233,8 @@ def workload_label(workload: Data) -> str:
     options = [name for name, key in (("compiled", "compiled"), ("static cache", "static_cache")) if workload[key]]
     label = f"{workload['name']} {workload['batch_size']} x {workload['prompt_length']}{new}{engine}"
     return ", ".join([label, *options])
+
+
+def gap_lines(pruning: Pruning) -> list[str]:
+    """Say what was not measured yet, and the commands that measure it, as the user types them here."""
+    return [f"not measured yet: {gap.part}; {gap.command}" for gap in Findings(pruning, public=False).missing]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
-from sleb_plugins.exporters.findings import Findings
+from sleb_plugins.exporters.findings import Findings, gap_lines
 from sleb_plugins.exporters.report.drawing import need_matplotlib, png_file, svg_file
 from sleb_plugins.exporters.report.sections import plots_of, sections
 from sleb_plugins.formats import plural
@@ -31,5 +31,4 @@ class Figures(FileExporter):
         pictures = {f"{plot.name}.svg": svg_file(plot) for plot in plots}
         pictures |= {f"{plot.name}.png": png_file(plot) for plot in plots}
         writer.write_folder(pictures, output, ".figures")
-        gaps = [f"not measured yet: {gap.part}; {gap.command}" for gap in Findings(pruning, public=False).missing]
-        return [f"{plural(len(plots), 'picture')}: {', '.join(plot.name for plot in plots)}", *gaps]
+        return [f"{plural(len(plots), 'picture')}: {', '.join(plot.name for plot in plots)}", *gap_lines(pruning)]

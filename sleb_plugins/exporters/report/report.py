@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
-from sleb_plugins.exporters.findings import Estimate, Findings, of_size, perplexity_change
+from sleb_plugins.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change
 from sleb_plugins.exporters.headline import sentences, speedup, warnings
 from sleb_plugins.exporters.report.drawing import NARROW, WIDE, Inlined, missing_extra, need_matplotlib
 from sleb_plugins.exporters.report.sections import plots_of, sections
@@ -38,8 +38,7 @@ class Report(FileExporter):
         findings = Findings(pruning)
         page = render_report(findings)
         file = writer.write_file(page.encode(), output, ".report.html")
-        gaps = [f"not measured yet: {gap.part}; {gap.command}" for gap in Findings(pruning, public=False).missing]
-        return [*gaps, f"look at it: {file.resolve().as_uri()}"]
+        return [*gap_lines(pruning), f"look at it: {file.resolve().as_uri()}"]
 
 
 def render_report(findings: Findings) -> str:
