@@ -6,20 +6,18 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
+from sleb_cli.engine.memory_limits import left_under_limits
+from sleb_cli.processes import local_rank, process_count
 from sleb_plugins import MachineError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 T = TypeVar("T")
-
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-
 
 CPU = torch.device("cpu")
 
@@ -27,27 +25,15 @@ CPU = torch.device("cpu")
 def free_bytes(device: torch.device) -> int:
     """Return the free bytes of the device, counting what torch's allocator holds unused.
 
-    A container may leave a process less memory than the machine has.
+    A container, a batch system or a shell may leave a process less memory than the machine has.
     """
     if device.type == "cpu":
-        return min(psutil.virtual_memory().available, _left_in_container())
+        return min(psutil.virtual_memory().available, left_under_limits())
     backend = torch.get_device_module(device.type)
     if device.type == "mps":
         return int(backend.recommended_max_memory() - backend.current_allocated_memory())
     unused = backend.memory_reserved(device) - backend.memory_allocated(device)
     return int(backend.mem_get_info(device)[0] + unused)
-
-
-def _left_in_container() -> int:
-    """Return the free bytes in the control group of this process; without a limit, more than any machine has."""
-    try:
-        limit = int((CONTROL_GROUP / "memory.max").read_text())  # "max" where there is no limit
-        used = int((CONTROL_GROUP / "memory.current").read_text())
-        held = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 2**63
-    reclaimable = int(held.get("file", 0)) - int(held.get("shmem", 0))
-    return max(0, limit - used + reclaimable)
 
 
 _DTYPES = {
@@ -61,11 +47,15 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "flo
 def choose_device(name: str) -> torch.device:
     """Resolve `auto` to this machine's accelerator or else the CPU, or check that the named device is available.
 
+    Of several processes on a machine with several accelerators, each takes its own unless one is named.
+
     Raises:
         UsageError: there is no such kind of device.
         MachineError: this machine, or this build of torch, does not have it.
     """
     accelerator = _accelerator()
+    if accelerator is not None and process_count() > 1 and name in ("auto", accelerator.type):
+        name = f"{accelerator.type}:{local_rank()}"
     if name == "auto":
         return accelerator or CPU
     try:
@@ -85,6 +75,13 @@ def choose_device(name: str) -> torch.device:
             hint=f"They are numbered from {device.type}:0.",
         )
     return device
+
+
+def input_device(model: Any) -> torch.device:
+    """Return where a model takes its tokens: where its embeddings run, if a device map spreads it out."""
+    if not hasattr(model, "_hf_hook"):
+        return torch.device(model.device)
+    return torch.device(model.get_input_embeddings()._hf_hook.execution_device)
 
 
 def _accelerator() -> torch.device | None:

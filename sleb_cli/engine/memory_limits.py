@@ -1,0 +1,84 @@
+"""How much memory this process may still take where a container, a batch system or a shell sets a limit.
+
+Containers, Slurm and systemd put a process into a control group. The limits of all groups above it hold, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import psutil
+
+PROC = Path("/proc/self")
+
+UNLIMITED = 2**63
+"""More than any machine has."""
+
+
+class _Files(NamedTuple):
+    """What a control group calls its limits, what it uses, and the page cache in it, with all groups below."""
+
+    limits: tuple[str, ...]
+    used: str
+    page_cache: tuple[str, ...]
+
+
+# In version 2, a process above `memory.high` is slowed down until it hardly moves.
+_VERSION_2 = _Files(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file"))
+_VERSION_1 = _Files(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+
+
+def left_under_limits() -> int:
+    """Return the bytes that this process may still take; without a limit, `UNLIMITED`."""
+    if sys.platform != "linux":
+        return UNLIMITED
+    return min([UNLIMITED, *_left_of_resources(), *(_left_in(folder, files) for folder, files in _groups())])
+
+
+def _left_of_resources() -> Iterator[int]:
+    """Yield what the limits of the shell leave: `ulimit -v` and `ulimit -d`."""
+    if sys.platform == "linux":
+        process = psutil.Process()
+        memory = process.memory_info()
+        for resource, used in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
+            limit, _ = process.rlimit(resource)
+            if limit != psutil.RLIM_INFINITY:
+                yield max(0, limit - used)
+
+
+def _left_in(folder: Path, files: _Files) -> int:
+    """Return what a control group has left; the uppermost has no limit, and so not all of the files."""
+    try:
+        limit = min(int(text) for name in files.limits if (text := (folder / name).read_text().strip()) != "max")
+        used = int((folder / files.used).read_text())
+        held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return UNLIMITED
+    # The page cache counts as used, but gives way.
+    return max(0, limit - used + sum(int(held.get(pages, 0)) for pages in files.page_cache))
+
+
+def _groups() -> Iterator[tuple[Path, _Files]]:
+    """Yield the control groups of this process: its own, and all above it that can be seen from here."""
+    try:
+        own = [line.split(":", 2)[1:] for line in (PROC / "cgroup").read_text().splitlines()]
+        mounts = [line.split() for line in (PROC / "mountinfo").read_text().splitlines()]
+    except OSError:
+        return
+    paths = {controller: path for controllers, path in own for controller in controllers.split(",")}
+    for mount in mounts:
+        root, place = mount[3:5]
+        kind, _, options = mount[mount.index("-") + 1 :]
+        if kind == "cgroup2":
+            path, files = paths.get(""), _VERSION_2
+        elif kind == "cgroup" and "memory" in options.split(","):
+            path, files = paths.get("memory"), _VERSION_1
+        else:
+            continue
+        if path is not None:
+            # A container may see its own group as the root, under whatever name it has outside.
+            inside = PurePosixPath(path).relative_to(root) if PurePosixPath(path).is_relative_to(root) else Path()
+            yield from ((Path(place, above), files) for above in (inside, *inside.parents))
