@@ -53,6 +53,11 @@ def require_new_file(path: Path, *, force: bool) -> None:
         pass
 
 
+def free_space(path: Path) -> int:
+    """Return the free bytes of the disk where `path` is, or would be."""
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
 def require_space(path: Path, needed: int) -> None:
     """Make sure, before anything is written, that `needed` bytes fit where `path` will be.
 
@@ -60,7 +65,7 @@ def require_space(path: Path, needed: int) -> None:
         OutputError: they do not.
     """
     place = path.absolute().parent
-    free = shutil.disk_usage(place).free
+    free = free_space(place)
     if free < needed:
         raise OutputError(
             f"{format_bytes(needed)} must be written, but the disk of {place} has only {format_bytes(free)} free.",

@@ -19,6 +19,9 @@ WorkloadName = Literal["prompt", "generation"]
 Chat = Literal["all", "answers"]
 """Which tokens of conversations count: all, or those that the assistant writes."""
 
+LoadIn = Literal["8bit", "4bit"]
+"""In how few bits weights are held during a search."""
+
 StrategyName = Literal["greedy", "refine", "beam", "oneshot", "contiguous", "last"]
 """How a search chooses blocks: see `engine/search/strategies.py`."""
 
@@ -111,6 +114,24 @@ Dtype = Annotated[
     Doc("float32, bfloat16, float16, or auto (the checkpoint's own).", default=AUTO, panel=_MACHINE),
 ]
 Device = Annotated[str, Doc("cpu, cuda, cuda:1, mps, xpu, npu, or auto.", panel=_MACHINE)]
+Stream = Annotated[
+    bool | None,
+    Doc(
+        "Read one block's weights at a time from the files, for a model larger than memory.",
+        default="if it does not fit",
+        flag="--stream/--no-stream",
+        panel=_MACHINE,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    Doc(
+        "Spread the model over several devices, and over CPU memory and disk: auto, balanced, sequential, or a JSON "
+        "file from module names to devices.",
+        metavar="MAP",
+        panel=_MACHINE,
+    ),
+]
 Revision = Annotated[str | None, Doc("Branch, tag or commit of a model on the Hub.", panel=_MACHINE)]
 TrustRemoteCode = Annotated[bool, Doc("Run Python code that comes with the model.", panel=_MACHINE)]
 Force = Annotated[bool, Doc("Overwrite existing output.", panel=_OUTPUT)]
@@ -284,6 +305,12 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         Doc("Memory for the search beside the model: 8GiB.", default="a share of what is free", panel=_MACHINE),
     ] = None
     batch_size: Annotated[int | None, Doc("Sequences per forward pass.", default="by device", panel=_MACHINE)] = None
+    stream: Stream = None
+    device_map: DeviceMap = None
+    load_in: Annotated[
+        LoadIn | None,
+        Doc("Hold the weights in 8 or 4 bits during the search.", metavar="8bit|4bit", panel=_MACHINE),
+    ] = None
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     extend: Annotated[
@@ -416,6 +443,8 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     device: Annotated[
         str | None, Doc("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", default=AUTO, panel=_RECOVERY)
     ] = None
+    stream: Stream = None
+    device_map: DeviceMap = None
     push: Annotated[
         str | None, Doc("Upload the checkpoint to the Hub, private.", metavar="ORG/NAME", panel=_OUTPUT)
     ] = None
@@ -485,6 +514,8 @@ class EvalRequest(SizesRequest):
     fresh: Annotated[bool, Doc("Measure again what is in the cache.", panel=_QUALITY)] = False
     dtype: Dtype = None
     device: Device = AUTO
+    stream: Stream = None
+    device_map: DeviceMap = None
     output: ResultFile = None
     force: Force = False
 

@@ -215,6 +215,11 @@ def llama_plan(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Pat
     return plan
 
 
+def slow(value: Any) -> Any:
+    """Return a parameter of a test that runs with the slow ones."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def few_bytes() -> None:
     """Limit the files of this process, a child about to run a command, to 20 kB."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -182,7 +182,11 @@ class SimulatedTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, payload: Tensor, device: torch.device) -> "SimulatedTensor":
+    def __new__(
+        cls, payload: Tensor, device: torch.device | None = None, *, requires_grad: bool = False
+    ) -> "SimulatedTensor":
+        if device is None:  # accelerate makes a parameter of a parameter's class, wherever the values are
+            return torch.nn.Parameter(payload, requires_grad)
         if payload.dtype is torch.float64 and not backend.settings.float64:
             backend.refuse(
                 TypeError(
@@ -315,7 +319,7 @@ def _wrapped(value: Any, device: torch.device, known: dict[int, SimulatedTensor]
         if own.shape != value.shape:  # the operation resized what it was to write to
             own.data = SimulatedTensor(value, device)
         return own
-    return SimulatedTensor(value, device) if device.type == KIND else value
+    return SimulatedTensor(value, device) if device.type == KIND else value.to(device)
 
 
 def _require_one_device(name: str, tensors: list[Tensor]) -> None:

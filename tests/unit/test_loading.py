@@ -1,6 +1,8 @@
 """What is loaded: one set of weights for two models, the same settings for both, straight to the device."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +89,17 @@ def test_a_folder_without_generation_settings_needs_none(tmp_path):
     (folder / "generation_config.json").unlink(missing_ok=True)
     _, pruned = load_both(surgery_of(folder))
     assert pruned.generation_config.eos_token_id == pruned.config.eos_token_id
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_the_stored_dtype_processes_share_the_pages_of_the_file(tmp_path, dtype):
+    folder = save_model(tmp_path / "model", llama_config(4, hidden_size=256, intermediate_size=512))
+    model = load_dense(surgery_of(folder).architecture, dtype, CPU, lambda event: None)
+    mapped = [
+        range(*(int(bound, 16) for bound in line.split()[0].split("-")))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(folder / "model.safetensors"))
+    ]
+    shared = [any(weight.data_ptr() in part for part in mapped) for weight in model.parameters()]
+    assert all(shared) if dtype is torch.float32 else not any(shared)

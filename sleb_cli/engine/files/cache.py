@@ -15,6 +15,18 @@ def cache_root() -> Path:
     return Path(chosen).expanduser().absolute() if chosen else user_cache_path("sleb")
 
 
+def existing_cache() -> Path:
+    """Return the cache folder, for temporary files as large as models; it is made if it is missing.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    root = cache_root()
+    with writing(root, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
+        root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all."""
     folder = cache_root() / name

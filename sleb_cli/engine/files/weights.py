@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,14 +118,19 @@ class WeightFiles:
         """Return the names of all tensors."""
         return [tensor.name for tensor in self.stored]
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read every tensor once, in the files' order, one file open at a time.
+    def tensors(self, names: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read every tensor once, or only those of these names, in the files' order, one file open at a time.
 
         Raises:
             ModelError: a file is truncated, or a pickle holds more than tensors.
         """
-        for path in self.paths:
-            yield from _safetensors(path) if path.suffix == ".safetensors" else load_pickle(path).items()
+        for header in self.headers:
+            wanted = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
+            if wanted and header.path.suffix == ".safetensors":
+                yield from _safetensors(header.path, wanted)
+            elif wanted:
+                held = load_pickle(header.path)
+                yield from ((name, held[name]) for name in wanted)
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -218,13 +223,13 @@ def _broken(path: Path) -> ModelError:
     return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")
 
 
-def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _safetensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         opened = safe_open(path, framework="pt")
     except SafetensorError as error:
         raise _broken(path) from error
     with opened as file:
-        for name in file.offset_keys():
+        for name in names:
             yield name, file.get_tensor(name)
 
 

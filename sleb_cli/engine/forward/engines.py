@@ -33,6 +33,8 @@ def _why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
     count = len(skippable.switches)
     blocks = sorted({round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)})
     blocks = list(range(count)) if count <= 2 * CHECKED_CANDIDATES else blocks
+    if not skippable.weights.resident:
+        blocks = [count // 2]  # each whole pass reads all weights
     checked = min(CHECKED_POSITIONS, ids.shape[1])
     parts = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
     try:

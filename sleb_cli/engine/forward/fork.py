@@ -15,10 +15,12 @@ fills the device's matrix units.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from types import MappingProxyType
 
 from torch import Tensor
 
+from sleb_cli.engine.forward.holding import Hold, in_place
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
@@ -27,7 +29,7 @@ class Walk:
     """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
 
     Call `advance` for each block from `start` on, in order: all blocks for one batch, or all batches for one block,
-    whose weights are then needed only once. Without candidates, the base goes through all blocks.
+    whose weights are then needed only once (`walk_together`). Without candidates, the base goes through all blocks.
     """
 
     def __init__(
@@ -37,8 +39,12 @@ class Walk:
         states: States,
         removed: Collection[int],
         candidates: Sequence[int],
+        *,
+        keep: Mapping[int, int] = MappingProxyType({}),
+        hold: Hold = in_place,
     ) -> None:
         self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
+        self.keep, self.hold = keep, hold
         self.branches: dict[int, Tensor] = {}
         known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
         self.forks = [branch for branch, depth in known.items() if depth is None]
@@ -57,21 +63,57 @@ class Walk:
         return sum(begin <= block < ends.get(branch, block + 1) for branch, begin in begins.items() for block in stays)
 
     def advance(self, block: int) -> None:
-        """Run `block` on every branch of the walk, except the branch that leaves it out."""
+        """Run `block` on every branch of the walk, except the branch that leaves it out.
+
+        Where `keep` names its depth, keep so many of the lowest branches that are about to enter it.
+        """
+        if block in self.keep:
+            lowest = sorted(self.branches)[: self.keep[block]]
+            self.states.at[block] |= {branch: self.branches[branch] for branch in lowest}
         self.branches |= {
             branch: self.states.at[block][branch] for branch, depth in self.enters.items() if depth == block
         }
         if block in self.forks:
-            self.branches[block] = self.branches[BASE]
+            self.branches[block] = self.hold(block, self.branches[BASE])
             if block == self.forks[-1]:  # no branch forks off later, so the base ends here
                 self.states.at[block][BASE] = self.branches.pop(BASE)
         if block not in self.removed:
             for branch in [branch for branch in self.branches if branch != block]:
-                self.branches[branch] = self.skippable.run_block(self.calls[block], self.branches[branch])
+                leaving = self.skippable.run_block(self.calls[block], self.branches[branch])
+                self.branches[branch] = self.hold(branch, leaving)
 
-    def keep(self, depth: int, count: int) -> None:
-        """Keep the `count` lowest branches that are about to enter the block at `depth`."""
-        self.states.at[depth] |= {branch: self.branches[branch] for branch in sorted(self.branches)[:count]}
+    def progress(self, depth: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield the depth, the branch and the hidden states of all from which the walk can go on at `depth`."""
+        for branch, hidden in self.branches.items():
+            yield depth, branch, hidden
+        for branch, enters in self.enters.items():
+            if enters >= depth:
+                yield enters, branch, self.states.at[enters][branch]
+
+    def ran(self, block: int) -> int:
+        """How many branches went through a block that the walk has just advanced by."""
+        return 0 if block in self.removed else len(self.branches) - (block in self.branches)
+
+
+def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[int]:
+    """Advance walks to the end, block by block, and yield each block after all of them.
+
+    So the weights of a block are needed once, for all walks.
+    """
+    end = len(skippable.switches)
+    start = min((walk.start for walk in walks), default=end)
+    wanted = [
+        block for block in range(start, end) if any(block >= walk.start and block not in walk.removed for walk in walks)
+    ]
+    here = skippable.weights.visit(wanted)
+    with closing(here):
+        for block in range(start, end):
+            if block in wanted:
+                next(here)
+            for walk in walks:
+                if block >= walk.start:
+                    walk.advance(block)
+            yield block
 
 
 def fork(
@@ -101,15 +143,12 @@ def fork(
     size = per_walk or len(candidates) or 1
     for first in range(0, len(candidates) or 1, size):
         group = candidates[first : first + size]
-        walk = Walk(skippable, calls, states, removed, group)
+        walk = Walk(skippable, calls, states, removed, group, keep=keep)
         total = walk.block_branches
         if not total:  # without the candidate, no block is left to run
             advanced(1, 1)
-        for block in range(walk.start, len(calls)):
-            if block in keep:
-                walk.keep(block, keep[block])
-            walk.advance(block)
+        for block in walk_together(skippable, [walk]):
             if total:
-                advanced(0 if block in removed else len(walk.branches) - (block in walk.branches), total)
+                advanced(walk.ran(block), total)
         for branch in group or [BASE]:
             yield branch, walk.branches.pop(branch)

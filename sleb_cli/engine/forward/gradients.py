@@ -8,7 +8,7 @@ exist at a time, and the graph of one block on one batch. Gradients in float16 a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from sleb_cli.engine.forward.loss_scale import largest_in_range, starting_scale,
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.units import format_bytes
-from sleb_plugins import MachineError
+from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
@@ -37,7 +37,7 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
     model = passes.skippable.model
     model.requires_grad_(False)
     yield_blocks = _one_by_one if passes.engine == "fork" else _all_together
-    message = f"Gradients do not fit into the memory of {model.device}."
+    message = f"Gradients do not fit into the memory of {passes.skippable.device}."
     try:
         with translate_out_of_memory(message, "Use a smaller --batch-size, fewer --samples, or --device cpu."):
             yield from yield_blocks(passes, removed, blocks)
@@ -49,6 +49,7 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
 def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
     skippable = passes.skippable
     sums = {block: _Sums(_weights(skippable, block)) for block in blocks}
+    _require_in_place(skippable, sums)
     parameters = [parameter for of_block in sums.values() for parameter in of_block.totals]
     scale = starting_scale(skippable.model.dtype, passes.batches[0].shape[1] * _sequences(passes))
     for batch, ids in enumerate(passes.batches):
@@ -71,9 +72,8 @@ def _one_by_one(passes: Passes, removed: Collection[int], blocks: Sequence[int])
     inputs = _Inputs(passes, removed)
     gradients = [_gradient_of_head(passes, batch, hidden) for batch, hidden in enumerate(inputs.final)]
     calls = inputs.calls
-    for block in reversed(range(min(blocks), len(skippable.switches))):
-        if block in removed:
-            continue
+    kept = [block for block in range(min(blocks), len(skippable.switches)) if block not in removed]
+    for block in skippable.weights.visit(reversed(kept)):
         sums = _Sums(_weights(skippable, block) if block in blocks else [])
         for batch, hidden in enumerate(inputs.of(block)):
             gradients[batch] = _backpropagate(skippable, calls[batch][block], hidden, gradients[batch], sums)
@@ -209,6 +209,15 @@ def _backpropagate(skippable: SkippableModel, call: Call, hidden: Tensor, gradie
 def _weights(skippable: SkippableModel, block: int) -> list[Tensor]:
     """Return the parameters of a block that can have a gradient."""
     return [p for p in skippable.switches[block].block.parameters() if p.is_floating_point()]
+
+
+def _require_in_place(skippable: SkippableModel, sums: Mapping[int, _Sums]) -> None:
+    if away := [block for block, of_block in sums.items() if any(p.is_meta for p in of_block.totals)]:
+        raise UnsupportedModelError(
+            f"The blocks of {skippable.model.config.model_type} cannot be run alone, so all of them need their weights "
+            f"for gradients, and those of block {away[0]} are offloaded.",
+            hint="Use another metric, or a device map without cpu and disk.",
+        )
 
 
 def _loss_mask(passes: Passes, batch: int) -> Tensor | None:

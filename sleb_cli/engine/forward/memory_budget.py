@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sleb_cli.engine.device import free_bytes
+from sleb_cli.processes import local_count
 from sleb_cli.units import format_bytes, parse_bytes
 from sleb_plugins import MachineError
 
@@ -118,9 +119,7 @@ def resolve_memory_budget(
     size = min(batch or max(1, min(most, max(fewest, sequences // min_batches))), sequences)
 
     def needed(size: int, positions: int) -> int:
-        # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
-        scored = min(positions * footprint.scored, COPIES_WIDENED * settings.widened_bytes)
-        return size * length * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
+        return working_bytes(footprint, settings, size * length, positions)
 
     while needed(size, positions) > available and (positions > 16 or (size > 1 and batch is None)):
         if positions > 16:
@@ -143,6 +142,13 @@ def resolve_memory_budget(
     )
 
 
+def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, positions: int) -> int:
+    """Return the bytes in use while a block or the head runs on a batch of so many tokens."""
+    # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
+    scored = min(positions * footprint.scored, COPIES_WIDENED * settings.widened_bytes)
+    return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
+
+
 def available_memory(device: torch.device, asked: str | None) -> int:
     """Return the bytes that a search may take beside the model: `asked`, or else a share of what is free.
 
@@ -151,4 +157,5 @@ def available_memory(device: torch.device, asked: str | None) -> int:
     """
     if asked is not None:
         return parse_bytes(asked, "--memory")
-    return int(free_bytes(device) * settings_for(device).share)
+    processes = local_count() if device.type in _SETTINGS else 1  # which share the memory of the machine
+    return int(free_bytes(device) * settings_for(device).share) // processes

@@ -6,15 +6,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.device import CPU, free_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
-from sleb_cli.engine.forward.fork import fork
+from sleb_cli.engine.forward.fork import Walk, fork, walk_together
+from sleb_cli.engine.forward.holding import ENTERING, Hold, Holding, SharedInputs, in_turns
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
 from sleb_cli.engine.forward.memory_budget import (
     COPIES_OF_LOGITS,
@@ -24,22 +27,32 @@ from sleb_cli.engine.forward.memory_budget import (
     available_memory,
     resolve_memory_budget,
     settings_for,
+    working_bytes,
 )
+from sleb_cli.engine.forward.saved_walk import SavedWalk
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.plan import Engine
+from sleb_cli.units import format_bytes
 from sleb_plugins import LogitMetric, UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
 
+# The hidden states that a streamed step holds beside the candidates': what enters the first block, the base where the
+# next group starts, the base, and the dense model's.
+BESIDE_CANDIDATES = 4
+
 # About what share of a candidate's evaluation the blocks take, and the head does not; only progress depends on it.
 BLOCKS_SHARE = 0.7
 
 
 K = TypeVar("K")
+
+Unit = tuple[int, Sequence[int]]
+"""A batch, and the candidates to score on it."""
 
 Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
 """Takes a block and what enters and leaves it, [sequences, positions, hidden size]; returns scores by key."""
@@ -69,10 +82,14 @@ class Passes:
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
     available: int = 2**63
     """The bytes that may be taken beside the model."""
+    holding: Holding = field(default_factory=Holding)
+    """Where the hidden states of streamed walks are held."""
+    saved_walk: SavedWalk = field(default_factory=SavedWalk)
 
     _removed: tuple[int, ...] = ()
     _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States))
     _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _shared: SharedInputs = field(default_factory=SharedInputs)
 
     def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
         """Return passes over other sequences, in batches of the same size, that keep no states."""
@@ -87,7 +104,38 @@ class Passes:
             self.engine,
             loss_mask=which,
             available=self.available,
+            holding=self.holding,
         )
+
+    def score_units(
+        self, metric: LogitMetric, removed: Sequence[int], units: Sequence[Unit]
+    ) -> Iterator[tuple[int, int, list[float]]]:
+        """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
+
+        If blocks are streamed, the weights of each are read once for all units, or for a group of the candidates if the
+        hidden states of all do not fit into memory.
+
+        Raises:
+            OutOfMemory: the pieces are as small as they can be.
+        """
+        if self.skippable.weights.resident:
+            for batch, candidates in units:
+                for block, scores in self.scores(metric, batch, removed, candidates):
+                    yield batch, block, scores
+            return
+        self._drop_outdated(tuple(removed))
+        left = {batch: list(candidates) or [BASE] for batch, candidates in units}
+        while any(left.values()):
+            with self._smaller_pieces():
+                group = {batch: branches[: self.budget.branches] for batch, branches in left.items() if branches}
+                missing = [(batch, [b for b in branches if b != BASE]) for batch, branches in group.items()]
+                for batch, block, scores in self._score_together(metric, removed, missing):
+                    left[batch].remove(block)
+                    yield batch, block, scores
+            if any(left.values()):
+                free_memory()
+        for states in self._states.values():
+            states.shrink(self.budget.kept, list(states.at))
 
     def scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
@@ -132,7 +180,7 @@ class Passes:
     def _no_smaller(self, error: Exception) -> OutOfMemory:
         if isinstance(error, OutOfMemory):
             return error
-        device, length = self.skippable.model.device, self.batches[0].shape[1]
+        device, length = self.skippable.device, self.batches[0].shape[1]
         return OutOfMemory(
             f"A sequence of {length} tokens does not fit into the memory of {device}.",
             hint="Use a smaller --sequence-length, a narrower --dtype, or --device cpu.",
@@ -144,7 +192,7 @@ class Passes:
         self._dense.clear()
         self.notify(
             Notice(
-                f"Out of memory on {self.skippable.model.device}; continuing with {less.branches} candidates, "
+                f"Out of memory on {self.skippable.device}; continuing with {less.branches} candidates, "
                 f"{less.sequences} sequences and {less.positions} positions at once."
             )
         )
@@ -189,6 +237,61 @@ class Passes:
             self.notify(SearchAdvanced((1 - BLOCKS_SHARE) * len(ids) if candidates else 0))
         states.shrink(kept, list(depths))
 
+    def _score_together(
+        self, metric: LogitMetric, removed: Sequence[int], units: Sequence[Unit]
+    ) -> Iterator[tuple[int, int, list[float]]]:
+        """Score all units in one walk with the blocks outermost."""
+        parts = [(part, candidates) for batch, candidates in units for part in self._parts(batch)]
+        if self.holding.spill_to is not None:
+            self._dense.clear()  # a file of its own for each step, which its states would keep open
+        self.saved_walk.restore(removed, self._states)
+        wanted = [part for part, _ in parts if metric.needs_dense_logits and part.key not in self._dense]
+        hold = self.holding.open(sum(len(candidates) + 3 for _, candidates in parts) + 2 * len(wanted))
+        walks = {
+            part.key: self._walk(part, removed, candidates, partial(hold, number))
+            for number, (part, candidates) in enumerate(parts)
+        }
+        dense = {
+            part.key: self._walk(part, (), (), partial(hold, len(parts) + number), States())
+            for number, part in enumerate(wanted)
+        }
+        evaluations = {part.key: BLOCKS_SHARE * len(part.ids) * len(candidates) for part, candidates in parts}
+        passes = {key: max(1, walk.block_branches) for key, walk in walks.items()}
+        for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
+            for key, walk in walks.items():
+                self.notify(SearchAdvanced(evaluations[key] * walk.ran(block) / passes[key]))
+            self.saved_walk.save(block + 1, removed, walks)
+        self._dense |= {key: walk.branches.pop(BASE) for key, walk in dense.items()}
+        gathered: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        ends = {part.key[0]: part.key for part, _ in parts}
+        for part, candidates in parts:
+            batch = part.key[0]
+            for block in candidates or [BASE]:
+                gathered[batch, block] += self._score_final(metric, part, walks[part.key].branches.pop(block)).tolist()
+                self.notify(SearchAdvanced((1 - BLOCKS_SHARE) * len(part.ids) if candidates else 0))
+                if part.key == ends[batch]:
+                    yield batch, block, gathered[batch, block]
+
+    def _walk(
+        self, part: _Part, removed: Sequence[int], candidates: Sequence[int], hold: Hold, states: States | None = None
+    ) -> Walk:
+        """Return a walk whose calls hold what all parts share once, and what enters the first block as walks do."""
+        calls = self._shared.of(self.skippable.calls(part.ids))
+        entering = hold(ENTERING, calls[0].entering)
+        calls = [replace(call, entering=entering) for call in calls]
+        own = self._states[part.key] if states is None else states
+        depths = depths_to_keep(self.ranking, candidates, self.budget.kept, KEPT_DEPTHS)
+        return Walk(self.skippable, calls, own, removed, candidates, keep=depths, hold=hold)
+
+    def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> Tensor:
+        """Return each sequence's score, float64 [batch], from what leaves the last block."""
+        device = self.skippable.device
+        dense = self._dense[part.key].to(device) if metric.needs_dense_logits else None
+        positions, loss_mask = self.budget.positions, part.loss_mask
+        return score_hidden_states(
+            metric, self.skippable, hidden.to(device), part.ids, dense, loss_mask=loss_mask, positions=positions
+        )
+
     def _one_by_one(
         self, metric: LogitMetric, part: _Part, removed: Sequence[int], candidates: Sequence[int]
     ) -> Iterator[tuple[int, Tensor]]:
@@ -227,12 +330,9 @@ class Passes:
         if self.engine != "fork" or not self.budget.kept:
             return 1.0
         last, leader = len(self.skippable.switches), (self.ranking or candidates[len(candidates) // 2 :])[0]
-        block = sum(weight.numel() for weight in self.skippable.switches[leader].block.parameters())
-        output = self.skippable.model.get_output_embeddings()
-        head = sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0
         whole = sum(last - candidate for candidate in candidates) + last
         spared = sum(leader - candidate for candidate in candidates if candidate < leader) + leader
-        return 1 - spared / (whole + head * len(candidates))
+        return 1 - spared / (whole + self.skippable.head_blocks * len(candidates))
 
     def watch(
         self, batch: int, removed: Sequence[int], candidates: Sequence[int], start: Callable[[], Listener[K]]
@@ -258,6 +358,41 @@ class Passes:
                 free_memory()
         return found[0]
 
+    def watch_together(
+        self,
+        batches: Sequence[int],
+        removed: Sequence[int],
+        candidates: Sequence[int],
+        start: Callable[[], Listener[K]],
+        *,
+        remembered: int = 1,
+    ) -> dict[int, dict[K, list[float]]]:
+        """Watch several batches, and return what `watch` returns for each; streamed weights are read once for all.
+
+        A listener may use what entered the last `remembered` blocks.
+        """
+        if self.skippable.weights.resident:
+            return {batch: self.watch(batch, removed, candidates, start) for batch in batches}
+        parts = [part for batch in batches for part in self._parts(batch)]
+        places = remembered + 1
+        hold, found = (
+            self.holding.open(places * len(parts)),
+            {batch: defaultdict[K, list[float]](list) for batch in batches},
+        )
+        walks = [
+            self._walk(part, removed, (), in_turns(partial(hold, n), places), States()) for n, part in enumerate(parts)
+        ]
+        listeners = [start() for _ in parts]
+        entering = [walk.calls[0].entering for walk in walks]
+        for block in walk_together(self.skippable, walks):
+            for n, (part, walk) in enumerate(zip(parts, walks, strict=True)):
+                leaving = walk.branches[BASE]
+                if block in candidates:
+                    for key, scores in listeners[n](block, entering[n], leaving):
+                        found[part.key[0]][key] += scores
+                entering[n] = leaving
+        return {batch: dict(scores) for batch, scores in found.items()}
+
     def _watch(
         self, ids: Tensor, removed: Sequence[int], candidates: Sequence[int], listen: Listener[K]
     ) -> Iterator[tuple[K, list[float]]]:
@@ -272,7 +407,7 @@ class Passes:
         states = self.skippable.run_blocks(calls, calls[0].entering, removed)
         for block, (entering, leaving) in enumerate(pairwise(states)):
             if block in candidates:
-                yield from listen(block, entering, leaving)
+                yield from listen(block, entering.to(ids.device), leaving.to(ids.device))
 
     def in_batches_of(self, size: int) -> Passes:
         """Return passes over the same sequences, this many in a batch, that keep no states."""
@@ -290,6 +425,8 @@ def prepare_passes(
     batch_size: int | None = None,
     min_batches: int = 1,
     checked: int | None = None,
+    host_memory: str | None = None,
+    spill_to: Path | None = None,
 ) -> tuple[Passes, str | None]:
     """Fit the passes over these sequences into memory and choose the engine; also return the reason if it is not fork.
 
@@ -302,13 +439,16 @@ def prepare_passes(
         batch_size: sequences in a batch; None chooses it by the device.
         min_batches: how many batches to make at least, if there are enough sequences.
         checked: on how many tokens of a sequence the engine is checked; None for all.
+        host_memory: as `memory`, of the CPU, where hidden states are held if the device has too little.
+        spill_to: the folder of a file for hidden states that do not fit into memory, if those of all sequences are held
+            while blocks are streamed.
 
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
     with torch.inference_mode():
         footprint = _footprint(skippable, sequences[:1, :2])
-        available = available_memory(sequences.device, memory)
+        available = min(available_memory(device, memory) for device in skippable.devices)
         budget = resolve_memory_budget(
             available,
             footprint,
@@ -325,7 +465,48 @@ def prepare_passes(
         budget = replace(budget, sequences=max(1, min(budget.sequences, fitting)))
     batches = torch.split(sequences, budget.sequences)
     which = None if loss_mask is None else torch.split(loss_mask, budget.sequences)
-    return Passes(skippable, batches, budget, notify, engine, loss_mask=which, available=available), reason
+    passes = Passes(skippable, batches, budget, notify, engine, loss_mask=which, available=available)
+    if skippable.weights.resident:
+        return passes, reason
+    if engine != "fork":
+        raise UnsupportedModelError(
+            f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
+        )
+    return passes if spill_to is None else _hold_all(passes, footprint, host_memory or memory, spill_to), reason
+
+
+def _hold_all(passes: Passes, footprint: Footprint, host_memory: str | None, spill_to: Path) -> Passes:
+    """Choose where the hidden states of all sequences and branches are held, and how many are kept between steps.
+
+    If those of all candidates do not fit into memory, a step either goes through the model with a group of them at a
+    time, or spills them to a file, whichever moves fewer bytes.
+    """
+    device, skippable = passes.skippable.device, passes.skippable
+    count = len(skippable.switches)
+    of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
+    largest = passes.batches[0].numel()
+    room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
+    on_host = device != CPU and room < (count + BESIDE_CANDIDATES) * of_branch
+    if on_host:
+        room = available_memory(CPU, host_memory)
+    branches = max(0, room // of_branch - BESIDE_CANDIDATES)
+    kept = max(0, branches - count) // 2
+    weights = sum(weight.nbytes for switch in skippable.switches for weight in switch.block.parameters())
+    # A group goes through half of the blocks on average; a spilled branch is read and written at each of half of them.
+    if branches >= count or (branches and count / branches * weights / 2 < count**2 * of_branch):
+        budget = replace(passes.budget, branches=min(branches, count), kept=kept)
+        return replace(passes, holding=Holding(on_host=on_host), budget=budget)
+    budget = replace(passes.budget, branches=count, kept=0)
+    states = format_bytes((count + BESIDE_CANDIDATES) * of_branch)
+    place = spill_to.absolute()
+    passes.notify(Notice(f"The hidden states of a step take up to {states}; they wait in a file in {place}."))
+    return replace(passes, holding=Holding(spill_to, slot_bytes=largest * footprint.branch), budget=budget)
+
+
+def _width(module: nn.Module) -> int:
+    """Return the greatest number of values that a module makes of one; packed weights do not have the shape for it."""
+    sizes = [max(weight.shape, default=1) for weight in module.parameters(recurse=False)]
+    return max(getattr(module, "in_features", 0), getattr(module, "out_features", 0)) or max(sizes, default=1)
 
 
 def _choose_engine(skippable: SkippableModel, ids: Tensor) -> tuple[Engine, str | None]:
@@ -341,19 +522,17 @@ def _choose_engine(skippable: SkippableModel, ids: Tensor) -> tuple[Engine, str 
 
 def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
-    entering = skippable.entering_states(ids, ())
+    entering = skippable.entering_states(ids, range(1, len(skippable.switches)))
     if not entering:
         raise UnsupportedModelError(
             f"{skippable.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
         )
     hidden = next(iter(entering.values()))
-    logits = skippable.logits(ids, ())
+    logits = skippable.logits(ids, range(len(skippable.switches)))
     width = hidden.shape[-1]
-    widest = max(
-        [width, *(max(weight.shape, default=1) for g in skippable.switches for weight in g.block.parameters())]
-    )
+    widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])
     return Footprint(
-        branch=width * hidden.itemsize,
+        branch=hidden.nbytes // ids.numel(),
         block=4 * (8 * width + 4 * widest),
         logits=COPIES_OF_LOGITS * logits.shape[-1] * logits.itemsize,
         scored=COPIES_WIDENED * logits.shape[-1] * 4,

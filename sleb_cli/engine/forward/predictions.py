@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from sleb_cli.engine.forward.fork import fork
+from sleb_cli.engine.device import CPU
+from sleb_cli.engine.forward.fork import Walk, fork, walk_together
+from sleb_cli.engine.forward.holding import SharedInputs, in_host_memory, in_place
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.states import States
+from sleb_cli.engine.forward.states import BASE, States
 from sleb_cli.plan import Engine
 
 
@@ -19,14 +22,41 @@ class Predictions:
     once.
     """
 
-    def __init__(self, skippable: SkippableModel, ids: Tensor, removed: Sequence[int], engine: Engine) -> None:
-        self._skippable, self._ids = skippable, ids
-        self._hidden = next(fork(skippable, ids, removed, (), States()))[1] if engine == "fork" else None
-        self._logits = None if engine == "fork" else skippable.logits(ids, removed)
+    def __init__(
+        self, skippable: SkippableModel, ids: Tensor, *, hidden: Tensor | None = None, logits: Tensor | None = None
+    ) -> None:
+        self._skippable, self._ids, self._hidden, self._logits = skippable, ids, hidden, logits
 
     def __getitem__(self, part: slice) -> Tensor:
         """Return the logits at these positions, [batch, positions, vocabulary]."""
         if self._hidden is None:
             assert self._logits is not None
             return self._logits[:, part]
-        return self._skippable.head(self._hidden[:, part], self._ids[:, part])
+        return self._skippable.head(self._hidden[:, part].to(self._skippable.device), self._ids[:, part])
+
+
+def predict(skippable: SkippableModel, ids: Tensor, removed: Sequence[int], engine: Engine) -> Predictions:
+    """Return what the model predicts without these blocks."""
+    if engine == "fork":
+        return Predictions(skippable, ids, hidden=next(fork(skippable, ids, removed, (), States()))[1])
+    return Predictions(skippable, ids, logits=skippable.logits(ids, removed))
+
+
+def predict_together(
+    skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Sequence[int]]
+) -> Iterator[list[Predictions]]:
+    """Yield, for each batch, what the model predicts without each of these sets of blocks.
+
+    Its weights are read once for all of them, and the hidden states of all are in host memory meanwhile.
+    """
+    shared, hold = SharedInputs(), in_place if skippable.device == CPU else in_host_memory
+    walks = []
+    for ids in batches:
+        calls = shared.of(skippable.calls(ids))
+        entering = hold(BASE, calls[0].entering)
+        calls = [replace(call, entering=entering) for call in calls]
+        walks.append([Walk(skippable, calls, States(), removed, (), hold=hold) for removed in sizes])
+    for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
+        pass
+    for ids, of_batch in zip(batches, walks, strict=True):
+        yield [Predictions(skippable, ids, hidden=walk.branches.pop(BASE)) for walk in of_batch]

@@ -7,18 +7,24 @@ whatever the model looks up by index (masks, rotary tables, layer types) stays r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import translate_out_of_memory
+from sleb_cli.engine.device import input_device, translate_out_of_memory
+from sleb_cli.engine.forward.offload import align_parameters, execution_device
 from sleb_cli.engine.third_party import our_code, translate_errors
 from sleb_plugins import UnsupportedModelError
+
+
+class _Enough(Exception):
+    """Ends a pass whose rest nobody needs."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,10 @@ class Call:
 
 
 class BlockSwitch:
-    """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`."""
+    """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
+
+    `fetch` is called before the block runs, and `wrap` turns hidden states into what the block would return.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -40,9 +49,10 @@ class BlockSwitch:
         self.inject: Tensor | None = None
         self.watch: Callable[[Tensor, Tensor], None] | None = None
         self.record: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
+        self.fetch: Callable[[], None] | None = None
+        self.wrap: Callable[[Tensor], Any] | None = None
         self._forward = block.forward
         self._own_forward = vars(block).get("forward")
-        self._wrap: Callable[[Tensor], Any] | None = None
 
     def install(self) -> None:
         """Replace the block's `forward`."""
@@ -62,12 +72,15 @@ class BlockSwitch:
             with our_code():
                 self.record(entering, args[1:], others)
         if self.skip:
-            if self._wrap is None:
-                self._wrap = _wrapper_like(self._forward(*args, **kwargs))
-            output = self._wrap(entering if self.inject is None else self.inject)
+            if self.wrap is None:
+                self.wrap = _wrapper_like(self._forward(*args, **kwargs))
+            output = self.wrap(entering if self.inject is None else self.inject)
         else:
+            if self.fetch is not None:
+                with our_code():
+                    self.fetch()
             output = self._forward(*args, **kwargs)
-            self._wrap = _wrapper_like(output)
+            self.wrap = _wrapper_like(output)
         if self.watch is not None:
             leaving = _hidden_states(output)
             with our_code():
@@ -95,12 +108,57 @@ def _wrapper_like(output: Any) -> Callable[[Tensor], Any]:
     return lambda hidden: kind([hidden, *others])
 
 
+def _computed(output: Tensor, what: str) -> Tensor:
+    """Return what was computed, and not only its shape: that is what weights on the meta device give."""
+    if output.is_meta:
+        raise UnsupportedModelError(
+            f"Of what {what} returns there is only the shape: some of its weights stayed on the meta device.",
+            hint="Give it a device of its own in a JSON file, or leave out --device-map.",
+        )
+    return output
+
+
 def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
     """Say what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
     return translate_out_of_memory(
         f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {device}.",
         "Use a smaller --batch-size or --sequence-length, or --device cpu.",
     )
+
+
+class BlockWeights(Protocol):
+    """Where the weights of blocks are while they are not needed.
+
+    `resident` says that all are in place, always.
+    """
+
+    resident: bool
+
+    def visit(self, blocks: Iterable[int]) -> Generator[int]:
+        """Yield these blocks one by one, each with its weights in place until the next is asked for."""
+
+    def align(self) -> None:
+        """Have weights that come into place lie at multiples of 64 bytes."""
+
+    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Give parameters that come into place while the context is open these values, by the model's names."""
+
+
+class InMemory:
+    """All blocks have their weights in place, always."""
+
+    resident = True
+
+    def visit(self, blocks: Iterable[int]) -> Generator[int]:
+        """Yield these blocks."""
+        yield from blocks
+
+    def align(self) -> None:
+        """Do nothing: no weight ever comes into place."""
+
+    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Do nothing: no parameter ever comes into place."""
+        return nullcontext()
 
 
 class SkippableModel:
@@ -112,14 +170,33 @@ class SkippableModel:
     [batch, positions, vocabulary]. The KV cache is off throughout: a skipped block would leave a hole in it.
     """
 
-    def __init__(self, model: Any, blocks: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        blocks: Iterable[nn.Module],
+        *,
+        device: torch.device | None = None,
+        weights: BlockWeights | None = None,
+    ) -> None:
         self.model = model
+        self.device: torch.device = device or input_device(model)
+        """Where its tokens go in, and its logits come out."""
+        self.weights = weights or InMemory()
         self.switches = [BlockSwitch(block) for block in blocks]
+        self.places = [execution_device(switch.block) or self.device for switch in self.switches]
+        """Where each block computes."""
         self._cache_settings = [
             (config, config.use_cache)
             for config in (model.config, model.generation_config)
             if hasattr(config, "use_cache")
         ]
+
+    @property
+    def head_blocks(self) -> float:
+        """As how many blocks the output embeddings count, by the number of weights."""
+        output = self.model.get_output_embeddings()
+        block = sum(weight.numel() for weight in self.switches[0].block.parameters())
+        return sum(weight.numel() for weight in output.parameters()) / max(block, 1) if output is not None else 0.0
 
     def __enter__(self) -> SkippableModel:
         for switch in self.switches:
@@ -139,7 +216,8 @@ class SkippableModel:
     def skip(self, removed: Collection[int]) -> None:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
-            switch.skip, switch.inject, switch.watch, switch.record = index in removed, None, None, None
+            switch.skip = index in removed
+            switch.inject = switch.watch = switch.record = switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks.
@@ -158,8 +236,8 @@ class SkippableModel:
     ) -> None:
         """Run the model without the removed blocks; pass to `listen` each other block and what enters and leaves it.
 
-        `start` is a block and the hidden states that enter it: the blocks before it are not run. An exception raised by
-        `listen` is raised unchanged.
+        `start` is a block and the hidden states that enter it: the blocks before it are not run. With a device map, all
+        states are passed on the model's device. An exception raised by `listen` is raised unchanged.
         """
         first = start[0] if start else 0
         self.skip({*removed, *range(first)})
@@ -167,8 +245,33 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.watch = lambda entering, leaving, block=index: listen(block, entering, leaving)
+                switch.watch = lambda entering, leaving, block=index: listen(
+                    block, entering.to(self.device), leaving.to(self.device)
+                )
         self._forward(ids, last=1)
+
+    def learn_outputs(self) -> None:
+        """Run a block of each class on a token, so that skipped blocks know what to return without their weights."""
+        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
+        known: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
+        for index, switch in enumerate(self.switches):
+            kind = type(switch.block)
+            if kind not in known:
+                self._run_until(index, ids)
+                assert switch.wrap is not None
+                known[kind] = switch.wrap
+            switch.wrap = known[kind]
+
+    def _run_until(self, block: int, ids: Tensor) -> None:
+        """Run only this block, in a pass that ends there."""
+
+        def end(entering: Tensor, leaving: Tensor) -> None:
+            raise _Enough
+
+        self.skip(range(block))
+        self.switches[block].watch = end
+        with suppress(_Enough):
+            self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record what the model passes to each block for these tokens; every block is skipped, so it costs little.
@@ -191,10 +294,37 @@ class SkippableModel:
             )
         return calls
 
+    def align(self) -> None:
+        """Have all weights lie at multiples of 64 bytes, because fast kernels may round differently elsewhere."""
+        self.weights.align()
+        align_parameters(self.model)
+
+    @contextmanager
+    def in_place(self, block: int) -> Iterator[None]:
+        """Have the weights of a block in place while the context is open."""
+        with closing(self.weights.visit([block])) as here:
+            next(here)
+            yield
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give parameters new values by name, and restore their own on exit; those that are away come with them."""
+        own = {name: self.model.get_parameter(name) for name in values}
+        before = {name: parameter.data for name, parameter in own.items() if not parameter.is_meta}
+        with self.weights.replaced(values):
+            try:
+                for name in before:
+                    own[name].data = values[name].to(own[name].device, own[name].dtype)
+                yield
+            finally:
+                for name, data in before.items():
+                    own[name].data = data
+
     def run_block(self, call: Call, hidden: Tensor) -> Tensor:
         """Run one block alone, as in a pass of the whole model, on hidden states of the recorded shape."""
+        hidden = hidden.to(self.places[call.block])  # states may be held where there is more memory
         with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
-            return self.switches[call.block].run(hidden, call)
+            return _computed(self.switches[call.block].run(hidden, call), f"block {call.block}")
 
     def run_blocks(self, calls: Sequence[Call], hidden: Tensor, removed: Collection[int] = ()) -> Iterator[Tensor]:
         """Run the blocks of these calls one after another, and yield `hidden` and what leaves each of them.
@@ -202,10 +332,13 @@ class SkippableModel:
         What leaves a removed block is what enters it.
         """
         yield hidden
-        for call in calls:
-            if call.block not in removed:
-                hidden = self.run_block(call, hidden)
-            yield hidden
+        here = self.weights.visit(call.block for call in calls if call.block not in removed)
+        with closing(here):
+            for call in calls:
+                if call.block not in removed:
+                    next(here)
+                    hidden = self.run_block(call, hidden)
+                yield hidden
 
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of hidden states that leave the last block: final norm, head, and the family's own steps.
@@ -235,9 +368,30 @@ class SkippableModel:
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
         options = {"logits_to_keep": last} if last and self._takes_logits_to_keep else {}
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
-        with self._translate_errors(ids.shape, f"without blocks {skipped}" if skipped else ""):
+        what = f"without blocks {skipped}" if skipped else ""
+        with self._fetching(), self._translate_errors(ids.shape, what):
             logits: Tensor = self.model(input_ids=ids, use_cache=False, **options).logits
-        return logits
+        return _computed(logits, "the model")
+
+    @contextmanager
+    def _fetching(self) -> Iterator[None]:
+        """While the model runs, put the weights of each block in place before it is called."""
+        if self.weights.resident:
+            yield
+            return
+        here = self.weights.visit(index for index, switch in enumerate(self.switches) if not switch.skip)
+
+        def fetch(block: int) -> None:
+            if next(here, None) != block:
+                raise UnsupportedModelError(
+                    f"{self.model.config.model_type} does not call its blocks once each, in order.",
+                    hint="It cannot be streamed; use a machine with more memory.",
+                )
+
+        for index, switch in enumerate(self.switches):
+            switch.fetch = partial(fetch, index)
+        with closing(here):
+            yield
 
     @contextmanager
     def _translate_errors(self, shape: torch.Size, what: str) -> Iterator[None]:
@@ -249,8 +403,13 @@ class SkippableModel:
                 hint="If it runs whole in transformers, report the family to us.",
             )
 
-        with translate_errors(does_not_run), sequences_fit(shape, self.model.device):
+        with translate_errors(does_not_run), sequences_fit(shape, self.device):
             yield
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where hidden states may be: its own device, and with a device map, those that compute blocks."""
+        return list(dict.fromkeys([self.device, *self.places]))
 
     @property
     def _takes_logits_to_keep(self) -> bool:

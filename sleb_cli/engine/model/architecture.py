@@ -71,9 +71,9 @@ class Architecture:
         """The auto class that loads this model."""
         return _auto_class(self.config)
 
-    def build(self, config: Any) -> nn.Module:
-        """Build a model of this family on the meta device."""
-        return _skeleton(config, self.source)
+    def build(self, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        """Build a model of this family on the meta device; in the config's data type by default."""
+        return _skeleton(config, self.source, dtype)
 
     def read_config(self, raw: dict[str, Any]) -> Any:
         """Parse the contents of a `config.json` with transformers.
@@ -274,9 +274,12 @@ def _auto_class(config: Any) -> Any:
     return None
 
 
-def _skeleton(config: Any, source: ModelSource) -> nn.Module:
+def _skeleton(config: Any, source: ModelSource, dtype: torch.dtype | None = None) -> nn.Module:
+    options = {"dtype": dtype} if dtype else {}
     with translate_transformers_errors(f"the config of {source.id}"), torch.device("meta"):
-        model: nn.Module = _auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
+        model: nn.Module = _auto_class(config).from_config(
+            config, trust_remote_code=source.trust_remote_code, **options
+        )
     return model
 
 

@@ -1,5 +1,6 @@
 """Convert a GGUF file to a Hugging Face folder once, so that all other code reads one format."""
 
+import math
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -11,11 +12,13 @@ import yaml
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import fingerprint_files
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
-from sleb_plugins import UnsupportedModelError
+from sleb_cli.units import format_bytes
+from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.gguf.file import read_gguf
 
 _UNQUANTIZED: dict[int, torch.dtype] = {
@@ -84,7 +87,7 @@ def _plain(name: str) -> str:
 
 
 def _inspect(path: Path) -> torch.dtype:
-    """Check that the file is complete and that transformers knows its architecture; return the dtype of its weights."""
+    """Check that the file is complete, of a known architecture, and fits into memory; return its data type."""
     file = read_gguf(path)  # the gguf package takes seconds for a vocabulary
     if not transformers_knows(file.architecture):
         raise UnsupportedModelError(
@@ -92,7 +95,15 @@ def _inspect(path: Path) -> torch.dtype:
             hint="Name the original checkpoint (a Hub id or a folder) instead.",
         )
     types = {tensor.type for tensor in file.tensors if len(tensor.shape) > 1}
-    return _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+    dtype = _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+    needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
+    if needed > free:
+        raise MachineError(
+            f"{path} must be unpacked whole, which takes {format_bytes(needed)} of memory, and {format_bytes(free)} "
+            "are free.",
+            hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
+        )
+    return dtype
 
 
 def _as_plain_weights() -> dict[str, Any]:

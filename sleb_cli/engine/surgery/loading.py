@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,14 +15,20 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
+from sleb_cli.atomic import writing
 from sleb_cli.engine.device import dtype_name, translate_out_of_memory
+from sleb_cli.engine.files.cache import existing_cache
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.surgery.fewer_bits import fewer_bits
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_plugins import ModelError
 from sleb_plugins.formats import plural
+
+DeviceMap = str | Mapping[str, int | str]
+"""Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,6 +44,7 @@ def quiet_libraries() -> None:
     """Turn off the progress bars and warnings of transformers, which would disturb ours."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -55,35 +66,80 @@ def has_tokenizer(source: ModelSource) -> bool:
     return any((source.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
-def load_dense(architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify) -> Any:
-    """Load the dense model, its weights straight to the device.
+def load_dense(
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    notify: Notify,
+    *,
+    device_map: DeviceMap | None = None,
+    load_in: int | None = None,
+) -> Any:
+    """Load the dense model, its weights straight to the device, or to the places that a device map names.
+
+    With `load_in`, they are packed into so many bits on the way.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
         OutOfMemory: they do not fit into the device's memory.
     """
     source = architecture.source
-    with task(notify, f"Loading {source.id}"), _fits(source, dtype, device):
+    with task(notify, f"Loading {source.id}"), fits(source, dtype, device):
         source.weights.tensor_names()  # its errors name the broken file
-        with translate_transformers_errors(f"the weights of {source.id}"):
-            model, info = architecture.auto_class.from_pretrained(
-                source.folder,
-                dtype=dtype,
-                device_map={"": device},
-                trust_remote_code=source.trust_remote_code,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        model, info = load_pretrained(
+            architecture.auto_class,
+            source.folder,
+            f"the weights of {source.id}",
+            device,
+            device_map,
+            dtype=dtype,
+            trust_remote_code=source.trust_remote_code,
+            ignore_mismatched_sizes=True,
+            **({} if load_in is None else {"quantization_config": fewer_bits(load_in, dtype)}),
+        )
         return _ready(model, info, architecture, device)
 
 
+def load_pretrained(
+    loader: Any, folder: Path | None, what: str, device: torch.device, device_map: DeviceMap | None, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Return what transformers loads, each weight to the device or where a device map says, and how that went."""
+    offloaded = None if device_map is None else _offload_folder()
+    with translate_transformers_errors(what), warnings.catch_warnings():
+        # accelerate warns of the names of weights beside modules, which it takes and puts there itself.
+        warnings.filterwarnings("ignore", message="The following device_map keys")
+        model, info = loader.from_pretrained(
+            folder,
+            device_map={"": device} if device_map is None else device_map,
+            offload_folder=offloaded and offloaded.name,
+            output_loading_info=True,
+            **options,
+        )
+    model.offload_folder = offloaded
+    return model, info
+
+
+def _offload_folder() -> TemporaryDirectory[str]:
+    """Return a folder for weights that stay on disk in another form than in the files; it goes when the model does."""
+    root = existing_cache()
+    with writing(root, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
+        return TemporaryDirectory(prefix="offload-", dir=root)
+
+
 def load_pruned(
-    surgery: Surgery, dtype: torch.dtype, device: torch.device, notify: Notify, *, dense: Any = None
+    surgery: Surgery,
+    dtype: torch.dtype,
+    device: torch.device,
+    notify: Notify,
+    *,
+    dense: Any = None,
+    device_map: DeviceMap | None = None,
 ) -> Any:
     """Load the model that `sleb apply` would write, without writing it.
 
     With `dense`, the dense model in the same data type on the same device, the two share the weights of the kept blocks
-    and of what is outside the blocks; without it, they are read from the files.
+    and of what is outside the blocks; without it, they are read from the files. A device map names the places of the
+    dense model's modules.
 
     Raises:
         ModelError: the remaining weights do not fit the pruned config.
@@ -92,18 +148,18 @@ def load_pruned(
     source = surgery.architecture.source
     with (
         task(notify, f"Loading {source.id} without {plural(len(surgery.removals), 'block')}"),
-        _fits(source, dtype, device),
+        fits(source, dtype, device),
     ):
         # Packed weights are taken apart by the code that loads them.
         if dense is not None and not surgery.architecture.is_quantized:
             tensors = _prune(surgery, dense.state_dict().items())
-            model = _with_tensors(surgery, tensors, dtype, device)
+            model = _with_tensors(surgery, tensors, dtype, device, None)
             loaded = model.state_dict()
             if all(name in loaded and _is_same(loaded[name], tensor) for name, tensor in tensors.items()):
                 return model
             # transformers reads the files of this family in a way that it does not apply to its own tensors.
             del model, tensors, loaded
-        return _with_tensors(surgery, _prune(surgery, source.weights.tensors()), dtype, device)
+        return _with_tensors(surgery, _prune(surgery, source.weights.tensors()), dtype, device, device_map)
 
 
 def _prune(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -115,20 +171,36 @@ def _is_same(loaded: Tensor, tensor: Tensor) -> bool:
     return loaded.data_ptr() == tensor.data_ptr() or torch.equal(loaded, tensor)
 
 
-def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> Any:
+def prune_device_map(surgery: Surgery, device_map: DeviceMap | None) -> DeviceMap | None:
+    """Return a device map whose blocks have their numbers in the pruned model."""
+    if device_map is None or isinstance(device_map, str):
+        return device_map
+    path = f"{surgery.architecture.adapter.blocks_path}."
+    outside = {name: place for name, place in device_map.items() if not name.startswith(path)}
+    return outside | {f"{path}{new}": device_map[f"{path}{old}"] for new, old in enumerate(surgery.kept.blocks)}
+
+
+def _with_tensors(
+    surgery: Surgery,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: DeviceMap | None,
+) -> Any:
     """Build the pruned model from these tensors by their names in it; those already on the device are not copied."""
     architecture = surgery.architecture
     config = architecture.read_config(surgery.prune_config())
-    with translate_transformers_errors(f"{architecture.source.id} without blocks {sorted(surgery.removed)}"):
-        model, info = type(architecture.skeleton).from_pretrained(  # type: ignore[attr-defined]
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype,
-            device_map={"": device},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    model, info = load_pretrained(
+        type(architecture.skeleton),
+        None,
+        f"{architecture.source.id} without blocks {sorted(surgery.removed)}",
+        device,
+        prune_device_map(surgery, device_map),
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+    )
     folder = architecture.source.folder
     if (folder / "generation_config.json").is_file():  # read by transformers only with weights of the same folder
         with translate_transformers_errors(f"{folder / 'generation_config.json'}"):
@@ -136,7 +208,8 @@ def _with_tensors(surgery: Surgery, tensors: dict[str, Tensor], dtype: torch.dty
     return _ready(model, info, architecture, device)
 
 
-def _fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+def fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Say what did not fit if loading this model runs out of memory."""
     return translate_out_of_memory(
         f"{source.id} does not fit into the memory of {device} in {dtype_name(dtype)}.",
         "Use a narrower --dtype, or a device with more memory (--device cpu).",
@@ -163,6 +236,6 @@ def _ready(model: Any, info: dict[str, Any], architecture: Architecture, device:
             hint="Copy or download the model again.",
         )
     model.requires_grad_(False)
-    if not architecture.is_quantized:
+    if getattr(model, "hf_quantizer", None) is None and not hasattr(model, "_hf_hook"):
         model = model.to(device)  # what a family's own code keeps elsewhere
     return model.eval()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from sleb_cli.engine.device import in_smaller_pieces
+from sleb_cli.engine.device import in_smaller_pieces, input_device
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import DEMO
@@ -311,6 +311,19 @@ def draw(found: int, count: int, seed: int) -> list[int]:
     return list(range(found)) if count >= found else sorted(random.Random(seed).sample(range(found), count))
 
 
+def require_given_text(settings: CalibrationSettings) -> None:
+    """Check that a model that is streamed does not write its text.
+
+    Raises:
+        UsageError: it does.
+    """
+    if SELF in (part.source for part in settings.parts):
+        raise UsageError(
+            "A model that is streamed does not write its own text: each token would read all of it.",
+            hint="Use --calibration wikitext2, or a file.",
+        )
+
+
 def generate_own_text(
     model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify
 ) -> Tensor:
@@ -338,7 +351,7 @@ def generate_own_text(
     return in_smaller_pieces(
         lambda size: _write(model, start, settings, sampling, size, notify),
         batch_size,
-        lambda size: notify(Notice(f"Out of memory on {model.device}; generating {size} sequences at once.")),
+        lambda size: notify(Notice(f"Out of memory on {input_device(model)}; generating {size} sequences at once.")),
     )
 
 
@@ -354,15 +367,16 @@ def _write(
     count, length, new = settings.samples, settings.sequence_length, sampling.max_new_tokens
     written: list[Tensor] = []
     # MPS cannot tell the state of its random number generator by device.
-    devices = [] if model.device.type in ("cpu", "mps") else [model.device]
+    device = input_device(model)
+    devices = [] if device.type in ("cpu", "mps") else [device]
     with (
         task(notify, "Generating calibration text", count * new, "tokens") as advance,
-        torch.random.fork_rng(devices=devices, device_type=model.device.type),
+        torch.random.fork_rng(devices=devices, device_type=device.type),
         torch.inference_mode(),
     ):
         torch.manual_seed(settings.seed)
         for first in range(0, count, batch_size):
-            prompt = torch.full((min(batch_size, count - first), 1), start, device=model.device)
+            prompt = torch.full((min(batch_size, count - first), 1), start, device=device)
             written.append(_generate(model, prompt, sampling, advance)[:, -length:].cpu())
     return torch.cat(written).clone()
 

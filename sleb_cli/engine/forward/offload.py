@@ -1,0 +1,140 @@
+"""Weights that accelerate keeps in CPU memory or on disk, and moves to a device while their module runs.
+
+While it does not run, its parameters are on the meta device. What needs their values asks for them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_plugins import ModelError
+
+
+class OffloadedValues(Mapping[str, Tensor]):
+    """The values of a model's offloaded weights by name, from which its modules take them.
+
+    Attributes:
+        align: whether all lie at multiples of 64 bytes; otherwise, those on disk lie as in their file.
+        new: values that come before the stored ones.
+    """
+
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
+        self.align = False
+        self.new: Mapping[str, Tensor] = {}
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.new[name] if name in self.new else self._stored[name]
+        return aligned(value) if self.align else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def aligned(value: Tensor) -> Tensor:
+    """Return a tensor at a multiple of 64 bytes, because fast kernels may round differently at other addresses."""
+    return value.clone() if value.data_ptr() % 64 else value
+
+
+def align(model: Any) -> None:
+    """Align the weights of a model of transformers, because fast kernels may round differently at other addresses."""
+    if offloaded := offloaded_values(model):
+        offloaded.align = True
+    align_parameters(model)
+
+
+def align_parameters(model: Any) -> None:
+    """Align the weights that are in place."""
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
+
+
+def offloaded_values(model: Any) -> OffloadedValues | None:
+    """Return the values of a model's offloaded weights, which from then on go through here; None if it has none.
+
+    Raises:
+        ModelError: a weight is on the meta device, and accelerate has nothing to put in its place.
+    """
+    for path, module in model.named_modules():
+        away = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
+        if away and not _offloading(module):
+            raise ModelError(
+                f"{path}.{away[0]} has no values: accelerate left it on the meta device for good.",
+                hint="Give its module a device of its own in a JSON file, or leave out --device-map.",
+            )
+    hooks = [hook for module in model.modules() if (hook := _offloading(module))]
+    if not hooks:
+        return None
+    stored = hooks[0].weights_map.dataset  # of all hooks, with a prefix for each
+    values = stored if isinstance(stored, OffloadedValues) else OffloadedValues(stored)
+    for hook in hooks:
+        hook.weights_map.dataset = values
+    return values
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return where a module that accelerate placed is computed; None for others."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if place is None else torch.device(place)
+
+
+class Offloaded:
+    """Some blocks have their weights in place only while they are visited; accelerate gives them theirs to run."""
+
+    resident = True
+
+    def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
+        self._model, self._blocks = model, blocks
+
+    def visit(self, blocks: Iterable[int]) -> Generator[int]:
+        """Yield these blocks one by one, each with its weights in place until the next is asked for."""
+        for block in blocks:
+            with in_place(self._blocks[block]):
+                yield block
+
+    def align(self) -> None:
+        """Have weights lie at multiples of 64 bytes when they are in place."""
+        align(self._model)
+
+    @contextmanager
+    def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Let modules with offloaded weights run with new values, by name, while the context is open."""
+        offloaded = offloaded_values(self._model)
+        assert offloaded is not None
+        before = offloaded.new
+        offloaded.new = {**before, **values}
+        try:
+            yield
+        finally:
+            offloaded.new = before
+
+
+@contextmanager
+def in_place(module: nn.Module) -> Iterator[None]:
+    """Put the offloaded weights of a module where it runs, and leave them there while the context is open."""
+    placed: list[tuple[nn.Module, Any]] = []
+    try:
+        for part in module.modules():
+            if hook := _offloading(part):
+                hook.pre_forward(part)
+                hook.offload = False
+                placed.append((part, hook))
+        yield
+    finally:
+        for part, hook in placed:
+            hook.offload = True
+            hook.post_forward(part, ())
+
+
+def _offloading(module: nn.Module) -> Any:
+    """Return the hook by which accelerate moves a module's weights, if it does."""
+    hook = getattr(module, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) else None

@@ -1,0 +1,223 @@
+"""Where the weights of the dense model are while it is searched, measured or recovered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sleb_cli.engine.device import choose_device
+from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
+from sleb_cli.engine.forward.skipping import BlockWeights, SkippableModel
+from sleb_cli.engine.forward.streaming import stream_dense
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.surgery.loading import DeviceMap, load_dense
+from sleb_cli.events import Notify
+from sleb_cli.requests import AUTO, ApplyRequest, EvalRequest, SearchRequest
+from sleb_plugins import MachineError, UnsupportedModelError, UsageError
+from sleb_plugins.errors import did_you_mean
+
+CHOSEN_BY_ACCELERATE = ("auto", "balanced", "sequential")
+"""How accelerate may choose the places."""
+
+_EXAMPLE = 'Write {"": 0, "model.layers.7": 1, "model.layers.8": "cpu", "model.layers.9": "disk"}.'
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights are, and in which data type it computes.
+
+    Attributes:
+        device: where tokens go in and logits come out, and, unless a device map says otherwise, all weights are.
+        dtype: the data type.
+        stream: whether the blocks stay in the files, and are read one at a time.
+        device_map: the places of modules, as `accelerate` takes them; None for `device` alone.
+        load_in: how many bits a weight takes, if fewer than in `dtype`: 8 or 4.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    stream: bool = False
+    device_map: DeviceMap | None = None
+    load_in: int | None = None
+
+
+def open_dense(architecture: Architecture, placement: Placement, notify: Notify) -> SkippableModel:
+    """Return the dense model, ready to be entered as a context.
+
+    Raises:
+        ModelError: the weights do not fit the config, or cannot be read.
+        OutOfMemory: they do not fit into memory.
+        UnsupportedModelError: accelerate spreads a block over several devices.
+    """
+    if placement.stream:
+        return stream_dense(architecture, placement.dtype, placement.device, notify)
+    model = load_dense(
+        architecture,
+        placement.dtype,
+        placement.device,
+        notify,
+        device_map=placement.device_map,
+        load_in=placement.load_in,
+    )
+    return SkippableModel(model, architecture.blocks_of(model), weights=_weights(model, architecture))
+
+
+def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
+    path = architecture.adapter.blocks_path
+    for name, place in getattr(model, "hf_device_map", {}).items():
+        if name.startswith(f"{path}.") and name.removeprefix(f"{path}.").count("."):
+            raise UnsupportedModelError(
+                f"accelerate would spread a block over several devices: {name} is alone on {place}.",
+                hint=f"Name the places yourself in a JSON file. {_EXAMPLE}",
+            )
+    return Offloaded(model, list(architecture.blocks_of(model))) if offloaded_values(model) else None
+
+
+def resolve_device_map(
+    request: SearchRequest | ApplyRequest | EvalRequest, architecture: Architecture
+) -> DeviceMap | None:
+    """Return the places of the model's modules that a request asks for, if any: each block and all beside them.
+
+    Raises:
+        UsageError: the file is no device map of this model, or the option does not go with others.
+        MachineError: this machine does not have a device.
+    """
+    asked = request.device_map
+    if asked is None:
+        return None
+    _require_alone(request)
+    if asked in CHOSEN_BY_ACCELERATE:
+        return asked
+    places = _read(Path(asked))
+    known = {name for name, _ in architecture.skeleton.named_modules()}
+    for name, place in places.items():
+        _require_module(asked, name, known, architecture.adapter.blocks_path)
+        _require_device(asked, name, place)
+    found = {name: _place(asked, name, places) for name in _placed(architecture)}
+    main = min((place for place in found.values() if isinstance(place, int)), default="cpu")
+    for name in found.keys() - known:  # a lone weight, which accelerate cannot move when its module runs
+        found[name] = main if isinstance(found[name], str) else found[name]
+    _require_tied_together(asked, found, architecture)
+    return found
+
+
+def device_of(device_map: DeviceMap | None, device: str | None) -> torch.device:
+    """Return the device that decides the data type: the accelerator of a device map, if it has one, or the named one.
+
+    Raises:
+        UsageError: there is no such kind of device.
+        MachineError: this machine does not have it.
+    """
+    if device_map is None or isinstance(device_map, str):
+        return choose_device(device or AUTO)
+    numbers = [place for place in device_map.values() if isinstance(place, int)]
+    return torch.device(choose_device(AUTO).type, min(numbers)) if numbers else torch.device("cpu")
+
+
+def blocks_on_disk(architecture: Architecture, device: torch.device) -> DeviceMap:
+    """Return a device map that leaves the blocks in their files, and puts everything else on a device."""
+    main = device.type if device.type in ("cpu", "mps") else device.index or 0
+    path = f"{architecture.adapter.blocks_path}."
+    return {name: "disk" if name.startswith(path) else main for name in _placed(architecture)}
+
+
+def _require_alone(request: SearchRequest | ApplyRequest | EvalRequest) -> None:
+    if request.stream:
+        raise UsageError(
+            "--device-map and --stream are two ways to run a model that does not fit.",
+            hint="Use one of them: --stream reads each block once a step, a device map once a pass.",
+        )
+    if request.device not in (None, AUTO):
+        raise UsageError("--device-map names the devices, so --device does not apply.", hint="Leave out one of them.")
+    if isinstance(request, ApplyRequest) and request.heal:
+        raise UsageError(
+            "--heal trains, so it needs all weights on its device, and --device-map spreads them out.",
+            hint="Leave out --device-map and heal on a device with memory for the model and its training, "
+            "or recover without training: --recover.",
+        )
+    if isinstance(request, SearchRequest) and request.target_speedup is not None:
+        raise UsageError(
+            "--target-speedup times models that are whole on one device, and --device-map spreads them out.",
+            hint="Use another target, such as --ratio.",
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    choices = f"Use {', '.join(CHOSEN_BY_ACCELERATE)}, or a JSON file. {_EXAMPLE}"
+    try:
+        places = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"There is no device map {path}: {error.strerror}.", hint=choices) from error
+    except ValueError as error:
+        raise UsageError(f"The device map {path} is not valid JSON: {error}.", hint=_EXAMPLE) from error
+    if not isinstance(places, dict) or not places:
+        raise UsageError(f"The device map {path} is no object from module names to devices.", hint=_EXAMPLE)
+    return places
+
+
+def _require_module(path: str, name: str, known: set[str], blocks_path: str) -> None:
+    if name not in known:
+        raise UsageError(
+            f"{path} names {name!r}, which the model does not have.", hint=did_you_mean(name, sorted(known))
+        )
+    if name.startswith(f"{blocks_path}.") and "." in name.removeprefix(f"{blocks_path}."):
+        raise UsageError(
+            f"{path} names {name}, a part of a block, and a block stays whole.",
+            hint="Name the block: " + ".".join(name.split(".")[: blocks_path.count(".") + 2]) + ".",
+        )
+
+
+def _require_device(path: str, name: str, place: object) -> None:
+    if place in ("cpu", "disk"):
+        return
+    if not isinstance(place, int) or isinstance(place, bool) or place < 0:
+        raise UsageError(
+            f"{path} puts {name!r} on {place!r}, which is no device.",
+            hint='Devices are "cpu", "disk", and the numbers of accelerators from 0.',
+        )
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if place >= count:
+        raise MachineError(
+            f"{path} puts {name!r} on accelerator {place}, and this machine has {count or 'none'}.",
+            hint='Number them from 0, or use "cpu" and "disk".',
+        )
+
+
+def _placed(architecture: Architecture) -> Iterator[str]:
+    """Yield what gets a place of its own: each block, and each module outside them that holds weights."""
+    path = architecture.adapter.blocks_path
+    yield from (f"{path}.{block}" for block in range(architecture.block_count))
+    for name, module in architecture.skeleton.named_modules():
+        if name.startswith(f"{path}."):
+            continue
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        if tensors and not any(module.children()):
+            yield name
+        else:  # weights beside its children, whose places may differ
+            yield from (f"{name}.{tensor}" if name else tensor for tensor, _ in tensors)
+
+
+def _place(path: str, name: str, places: Mapping[str, int | str]) -> int | str:
+    """Return the place of a module: its own, or that of the nearest one around it."""
+    around = name
+    while around and around not in places:
+        around = around.rpartition(".")[0]
+    if around not in places:
+        raise UsageError(f"{path} names no device for {name}.", hint='Name one for all the rest: {"": 0, ...}.')
+    return places[around]
+
+
+def _require_tied_together(path: str, found: Mapping[str, int | str], architecture: Architecture) -> None:
+    tied: Mapping[str, str] = getattr(architecture.skeleton, "all_tied_weights_keys", {})
+    for one, other in tied.items():
+        left, right = one.rpartition(".")[0], other.rpartition(".")[0]
+        if found.get(left) != found.get(right):
+            raise UsageError(
+                f"{path} puts {left} on {found.get(left)} and {right} on {found.get(right)}, and they share a weight.",
+                hint="Put both on the same device.",
+            )

@@ -1,0 +1,101 @@
+"""A walk through the blocks on disk, so that a search that is interrupted in the middle of a step loses little of it.
+
+One walk through a streamed model may take hours. Between two blocks, its hidden states are all that it needs to go on.
+They are saved whenever that takes a small share of the time since they were saved last.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from glob import escape
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sleb_cli.atomic import new_file
+from sleb_cli.engine.files.weights import DTYPE_NAMES
+from sleb_cli.engine.forward.fork import Walk
+from sleb_cli.engine.forward.states import States
+
+SHARE = 0.05
+"""The largest share of the time that saving may take."""
+FEWEST_SECONDS = 20.0
+"""A walk is not saved more often."""
+BYTES_PER_SECOND = 5e8
+"""How fast the first save is expected to be."""
+
+Key = tuple[int, int]
+"""The number of a batch, and of a part of it that passes through the model on its own."""
+
+
+@dataclass
+class SavedWalk:
+    """The file that holds a walk; without a path, nothing is saved.
+
+    Attributes:
+        path: the file, whose name ends in the number of this process. Those of all processes are read.
+        identity: what the hidden states depend on beside the removed blocks; a walk of another identity is ignored.
+    """
+
+    path: Path | None = None
+    identity: str = ""
+    _saved: float = field(default_factory=time.monotonic)
+    _seconds: float | None = None
+
+    def save(self, depth: int, removed: Sequence[int], walks: Mapping[Key, Walk]) -> None:
+        """Save walks that are about to enter the block at `depth`, if it is worth the time."""
+        if self.path is None:
+            return
+        tensors = {
+            f"{batch}.{part}.{at}.{branch}": hidden
+            for (batch, part), walk in walks.items()
+            for at, branch, hidden in walk.progress(depth)
+        }
+        expected = self._seconds or sum(tensor.nbytes for tensor in tensors.values()) / BYTES_PER_SECOND
+        if time.monotonic() - self._saved < max(FEWEST_SECONDS, expected / SHARE):
+            return
+        begun = time.monotonic()
+        with new_file(self.path) as aside, aside.open("wb") as file:
+            _write(file, tensors, {"identity": self.identity, "removed": json.dumps(sorted(removed))})
+        self._saved = time.monotonic()
+        self._seconds = self._saved - begun
+
+    def restore(self, removed: Sequence[int], states: Mapping[Key, States]) -> None:
+        """Add what a saved walk without these blocks had reached to the states from which a walk starts."""
+        expected = {"identity": self.identity, "removed": json.dumps(sorted(removed))}
+        for path in self._files():
+            # A file that is damaged, or is something else, only costs the time that it would have saved.
+            with suppress(SafetensorError, ValueError, OSError), safe_open(path, framework="pt") as file:
+                for name in file.keys() if file.metadata() == expected else ():
+                    batch, part, depth, branch = map(int, name.split("."))
+                    states[batch, part].at[depth][branch] = file.get_tensor(name)  # stays in the file, mapped
+
+    def delete(self) -> None:
+        """Delete the files, once their walk has ended."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [] if self.path is None else sorted(self.path.parent.glob(f"{escape(self.path.stem)}.*[0-9]"))
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file one tensor after another: the library's own writer would hold a second copy of all."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end + tensor.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        end = offsets[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.contiguous().cpu().flatten().view(torch.uint8).numpy().data)

@@ -1,0 +1,80 @@
+"""A streamed model has the weights and computes the numbers of the model in memory, in every family."""
+
+import os
+
+import pytest
+import torch
+
+from conftest import llama_config, save_model
+from families import FAMILIES, tiny_config
+from sleb_cli.engine.forward import streaming
+from sleb_cli.engine.forward.placement import Placement, open_dense
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.plugin_manager import load_plugins
+from sleb_plugins import SlebError
+
+CPU = torch.device("cpu")
+IN_CI = ["llama", "mixtral", "gemma3_text", "gpt2", "opt", "mamba", "falcon_h1", "qwen3_moe", "bloom", "phi3", "jamba"]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in IN_CI]
+
+
+def open_model(folder, *, stream, dtype=torch.float32):
+    source = locate_model(str(folder), lambda event: None)
+    architecture = read_architecture(source, load_plugins(), lambda event: None)
+    return open_dense(architecture, Placement(CPU, dtype, stream=stream), lambda event: None)
+
+
+def require_equal(streamed, resident):
+    expected = dict(resident.model.state_dict()) | dict(resident.model.named_buffers())
+    found = {}
+    for block in streamed.weights.visit(range(len(streamed.switches))):
+        module = streamed.switches[block].block
+        assert not [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+        found |= {
+            name: tensor.clone()
+            for name, tensor in [*streamed.model.state_dict().items(), *streamed.model.named_buffers()]
+            if not tensor.is_meta
+        }
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("model_type", [*IN_CI, *OTHERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_it_is_the_model_in_memory(tmp_path, model_type, dtype):
+    try:
+        folder = save_model(tmp_path / "model", tiny_config(model_type))
+        resident = open_model(folder, stream=False, dtype=dtype)
+    except (SlebError, ValueError) as error:
+        pytest.skip(f"{model_type} is refused anyway: {error}")
+    ids = torch.randint(2, 300, (2, 12))
+    with resident:
+        try:
+            expected = resident.logits(ids, ())
+        except SlebError as error:
+            pytest.skip(f"{model_type} does not run in {dtype}: {error}")
+    streamed = open_model(folder, stream=True, dtype=dtype)
+    with streamed:
+        assert torch.equal(streamed.logits(ids, ()), expected)
+    require_equal(streamed, resident)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "60kB"])
+@torch.inference_mode()
+def test_files_larger_than_the_page_cache_are_read_past_it(tmp_path, monkeypatch, max_shard_size):
+    folder = save_model(tmp_path / "model", llama_config(), max_shard_size=max_shard_size)
+    opened, os_open = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, flags, *rest: opened.append(flags) or os_open(path, flags, *rest))
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: 1000)
+    streamed = open_model(folder, stream=True)
+    require_equal(streamed, open_model(folder, stream=False))
+    assert any(flags & os.O_DIRECT for flags in opened)
+    resident = open_model(folder, stream=False).model.state_dict()
+    where = {name: tensor.data_ptr() % 4096 for name, tensor in resident.items()}
+    for block in streamed.weights.visit(range(6)):
+        for name, tensor in streamed.switches[block].block.state_dict().items():
+            assert tensor.data_ptr() % 4096 == where[f"model.layers.{block}.{name}"]
