@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
 
-from sleb_cli.processes import WorkerFinished
+from sleb_cli.processes import WorkerFinished, is_main_process, process_count
 from sleb_plugins import OutputError, SlebError, UsageError
 
 INTERRUPTED = 130
@@ -30,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except typer.TyperException as error:
         console.print_error(UsageError(error.format_message(), hint=f"See `{_command(error)} --help`."))
-        return UsageError.exit_code
-    except WorkerFinished:
-        return 0
+        # All processes read the same command line, and a launcher would end the main one before it has spoken.
+        return UsageError.exit_code if is_main_process() else 0
+    except WorkerFinished as finished:
+        return finished.exit_code
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
@@ -48,8 +50,20 @@ def _command(error: typer.TyperException) -> str:
 
 def run() -> None:
     """Run as the program `sleb`; a request to end cleans up like Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, _once(SystemExit(TERMINATED)))
+    if process_count() > 1:
+        signal.signal(signal.SIGINT, _once(KeyboardInterrupt()))  # both the terminal and the launcher send it
     sys.exit(main())
+
+
+def _once(error: BaseException) -> Callable[[int, Any], None]:
+    """Return a handler that raises `error`; another signal like this does not disturb the end."""
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise error
+
+    return handle
 
 
 if __name__ == "__main__":

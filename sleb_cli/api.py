@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from sleb_cli.atomic import require_new_file, write_text
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins
+from sleb_cli.processes import WorkerFinished, is_main_process
 from sleb_cli.requests import TRANSFORMERS
 from sleb_plugins import Exporter, OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
@@ -63,14 +64,18 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
     """Find the blocks that a model can do best without, and write them to a plan.
 
     Raises:
+        WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: of the class that fits. What was measured stays in a journal beside the plan, for `resume`.
     """
+    from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.journal import Journal, journal_of
     from sleb_cli.engine.search.run import find_removals
 
     if request.compare:
         raise UsageError("A search compares nothing.", hint="Call `compare` with this request.")
-    plan = find_removals(request, _registry(notify), notify)
+    with join_processes() as group:
+        plan = find_removals(request, _registry(notify), notify, group)
+        _leave_to_main()
     _save(plan, request.plan_file)
     Journal(journal_of(request.plan_file)).delete()
     return plan
@@ -81,11 +86,15 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
     """Search once for each entry of `request.compare`, and write the best plan.
 
     Raises:
+        WorkerFinished: this process only helped; the main one writes the plan.
         SlebError: of the class that fits.
     """
+    from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.compare import compare_removals, delete_journals
 
-    result, plan = compare_removals(request, _registry(notify), notify)
+    with join_processes() as group:
+        result, plan = compare_removals(request, _registry(notify), notify, group)
+        _leave_to_main()
     _save(plan, request.plan_file)
     delete_journals(result, request.plan_file)
     return result
@@ -96,19 +105,24 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
     """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured.
 
     Raises:
-        WorkerFinished: this process only helped to heal; the main one writes the checkpoint.
+        WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: of the class that fits.
     """
     from sleb_cli.engine.output.apply import apply_removals, require_coherent
     from sleb_cli.engine.output.apply_gguf import apply_to_gguf, gguf_source
+    from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.surgery.subject import resolve_subject
 
-    require_coherent(request)
-    file = gguf_source(request)
-    registry = _registry(notify)
-    if file is not None:
-        return apply_to_gguf(request, file, registry, notify)
-    return apply_removals(resolve_subject(request, registry, notify, needs_removals=True), request, notify)
+    if not (request.recover or request.heal):
+        _leave_to_main()
+    with join_processes() as group:
+        require_coherent(request)
+        file = gguf_source(request)
+        registry = _registry(notify)
+        if file is not None:
+            return apply_to_gguf(request, file, registry, notify)
+        subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
+        return apply_removals(subject, request, notify, group=group)
 
 
 @_names_memory(_EVALUATE)
@@ -116,16 +130,22 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     """Measure the quality of a model, dense beside pruned: perplexity and lm-eval tasks.
 
     Raises:
+        WorkerFinished: this process only helped; the main one writes the result.
         SlebError: of the class that fits.
     """
+    from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.quality.evaluation import evaluate_subject, write_by_lm_eval
     from sleb_cli.engine.surgery.subject import resolve_subject
 
-    _require_result_file(request)
-    subject = resolve_subject(request, _registry(notify), notify)
+    with join_processes() as group:
+        if group.is_main:
+            _require_result_file(request)
+        registry = _registry(notify)
+        subject = group.one_first(lambda: resolve_subject(request, registry, notify))
+        result, by_lm_eval = evaluate_subject(subject, request, notify, group)
+        _leave_to_main()
     place = _kept_place(subject, "eval")
-    result, by_lm_eval = evaluate_subject(subject, request, notify)
-    if by_lm_eval and (beside := request.output or place):
+    if any(by_lm_eval.values()) and (beside := request.output or place):
         result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
     _save(result, request.output)
     if place:
@@ -142,6 +162,7 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """
     from sleb_cli.engine.surgery.subject import resolve_subject
 
+    _leave_to_main()
     if request.estimate:
         raise UsageError("A benchmark predicts nothing.", hint="Call `estimate` with this request.")
     for option in ("device_flops", "device_bandwidth"):
@@ -186,6 +207,7 @@ def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
     from sleb_cli.engine.speed.estimate import estimate_speed
     from sleb_cli.engine.surgery.subject import resolve_subject
 
+    _leave_to_main()
     _require_result_file(request)
     subject = resolve_subject(request, _registry(notify), notify, config_only=True)
     result = estimate_speed(subject, request, notify)
@@ -202,6 +224,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """
     from sleb_cli.engine.output.export import describe_pruning, export_files, export_text
 
+    _leave_to_main()
     registry = _registry(notify)
     exporter = registry.exporter(request.to)
     if isinstance(exporter, Exporter):
@@ -239,6 +262,16 @@ def _keep(result: R, place: Path, notify: Notify) -> None:
     keep_result(without_local_folders(result) if in_checkpoint else result, place, notify)
     if in_checkpoint:
         update_card(place.parent, notify)
+
+
+def _leave_to_main() -> None:
+    """Let the main process of several go on alone.
+
+    Raises:
+        WorkerFinished: this is another one.
+    """
+    if not is_main_process():
+        raise WorkerFinished
 
 
 def _registry(notify: Notify) -> Registry:

@@ -4,7 +4,11 @@ import os
 
 
 class WorkerFinished(Exception):
-    """This process has done its share of the work; the main process writes the result."""
+    """This process has done its share of the work; the main process writes the result, or says what went wrong."""
+
+    def __init__(self, exit_code: int = 0) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
 
 
 def process_count() -> int:
@@ -12,6 +16,21 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def process_rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_count() -> int:
+    """Return the number of processes that work together on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Return the number of this process among those on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main_process() -> bool:
     """Whether this is the process that writes files and prints for all."""
-    return os.environ.get("RANK", "0") == "0"
+    return process_rank() == 0

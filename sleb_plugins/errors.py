@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, ClassVar
 
 
@@ -14,6 +15,10 @@ class SlebError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let an error be sent from process to process."""
+        return partial(type(self), hint=self.hint), (self.message,), self.__dict__
 
 
 class UsageError(SlebError):

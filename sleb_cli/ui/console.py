@@ -34,8 +34,9 @@ def print_prose(console: Console, text: str) -> None:
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Print only JSON on stdout, unwrapped and uncoloured."""
-    print(json.dumps(data, ensure_ascii=False, allow_nan=False))
+    """Print only JSON on stdout, unwrapped and uncoloured, in the main process."""
+    if is_main_process():
+        print(json.dumps(data, ensure_ascii=False, allow_nan=False))
 
 
 def print_error(error: SlebError) -> None:

@@ -1,0 +1,372 @@
+"""Several processes that a launcher started together: the same plan as one, and one end for all.
+
+Most are forked from the test, as a launcher would start them: what a test changes, they have changed.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from test_interrupted import plan_bytes
+
+from conftest import WORDS, calibration, llama_config, save_model
+from sleb_cli import __main__ as program
+from sleb_cli.engine import process_group
+from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.quality import texts
+from sleb_cli.engine.recovery import closed_form
+from sleb_cli.engine.search import speedup
+from sleb_cli.engine.search.journal import journal_of
+from sleb_cli.plan import read_plan
+from sleb_cli.processes import process_rank
+from sleb_plugins import DataError
+
+SEARCHES = {
+    "exact": (),
+    "fast": ("--fast", "--samples", "13"),
+    "holdout": ("--holdout", "0.3"),
+    "cosine": ("--metric", "cosine"),
+    "refine": ("--strategy", "refine", "--batch-size", "3"),
+    "spans": ("--strategy", "contiguous", "--metric", "angular"),
+    "gradients": ("--metric", "taylor"),
+    "weights": ("--metric", "magnitude"),
+    "comparison": ("--compare", "nll,cosine@contiguous"),
+}
+
+
+def free_port():
+    with socket.socket() as place:
+        place.bind(("localhost", 0))
+        return place.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one of several processes ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def together(tmp_path):
+    """Run `sleb` in this many processes that are copies of this one, and tell how each ended."""
+
+    def run(count, *arguments):
+        there = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+        there["LOCAL_WORLD_SIZE"] = there["WORLD_SIZE"]
+        children = []
+        for rank in range(count):
+            child = os.fork()
+            if not child:
+                os.environ |= {**there, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                run_and_exit(list(map(str, arguments)), tmp_path / f"rank{rank}")
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        files = [tmp_path / f"rank{rank}" for rank in range(count)]
+        return [
+            Ended(code, f.with_suffix(".out").read_text(), f.with_suffix(".err").read_text())
+            for code, f in zip(codes, files, strict=True)
+        ]
+
+    return run
+
+
+def run_and_exit(arguments, files):
+    """Run the program in this process, a copy of the test's, and end it."""
+    code = 99
+    try:
+        for number, suffix in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(files.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["sleb", *arguments]
+        program.run()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 98
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@pytest.fixture
+def search(tiny_llama, text_file):
+    return [
+        "search", tiny_llama, "--remove", 3, "--batch-size", 1, *calibration(text_file, samples=7),
+        "--sample-tokens", 4, "--device", "cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def whole(run_sleb, search, tmp_path):
+    """The plan that one process finds."""
+
+    def run(*options):
+        assert run_sleb(*search, *options, "-o", "whole.json", "-q").exit_code == 0
+        return plan_bytes(tmp_path / "whole.json")
+
+    return run
+
+
+def all_well(ended):
+    assert [(each.code, each.stderr if each.code else "") for each in ended] == [(0, "")] * len(ended)
+    assert [each.stdout + each.stderr for each in ended[1:]] == [""] * (len(ended) - 1)
+    return ended[0]
+
+
+@pytest.mark.parametrize("options", ["exact", "fast", "holdout"])
+def test_three_processes_find_the_plan_of_one(search, whole, together, tmp_path, options):
+    expected = whole(*SEARCHES[options])
+    main = all_well(together(3, *search, *SEARCHES[options], "-o", "plan.json"))
+    assert plan_bytes(tmp_path / "plan.json") == expected
+    assert main.stdout.count("wrote plan.json") == main.stderr.count("step 1 of 3") == 1
+    assert not journal_of(tmp_path / "plan.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("options", SEARCHES)
+def test_any_number_of_processes_finds_the_same_plan(search, whole, together, tmp_path, options, count):
+    expected = whole(*SEARCHES[options])
+    all_well(together(count, *search, *SEARCHES[options], "-o", "plan.json", "-q"))
+    assert plan_bytes(tmp_path / "plan.json") == expected
+
+
+@pytest.mark.slow
+def test_each_process_has_an_accelerator_of_its_own(search, run_sleb, together, simulate, tmp_path):
+    simulate(memory=2**30)
+    command = [*search[:-1], "sim", "-q"]
+    assert run_sleb(*command, "-o", "whole.json").exit_code == 0
+    all_well(together(2, *command, "-o", "plan.json"))
+    assert plan_bytes(tmp_path / "plan.json") == plan_bytes(tmp_path / "whole.json")
+
+
+def test_a_speedup_is_timed_by_one_of_them(search, together, tmp_path, monkeypatch):
+    def timed(*arguments):
+        return {"dense": [1.0], "pruned": [0.6 if process_rank() == 0 else 5.0]}
+
+    monkeypatch.setattr(speedup, "time_in_turn", timed)
+    target = [word for word in search if word not in ("--remove", 3)]
+    all_well(together(2, *target, "--target-speedup", 1.3, "-o", "plan.json", "-q"))
+    assert read_plan(tmp_path / "plan.json").search.target.reached == 1 / 0.6
+
+
+@contextmanager
+def at_unit(rank, unit, do):
+    """Have a process do something when it is about to score its n-th unit of work."""
+    score_units, seen = Passes.score_units, []
+
+    def counted(self, metric, removed, units):
+        seen.extend(units)
+        if process_rank() == rank and len(seen) >= unit:
+            do()
+        return score_units(self, metric, removed, units)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Passes, "score_units", counted)
+        yield
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, together, tmp_path, monkeypatch):
+    expected = whole()
+    monkeypatch.setattr(process_group, "ROLL_CALL_SECONDS", 0.5)
+    with at_unit(1, 8, die):
+        main, victim = together(2, *search)
+    assert (main.code, victim.code) == (7, -signal.SIGKILL)
+    assert "error: Process 1 of 2 has died." in main.stderr
+    assert "plan.json.journal: rerun with --resume to continue" in main.stderr
+    assert "Traceback" not in main.stderr
+    kept = len(journal_of(tmp_path / "plan.json").read_bytes().splitlines()) - 1
+    main = all_well(together(3, *search, "--resume"))
+    assert f"Continuing with the {kept} measurements" in main.stderr
+    assert kept >= 12
+    assert plan_bytes(tmp_path / "plan.json") == expected
+
+
+def test_if_the_main_one_dies_the_others_end_quietly(search, together, tmp_path):
+    with at_unit(0, 8, die):
+        main, *others = together(3, *search)
+    assert main.code == -signal.SIGKILL
+    assert all(each.code > 0 for each in others)
+    assert not any(each.stdout for each in others)
+    assert journal_of(tmp_path / "plan.json").exists()
+
+
+def refuse():
+    raise DataError("The text has vanished.", hint="Bring it back.")
+
+
+def test_an_error_in_one_of_them_is_told_by_the_main_one(search, together, tmp_path):
+    with at_unit(2, 4, refuse):
+        main, *others = together(3, *search)
+    assert main.code == DataError.exit_code
+    assert main.stderr.count("error: ") == main.stderr.count("In process 2 of 3: The text has vanished.") == 1
+    assert "rerun with --resume" in main.stderr
+    assert all(each.code > 0 and not each.stdout + each.stderr for each in others)
+
+
+def test_a_bug_in_one_of_them_keeps_its_traceback(search, together):
+    with at_unit(1, 4, lambda: [][0]):
+        main, other = together(2, *search)
+    assert main.code == 99
+    assert "IndexError: list index out of range" in main.stderr
+    assert "test_processes.py" in main.stderr
+    assert (other.code, other.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["search", "nowhere", "--remove", 1], 4, "There is no folder nowhere here"),
+        (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
+        (["search", "demo", "--remove", 1, "--device", "tpu"], 2, "There is no device 'tpu'"),
+        (["bench", "nowhere", "--blocks", "1"], 4, "There is no folder nowhere here"),
+    ],
+)
+def test_what_cannot_be_is_said_once(together, options, code, words):
+    main, other = together(2, *options)
+    assert main.code == code
+    assert main.stderr.count(words) == main.stderr.count("error: ") == 1
+    assert not other.stdout + other.stderr
+
+
+@pytest.fixture
+def rivers(tmp_path):
+    """A multiple-choice task, some of whose choices are one token longer than what they share."""
+    items = [{"q": f"{word} {'snow ' * (n % 7)}", "choices": ["a", "b", "c mill"]} for n, word in enumerate(WORDS)]
+    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rivers.yaml").write_text(
+        f"""
+task: rivers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path / "items.jsonl"}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: 1
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+    )
+    return tmp_path / "tasks"
+
+
+def test_texts_are_measured_alike_by_three_processes(run_sleb, together, tiny_llama, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
+    command = ["eval", tiny_llama, "--blocks", "1,2", "--perplexity", text_file, "--sequence-length", 64, "-q"]
+    assert run_sleb(*command, "--max-windows", 13, "--fresh", "-o", "one.json").exit_code == 0
+    # A part of them is in the cache.
+    assert run_sleb(*command, "--max-windows", 4).exit_code == 0
+    all_well(together(3, *command, "--max-windows", 13, "-o", "three.json"))
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "three.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_tasks_are_measured_alike_by_three_processes(run_sleb, together, rivers, tmp_path):
+    model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
+    command = ["eval", model, "--blocks", "1,2", "--tasks", "rivers,sleb_lists,sleb_sums_sampled", "--fresh", "-q"]
+    command += ["--include-path", rivers, "--limit", 13, "--batch-size", 2]
+    assert run_sleb(*command, "-o", "one.json").exit_code == 0
+    all_well(together(3, *command, "-o", "three.json"))
+    one, three = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "three.json"))
+    assert len(one["lm_eval"]) == len(three["lm_eval"]) > 2
+    assert one | {"lm_eval": ()} == three | {"lm_eval": ()}
+    assert merged_samples(tmp_path / "one.lm-eval") == merged_samples(tmp_path / "three.lm-eval")
+
+
+def merged_samples(folder):
+    """Return what lm-eval wrote of each item, which holds every likelihood and every generated text."""
+    return {(file.parent.name, file.name.rpartition("_")[0]): file.read_text() for file in folder.rglob("*.jsonl")}
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start `sleb` by a launcher."""
+
+    def start(launcher, count, *arguments):
+        launchers = {
+            "torchrun": ["torch.distributed.run", "--nproc-per-node", count, "--master-port", free_port()],
+            "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", count],
+        }
+        words = [sys.executable, "-m", *launchers[launcher], "-m", "sleb_cli", *arguments]
+        return subprocess.Popen(
+            list(map(str, words)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launchers_start_them(search, whole, launch, tmp_path, launcher):
+    expected = whole()
+    with launch(launcher, 2, *search, "-o", "plan.json") as process:
+        stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert plan_bytes(tmp_path / "plan.json") == expected
+    assert stdout.count("wrote plan.json") == stderr.count("step 1 of 3") == 1
+
+
+def processes_of(launcher):
+    """Return the ids of a launcher's processes, by their ranks."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            rank = [word for word in (folder / "environ").read_bytes().split(b"\0") if word.startswith(b"RANK=")]
+        except OSError:
+            continue
+        if parent == launcher and rank:
+            found[int(rank[0][5:])] = int(folder.name)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize(("victim", "words"), [(1, "error: Process 1 of 2 has died."), (0, "")])
+def test_killed_under_a_launcher_all_end_and_three_go_on(search, run_sleb, text_file, launch, tmp_path, victim, words):
+    longer = [*search, *calibration(text_file, samples=40, length=128)]
+    assert run_sleb(*longer, "-o", "whole.json", "-q").exit_code == 0
+    with launch("torchrun", 2, *longer) as process:
+        for line in process.stderr:
+            if line.startswith("step 1 of 3"):
+                os.kill(processes_of(process.pid)[victim], signal.SIGKILL)
+                break
+        killed = time.monotonic()
+        stderr = process.stderr.read()
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert words in stderr
+    with launch("torchrun", 3, *longer, "--resume") as process:
+        _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert "Continuing with the" in stderr
+    assert plan_bytes(tmp_path / "plan.json") == plan_bytes(tmp_path / "whole.json")
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_processes_recover_to_the_bytes_of_one(run_sleb, together, tiny_llama, text_file, tmp_path, monkeypatch, count):
+    monkeypatch.setattr(closed_form, "BATCH_TOKENS", 160)  # 14 batches to fit to, and 4 that decide
+    options = ["--blocks", "2,3", "--recover", *calibration(text_file, samples=100), "--no-verify", "--device", "cpu"]
+    assert run_sleb("apply", tiny_llama, *options, "-o", "alone").exit_code == 0
+    all_well(together(count, "apply", tiny_llama, *options, "-o", "together"))
+    found, expected = (tmp_path / folder / "model.safetensors" for folder in ("together", "alone"))
+    assert found.read_bytes() == expected.read_bytes()
