@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from sleb_cli.records import ModelRecord, Proof, Record, without_folders
-from sleb_cli.requests import Chat, StrategyName, TargetName, WorkloadName
+from sleb_cli.requests import Chat, LoadIn, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
 
 SCHEMA_VERSION = 1
@@ -119,8 +119,8 @@ class MetricRecord(Record):
 class SearchRecord(Record):
     """How the search was run; `engine` is how candidates were scored, with a reason if it is not the default.
 
-    `metrics` are the terms of `metric`, by name. `held_out` is the number of calibration sequences never searched on,
-    and `holdout` their requested share.
+    `metrics` are the terms of `metric`, by name. `load_in` says in how few bits weights were held, if fewer than in
+    `dtype`. `held_out` is the number of calibration sequences never searched on, and `holdout` their requested share.
     """
 
     strategy: StrategyName
@@ -135,12 +135,18 @@ class SearchRecord(Record):
     protect: tuple[Block, ...] = ()
     dtype: str
     device: str
+    load_in: LoadIn | None = None
     batch_size: int
     fast: bool = False
     holdout: float = 0.0
     held_out: int = 0
     engine: Engine
     engine_reason: str | None
+
+    @property
+    def precision(self) -> str:
+        """The data type, and in how few bits weights were held."""
+        return self.dtype if self.load_in is None else f"{self.dtype}, weights in {self.load_in},"
 
 
 class HeldOutRecord(Record):

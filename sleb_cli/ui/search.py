@@ -50,7 +50,7 @@ def show_plan(plan: Plan, output: Path) -> None:
         )
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
     print_line(
-        f"calibrated on {plan.calibration}{held_out}, {search.dtype} on {search.device}, "
+        f"calibrated on {plan.calibration}{held_out}, {search.precision} on {search.device}, "
         f"{plan.environment.seconds:.0f} s"
     )
     if search.fast:

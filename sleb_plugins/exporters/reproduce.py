@@ -54,6 +54,7 @@ def _search(findings: Findings) -> str:
         # The machine decides these, and they decide the last digits.
         "dtype": search["dtype"],
         "device": search["device"],
+        "load_in": search.get("load_in"),
         "batch_size": search["batch_size"],
         "revision": None if model["id"] == "demo" else model["revision"],
     }

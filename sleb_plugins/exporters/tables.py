@@ -339,6 +339,7 @@ def settings(findings: Findings) -> list[Table]:
     protected += f", and {spans(search['protect'])}" if search["protect"] else ""
     held_out = f" ({search['held_out']} held out)" if search["held_out"] else ""
     reason = f": {search['engine_reason']}" if search["engine_reason"] else ""
+    packed = f", weights in {search['load_in']}," if search.get("load_in") else ""
     rows = [
         ("model", model["id"]),
         ("revision", model["revision"]),
@@ -354,7 +355,7 @@ def settings(findings: Findings) -> list[Table]:
         ("seed", str(text["seed"])),
         ("BOS before each sequence", "yes" if text["bos"] else "no"),
         ("hash of the tokens", text["tokens_sha256"][:16]),
-        ("data type and device", f"{search['dtype']} on {search['device']}, batch {search['batch_size']}"),
+        ("data type and device", f"{search['dtype']}{packed} on {search['device']}, batch {search['batch_size']}"),
         ("engine", search["engine"] + reason),
         ("started", environment["started"]),
         ("took", format_seconds(environment["seconds"])),

@@ -6,6 +6,7 @@ import pytest
 
 from conftest import calibration, save_model
 from families import tiny_config
+from sleb_cli.engine.forward import holding
 from sleb_cli.engine.search import run
 from sleb_cli.engine.search.journal import journal_of
 
@@ -28,6 +29,11 @@ SEARCHES = {
     "held out, fast": ("--holdout", 0.25, "--fast", "--batch-size", 1),
     "own text": ("--calibration", "self:0.5,prose.txt:0.5"),
     "a sample": ("--sample-tokens", 6),
+    "streamed": ("--stream", "--fast", "--batch-size", 1),
+    "streamed kl": ("--stream", "--metric", "kl"),
+    "streamed cosine": ("--stream", "--metric", "cosine"),
+    "streamed spans": ("--stream", "--metric", "angular", "--strategy", "contiguous"),
+    "streamed through a file": ("--stream", "--memory", "250kB", "--batch-size", 1, "--samples", 12),
     "bfloat16": ("--dtype", "bfloat16"),
     "float16": ("--dtype", "float16"),
 }
@@ -129,3 +135,13 @@ def test_a_device_that_is_not_there(run_sleb, simulate, tiny_llama):
     result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2")
     assert result.exit_code == 7
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
+
+
+def test_hidden_states_wait_in_host_memory_where_the_device_has_too_little(search, simulate, tiny_llama, monkeypatch):
+    options = ("--stream", "--batch-size", 1, "--samples", 24)
+    expected = search(tiny_llama, "cpu", *options)
+    held, hold = [], holding.in_host_memory
+    monkeypatch.setattr(holding, "in_host_memory", lambda *state: held.append(state[0]) or hold(*state))
+    simulate(memory=600_000)
+    assert search(tiny_llama, "sim", *options) == expected
+    assert held

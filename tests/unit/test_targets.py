@@ -12,6 +12,7 @@ from families import tiny_config
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.context import SearchContext
 from sleb_cli.engine.search.speedup import SpeedupTimer
@@ -202,7 +203,8 @@ def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, most):
 
     timed.clear()
     request = TargetRequest(target_speedup="1.1", target_workload="prompt")
-    target = Told(context(tiny_llama, lambda event: None), lambda: None, request).target(candidates)
+    timer = Told(context(tiny_llama, lambda event: None), lambda: None, request, ProcessGroup())
+    target = timer.target(candidates)
     assert [len(removals) for removals in timed] == [1, 2]
     assert timed[1][:1] == timed[0] == (3,)
     assert target.sizes.without({1, 2}) == pytest.approx(0.9)

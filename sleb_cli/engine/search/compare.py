@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.resolve import can_race, resolve_search
 from sleb_cli.engine.search.run import SearchInputs, run_search
@@ -39,7 +40,9 @@ class Entry:
         return output.with_name(f"{output.name}.{name}")
 
 
-def compare_removals(request: SearchRequest, registry: Registry, notify: Notify) -> tuple[CompareResult, Plan]:
+def compare_removals(
+    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup | None = None
+) -> tuple[CompareResult, Plan]:
     """Search once for each entry of `request.compare`; return all results and the best plan.
 
     The best plan has the lowest perplexity on the held-out sequences, or on the calibration text if none are held out.
@@ -50,9 +53,12 @@ def compare_removals(request: SearchRequest, registry: Registry, notify: Notify)
     """
     notify_once = _NoticeOnce(notify)
     entries = parse_entries(request)
-    require_new_file(request.plan_file, force=request.force)
-    resolved = [resolve_search(_request_for(request, entry, registry), registry, notify_once) for entry in entries]
-    inputs, found = SearchInputs(), list[tuple[Entry, Plan, float]]()
+    group = group or ProcessGroup()
+    if group.is_main:
+        require_new_file(request.plan_file, force=request.force)
+    requests = [_request_for(request, entry, registry) for entry in entries]
+    resolved = group.one_first(lambda: [resolve_search(each, registry, notify_once) for each in requests])
+    inputs, found = SearchInputs(group), list[tuple[Entry, Plan, float]]()
     _, model, _ = inputs.load(resolved[0], notify)
     model()  # loaded now, so that the first search's time does not include it
     for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):

@@ -7,6 +7,7 @@ readable; an incomplete last line is ignored.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sleb_cli.atomic import writing
+from sleb_cli.engine.forward.saved_walk import SavedWalk
 from sleb_cli.records import differences
 from sleb_plugins.errors import OutputError, PlanError
 
@@ -31,6 +33,12 @@ def journal_of(plan: Path) -> Path:
     return plan.with_name(plan.name + ".journal")
 
 
+def saved_walk_of(plan: Path, search: Mapping[str, Any], rank: int) -> SavedWalk:
+    """Return where a process saves its walks through a streamed model, beside the journal of this search."""
+    identity = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()
+    return SavedWalk(plan.with_name(f"{journal_of(plan).name}.walk.{rank}"), identity)
+
+
 class Journal:
     """The measurements of a search: scores of one candidate on one batch, or losses. Without a path, only in memory.
 
@@ -41,12 +49,13 @@ class Journal:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.of_sets = False
-        self._known: dict[Key, list[float]] = {}
+        self.known: dict[Key, list[float]] = {}
+        """The measurements by what was measured."""
         self._file: BinaryIO | None = None
         self._synced = 0.0
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self.known)
 
     def require(self, *, resume: bool, force: bool) -> None:
         """Refuse, before any work, to overwrite an unfinished search.
@@ -87,13 +96,13 @@ class Journal:
 
     def find(self, removed: Removed, block: int | None = None, batch: int | None = None) -> list[float] | None:
         """Return the measurement without `removed` and `block` on this batch, if there is one."""
-        return self._known.get(self._key(removed, block, batch))
+        return self.known.get(self._key(removed, block, batch))
 
     def add(
         self, scores: Sequence[float], removed: Removed, block: int | None = None, batch: int | None = None
     ) -> None:
         """Record a measurement."""
-        self._known[self._key(removed, block, batch)] = list(scores)
+        self.known[self._key(removed, block, batch)] = list(scores)
         self._append({"removed": list(removed), "block": block, "batch": batch, "scores": list(scores)})
         if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
             self.sync()
@@ -112,13 +121,14 @@ class Journal:
         if file is not None and self.path is not None:
             with writing(self.path):
                 file.close()
-            if not self._known:
+            if not self.known:
                 self.delete()
 
     def delete(self) -> None:
-        """Delete the file, once its plan is written."""
+        """Delete the file, and the walks beside it, once its plan is written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+            SavedWalk(self.path.with_name(f"{self.path.name}.walk.0")).delete()
 
     def _key(self, removed: Removed, block: int | None, batch: int | None) -> Key:
         gone = sorted(removed)
@@ -148,7 +158,7 @@ class Journal:
                     )
             else:
                 key = self._key(document["removed"], document["block"], document["batch"])
-                self._known[key] = document["scores"]
+                self.known[key] = document["scores"]
             whole += len(line)
         if content and not whole:
             raise PlanError(

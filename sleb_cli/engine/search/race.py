@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from scipy.special import stdtrit
@@ -117,6 +118,24 @@ def look_schedule(sequences: int) -> list[int]:
         looks.append(int(look))
         look *= GROWTH
     return looks
+
+
+def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
+    """Cut batches with these numbers of sequences where a race looks: after each round, candidates may drop out.
+
+    A `few` rounds score ahead of most looks, where each round has to read the model: one ends after an eighth of the
+    sequences, and one at the last look. Who drops out does not depend on it.
+    """
+    looks, ends, looked, seen = look_schedule(sum(batches)), [0], 0, 0
+    for batch, size in enumerate(batches):
+        seen += size
+        if 2 * seen < sum(batches) and any(looked < look <= seen for look in looks):
+            looked = seen
+            ends.append(batch + 1)
+    if few:
+        early = [end for end in ends if 8 * sum(batches[:end]) >= sum(batches)]
+        ends = sorted({0, *early[:1], ends[-1]})
+    return [range(*bounds) for bounds in pairwise([*ends, len(batches)])]
 
 
 def student_quantile(tail: float, freedom: int) -> float:

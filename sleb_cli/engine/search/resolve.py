@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import choose_device, choose_dtype
+from sleb_cli.engine.forward.placement import Placement, device_of, resolve_device_map
+from sleb_cli.engine.forward.streaming import choose_to_stream
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.search.choices import Protection
@@ -16,12 +18,19 @@ from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
 from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, chosen_target, longest_run, option_of
+from sleb_cli.engine.surgery.fewer_bits import require_fewer_bits
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_model
-from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, CalibrationSettings, resolve_calibration
+from sleb_cli.engine.text.calibration import (
+    REFERENCE_PRESETS,
+    CalibrationSettings,
+    require_given_text,
+    resolve_calibration,
+)
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import MetricRecord, Plan, read_plan
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
     AUTO,
     DEFAULT_BEAM_WIDTH,
@@ -29,11 +38,20 @@ from sleb_cli.requests import (
     DEFAULT_PROTECTED,
     DEFAULT_SAMPLE_TOKENS,
     DEFAULT_STRATEGY,
+    LoadIn,
     SearchRequest,
     StrategyName,
 )
 from sleb_cli.units import parse_bytes
-from sleb_plugins import LogitMetric, Metric, ModelMetric, UnsupportedModelError, UsageError
+from sleb_plugins import (
+    LogitMetric,
+    MachineError,
+    Metric,
+    ModelMetric,
+    UnsupportedModelError,
+    UsageError,
+    WeightMetric,
+)
 from sleb_plugins.errors import did_you_mean
 
 
@@ -49,6 +67,7 @@ class ResolvedSearch:
     strategy_name: StrategyName
     calibration: CalibrationSettings
     context: SearchContext
+    placement: Placement
     removable: Removable
     target: Target | None
     """How far to search; None for --target-speedup until the model is timed."""
@@ -76,7 +95,9 @@ class ResolvedSearch:
     def sample_tokens(self) -> int:
         """How many tokens both models generate at the end."""
         asked = self.request.sample_tokens
-        return DEFAULT_SAMPLE_TOKENS if asked is None else asked
+        if asked is None:
+            return 0 if self.placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
+        return asked
 
 
 def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
@@ -94,12 +115,22 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         # The demo is a first impression: it must not take long.
         request = replace(request, fast=request.model == DEMO and can_race(metric, strategy))
     _require_fitting(request, metric, strategy)
-    _require_place(request)
-    device = choose_device(request.device)
+    if is_main_process():
+        _require_place(request)
+    choose_device(request.device)  # a device that is not there is reported before the model is looked for
     architecture = _read_architecture(request, extended, registry, notify)
+    device_map = resolve_device_map(request, architecture)
+    device = device_of(device_map, request.device)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     dtype = choose_dtype(str(request.dtype), architecture.config.dtype, device)
     context = SearchContext(architecture, protection, dtype, device, notify)
+    calibration = resolve_calibration(request, architecture, chat=request.chat)
+    bits = _bits(request, metric, architecture)
+    stream = (
+        device_map is None and bits is None and choose_to_stream(architecture, dtype, device, request.stream, notify)
+    )
+    if stream:
+        _require_streamable(request, metric, calibration)
     target = context.target(request)
     removable = Removable(architecture, protection, notify)
     resolved = ResolvedSearch(
@@ -109,8 +140,9 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         metric=metric,
         metrics=registry.metric_records(str(request.metric), metric),
         strategy_name=strategy,
-        calibration=resolve_calibration(request, architecture, chat=request.chat),
+        calibration=calibration,
         context=context,
+        placement=Placement(device, dtype, stream, device_map, bits),
         removable=removable,
         target=target,
     )
@@ -201,6 +233,37 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
     return replace(resolved, target=target, remove=most)
 
 
+def _bits(request: SearchRequest, metric: Metric, architecture: Architecture) -> int | None:
+    """Return in how many bits weights are held, if fewer than in their data type.
+
+    Raises:
+        UsageError: this does not go with other options.
+        MachineError: a package is missing.
+        UnsupportedModelError: the weights are packed already.
+    """
+    if request.load_in is None:
+        return None
+    if request.load_in not in get_args(LoadIn):
+        raise UsageError(f"--load-in {request.load_in} is unknown.", hint=f"Use {' or '.join(get_args(LoadIn))}.")
+    if request.stream:
+        raise UsageError(
+            "--load-in and --stream are two ways to run a model that does not fit.",
+            hint="Use one of them: --stream keeps the weights as they are.",
+        )
+    if isinstance(metric, WeightMetric):
+        raise UsageError(
+            f"{metric.name} reads the weights, and --load-in packs them.",
+            hint="Leave out --load-in, or use a metric of what the model computes, such as nll.",
+        )
+    if request.target_speedup is not None:
+        raise UsageError(
+            "--target-speedup times the model as it will run, and --load-in packs its weights.",
+            hint="Use another target, such as --ratio.",
+        )
+    require_fewer_bits(architecture)
+    return int(request.load_in.removesuffix("bit"))
+
+
 def can_race(metric: Metric, strategy: StrategyName) -> bool:
     """Whether candidates can be compared sequence by sequence until one wins."""
     return isinstance(metric, LogitMetric) and STRATEGIES[strategy].races
@@ -239,6 +302,24 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--extend works with --strategy greedy only, not with {strategy}.",
             hint="Search again for the number of blocks you want.",
         )
+
+
+def _require_streamable(request: SearchRequest, metric: Metric, calibration: CalibrationSettings) -> None:
+    """Check that the search needs no more than one block at a time.
+
+    Raises:
+        UsageError: it does.
+        MachineError: it does, and is streamed because there is too little memory.
+    """
+    error = UsageError if request.stream else MachineError
+    hint = "Use a machine with more memory, or --device-map."
+    if isinstance(metric, ModelMetric):
+        raise error(f"{metric.name} runs the whole model, which is streamed block by block.", hint=hint)
+    if isinstance(metric, WeightMetric) and metric.needs_gradients:
+        raise error(f"{metric.name} needs memory for gradients through the whole model, which is streamed.", hint=hint)
+    if request.target_speedup is not None:
+        raise error("--target-speedup times the whole model, which is streamed.", hint="Use --ratio.")
+    require_given_text(calibration)
 
 
 def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int, ...]:
@@ -280,7 +361,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     if extended is None:
         return _fill(request, defaults | {"seed": 0})
     search, text = extended.search, extended.calibration
-    planned = {name: getattr(search, name) for name in (*defaults, "batch_size", "fast", "protect")}
+    planned = {name: getattr(search, name) for name in (*defaults, "batch_size", "fast", "protect", "load_in")}
     planned |= {"calibration": text.source, "chat": text.chat, "seed": text.seed}
     planned |= {"sequence_length": text.sequence_length}
     if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences

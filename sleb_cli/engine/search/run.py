@@ -14,19 +14,22 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import environment_record
+from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
+from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.choices import Choice
 from sleb_cli.engine.search.held_out import HeldOut, hold_out, overfitting_note
-from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import Journal, journal_of, saved_walk_of
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_target
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.strategies import Problem
 from sleb_cli.engine.search.targets import LossTarget, option_of
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer
+from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import (
     SEARCH_TASK,
@@ -67,30 +70,36 @@ from sleb_plugins import (
 class SearchInputs:
     """What all searches of one model on one text share: tokenizer, model and text, loaded once."""
 
-    def __init__(self) -> None:
-        self._loaded: tuple[Any, Callable[[], Any], Calibration] | None = None
+    def __init__(self, group: ProcessGroup) -> None:
+        self.group = group
+        self._loaded: tuple[Any, Callable[[], SkippableModel], Calibration] | None = None
 
-    def load(self, resolved: ResolvedSearch, notify: Notify) -> tuple[Any, Callable[[], Any], Calibration]:
+    def load(self, resolved: ResolvedSearch, notify: Notify) -> tuple[Any, Callable[[], SkippableModel], Calibration]:
         """Return the tokenizer, a function that returns the model, and the calibration sequences."""
         if self._loaded is None:
             tokenizer = load_tokenizer(resolved.architecture.source)
             # Loaded at first use, so that a missing text is reported before gigabytes are read.
-            model = cache(
-                partial(load_dense, resolved.architecture, resolved.context.dtype, resolved.context.device, notify)
+            model = cache(partial(open_dense, resolved.architecture, resolved.placement, notify))
+            calibration = self.group.from_main(
+                lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify)
             )
-            self._loaded = tokenizer, model, calibrate(resolved.calibration, tokenizer, model, notify)
+            self._loaded = tokenizer, model, calibration
         return self._loaded
 
 
-def find_removals(request: SearchRequest, registry: Registry, notify: Notify) -> Plan:
-    """Search for the blocks that the model can best do without.
+def find_removals(
+    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup | None = None
+) -> Plan:
+    """Search for the blocks that the model can best do without, alone or together with other processes.
 
     Measurements are kept in a journal next to `request.plan_file`; delete it once the plan is written.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    return run_search(resolve_search(request, registry, notify), SearchInputs(), registry, notify)
+    group = group or ProcessGroup()
+    resolved = group.one_first(lambda: resolve_search(request, registry, notify))
+    return run_search(resolved, SearchInputs(group), registry, notify)
 
 
 def run_search(resolved: ResolvedSearch, inputs: SearchInputs, registry: Registry, notify: Notify) -> Plan:
@@ -99,19 +108,19 @@ def run_search(resolved: ResolvedSearch, inputs: SearchInputs, registry: Registr
     Raises:
         SlebError: a subclass that fits, for problems that only show once the model and the text are read.
     """
-    started, request = time.monotonic(), resolved.request
+    started, request, group = time.monotonic(), resolved.request, inputs.group
     tokenizer, model, calibration = inputs.load(resolved, notify)
     _require_continuation(resolved, calibration)
-    journal = Journal(journal_of(request.plan_file))
-    speedup_timer = SpeedupTimer(resolved.context, model, request)
+    journal = Journal(journal_of(request.plan_file) if group.is_main else None)
+    speedup_timer = SpeedupTimer(resolved.context, lambda: model().model, request, group)
     if resolved.target is None:
         resolved = with_target(resolved, speedup_timer.target(resolved.removable.candidates), notify)
     try:
-        dense, trace, search = _search(resolved, model(), tokenizer, calibration, journal, notify)
+        dense, trace, search = _search(resolved, model(), tokenizer, calibration, journal, group, notify)
         target = _target_record(resolved, dense, trace, speedup_timer)
         search = search.model_copy(update={"remove": len(trace.removals), "target": target})
     except BaseException:
-        if len(journal):
+        if len(journal) and journal.path:
             notify(Notice(f"All measurements are kept in {journal.path}: rerun with --resume to continue."))
         raise
     finally:
@@ -139,7 +148,7 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     plan, request = resolved.extended, resolved.request
     if plan is None:
         return
-    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout")
+    names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout", "load_in")
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
     found |= {"dtype": dtype_name(resolved.context.dtype), "protect": resolved.context.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
@@ -165,23 +174,41 @@ def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
 
 
 def _search(
-    resolved: ResolvedSearch, model: Any, tokenizer: Any, calibration: Calibration, journal: Journal, notify: Notify
+    resolved: ResolvedSearch,
+    dense_model: SkippableModel,
+    tokenizer: Any,
+    calibration: Calibration,
+    journal: Journal,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> tuple[DenseRecord, SearchTrace, SearchRecord]:
     architecture, request, metric = resolved.architecture, resolved.request, resolved.metric
-    searched, kept = hold_out(calibration.to(resolved.context.device), request.holdout or 0)
+    searched, kept = hold_out(calibration.to(dense_model.device), request.holdout or 0)
     if request.fast:
         searched = searched.shuffled()
-    with SkippableModel(model, architecture.blocks_of(model)) as skippable:
-        passes, reason = _prepare(skippable, resolved, searched, notify)
+    with dense_model as skippable:
+        passes, reason = _prepare(skippable, resolved, searched, group, notify)
         held_out = passes.over(kept.sequences, kept.loss_mask) if kept else None
         scoring = Scoring(
-            passes, journal, tokenizer, notify, fast=bool(request.fast), winners=resolved.beam_width, held_out=held_out
+            passes,
+            journal,
+            tokenizer,
+            notify,
+            fast=bool(request.fast),
+            winners=resolved.beam_width,
+            held_out=held_out,
+            group=group,
         )
         _, engine = scoring.scorer(metric)
         record = _search_record(resolved, scoring, engine, reason)
         journal.of_sets = isinstance(metric, LogitMetric | ModelMetric)
-        journal.open(_identity(resolved, calibration, record), resume=request.resume)
-        if len(journal):
+        identity = _identity(resolved, calibration, record)
+        journal.open(identity, resume=request.resume)
+        passes.saved_walk = saved_walk_of(request.plan_file, identity, group.rank)
+        if not request.resume and group.is_main:
+            passes.saved_walk.delete()
+        journal.known = group.from_main(lambda: journal.known)
+        if len(journal) and journal.path:
             notify(Notice(f"Continuing with the {len(journal)} measurements in {journal.path}."))
         dense = resolved.extended.dense if resolved.extended else _measure_dense(scoring, resolved)
         trace = _search_to_target(resolved, dense, scoring, notify)
@@ -189,25 +216,36 @@ def _search(
             notify(Notice(warning))
         if resolved.sample_tokens:
             limit = architecture.longest_sequence
-            trace.sample_generation = generate_sample(
-                skippable, tokenizer, trace.removals, resolved.sample_tokens, limit, notify
+            trace.sample_generation = group.from_main(
+                lambda: generate_sample(skippable, tokenizer, trace.removals, resolved.sample_tokens, limit, notify)
             )
     return dense, trace, record
 
 
 def _prepare(
-    skippable: SkippableModel, resolved: ResolvedSearch, calibration: Calibration, notify: Notify
+    skippable: SkippableModel,
+    resolved: ResolvedSearch,
+    calibration: Calibration,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> tuple[Passes, str | None]:
     request = resolved.request
+    asked = None if request.memory is None else str(request.memory)
+    # The same in all processes, so that they have the same batches.
+    memory, host_memory = (
+        min(group.gather(available_memory(device, asked))) for device in (skippable.device, torch.device("cpu"))
+    )
     with task(notify, "Checking the engine"):
         return prepare_passes(
             skippable,
             calibration.sequences,
             notify,
             loss_mask=calibration.loss_mask,
-            memory=None if request.memory is None else str(request.memory),
+            memory=str(memory),
             batch_size=request.batch_size,
             min_batches=LOOKS if request.fast else 1,
+            host_memory=str(host_memory),
+            spill_to=request.plan_file.absolute().parent,
         )
 
 
@@ -225,6 +263,7 @@ def _search_record(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, r
         protect=resolved.context.protection.blocks,
         dtype=dtype_name(resolved.context.dtype),
         device=resolved.context.device.type,
+        load_in=request.load_in,
         batch_size=scoring.passes.budget.sequences,
         fast=bool(request.fast),
         holdout=request.holdout or 0.0,

@@ -1,26 +1,30 @@
 """Score the removal of each candidate block, for each of the four kinds of metric.
 
-A scorer takes the blocks removed so far and the candidates of this step, and returns a score for each.
+A scorer takes the blocks removed so far and the candidates of this step, and returns a score for each. Processes share
+the work, and after each turn all of them have all measurements in their journals, so they decide alike.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import as_float64, in_smaller_pieces
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.passes import Listener, Passes
+from sleb_cli.engine.forward.passes import Listener, Passes, Unit
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.states import BASE
+from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
 from sleb_cli.engine.search.choices import Outcome, Score, require_finite
 from sleb_cli.engine.search.journal import Journal
-from sleb_cli.engine.search.race import Race
+from sleb_cli.engine.search.race import Race, rounds
+from sleb_cli.engine.search.shares import EQUAL_COSTS, Costs, at_once, costs_of_fork, deal_units
 from sleb_cli.engine.search.strategies import ScoreSpans
 from sleb_cli.events import CandidateScored, LaterStepsForecast, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.plan import Engine
@@ -34,6 +38,9 @@ from sleb_plugins import (
 )
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.weighted import require_shape
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class Scoring:
     """How many winners a race has."""
     held_out: Passes | None = None
     """Passes over sequences that the search never scores."""
+    group: ProcessGroup = field(default_factory=ProcessGroup)
+    """The processes that share the work."""
 
     @property
     def skippable(self) -> SkippableModel:
@@ -81,28 +90,54 @@ class Scoring:
         scores_are_losses: bool = False,
     ) -> list[float]:
         """Return the loss of each sequence, whose mean is `loss`."""
-        losses: list[float] = []
-        for batch in range(len(self.passes.batches)):
-            found = self.journal.find(removed[:-1], removed[-1], batch) if scores_are_losses and removed else None
-            losses += found or self._measure(self.passes, batch, removed, batch)
-            advanced(len(self.passes.batches[batch]))
-        return losses
+        batches = range(len(self.passes.batches))
+        found = {
+            batch: self.journal.find(removed[:-1], removed[-1], batch) if scores_are_losses and removed else None
+            for batch in batches
+        }
+        found |= self._measure(self.passes, [batch for batch in batches if not found[batch]], removed, 0, advanced)
+        return [loss for batch in batches for loss in found[batch] or ()]
 
     def held_out_losses(self, removed: Sequence[int]) -> list[float]:
         """Return the loss of each held-out sequence; in the journal, their batches follow the calibration batches."""
         assert self.held_out is not None
-        first = len(self.passes.batches)
         batches = range(len(self.held_out.batches))
-        return [loss for batch in batches for loss in self._measure(self.held_out, batch, removed, first + batch)]
+        found = self._measure(self.held_out, batches, removed, len(self.passes.batches))
+        return [loss for batch in batches for loss in found[batch]]
 
     @torch.inference_mode()
-    def _measure(self, passes: Passes, batch: int, removed: Sequence[int], number: int) -> list[float]:
-        """Return the losses of a batch from the journal, in which its number is `number`, or else measure them."""
-        found = self.journal.find(removed, batch=number)
-        if found is None:
-            found = dict(passes.scores(NegativeLogLikelihood(), batch, removed, ()))[BASE]
-            self.journal.add(found, removed, batch=number)
-        return found
+    def _measure(
+        self,
+        passes: Passes,
+        batches: Sequence[int],
+        removed: Sequence[int],
+        first: int,
+        advanced: Callable[[int], None] = lambda sequences: None,
+    ) -> dict[int, list[float]]:
+        """Return the losses of batches, from the journal, where the first batch has the number `first`, or measured."""
+        known = {batch: self.journal.find(removed, batch=first + batch) for batch in batches}
+        losses = {batch: found for batch, found in known.items() if found is not None}
+        metric, missing = NegativeLogLikelihood(), [batch for batch in batches if batch not in losses]
+
+        def measure(mine: Sequence[int]) -> Iterator[tuple[int, int, list[float]]]:
+            return passes.score_units(metric, removed, [(batch, ()) for batch in mine])
+
+        for found in losses.values():
+            advanced(len(found))
+        for _, (batch, _, found) in self._share(deal(missing, self.group.size), measure):
+            self.journal.add(found, removed, batch=first + batch)
+            losses[batch] = found
+            advanced(len(found))
+        return losses
+
+    def _share(
+        self, turns: Iterable[Turn[T]], measure: Callable[[Sequence[T]], Iterable[R]]
+    ) -> Iterator[tuple[int, R]]:
+        """Yield what is measured in turns, the same in all processes, each with the rank of who measured it."""
+        if not self.skippable.weights.resident:
+            turns = at_once(turns)  # each process reads the weights once for all that it measures
+        for turn in turns:
+            yield from self.group.in_turn(measure(turn[self.group.rank]))
 
     def scorer(self, metric: Metric) -> tuple[Score, Engine]:
         """Choose how to compute `metric`."""
@@ -130,66 +165,108 @@ class Scoring:
 
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Score batch after batch; in a race, beaten candidates drop out after each."""
+        """Score the candidates batch by batch; in a race, the beaten drop out on the way."""
         race = Race(self.sequences, {block: [] for block in candidates}, winners=self.winners)
-        for batch in range(len(self.passes.batches)):
-            self.notify(LaterStepsForecast(self.passes.share_of_later_steps(candidates)))
-            for block in race.contenders:
-                if (found := self.journal.find(removed, block, batch)) is not None:
-                    self.notify(SearchAdvanced(len(found), from_journal=True))
-                    self._add(race, removed, block, found)
-            missing = [block for block in race.contenders if self.journal.find(removed, block, batch) is None]
-            if missing:
-                for block, scores in self.passes.scores(metric, batch, removed, missing):
-                    require_finite(sum(scores), removed, block)
-                    self.journal.add(scores, removed, block, batch)
-                    self._add(race, removed, block, scores)
-            self.passes.ranking = race.ranking()
-            if self.fast:
-                expected = race.evaluations
-                race.drop_beaten()
-                self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), expected - race.evaluations))
+        sizes = [len(batch) for batch in self.passes.batches]
+        progress = _Progress(self.notify, len(removed) + 1)
+        few = not self.skippable.weights.resident
+        for batches in rounds(sizes, few=few) if self.fast else [range(len(sizes))]:
+            self._score_round(metric, removed, race.contenders, batches, progress)
+            for batch in batches:
+                for block in race.contenders:
+                    race.add(block, self.journal.find(removed, block, batch) or ())
+                if self.fast:
+                    expected = race.evaluations
+                    race.drop_beaten()
+                    self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), expected - race.evaluations))
+        self.passes.ranking = race.ranking()
         return race.outcome(fast=self.fast)
 
-    def _add(self, race: Race, removed: Sequence[int], block: int, scores: Sequence[float]) -> None:
-        race.add(block, scores)
-        self.notify(CandidateScored(len(removed) + 1, block, race.mean(block)))
+    def _score_round(
+        self,
+        metric: LogitMetric,
+        removed: Sequence[int],
+        contenders: Sequence[int],
+        batches: Iterable[int],
+        progress: _Progress,
+    ) -> None:
+        """Score the contenders on these batches, as far as the journal does not have them."""
+        units: list[Unit] = []
+        for batch in batches:
+            known = {block: self.journal.find(removed, block, batch) for block in contenders}
+            for block, found in known.items():
+                if found is not None:
+                    progress.add(block, found, from_journal=True)
+            if missing := [block for block in contenders if known[block] is None]:
+                units.append((batch, missing))
+
+        def measure(mine: Sequence[Unit]) -> Iterator[tuple[int, int, list[float]]]:
+            self.passes.ranking = progress.ranking(contenders) or self.passes.ranking
+            self.notify(LaterStepsForecast(self.passes.share_of_later_steps(contenders)))
+            return self.passes.score_units(metric, removed, mine)
+
+        turns = deal_units(units, self.group.size, self._costs)
+        for rank, (batch, block, scores) in self._share(turns, measure):
+            require_finite(sum(scores), removed, block)
+            self.journal.add(scores, removed, block, batch)
+            progress.add(block, scores, advanced=rank != self.group.rank)
+
+    @cached_property
+    def _costs(self) -> Costs:
+        if self.passes.engine != "fork":
+            return EQUAL_COSTS
+        return costs_of_fork(len(self.skippable.switches), self.skippable.head_blocks)
 
     @torch.inference_mode()
     def _score_states(self, metric: HiddenStateMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Run the model once, and score every block on the way."""
-        scores: dict[int, list[float]] = {block: [] for block in candidates}
 
         def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[int, list[float]]]:
             yield block, _mean_over_tokens(metric, entering, leaving)
 
+        def measure(mine: Sequence[int]) -> Iterator[tuple[int, int, list[float]]]:
+            watched = self.passes.watch_together(mine, removed, candidates, lambda: listen)
+            return ((batch, block, found) for batch, scores in watched.items() for block, found in scores.items())
+
+        progress, missing = _Progress(self.notify, len(removed) + 1), []
         for batch in range(len(self.passes.batches)):
-            if any(self.journal.find(removed, block, batch) is None for block in candidates):
-                for block, found in self.passes.watch(batch, removed, candidates, lambda: listen).items():
-                    self.journal.add(found, removed, block, batch)
-            for block in candidates:
-                found = self.journal.find(removed, block, batch) or []
-                scores[block] += found
-                self.notify(SearchAdvanced(len(found)))
-                self.notify(CandidateScored(len(removed) + 1, block, _mean(scores[block])))
-        return Outcome({block: _mean(values) for block, values in scores.items()})
+            known = {block: self.journal.find(removed, block, batch) for block in candidates}
+            if None in known.values():
+                missing.append(batch)
+            else:
+                progress.add_all(known)
+        for _, (batch, block, found) in self._share(deal(missing, self.group.size), measure):
+            self.journal.add(found, removed, block, batch)
+            progress.add(block, found)
+        return Outcome({block: progress.mean(block) for block in candidates})
 
     @torch.inference_mode()
     def _score_spans(self, metric: HiddenStateMetric, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
         """Score spans by what enters their first block and leaves their last, in one pass of the dense model."""
-        scores: dict[int, list[float]] = {span[-1]: [] for span in spans}
+        blocks = range(spans[0][0], spans[-1][-1] + 1)
+        progress, missing = _Progress(self.notify, len(spans[0])), []
         for batch in range(len(self.passes.batches)):
-            if any(self.journal.find(span[:-1], span[-1], batch) is None for span in spans):
-                self._watch_spans(metric, batch, range(spans[0][0], spans[-1][-1] + 1), longest)
-            for span in spans:
-                found = self.journal.find(span[:-1], span[-1], batch) or []
-                scores[span[-1]] += found
-                self.notify(SearchAdvanced(len(found)))
-                self.notify(CandidateScored(len(span), span[-1], _mean(scores[span[-1]])))
-        return Outcome({block: _mean(values) for block, values in scores.items()})
+            known = {span[-1]: self.journal.find(span[:-1], span[-1], batch) for span in spans}
+            if None in known.values():
+                missing.append(batch)
+            else:
+                progress.add_all(known)
 
-    def _watch_spans(self, metric: HiddenStateMetric, batch: int, blocks: range, longest: int) -> None:
-        """Score all spans of up to `longest` of these blocks; at most `longest` states exist at once."""
+        def measure(mine: Sequence[int]) -> Iterator[tuple[int, tuple[int, int], list[float]]]:
+            watched = self._watch_spans(metric, mine, blocks, longest)
+            return ((batch, span, found) for batch, scores in watched.items() for span, found in scores.items())
+
+        wanted = {(span[0], span[-1]) for span in spans}
+        for _, (batch, (start, block), found) in self._share(deal(missing, self.group.size), measure):
+            self.journal.add(found, range(start, block), block, batch)
+            if (start, block) in wanted:
+                progress.add(block, found)
+        return Outcome({span[-1]: progress.mean(span[-1]) for span in spans})
+
+    def _watch_spans(
+        self, metric: HiddenStateMetric, batches: Sequence[int], blocks: range, longest: int
+    ) -> dict[int, dict[tuple[int, int], list[float]]]:
+        """Score all spans of up to `longest` of these blocks, by their ends; at most `longest` states exist at once."""
 
         def start() -> Listener[tuple[int, int]]:
             entered: dict[int, Tensor] = {}
@@ -202,8 +279,7 @@ class Scoring:
 
             return listen
 
-        for (start_block, block), found in self.passes.watch(batch, (), blocks, start).items():
-            self.journal.add(found, range(start_block, block), block, batch)
+        return self.passes.watch_together(batches, (), blocks, start, remembered=longest)
 
     def _sum_over_spans(
         self, metric: WeightMetric, spans: Sequence[tuple[int, ...]], known: dict[int, float]
@@ -215,14 +291,23 @@ class Scoring:
         return Outcome({span[-1]: math.fsum(known[block] for block in span) for span in spans})
 
     def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
-        """Score each block's parameters, and their gradients if the metric needs them, in batches that fit."""
+        """Score each block's parameters, and their gradients if the metric needs them, in batches that fit.
+
+        Gradients are sums over all batches, whose order changes the last bits, so the main process computes them.
+        """
+        return self.group.from_main(lambda: self._weight_scores(metric, removed, candidates))
+
+    def _weight_scores(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         scores: dict[int, float] = {}
 
         def score(size: int) -> None:
-            left: Iterable[int] = [block for block in candidates if block not in scores]
-            if metric.needs_gradients:
-                left = blocks_with_gradients(self.passes.in_batches_of(size), removed, tuple(left))
-            for block in left:
+            left = [block for block in candidates if block not in scores]
+            visited = (
+                blocks_with_gradients(self.passes.in_batches_of(size), removed, left)
+                if metric.needs_gradients
+                else self.skippable.weights.visit(left)
+            )
+            for block in visited:
                 scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
                 self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
                 self.notify(SearchAdvanced(self.sequences))
@@ -234,17 +319,54 @@ class Scoring:
     def _score_models(self, metric: ModelMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Score the model once for each candidate, with it skipped."""
         sequences = torch.cat(tuple(self.passes.batches))
-        scores: dict[int, float] = {}
-        for block in candidates:
-            found = self.journal.find(removed, block)
-            if found is None:
+        known = {block: self.journal.find(removed, block) for block in candidates}
+        scores = {block: found[0] for block, found in known.items() if found is not None}
+
+        def measure(mine: Sequence[int]) -> Iterator[tuple[int, float]]:
+            for block in mine:
                 self.skippable.skip({*removed, block})
-                found = [_number(metric, metric.score_model(self.skippable.model, self.tokenizer, sequences))]
-                self.journal.add(found, removed, block)
-            scores[block] = found[0]
-            self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
+                yield block, _number(metric, metric.score_model(self.skippable.model, self.tokenizer, sequences))
+
+        def tell(block: int, score: float) -> None:
+            self.notify(CandidateScored(len(removed) + 1, block, score))
             self.notify(SearchAdvanced(self.sequences))
-        return Outcome(scores)
+
+        for block, score in scores.items():
+            tell(block, score)
+        missing = [block for block in candidates if block not in scores]
+        for _, (block, score) in self._share(deal(missing, self.group.size), measure):
+            self.journal.add([score], removed, block)
+            scores[block] = score
+            tell(block, score)
+        return Outcome({block: scores[block] for block in candidates})
+
+
+class _Progress:
+    """The scores of a step as they come, in any order of the batches, and what is told of them."""
+
+    def __init__(self, notify: Notify, step: int) -> None:
+        self._notify, self._step = notify, step
+        self._scores: defaultdict[int, list[float]] = defaultdict(list)
+
+    def add(self, block: int, scores: Sequence[float], *, advanced: bool = True, from_journal: bool = False) -> None:
+        """Add scores of a candidate; `advanced` unless their evaluations were reported while they were computed."""
+        self._scores[block] += scores
+        if advanced:
+            self._notify(SearchAdvanced(len(scores), from_journal=from_journal))
+        self._notify(CandidateScored(self._step, block, self.mean(block)))
+
+    def add_all(self, known: Mapping[int, Sequence[float] | None]) -> None:
+        """Add the scores of several candidates."""
+        for block, scores in known.items():
+            self.add(block, scores or ())
+
+    def mean(self, block: int) -> float:
+        """Return the mean of a candidate's scores so far."""
+        return _mean(self._scores[block])
+
+    def ranking(self, among: Sequence[int]) -> list[int]:
+        """Return those that have scores, best first."""
+        return sorted((block for block in among if block in self._scores), key=lambda b: (self.mean(b), b))
 
 
 def _mean(values: Sequence[float]) -> float:

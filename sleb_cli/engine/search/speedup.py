@@ -10,6 +10,7 @@ from typing import Any
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.context import LEAST_SPEEDUP, SearchContext
 from sleb_cli.engine.search.targets import (
     SizeTarget,
@@ -35,6 +36,7 @@ class SpeedupTimer:
     context: SearchContext
     model: Callable[[], Any]
     request: TargetRequest
+    group: ProcessGroup
 
     @cached_property
     def workload(self) -> Workload:
@@ -44,7 +46,10 @@ class SpeedupTimer:
         return resolve_workload(name, BenchRequest(), dense, self.context.device, self.context.notify)
 
     def share(self, removals: Sequence[int]) -> float:
-        """Return the time of the model without these blocks, as a share of the dense model's."""
+        """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""
+        return self.group.from_main(lambda: self._share(removals))
+
+    def _share(self, removals: Sequence[int]) -> float:
         context = self.context
         surgery, dense = Surgery(context.architecture, tuple(removals)), self.model()
         pruned = load_pruned(surgery, context.dtype, context.device, context.notify, dense=dense)

@@ -1,0 +1,165 @@
+"""`--device-map` on the CPU: blocks on disk give the same plan, checkpoint and measurements; and what is refused."""
+
+import gc
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from transformers.integrations import accelerate as placing
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from conftest import calibration, save_model, slow
+from families import tiny_config
+from sleb_cli.engine.files.cache import cache_root
+
+ON_DISK = {"": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "model.layers.5": "disk"}
+
+
+def write(places):
+    Path("places.json").write_text(json.dumps(places))
+    return "places.json"
+
+
+def search(run_sleb, model, text, *options, code=0):
+    given = ["--remove", 2, *calibration(text, length=16), "-o", "plan.json", "--force", "-q"]
+    result = run_sleb("search", model, *given, *options)
+    assert result.exit_code == code, result.stderr
+    if code:
+        return result.stderr
+    assert result.stderr == ""
+    plan = json.loads(Path("plan.json").read_text())
+    del plan["environment"]
+    return plan
+
+
+def left_in_cache():
+    gc.collect()
+    return list(cache_root().glob("offload-*"))
+
+
+@pytest.mark.parametrize("metric", ["nll", "taylor", slow("cosine"), slow("magnitude")])
+def test_blocks_on_disk_give_the_same_plan(run_sleb, tiny_llama, text_file, metric):
+    expected = search(run_sleb, tiny_llama, text_file, "--metric", metric)
+    assert search(run_sleb, tiny_llama, text_file, "--metric", metric, "--device-map", write(ON_DISK)) == expected
+    assert not left_in_cache()
+
+
+def test_a_model_that_is_all_on_disk_writes_text_and_is_measured_on_a_task(run_sleb, tiny_llama, text_file, tmp_path):
+    options = ("--calibration", "self:0.5,prose.txt:0.5", "--samples", 4, "--sequence-length", 16)
+    (tmp_path / "prose.txt").symlink_to(text_file)
+    expected = search(run_sleb, tiny_llama, text_file, *options)
+    assert search(run_sleb, tiny_llama, text_file, *options, "--device-map", write({"": "disk"})) == expected
+
+
+@pytest.mark.slow
+def test_weights_that_transformers_converts_are_kept_on_disk_and_removed_at_the_end(run_sleb, text_file, tmp_path):
+    model = save_model(tmp_path / "mixtral", tiny_config("mixtral"))
+    remove = ("--remove", 1)
+    expected = search(run_sleb, model, text_file, *remove)
+    assert search(run_sleb, model, text_file, *remove, "--device-map", write({"": "disk"})) == expected
+    options = ["apply", "plan.json", "--recover", *calibration(text_file, samples=5, length=16)]
+    for folder, where in (("expected", []), ("found", ["--device-map", "places.json"])):
+        result = run_sleb(*options, *where, "-o", folder)
+        assert result.exit_code == 0, result.stderr
+    hashes = [
+        hashlib.sha256((tmp_path / folder / "model.safetensors").read_bytes()).hexdigest()
+        for folder in ("expected", "found")
+    ]
+    assert hashes[0] == hashes[1]
+    assert not left_in_cache()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float32")])
+def test_the_checkpoint_and_its_proof_are_the_same(run_sleb, tiny_llama, text_file, tmp_path, dtype):
+    search(run_sleb, tiny_llama, text_file)
+    options = ["plan.json", "--recover", "--dtype", dtype, *calibration(text_file, samples=8)]
+    weights, proofs = [], []
+    for where in ([], ["--device-map", write(ON_DISK)]):
+        result = run_sleb("apply", *options, *where, "-o", "out", "--force")
+        assert result.exit_code == 0, result.stderr
+        weights.append((tmp_path / "out" / "model.safetensors").read_bytes())
+        proofs.append(json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["proof"])
+    assert weights[0] == weights[1]
+    assert proofs[0] == proofs[1]
+    assert len(proofs[0]["checks"]) == 5
+
+
+def test_measurements_are_the_same(run_sleb, tiny_llama, text_file):
+    search(run_sleb, tiny_llama, text_file)
+    options = [
+        "--perplexity",
+        text_file,
+        "--sequence-length",
+        32,
+        "--max-windows",
+        4,
+        "--fresh",
+        "--force",
+        "-o",
+        "e.json",
+    ]
+    found = []
+    for where in ([], ["--device-map", write(ON_DISK)]):
+        result = run_sleb("eval", "plan.json", *options, *where)
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads(Path("e.json").read_text())["texts"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("how", ["auto", slow("balanced"), slow("sequential")])
+def test_accelerate_chooses_the_places(run_sleb, tiny_llama, text_file, monkeypatch, how):
+    expected = search(run_sleb, tiny_llama, text_file)
+    room = {"cpu": 200_000}  # of 310 kB
+    monkeypatch.setattr(placing, "accelerate_max_memory", lambda asked=None: dict(room))
+    assert search(run_sleb, tiny_llama, text_file, "--device-map", how) == expected
+
+
+def test_a_block_that_accelerate_would_split_is_refused(run_sleb, tiny_llama, text_file, monkeypatch):
+    monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", None)
+    monkeypatch.setattr(placing, "accelerate_max_memory", lambda asked=None: {"cpu": 200_000})
+    said = search(run_sleb, tiny_llama, text_file, "--device-map", "auto", code=4)
+    assert "accelerate would spread a block over several devices: model.layers." in said
+
+
+@pytest.mark.parametrize(
+    ("places", "code", "sentence"),
+    [
+        ({"": 0}, 7, "puts '' on accelerator 0, and this machine has none"),
+        ({"": "gpu"}, 2, "puts '' on 'gpu', which is no device"),
+        ({"": "cpu", "model.layer.1": "disk"}, 2, "Did you mean 'model.layers.1'?"),
+        ({"": "cpu", "model.layers.1.mlp": "disk"}, 2, "a block stays whole"),
+        ({"model": "cpu"}, 2, "names no device for lm_head"),
+        ({}, 2, "is no object from module names to devices"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(run_sleb, tiny_llama, text_file, places, code, sentence):
+    assert sentence in search(run_sleb, tiny_llama, text_file, "--device-map", write(places), code=code)
+
+
+def test_tied_weights_stay_together(run_sleb, text_file, tmp_path):
+    model = save_model(tmp_path / "gemma", tiny_config("gemma3_text"))
+    places = write({"": "cpu", "lm_head": "disk"})
+    assert "share a weight" in search(run_sleb, model, text_file, "--device-map", places, code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--stream",), "--device-map and --stream"),
+        (("--device", "cpu"), "--device does not apply"),
+        (("--ratio", "0.2", "--device-map", "missing.json"), "There is no device map missing.json"),
+    ],
+)
+def test_what_does_not_go_with_a_map_is_refused(run_sleb, tiny_llama, text_file, options, sentence):
+    given = ["--device-map", write(ON_DISK), *calibration(text_file)]
+    target = [] if "--ratio" in options else ["--remove", 1]
+    result = run_sleb("search", tiny_llama, *target, *given, *options)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+
+
+def test_healing_says_what_it_needs(run_sleb, llama_plan):
+    result = run_sleb("apply", llama_plan, "--heal", "--device-map", "auto")
+    assert result.exit_code == 2
+    assert "--heal trains, so it needs all weights on its device" in result.stderr
