@@ -31,6 +31,10 @@ BOOTSTRAP_ITERATIONS = 1000
 Observe = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 """Is told how many requests follow, and yields the function that is told how many of them are done."""
 
+Share = Callable[[Sequence[Sequence[int]], Callable[[Sequence[int]], Sequence[Any]]], list[Any]]
+"""Takes batches of requests, by their positions, and a function that answers those at some positions; returns the
+answers to all, in their order, of whichever process gave them."""
+
 
 @dataclass(frozen=True)
 class TaskSettings:
@@ -77,11 +81,20 @@ class LoadedTask:
         """Return the tokens of the longest prompt and what is generated after it; 0 if nothing is generated."""
         return max((_longest_request(task, tokenizer, self._settings) for task in self.tasks.values()), default=0)
 
-    def run(self, model: Any, tokenizer: Any, observe: Observe | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        observe: Observe | None = None,
+        share: Share | None = None,
+        *,
+        device: Any = None,
+    ) -> dict[str, Any]:
         """Return lm-eval's results in its `result_schema`, with all samples, as JSON holds them.
 
         This is `lm_eval.simple_evaluate` without its report on the environment, for which it runs git and several other
         programs. Seeds and few-shot rules are the same. If the device is out of memory, smaller batches are tried.
+        `device` is where tokens go in, which of a model spread over devices is not that of its first weight.
 
         Raises:
             UsageError: the task does not fit the model's positions, or the tokenizer has no chat template.
@@ -91,18 +104,27 @@ class LoadedTask:
                 "--apply-chat-template does not work: the tokenizer has no chat template.", hint="Leave it out."
             )
         batch_size = self._settings.batch_size
-        if batch_size == "auto" and model.device.type == "cpu":
+        device = device or model.device
+        if batch_size == "auto" and device.type == "cpu":
             batch_size = CPU_WRITING_BATCH if all(map(_new_tokens, self.tasks.values())) else CPU_BATCH
         while True:
             try:
-                return self._run(model, tokenizer, batch_size, observe)
+                return self._run(model, tokenizer, batch_size, device, observe, share)
             except (RuntimeError, MemoryError) as error:
                 if batch_size == 1 or not is_out_of_memory(error):
                     raise
             # The items of a batch do not depend on each other.
             batch_size = (LARGEST_BATCH if isinstance(batch_size, str) else batch_size) // 2
 
-    def _run(self, model: Any, tokenizer: Any, batch_size: int | str, observe: Observe | None) -> dict[str, Any]:
+    def _run(
+        self,
+        model: Any,
+        tokenizer: Any,
+        batch_size: int | str,
+        device: Any,
+        observe: Observe | None,
+        share: Share | None,
+    ) -> dict[str, Any]:
         from lm_eval.defaults import DEFAULT_OTHER_SEED
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
@@ -113,9 +135,12 @@ class LoadedTask:
             for task in self.tasks.values():
                 task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            lm._device = device
             self._require_positions(lm.max_length)
             if observe is not None:
                 _observe_requests(lm, observe)
+            if share is not None:
+                _share_requests(lm, share)
             results = evaluate(
                 lm=lm,
                 task_dict=self._loaded,
@@ -321,6 +346,69 @@ def _observe_requests(lm: Any, observe: Observe) -> None:
 
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         setattr(lm, kind, observed(getattr(lm, kind)))
+
+
+def _share_requests(lm: Any, share: Share) -> None:
+    """Have several processes answer lm-eval's requests, in the batches that it would make in one."""
+
+    def shared(
+        call: Callable[..., Any], batches_of: Callable[[Any, Sequence[Any], Mapping[str, Any]], list[list[int]]]
+    ) -> Callable[..., Any]:
+        def run(requests: Sequence[Any], **options: Any) -> Any:
+            def answer(positions: Sequence[int]) -> Sequence[Any]:
+                found = call([requests[n] for n in positions], **options) if positions else []
+                for _ in range(len(requests) - len(positions)):  # progress: the others are about as far
+                    lm.cache_hook.add_partial("", None, None)
+                return found
+
+            return share(batches_of(lm, requests, options), answer)
+
+        return run
+
+    lm._loglikelihood_tokens = shared(lm._loglikelihood_tokens, _batches_of_tokens)
+    lm.generate_until = shared(lm.generate_until, _batches_of_prompts)
+
+
+def _batches_of_tokens(lm: Any, requests: Sequence[Any], options: Mapping[str, Any]) -> list[list[int]]:
+    """Return the batches of `HFLM._loglikelihood_tokens`: the longest first, equal prompts of one more token as one."""
+    groups: dict[Any, list[int]] = {}
+    for position, (_, context, continuation) in enumerate(requests):
+        groups.setdefault(tuple(context + continuation[:-1]) if lm.logits_cache else position, []).append(position)
+
+    def order(positions: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        longest = max(positions, key=lambda n: len(requests[n][2]))
+        tokens = tuple(requests[longest][1] + requests[longest][2])
+        return -len(tokens), tokens
+
+    return _chunks(sorted(groups.values(), key=order), options.get("override_bs") or lm.batch_size)
+
+
+def _batches_of_prompts(lm: Any, requests: Sequence[Any], options: Mapping[str, Any]) -> list[list[int]]:
+    """Return the batches of `HFLM.generate_until`: prompts with the same settings, the longest first.
+
+    Where tokens are sampled, there is one batch, since each depends on those before it.
+    """
+    groups: dict[str, list[int]] = {}
+    for position, request in enumerate(requests):
+        groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(position)
+    if any(request.args[1].get("do_sample") for request in requests):
+        return [list(range(len(requests)))]
+
+    def order(position: int) -> tuple[int, str]:
+        prompt = requests[position].args[0]
+        return -len(lm.tok_encode(prompt)), prompt
+
+    ordered = [[[position] for position in sorted(positions, key=order)] for positions in groups.values()]
+    return [batch for positions in ordered for batch in _chunks(positions, lm.batch_size)]
+
+
+def _chunks(groups: Sequence[Sequence[int]], size: int | str) -> list[list[int]]:
+    """Join so many groups to a batch; where lm-eval looks for a size by itself, as many as it begins with."""
+    size = LARGEST_BATCH if isinstance(size, str) else int(size)
+    return [
+        [position for group in groups[first : first + size] for position in group]
+        for first in range(0, len(groups), size)
+    ]
 
 
 def _metadata(lm: Any, settings: TaskSettings, began: float) -> dict[str, Any]:

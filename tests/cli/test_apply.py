@@ -515,18 +515,20 @@ def test_each_check_is_told_and_recorded(run_sleb, llama_plan, tiny_llama, tmp_p
 
 
 @pytest.mark.parametrize("options", [(), ("--dtype", "bf16")])
-def test_the_proof_of_a_model_larger_than_memory_is_partial_and_says_so(
+def test_the_proof_of_a_model_whose_blocks_are_larger_than_memory_is_partial_and_says_so(
     run_sleb, llama_plan, tmp_path, monkeypatch, options
 ):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100_000))
-    monkeypatch.setattr(proof, "load_dense", None)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
+    monkeypatch.setattr(proof, "open_dense", None)
     result = run_sleb("apply", llama_plan, "-o", "out", *options)
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"partially proven: the model needs \d+ kB of memory, and \d+ kB are free", result.stdout)
+    assert re.search(
+        r"partially proven: two of its blocks at a time need \d+ kB of memory, and 10 kB are free", result.stdout
+    )
     assert "The proof is partial" in result.stderr
     recorded = read_plan(tmp_path / "out" / "sleb_plan.json").proof
     assert recorded.checks == ("complete", "loads", "same bytes")
-    assert recorded.partial.startswith("the model needs")
+    assert recorded.partial.startswith("two of its blocks")
     assert recorded.logits_difference is None
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"**The proof is partial**: {recorded.partial}." in card
@@ -546,7 +548,7 @@ def test_other_bytes_fail_the_partial_proof(run_sleb, tiny_llama, tmp_path, monk
 def test_a_model_that_does_not_save_again_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch):
     from transformers import LlamaForCausalLM
 
-    def refuse(self, place):
+    def refuse(self, place, **options):
         raise ValueError("layer_types has 6 entries")
 
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", refuse)

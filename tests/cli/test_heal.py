@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from conftest import calibration, llama_config, prose, random_model, save_model
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.recovery import run
-from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.plan import read_plan
 
@@ -173,8 +173,8 @@ def first_gradient(dtype):
             Variant(dense), Variant(pruned), 0, {"down": student.model.layers[2].mlp.down_proj.weight},
             stored=torch.float16, write=None, deciding=ids, seed=0, width=32,
         )  # fmt: skip
-        group = ProcessGroup(torch.device("cpu"))
-        run = healing._Healing(case, healing.HealBudget(None, 1), group, lambda saved: None, lambda event: None)
+        budget = healing.HealBudget(None, 1)
+        run = healing._Healing(case, budget, ProcessGroup(), lambda saved: None, lambda event: None)
         began, wanted = run.progress.scale, Variant(dense).final_states(ids).detach()
         return run._gradient(ids, wanted, wanted), (began, run.progress.scale)
 

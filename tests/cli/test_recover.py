@@ -25,7 +25,7 @@ def standing_in(monkeypatch, names):
     """Let something stand in for the closed form: a tenth more for the parameters that are named."""
     asked = SimpleNamespace(names=names, calls=[])
 
-    def recover_in_closed_form(skippable, removed, fit, deciding, notify, *, stored):
+    def recover_in_closed_form(skippable, removed, fit, deciding, notify, *, stored, **placed):
         asked.calls.append((sorted(removed), fit, deciding))
         own = dict(skippable.model.named_parameters())
         return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(fits=())

@@ -16,11 +16,13 @@ from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import NewTensor, Shard, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
+from sleb_cli.engine.forward.placement import resolve_device_map
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import Reference, choose_proof_settings, prove
 from sleb_cli.engine.output.push import PushRequest, push, require_pushable
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.heal_state import HealState
 from sleb_cli.engine.recovery.run import Recovered, recover
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
@@ -29,7 +31,7 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN
-from sleb_cli.processes import WorkerFinished, is_main_process
+from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import without_folders
 from sleb_cli.requests import ApplyRequest
 from sleb_cli.results import ApplyResult
@@ -64,23 +66,29 @@ def _require_any(request: ApplyRequest, names: Sequence[str], needed: Sequence[s
 
 
 def apply_removals(
-    subject: Subject, request: ApplyRequest, notify: Notify, check: Callable[[Path], None] | None = None
+    subject: Subject,
+    request: ApplyRequest,
+    notify: Notify,
+    check: Callable[[Path], None] | None = None,
+    group: ProcessGroup | None = None,
 ) -> ApplyResult:
     """Write the pruned checkpoint, complete and proven, or write nothing.
 
-    `check` is called with the finished folder; if it raises, nothing is written.
+    `check` is called with the finished folder; if it raises, nothing is written. The processes of a group recover
+    together.
 
     Raises:
         ProofError: the checkpoint does not compute the same as the model in memory.
         OutputError: the folder exists or cannot be written, or the Hub rejects it.
-        WorkerFinished: this process only helped to heal; the main process writes the checkpoint.
+        WorkerFinished: this process only helped to recover; the main process writes the checkpoint.
     """
     surgery = subject.surgery
     shard_bytes = parse_bytes(str(request.max_shard_size), "--max-shard-size")
     cast = _cast(request.dtype, subject)
-    proof_settings = choose_proof_settings(subject.architecture, cast)
+    device_map = resolve_device_map(request, subject.architecture)
+    proof_settings = choose_proof_settings(subject.architecture, cast, device_map, request.stream)
     folder, push_to, state = _resolve_outputs(subject, request)
-    recovered = _recover(subject, request, cast, state, notify)
+    recovered = _recover(subject, request, cast, state, group or ProcessGroup(), notify)
     record = recovered.record if recovered else None
     checkpoint = _plan_checkpoint(surgery, cast, recovered, shard_bytes)
     with new_folder(folder, replace=request.force) as aside:
@@ -147,11 +155,16 @@ def _resolve_outputs(subject: Subject, request: ApplyRequest) -> tuple[Path, Pus
 
 
 def _recover(
-    subject: Subject, request: ApplyRequest, cast: torch.dtype | None, state: HealState, notify: Notify
+    subject: Subject,
+    request: ApplyRequest,
+    cast: torch.dtype | None,
+    state: HealState,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> Recovered | None:
     """Recover if requested; of several processes, only the main one returns."""
-    recovered = recover(subject, request, cast, state, notify) if request.recover or request.heal else None
-    if not is_main_process():
+    recovered = recover(subject, request, cast, state, group, notify) if request.recover or request.heal else None
+    if not group.is_main:
         raise WorkerFinished
     return recovered
 

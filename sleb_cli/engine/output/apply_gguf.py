@@ -79,6 +79,8 @@ def _checkpoint_options(request: ApplyRequest) -> list[str]:
     given = {
         "--recover": request.recover,
         "--heal": request.heal,
+        "--device-map": request.device_map is not None,
+        "--stream": request.stream is not None,
         "--dtype": request.dtype is not None,
         "--push": request.push is not None,
         "--max-shard-size": request.max_shard_size != DEFAULT_SHARD_SIZE,

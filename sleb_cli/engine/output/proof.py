@@ -9,9 +9,9 @@ so: the files are complete; transformers finds every weight of the config in the
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,15 +23,26 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, free_bytes, free_memory
+from sleb_cli.atomic import free_space
+from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
+from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.shards import NewTensor, contents
-from sleb_cli.engine.files.weights import SAFETENSORS, TORCH_DTYPES, StoredTensor, find_weights, read_json
-from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.files.weights import SAFETENSORS, find_weights, read_json
+from sleb_cli.engine.forward.offload import align
+from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, device_of, open_dense
+from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
-from sleb_cli.engine.surgery.loading import has_tokenizer, load_dense, load_tokenizer, loading_problem
+from sleb_cli.engine.surgery.loading import (
+    DeviceMap,
+    has_tokenizer,
+    load_pretrained,
+    load_tokenizer,
+    loading_problem,
+    prune_device_map,
+)
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, task
 from sleb_cli.records import Check, Proof
 from sleb_cli.units import format_bytes
@@ -46,6 +57,9 @@ PROMPT = (
 PROMPT_TOKENS = 64
 NEW_TOKENS = 8
 
+LARGEST_SHARD = 5 * 10**9
+"""The largest file of a checkpoint that is saved again."""
+
 TOLERANCE = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 """The largest difference allowed between a logit and that of the model in memory, relative to the largest logit."""
 
@@ -59,27 +73,83 @@ CheckResult = tuple[Check | None, str, dict[str, Any]]
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
 
+NEW_STREAMED_TOKENS = 2
+"""New tokens if blocks stay on the disk, since each of them reads all."""
+
 
 @dataclass(frozen=True)
 class ProofSettings:
-    """The device and data type of a proof; `too_large` says why logits cannot be compared, if so."""
+    """Where and in which data type the two models of a proof compute; `too_large` says why they cannot, if so.
 
-    device: torch.device
-    dtype: torch.dtype
-    too_large: str | None
+    If the dense model is streamed, the blocks of the checkpoint stay on the disk, too, by accelerate's means.
+    """
+
+    placement: Placement
+    too_large: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in; with a device map, its fastest part."""
+        return self.placement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the models compute in."""
+        return self.placement.dtype
+
+    def map_of(self, surgery: Surgery) -> DeviceMap | None:
+        """Return where the weights of the checkpoint are; None for the device alone."""
+        place = self.placement
+        on_disk = blocks_on_disk(surgery.architecture, place.device) if place.stream else place.device_map
+        return prune_device_map(surgery, on_disk)
 
 
-def choose_proof_settings(architecture: Architecture, cast: torch.dtype | None) -> ProofSettings:
-    """Choose the fastest device with enough memory for the dense model."""
-    best = choose_device("auto")
-    for device in dict.fromkeys([best, torch.device("cpu")]):
-        dtype = cast or choose_dtype("auto", architecture.config.dtype, device)
-        needed = round(PEAK_SHARE * sum(_bytes_as(dtype, tensor) for tensor in architecture.source.weights.stored))
-        free = free_bytes(device)
-        if needed <= free:
-            return ProofSettings(device, dtype, None)
-    too_large = f"the model needs {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
-    return ProofSettings(device, dtype, too_large)
+def choose_proof_settings(
+    architecture: Architecture,
+    cast: torch.dtype | None,
+    device_map: DeviceMap | None = None,
+    stream: bool | None = None,
+) -> ProofSettings:
+    """Choose the fastest device with enough memory for the dense model, or else for two of its blocks.
+
+    If a device map says where it is, that is the choice; `stream` says whether the user wants it to be streamed.
+
+    Raises:
+        UnsupportedModelError: the user wants it to be streamed, but the weights are quantized.
+    """
+    own = architecture.config.dtype
+    if stream:
+        require_streamable(architecture)
+    if device_map is not None:
+        device = device_of(device_map, None)
+        return ProofSettings(Placement(device, cast or choose_dtype("auto", own, device), device_map=device_map))
+    ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
+    places = [
+        Placement(device, cast or choose_dtype("auto", own, device), streamed)
+        for streamed in ways
+        for device in dict.fromkeys([choose_device("auto"), CPU])
+    ]
+    reasons = [_obstacle(architecture, place) for place in places]
+    return next(
+        (ProofSettings(place) for place, reason in zip(places, reasons, strict=True) if reason is None),
+        ProofSettings(places[-1], reasons[-1]),
+    )
+
+
+def _obstacle(architecture: Architecture, place: Placement) -> str | None:
+    """Return why the two models of a proof cannot run one after the other, or None if they can."""
+    bytes_of = streamed_bytes if place.stream else weight_bytes
+    needed, free = round(PEAK_SHARE * bytes_of(architecture, place.dtype)), free_bytes(place.device)
+    if needed > free:
+        what = "two of its blocks at a time need" if place.stream else "the model needs"
+        return f"{what} {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
+    written = converted_bytes(architecture, place.dtype) if place.stream else 0
+    if written and written > (left := free_space(cache_root())):
+        return (
+            f"transformers would write {format_bytes(written)} of converted weights to the disk, and "
+            f"{format_bytes(left)} are free"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -101,13 +171,13 @@ class Reference:
             "the dense model with these blocks skipped" if self.parameters is None else "the recovered model in memory"
         )
 
-    def logits(self, ids: Tensor, dtype: torch.dtype, device: torch.device, notify: Notify) -> Tensor:
+    def logits(self, ids: Tensor, settings: ProofSettings, notify: Notify) -> Tensor:
         """Load it and return its logits, [1, positions, vocabulary]."""
-        dense = load_dense(self.surgery.architecture, dtype, device, notify)
-        for name, value in (self.parameters or {}).items():
-            dense.get_parameter(name).data.copy_(value)
-        _align(dense)
-        with SkippableModel(dense, self.surgery.architecture.blocks_of(dense)) as skippable:
+        with (
+            open_dense(self.surgery.architecture, settings.placement, notify) as skippable,
+            skippable.replaced(self.parameters or {}),
+        ):
+            skippable.align()
             return skippable.logits(ids, self.surgery.removed)
 
 
@@ -132,6 +202,8 @@ def prove(
         )
         checks = chain(_complete(folder, kept), _fits(reference.surgery, folder), _same_bytes(folder, kept, notify))
     else:
+        if settings.placement.stream:
+            notify(Notice("For the proof, blocks stay on the disk; it reads all weights about six times."))
         checks = chain(_complete(folder, kept), _runs(reference, folder, settings, notify))
     for check, sentence, values in checks:
         notify(CheckPassed(sentence) if check else Notice(sentence))
@@ -163,7 +235,7 @@ def _complete(folder: Path, kept: Sequence[NewTensor]) -> Iterator[CheckResult]:
 
 def _fits(surgery: Surgery, folder: Path) -> Iterator[CheckResult]:
     """Check that stock transformers, on the meta device, finds each weight in the files."""
-    _load_stock(folder, surgery, device_map="meta")
+    _load(folder, surgery, torch.device("meta"))
     yield "loads", "transformers builds it and finds every weight in the files, in its shape, and no other", {}
 
 
@@ -183,19 +255,20 @@ def _same_bytes(folder: Path, kept: Sequence[NewTensor], notify: Notify) -> Iter
     yield "same bytes", "its bytes are those of the dense model's kept blocks", {}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
 def _runs(reference: Reference, folder: Path, settings: ProofSettings, notify: Notify) -> Iterator[CheckResult]:
     """Check that the checkpoint computes what the model in memory computes, generates, and can be saved again."""
     surgery = reference.surgery
     dtype, device = settings.dtype, settings.device
     limit = surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
-    new_tokens = min(NEW_TOKENS, max(1, limit // 2))
+    most = NEW_STREAMED_TOKENS if settings.placement.stream else NEW_TOKENS
+    new_tokens = min(most, max(1, limit // 2))
     prompt, ids = _prompt(surgery, max(1, min(PROMPT_TOKENS, limit - new_tokens)), device)
-    expected = reference.logits(ids, dtype, device, notify)
+    expected = reference.logits(ids, settings, notify)
     free_memory()
     with task(notify, "Proving the checkpoint"):
-        model = _load_stock(folder, surgery, dtype=dtype, device_map={"": device}).eval()
-        _align(model)
+        model = _load_stock(folder, surgery, settings).eval()
+        align(model)
         yield "loads", "stock transformers loads it, with no weight missing and none left over", {}
         sentence, values = _compare_logits(model, ids, expected, reference.name, dtype)
         yield "same logits", sentence, {"prompt": prompt, "prompt_tokens": ids.shape[1], **values}
@@ -206,7 +279,7 @@ def _runs(reference: Reference, folder: Path, settings: ProofSettings, notify: N
         # Passed in a list, so that the model can be freed before it is loaded again: both may not fit in memory.
         models = [model]
         del model
-        yield from _saves_again(models, surgery, folder, dtype)
+        yield from _saves_again(models, surgery, folder, settings)
 
 
 def _compare_logits(
@@ -226,7 +299,7 @@ def _compare_logits(
     return sentence, {"logits_difference": difference, "logits_tolerance": allowed}
 
 
-def _saves_again(models: list[Any], surgery: Surgery, folder: Path, dtype: torch.dtype) -> Iterator[CheckResult]:
+def _saves_again(models: list[Any], surgery: Surgery, folder: Path, settings: ProofSettings) -> Iterator[CheckResult]:
     """Check that stock transformers saves the model with its config, and loads the same model from that."""
     model = models.pop()
     needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), shutil.disk_usage(folder).free
@@ -237,23 +310,20 @@ def _saves_again(models: list[Any], surgery: Surgery, folder: Path, dtype: torch
     # A generation config that contradicts itself cannot be saved, which would be the dense model's fault.
     model.generation_config = GenerationConfig()
     with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as place:
-        with translate_errors(lambda words: _failed(f"transformers does not save it again: {words}")):
-            model.save_pretrained(place)
+        with (
+            translate_errors(lambda words: _failed(f"transformers does not save it again: {words}")),
+            warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
+        ):
+            # A shard of an offloaded model is held in memory while it is written.
+            model.save_pretrained(place, max_shard_size=min(LARGEST_SHARD, free_bytes(CPU) // 2))
         before = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        device = model.device
         del model
         free_memory()
-        again = _load_stock(Path(place), surgery, dtype=dtype, device_map={"": device})
+        again = _load_stock(Path(place), surgery, settings)
         after = {name: tensor.shape for name, tensor in again.state_dict().items()}
     if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise _failed(f"saved again, it has {len(different)} other weights, such as {different[0]}")
     yield "saves again", "it saves again, with the same weights", {}
-
-
-def _bytes_as(dtype: torch.dtype, tensor: StoredTensor) -> int:
-    own = TORCH_DTYPES.get(tensor.dtype)
-    plain = own is not None and own.is_floating_point and own.itemsize > 1
-    return math.prod(tensor.shape) * dtype.itemsize if plain else tensor.size
 
 
 def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal["text", "random tokens"], Tensor]:
@@ -267,28 +337,23 @@ def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal[
     return "random tokens", torch.randint(vocabulary, (1, room), generator=seeded).to(device)
 
 
-def _load_stock(folder: Path, surgery: Surgery, **options: Any) -> Any:
+def _load_stock(folder: Path, surgery: Surgery, settings: ProofSettings) -> Any:
+    return _load(folder, surgery, settings.device, settings.map_of(surgery), dtype=settings.dtype)
+
+
+def _load(
+    folder: Path, surgery: Surgery, device: torch.device, device_map: DeviceMap | None = None, **options: Any
+) -> Any:
+    architecture = surgery.architecture
+    options["trust_remote_code"] = architecture.source.trust_remote_code
     try:
-        with translate_transformers_errors("it"):
-            model, info = surgery.architecture.auto_class.from_pretrained(
-                folder,
-                trust_remote_code=surgery.architecture.source.trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
+        model, info = load_pretrained(architecture.auto_class, folder, "it", device, device_map, **options)
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
     problem = loading_problem(info, "missing", "unexpected", "mismatched")
     if problem:
         raise _failed(problem)
     return model
-
-
-def _align(model: Any) -> None:
-    """Align every weight to 64 bytes, because fast kernels may round differently at other addresses."""
-    for parameter in model.parameters():
-        if parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
 
 
 def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> float:

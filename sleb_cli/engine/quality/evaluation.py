@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name
+from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.forward.placement import Placement, device_of, resolve_device_map
+from sleb_cli.engine.forward.streaming import choose_to_stream
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.parts import Parts
 from sleb_cli.engine.quality.tasks import Tasks, compare_task
@@ -36,7 +40,9 @@ LmEvalResults = dict[tuple[int, ...], list[dict[str, Any]]]
 """For each size, lm-eval's own results, one for each task or group that was asked for."""
 
 
-def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> tuple[EvalResult, LmEvalResults]:
+def evaluate_subject(
+    subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup | None = None
+) -> tuple[EvalResult, LmEvalResults]:
     """Measure the dense model and each size of the pruned one, on the same data.
 
     Raises:
@@ -45,19 +51,23 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> 
         UsageError: a number is out of range.
     """
     architecture = subject.architecture
-    device = choose_device(request.device)
+    device_map = resolve_device_map(request, architecture)
+    device = device_of(device_map, request.device)
     dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
-    models = Models(architecture, subject.sizes(request), dtype, device, notify)
-    parts = Parts(architecture, dtype, device, notify, fresh=request.fresh)
+    stream = device_map is None and _stream(request, architecture, dtype, device, notify)
+    placement = Placement(device, dtype, stream, device_map)
+    models = Models(architecture, subject.sizes(request), placement, notify)
+    group = group or ProcessGroup()
+    parts = Parts(architecture, dtype, device, notify, fresh=request.fresh, can_write=group.is_main)
     # Read before any model, so that a missing text or a broken task file is reported early.
     tasks = Tasks(request) if request.tasks else None
     tokenizer = load_tokenizer(architecture.source)
-    texts = read_texts(request, architecture, tokenizer)
+    texts = group.one_first(lambda: read_texts(request, architecture, tokenizer))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size = None if request.items_per_batch == AUTO else int(request.items_per_batch)
-    measured = tuple(measure_text(windows, models, parts, tokenizer, batch_size, notify) for windows in texts)
-    found = _run_tasks(tasks, models, parts, tokenizer, notify) if tasks else {}
+    measured = tuple(measure_text(windows, models, parts, tokenizer, batch_size, group, notify) for windows in texts)
+    found = _run_tasks(tasks, models, parts, tokenizer, group, notify) if tasks else {}
     result = EvalResult(
         schema_version=1,
         sleb_version=__version__,
@@ -73,6 +83,23 @@ def evaluate_subject(subject: Subject, request: EvalRequest, notify: Notify) -> 
         tasks=tuple(_compare_tasks(found, request.show_flips or 0)),
     )
     return result, found
+
+
+def _stream(
+    request: EvalRequest, architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify
+) -> bool:
+    """Whether to stream the model.
+
+    Raises:
+        UsageError: it is to be streamed and to answer tasks.
+    """
+    if request.stream and request.tasks:
+        raise UsageError(
+            "--tasks needs all of the model in memory: streamed, it would be read once for each batch of requests.",
+            hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
+        )
+    asked = False if request.tasks else request.stream
+    return choose_to_stream(architecture, dtype, device, asked, notify)
 
 
 def _compare_tasks(found: LmEvalResults, show_flips: int) -> Iterator[TaskResult]:
@@ -98,7 +125,9 @@ def read_texts(request: EvalRequest, architecture: Architecture, tokenizer: Any)
     ]
 
 
-def _run_tasks(tasks: Tasks, models: Models, parts: Parts, tokenizer: Any, notify: Notify) -> LmEvalResults:
+def _run_tasks(
+    tasks: Tasks, models: Models, parts: Parts, tokenizer: Any, group: ProcessGroup, notify: Notify
+) -> LmEvalResults:
     """Run each task on each size, one size after another; what is in the cache is not run again."""
     names = tasks.fitting(tokenizer, models.architecture.longest_sequence, notify)
     # Before any run, since lm-eval changes the tokenizer's settings.
@@ -110,11 +139,11 @@ def _run_tasks(tasks: Tasks, models: Models, parts: Parts, tokenizer: Any, notif
         found[removals] = []
         for name in names:
             key = {"removals": ",".join(map(str, sorted(removals))), "task": fingerprints[name]}
-            results = parts.document(key)
+            results = group.from_main(partial(parts.document, key))
             if results is None:
-                model = models.without(removals)
+                model = models.without(removals).model
                 with as_transformers_loads([model]):
-                    results = tasks.run(name, model, tokenizer, what, notify)
+                    results = tasks.run(name, model, tokenizer, what, notify, group)
                 parts.keep_document(key, results)
                 measured.add(name)
             found[removals].append(results)

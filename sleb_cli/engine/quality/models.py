@@ -3,52 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
 
 from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.forward.placement import Placement, open_dense
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned
+from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 
 
 class Models:
-    """The dense model and one for each surgery, which share its weights."""
+    """The dense model and one for each surgery, which share its weights if they can."""
 
     def __init__(
         self,
         architecture: Architecture,
         surgeries: Sequence[Surgery],
-        dtype: torch.dtype,
-        device: torch.device,
+        placement: Placement,
         notify: Notify,
     ) -> None:
-        self.architecture, self.surgeries, self.device = architecture, surgeries, device
-        self._dtype, self._notify = dtype, notify
-        self._loaded: dict[tuple[int, ...], Any] = {}
+        self.architecture, self.surgeries, self.placement = architecture, surgeries, placement
+        self._notify = notify
+        self._loaded: dict[tuple[int, ...], SkippableModel] = {}
+
+    @property
+    def is_single(self) -> bool:
+        """Whether only one model is open at a time: no other can share packed, spread or streamed weights with it."""
+        place = self.placement
+        return self.architecture.is_quantized or place.device_map is not None or place.stream
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
         """The removals of each model, none for the dense one, which is first."""
         return [(), *(surgery.removals for surgery in self.surgeries)]
 
-    def without(self, removals: tuple[int, ...]) -> Any:
+    def without(self, removals: tuple[int, ...]) -> SkippableModel:
         """Return the model without these blocks, one of `sizes`.
 
-        Packed weights cannot be shared, so a quantized model takes the place of the one that was loaded before.
+        If models do not share weights, it takes the place of the one that was loaded before.
         """
         if removals not in self._loaded:
-            if self.architecture.is_quantized:
+            if self.is_single:
                 self._loaded.clear()
                 free_memory()
             self._loaded[removals] = self._load(removals)
         return self._loaded[removals]
 
-    def _load(self, removals: tuple[int, ...]) -> Any:
+    def _load(self, removals: tuple[int, ...]) -> SkippableModel:
         if not removals:
-            return load_dense(self.architecture, self._dtype, self.device, self._notify)
-        surgery = next(surgery for surgery in self.surgeries if surgery.removals == removals)
-        dense = None if self.architecture.is_quantized else self.without(())
-        return load_pruned(surgery, self._dtype, self.device, self._notify, dense=dense)
+            return open_dense(self.architecture, self.placement, self._notify)
+        surgery, place = next(surgery for surgery in self.surgeries if surgery.removals == removals), self.placement
+        dense = None if self.is_single else self.without(()).model
+        model = load_pruned(surgery, place.dtype, place.device, self._notify, dense=dense, device_map=place.device_map)
+        return SkippableModel(model, self.architecture.blocks_of(model))

@@ -35,7 +35,14 @@ class Parts:
     """The parts of evaluations of one model in one data type on one kind of device."""
 
     def __init__(
-        self, architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify, *, fresh: bool
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        notify: Notify,
+        *,
+        fresh: bool,
+        can_write: bool = True,
     ) -> None:
         self._common = {
             "version": VERSION,
@@ -45,7 +52,7 @@ class Parts:
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         }
-        self._notify, self._fresh, self._can_write = notify, fresh, True
+        self._notify, self._fresh, self._can_write = notify, fresh, can_write
 
     def tensors(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors kept under this key, if any."""

@@ -48,11 +48,11 @@ def generate_sample(
         notify(Notice("No sample text is shown: the prompt does not fit the model's tokens or positions."))
         return None
     ends = end_tokens(skippable.model, tokenizer)
-    prompt = torch.tensor([ids], device=skippable.model.device)
+    prompt = torch.tensor([ids], device=skippable.device)
     generated = []
     with task(notify, "Generating text with both models", 2 * count, "tokens") as advance:
         try:
-            with translate_out_of_memory(f"out of memory on {skippable.model.device}.", hint=""):
+            with translate_out_of_memory(f"out of memory on {skippable.device}.", hint=""):
                 for skipped in ((), tuple(removed)):
                     cached = _generate(skippable, prompt, skipped, count, ends)
                     generated.append(_continue(skippable, prompt, skipped, count, ends) if cached is None else cached)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
+from sleb_cli.engine.device import input_device
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.statistics import (
     Estimate,
     items_needed,
@@ -24,6 +27,7 @@ from sleb_cli.requests import EvalRequest
 from sleb_cli.results import FlipRecord, Interval, PrunedTaskScores, TaskResult, TaskScores
 from sleb_plugins import DataError, ModelError, UsageError
 from sleb_plugins.canaries import CANARIES, FOLDER
+from sleb_plugins.errors import is_out_of_memory
 from sleb_plugins.lm_eval_tasks import TaskSettings, load_tasks
 
 Results = Mapping[str, Any]
@@ -85,13 +89,46 @@ class Tasks:
         """Return what the results of a task depend on besides the model's config and weights."""
         return f"{self._tasks[name].fingerprint()}, tokenizer {_tokenizer_hash(tokenizer)}"
 
-    def run(self, name: str, model: Any, tokenizer: Any, what: str, notify: Notify) -> dict[str, Any]:
+    def run(
+        self, name: str, model: Any, tokenizer: Any, what: str, notify: Notify, group: ProcessGroup | None = None
+    ) -> dict[str, Any]:
         """Return lm-eval's results for one task or group on one model, called `what`, with all samples.
+
+        The processes share out the batches of requests.
 
         Raises:
             UsageError: the task does not fit the model or its tokenizer.
         """
-        return self._tasks[name].run(model, tokenizer, lambda total: task(notify, f"{name}, {what}", total, "requests"))
+        return self._tasks[name].run(
+            model,
+            tokenizer,
+            lambda total: task(notify, f"{name}, {what}", total, "requests"),
+            partial(_share, group) if group and group.size > 1 else None,
+            device=input_device(model),
+        )
+
+
+def _share(
+    group: ProcessGroup, batches: Sequence[Sequence[int]], answer: Callable[[Sequence[int]], Sequence[Any]]
+) -> list[Any]:
+    """Have each process answer some of the batches, which hold positions of requests; return all answers in order.
+
+    Raises:
+        MemoryError: a batch does not fit into the memory of one of them, so all take smaller ones.
+    """
+    mine = sorted(position for batch in batches[group.rank :: group.size] for position in batch)
+    try:
+        found = list(zip(mine, answer(mine), strict=True))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = None
+    answers: dict[int, Any] = {}
+    for part in group.gather(found):
+        if part is None:
+            raise MemoryError("out of memory")
+        answers |= dict(part)
+    return [answers[position] for position in range(len(answers))]
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

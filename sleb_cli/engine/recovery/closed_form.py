@@ -13,18 +13,22 @@ reported is measured on other text again.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import as_float64, in_smaller_pieces, translate_out_of_memory
+from sleb_cli.engine.device import CPU, as_float64, in_smaller_pieces, translate_out_of_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
+from sleb_cli.engine.forward.holding import SharedInputs, SpillFile
+from sleb_cli.engine.forward.offload import in_place
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
@@ -32,7 +36,7 @@ from sleb_cli.engine.recovery.residual_projections import (
     find_residual_projections,
     inputs_of,
 )
-from sleb_cli.engine.recovery.variant import Variant, parameters_replaced, summed_losses
+from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import format_bytes
@@ -46,18 +50,15 @@ DECIDING_POSITIONS = 2048
 """On about how many positions fits are compared: enough, since both sides of a comparison see the same."""
 
 
-@dataclass
-class _Text:
-    """Some sequences, and their hidden states at one depth of the dense and of the recovered model, batch by batch."""
-
-    ids: list[Tensor]
-    calls: list[list[Call]]
-    dense: list[Tensor]
-    pruned: list[Tensor]
-
-
 _Rows = tuple[Tensor, Tensor, Tensor]
 """The features [rows, features], targets [rows, outputs] and weights [rows] of some positions."""
+
+
+GROUPS = 8
+"""Sums over a text are those over so many groups of its batches, added in order."""
+
+_ELSEWHERE = nn.Identity()
+"""Stands for a module where its name is sent to other processes."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,15 @@ def recover_in_closed_form(
     notify: Notify,
     *,
     stored: torch.dtype | None = None,
+    in_host_memory: bool = False,
+    spill_to: Path | None = None,
+    group: ProcessGroup | None = None,
 ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
     """Fit the kept blocks to the dense model's hidden states.
 
-    Only the hidden states of one depth are in memory, and of a fit only sums of the size of the fitted weights.
+    Only the hidden states of one depth are in memory, and of a fit only sums of the size of the fitted weights. If
+    blocks are streamed, a fit reads its own block twice, and the blocks behind it once, for the divergence that it
+    leaves.
 
     Args:
         skippable: the dense model, as an entered context; its parameters end as they were.
@@ -89,6 +95,9 @@ def recover_in_closed_form(
         deciding: the tokens that decide, [sequences, positions].
         notify: the listener for events.
         stored: the data type of the checkpoint, to which values are rounded; None for the model's.
+        in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
+        spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
+        group: the processes that share out the text; values do not depend on how many they are.
 
     Returns:
         New values by the dense model's own parameter names, rounded to what is stored, and a record of every fit.
@@ -97,109 +106,199 @@ def recover_in_closed_form(
         UnsupportedModelError: the family's blocks cannot be run one by one.
         MachineError: the sums of a fit do not fit into memory, or not even one sequence at a time does.
     """
-    device, length = skippable.model.device, deciding.shape[1]
+    device, length = skippable.device, deciding.shape[1]
+    place = CPU if in_host_memory else None
     with torch.inference_mode():
         engine, reason = choose_engine(skippable, deciding[:CHECKED_SEQUENCES].to(device))
         if engine != "fork":
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
+        settings = _Settings(
+            frozenset(removed), stored or skippable.model.dtype, place, spill_to, group or ProcessGroup()
+        )
+
+        def run(batch: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
+            return _ClosedFormFit(skippable, settings, (train, deciding), batch, notify).run()
+
+        batch = max(1, BATCH_TOKENS // length)
+        if settings.group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
+            return run(batch)
         return in_smaller_pieces(
-            lambda batch: _ClosedFormFit(skippable, frozenset(removed), (train, deciding), batch, stored, notify).run(),
-            max(1, BATCH_TOKENS // length),
+            run,
+            batch,
             lambda batch: notify(Notice(f"Out of memory on {device}; fitting with {batch} sequences at once.")),
         )
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a recovery is told.
+
+    Attributes:
+        removed: the removed blocks.
+        stored: the data type to which values are rounded.
+        place: where hidden states stay until they are needed; None for where they are.
+        spill_to: the folder of files for new values; None for memory.
+        group: the processes that share out the text.
+    """
+
+    removed: frozenset[int]
+    stored: torch.dtype
+    place: torch.device | None
+    spill_to: Path | None
+    group: ProcessGroup
 
 
 class _ClosedFormFit:
     def __init__(
         self,
         skippable: SkippableModel,
-        removed: frozenset[int],
+        settings: _Settings,
         texts: tuple[Tensor, Tensor],
         batch: int,
-        stored: torch.dtype | None,
         notify: Notify,
     ) -> None:
-        self.skippable, self.removed, self.notify = skippable, removed, notify
-        self.batch, self.stored = batch, stored or skippable.model.dtype
+        self.skippable, self.settings, self.notify = skippable, settings, notify
+        self.removed, self.group, self.batch = settings.removed, settings.group, batch
         self.count = len(skippable.switches)
-        self.train, self.deciding = map(self._text, texts)
-        self.dense_final = list(self._leaving(self.deciding, self.deciding.dense, range(self.count)))
-        length, sequences = texts[1].shape[1], len(texts[1])
-        step = max(1, sequences * (length - 1) // DECIDING_POSITIONS)
-        self.positions = torch.arange(0, length - 1, step, device=skippable.model.device)
-        self.names = {id(parameter): name for name, parameter in skippable.model.named_parameters()}
+        self.shared = SharedInputs()
+        self.ids: list[Tensor] = []
+        self.train = self._take(texts[0])
+        self.held_out = slice(len(self.ids), None)
+        self.deciding = self._take(texts[1])
+        self.calls = [self._calls(ids) for ids in self.ids]
+        # The hidden states of all batches at one depth, in the dense and in the recovered model.
+        self.dense = [calls[0].entering for calls in self.calls]
+        self.pruned = self.dense
+        self.dense_final = self._leaving(self.calls[self.held_out], self.dense[self.held_out], range(self.count))
+        self.decides, length = len(texts[1]), texts[1].shape[1]
+        step = max(1, self.decides * (length - 1) // DECIDING_POSITIONS)
+        self.positions = torch.arange(0, length - 1, step, device=skippable.device)
+        self.names = {module: name for name, module in skippable.model.named_modules()}
         self.values: dict[str, Tensor] = {}
         self.fits: list[FitRecord] = []
+
+    def _take(self, text: Tensor) -> list[range | None]:
+        """Take this process's groups of batches of a text; return where their batches are, None for those of others."""
+        batches = torch.split(text, self.batch)
+        taken: list[range | None] = []
+        for number, group in enumerate(_groups(len(batches))):
+            mine, start = number % self.group.size == self.group.rank, len(self.ids)
+            if mine:
+                self.ids += [batches[batch].to(self.skippable.device) for batch in group]
+            taken.append(range(start, len(self.ids)) if mine else None)
+        return taken
 
     def run(self) -> tuple[dict[str, Tensor], ClosedFormRecord]:
         with task(self.notify, "Recovering in closed form", self.count, "blocks") as advance:
             kept = [block for block in range(self.count) if block not in self.removed]
             # The block before the first gap; without one, the first that stays makes up for what was before it.
-            first = max((block for block in kept if block < min(self.removed)), default=kept[0])
-            self.divergence, fruitless, begin = self._divergence(0, {}), 0, 0
-            for block in kept:
+            block = max((block for block in kept if block < min(self.removed)), default=kept[0])
+            begin = block if 0 in kept else 0
+            self.divergence, fruitless = self._divergence(0, {}), 0
+            self.dense = self.pruned = self._leaving(self.calls, self.dense, range(begin))
+            advance(begin)
+            while begin < self.count:
                 end = self._end_of_gap(block)
-                for text in (self.train, self.deciding):
-                    text.dense = list(self._leaving(text, text.dense, range(begin, end)))
-                gap = end - begin - 1
-                if gap or (block >= first and fruitless < PATIENCE):
+                if (gap := end - begin - 1) or fruitless < PATIENCE:
+                    self.dense = self._leaving(self.calls, self.dense, range(begin, end))
                     fruitless = 0 if self._refit(block, end, gap) or gap else fruitless + 1
-                with parameters_replaced(self.skippable.model, self.values):
-                    for text in (self.train, self.deciding):
-                        pruned = self._leaving(text, text.pruned, range(block, block + 1))
-                        text.pruned = text.dense if block < first else list(pruned)
+                    with self.skippable.replaced(self.values):
+                        self.pruned = self._leaving(self.calls, self.pruned, range(block, block + 1))
+                else:
+                    end = self._next_before_gap(block)
+                    both = self._leaving(self.calls * 2, self.dense + self.pruned, range(block, end))
+                    self.dense, self.pruned = both[: len(self.calls)], both[len(self.calls) :]
                 advance(end - begin, note=f"divergence {self.divergence:.4f}")
-                begin = end
+                begin = block = end
             self._refit_norm()
         return self.values, ClosedFormRecord(fits=tuple(self.fits))
-
-    def _text(self, sequences: Tensor) -> _Text:
-        ids = list(torch.split(sequences.to(self.skippable.model.device), self.batch))
-        calls = [self.skippable.calls(batch) for batch in ids]
-        entering = [batch[0].entering for batch in calls]
-        return _Text(ids, calls, entering, list(entering))
 
     def _end_of_gap(self, block: int) -> int:
         return next((depth for depth in range(block + 1, self.count) if depth not in self.removed), self.count)
 
+    def _calls(self, ids: Tensor) -> list[Call]:
+        calls = self.shared.of(self.skippable.calls(ids))
+        entering = self._held(calls[0].entering)
+        return [replace(call, entering=entering) for call in calls]
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where it stays until it is needed; by default, where it is."""
+        return tensor.to(self.settings.place or tensor.device)
+
+    def _next_before_gap(self, block: int) -> int:
+        """Return the next block with a removed one behind it, or the number of blocks."""
+        return next((depth for depth in range(block, self.count) if self._end_of_gap(depth) > depth + 1), self.count)
+
     def _leaving(
-        self, text: _Text, entering: Sequence[Tensor], blocks: range, removed: Collection[int] = ()
-    ) -> Iterator[Tensor]:
-        """Yield what leaves the last of these blocks, batch by batch."""
-        for calls, hidden in zip(text.calls, entering, strict=True):
-            states = self.skippable.run_blocks(calls[blocks.start : blocks.stop], hidden, removed)
-            yield deque(states, maxlen=1).pop()
+        self,
+        calls: Sequence[list[Call]],
+        entering: Sequence[Tensor],
+        blocks: range,
+        removed: Collection[int] = (),
+    ) -> list[Tensor]:
+        """Return what leaves the last of these blocks, batch by batch; each block's weights are read once for all."""
+        states = list(entering)
+        if not states:
+            return []
+        for block in self.skippable.weights.visit(block for block in blocks if block not in removed):
+            for batch, of_batch in enumerate(calls):
+                states[batch] = self._held(self.skippable.run_block(of_batch[block], states[batch]))
+        return states
 
     def _divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
         """Return the divergence with these values on the deciding text, from the pruned states that enter `block`."""
-        text, total = self.deciding, 0.0
         dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
-        for calls, hidden, dense_final, ids in zip(text.calls, text.pruned, self.dense_final, text.ids, strict=True):
-            with parameters_replaced(self.skippable.model, values):
-                final = deque(self.skippable.run_blocks(calls[block:], hidden, self.removed), maxlen=1).pop()
-            total += summed_losses(recovered, dense, final, dense_final, ids, self.positions)[1]
-        return total / (len(self.positions) * sum(map(len, text.ids)))
+        blocks, here = range(block, self.count), self.held_out
+        with self.skippable.replaced(values):
+            final = self._leaving(self.calls[here], self.pruned[here], blocks, self.removed)
+        mine = iter(
+            summed_losses(recovered, dense, ours, theirs, ids, self.positions)[1]
+            for ours, theirs, ids in zip(final, self.dense_final, self.ids[here], strict=True)
+        )
+        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.deciding) if at is not None}
+        found = sorted(item for of_process in self.group.gather(groups) for item in of_process.items())
+        return sum(total for _, totals in found for total in totals) / (len(self.positions) * self.decides)
 
     def _refit(self, block: int, end: int, gap: int) -> bool:
         """Fit a block's output to the dense states at `end`; return whether the divergence fell."""
-        before = self.divergence
-        with parameters_replaced(self.skippable.model, self.values):
-            projections = find_residual_projections(self.skippable, self.train.calls[0][block], self.train.pruned[0])
+        before, projections = self.divergence, self._projections(block)
         if gap and not projections:
             self.notify(Notice(f"The gap at block {block} is not recovered: none of its weights add to its output."))
         for together in projections:
-            rows = partial(self._rows, block=block, projections=together)
-            self._keep_if_better(block, gap, together, self._best_fit(rows, together))
+            with self.skippable.in_place(block):
+                fit = self._best_fit(partial(self._rows, block=block, projections=together), together)
+            self._keep_if_better(block, gap, together, fit)
         return self.divergence < before
+
+    def _projections(self, block: int) -> list[list[ResidualProjection]]:
+        """Return the block's residual projections, which the main process finds."""
+
+        def find() -> list[list[ResidualProjection]]:
+            with self.skippable.in_place(block), self.skippable.replaced(self.values):
+                found = find_residual_projections(self.skippable, self.calls[0][block], self.pruned[0])
+            return [[replace(projection, module=_ELSEWHERE) for projection in together] for together in found]
+
+        module = self.skippable.switches[block].block
+        return [
+            [replace(projection, module=module.get_submodule(projection.name)) for projection in together]
+            for together in self.group.from_main(find)
+        ]
 
     def _refit_norm(self) -> None:
         """Refit the gains of the final norm, and so the scale of the logits, to the dense model's states there."""
-        norm = final_norm(self.skippable, self.train.pruned[0], self.train.ids[0])
-        if norm is not None:
+
+        def find() -> ResidualProjection | None:
+            norm = final_norm(self.skippable, self.pruned[0].to(self.skippable.device), self.ids[0])
+            return replace(norm, module=_ELSEWHERE) if norm else None
+
+        found = self.group.from_main(find)
+        if found is not None:
+            norm = replace(found, module=self.skippable.model.get_submodule(found.name))
             rows = partial(self._rows_of_norm, norm=norm)
-            self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm]))
+            with in_place(norm.module):
+                self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm]))
 
     def _keep_if_better(
         self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: _Fit
@@ -221,63 +320,150 @@ class _ClosedFormFit:
         )
         self.fits.append(record)
 
-    def _best_fit(self, rows: Callable[[_Text], Iterator[_Rows]], projections: Sequence[ResidualProjection]) -> _Fit:
+    def _best_fit(
+        self, rows: Callable[[Sequence[int]], Iterator[_Rows]], projections: Sequence[ResidualProjection]
+    ) -> _Fit:
         """Fit with each ridge, and return the fit that leaves the least error on the deciding text."""
-        train, deciding = (_sums(rows(text), projections) for text in (self.train, self.deciding))
-        names = " and ".join(projection.name for projection in projections)
-        with _enough_for_sums(names, train):
-            best: tuple[float, float, Tensor] | None = None
-            for ridge in RIDGES:  # one after the other, since coefficients are as large as the weights in float64
-                fitted = train.solve(ridge)
-                error = deciding.error(fitted)
-                if best is None or error < best[0]:
-                    best = (error, ridge, fitted)
-            assert best is not None
-            error, ridge, fitted = best
-            return _Fit(ridge, dict(self._new_values(projections, fitted)), error / max(deciding.yy, 1e-30))
+        train, deciding = (self._sums(rows, groups, projections) for groups in (self.train, self.deciding))
+        changes: dict[str, Tensor] = {}
 
-    def _rows(self, text: _Text, block: int, projections: Sequence[ResidualProjection]) -> Iterator[_Rows]:
+        def solve() -> tuple[float, float]:
+            assert train is not None
+            assert deciding is not None
+            with _enough_for_sums(" and ".join(projection.name for projection in projections), train):
+                error, ridge, fitted = _best(train, deciding)
+                changes.update(self._new_values(projections, fitted))
+            return ridge, error / max(deciding.yy, 1e-30)
+
+        ridge, error_left = self.group.from_main(solve)
+        return _Fit(ridge, dict(self._from_main(projections, changes)), error_left)
+
+    def _sums(
+        self,
+        rows: Callable[[Sequence[int]], Iterator[_Rows]],
+        groups: Sequence[range | None],
+        projections: Sequence[ResidualProjection],
+    ) -> Gains | Ridge | None:
+        """Return the sums over all batches, in the main process; the others have none.
+
+        Sums of groups are added in the order of the groups, so they do not depend on the number of processes.
+        """
+        total: Gains | Ridge | None = None
+        for first in range(0, len(groups), self.group.size):
+            turn = groups[first : first + self.group.size]
+            own = turn[self.group.rank] if self.group.rank < len(turn) else None
+            part = None if own is None else _sums(rows(own), projections)
+            if total is None:
+                total = part if self.group.is_main else None
+            elif part is not None:
+                total.add_sums(*part.tensors)
+            for source in range(1, len(turn)):
+                sent = part.tensors if part is not None and source == self.group.rank else self._empty_sums(projections)
+                received = [self.group.broadcast(tensor, source) for tensor in sent]
+                if total is not None:
+                    total.add_sums(*received)
+        return total
+
+    def _empty_sums(self, projections: Sequence[ResidualProjection]) -> list[Tensor]:
+        """Return room for the sums of another process."""
+        inputs = sum(map(_inputs, projections)) + any(map(_has_fitted_bias, projections))
+        outputs = self.skippable.model.config.get_text_config().hidden_size
+        shapes = [[inputs], [inputs]] if projections[0].kind == "gain" else [[inputs, inputs], [inputs, outputs]]
+        place = as_float64(torch.empty(0, device=self.skippable.device)).device
+        sums = [torch.empty(shape, dtype=torch.float64, device=place) for shape in shapes]
+        return [*sums, torch.empty(1, dtype=torch.float64)]
+
+    def _from_main(
+        self, projections: Sequence[ResidualProjection], changes: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the new values that the main process has, by name."""
+        for module, which in _fitted_parameters(projections):
+            name, own = f"{self.names[module]}.{which}", module.get_parameter(which)
+            value = changes[name] if self.group.is_main else torch.empty_like(own, dtype=self.settings.stored)
+            yield name, self._kept(self.group.broadcast(value))
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """Return a new value where it stays until the end."""
+        folder = self.settings.spill_to
+        return self._held(value) if folder is None else SpillFile(folder, 1, value.nbytes).hold(0, 0, value)
+
+    def _batches(self, which: Sequence[int]) -> Iterator[tuple[list[Call], Tensor, Tensor]]:
+        return ((self.calls[batch], self.dense[batch], self.pruned[batch]) for batch in which)
+
+    def _rows(self, batches: Sequence[int], block: int, projections: Sequence[ResidualProjection]) -> Iterator[_Rows]:
         """Yield features, what is missing at the end of the gap, and weights, batch by batch, in float32.
 
         Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
         size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
         """
         modules = [projection.module for projection in projections]
-        for calls, dense, pruned in zip(text.calls, text.dense, text.pruned, strict=True):
-            with parameters_replaced(self.skippable.model, self.values), inputs_of(modules) as entering:
-                missing = (dense.float() - self.skippable.run_block(calls[block], pruned).float()).flatten(0, -2)
+        for calls, dense, pruned in self._batches(batches):
+            with self.skippable.replaced(self.values), inputs_of(modules) as entering:
+                found = self.skippable.run_block(calls[block], pruned).float()
+                wanted = dense.to(found.device).float()
+                missing = (wanted - found).flatten(0, -2)
                 parts = [projection.features(entering[projection.module]) for projection in projections]
             ones = [
                 missing.new_full((len(missing), 1), projection.scale)
                 for projection in projections
                 if _has_fitted_bias(projection)
             ]
-            weights = 1 / dense.float().square().mean(-1).flatten().clamp_min(1e-12)
+            weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
             yield torch.cat([*parts, *ones[:1]], dim=1), missing, weights
 
-    def _rows_of_norm(self, text: _Text, norm: ResidualProjection) -> Iterator[_Rows]:
+    def _rows_of_norm(self, batches: Sequence[int], norm: ResidualProjection) -> Iterator[_Rows]:
         """Yield the same for the final norm, whose output is normalized already, so all positions weigh the same."""
-        for dense, pruned in zip(text.dense, text.pruned, strict=True):
-            wanted, found = (norm.module(states).float().flatten(0, -2) for states in (dense, pruned))
-            yield norm.features(pruned), wanted - found, torch.ones(len(found), device=found.device)
+        for _, dense, pruned in self._batches(batches):
+            here = self.skippable.device
+            wanted, found = (norm.module(states.to(here)).float().flatten(0, -2) for states in (dense, pruned))
+            yield norm.features(pruned.to(found.device)), wanted - found, torch.ones(len(found), device=found.device)
 
     def _new_values(self, projections: Sequence[ResidualProjection], fitted: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield the new weights of the projections, by name, and the new bias of the first that has one."""
         start = 0
         for projection in projections:
-            weight = projection.module.get_parameter("weight")
-            size = weight.shape[{"matrix": 1, "transposed": 0, "gain": 0}[projection.kind]]
-            part = fitted[start : start + size]
-            start += size
-            yield self._changed(weight, part.T if projection.kind == "matrix" else part)
-        with_bias = [projection for projection in projections if _has_fitted_bias(projection)]
-        if with_bias:
-            yield self._changed(with_bias[0].module.get_parameter("bias"), fitted[start])
+            part = fitted[start : start + _inputs(projection)]
+            start += len(part)
+            yield self._changed(projection.module, "weight", part.T if projection.kind == "matrix" else part)
+        for module, which in _fitted_parameters(projections)[len(projections) :]:
+            yield self._changed(module, which, fitted[start])
 
-    def _changed(self, parameter: nn.Parameter, change: Tensor) -> tuple[str, Tensor]:
-        name = self.names[id(parameter)]
+    def _changed(self, module: nn.Module, which: str, change: Tensor) -> tuple[str, Tensor]:
+        name, parameter = f"{self.names[module]}.{which}", module.get_parameter(which)
         changed = as_float64(self.values.get(name, parameter)).to(change.device) + change
-        return name, changed.to(parameter.device, self.stored)
+        return name, changed.to(parameter.device, self.settings.stored).contiguous()
+
+
+def _groups(count: int) -> list[range]:
+    """Cut so many batches into groups, in order."""
+    bounds = [count * number // GROUPS for number in range(GROUPS + 1)]
+    return [range(start, end) for start, end in pairwise(bounds) if start < end]
+
+
+def _inputs(projection: ResidualProjection) -> int:
+    """Return how many coefficients of the fit are a projection's."""
+    return projection.module.get_parameter("weight").shape[1 if projection.kind == "matrix" else 0]
+
+
+def _fitted_parameters(projections: Sequence[ResidualProjection]) -> list[tuple[nn.Module, str]]:
+    """Return which parameters are fitted, in the order of the coefficients: weights, and the first bias, if any."""
+    with_bias = [projection.module for projection in projections if _has_fitted_bias(projection)]
+    return [
+        *((projection.module, "weight") for projection in projections),
+        *((first, "bias") for first in with_bias[:1]),
+    ]
+
+
+def _best(train: Gains | Ridge, deciding: Gains | Ridge) -> tuple[float, float, Tensor]:
+    """Return the least error on the deciding text, its ridge, and the coefficients."""
+    best: tuple[float, float, Tensor] | None = None
+    for ridge in RIDGES:  # one after the other, since coefficients are as large as the weights in float64
+        fitted = train.solve(ridge)
+        error = deciding.error(fitted)
+        if best is None or error < best[0]:
+            best = (error, ridge, fitted)
+    assert best is not None
+    return best
 
 
 def _enough_for_sums(names: str, sums: Gains | Ridge) -> AbstractContextManager[None]:

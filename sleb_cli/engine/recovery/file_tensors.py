@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,51 +12,60 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, WeightFiles
+from sleb_cli.engine.forward.offload import in_place
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins import UnsupportedModelError
 
 
-def file_tensors(model: Any, surgery: Surgery, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the changed tensors of the pruned checkpoint, by their names there.
 
     Args:
-        model: the dense model in memory, with its own values.
+        skippable: the dense model, with its own values.
         surgery: the removal.
         values: new values by the model's own parameter names, in its data type.
 
     Raises:
         UnsupportedModelError: the files hold such a tensor quantized, or otherwise than transformers would write it.
     """
-    weights = surgery.architecture.source.weights
+    path, changed = surgery.architecture.adapter.blocks_path, dict[str, Tensor]()
+    for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):
+        block = place.removeprefix(f"{path}.")
+        new = {name: values[name] for name in together}
+        around = skippable.model.get_submodule(place.rpartition(".")[0])
+        with skippable.in_place(int(block)) if block.isdecimal() else in_place(around):
+            changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new)
+    return dict(surgery.names.prune(changed.items()))
+
+
+def _changed(model: Any, weights: WeightFiles, place: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the files that change in a block, or outside the blocks, all of whose values are here."""
     stored, base = set(weights.tensor_names()), f"{model.base_model_prefix}."
 
     def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop the base model's prefix from names that the files have without it, as those of a base model do."""
         return {name if name in stored else name.removeprefix(base): tensor for name, tensor in tensors.items()}
 
-    before, after = map(as_stored, _as_files(model, surgery, values))
+    before, after = map(as_stored, _as_files(model, place, values))
     changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
     _require_stored(changed, weights.stored)
     _require_same(changed, before, weights)
-    return dict(surgery.names.prune(changed.items()))
+    return changed
 
 
-def _as_files(
-    model: Any, surgery: Surgery, values: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the old and the new tensors as in the files: all of each changed block, since files may fuse some."""
-    blocks = f"{surgery.architecture.adapter.blocks_path}."
-    state = dict(model.state_dict())
-    changing = {_block(name, blocks) for name in values}
-    before = {name: tensor for name, tensor in state.items() if _block(name, blocks) in changing}
-    after = before | {name: value.to(state[name].device, state[name].dtype) for name, value in values.items()}
+def _as_files(model: Any, place: str, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the old and the new tensors as in the files: all of the block, since files may fuse some."""
+    state = model.state_dict().items()
+    before = {name: tensor for name, tensor in state if name == place or name.startswith(f"{place}.")}
+    after = before | {name: value.to(before[name].device, before[name].dtype) for name, value in values.items()}
     return revert_weight_conversion(model, before), revert_weight_conversion(model, after)
 
 
-def _block(name: str, blocks: str) -> str:
-    """Return the prefix of the block that a parameter belongs to, or its whole name if it is outside the blocks."""
-    number = name.removeprefix(blocks).partition(".")[0]
-    return f"{blocks}{number}" if name.startswith(blocks) else name
+def _place(blocks: str, name: str) -> str:
+    """Return the name of the block that a parameter belongs to, or its own if it is outside the blocks."""
+    number = name.removeprefix(f"{blocks}.").partition(".")[0]
+    return f"{blocks}.{number}" if name.startswith(f"{blocks}.") else name
 
 
 def _require_stored(changed: Mapping[str, Tensor], stored: Iterable[StoredTensor]) -> None:
@@ -76,8 +87,8 @@ def _require_stored(changed: Mapping[str, Tensor], stored: Iterable[StoredTensor
 
 def _require_same(changed: Mapping[str, Tensor], before: Mapping[str, Tensor], weights: WeightFiles) -> None:
     """Check that the files hold the old values under each name, so that it means the same tensor there."""
-    for name, tensor in weights.tensors():
-        if name in changed and not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
+    for name, tensor in weights.tensors(changed):
+        if not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
             raise UnsupportedModelError(
                 f"The weight files hold {name} otherwise than transformers writes it, so it cannot take new values.",
                 hint="Load the model with transformers, save it again, and recover that copy.",

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.device import in_smaller_pieces
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
@@ -136,6 +136,11 @@ class Case:
         return LEARNING_RATE * min(1.0, BASE_WIDTH / self.width)
 
     @property
+    def device(self) -> torch.device:
+        """Where the student is."""
+        return next(iter(self.weights.values())).device
+
+    @property
     def batch(self) -> int:
         """Sequences in a step of each process."""
         return max(1, BATCH_TOKENS // self.length)
@@ -222,7 +227,7 @@ class _Healing:
 
     def _share(self) -> float:
         """Return the share of the budget that is used, the same in all processes."""
-        self.progress.seconds = self.group.broadcast_number(time.monotonic() - self._began)
+        self.progress.seconds = self.group.from_main(lambda: time.monotonic() - self._began)
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
     def _step(self, ids: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
@@ -259,7 +264,7 @@ class _Healing:
         """Heal fewer sequences at once from now on, without the gradients of those that ran out of memory."""
         self.trained.take_gradient()
         self.micro_batch = micro_batch
-        self.notify(Notice(f"Out of memory on {self.group.device}; healing {micro_batch} sequences at once."))
+        self.notify(Notice(f"Out of memory on {self.case.device}; healing {micro_batch} sequences at once."))
 
     def _distill_part(self, ids: Tensor, entering: Tensor, wanted: Tensor, *, share: float) -> float:
         start = (self.case.first, entering) if self.case.first else None
@@ -269,7 +274,7 @@ class _Healing:
     def _check(self) -> None:
         """Measure the deciding text, and keep the point if it is the best so far."""
         checked = self.case.deciding[: max(1, CHECKED_TOKENS // self.case.length)]
-        found = self.group.broadcast_number(losses(self.case.student, self.case.teacher, checked)[1])
+        found = self.group.from_main(lambda: losses(self.case.student, self.case.teacher, checked)[1])
         best = self.progress.best_divergence
         if best is None or found < best:
             self.best = self.trained.values.detach().clone()
@@ -284,7 +289,7 @@ class _Healing:
         """Yield sequences and the teacher's states on them, without end, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
-            rows = self.case.write(number, self._heartbeat).to(self.group.device)
+            rows = self.case.write(number, self._heartbeat).to(self.case.device)
             order: list[int] = []
             for epoch in range(EPOCHS):
                 shuffle = random.Random(f"{self.case.seed}/{number}/{epoch}")
@@ -322,7 +327,7 @@ class _Healing:
         self.progress = Progress(**saved.data["progress"])
         marked = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("trained.")}
         self.trained.restore({name.removeprefix("trained."): tensor for name, tensor in marked.items()})
-        self.best = saved.tensors["best"].to(self.group.device)
+        self.best = saved.tensors["best"].to(self.case.device)
 
 
 class _TeacherStates:

@@ -16,13 +16,8 @@ def ridge_bytes(features: int, outputs: int) -> int:
     return 8 * (4 * features * features + 4 * features * outputs)
 
 
-class Ridge:
-    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
-
-    Only X'WX, X'WY and Y'WY are held, on the CPU if the rows' device has no float64. The penalty of a coefficient is
-    `ridge` times its feature's own weighted sum of squares, so units of measurement do not matter: with `ridge` 1, the
-    coefficient of a lone feature is halved.
-    """
+class Sums:
+    """Sums over rows of features X and targets Y, weighted by W, in float64: X'WX, X'WY and Y'WY; no row is kept."""
 
     def __init__(self) -> None:
         self.xx: Tensor | None = None
@@ -31,12 +26,35 @@ class Ridge:
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
+        raise NotImplementedError
+
+    def add_sums(self, xx: Tensor, xy: Tensor, yy: Tensor | float) -> None:
+        """Add sums over other rows; the first ones are kept, not copied."""
+        self.xx = xx if self.xx is None else self.xx.add_(xx)
+        self.xy = xy if self.xy is None else self.xy.add_(xy)
+        self.yy += float(yy)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is to be sent to add it elsewhere."""
+        assert self.xx is not None
+        assert self.xy is not None
+        return [self.xx, self.xy, torch.tensor([self.yy], dtype=torch.float64)]
+
+
+class Ridge(Sums):
+    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
+
+    Only X'WX, X'WY and Y'WY are held, on the CPU if the rows' device has no float64. The penalty of a coefficient is
+    `ridge` times its feature's own weighted sum of squares, so units of measurement do not matter: with `ridge` 1, the
+    coefficient of a lone feature is halved.
+    """
+
+    def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """Add some rows; `weights` is [rows]."""
         root = weights.sqrt()[:, None]
         x, y = features * root, targets * root
-        xx, xy = as_float64(x.T @ x), as_float64(x.T @ y)
-        self.xx = xx if self.xx is None else self.xx + xx
-        self.xy = xy if self.xy is None else self.xy + xy
-        self.yy += float(as_float64(y.square().sum(1)).sum())
+        self.add_sums(as_float64(x.T @ x), as_float64(x.T @ y), float(as_float64(y.square().sum(1)).sum()))
 
     @property
     def bytes_to_solve(self) -> int:
@@ -59,21 +77,13 @@ class Ridge:
         return self.yy + float((coefficients * (self.xx @ coefficients - 2 * self.xy)).sum())
 
 
-class Gains:
+class Gains(Sums):
     """The same regression for each channel alone: Y[:, i] from X[:, i]."""
-
-    def __init__(self) -> None:
-        self.xx: Tensor | None = None
-        self.xy: Tensor | None = None
-        self.yy = 0.0
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
         x, y, w = as_float64(features), as_float64(targets), as_float64(weights)[:, None]
-        xx, xy = (w * x * x).sum(0), (w * x * y).sum(0)
-        self.xx = xx if self.xx is None else self.xx + xx
-        self.xy = xy if self.xy is None else self.xy + xy
-        self.yy += float((w * y * y).sum())
+        self.add_sums((w * x * x).sum(0), (w * x * y).sum(0), float((w * y * y).sum()))
 
     @property
     def bytes_to_solve(self) -> int:

@@ -55,13 +55,20 @@ class ResidualProjection:
         """Return what the module's weights are multiplied by, float32 [positions, in] (gain: [positions, channels])."""
         if self.kind != "gain":
             return entering.flatten(0, -2).float() * self.scale
-        on: Tensor = self._norm(1.0)(entering.float())
-        off: Tensor = self._norm(0.0)(entering.float())
+        states = entering.float()
+        on: Tensor = self._norm(1.0, states)(states)
+        off: Tensor = self._norm(0.0, states)(states)
         return (on - off).flatten(0, -2) * self.scale
 
-    def _norm(self, gain: float) -> nn.Module:
-        norm = copy.deepcopy(self.module).float()
-        norm.get_parameter("weight").data.fill_(gain)
+    def _norm(self, gain: float, like: Tensor) -> nn.Module:
+        """Return the norm in float32 with this gain everywhere; its own weights, which may be away, are not used."""
+        norm = copy.copy(self.module)
+        vars(norm)["_parameters"] = {
+            name: nn.Parameter(like.new_full(own.shape, gain if name == "weight" else 0.0), requires_grad=False)
+            for name, own in self.module.named_parameters(recurse=False)
+        }
+        for name in ("forward", "_old_forward", "_hf_hook"):  # with which accelerate moves its weights
+            vars(norm).pop(name, None)
         return norm
 
 

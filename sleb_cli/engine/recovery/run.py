@@ -12,17 +12,20 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes
+from sleb_cli.engine.device import CPU, dtype_name, free_bytes
+from sleb_cli.engine.files.cache import existing_cache
+from sleb_cli.engine.forward.placement import Placement, device_of, open_dense, resolve_device_map
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.streaming import choose_to_stream, streamed_bytes
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
 from sleb_cli.engine.recovery.heal import Case, HealBudget, Healed, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
-from sleb_cli.engine.recovery.process_group import ProcessGroup
 from sleb_cli.engine.recovery.variant import Variant, losses
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
+from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.calibration import (
@@ -32,6 +35,7 @@ from sleb_cli.engine.text.calibration import (
     CalibrationSettings,
     calibrate,
     calibrate_splits,
+    require_given_text,
     resolve_calibration,
     texts_sha256,
 )
@@ -40,7 +44,7 @@ from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.requests import (
-    AUTO,
+    DEFAULT_CALIBRATION,
     HEAL_LENGTH,
     RECOVERY_LENGTH,
     RECOVERY_SELF_TOKENS,
@@ -49,7 +53,7 @@ from sleb_cli.requests import (
 )
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
-from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError
+from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError, UsageError
 
 FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
 """The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""
@@ -60,6 +64,8 @@ DECIDING_TOKENS, REPORTED_TOKENS = 8192, 8192
 TRAINED_BELOW = 4
 """Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
 SHARING_TOLERANCE = 1e-2
+
+HIDDEN_STATES = "hidden states"
 
 TRAINING_BYTES = 20
 """Bytes per trained number, besides the models, in float32: its value, best value, gradient and two moments."""
@@ -91,7 +97,12 @@ class _Start:
 
 
 def recover(
-    subject: Subject, request: ApplyRequest, cast: torch.dtype | None, state: HealState, notify: Notify
+    subject: Subject,
+    request: ApplyRequest,
+    cast: torch.dtype | None,
+    state: HealState,
+    group: ProcessGroup,
+    notify: Notify,
 ) -> Recovered:
     """Return new values for the kept blocks with which the pruned model comes closer to the dense one.
 
@@ -100,6 +111,7 @@ def recover(
         request: how to recover.
         cast: the data type of the checkpoint; None for the model's own.
         state: the saved state of an unfinished healing.
+        group: the processes that recover together.
         notify: the listener for events.
 
     Raises:
@@ -108,35 +120,67 @@ def recover(
         DataError: the text is too short.
         PlanError: the unfinished healing is a different one.
     """
-    return _Recovery(subject, request, cast, state, notify).run()
+    return _Recovery(subject, request, cast, state, group, notify).run()
 
 
 class _Recovery:
     def __init__(
-        self, subject: Subject, request: ApplyRequest, cast: torch.dtype | None, state: HealState, notify: Notify
+        self,
+        subject: Subject,
+        request: ApplyRequest,
+        cast: torch.dtype | None,
+        state: HealState,
+        group: ProcessGroup,
+        notify: Notify,
     ) -> None:
-        self.subject, self.request, self.state, self.notify = subject, request, state, notify
+        self.subject, self.request, self.state, self.group, self.notify = subject, request, state, group, notify
         self.architecture, self.surgery = subject.architecture, subject.surgery
         self.budget = choose_budget(request.heal_minutes, request.heal_tokens) if request.heal else None
-        self.settings = _resolve_settings(request, subject)
         _require_plain(self.architecture)
-        self.group = ProcessGroup(choose_device(request.device or AUTO))
+        device_map = resolve_device_map(request, self.architecture)
+        self.device = device_of(device_map, request.device)
         self.stored = cast or self.architecture.config.dtype or torch.float32
         # Twice rounded, to bfloat16 and then to float16, the values that are written would not be those measured.
-        self.dtype = torch.float32 if self.stored is torch.float16 and self.group.device == CPU else self.stored
-        _require_memory(self.surgery, self.dtype, self.group.device, self.settings, request)
+        self.dtype = torch.float32 if self.stored is torch.float16 and self.device == CPU else self.stored
+        stream = device_map is None and group.from_main(self._stream)
+        self.settings = _resolve_settings(request, subject, stream=stream)
+        self.placement = Placement(self.device, self.dtype, stream, device_map)
+        self.in_host_memory = self._require_memory()
+
+    def _stream(self) -> bool:
+        """Whether to stream the model, as asked or because it does not fit beside the sums of a fit.
+
+        Raises:
+            UsageError: it is to be streamed and healed.
+        """
+        if self.request.stream and self.request.heal:
+            raise UsageError(
+                "--heal trains the model, so all of it must be in memory, and --stream reads it block by block.",
+                hint="Leave out --stream, or recover without training: --recover --stream.",
+            )
+        sums = _sums_bytes(self.surgery)
+        asked = False if self.request.heal else self.request.stream
+        return choose_to_stream(self.architecture, self.dtype, self.device, asked, self.notify, beside=sums)
+
+    def _require_memory(self) -> bool:
+        """Check that everything fits into memory; return whether hidden states do only in that of the host."""
+        needed = _needed_bytes(self.surgery, self.placement, self.settings, self.request)
+        if sum(needed.values()) > free_bytes(self.device) and self.placement.stream and self.device != CPU:
+            _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, self.request)
+            _require_free(self.device, needed, self.request)
+            return True
+        _require_free(self.device, needed, self.request)
+        return False
 
     def run(self) -> Recovered:
         self.tokenizer = load_tokenizer(self.architecture.source)
         saved = self.state.read(self.identity) if self.request.heal and self.request.resume else None
-        model = load_dense(self.architecture, self.dtype, self.group.device, self.notify)
-        with SkippableModel(model, self.architecture.blocks_of(model)) as skippable:
+        with open_dense(self.architecture, self.placement, self.notify) as skippable:
             start = _resumed(saved) if saved else self._closed_form(skippable)
             values, record = start.values, start.record
             if self.budget:
                 values, record = self._heal(skippable, self.budget, start, saved)
-        self.group.leave()
-        return Recovered(values, file_tensors(model, self.surgery, values), record)
+            return Recovered(values, file_tensors(skippable, self.surgery, values), record)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -161,7 +205,7 @@ class _Recovery:
             "heal_tokens": budget.tokens if budget else None,
             "dtype": dtype_name(self.dtype),
             "stored": dtype_name(self.stored),
-            "device": self.group.device.type,
+            "device": self.device.type,
             "processes": self.group.size,
         }
 
@@ -172,8 +216,8 @@ class _Recovery:
     def _closed_form(self, skippable: SkippableModel) -> _Start:
         """Draw the text, measure the cost of the removal, and fit in closed form if requested."""
         skippable.skip(())
-        fitted, deciding, reported = calibrate_splits(
-            self._splits(), self.tokenizer, lambda: skippable.model, self.notify
+        fitted, deciding, reported = self.group.from_main(
+            lambda: calibrate_splits(self._splits(), self.tokenizer, lambda: skippable.model, self.notify)
         )
         removed, dense = self.surgery.removed, Variant(skippable)
         record = RecoveryRecord(
@@ -186,7 +230,15 @@ class _Recovery:
         values: dict[str, Tensor] = {}
         if self.request.recover:
             values, closed_form = recover_in_closed_form(
-                skippable, removed, fitted.sequences, deciding.sequences, self.notify, stored=self.stored
+                skippable,
+                removed,
+                fitted.sequences,
+                deciding.sequences,
+                self.notify,
+                stored=self.stored,
+                in_host_memory=self.in_host_memory,
+                spill_to=existing_cache() if self.placement.stream else None,
+                group=self.group,
             )
             after = self._measure("recovered", Variant(skippable, removed, values), dense, reported.sequences)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
@@ -207,7 +259,7 @@ class _Recovery:
         self, skippable: SkippableModel, budget: HealBudget, start: _Start, saved: Saved | None
     ) -> tuple[dict[str, Tensor], RecoveryRecord]:
         """Distill the dense model into the pruned one, which has the values from `start`."""
-        model = load_pruned(self.surgery, self.dtype, self.group.device, self.notify, dense=skippable.model)
+        model = load_pruned(self.surgery, self.dtype, self.device, self.notify, dense=skippable.model)
         parameters = block_parameters(self.surgery, model)
         _place(model, parameters, start.values)
         start_tensors = {f"start.{name}": value for name, value in start.values.items()}
@@ -237,7 +289,7 @@ class _Recovery:
         budget: HealBudget,
     ) -> Case:
         teacher, first = Variant(skippable), self._first_trained(start.values)
-        if not can_share(teacher, student, first, start.deciding[:1].to(self.group.device)):
+        if not can_share(teacher, student, first, start.deciding[:1].to(self.device)):
             first = 0
         weights = {name: parameter for name, parameter in parameters.items() if rank_of(parameter.shape)}
         return Case(
@@ -295,7 +347,7 @@ class _Recovery:
 
     def _measure(self, what: str, variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
         with task(self.notify, f"Measuring the {what} model on text that decided nothing"):
-            loss, divergence = losses(variant, dense, sequences)
+            loss, divergence = losses(variant, dense, sequences, self.group)
         if not math.isfinite(loss + divergence):
             raise ModelError(
                 f"The loss of the {what} model on text that decided nothing is {loss}.",
@@ -352,40 +404,74 @@ def _require_plain(architecture: Architecture) -> None:
         )
 
 
-def _require_memory(
-    surgery: Surgery, dtype: torch.dtype, device: torch.device, settings: CalibrationSettings, request: ApplyRequest
-) -> None:
-    """Check that everything fits into memory; recovery loads the model, while pruning alone needs only a buffer."""
-    dense, architecture = surgery.architecture.skeleton, surgery.architecture
-    blocks = [architecture.blocks_of(dense)[block] for block in surgery.kept.blocks]
+def _needed_bytes(
+    surgery: Surgery, placement: Placement, settings: CalibrationSettings, request: ApplyRequest
+) -> dict[str, int]:
+    """Return the memory that recovery takes, by what for; pruning alone needs only a buffer.
+
+    Of a model that a device map spreads out, only the rest is counted.
+    """
+    dense, architecture, dtype = surgery.architecture.skeleton, surgery.architecture, placement.dtype
     width = architecture.text_config.hidden_size
-    needed = {"the model": sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize}
-    # What enters a block on all the text, in the dense and in the recovered model, and what leaves it.
-    needed["hidden states"] = 4 * settings.samples * settings.sequence_length * width * dtype.itemsize
+    needed: dict[str, int] = {}
+    if placement.stream:
+        needed["two blocks and what is outside of them"] = streamed_bytes(architecture, dtype)
+    elif placement.device_map is None:
+        needed["the model"] = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
+    # What enters the model and a block on all the text, in the dense and in the recovered model, and what leaves it.
+    needed[HIDDEN_STATES] = 4 * settings.samples * settings.sequence_length * width * dtype.itemsize
     if request.recover:
-        needed["the sums of a fit"] = max(fitting_bytes(block, width) for block in blocks)
+        needed["the sums of a fit"] = _sums_bytes(surgery)
     if request.heal:
-        shapes = [parameter.shape for block in blocks for parameter in block.parameters()]
+        shapes = [parameter.shape for block in _kept_blocks(surgery) for parameter in block.parameters()]
         # The weights that are trained and their original values; what is not trained, both models share.
         needed["the trained weights"] = 2 * sum(map(math.prod, shapes)) * dtype.itemsize
         needed["the state of training"] = sum(map(trained_numbers, shapes)) * TRAINING_BYTES
+    return needed
+
+
+def _sums_bytes(surgery: Surgery) -> int:
+    width = surgery.architecture.text_config.hidden_size
+    return max(fitting_bytes(block, width) for block in _kept_blocks(surgery))
+
+
+def _kept_blocks(surgery: Surgery) -> list[nn.Module]:
+    blocks = surgery.architecture.blocks_of(surgery.architecture.skeleton)
+    return [blocks[block] for block in surgery.kept.blocks]
+
+
+def _require_free(device: torch.device, needed: Mapping[str, int], request: ApplyRequest) -> None:
     total, free = sum(needed.values()), free_bytes(device)
-    if total > free:
-        parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
-        raise MachineError(
-            f"{'Healing' if request.heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} "
-            f"({parts}), and only {format_bytes(free)} are free.",
-            hint=f"Leave out {'--heal' if request.heal else '--recover'}, or use a machine with more memory.",
+    if total <= free:
+        return
+    parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
+    hint = "Use fewer --samples, leave out --recover, or use a machine with more memory."
+    if request.heal:
+        hint = (
+            "Leave out --heal, or use a machine with more memory. Processes that `accelerate launch` starts share the "
+            "work, but each of them needs all of this."
         )
+    raise MachineError(
+        f"{'Healing' if request.heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} "
+        f"({parts}), and only {format_bytes(free)} are free.",
+        hint=hint,
+    )
 
 
-def _resolve_settings(request: ApplyRequest, subject: Subject) -> CalibrationSettings:
-    """Fill unset options with the defaults; fitting weights takes more text than a search."""
+def _resolve_settings(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:
+    """Fill unset options with the defaults; fitting weights takes more text than a search.
+
+    Raises:
+        DataError: the text is too short.
+        UsageError: a streamed model is to write it.
+    """
     architecture = subject.architecture
     default = HEAL_LENGTH if request.heal else RECOVERY_LENGTH
     length = request.sequence_length or min(default, architecture.longest_sequence or default)
-    source = request.calibration or (_default_source(subject.plan) if request.recover else SELF)
+    source = request.calibration or (_default_source(subject.plan, stream=stream) if request.recover else SELF)
     settings = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
+    if stream:
+        require_given_text(settings)
     if not (settings.samples_given or settings.source in REFERENCE_PRESETS):
         tokens = RECOVERY_SELF_TOKENS if settings.source == SELF else RECOVERY_TOKENS
         settings = replace(settings, samples=max(FEWEST_SEQUENCES, tokens // length))
@@ -397,10 +483,17 @@ def _resolve_settings(request: ApplyRequest, subject: Subject) -> CalibrationSet
     return settings
 
 
-def _default_source(plan: Plan | None) -> str:
-    """Return the default text to fit on: the plan's, if it is general, with a quarter of the model's own."""
+def _default_source(plan: Plan | None, *, stream: bool) -> str:
+    """Return the default text to fit on: the plan's, if it is general, with a quarter of the model's own.
+
+    A streamed model writes no text: each token would read all of it.
+    """
     searched = plan.calibration if plan else None
+    own = DEFAULT_CALIBRATION if stream else SELF
     if searched is None or searched.chat or searched.source == SELF:
-        return SELF
+        return own
     source = searched.source.removesuffix("-sleb")
-    return source if len(parse_mixture(source)) > 1 else f"{source}:0.75,{SELF}:0.25"
+    parts = [part.source for part in parse_mixture(source)]
+    if stream:
+        return own if SELF in parts else source
+    return source if len(parts) > 1 else f"{source}:0.75,{SELF}:0.25"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from torch import Tensor
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_plugins.metrics.kl import divergence_terms
 
 # How many positions' logits exist at once, over all sequences of a batch.
@@ -53,43 +52,58 @@ class Variant:
             if index == last:
                 found["final"] = leaving
 
-        with parameters_replaced(self.skippable.model, self.parameters):
+        with self.skippable.replaced(self.parameters):
             self.skippable.watch(ids, self.removed, listen, start)
         return found.get("entering", found["final"]), found["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of a slice of final states, given its tokens."""
-        with parameters_replaced(self.skippable.model, self.parameters):
+        with self.skippable.replaced(self.parameters):
             return self.skippable.head(states, ids)
 
 
-@contextmanager
-def parameters_replaced(model: Any, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Set parameters to new values by name, and restore their own on exit."""
-    own = {name: model.get_parameter(name) for name in values}
-    before = {name: parameter.data for name, parameter in own.items()}
-    try:
-        for name, parameter in own.items():
-            parameter.data = values[name].to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for name, parameter in own.items():
-            parameter.data = before[name]
+def losses(
+    variant: Variant, dense: Variant, sequences: Tensor, group: ProcessGroup | None = None
+) -> tuple[float, float]:
+    """Return a variant's loss and its divergence from the dense model on these sequences, [sequences, length].
+
+    Both are means over the predicted tokens, in nats. The processes of a group share out the sequences.
+    """
+    group = group or ProcessGroup()
+    mine = range(group.rank, len(sequences), group.size)
+    own = zip(mine, _summed(variant, dense, sequences[list(mine)]), strict=True)
+    found = sorted(item for of_process in group.gather(list(own)) for item in of_process)
+    count = len(sequences) * (sequences.shape[1] - 1)
+    return sum(loss for _, (loss, _) in found) / count, sum(divergence for _, (_, divergence) in found) / count
 
 
 @torch.inference_mode()
-def losses(variant: Variant, dense: Variant, sequences: Tensor) -> tuple[float, float]:
-    """Return a variant's loss and its divergence from the dense model on these sequences, [sequences, length].
+def _summed(variant: Variant, dense: Variant, sequences: Tensor) -> list[tuple[float, float]]:
+    """Return the summed losses of each sequence."""
+    everywhere = torch.arange(sequences.shape[1] - 1, device=dense.skippable.device)
+    return [
+        summed_losses(variant, dense, states, dense_states, ids, everywhere)
+        for ids, states, dense_states in _final_states(variant, dense, sequences.to(dense.skippable.device))
+    ]
 
-    Both are means over the predicted tokens, in nats.
-    """
-    count, total = len(sequences) * (sequences.shape[1] - 1), (0.0, 0.0)
-    for sequence in sequences.to(dense.skippable.model.device):
-        ids = sequence[None]
-        everywhere = torch.arange(ids.shape[1] - 1, device=ids.device)
-        found = summed_losses(variant, dense, variant.final_states(ids), dense.final_states(ids), ids, everywhere)
-        total = (total[0] + found[0], total[1] + found[1])
-    return total[0] / count, total[1] / count
+
+def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield each sequence and the final states of both models, one by one; streamed weights are read once for all."""
+    batches = [sequence[None] for sequence in sequences]
+    if dense.skippable.weights.resident:
+        yield from ((ids, variant.final_states(ids), dense.final_states(ids)) for ids in batches)
+        return
+    skippable = dense.skippable
+    calls = [skippable.calls(ids) for ids in batches]
+    states = {id(model): [of_batch[0].entering for of_batch in calls] for model in (variant, dense)}
+    for block in skippable.weights.visit(range(len(skippable.switches))):
+        for model in {id(model): model for model in (variant, dense) if block not in model.removed}.values():
+            with skippable.replaced(model.parameters):
+                states[id(model)] = [
+                    skippable.run_block(of_batch[block], entering)
+                    for of_batch, entering in zip(calls, states[id(model)], strict=True)
+                ]
+    yield from zip(batches, states[id(variant)], states[id(dense)], strict=True)
 
 
 def summed_losses(
@@ -100,12 +114,13 @@ def summed_losses(
     Args:
         variant: the model.
         dense: the dense model.
-        states: the model's final states, [batch, positions, hidden size].
+        states: the model's final states, [batch, positions, hidden size], on any device.
         dense_states: as `states`, the dense model's.
         ids: the tokens, [batch, positions].
         positions: which positions count, each with a next token.
     """
     loss = divergence = 0.0
+    states, dense_states = states.to(ids.device), dense_states.to(ids.device)
     for part in torch.split(positions, max(1, POSITIONS // len(ids))):
         here, targets = ids[:, part], ids[:, part + 1].flatten()
         ours, theirs = (
