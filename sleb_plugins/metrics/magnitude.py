@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sleb_plugins.metric import WeightMetric
+from sleb_plugins.metrics.plain_weights import require_plain_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,4 +23,5 @@ class Magnitude(WeightMetric):
 
     def score_block(self, block: nn.Module, number: int) -> float:
         """Return the sum of |w|."""
+        require_plain_weights(self.name, block)
         return sum(weight.detach().float().abs().sum().item() for weight in block.parameters())

@@ -22,7 +22,9 @@ from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.journal import Journal
-from sleb_plugins import MachineError, metrics
+from sleb_plugins import MachineError, UsageError, metrics
+from sleb_plugins.metrics.magnitude import Magnitude
+from sleb_plugins.metrics.taylor import Taylor
 from sleb_plugins.metrics.weighted import parse_terms
 
 
@@ -457,3 +459,12 @@ def test_a_score_that_is_nan_names_the_block_and_picks_none(search, tmp_path):
     assert result.exit_code == 4
     assert "Without block 3, the score is nan" in result.stderr
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("metric", [Magnitude(), Taylor()], ids=lambda metric: metric.name)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_packed_weights_are_not_scored(metric, dtype):
+    block = nn.Sequential(nn.LayerNorm(4))
+    block.register_buffer("qweight", torch.zeros(4, 4).to(dtype))
+    with pytest.raises(UsageError, match=f"{metric.name} reads the weights, and qweight is packed"):
+        metric.score_block(block, 0)
