@@ -5,6 +5,8 @@ The same tests run on the simulated device, on a tiny model, in every run of the
 
 import json
 import math
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +129,7 @@ def test_recovered_and_healed_it_comes_nearer_to_the_dense_model(run, card, show
         assert recovery["recovered"]["divergence"] < recovery["pruned"]["divergence"]
 
 
+@pytest.mark.slow
 def test_the_speedup_is_measured_beside_its_bounds(run, card, show):
     few = [] if card.is_real else ["--batch-size", 1, "--prompt-length", 8, "--new-tokens", 2, "--iterations", 1]
     data, _ = run("bench", "--blocks", "2,3", *few, *([] if card.is_real else ["--warmup", 0, "--prompt"]))
@@ -161,3 +164,21 @@ def test_the_second_card_finds_the_same(run, card):
         pytest.skip("this machine has one accelerator")
     first, second = (search(run, device=f"{card.device.type}:{index}")[0] for index in (0, 1))
     assert first["removals"] == second["removals"]
+
+
+def test_processes_with_a_card_each_find_what_one_finds(run, card, text_file, tmp_path):
+    """Scores travel through gloo, and what healing averages through NCCL or its like."""
+    count = card.backend.device_count()
+    if not card.is_real or count < 2:
+        pytest.skip("this machine does not have two accelerators that torch can use")
+    alone, _ = search(run, "--batch-size", 2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    sizes = ["--calibration", text_file, "--samples", card.samples, "--sequence-length", card.length]
+    words = ["search", card.model, "--remove", 2, *sizes, "--sample-tokens", 4, "--batch-size", 2, "-o", "shared.json"]
+    heal = ["apply", "shared.json", "--heal", "--heal-tokens", 16384, *sizes, "-o", "healed"]
+    for command in (words, heal):
+        done = subprocess.run([*launch, "-m", "sleb_cli", *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    together = json.loads((tmp_path / "shared.json").read_text())
+    assert together["removals"] == alone["removals"]
+    assert together["steps"] == alone["steps"]
