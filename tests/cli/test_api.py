@@ -70,6 +70,7 @@ def test_a_result_that_cannot_be_saved_comes_with_the_error(request_for, monkeyp
     assert len(caught.value.unsaved["removals"]) == 1
 
 
+@pytest.mark.slow
 def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["example.py", str(tiny_llama), str(text_file), "out"])
     runpy.run_path(str(EXAMPLE))

@@ -127,6 +127,7 @@ def test_all_sizes_in_one_run(run_sleb, tiny_llama, without_memory, monkeypatch,
     assert "…" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_sweep(run_sleb, tiny_llama, without_memory):
     few = ["--iterations", 1, "--warmup", 0, "--json", "-q"]
     result = run_sleb("bench", tiny_llama, "--sweep", "batch=1,2 prompt=4,8", "--sweep", "new=2,3", *few)
@@ -296,6 +297,7 @@ def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_times_are_kept_where_the_process_for_the_memory_is_killed(run_sleb, tiny_llama, monkeypatch):
     monkeypatch.setattr(peak_memory, "_measure", killed)
     result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--json")

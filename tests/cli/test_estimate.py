@@ -47,6 +47,7 @@ def estimated(run_sleb, *arguments):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_no_machine(run_sleb, llama_70b):
     data = estimated(run_sleb, llama_70b, *H100)
     per_block = 2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672 + 2 * 8192

@@ -109,6 +109,7 @@ def kill_and_resume(kills, tiny_llama, text_file, run_sleb, tmp_path):
     assert os.listdir(place) == ["plan.json"]
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_is_the_same_plan(tiny_llama, text_file, run_sleb, tmp_path):
     kill_and_resume(3, tiny_llama, text_file, run_sleb, tmp_path)
 

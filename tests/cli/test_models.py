@@ -94,6 +94,7 @@ def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(tiny_llama, mo
     assert found.weights.names == ("pytorch_model.bin",)
 
 
+@pytest.mark.slow
 def test_a_hub_model_in_the_cache(tiny_llama, text_file, tmp_path):
     commit = "0123456789012345678901234567890123456789"
     repository = tmp_path / "hub" / "models--org--tiny"

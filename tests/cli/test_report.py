@@ -426,6 +426,7 @@ def test_an_exporter_that_needs_no_model_gets_none(run_sleb, tmp_path, monkeypat
     assert (result.exit_code, "says that it needs none" in result.stderr) == (6, True)
 
 
+@pytest.mark.slow
 def test_a_large_report_stays_small(run_sleb, tmp_path):
     plan = make_plan(80, 32, kinds=True)
     evaluation = make_evaluation(plan, items=3000, tasks=tuple(f"task_{number}" for number in range(9)), every=4)

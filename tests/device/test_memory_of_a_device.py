@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import calibration, llama_config, random_model
+from conftest import calibration, llama_config, random_model, slow
 from sleb_cli.engine.device import OutOfMemory
 from sleb_cli.engine.forward.engines import choose_engine
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -58,7 +58,7 @@ def test_out_of_memory_it_goes_on_with_smaller_pieces_to_the_same_plan(search, n
     assert found == plan
 
 
-@pytest.mark.parametrize("metric", ["nll", "taylor"])
+@pytest.mark.parametrize("metric", [slow("nll"), "taylor"])
 def test_whatever_the_memory_it_is_the_same_plan_or_one_sentence(search, simulate, metric):
     backend = simulate()
     _, expected = search("sim", "--metric", metric, "--batch-size", 8)
