@@ -45,8 +45,8 @@ def test_without_the_memory_for_all_of_it_it_is_streamed_with_a_notice(
 ):
     options = ["apply", llama_plan, "--recover", *calibration(text_file, 20)]
     assert run_sleb(*options, "-o", "there").exit_code == 0
-    monkeypatch.setattr(streaming, "free_bytes", lambda device: 200_000)
-    monkeypatch.setattr(proof, "free_bytes", lambda device: 200_000)
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: 260_000)
+    monkeypatch.setattr(proof, "free_bytes", lambda device: 260_000)
     result = run_sleb(*options, "-o", "streamed")
     assert result.exit_code == 0, result.stderr
     assert "are free on cpu: its blocks are streamed from its files (--stream)" in result.stderr

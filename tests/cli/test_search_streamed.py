@@ -11,6 +11,7 @@ from families import tiny_config
 from sleb_cli.engine.forward import holding, saved_walk, streaming
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks
+from sleb_plugins import OutputError
 
 FAMILIES = ["llama", "gemma3_text", "mixtral", "opt"]
 WAYS = {
@@ -75,6 +76,18 @@ def test_or_candidates_go_through_the_model_in_groups(search, tiny_llama, way, v
     visits.clear()
     search(tiny_llama, "at-once", "--stream", *options)
     assert len(groups) > len(visits)
+
+
+def test_without_room_for_a_walk_the_search_goes_on(run_sleb, tiny_llama, text_file, monkeypatch):
+    def full(path):
+        raise OutputError(f"Cannot write {path}: the disk is full.", hint="Free some space.")
+
+    monkeypatch.setattr(saved_walk, "FEWEST_SECONDS", 0.0)
+    monkeypatch.setattr(saved_walk, "SHARE", 1e9)
+    monkeypatch.setattr(saved_walk, "new_file", full)
+    result = run_sleb("search", tiny_llama, "--remove", 1, "--stream", *calibration(text_file), "-o", "plan.json")
+    assert result.exit_code == 0
+    assert result.stderr.count("the disk is full. A step that is interrupted will start again") == 1
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,7 +35,7 @@ from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.plan import Engine
 from sleb_cli.units import format_bytes
-from sleb_plugins import LogitMetric, UnsupportedModelError
+from sleb_plugins import LogitMetric, OutputError, UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 # At the depths of how many of a step's best candidates branches are kept.
@@ -134,8 +134,10 @@ class Passes:
                     yield batch, block, scores
             if any(left.values()):
                 free_memory()
-        for states in self._states.values():
-            states.shrink(self.budget.kept, list(states.at))
+        for batch, candidates in units:
+            depths = depths_to_keep(self.ranking, candidates, self.budget.kept, KEPT_DEPTHS)
+            for states in [states for key, states in self._states.items() if key[0] == batch]:
+                states.shrink(self.budget.kept, list(depths))
 
     def scores(
         self, metric: LogitMetric, batch: int, removed: Sequence[int], candidates: Sequence[int]
@@ -260,7 +262,7 @@ class Passes:
         for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
             for key, walk in walks.items():
                 self.notify(SearchAdvanced(evaluations[key] * walk.ran(block) / passes[key]))
-            self.saved_walk.save(block + 1, removed, walks)
+            self._save(block + 1, removed, walks)
         self._dense |= {key: walk.branches.pop(BASE) for key, walk in dense.items()}
         gathered: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         ends = {part.key[0]: part.key for part, _ in parts}
@@ -271,6 +273,14 @@ class Passes:
                 self.notify(SearchAdvanced((1 - BLOCKS_SHARE) * len(part.ids) if candidates else 0))
                 if part.key == ends[batch]:
                     yield batch, block, gathered[batch, block]
+
+    def _save(self, depth: int, removed: Sequence[int], walks: Mapping[tuple[int, int], Walk]) -> None:
+        """Save the walks between two blocks; without room for that, the search goes on all the same."""
+        try:
+            self.saved_walk.save(depth, removed, walks)
+        except OutputError as error:
+            self.notify(Notice(f"{error.message} A step that is interrupted will start again from its first block."))
+            self.saved_walk = SavedWalk()
 
     def _walk(
         self, part: _Part, removed: Sequence[int], candidates: Sequence[int], hold: Hold, states: States | None = None

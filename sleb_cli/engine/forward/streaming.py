@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ from sleb_plugins.config_keys import kept_blocks
 
 PAGE = 4096
 """Files are mapped at multiples of this many bytes, and read past the page cache in such pieces."""
+
+ALIGNED = 64
+"""Other weights lie at multiples of this many bytes, the width of the widest vectors."""
 
 WITH_STREAMS = ("cuda", "xpu")
 """Devices to which a thread copies beside the work of others, out of pinned memory."""
@@ -290,7 +294,9 @@ def _without_values(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
 
 def _layout_bytes(stored: Sequence[StoredTensor]) -> int:
     """Return the size of a buffer for these tensors, with room to align each."""
-    return sum(tensor.size + 3 * PAGE for tensor in stored)
+    ordered = sorted(stored, key=lambda tensor: (str(tensor.path), tensor.start or 0))
+    gaps = sum(a.path != b.path or (a.start or 0) + a.size != b.start for a, b in pairwise(ordered))
+    return sum(tensor.size + ALIGNED for tensor in stored) + 3 * PAGE * (1 + gaps)
 
 
 class _Buffer:
@@ -326,16 +332,19 @@ class _Buffer:
         return found | {name: self._view(begin, tensor) for name, (begin, tensor) in places.items()}
 
     def _after(self, end: int, tensor: StoredTensor, *, follows: bool) -> int:
-        """Return where a tensor begins: modulo a page, as in a mapped file, or else at zero.
+        """Return where a tensor begins: modulo a page, as in a mapped file, or else aligned.
 
         The page in which it begins may be read whole, so it is not the last of another tensor, unless it `follows` that
         in the file, too.
         """
-        if follows and self.as_mapped:
+        place = end + self._there.data_ptr()
+        if not self.as_mapped:
+            return end + -place % ALIGNED
+        if follows:
             return end
-        wanted = (tensor.start or 0) if self.as_mapped else 0
-        begin = end + (wanted - self._there.data_ptr() - end) % PAGE
-        return begin if begin - wanted % PAGE >= end else begin + PAGE
+        start = tensor.start or 0
+        begin = end + (start - place) % PAGE
+        return begin if begin - start % PAGE >= end else begin + PAGE
 
     def _hand_over(self, size: int) -> None:
         """Copy what was read to the device, beside what it computes where it can do both."""
