@@ -231,6 +231,11 @@ def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:
     return ["--calibration", text, "--samples", samples, "--sequence-length", length]
 
 
+def evaluation(text: Path) -> list[object]:
+    """Return options for an evaluation that takes no time, and takes nothing from the cache."""
+    return ["--perplexity", text, "--sequence-length", 32, "--max-windows", 4, "--fresh", "--force"]
+
+
 def calibration_sequences(model: Path, text: Path, samples: int = 4, length: int = 32) -> torch.Tensor:
     """Return the tokens that a search with `calibration` measures on, drawn the slow way."""
     windows = cut_windows(AutoTokenizer.from_pretrained(model), text.read_text(), length, bos=False)

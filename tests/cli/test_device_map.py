@@ -9,7 +9,7 @@ import pytest
 from transformers.integrations import accelerate as placing
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
-from conftest import calibration, save_model, slow
+from conftest import calibration, evaluation, save_model, slow
 from families import tiny_config
 from sleb_cli.engine.files.cache import cache_root
 
@@ -87,18 +87,7 @@ def test_the_checkpoint_and_its_proof_are_the_same(run_sleb, tiny_llama, text_fi
 
 def test_measurements_are_the_same(run_sleb, tiny_llama, text_file):
     search(run_sleb, tiny_llama, text_file)
-    options = [
-        "--perplexity",
-        text_file,
-        "--sequence-length",
-        32,
-        "--max-windows",
-        4,
-        "--fresh",
-        "--force",
-        "-o",
-        "e.json",
-    ]
+    options = [*evaluation(text_file), "-o", "e.json"]
     found = []
     for where in ([], ["--device-map", write(ON_DISK)]):
         result = run_sleb("eval", "plan.json", *options, *where)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import calibration, save_model, slow
+from conftest import calibration, evaluation, save_model, slow
 from families import tiny_config
 
 SPREAD = {
@@ -90,18 +90,7 @@ def test_the_checkpoint_is_the_cpus(run_sleb, search, simulate, tiny_llama, text
 
 def test_measurements_are_the_cpus(run_sleb, search, simulate, tiny_llama, text_file, device_map, tmp_path):
     search(tiny_llama, "--device", "cpu")
-    options = [
-        "--perplexity",
-        text_file,
-        "--sequence-length",
-        32,
-        "--max-windows",
-        4,
-        "--fresh",
-        "--force",
-        "-o",
-        "eval.json",
-    ]
+    options = [*evaluation(text_file), "-o", "eval.json"]
     texts = []
     for where in (["--device", "cpu"], None):
         if where is None:

@@ -83,11 +83,17 @@ class SharedInputs:
     def __init__(self) -> None:
         self._held: list[Tensor] = []
 
-    def of(self, calls: Sequence[Call]) -> list[Call]:
-        """Return the calls with tensors of earlier calls in place of equal ones."""
+    def of(self, calls: Sequence[Call], hold: Hold) -> list[Call]:
+        """Return the calls with tensors of earlier calls in place of equal ones, and with what enters held."""
         known: dict[int, Tensor] = {}
+        entering = hold(ENTERING, calls[0].entering)  # every block is skipped when calls are recorded
         return [
-            replace(call, args=self._shared(call.args, known), kwargs=self._shared(call.kwargs, known))
+            replace(
+                call,
+                entering=entering,
+                args=self._shared(call.args, known),
+                kwargs=self._shared(call.kwargs, known),
+            )
             for call in calls
         ]
 

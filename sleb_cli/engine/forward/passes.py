@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sleb_cli.engine.device import CPU, free_memory
 from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
 from sleb_cli.engine.forward.fork import Walk, fork, walk_together
-from sleb_cli.engine.forward.holding import ENTERING, Hold, Holding, SharedInputs, in_turns
+from sleb_cli.engine.forward.holding import Hold, Holding, SharedInputs, in_turns
 from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
 from sleb_cli.engine.forward.memory_budget import (
     COPIES_OF_LOGITS,
@@ -286,9 +286,7 @@ class Passes:
         self, part: _Part, removed: Sequence[int], candidates: Sequence[int], hold: Hold, states: States | None = None
     ) -> Walk:
         """Return a walk whose calls hold what all parts share once, and what enters the first block as walks do."""
-        calls = self._shared.of(self.skippable.calls(part.ids))
-        entering = hold(ENTERING, calls[0].entering)
-        calls = [replace(call, entering=entering) for call in calls]
+        calls = self._shared.of(self.skippable.calls(part.ids), hold)
         own = self._states[part.key] if states is None else states
         depths = depths_to_keep(self.ranking, candidates, self.budget.kept, KEPT_DEPTHS)
         return Walk(self.skippable, calls, own, removed, candidates, keep=depths, hold=hold)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -52,9 +51,7 @@ def predict_together(
     shared, hold = SharedInputs(), in_place if skippable.device == CPU else in_host_memory
     walks = []
     for ids in batches:
-        calls = shared.of(skippable.calls(ids))
-        entering = hold(BASE, calls[0].entering)
-        calls = [replace(call, entering=entering) for call in calls]
+        calls = shared.of(skippable.calls(ids), hold)
         walks.append([Walk(skippable, calls, States(), removed, (), hold=hold) for removed in sizes])
     for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
         pass

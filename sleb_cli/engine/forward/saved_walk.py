@@ -51,7 +51,8 @@ class SavedWalk:
 
     def save(self, depth: int, removed: Sequence[int], walks: Mapping[Key, Walk]) -> None:
         """Save walks that are about to enter the block at `depth`, if it is worth the time."""
-        if self.path is None:
+        waited = time.monotonic() - self._saved
+        if self.path is None or waited < FEWEST_SECONDS:
             return
         tensors = {
             f"{batch}.{part}.{at}.{branch}": hidden
@@ -59,7 +60,7 @@ class SavedWalk:
             for at, branch, hidden in walk.progress(depth)
         }
         expected = self._seconds or sum(tensor.nbytes for tensor in tensors.values()) / BYTES_PER_SECOND
-        if time.monotonic() - self._saved < max(FEWEST_SECONDS, expected / SHARE):
+        if waited < expected / SHARE:
             return
         begun = time.monotonic()
         with new_file(self.path) as aside, aside.open("wb") as file:

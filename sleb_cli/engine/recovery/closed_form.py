@@ -219,9 +219,7 @@ class _ClosedFormFit:
         return next((depth for depth in range(block + 1, self.count) if depth not in self.removed), self.count)
 
     def _calls(self, ids: Tensor) -> list[Call]:
-        calls = self.shared.of(self.skippable.calls(ids))
-        entering = self._held(calls[0].entering)
-        return [replace(call, entering=entering) for call in calls]
+        return self.shared.of(self.skippable.calls(ids), lambda branch, hidden: self._held(hidden))
 
     def _held(self, tensor: Tensor) -> Tensor:
         """Return a tensor where it stays until it is needed; by default, where it is."""

@@ -36,7 +36,11 @@ def journal_of(plan: Path) -> Path:
 def saved_walk_of(plan: Path, search: Mapping[str, Any], rank: int) -> SavedWalk:
     """Return where a process saves its walks through a streamed model, beside the journal of this search."""
     identity = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()
-    return SavedWalk(plan.with_name(f"{journal_of(plan).name}.walk.{rank}"), identity)
+    return SavedWalk(_walk_path(journal_of(plan), rank), identity)
+
+
+def _walk_path(journal: Path, rank: int = 0) -> Path:
+    return journal.with_name(f"{journal.name}.walk.{rank}")
 
 
 class Journal:
@@ -128,7 +132,7 @@ class Journal:
         """Delete the file, and the walks beside it, once its plan is written."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-            SavedWalk(self.path.with_name(f"{self.path.name}.walk.0")).delete()
+            SavedWalk(_walk_path(self.path)).delete()
 
     def _key(self, removed: Removed, block: int | None, batch: int | None) -> Key:
         gone = sorted(removed)
