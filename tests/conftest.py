@@ -10,9 +10,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "120"
 
+import gc
 import random
-import resource
-import signal
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ import simulated_device
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.speed import benchmark
+from sleb_cli.engine.speed.peak_memory import AloneResult
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows
 
@@ -65,6 +68,13 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _little_to_collect() -> None:
+    """Let the engine's `gc.collect()`, half of the time of a tiny model, pass over what was there before the test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -206,24 +216,53 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "tiny-gpt2", gpt2_config())
 
 
-@pytest.fixture
-def llama_plan(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Path, tmp_path: Path) -> Path:
-    """A plan of two removals for the tiny Llama, found by a real search."""
-    plan = tmp_path / "llama-plan.json"
-    result = run_sleb("search", tiny_llama, "--remove", 2, *calibration(text_file), "-o", plan, "-q")
-    assert result.exit_code == 0, result.stderr
+@pytest.fixture(scope="session")
+def _found_plan(tiny_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    plan = tmp_path_factory.mktemp("plans") / "llama-plan.json"
+    words = ["search", tiny_llama, "--remove", 2, *calibration(text_file), "-o", plan, "-q", "--sample-tokens", 6]
+    assert main([str(word) for word in words]) == 0
     return plan
+
+
+@pytest.fixture
+def llama_plan(_found_plan: Path, tmp_path: Path) -> Path:
+    """A plan of two removals for the tiny Llama, found by a real search."""
+    return Path(shutil.copy(_found_plan, tmp_path))
+
+
+@pytest.fixture
+def tried(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Count what this test tries, by kind; the end of a run of pytest lists the sums."""
+
+    def count(kind: str, cases: int = 1) -> None:
+        record_property("tried", [kind, cases])
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List how much was tried, of what `tried` counts."""
+    sums: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("passed", ()):
+        for name, value in report.user_properties:
+            if name == "tried":
+                sums[value[0]] += value[1]
+    if sums:
+        terminalreporter.section("tried")
+        for kind, cases in sorted(sums.items()):
+            terminalreporter.write_line(f"{cases:>7,} {kind}")
+
+
+@pytest.fixture
+def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
+    nothing = AloneResult(None, (None,) * 99)
+    monkeypatch.setattr(benchmark, "measure_alone", lambda alone, workloads, notify: nothing)
 
 
 def slow(value: Any) -> Any:
     """Return a parameter of a test that runs with the slow ones."""
     return pytest.param(value, marks=pytest.mark.slow)
-
-
-def few_bytes() -> None:
-    """Limit the files of this process, a child about to run a command, to 20 kB."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:
