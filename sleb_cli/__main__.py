@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 import typer
 
 from sleb_cli.processes import WorkerFinished, is_main_process, process_count
+from sleb_cli.requests import require_text
 from sleb_plugins import OutputError, SlebError, UsageError
+from sleb_plugins.errors import without_secrets
 
-INTERRUPTED = 130
-TERMINATED = 143
+HUNG_UP = 128 + 1
+INTERRUPTED = 128 + 2
+BROKEN_PIPE = 128 + 13
+TERMINATED = 128 + 15
+LONGEST_NAME_SHOWN = 60
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `sleb` and return its exit code; any error but a `SlebError` is a bug and keeps its traceback."""
     from sleb_cli.app import app
     from sleb_cli.ui import console
+    from sleb_cli.ui.names import elide
 
+    console.speak_any_encoding()
     try:
+        _require_names(sys.argv[1:] if arguments is None else arguments)
         code = app(args=arguments, prog_name="sleb", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except SlebError as error:
         if isinstance(error, OutputError) and error.unsaved is not None:
             console.print_json(error.unsaved)
@@ -33,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print_error(UsageError(error.format_message(), hint=f"See `{_command(error)} --help`."))
         # All processes read the same command line, and a launcher would end the main one before it has spoken.
         return UsageError.exit_code if is_main_process() else 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG or error.filename is None:
+            raise
+        name = elide(str(error.filename), LONGEST_NAME_SHOWN)
+        console.print_error(UsageError(f"The name {name} is too long for a file.", hint="Use a shorter one."))
+        return UsageError.exit_code
     except WorkerFinished as finished:
         return finished.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -42,6 +62,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _require_names(arguments: Sequence[str]) -> None:
+    """Check that plans and results, which are UTF-8, can hold all names.
+
+    Raises:
+        UsageError: one is not text, or the current folder is gone.
+    """
+    try:
+        here = str(Path.cwd())
+    except FileNotFoundError as error:
+        raise UsageError("The current folder has been deleted.", hint="Change to another folder.") from error
+    for name in (here, *arguments):
+        require_text(name)
+
+
 def _command(error: typer.TyperException) -> str:
     """Return the command that was typed: "sleb search"."""
     context = getattr(error, "ctx", None)
@@ -49,18 +83,55 @@ def _command(error: typer.TyperException) -> str:
 
 
 def run() -> None:
-    """Run as the program `sleb`; a request to end cleans up like Ctrl-C."""
-    signal.signal(signal.SIGTERM, _once(SystemExit(TERMINATED)))
-    if process_count() > 1:
-        signal.signal(signal.SIGINT, _once(KeyboardInterrupt()))  # both the terminal and the launcher send it
-    sys.exit(main())
+    """Run as the program `sleb`: a request to end cleans up like Ctrl-C, and a reader that goes away ends nothing."""
+    from sleb_cli.ui.console import Outlet
+
+    _open_standard_streams()
+    out, errors = Outlet(sys.stdout, holds_result=True), Outlet(sys.stderr, holds_result=False)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, errors)
+    _hear_signals()
+    try:
+        code = main()
+    except KeyboardInterrupt:  # once more, while the first one was being reported
+        code = INTERRUPTED
+    except Exception:  # a bug: its traceback is there to be reported, so it holds no tokens; Typer resets excepthook
+        errors.write(without_secrets(traceback.format_exc()))
+        code = 1
+    finally:
+        errors.flush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to clean up
+    sys.exit(BROKEN_PIPE if out.is_gone and not code else code)
 
 
-def _once(error: BaseException) -> Callable[[int, Any], None]:
-    """Return a handler that raises `error`; another signal like this does not disturb the end."""
+def _open_standard_streams() -> None:
+    """Let streams that were closed for us end in nothing, so that no file that we open is taken for one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            place = os.open(os.devnull, os.O_RDWR)
+            if place != number:
+                os.dup2(place, number)
+                os.close(place)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _hear_signals() -> None:
+    """Clean up when asked to end; a second Ctrl-C ends at once, and what it leaves is removed by the next run."""
+    if process_count() > 1:  # both the terminal and the launcher send it
+        signal.signal(signal.SIGINT, _ending(KeyboardInterrupt()))
+    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it for what runs in the background
+        signal.signal(signal.SIGINT, _ending(KeyboardInterrupt(), signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, _ending(SystemExit(TERMINATED)))
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, _ending(SystemExit(HUNG_UP)))
+
+
+def _ending(error: BaseException, again: signal.Handlers = signal.SIG_IGN) -> Callable[[int, Any], None]:
+    """Return a handler that raises `error`; after that, the signal does what `again` says."""
 
     def handle(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, again)
+        if again is signal.SIG_DFL and sys.stderr.isatty():
+            os.write(2, b"\x1b[?25h")  # the bars hide the cursor, and could not show it again
         raise error
 
     return handle

@@ -1,17 +1,33 @@
 """Files that appear whole or not at all; shards; fingerprints."""
 
+import errno
+import gc
 import json
 import os
+import re
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sleb_cli.atomic import new_folder, require_new_file, to_json, write_text
+from sleb_cli import atomic
+from sleb_cli.atomic import (
+    claim,
+    new_file,
+    new_folder,
+    remove_leftovers,
+    remove_leftovers_of,
+    require_new_file,
+    to_json,
+    write_text,
+    writing,
+)
 from sleb_cli.engine.files.copying import leads_out
-from sleb_cli.engine.files.fingerprint import HEAD_BYTES, fingerprint_files
+from sleb_cli.engine.files.fingerprint import HEAD_BYTES, Watch, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights, read_json
-from sleb_plugins import ModelError, OutputError
+from sleb_cli.engine.third_party import disk_error, errors_of_the_disk
+from sleb_plugins import ModelError, OutputError, ProofError
 
 
 def test_a_file_is_written_whole_and_alone(tmp_path):
@@ -121,15 +137,20 @@ def test_a_shard_outside_the_folder_is_not_read(tmp_path, name):
         find_weights(folder)
 
 
-def test_a_shard_in_a_folder_within_or_linked_from_another_disk_is_read(tmp_path):
+def test_a_shard_in_a_folder_within_is_read_and_one_linked_from_outside_is_not(tmp_path):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     save_file({"a": torch.ones(1)}, folder / "sub" / "1.safetensors")
     save_file({"b": torch.ones(1)}, tmp_path / "disk.safetensors")
-    (folder / "2.safetensors").symlink_to(tmp_path / "disk.safetensors")
+    (folder / "2.safetensors").symlink_to("sub/1.safetensors")
+    (folder / "3.safetensors").symlink_to(tmp_path / "disk.safetensors")
     index = {"weight_map": {"a": "sub/1.safetensors", "b": "2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert sorted(find_weights(folder).tensor_names()) == ["a", "b"]
+    assert find_weights(folder).tensor_names() == ["a"]
+    index["weight_map"]["c"] = "3.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside its folder: '3"):
+        find_weights(folder)
 
 
 @pytest.mark.parametrize(
@@ -171,3 +192,154 @@ def test_what_leads_out_of_a_folder(tmp_path):
     (tmp_path / "alias").symlink_to(folder)
     for place in (folder, tmp_path / "alias"):
         assert [name for name in targets if leads_out(place / name, place)] == ["out", "up"]
+    (tmp_path / "blobs").rmdir()
+    (tmp_path / "blobs").symlink_to("/")  # as an archive may hold it: everything would be the cache's own
+    assert leads_out(folder / "out", folder)
+
+
+def replaced(path):
+    (path.parent / "new").write_bytes(path.read_bytes())
+    (path.parent / "new").replace(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replaced,
+        lambda path: path.write_bytes(b"WEIGHTS"),
+        lambda path: path.write_bytes(b"weight"),
+        lambda path: os.truncate(path, 1),
+        lambda path: path.unlink(),
+        lambda path: (path.parent / "absent").touch(),
+    ],
+)
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
+    path, watch = tmp_path / "w", Watch()
+    path.write_bytes(b"weights")
+    os.utime(path, (1, 1))
+    watch.add(path, tmp_path / "absent")
+    watch.require_unchanged()
+    change(path)
+    watch.add(path)  # it stays as it was first seen
+    with pytest.raises(ModelError, match=r"(w|absent) changed while it was read"):
+        watch.require_unchanged()
+    with pytest.raises(ModelError, match="changed while it was read"), watch.unchanged():
+        raise ProofError("It differs.", hint="")
+
+
+def test_what_fails_without_a_change_is_told_as_it_is(tmp_path):
+    watch = Watch()
+    watch.add(tmp_path)
+    with pytest.raises(ProofError, match="It differs"), watch.unchanged():
+        raise ProofError("It differs.", hint="")
+
+
+@pytest.mark.parametrize(
+    "number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENOTEMPTY]
+)
+def test_every_error_of_the_file_system_is_a_sentence(tmp_path, number):
+    with pytest.raises(OutputError, match=r"Cannot write \S+: .{8,}\.$") as caught, writing(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("error", [OSError("Can't load it."), BrokenPipeError(errno.EPIPE, "Broken pipe")])
+def test_other_errors_are_not_blamed_on_the_disk(tmp_path, error):
+    with pytest.raises(type(error)), writing(tmp_path / "a"):
+        raise error
+
+
+def test_a_library_that_meets_an_error_of_the_disk_says_so_in_words(tmp_path):
+    (tmp_path / "there").touch()
+    said = {
+        errno.ENOSPC: SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        errno.EIO: RuntimeError("unable to open file </a> in read-only mode: Input/output error (5)"),
+        errno.EACCES: ValueError("Permission denied (os error 13)"),
+    }
+    for number, error in said.items():
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, errors_of_the_disk():
+            raise error
+        assert caught.value.errno == number
+    assert disk_error(FileNotFoundError(f"No such file or directory: {tmp_path / 'there'}")).errno == errno.EIO
+    assert disk_error(FileNotFoundError(f"No such file or directory: {tmp_path / 'gone'}")) is None
+    assert disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
+    with pytest.raises(KeyError), errors_of_the_disk():
+        raise KeyError("a bug")
+
+
+class TestClaims:
+    """What a killed process left is told apart from what another one is writing."""
+
+    @pytest.fixture
+    def killed(self, tmp_path):
+        """Leave what a process leaves that is killed while it writes `a`."""
+        folder = tmp_path / ".a.partial"
+        (folder / "a").mkdir(parents=True)
+        (folder / ".a.partial.lock").touch()
+        (folder / "a" / "half").write_text("half")
+        return folder
+
+    @pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), remove_leftovers_of])
+    def test_what_a_killed_process_left_is_removed(self, tmp_path, killed, write):
+        write(tmp_path / "a")
+        assert not killed.exists()
+
+    def test_what_it_was_replacing_is_put_back(self, tmp_path, killed):
+        (killed / ".a.partial.old").mkdir()
+        (killed / ".a.partial.old" / "x").write_text("one")
+        remove_leftovers(tmp_path)
+        assert (tmp_path / "a" / "x").read_text() == "one"
+        assert os.listdir(tmp_path) == ["a"]
+
+    def test_what_another_is_writing_is_left_alone_and_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(atomic, "PATIENCE", 0.0)
+        with claim(tmp_path / "a") as folder:
+            (folder / "a").write_text("half")
+            remove_leftovers_of(tmp_path / "a")
+            with pytest.raises(OutputError, match="Another sleb is writing"):
+                write_text(tmp_path / "a", "new")
+            with pytest.raises(OutputError, match="Another sleb is writing"):
+                require_new_file(tmp_path / "a", force=True)
+            assert (folder / "a").read_text() == "half"
+        assert os.listdir(tmp_path) == []
+
+    def test_without_locks_or_an_exchange_of_names_all_goes_as_before(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(atomic, "fcntl", None)
+        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+        for text in ("one", "two"):
+            write_text(tmp_path / "file", text)
+            with new_folder(tmp_path / "folder", replace=True) as aside:
+                (aside / "x").write_text(text)
+        assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "x").read_text() == "two"
+        assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+    def test_folders_that_are_not_ours_and_links_are_never_emptied(self, tmp_path):
+        (tmp_path / "precious").mkdir()
+        (tmp_path / "precious" / ".a.partial.lock").touch()
+        (tmp_path / "precious" / "photo").touch()
+        (tmp_path / ".a.partial").symlink_to(tmp_path / "precious")
+        (tmp_path / ".b.partial").mkdir()
+        (tmp_path / ".b.partial" / "of another program").touch()
+        remove_leftovers(tmp_path)
+        write_text(tmp_path / "a", "new")
+        assert (tmp_path / "precious" / "photo").exists()
+        assert (tmp_path / ".b.partial" / "of another program").exists()
+
+    def test_a_copy_of_the_process_does_not_remove_what_it_uses(self, tmp_path):
+        with claim(tmp_path / "a") as folder:
+            child = os.fork()
+            if not child:
+                gc.collect()
+                atomic._remove(folder, None, os.getppid())
+                os._exit(0)
+            os.waitpid(child, 0)
+            assert folder.is_dir()
+
+    def test_what_appears_meanwhile_is_not_overwritten_unasked(self, tmp_path):
+        with pytest.raises(OutputError, match="already exists"), new_file(tmp_path / "a", replace=False) as aside:
+            aside.write_text("new")
+            (tmp_path / "a").write_text("of someone else")
+        assert (tmp_path / "a").read_text() == "of someone else"
+        with pytest.raises(OutputError, match="already exists"), new_folder(tmp_path / "b") as aside:
+            (tmp_path / "b").mkdir()
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"]

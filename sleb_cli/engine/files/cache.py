@@ -1,12 +1,15 @@
 """The cache of models that were downloaded or converted."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import new_folder, writing
+from sleb_cli.atomic import Claim, claim, publish, remove_leftovers_of, scratch_folder, writing
+
+_ELSEWHERE = "Choose another place for the cache with the environment variable SLEB_CACHE."
 
 
 def cache_root() -> Path:
@@ -16,24 +19,39 @@ def cache_root() -> Path:
 
 
 def existing_cache() -> Path:
-    """Return the cache folder, for temporary files as large as models; it is made if it is missing.
+    """Return the cache folder; it is made if it is missing.
 
     Raises:
         OutputError: it cannot be made.
     """
     root = cache_root()
-    with writing(root, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
+    with writing(root, hint=_ELSEWHERE):
         root.mkdir(parents=True, exist_ok=True)
     return root
+
+
+def scratch_in_cache(name: str) -> Claim:
+    """Return a hidden folder in the cache, for temporary files as large as models.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with writing(root := existing_cache(), hint=_ELSEWHERE):
+        return scratch_folder(root, name)
 
 
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all."""
     folder = cache_root() / name
+    remove_leftovers_of(folder)
     if not folder.is_dir():
-        with writing(folder, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
+        with writing(folder, hint=_ELSEWHERE):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # If two processes fill it at the same time, the later one replaces the same content.
-            with new_folder(folder, replace=True) as aside:
-                fill(aside)
+            # What another process is filling is waited for.
+            with claim(folder, patience=math.inf) as place:
+                if not folder.is_dir():
+                    aside = place / name
+                    aside.mkdir()
+                    fill(aside)
+                    publish(aside, folder)
     return folder

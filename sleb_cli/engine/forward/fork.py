@@ -70,9 +70,7 @@ class Walk:
         if block in self.keep:
             lowest = sorted(self.branches)[: self.keep[block]]
             self.states.at[block] |= {branch: self.branches[branch] for branch in lowest}
-        self.branches |= {
-            branch: self.states.at[block][branch] for branch, depth in self.enters.items() if depth == block
-        }
+        self.enter(block)
         if block in self.forks:
             self.branches[block] = self.hold(block, self.branches[BASE])
             if block == self.forks[-1]:  # no branch forks off later, so the base ends here
@@ -81,6 +79,12 @@ class Walk:
             for branch in [branch for branch in self.branches if branch != block]:
                 leaving = self.skippable.run_block(self.calls[block], self.branches[branch])
                 self.branches[branch] = self.hold(branch, leaving)
+
+    def enter(self, depth: int) -> None:
+        """Take up the branches whose kept states enter the block at `depth`, or lie behind the last block."""
+        self.branches |= {
+            branch: self.states.at[depth][branch] for branch, enters in self.enters.items() if enters == depth
+        }
 
     def progress(self, depth: int) -> Iterator[tuple[int, int, Tensor]]:
         """Yield the depth, the branch and the hidden states of all from which the walk can go on at `depth`."""
@@ -114,6 +118,8 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[
                 if block >= walk.start:
                     walk.advance(block)
             yield block
+    for walk in walks:
+        walk.enter(end)
 
 
 def fork(

@@ -246,7 +246,10 @@ class Passes:
         parts = [(part, candidates) for batch, candidates in units for part in self._parts(batch)]
         if self.holding.spill_to is not None:
             self._dense.clear()  # a file of its own for each step, which its states would keep open
-        self.saved_walk.restore(removed, self._states)
+        model = self.skippable.model
+        width = model.config.get_text_config().hidden_size
+        shapes = {part.key: (*part.ids.shape, width) for part, _ in parts}
+        self.saved_walk.restore(removed, self._states, shapes, {model.dtype, torch.float32})
         wanted = [part for part, _ in parts if metric.needs_dense_logits and part.key not in self._dense]
         hold = self.holding.open(sum(len(candidates) + 3 for _, candidates in parts) + 2 * len(wanted))
         walks = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sleb_cli.atomic import new_file
+from sleb_cli.atomic import new_file, remove_leftovers
 from sleb_cli.engine.files.weights import DTYPE_NAMES
 from sleb_cli.engine.forward.fork import Walk
 from sleb_cli.engine.forward.states import States
@@ -28,6 +28,8 @@ SHARE = 0.05
 """The largest share of the time that saving may take."""
 FEWEST_SECONDS = 20.0
 """A walk is not saved more often."""
+FORMAT = "1"
+"""A walk in another format is ignored. Raise it when the same file would mean something else."""
 BYTES_PER_SECOND = 5e8
 """How fast the first save is expected to be."""
 
@@ -64,27 +66,49 @@ class SavedWalk:
             return
         begun = time.monotonic()
         with new_file(self.path) as aside, aside.open("wb") as file:
-            _write(file, tensors, {"identity": self.identity, "removed": json.dumps(sorted(removed))})
+            _write(file, tensors, self._metadata(removed))
         self._saved = time.monotonic()
         self._seconds = self._saved - begun
 
-    def restore(self, removed: Sequence[int], states: Mapping[Key, States]) -> None:
-        """Add what a saved walk without these blocks had reached to the states from which a walk starts."""
-        expected = {"identity": self.identity, "removed": json.dumps(sorted(removed))}
+    def restore(
+        self,
+        removed: Sequence[int],
+        states: Mapping[Key, States],
+        shapes: Mapping[Key, tuple[int, ...]],
+        dtypes: Collection[torch.dtype],
+    ) -> None:
+        """Add what a saved walk without these blocks had reached to the states from which a walk starts.
+
+        Hidden states of other shapes or data types are left where they are.
+        """
+        expected = self._metadata(removed)
         for path in self._files():
             # A file that is damaged, or is something else, only costs the time that it would have saved.
             with suppress(SafetensorError, ValueError, OSError), safe_open(path, framework="pt") as file:
                 for name in file.keys() if file.metadata() == expected else ():
                     batch, part, depth, branch = map(int, name.split("."))
-                    states[batch, part].at[depth][branch] = file.get_tensor(name)  # stays in the file, mapped
+                    hidden = file.get_tensor(name)  # stays in the file, mapped
+                    if tuple(hidden.shape) == shapes.get((batch, part)) and hidden.dtype in dtypes:
+                        states[batch, part].at[depth][branch] = hidden
 
     def delete(self) -> None:
         """Delete the files, once their walk has ended."""
+        if self.path is not None:
+            remove_leftovers(self.path.parent, self._pattern(self.path))
         for path in self._files():
             path.unlink(missing_ok=True)
 
+    def _metadata(self, removed: Sequence[int]) -> dict[str, str]:
+        return {"format": FORMAT, "identity": self.identity, "removed": json.dumps(sorted(removed))}
+
     def _files(self) -> list[Path]:
-        return [] if self.path is None else sorted(self.path.parent.glob(f"{escape(self.path.stem)}.*[0-9]"))
+        if self.path is None:
+            return []
+        found = self.path.parent.glob(self._pattern(self.path))
+        return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+    def _pattern(self, path: Path) -> str:
+        return f"{escape(path.stem)}.*[0-9]"
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
+from sleb_cli.atomic import scratch_folder
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
@@ -32,12 +33,12 @@ def engine_files(
     """
     if engine.reads == "checkpoint" and request.source is not None:
         raise UsageError(f"--source does not apply to --engine {engine.name}.", hint="Leave out --source.")
-    with TemporaryDirectory(prefix="sleb-bench-") as folder:
+    with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
         if engine.reads == "checkpoint":
-            yield lambda surgery: _checkpoint(surgery, Path(folder), notify)
+            yield lambda surgery: _checkpoint(surgery, folder, notify)
         else:
             source = _gguf_source(subject, engine, request, notify)
-            yield lambda surgery: _gguf(source, surgery, Path(folder), registry, notify)
+            yield lambda surgery: _gguf(source, surgery, folder, registry, notify)
 
 
 def _checkpoint(surgery: Surgery, folder: Path, notify: Notify) -> Path:

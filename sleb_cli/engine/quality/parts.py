@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sleb_cli.atomic import new_file, to_json, writing
+from sleb_cli.atomic import new_file, remove_leftovers, to_json, writing
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
@@ -52,7 +52,9 @@ class Parts:
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         }
+        self._watch = architecture.source.watch
         self._notify, self._fresh, self._can_write = notify, fresh, can_write
+        remove_leftovers(cache_root() / FOLDER)
 
     def tensors(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors kept under this key, if any."""
@@ -89,7 +91,12 @@ class Parts:
             return None
 
     def _write(self, key: Mapping[str, Any], content: bytes) -> None:
-        """Write a part, if the cache can be written; the evaluation does not depend on it."""
+        """Write a part, if the cache can be written; the evaluation does not depend on it.
+
+        Raises:
+            ModelError: the model's files have changed, so that the part may not be theirs.
+        """
+        self._watch.require_unchanged()
         if not self._can_write:
             return
         try:

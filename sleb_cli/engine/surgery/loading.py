@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
-from sleb_cli.atomic import writing
 from sleb_cli.engine.device import dtype_name, translate_out_of_memory
-from sleb_cli.engine.files.cache import existing_cache
+from sleb_cli.engine.files.cache import scratch_in_cache
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.fewer_bits import fewer_bits
@@ -55,6 +53,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     if not has_tokenizer(source):
         raise ModelError(f"{source.id} has no tokenizer.", hint="Copy the tokenizer's files into the model's folder.")
+    source.watch.add(*(source.folder / name for name in _TOKENIZER_FILES))
     with translate_transformers_errors(f"the tokenizer of {source.id}"):
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         tokenizer("a")  # a wrong setting, such as a length that is no number, may only show here
@@ -104,26 +103,20 @@ def load_pretrained(
     loader: Any, folder: Path | None, what: str, device: torch.device, device_map: DeviceMap | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Return what transformers loads, each weight to the device or where a device map says, and how that went."""
-    offloaded = None if device_map is None else _offload_folder()
+    # For weights that stay on disk in another form than in the files; the folder goes when the model does.
+    offloaded = None if device_map is None else scratch_in_cache("offload")
     with translate_transformers_errors(what), warnings.catch_warnings():
         # accelerate warns of the names of weights beside modules, which it takes and puts there itself.
         warnings.filterwarnings("ignore", message="The following device_map keys")
         model, info = loader.from_pretrained(
             folder,
             device_map={"": device} if device_map is None else device_map,
-            offload_folder=offloaded and offloaded.name,
+            offload_folder=offloaded and offloaded.folder,
             output_loading_info=True,
             **options,
         )
     model.offload_folder = offloaded
     return model, info
-
-
-def _offload_folder() -> TemporaryDirectory[str]:
-    """Return a folder for weights that stay on disk in another form than in the files; it goes when the model does."""
-    root = existing_cache()
-    with writing(root, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
-        return TemporaryDirectory(prefix="offload-", dir=root)
 
 
 def load_pruned(
