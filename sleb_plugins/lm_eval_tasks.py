@@ -11,7 +11,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
@@ -129,7 +129,7 @@ class LoadedTask:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
 
-        began = time.time()
+        begun = time.monotonic()
         with _quiet(), _loading_data(self.name):
             _set_seeds()
             for task in self.tasks.values():
@@ -150,7 +150,7 @@ class LoadedTask:
                 apply_chat_template=self._settings.apply_chat_template,
                 fewshot_as_multiturn=self._settings.apply_chat_template,
             )
-            results |= _metadata(lm, self._settings, began)
+            results |= _metadata(lm, self._settings, time.monotonic() - begun)
         return _as_json(results)
 
     def _require_positions(self, positions: int) -> None:
@@ -250,10 +250,26 @@ def write_lm_eval_results(folder: Path, results: Mapping[str, Any], model_args: 
             tracker.save_results_samples(task_name=name, samples=of_task)
     # lm-eval tells its log, and nobody else, that it could not write.
     date = getattr(tracker, "date_id", None)
-    files = (folder / f"results_{date}.json", *(folder / f"samples_{name}_{date}.jsonl" for name in samples))
-    if missing := [file for file in files if not file.is_file()]:
-        raise OutputError(f"{missing[0]} cannot be written.", hint="Check the folder's permissions and free space.")
-    return files
+    lines: dict[Path, int | None] = {folder / f"results_{date}.json": None}
+    lines |= {folder / f"samples_{name}_{date}.jsonl": len(of_task) for name, of_task in samples.items()}
+    if broken := [file for file, count in lines.items() if not _is_whole(file, count)]:
+        for file in lines:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+        raise OutputError(f"{broken[0]} cannot be written.", hint="Check the folder's permissions and free space.")
+    return tuple(lines)
+
+
+def _is_whole(file: Path, lines: int | None) -> bool:
+    """Whether a file is there to its end: so many lines of JSON, or a JSON document."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        documents = [text] if lines is None else text.split("\n")[:-1]
+        for document in documents:
+            json.loads(document)
+    except (OSError, ValueError):
+        return False
+    return lines is None or len(documents) == lines
 
 
 def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -411,7 +427,7 @@ def _chunks(groups: Sequence[Sequence[int]], size: int | str) -> list[list[int]]
     ]
 
 
-def _metadata(lm: Any, settings: TaskSettings, began: float) -> dict[str, Any]:
+def _metadata(lm: Any, settings: TaskSettings, seconds: float) -> dict[str, Any]:
     """Return what `simple_evaluate` adds to the results of `evaluate`, where it runs no program for it."""
     import transformers
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
@@ -435,11 +451,11 @@ def _metadata(lm: Any, settings: TaskSettings, began: float) -> dict[str, Any]:
             "torch_seed": DEFAULT_OTHER_SEED,
             "fewshot_seed": DEFAULT_OTHER_SEED,
         },
-        "date": began,
+        "date": time.time() - seconds,
         "transformers_version": transformers.__version__,
         "lm_eval_version": importlib.metadata.version("lm_eval"),
         "chat_template": lm.chat_template(True) if settings.apply_chat_template else None,
-        "total_evaluation_time_seconds": str(time.time() - began),
+        "total_evaluation_time_seconds": str(seconds),
     }
     add_tokenizer_info(added, lm)
     return added

@@ -1,10 +1,17 @@
 """Calls into other people's code on a user's files, whose exceptions tell the user something about those files."""
 
+import errno
+import os
+import re
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from sleb_plugins import MachineError, ModelError, SlebError
-from sleb_plugins.errors import is_out_of_memory
+from sleb_plugins.errors import is_out_of_memory, without_secrets
 
 
 class _FromOurCode(BaseException):
@@ -46,10 +53,64 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
             error.__context__ = context
     except SlebError:
         raise
-    except Exception as error:
-        if is_out_of_memory(error):
+    except BaseException as error:
+        # A panic in Rust, such as of a tokenizer, is no Exception.
+        is_failure = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if is_out_of_memory(error) or not is_failure:
             raise
         raise sentence(first_line(error)) from error
+
+
+@contextmanager
+def errors_of_the_disk() -> Iterator[None]:
+    """Raise what the disk tells other people's code as the `OSError` that it is; it may be in words of their own."""
+    try:
+        yield
+    except Exception as error:
+        found = disk_error(error)
+        if found is None or found is error:
+            raise
+        raise found from error
+
+
+@contextmanager
+def no_verdict_by_the_disk(verdict: type[SlebError]) -> Iterator[None]:
+    """Raise the error of the disk that a verdict on a model fell for, instead of the verdict."""
+    try:
+        yield
+    except verdict as error:
+        if found := disk_error(error):
+            raise found from error
+        raise
+
+
+# What libraries ask for and do without says nothing about the disk.
+_OF_NAMES = {None, 0, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """Return the error of the disk that an exception is, or was raised for; None if there is none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in _OF_NAMES and not isinstance(error, ConnectionError):
+            return error
+        if (number := _number_in_words(error)) not in _OF_NAMES:
+            return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _number_in_words(error: BaseException) -> int:
+    """Return the number of the system's error that a library puts into words, or 0.
+
+    Rust says "Input/output error (os error 5)" and torch "unable to open file <…>: Input/output error (5)". safetensors
+    takes every file that it cannot open for a missing one.
+    """
+    said = str(error)
+    if found := re.search(r"\(os error (\d+)\)|unable to open file .* \((\d+)\)", said):
+        return int(found[1] or found[2])
+    if isinstance(error, FileNotFoundError) and error.errno is None and Path(said.partition(": ")[2]).is_file():
+        return errno.EIO
+    return 0
 
 
 @contextmanager
@@ -71,8 +132,33 @@ def translate_transformers_errors(what: str) -> Iterator[None]:
             ) from error
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise a TimeoutError in the body once it has computed for so long; in the main thread only, which gets signals.
+
+    Time is that of the processor, so that a busy machine is no reason.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, end)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def first_line(error: BaseException) -> str:
-    """Return an exception's message on one line, without a full stop; a one-word message follows its class's name."""
+    """Return an exception's message on one line, without a full stop; a one-word message follows its class's name.
+
+    Tokens and passwords in it are left out.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    words = " ".join(lines[:2]).rstrip(".")
+    words = without_secrets(" ".join(lines[:2]).rstrip("."))
     return words if " " in words else f"{type(error).__name__} {words}".strip()

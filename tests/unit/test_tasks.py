@@ -1,12 +1,14 @@
 """Tasks of lm-eval on dense and pruned models: on results made by hand, and on tiny models."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
+from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -15,7 +17,7 @@ from sleb_cli.engine.quality.statistics import mcnemar, paired_difference, wilso
 from sleb_cli.engine.quality.tasks import PRESETS, Tasks, compare_task
 from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
-from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins import DataError, ModelError, OutputError, UsageError
 from sleb_plugins.lm_eval_tasks import (
     LoadedTask,
     TaskSettings,
@@ -484,6 +486,23 @@ def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path):
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert tuple(line["acc"] for line in lines) == chosen.dense.items
     assert lines[0]["arguments"]["gen_args_0"]["arg_1"].startswith(" ")
+
+
+def test_a_file_of_lm_eval_that_was_cut_short_is_not_delivered(folder, loaded, tmp_path, monkeypatch):
+    """lm-eval tells nobody that the disk was full."""
+    tasks = tasks_of(folder, "own_chosen", limit=4)
+    results = merge_results([tasks.run("own_chosen", *loaded, "dense", ignore)])
+    save = EvaluationTracker.save_results_samples
+
+    def cut_short(self, **what):
+        save(self, **what)
+        (file,) = (tmp_path / "out").glob("samples_*")
+        os.truncate(file, file.stat().st_size - 1)
+
+    monkeypatch.setattr(EvaluationTracker, "save_results_samples", cut_short)
+    with pytest.raises(OutputError, match=r"samples_own_chosen_\S+ cannot be written"):
+        write_lm_eval_results(tmp_path / "out", results, {"model": "tiny"})
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_the_leaderboards_are_groups_of_lm_eval():

@@ -43,8 +43,9 @@ def leads_out(path: Path, folder: Path) -> bool:
     The files of a snapshot in the Hub's cache are links to its blobs, which belong to it.
     """
     real, own = Path(os.path.realpath(path)), Path(os.path.realpath(folder))  # never raises, even on loops of links
+    # An archive may hold folders of these names, and in place of the blobs a link.
     blobs = own.parents[1] / "blobs" if own.parent.name == "snapshots" else own
-    return not any(real.is_relative_to(os.path.realpath(place)) for place in (own, blobs))
+    return not any(real.is_relative_to(place) for place in (own, blobs))
 
 
 def clone_or_link(source: Path, target: Path) -> Literal["reflink", "hard link"] | None:

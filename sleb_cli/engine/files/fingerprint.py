@@ -1,9 +1,14 @@
-"""Identify a model by its content, reading 2 MiB of each weight file however large it is."""
+"""Identify a model by its content, reading 2 MiB of each weight file however large it is, and see if files change."""
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from sleb_cli.engine.files.copying import reading
+from sleb_plugins import ModelError, SlebError
 
 HEAD_BYTES = 1 << 20
 SAMPLE_BYTES = 4096
@@ -18,17 +23,70 @@ def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = 
 
     The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
     with any training, but may miss an edit of single weights.
+
+    Raises:
+        ModelError: a file cannot be read.
     """
     digest = hashlib.sha256()
     if config is not None:
         resolved = {key: value for key, value in config.items() if key not in _VOLATILE}
         digest.update(json.dumps(resolved, sort_keys=True).encode())
     for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{path.name}\0{size}\0".encode())
             digest.update(file.read(HEAD_BYTES))
             for sample in range(SAMPLES if size > HEAD_BYTES else 0):
                 file.seek(HEAD_BYTES + (size - HEAD_BYTES) * sample // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+class Watch:
+    """Files that must stay as they are for as long as they are read."""
+
+    def __init__(self) -> None:
+        self._stamps: dict[Path, tuple[int, ...] | None] = {}
+
+    def add(self, *paths: Path) -> None:
+        """Watch these files, too; call it before they are read."""
+        for path in paths:
+            if path not in self._stamps:
+                self._stamps[path] = _stamp(path)
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on with what was read.
+
+        Raises:
+            ModelError: a file was replaced, edited, removed or added since it is watched.
+        """
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise ModelError(
+                    f"{path} changed while it was read.", hint="Run the command again when no program writes to it."
+                )
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Refuse, at the end, what was made of files that changed; a failure in between is told as what caused it."""
+        try:
+            yield
+        except SlebError:
+            self.require_unchanged()
+            raise
+        self.require_unchanged()
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from another of the same name, and from itself before an edit; None if it is missing.
+
+    Not its number, which some file systems over a network give anew.
+    """
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        with reading(path):
+            raise error
+    return found.st_size, found.st_mtime_ns

@@ -13,7 +13,7 @@ from sleb_cli.engine.device import choose_device, choose_dtype
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject, resolve_subject
 from sleb_cli.events import Event, Notice, Warned
-from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import AUTO, OneSizeRequest
 from sleb_plugins import UsageError
 
@@ -59,6 +59,8 @@ class SlebLM(HFLM):  # type: ignore[misc]
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
+        if others := named_before_loading():
+            _tell(Notice(others))
         subject = resolve_subject(request, load_plugins(), _tell)
         where = choose_device(AUTO if device is None or _is_missing_cuda(device) else device)
         super().__init__(
