@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import pickle
 import zipfile
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import leads_out, reading
+from sleb_cli.engine.third_party import errors_of_the_disk, translate_errors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -33,8 +32,11 @@ TORCH_DTYPES = {
 
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# The limit of safetensors itself.
-_LONGEST_HEADER = 100_000_000
+# The limit of safetensors for a header. No other JSON of a checkpoint comes near it.
+_LONGEST_JSON = 100_000_000
+# Lists and objects, of which a header of a million tensors has three each; each takes some 100 bytes of memory.
+_MOST_PARTS = 4_000_000
+_LARGEST_NUMBER = 2**63 - 1
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,17 +46,39 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing, cannot be read, or is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            value = _parse_json(file.read(_LONGEST_JSON + 1))
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
     except OSError as error:
         with reading(path):
             raise error
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too large a number or too deep for Python
+    except ValueError as error:
         raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} is not a JSON object.", hint="Copy or download the model again.")
     return value
+
+
+def _parse_json(raw: bytes, *, unique: bool = False) -> Any:
+    """Parse JSON that may be hostile; with `unique`, no object may hold a name twice.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, too long or too deep, or holds too large a number for Python.
+    """
+    if len(raw) > _LONGEST_JSON or raw.count(b"[") + raw.count(b"{") > _MOST_PARTS:
+        raise ValueError("too long")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+    except (RecursionError, MemoryError) as error:
+        raise ValueError("too deep or too long") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
 
 
 @dataclass(frozen=True)
@@ -173,9 +197,9 @@ def _files_in(index: Path) -> tuple[str, ...]:
 
 
 def _is_outside(folder: Path, name: str) -> bool:
-    """Whether the name of a weight file leads out of the folder. The file itself may be a link to another disk."""
+    """Whether the name of a weight file leads out of the folder, by itself or by a link."""
     path = Path(name)
-    return path.is_absolute() or ".." in path.parts or "\0" in name or leads_out((folder / path).parent, folder)
+    return path.is_absolute() or ".." in path.parts or "\0" in name or leads_out(folder / path, folder)
 
 
 def read_header(path: Path) -> Header:
@@ -189,19 +213,20 @@ def read_header(path: Path) -> Header:
     with reading(path), path.open("rb") as file:
         available = os.fstat(file.fileno()).st_size - 8
         length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if length <= min(available, _LONGEST_HEADER) else b""
+        raw = file.read(length) if length <= min(available, _LONGEST_JSON) else b""
     try:
-        entries = json.loads(raw)
-        metadata = {str(key): str(value) for key, value in (entries.pop("__metadata__", None) or {}).items()}
+        entries = _parse_json(raw, unique=True)
+        metadata = entries.pop("__metadata__", None) or {}
+        _require(all(isinstance(text, str) for text in metadata.values()))
         tensors = sorted(
             (_stored(path, name, entry, 8 + length) for name, entry in entries.items()),
             key=lambda tensor: (tensor.start, tensor.size),
         )
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _broken(path) from error
     end = 8 + length
     for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
-        if tensor.start != end or tensor.size < 0:
+        if tensor.start != end:
             raise _broken(path)
         end += tensor.size
     if end != available + 8:
@@ -210,13 +235,26 @@ def read_header(path: Path) -> Header:
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(length) for length in entry["shape"])
-    stored = StoredTensor(name, str(entry["dtype"]), shape, end - begin, path, start + begin)
-    known = TORCH_DTYPES.get(stored.dtype)
-    if known is not None and math.prod(shape) * known.itemsize != stored.size:
-        raise ValueError(f"{name} has {stored.size} bytes, which does not match its shape")
-    return stored
+    """Return the tensor that an entry of a header describes.
+
+    Raises:
+        ValueError, TypeError, KeyError: it does not describe one.
+    """
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    _require(isinstance(dtype, str) and isinstance(shape, list) and begin <= end)
+    _require(all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in (*shape, begin, end)))
+    count = 0 if 0 in shape else 1
+    for length in shape:
+        count *= length
+        _require(count <= _LARGEST_NUMBER)  # now, since the product of a million such numbers takes hours
+    known = TORCH_DTYPES.get(dtype)
+    _require(known is None or count * known.itemsize == end - begin)
+    return StoredTensor(name, dtype, tuple(shape), end - begin, path, start + begin)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError("not as safetensors says")
 
 
 def _broken(path: Path) -> ModelError:
@@ -224,10 +262,11 @@ def _broken(path: Path) -> ModelError:
 
 
 def _safetensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise _broken(path) from error
+    with reading(path), errors_of_the_disk():
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise _broken(path) from error
     with opened as file:
         for name in names:
             yield name, file.get_tensor(name)
@@ -250,15 +289,14 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: it is truncated, or holds more than tensors.
     """
-    try:
-        # `weights_only` refuses a pickle that would run code.
-        mapped = values and zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise _unsafe(path) from error
-    except OSError as error:
-        with reading(path):
-            raise error
+    with translate_errors(lambda words: _unsafe(path)):
+        try:
+            # `weights_only` refuses a pickle that would run code.
+            mapped = values and zipfile.is_zipfile(path)
+            tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
+        except OSError as error:
+            with reading(path):
+                raise error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -22,10 +26,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from sleb_cli.atomic import scratch_folder, writing
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
-from sleb_cli.engine.third_party import translate_transformers_errors
+from sleb_cli.engine.third_party import no_verdict_by_the_disk, translate_transformers_errors
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
@@ -35,6 +40,14 @@ from sleb_plugins.config_keys import PREDICTION_BLOCKS, Kept
 BY_STRUCTURE = "structure"
 
 _WHAT_WORKS = "docs/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
+
+_COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
+"""Config keys of which transformers makes as many modules, or entries of a list."""
+
+_LARGEST_COUNT = 4096
+_MOST_MODULES = 300_000
+"""Three times those of the largest models, whose experts are a module each."""
+_ELSEWHERE = "Free some space, or choose another place for temporary files with the environment variable TMPDIR."
 
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Config keys that list the kind of each block."""
@@ -80,10 +93,13 @@ class Architecture:
 
         Raises:
             ModelError: transformers refuses them.
+            OutputError: they cannot be written to the temporary folder from which it reads them.
         """
-        with TemporaryDirectory() as folder, translate_transformers_errors("the pruned config"):
-            (Path(folder) / "config.json").write_text(json.dumps(raw))
-            config = type(self.config).from_pretrained(folder)
+        temporary = Path(gettempdir())
+        with writing(temporary, hint=_ELSEWHERE), scratch_folder(temporary, "sleb-config") as folder:
+            (folder / "config.json").write_text(json.dumps(raw))
+            with no_verdict_by_the_disk(ModelError), translate_transformers_errors("the pruned config"):
+                config = type(self.config).from_pretrained(folder)
         config.name_or_path = self.config.name_or_path
         return config
 
@@ -165,6 +181,7 @@ class Architecture:
             model_type=self.config.model_type,
             family=self.adapter.name,
             blocks=self.block_count,
+            code=self.source.code,
         )
 
     @property
@@ -213,6 +230,8 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
             f"{architecture.block_count} at {adapter.blocks_path}.",
             hint="sleb removes blocks only if the two agree.",
         )
+    if not count:
+        raise _refused(source, config, "it has none")
     if shared_weights(architecture.blocks_of(skeleton)):
         raise _refused(source, config, "its blocks share weights with one another")
     return architecture
@@ -234,15 +253,16 @@ def _read_config(source: ModelSource) -> Any:
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     needs_code = "auto_map" in raw and not is_known
     if needs_code and not source.trust_remote_code:
-        raise ModelError(
-            f"{source.id} comes with its own Python code.",
-            hint="Read that code; if you trust it, run it with --trust-remote-code.",
-        )
+        raise untrusted_code(source)
+    if source.trust_remote_code:
+        source.require_own_code()
+    _require_no_kernels(source, raw)
     if not (is_known or needs_code):
         raise UnsupportedModelError(
             f"transformers has no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
+    _require_countable(source, raw)
     with translate_transformers_errors(f"the config of {source.id}"):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
         text = _text_config(config)
@@ -265,6 +285,68 @@ def _read_config(source: ModelSource) -> Any:
     return config
 
 
+def _require_countable(source: ModelSource, settings: dict[str, Any]) -> None:
+    """Make sure that a config, which transformers has yet to parse, asks for no billion of anything.
+
+    Raises:
+        ModelError: it does.
+    """
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _require_countable(source, value)
+        elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _LARGEST_COUNT:
+            raise ModelError(
+                f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}, which no model has.",
+                hint="Copy or download the model again.",
+            )
+
+
+@contextmanager
+def _few_modules(source: ModelSource) -> Iterator[None]:
+    """Stop building a model that never ends."""
+    made = 0
+
+    def count(*_: Any) -> None:
+        nonlocal made
+        made += 1
+        if made > _MOST_MODULES:
+            raise ModelError(
+                f"The config of {source.id} asks for more than {_MOST_MODULES:,} modules.",
+                hint="Copy or download the model again.",
+            )
+
+    counting = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        counting.remove()
+
+
+def untrusted_code(source: ModelSource) -> ModelError:
+    """Return the error for a model whose code is needed, and not trusted."""
+    return ModelError(
+        f"{source.id} comes with its own Python code.",
+        hint="Read that code; if you trust it, run it with --trust-remote-code.",
+    )
+
+
+def _require_no_kernels(source: ModelSource, config: Any) -> None:
+    """Make sure that a config names no repository of compiled code, which transformers would download and run.
+
+    Raises:
+        ModelError: it does.
+    """
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key.endswith(("attn_implementation", "implementation_internal", "experts_implementation")):
+            named = [name for name in (value.values() if isinstance(value, dict) else [value]) if "/" in str(name)]
+            if named:
+                raise ModelError(
+                    f"The config of {source.id} names code to be downloaded and run: {key} is {named[0]!r}.",
+                    hint=f"Delete {key} from a local copy of its config.json.",
+                )
+        _require_no_kernels(source, value)
+
+
 def _auto_class(config: Any) -> Any:
     """Return the auto class that loads the whole model, or None if transformers has no language model of its type."""
     if _text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -276,7 +358,8 @@ def _auto_class(config: Any) -> Any:
 
 def _skeleton(config: Any, source: ModelSource, dtype: torch.dtype | None = None) -> nn.Module:
     options = {"dtype": dtype} if dtype else {}
-    with translate_transformers_errors(f"the config of {source.id}"), torch.device("meta"):
+    what = f"the config of {source.id}"
+    with translate_transformers_errors(what), torch.device("meta"), _few_modules(source):
         model: nn.Module = _auto_class(config).from_config(
             config, trust_remote_code=source.trust_remote_code, **options
         )

@@ -60,4 +60,4 @@ def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Return the tokens that end a text: the tokenizer's, and those of the model's generation settings."""
     found = getattr(model.generation_config, "eos_token_id", None)
     listed = found if isinstance(found, list | tuple) else [found]
-    return {int(token) for token in (tokenizer.eos_token_id, *listed) if token is not None}
+    return {token for token in (tokenizer.eos_token_id, *listed) if isinstance(token, int)}

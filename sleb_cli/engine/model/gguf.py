@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
-from sleb_cli.engine.files.fingerprint import fingerprint_files
-from sleb_cli.engine.third_party import translate_transformers_errors
+from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
+from sleb_cli.engine.third_party import errors_of_the_disk, translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.gguf.file import read_gguf
+from sleb_plugins.gguf.surgery import require_blocks
 
 _UNQUANTIZED: dict[int, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
@@ -34,7 +35,14 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
     Raises:
         ModelError: the file is truncated or not a GGUF file, or transformers cannot read its architecture.
     """
-    return cached_folder(f"gguf-{fingerprint_files([path])[:16]}", lambda folder: convert_gguf(path, folder, notify))
+    watch = Watch()
+    watch.add(path)
+
+    def fill(folder: Path) -> None:
+        with watch.unchanged():
+            convert_gguf(path, folder, notify)
+
+    return cached_folder(f"gguf-{fingerprint_files([path])[:16]}", fill)
 
 
 def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
@@ -45,17 +53,18 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
         file = str(path.absolute())
         advance()
         with translate_transformers_errors(f"the tokenizer in {path}"):
-            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=file)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=file, trust_remote_code=False)
         advance()
         # transformers draws a progress bar here that no setting turns off.
         with translate_transformers_errors(f"the weights in {path}"), redirect_stderr(StringIO()):
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=file, dtype=dtype, **_as_plain_weights()
+                path.parent, gguf_file=file, dtype=dtype, trust_remote_code=False, **_as_plain_weights()
             )
         advance()
         _forget_quantization(model)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with errors_of_the_disk():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         _write_card(path, folder)
 
 
@@ -94,6 +103,7 @@ def _inspect(path: Path) -> torch.dtype:
             f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",
             hint="Name the original checkpoint (a Hub id or a folder) instead.",
         )
+    require_blocks(file)  # transformers would build whatever number of blocks the file says
     types = {tensor.type for tensor in file.tensors if len(tensor.shape) > 1}
     dtype = _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -21,16 +23,22 @@ from huggingface_hub.errors import (
 from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.fingerprint import fingerprint_files
+from sleb_cli.engine.files.copying import leads_out, reading
+from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Advance, Notify, task
+from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.requests import require_text
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, UsageError
 from sleb_plugins.hub import offline_if_unreachable
 
 DEMO = "demo"
 
+_CHAT_TEMPLATES = "additional_chat_templates"
+
+# What a model is read from: by sleb, and by transformers, whose tokenizers each have names of their own.
+_READ = re.compile(r".*\.(json|jinja|txt|model|tiktoken|py|bin|safetensors)|" + _CHAT_TEMPLATES)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # "runs" holds TensorBoard logs.
 _NOT_DOWNLOADED = [
@@ -51,6 +59,8 @@ class ModelSource:
     revision: str | None = None
     trust_remote_code: bool = False
     config_only: bool = False
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    """The files that were read so far, which must not change meanwhile."""
 
     @property
     def name(self) -> str:
@@ -60,17 +70,53 @@ class ModelSource:
     @cached_property
     def raw_config(self) -> dict[str, Any]:
         """The contents of `config.json`."""
+        self.watch.add(self.folder / "config.json")
         return read_json(self.folder / "config.json")
 
     @cached_property
     def weights(self) -> WeightFiles:
         """The weight files that transformers would load; none with `config_only`."""
-        return WeightFiles(self.folder, ()) if self.config_only else find_weights(self.folder)
+        weights = WeightFiles(self.folder, ()) if self.config_only else find_weights(self.folder)
+        self.watch.add(*weights.paths)
+        return weights
 
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 over the config and samples of the weights, independent of the folder."""
         return fingerprint_files(self.weights.paths, self.raw_config)
+
+    @cached_property
+    def code(self) -> str | None:
+        """A SHA-256 over the Python files that come with the model, if the user trusts them; None if there are none."""
+        if not self.trust_remote_code:
+            return None
+        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*.py")}
+        if not files:
+            return None
+        digest = hashlib.sha256()
+        for name, path in sorted(files.items()):
+            with reading(path):
+                content = path.read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))
+            digest.update(content)
+        return digest.hexdigest()
+
+    def require_own_code(self) -> None:
+        """Make sure that the trusted code is that in the folder, which can be pinned, and no other repository's.
+
+        Raises:
+            ModelError: the config or the tokenizer names code of another repository.
+        """
+        for name in ("config.json", "tokenizer_config.json"):
+            if not (self.folder / name).is_file():
+                continue
+            named = json.dumps(read_json(self.folder / name).get("auto_map"))
+            if elsewhere := re.search(r'"([^"]*?)--', named):
+                raise ModelError(
+                    f"{self.id} names Python code of another repository, {elsewhere[1]}, which may change at any time.",
+                    hint="Copy that code into a local copy of the model, and name it under `auto_map` "
+                    f"in {name} without '{elsewhere[1]}--'.",
+                )
 
 
 def locate_model(
@@ -101,7 +147,8 @@ def locate_model(
     elif model.endswith(".gguf") and not path.is_dir():
         source = ModelSource(str(path.absolute()), _gguf(path, notify))
     elif path.is_dir():
-        source = ModelSource(str(path.resolve()), path.resolve(), trust_remote_code=trust_remote_code)
+        folder = path.resolve()
+        source = ModelSource(require_text(str(folder)), folder, trust_remote_code=trust_remote_code)
     elif path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
     elif is_local:
@@ -110,10 +157,41 @@ def locate_model(
         folder = _download(model, revision, notify, config_only=config_only)
         source = ModelSource(model, folder, folder.name, trust_remote_code)
     source = replace(source, config_only=config_only)
+    _require_own_files(source.folder)
     _require_whole_model(source)
     # Read both now, to report missing files before any long work.
     _ = source.raw_config, source.weights
+    if pickles := [name for name in source.weights.names if not name.endswith(".safetensors")]:
+        others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
+        notify(
+            Notice(
+                f"{source.id} is stored as pickles ({pickles[0]}{others}); only tensors are read from them, "
+                "and no code in them runs."
+            )
+        )
     return source
+
+
+def _require_own_files(folder: Path) -> None:
+    """Make sure that nothing the model is read from is a link out of its folder, or a pipe or device.
+
+    What lies there would become part of a checkpoint that may be published.
+    """
+    with reading(folder):
+        entries = sorted(folder.iterdir())
+        templates = folder / _CHAT_TEMPLATES
+        entries += sorted(templates.iterdir()) if templates.is_dir() and not leads_out(templates, folder) else []
+    for path in entries:
+        if not _READ.fullmatch(path.name):
+            continue
+        if leads_out(path, folder):
+            raise ModelError(
+                f"{path} is a link out of the model's folder, which is not followed.",
+                hint="Copy the file into the folder, or name the folder that holds all of the model's own files.",
+            )
+        with reading(path):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ModelError(f"{path} is not a file, but a pipe or a device.", hint="Put the file in its place.")
 
 
 def _require_whole_model(source: ModelSource) -> None:
@@ -156,7 +234,7 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
             hint="Check the name. For a private model, log in with `hf auth login`.",
         ) from error
     except HfHubHTTPError as error:
-        raise ModelError(f"The Hub refused {model}: {error}.", hint="Try again later.") from error
+        raise ModelError(f"The Hub refused {model}: {first_line(error)}.", hint="Try again later.") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
             f"There is no folder {model} here, the cache lacks the model, and {unreachable or first_line(error)}.",
