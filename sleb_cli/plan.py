@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import from_json
 
-from sleb_cli.records import ModelRecord, Proof, Record, without_folders
+from sleb_cli.records import (
+    ModelRecord,
+    Perplexity,
+    Proof,
+    Record,
+    UnreadableRecord,
+    first_fault,
+    read_text,
+    without_folders,
+)
 from sleb_cli.requests import Chat, LoadIn, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
 
@@ -24,18 +35,33 @@ MAX_ADDED_REPETITION = 0.2
 Block = Annotated[int, Field(ge=0)]
 
 
-Engine = Literal["fork", "plain", "weights", "model"]
-"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
+Engine = Literal["fork", "plain", "weights", "model", "prefix", "hidden-states"]
+"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models.
+
+The last two are engines of earlier versions: passes that began where candidates differ, and one pass for all of them.
+"""
 
 _FILE = re.compile(r"\.(txt|jsonl|md|json)$")
 _SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
 _MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
 
 
+class SkippedRecord(Record):
+    """A sequence left out because the dense model computes no finite numbers on it.
+
+    `sequence` counts those that were drawn, from 1. `first` is where in the model they first appear: "block 3", "the
+    embeddings" or "the head".
+    """
+
+    sequence: Annotated[int, Field(ge=1)]
+    first: str
+
+
 class CalibrationRecord(Record):
     """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
 
     `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations.
+    `skipped` are sequences that were drawn and left out, if any; all else is that of the sequences used.
     """
 
     source: str
@@ -45,6 +71,12 @@ class CalibrationRecord(Record):
     bos: bool
     chat: Chat | None = None
     tokens_sha256: str
+    skipped: tuple[SkippedRecord, ...] | None = None
+
+    @property
+    def drawn(self) -> int:
+        """How many sequences were drawn, used or not."""
+        return self.sequences + len(self.skipped or ())
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -66,7 +98,8 @@ class CalibrationRecord(Record):
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
-        return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{counts}"
+        left_out = f", {len(self.skipped)} left out" if self.skipped else ""
+        return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{left_out}{counts}"
 
 
 def public_name(source: str) -> str:
@@ -157,7 +190,7 @@ class HeldOutRecord(Record):
     """
 
     loss: float
-    perplexity: float
+    perplexity: Perplexity
     generalization_gap: float = 0.0
     standard_error: float = 0.0
     overfits: bool = False
@@ -167,7 +200,7 @@ class DenseRecord(Record):
     """The loss of the dense model on the searched sequences, in nats per token, and its perplexity."""
 
     loss: float
-    perplexity: float
+    perplexity: Perplexity
     held_out: HeldOutRecord | None = None
 
 
@@ -200,15 +233,16 @@ class Step(Record):
 
     If the removed blocks are not those of the previous size plus `block`, `removals` lists all of them, `block` being
     the last. `scores` has the score of each candidate for that last place (for spans, by their last block), or after a
-    race, of each survivor; all are over all sequences. `kind` is the kind of `block`, if the model has several.
+    race, of each survivor; all are over all sequences. One that was not a finite number is null, and counted as the
+    worst. `kind` is the kind of `block`, if the model has several.
     `swaps` lists the swaps that led from the greedily chosen blocks to these.
     """
 
     block: Block
     kind: str = ""
     score: float
-    perplexity: float
-    scores: dict[Block, float]
+    perplexity: Perplexity
+    scores: dict[Block, float | None]
     race: RaceRecord | None = None
     held_out: HeldOutRecord | None = None
     removals: tuple[Block, ...] | None = None
@@ -379,6 +413,10 @@ class Plan(Record):
 
     @model_validator(mode="after")
     def _agree(self) -> Plan:
+        if len(self.steps) > self.model.blocks:
+            raise ValueError(f"{len(self.steps)} steps are more than the {self.model.blocks} blocks of the model")
+        if any((step.held_out is None) != (self.dense.held_out is None) for step in self.steps):
+            raise ValueError("some, but not all, of the models were measured on held-out sequences")
         for size, removals in enumerate(self.by_size, start=1):
             if len(removals) != size or removals[-1] != self.steps[size - 1].block:
                 raise ValueError(f"step {size} names the wrong blocks, or the wrong number of them")
@@ -440,39 +478,86 @@ def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
 def read_plan(path: Path) -> Plan:
     """Read a plan and check that it is complete, consistent, and of a version that this sleb reads.
 
+    What earlier versions wrote is read in today's words: see docs/reference/plan.md.
+
     Raises:
         PlanError: the file is missing, unreadable, truncated, from a newer sleb, or contradicts itself.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+    except UnreadableRecord as error:
         raise PlanError(
-            f"Cannot read the plan {path}: {reason}.", hint="Name a plan that `sleb search` wrote."
+            f"Cannot read the plan {path}: {error}.", hint="Name a plan that `sleb search` wrote."
         ) from error
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
+        data = from_json(text)
+    except ValueError as error:  # with limits to depth and to the digits of a number
         raise PlanError(
-            f"The plan {path} is not valid JSON: {error.msg} at line {error.lineno}.",
+            f"The plan {path} is not valid JSON: {error}.",
             hint="It may be truncated: copy it again, or search again.",
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise PlanError(f"{path} is not a sleb plan: it has no schema_version.", hint="`sleb search` writes plans.")
     if version > SCHEMA_VERSION:
         raise PlanError(
-            f"The plan {path} has schema_version {version}; this sleb reads up to {SCHEMA_VERSION}.",
+            f"The plan {path} has schema_version {str(version)[:20]}; this sleb reads up to {SCHEMA_VERSION}.",
             hint="Upgrade with `pip install --upgrade sleb`.",
         )
+    if _is_recovered_otherwise(data):
+        raise PlanError(
+            f"An earlier version of sleb wrote {path}, and recorded its recovery in a form that is no longer read.",
+            hint="Use the plan of its search, and recover again with `sleb apply PLAN --recover`.",
+        )
+    if _rename(data):
+        text = json.dumps(data)
+    del data
     try:
         return Plan.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the plan"
         raise PlanError(
-            f"The plan {path} is invalid: {where}: {first['msg']}.",
-            hint="If you edited it by hand, undo that; otherwise search again.",
+            f"The plan {path} is invalid: {first_fault(error, 'the plan')}.",
+            hint="If a newer sleb wrote it, upgrade. If you edited it by hand, undo that; otherwise search again.",
         ) from error
+
+
+def _is_recovered_otherwise(plan: Mapping[str, Any]) -> bool:
+    """Whether fits were chosen by their loss, on part of the text that is reported on: numbers of another meaning."""
+    recovery = plan.get("recovery")
+    return isinstance(recovery, dict) and "held_out" in recovery and "deciding_text" not in recovery
+
+
+def _rename(plan: dict[str, Any]) -> bool:
+    """Give what earlier versions called otherwise its name of today; return whether there was any."""
+    search, dense, proof = (_objects(plan.get(name)) for name in ("search", "dense", "proof"))
+    steps = _objects(plan.get("steps"))
+    held_out = [found for record in (*dense, *steps) for found in _objects(record.get("held_out"))]
+    renamed = [
+        _rename_key(record, old, new)
+        for records, names in (
+            ([plan], {"canary": "sample_generation"}),
+            (search, {"algorithm": "strategy"}),
+            (steps, {"exchanges": "swaps"}),
+            (held_out, {"excess": "generalization_gap", "error": "standard_error", "parted": "overfits"}),
+        )
+        for record in records
+        for old, new in names.items()
+    ]
+    gated = [record for record in proof if record.get("reference") == "gated"]
+    for record in gated:
+        record["reference"] = "dense"
+    return any(renamed) or bool(gated)
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list, or an object alone."""
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
+
+
+def _rename_key(record: dict[str, Any], old: str, new: str) -> bool:
+    if old not in record or new in record:
+        return False
+    record[new] = record.pop(old)
+    return True

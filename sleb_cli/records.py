@@ -6,9 +6,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb_cli.atomic import to_json, write_text
+from sleb_plugins.errors import PlanError
+from sleb_plugins.reading import why_not_read
+
+LARGEST, MOST_PARTS, MOST_ITEMS = 64 << 20, 1 << 19, 1 << 21
+"""The most bytes of a record that are read, and the most lists, objects and keys in them, and items.
+
+A list takes hundreds of bytes of memory and may be written in three; and of each wrong item, an error is kept.
+"""
+
+_MOST_FAULTS = 1000
+
+MOST_BLOCKS = 4096
+"""More than any model has."""
+
+
+Perplexity = Annotated[float, Field(gt=0)]
+
+
+class UnreadableRecord(ValueError):
+    """What lies where a record is expected is none, for this reason."""
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a record that anyone may have written.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableRecord: it cannot be read, is no text, or is too large.
+    """
+    try:
+        if reason := why_not_read(path, LARGEST):
+            raise UnreadableRecord(reason)
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableRecord(error.strerror or "it cannot be opened") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableRecord("it is not text") from error
+    if sum(map(text.count, ("{", "[", '":'))) > MOST_PARTS or text.count(",") > MOST_ITEMS:
+        raise UnreadableRecord("it has millions of parts, more than any record")
+    return text
+
+
+def first_fault(error: ValidationError, whole: str) -> str:
+    """Return where and how data first differs from a record, in a few words; `whole` names the data itself."""
+    if error.error_count() > _MOST_FAULTS:  # they are listed only all at once
+        return f"{whole} has {error.error_count():,} faults"
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = [str(part) if len(str(part)) <= 40 else f"{str(part)[:40]}…" for part in first["loc"]]
+    return f"{'.'.join(place) or whole}: {first['msg'].rstrip('.')}"
 
 
 def without_folders(name: str) -> str:
@@ -34,15 +85,17 @@ class Record(BaseModel):
 class ModelRecord(Record):
     """The model; `id` is what the user named, a folder or file as an absolute path.
 
-    In a checkpoint, which may be published, it is the name of that folder or file alone.
+    In a checkpoint, which may be published, it is the name of that folder or file alone. `revision` is a commit of the
+    Hub. `code` is a SHA-256 over the Python files that come with the model, if the user let them run.
     """
 
     id: str
-    revision: str | None
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
     fingerprint: str
     model_type: str
     family: str
-    blocks: Annotated[int, Field(ge=1)]
+    blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
+    code: str | None = None
 
 
 Check = Literal["complete", "loads", "same logits", "generates", "saves again", "same bytes"]
@@ -86,3 +139,23 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in data.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
+
+
+def require_same_work(path: Path, work: str, found: Mapping[str, Any], expected: Mapping[str, Any], same: str) -> None:
+    """Check that what `path` holds is unfinished work of the kind that is expected, in the `format` that is expected.
+
+    Raises:
+        PlanError: another version of sleb began it, or it is other work; the message names the differences, and the
+            hint what must be the `same`.
+    """
+    theirs, ours = found.get("format"), expected["format"]
+    if theirs != ours:
+        newer = isinstance(theirs, int) and theirs > ours
+        raise PlanError(
+            f"{path} holds a {work} that {'a newer' if newer else 'an earlier'} version of sleb began.",
+            hint="Finish it with that version, or start over with --force.",
+        )
+    if differing := differences(expected, found):
+        raise PlanError(
+            f"{path} belongs to another {work} ({differing}).", hint=f"Use the same {same}, or start over with --force."
+        )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
 
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
-from sleb_cli.records import ModelRecord, Proof, Record
+from sleb_cli.records import ModelRecord, Perplexity, Proof, Record
 from sleb_cli.requests import WorkloadName
 
 
@@ -78,7 +80,7 @@ class ComparedRecord(Record):
     metric: str
     strategy: str
     removals: tuple[int, ...]
-    perplexity: float
+    perplexity: Perplexity
     held_out_perplexity: float | None
     seconds: float
 
@@ -117,7 +119,7 @@ class TextScores(Record):
     the expected calibration error of its first choices, from 0 to 1.
     """
 
-    perplexity: float
+    perplexity: Perplexity
     word_perplexity: float | None
     byte_perplexity: float | None
     bits_per_byte: float | None
@@ -447,7 +449,7 @@ class PrunedTiming(Timing):
     """
 
     removals: tuple[int, ...]
-    speedup: float
+    speedup: Annotated[float, Field(gt=0)]
     interval: Interval | None
     bound: float | None
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from sleb_plugins.errors import ModelError
+from sleb_plugins.reading import why_not_read
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -21,6 +23,15 @@ _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _INT32 = 5
 
 _PIECE_BYTES = 16 << 20
+
+# Limits that no model comes near, so that a file that lies takes neither memory nor time. That of dimensions is the
+# format's own.
+_LONGEST_HEADER = 128 << 20
+_MOST_ITEMS = 1 << 22
+_LONGEST_NAME = 256
+_LARGEST_ALIGNMENT = 1 << 20
+_MOST_DIMENSIONS = 4
+_UINT32 = 4
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,27 @@ class GgufFile:
         """The value of `general.architecture`, which is the first part of the architecture's own keys."""
         return str(self.get("general.architecture") or "")
 
+    def count(self, key: str) -> int | None:
+        """Return one of the architecture's own keys that counts something, or None if there is no such key.
+
+        Raises:
+            ModelError: it is no whole number of 0 or more.
+        """
+        found = self.own(key)
+        if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 0):
+            raise ModelError(
+                f"{self.path} says {_shown(found)} for {self.architecture}.{key}, which counts something.",
+                hint="Download the file again.",
+            )
+        return found
+
+    def length(self, key: str) -> int | None:
+        """Return how many items an array has; None if there is no such array."""
+        entry = self._by_key.get(key)
+        if entry is None or entry.type != ARRAY:
+            return None
+        return int(struct.unpack_from(f"{self.order}Q", entry.data, 4)[0])
+
     def own(self, key: str) -> Any:
         """Return the value of one of the architecture's own keys, such as "block_count"."""
         return self.get(f"{self.architecture}.{key}")
@@ -74,7 +106,8 @@ class GgufFile:
     @property
     def alignment(self) -> int:
         """The alignment of each tensor in bytes."""
-        return int(self.get("general.alignment") or 32)
+        found = self.get("general.alignment")
+        return 32 if found is None else int(found)
 
 
 def decode(entry: Entry, order: str) -> Any:
@@ -119,8 +152,11 @@ class _Cursor:
         return found
 
     def text(self) -> str:
+        size = self.number("Q")
+        if size > _LONGEST_NAME:
+            raise _broken(self.what)
         try:
-            return self.take(self.number("Q")).decode()
+            return self.take(size).decode()
         except UnicodeDecodeError as error:
             raise _broken(self.what) from error
 
@@ -130,7 +166,7 @@ class _Cursor:
             return self.take(self.number("Q")).decode(errors="replace")
         if type_ != ARRAY:
             return self.number(self._format(type_))
-        element, count = self.number("I"), self.number("Q")
+        element, count = self.array()
         if element in _FORMATS:
             code = f"{count}{_FORMATS[element]}"
             return list(struct.unpack(self.order + code, self.take(count * struct.calcsize(_FORMATS[element]))))
@@ -142,15 +178,38 @@ class _Cursor:
         elif type_ != ARRAY:
             self.take(struct.calcsize(self._format(type_)))
         else:
-            element, count = self.number("I"), self.number("Q")
+            element, count = self.array()
             if element in _FORMATS:
                 self.take(count * struct.calcsize(_FORMATS[element]))
             else:
-                for _ in range(count):
-                    self.skip(element)
+                self.skip_strings(count)
+
+    def skip_strings(self, count: int) -> None:
+        # Called for each token of a vocabulary, so without `take` and `number`.
+        size = struct.Struct(self.order + "Q")
+        data, place, end = self.data, self.place, len(self.data) - size.size
+        for _ in range(count):
+            if place > end:
+                raise _broken(self.what)
+            place += size.size + size.unpack_from(data, place)[0]
+        if place > len(data):
+            raise _broken(self.what)
+        self.place = place
+
+    def array(self) -> tuple[int, int]:
+        """Read the type and number of an array's items."""
+        element, count = self.number("I"), self.number("Q")
+        if element == ARRAY:
+            raise ModelError(
+                f"{self.what} holds arrays of arrays, which llama.cpp does not read either.",
+                hint="Download the file again.",
+            )
+        if count > _MOST_ITEMS or (element != _STRING and element not in _FORMATS):
+            raise _broken(self.what)
+        return element, count
 
     def items(self) -> list[slice]:
-        element, count = self.number("I"), self.number("Q")
+        element, count = self.array()
         places = []
         for _ in range(count):
             start = self.place
@@ -165,13 +224,13 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file, and check that the file holds all tensors.
+    """Read the header of a GGUF file, and check that the file holds all tensors, none of them in another's place.
 
     Raises:
-        ModelError: the file is missing or truncated, is not a GGUF file, has an unknown version or type, or is one part
-            of a split model.
+        ModelError: the file is missing, truncated, damaged or not a GGUF file, has an unknown version or type, or is
+            one part of a split model.
     """
-    with _mapped(path) as data:
+    with _mapped(path) as (data, size):
         cursor = _Cursor(data, "<", str(path))
         if cursor.take(4) != _MAGIC:
             raise _broken(str(path))
@@ -185,30 +244,72 @@ def read_gguf(path: Path) -> GgufFile:
                 hint="Convert the model again with a current llama.cpp.",
             )
         tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
-        entries = tuple(_entry(cursor) for _ in range(entry_count))
-        tensors = tuple(_tensor(cursor) for _ in range(tensor_count))
+        # Names are different, so a count that lies ends soon, whatever the file holds.
+        entries = _by_name(cursor, (_entry(cursor) for _ in range(entry_count)), lambda entry: entry.key)
+        tensors = _by_name(cursor, (_tensor(cursor) for _ in range(tensor_count)), lambda tensor: tensor.name)
         header = GgufFile(path, cursor.order, version, entries, ())
+        _require_kinds(header)
         _require_one_file(header)
-        if header.alignment.bit_count() != 1:
-            raise _broken(str(path))
         begin = aligned(cursor.place, header.alignment)
-        tensors = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors)
-        if any(tensor.start + tensor.size > len(data) for tensor in tensors):
-            raise _broken(str(path))
+    tensors = tuple(replace(tensor, start=begin + tensor.start) for tensor in tensors)
+    _require_room(path, size, tensors, header.alignment)
     return replace(header, tensors=tensors)
+
+
+_T = TypeVar("_T")
+
+
+def _by_name(cursor: _Cursor, found: Iterable[_T], name: Callable[[_T], str]) -> tuple[_T, ...]:
+    named: dict[str, _T] = {}
+    for each in found:
+        if name(each) in named:
+            raise ModelError(f"{cursor.what} holds {_shown(name(each))} twice.", hint="Download the file again.")
+        named[name(each)] = each
+    return tuple(named.values())
+
+
+def _require_kinds(file: GgufFile) -> None:
+    """Check the types of the keys that are needed to read the rest."""
+    types = {entry.key: entry.type for entry in file.entries}
+    said = file.get("general.architecture")
+    if types.get("general.alignment", _UINT32) != _UINT32 or types.get("general.architecture", _STRING) != _STRING:
+        raise _broken(str(file.path))
+    if not 0 < file.alignment <= _LARGEST_ALIGNMENT or file.alignment.bit_count() != 1:
+        raise ModelError(
+            f"{file.path} says that tensors begin at multiples of {file.alignment} bytes, which is no power of two up "
+            f"to {_LARGEST_ALIGNMENT}.",
+            hint="Download the file again.",
+        )
+    if said is not None and len(said) > _LONGEST_NAME:
+        raise _broken(str(file.path))
+
+
+def _require_room(path: Path, size: int, tensors: tuple[Tensor, ...], alignment: int) -> None:
+    """Check that tensors lie within the file, aligned, and not in each other's place."""
+    end = 0
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start < end or tensor.start % alignment or tensor.start + tensor.size > size:
+            raise _broken(str(path))
+        end = tensor.start + tensor.size
 
 
 def write_gguf(file: GgufFile, output: Path, copied: Callable[[int], None]) -> None:
     """Write a file with this header, and copy the values of each tensor from offset `start` of `file.path`.
 
     Only one piece of a tensor is in memory at a time. `copied` is called with the size of each piece in bytes.
+
+    Raises:
+        ModelError: `file.path` cannot be read, or has become shorter.
     """
-    with file.path.open("rb") as source, output.open("wb") as target:
+    with _reading(file.path):
+        source = file.path.open("rb", buffering=0)
+    with source, output.open("wb") as target:
         target.write(_header(file))
         for tensor in file.tensors:
             target.write(bytes(aligned(target.tell(), file.alignment) - target.tell()))
-            source.seek(tensor.start)
-            _copy(source, target, tensor.size, copied)
+            for piece in pieces(source, tensor):
+                target.write(piece)
+                copied(len(piece))
         target.write(bytes(aligned(target.tell(), file.alignment) - target.tell()))
 
 
@@ -245,14 +346,21 @@ def _text(text: str, order: str) -> bytes:
     return struct.pack(order + "Q", len(data)) + data
 
 
-def _copy(source: BinaryIO, target: BinaryIO, size: int, copied: Callable[[int], None]) -> None:
+def pieces(source: BinaryIO, tensor: Tensor) -> Iterator[bytes]:
+    """Yield the values of a tensor of an open file in pieces, of which one is in memory at a time.
+
+    Raises:
+        ModelError: they cannot be read, or the file has become shorter.
+    """
+    path, place, size = Path(source.name), tensor.start, tensor.size
     while size:
-        piece = source.read(min(size, _PIECE_BYTES))
+        with _reading(path):
+            source.seek(place)
+            piece = source.read(min(size, _PIECE_BYTES))
         if not piece:
             raise _broken(source.name)
-        target.write(piece)
-        copied(len(piece))
-        size -= len(piece)
+        yield piece
+        place, size = place + len(piece), size - len(piece)
 
 
 def _entry(cursor: _Cursor) -> Entry:
@@ -266,39 +374,69 @@ def _tensor(cursor: _Cursor) -> Tensor:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     name, rank = cursor.text(), cursor.number("I")
+    if rank > _MOST_DIMENSIONS:
+        raise ModelError(
+            f"The tensor {_shown(name)} in {cursor.what} has {rank} dimensions, and GGUF files have at most "
+            f"{_MOST_DIMENSIONS}.",
+            hint="Download the file again.",
+        )
     shape = tuple(cursor.number("Q") for _ in range(rank))
     type_, offset = cursor.number("I"), cursor.number("Q")
     try:
         packed, packed_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_)]
     except (ValueError, KeyError) as error:
         raise ModelError(
-            f"The tensor {name} in {cursor.what} has type {type_}, which the installed gguf package does not support.",
+            f"The tensor {_shown(name)} in {cursor.what} has type {type_}, which the installed gguf package does not "
+            "support.",
             hint="Upgrade with `pip install --upgrade gguf`. If that does not help, the file is damaged.",
         ) from error
+    if shape and shape[0] % packed:
+        raise _broken(cursor.what)
     return Tensor(name, shape, type_, offset, math.prod(shape) * packed_bytes // packed)
 
 
 def _require_one_file(file: GgufFile) -> None:
     parts = file.get("split.count") or 1
-    if parts > 1:
+    if parts != 1:
         raise ModelError(
-            f"{file.path} is one of {parts} parts of a model.",
+            f"{file.path} is one of {_shown(parts)} parts of a model.",
             hint="Merge the parts first: `llama-gguf-split --merge FIRST-PART.gguf WHOLE.gguf`.",
         )
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[mmap.mmap]:
-    try:
+def _mapped(path: Path) -> Iterator[tuple[mmap.mmap, int]]:
+    """Yield what may be the header, and the size of the file."""
+    with _reading(path):
+        if path.is_dir():
+            raise FileNotFoundError
+        if reason := why_not_read(path):
+            raise ModelError(f"{path} cannot be read: {reason}.", hint="Name a GGUF file.")
         with path.open("rb") as file:
-            if not path.stat().st_size:
+            size = os.fstat(file.fileno()).st_size
+            if not size:
                 raise _broken(str(path))
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                yield data
+            data = mmap.mmap(file.fileno(), min(size, _LONGEST_HEADER), access=mmap.ACCESS_READ)
+    with data:
+        yield data, size
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ModelError(f"There is no file {path}.", hint="Check the path.") from error
     except PermissionError as error:
         raise ModelError(f"You may not read {path}.", hint="Change its permissions.") from error
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.", hint="Copy or download it again.") from error
+
+
+def _shown(value: Any) -> str:
+    """Return a value or a name from a file as it may stand in a sentence."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _broken(what: str) -> ModelError:

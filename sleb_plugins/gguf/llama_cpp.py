@@ -43,7 +43,7 @@ class Period:
         said = file.own(self.key) if self.key else None
         if isinstance(said, list):
             return None
-        period = self.period if said is None else int(said)
+        period = self.period if said is None or self.key is None else file.count(self.key) or 0
         return period if period > 1 else None
 
     def kind(self, block: int, period: int) -> int:
@@ -101,7 +101,7 @@ _ANY_ARCHITECTURE = (
 
 
 def _deepseek2_form(file: GgufFile, blocks: int) -> str:
-    vocabulary = file.own("vocab_size") or len(file.get("tokenizer.ggml.tokens") or ())
+    vocabulary = file.own("vocab_size") or file.length("tokenizer.ggml.tokens")
     if blocks in (26, 27) or (blocks == 48 and vocabulary == 128256):
         return "without low-rank queries"
     gates = file.own("expert_gating_func")
@@ -206,8 +206,8 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
             raise _refused(file, f"{reason} ({architecture}.{key})")
     if architecture in _FIRST_STAYS and kept[0] != 0:
         raise _refused(file, _FIRST_STAYS[architecture], "Keep block 0.")
-    fed = int(file.own(LEADING_STAY) or 0)
-    if kept[:fed] != tuple(range(fed)):
+    fed = file.count(LEADING_STAY) or 0
+    if kept[:fed] != tuple(range(min(fed, len(kept) + 1))):
         raise _refused(file, f"additional inputs enter its first {fed} blocks", f"Keep blocks 0 to {fed - 1}.")
     _require_same_count(file, blocks, len(kept))
     for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):

@@ -16,7 +16,9 @@ from sleb_plugins.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX
 PROVENANCE = "sleb.removed_blocks"
 """The key that records the removed blocks in order, numbered as in the model before any removal."""
 
-_BLOCK = re.compile(r"blk\.(\d+)(\..+)")
+_MOST_REMOVED = 1 << 16
+
+_BLOCK = re.compile(r"blk\.([0-9]{1,9})(\..+)")
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,25 @@ class GgufSurgery:
     @property
     def all_removals(self) -> list[int]:
         """The removed blocks, those of earlier removals first, numbered as in the model before any removal."""
-        earlier: list[int] = self.file.get(PROVENANCE) or []
-        original = stored_block_count(self.file) + len(earlier)
-        still_there = [block for block in range(original) if block not in earlier]
+        count = stored_block_count(self.file)
+        earlier = self._earlier_removals(count)
+        gone = set(earlier)
+        still_there = [block for block in range(count + len(earlier)) if block not in gone]
         return earlier + [still_there[block] for block in self.removals]
+
+    def _earlier_removals(self, count: int) -> list[int]:
+        said: Any = self.file.get(PROVENANCE)
+        if said is None:
+            return []
+        blocks: list[Any] = said if isinstance(said, list) and len(said) <= _MOST_REMOVED else [None]
+        if not all(type(block) is int and 0 <= block < count + len(blocks) for block in blocks) or (
+            len(set(blocks)) < len(blocks)
+        ):
+            raise ModelError(
+                f"{self.file.path} does not say in {PROVENANCE} which blocks were removed.",
+                hint="Prune the original model instead.",
+            )
+        return blocks
 
     def _entry(self, entry: Entry) -> Entry:
         """Return an entry as in the pruned file."""
@@ -69,9 +86,9 @@ class GgufSurgery:
         if own == "block_count":
             return with_value(entry, len(self.kept.blocks), file.order)
         if own in LEADING:
-            return with_value(entry, self.kept.below(int(file.own(own))), file.order)
+            return with_value(entry, self.kept.below(file.count(own) or 0), file.order)
         if entry.type == ARRAY and own not in NOT_PER_BLOCK:
-            length = len(file.get(entry.key))
+            length = file.length(entry.key) or 0
             # Some lists leave out the blocks for multi-token prediction at the end.
             if length in (count, block_count(file)):
                 return with_items(entry, [block for block in self.kept.blocks if block < length], file.order)
@@ -80,12 +97,12 @@ class GgufSurgery:
 
 def stored_block_count(file: GgufFile) -> int:
     """Return the file's `block_count`, which includes the blocks for multi-token prediction."""
-    return int(file.own("block_count"))
+    return file.count("block_count") or 0
 
 
 def block_count(file: GgufFile) -> int:
     """Return how many blocks the model has, without those for multi-token prediction."""
-    return stored_block_count(file) - int(file.own("nextn_predict_layers") or 0)
+    return stored_block_count(file) - (file.count("nextn_predict_layers") or 0)
 
 
 def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
@@ -97,7 +114,7 @@ def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
         UnsupportedModelError: these blocks cannot be removed from this architecture.
     """
     blocks = tuple(removals)
-    _require_blocks(file)
+    require_blocks(file)
     count = block_count(file)
     predicting = stored_block_count(file) - count
     further = f", and {predicting} for multi-token prediction, which stay" if predicting else ""
@@ -108,15 +125,20 @@ def plan_gguf_surgery(file: GgufFile, removals: Iterable[int]) -> GgufSurgery:
     return surgery
 
 
-def _require_blocks(file: GgufFile) -> None:
+def require_blocks(file: GgufFile) -> None:
+    """Check that a file holds a model, with tensors of as many blocks as it says.
+
+    Raises:
+        ModelError: it does not.
+    """
     kind: Any = file.get("general.type") or "model"
     if kind != "model":
         raise UnsupportedModelError(
             f"{file.path} is not a model: its general.type is {kind!r}.", hint="Name the file that holds the blocks."
         )
-    stored = file.own("block_count")
+    stored = file.count("block_count")
     found = {int(place[1]) for tensor in file.tensors if (place := _BLOCK.fullmatch(tensor.name))}
-    if not isinstance(stored, int) or not found or found != set(range(stored)):
+    if not found or len(found) != stored or max(found) != stored - 1:
         raise ModelError(
             f"{file.path} says {stored} blocks ({file.architecture}.block_count), but has tensors of {len(found)}.",
             hint="Name a GGUF file of a complete decoder-only language model.",

@@ -1,6 +1,8 @@
 """The journal without a model: whatever stops the program, what was measured before is there."""
 
+import json
 import random
+import zlib
 
 import pytest
 
@@ -88,6 +90,25 @@ def test_a_damaged_line_ends_what_is_believed(written):
     written.write_bytes(b"".join(lines))
     journal = opened(written, resume=True)
     assert len(journal) == 4
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"removed": [1], "block": 2, "scores": [1.0]},
+        {"removed": [1], "batch": 2, "scores": [1.0]},
+        {"removed": 1, "block": 2, "batch": 0, "scores": [1.0]},
+        {"removed": [1], "block": 2, "batch": 0, "scores": ["1"]},
+        {"removed": [1], "block": True, "batch": 0, "scores": [1.0]},
+    ],
+)
+def test_a_whole_line_that_says_something_else_ends_what_is_believed(written, line):
+    text = json.dumps(line).encode()
+    whole = written.read_bytes()
+    written.write_bytes(whole + b"%08x %s\n" % (zlib.crc32(text), text))
+    before = dict(opened(written, resume=True).known)
+    assert written.read_bytes() == whole
+    assert before
 
 
 @pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe"])

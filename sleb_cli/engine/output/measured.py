@@ -12,7 +12,7 @@ from sleb_cli.atomic import to_json
 from sleb_cli.events import Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
-from sleb_cli.records import without_folders
+from sleb_cli.records import UnreadableRecord, first_fault, read_text, without_folders
 from sleb_cli.results import BenchResult, EvalResult
 
 R = TypeVar("R", EvalResult, BenchResult)
@@ -31,9 +31,10 @@ def measured_of_plan(path: Path, plan: Plan, kind: Kind, notify: Notify) -> dict
     if not file.exists():
         return None
     try:
-        result = _RECORDS[kind].model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        notify(Warned(f"{file} is left out, because it cannot be read: {_reason(error)}."))
+        result = _RECORDS[kind].model_validate_json(read_text(file))
+    except (UnreadableRecord, ValidationError) as error:
+        reason = first_fault(error, "the result") if isinstance(error, ValidationError) else error
+        notify(Warned(f"{file} is left out, because it cannot be read: {reason}."))
         return None
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"{file} is left out, because it was measured on another model than that of {path}."))
@@ -52,13 +53,6 @@ def results_of_plan(path: Path, kind: Kind) -> Path:
     """Return where the results for a plan are kept: beside it, or else in the same checkpoint."""
     beside, inside = beside_plan(path, kind), path.with_name(f"sleb_{kind}.json")
     return inside if path.name == CHECKPOINT_PLAN and not beside.exists() else beside
-
-
-def _reason(error: OSError | UnicodeDecodeError | ValidationError) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return ": ".join([*filter(None, [".".join(map(str, first["loc"]))]), first["msg"]]).rstrip(".")
-    return error.strerror or "it cannot be opened" if isinstance(error, OSError) else "it is not text"
 
 
 def _sizes_in(data: Any) -> set[frozenset[int]]:

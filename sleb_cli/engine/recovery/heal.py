@@ -15,7 +15,7 @@ from sleb_cli.engine.device import in_smaller_pieces
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
-from sleb_cli.engine.recovery.heal_state import Saved
+from sleb_cli.engine.recovery.heal_state import Saved, other_state
 from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
@@ -44,6 +44,9 @@ SCALE_HEADROOM = 16
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_SAVING_SHARE = 0.05
 """The largest share of the time that saves may take; slow ones are further apart."""
+
+FARTHEST = 2**62
+"""More than any healing counts."""
 
 
 @dataclass(frozen=True)
@@ -324,10 +327,28 @@ class _Healing:
         self._save_seconds = self._saved_at - began
 
     def _restore(self, saved: Saved) -> None:
-        self.progress = Progress(**saved.data["progress"])
-        marked = {name: tensor for name, tensor in saved.tensors.items() if name.startswith("trained.")}
-        self.trained.restore({name.removeprefix("trained."): tensor for name, tensor in marked.items()})
-        self.best = saved.tensors["best"].to(self.case.device)
+        self.progress = _progress_of(saved)
+        shapes = self.trained.state_shapes(begun=self.progress.steps > 0)
+        self.trained.restore(
+            {name: saved.tensor(f"trained.{name}", shape, torch.float32) for name, shape in shapes.items()}
+        )
+        self.best = saved.tensor("best", self.best.shape, torch.float32).to(self.case.device)
+
+
+def _progress_of(saved: Saved) -> Progress:
+    """Return the saved progress.
+
+    Raises:
+        PlanError: it is none.
+    """
+    said, wanted = saved.data.get("progress"), asdict(Progress())
+    wanted["best_divergence"] = 0.0  # it is known by the first save
+    if not isinstance(said, dict) or said.keys() != wanted.keys():
+        raise other_state("its progress is missing, or is not what a healing saves")
+    for name, value in said.items():
+        if type(value) is not type(wanted[name]) or not 0 <= value < FARTHEST or (name == "scale" and not value):
+            raise other_state(f"its progress has no such {name} as {str(value)[:40]}")
+    return Progress(**said)
 
 
 class _TeacherStates:

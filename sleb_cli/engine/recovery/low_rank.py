@@ -105,6 +105,11 @@ class LowRank:
         moments: dict[str, Tensor] = self._adam.state[self.values]
         return {"values": self.values.data} | moments
 
+    def state_shapes(self, *, begun: bool) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of such a state's tensors, all in float32; `begun` is after the first step."""
+        shape = tuple(self.values.shape)
+        return {"values": shape} | ({"step": (), "exp_avg": shape, "exp_avg_sq": shape} if begun else {})
+
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from such a state."""
         moments = {name: tensor.to(self.values.device) for name, tensor in state.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import CPU, dtype_name, free_bytes
@@ -22,7 +23,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
 from sleb_cli.engine.recovery.heal import Case, HealBudget, Healed, choose_budget, heal
-from sleb_cli.engine.recovery.heal_state import HealState, Saved
+from sleb_cli.engine.recovery.heal_state import HealState, Saved, other_state
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
@@ -176,7 +177,7 @@ class _Recovery:
         self.tokenizer = load_tokenizer(self.architecture.source)
         saved = self.state.read(self.identity) if self.request.heal and self.request.resume else None
         with open_dense(self.architecture, self.placement, self.notify) as skippable:
-            start = _resumed(saved) if saved else self._closed_form(skippable)
+            start = self._resumed(saved, skippable) if saved else self._closed_form(skippable)
             values, record = start.values, start.record
             if self.budget:
                 values, record = self._heal(skippable, self.budget, start, saved)
@@ -255,6 +256,30 @@ class _Recovery:
             for samples, split in zip(counts, (FITTED, DECIDING, REPORTED), strict=True)
         ]
 
+    def _resumed(self, saved: Saved, skippable: SkippableModel) -> _Start:
+        """Return what a saved healing began with.
+
+        Raises:
+            PlanError: it holds something else.
+        """
+        try:
+            record = RecoveryRecord.model_validate_json(saved.data.get("record") or "")
+        except (ValidationError, TypeError) as error:
+            raise other_state("its record is missing, or is not what a healing saves") from error
+        length = (None, self.settings.sequence_length)
+        deciding, reported = (saved.tensor(name, length, torch.int64) for name in ("deciding", "reported"))
+        vocabulary = self.architecture.text_config.vocab_size
+        if any(int(rows.min()) < 0 or int(rows.max()) >= vocabulary for rows in (deciding, reported)):
+            raise other_state(f"its tokens are not those of a vocabulary of {vocabulary}")
+        own = dict(skippable.model.named_parameters())
+        values = {}
+        for name in (name for name in saved.tensors if name.startswith("start.")):
+            parameter = own.get(name.removeprefix("start."))
+            if parameter is None:
+                raise other_state(f"the model has no {name.removeprefix('start.')[:60]}")
+            values[name.removeprefix("start.")] = saved.tensor(name, parameter.shape, saved.tensors[name].dtype)
+        return _Start(deciding, reported, values, record)
+
     def _heal(
         self, skippable: SkippableModel, budget: HealBudget, start: _Start, saved: Saved | None
     ) -> tuple[dict[str, Tensor], RecoveryRecord]:
@@ -267,6 +292,7 @@ class _Recovery:
 
         def save(now: Saved) -> None:
             record = {"record": start.record.model_dump_json()}
+            self.architecture.source.watch.require_unchanged()
             self.state.write(self.identity, Saved(now.data | record, now.tensors | start_tensors))
 
         with SkippableModel(model, self.architecture.blocks_of(model)) as student:
@@ -388,12 +414,6 @@ def _place(pruned: Any, parameters: Mapping[str, nn.Parameter], values: Mapping[
     for name, value in values.items():
         parameter = parameters[name] if name in parameters else pruned.get_parameter(name)
         parameter.data = value.to(parameter.device, parameter.dtype, copy=True)  # not into the dense model's own
-
-
-def _resumed(saved: Saved) -> _Start:
-    start = {name.removeprefix("start."): value for name, value in saved.tensors.items() if name.startswith("start.")}
-    record = RecoveryRecord.model_validate_json(saved.data["record"])
-    return _Start(saved.tensors["deciding"], saved.tensors["reported"], start, record)
 
 
 def _require_plain(architecture: Architecture) -> None:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.third_party import first_line
+from sleb_cli.units import format_bytes
 from sleb_plugins import DataError, UsageError
 from sleb_plugins.hub import offline_if_unreachable
+from sleb_plugins.reading import why_not_read
 
 T = TypeVar("T", bound=Sized)
 
@@ -27,6 +30,10 @@ _TITLE = re.compile(r"= [^=](.*[^=])? =")
 
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
+
+# How much memory a byte of text takes, as bytes, as characters and as tokens of the libraries, about.
+MEMORY_PER_BYTE = 250
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,8 @@ def _conversation(value: Any, where: str) -> Conversation:
             f'The "messages" in {where} are not a list of {{"role": …, "content": …}} with strings.',
             hint="Correct them.",
         )
+    for message in value:
+        _require_characters(message["role"] + message["content"], where)
     return list(value)
 
 
@@ -265,33 +274,70 @@ def _boundary(content: str, share: float) -> int:
 
 
 def _read_file(source: str) -> str:
+    path = Path(source).expanduser()
     try:
-        return Path(source).expanduser().read_text(encoding="utf-8")
+        if reason := why_not_read(path):
+            hint = "Name a .txt or .jsonl file in it." if path.is_dir() else "Write its text to a file, and name that."
+            raise DataError(f"{source} cannot be read: {reason}.", hint=hint)
+        _require_memory(source, path.stat().st_size)
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"There is no file {source}.", hint="Check the path.") from error
-    except IsADirectoryError as error:
-        raise DataError(f"{source} is a folder.", hint="Name a .txt or .jsonl file in it.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
     except PermissionError as error:
         raise DataError(f"You may not read {source}.", hint="Change its permissions.") from error
+    except OSError as error:
+        raise DataError(
+            f"{source} cannot be read: {error.strerror or error}.", hint="Check the path and the disk."
+        ) from error
+
+
+def _require_memory(source: str, size: int) -> None:
+    """Make sure that a text fits into memory, with its tokens: it is tokenized as a whole.
+
+    Raises:
+        DataError: it does not.
+    """
+    free = free_bytes(CPU)
+    if size * MEMORY_PER_BYTE > free:
+        raise DataError(
+            f"{source} has {format_bytes(size)} of text, and memory is free for about "
+            f"{format_bytes(free / MEMORY_PER_BYTE)}.",
+            hint="Name a part of it: `head -c 100M FILE > PART`.",
+        )
 
 
 def _json_texts(source: str, content: str) -> Iterator[str]:
     for number, text in _json_lines(source, content, "text"):
         if not isinstance(text, str):
             raise DataError(f'The field "text" in line {number} of {source} is not a string.', hint="Correct it.")
+        _require_characters(text, f"line {number} of {source}")
         yield text
+
+
+def _require_characters(text: str, where: str) -> None:
+    """Refuse halves of surrogate pairs, which JSON can name, but no text can hold.
+
+    Raises:
+        DataError: there are some.
+    """
+    if _HALF.search(text):
+        raise DataError(
+            f"The text in {where} holds half of a surrogate pair, \\ud800 to \\udfff, which is no character.",
+            hint="Correct or remove it.",
+        )
 
 
 def _json_lines(source: str, content: str, field: str) -> Iterator[tuple[int, Any]]:
     """Yield the number (from 1) and the `field` of each line that is not blank."""
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not by `splitlines`: the strings of JSON may hold what else ends a line elsewhere.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             yield number, json.loads(line)[field]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:  # ValueError: a number has too many digits
             raise DataError(
                 f'Line {number} of {source} is not an object with a field "{field}".',
                 hint='Each line of a .jsonl file is a {"text": "…"}, or with --chat a {"messages": […]}.',
