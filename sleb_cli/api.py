@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from sleb_cli.atomic import require_new_file, write_text
-from sleb_cli.events import Notify, Warned, ignore
-from sleb_cli.plugin_manager import Registry, load_plugins
+from sleb_cli.events import Notice, Notify, Warned, ignore
+from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
 from sleb_cli.requests import TRANSFORMERS
 from sleb_plugins import Exporter, OutputError, UsageError
@@ -77,7 +77,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         plan = find_removals(request, _registry(notify), notify, group)
         _leave_to_main()
     _save(plan, request.plan_file)
-    Journal(journal_of(request.plan_file)).delete()
+    Journal(journal_of(request.plan_file)).delete(notify)
     return plan
 
 
@@ -96,7 +96,7 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
         result, plan = compare_removals(request, _registry(notify), notify, group)
         _leave_to_main()
     _save(plan, request.plan_file)
-    delete_journals(result, request.plan_file)
+    delete_journals(result, request.plan_file, notify)
     return result
 
 
@@ -146,7 +146,8 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         _leave_to_main()
     place = _kept_place(subject, "eval")
     if any(by_lm_eval.values()) and (beside := request.output or place):
-        result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
+        with _printed_if_unsaved(result):
+            result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
     _save(result, request.output)
     if place:
         _keep(result, place, notify)
@@ -175,7 +176,8 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     if engine:
         engine.version()  # before the model is looked for, so that a missing engine is named at once
     subject = resolve_subject(request, registry, notify)
-    result = _benchmark(subject, engine, request, registry, notify)
+    with subject.architecture.source.watch.unchanged():
+        result = _benchmark(subject, engine, request, registry, notify)
     _save(result, request.output)
     if place := _kept_place(subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
@@ -275,7 +277,9 @@ def _leave_to_main() -> None:
 
 
 def _registry(notify: Notify) -> Registry:
-    """Load the plugins, and warn of each that fails."""
+    """Load the plugins, naming other packages before their code runs, and warn of each that fails."""
+    if others := named_before_loading():
+        notify(Notice(others))
     registry = load_plugins()
     for failure in registry.failures:
         notify(Warned(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}."))
@@ -293,10 +297,16 @@ def _save(record: Record, path: Path | None) -> None:
     Raises:
         OutputError: the file cannot be written; the error carries the result, so that nothing is lost.
     """
-    if path is None:
-        return
+    if path is not None:
+        with _printed_if_unsaved(record):
+            record.write(path)
+
+
+@contextmanager
+def _printed_if_unsaved(record: Record) -> Iterator[None]:
+    """Have the error carry the result if a file cannot be written, so that nothing is lost."""
     try:
-        record.write(path)
+        yield
     except OutputError as error:
         error.unsaved = record.to_data()
         raise

@@ -170,6 +170,12 @@ class Registry:
         raise UsageError(f"There is no {kind} {name!r}.", hint=did_you_mean(name, names))
 
 
+def named_before_loading() -> str:
+    """Return a sentence that names the plugins of packages other than sleb, importing none; empty if there are none."""
+    others = [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
+    return f"Loading plugins of other packages: {', '.join(map(str, others))}." if others else ""
+
+
 def load_plugins(found: Iterable[EntryPoint] | None = None) -> Registry:
     """Load each installed plugin separately, so that a broken one affects no other."""
     offers: list[Offer] = []

@@ -1,20 +1,43 @@
 """Errors a user can act on, and the exit code of each class."""
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any, ClassVar
 
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_SECRETS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_…"),
+    (re.compile(r"\b(Bearer|Basic) [\w.+/=-]{8,}"), r"\1 …"),
+    (re.compile(r"://[^/\s@'\"]+@"), "://…@"),
+    (re.compile(r"(?i)([?&][\w-]*(?:token|signature|credential|policy|key)[\w-]*)=[^&\s'\"]+"), r"\1=…"),
+)
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without tokens, passwords in addresses, and signatures, which messages of libraries may hold."""
+    for name in _TOKENS:
+        token = os.environ.get(name, "").strip()
+        if len(token) >= 8:
+            text = text.replace(token, "…")
+    for secret, shown in _SECRETS:
+        text = secret.sub(shown, text)
+    return text
+
 
 class SlebError(Exception):
-    """A sentence for the user that says what happened, and a `hint` that says what to do about it."""
+    """A sentence for the user that says what happened, and a `hint` that says what to do about it.
+
+    Tokens and passwords in either are left out.
+    """
 
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str, *, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = without_secrets(message), without_secrets(hint)
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let an error be sent from process to process."""
@@ -34,7 +57,7 @@ class PlanError(SlebError):
 
 
 class ModelError(SlebError):
-    """The model cannot be found or read, or does not run to finite numbers."""
+    """The model cannot be found or read, changes meanwhile, or does not run to finite numbers."""
 
     exit_code = 4
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sleb_plugins.errors import without_secrets
+
 _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol"}
 
 
@@ -24,7 +26,7 @@ def offline_if_unreachable() -> Iterator[str | None]:
     reason = _why_unreachable(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
-        yield f"{constants.ENDPOINT} is out of reach ({reason})" if reason else None
+        yield without_secrets(f"{constants.ENDPOINT} is out of reach ({reason})") if reason else None
     finally:
         constants.HF_HUB_OFFLINE = False
 

@@ -89,7 +89,7 @@ def make_plan(
         schema_version=1,
         sleb_version="0.1.0",
         model=ModelRecord(
-            id=name, revision="3f1c2d", fingerprint=SHA, model_type="llama", family="llama", blocks=blocks
+            id=name, revision="3f1c2d" + "0" * 34, fingerprint=SHA, model_type="llama", family="llama", blocks=blocks
         ),
         calibration=CalibrationRecord(
             source="wikitext2", seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256=SHA

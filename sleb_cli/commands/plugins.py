@@ -1,10 +1,11 @@
 """`sleb plugins`."""
 
 from sleb_cli.commands.options import JsonOption
-from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.ui.plugins import show_plugins
+from sleb_cli.plugin_manager import load_plugins, named_before_loading
+from sleb_cli.ui.plugins import show_loading, show_plugins
 
 
 def plugins(json: JsonOption = False) -> None:
     """List the installed families, metrics, export formats and engines, and what failed to load."""
+    show_loading(named_before_loading())
     show_plugins(load_plugins(), as_json=json)

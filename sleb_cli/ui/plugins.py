@@ -5,9 +5,15 @@ from typing import Any
 from rich.markup import escape
 
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.ui.console import print_json, print_warning, stdout
+from sleb_cli.ui.console import print_json, print_note, print_warning, stdout
 from sleb_cli.ui.tables import FittingTable
 from sleb_plugins import FamilyAdapter
+
+
+def show_loading(others: str) -> None:
+    """Say whose code runs next, if any."""
+    if others:
+        print_note(others)
 
 
 def show_plugins(registry: Registry, *, as_json: bool) -> None:

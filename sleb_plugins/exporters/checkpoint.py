@@ -84,7 +84,7 @@ def _require_known_to_vllm(folder: Path) -> None:
     import transformers
     from vllm import ModelRegistry
 
-    names = transformers.AutoConfig.from_pretrained(folder).architectures
+    names = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures
     if not set(names) & set(ModelRegistry.get_supported_archs()):
         raise UnsupportedModelError(
             f"The installed vLLM does not support {names[0]}.", hint="Upgrade vLLM, or export with --to hf."

@@ -1,128 +1,18 @@
 """`sleb apply --push`, against a hub of a few routes on this machine."""
 
-import base64
 import hashlib
 import json
 import os
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 from safetensors.torch import load_file
 
 from conftest import calibration, llama_config, save_model
+from hub import JANE, Handler, Hub
 from sleb_cli.plan import read_plan
-
-JANE = {
-    "type": "user",
-    "name": "jane",
-    "orgs": [{"name": "acme", "roleInOrg": "write"}, {"name": "far", "roleInOrg": "read"}],
-    "auth": {"type": "access_token", "accessToken": {"role": "write", "displayName": "t"}},
-}
-
-
-class Hub(ThreadingHTTPServer):
-    """What was asked of it, and what it holds."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.user, self.created, self.files, self.objects = JANE, [], {}, {}
-        self.repos, self.asked, self.refuses, self.commits = {"acme/old": "private"}, [], {}, 0
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *arguments):
-        pass
-
-    def reply(self, data, status=200, **headers):
-        body = json.dumps(data).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def answer(self):
-        hub, path = self.server, self.path.partition("?")[0]
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        hub.asked.append(f"{self.command} {path}")
-        routes = {
-            "/api/whoami-v2": self.whoami, "/api/repos/create": self.create, "/preupload/": self.modes,
-            "/info/lfs/objects/batch": self.batch, "/store/": self.store, "/commit/": self.commit, "/tree/": self.tree,
-            "/api/validate-yaml": self.validate,
-            "": self.repo,
-        }  # fmt: skip
-        refused = [status for part, status in hub.refuses.items() if part in path]
-        if refused:
-            self.reply({"error": "not today"}, refused[0])
-        else:
-            next(route for part, route in routes.items() if part in path)(hub, path, body)
-
-    def whoami(self, hub, path, body):
-        known = self.headers.get("Authorization") == "Bearer good"
-        self.reply(hub.user) if known else self.reply({"error": "Invalid token"}, 401)
-
-    def create(self, hub, path, body):
-        asked = json.loads(body)
-        hub.created.append(asked)
-        visibility = asked.get("visibility") or {True: "private", False: "public"}[asked["private"]]
-        hub.repos.setdefault(f"{asked['organization']}/{asked['name']}", visibility)
-        self.reply({"url": f"{hub.address}/{asked['organization']}/{asked['name']}"})
-
-    def modes(self, hub, path, body):
-        paths = [file["path"] for file in json.loads(body)["files"]]
-        large = {True: "lfs", False: "regular"}
-        modes = [(path, large[path.endswith(".safetensors")]) for path in paths]
-        self.reply({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes]})
-
-    def batch(self, hub, path, body):
-        objects = [
-            thing | {"actions": {"upload": {"href": f"{hub.address}/store/{thing['oid']}"}}}
-            for thing in json.loads(body)["objects"]
-        ]
-        self.reply({"transfer": "basic", "objects": objects})
-
-    def store(self, hub, path, body):
-        hub.objects[path.removeprefix("/store/")] = body
-        self.reply({})
-
-    def validate(self, hub, path, body):
-        self.reply({"errors": [], "warnings": []})
-
-    def tree(self, hub, path, body):
-        files = [(name, len(content)) for name, content in hub.files.items()]
-        self.reply([{"type": "file", "path": name, "oid": "c" * 40, "size": size} for name, size in files])
-
-    def commit(self, hub, path, body):
-        hub.commits += 1
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                hub.files[value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                hub.files[value["path"]] = hub.objects[value["oid"]]
-            elif line["key"] == "deletedFile":
-                del hub.files[value["path"]]
-        url = f"{hub.address}/acme/small/commit/{'a' * 40}"
-        self.reply({"success": True, "commitOid": "a" * 40, "commitUrl": url})
-
-    def repo(self, hub, path, body):
-        name = path.removeprefix("/api/models/").partition("/revision/")[0]
-        if name in hub.repos:
-            self.reply({"id": name, "sha": "b" * 40, "siblings": [], "private": hub.repos[name] == "private"})
-        else:
-            self.reply({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
-
-
-for method in ("GET", "POST", "PUT", "HEAD"):
-    setattr(Handler, f"do_{method}", Handler.answer)
 
 
 @pytest.fixture
@@ -313,3 +203,69 @@ def test_a_failed_upload_loses_nothing(run_sleb, tiny_llama, tmp_path, hub, step
     assert "`hf upload acme/small out --private`" in result.stderr
     assert load_file(tmp_path / "out" / "model.safetensors")
     assert hub.files == {}
+
+
+def test_only_what_was_written_goes_to_the_hub(run_sleb, tmp_path, hub):
+    folder = save_model(tmp_path / "model", llama_config(4))
+    (folder / "notes").mkdir()
+    for name in (".env", "notes/.env", "notes/why.txt"):
+        (folder / name).write_text("mine")
+
+    def add():
+        (tmp_path / "out" / ".netrc").write_text("password")
+        (tmp_path / "out" / "later.txt").write_text("password")
+        (tmp_path / "out" / "link.txt").symlink_to(text)
+
+    text = tmp_path / "secret"
+    text.write_text("password")
+    hub.meanwhile = add
+    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--push", "acme/small")
+    assert result.exit_code == 0, result.stderr
+    written = {"README.md", "config.json", "generation_config.json", "model.safetensors", "notes/why.txt"}
+    assert set(hub.files) == written | {"tokenizer.json", "tokenizer_config.json"}
+    assert b"password" not in b"".join(hub.files.values())
+
+
+@pytest.mark.parametrize("what", ["changed", "link", "gone"])
+def test_what_is_no_longer_what_was_proven_stays_here(run_sleb, tiny_llama, tmp_path, hub, what):
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+
+    def change():
+        config = tmp_path / "out" / "config.json"
+        config.write_text("{}") if what == "changed" else config.unlink()
+        if what == "link":
+            config.symlink_to(secret)
+
+    hub.meanwhile = change
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small")
+    assert result.exit_code == 8
+    assert "config.json changed after it was written, so nothing was uploaded" in result.stderr
+    assert hub.files == {}
+
+
+TOKEN = "hf_" + "Canary" * 5
+
+
+@pytest.mark.parametrize("refused", ["", "/commit/", "repos/create", "/store/", "whoami"])
+def test_a_token_appears_nowhere(run_sleb, tiny_llama, text_file, tmp_path, hub, monkeypatch, refused):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.token = TOKEN
+    assert run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file)).exit_code == 0
+    if refused:
+        hub.refuses[refused] = 403
+        # Errors of the client name the address.
+        monkeypatch.setenv("HF_ENDPOINT", hub.address.replace("://", f"://jane:{TOKEN}@"))
+    results = [
+        run_sleb("apply", "-o", "out", "--push", "acme/small"),
+        run_sleb("eval", "--perplexity", text_file, "--sequence-length", 32, "--max-windows", 2, "-o", "eval.json"),
+        run_sleb("export", "--to", "summary", "-o", "summary.md"),
+    ]
+    assert [result.exit_code for result in results] == [8 if refused else 0, 0, 0], results[0].stderr
+    files = [
+        path for place in (tmp_path, Path(os.environ["SLEB_CACHE"])) for path in place.rglob("*") if path.is_file()
+    ]
+    assert len(files) > 10 or refused
+    shown = [(result.stdout + result.stderr).encode() for result in results]
+    held = [path.read_bytes() for path in files]
+    assert [text for text in (*shown, *held, *hub.files.values()) if b"Canary" in text] == []

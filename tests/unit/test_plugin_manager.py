@@ -106,7 +106,8 @@ def test_sleb_names_the_broken_ones(run_sleb, plugins, monkeypatch, tiny_llama):
     assert len(data["collisions"]) == 1
     result = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "self")
     assert result.exit_code == 6
-    assert result.stderr.count("bad_cli") == 1
+    assert result.stderr.count("(bad_cli) failed to load") == 1
+    assert result.stderr.startswith("Loading plugins of other packages: unknown package ? (bad_cli)")
     assert "twin_cli" in result.stderr
     quiet = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "self", "-q")
     assert quiet.stderr.startswith("warning: The plugin ")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,11 +89,28 @@ def require_pushable(request: PushRequest, *, force: bool) -> None:
     _require_visibility(is_private, request)
 
 
-def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> str:
-    """Upload a checkpoint in one commit, which also deletes the weights of another model, and return its URL.
+FileState = tuple[int, int, int]
+"""The inode, size and time of change of a file, which renaming its folder leaves as they are."""
+
+
+def files_of(folder: Path) -> dict[str, FileState]:
+    """Return the files of a finished checkpoint, by their paths in it, as they are now."""
+    return {path.relative_to(folder).as_posix(): _state(path) for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _state(path: Path) -> FileState:
+    found = path.lstat()
+    return found.st_ino if stat.S_ISREG(found.st_mode) else -1, found.st_size, found.st_mtime_ns
+
+
+def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, notify: Notify, *, force: bool) -> str:
+    """Upload these files of a checkpoint, and nothing that came into its folder later, in one commit; return its URL.
+
+    The commit also deletes the weights of another model.
 
     Raises:
-        OutputError: the upload failed; the message says that the folder is complete, and the hint how to upload it.
+        OutputError: the upload failed, or a file is no longer what was written; the message says that the folder is
+            complete, and the hint how to upload it.
     """
     disable_progress_bars()
     api = _api()
@@ -100,13 +119,13 @@ def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> 
             url = api.create_repo(request.repo, private=request.private, exist_ok=force)
             # It may have been created since the first check, and its visibility changed.
             _require_visibility(_is_private(api, request.repo), request, f"{folder} is complete, but ")
-            files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            _require_unchanged(folder, files)
             stale = [name for name in api.list_repo_files(request.repo) if name not in files and _holds_a_model(name)]
             api.create_commit(
                 request.repo,
                 [
                     *(CommitOperationDelete(name) for name in stale),
-                    *(CommitOperationAdd(name, path) for name, path in files.items()),
+                    *(CommitOperationAdd(name, folder / name) for name in files),
                 ],
                 commit_message="Pruned with sleb",
             )
@@ -119,6 +138,24 @@ def push(folder: Path, request: PushRequest, notify: Notify, *, force: bool) -> 
     if stale:
         notify(Notice(f"Deleted from {request.repo}, as they belong to another model: {', '.join(sorted(stale))}."))
     return str(url)
+
+
+def _require_unchanged(folder: Path, files: Mapping[str, FileState]) -> None:
+    """Make sure that what goes to the Hub is what was proven.
+
+    Raises:
+        OutputError: a file is missing, has changed, or has become a link.
+    """
+    for name, state in files.items():
+        try:
+            unchanged = _state(folder / name) == state
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise OutputError(
+                f"{folder / name} changed after it was written, so nothing was uploaded.",
+                hint="Apply the plan again when no program writes there.",
+            )
 
 
 def _holds_a_model(name: str) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import DEMO, locate_model
+from sleb_cli.engine.model.architecture import Architecture, read_architecture, untrusted_code
+from sleb_cli.engine.model.source import DEMO, ModelSource, locate_model
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notify
@@ -84,8 +84,8 @@ def resolve_subject(
         removals = first_removals(request.blocks, request.most_removals, "--blocks")
     elif needs_removals or (request.most_removals is not None and not config_only):
         raise UsageError(f"No blocks given for {named}.", hint="Name a plan, or use --blocks 5,4,9.")
-    architecture = _architecture(named, request.revision, request, registry, notify, config_only=config_only)
-    return Subject(plan_surgery(architecture, removals), None)
+    source = _locate(named, request.revision, request, notify, config_only=config_only)
+    return Subject(plan_surgery(read_architecture(source, registry, notify), removals), None)
 
 
 def is_plan(named: str) -> bool:
@@ -116,7 +116,10 @@ def _from_plan(
         _require_located(path, plan.model)
     revision = request.revision or (plan.model.revision if request.model is None else None)
     model = request.model or plan.model.id
-    architecture = _architecture(model, revision, request, registry, notify, config_only=config_only)
+    source = _locate(model, revision, request, notify, config_only=config_only)
+    if not request.any_model:
+        require_same_code(path, plan, source)  # before any of it runs
+    architecture = read_architecture(source, registry, notify)
     if not request.any_model:
         require_same_model(path, plan, architecture)
     return Subject(plan_surgery(architecture, plan.removals), plan, path)
@@ -134,19 +137,12 @@ def _require_located(path: Path, model: ModelRecord) -> None:
         )
 
 
-def _architecture(
-    model: str,
-    revision: str | None,
-    request: SubjectRequest,
-    registry: Registry,
-    notify: Notify,
-    *,
-    config_only: bool,
-) -> Architecture:
-    source = locate_model(
+def _locate(
+    model: str, revision: str | None, request: SubjectRequest, notify: Notify, *, config_only: bool
+) -> ModelSource:
+    return locate_model(
         model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only
     )
-    return read_architecture(source, registry, notify)
 
 
 def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
@@ -168,6 +164,30 @@ def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> 
 def first_of_plan(plan: Plan, count: int | None, path: Path) -> Plan:
     """Return the plan for `count` removals; all of it by default. Raises like `first_removals`."""
     return plan.first(len(first_removals(plan.removals, count, str(path))))
+
+
+def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
+    """Check that a model's own Python code is that of the plan, since a plan grants trust to nothing else.
+
+    Raises:
+        ModelError: the plan needs such code, and the user does not trust it in this command.
+        PlanError: it is other code, or the plan was made without any.
+    """
+    planned, found = plan.model.code, source.code
+    if planned == found:
+        return
+    if not source.trust_remote_code:
+        raise untrusted_code(source)
+    if planned is None:
+        raise PlanError(
+            f"{path} was made without the Python code that comes with {source.id}.",
+            hint="Leave out --trust-remote-code, or search again with it.",
+        )
+    raise PlanError(
+        f"{path} was made with other Python code than {source.id} has now "
+        f"(SHA-256 {found[:12] if found else 'of nothing'}, not {planned[:12]}).",
+        hint="Compare the two, and take the old code; to use the new code, search again.",
+    )
 
 
 def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> None:
