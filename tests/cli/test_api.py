@@ -77,7 +77,7 @@ def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
     said = capsys.readouterr().out
     plan = read_plan(tmp_path / "out" / "plan.json")
     assert f"without block {plan.removals[0]:2}: perplexity" in said
-    assert f"{6 - len(plan.removals)} blocks, checked: complete, loads, same logits" in said
+    assert f"{6 - len(plan.removals)} blocks, checked: complete, same bytes, loads, same logits" in said
     assert "merge_method: passthrough" in said
     assert json.loads((tmp_path / "out" / "pruned" / "config.json").read_text())["num_hidden_layers"] == 4
 

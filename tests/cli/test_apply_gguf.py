@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import psutil
 import pytest
@@ -12,7 +10,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, few_bytes
+from conftest import calibration
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 
 
@@ -244,7 +242,7 @@ def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path
 
     monkeypatch.setattr(apply_gguf, "convert_gguf", convert_badly)
     result = run_sleb("apply", "--blocks", "1", "--source", source)
-    assert (result.exit_code, "logits differ" in result.stderr) == (9, True), result.stderr
+    assert (result.exit_code, "bytes of model.layers.0.mlp.up_proj" in result.stderr) == (9, True), result.stderr
     assert not list(tmp_path.glob("*blocks*"))
 
 
@@ -257,14 +255,3 @@ def test_no_room_is_said_before_anything_is_written(run_sleb, tmp_path, monkeypa
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Full)
     result = run_sleb("apply", "--blocks", "1", "--source", source)
     assert (result.exit_code, "has only 1 kB free" in result.stderr) == (8, True), result.stderr
-
-
-def test_a_disk_that_is_full_midway_leaves_nothing(source, tmp_path):
-    place = tmp_path / "run"
-    place.mkdir()
-
-    command = [sys.executable, "-B", "-m", "sleb_cli", "apply", "--blocks", "1", "--source", str(source)]
-    process = subprocess.run(command, cwd=place, preexec_fn=few_bytes, capture_output=True, text=True, check=False)
-    assert process.returncode == 8, process.stderr
-    assert "the file would be larger than this system allows" in process.stderr
-    assert os.listdir(place) == []

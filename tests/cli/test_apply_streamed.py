@@ -11,7 +11,7 @@ from sleb_cli.engine.forward import streaming
 from sleb_cli.engine.output import proof
 from sleb_cli.engine.recovery import closed_form, run
 
-COMPLETE = ["complete", "loads", "same logits", "generates", "saves again"]
+COMPLETE = ["complete", "same bytes", "loads", "same logits", "generates", "saves again"]
 
 
 def written(folder):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -29,6 +29,9 @@ from sleb_cli.engine.files.weights import (
     load_pickle,
 )
 from sleb_cli.events import Notice, Notify, task
+
+INDEX = f"{SAFETENSORS}.index.json"
+"""The file that says which weight file holds which tensor, if there are several."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
         OutputError: it does not.
         ModelError: a source file cannot be read.
     """
-    named = dict(zip(shard_names(len(shards)), shards, strict=True))
+    named = named_shards(shards)
     total = sum(shard.size for shard in shards)
     with task(notify, "Writing weights", total, "B") as advance:
         shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in named.items() if shard.same_as}
@@ -161,9 +164,7 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
         for name, shard in to_write.items():
             _write_shard(folder / name, shard, advance)
         if len(shards) > 1:
-            weight_map = {tensor.name: name for name, shard in named.items() for tensor in shard.tensors}
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / f"{SAFETENSORS}.index.json").write_text(to_json(index), encoding="utf-8")
+            (folder / INDEX).write_text(index_of(named), encoding="utf-8")
     links = list(shared.values()).count("hard link")
     if links:
         notify(
@@ -173,6 +174,18 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
             )
         )
     return total
+
+
+def named_shards(shards: Sequence[Shard]) -> dict[str, Shard]:
+    """Return the shards by the names of their files."""
+    return dict(zip(shard_names(len(shards)), shards, strict=True))
+
+
+def index_of(named: Mapping[str, Shard]) -> str:
+    """Return the text of the index of several weight files."""
+    weight_map = {tensor.name: name for name, shard in named.items() for tensor in shard.tensors}
+    total = sum(shard.size for shard in named.values())
+    return to_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def shard_names(count: int) -> list[str]:

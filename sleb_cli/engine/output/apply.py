@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from sleb_cli.atomic import new_folder, to_json, write_text
+from sleb_cli.atomic import new_folder, remove_leftovers_of, to_json
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
-from sleb_cli.engine.files.shards import NewTensor, Shard, new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.shards import NewTensor, Shard, named_shards, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.forward.placement import resolve_device_map
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.output.proof import Reference, choose_proof_settings, prove
-from sleb_cli.engine.output.push import PushRequest, push, require_pushable
+from sleb_cli.engine.output.proof import Planned, PlannedFiles, Reference, choose_proof_settings, prove
+from sleb_cli.engine.output.push import PushRequest, files_of, push, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.heal_state import HealState
 from sleb_cli.engine.recovery.run import Recovered, recover
@@ -87,22 +87,29 @@ def apply_removals(
     cast = _cast(request.dtype, subject)
     device_map = resolve_device_map(request, subject.architecture)
     proof_settings = choose_proof_settings(subject.architecture, cast, device_map, request.stream)
-    folder, push_to, state = _resolve_outputs(subject, request)
-    recovered = _recover(subject, request, cast, state, group or ProcessGroup(), notify)
-    record = recovered.record if recovered else None
-    checkpoint = _plan_checkpoint(surgery, cast, recovered, shard_bytes)
-    with new_folder(folder, replace=request.force) as aside:
+    outputs = _resolve_outputs(subject, request)
+    folder, state = outputs.folder, outputs.state
+    group = group or ProcessGroup()
+    if not group.is_main:
+        _recover(subject, request, cast, state, group, notify)
+        raise WorkerFinished
+    # The place is claimed before hours of recovery, so that nobody else writes there, nor heals in the same state.
+    with new_folder(folder, replace=outputs.replace) as aside, subject.architecture.source.watch.unchanged():
+        recovered = _recover(subject, request, cast, state, group, notify)
+        record = recovered.record if recovered else None
+        checkpoint = _plan_checkpoint(surgery, cast, recovered, shard_bytes)
         weights_bytes = checkpoint.write(aside, notify)
         reference = Reference(surgery, recovered.parameters if recovered else None)
-        proof = None if request.no_verify else prove(reference, aside, checkpoint.tensors, proof_settings, notify)
+        proof = None if request.no_verify else prove(reference, aside, checkpoint.planned, proof_settings, notify)
         if subject.plan:
             plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
-            plan.published().write(aside / CHECKPOINT_PLAN)
+            (aside / CHECKPOINT_PLAN).write_text(to_json(plan.published().to_data()), encoding="utf-8")
             if record is None:
                 _keep_results(subject, aside, notify)
         (aside / CARD).write_text(model_card(subject, aside, record, proof), encoding="utf-8")
         if check:
             check(aside)
+        written = files_of(aside)
     if request.heal:
         state.delete()
     if left_out := checkpoint.other_files.left_out:
@@ -122,7 +129,7 @@ def apply_removals(
         weights_bytes=weights_bytes,
         recovery=record,
         proof=proof,
-        pushed=push(folder, push_to, notify, force=request.force) if push_to else None,
+        pushed=push(folder, written, outputs.push_to, notify, force=request.force) if outputs.push_to else None,
     )
 
 
@@ -137,21 +144,33 @@ def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
         if data is not None:
             # Files of lm-eval are not copied.
             without_files = data | ({"lm_eval": []} if "lm_eval" in data else {})
-            write_text(beside_plan(folder / CHECKPOINT_PLAN, kind), to_json(without_files))
+            beside_plan(folder / CHECKPOINT_PLAN, kind).write_text(to_json(without_files), encoding="utf-8")
 
 
-def _resolve_outputs(subject: Subject, request: ApplyRequest) -> tuple[Path, PushRequest | None, HealState]:
+@dataclass(frozen=True)
+class _Outputs:
+    """Where the checkpoint, its upload and an unfinished healing go, and if the checkpoint may replace another one."""
+
+    folder: Path
+    replace: bool
+    push_to: PushRequest | None
+    state: HealState
+
+
+def _resolve_outputs(subject: Subject, request: ApplyRequest) -> _Outputs:
     """Return where the checkpoint, its upload and an unfinished healing go, after checking that all of them can."""
     source = subject.architecture.source
     folder = request.output or Path(checkpoint_name(source.name, len(subject.surgery.kept.blocks)))
-    require_new_folder(folder, source, force=request.force)
+    state = HealState(folder)
+    # An unfinished healing was allowed to write the folder, and may have been killed just after it did.
+    replace = request.force or (request.resume and state.exists)
+    require_new_folder(folder, source, force=replace)
     push_to = PushRequest(request.push, private=not request.public) if request.push is not None else None
     if push_to:
         require_pushable(push_to, force=request.force)
-    state = HealState(folder)
     if request.heal:
         state.require(resume=request.resume, force=request.force)
-    return folder, push_to, state
+    return _Outputs(folder, replace, push_to, state)
 
 
 def _recover(
@@ -162,11 +181,8 @@ def _recover(
     group: ProcessGroup,
     notify: Notify,
 ) -> Recovered | None:
-    """Recover if requested; of several processes, only the main one returns."""
-    recovered = recover(subject, request, cast, state, group, notify) if request.recover or request.heal else None
-    if not group.is_main:
-        raise WorkerFinished
-    return recovered
+    """Recover if requested, together with the other processes."""
+    return recover(subject, request, cast, state, group, notify) if request.recover or request.heal else None
 
 
 def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> None:
@@ -175,6 +191,7 @@ def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> Non
     Raises:
         OutputError: the folder exists (without `force`), is not a checkpoint, or holds the dense model.
     """
+    remove_leftovers_of(folder)
     resolved = folder.resolve()
     if resolved == source.folder or resolved in source.folder.parents:
         raise OutputError(f"{folder} contains the source model.", hint="Choose another folder with -o.")
@@ -268,10 +285,15 @@ class _OtherFiles:
         """The total size of the files."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def by_name(self) -> dict[str, Path]:
+        """The files by their relative paths."""
+        return {file.relative_to(self.folder).as_posix(): file for file in self.files}
+
     def copy(self, folder: Path) -> None:
         """Copy the files to the same relative paths in `folder`."""
-        for file in self.files:
-            target = folder / file.relative_to(self.folder)
+        for name, file in self.by_name.items():
+            target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             copy_file(file, target)
 
@@ -288,10 +310,20 @@ class _Checkpoint:
     def write(self, folder: Path, notify: Notify) -> int:
         """Write weights, settings and other files; return the size of the weights in bytes."""
         weights_bytes = write_weights(folder, self.shards, self.other_files.bytes, notify)
-        for name, values in self.settings.items():
-            (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for name, text in self._texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
         self.other_files.copy(folder)
         return weights_bytes
+
+    @property
+    def planned(self) -> Planned:
+        """What the folder holds after that."""
+        return Planned(self.tensors, PlannedFiles(named_shards(self.shards), self._texts, self.other_files.by_name))
+
+    @property
+    def _texts(self) -> dict[str, str]:
+        """The contents of the files with settings."""
+        return {name: json.dumps(values, indent=2) + "\n" for name, values in self.settings.items()}
 
 
 def _plan_checkpoint(
@@ -316,6 +348,8 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
         inside = str(path.relative_to(folder))
         if leads_out(path, folder):
             outside.append(inside)
+        elif path.is_file() and _is_ours(path):
+            continue
         elif path.is_file() and not other_formats.is_weights(path.name) and inside not in in_other_formats:
             files.append(path)
         elif path.is_file() and inside not in weight_files:
@@ -323,6 +357,16 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
         elif path.is_dir() and path.parent == folder:
             left_out.append(f"{inside}/")
     return _OtherFiles(folder, tuple(files), tuple(left_out), tuple(outside))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a plan, a result or a journal, which name local folders and do not describe the checkpoint."""
+    if path.suffix not in (".json", ".journal") and ".journal.walk." not in path.name:
+        return False
+    if path.suffix != ".json":
+        return True
+    with path.open("rb") as file:
+        return b'"sleb_version"' in file.read(200)
 
 
 def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
@@ -336,4 +380,8 @@ def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
         if leads_out(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
             yield path
         elif not (path / "config.json").is_file():
-            yield from sorted(path.rglob("*"))
+            yield from (inner for inner in sorted(path.rglob("*")) if not _is_hidden(inner.relative_to(path)))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,16 @@ import torch
 
 from sleb_cli.atomic import new_file, require_new_file, require_space
 from sleb_cli.engine.device import free_bytes
+from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
-from sleb_cli.engine.output.proof import Reference, choose_proof_settings, prove
+from sleb_cli.engine.output.proof import Planned, Reference, choose_proof_settings, prove
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import first_of_plan, first_removals, is_plan, resolve_subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, translate_errors
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
@@ -31,7 +33,7 @@ from sleb_cli.results import GgufResult
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
-from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
+from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, pieces, read_gguf, write_gguf
 from sleb_plugins.gguf.llama_cpp import holds_model_type
 from sleb_plugins.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 
@@ -126,11 +128,14 @@ def prune_gguf(
     path = request.output or Path(f"{file.path.stem}-sleb-{blocks}-blocks.gguf")
     _require_place(path, pruned, force=request.force)
     logits_proof = _LogitsProof("--no-verify")
-    with new_file(path) as aside:
+    watch = Watch()
+    watch.add(file.path)
+    with new_file(path, replace=request.force) as aside, watch.unchanged():
+        if read_gguf(file.path) != file:
+            raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
         _write(pruned, aside, notify)
         if not request.no_verify:
-            _require_same_values(pruned, aside)
-            logits_proof = _prove_with_transformers(surgery, aside, registry, notify)
+            logits_proof = _prove(surgery, pruned, aside, registry, notify)
     return GgufResult(
         schema_version=1,
         sleb_version=__version__,
@@ -207,25 +212,66 @@ def _write(pruned: GgufFile, aside: Path, notify: Notify) -> None:
         write_gguf(pruned, aside, advance)
 
 
-def _require_same_values(pruned: GgufFile, aside: Path) -> None:
-    """Read the file with the gguf package, and compare every byte of every tensor with the source.
+def _prove(surgery: GgufSurgery, pruned: GgufFile, aside: Path, registry: Registry, notify: Notify) -> _LogitsProof:
+    """Prove the file.
+
+    Raises:
+        ProofError: it differs from what it should be.
+        OSError: the disk failed, which is no verdict about the file.
+    """
+    with no_verdict_by_the_disk(ProofError):
+        _require_as_planned(pruned, aside)
+        return _prove_with_transformers(surgery, aside, registry, notify)
+
+
+def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
+    """Read the file with the gguf package, and compare its metadata and every byte of every tensor with the source.
 
     Raises:
         ProofError: anything differs.
     """
     with translate_errors(lambda words: _failed(f"the gguf package cannot read it: {words}")):
         found = gguf.GGUFReader(aside).tensors
-    source = np.memmap(pruned.path, mode="r")
-    for tensor, expected in zip(found, pruned.tensors, strict=True):
-        values = source[expected.start : expected.start + expected.size]
-        if not _is_the_same(tensor, expected) or not np.array_equal(tensor.data.reshape(-1).view(np.uint8), values):
-            raise _failed(f"the tensor {tensor.name} differs from the expected {expected.name}")
-    if read_gguf(aside).entries != pruned.entries:
-        raise _failed("its metadata differ from the expected ones")
+    try:
+        written = read_gguf(aside)
+    except ModelError as error:
+        raise _failed(error.message.rstrip(".")) from error
+    if (what := _differing_entry(written, pruned)) is not None:
+        raise _failed(f"its metadata differ from the expected ones: {what}")
+    if len(found) != len(pruned.tensors):
+        raise _failed(f"it holds {len(found)} tensors, not {len(pruned.tensors)}")
+    with pruned.path.open("rb", buffering=0) as source:
+        for tensor, expected in zip(found, pruned.tensors, strict=True):
+            if not (_is_the_same(tensor, expected) and _holds(tensor, pieces(source, expected))):
+                raise _failed(f"the tensor {tensor.name} differs from the expected {expected.name}")
+    if (size := aside.stat().st_size) != gguf_size(pruned):
+        raise _failed(f"it has {size} bytes, not {gguf_size(pruned)}")
+
+
+def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
+    """Return what differs first in the metadata, or None."""
+    if (found.version, found.order) != (expected.version, expected.order):
+        return f"version {found.version}, not {expected.version}, or another byte order"
+    entries = {entry.key: entry for entry in found.entries}
+    for entry in expected.entries:
+        if (there := entries.pop(entry.key, None)) != entry:
+            return f"{entry.key} is {'missing' if there is None else 'another'}"
+    if entries:
+        return f"{next(iter(entries))} is unexpected"
+    return None if found.entries == expected.entries else "their order is another"
 
 
 def _is_the_same(found: gguf.ReaderTensor, expected: Tensor) -> bool:
     return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
+
+
+def _holds(found: gguf.ReaderTensor, expected: Iterable[bytes]) -> bool:
+    values, place = found.data.reshape(-1).view(np.uint8), 0
+    for piece in expected:
+        if values[place : place + len(piece)].tobytes() != piece:
+            return False
+        place += len(piece)
+    return place == len(values)
 
 
 def _prove_with_transformers(surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify) -> _LogitsProof:
@@ -237,6 +283,8 @@ def _prove_with_transformers(surgery: GgufSurgery, aside: Path, registry: Regist
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
         hf_surgery = plan_surgery(architecture, surgery.removals)
     except (ModelError, MachineError, UsageError) as error:
+        if disk_error(error):
+            raise
         return _LogitsProof(error.message.rstrip("."))
     if architecture.block_count != block_count(file):
         return _LogitsProof(f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}")
@@ -245,9 +293,9 @@ def _prove_with_transformers(surgery: GgufSurgery, aside: Path, registry: Regist
         convert_gguf(aside, folder, notify)
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
-    kept = kept_tensors(hf_surgery)
+    planned = Planned(kept_tensors(hf_surgery))
     settings = choose_proof_settings(architecture, None)
-    return _LogitsProof(None, prove(Reference(hf_surgery), folder, kept, settings, notify))
+    return _LogitsProof(None, prove(Reference(hf_surgery), folder, planned, settings, notify))
 
 
 def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
@@ -269,5 +317,6 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
 def _failed(what: str) -> ProofError:
     return ProofError(
         f"The pruned GGUF file failed its proof: {what}.",
-        hint="Nothing was written. Please report this model; --no-verify writes the file without proof.",
+        hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
+        "please report the model; --no-verify writes the file without a proof.",
     )

@@ -9,7 +9,14 @@ import yaml
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.output.card_metadata import front_matter, with_results
-from sleb_cli.engine.output.card_results import Measured, hub_results, measured_in, results_section
+from sleb_cli.engine.output.card_results import (
+    Measured,
+    hub_results,
+    in_code,
+    in_markdown,
+    measured_in,
+    results_section,
+)
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN, LossesRecord, Plan, RecoveryRecord, read_plan
@@ -69,11 +76,11 @@ def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, 
     name = checkpoint_name(source.name, len(surgery.kept.blocks))
     lines = [
         front_matter(source, name, hub_results(measured)),
-        f"# {source.name} without {len(surgery.removals)} of its {architecture.block_count} blocks",
+        f"# {in_markdown(source.name)} without {len(surgery.removals)} of its {architecture.block_count} blocks",
         "",
         # The card may be published, so it does not show the path of a local folder.
         "- Base model: "
-        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else f"`{source.name}`"),
+        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else in_code(source.name)),
         f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
         + ("no training" if recovery is None else "the others given new weights"),
@@ -93,7 +100,8 @@ def _search(subject: Subject) -> list[str]:
         return ["- The blocks were chosen by hand."]
     plan = subject.plan.published()
     return [
-        f"- Found by {plan.search.strategy} search: metric {plan.search.metric}, calibrated on {plan.calibration}, "
+        f"- Found by {plan.search.strategy} search: metric {in_markdown(plan.search.metric)}, calibrated on "
+        f"{in_markdown(str(plan.calibration))}, "
         f"{plan.search.dtype} (`sleb_plan.json` has every score)",
         "",
         "| removed | perplexity on the calibration text |",
@@ -138,9 +146,9 @@ def _recovery(recovery: RecoveryRecord | None) -> list[str]:
 
     return [
         "",
-        f"The remaining blocks were given new weights on {text.title} ({text.sequences} x {text.sequence_length} "
-        f"tokens), to bring the model closer to the base model. On {recovery.report_text.sequences} other sequences, "
-        f"which decided nothing, {recovery.summary}:",
+        f"The remaining blocks were given new weights on {in_markdown(text.title)} ({text.sequences} x "
+        f"{text.sequence_length} tokens), to bring the model closer to the base model. On "
+        f"{recovery.report_text.sequences} other sequences, which decided nothing, {recovery.summary}:",
         "",
         "| | perplexity | KL to the base model, nats per token |",
         "|---|---|---|",
@@ -161,13 +169,14 @@ def _proof(proof: Proof | None) -> list[str]:
         "recovered": "the recovered model in memory, before it was written",
     }[proof.reference]
     words: dict[Check, str] = {
-        "complete": "every tensor is complete in its file",
+        "complete": "every file is there and complete, and no other",
         "loads": "stock transformers finds every weight of the config in the files, and no other",
         "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}), its logits are {same} to those "
         f"of {reference}",
         "generates": "it generates with the KV cache",
         "saves again": "transformers saves it again, with the same weights",
-        "same bytes": "the bytes of every weight are those of the base model",
+        "same bytes": "the bytes of every weight are those of the base model"
+        + (" or, where it was recovered, of the new values" if proof.reference == "recovered" else ""),
     }
     partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
     checked = [f"- {words[check]}" for check in proof.checks]

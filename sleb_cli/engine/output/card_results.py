@@ -214,7 +214,7 @@ def results_section(measured: Measured) -> list[str]:
             ("text", "windows", "in", "base model", "this model", "ln ratio"),
             [
                 (
-                    _escaped(public_name(row.measured.text)), _windows(row.measured), row.setting,
+                    in_markdown(public_name(row.measured.text)), _windows(row.measured), row.setting,
                     format_perplexity(row.base.perplexity) if row.base else "",
                     format_perplexity(row.own.perplexity), _log_ratio(row.own),
                 )
@@ -226,7 +226,8 @@ def results_section(measured: Measured) -> list[str]:
             ("task", "metric", "items", "in", "base model", "this model", "difference"),
             [
                 (
-                    _escaped(row.measured.task), f"{_escaped(_metric(row.measured))}, {row.measured.num_fewshot}-shot",
+                    in_markdown(row.measured.task),
+                    f"{in_markdown(_metric(row.measured))}, {row.measured.num_fewshot}-shot",
                     str(len(row.measured.doc_ids) or ""), row.setting, f"{row.base.value:.4f}" if row.base else "",
                     f"{row.own.value:.4f}{_between(row.own.interval)}", _difference(row.own),
                 )
@@ -238,7 +239,7 @@ def results_section(measured: Measured) -> list[str]:
             ("workload", "in", "base model", "this model", "speedup"),
             [
                 (
-                    _escaped(str(row.measured.workload)), f"{row.setting}{_engine(row.measured)}",
+                    in_markdown(str(row.measured.workload)), f"{row.setting}{_engine(row.measured)}",
                     _rate(row.base) if row.base else "", _rate(row.own), _speedup(row.own),
                 )
                 for row in measured.workloads
@@ -260,8 +261,16 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) 
     return ["", caption, "", *("| " + " | ".join(line[number] for number in shown) + " |" for line in lines)]
 
 
-def _escaped(name: str) -> str:
-    return name.replace("|", "\\|").replace("`", "'")
+def in_code(name: str) -> str:
+    """Return a name as code in Markdown, on one line."""
+    one_line = " ".join(name.split()).replace("`", "'")
+    return f"`{one_line}`"
+
+
+def in_markdown(name: str) -> str:
+    """Return a name on one line, so that Markdown shows it as it is, in a table, too."""
+    one_line = " ".join(name.split()).replace("`", "'")
+    return re.sub(r"([\\*\[\]<>|])", r"\\\1", one_line)
 
 
 def _between(interval: Interval | None, digits: int = 3) -> str:

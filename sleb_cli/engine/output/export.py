@@ -159,7 +159,7 @@ class _EngineWriter:
     def write_file(self, content: bytes, output: Path | None, ending: str) -> Path:
         path = output or self._default(ending)
         require_new_file(path, force=self.request.force)
-        with new_file(path) as aside:
+        with new_file(path, replace=self.request.force) as aside:
             aside.write_bytes(content)
         self.files.append(path)
         return path
