@@ -7,6 +7,7 @@ instant.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -82,6 +83,23 @@ _QUALITY = "Texts and tasks"
 _WORKLOAD = "Workload"
 _TIMING = "Timing"
 _ESTIMATE = "Prediction without weights"
+
+
+def require_text(name: str) -> str:
+    """Return a name that plans and results, which are UTF-8, can hold.
+
+    Raises:
+        UsageError: the name of a file is not text in the encoding of this system.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        raise UsageError(
+            f"{name!a} is not {encoding}, which file names are here, so that no plan could hold it.",
+            hint="Rename it, or reach it by a link with another name. If it is text elsewhere, set LC_ALL=C.UTF-8.",
+        ) from error
+    return name
 
 
 @dataclass(frozen=True)
@@ -271,6 +289,10 @@ class SearchRequest(CalibrationRequest, TargetRequest):
             panel=_CALIBRATION,
         ),
     ] = None
+    skip_bad_sequences: Annotated[
+        bool,
+        Doc("Leave out sequences on which the dense model computes NaN or infinity.", panel=_CALIBRATION),
+    ] = False
     sample_tokens: Annotated[
         int | None,
         Doc(

@@ -44,6 +44,15 @@ _DTYPES = {
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
+def wider_range(dtype: torch.dtype) -> str:
+    """Return what may help where numbers in a data type are not finite, as a hint."""
+    if dtype == torch.float16:
+        return "float16 ends at 65,504: use --dtype bfloat16, which goes as far as float32, or --dtype float32."
+    if dtype == torch.bfloat16:
+        return "A more precise data type may help: --dtype float32."
+    return "The weights may be damaged: get the model again."
+
+
 def choose_device(name: str) -> torch.device:
     """Resolve `auto` to this machine's accelerator or else the CPU, or check that the named device is available.
 

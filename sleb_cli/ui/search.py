@@ -163,7 +163,8 @@ def race_summary(plan: Plan) -> str:
         dropped = step.race.dropped.values() if step.race else []
         done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
         whole += (len(step.scores) + len(dropped)) * sequences
-        behind = [score - step.score for block, score in step.scores.items() if block != step.block]
+        others = (score for block, score in step.scores.items() if block != step.block)
+        behind = [score - step.score for score in others if score is not None]
         leads.append((min([*behind, *(drop.behind for drop in dropped)], default=math.inf), number))
     lead, number = min(leads)
     return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"

@@ -92,7 +92,7 @@ def test_the_model_writes_its_own_calibration_text(run_sleb, tiny_opt, tiny_llam
         hashes = [plan["calibration"]["tokens_sha256"] for plan in plans]
         assert hashes[0] == hashes[1] != hashes[2]
         expected = {"source": "self", "seed": 0, "sequences": 3, "sequence_length": 16, "bos": bos, "chat": None}
-        assert plans[0]["calibration"] == expected | {"tokens_sha256": hashes[0]}
+        assert plans[0]["calibration"] == expected | {"tokens_sha256": hashes[0], "skipped": None}
 
 
 def test_a_jsonl_file_calibrates_like_the_text_in_it(run_sleb, tiny_llama, text_file, tmp_path):
@@ -311,7 +311,8 @@ def test_a_model_whose_own_loss_is_not_finite(run_sleb, text_file, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = search(run_sleb, folder, text_file, "--remove", 1)
     assert result.exit_code == 4
-    assert "is nan in float32" in result.stderr
+    assert "computes NaN or infinity in float32, before any removal: in block 1" in result.stderr
+    assert "--skip-bad-sequences" not in result.stderr  # all are bad
 
 
 def test_a_plan_that_cannot_be_saved_is_not_lost(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):

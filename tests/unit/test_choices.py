@@ -1,5 +1,6 @@
 """The greedy search on plain arithmetic."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -55,10 +56,14 @@ def test_blocks_protected_by_name_never_go():
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
-def test_a_score_that_is_not_finite_names_its_block(score):
-    with pytest.raises(ModelError, match="Without block 2"):
-        broken = lambda removed, candidates: Outcome({b: score if b == 2 else 1.0 for b in candidates})  # noqa: E731
-        list(greedy(Problem(broken, candidates(5), 1)))
+def test_a_score_that_is_not_finite_is_worse_than_any_that_is(score):
+    broken = lambda removed, candidates: Outcome({b: score if b == 1 else 1e300 for b in candidates})  # noqa: E731
+    (choice,) = greedy(Problem(broken, candidates(5), 1))
+    assert choice.block == 2
+    assert choice.outcome.scores == {1: math.inf, 2: 1e300, 3: 1e300}
+    only = lambda removed, candidates: Outcome({b: score for b in candidates})  # noqa: E731
+    with pytest.raises(ModelError, match="Without any one of the candidates, the model computes numbers that are not"):
+        list(greedy(Problem(only, candidates(5), 1)))
 
 
 def test_a_search_goes_on_from_removals_that_are_given():

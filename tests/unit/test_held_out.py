@@ -73,7 +73,8 @@ def test_a_comparison_pairs_each_sequence_with_itself_in_the_dense_model():
         (2, 4): ([1.2, 5.21, 2.2, 8.19], [3.8, 7.81]),
     }
     compared = HeldOut(lambda removed: losses[removed][0], lambda removed: losses[removed][1], steps=2)
-    dense, same, overfits = compared.dense(), compared.compare((2,), math.exp), compared.compare((2, 4), math.exp)
+    dense = compared.dense(math.exp)
+    same, overfits = (compared.compare(removed, math.exp) for removed in ((2,), (2, 4)))
     assert (dense.loss, dense.generalization_gap, dense.overfits) == (5.0, 0.0, False)
     assert (same.overfits, overfits.overfits) == (False, True)
     assert overfits.loss == pytest.approx(statistics.fmean([3.8, 7.81]))

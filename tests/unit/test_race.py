@@ -1,5 +1,6 @@
 """The racing rule on plain numbers."""
 
+import math
 import random
 import statistics
 
@@ -160,3 +161,16 @@ def test_a_contender_drops_out_beyond_the_limit_and_not_before(seen, looks, riva
         race = Race(10_000, scores, winners=winners)
         race.drop_beaten()
         assert list(race.dropped) == (list(range(winners, winners + rivals)) if drops else [])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_candidate_whose_scores_are_not_finite_never_wins_and_disturbs_no_other(bad):
+    matrix = draws({block: 0.02 * block for block in range(12)})
+    clean = run({block: scores for block, scores in matrix.items() if block != 3})
+    matrix[3] = [bad if number == 1 else -9.0 for number in range(len(matrix[3]))]
+    race = run(matrix)
+    assert race.ranking()[-1] == 3
+    assert race.dropped == clean.dropped
+    outcome = race.outcome(fast=True)
+    assert outcome.scores.pop(3) == math.inf
+    assert outcome == clean.outcome(fast=True)

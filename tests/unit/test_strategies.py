@@ -1,7 +1,9 @@
 """Strategies on plain arithmetic, against brute force."""
 
 import itertools
+import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -178,12 +180,39 @@ def test_sets_after_which_nothing_may_go_are_passed_over(strategy):
     assert 3 not in choices[-1].removals[:-1]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_score_that_is_not_finite_names_its_block(strategy):
-    broken = lambda removed, candidates: Outcome({b: float("nan") if b == 3 else b for b in candidates})  # noqa: E731
-    problem = Problem(broken, Costs(5, 0).candidates, 1)
-    with pytest.raises(ModelError, match="Without block 3"):
+def test_what_makes_a_score_not_finite_is_never_removed(strategy, bad):
+    """Whatever includes block 3 scores `bad`; the lowest finite scores win, as without it."""
+
+    def score(removed, candidates):
+        return Outcome({block: bad if 3 in {*removed, block} else 10.0 - block for block in candidates})
+
+    problem = Problem(score, Costs(7, 0).candidates, 2)
+    if strategy == "last":
+        problem = replace(problem, remove=3)
+        with pytest.raises(ModelError, match="Without block 3 \\(with 5, 4 already removed\\)"):
+            list(STRATEGIES[strategy].search(problem))
+        return
+    choices = list(STRATEGIES[strategy].search(problem))
+    assert set(choices[-1].removals) == {4, 5}
+    assert all(math.isfinite(choice.score) for choice in choices)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_candidate_is_chosen_if_none_scores_a_finite_number(strategy):
+    problem = Problem(
+        lambda removed, candidates: Outcome(dict.fromkeys(candidates, math.nan)), Costs(6, 0).candidates, 2
+    )
+    with pytest.raises(ModelError, match="numbers that are not finite"):
         list(STRATEGIES[strategy].search(problem))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ties_go_to_the_lowest_blocks(strategy):
+    problem = Problem(lambda removed, candidates: Outcome(dict.fromkeys(candidates, 1.0)), Costs(8, 0).candidates, 3)
+    removals = [choice.removals for choice in STRATEGIES[strategy].search(problem)][-1]
+    assert removals == ((6, 5, 4) if strategy == "last" else (1, 2, 3))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

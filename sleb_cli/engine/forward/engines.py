@@ -57,9 +57,16 @@ def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int], parts
 
 
 def same_numbers(left: Tensor, right: Tensor) -> bool:
-    """Whether two logits of the same dtype differ by no more than its rounding, relative to their size."""
+    """Whether two logits of the same dtype differ by no more than its rounding, relative to their size.
+
+    What is not finite in one must not be in the other; how it is not has no meaning.
+    """
     if left.shape != right.shape or torch.equal(left, right):
         return left.shape == right.shape
     tolerance = {torch.float32: 1e-4, torch.float64: 1e-8}.get(left.dtype, 3e-2)
+    finite = left.isfinite()
+    if not bool(finite.all()):
+        same = torch.equal(finite, right.isfinite())
+        return same and (not bool(finite.any()) or same_numbers(left[finite], right[finite]))
     scale = float(left.abs().max().float())
     return bool((left.float() - right.float()).abs().max() <= tolerance * scale)

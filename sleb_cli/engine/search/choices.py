@@ -12,7 +12,7 @@ from sleb_plugins import ModelError
 
 @dataclass(frozen=True)
 class Outcome:
-    """The score of each candidate of a step; if they raced, of each survivor."""
+    """The score of each candidate of a step; if they raced, of each survivor. The worst is infinite."""
 
     scores: Mapping[int, float]
     race: RaceRecord | None = None
@@ -73,15 +73,23 @@ def best_of(outcome: Outcome) -> int:
     return min(outcome.scores, key=lambda block: (outcome.scores[block], block))
 
 
-def require_finite(score: float, removed: Sequence[int], block: int) -> None:
-    """Check that a score can be compared with others.
+def comparable(score: float) -> float:
+    """Return a score that can be compared: what is not a finite number is worse than any that is."""
+    return score if math.isfinite(score) else math.inf
+
+
+def require_choice(outcome: Outcome, removed: Sequence[int]) -> Outcome:
+    """Return the outcome with comparable scores, if a candidate can be chosen from them.
 
     Raises:
-        ModelError: it is not finite; the message names the block.
+        ModelError: no score is finite; the message names the blocks.
     """
-    if not math.isfinite(score):
+    scores = {block: comparable(score) for block, score in outcome.scores.items()}
+    if scores and min(scores.values()) == math.inf:
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
+        blocks = f"block {', '.join(map(str, sorted(scores)))}" if len(scores) == 1 else "any one of the candidates"
         raise ModelError(
-            f"Without block {block}{without}, the score is {score}.",
-            hint="A wider data type may help: --dtype float32. No plan was written.",
+            f"Without {blocks}{without}, the model computes numbers that are not finite.",
+            hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was written.",
         )
+    return Outcome(scores, outcome.race)

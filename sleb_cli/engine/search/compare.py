@@ -146,10 +146,10 @@ def _record(entry: Entry, plan: Plan, seconds: float) -> ComparedRecord:
     )
 
 
-def delete_journals(result: CompareResult, output: Path) -> None:
+def delete_journals(result: CompareResult, output: Path, notify: Notify) -> None:
     """Delete the journals of all compared searches."""
     for compared in result.compared:
-        Journal(journal_of(Entry(compared.metric, strategy_name(compared.strategy)).plan_path(output))).delete()
+        Journal(journal_of(Entry(compared.metric, strategy_name(compared.strategy)).plan_path(output))).delete(notify)
 
 
 class _NoticeOnce:

@@ -53,10 +53,10 @@ class HeldOut:
     held_out: Losses
     steps: int
 
-    def dense(self) -> HeldOutRecord:
+    def dense(self, perplexity: Callable[[float], float]) -> HeldOutRecord:
         """Measure the dense model."""
         loss = statistics.fmean(self.held_out(()))
-        return HeldOutRecord(loss=loss, perplexity=math.exp(loss))
+        return HeldOutRecord(loss=loss, perplexity=perplexity(loss))
 
     def compare(self, removed: Sequence[int], perplexity: Callable[[float], float]) -> HeldOutRecord:
         """Measure the model without the removed blocks, and whether the search overfits."""

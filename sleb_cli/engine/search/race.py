@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.special import stdtrit
 
-from sleb_cli.engine.search.choices import Outcome
+from sleb_cli.engine.search.choices import Outcome, comparable
 from sleb_cli.plan import DropRecord, RaceRecord
 
 ERROR = 0.05
@@ -65,7 +65,7 @@ class Race:
 
     def add(self, block: int, scores: Sequence[float]) -> None:
         """Add a contender's scores on the next sequences."""
-        self.scores[block] += scores
+        self.scores[block] += map(comparable, scores)
 
     def ranking(self) -> list[int]:
         """Return the contenders, best first."""
@@ -77,7 +77,9 @@ class Race:
 
     def drop_beaten(self) -> None:
         """Drop each contender behind as many others as there are winners, by more than chance explains."""
-        blocks = self.contenders
+        blocks = [block for block in self.contenders if self.mean(block) < math.inf]  # differences must be numbers
+        if not blocks:
+            return
         seen, rivals = len(self.scores[blocks[0]]), len(blocks) - self.winners
         looks = look_schedule(self.sequences)
         due = [look for look in looks if self._looked < look <= seen]
@@ -107,7 +109,7 @@ class Race:
         if not fast:
             return Outcome(scores)
         best, *others = self.ranking()
-        margin = scores[others[0]] - scores[best] if others else None
+        margin = scores[others[0]] - scores[best] if others and scores[others[0]] < math.inf else None
         return Outcome(scores, RaceRecord(margin=margin, dropped=self.dropped))
 
 

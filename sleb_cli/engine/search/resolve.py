@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -20,7 +22,7 @@ from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, 
 from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, chosen_target, longest_run, option_of
 from sleb_cli.engine.surgery.fewer_bits import require_fewer_bits
 from sleb_cli.engine.surgery.loading import quiet_libraries
-from sleb_cli.engine.surgery.subject import require_same_model
+from sleb_cli.engine.surgery.subject import require_same_code, require_same_model
 from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
     CalibrationSettings,
@@ -48,6 +50,7 @@ from sleb_plugins import (
     MachineError,
     Metric,
     ModelMetric,
+    PlanError,
     UnsupportedModelError,
     UsageError,
     WeightMetric,
@@ -163,6 +166,8 @@ def _read_architecture(
         UnsupportedModelError: the model has too few blocks.
     """
     source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    if extended is not None and request.extend is not None:
+        require_same_code(request.extend, extended, source)
     architecture = read_architecture(source, registry, notify)
     if extended is not None and request.extend is not None:
         require_same_model(request.extend, extended, architecture)
@@ -200,9 +205,11 @@ def _require_place(request: SearchRequest) -> None:
     Raises:
         OutputError: a plan or an unfinished search exists, or the path is not writable.
     """
-    replaces = request.plan_file == request.extend
+    journal = journal_of(request.plan_file)
+    # An unfinished search was allowed to write the plan, and may have been killed just after it did.
+    replaces = request.plan_file == request.extend or (request.resume and journal.exists())
     require_new_file(request.plan_file, force=request.force or replaces)
-    Journal(journal_of(request.plan_file)).require(resume=request.resume, force=request.force)
+    Journal(journal).require(resume=request.resume, force=request.force)
 
 
 def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> ResolvedSearch:
@@ -361,12 +368,29 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     if extended is None:
         return _fill(request, defaults | {"seed": 0})
     search, text = extended.search, extended.calibration
+    if request.metric is None:
+        _require_no_task_file(search.metric)
     planned = {name: getattr(search, name) for name in (*defaults, "batch_size", "fast", "protect", "load_in")}
     planned |= {"calibration": text.source, "chat": text.chat, "seed": text.seed}
     planned |= {"sequence_length": text.sequence_length}
     if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
-        planned["samples"] = text.sequences
+        planned["samples"] = text.drawn
+    if text.skipped:
+        request = replace(request, skip_bad_sequences=True)
     return _fill(request, planned)
+
+
+def _require_no_task_file(metric: str) -> None:
+    """Make sure that a plan names no task file to be loaded, since such a file can name Python code, which would run.
+
+    Raises:
+        PlanError: it does.
+    """
+    if re.search(r"\.ya?ml(?=[:+]|$)", metric):
+        raise PlanError(
+            f"The plan's metric is {metric}, and a task file may run code.",
+            hint=f"If you trust that file, name it yourself: --metric {shlex.quote(metric)}.",
+        )
 
 
 def _fill(request: SearchRequest, values: Mapping[str, Any]) -> SearchRequest:

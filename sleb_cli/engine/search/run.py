@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
@@ -20,6 +20,7 @@ from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
+from sleb_cli.engine.search.bad_sequences import leave_out_bad, require_sound
 from sleb_cli.engine.search.choices import Choice
 from sleb_cli.engine.search.held_out import HeldOut, hold_out, overfitting_note
 from sleb_cli.engine.search.journal import Journal, journal_of, saved_walk_of
@@ -83,6 +84,8 @@ class SearchInputs:
             calibration = self.group.from_main(
                 lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify)
             )
+            if resolved.request.skip_bad_sequences:
+                calibration = leave_out_bad(resolved.request, calibration, model, self.group, notify)
             self._loaded = tokenizer, model, calibration
         return self._loaded
 
@@ -111,12 +114,14 @@ def run_search(resolved: ResolvedSearch, inputs: SearchInputs, registry: Registr
     started, request, group = time.monotonic(), resolved.request, inputs.group
     tokenizer, model, calibration = inputs.load(resolved, notify)
     _require_continuation(resolved, calibration)
-    journal = Journal(journal_of(request.plan_file) if group.is_main else None)
+    watch = resolved.architecture.source.watch
+    journal = Journal(journal_of(request.plan_file) if group.is_main else None, watch.require_unchanged)
     speedup_timer = SpeedupTimer(resolved.context, lambda: model().model, request, group)
     if resolved.target is None:
         resolved = with_target(resolved, speedup_timer.target(resolved.removable.candidates), notify)
     try:
-        dense, trace, search = _search(resolved, model(), tokenizer, calibration, journal, group, notify)
+        with watch.unchanged():
+            dense, trace, search = _search(resolved, model(), tokenizer, calibration, journal, group, notify)
         target = _target_record(resolved, dense, trace, speedup_timer)
         search = search.model_copy(update={"remove": len(trace.removals), "target": target})
     except BaseException:
@@ -153,6 +158,9 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     found |= {"dtype": dtype_name(resolved.context.dtype), "protect": resolved.context.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
     found["metrics"], expected["metrics"] = _across_versions(resolved.metrics), _across_versions(plan.search.metrics)
+    if not plan.search.metrics:
+        # Earlier versions recorded no metrics. The names of sleb's own have always been theirs alone.
+        found["metrics"] = {name: record for name, record in found["metrics"].items() if not _is_own(record)}
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -171,6 +179,11 @@ def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
         name: record.model_dump(exclude={"version", "code"} if record.package == "sleb" else None)
         for name, record in metrics.items()
     }
+
+
+def _is_own(record: Mapping[str, Any]) -> bool:
+    """Whether a metric is one of sleb's own, and depends on nothing that it would have named."""
+    return bool(record["package"] == "sleb" and not record["fingerprint"])
 
 
 def _search(
@@ -198,6 +211,9 @@ def _search(
             winners=resolved.beam_width,
             held_out=held_out,
             group=group,
+            require_sound=cache(
+                partial(require_sound, architecture.source.id, calibration, tokenizer, passes, journal, group)
+            ),
         )
         _, engine = scoring.scorer(metric)
         record = _search_record(resolved, scoring, engine, reason)
@@ -333,9 +349,10 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, n
         if not target.allows(loss - dense.loss):
             trace.next_increase = loss - dense.loss
             break
-        step = _step(choice, trace.removals, loss, resolved.architecture.kinds)
+        perplexity = partial(_perplexity, what=f"Without block {choice.block}", dtype=resolved.context.dtype)
+        step = _step(choice, trace.removals, perplexity(loss), resolved.architecture.kinds)
         if compared:
-            there = compared.compare(choice.removals, partial(_perplexity, block=choice.block))
+            there = compared.compare(choice.removals, perplexity)
             step = step.model_copy(update={"held_out": there})
         trace.steps.append(step)
         trace.removals = choice.removals
@@ -376,14 +393,14 @@ def _target_record(
     return target.record(trace.removals, serving)
 
 
-def _step(choice: Choice, before: tuple[int, ...], loss: float, kinds: Sequence[str]) -> Step:
+def _step(choice: Choice, before: tuple[int, ...], perplexity: float, kinds: Sequence[str]) -> Step:
     """Return the record of a choice, `before` being the blocks removed at the previous size."""
     return Step(
         block=choice.block,
         kind=kinds[choice.block],
         score=choice.score,
-        perplexity=_perplexity(loss, choice.block),
-        scores=dict(choice.outcome.scores),
+        perplexity=perplexity,
+        scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=tuple(SwapRecord(**vars(swap)) for swap in choice.swaps),
@@ -405,14 +422,14 @@ def _identity(resolved: ResolvedSearch, calibration: Calibration, search: Search
 def _measure_dense(scoring: Scoring, resolved: ResolvedSearch) -> DenseRecord:
     with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
         loss = scoring.loss((), advanced=advance)
-    if not math.isfinite(loss):
-        dtype = dtype_name(resolved.context.dtype)
-        raise ModelError(
-            f"The loss of {resolved.architecture.source.id} is {loss} in {dtype}, before any removal.",
-            hint="Use a wider data type: --dtype float32.",
-        )
+    held_out = scoring.held_out_losses(()) if scoring.held_out else []
+    if not all(map(math.isfinite, (loss, *held_out))):
+        scoring.require_sound()
+    perplexity = partial(_perplexity, what=f"In {resolved.architecture.source.id}", dtype=resolved.context.dtype)
     compared = _comparison(resolved, scoring)
-    return DenseRecord(loss=loss, perplexity=math.exp(loss), held_out=compared.dense() if compared else None)
+    return DenseRecord(
+        loss=loss, perplexity=perplexity(loss), held_out=compared.dense(perplexity) if compared else None
+    )
 
 
 def _comparison(resolved: ResolvedSearch, scoring: Scoring) -> HeldOut | None:
@@ -428,14 +445,15 @@ def _evaluations(resolved: ResolvedSearch, scoring: Scoring) -> tuple[int, ...]:
     return tuple(count * scoring.sequences for count in sets)
 
 
-def _perplexity(loss: float, block: int) -> float:
+def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
     try:
         perplexity = math.exp(loss)
     except OverflowError:
         perplexity = math.inf
     if not math.isfinite(perplexity):
         raise ModelError(
-            f"Without block {block}, the calibration loss is {loss} nats per token, and the perplexity is not finite.",
-            hint="A wider data type may help: --dtype float32.",
+            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, and the perplexity is not "
+            "finite.",
+            hint=wider_range(dtype),
         )
     return perplexity

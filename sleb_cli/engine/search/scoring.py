@@ -21,12 +21,12 @@ from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.passes import Listener, Passes, Unit
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
-from sleb_cli.engine.search.choices import Outcome, Score, require_finite
+from sleb_cli.engine.search.choices import Outcome, Score, comparable
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import EQUAL_COSTS, Costs, at_once, costs_of_fork, deal_units
 from sleb_cli.engine.search.strategies import ScoreSpans
-from sleb_cli.events import CandidateScored, LaterStepsForecast, Notify, RaceNarrowed, SearchAdvanced
+from sleb_cli.events import CandidateScored, LaterStepsForecast, Notice, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.plan import Engine
 from sleb_plugins import (
     HiddenStateMetric,
@@ -58,6 +58,8 @@ class Scoring:
     """Passes over sequences that the search never scores."""
     group: ProcessGroup = field(default_factory=ProcessGroup)
     """The processes that share the work."""
+    require_sound: Callable[[], None] = lambda: None
+    """Raises an error if the dense model itself computes numbers that are not finite."""
 
     @property
     def skippable(self) -> SkippableModel:
@@ -140,7 +142,25 @@ class Scoring:
             yield from self.group.in_turn(measure(turn[self.group.rank]))
 
     def scorer(self, metric: Metric) -> tuple[Score, Engine]:
-        """Choose how to compute `metric`."""
+        """Choose how to compute `metric`; scores that are not finite numbers come out as the worst."""
+        score, engine = self._scorer(metric)
+        return lambda removed, candidates: self._judged(score(removed, candidates), removed), engine
+
+    def _judged(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
+        """Let a score that is not finite count as the worst, if it is the removal that makes it so.
+
+        Raises:
+            ModelError: it is the dense model.
+        """
+        scores = {block: comparable(score) for block, score in outcome.scores.items()}
+        if worst := [block for block, score in scores.items() if score == math.inf]:
+            self.require_sound()
+            after = f" (with {', '.join(map(str, removed))} removed)" if removed else ""
+            which = f"block {worst[0]}" if len(worst) == 1 else f"any of the blocks {', '.join(map(str, worst))}"
+            self.notify(Notice(f"Without {which}{after}, scores are not finite numbers, which count as the worst."))
+        return Outcome(scores, outcome.race)
+
+    def _scorer(self, metric: Metric) -> tuple[Score, Engine]:
         if isinstance(metric, LogitMetric):
             return lambda removed, candidates: self._score_logits(metric, removed, candidates), self.passes.engine
         if isinstance(metric, HiddenStateMetric):
@@ -157,10 +177,10 @@ class Scoring:
         None if the metric sees the whole model: then the score of a span is that of the model without it.
         """
         if isinstance(metric, HiddenStateMetric):
-            return lambda spans: self._score_spans(metric, spans, longest)
+            return lambda spans: self._judged(self._score_spans(metric, spans, longest), ())
         if isinstance(metric, WeightMetric):
             known: dict[int, float] = {}
-            return lambda spans: self._sum_over_spans(metric, spans, known)
+            return lambda spans: self._judged(self._sum_over_spans(metric, spans, known), ())
         return None
 
     @torch.inference_mode()
@@ -207,7 +227,6 @@ class Scoring:
 
         turns = deal_units(units, self.group.size, self._costs)
         for rank, (batch, block, scores) in self._share(turns, measure):
-            require_finite(sum(scores), removed, block)
             self.journal.add(scores, removed, block, batch)
             progress.add(block, scores, advanced=rank != self.group.rank)
 
@@ -350,7 +369,7 @@ class _Progress:
 
     def add(self, block: int, scores: Sequence[float], *, advanced: bool = True, from_journal: bool = False) -> None:
         """Add scores of a candidate; `advanced` unless their evaluations were reported while they were computed."""
-        self._scores[block] += scores
+        self._scores[block] += map(comparable, scores)
         if advanced:
             self._notify(SearchAdvanced(len(scores), from_journal=from_journal))
         self._notify(CandidateScored(self._step, block, self.mean(block)))

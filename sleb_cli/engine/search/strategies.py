@@ -6,12 +6,13 @@ the candidates before it scores them; the order of removed blocks has no meaning
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, Swap, best_of, require_finite
+from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, Swap, best_of, comparable, require_choice
 from sleb_cli.requests import DEFAULT_BEAM_WIDTH, StrategyName
 from sleb_plugins import UnsupportedModelError, UsageError
 from sleb_plugins.errors import did_you_mean
@@ -49,21 +50,22 @@ class Problem:
 def greedy(problem: Problem) -> Iterator[Choice]:
     """Repeatedly remove the block whose removal scores lowest (SLEB, Song et al., ICML 2024, Algorithm 1).
 
-    Ties go to the lower block, so two runs write the same plan.
+    Ties go to the lower block, so two runs write the same plan. Here as everywhere, a score that is not finite is worse
+    than any that is.
 
     Raises:
-        ModelError: a score is not finite; the message names the block.
+        ModelError: no candidate's score is finite.
     """
     gone = list(problem.removed)
     while len(gone) < problem.remove:
-        outcome = _finite(problem.score(tuple(gone), problem.candidates(tuple(gone))), gone)
+        outcome = require_choice(problem.score(tuple(gone), problem.candidates(tuple(gone))), gone)
         gone.append(best_of(outcome))
         yield Choice(tuple(gone), outcome)
 
 
 def oneshot(problem: Problem) -> Iterator[Choice]:
     """Score every block once, on the dense model, and remove those with the lowest scores."""
-    outcome = _finite(problem.score((), problem.candidates(())), ())
+    outcome = require_choice(problem.score((), problem.candidates(())), ())
     gone: list[int] = []
     while len(gone) < problem.remove:
         allowed = problem.candidates(tuple(gone))
@@ -80,7 +82,7 @@ def contiguous(problem: Problem) -> Iterator[Choice]:
     """For each size, remove the span of consecutive blocks with the lowest score."""
     score_spans = problem.score_spans or (lambda spans: _without_each(problem.score, spans))
     for size in range(1, problem.remove + 1):
-        outcome = _finite(score_spans(free_spans(problem.candidates, size)), ())
+        outcome = require_choice(score_spans(free_spans(problem.candidates, size)), ())
         end = best_of(outcome)
         yield Choice(tuple(range(end - size + 1, end + 1)), outcome)
 
@@ -90,7 +92,7 @@ def last(problem: Problem) -> Iterator[Choice]:
     gone: list[int] = []
     while len(gone) < problem.remove:
         block = problem.candidates(tuple(gone))[-1]
-        outcome = _finite(problem.score(tuple(gone), [block]), gone)
+        outcome = require_choice(problem.score(tuple(gone), [block]), gone)
         gone.append(block)
         yield Choice(tuple(gone), outcome)
 
@@ -107,6 +109,8 @@ def beam(problem: Problem) -> Iterator[Choice]:
         ranked = sorted(found.values(), key=lambda entry: (entry[0], sorted(entry[1])))[: problem.width]
         if not ranked:
             problem.candidates(kept[0])  # raises an error that says why
+        require_choice(ranked[0][2], ranked[0][1][:-1])
+        ranked = [entry for entry in ranked if entry[0] < math.inf]
         kept = [removals for _, removals, _ in ranked]
         yield Choice(kept[0], ranked[0][2])
 
@@ -213,13 +217,7 @@ def _score_next(problem: Problem, removed: tuple[int, ...], among: Sequence[int]
     allowed = _allowed(problem.candidates, removed)
     candidates = [block for block in allowed if among is None or block in among]
     outcome = problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
-    return _finite(outcome, removed)
-
-
-def _finite(outcome: Outcome, removed: Sequence[int]) -> Outcome:
-    for block in sorted(outcome.scores):
-        require_finite(outcome.scores[block], removed, block)
-    return outcome
+    return Outcome({block: comparable(score) for block, score in outcome.scores.items()}, outcome.race)
 
 
 @dataclass(frozen=True)

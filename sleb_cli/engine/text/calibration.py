@@ -35,7 +35,7 @@ from sleb_cli.engine.text.windows import (
 )
 from sleb_cli.engine.third_party import our_code
 from sleb_cli.events import Advance, Notice, Notify, ignore, task
-from sleb_cli.plan import CalibrationRecord
+from sleb_cli.plan import CalibrationRecord, SkippedRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,
@@ -82,17 +82,26 @@ class CalibrationSettings:
 class Calibration:
     """The calibration sequences, int64 [sequences, length], and their record.
 
-    `loss_mask` marks the tokens whose prediction counts, bool of the same shape; None for all.
+    `loss_mask` marks the tokens whose prediction counts, bool of the same shape; None for all. `origins` names the
+    source of each sequence.
     """
 
     sequences: Tensor
     record: CalibrationRecord
     loss_mask: Tensor | None = None
+    origins: tuple[str, ...] = ()
 
     def part(self, rows: slice | list[int]) -> Calibration:
         """Return these sequences, in this order."""
         loss_mask = None if self.loss_mask is None else self.loss_mask[rows]
         return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask)
+
+    def without(self, skipped: Sequence[SkippedRecord]) -> Calibration:
+        """Return the sequences but these, and the record of those that are left."""
+        gone = {each.sequence - 1 for each in skipped}
+        kept = self.part([row for row in range(len(self.sequences)) if row not in gone])
+        left = {"sequences": len(kept.sequences), "tokens_sha256": tokens_sha256(kept.sequences)}
+        return replace(kept, record=self.record.model_copy(update={**left, "skipped": tuple(skipped)}))
 
     def shuffled(self) -> Calibration:
         """Return the sequences in an order drawn by the seed, as candidates race over them in order."""
@@ -228,6 +237,7 @@ def _generated_parts(settings: CalibrationSettings) -> list[int]:
 
 def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
     settings, found = draft.settings, [rows for _, rows in sorted(draft.rows.items())]
+    sources = [settings.parts[number].source for number, (rows, _) in sorted(draft.rows.items()) for _ in rows]
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
     masks = [loss_mask for _, loss_mask in found if loss_mask is not None]
@@ -240,7 +250,8 @@ def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
         chat=settings.chat,
         tokens_sha256=tokens_sha256(sequences),
     )
-    return Calibration(sequences, record, torch.cat(masks)[order] if masks else None)
+    origins = tuple(sources[row] for row in order)
+    return Calibration(sequences, record, torch.cat(masks)[order] if masks else None, origins)
 
 
 def _read_parts(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> _Draft:
