@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleb_cli.ui.apply import show_applied
-from sleb_cli.ui.console import print_note
-from sleb_cli.ui.tables import print_line, print_written
+from sleb_cli.ui.console import inert_text, print_note
+from sleb_cli.ui.tables import print_to_copy, print_written
 
 if TYPE_CHECKING:
     from sleb_cli.results import ExportResult
 
 
 def show_exported(exported: ExportResult, output: Path | None) -> None:
-    """Print a text unchanged, or show what was written, how far it is proven, and how to use it."""
+    """Print a text, in which nothing is obeyed by a terminal, or show what was written and how far it is proven."""
     if exported.text is not None:
         if output is None:
-            print(exported.text, end="")
+            print(inert_text(exported.text), end="")
         else:
             print_note(f"wrote {output}")
     for result in exported.written:
@@ -25,4 +25,4 @@ def show_exported(exported: ExportResult, output: Path | None) -> None:
     for file in exported.files:
         print_written(Path(file))
     for line in exported.lines:
-        print_line(line)
+        print_to_copy(line)

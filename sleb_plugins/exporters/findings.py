@@ -108,7 +108,8 @@ class Findings:
     def plan_argument(self) -> str:
         """The plan as a shell takes it."""
         file = self.pruning.plan_file
-        return shlex.quote(self.plan_name if self.public or file is None else str(file))
+        name = self.plan_name if self.public or file is None else str(file)
+        return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
     @property
     def removals(self) -> Removals:
@@ -201,7 +202,7 @@ class Findings:
     @property
     def missing(self) -> list[Missing]:
         """What was not measured, and the commands that do."""
-        name = self.plan_argument
+        name, model = self.plan_argument, shlex.quote(self.model)
         missing = []
         if not any(of_size(text, self.removals) for text in self.texts):
             missing.append(Missing("perplexity and divergence on text", f"sleb eval {name} --every 2"))
@@ -210,9 +211,9 @@ class Findings:
         if not self.main_workloads:
             missing.append(Missing("speed and memory", f"sleb bench {name} --every 2"))
         if self.plan["dense"]["held_out"] is None:
-            missing.append(Missing("loss on text held out of the search", f"sleb search {self.model} --holdout 0.2 …"))
+            missing.append(Missing("loss on text held out of the search", f"sleb search {model} --holdout 0.2 …"))
         if self.plan["sample_generation"] is None and len(self.by_size) == len(self.removals):
-            missing.append(Missing("what both models say", f"sleb search {self.model} …"))
+            missing.append(Missing("what both models say", f"sleb search {model} …"))
         return missing
 
 

@@ -1,5 +1,6 @@
 """Export a pruned GGUF file for llama.cpp and the programs built on it."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,4 +27,4 @@ class Gguf(FileExporter):
                 hint="Name one with --source; llama.cpp's convert_hf_to_gguf.py converts a checkpoint.",
             )
         file = writer.write_gguf(pruning.source_file, output)
-        return [f"run it: llama-cli -m {file}"]
+        return [f"run it: llama-cli -m {shlex.quote(str(file))}"]

@@ -49,9 +49,14 @@ def speedup(entry: Data) -> Estimate:
     return estimate(entry["speedup"], entry["interval"])
 
 
+def between(measured: Estimate) -> str:
+    """Return the interval, 1.19 to 1.23, or nothing if it has none."""
+    return "" if measured.low is None else f"{measured.low:.2f} to {measured.high:.2f}"
+
+
 def faster(measured: Estimate) -> str:
     """Say how much faster a model is: 1.21 times as fast (95 % interval 1.19 to 1.23)."""
-    interval = f" (95 % interval {measured.low:.2f} to {measured.high:.2f})" if measured.low is not None else ""
+    interval = f" (95 % interval {between(measured)})" if between(measured) else ""
     if measured.low is not None and measured.high is not None and measured.low <= 1 <= measured.high:
         return f"no measurably faster or slower: {measured.value:.2f} times as fast{interval}"
     return f"{measured.value:.2f} times as fast{interval}"

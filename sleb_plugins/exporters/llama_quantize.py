@@ -29,7 +29,8 @@ class LlamaQuantize(Exporter):
         stem = source.with_suffix("") if source else Path(Path(pruning.model).name)
         kept = pruning.blocks - len(pruning.removals)
         command = ["llama-quantize", "--prune-layers", ",".join(map(str, pruning.removals))]
-        return {"command": [*command, f"{stem}.gguf", f"{stem.name}-sleb-{kept}-blocks.gguf", "COPY"]}
+        files = (f"{stem}.gguf", f"{stem.name}-sleb-{kept}-blocks.gguf")
+        return {"command": [*command, *(f"./{name}" if name.startswith("-") else name for name in files), "COPY"]}
 
     def render(self, pruning: Pruning) -> str:
         """Return the command, quoted for a shell."""

@@ -42,7 +42,7 @@ def _search(findings: Findings) -> str:
         "strategy": search["strategy"],
         "beam_width": search["beam_width"],
         "calibration": text["source"],
-        "samples": None if presets else text["sequences"],
+        "samples": None if presets else text["sequences"] + len(text.get("skipped") or ()),
         "sequence_length": None if presets else text["sequence_length"],
         "seed": text["seed"],
         "chat": text["chat"],
@@ -59,9 +59,10 @@ def _search(findings: Findings) -> str:
         "revision": None if model["id"] == "demo" else model["revision"],
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if _says(name, value, default)]
-    fast = [] if search["fast"] == default["fast"] else ["--fast" if search["fast"] else "--no-fast"]
+    flags = [] if search["fast"] == default["fast"] else ["--fast" if search["fast"] else "--no-fast"]
+    flags += ["--skip-bad-sequences"] if text.get("skipped") else []
     output = "" if findings.plan_argument == "plan.json" else f" -o {findings.plan_argument}"
-    words = ["sleb", "search", model["id"], *(word for option in options for word in option.split("=", 1)), *fast]
+    words = ["sleb", "search", model["id"], *(word for option in options for word in option.split("=", 1)), *flags]
     return shlex.join(words) + output
 
 
@@ -98,8 +99,15 @@ def _apply(findings: Findings) -> str:
 
 def on_lines(command: str, width: int = 76) -> str:
     """Break a command of a shell between its options, where it is too long for a line."""
+    options: list[str] = []
+    for word in shlex.split(command):  # a quoted word may hold what looks like options
+        quoted = shlex.quote(word)
+        if options and not re.match(r"--?[a-z]", word):
+            options[-1] += f" {quoted}"
+        else:
+            options.append(quoted)
     lines, line = [], ""
-    for option in re.split(r" (?=--?[a-z])", command):
+    for option in options:
         if line and len(line) + len(option) > width:
             lines.append(line)
             line = "   "

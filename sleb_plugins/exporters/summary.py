@@ -115,7 +115,7 @@ def _next(findings: Findings) -> list[str]:
     apply += f" --remove {len(findings.removals)}"
     steps = [*missing, ("the pruned model", apply), ("a page with pictures", f"sleb export {name} --to report")]
     lines = [line for what, command in steps for line in (f"{what}:", f"    {on_lines(command)}")]
-    return _titled("Next", lines, ["the same search again:", *(f"    {line}" for line in on_lines(again).split("\n"))])
+    return _titled("Next", lines, ["the same search again:", f"    {on_lines(again)}"])
 
 
 def _titled(title: str, *parts: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ from sleb_plugins.exporters.findings import (
     perplexity_change,
     workload_label,
 )
-from sleb_plugins.exporters.headline import speedup
+from sleb_plugins.exporters.headline import between, speedup
 from sleb_plugins.formats import (
     format_bytes,
     format_change,
@@ -240,7 +240,7 @@ def speeds(findings: Findings) -> Table:
                     format_milliseconds(entry["median_e2el_ms"]),
                     f"{_throughput(entry):,.1f}",
                     f"{measured.value:.2f}x" if measured else NONE,
-                    f"{measured.low:.2f} to {measured.high:.2f}" if measured else NONE,
+                    (measured and between(measured)) or NONE,
                     f"{entry['bound']:.2f}x" if count and entry["bound"] else NONE,
                     f"{findings.blocks / (findings.blocks - count):.2f}x",
                     str(entry["outliers"]),

@@ -187,7 +187,9 @@ def test_another_model_with_the_same_plan_has_not_been_measured(run_sleb, measur
     assert section(tmp_path / "out").strip() == ""
 
 
-def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(run_sleb, llama_plan, text_file, tmp_path):
+def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(
+    run_sleb, llama_plan, text_file, tmp_path, without_memory
+):
     applied(run_sleb, llama_plan)
     path = tmp_path / "out" / "README.md"
     own = path.read_text().replace("library_name", "widget: mine # by hand\nlibrary_name")

@@ -11,7 +11,7 @@ from typing import Any
 
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
 from sleb_plugins.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change
-from sleb_plugins.exporters.headline import sentences, speedup, warnings
+from sleb_plugins.exporters.headline import between, sentences, speedup, warnings
 from sleb_plugins.exporters.report.drawing import NARROW, WIDE, Inlined, missing_extra, need_matplotlib
 from sleb_plugins.exporters.report.sections import plots_of, sections
 from sleb_plugins.formats import format_change, format_count, format_perplexity, format_share
@@ -98,9 +98,9 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
         change = pruned["parameters"] / dense["parameters"] - 1
         found.append(("parameters", format_count(pruned["parameters"]), format_share(change, signed=True)))
     for result in findings.main_workloads:
-        measured = speedup(of_size(result, findings.removals) or {})
-        between = f"{measured.low:.2f} to {measured.high:.2f}"
-        found.append((f"{result['workload']['name']}, times as fast", f"{measured.value:.2f}×", between))
+        if entry := of_size(result, findings.removals):
+            measured = speedup(entry)
+            found.append((f"{result['workload']['name']}, times as fast", f"{measured.value:.2f}×", between(measured)))
     for text in findings.texts[:2]:
         if entry := of_size(text, findings.removals):
             change = perplexity_change(entry)

@@ -38,11 +38,12 @@ def search_plots(findings: Findings) -> Iterator[Plot]:
 def candidate_costs(findings: Findings) -> list[dict[int, float]]:
     """Return for each step by how much each candidate scored above the best one.
 
-    Of a candidate that was dropped from a race, it is how far behind it was.
+    Of a candidate that was dropped from a race, it is how far behind it was; of one whose score was not a finite
+    number, it is infinite.
     """
     costs = []
     for step in findings.plan["steps"]:
-        scores = {int(block): float(score) for block, score in step["scores"].items()}
+        scores = {int(b): math.inf if score is None else float(score) for b, score in step["scores"].items()}
         best = min(scores.values(), default=0.0)
         behind = {block: score - best for block, score in scores.items()}
         dropped = step["race"]["dropped"] if step["race"] else {}
@@ -76,7 +77,7 @@ def _draw_heat_map(canvas: Canvas, findings: Findings, costs: list[dict[int, flo
     row = max(7.0, min(24.0, 420 / steps))
     canvas.height((190 if canvas.narrow else 145) + row * steps)
     axis = canvas.figure.add_subplot()
-    every = sorted(cost for step in costs for cost in step.values() if cost > 0)
+    every = sorted(cost for step in costs for cost in step.values() if 0 < cost < math.inf)
     most = every[int(_SHOWN * (len(every) - 1))] if every else 1.0
     norm = PowerNorm(0.5, 0.0, most, clip=True)
     cells = np.zeros((steps, blocks, 4))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sleb_plugins.exporters.findings import Data, Findings, Removals, of_size, workload_label
-from sleb_plugins.exporters.headline import speedup
+from sleb_plugins.exporters.headline import between, speedup
 from sleb_plugins.exporters.report.drawing import (
     DENSE,
     GREEN,
@@ -54,10 +54,8 @@ def _speedups(findings: Findings, results: list[Data]) -> Plot:
         entry = of_size(result, findings.removals) or {}
         measured = speedup(entry)
         bound = f", at most {entry['bound']:.2f} by its work" if entry["bound"] else ""
-        words.append(
-            f"{workload_label(result['workload'])}: {measured.value:.2f} times as fast, "
-            f"95 % interval {measured.low:.2f} to {measured.high:.2f}{bound}"
-        )
+        interval = f", 95 % interval {between(measured)}" if between(measured) else ""
+        words.append(f"{workload_label(result['workload'])}: {measured.value:.2f} times as fast{interval}{bound}")
     return Plot(
         "speedup",
         "Measured speed-up over blocks removed, and its bound",
