@@ -15,19 +15,11 @@ from conftest import llama_config, save_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, peak_memory
 from sleb_cli.engine.speed.in_turn import Measured, Sample
-from sleb_cli.engine.speed.peak_memory import AloneResult
 from sleb_cli.results import BenchResult, WarmupRecord
 from sleb_plugins.engine import TimedRun
 
 QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
 STATISTICS = ("mean", "median", "std", "p50", "p90", "p99")
-
-
-@pytest.fixture
-def without_memory(monkeypatch):
-    """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
-    nothing = AloneResult(None, (None,) * 99)
-    monkeypatch.setattr(benchmark, "measure_alone", lambda alone, workloads, notify: nothing)
 
 
 def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
@@ -161,13 +153,13 @@ def test_the_threads_are_those_asked_for_and_then_as_before(run_sleb, tiny_llama
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("cache", [[], ["--static-cache"]])
-def test_a_cache_of_fixed_size(run_sleb, tiny_llama, cache):
-    options = ["--generation", *QUICK, "--new-tokens", 3, *cache, "--json", "-q"]
+@pytest.mark.slow
+def test_a_cache_of_fixed_size(run_sleb, tiny_llama):
+    options = ["--generation", *QUICK, "--new-tokens", 3, "--static-cache", "--json", "-q"]
     result = run_sleb("bench", tiny_llama, *options)
     assert result.exit_code == 0, result.stderr
     (measured,) = json.loads(result.stdout)["workloads"]
-    assert measured["workload"]["static_cache"] == bool(cache)
+    assert measured["workload"]["static_cache"]
     assert measured["dense"]["memory"]["kv_cache_bytes"] >= 2 * 10 * 2 * 16 * 4 * 6
 
 
@@ -278,7 +270,9 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, message):
     assert message in result.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_while_the_memory_is_measured(tiny_llama, tmp_path, number, code):
     command = [sys.executable, "-m", "sleb_cli", "bench", str(tiny_llama), "--prompt", "-o", "b.json"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

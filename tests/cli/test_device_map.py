@@ -35,7 +35,7 @@ def search(run_sleb, model, text, *options, code=0):
 
 def left_in_cache():
     gc.collect()
-    return list(cache_root().glob("offload-*"))
+    return list(cache_root().glob(".offload.*"))
 
 
 @pytest.mark.parametrize("metric", ["nll", "taylor", slow("cosine"), slow("magnitude")])
@@ -82,7 +82,7 @@ def test_the_checkpoint_and_its_proof_are_the_same(run_sleb, tiny_llama, text_fi
         proofs.append(json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["proof"])
     assert weights[0] == weights[1]
     assert proofs[0] == proofs[1]
-    assert len(proofs[0]["checks"]) == 5
+    assert len(proofs[0]["checks"]) == 6
 
 
 def test_measurements_are_the_same(run_sleb, tiny_llama, text_file):

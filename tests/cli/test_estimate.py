@@ -35,7 +35,7 @@ def llama_70b(tmp_path):
 @pytest.fixture
 def config_only(tiny_llama, tmp_path):
     """The tiny Llama without its weights."""
-    folder = tmp_path / "config-only"
+    folder = tmp_path / ("5" * 40)
     folder.mkdir()
     shutil.copy(tiny_llama / "config.json", folder)
     return folder
@@ -81,12 +81,13 @@ def test_a_model_that_fits_no_machine(run_sleb, llama_70b):
 
 def test_what_the_screen_says(run_sleb, llama_70b, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    result = run_sleb("bench", llama_70b, "--estimate", "--remove", "8,16", *H100)
+    (llama_70b / "config.json").write_text(json.dumps(LLAMA_70B | {"num_hidden_layers": 20}))
+    result = run_sleb("bench", llama_70b, "--estimate", "--remove", "2,4", *H100)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    (row,) = (line for line in lines if "-16" in line)
+    (row,) = (line for line in lines if "-4 " in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
-        "-16", "64", "55.29B", "110.57 GB", "3.22 GB", "1.25x", "1.25x",
+        "-4", "16", "14.21B", "28.43 GB", "805 MB", "1.25x", "1.25x",
     ]  # fmt: skip
     assert "a device of 989 TFLOP/s and 3.35 TB/s" in result.stdout
     assert "average" in result.stdout

@@ -4,15 +4,13 @@ import importlib
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
 
 import pytest
 
-from conftest import calibration
+from conftest import calibration, slow
 from sleb_cli import plugin_manager
 from sleb_cli.engine.search.journal import Journal, journal_of
 from sleb_cli.plan import read_plan
@@ -55,14 +53,14 @@ def options(request, text_file):
 def whole(run_sleb, tiny_llama, options, tmp_path):
     """The plan of a search that nobody interrupted, and its journal."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self: None)
+        patch.setattr(Journal, "delete", lambda self, notify=None: None)
         assert run_sleb("search", tiny_llama, *options, "-o", "whole.json", "-q").exit_code == 0
     return plan_bytes(tmp_path / "whole.json"), journal_of(tmp_path / "whole.json").read_bytes()
 
 
-def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path, request):
+@pytest.mark.parametrize("points", [4, slow(50)])  # tests/faults kills the program at many more
+def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path, points):
     plan, journal = whole
-    points = 50 if request.node.callspec.params["options"] == "exact" else 6
     header = journal.index(b"\n") + 1
     assert len(journal) > header + points
     path = tmp_path / "plan.json"
@@ -72,68 +70,6 @@ def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, 
         assert result.exit_code == 0, result.stderr
         assert plan_bytes(path) == plan
         assert not journal_of(path).exists()
-
-
-def start(model, options, place):
-    """Start the program itself."""
-    command = [sys.executable, "-m", "sleb_cli", "search", str(model), *options, "--resume"]
-    return subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def kill_and_resume(kills, tiny_llama, text_file, run_sleb, tmp_path):
-    """Kill the program again and again, each time after it has measured a little more, and let it end at last."""
-    options = ["--remove", "4", "--batch-size", "1", *map(str, calibration(text_file, samples=40))]
-    assert run_sleb("search", tiny_llama, *options, "-o", "whole.json", "-q").exit_code == 0
-    place = tmp_path / "run"
-    place.mkdir()
-    journal, rng = journal_of(place / "plan.json"), random.Random(0)
-    for _ in range(kills):
-        before = journal.stat().st_size if journal.exists() else 0
-        more = rng.randrange(1, 700)
-        with start(tiny_llama, options, place) as process:
-            while process.poll() is None and (not journal.exists() or journal.stat().st_size < before + more):
-                pass
-            process.kill()
-        assert process.returncode == -signal.SIGKILL, "the search ended before it was killed"
-    with start(tiny_llama, options, place) as process:
-        errors = process.stderr.read()
-    assert process.returncode == 0, errors
-    assert "measurements in plan.json.journal." in errors
-    whole, resumed = (read_plan(path) for path in (tmp_path / "whole.json", place / "plan.json"))
-    # Within the tests both models say less than in a program of its own, but the same.
-    assert resumed.sample_generation.pruned.startswith(whole.sample_generation.pruned)
-    both = [
-        plan.model_copy(update={"sample_generation": None, "environment": None}).to_data() for plan in (whole, resumed)
-    ]
-    assert both[0] == both[1]
-    assert os.listdir(place) == ["plan.json"]
-
-
-@pytest.mark.slow
-def test_killed_three_times_it_is_the_same_plan(tiny_llama, text_file, run_sleb, tmp_path):
-    kill_and_resume(3, tiny_llama, text_file, run_sleb, tmp_path)
-
-
-@pytest.mark.slow
-def test_killed_fifty_times_it_is_the_same_plan(tiny_llama, text_file, run_sleb, tmp_path):
-    kill_and_resume(50, tiny_llama, text_file, run_sleb, tmp_path)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_politely_it_says_how_to_go_on(tiny_llama, text_file, tmp_path, number, code):
-    place = tmp_path / "run"
-    place.mkdir()
-    options = [*LONG, *map(str, calibration(text_file, samples=40, length=128))]
-    with start(tiny_llama, options, place) as process:
-        for line in process.stderr:
-            if line.startswith("Search"):
-                process.send_signal(number)
-                break
-        rest = process.stderr.read()
-    assert process.returncode == code
-    assert "Traceback" not in rest
-    assert "kept in plan.json.journal: rerun with --resume to continue" in rest
-    assert os.listdir(place) == ["plan.json.journal"]
 
 
 def test_an_unfinished_search_is_not_overwritten_unasked(run_sleb, tiny_llama, text_file, tmp_path):
@@ -172,7 +108,7 @@ def test_a_journal_of_another_search_is_refused_by_the_difference(
 ):
     options = [*LONG, *calibration(text_file)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self: None)
+        patch.setattr(Journal, "delete", lambda self, notify=None: None)
         run_sleb("search", tiny_llama, *options, "-q")
     journal = journal_of(tmp_path / "plan.json")
     before = journal.read_bytes()
@@ -185,7 +121,7 @@ def test_a_journal_of_another_search_is_refused_by_the_difference(
 def test_a_journal_of_another_model_is_refused(run_sleb, tiny_llama, tiny_gpt2, text_file, tmp_path):
     options = [*LONG, *calibration(text_file)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self: None)
+        patch.setattr(Journal, "delete", lambda self, notify=None: None)
         run_sleb("search", tiny_llama, *options, "-q")
     result = run_sleb("search", tiny_gpt2, *options, "--resume", "--force")
     assert result.exit_code == 3
@@ -197,7 +133,7 @@ def test_how_many_blocks_go_may_change_on_the_way(run_sleb, tiny_llama, text_fil
     """What was measured does not depend on where the search will end."""
     settings = ["--batch-size", "1", *calibration(text_file)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self: None)
+        patch.setattr(Journal, "delete", lambda self, notify=None: None)
         run_sleb("search", tiny_llama, *settings, "--remove", 3, "-q")
     removals = json.loads((tmp_path / "plan.json").read_text())["removals"]
     result = run_sleb("search", tiny_llama, *settings, "--remove", 2, "--resume", "--force", "--json")
@@ -258,7 +194,7 @@ class TestMetricThatChanges:
         acme(data="words 1")
         options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", metric, "-q"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self: None)
+            patch.setattr(Journal, "delete", lambda self, notify=None: None)
             assert run_sleb(*options).exit_code == 0
         journal, plan = journal_of(tmp_path / "plan.json").read_bytes(), (tmp_path / "plan.json").read_bytes()
         acme(**{"data": "words 1", **change})
@@ -277,7 +213,7 @@ class TestMetricThatChanges:
         acme()
         options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", "acme", "-q"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self: None)
+            patch.setattr(Journal, "delete", lambda self, notify=None: None)
             assert run_sleb(*options).exit_code == 0
         acme()
         assert run_sleb(*options, "--resume", "--force").exit_code == 0
@@ -323,7 +259,7 @@ class TestExtend:
 
     def test_nothing_that_was_searched_is_searched_again(self, run_sleb, tiny_llama, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self: None)
+            patch.setattr(Journal, "delete", lambda self, notify=None: None)
             run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3)
         lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
         removals = json.loads((tmp_path / "two.json").read_text())["removals"]

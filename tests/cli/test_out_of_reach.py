@@ -18,7 +18,12 @@ OUT_OF_REACH = "http://127.0.0.1:9 is out of reach (Connection refused)"
     [
         (("search", "org/name"), 4, "There is no folder org/name here, the cache lacks the model, and"),
         (("search", "MODEL", "--calibration", "c4"), 5, "cannot be loaded: not in the cache, and"),
-        (("search", "MODEL", "--metric", "task:piqa"), 5, "The data of piqa cannot be loaded: not in the cache, and"),
+        pytest.param(
+            ("search", "MODEL", "--metric", "task:piqa"),
+            5,
+            "The data of piqa cannot be loaded: not in the cache, and",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_one_sentence_and_no_retries(tiny_llama, text_file, tmp_path, options, code, message):

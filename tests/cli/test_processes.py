@@ -223,7 +223,7 @@ def test_an_error_in_one_of_them_is_told_by_the_main_one(search, together, tmp_p
 def test_a_bug_in_one_of_them_keeps_its_traceback(search, together):
     with at_unit(1, 4, lambda: [][0]):
         main, other = together(2, *search)
-    assert main.code == 99
+    assert main.code == 1
     assert "IndexError: list index out of range" in main.stderr
     assert "test_processes.py" in main.stderr
     assert (other.code, other.stderr) == (1, "")

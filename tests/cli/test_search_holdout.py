@@ -75,7 +75,7 @@ def test_an_extended_plan_keeps_what_it_held_out(run_sleb, tiny_llama, text_file
 
 def test_resumed_it_measures_nothing_twice(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     settings = [*calibration(text_file, samples=8), "--holdout", "0.25", "--remove", 2, "--batch-size", 2]
-    monkeypatch.setattr(Journal, "delete", lambda self: None)
+    monkeypatch.setattr(Journal, "delete", lambda self, notify=None: None)
     assert run_sleb("search", tiny_llama, *settings, "-q").exit_code == 0
     journal = journal_of(tmp_path / "plan.json")
     before = journal.read_bytes()

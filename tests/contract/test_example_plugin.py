@@ -76,6 +76,7 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2, tmp_path):
     assert (result.returncode, "--source does not apply to --to slices" in result.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_its_engine_is_timed(sleb_with_plugin, tiny_gpt2, tmp_path):
     options = ["--blocks", "3,1", "--engine", "steady", "--prompt", "--iterations", 2, "--json", "-q"]
     result = sleb_with_plugin("bench", tiny_gpt2, *options, cwd=tmp_path)

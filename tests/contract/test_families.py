@@ -19,7 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from conftest import calibration, gpt2_config, llama_config, opt_config, save_model
+from conftest import calibration, gpt2_config, llama_config, opt_config, save_model, slow
 from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import passes
@@ -153,7 +153,7 @@ def sequences_of(plan, architecture, text_file):
     return sequences
 
 
-@pytest.mark.parametrize("blocks", ["1", "3,0", "2,4,1"])
+@pytest.mark.parametrize("blocks", [slow("1"), "3,0", "2,4,1"])
 def test_the_checkpoint_proves_itself_bitwise(run_sleb, folder, tmp_path, blocks):
     result = run_sleb("apply", folder, "--blocks", blocks, "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr

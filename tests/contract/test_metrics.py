@@ -22,6 +22,7 @@ from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.journal import Journal
+from sleb_cli.plan import read_plan
 from sleb_plugins import MachineError, UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.taylor import Taylor
@@ -368,7 +369,7 @@ class TestTask:
     def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch, change):
         task, items = tmp_path / "mine.yaml", tmp_path / "items.jsonl"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self: None)
+            patch.setattr(Journal, "delete", lambda self, notify=None: None)
             plan_of(search("task:mine.yaml:9", "--remove", 1))
         if change == "a setting":
             task.write_text(task.read_text().replace("{{q}}", "Q: {{q}}"))
@@ -403,7 +404,8 @@ class TestTask:
     @pytest.mark.parametrize(
         ("metric", "message"),
         [
-            ("task:piqqa", "lm-eval has no task 'piqqa'"),
+            # lm-eval reads its whole index; `sleb eval --tasks` does, too, in every run.
+            pytest.param("task:piqqa", "lm-eval has no task 'piqqa'", marks=pytest.mark.slow),
             ("task:gone.yaml", "The task file gone.yaml cannot be read"),
             ("task:items.yaml", "names no task"),
         ],
@@ -413,7 +415,7 @@ class TestTask:
         result = search(metric)
         assert result.exit_code == 5
         assert message in result.stderr
-        assert "Loading" not in result.stderr
+        assert "tiny-llama …" not in result.stderr
 
 
 @torch.no_grad()
@@ -454,11 +456,12 @@ def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_f
     assert raised.traceback[-1].name == "score_tokens"
 
 
-def test_a_score_that_is_nan_names_the_block_and_picks_none(search, tmp_path):
+def test_a_score_that_is_nan_is_named_and_never_chosen(search, tmp_path):
     result = search("nan")
-    assert result.exit_code == 4
-    assert "Without block 3, the score is nan" in result.stderr
-    assert not (tmp_path / "plan.json").exists()
+    assert result.exit_code == 0, result.stderr
+    assert "Without block 3, scores are not finite numbers" in result.stderr
+    step = read_plan(tmp_path / "plan.json").steps[0]
+    assert (step.block, step.scores) == (1, {1: 1.0, 2: 1.0, 3: None, 4: 1.0})
 
 
 @pytest.mark.parametrize("metric", [Magnitude(), Taylor()], ids=lambda metric: metric.name)

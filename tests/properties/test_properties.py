@@ -88,7 +88,7 @@ def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dty
             torch.testing.assert_close(found, skipped, atol=tolerance, rtol=0)
 
 
-@settings(max_examples=16, **LIMITS)
+@settings(max_examples=8, **LIMITS)
 @given(
     model_type=st.sampled_from(["llama", "opt", "gemma2", "mixtral"]), dtype=dtypes, gone=removals,
     seed=st.integers(0, 99), float64=st.booleans(), device=st.sampled_from(["sim:0", "sim:1"]),
