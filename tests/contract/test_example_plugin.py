@@ -66,6 +66,7 @@ def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2, tmp_path):
     options = [tiny_gpt2, "--blocks", "3,1", "--to", "slices"]
     result = sleb_with_plugin("export", *options, "-q", cwd=tmp_path)

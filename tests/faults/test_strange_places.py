@@ -14,6 +14,7 @@ import termios
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from conftest import calibration
@@ -476,6 +477,8 @@ def anyones(tiny_llama, text_file):
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("home", ["home", None, "missing"], ids=str)
 def test_somebody_whose_home_is_read_only(program, anyones, home):
+    if not all(folder.stat().st_mode & 0o005 == 0o005 for folder in Path(typer.__file__).parents):
+        pytest.skip("the packages lie where other users may not read them")
     where = {"HOME": None if home is None else str(anyones / home), "SLEB_CACHE": None, "XDG_CACHE_HOME": None}
     here = {"cwd": anyones / "work", "environment": {**where, "HF_HUB_CACHE": None, "HF_HOME": None}}
     words = (*calibration(anyones / "text.txt"), *LONG_WAY)
@@ -527,9 +530,8 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "start", ["C", *(pytest.param(name, marks=pytest.mark.faults) for name in STARTS if name != "C")]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("start", STARTS)
 def test_locales(tmp_path, tiny_llama, text_file, start):
     shutil.copytree(tiny_llama, tmp_path / "model")
     environment = {**os.environ, **STARTS[start], "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -359,7 +359,7 @@ BUILD = (sys.executable, "-m", "hatchling", "build", "-t")
 
 def build(folder, kind, *, umask, times):
     """Build what is published, from a copy of the checkout in another folder."""
-    root = Path(sleb_cli.__file__).parents[1]
+    root = Path(__file__).resolve().parents[2]
     names = ["sleb_cli", "sleb_plugins", "tests", "completions", "docs", "pyproject.toml"]
     files = [path for name in names for path in (root / name, *(root / name).rglob("*")) if path.is_file()]
     before = os.umask(umask)
