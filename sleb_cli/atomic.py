@@ -167,7 +167,9 @@ def remove_leftovers(parent: Path, pattern: str = "*") -> None:
     with suppress(OSError):
         for folder in parent.glob(f".{pattern}{SUFFIX}"):
             with suppress(OSError, _NoLockError):
-                if _lock_file(folder).exists() and (lock := _lock(folder)) is not None:
+                if not _lock_file(folder).exists():
+                    folder.rmdir()  # empty, it had no lock yet, or no longer; any other is not ours
+                elif (lock := _lock(folder)) is not None:
                     _remove(folder, lock, os.getpid())
 
 

@@ -284,6 +284,11 @@ class TestClaims:
         write(tmp_path / "a")
         assert not killed.exists()
 
+    def test_an_empty_folder_that_has_no_lock_yet_or_no_longer_is_removed(self, tmp_path):
+        (tmp_path / ".a.partial").mkdir()
+        remove_leftovers(tmp_path)
+        assert os.listdir(tmp_path) == []
+
     def test_what_it_was_replacing_is_put_back(self, tmp_path, killed):
         (killed / ".a.partial.old").mkdir()
         (killed / ".a.partial.old" / "x").write_text("one")

@@ -298,7 +298,8 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
             with reading(path):
                 raise error
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) and not (values and tensor.is_meta)
+        for name, tensor in tensors.items()
     ):
         raise _unsafe(path)
     return tensors
