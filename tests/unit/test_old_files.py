@@ -94,7 +94,7 @@ def test_an_old_plan_is_applied(number, run_sleb, tmp_path):
 def test_the_oldest_plan_is_exported_reported_and_evaluated(run_sleb, tmp_path):
     plan = tmp_path / "plan.json"
     shutil.copy(PLANS[1], plan)
-    assert run_sleb("export", plan, "--to", "indices").stdout.strip() == "3,2"
+    assert run_sleb("export", plan, "--to", "indices", "--model", MODEL).stdout.strip() == "3,2"
     assert run_sleb("export", plan, "--to", "report", "-o", tmp_path / "report.html").exit_code == 0
     result = run_sleb("eval", plan, "--model", MODEL, "--perplexity", TEXT, "--sequence-length", 16, "--json")
     assert result.exit_code == 0, result.stderr
