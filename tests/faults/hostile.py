@@ -22,15 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-
+from faults.hostile_reading import MEMORY
 from faults.program import Limits, Program
 
 SECRET = b"canary-that-must-stay-where-it-is-"
 """What the files outside the model's folder hold, so that it is found wherever it goes."""
 
-MEMORY = 2 << 30
 PROCESSOR_SECONDS, CLOCK_SECONDS = 10, 300
 BATCH = 50
 
@@ -107,22 +104,6 @@ COMMANDS = {
         "--sequence-length", "8", "--sample-tokens", "2", "-o", "out.json",
     ),
 }  # fmt: skip
-
-
-def draw(strategy: st.SearchStrategy[Case], count: int) -> list[Case]:
-    """Return `count` cases, the same ones in each run."""
-    found: list[Case] = []
-
-    @settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(strategy)
-    def collect(case: Case) -> None:
-        found.append(case)
-
-    collect()
-    return found
 
 
 def run_cases(program: Program, bases: dict[str, Path], cases: Sequence[Case], place: Path) -> list[Outcome]:

@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from conftest import gpt2_config, llama_config, prose, save_model
 from faults.conftest import counts
-from faults.hostile import PLACE, SECRET, Case, Fifo, Folder, Link, Sparse, draw, failures, run_cases
+from faults.hostile import PLACE, SECRET, Case, Fifo, Folder, Link, Sparse, failures, run_cases
+from faults.hostile_reading import draw
 
 DEEP = "@DEEP@"
 """Stands in a text of JSON for 100,000 nested lists."""

@@ -361,12 +361,10 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
 
 def _is_ours(path: Path) -> bool:
     """Whether a file is a plan, a result or a journal, which name local folders and do not describe the checkpoint."""
-    if path.suffix not in (".json", ".journal") and ".journal.walk." not in path.name:
-        return False
-    if path.suffix != ".json":
-        return True
-    with path.open("rb") as file:
-        return b'"sleb_version"' in file.read(200)
+    if path.suffix == ".json":
+        with path.open("rb") as file:
+            return b'"sleb_version"' in file.read(200)
+    return path.suffix == ".journal" or ".journal.walk." in path.name
 
 
 def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
