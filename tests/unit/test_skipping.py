@@ -54,6 +54,20 @@ def test_a_pass_that_starts_at_a_block_is_bitwise_the_whole_pass(model, ids):
 
 
 @torch.inference_mode()
+def test_the_head_gets_the_last_positions_in_one_piece(model, ids):
+    """As a slice, they take bfloat16 on a CPU hundreds of times as long."""
+    model, blocks = model
+    seen = []
+    with SkippableModel(model, blocks) as skippable:
+        handle = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        skippable.logits(ids, (), last=2)
+        skippable.calls(ids)
+        handle.remove()
+    assert [(len(states), states.is_contiguous()) for states in seen] == [(3, True)] * 2
+    assert not model.lm_head._forward_pre_hooks
+
+
+@torch.inference_mode()
 def test_a_block_never_seen_running_can_be_skipped_at_once(model, ids):
     model, blocks = model
     with SkippableModel(model, blocks) as skippable:

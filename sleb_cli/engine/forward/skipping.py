@@ -92,6 +92,15 @@ class BlockSwitch:
         return _hidden_states(self._forward(hidden, *call.args, **call.kwargs))
 
 
+def _contiguous(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Have the head's input in one piece.
+
+    The last position of each sequence is not, and in bfloat16 torch 2.13 then takes 22 s instead of 0.1 s on a CPU for
+    16 sequences and a vocabulary of 262,144.
+    """
+    return tuple(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args)
+
+
 def _hidden_states(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
@@ -203,6 +212,8 @@ class SkippableModel:
             switch.install()
         for config, _ in self._cache_settings:
             config.use_cache = False
+        output = self.model.get_output_embeddings()
+        self._head_hook = output.register_forward_pre_hook(_contiguous) if output is not None else None
         return self
 
     def __exit__(
@@ -212,6 +223,8 @@ class SkippableModel:
             switch.uninstall()
         for config, use_cache in self._cache_settings:
             config.use_cache = use_cache
+        if self._head_hook is not None:
+            self._head_hook.remove()
 
     def skip(self, removed: Collection[int]) -> None:
         """Skip exactly these blocks until the next call of any method."""
