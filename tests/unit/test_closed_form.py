@@ -9,7 +9,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge
-from sleb_cli.engine.recovery.residual_projections import find_residual_projections
+from sleb_cli.engine.recovery.residual_projections import find_residual_projections, inputs_of
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import MachineError, UnsupportedModelError
 
@@ -97,8 +97,9 @@ def test_gains_are_the_ridge_of_each_channel_alone():
         ("opt", ["self_attn.out_proj"], ["fc2"], "matrix"),
         ("gpt_neox", [], ["attention.dense", "mlp.dense_4h_to_h"], "matrix"),
         ("phi", [], ["self_attn.dense", "mlp.fc2"], "matrix"),
-        ("gemma2", ["self_attn.o_proj", "mlp.down_proj"], ["post_feedforward_layernorm"], "gain"),
-        ("olmo2", ["self_attn.o_proj", "mlp.down_proj"], ["post_feedforward_layernorm"], "gain"),
+        ("gemma2", ["self_attn.o_proj"], ["mlp.down_proj"], "matrix"),
+        ("olmo2", ["self_attn.o_proj"], ["mlp.down_proj"], "matrix"),
+        ("glm4", ["self_attn.o_proj"], ["mlp.down_proj"], "matrix"),
         ("mixtral", ["self_attn.o_proj"], [], "matrix"),
         ("deepseek_v3", [], ["mlp.shared_experts.down_proj"], "matrix"),
         ("mamba", [], ["mixer.out_proj"], "matrix"),
@@ -115,6 +116,37 @@ def test_the_weights_that_write_to_the_hidden_states_are_found(model_type, near,
     ]
     for projection in found[-1] if exact else []:
         assert (projection.kind, projection.exact, projection.scale) == (kind, True, pytest.approx(1, rel=0.01))
+    norms = [projection.norm.name for together in found for projection in together if projection.norm]
+    assert norms == NORMS_BEHIND.get(model_type, [])
+
+
+NORMS_BEHIND = {
+    "gemma2": ["post_attention_layernorm", "post_feedforward_layernorm"],
+    "olmo2": ["post_attention_layernorm", "post_feedforward_layernorm"],
+    "glm4": ["post_self_attn_layernorm", "post_mlp_layernorm"],
+}
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "glm4", "gpt2"])
+@torch.inference_mode()
+def test_what_a_norm_does_to_a_projection_is_its_features_times_its_weights(model_type):
+    with skippable_model(model_type) as skippable:
+        calls = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
+        (*_, (projection,)) = find_residual_projections(skippable, calls[-2], calls[-2].entering)
+        leaving = []
+        handle = (projection.norm or projection).module.register_forward_hook(
+            lambda module, args, output: leaving.append(output)
+        )
+        with inputs_of(projection.modules) as entering:
+            skippable.run_block(calls[-2], calls[-2].entering)
+        handle.remove()
+    weight = projection.module.weight.T if projection.kind == "matrix" else projection.module.weight
+    product = projection.features(entering) @ weight
+    if projection.norm:
+        product = product * (projection.norm.module.weight + projection.norm.offset)
+    else:
+        product = product + projection.module.bias
+    torch.testing.assert_close(product, leaving[0].flatten(0, -2), rtol=1e-3, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -202,6 +234,7 @@ def scale_of(skippable, block, ids, name):
         "granite",
         "gemma2",
         "olmo2",
+        "glm4",
         "mixtral",
         "deepseek_v3",
         "mamba",

@@ -44,8 +44,14 @@ from sleb_plugins import MachineError, UnsupportedModelError
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
+NORM_ROUNDS = 2
+"""How often a projection behind a norm is fitted, each time with what the norm divides by at that point."""
+GAINS_SHARE = 4
+"""Gains, one number for each channel, are fitted to one batch in so many."""
 PATIENCE = 3
 """After this many blocks without a gain, none is refitted until the next gap."""
+SILENT = 0.01
+"""Channels that a norm multiplies by less than this share of the mean are not fitted."""
 DECIDING_POSITIONS = 2048
 """On about how many positions fits are compared: enough, since both sides of a comparison see the same."""
 
@@ -63,11 +69,12 @@ _ELSEWHERE = nn.Identity()
 
 @dataclass(frozen=True)
 class _Fit:
-    """New values for some parameters of a block, and the share of the squares that they leave on the deciding text."""
+    """New values for some parameters of a block, and the weighted squares on the deciding text before and after."""
 
     ridge: float
     values: dict[str, Tensor]
-    error_left: float
+    before: float
+    after: float
 
 
 def recover_in_closed_form(
@@ -266,9 +273,39 @@ class _ClosedFormFit:
             self.notify(Notice(f"The gap at block {block} is not recovered: none of its weights add to its output."))
         for together in projections:
             with self.skippable.in_place(block):
-                fit = self._best_fit(partial(self._rows, block=block, projections=together), together)
+                fit = self._fit_through_norm(block, together[0]) if together[0].norm else self._fit(block, together)
             self._keep_if_better(block, gap, together, fit)
         return self.divergence < before
+
+    def _fit(
+        self, block: int, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor] | None = None
+    ) -> _Fit:
+        """Fit projections of a block at once, with the values that were `found` beside those of other blocks."""
+        values = self.values | (found or {})
+        return self._best_fit(
+            partial(self._rows, block=block, projections=projections, values=values), projections, values
+        )
+
+    def _fit_through_norm(self, block: int, projection: ResidualProjection) -> _Fit:
+        """Fit a matrix whose output goes through a norm, and the norm's gains.
+
+        What is added for an input x is gain * W x / s, where s is the size of W x, so it is linear in W as long as s
+        stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the gains are
+        fitted after W, which is exact, and then both again with the new s.
+        """
+        assert projection.norm is not None
+        best: _Fit | None = None
+        for _ in range(NORM_ROUNDS):
+            found = best.values if best else {}
+            matrix = self._fit(block, [projection], found)
+            gains = self._fit(block, [projection.norm], found | matrix.values)
+            before = best.before if best else matrix.before
+            after = min(gains.before, gains.after)
+            if after >= (best.after if best else before):
+                break
+            values = found | matrix.values | (gains.values if gains.after < gains.before else {})
+            best = _Fit(matrix.ridge, values, before, after)
+        return best or replace(matrix, after=after)
 
     def _projections(self, block: int) -> list[list[ResidualProjection]]:
         """Return the block's residual projections, which the main process finds."""
@@ -276,11 +313,11 @@ class _ClosedFormFit:
         def find() -> list[list[ResidualProjection]]:
             with self.skippable.in_place(block), self.skippable.replaced(self.values):
                 found = find_residual_projections(self.skippable, self.calls[0][block], self.pruned[0])
-            return [[replace(projection, module=_ELSEWHERE) for projection in together] for together in found]
+            return [[_in_modules(projection, lambda name: _ELSEWHERE) for projection in together] for together in found]
 
         module = self.skippable.switches[block].block
         return [
-            [replace(projection, module=module.get_submodule(projection.name)) for projection in together]
+            [_in_modules(projection, module.get_submodule) for projection in together]
             for together in self.group.from_main(find)
         ]
 
@@ -289,14 +326,14 @@ class _ClosedFormFit:
 
         def find() -> ResidualProjection | None:
             norm = final_norm(self.skippable, self.pruned[0].to(self.skippable.device), self.ids[0])
-            return replace(norm, module=_ELSEWHERE) if norm else None
+            return _in_modules(norm, lambda name: _ELSEWHERE) if norm else None
 
         found = self.group.from_main(find)
         if found is not None:
-            norm = replace(found, module=self.skippable.model.get_submodule(found.name))
+            norm = _in_modules(found, self.skippable.model.get_submodule)
             rows = partial(self._rows_of_norm, norm=norm)
             with in_place(norm.module):
-                self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm]))
+                self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm], self.values))
 
     def _keep_if_better(
         self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: _Fit
@@ -309,32 +346,37 @@ class _ClosedFormFit:
         record = FitRecord(
             block=block,
             gap=gap,
-            weights=tuple(projection.name for projection in projections),
+            weights=tuple(p.name for projection in projections for p in (projection, projection.norm) if p),
             exact=projections[0].exact,
             ridge=fit.ridge,
-            error_left=fit.error_left,
+            error_left=fit.after / max(fit.before, 1e-30),
             divergence=divergence,
             kept=kept,
         )
         self.fits.append(record)
 
     def _best_fit(
-        self, rows: Callable[[Sequence[int]], Iterator[_Rows]], projections: Sequence[ResidualProjection]
+        self,
+        rows: Callable[[Sequence[int]], Iterator[_Rows]],
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
     ) -> _Fit:
-        """Fit with each ridge, and return the fit that leaves the least error on the deciding text."""
-        train, deciding = (self._sums(rows, groups, projections) for groups in (self.train, self.deciding))
+        """Change `values` by the fit whose ridge leaves the least error on the deciding text."""
+        every = GAINS_SHARE if projections[0].kind == "gain" else 1
+        fitted_on = [at and at[::every] for at in self.train]
+        train, deciding = (self._sums(rows, groups, projections) for groups in (fitted_on, self.deciding))
         changes: dict[str, Tensor] = {}
 
-        def solve() -> tuple[float, float]:
+        def solve() -> tuple[float, float, float]:
             assert train is not None
             assert deciding is not None
             with _enough_for_sums(" and ".join(projection.name for projection in projections), train):
                 error, ridge, fitted = _best(train, deciding)
-                changes.update(self._new_values(projections, fitted))
-            return ridge, error / max(deciding.yy, 1e-30)
+                changes.update(self._new_values(projections, fitted, values))
+            return ridge, deciding.yy, error
 
-        ridge, error_left = self.group.from_main(solve)
-        return _Fit(ridge, dict(self._from_main(projections, changes)), error_left)
+        ridge, before, after = self.group.from_main(solve)
+        return _Fit(ridge, dict(self._from_main(projections, changes)), before, after)
 
     def _sums(
         self,
@@ -364,7 +406,7 @@ class _ClosedFormFit:
 
     def _empty_sums(self, projections: Sequence[ResidualProjection]) -> list[Tensor]:
         """Return room for the sums of another process."""
-        inputs = sum(map(_inputs, projections)) + any(map(_has_fitted_bias, projections))
+        inputs = sum(map(_inputs, projections)) + any(projection.takes_bias for projection in projections)
         outputs = self.skippable.model.config.get_text_config().hidden_size
         shapes = [[inputs], [inputs]] if projections[0].kind == "gain" else [[inputs, inputs], [inputs, outputs]]
         place = as_float64(torch.empty(0, device=self.skippable.device)).device
@@ -388,23 +430,29 @@ class _ClosedFormFit:
     def _batches(self, which: Sequence[int]) -> Iterator[tuple[list[Call], Tensor, Tensor]]:
         return ((self.calls[batch], self.dense[batch], self.pruned[batch]) for batch in which)
 
-    def _rows(self, batches: Sequence[int], block: int, projections: Sequence[ResidualProjection]) -> Iterator[_Rows]:
+    def _rows(
+        self,
+        batches: Sequence[int],
+        block: int,
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
+    ) -> Iterator[_Rows]:
         """Yield features, what is missing at the end of the gap, and weights, batch by batch, in float32.
 
         Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
         size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
         """
-        modules = [projection.module for projection in projections]
+        modules = [module for projection in projections for module in projection.modules]
         for calls, dense, pruned in self._batches(batches):
-            with self.skippable.replaced(self.values), inputs_of(modules) as entering:
+            with self.skippable.replaced(values), inputs_of(modules) as entering:
                 found = self.skippable.run_block(calls[block], pruned).float()
                 wanted = dense.to(found.device).float()
                 missing = (wanted - found).flatten(0, -2)
-                parts = [projection.features(entering[projection.module]) for projection in projections]
+                parts = [projection.features(entering) for projection in projections]
             ones = [
                 missing.new_full((len(missing), 1), projection.scale)
                 for projection in projections
-                if _has_fitted_bias(projection)
+                if projection.takes_bias
             ]
             weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
             yield torch.cat([*parts, *ones[:1]], dim=1), missing, weights
@@ -414,21 +462,34 @@ class _ClosedFormFit:
         for _, dense, pruned in self._batches(batches):
             here = self.skippable.device
             wanted, found = (norm.module(states.to(here)).float().flatten(0, -2) for states in (dense, pruned))
-            yield norm.features(pruned.to(found.device)), wanted - found, torch.ones(len(found), device=found.device)
+            features = norm.normalized(pruned.to(found.device))
+            yield features, wanted - found, torch.ones(len(found), device=found.device)
 
-    def _new_values(self, projections: Sequence[ResidualProjection], fitted: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _new_values(
+        self, projections: Sequence[ResidualProjection], fitted: Tensor, values: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield the new weights of the projections, by name, and the new bias of the first that has one."""
         start = 0
         for projection in projections:
             part = fitted[start : start + _inputs(projection)]
             start += len(part)
-            yield self._changed(projection.module, "weight", part.T if projection.kind == "matrix" else part)
+            if projection.norm:
+                part = part / self._multipliers(projection.norm, values).to(part.device)
+            yield self._changed(values, projection.module, "weight", part.T if projection.kind == "matrix" else part)
         for module, which in _fitted_parameters(projections)[len(projections) :]:
-            yield self._changed(module, which, fitted[start])
+            yield self._changed(values, module, which, fitted[start])
 
-    def _changed(self, module: nn.Module, which: str, change: Tensor) -> tuple[str, Tensor]:
+    def _multipliers(self, norm: ResidualProjection, values: Mapping[str, Tensor]) -> Tensor:
+        """Return what each channel is multiplied by behind the norm; infinity where that is next to nothing."""
+        weight = values.get(f"{self.names[norm.module]}.weight", norm.module.get_parameter("weight"))
+        multipliers = as_float64(weight) + norm.offset
+        return multipliers.masked_fill(multipliers.abs() < SILENT * multipliers.abs().mean(), torch.inf)
+
+    def _changed(
+        self, values: Mapping[str, Tensor], module: nn.Module, which: str, change: Tensor
+    ) -> tuple[str, Tensor]:
         name, parameter = f"{self.names[module]}.{which}", module.get_parameter(which)
-        changed = as_float64(self.values.get(name, parameter)).to(change.device) + change
+        changed = as_float64(values.get(name, parameter)).to(change.device) + change
         return name, changed.to(parameter.device, self.settings.stored).contiguous()
 
 
@@ -438,6 +499,12 @@ def _groups(count: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(bounds) if start < end]
 
 
+def _in_modules(projection: ResidualProjection, module_of: Callable[[str], nn.Module]) -> ResidualProjection:
+    """Return the projection, and the norm behind it, with the modules of these names."""
+    norm = _in_modules(projection.norm, module_of) if projection.norm else None
+    return replace(projection, module=module_of(projection.name), norm=norm)
+
+
 def _inputs(projection: ResidualProjection) -> int:
     """Return how many coefficients of the fit are a projection's."""
     return projection.module.get_parameter("weight").shape[1 if projection.kind == "matrix" else 0]
@@ -445,7 +512,7 @@ def _inputs(projection: ResidualProjection) -> int:
 
 def _fitted_parameters(projections: Sequence[ResidualProjection]) -> list[tuple[nn.Module, str]]:
     """Return which parameters are fitted, in the order of the coefficients: weights, and the first bias, if any."""
-    with_bias = [projection.module for projection in projections if _has_fitted_bias(projection)]
+    with_bias = [projection.module for projection in projections if projection.takes_bias]
     return [
         *((projection.module, "weight") for projection in projections),
         *((first, "bias") for first in with_bias[:1]),
@@ -453,15 +520,27 @@ def _fitted_parameters(projections: Sequence[ResidualProjection]) -> list[tuple[
 
 
 def _best(train: Gains | Ridge, deciding: Gains | Ridge) -> tuple[float, float, Tensor]:
-    """Return the least error on the deciding text, its ridge, and the coefficients."""
-    best: tuple[float, float, Tensor] | None = None
-    for ridge in RIDGES:  # one after the other, since coefficients are as large as the weights in float64
-        fitted = train.solve(ridge)
-        error = deciding.error(fitted)
-        if best is None or error < best[0]:
-            best = (error, ridge, fitted)
-    assert best is not None
+    """Return the least error on the deciding text, its ridge, and the coefficients.
+
+    The error has one minimum, so ridges are tried from the middle on, towards less error.
+    """
+    middle = len(RIDGES) // 2
+    best = _tried(train, deciding, RIDGES[middle])
+    for ridges in (RIDGES[middle + 1 :], RIDGES[:middle][::-1]):
+        for ridge in ridges:  # one after the other, since coefficients are as large as the weights in float64
+            tried = _tried(train, deciding, ridge)
+            if tried[0] >= best[0]:
+                break
+            best = tried
+        if best[1] != RIDGES[middle]:
+            break
     return best
+
+
+def _tried(train: Gains | Ridge, deciding: Gains | Ridge, ridge: float) -> tuple[float, float, Tensor]:
+    """Return the error on the deciding text with this ridge, the ridge, and the coefficients."""
+    fitted = train.solve(ridge)
+    return deciding.error(fitted), ridge, fitted
 
 
 def _enough_for_sums(names: str, sums: Gains | Ridge) -> AbstractContextManager[None]:
@@ -484,7 +563,3 @@ def _sums(rows: Iterator[_Rows], projections: Sequence[ResidualProjection]) -> G
     for features, targets, weights in rows:
         sums.add(features, targets, weights)
     return sums
-
-
-def _has_fitted_bias(projection: ResidualProjection) -> bool:
-    return projection.kind != "gain" and projection.has_bias

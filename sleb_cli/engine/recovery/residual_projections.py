@@ -2,15 +2,16 @@
 
 In most families, a block's output is its input plus the output of its last projection. Which module that is, and
 whether there is one, is not looked up by name but tried: noise is added to a module's output, and the module is a
-*residual projection* if the same noise, times a constant, comes out of the block.
+*residual projection* if the same noise, times a constant, comes out of the block. If a norm is one (Gemma, OLMo 2,
+GLM-4), so is the projection whose output it normalizes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,8 @@ class ResidualProjection:
         kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each channel, as in norms.
         scale: which multiple of its output is added.
         exact: whether nothing else in the block reads its output.
+        norm: the norm that its output goes through before it is added; None if it is added as it is.
+        offset: what a norm adds to its weight before it multiplies by it: 1 in Gemma, 0 elsewhere.
     """
 
     name: str
@@ -45,20 +48,41 @@ class ResidualProjection:
     kind: Literal["matrix", "transposed", "gain"]
     scale: float
     exact: bool
+    norm: ResidualProjection | None = None
+    offset: float = 0.0
 
     @property
-    def has_bias(self) -> bool:
+    def takes_bias(self) -> bool:
         """Whether a constant can be fitted, too."""
-        return getattr(self.module, "bias", None) is not None
+        return self.kind != "gain" and self.norm is None and getattr(self.module, "bias", None) is not None
 
-    def features(self, entering: Tensor) -> Tensor:
-        """Return what the module's weights are multiplied by, float32 [positions, in] (gain: [positions, channels])."""
-        if self.kind != "gain":
-            return entering.flatten(0, -2).float() * self.scale
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose inputs `features` needs."""
+        return [self.module, *(self.norm.modules if self.norm else [])]
+
+    def features(self, entering: Mapping[nn.Module, Tensor]) -> Tensor:
+        """Return what the module's weights are multiplied by, float32 [positions, in] (gain: [positions, channels]).
+
+        Behind a norm, each position is divided by what the norm divides it by, and its gains are left out.
+        """
+        states = entering[self.module]
+        if self.kind == "gain":
+            return self.normalized(states) * self.scale
+        features = states.flatten(0, -2).float() * self.scale
+        if self.norm is None:
+            return features
+        before = entering[self.norm.module].flatten(0, -2).float()
+        after = self.norm.normalized(entering[self.norm.module])
+        divisor = (before * after).sum(-1, keepdim=True) / after.square().sum(-1, keepdim=True).clamp_min(1e-12)
+        return features / divisor.clamp_min(1e-12)
+
+    def normalized(self, entering: Tensor) -> Tensor:
+        """Return what the norm multiplies by its gains, float32 [positions, channels]."""
         states = entering.float()
         on: Tensor = self._norm(1.0, states)(states)
         off: Tensor = self._norm(0.0, states)(states)
-        return (on - off).flatten(0, -2) * self.scale
+        return (on - off).flatten(0, -2)
 
     def _norm(self, gain: float, like: Tensor) -> nn.Module:
         """Return the norm in float32 with this gain everywhere; its own weights, which may be away, are not used."""
@@ -93,14 +117,54 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
     """Return the block's residual projections, in the order of fitting; `hidden` is [batch, positions, hidden size].
 
     Those that are fitted together are one list. First come, one by one, matrices whose output the rest of the block
-    reads (attention's, which the MLP reads), fitted as though it did not. Then come the exact ones together (attention
-    and MLP in parallel are two), which make up for it. If no matrix is exact, an exact gain is fitted, or nothing.
+    reads (attention's, which the MLP reads), fitted as though it did not. Then come the exact ones, which make up for
+    it: those behind a norm one by one, the others together (attention and MLP in parallel are two). If no matrix is
+    exact, an exact gain is fitted, or nothing.
     """
     found = list(_candidates(skippable, call, hidden))
-    near = [[projection] for projection in found if not projection.exact and projection.kind != "gain"]
-    exact = [projection for projection in found if projection.exact and projection.kind != "gain"]
-    gains = [projection for projection in found if projection.exact and projection.kind == "gain"][-1:]
-    return [*near, *([exact or gains] if exact or gains else [])]
+    gains = [projection for projection in found if projection.kind == "gain"]
+    behind = list(_behind_norms(skippable, call, hidden, gains))
+    normalized = [projection.module for projection in behind]
+    matrices = [projection for projection in found if projection not in gains and projection.module not in normalized]
+    matrices += behind
+    alone = [[projection] for projection in matrices if projection.norm or not projection.exact]
+    together = [projection for projection in matrices if projection.exact and not projection.norm]
+    fitted = [*sorted(alone, key=lambda projections: projections[0].exact), *([together] if together else [])]
+    exact = [projection for projection in gains if projection.exact]
+    return fitted if any(projection.exact for projection in matrices) or not exact else [*fitted, exact[-1:]]
+
+
+def _behind_norms(
+    skippable: SkippableModel, call: Call, hidden: Tensor, norms: Sequence[ResidualProjection]
+) -> Iterator[ResidualProjection]:
+    """Yield the matrices whose output is all that enters one of these norms, in the order of the norms."""
+    block = skippable.switches[call.block].block
+    leaving: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        with our_code():
+            if isinstance(output, Tensor):
+                leaving[name] = output
+
+    matrices = {
+        name: (module, kind) for name, module in block.named_modules() if (kind := _kind(module, hidden.shape[-1]))
+    }
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
+        for name, (module, kind) in matrices.items()
+        if kind != "gain"
+    ]
+    try:
+        with inputs_of([norm.module for norm in norms]) as entering:
+            skippable.run_block(call, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for norm in norms:
+        for name, output in leaving.items():
+            if output.numel() == hidden.numel() and torch.equal(output.flatten(), entering[norm.module].flatten()):
+                module, kind = matrices[name]
+                yield ResidualProjection(name, module, kind, norm.scale, norm.exact, norm)
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
@@ -143,7 +207,18 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
         scale = float((change * noise).sum() / noise.square().sum())
         error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))
         if error <= NEAR:
-            yield ResidualProjection(name, module, kind, scale, exact=error <= EXACT)
+            yield _with_offset(ResidualProjection(name, module, kind, scale, exact=error <= EXACT))
+
+
+def _with_offset(projection: ResidualProjection) -> ResidualProjection:
+    """Return a norm with its offset, and anything else as it is."""
+    if projection.kind != "gain":
+        return projection
+    weight = projection.module.get_parameter("weight")
+    states = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
+    norm = projection._norm
+    without, alone = norm(0.0, states)(states), projection.normalized(states[None])[0]
+    return replace(projection, offset=float((without * alone).sum() / alone.square().sum()))
 
 
 def _kind(module: nn.Module, width: int) -> Literal["matrix", "transposed", "gain"] | None:
