@@ -110,13 +110,13 @@ def test_the_weights_that_write_to_the_hidden_states_are_found(model_type, near,
     with skippable_model(model_type) as skippable:
         calls = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
         found = find_residual_projections(skippable, calls[-2], calls[-2].entering)
-    assert [[projection.name for projection in together] for together in found] == [
-        *([name] for name in near),
-        *([exact] if exact else []),
+    assert [(projection.name, projection.exact) for projection in found] == [
+        *((name, False) for name in near),
+        *((name, True) for name in exact),
     ]
-    for projection in found[-1] if exact else []:
+    for projection in found[len(near) :]:
         assert (projection.kind, projection.exact, projection.scale) == (kind, True, pytest.approx(1, rel=0.01))
-    norms = [projection.norm.name for together in found for projection in together if projection.norm]
+    norms = [projection.norm.name for projection in found if projection.norm]
     assert norms == NORMS_BEHIND.get(model_type, [])
 
 
@@ -132,7 +132,7 @@ NORMS_BEHIND = {
 def test_what_a_norm_does_to_a_projection_is_its_features_times_its_weights(model_type):
     with skippable_model(model_type) as skippable:
         calls = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
-        (*_, (projection,)) = find_residual_projections(skippable, calls[-2], calls[-2].entering)
+        (*_, projection) = find_residual_projections(skippable, calls[-2], calls[-2].entering)
         leaving = []
         handle = (projection.norm or projection).module.register_forward_hook(
             lambda module, args, output: leaving.append(output)
@@ -154,7 +154,7 @@ def test_a_multiplier_behind_the_weights_is_part_of_what_they_write():
     model = random_model(tiny_config("granite", residual_multiplier=0.25))
     with SkippableModel(model, model.model.layers) as skippable:
         calls = skippable.calls(torch.randint(2, 300, (2, 16)))
-        (exact,) = find_residual_projections(skippable, calls[1], calls[1].entering)[-1]
+        exact = find_residual_projections(skippable, calls[1], calls[1].entering)[-1]
     assert exact.scale == pytest.approx(0.25, rel=0.01)
 
 
@@ -171,30 +171,35 @@ def test_the_fits_at_a_gap_equal_a_direct_computation(monkeypatch):
     model, text = skippable.model, own_text(skippable.model, 30)
     with skippable:
         values, record = recover_in_closed_form(skippable, {3, 4}, text[:24], text[24:], lambda event: None)
-    assert [(fit.weights, fit.gap, fit.kept) for fit in record.fits[:3]] == [
-        (("self_attn.o_proj",), 2, True),
-        (("mlp.down_proj",), 2, True),
-        (("self_attn.o_proj",), 0, True),
-    ]
+    both = ("self_attn.o_proj", "mlp.down_proj")
+    assert [(fit.weights, fit.gap, fit.kept) for fit in record.fits[:2]] == [(both, 2, True), (both, 0, True)]
     wanted = model(text[:24], output_hidden_states=True).hidden_states[5].flatten(0, 1).double()
     weights = 1 / wanted.square().mean(-1, keepdim=True)
     block = model.model.layers[2]
-    for name in ("self_attn.o_proj", "mlp.down_proj"):
+    # Both together, then the one that makes up for how it responds to the other.
+    for names in (("mlp.down_proj", "self_attn.o_proj"), ("mlp.down_proj",)):
         entering = []
-        handle = block.get_submodule(name).register_forward_pre_hook(
-            lambda module, args, at=entering: at.append(args[0])
-        )
+        handles = [
+            block.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, name=name, at=entering: at.append((name, args[0]))
+            )
+            for name in names
+        ]
         leaving = model(text[:24], output_hidden_states=True).hidden_states[3].flatten(0, 1).double()
-        handle.remove()
-        x = entering[0].flatten(0, 1).double()
-        scale = 1.0 if name == "mlp.down_proj" else scale_of(skippable, 2, text[:24], name)
-        gram = (x * scale).T @ (weights * x * scale)
-        right = (x * scale).T @ (weights * (wanted - leaving))
+        for handle in handles:
+            handle.remove()
+        scales = {"mlp.down_proj": 1.0, "self_attn.o_proj": scale_of(skippable, 2, text[:24], "self_attn.o_proj")}
+        x = torch.cat([dict(entering)[name].flatten(0, 1).double() * scales[name] for name in names], dim=1)
+        gram, right = x.T @ (weights * x), x.T @ (weights * (wanted - leaving))
         change = torch.linalg.solve(gram + 0.3 * torch.diag(gram.diagonal()), right).T
-        weight = block.get_submodule(name).weight
-        full = f"model.layers.2.{name}.weight"
-        torch.testing.assert_close(values[full].double(), weight.double() + change, rtol=1e-3, atol=1e-3)
-        weight.data = values[full]
+        for name, part in zip(
+            names, change.split([dict(entering)[name].shape[-1] for name in names], dim=1), strict=True
+        ):
+            block.get_submodule(name).weight.data += part.float()
+    for name in both:
+        torch.testing.assert_close(
+            values[f"model.layers.2.{name}.weight"], block.get_submodule(name).weight, rtol=1e-3, atol=1e-3
+        )
 
 
 @torch.inference_mode()
@@ -220,7 +225,7 @@ def scale_of(skippable, block, ids, name):
         calls = skippable.calls(ids)
         hidden = skippable.entering_states(ids, ())[block]
         found = find_residual_projections(skippable, calls[block], hidden)
-    return next(projection.scale for together in found for projection in together if projection.name == name)
+    return next(projection.scale for projection in found if projection.name == name)
 
 
 @pytest.mark.parametrize(
@@ -321,7 +326,12 @@ def test_sums_that_do_not_fit_are_named_and_nothing_smaller_is_tried(monkeypatch
     monkeypatch.setattr(Ridge, "solve", too_large)
     skippable = skippable_model("llama")
     text, told = own_text(skippable.model, 12), []
-    with skippable, pytest.raises(MachineError, match=r"fit of self_attn.o_proj needs about \S+ kB of memory") as error:
+    with (
+        skippable,
+        pytest.raises(
+            MachineError, match=r"fit of mlp.down_proj and self_attn.o_proj needs about \S+ kB of memory"
+        ) as error,
+    ):
         recover_in_closed_form(skippable, {3}, text[:10], text[10:], told.append)
     assert "--recover" in error.value.hint
     assert not [event for event in told if hasattr(event, "text")]

@@ -44,12 +44,12 @@ from sleb_plugins import MachineError, UnsupportedModelError
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
-NORM_ROUNDS = 2
-"""How often a projection behind a norm is fitted, each time with what the norm divides by at that point."""
 GAINS_SHARE = 4
 """Gains, one number for each channel, are fitted to one batch in so many."""
 PATIENCE = 3
-"""After this many blocks without a gain, none is refitted until the next gap."""
+"""After this many blocks that gain next to nothing, none is refitted until the next gap."""
+NEXT_TO_NOTHING = 0.01
+"""A fit that lowers the divergence by less than this share of it is kept, but counts as no gain."""
 SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
 DECIDING_POSITIONS = 2048
@@ -267,59 +267,72 @@ class _ClosedFormFit:
         return sum(total for _, totals in found for total in totals) / (len(self.positions) * self.decides)
 
     def _refit(self, block: int, end: int, gap: int) -> bool:
-        """Fit a block's output to the dense states at `end`; return whether the divergence fell."""
-        before, projections = self.divergence, self._projections(block)
-        if gap and not projections:
-            self.notify(Notice(f"The gap at block {block} is not recovered: none of its weights add to its output."))
-        for together in projections:
-            with self.skippable.in_place(block):
-                fit = self._fit_through_norm(block, together[0]) if together[0].norm else self._fit(block, together)
-            self._keep_if_better(block, gap, together, fit)
-        return self.divergence < before
+        """Fit a block's output to the dense states at `end`; return whether that gained something."""
+        projections = self._projections(block)
+        if not projections:
+            if gap:
+                self.notify(
+                    Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
+                )
+            return False
+        with self.skippable.in_place(block):
+            fit = self._fit_block(block, projections)
+        before = self.divergence
+        self._keep_if_better(block, gap, projections, fit)
+        return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
-    def _fit(
-        self, block: int, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor] | None = None
-    ) -> _Fit:
-        """Fit projections of a block at once, with the values that were `found` beside those of other blocks."""
-        values = self.values | (found or {})
-        return self._best_fit(
-            partial(self._rows, block=block, projections=projections, values=values), projections, values
-        )
+    def _fit_block(self, block: int, projections: Sequence[ResidualProjection]) -> _Fit:
+        """Fit all projections of a block.
 
-    def _fit_through_norm(self, block: int, projection: ResidualProjection) -> _Fit:
-        """Fit a matrix whose output goes through a norm, and the norm's gains.
+        Those whose output the rest of the block reads (attention's, which the MLP reads) are fitted with the others, as
+        though nothing responded to them: together, so that none adds what another can add better. Then the exact ones
+        are fitted once more and make up for the response.
 
-        What is added for an input x is gain * W x / s, where s is the size of W x, so it is linear in W as long as s
-        stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the gains are
-        fitted after W, which is exact, and then both again with the new s.
+        What is added through a norm for an input x is gain * W x / s, where s is the size of W x, so it is linear in W
+        as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
+        gains are fitted after W, which is exact, and then both again with the new s.
         """
-        assert projection.norm is not None
+        exact = [projection for projection in projections if projection.exact]
+        near = [projection for projection in projections if not projection.exact]
+        together = [projection for projection in exact if projection.kind != "gain"] + near
+        rounds = [together] * bool(near) + [exact] * bool(exact)
+        if any(projection.norm for projection in exact):
+            rounds.append(exact)
+        values: dict[str, Tensor] = {}
         best: _Fit | None = None
-        for _ in range(NORM_ROUNDS):
-            found = best.values if best else {}
-            matrix = self._fit(block, [projection], found)
-            gains = self._fit(block, [projection.norm], found | matrix.values)
-            before = best.before if best else matrix.before
-            after = min(gains.before, gains.after)
-            if after >= (best.after if best else before):
-                break
-            values = found | matrix.values | (gains.values if gains.after < gains.before else {})
-            best = _Fit(matrix.ridge, values, before, after)
-        return best or replace(matrix, after=after)
+        before: float | None = None
+        for fitted in rounds:
+            fit = self._fit(block, fitted, values)
+            before, after = fit.before if before is None else before, fit.after
+            values = values | fit.values
+            for norm in (projection.norm for projection in fitted if projection.norm):
+                gains = self._fit(block, [norm], values)
+                after = min(gains.before, gains.after)
+                if gains.after < gains.before:
+                    values = values | gains.values
+            if fitted is together and exact:
+                continue  # how the rest of the block responds is not yet known
+            if best is None or after < best.after:
+                best = _Fit(fit.ridge, values, before, after)
+        assert best is not None
+        return best
 
-    def _projections(self, block: int) -> list[list[ResidualProjection]]:
+    def _fit(self, block: int, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> _Fit:
+        """Fit projections of a block at once, with the values that were `found` beside those of other blocks."""
+        values = self.values | found
+        rows = partial(self._rows, block=block, projections=projections, values=values)
+        return self._best_fit(rows, projections, values)
+
+    def _projections(self, block: int) -> list[ResidualProjection]:
         """Return the block's residual projections, which the main process finds."""
 
-        def find() -> list[list[ResidualProjection]]:
+        def find() -> list[ResidualProjection]:
             with self.skippable.in_place(block), self.skippable.replaced(self.values):
                 found = find_residual_projections(self.skippable, self.calls[0][block], self.pruned[0])
-            return [[_in_modules(projection, lambda name: _ELSEWHERE) for projection in together] for together in found]
+            return [_in_modules(projection, lambda name: _ELSEWHERE) for projection in found]
 
         module = self.skippable.switches[block].block
-        return [
-            [_in_modules(projection, module.get_submodule) for projection in together]
-            for together in self.group.from_main(find)
-        ]
+        return [_in_modules(projection, module.get_submodule) for projection in self.group.from_main(find)]
 
     def _refit_norm(self) -> None:
         """Refit the gains of the final norm, and so the scale of the logits, to the dense model's states there."""
@@ -347,7 +360,7 @@ class _ClosedFormFit:
             block=block,
             gap=gap,
             weights=tuple(p.name for projection in projections for p in (projection, projection.norm) if p),
-            exact=projections[0].exact,
+            exact=all(projection.exact for projection in projections),
             ridge=fit.ridge,
             error_left=fit.after / max(fit.before, 1e-30),
             divergence=divergence,
@@ -553,9 +566,9 @@ def _enough_for_sums(names: str, sums: Gains | Ridge) -> AbstractContextManager[
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:
-    """Return about how much memory the fits of a block need beside the model, for the largest of its projections."""
-    inputs = [m.in_features for m in block.modules() if isinstance(m, nn.Linear) and m.out_features == width]
-    return ridge_bytes(max(inputs, default=0), width)
+    """Return about how much memory the fits of a block need beside the model: attention's and the MLP's, together."""
+    inputs = sorted(m.in_features for m in block.modules() if isinstance(m, nn.Linear) and m.out_features == width)
+    return ridge_bytes(sum(inputs[-2:]), width)
 
 
 def _sums(rows: Iterator[_Rows], projections: Sequence[ResidualProjection]) -> Gains | Ridge:

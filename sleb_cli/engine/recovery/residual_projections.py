@@ -113,25 +113,19 @@ def inputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
             handle.remove()
 
 
-def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[list[ResidualProjection]]:
-    """Return the block's residual projections, in the order of fitting; `hidden` is [batch, positions, hidden size].
+def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[ResidualProjection]:
+    """Return the block's residual projections; `hidden` is [batch, positions, hidden size].
 
-    Those that are fitted together are one list. First come, one by one, matrices whose output the rest of the block
-    reads (attention's, which the MLP reads), fitted as though it did not. Then come the exact ones, which make up for
-    it: those behind a norm one by one, the others together (attention and MLP in parallel are two). If no matrix is
-    exact, an exact gain is fitted, or nothing.
+    They are matrices, those that are not exact first. If no matrix is exact, an exact gain comes last, if there is one.
     """
     found = list(_candidates(skippable, call, hidden))
     gains = [projection for projection in found if projection.kind == "gain"]
     behind = list(_behind_norms(skippable, call, hidden, gains))
     normalized = [projection.module for projection in behind]
     matrices = [projection for projection in found if projection not in gains and projection.module not in normalized]
-    matrices += behind
-    alone = [[projection] for projection in matrices if projection.norm or not projection.exact]
-    together = [projection for projection in matrices if projection.exact and not projection.norm]
-    fitted = [*sorted(alone, key=lambda projections: projections[0].exact), *([together] if together else [])]
-    exact = [projection for projection in gains if projection.exact]
-    return fitted if any(projection.exact for projection in matrices) or not exact else [*fitted, exact[-1:]]
+    matrices = sorted([*matrices, *behind], key=lambda projection: projection.exact)
+    exact_gains = [projection for projection in gains if projection.exact]
+    return matrices if any(projection.exact for projection in matrices) else [*matrices, *exact_gains[-1:]]
 
 
 def _behind_norms(
