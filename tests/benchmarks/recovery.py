@@ -1,0 +1,501 @@
+"""What recovery gives back of what a removal costs: ours, beside what others published, and bounds no engine loads.
+
+    python tests/benchmarks/recovery.py MODEL DATA [--sizes 3,6,9,12] [--sets greedy,contiguous] [--heal-minutes 10]
+
+DATA is a folder with text/enwiki_train.txt (on which everything is fitted), text/enwiki_test.txt and text/c4_50.jsonl
+(on which everything is measured). All methods (`tests/recovery_baselines.py`) see the same tokens, and lack the same
+blocks: those of a greedy search by nll, or of --removals, in their order, and those of the best contiguous span. With
+--heal-minutes, `sleb apply --recover --heal` runs too, on three quarters of that text and a quarter of the model's own.
+
+Each result is saved to WORK/recovery.json as soon as it is measured, by the removed blocks and the method, and the same
+command resumes a stopped run. --report writes the tables into a Markdown file, between its two marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recovery_baselines import (
+    Fit,
+    FittingText,
+    Patch,
+    Unavailable,
+    down_proj,
+    final_states,
+    fit_gaps,
+    ghosted,
+    linear_patch,
+    matrix,
+    replace_me,
+)
+from sleb_cli.__main__ import main as sleb
+from sleb_cli.atomic import to_json, write_text
+from sleb_cli.engine.device import choose_dtype, free_memory
+from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
+from sleb_cli.engine.recovery.variant import Variant, summed_losses
+from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.text.calibration import calibrate_splits, draw, resolve_calibration
+from sleb_cli.engine.text.sources import TextSplit, evaluation_text
+from sleb_cli.engine.text.windows import adds_bos, cut_windows
+from sleb_cli.plan import read_plan
+from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest
+
+TRAIN = "text/enwiki_train.txt"
+TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
+MARKS = ("<!-- recovery.py: begin -->", "<!-- recovery.py: end -->")
+SEARCHES = {
+    "greedy": "--metric nll --fast",
+    "contiguous": "--metric angular --strategy contiguous",
+}
+SEARCH_TEXT = "--samples 16 --sequence-length 256"
+FITTED_PART, DECIDING_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables: how it is called, and what it fits; `loads` says whether engines load the result."""
+
+    label: str
+    fit: Callable[[FittingText, Sequence[int]], Patch] | None = None
+    loads: bool = True
+
+
+def at_gaps(label: str, fit: Fit, *, loads: bool = True, everywhere: bool = False) -> Method:
+    return Method(label, partial(fit_gaps, fit=fit, everywhere=everywhere), loads)
+
+
+def closed_form(text: FittingText, removed: Sequence[int]) -> Patch:
+    """What `sleb apply --recover` fits."""
+    return Patch(recover_in_closed_form(text.skippable, removed, text.train_ids, text.deciding_ids, quiet)[0])
+
+
+def quiet(event: object) -> None:
+    """Drop progress events."""
+
+
+METHODS = {
+    "pruned": Method("pruned"),
+    "linear-patch": at_gaps("LinearPatch", linear_patch, loads=False),
+    "replace-me": at_gaps("ReplaceMe, least squares", partial(replace_me, published=True)),
+    "replace-me-ridge": at_gaps("ReplaceMe, fitted as ours", partial(replace_me, published=False)),
+    "down-proj": at_gaps("`down_proj` alone", down_proj),
+    "closed-form": Method("**`--recover`**", closed_form),
+    "ghosted": at_gaps("any matrix (Ghosted Layers)", ghosted, loads=False),
+    "matrix": at_gaps("any matrix, fitted as ours", matrix, loads=False),
+    "matrix-inputs": at_gaps(
+        "the same, of the inputs of `o_proj` and `down_proj` too", partial(matrix, with_inputs=True), loads=False
+    ),
+    "matrices": at_gaps("any matrix, and one behind every later block", matrix, loads=False, everywhere=True),
+}
+DENSE, PRUNED = "dense", "pruned"
+
+
+# Measuring.
+
+
+class Work:
+    """The results so far, in a file that is written after each measurement."""
+
+    def __init__(self, folder: Path, setting: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / "recovery.json"
+        self.data: dict[str, Any] = {"setting": setting, "searches": {}, "results": {}}
+        if self.path.exists():
+            self.data = json.loads(self.path.read_text())
+            if self.data["setting"] != setting:
+                raise SystemExit(
+                    f"{self.path} was measured with {self.data['setting']}, not {setting}: take another --work."
+                )
+
+    def save(self) -> None:
+        write_text(self.path, to_json(self.data))
+
+    def results(self, removed: Sequence[int]) -> dict[str, Any]:
+        """Return the results without these blocks, by method."""
+        found: dict[str, Any] = self.data["results"].setdefault(",".join(map(str, sorted(removed))) or DENSE, {})
+        return found
+
+    def save_result(self, removed: Sequence[int], method: str, result: dict[str, Any]) -> None:
+        self.results(removed)[method] = result
+        self.save()
+
+
+class Bench:
+    """The model, the texts, and the options."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.architecture: Architecture = read_architecture(locate_model(options.model, quiet), load_plugins(), quiet)
+        setting = {
+            "model": self.architecture.record.model_dump(mode="json", include={"model_type", "fingerprint", "blocks"}),
+            "fitted": [options.samples, options.deciding, options.length],
+            "windows": [options.windows, options.window_length],
+            "dtype": options.dtype,
+        }
+        self.work = Work(options.work, setting)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.architecture.source)
+
+    @cached_property
+    def skippable(self) -> SkippableModel:
+        return self.open(self.architecture)
+
+    def open(self, architecture: Architecture) -> SkippableModel:
+        device = torch.device(self.options.device)
+        dtype = choose_dtype(self.options.dtype, architecture.config.dtype, device)
+        model = load_dense(architecture, dtype, device, quiet)
+        return SkippableModel(model, architecture.blocks_of(model)).__enter__()
+
+    @cached_property
+    def text(self) -> FittingText:
+        options = self.options
+        request = CalibrationRequest(calibration=str(options.data / TRAIN), sequence_length=options.length)
+        settings = resolve_calibration(request, self.architecture)
+        parts = ((options.samples, FITTED_PART), (options.deciding, DECIDING_PART))
+        splits = [replace(settings, samples=samples, split=part) for samples, part in parts]
+        train, deciding = (
+            drawn.sequences.to(self.skippable.device)
+            for drawn in calibrate_splits(splits, self.tokenizer, lambda: self.skippable.model, quiet)
+        )
+        say(f"the dense states on {len(train)} + {len(deciding)} x {options.length} tokens")
+        return FittingText(self.skippable, train, deciding, options.batch)
+
+    @cached_property
+    def windows(self) -> dict[str, Tensor]:
+        """Windows of each text, drawn at random positions, each beginning with BOS if the tokenizer's texts do."""
+        bos, options = adds_bos(self.tokenizer), self.options
+        texts = {name: evaluation_text(str(options.data / place)).content for name, place in TEXTS.items()}
+        cut = {name: cut_windows(self.tokenizer, text, options.window_length, bos=bos) for name, text in texts.items()}
+        drawn = {name: windows[draw(len(windows), options.windows, seed=0)] for name, windows in cut.items()}
+        return {name: windows.to(self.skippable.device) for name, windows in drawn.items()}
+
+    @cached_property
+    def dense_final(self) -> dict[str, list[Tensor]]:
+        run = partial(final_states, self.skippable, (), Patch())
+        return {
+            name: [run(ids) for ids in torch.split(windows, self.options.batch)]
+            for name, windows in self.windows.items()
+        }
+
+    def measure(
+        self, variant: Variant, run: Callable[[Tensor], Tensor], seconds: float, removed: Sequence[int], method: str
+    ) -> None:
+        """Measure a model on every window, and save what was found; `run` returns its final states."""
+        dense, texts = Variant(self.skippable), {}
+        for name, windows in self.windows.items():
+            positions = torch.arange(windows.shape[1] - 1, device=windows.device)
+            totals = []
+            batches = zip(torch.split(windows, self.options.batch), self.dense_final[name], strict=True)
+            for ids, theirs in batches:
+                ours = run(ids)
+                totals += [
+                    summed_losses(variant, dense, ours[[row]], theirs[[row]], ids[[row]], positions)
+                    for row in range(len(ids))
+                ]
+            loss, divergence = ([total / len(positions) for total in column] for column in zip(*totals, strict=True))
+            texts[name] = {"loss": loss, "divergence": divergence}
+        self.work.save_result(removed, method, {"seconds": seconds, "texts": texts})
+        means = {name: [statistics.fmean(values) for values in of_text.values()] for name, of_text in texts.items()}
+        say("  " + ", ".join(f"{name} {loss:.3f} nats, KL {kl:.3f}" for name, (loss, kl) in means.items()))
+
+    def measure_patched(self, removed: Sequence[int], method: str, patch: Patch, seconds: float = 0.0) -> None:
+        run = partial(final_states, self.skippable, removed, patch)
+        self.measure(Variant(self.skippable, removed, patch.values), run, seconds, removed, method)
+
+    def fit(self, removed: Sequence[int], method: str) -> None:
+        """Fit and measure one method."""
+        fit = METHODS[method].fit
+        if fit is None:
+            self.measure_patched(removed, method, Patch())
+            return
+        seconds = 0.0 if fit is closed_form else self.text.seconds  # it runs the dense model itself
+        start = time.monotonic()
+        try:
+            patch = fit(self.text, removed)
+        except Unavailable as reason:
+            self.work.save_result(removed, method, {"unavailable": str(reason)})
+            return
+        self.measure_patched(removed, method, patch, seconds + time.monotonic() - start)
+
+    def heal(self, removed: Sequence[int], minutes: float, method: str) -> None:
+        """Recover and heal through the command line, and measure the checkpoint."""
+        options = self.options
+        folder = self.work.folder / f"{method}-{'-'.join(map(str, sorted(removed)))}"
+        timing = folder.with_suffix(".seconds")
+        if not folder.exists():
+            start = time.monotonic()
+            run_sleb([
+                "apply", options.model, "--blocks", ",".join(map(str, removed)), "--recover", "--heal",
+                "--heal-minutes", minutes, "--calibration", f"{options.data / TRAIN}:0.75,self:0.25",
+                "--samples", math.ceil(options.samples / 0.7), "--sequence-length", options.length,
+                "--device", options.device, "-o", folder, "-q", "--no-verify",
+            ])  # fmt: skip
+            timing.write_text(f"{time.monotonic() - start:.0f}")
+        healed = Variant(self.open(read_architecture(locate_model(str(folder), quiet), load_plugins(), quiet)))
+        with torch.inference_mode():
+            self.measure(healed, healed.final_states, float(timing.read_text()), removed, method)
+        free_memory()
+
+    def removed(self, kind: str, size: int) -> tuple[int, ...] | None:
+        """Return the removed blocks of a set, if they are known."""
+        if kind == "greedy" and self.options.removals:
+            return tuple(self.options.removals[:size])
+        found = self.work.data["searches"].get(kind, {}).get(str(size))
+        return None if found is None else tuple(found)
+
+    def search(self, kind: str, size: int) -> tuple[int, ...]:
+        """Return the removed blocks of a set; search for them through the command line if they are not known."""
+        if (known := self.removed(kind, size)) is not None:
+            return known
+        # A greedy search serves every smaller size; a span that is the best of its size does not hold smaller ones.
+        largest = max(self.options.sizes) if kind == "greedy" else size
+        plan_file = self.work.folder / f"{kind}-{largest}.json"
+        say(f"search {kind}, {largest} blocks")
+        if not plan_file.exists():
+            run_sleb([
+                "search", self.options.model, "--remove", largest, *SEARCHES[kind].split(),
+                "--calibration", self.options.data / TRAIN, *SEARCH_TEXT.split(), "--dtype", self.options.dtype,
+                "--device", self.options.device, "-o", plan_file, "-q", "--json",
+                *(["--resume"] if plan_file.with_name(f"{plan_file.name}.journal").exists() else []),
+            ])  # fmt: skip
+        plan = read_plan(plan_file)
+        searches = self.work.data["searches"].setdefault(kind, {})
+        for known_size in range(1, largest + 1) if kind == "greedy" else [size]:
+            searches[str(known_size)] = list(plan.first(known_size).removals)
+        self.work.save()
+        return tuple(searches[str(size)])
+
+
+def run_sleb(command: Sequence[Any]) -> None:
+    """Run a `sleb` command in this process."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = sleb([str(part) for part in command])
+    if code:
+        raise SystemExit(f"sleb {' '.join(map(str, command))} ended with {code}: the same command resumes")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# Results as numbers.
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Return the mean difference over the same windows, and its standard error."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """Return the ratio of two means over the same windows, and the ends of its 95 % interval (bootstrap of windows)."""
+    both = torch.tensor([above, below], dtype=torch.float64)
+    drawn = torch.randint(both.shape[1], (RESAMPLES, both.shape[1]), generator=torch.Generator().manual_seed(0))
+    above_mean, below_mean = both[:, drawn].mean(-1)
+    low, high = (above_mean / below_mean).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(both[0].mean() / both[1].mean()), low, high
+
+
+def cells(found: dict[str, Any], dense: dict[str, Any], pruned: dict[str, Any], name: str) -> list[str]:
+    """Return what a method's row says of one text."""
+    ours, theirs, whole = (result["texts"][name] for result in (found, pruned, dense))
+    nats = f"{statistics.fmean(ours['loss']):.3f}"
+    divergence = f"{statistics.fmean(ours['divergence']):.3f}"
+    if ours is theirs or ours is whole:
+        return [nats, "", divergence, ""]
+    difference, error = paired(ours["loss"], theirs["loss"])
+    back = [lost - now for lost, now in zip(theirs["loss"], ours["loss"], strict=True)]
+    lost = [lost - kept for lost, kept in zip(theirs["loss"], whole["loss"], strict=True)]
+    return [
+        f"{nats} ({difference:+.3f} ± {error:.3f})",
+        percent(*ratio_of_means(back, lost)),
+        divergence,
+        percent(*ratio_of_means(ours["divergence"], theirs["divergence"])),
+    ]
+
+
+def percent(value: float, low: float, high: float) -> str:
+    return f"**{value * 100:.0f}** ({low * 100:.0f} to {high * 100:.0f})"
+
+
+def table(bench: Bench, removed: Sequence[int]) -> str:
+    """Return the Markdown table of all methods without these blocks."""
+    results, dense = bench.work.results(removed), bench.work.results(())[DENSE]
+    columns = ("nats (more than pruned)", "% of lost nats back", "KL", "% of KL left")
+    header = ["method", *(f"{name}, {column}" for name in TEXTS for column in columns), "seconds"]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    healed = {name: Method(f"**`--recover --heal`**, {name[5:]} minutes") for name in results if name[:5] == "heal-"}
+    notes = []
+    for name, method in {DENSE: Method("dense"), **METHODS, **healed}.items():
+        found = dense if name == DENSE else results.get(name)
+        if found is None:
+            continue
+        if "unavailable" in found:
+            notes.append(f"\nWithout {method.label}: {found['unavailable']}.")
+            continue
+        of_texts = [cell for text in TEXTS for cell in cells(found, dense, results[PRUNED], text)]
+        seconds = f"{found['seconds']:.0f}" if found["seconds"] else ""
+        lines.append("| " + " | ".join([method.label + ("" if method.loads else " †"), *of_texts, seconds]) + " |")
+    return "\n".join(lines + notes)
+
+
+def report(bench: Bench) -> str:
+    """Return the text between the marks of the document."""
+    options, blocks = bench.options, bench.architecture.block_count
+    lines = [
+        f"{Path(options.model).name}, {blocks} blocks, {options.dtype}; fitted on {options.samples} x {options.length} "
+        f"tokens of encyclopaedia, while {options.deciding} x {options.length} decide. Measured on {options.windows} "
+        f"windows of {options.window_length} tokens, of other encyclopaedia and of C4: nats per token, and how many "
+        "more than pruned, paired over windows, with the standard error; shares with 95 % intervals (bootstrap of "
+        "windows); KL(dense || model) in nats. † is a bound, or needs code of its own to run. Seconds are those of the "
+        "fit, one pass of the dense model over the text included.",
+        "",
+        f"`python tests/benchmarks/recovery.py {as_typed(options)}`",
+        "",
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}, {processor_name(torch.device(options.device))}.",
+    ]
+    for removed, names in sets(bench).items():
+        if PRUNED in bench.work.results(removed):
+            lines += ["", f"### {len(removed)} of {blocks} blocks removed, {' and '.join(names)}: {named(removed)}"]
+            lines += ["", table(bench, removed)]
+    return "\n".join(lines)
+
+
+def named(removed: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(removed)))
+
+
+def sets(bench: Bench) -> dict[tuple[int, ...], list[str]]:
+    """Return the sets of removed blocks that are known, and what they are called; one may be both."""
+    found: dict[tuple[int, ...], list[str]] = {}
+    for size in bench.options.sizes:
+        for kind in bench.options.sets:
+            if removed := bench.removed(kind, size):
+                same = next((known for known in found if set(known) == set(removed)), removed)
+                found.setdefault(same, []).append(kind)
+    return found
+
+
+def as_typed(options: argparse.Namespace) -> str:
+    """Return the arguments that affect a number, without paths of this machine."""
+    decide = ("sizes", "sets", "removals", "samples", "deciding", "length", "windows", "window_length", "dtype")
+    given = {name: getattr(options, name) for name in (*decide, "heal_minutes")}
+    text = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in text.items() if value]
+    return " ".join([Path(options.model).name, "DATA", *words])
+
+
+def write_report(text: str, path: Path) -> None:
+    """Replace the text between the marks of a document; keep the rest."""
+    document = path.read_text() if path.exists() else f"# Recovery, compared\n\n{MARKS[0]}\n{MARKS[1]}\n"
+    before, _, rest = document.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    write_text(path, f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
+    numbers = lambda text: [int(part) for part in names(text)]  # noqa: E731
+    parser.add_argument("model")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("recovery"), help="folder for results")
+    parser.add_argument("--sizes", type=numbers, default=[3, 6, 9, 12])
+    parser.add_argument("--sets", type=names, default=list(SEARCHES), help=", ".join(SEARCHES))
+    parser.add_argument("--removals", type=numbers, default=[], help="the order of greedy removals, if known")
+    parser.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
+    parser.add_argument(
+        "--heal-minutes",
+        type=lambda text: [float(part) for part in names(text)],
+        default=[],
+        help="also heal for so many minutes: 10,60",
+    )
+    parser.add_argument("--samples", type=int, default=96, help="sequences to fit on")
+    parser.add_argument("--deciding", type=int, default=24, help="sequences that decide")
+    parser.add_argument("--length", type=int, default=256, help="tokens in each")
+    parser.add_argument("--windows", type=int, default=24, help="windows of each text to measure on")
+    parser.add_argument("--window-length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8, help="sequences per batch")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
+    parser.add_argument("--report", type=Path, help="Markdown file to write the table into")
+    options = parser.parse_args()
+    for name in options.methods:
+        if name not in METHODS:
+            parser.error(f"there is no method {name}: {', '.join(METHODS)}")
+    for name in options.sets:
+        if name not in SEARCHES:
+            parser.error(f"there is no set {name}: {', '.join(SEARCHES)}")
+    if options.removals and max(options.sizes) > len(options.removals):
+        parser.error(f"--removals names {len(options.removals)} blocks, not {max(options.sizes)}")
+    return options
+
+
+def measure_all(bench: Bench) -> None:
+    """Search, fit and measure what is missing."""
+    options, results = bench.options, bench.work.results
+    for size in options.sizes:
+        for kind in options.sets:
+            bench.search(kind, size)
+    with torch.inference_mode():
+        if DENSE not in results(()):
+            say(DENSE)
+            bench.measure_patched((), DENSE, Patch())
+        for removed in sets(bench):
+            for method in dict.fromkeys([PRUNED, *options.methods]):
+                if method not in results(removed):
+                    say(f"without {named(removed)}: {method}")
+                    bench.fit(removed, method)
+    for removed in sets(bench):
+        for minutes in options.heal_minutes:
+            if (method := f"heal-{minutes:g}") not in results(removed):
+                say(f"without {named(removed)}: {method}")
+                bench.heal(removed, minutes, method)
+
+
+def main() -> None:
+    options = parse()
+    quiet_libraries()
+    bench = Bench(options)
+    if not options.show:
+        try:
+            measure_all(bench)
+        except KeyboardInterrupt:
+            say("stopped: the same command resumes")
+    text = report(bench)
+    say(text)
+    if options.report:
+        write_report(text, options.report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""What others published to recover a model without blocks, and bounds that no engine loads, to compare recovery with.
+
+Each is a function from a `Site`, the block before a gap, to a `Patch`; `fit_gaps` goes through all gaps, on the model
+as patched so far. Their authors fit to the dense model's own states, which knows nothing of what earlier gaps left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.recovery.least_squares import Ridge
+
+RIDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+Source = tuple[str, str]
+"""What a fit reads in a block: ("input", module), ("output", module), or one of these two."""
+LEAVING, CONSTANT = ("leaving", ""), ("constant", "")
+
+
+@dataclass(frozen=True)
+class Added:
+    """A linear function of what a block computes, added to the states that leave it.
+
+    `coefficients` are float32 [features of all sources, hidden size].
+    """
+
+    sources: tuple[Source, ...]
+    coefficients: Tensor
+
+
+@dataclass(frozen=True)
+class Patch:
+    """New values by parameter name, which every engine loads, and what is added behind blocks, which none does."""
+
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    added: Mapping[int, Added] = field(default_factory=dict)
+
+    def __or__(self, other: Patch) -> Patch:
+        return Patch({**self.values, **other.values}, {**self.added, **other.added})
+
+
+def final_states(skippable: SkippableModel, removed: Collection[int], patch: Patch, ids: Tensor) -> Tensor:
+    """Return what leaves the last block of the patched model."""
+    calls = skippable.calls(ids)
+    states = calls[0].entering
+    with skippable.replaced(patch.values):
+        for call in calls:
+            states = states if call.block in removed else leave(skippable, patch, call, states)
+    return states
+
+
+def leave(skippable: SkippableModel, patch: Patch, call: Call, states: Tensor) -> Tensor:
+    """Return what leaves a block of the patched model, whose values are in place."""
+    if call.block not in patch.added:
+        return skippable.run_block(call, states)
+    added = patch.added[call.block]
+    leaving, features = observe(skippable, call, states, added.sources)
+    return (leaving.float() + features @ added.coefficients).to(leaving.dtype)
+
+
+def observe(skippable: SkippableModel, call: Call, states: Tensor, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
+    """Run a block; return what leaves it, and the sources side by side, float32 [batch, positions, features]."""
+    found: dict[Source, Tensor] = {}
+    block = skippable.switches[call.block].block
+    with ExitStack() as hooks:
+        for name in {name for _, name in sources if name}:
+            hooks.callback(keep_what_passes(block.get_submodule(name), name, found))
+        leaving = skippable.run_block(call, states)
+    found |= {LEAVING: leaving, CONSTANT: torch.ones_like(leaving[..., :1])}
+    parts = [found[source].float().view(*leaving.shape[:2], -1) for source in sources]
+    return leaving, torch.cat(parts, -1) if parts else leaving[..., :0].float()
+
+
+def keep_what_passes(module: nn.Module, name: str, found: dict[Source, Tensor]) -> Callable[[], None]:
+    """Keep what enters and leaves a module in each call, in the order of the calls; return how to stop."""
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.pop(("output", name), None)
+        found["input", name] = args[0] if args else output
+        found["output", name] = output
+
+    return module.register_forward_hook(keep).remove
+
+
+class FittingText:
+    """The text to fit on and the text that decides, in batches, and the dense states that enter each depth."""
+
+    def __init__(self, skippable: SkippableModel, train: Tensor, deciding: Tensor, batch: int) -> None:
+        self.skippable, self.train_ids, self.deciding_ids = skippable, train, deciding
+        ids = [*torch.split(train, batch), *torch.split(deciding, batch)]
+        fitted = -(-len(train) // batch)
+        self.train, self.deciding = range(fitted), range(fitted, len(ids))
+        start = time.monotonic()
+        self.calls = [skippable.calls(each) for each in ids]
+        self.dense = [[calls[0].entering for calls in self.calls]]
+        for block in range(len(skippable.switches)):
+            states = zip(self.calls, self.dense[-1], strict=True)
+            self.dense.append([skippable.run_block(calls[block], entering) for calls, entering in states])
+        self.seconds = time.monotonic() - start
+
+
+@dataclass(frozen=True)
+class Site:
+    """A block of the patched model to fit something behind: what enters it, and what should leave it."""
+
+    text: FittingText
+    block: int
+    entering: Sequence[Tensor]
+    wanted: Sequence[Tensor]
+
+    def rows(self, batches: range, *sources: Source) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what leaves the block, what should, and the sources, float64 [batch, positions, ...]."""
+        for batch in batches:
+            call = self.text.calls[batch][self.block]
+            leaving, features = observe(self.text.skippable, call, self.entering[batch], sources)
+            yield leaving.double(), self.wanted[batch].double(), features.double()
+
+    def least_squares(self, *sources: Source, published: bool = False) -> Tensor:
+        """Return the coefficients, float64, with which the sources come closest to what is missing.
+
+        Positions count by the size of their states, and the ridge is the best on the deciding text: that is ours. In
+        what others published, all positions count alike, and there is no ridge.
+        """
+        train, deciding = Ridge(), Ridge()
+        for sums, batches in ((train, self.text.train), (deciding, self.text.deciding)):
+            for leaving, wanted, features in self.rows(batches, *sources):
+                size = torch.ones_like(wanted[..., 0]) if published else wanted.square().mean(-1).clamp_min(1e-12)
+                sums.add(features.flatten(0, 1), (wanted - leaving).flatten(0, 1), 1 / size.flatten())
+        return train.solve(0.0) if published else min(map(train.solve, RIDGES), key=deciding.error)
+
+    @property
+    def module(self) -> nn.Module:
+        """The block."""
+        return self.text.skippable.switches[self.block].block
+
+    @property
+    def writers(self) -> list[str]:
+        """The block's linear layers that write hidden states, such as self_attn.o_proj and mlp.down_proj."""
+        width, modules = self.wanted[0].shape[-1], self.module.named_modules()
+        return [name for name, module in modules if isinstance(module, nn.Linear) and module.out_features == width]
+
+    @cached_property
+    def last(self) -> str:
+        """The module that the block calls last, whose output it adds to the states: of the MLP, or a norm behind it."""
+        found: dict[Source, Tensor] = {}
+        with ExitStack() as hooks:
+            for name, module in self.module.named_modules():
+                if not any(module.children()):
+                    hooks.callback(keep_what_passes(module, name, found))
+            self.text.skippable.run_block(self.text.calls[0][self.block], self.entering[0])
+        return next(reversed(found))[1]
+
+    def behind(self, coefficients: Tensor, *sources: Source) -> Patch:
+        """Return the patch that adds this function of the sources to what leaves the block."""
+        return Patch(added={self.block: Added(sources, coefficients.float())})
+
+    def merged(self, name: str, change: Callable[[Tensor], Tensor]) -> Patch:
+        """Return the patch that changes a linear layer's weight: summed in float64, rounded as the model is."""
+        weight = self.module.get_submodule(name).weight
+        own = next(full for full, other in self.text.skippable.model.named_parameters() if other is weight)
+        return Patch(values={own: (weight.double() + change(weight.double())).to(weight.dtype)})
+
+
+class Unavailable(Exception):
+    """The method does not exist for this model."""
+
+
+Fit = Callable[[Site], Patch]
+
+
+def linear_patch(site: Site) -> Patch:
+    """LinearPatch (Chen et al., arXiv 2505.24680): the states times H diag(d) H', without its optional training.
+
+    d is by how much the mean size of a channel of the rotated states grows over the gap, averaged over sequences.
+    """
+    rotation = hadamard(site.wanted[0].shape[-1]).to(site.wanted[0].device)
+    rows = site.rows(site.text.train)
+    sizes = [[(states @ rotation).abs().mean(1) for states in (wanted, leaving)] for leaving, wanted, _ in rows]
+    scale = torch.cat([wanted / leaving for wanted, leaving in sizes]).mean(0)
+    return site.behind((rotation * (scale - 1)) @ rotation.T, LEAVING)
+
+
+def replace_me(site: Site, *, published: bool) -> Patch:
+    """ReplaceMe by least squares (Shopkhoev et al., arXiv 2505.02819): what the MLP adds, times T.
+
+    T is merged into the MLP's last weights; where a norm follows them, it cannot be, and T comes behind the norm.
+    """
+    source = ("output", site.last)
+    change = site.least_squares(source, published=published)
+    if site.last in site.writers:
+        return site.merged(site.last, lambda weight: change.T @ weight)
+    return site.behind(change, source)
+
+
+def down_proj(site: Site) -> Patch:
+    """The MLP's last weights alone."""
+    if site.last not in site.writers:
+        raise Unavailable(f"{site.last} follows the MLP")
+    change = site.least_squares(("input", site.last))
+    return site.merged(site.last, lambda weight: change.T)
+
+
+def ghosted(site: Site) -> Patch:
+    """Ghosted Layers (Yun et al., arXiv 2605.15491): the states times any matrix."""
+    return site.behind(site.least_squares(LEAVING, published=True), LEAVING)
+
+
+def matrix(site: Site, *, with_inputs: bool = False) -> Patch:
+    """Any function of the states that is linear, and on demand of what the block's last weights read, too."""
+    sources = (LEAVING, *(("input", name) for name in site.writers if with_inputs), CONSTANT)
+    return site.behind(site.least_squares(*sources), *sources)
+
+
+def fit_gaps(text: FittingText, removed: Collection[int], fit: Fit, *, everywhere: bool = False) -> Patch:
+    """Fit the block before each gap, or every block from the first gap on, to the dense states at the gap's end."""
+    count = len(text.skippable.switches)
+    kept = [block for block in range(count) if block not in removed]
+    before = [block for block in kept if block < min(removed)]
+    if not before:
+        raise Unavailable("no block stays before the first gap")
+    patch, states = Patch(), text.dense[before[-1]]
+    for block, end in pairwise([*kept[len(before) - 1 :], count]):
+        with text.skippable.replaced(patch.values):
+            if end > block + 1 or everywhere:
+                patch |= fit(Site(text, block, states, text.dense[end]))
+        if end > max(removed) and not everywhere:
+            break
+        with text.skippable.replaced(patch.values):
+            batches = zip(text.calls, states, strict=True)
+            states = [leave(text.skippable, patch, calls[block], entering) for calls, entering in batches]
+    return patch
+
+
+def hadamard(size: int) -> Tensor:
+    """Return a normalized Hadamard matrix, float64; where there is none here, a random rotation."""
+    signs = _signs(size)
+    if signs is not None:
+        return signs.double() / math.sqrt(size)
+    return torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0)).double())[0]
+
+
+def _signs(size: int) -> Tensor | None:
+    """Return a matrix of 1 and -1 with orthogonal rows: Sylvester's, or Paley's first, or their Kronecker product."""
+    if size == 1:
+        return torch.ones(1, 1, dtype=torch.long)
+    if size % 2 == 0 and (half := _signs(size // 2)) is not None:
+        return torch.kron(torch.tensor([[1, 1], [1, -1]]), half)
+    prime = size - 1
+    if size % 4 or any(prime % factor == 0 for factor in range(2, math.isqrt(prime) + 1)):
+        return None
+    squares = {number * number % prime for number in range(1, prime)}
+    legendre = torch.tensor([0, *(1 if number in squares else -1 for number in range(1, prime))])
+    numbers = torch.arange(prime)
+    skew = torch.zeros(size, size, dtype=torch.long)
+    skew[0, 1:], skew[1:, 0], skew[1:, 1:] = 1, -1, legendre[(numbers[:, None] - numbers) % prime]
+    return skew + torch.eye(size, dtype=torch.long)
