@@ -333,9 +333,10 @@ def cells(found: dict[str, Any], dense: dict[str, Any], pruned: dict[str, Any], 
     difference, error = paired(ours["loss"], theirs["loss"])
     back = [lost - now for lost, now in zip(theirs["loss"], ours["loss"], strict=True)]
     lost = [lost - kept for lost, kept in zip(theirs["loss"], whole["loss"], strict=True)]
+    cost, error_of_cost = paired(theirs["loss"], whole["loss"])
     return [
         f"{nats} ({difference:+.3f} ± {error:.3f})",
-        percent(*ratio_of_means(back, lost)),
+        percent(*ratio_of_means(back, lost)) if cost > 2 * error_of_cost else "nothing lost",
         divergence,
         percent(*ratio_of_means(ours["divergence"], theirs["divergence"])),
     ]
