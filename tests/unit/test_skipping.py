@@ -62,8 +62,14 @@ def test_the_head_gets_the_last_positions_in_one_piece(model, ids):
         handle = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         skippable.logits(ids, (), last=2)
         skippable.calls(ids)
+        skippable.logits(ids[:1], (), last=1)
         handle.remove()
-    assert [(len(states), states.is_contiguous()) for states in seen] == [(3, True)] * 2
+    width = model.config.hidden_size
+    assert [(len(states), states.stride()) for states in seen] == [
+        (3, (2 * width, width, 1)),
+        (3, (width, width, 1)),
+        (1, (width, width, 1)),
+    ]
     assert not model.lm_head._forward_pre_hooks
 
 
