@@ -317,7 +317,7 @@ class _ClosedFormFit:
         assert best is not None
         return best
 
-    def _fit(self, block: int, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> _Fit:
+    def _fit(self, block: int, projections: Sequence[ResidualProjection], found: dict[str, Tensor]) -> _Fit:
         """Fit projections of a block at once, with the values that were `found` beside those of other blocks."""
         values = self.values | found
         rows = partial(self._rows, block=block, projections=projections, values=values)
