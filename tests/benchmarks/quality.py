@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import platform
 import re
@@ -34,9 +33,10 @@ from typing import Any
 
 import torch
 import transformers
+from saved_work import SavedWork
 
 from sleb_cli.__main__ import main as sleb
-from sleb_cli.atomic import to_json, write_text
+from sleb_cli.atomic import write_text
 from sleb_cli.engine.device import choose_dtype, free_memory
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.logits import score_logits
@@ -91,22 +91,11 @@ class Stopped(Exception):
     """The time limit is reached, or the user interrupted; all results are saved."""
 
 
-class Work:
-    """The results so far, in a file that is written after each measurement."""
+class Work(SavedWork):
+    """The results so far: searches, and what was measured of models."""
 
     def __init__(self, folder: Path, setting: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / "quality.json"
-        self.data: dict[str, Any] = {"setting": setting, "searches": {}, "models": {}}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
-            if self.data["setting"] != setting:
-                raise SystemExit(
-                    f"{self.path} was measured with {self.data['setting']}, not {setting}: take another --work."
-                )
-
-    def save(self) -> None:
-        write_text(self.path, to_json(self.data))
+        super().__init__(folder, "quality", setting, ("searches", "models"))
 
     def removals(self, name: str, size: int, seed: int) -> tuple[int, ...] | None:
         """Return the blocks that a method removes, if its search is done."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import platform
 import statistics
@@ -34,6 +33,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from saved_work import SavedWork
+
 from recovery_baselines import (
     Fit,
     FittingText,
@@ -48,7 +49,7 @@ from recovery_baselines import (
     replace_me,
 )
 from sleb_cli.__main__ import main as sleb
-from sleb_cli.atomic import to_json, write_text
+from sleb_cli.atomic import write_text
 from sleb_cli.engine.device import choose_dtype, free_memory
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -118,22 +119,11 @@ DENSE, PRUNED = "dense", "pruned"
 # Measuring.
 
 
-class Work:
-    """The results so far, in a file that is written after each measurement."""
+class Work(SavedWork):
+    """The results so far: searches, and what was measured of models."""
 
     def __init__(self, folder: Path, setting: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / "recovery.json"
-        self.data: dict[str, Any] = {"setting": setting, "searches": {}, "results": {}}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
-            if self.data["setting"] != setting:
-                raise SystemExit(
-                    f"{self.path} was measured with {self.data['setting']}, not {setting}: take another --work."
-                )
-
-    def save(self) -> None:
-        write_text(self.path, to_json(self.data))
+        super().__init__(folder, "recovery", setting, ("searches", "results"))
 
     def results(self, removed: Sequence[int]) -> dict[str, Any]:
         """Return the results without these blocks, by method."""

@@ -141,12 +141,13 @@ def _behind_norms(
                 leaving[name] = output
 
     matrices = {
-        name: (module, kind) for name, module in block.named_modules() if (kind := _kind(module, hidden.shape[-1]))
+        name: (module, kind)
+        for name, module in block.named_modules()
+        if (kind := _kind(module, hidden.shape[-1])) not in (None, "gain")
     }
     handles = [
         module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
-        for name, (module, kind) in matrices.items()
-        if kind != "gain"
+        for name, (module, _) in matrices.items()
     ]
     try:
         with inputs_of([norm.module for norm in norms]) as entering:
