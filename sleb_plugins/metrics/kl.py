@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, NamedTuple
 
 from sleb_plugins.metric import LogitMetric
 
@@ -26,11 +27,33 @@ class KlDivergence(LogitMetric):
     def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
         """Return KL(dense || pruned), [positions]."""
         assert dense_logits is not None
-        log_p = dense_logits.log_softmax(-1)
-        return divergence_terms(log_p.exp(), log_p, logits.log_softmax(-1)).sum(-1)
+        return compare_logits(dense_logits, logits).divergence
 
 
-def divergence_terms(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Return p (log p - log q), in nats, whose sum over the vocabulary is KL(p || q); it overwrites `log_p`."""
-    # Where a family masks a token, both logarithms are -inf and nothing is lost.
-    return log_p.sub_(log_q).masked_fill_(p == 0, 0.0).mul_(p)
+class Comparison(NamedTuple):
+    """KL(p || q) of each position in nats, both distributions [..., vocabulary], and the logsumexp of q's logits."""
+
+    divergence: Tensor
+    p: Tensor
+    q: Tensor
+    log_sum_q: Tensor
+
+
+def compare_logits(logits_p: Tensor, logits_q: Tensor) -> Comparison:
+    """Compare two models' predictions, from the logits of both, [..., vocabulary].
+
+    KL(p || q) is sum p (logits_p - logits_q) - (logsumexp(logits_p) - logsumexp(logits_q)): fewer passes over the
+    vocabulary than two log_softmax and an exponential take.
+    """
+    p, log_sum_p = _normalized(logits_p)
+    q, log_sum_q = _normalized(logits_q)
+    # Where a family masks a token, both logits are -inf: their difference is NaN, and nothing is lost.
+    difference = (logits_p - logits_q).nan_to_num_(0.0, posinf=math.inf, neginf=-math.inf)
+    values = (p[..., None, :] @ difference[..., None])[..., 0, 0]
+    return Comparison(values - (log_sum_p - log_sum_q), p, q, log_sum_q)
+
+
+def _normalized(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the softmax of logits and their logsumexp, which the likeliest token gives away."""
+    probabilities = logits.softmax(-1)
+    return probabilities, logits.amax(-1) - probabilities.amax(-1).log()

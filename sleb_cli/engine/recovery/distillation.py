@@ -11,9 +11,9 @@ from torch import Tensor
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.recovery import variant
 from sleb_cli.engine.recovery.variant import Variant
-from sleb_plugins.metrics.kl import divergence_terms
+from sleb_plugins.metrics.kl import compare_logits
 
-WARMUP_STEPS = 20
+WARMUP_STEPS = 6
 
 
 class Divergence(torch.autograd.Function):
@@ -29,10 +29,9 @@ class Divergence(torch.autograd.Function):
         ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
         gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
         for rows in float32_slices(ours):
-            log_q, log_p = (logits[rows].float().log_softmax(-1) for logits in (ours, theirs))
-            p = log_p.exp()
-            total += divergence_terms(p, log_p, log_q).sum()
-            gradient[rows] = log_q.exp_().sub_(p)
+            found = compare_logits(theirs[rows].float(), ours[rows].float())
+            total += found.divergence.sum()
+            gradient[rows] = found.q.sub_(found.p)
         ctx.save_for_backward(gradient.view_as(student))
         return total
 

@@ -12,7 +12,7 @@ from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_plugins.metrics.kl import divergence_terms
+from sleb_plugins.metrics.kl import compare_logits
 
 # How many positions' logits exist at once, over all sequences of a batch.
 POSITIONS = 256
@@ -128,7 +128,8 @@ def summed_losses(
             for model, of_model in ((variant, states), (dense, dense_states))
         )
         for rows in float32_slices(ours):
-            log_q, log_p = (logits[rows].float().log_softmax(-1) for logits in (ours, theirs))
-            loss -= float(as_float64(log_q.gather(-1, targets[rows, None])).sum())
-            divergence += float(as_float64(divergence_terms(log_p.exp(), log_p, log_q).sum(-1)).sum())
+            logits = ours[rows].float()
+            found = compare_logits(theirs[rows].float(), logits)
+            loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
+            divergence += float(as_float64(found.divergence).sum())
     return loss, divergence
