@@ -17,7 +17,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved, other_state
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.variant import Variant, losses
+from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
@@ -148,6 +148,10 @@ class Case:
         """Sequences in a step of each process."""
         return max(1, BATCH_TOKENS // self.length)
 
+    def start(self, entering: Tensor) -> tuple[int, Tensor] | None:
+        """Return where the student begins, given the states that enter the first trained block; None for its start."""
+        return (self.first, entering) if self.first else None
+
     @property
     def length(self) -> int:
         """The length of a sequence."""
@@ -198,6 +202,8 @@ class _Healing:
         self.progress = Progress(scale=starting_scale(dtype, case.batch * case.length * SCALE_HEADROOM))
         self.micro_batch = case.batch
         self.best = self.trained.values.detach().clone()
+        checked = case.deciding[: max(1, CHECKED_TOKENS // case.length)]
+        self.deciding = _TeacherStates(case, checked.to(case.device))
         self.loss = 0.0
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
@@ -270,14 +276,12 @@ class _Healing:
         self.notify(Notice(f"Out of memory on {self.case.device}; healing {micro_batch} sequences at once."))
 
     def _distill_part(self, ids: Tensor, entering: Tensor, wanted: Tensor, *, share: float) -> float:
-        start = (self.case.first, entering) if self.case.first else None
         scale = share * self.progress.scale
-        return distill(self.case.teacher, self.case.student, ids, wanted, start, scale)
+        return distill(self.case.teacher, self.case.student, ids, wanted, self.case.start(entering), scale)
 
     def _check(self) -> None:
         """Measure the deciding text, and keep the point if it is the best so far."""
-        checked = self.case.deciding[: max(1, CHECKED_TOKENS // self.case.length)]
-        found = self.group.from_main(lambda: losses(self.case.student, self.case.teacher, checked)[1])
+        found = self.group.from_main(self._divergence)
         best = self.progress.best_divergence
         if best is None or found < best:
             self.best = self.trained.values.detach().clone()
@@ -287,6 +291,18 @@ class _Healing:
             self.progress.stale += 1
         if self.progress.steps:
             self.notify(HealChecked(self._share(), self.loss, found))
+
+    def _divergence(self) -> float:
+        """Return the divergence on the deciding text. The teacher reads that once."""
+        case, rows = self.case, self.deciding.rows
+        everywhere = torch.arange(case.length - 1, device=case.device)
+        total = 0.0
+        for row in range(len(rows)):
+            entering, wanted = self.deciding.of([row])
+            with torch.inference_mode():
+                states = case.student.final_states(rows[[row]], case.start(entering))
+                total += summed_losses(case.student, case.teacher, states, wanted, rows[[row]], everywhere)[1]
+        return total / (len(rows) * len(everywhere))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield sequences and the teacher's states on them, without end, from the current progress on."""
@@ -355,7 +371,7 @@ class _TeacherStates:
     """The teacher's hidden states on a portion, computed once for all epochs, and row by row whatever the batches."""
 
     def __init__(self, case: Case, rows: Tensor) -> None:
-        self._case, self._rows = case, rows
+        self.rows, self._case = rows, case
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
@@ -364,7 +380,7 @@ class _TeacherStates:
         for row in chosen:
             if row not in self._known:
                 self._known[row] = self._case.teacher.entering_and_final_states(
-                    self._rows[row : row + 1], self._case.first
+                    self.rows[row : row + 1], self._case.first
                 )
         entering, final = zip(*(self._known[row] for row in chosen), strict=True)
         return torch.cat(entering), torch.cat(final)
