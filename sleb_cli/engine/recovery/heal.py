@@ -29,8 +29,8 @@ BASE_WIDTH = 576
 BATCH_TOKENS = 1024
 PORTION_TOKENS = 16384
 """Text is drawn or generated in portions of at most this many tokens, each with a seed of its own."""
-EPOCHS = 2
-"""How many times a portion is trained on before the next one."""
+EPOCHS_OF_OWN_TEXT = 2
+"""How many times a portion that the model wrote is trained on before the next one; text that is read is used once."""
 
 CHECKS = 10
 """How many times the deciding text is measured over the whole budget."""
@@ -65,7 +65,7 @@ class HealBudget:
     def portion_tokens(self) -> int:
         """How many tokens a portion has: fewer for short budgets, so that most of their time is left for training."""
         if self.tokens is not None:
-            return min(PORTION_TOKENS, -(-self.tokens // EPOCHS))
+            return min(PORTION_TOKENS, -(-self.tokens // EPOCHS_OF_OWN_TEXT))
         return max(1, round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
 
     def used(self, seconds: float, tokens: int) -> float:
@@ -118,6 +118,7 @@ class Case:
         weights: the matrices of the student's blocks from `first` on, by the dense model's names.
         stored: the data type of the checkpoint, to which weights are rounded.
         write: returns the portion of text with this number, [sequences, length].
+        epochs: how many times a portion is trained on before the next one.
         deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
         seed: determines the order of sequences.
         width: the hidden size.
@@ -129,6 +130,7 @@ class Case:
     weights: Mapping[str, nn.Parameter]
     stored: torch.dtype
     write: Callable[[int, Notify], Tensor]
+    epochs: int
     deciding: Tensor
     seed: int
     width: int
@@ -310,7 +312,7 @@ class _Healing:
             number = self.progress.portion * self.group.size + self.group.rank
             rows = self.case.write(number, self._heartbeat).to(self.case.device)
             order: list[int] = []
-            for epoch in range(EPOCHS):
+            for epoch in range(self.case.epochs):
                 shuffle = random.Random(f"{self.case.seed}/{number}/{epoch}")
                 order += shuffle.sample(range(len(rows)), len(rows))
             targets = _TeacherStates(self.case, rows)

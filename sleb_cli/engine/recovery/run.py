@@ -22,7 +22,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
-from sleb_cli.engine.recovery.heal import Case, HealBudget, Healed, choose_budget, heal
+from sleb_cli.engine.recovery.heal import EPOCHS_OF_OWN_TEXT, Case, HealBudget, Healed, choose_budget, heal
 from sleb_cli.engine.recovery.heal_state import HealState, Saved, other_state
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
 from sleb_cli.engine.recovery.variant import Variant, losses
@@ -40,7 +40,7 @@ from sleb_cli.engine.text.calibration import (
     resolve_calibration,
     texts_sha256,
 )
-from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.mixture import format_mixture, parse_mixture
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
@@ -324,6 +324,7 @@ class _Recovery:
             first=first,
             weights={name: weights[name] for name in self._names_from(first, weights)},
             write=lambda number, notify: self._text(skippable, self._portion(budget, number), notify).sequences,
+            epochs=EPOCHS_OF_OWN_TEXT if self.trained_on.source == SELF else 1,
             stored=self.stored,
             deciding=start.deciding,
             seed=self.settings.seed,
@@ -361,9 +362,20 @@ class _Recovery:
         below = {name for block in range(first) for name in self._names_of(block, names)}
         return [name for name in names if name not in below]
 
+    @cached_property
+    def trained_on(self) -> CalibrationSettings:
+        """What is healed on: of a mixture, the text that is read, since writing as much takes longer than training."""
+        settings = self.settings
+        read = [part for part in settings.parts if part.source != SELF]
+        if not read or len(read) == len(settings.parts):
+            return settings
+        share = sum(part.share for part in read)
+        parts = tuple(replace(part, share=part.share / share) for part in read)
+        return replace(settings, source=format_mixture(parts), parts=parts)
+
     def _portion(self, budget: HealBudget, number: int) -> CalibrationSettings:
         """Return the settings of one portion of the text to heal on, drawn by a seed of its own."""
-        settings = self.settings
+        settings = self.trained_on
         wanted = -(-budget.portion_tokens // settings.sequence_length)
         samples = max(wanted, *(math.ceil(1 / part.share) for part in settings.parts))
         if len(settings.parts) > 1 or settings.source in REFERENCE_PRESETS:
