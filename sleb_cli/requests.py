@@ -441,7 +441,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         str | None,
         Doc(
             "Text to recover on, as for `sleb search`.",
-            default="the plan's text and a quarter self; --heal alone: self",
+            default="the plan's text and a quarter self",
             panel=_RECOVERY,
         ),
     ] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,10 @@ class Divergence(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradients[0].to(ctx.saved_tensors[0].dtype), None
 
 
+# Whether `apply` itself has types depends on the version of torch.
+summed_divergence: Callable[[Tensor, Tensor], Any] = Divergence.apply
+
+
 def distill(
     teacher: Variant,
     student: Variant,
@@ -71,7 +76,7 @@ def distill(
         with torch.no_grad():
             theirs = teacher.logits(wanted[:, part], ids[:, part])
         ours = student.logits(leaf[:, part], ids[:, part])
-        divergence = Divergence.apply(ours, theirs)  # type: ignore[no-untyped-call]
+        divergence = summed_divergence(ours, theirs)
         (scale * divergence / count).backward()
         total += float(divergence.detach())
     assert leaf.grad is not None

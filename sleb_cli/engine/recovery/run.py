@@ -500,7 +500,7 @@ def _resolve_settings(request: ApplyRequest, subject: Subject, *, stream: bool) 
     architecture = subject.architecture
     default = HEAL_LENGTH if request.heal else RECOVERY_LENGTH
     length = request.sequence_length or min(default, architecture.longest_sequence or default)
-    source = request.calibration or (_default_source(subject.plan, stream=stream) if request.recover else SELF)
+    source = request.calibration or _default_source(subject.plan, stream=stream)
     settings = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
     if stream:
         require_given_text(settings)
@@ -516,7 +516,7 @@ def _resolve_settings(request: ApplyRequest, subject: Subject, *, stream: bool) 
 
 
 def _default_source(plan: Plan | None, *, stream: bool) -> str:
-    """Return the default text to fit on: the plan's, if it is general, with a quarter of the model's own.
+    """Return the default text to recover on: the plan's, if it is general, with a quarter of the model's own.
 
     A streamed model writes no text: each token would read all of it.
     """
