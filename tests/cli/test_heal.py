@@ -171,7 +171,7 @@ def first_gradient(dtype):
     ):
         case = healing.Case(
             Variant(dense), Variant(pruned), 0, {"down": student.model.layers[2].mlp.down_proj.weight},
-            stored=torch.float16, write=None, deciding=ids, seed=0, width=32,
+            stored=torch.float16, write=None, deciding=ids, epochs=1, seed=0,
         )  # fmt: skip
         budget = healing.HealBudget(None, 1)
         run = healing._Healing(case, budget, ProcessGroup(), lambda saved: None, lambda event: None)

@@ -41,6 +41,8 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
     trained = LowRank(weights)
     assert all(torch.equal(weight, value) for weight, value in zip(weights, start, strict=True))
     pairs = plain_pairs(trained.values.detach(), SHAPES)
+    sizes = [value.square().mean().sqrt() / low_rank.REFERENCE_SIZE for value in start]
+    scales = [size * 24 / value.shape[-1] ** 0.5 for size, value in zip(sizes, start, strict=True)]
     leaves = [leaf for pair in pairs for leaf in pair]
     optimizer = torch.optim.AdamW(leaves, lr=0.01, betas=BETAS, weight_decay=0.0)
     for step in range(4):
@@ -48,7 +50,7 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
         for _ in range(2):  # gradients of several passes add up
             sum(scale * (x @ weight.mT).square().sum() for x, weight in zip(inputs, weights, strict=True)).backward()
         assert all(weight.grad is None for weight in weights)
-        changed = [value + up @ down for value, (down, up) in zip(start, pairs, strict=True)]
+        changed = [c * up @ down + value for c, value, (down, up) in zip(scales, start, pairs, strict=True)]
         sum(2 * scale * (x @ w.mT).square().sum() for x, w in zip(inputs, changed, strict=True)).backward()
         gradient = trained.take_gradient()
         plain = torch.cat([leaf.grad.flatten() for leaf in leaves])
@@ -60,8 +62,8 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
         torch.testing.assert_close(
             trained.values.data, torch.cat([leaf.flatten() for leaf in leaves]), rtol=1e-3, atol=1e-4
         )
-    for weight, value, (down, up) in zip(weights, start, pairs, strict=True):
-        torch.testing.assert_close(weight, value + up @ down, rtol=1e-3, atol=1e-3)
+    for c, weight, value, (down, up) in zip(scales, weights, start, pairs, strict=True):
+        torch.testing.assert_close(weight, value + c * up @ down, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(weight, value, atol=0.01)
     assert not trained.take_gradient().any()
 
@@ -70,7 +72,7 @@ def test_steps_too_small_for_bfloat16_add_up():
     weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
     trained = LowRank([weight])
     down = trained.values.data[:32].view(4, 8)
-    down.fill_(0.25)
+    down.fill_(0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8))  # times the scale: 0.25
     for _ in range(100):
         gradient = torch.zeros_like(trained.values)
         gradient[32:] = 1.0

@@ -23,8 +23,7 @@ from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
 
 LEARNING_RATE = 1e-3
-BASE_WIDTH = 576
-"""The hidden size that the learning rate is for; wider models take smaller steps."""
+"""The highest; steps are relative to the size of each weight (`low_rank.py`)."""
 
 BATCH_TOKENS = 1024
 PORTION_TOKENS = 16384
@@ -121,7 +120,6 @@ class Case:
         epochs: how many times a portion is trained on before the next one.
         deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
         seed: determines the order of sequences.
-        width: the hidden size.
     """
 
     teacher: Variant
@@ -133,12 +131,6 @@ class Case:
     epochs: int
     deciding: Tensor
     seed: int
-    width: int
-
-    @property
-    def rate(self) -> float:
-        """The highest learning rate."""
-        return LEARNING_RATE * min(1.0, BASE_WIDTH / self.width)
 
     @property
     def device(self) -> torch.device:
@@ -246,7 +238,7 @@ class _Healing:
         # The learning rate is that of the middle of the step.
         tokens = ids.numel() * self.group.size
         ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
-        self.trained.step(gradient, learning_rate(self.case.rate, share + ahead, self.progress.steps))
+        self.trained.step(gradient, learning_rate(LEARNING_RATE, share + ahead, self.progress.steps))
         self.progress.steps += 1
         self.progress.tokens += tokens
         self._report()

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 RANK = 64
+REFERENCE_SIZE = 0.19
+"""The root mean square of the weights that the learning rate is for, those of SmolLM2-135M."""
+INITIAL = 1 / 24
+"""The largest entry of A at first."""
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 """The largest norm of a gradient; a larger one is scaled down to it."""
@@ -25,10 +29,24 @@ def trained_numbers(shape: Sequence[int]) -> int:
     return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:]) if len(shape) > 1 else 0
 
 
+def _scale_of(weight: Tensor) -> float:
+    """Return the scale of the change to a weight, with which steps are relative to the sizes of W and of its inputs.
+
+    Every entry that is trained moves by about the learning rate in a step of Adam, whatever its gradient. Families
+    differ by more than ten times in the size of their weights, so what is small for one would be large for another.
+    """
+    size = float(weight.detach().float().pow(2).mean().sqrt())
+    return size / REFERENCE_SIZE / (math.sqrt(weight.shape[-1]) * INITIAL)
+
+
 @dataclass(frozen=True)
 class _Change:
-    """A weight, its original value, and its A (`down`) and B (`up`) with their gradients, views of the flat tensors."""
+    """A weight, its original value, and its A (`down`) and B (`up`) with their gradients, views of the flat tensors.
 
+    `scale` is what B A is multiplied by.
+    """
+
+    scale: float
     weight: nn.Parameter
     original: Tensor
     down: Tensor
@@ -40,17 +58,17 @@ class _Change:
         """Replace the weight's gradient by those of A and B."""
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
-        self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient)
-        self.up_gradient.add_(gradient @ self.down.mT.to(gradient.dtype))
+        self.down_gradient.add_(self.up.mT.to(gradient.dtype) @ gradient, alpha=self.scale)
+        self.up_gradient.add_(gradient @ self.down.mT.to(gradient.dtype), alpha=self.scale)
 
 
 class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
-    The weights themselves hold W + B A, rounded to what is `stored`, by default their own data type: the model's code
-    runs unchanged, nothing needs merging, and the measured model is the one that is written. As soon as a weight has a
-    gradient, it is replaced by those of its B and A, so at most one whole gradient exists. Before the first step every
-    B is 0.
+    The weights themselves hold W + scale * B A, rounded to what is `stored`, by default their own data type: the code
+    of the model runs unchanged, nothing needs merging, and what is measured is what is written. As soon as a weight has
+    a gradient, it is replaced by those of its B and A, so at most one whole gradient exists. At first every B
+    is 0.
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], stored: torch.dtype | None = None) -> None:
@@ -63,9 +81,7 @@ class LowRank:
         self._changes = list(self._changes_of(weights))
         generator = torch.Generator().manual_seed(0)
         for change in self._changes:
-            # Initialized as by LoRA's authors: A keeps the size of its input.
-            initial = 2 * torch.rand(change.down.shape, generator=generator) - 1
-            change.down.copy_(initial / math.sqrt(change.down.shape[-1]))
+            change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
             change.weight.requires_grad_(True)
             change.weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
 
@@ -77,7 +93,7 @@ class LowRank:
             for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
                 part = slice(start, start := start + math.prod(shape))
                 views += [self.values.data[part].view(shape), self._gradient[part].view(shape)]
-            yield _Change(weight, weight.detach().clone(), views[0], views[2], views[1], views[3])
+            yield _Change(_scale_of(weight), weight, weight.detach().clone(), views[0], views[2], views[1], views[3])
 
     def take_gradient(self) -> Tensor:
         """Return the sum of the gradients since the last call, float32 in the order of `values`, and reset it."""
@@ -118,5 +134,5 @@ class LowRank:
 
     def _write_weights(self) -> None:
         for change in self._changes:
-            changed = change.original.float() + change.up @ change.down
+            changed = change.original.float() + change.scale * (change.up @ change.down)
             change.weight.copy_(changed.to(self._stored))

@@ -22,7 +22,15 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
-from sleb_cli.engine.recovery.heal import EPOCHS_OF_OWN_TEXT, Case, HealBudget, Healed, choose_budget, heal
+from sleb_cli.engine.recovery.heal import (
+    EPOCHS_OF_OWN_TEXT,
+    LEARNING_RATE,
+    Case,
+    HealBudget,
+    Healed,
+    choose_budget,
+    heal,
+)
 from sleb_cli.engine.recovery.heal_state import HealState, Saved, other_state
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
 from sleb_cli.engine.recovery.variant import Variant, losses
@@ -328,7 +336,6 @@ class _Recovery:
             stored=self.stored,
             deciding=start.deciding,
             seed=self.settings.seed,
-            width=self.architecture.text_config.hidden_size,
         )
 
     def _heal_record(self, case: Case, budget: HealBudget, healed: Healed, after: LossesRecord) -> HealRecord:
@@ -338,7 +345,7 @@ class _Recovery:
             token_budget=budget.tokens,
             sequence_length=self.settings.sequence_length,
             batch_size=case.batch * self.group.size,
-            learning_rate=case.rate,
+            learning_rate=LEARNING_RATE,
             rank=RANK,
             tokens=progress.tokens,
             kept_tokens=progress.best_tokens,
