@@ -22,7 +22,7 @@ from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Noti
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
 
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-3
 """The highest; steps are relative to the size of each weight (`low_rank.py`)."""
 
 BATCH_TOKENS = 1024
