@@ -1,11 +1,12 @@
 """What recovery gives back of what a removal costs: ours, beside what others published, and bounds no engine loads.
 
-    python tests/benchmarks/recovery.py MODEL DATA [--sizes 3,6,9,12] [--sets greedy,contiguous] [--heal-minutes 10]
+    python tests/benchmarks/recovery.py MODEL DATA [--sizes 3,6,9,12] [--sets greedy,contiguous] [--heal-minutes 0,10]
 
 DATA is a folder with text/enwiki_train.txt (on which everything is fitted), text/enwiki_test.txt and text/c4_50.jsonl
 (on which everything is measured). All methods (`tests/recovery_baselines.py`) see the same tokens, and lack the same
 blocks: those of a greedy search by nll, or of --removals, in their order, and those of the best contiguous span. With
---heal-minutes, `sleb apply --recover --heal` runs too, on three quarters of that text and a quarter of the model's own.
+--heal-minutes, `sleb apply --recover --heal` runs too, on three quarters of that text and a quarter of the model's own;
+0 minutes are `--recover` alone. --plot draws what the minutes give back.
 
 Each result is saved to WORK/recovery.json as soon as it is measured, by the removed blocks and the method, and the same
 command resumes a stopped run. --report writes the tables into a Markdown file, between its two marks.
@@ -242,8 +243,9 @@ class Bench:
         if not folder.exists():
             start = time.monotonic()
             run_sleb([
-                "apply", options.model, "--blocks", ",".join(map(str, removed)), "--recover", "--heal",
-                "--heal-minutes", minutes, "--calibration", f"{options.data / TRAIN}:0.75,self:0.25",
+                "apply", options.model, "--blocks", ",".join(map(str, removed)), "--recover",
+                *(["--heal", "--heal-minutes", minutes] if minutes else []),
+                "--calibration", f"{options.data / TRAIN}:0.75,self:0.25",
                 "--samples", math.ceil(options.samples / 0.7), "--sequence-length", options.length,
                 "--device", options.device, "-o", folder, "-q", "--no-verify",
             ])  # fmt: skip
@@ -321,15 +323,22 @@ def cells(found: dict[str, Any], dense: dict[str, Any], pruned: dict[str, Any], 
     if ours is theirs or ours is whole:
         return [nats, "", divergence, ""]
     difference, error = paired(ours["loss"], theirs["loss"])
-    back = [lost - now for lost, now in zip(theirs["loss"], ours["loss"], strict=True)]
-    lost = [lost - kept for lost, kept in zip(theirs["loss"], whole["loss"], strict=True)]
     cost, error_of_cost = paired(theirs["loss"], whole["loss"])
     return [
         f"{nats} ({difference:+.3f} ± {error:.3f})",
-        percent(*ratio_of_means(back, lost)) if cost > 2 * error_of_cost else "nothing lost",
+        percent(*share_back(found, dense, pruned, name)) if cost > 2 * error_of_cost else "nothing lost",
         divergence,
         percent(*ratio_of_means(ours["divergence"], theirs["divergence"])),
     ]
+
+
+def share_back(
+    found: dict[str, Any], dense: dict[str, Any], pruned: dict[str, Any], name: str
+) -> tuple[float, float, float]:
+    """Return the share of the nats lost on a text that a method gives back, and the ends of its 95 % interval."""
+    now, lost, whole = (result["texts"][name]["loss"] for result in (found, pruned, dense))
+    back = [before - after for before, after in zip(lost, now, strict=True)]
+    return ratio_of_means(back, [before - kept for before, kept in zip(lost, whole, strict=True)])
 
 
 def percent(value: float, low: float, high: float) -> str:
@@ -342,7 +351,7 @@ def table(bench: Bench, removed: Sequence[int]) -> str:
     columns = ("nats (more than pruned)", "% of lost nats back", "KL", "% of KL left")
     header = ["method", *(f"{name}, {column}" for name in TEXTS for column in columns), "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    healed = {name: Method(f"**`--recover --heal`**, {name[5:]} minutes") for name in results if name[:5] == "heal-"}
+    healed = {heal_name(minutes): Method(heal_label(minutes)) for minutes in healed_minutes(results)}
     notes = []
     for name, method in {DENSE: Method("dense"), **METHODS, **healed}.items():
         found = dense if name == DENSE else results.get(name)
@@ -355,6 +364,43 @@ def table(bench: Bench, removed: Sequence[int]) -> str:
         seconds = f"{found['seconds']:.0f}" if found["seconds"] else ""
         lines.append("| " + " | ".join([method.label + ("" if method.loads else " †"), *of_texts, seconds]) + " |")
     return "\n".join(lines + notes)
+
+
+def heal_name(minutes: float) -> str:
+    return f"heal-{minutes:g}"
+
+
+def heal_label(minutes: float) -> str:
+    with_own = "a quarter of its own text"
+    return f"**`--recover --heal`**, {minutes:g} minutes" if minutes else f"**`--recover`**, {with_own}"
+
+
+def healed_minutes(results: dict[str, Any]) -> list[float]:
+    """Return for how many minutes a set was healed, the shortest first."""
+    return sorted(float(name.removeprefix("heal-")) for name in results if name.startswith("heal-"))
+
+
+def plot(bench: Bench, path: Path) -> None:
+    """Draw the share of the lost nats that the minutes of healing give back, for each text and set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(9, 4), layout="constrained", sharey=True)
+    dense = bench.work.results(())[DENSE]
+    for panel, text in zip(panels, TEXTS, strict=True):
+        for removed in sets(bench):
+            results = bench.work.results(removed)
+            minutes = healed_minutes(results)
+            shares = [share_back(results[heal_name(each)], dense, results[PRUNED], text) for each in minutes]
+            middle, low, high = (torch.tensor(column) * 100 for column in zip(*shares, strict=True))
+            label = f"{len(removed)} of {bench.architecture.block_count} blocks removed"
+            panel.errorbar(minutes, middle, yerr=torch.stack([middle - low, high - middle]), marker=".", label=label)
+        panel.set(title=text, xlabel="minutes of healing", ylabel="% of the lost nats back")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="lower right")
+    figure.savefig(path)
 
 
 def report(bench: Bench) -> str:
@@ -427,7 +473,7 @@ def parse() -> argparse.Namespace:
         "--heal-minutes",
         type=lambda text: [float(part) for part in names(text)],
         default=[],
-        help="also heal for so many minutes: 10,60",
+        help="also heal for so many minutes: 0,10,60",
     )
     parser.add_argument("--samples", type=int, default=96, help="sequences to fit on")
     parser.add_argument("--deciding", type=int, default=24, help="sequences that decide")
@@ -438,6 +484,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
+    parser.add_argument("--plot", type=Path, help="file to draw the plot into: .svg, .png")
     parser.add_argument("--report", type=Path, help="Markdown file to write the table into")
     options = parser.parse_args()
     for name in options.methods:
@@ -468,7 +515,7 @@ def measure_all(bench: Bench) -> None:
                     bench.fit(removed, method)
     for removed in sets(bench):
         for minutes in options.heal_minutes:
-            if (method := f"heal-{minutes:g}") not in results(removed):
+            if (method := heal_name(minutes)) not in results(removed):
                 say(f"without {named(removed)}: {method}")
                 bench.heal(removed, minutes, method)
 
@@ -486,6 +533,8 @@ def main() -> None:
     say(text)
     if options.report:
         write_report(text, options.report)
+    if options.plot:
+        plot(bench, options.plot)
 
 
 if __name__ == "__main__":
