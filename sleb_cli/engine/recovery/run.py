@@ -48,7 +48,7 @@ from sleb_cli.engine.text.calibration import (
     resolve_calibration,
     texts_sha256,
 )
-from sleb_cli.engine.text.mixture import format_mixture, parse_mixture
+from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
@@ -332,7 +332,7 @@ class _Recovery:
             first=first,
             weights={name: weights[name] for name in self._names_from(first, weights)},
             write=lambda number, notify: self._text(skippable, self._portion(budget, number), notify).sequences,
-            epochs=EPOCHS_OF_OWN_TEXT if self.trained_on.source == SELF else 1,
+            epochs=EPOCHS_OF_OWN_TEXT if SELF in (part.source for part in self.settings.parts) else 1,
             stored=self.stored,
             deciding=start.deciding,
             seed=self.settings.seed,
@@ -369,20 +369,9 @@ class _Recovery:
         below = {name for block in range(first) for name in self._names_of(block, names)}
         return [name for name in names if name not in below]
 
-    @cached_property
-    def trained_on(self) -> CalibrationSettings:
-        """What is healed on: of a mixture, the text that is read, since writing as much takes longer than training."""
-        settings = self.settings
-        read = [part for part in settings.parts if part.source != SELF]
-        if not read or len(read) == len(settings.parts):
-            return settings
-        share = sum(part.share for part in read)
-        parts = tuple(replace(part, share=part.share / share) for part in read)
-        return replace(settings, source=format_mixture(parts), parts=parts)
-
     def _portion(self, budget: HealBudget, number: int) -> CalibrationSettings:
         """Return the settings of one portion of the text to heal on, drawn by a seed of its own."""
-        settings = self.trained_on
+        settings = self.settings
         wanted = -(-budget.portion_tokens // settings.sequence_length)
         samples = max(wanted, *(math.ceil(1 / part.share) for part in settings.parts))
         if len(settings.parts) > 1 or settings.source in REFERENCE_PRESETS:

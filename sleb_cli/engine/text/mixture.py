@@ -49,13 +49,6 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
     return mixture
 
 
-def format_mixture(parts: Sequence[Part]) -> str:
-    """Return a mixture as `parse_mixture` takes it; one source alone has no share."""
-    if len(parts) == 1:
-        return parts[0].source
-    return ",".join(f"{part.source}:{part.share}" for part in parts)
-
-
 def _parse_part(text: str) -> tuple[str, Fraction | None]:
     """Split a source from its share, a number above 0 and at most 1."""
     source, colon, end = text.rpartition(":")
