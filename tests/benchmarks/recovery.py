@@ -371,8 +371,7 @@ def heal_name(minutes: float) -> str:
 
 
 def heal_label(minutes: float) -> str:
-    with_own = "a quarter of its own text"
-    return f"**`--recover --heal`**, {minutes:g} minutes" if minutes else f"**`--recover`**, {with_own}"
+    return f"**`--recover --heal`**, {minutes:g} minutes" if minutes else "**`--recover`**, a quarter of its own text"
 
 
 def healed_minutes(results: dict[str, Any]) -> list[float]:

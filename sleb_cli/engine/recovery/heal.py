@@ -29,8 +29,8 @@ BATCH_TOKENS = 1024
 PORTION_TOKENS = 16384
 """Text is drawn or generated in portions of at most this many tokens, each with a seed of its own."""
 EPOCHS_OF_OWN_TEXT = 2
-"""How many times a portion is trained on before the next one if the model wrote some of it, which takes as long as
-training; else once, since text that was seen before teaches less."""
+"""How many times a portion is trained on before the next one if the model wrote some of it, which takes longer
+than training; else once, since text that was seen before teaches less."""
 
 CHECKS = 10
 """How many times the deciding text is measured over the whole budget."""
