@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from sleb_cli.engine.device import in_smaller_pieces, input_device
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.model.sampling import Sampler
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
 from sleb_cli.engine.text.mixture import Part, divide, interleave, parse_mixture
@@ -199,7 +200,7 @@ def calibrate_splits(
     drafts = [
         _read_parts(settings, tokenizer, bos=bos, notify=notify if settings is first else ignore) for settings in splits
     ]
-    for number in _generated_parts(first):
+    for number in generated_parts(first):
         counts = [draft.settings.counts[number] for draft in drafts]
         own = replace(first, samples=sum(counts))
         written = generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify)
@@ -230,7 +231,7 @@ class _Draft:
     rows: dict[int, _Rows]
 
 
-def _generated_parts(settings: CalibrationSettings) -> list[int]:
+def generated_parts(settings: CalibrationSettings) -> list[int]:
     """Return the numbers of the parts that the model generates."""
     return [n for n, part in enumerate(settings.parts) if part.source == SELF and settings.chat is None]
 
@@ -256,18 +257,18 @@ def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
 
 def _read_parts(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> _Draft:
     """Read the parts that are texts, before any text is generated, since they may be missing or too short."""
-    generated, read = _generated_parts(settings), dict[int, _Rows]()
+    generated, read = generated_parts(settings), dict[int, _Rows]()
     for number, (part, count) in enumerate(zip(settings.parts, settings.counts, strict=True)):
         if number not in generated and count:
             with task(notify, f"Reading {part.source}"):
                 read[number] = _read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify)
     if len(settings.parts) > 1:
-        settings = _limit_to_texts(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
+        settings = limit_to_texts(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
         read = {number: _draw_rows(*rows, settings.counts[number], settings.seed) for number, rows in read.items()}
     return _Draft(settings, read)
 
 
-def _limit_to_texts(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
+def limit_to_texts(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
     """Reduce the samples to what the texts provide in the given shares; `found` counts sequences by part.
 
     Raises:
@@ -297,24 +298,31 @@ def _read_sequences(
     source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
 ) -> _Rows:
     """Cut sequences from a text: all of a reference preset, else `samples` of them, drawn by the seed."""
+    windows, loss_mask = read_windows(source, samples, settings, tokenizer, bos=bos)
+    if source in REFERENCE_PRESETS and settings.chat is None:
+        return windows, loss_mask
+    if len(windows) < samples and len(settings.parts) == 1:
+        length = settings.sequence_length
+        notify(Notice(f"{source} has text for only {len(windows)} sequences of {length} tokens; using all of them."))
+    return _draw_rows(windows, loss_mask, samples, settings.seed)
+
+
+def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool) -> _Rows:
+    """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed = settings.sequence_length, settings.seed
     # What is asked for counts the whole text, of which a split has only about its share.
     asked = samples if settings.samples_given and settings.split == WHOLE else None
-    loss_mask = None
     if settings.chat is not None:
         conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
         answers = settings.chat == "answers"
         windows, loss_mask = cut_conversations(tokenizer, conversations, length, answers=answers, asked=asked)
-    elif source in REFERENCE_PRESETS:
+        return windows, loss_mask if answers else None
+    if source in REFERENCE_PRESETS:
         text = reference_calibration_text(source, rows=samples, seed=seed, split=settings.split)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
-    else:
-        text = calibration_text(source, tokens=samples * length, seed=seed, split=settings.split)
-        windows = cut_windows(tokenizer, text.content, length, bos=bos)
-        require_windows(windows, text, tokenizer, length, asked)
-    if len(windows) < samples and len(settings.parts) == 1:
-        notify(Notice(f"{source} has text for only {len(windows)} sequences of {length} tokens; using all of them."))
-    return _draw_rows(windows, loss_mask if settings.chat == "answers" else None, samples, seed)
+    text = calibration_text(source, tokens=samples * length, seed=seed, split=settings.split)
+    windows = cut_windows(tokenizer, text.content, length, bos=bos)
+    return require_windows(windows, text, tokenizer, length, asked), None
 
 
 def draw(found: int, count: int, seed: int) -> list[int]:
@@ -354,13 +362,10 @@ def generate_own_text(
         )
     count, length = settings.samples, settings.sequence_length
     new = length - 1 if bos else length
-    sampling = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new, min_new_tokens=new, use_cache=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=start,
-    )  # fmt: skip
+    sampler = Sampler({tokenizer.eos_token_id} - {None})  # every sequence is one text
     batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
     return in_smaller_pieces(
-        lambda size: _write(model, start, settings, sampling, size, notify),
+        lambda size: _write(model, start, new, settings, sampler, size, notify),
         batch_size,
         lambda size: notify(Notice(f"Out of memory on {input_device(model)}; generating {size} sequences at once.")),
     )
@@ -369,13 +374,14 @@ def generate_own_text(
 def _write(
     model: Any,
     start: int,
+    new: int,
     settings: CalibrationSettings,
-    sampling: GenerationConfig,
+    sampler: Sampler,
     batch_size: int,
     notify: Notify,
 ) -> Tensor:
-    """Generate the sequences after the token `start`, which depend on the seed and on how many there are at once."""
-    count, length, new = settings.samples, settings.sequence_length, sampling.max_new_tokens
+    """Generate the sequences, `new` tokens after `start`, by the seed and by how many there are at once."""
+    count, length = settings.samples, settings.sequence_length
     written: list[Tensor] = []
     # MPS cannot tell the state of its random number generator by device.
     device = input_device(model)
@@ -388,11 +394,11 @@ def _write(
         torch.manual_seed(settings.seed)
         for first in range(0, count, batch_size):
             prompt = torch.full((min(batch_size, count - first), 1), start, device=device)
-            written.append(_generate(model, prompt, sampling, advance)[:, -length:].cpu())
+            written.append(_generate(model, prompt, new, sampler, advance)[:, -length:].cpu())
     return torch.cat(written).clone()
 
 
-def _generate(model: Any, prompt: Tensor, sampling: GenerationConfig, advance: Advance) -> Tensor:
+def _generate(model: Any, prompt: Tensor, new: int, sampler: Sampler, advance: Advance) -> Tensor:
     def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
         """Report each token as it is generated; never stop."""
         with our_code():
@@ -405,5 +411,10 @@ def _generate(model: Any, prompt: Tensor, sampling: GenerationConfig, advance: A
             hint="Calibrate on a file or a data set: --calibration FILE.",
         )
 
-    ids: Tensor = generate(model, prompt, sampling, refused, stopping_criteria=StoppingCriteriaList([report]))
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
+    each_token = {
+        "logits_processor": LogitsProcessorList([sampler]),
+        "stopping_criteria": StoppingCriteriaList([report]),
+    }
+    ids: Tensor = generate(model, prompt, greedy, refused, **each_token)
     return ids
