@@ -101,7 +101,7 @@ def read_journal(path: Path, own: Path) -> None:
 
 
 IDENTITY = {"model": "abc", "removals": [2, 3]}
-HEALING = {"format": 2} | IDENTITY
+HEALING = {"format": 3} | IDENTITY
 
 
 def read_healing(path: Path, own: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.heal_state import Saved, other_state
 from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
+from sleb_cli.engine.text.portions import Portion
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
@@ -26,11 +26,8 @@ LEARNING_RATE = 1.5e-3
 """The highest; steps are relative to the size of each weight (`low_rank.py`)."""
 
 BATCH_TOKENS = 1024
-PORTION_TOKENS = 16384
-"""Text is drawn or generated in portions of at most this many tokens, each with a seed of its own."""
-EPOCHS_OF_OWN_TEXT = 2
-"""How many times a portion is trained on before the next one if the model wrote some of it, which takes longer
-than training; else once, since text that was seen before teaches less."""
+PORTION_TOKENS = 65536
+"""A portion trains on at most this many tokens: enough for the model to write many sequences at once."""
 
 CHECKS = 10
 """How many times the deciding text is measured over the whole budget."""
@@ -65,7 +62,7 @@ class HealBudget:
     def portion_tokens(self) -> int:
         """How many tokens a portion has: fewer for short budgets, so that most of their time is left for training."""
         if self.tokens is not None:
-            return min(PORTION_TOKENS, -(-self.tokens // EPOCHS_OF_OWN_TEXT))
+            return min(PORTION_TOKENS, self.tokens)
         return max(1, round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
 
     def used(self, seconds: float, tokens: int) -> float:
@@ -117,10 +114,8 @@ class Case:
         first: the first block to train; the blocks before it are the dense model's own in both.
         weights: the matrices of the student's blocks from `first` on, by the dense model's names.
         stored: the data type of the checkpoint, to which weights are rounded.
-        write: returns the portion of text with this number, [sequences, length].
-        epochs: how many times a portion is trained on before the next one.
+        portion: returns the portion of text with this number.
         deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
-        seed: determines the order of sequences.
     """
 
     teacher: Variant
@@ -128,10 +123,8 @@ class Case:
     first: int
     weights: Mapping[str, nn.Parameter]
     stored: torch.dtype
-    write: Callable[[int, Notify], Tensor]
-    epochs: int
+    portion: Callable[[int, Notify], Portion]
     deciding: Tensor
-    seed: int
 
     @property
     def device(self) -> torch.device:
@@ -303,17 +296,14 @@ class _Healing:
         """Yield sequences and the teacher's states on them, without end, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
-            rows = self.case.write(number, self._heartbeat).to(self.case.device)
-            order: list[int] = []
-            for epoch in range(self.case.epochs):
-                shuffle = random.Random(f"{self.case.seed}/{number}/{epoch}")
-                order += shuffle.sample(range(len(rows)), len(rows))
-            targets = _TeacherStates(self.case, rows)
-            while self.progress.position < len(order):
+            portion = self.case.portion(number, self._heartbeat)
+            targets = _TeacherStates(self.case, portion.sequences.to(self.case.device))
+            while self.progress.position < len(portion.order):
                 start = self.progress.position
                 self.progress.position += self.case.batch
-                chosen = order[start : self.progress.position]
-                yield rows[chosen], *targets.of(chosen)
+                chosen, later = portion.order[start : self.progress.position], portion.order[self.progress.position :]
+                yield targets.rows[chosen], *targets.of(chosen)
+                targets.keep(later)
             self.progress.portion += 1
             self.progress.position = 0
 
@@ -363,7 +353,7 @@ def _progress_of(saved: Saved) -> Progress:
 
 
 class _TeacherStates:
-    """The teacher's hidden states on a portion, computed once for all epochs, and row by row whatever the batches."""
+    """The teacher's hidden states on sequences, computed once for all uses, and row by row whatever the batches."""
 
     def __init__(self, case: Case, rows: Tensor) -> None:
         self.rows, self._case = rows, case
@@ -379,3 +369,7 @@ class _TeacherStates:
                 )
         entering, final = zip(*(self._known[row] for row in chosen), strict=True)
         return torch.cat(entering), torch.cat(final)
+
+    def keep(self, rows: Collection[int]) -> None:
+        """Forget the states of all other rows."""
+        self._known = {row: self._known[row] for row in set(rows) & self._known.keys()}

@@ -22,7 +22,7 @@ from sleb_plugins import OutputError, PlanError
 _KEY = "sleb"
 
 # Raise it when the same state would mean something else.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
 from sleb_cli.engine.recovery.heal import (
-    EPOCHS_OF_OWN_TEXT,
     LEARNING_RATE,
     Case,
     HealBudget,
@@ -40,15 +39,14 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
     SELF,
-    Calibration,
     CalibrationSettings,
-    calibrate,
     calibrate_splits,
     require_given_text,
     resolve_calibration,
     texts_sha256,
 )
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify, task
 from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
@@ -218,10 +216,6 @@ class _Recovery:
             "processes": self.group.size,
         }
 
-    def _text(self, skippable: SkippableModel, settings: CalibrationSettings, notify: Notify) -> Calibration:
-        skippable.skip(())
-        return calibrate(settings, self.tokenizer, lambda: skippable.model, notify)
-
     def _closed_form(self, skippable: SkippableModel) -> _Start:
         """Draw the text, measure the cost of the removal, and fit in closed form if requested."""
         skippable.skip(())
@@ -331,11 +325,9 @@ class _Recovery:
             student=student,
             first=first,
             weights={name: weights[name] for name in self._names_from(first, weights)},
-            write=lambda number, notify: self._text(skippable, self._portion(budget, number), notify).sequences,
-            epochs=EPOCHS_OF_OWN_TEXT if SELF in (part.source for part in self.settings.parts) else 1,
+            portion=self._portions(skippable, budget).draw,
             stored=self.stored,
             deciding=start.deciding,
-            seed=self.settings.seed,
         )
 
     def _heal_record(self, case: Case, budget: HealBudget, healed: Healed, after: LossesRecord) -> HealRecord:
@@ -369,15 +361,19 @@ class _Recovery:
         below = {name for block in range(first) for name in self._names_of(block, names)}
         return [name for name in names if name not in below]
 
-    def _portion(self, budget: HealBudget, number: int) -> CalibrationSettings:
-        """Return the settings of one portion of the text to heal on, drawn by a seed of its own."""
-        settings = self.settings
-        wanted = -(-budget.portion_tokens // settings.sequence_length)
-        samples = max(wanted, *(math.ceil(1 / part.share) for part in settings.parts))
-        if len(settings.parts) > 1 or settings.source in REFERENCE_PRESETS:
-            # The shares of the sources hold only if each has enough text, so draw no more than before.
-            samples = min(settings.samples, samples)
-        return replace(settings, samples=samples, samples_given=False, seed=settings.seed + 1 + number, split=FITTED)
+    def _portions(self, skippable: SkippableModel, budget: HealBudget) -> Portions:
+        """Return the text to heal on, of the part of it that was fitted to."""
+
+        def dense() -> Any:
+            skippable.skip(())
+            return skippable.model
+
+        fitted = self._splits()[0]
+        uses = -(-budget.portion_tokens // fitted.sequence_length)
+        uses = max(uses, *(math.ceil(1 / part.share) for part in fitted.parts))
+        if fitted.source in REFERENCE_PRESETS:  # counts rows, which are longer
+            uses = min(fitted.samples, uses)
+        return Portions(fitted, uses, self.tokenizer, dense)
 
     def _measure(self, what: str, variant: Variant, dense: Variant, sequences: Tensor) -> LossesRecord:
         with task(self.notify, f"Measuring the {what} model on text that decided nothing"):

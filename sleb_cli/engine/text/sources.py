@@ -241,6 +241,11 @@ def is_file(source: str) -> bool:
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
 
+def is_read_whole(source: str) -> bool:
+    """Whether a source is always read from its beginning to its end, so that no seed chooses a part of it."""
+    return source == "wikitext2" or is_file(source)
+
+
 def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
     named, content = split.of(source), _read_file(source)
     if Path(source).suffix == ".jsonl":

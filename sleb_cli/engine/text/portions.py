@@ -1,0 +1,110 @@
+"""A text in portions, for a training that goes on until its time is up."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sleb_cli.engine.text.calibration import (
+    CalibrationSettings,
+    draw,
+    generate_own_text,
+    generated_parts,
+    limit_to_texts,
+    read_windows,
+)
+from sleb_cli.engine.text.sources import is_read_whole
+from sleb_cli.engine.text.windows import adds_bos
+from sleb_cli.events import Notify
+
+USES_OF_OWN_TEXT = 2
+"""How often a sequence that the model wrote is trained on, since writing takes longer than training. Others are used
+once: text that was seen before teaches less."""
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Sequences, int64 [sequences, length], and the rows of them in the order in which they are trained on."""
+
+    sequences: Tensor
+    order: list[int]
+
+
+class Portions:
+    """Draws portions of a text, any of them by its number, in the shares of its sources.
+
+    The sequences of a file or of WikiText-2 all come once before any comes again, in an order of the seed, and those
+    that were fitted to before come last. Other data sets are shuffled by the number of the portion, and so is what the
+    model writes.
+
+    Args:
+        fitted: the text that was drawn before.
+        uses: how many sequences a portion trains on, one that is used twice counted twice.
+        tokenizer: the model's tokenizer.
+        load_model: returns the dense model, if it is to write.
+    """
+
+    def __init__(self, fitted: CalibrationSettings, uses: int, tokenizer: Any, load_model: Callable[[], Any]) -> None:
+        self._fitted, self._uses = fitted, uses
+        self._tokenizer, self._load_model = tokenizer, load_model
+        self._bos = adds_bos(tokenizer)
+        self._whole: dict[int, Tensor] = {}
+
+    def draw(self, number: int, notify: Notify) -> Portion:
+        """Return the portion of this number, from 0. Raises what `calibrate` raises."""
+        seed = self._fitted.seed + 1 + number
+        settings = replace(self._fitted, samples=self._uses, samples_given=False, seed=seed)
+        own = generated_parts(settings)
+        found = {
+            part: self._windows(part, settings)
+            for part, count in enumerate(settings.counts)
+            if count and part not in own
+        }
+        if len(settings.parts) > 1:
+            settings = limit_to_texts(settings, {part: len(windows) for part, windows in found.items()}, notify)
+        read = [self._taken(part, windows, number, settings) for part, windows in sorted(found.items())]
+        written = [self._written(settings, settings.counts[part], notify) for part in own]
+        given, count = sum(map(len, read)), sum(map(len, read + written))
+        return Portion(torch.cat(read + written), _order(given, count, f"{self._fitted.seed}/{number}"))
+
+    def _windows(self, part: int, settings: CalibrationSettings) -> Tensor:
+        """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
+        if part in self._whole:
+            return self._whole[part]
+        source, count = settings.parts[part].source, settings.counts[part]
+        windows, _ = read_windows(source, count, settings, self._tokenizer, bos=self._bos)
+        if is_read_whole(source):
+            last = draw(len(windows), self._fitted.counts[part], self._fitted.seed)
+            first = sorted(set(range(len(windows))) - set(last))
+            shuffle = random.Random(self._fitted.seed)
+            order = [*shuffle.sample(first, len(first)), *shuffle.sample(last, len(last))]
+            windows = self._whole[part] = windows[order]
+        return windows
+
+    def _taken(self, part: int, windows: Tensor, number: int, settings: CalibrationSettings) -> Tensor:
+        """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
+        count = min(settings.counts[part], len(windows))
+        if part not in self._whole:
+            return windows[draw(len(windows), count, settings.seed)]
+        return windows[[(number * count + row) % len(windows) for row in range(count)]]
+
+    def _written(self, settings: CalibrationSettings, uses: int, notify: Notify) -> Tensor:
+        own = replace(settings, samples=-(-uses // USES_OF_OWN_TEXT))
+        return generate_own_text(self._load_model(), self._tokenizer, own, bos=self._bos, notify=notify)
+
+
+def _order(given: int, count: int, seed: str) -> list[int]:
+    """Return an order of `count` rows: the first `given` come once, the others several times, spread over it."""
+    shuffle = random.Random(seed)
+    once, own = shuffle.sample(range(given), given), list(range(given, count))
+    uses = USES_OF_OWN_TEXT if own else 1
+    order: list[int] = []
+    for use in range(uses):
+        rows = once[given * use // uses : given * (use + 1) // uses] + own
+        order += shuffle.sample(rows, len(rows))
+    return order

@@ -1,0 +1,111 @@
+"""Portions of a text: what was never seen comes first, and what the model writes is used twice."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from conftest import llama_config, prose, random_model, train_tokenizer
+from sleb_cli.engine.text import calibration
+from sleb_cli.engine.text import portions as module
+from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.portions import Portions
+from sleb_cli.engine.text.sources import Text, TextSplit
+
+LENGTH = 32
+tokenizer = train_tokenizer(bos=False)
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text(prose(900))
+    return tmp_path / "text.txt"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(llama_config(2))
+
+
+def settings(source, samples=10):
+    own = CalibrationSettings(str(source), parse_mixture(str(source)), samples, LENGTH, 3, None, samples_given=True)
+    return replace(own, split=TextSplit(0, 0.7))
+
+
+def used(portion):
+    return [tuple(portion.sequences[row].tolist()) for row in portion.order]
+
+
+def ignore(event):
+    pass
+
+
+def test_all_windows_of_a_file_come_once_before_any_comes_again_and_the_fitted_ones_last(tmp_path):
+    (tmp_path / "text.txt").write_text(prose(300))
+    fitted = settings(tmp_path / "text.txt")
+    seen = {tuple(row.tolist()) for row in calibrate(fitted, tokenizer, lambda: None, ignore).sequences}
+    draws = Portions(fitted, 1, tokenizer, lambda: None)
+    order = [row for number in range(400) for row in used(draws.draw(number, ignore))]
+    windows = len(set(order))
+    assert 40 < windows <= 200
+    assert len(set(order[:windows])) == windows
+    assert order[windows : 2 * windows] == order[:windows]
+    assert set(order[windows - len(seen) : windows]) == seen
+
+
+def test_a_portion_does_not_depend_on_those_before_it(text, model):
+    source = settings(f"{text}:0.75,self:0.25")
+    draws = Portions(source, 8, tokenizer, lambda: model)
+    several = [used(draws.draw(number, ignore)) for number in range(3)]
+    assert used(Portions(source, 8, tokenizer, lambda: model).draw(2, ignore)) == several[2]
+    assert several[0] != several[1]
+
+
+def test_a_file_is_read_once(text, monkeypatch):
+    reads, read = [], module.read_windows
+    monkeypatch.setattr(module, "read_windows", lambda *args, **options: reads.append(1) or read(*args, **options))
+    draws = Portions(settings(text), 4, tokenizer, lambda: None)
+    for number in range(3):
+        draws.draw(number, ignore)
+    assert reads == [1]
+
+
+def test_what_the_model_writes_is_used_twice_far_apart_and_shares_are_those_of_the_uses(text, model):
+    source = settings(f"{text}:0.75,self:0.25", samples=8)
+    portion = Portions(source, 32, tokenizer, lambda: model).draw(0, ignore)
+    assert sorted(Counter(used(portion)).values()) == [1] * 24 + [2] * 4
+    first, second = portion.order[:16], portion.order[16:]
+    assert {row for row in first if row >= 24} == {row for row in second if row >= 24}
+    assert len(portion.order) == 32
+
+
+def test_all_of_it_may_be_the_models_own(model):
+    draws = Portions(settings("self"), 6, tokenizer, lambda: model)
+    portion, other = draws.draw(0, ignore), draws.draw(1, ignore)
+    assert sorted(portion.order) == [0, 0, 1, 1, 2, 2]
+    assert not set(used(portion)) & set(used(other))
+
+
+def test_a_text_with_fewer_windows_than_a_portion_is_used_as_a_whole_and_keeps_the_shares(tmp_path, model):
+    (tmp_path / "short.txt").write_text(prose(60))
+    draws = Portions(settings(tmp_path / "short.txt"), 10_000, tokenizer, lambda: None)
+    portion = draws.draw(0, ignore)
+    assert sorted(portion.order) == list(range(len(portion.sequences)))
+    mixed = Portions(settings(f"{tmp_path / 'short.txt'}:0.5,self:0.5"), 10_000, tokenizer, lambda: model)
+    given = len(portion.sequences)
+    assert Counter(row < given for row in mixed.draw(0, ignore).order) == {True: given, False: given + given % 2}
+
+
+def test_data_sets_are_shuffled_by_the_number_of_the_portion(monkeypatch):
+    seeds = []
+
+    def text_of(source, *, tokens, seed, split):
+        seeds.append(seed)
+        return Text(source, prose(300, seed=seed))
+
+    monkeypatch.setattr(calibration, "calibration_text", text_of)
+    draws = Portions(settings("org/name"), 5, tokenizer, lambda: None)
+    first, second = used(draws.draw(0, ignore)), used(draws.draw(1, ignore))
+    assert seeds == [4, 5]
+    assert not set(first) & set(second)
