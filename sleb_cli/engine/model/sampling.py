@@ -47,8 +47,9 @@ def sample(probabilities: Tensor) -> Tensor:
     chunks = torch.nn.functional.pad(probabilities, (0, -vocabulary % _CHUNK)).view(len(probabilities), -1, _CHUNK)
     sums = as_float64(chunks.sum(-1))
     total = sums.sum(-1)
-    if not bool((total.isfinite() & (total > 0)).all()):
-        raise ValueError(f"a row of probabilities sums to {total.min():g}")
+    wrong = total[~(total.isfinite() & (total > 0))]
+    if len(wrong):
+        raise ValueError(f"a row of probabilities sums to {wrong[0]:g}")
     share = torch.rand(len(sums), dtype=torch.float64, device=sums.device)
     chunk, share = _drawn(sums, share)
     rows = torch.arange(len(sums), device=probabilities.device)

@@ -371,7 +371,7 @@ class _Recovery:
         fitted = self._splits()[0]
         uses = -(-budget.portion_tokens // fitted.sequence_length)
         uses = max(uses, *(math.ceil(1 / part.share) for part in fitted.parts))
-        if fitted.source in REFERENCE_PRESETS:  # counts rows, which are longer
+        if fitted.source in REFERENCE_PRESETS:  # its samples are rows of text: read no more than were fitted to
             uses = min(fitted.samples, uses)
         return Portions(fitted, uses, self.tokenizer, dense)
 
