@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from conftest import calibration, evaluation
+from faults.program import STOP, Calls, Fault
 
 CODES = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 BROKEN_PIPE = 141
@@ -19,7 +20,7 @@ SHORT = ["--samples", 4, "--sequence-length", 16, "--sample-tokens", 2]
 
 @pytest.fixture
 def commands(tiny_llama, llama_plan, text_file, tmp_path):
-    """Commands that write to the disk, by their verb, each with a moment at which its log says that it works."""
+    """Commands that write to the disk, by their verb, each with the words of its log at which it is in the middle."""
     # The journal and the cache are kept on purpose; all else must be whole or absent.
     searching = ["search", tiny_llama, "--remove", 3, "--batch-size", 1, *calibration(text_file, 40, 64)]
     return {
@@ -30,10 +31,17 @@ def commands(tiny_llama, llama_plan, text_file, tmp_path):
     }
 
 
-def until_it_says(running, words):
-    """Wait until a run has said something, and hold it there."""
-    while words not in running.stderr():
-        assert not running.ends_within(0.005), f"it ended before it said {words!r}"
+def start_and_hold(program, moment, *words, **options):
+    """Start a run, and hold it where its log says `moment`."""
+    running = program.start(*called(stopping_at), moment, *words, **options)
+    assert running.wait_until_stopped(), f"it ended before it said {moment!r}"
+    return running
+
+
+def go_on_with(running, number):
+    """Let a run that is held go on, and send it this signal first."""
+    running.send(number)
+    running.send(signal.SIGCONT)
 
 
 def left(tmp_path):
@@ -44,9 +52,8 @@ def left(tmp_path):
 @pytest.mark.parametrize("verb", ["search", "apply", "apply, proving", "eval"])
 def test_a_request_to_end_is_followed_and_cleaned_up_after(program, commands, tmp_path, verb, number):
     words, moment = commands[verb]
-    running = program.start(*words, cwd=tmp_path)
-    until_it_says(running, moment)
-    running.send(number)
+    running = start_and_hold(program, moment, *words, cwd=tmp_path)
+    go_on_with(running, number)
     result = running.wait()
     assert result.exit_code == CODES[number], result.stderr
     assert "Traceback" not in result.stderr
@@ -56,10 +63,26 @@ def test_a_request_to_end_is_followed_and_cleaned_up_after(program, commands, tm
         assert "rerun with --resume to continue" in result.stderr
 
 
+def stopping_at(moment, *words):
+    """Be the program, which stops once it has said `moment`."""
+    said, write = [], sys.stderr.write
+
+    def watched(text):
+        count = write(text)
+        said.append(text)
+        if moment in "".join(said):
+            sys.stderr.write = write
+            signal.raise_signal(signal.SIGSTOP)
+        return count
+
+    sys.stderr.write = watched
+    be_the_program(*words)
+
+
 def ignoring_sighup(*words):
     """Be the program as `nohup` starts it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    be_the_program(*words)
+    stopping_at(*words)
 
 
 def cleaning_up_for_long(*words):
@@ -89,20 +112,22 @@ def called(function):
 
 def test_under_nohup_it_goes_on(program, commands, tmp_path):
     words, moment = commands["apply"]
-    running = program.start(*called(ignoring_sighup), *words, cwd=tmp_path)
-    until_it_says(running, moment)
-    running.send(signal.SIGHUP)
+    running = program.start(*called(ignoring_sighup), moment, *words, cwd=tmp_path)
+    assert running.wait_until_stopped()
+    go_on_with(running, signal.SIGHUP)
     assert running.wait().exit_code == 0
     assert left(tmp_path) == ["new"]
 
 
 @pytest.mark.parametrize("first", CODES)
 def test_a_second_ctrl_c_ends_at_once_and_the_next_run_cleans_up(program, commands, tmp_path, first):
-    words, moment = commands["apply"]
-    running = program.start(*called(cleaning_up_for_long), *words, cwd=tmp_path)
-    until_it_says(running, moment)
-    running.send(first)
-    until_it_says(running, "cleaning up")
+    words, _ = commands["apply"]
+    at_the_first_write = Fault(tmp_path / ".new.partial" / "new", 1, STOP, Calls.WRITE)
+    running = program.start(*called(cleaning_up_for_long), *words, cwd=tmp_path, fault=at_the_first_write)
+    assert running.wait_until_stopped()
+    go_on_with(running, first)
+    while "cleaning up" not in running.stderr():
+        assert not running.ends_within(0.005), "it ended before it cleaned up"
     running.send(signal.SIGINT)
     if first != signal.SIGINT:
         running.send(signal.SIGINT)
@@ -118,10 +143,9 @@ def test_a_second_ctrl_c_ends_at_once_and_the_next_run_cleans_up(program, comman
 @pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_do_not_disturb_the_clean_up(program, commands, tmp_path, again):
     words, moment = commands["apply"]
-    running = program.start(*words, cwd=tmp_path)
-    until_it_says(running, moment)
+    running = start_and_hold(program, moment, *words, cwd=tmp_path)
     for _ in range(5):
-        running.send(again)
+        go_on_with(running, again)
     assert running.wait().exit_code == CODES[again]
     assert left(tmp_path) == []
 
