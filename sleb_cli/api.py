@@ -120,7 +120,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         file = gguf_source(request)
         registry = _registry(notify)
         if file is not None:
-            return apply_to_gguf(request, file, registry, notify)
+            return apply_to_gguf(request, file, registry, notify, group)
         subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
         return apply_removals(subject, request, notify, group=group)
 

@@ -37,10 +37,20 @@ class ApplyResult(ResultRecord):
     pushed: str | None
 
 
-class GgufResult(Record):
-    """A pruned GGUF file; if `verified`, its tensors were compared with the source byte for byte.
+class RepackedTensors(Record):
+    """How many tensors of a GGUF file were of one type (`before`), and hold new values in another or the same."""
 
-    `proof` is by transformers; if it is null, `unproven` says why.
+    before: str
+    type: str
+    tensors: int
+    bytes: int
+
+
+class GgufResult(Record):
+    """A pruned GGUF file; if `verified`, its tensors were compared byte for byte with the source, or with new values.
+
+    `recovery` is null unless requested; `repacked` then lists the tensors with new values, by their types. `proof` is
+    by transformers; if it is null, `unproven` says why.
     """
 
     schema_version: Literal[1]
@@ -52,6 +62,8 @@ class GgufResult(Record):
     file: str
     blocks: int
     file_bytes: int
+    recovery: RecoveryRecord | None = None
+    repacked: tuple[RepackedTensors, ...] = ()
     verified: bool
     proof: Proof | None
     unproven: str | None

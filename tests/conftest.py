@@ -11,6 +11,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "120"
 
 import gc
+import math
 import random
 import shutil
 from collections import Counter
@@ -37,6 +38,7 @@ import simulated_device
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.speed.peak_memory import AloneResult
 from sleb_cli.engine.text.calibration import draw
@@ -297,3 +299,20 @@ def smollm2() -> Path:
     if not found:
         pytest.skip("the demo model is not in the cache: run `sleb search demo --ratio 0.2` once")
     return found[0]
+
+
+def interrupt_healing(monkeypatch, step):
+    """Have healing save after every step, and end like Ctrl-C before the given one."""
+    monkeypatch.setattr(healing, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(healing, "MAX_SAVING_SHARE", math.inf)
+    distill = healing.distill
+    steps = []
+
+    def few(*arguments):
+        steps.append(1)
+        if len(steps) == step:
+            raise KeyboardInterrupt
+        return distill(*arguments)
+
+    monkeypatch.setattr(healing, "distill", few)
+    return steps

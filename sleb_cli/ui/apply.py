@@ -39,7 +39,9 @@ def _show_checkpoint(result: ApplyResult) -> None:
 
 def _show_gguf(result: GgufResult) -> None:
     _print_size(result.file, result.blocks, result.file_bytes)
-    same = "every tensor is a byte-for-byte copy from the source"
+    if result.recovery:
+        _print_recovery(result.recovery)
+    same = _copied_and_repacked(result)
     if not result.verified:
         stdout().print("not verified (--no-verify)")
     elif result.proof is None:
@@ -47,6 +49,16 @@ def _show_gguf(result: GgufResult) -> None:
         print_prose(stdout(), f"[yellow]partially proven[/]: {same}; logits not compared: {unproven}")
     else:
         _print_proof(result.proof, f"{same}; transformers reads it")
+
+
+def _copied_and_repacked(result: GgufResult) -> str:
+    if not result.repacked:
+        return "every tensor is a byte-for-byte copy from the source"
+    kinds = [
+        f"{each.tensors} {each.type}" + (f" (were {each.before})" if each.before != each.type else "")
+        for each in result.repacked
+    ]
+    return f"tensors with new values: {', '.join(kinds)}; every other one is a byte-for-byte copy from the source"
 
 
 def _print_size(path: str, blocks: int, size: int) -> None:

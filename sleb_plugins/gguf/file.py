@@ -1,4 +1,4 @@
-"""The GGUF format: header values are kept byte for byte, and tensors are copied unchanged."""
+"""The GGUF format: header values are kept byte for byte, and tensors are copied unchanged or given new values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -45,13 +45,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor, with the offset of its values in the file, and their size in bytes."""
+    """One tensor, with the offset of its values in the file, and their size in bytes.
+
+    A tensor with `values` is written with these instead of those in the file.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: int
     start: int
     size: int
+    values: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -352,6 +356,9 @@ def pieces(source: BinaryIO, tensor: Tensor) -> Iterator[bytes]:
     Raises:
         ModelError: they cannot be read, or the file has become shorter.
     """
+    if tensor.values is not None:
+        yield tensor.values
+        return
     path, place, size = Path(source.name), tensor.start, tensor.size
     while size:
         with _reading(path):

@@ -1,9 +1,9 @@
-"""Remove blocks from a GGUF file: which entries and tensors remain, and under which names. No tensor is recomputed."""
+"""Remove blocks from a GGUF file: which entries and tensors remain, and under which names. It computes no values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -38,13 +38,17 @@ class GgufSurgery:
         """The kept blocks, including those for multi-token prediction, which come last."""
         return kept_blocks(stored_block_count(self.file), self.removals)
 
-    def pruned(self) -> GgufFile:
-        """Return the header of the pruned file; the offsets of its tensors are those in `file`."""
-        if not self.removals:
+    def pruned(self, new: Mapping[str, Tensor] | None = None) -> GgufFile:
+        """Return the header of the pruned file; the offsets of its tensors are those in `file`.
+
+        `new` are tensors with new values, by their names in `file`.
+        """
+        new = new or {}
+        if not (self.removals or new):
             return self.file
         new_number = {old: new for new, old in enumerate(self.kept.blocks)}
         tensors: list[Tensor] = []
-        for tensor in self.file.tensors:
+        for tensor in (new.get(tensor.name, tensor) for tensor in self.file.tensors):
             place = _BLOCK.fullmatch(tensor.name)
             if place is None:
                 tensors.append(tensor)

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 
 import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import calibration
+from conftest import calibration, interrupt_healing
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli.engine.text.calibration import draw, tokens_sha256
+from sleb_cli.engine.text.windows import cut_windows
 
 
 @pytest.fixture
@@ -44,12 +47,10 @@ def test_a_plan_of_the_full_model_cuts_any_quantisation(run_sleb, tmp_path, plan
     assert "every tensor is a byte-for-byte copy from the source; transformers reads it" in result.stdout
     assert "bitwise equal" in result.stdout
     assert metadata_of(tmp_path / "small.gguf")["sleb.removed_blocks"] == removals
-    # By another way: prune the model as transformers reads it, and compare what the two compute.
     blocks = ",".join(map(str, removals))
     result = run_sleb("apply", "q.gguf", "--blocks", blocks, "-o", "folder")
     assert result.exit_code == 0, result.stderr
     found, expected = logits(tmp_path, gguf_file="small.gguf"), logits(tmp_path / "folder")
-    # The folder's weights are rounded to 16 bits where those of the file are no float32.
     assert (found - expected).abs().max() <= (0 if type_ is Type.F32 else 0.03) * expected.abs().max()
     assert not list(tmp_path.glob(".*"))
 
@@ -98,7 +99,6 @@ def test_what_transformers_cannot_read_is_said_to_be_verified_in_part(run_sleb, 
     assert "transformers does not read GGUF files of the architecture granite" in result.stdout
     data = json.loads(run_sleb("apply", "--blocks", "1", "--source", "odd.gguf", "--force", "--json").stdout)
     assert (data["verified"], data["proof"]) == (True, None)
-    # A known architecture whose file transformers cannot make a model of.
     write_gguf(tmp_path / "bare.gguf", "llama", 4)
     result = run_sleb("apply", "--blocks", "1", "--source", "bare.gguf")
     assert (result.exit_code, "logits not compared: transformers cannot read" in result.stdout) == (0, True), (
@@ -124,8 +124,6 @@ def test_a_gguf_model_or_output_is_enough(run_sleb, tmp_path, source, tiny_llama
     assert (tmp_path / "folder" / "model.safetensors").is_file()
     result = run_sleb("apply", tiny_llama, "--blocks", "4,1", "-o", "other.gguf")
     assert (result.exit_code, "can only be made from a GGUF file" in result.stderr) == (2, True), result.stderr
-    result = run_sleb("apply", source, "--blocks", "4,1", "--recover", "-o", "other.gguf")
-    assert (result.exit_code, "--recover does not apply to a GGUF file" in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "other.gguf").exists()
 
 
@@ -168,6 +166,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(run_sleb, tmp_path, sourc
         (2, "--blocks applies to a model", "plan.json", "--blocks", "1"),
         (2, "Cannot remove 3 blocks: --blocks names 2", "--blocks", "1,2", "--remove", 3),
         (2, "--dtype does not apply to a GGUF file", "--blocks", "1", "--dtype", "float16"),
+        (2, "--recover writes new values into the GGUF file of the model", "--blocks", "1", "--recover"),
+        (2, "--heal writes new values into the GGUF file of the model", "--blocks", "1", "--heal"),
         (2, "--model does not apply with --source", "--blocks", "1", "--model", tiny_opt),
         (3, "no plan plan.json"),
         (8, "tiny.gguf is the source file itself", "--blocks", "1", "-o", "tiny.gguf", "--force"),
@@ -255,3 +255,78 @@ def test_no_room_is_said_before_anything_is_written(run_sleb, tmp_path, monkeypa
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Full)
     result = run_sleb("apply", "--blocks", "1", "--source", source)
     assert (result.exit_code, "has only 1 kB free" in result.stderr) == (8, True), result.stderr
+
+
+@pytest.fixture
+def recovered(run_sleb, tmp_path, source, text_file):
+    """Recover the tiny GGUF file without two blocks into `small.gguf`."""
+
+    def run(*options, code=0):
+        command = ("apply", source, "--blocks", "3,1", *calibration(text_file, samples=10), "-o", "small.gguf")
+        result = run_sleb(*command, *options)
+        assert result.exit_code == code, result.stderr
+        assert sorted(tmp_path.glob(".small*")) == ([] if not code else [tmp_path / ".small.gguf.heal"])
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, Type.Q4_1])
+@pytest.mark.parametrize("options", [["--recover"], ["--recover", "--heal", "--heal-tokens", 512]])
+def test_a_recovered_file_keeps_bytes_and_packs_new_values(recovered, tmp_path, source, type_, options):
+    write_llama_gguf(source, 6, type_)
+    result = json.loads(recovered(*options, "--json").stdout)
+    assert result["recovery"]["pruned"]["divergence"] > 0
+    before, after = tensors_of(source), tensors_of(tmp_path / "small.gguf")
+    numbers = {new: old for new, old in enumerate((0, 2, 4, 5))}
+    was = {name: re.sub(r"blk\.(\d+)", lambda found: f"blk.{numbers[int(found[1])]}", name) for name in after}
+    new = [name for name in after if after[name] != before[was[name]]]
+    (repacked,) = [kind for kind in result["repacked"] if kind["type"] == type_.name]
+    assert repacked["before"] == type_.name
+    assert len(new) <= sum(kind["tensors"] for kind in result["repacked"])
+    assert {name for name in new if "attn_output" in name or "ffn_down" in name}
+    assert all(after[name][0] == before[was[name]][0] for name in after)
+    assert after["token_embd.weight"] == before["token_embd.weight"]
+    proof = result["proof"]
+    assert (proof["reference"], proof["logits_difference"]) == ("recovered", 0)
+
+
+def test_losses_are_those_of_what_the_file_gives_back(recovered, source, text_file, tmp_path):
+    write_llama_gguf(source, 6, Type.Q4_0)
+    record = json.loads(recovered("--recover", "--json").stdout)["recovery"]
+    content = text_file.read_text()
+    end = content[content.index("\n", round(0.9 * len(content))) + 1 :]
+    windows = cut_windows(AutoTokenizer.from_pretrained(tmp_path / "origin"), end, 32, bos=False)
+    reported = windows[draw(len(windows), record["report_text"]["sequences"], 0)]
+    assert tokens_sha256(reported) == record["report_text"]["tokens_sha256"]
+    dense, ours = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name, dtype=torch.bfloat16)(reported)
+        .logits[:, :-1]
+        .float()
+        .log_softmax(-1)
+        for name in (source.name, "small.gguf")
+    )
+    loss = -ours.gather(-1, reported[:, 1:, None]).mean()
+    divergence = (dense.exp() * (dense - ours)).sum(-1).mean()
+    assert record["closed_form_losses"]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert record["closed_form_losses"]["divergence"] == pytest.approx(divergence.item(), rel=2e-2)
+
+
+def test_an_interrupted_healing_of_a_file_goes_on_to_the_same_bytes(recovered, tmp_path, monkeypatch):
+    healing_options = ("--heal", "--heal-tokens", 4096)
+    recovered(*healing_options)
+    whole = (tmp_path / "small.gguf").read_bytes()
+    (tmp_path / "small.gguf").unlink()
+    with monkeypatch.context() as patches:
+        interrupt_healing(patches, 3)
+        recovered(*healing_options, code=130)
+    assert not (tmp_path / "small.gguf").exists()
+    recovered(*healing_options, "--resume", "--source", tmp_path / "tiny.gguf")
+    assert (tmp_path / "small.gguf").read_bytes() == whole
+
+
+def test_the_screen_tells_new_values_from_copied_bytes(recovered):
+    told = " ".join(recovered("--recover").stdout.split())
+    assert re.search(
+        r"proven in .*: tensors with new values: \d+ Q8_0.*; every other one is a byte-for-byte copy", told
+    )

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import calibration, llama_config, prose, random_model, save_model
+from conftest import calibration, interrupt_healing, llama_config, prose, random_model, save_model
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal as healing
@@ -81,28 +81,11 @@ def test_embeddings_and_head_are_the_models_own(healed, tiny_llama, tmp_path):
     assert not torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
 
 
-def interrupt_at(monkeypatch, step):
-    """Save after every step, and end like Ctrl-C before the given one."""
-    monkeypatch.setattr(healing, "SECONDS_BETWEEN_SAVES", 0.0)
-    monkeypatch.setattr(healing, "MAX_SAVING_SHARE", math.inf)
-    distill = healing.distill
-    steps = []
-
-    def few(*arguments):
-        steps.append(1)
-        if len(steps) == step:
-            raise KeyboardInterrupt
-        return distill(*arguments)
-
-    monkeypatch.setattr(healing, "distill", few)
-    return steps
-
-
 def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monkeypatch):
     monkeypatch.setattr(healing, "PORTION_TOKENS", 1024)
     healed("whole")
     with monkeypatch.context() as patches:
-        interrupt_at(patches, 6)
+        interrupt_healing(patches, 6)
         healed("out", code=130)
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.heal"]
     assert "holds an unfinished healing" in healed("out", code=8).stderr
@@ -111,7 +94,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
         in healed("out", "--resume", tokens=4096, code=3).stderr
     )
     with monkeypatch.context() as patches:
-        steps = interrupt_at(patches, 100)
+        steps = interrupt_healing(patches, 100)
         healed("out", "--resume")
     assert len(steps) == 3
     whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
@@ -124,7 +107,7 @@ def test_a_healing_is_not_resumed_on_other_text(run_sleb, tiny_llama, tmp_path, 
     command = ["apply", tiny_llama, "--blocks", "2,3", "--heal", "--heal-tokens", 8192, "-o", "out"]
     command += calibration(tmp_path / "text.txt", samples=10)
     with monkeypatch.context() as patches:
-        interrupt_at(patches, 6)
+        interrupt_healing(patches, 6)
         assert run_sleb(*command).exit_code == 130
     (tmp_path / "text.txt").write_text(prose(400, seed=1))
     result = run_sleb(*command, "--resume")
@@ -269,7 +252,7 @@ def test_text_is_trained_on_once_or_twice_if_the_model_wrote_it(
         (["--heal", "--heal-minutes", "5", "--heal-tokens", "5"], 2, "cannot be combined"),
         (["--heal", "--heal-minutes", "0"], 2, "--heal-minutes 0 is not above 0"),
         (["--heal", "--heal-tokens", "-1"], 2, "--heal-tokens -1 is below 1"),
-        (["--heal", "--source", "x.gguf"], 2, "--heal does not apply to a GGUF file"),
+        (["--heal", "--source", "x.gguf"], 2, "--source names one of another model"),
     ],
 )
 def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, code, words):

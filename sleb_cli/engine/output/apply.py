@@ -219,14 +219,12 @@ def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
     return choose_dtype(dtype, subject.architecture.config.dtype, torch.device("cpu"))
 
 
-def kept_tensors(surgery: Surgery, cast: torch.dtype | None = None) -> list[NewTensor]:
-    """Return the tensors of the pruned checkpoint, from the headers of the dense one's files."""
-    stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
-    return [new_tensor(name, tensor, cast, surgery.cut(name)) for name, tensor in surgery.names.prune(stored)]
-
-
-def _with_values(kept: Sequence[NewTensor], values: Mapping[str, torch.Tensor]) -> list[NewTensor]:
-    """Replace stored values with new ones."""
+def kept_tensors(
+    surgery: Surgery, cast: torch.dtype | None = None, values: Mapping[str, torch.Tensor] | None = None
+) -> list[NewTensor]:
+    """Return the tensors of the pruned checkpoint, from the headers of the dense one's files, and new values."""
+    stored, values = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored), values or {}
+    kept = [new_tensor(name, tensor, cast, surgery.cut(name)) for name, tensor in surgery.names.prune(stored)]
     return [replace(tensor, value=values[tensor.name]) if tensor.name in values else tensor for tensor in kept]
 
 
@@ -330,7 +328,7 @@ def _plan_checkpoint(
     surgery: Surgery, cast: torch.dtype | None, recovered: Recovered | None, shard_bytes: int
 ) -> _Checkpoint:
     source, settings = surgery.architecture.source, _settings(surgery, cast)
-    tensors = _with_values(kept_tensors(surgery, cast), recovered.tensors if recovered else {})
+    tensors = kept_tensors(surgery, cast, recovered.tensors if recovered else None)
     shards = plan_shards(source.weights, tensors, shard_bytes)
     return _Checkpoint(tensors, shards, settings, _find_other_files(source, written=set(settings)))
 

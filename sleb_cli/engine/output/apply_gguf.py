@@ -1,11 +1,11 @@
-"""Remove blocks from a GGUF file, quantised or not, and prove the result."""
+"""Remove blocks from a GGUF file, quantised or not, recover the others if requested, and prove the result."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
@@ -20,6 +20,9 @@ from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
 from sleb_cli.engine.output.proof import Planned, Reference, choose_proof_settings, prove
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.recovery.heal_state import HealState
+from sleb_cli.engine.recovery.run import Recovered, recover
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import first_of_plan, first_removals, is_plan, resolve_subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
@@ -27,9 +30,10 @@ from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, tran
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
+from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import ModelRecord, Proof
 from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
-from sleb_cli.results import GgufResult
+from sleb_cli.results import GgufResult, RepackedTensors
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
@@ -55,6 +59,7 @@ def gguf_source(request: ApplyRequest) -> Path | None:
         UsageError: the output, the source and the other options contradict each other.
     """
     output, checkpoint_options = request.output, _checkpoint_options(request)
+    recovery = next((option for option in ("recover", "heal") if getattr(request, option)), None)
     named_file = output is not None and output.suffix == ".gguf"
     if request.source is None and not named_file:
         return None if output is not None or checkpoint_options else _gguf_model(request)
@@ -62,6 +67,15 @@ def gguf_source(request: ApplyRequest) -> Path | None:
         raise UsageError(
             f"{checkpoint_options[0]} does not apply to a GGUF file, whose tensors are copied as they are.",
             hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
+        )
+    own = _gguf_model(request) if recovery else None
+    is_own = own is not None and request.source is not None and _are_the_same(own, request.source)
+    if recovery and request.source is not None and not is_own:
+        raise UsageError(
+            f"--{recovery} writes new values into the GGUF file of the model that it recovers, and --source names one "
+            "of another model.",
+            hint=f"Leave out --source, and name that file as the model: `sleb apply {request.source} --blocks … "
+            f"--{recovery}`.",
         )
     if output is not None and not named_file:
         raise UsageError(
@@ -71,16 +85,18 @@ def gguf_source(request: ApplyRequest) -> Path | None:
     if source is None:
         raise UsageError(
             f"{output} can only be made from a GGUF file of the model.",
-            hint="Name that file with --source, or choose a folder with -o.",
+            hint=f"Name that file {'as the model' if recovery else 'with --source'}, or choose a folder with -o.",
         )
     return source
+
+
+def _are_the_same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _checkpoint_options(request: ApplyRequest) -> list[str]:
     """Return the given options that only apply to a checkpoint."""
     given = {
-        "--recover": request.recover,
-        "--heal": request.heal,
         "--device-map": request.device_map is not None,
         "--stream": request.stream is not None,
         "--dtype": request.dtype is not None,
@@ -100,22 +116,48 @@ def _gguf_model(request: ApplyRequest) -> Path | None:
     return Path(named) if named.endswith(".gguf") and not Path(named).is_dir() else None
 
 
-def apply_to_gguf(request: ApplyRequest, source: Path, registry: Registry, notify: Notify) -> GgufResult:
-    """Remove from `source` the blocks that the request names, in a plan or as a list.
+def apply_to_gguf(
+    request: ApplyRequest, source: Path, registry: Registry, notify: Notify, group: ProcessGroup | None = None
+) -> GgufResult:
+    """Remove from `source` the blocks that the request names, in a plan or as a list, and recover it if requested.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
         UsageError: the blocks or their number do not fit.
+        WorkerFinished: this process only helped to recover; the main process writes the file.
     """
     quiet_libraries()
-    file = read_gguf(source)
-    return prune_gguf(file, _removals(request, file, registry, notify), request, registry, notify)
+    file, group = read_gguf(source), group or ProcessGroup()
+    if not (request.recover or request.heal):
+        return prune_gguf(file, _removals(request, file, registry, notify), request, registry, notify)
+    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
+    state = HealState(_place(request, file, subject.surgery.removals))
+    if request.heal:
+        state.require(resume=request.resume, force=request.force)
+
+    def run() -> Recovered:
+        return recover(subject, request, None, state, group, notify, gguf=file)
+
+    if not group.is_main:
+        run()
+        raise WorkerFinished
+    # An unfinished healing was allowed to write the file, and may have been killed just after it did.
+    request = replace(request, force=request.force or (request.resume and state.exists))
+    result = prune_gguf(file, subject.surgery.removals, request, registry, notify, run)
+    if request.heal:
+        state.delete()
+    return result
 
 
 def prune_gguf(
-    file: GgufFile, removals: tuple[int, ...], request: ApplyRequest, registry: Registry, notify: Notify
+    file: GgufFile,
+    removals: tuple[int, ...],
+    request: ApplyRequest,
+    registry: Registry,
+    notify: Notify,
+    recovering: Callable[[], Recovered] | None = None,
 ) -> GgufResult:
-    """Write the pruned file, complete and checked, or write nothing.
+    """Write the pruned file, complete and checked, or write nothing; `recovering` returns new values for it.
 
     Raises:
         UnsupportedModelError: these blocks cannot be removed from this architecture.
@@ -123,9 +165,7 @@ def prune_gguf(
         OutputError: the file exists, cannot be written, or is the source itself.
     """
     surgery = plan_gguf_surgery(file, removals)
-    pruned = surgery.pruned()
-    blocks = block_count(file) - len(removals)
-    path = request.output or Path(f"{file.path.stem}-sleb-{blocks}-blocks.gguf")
+    pruned, path = surgery.pruned(), _place(request, file, removals)
     _require_place(path, pruned, force=request.force)
     logits_proof = _LogitsProof("--no-verify")
     watch = Watch()
@@ -133,9 +173,14 @@ def prune_gguf(
     with new_file(path, replace=request.force) as aside, watch.unchanged():
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
+        # The place is claimed before hours of recovery.
+        recovered = recovering() if recovering else None
+        if recovered:
+            pruned = surgery.pruned(recovered.packed)
+            require_space(path, gguf_size(pruned))
         _write(pruned, aside, notify)
         if not request.no_verify:
-            logits_proof = _prove(surgery, pruned, aside, registry, notify)
+            logits_proof = _prove(surgery, pruned, aside, recovered, registry, notify)
     return GgufResult(
         schema_version=1,
         sleb_version=__version__,
@@ -144,12 +189,35 @@ def prune_gguf(
         architecture=file.architecture,
         removals=surgery.removals,
         file=str(path),
-        blocks=blocks,
+        blocks=block_count(file) - len(removals),
         file_bytes=gguf_size(pruned),
+        recovery=recovered.record if recovered else None,
+        repacked=_repacked(file, recovered.packed.values()) if recovered else (),
         verified=not request.no_verify,
         proof=logits_proof.proof,
         unproven=logits_proof.unproven,
     )
+
+
+def _place(request: ApplyRequest, file: GgufFile, removals: tuple[int, ...]) -> Path:
+    """Return where the pruned file goes."""
+    return request.output or Path(f"{file.path.stem}-sleb-{block_count(file) - len(removals)}-blocks.gguf")
+
+
+def _repacked(file: GgufFile, packed: Iterable[Tensor]) -> tuple[RepackedTensors, ...]:
+    """Return how many tensors with new values there are, and their bytes, for each type before and now."""
+    before = {tensor.name: tensor.type for tensor in file.tensors}
+    sizes: dict[tuple[int, int], list[int]] = {}
+    for tensor in packed:
+        sizes.setdefault((before[tensor.name], tensor.type), []).append(tensor.size)
+    return tuple(
+        RepackedTensors(before=_type_name(was), type=_type_name(now), tensors=len(of_type), bytes=sum(of_type))
+        for (was, now), of_type in sizes.items()
+    )
+
+
+def _type_name(type_: int) -> str:
+    return str(gguf.GGMLQuantizationType(type_).name)
 
 
 def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
@@ -161,7 +229,7 @@ def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify:
     named = request.subject
     if request.blocks is None or (named is not None and is_plan(named)):
         return _planned_removals(request, file, registry, notify)
-    is_other = named is not None and not (Path(named).exists() and file.path.samefile(named))
+    is_other = named is not None and not _are_the_same(file.path, Path(named))
     if is_other and not request.any_model:
         require_same_kind_of_model(resolve_subject(request, registry, notify).architecture.record, file, notify)
     return first_removals(request.blocks, request.remove, "--blocks")
@@ -212,7 +280,14 @@ def _write(pruned: GgufFile, aside: Path, notify: Notify) -> None:
         write_gguf(pruned, aside, advance)
 
 
-def _prove(surgery: GgufSurgery, pruned: GgufFile, aside: Path, registry: Registry, notify: Notify) -> _LogitsProof:
+def _prove(
+    surgery: GgufSurgery,
+    pruned: GgufFile,
+    aside: Path,
+    recovered: Recovered | None,
+    registry: Registry,
+    notify: Notify,
+) -> _LogitsProof:
     """Prove the file.
 
     Raises:
@@ -221,11 +296,13 @@ def _prove(surgery: GgufSurgery, pruned: GgufFile, aside: Path, registry: Regist
     """
     with no_verdict_by_the_disk(ProofError):
         _require_as_planned(pruned, aside)
-        return _prove_with_transformers(surgery, aside, registry, notify)
+        return _prove_with_transformers(surgery, aside, recovered, registry, notify)
 
 
 def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     """Read the file with the gguf package, and compare its metadata and every byte of every tensor with the source.
+
+    Tensors with new values are compared with these.
 
     Raises:
         ProofError: anything differs.
@@ -274,8 +351,13 @@ def _holds(found: gguf.ReaderTensor, expected: Iterable[bytes]) -> bool:
     return place == len(values)
 
 
-def _prove_with_transformers(surgery: GgufSurgery, aside: Path, registry: Registry, notify: Notify) -> _LogitsProof:
-    """Compare the pruned file with the source without these blocks, both as transformers reads them."""
+def _prove_with_transformers(
+    surgery: GgufSurgery, aside: Path, recovered: Recovered | None, registry: Registry, notify: Notify
+) -> _LogitsProof:
+    """Compare the pruned file with the source without these blocks, both as transformers reads them.
+
+    A recovered file is compared with the recovered model in memory.
+    """
     file = surgery.file
     if reason := _why_transformers_cannot(file, aside):
         return _LogitsProof(reason)
@@ -293,9 +375,9 @@ def _prove_with_transformers(surgery: GgufSurgery, aside: Path, registry: Regist
         convert_gguf(aside, folder, notify)
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
-    planned = Planned(kept_tensors(hf_surgery))
-    settings = choose_proof_settings(architecture, None)
-    return _LogitsProof(None, prove(Reference(hf_surgery), folder, planned, settings, notify))
+    planned = Planned(kept_tensors(hf_surgery, values=recovered.tensors if recovered else None))
+    reference = Reference(hf_surgery, recovered.parameters if recovered else None)
+    return _LogitsProof(None, prove(reference, folder, planned, choose_proof_settings(architecture, None), notify))
 
 
 def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:

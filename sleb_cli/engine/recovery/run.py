@@ -22,6 +22,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import file_tensors
+from sleb_cli.engine.recovery.gguf_tensors import GgufTensors
 from sleb_cli.engine.recovery.heal import (
     LEARNING_RATE,
     Case,
@@ -61,6 +62,8 @@ from sleb_cli.requests import (
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.gguf.file import GgufFile
+from sleb_plugins.gguf.file import Tensor as PackedTensor
 
 FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
 """The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""
@@ -71,6 +74,9 @@ DECIDING_TOKENS, REPORTED_TOKENS = 8192, 8192
 TRAINED_BELOW = 4
 """Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
 SHARING_TOLERANCE = 1e-2
+
+MATRIX = 2
+"""How many dimensions a matrix has; the closed form fits nothing of more."""
 
 HIDDEN_STATES = "hidden states"
 
@@ -86,11 +92,13 @@ class Recovered:
         parameters: the values by the dense model's parameter names.
         tensors: the values by the names in the pruned checkpoint's files.
         record: the text and the losses.
+        packed: the tensors of a GGUF file with these values, by their names in the dense one; none for a checkpoint.
     """
 
     parameters: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     record: RecoveryRecord
+    packed: Mapping[str, PackedTensor]
 
 
 @dataclass(frozen=True)
@@ -110,6 +118,7 @@ def recover(
     state: HealState,
     group: ProcessGroup,
     notify: Notify,
+    gguf: GgufFile | None = None,
 ) -> Recovered:
     """Return new values for the kept blocks with which the pruned model comes closer to the dense one.
 
@@ -120,6 +129,7 @@ def recover(
         state: the saved state of an unfinished healing.
         group: the processes that recover together.
         notify: the listener for events.
+        gguf: the file that the model was read from, if the values are to be packed as there; None for a checkpoint.
 
     Raises:
         UnsupportedModelError: the model is quantized, or its files cannot take new values.
@@ -127,7 +137,7 @@ def recover(
         DataError: the text is too short.
         PlanError: the unfinished healing is a different one.
     """
-    return _Recovery(subject, request, cast, state, group, notify).run()
+    return _Recovery(subject, request, cast, state, group, notify, gguf).run()
 
 
 class _Recovery:
@@ -139,8 +149,10 @@ class _Recovery:
         state: HealState,
         group: ProcessGroup,
         notify: Notify,
+        gguf: GgufFile | None,
     ) -> None:
         self.subject, self.request, self.state, self.group, self.notify = subject, request, state, group, notify
+        self.gguf = gguf
         self.architecture, self.surgery = subject.architecture, subject.surgery
         self.budget = choose_budget(request.heal_minutes, request.heal_tokens) if request.heal else None
         _require_plain(self.architecture)
@@ -183,11 +195,36 @@ class _Recovery:
         self.tokenizer = load_tokenizer(self.architecture.source)
         saved = self.state.read(self.identity) if self.request.heal and self.request.resume else None
         with open_dense(self.architecture, self.placement, self.notify) as skippable:
+            self.packed = self._packed(skippable) if self.gguf else None
             start = self._resumed(saved, skippable) if saved else self._closed_form(skippable)
             values, record = start.values, start.record
             if self.budget:
                 values, record = self._heal(skippable, self.budget, start, saved)
-            return Recovered(values, file_tensors(skippable, self.surgery, values), record)
+            packed = self.packed.written if self.packed else {}
+            return Recovered(values, file_tensors(skippable, self.surgery, values), record, packed)
+
+    def _packed(self, skippable: SkippableModel) -> GgufTensors:
+        """Return the tensors of the GGUF file, after checking that it holds whatever may get new values.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+        assert self.gguf is not None
+        path = self.architecture.adapter.blocks_path
+        packed = GgufTensors(self.gguf, skippable, path)
+        skeleton = self.architecture.blocks_of(self.architecture.skeleton)
+        for block in self.surgery.kept.blocks:
+            shapes = {name: parameter.shape for name, parameter in skeleton[block].named_parameters()}
+            packed.require(
+                f"{path}.{block}.{name}"
+                for name, shape in shapes.items()
+                if len(shape) <= MATRIX or (self.request.heal and rank_of(shape))
+            )
+        return packed
+
+    def _as_written(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values that the written file gives back."""
+        return self.packed.store(values) if self.packed else values
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -243,6 +280,8 @@ class _Recovery:
                 spill_to=existing_cache() if self.placement.stream else None,
                 group=self.group,
             )
+            if not self.budget:
+                values = self._as_written(values)
             after = self._measure("recovered", Variant(skippable, removed, values), dense, reported.sequences)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
         return _Start(deciding.sequences, reported.sequences, values, record)
@@ -302,7 +341,7 @@ class _Recovery:
             for weight in case.weights.values():
                 weight.data = weight.data.clone()  # so far it is the dense model's own
             healed = heal(case, budget, self.group, saved, save, self.notify)
-        values = start.values | healed.values
+        values = self._as_written(start.values | healed.values)
         after = self._measure(
             "healed", Variant(skippable, self.surgery.removed, values), Variant(skippable), start.reported
         )

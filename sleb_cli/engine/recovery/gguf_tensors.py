@@ -1,0 +1,218 @@
+"""Turn new values of a model's parameters into tensors of the GGUF file that the model was read from.
+
+GGUF files name tensors otherwise than transformers does, may hold rows in another order, and norms' gains with 1 added
+or subtracted. What a parameter is called there, and how it lies there, is found by its values: no table of names, and
+nothing is taken for a parameter that does not hold exactly its values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from torch import Tensor
+
+from sleb_cli.engine.forward.offload import in_place
+from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_plugins import UnsupportedModelError
+from sleb_plugins.gguf.file import GgufFile, pieces
+from sleb_plugins.gguf.file import Tensor as StoredTensor
+
+WRITTEN = tuple(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"))
+"""The types that the gguf package packs values into; the others it only reads."""
+
+_ELSEWHERE = "Write a checkpoint instead: choose a folder with -o."
+
+_OFFSETS = (0.0, -1.0, 1.0)
+"""What is added to a norm's stored gains: where a model multiplies by 1 + gain, files may hold the sum."""
+
+
+def written_type(type_: int, width: int) -> GGMLQuantizationType:
+    """Return the type in which new values of a tensor are written.
+
+    That is its own, or if that cannot be written, the smallest one of more bits for each value. `width` is the length
+    of a row, of which the values that are packed together must be a part.
+    """
+
+    def bits(of: int) -> float:
+        packed, size = GGML_QUANT_SIZES[GGMLQuantizationType(of)]
+        return float(8 * size / packed)
+
+    able = [each for each in WRITTEN if width % GGML_QUANT_SIZES[each][0] == 0]
+    if type_ in able:
+        return GGMLQuantizationType(type_)
+    return min((each for each in able if bits(each) > bits(type_)), key=bits, default=GGMLQuantizationType.F32)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is in the file, and how it lies there.
+
+    The parameter is the tensor plus `offset`, transposed or not, and its row `i` is row `rows[i]` of that.
+    """
+
+    tensor: StoredTensor
+    offset: float = 0.0
+    is_transposed: bool = False
+    rows: Tensor | None = None
+
+    def read(self, stored: Tensor) -> Tensor:
+        """Return the parameter, given what is stored, float32."""
+        values = stored.T if self.is_transposed else stored
+        values = values if self.rows is None else values[self.rows]
+        return values + self.offset if self.offset else values
+
+    def write(self, values: Tensor) -> Tensor:
+        """Return what is to be stored for these values of the parameter, float32."""
+        values = values - self.offset if self.offset else values
+        if self.rows is not None:
+            values = torch.empty_like(values).index_copy_(0, self.rows, values)
+        return values.T if self.is_transposed else values
+
+
+class GgufTensors:
+    """The tensors of a GGUF file that hold a model's parameters, and their new values once there are some.
+
+    Args:
+        file: the file.
+        skippable: the dense model, with its own values.
+        blocks_path: the name of the list of blocks in it.
+
+    Raises:
+        UnsupportedModelError: the file is big-endian.
+    """
+
+    def __init__(self, file: GgufFile, skippable: SkippableModel, blocks_path: str) -> None:
+        if file.order != "<":
+            raise UnsupportedModelError(
+                f"{file.path} is big-endian, and new values are packed in little-endian order only.", hint=_ELSEWHERE
+            )
+        self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
+        self._written: dict[str, StoredTensor] = {}
+        self._places: dict[str, list[_Place]] = {}
+        self._unpacked: dict[str, Tensor] = {}
+
+    def require(self, names: Iterable[str]) -> None:
+        """Check that the file holds these parameters.
+
+        Raises:
+            UnsupportedModelError: it does not, or not as they are in the model.
+        """
+        for name in names:
+            self._find(name)
+
+    def store(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pack new values as the file holds them, and return what is read back: these are the model's values then.
+
+        Raises:
+            UnsupportedModelError: the file does not hold such a parameter, or holds its values twice.
+        """
+        found = {}
+        for name, value in values.items():
+            place = self._place(name)
+            type_ = written_type(place.tensor.type, place.tensor.shape[0])
+            stored = place.write(value.detach().float().cpu()).contiguous().numpy()
+            packed = quantize(stored, type_)
+            self._written[place.tensor.name] = replace(
+                place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes()
+            )
+            read = place.read(_unpacked(packed, type_, stored.shape))
+            found[name] = read.to(value.device, value.dtype).contiguous()
+        return found
+
+    @property
+    def written(self) -> Mapping[str, StoredTensor]:
+        """The tensors that hold new values, by their names in the file."""
+        return self._written
+
+    def _place(self, name: str) -> _Place:
+        place, *others = self._find(name)
+        if others:
+            raise UnsupportedModelError(
+                f"{self._file.path} holds the values of {name} twice, in {place.tensor.name} and in "
+                f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
+                hint=_ELSEWHERE,
+            )
+        return place
+
+    def _find(self, name: str) -> list[_Place]:
+        """Return all places that hold the values of a parameter."""
+        if name not in self._places:
+            block, model = self._block(name), self._skippable.model
+            around = model.get_submodule(name.rpartition(".")[0])
+            with self._skippable.in_place(int(block)) if block else in_place(around):
+                own = model.get_parameter(name).detach().clone().cpu()
+            near = self._near(name, own.numel())
+            self._places[name] = [place for tensor in near if (place := _place_of(own, tensor, self._read(tensor)))]
+        if not self._places[name]:
+            raise UnsupportedModelError(
+                f"{self._file.path} holds no tensor with the values of {name}, so it cannot take new ones.",
+                hint=_ELSEWHERE,
+            )
+        return self._places[name]
+
+    def _near(self, name: str, size: int) -> list[StoredTensor]:
+        """Return the tensors that may hold a parameter: those of its block, or those outside of the blocks."""
+        number = self._block(name)
+        return [
+            tensor
+            for tensor in self._file.tensors
+            if (tensor.name.startswith(f"blk.{number}.") if number else not tensor.name.startswith("blk."))
+            and math.prod(tensor.shape) == size
+        ]
+
+    def _block(self, name: str) -> str | None:
+        """Return the number of the block that a parameter belongs to; None if it is outside of the blocks."""
+        inside = name.removeprefix(f"{self._blocks_path}.")
+        return inside.partition(".")[0] if inside != name else None
+
+    def _read(self, tensor: StoredTensor) -> Tensor:
+        """Return the values of a tensor; those of the same block are kept, since several parameters look for them."""
+        if tensor.name not in self._unpacked:
+            if any(_block_of(name) != _block_of(tensor.name) for name in self._unpacked):
+                self._unpacked.clear()
+            with self._file.path.open("rb", buffering=0) as source:
+                packed = np.frombuffer(b"".join(pieces(source, tensor)), np.uint8)
+            self._unpacked[tensor.name] = _unpacked(packed, tensor.type, tensor.shape[::-1])
+        return self._unpacked[tensor.name]
+
+
+def _block_of(name: str) -> list[str]:
+    return name.split(".")[:2]
+
+
+def _unpacked(packed: np.ndarray[Any, Any], type_: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the values, float32, of tensors that are packed."""
+    rows = packed.view(np.uint8).reshape(*shape[:-1], -1)
+    return torch.from_numpy(dequantize(rows, GGMLQuantizationType(type_)).astype(np.float32).reshape(shape))
+
+
+def _place_of(own: Tensor, tensor: StoredTensor, stored: Tensor) -> _Place | None:
+    """Return how a tensor holds a parameter, or None if it holds other values."""
+    if own.dim() == 1:
+        places = [_Place(tensor, offset) for offset in _OFFSETS]
+    else:
+        places = [_Place(tensor), _Place(tensor, is_transposed=True)]
+        if stored.shape == own.shape and (rows := _rows(own, stored.to(own.dtype))) is not None:
+            places.append(_Place(tensor, rows=rows))
+    return next((place for place in places if torch.equal(place.read(stored).to(own.dtype), own)), None)
+
+
+def _rows(own: Tensor, stored: Tensor) -> Tensor | None:
+    """Return which row of `stored` each row of `own` is; None if they are not the same rows."""
+    places: dict[bytes, deque[int]] = defaultdict(deque)
+    for place, row in enumerate(_as_bytes(stored)):
+        places[row].append(place)
+    found = [places[row].popleft() if places[row] else None for row in _as_bytes(own)]
+    return None if None in found else torch.tensor(found)
+
+
+def _as_bytes(rows: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in rows.contiguous().flatten(1).view(torch.uint8).numpy()]

@@ -1,0 +1,128 @@
+"""New values in a GGUF file: which tensor holds a parameter, how it lies there, and in which type it is written."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from gguf import GGUFEndian, GGUFWriter
+from gguf.quants import dequantize, quantize
+from torch import nn
+
+from gguf_models import finish
+from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, written_type
+from sleb_plugins import UnsupportedModelError
+from sleb_plugins.gguf.file import read_gguf
+
+WIDTH = 64
+
+
+class Model(nn.Module):
+    """A block and a final norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * WIDTH)])
+        self.norm = nn.LayerNorm(WIDTH)
+        for index, parameter in enumerate(self.parameters()):
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index))
+            parameter.data = values.to(torch.bfloat16).float()
+
+
+class InMemory:
+    """As much of a skippable model as is asked for."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def in_place(self, block):
+        return torch.no_grad()
+
+
+@pytest.fixture
+def model():
+    return Model()
+
+
+@pytest.fixture
+def tensors(tmp_path, model):
+    """Write a GGUF file with these arrays, and return where it holds the model's parameters."""
+
+    def write(arrays, type_=Type.F32, *, order=GGUFEndian.LITTLE):
+        writer = GGUFWriter(tmp_path / "one.gguf", "llama", endianess=order)
+        writer.add_block_count(2)
+        for name, array in arrays.items():
+            kind = type_ if array.dim() > 1 else Type.F32
+            writer.add_tensor(name, quantize(np.ascontiguousarray(array.numpy()), kind), raw_dtype=kind)
+        return GgufTensors(read_gguf(finish(writer, tmp_path / "one.gguf")), InMemory(model), "blocks")
+
+    return write
+
+
+ROWS = torch.arange(WIDTH).view(2, -1).T.flatten()
+
+
+@pytest.mark.parametrize("lies", [lambda own: own, lambda own: own.T, lambda own: own[ROWS]])
+def test_a_matrix_is_found_however_it_lies_and_written_so(tensors, model, lies):
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    others = {"blk.1.a.weight": own["blocks.0.weight"], "output_norm.weight": own["norm.weight"]}
+    found = tensors(others | {"blk.0.b.weight": lies(own["blocks.0.weight"]), "blk.0.b.bias": own["blocks.0.bias"]})
+    new = own["blocks.0.weight"] + torch.randn(WIDTH, WIDTH)
+    assert torch.equal(found.store({"blocks.0.weight": new})["blocks.0.weight"], new)
+    (written,) = found.written.values()
+    assert written.name == "blk.0.b.weight"
+    stored = torch.frombuffer(bytearray(written.values), dtype=torch.float32).view(WIDTH, WIDTH)
+    assert torch.equal(stored, lies(new))
+
+
+@pytest.mark.parametrize("added", [-1.0, 0.0, 1.0])
+def test_gains_may_be_stored_with_1_added(tensors, model, added):
+    found = tensors({"output_norm.weight": model.norm.weight.data + added, "output_norm.bias": model.norm.bias.data})
+    new = model.norm.weight.data * 2
+    assert torch.allclose(found.store({"norm.weight": new})["norm.weight"], new, atol=1e-6)
+    stored = torch.frombuffer(bytearray(found.written["output_norm.weight"].values), dtype=torch.float32)
+    assert torch.equal(stored, new + added)
+
+
+@pytest.mark.parametrize("type_", WRITTEN)
+def test_what_is_returned_is_what_the_file_gives_back(tensors, model, type_):
+    own = model.blocks[1].weight
+    original = own.data
+    own.data = torch.from_numpy(dequantize(quantize(original.numpy(), type_), type_))
+    found = tensors({"blk.1.b.weight": original}, type_)
+    new = torch.randn(own.shape)
+    back = found.store({"blocks.1.weight": new})["blocks.1.weight"]
+    error = float((back - new).norm() / new.norm())
+    assert error < {Type.Q4_0: 0.12, Type.Q4_1: 0.1, Type.Q5_0: 0.06, Type.Q5_1: 0.05, Type.Q8_0: 0.01}.get(
+        type_, 0.003
+    )
+    assert found.written["blk.1.b.weight"].type == type_
+
+
+@pytest.mark.parametrize(
+    ("type_", "width", "expected"),
+    [
+        (Type.Q8_0, 64, Type.Q8_0),
+        (Type.Q2_K, 256, Type.Q4_0),
+        (Type.Q4_K, 256, Type.Q4_1),
+        (Type.Q5_K, 256, Type.Q5_1),
+        (Type.Q6_K, 256, Type.Q8_0),
+        (Type.IQ4_NL, 64, Type.Q4_1),
+        (Type.F16, 33, Type.F16),
+        (Type.F32, 1, Type.F32),
+    ],
+)
+def test_types_that_are_only_read_become_larger_ones(type_, width, expected):
+    assert written_type(type_, width) is expected
+
+
+def test_what_the_file_lacks_or_holds_twice_is_refused(tensors, model):
+    weight = model.blocks[0].weight.data
+    found = tensors({"blk.0.b.weight": weight * 2, "blk.1.b.weight": weight})
+    with pytest.raises(UnsupportedModelError, match=r"no tensor with the values of blocks.0.weight"):
+        found.require(["blocks.0.weight"])
+    found = tensors({"blk.0.a.weight": weight, "blk.0.b.weight": weight})
+    found.require(["blocks.0.weight"])
+    with pytest.raises(UnsupportedModelError, match=r"twice, in blk.0.a.weight and in blk.0.b.weight"):
+        found.store({"blocks.0.weight": weight})
+    with pytest.raises(UnsupportedModelError, match="big-endian"):
+        tensors({"blk.0.b.weight": weight}, order=GGUFEndian.BIG)
