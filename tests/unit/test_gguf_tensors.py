@@ -9,7 +9,7 @@ from gguf.quants import dequantize, quantize
 from torch import nn
 
 from gguf_models import finish
-from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, written_type
+from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, types_to_write
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.gguf.file import read_gguf
 
@@ -112,7 +112,20 @@ def test_what_is_returned_is_what_the_file_gives_back(tensors, model, type_):
     ],
 )
 def test_types_that_are_only_read_become_larger_ones(type_, width, expected):
-    assert written_type(type_, width) is expected
+    assert types_to_write(type_, width)[0] is expected
+
+
+def test_a_change_that_its_own_type_would_round_away_gets_a_larger_one(tensors, model):
+    own = model.blocks[1].weight
+    original = own.data
+    own.data = torch.from_numpy(dequantize(quantize(original.numpy(), Type.Q4_1), Type.Q4_1))
+    found = tensors({"blk.1.b.weight": original}, Type.Q4_1)
+    direction = torch.randn(own.shape)
+    for size, type_ in ((0.5, Type.Q4_1), (0.02, Type.Q8_0), (1e-4, Type.F32)):
+        change = size * direction
+        back = found.store({"blocks.1.weight": own.data + change})["blocks.1.weight"]
+        assert found.written["blk.1.b.weight"].type == type_
+        assert (back - own.data - change).norm() <= 0.7 * change.norm()
 
 
 def test_what_the_file_lacks_or_holds_twice_is_refused(tensors, model):

@@ -28,17 +28,20 @@ from sleb_plugins.gguf.file import Tensor as StoredTensor
 WRITTEN = tuple(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"))
 """The types that the gguf package packs values into; the others it only reads."""
 
+ROUNDING = 0.7
+"""The largest error of rounding, as a share of the change: half of it in squares, and without its direction."""
+
 _ELSEWHERE = "Write a checkpoint instead: choose a folder with -o."
 
 _OFFSETS = (0.0, -1.0, 1.0)
 """What is added to a norm's stored gains: where a model multiplies by 1 + gain, files may hold the sum."""
 
 
-def written_type(type_: int, width: int) -> GGMLQuantizationType:
-    """Return the type in which new values of a tensor are written.
+def types_to_write(type_: int, width: int) -> list[GGMLQuantizationType]:
+    """Return the types in which new values of a tensor may be written, the smallest first.
 
-    That is its own, or if that cannot be written, the smallest one of more bits for each value. `width` is the length
-    of a row, of which the values that are packed together must be a part.
+    They are its own, if that can be written, and those of more bits for each value. `width` is the length of a row, of
+    which the values that are packed together must be a part.
     """
 
     def bits(of: int) -> float:
@@ -46,9 +49,8 @@ def written_type(type_: int, width: int) -> GGMLQuantizationType:
         return float(8 * size / packed)
 
     able = [each for each in WRITTEN if width % GGML_QUANT_SIZES[each][0] == 0]
-    if type_ in able:
-        return GGMLQuantizationType(type_)
-    return min((each for each in able if bits(each) > bits(type_)), key=bits, default=GGMLQuantizationType.F32)
+    larger = (each for each in able if each == type_ or bits(each) > bits(type_))
+    return sorted(larger, key=bits) or [GGMLQuantizationType.F32]
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,26 @@ class GgufTensors:
     def store(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pack new values as the file holds them, and return what is read back: these are the model's values then.
 
+        Each tensor has the smallest type, from its own on, whose rounding keeps the change: in the type that the old
+        values were rounded to, a small change is mostly rounded away.
+
         Raises:
             UnsupportedModelError: the file does not hold such a parameter, or holds its values twice.
         """
         found = {}
         for name, value in values.items():
             place = self._place(name)
-            type_ = written_type(place.tensor.type, place.tensor.shape[0])
-            stored = place.write(value.detach().float().cpu()).contiguous().numpy()
-            packed = quantize(stored, type_)
+            wanted = place.write(value.detach().float().cpu()).contiguous()
+            change = (wanted - self._read(place.tensor)).norm()
+            for type_ in types_to_write(place.tensor.type, place.tensor.shape[0]):
+                packed = quantize(wanted.numpy(), type_)
+                unpacked = _unpacked(packed, type_, wanted.shape)
+                if (unpacked - wanted).norm() <= ROUNDING * change:
+                    break
             self._written[place.tensor.name] = replace(
                 place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes()
             )
-            read = place.read(_unpacked(packed, type_, stored.shape))
-            found[name] = read.to(value.device, value.dtype).contiguous()
+            found[name] = place.read(unpacked).to(value.device, value.dtype).contiguous()
         return found
 
     @property
