@@ -57,13 +57,12 @@ DEFAULT_WORKLOAD: WorkloadName = "generation"
 DEFAULT_TEXT = "wikitext2"
 DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_HEAL_MINUTES = 10.0
-RECOVERY_TOKENS = 65_536
+RECOVERY_TOKENS = 131_072
 """Recovery takes more text than a search: it fits weights to it."""
 RECOVERY_SELF_TOKENS = 32_768
 """Where the model writes all of it: writing a token takes as long as fitting several."""
-RECOVERY_LENGTH = 512
-HEAL_LENGTH = 256
-"""Shorter for training: more and cheaper steps in the same time."""
+RECOVERY_LENGTH = 256
+"""Shorter than in a search: the same number of tokens costs less, and recovers as much."""
 
 AUTO = "auto"
 TRANSFORMERS = "transformers"
@@ -457,7 +456,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         int | None,
         Doc(
             "Tokens per sequence.",
-            default=f"{RECOVERY_LENGTH}, or {HEAL_LENGTH} with --heal, or the model's limit",
+            default=f"{RECOVERY_LENGTH}, or the model's limit",
             panel=_RECOVERY,
         ),
     ] = None

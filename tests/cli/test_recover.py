@@ -205,7 +205,7 @@ def test_a_quantized_model_is_refused(run_sleb, text_file, fit, tmp_path):
     [
         (["--samples", "9"], 2, "--samples requires --recover or --heal"),
         (["--device", "cpu"], 2, "--device requires --recover or --heal"),
-        (["--recover", "--source", "x.gguf"], 2, "--recover does not apply to a GGUF file"),
+        (["--recover", "--source", "x.gguf"], 2, "--source names one of another model"),
         (["--recover", "--samples", "4", "--calibration", "TEXT", "--sequence-length", "32"], 5, "4 sequences are too"),
         (["--recover", "--device", "cuda:77"], 7, "no usable cuda:77"),
     ],

@@ -53,7 +53,6 @@ from sleb_cli.events import Notify, task
 from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
-    HEAL_LENGTH,
     RECOVERY_LENGTH,
     RECOVERY_SELF_TOKENS,
     RECOVERY_TOKENS,
@@ -529,8 +528,7 @@ def _resolve_settings(request: ApplyRequest, subject: Subject, *, stream: bool) 
         UsageError: a streamed model is to write it.
     """
     architecture = subject.architecture
-    default = HEAL_LENGTH if request.heal else RECOVERY_LENGTH
-    length = request.sequence_length or min(default, architecture.longest_sequence or default)
+    length = request.sequence_length or min(RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH)
     source = request.calibration or _default_source(subject.plan, stream=stream)
     settings = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
     if stream:
