@@ -40,8 +40,8 @@ _OFFSETS = (0.0, -1.0, 1.0)
 def types_to_write(type_: int, width: int) -> list[GGMLQuantizationType]:
     """Return the types in which new values of a tensor may be written, the smallest first.
 
-    They are its own, if that can be written, and those of more bits for each value. `width` is the length of a row, of
-    which the values that are packed together must be a part.
+    They are its own, if that can be written, and those of more bits for each value, up to 8. `width` is the length of a
+    row, of which the values that are packed together must be a part.
     """
 
     def bits(of: int) -> float:
@@ -49,8 +49,9 @@ def types_to_write(type_: int, width: int) -> list[GGMLQuantizationType]:
         return float(8 * size / packed)
 
     able = [each for each in WRITTEN if width % GGML_QUANT_SIZES[each][0] == 0]
-    larger = (each for each in able if each == type_ or bits(each) > bits(type_))
-    return sorted(larger, key=bits) or [GGMLQuantizationType.F32]
+    larger = [each for each in able if each == type_ or bits(each) > bits(type_)]
+    enough = [each for each in larger if each == type_ or bits(each) <= bits(GGMLQuantizationType.Q8_0)]
+    return sorted(enough, key=bits) or [min(larger, key=bits, default=GGMLQuantizationType.F32)]
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,8 @@ class GgufTensors:
     def store(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pack new values as the file holds them, and return what is read back: these are the model's values then.
 
-        Each tensor has the smallest type, from its own on, whose rounding keeps the change: in the type that the old
-        values were rounded to, a small change is mostly rounded away.
+        Each tensor has the smallest type, from its own to 8 bits, whose rounding keeps the change: in the type that the
+        old values were rounded to, a small change is mostly rounded away.
 
         Raises:
             UnsupportedModelError: the file does not hold such a parameter, or holds its values twice.
