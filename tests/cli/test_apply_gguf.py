@@ -284,9 +284,7 @@ def test_a_recovered_file_keeps_bytes_and_packs_new_values(recovered, tmp_path, 
     assert 0 < len(new) <= sum(kind["tensors"] for kind in result["repacked"])
     packed = {(kind["before"], kind["type"]) for kind in result["repacked"]}
     assert {(before[was[name]][0].name, after[name][0].name) for name in new} <= packed
-    assert {now for _, now in packed} <= {type_.name, "Q8_0", "F32"} | (
-        {"Q5_0", "Q5_1"} if type_ is Type.Q4_1 else set()
-    )
+    assert packed <= {(type_.name, "Q8_0" if type_ is Type.Q4_1 else type_.name), ("F32", "F32")}
     assert after["token_embd.weight"] == before["token_embd.weight"]
     proof = result["proof"]
     assert (proof["reference"], proof["logits_difference"]) == ("recovered", 0)

@@ -9,7 +9,7 @@ from gguf.quants import dequantize, quantize
 from torch import nn
 
 from gguf_models import finish
-from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, types_to_write
+from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, type_to_write
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.gguf.file import read_gguf
 
@@ -83,49 +83,34 @@ def test_gains_may_be_stored_with_1_added(tensors, model, added):
     assert torch.equal(stored, new + added)
 
 
-@pytest.mark.parametrize("type_", WRITTEN)
-def test_what_is_returned_is_what_the_file_gives_back(tensors, model, type_):
+@pytest.mark.parametrize(
+    ("type_", "written"), [(Type.Q4_1, Type.Q8_0), (Type.Q5_0, Type.Q8_0), *((type_, type_) for type_ in WRITTEN)]
+)
+def test_what_is_returned_is_what_the_file_gives_back(tensors, model, type_, written):
     own = model.blocks[1].weight
     original = own.data
     own.data = torch.from_numpy(dequantize(quantize(original.numpy(), type_), type_))
     found = tensors({"blk.1.b.weight": original}, type_)
-    new = torch.randn(own.shape)
+    new = own.data + 0.02 * torch.randn(own.shape)
     back = found.store({"blocks.1.weight": new})["blocks.1.weight"]
-    error = float((back - new).norm() / new.norm())
-    assert error < {Type.Q4_0: 0.12, Type.Q4_1: 0.1, Type.Q5_0: 0.06, Type.Q5_1: 0.05, Type.Q8_0: 0.01}.get(
-        type_, 0.003
-    )
-    assert found.written["blk.1.b.weight"].type == type_
+    assert found.written["blk.1.b.weight"].type == written
+    packed = np.frombuffer(bytearray(found.written["blk.1.b.weight"].values), np.uint8).reshape(len(own), -1)
+    assert torch.equal(back, torch.from_numpy(dequantize(packed, written)))
+    assert (back - new).norm() < 0.5 * (new - own.data).norm()
 
 
 @pytest.mark.parametrize(
     ("type_", "width", "expected"),
     [
-        (Type.Q8_0, 64, Type.Q8_0),
-        (Type.Q2_K, 256, Type.Q4_0),
-        (Type.Q4_K, 256, Type.Q4_1),
-        (Type.Q5_K, 256, Type.Q5_1),
+        (Type.Q4_K, 256, Type.Q8_0),
         (Type.Q6_K, 256, Type.Q8_0),
-        (Type.IQ4_NL, 64, Type.Q4_1),
+        (Type.IQ4_NL, 64, Type.Q8_0),
         (Type.F16, 33, Type.F16),
         (Type.F32, 1, Type.F32),
     ],
 )
-def test_types_that_are_only_read_become_larger_ones(type_, width, expected):
-    assert types_to_write(type_, width)[0] is expected
-
-
-def test_a_change_that_its_own_type_would_round_away_gets_a_larger_one(tensors, model):
-    own = model.blocks[1].weight
-    original = own.data
-    own.data = torch.from_numpy(dequantize(quantize(original.numpy(), Type.Q4_1), Type.Q4_1))
-    found = tensors({"blk.1.b.weight": original}, Type.Q4_1)
-    direction = torch.randn(own.shape)
-    for size, type_, lost in ((0.5, Type.Q4_1, 0.7), (0.02, Type.Q8_0, 0.7), (1e-4, Type.Q8_0, 100)):
-        change = size * direction
-        back = found.store({"blocks.1.weight": own.data + change})["blocks.1.weight"]
-        assert found.written["blk.1.b.weight"].type == type_
-        assert (back - own.data - change).norm() <= lost * change.norm()
+def test_new_values_have_8_bits_or_more(type_, width, expected):
+    assert type_to_write(type_, width) is expected
 
 
 def test_what_the_file_lacks_or_holds_twice_is_refused(tensors, model):

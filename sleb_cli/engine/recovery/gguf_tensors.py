@@ -25,11 +25,8 @@ from sleb_plugins import UnsupportedModelError
 from sleb_plugins.gguf.file import GgufFile, pieces
 from sleb_plugins.gguf.file import Tensor as StoredTensor
 
-WRITTEN = tuple(GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16", "F32"))
-"""The types that the gguf package packs values into; the others it only reads."""
-
-ROUNDING = 0.7
-"""The largest error of rounding, as a share of the change: half of it in squares, and without its direction."""
+WRITTEN = tuple(GGMLQuantizationType[name] for name in ("Q8_0", "BF16", "F16", "F32"))
+"""The types for new values. In fewer than 8 bits, on whose grid the old values lie, most of a small change is lost."""
 
 _ELSEWHERE = "Write a checkpoint instead: choose a folder with -o."
 
@@ -37,21 +34,13 @@ _OFFSETS = (0.0, -1.0, 1.0)
 """What is added to a norm's stored gains: where a model multiplies by 1 + gain, files may hold the sum."""
 
 
-def types_to_write(type_: int, width: int) -> list[GGMLQuantizationType]:
-    """Return the types in which new values of a tensor may be written, the smallest first.
+def type_to_write(type_: int, width: int) -> GGMLQuantizationType:
+    """Return the type in which new values of a tensor are written: its own, or the smallest one of 8 bits or more.
 
-    They are its own, if that can be written, and those of more bits for each value, up to 8. `width` is the length of a
-    row, of which the values that are packed together must be a part.
+    `width` is the length of a row, of which the values that are packed together must be a part.
     """
-
-    def bits(of: int) -> float:
-        packed, size = GGML_QUANT_SIZES[GGMLQuantizationType(of)]
-        return float(8 * size / packed)
-
     able = [each for each in WRITTEN if width % GGML_QUANT_SIZES[each][0] == 0]
-    larger = [each for each in able if each == type_ or bits(each) > bits(type_)]
-    enough = [each for each in larger if each == type_ or bits(each) <= bits(GGMLQuantizationType.Q8_0)]
-    return sorted(enough, key=bits) or [min(larger, key=bits, default=GGMLQuantizationType.F32)]
+    return GGMLQuantizationType(type_) if type_ in able else able[0]
 
 
 @dataclass(frozen=True)
@@ -114,26 +103,20 @@ class GgufTensors:
     def store(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pack new values as the file holds them, and return what is read back: these are the model's values then.
 
-        Each tensor has the smallest type, from its own to 8 bits, whose rounding keeps the change: in the type that the
-        old values were rounded to, a small change is mostly rounded away.
-
         Raises:
             UnsupportedModelError: the file does not hold such a parameter, or holds its values twice.
         """
         found = {}
         for name, value in values.items():
             place = self._place(name)
-            wanted = place.write(value.detach().float().cpu()).contiguous()
-            change = (wanted - self._read(place.tensor)).norm()
-            for type_ in types_to_write(place.tensor.type, place.tensor.shape[0]):
-                packed = quantize(wanted.numpy(), type_)
-                unpacked = _unpacked(packed, type_, wanted.shape)
-                if (unpacked - wanted).norm() <= ROUNDING * change:
-                    break
+            type_ = type_to_write(place.tensor.type, place.tensor.shape[0])
+            stored = place.write(value.detach().float().cpu()).contiguous().numpy()
+            packed = quantize(stored, type_)
             self._written[place.tensor.name] = replace(
                 place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes()
             )
-            found[name] = place.read(unpacked).to(value.device, value.dtype).contiguous()
+            read = place.read(_unpacked(packed, type_, stored.shape))
+            found[name] = read.to(value.device, value.dtype).contiguous()
         return found
 
     @property
