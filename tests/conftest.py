@@ -43,7 +43,7 @@ from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.speed.peak_memory import AloneResult
 from sleb_cli.engine.text.calibration import draw
-from sleb_cli.engine.text.windows import cut_windows
+from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
 
 logging.disable_progress_bar()
 
@@ -320,3 +320,13 @@ def interrupt_healing(monkeypatch, step):
 
     monkeypatch.setattr(healing, "distill", few)
     return steps
+
+
+def reported_tokens(model, text, record):
+    """Return the tokens of the last tenth of the text that the record is about, cut the slow way."""
+    content = text.read_text()
+    start = content.index("\n", round(0.9 * len(content))) + 1
+    windows = cut_windows(AutoTokenizer.from_pretrained(model), content[start:], 32, bos=False)
+    drawn = windows[draw(len(windows), record["report_text"]["sequences"], 0)]
+    assert tokens_sha256(drawn) == record["report_text"]["tokens_sha256"]
+    return drawn

@@ -38,17 +38,17 @@ class GgufSurgery:
         """The kept blocks, including those for multi-token prediction, which come last."""
         return kept_blocks(stored_block_count(self.file), self.removals)
 
-    def pruned(self, new: Mapping[str, Tensor] | None = None) -> GgufFile:
+    def pruned(self, repacked: Mapping[str, Tensor] | None = None) -> GgufFile:
         """Return the header of the pruned file; the offsets of its tensors are those in `file`.
 
-        `new` are tensors with new values, by their names in `file`.
+        `repacked` are tensors with new values, by their names in `file`.
         """
-        new = new or {}
-        if not (self.removals or new):
+        repacked = repacked or {}
+        if not (self.removals or repacked):
             return self.file
         new_number = {old: new for new, old in enumerate(self.kept.blocks)}
         tensors: list[Tensor] = []
-        for tensor in (new.get(tensor.name, tensor) for tensor in self.file.tensors):
+        for tensor in (repacked.get(tensor.name, tensor) for tensor in self.file.tensors):
             place = _BLOCK.fullmatch(tensor.name)
             if place is None:
                 tensors.append(tensor)

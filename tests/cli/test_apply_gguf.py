@@ -9,12 +9,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from conftest import calibration, interrupt_healing
+from conftest import calibration, interrupt_healing, reported_tokens
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
-from sleb_cli.engine.text.calibration import draw, tokens_sha256
-from sleb_cli.engine.text.windows import cut_windows
 
 
 @pytest.fixture
@@ -293,11 +291,7 @@ def test_a_recovered_file_keeps_bytes_and_packs_new_values(recovered, tmp_path, 
 def test_losses_are_those_of_what_the_file_gives_back(recovered, source, text_file, tmp_path):
     write_llama_gguf(source, 6, Type.Q4_0)
     record = json.loads(recovered("--recover", "--json").stdout)["recovery"]
-    content = text_file.read_text()
-    end = content[content.index("\n", round(0.9 * len(content))) + 1 :]
-    windows = cut_windows(AutoTokenizer.from_pretrained(tmp_path / "origin"), end, 32, bos=False)
-    reported = windows[draw(len(windows), record["report_text"]["sequences"], 0)]
-    assert tokens_sha256(reported) == record["report_text"]["tokens_sha256"]
+    reported = reported_tokens(tmp_path / "origin", text_file, record)
     dense, ours = (
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name, dtype=torch.bfloat16)(reported)
         .logits[:, :-1]

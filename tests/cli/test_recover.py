@@ -9,13 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
+from transformers import AutoModelForCausalLM, MixtralConfig
 
-from conftest import calibration, llama_config, save_model
+from conftest import calibration, llama_config, reported_tokens, save_model
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.recovery import run
-from sleb_cli.engine.text.calibration import draw
-from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
 from sleb_cli.plan import CalibrationRecord, ClosedFormRecord, LossesRecord, RecoveryRecord, read_plan
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -78,16 +76,6 @@ def test_new_values_are_written_proven_and_recorded(run_sleb, llama_plan, tiny_l
         parts = name.split(".")
         source = ".".join([*parts[:2], str(old[int(parts[2])]), *parts[3:]]) if parts[1] == "layers" else name
         assert torch.equal(tensor, before[source]) == (name not in changed), name
-
-
-def reported_tokens(model, text, record):
-    """Return the tokens of the last tenth of the text that the record is about, cut the slow way."""
-    content = text.read_text()
-    start = content.index("\n", round(0.9 * len(content))) + 1
-    windows = cut_windows(AutoTokenizer.from_pretrained(model), content[start:], 32, bos=False)
-    drawn = windows[draw(len(windows), record["report_text"]["sequences"], 0)]
-    assert tokens_sha256(drawn) == record["report_text"]["tokens_sha256"]
-    return drawn
 
 
 def test_losses_are_those_of_a_plain_computation(run_sleb, tiny_llama, text_file, fit, tmp_path):

@@ -162,8 +162,7 @@ def _resolve_outputs(subject: Subject, request: ApplyRequest) -> _Outputs:
     source = subject.architecture.source
     folder = request.output or Path(checkpoint_name(source.name, len(subject.surgery.kept.blocks)))
     state = HealState(folder)
-    # An unfinished healing was allowed to write the folder, and may have been killed just after it did.
-    replace = request.force or (request.resume and state.exists)
+    replace = state.may_replace(resume=request.resume, force=request.force)
     require_new_folder(folder, source, force=replace)
     push_to = PushRequest(request.push, private=not request.public) if request.push is not None else None
     if push_to:

@@ -141,8 +141,7 @@ def apply_to_gguf(
     if not group.is_main:
         run()
         raise WorkerFinished
-    # An unfinished healing was allowed to write the file, and may have been killed just after it did.
-    request = replace(request, force=request.force or (request.resume and state.exists))
+    request = replace(request, force=state.may_replace(resume=request.resume, force=request.force))
     result = prune_gguf(file, subject.surgery.removals, request, registry, notify, run)
     if request.heal:
         state.delete()
@@ -269,7 +268,7 @@ def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notif
 
 
 def _require_place(path: Path, pruned: GgufFile, *, force: bool) -> None:
-    if path.exists() and path.samefile(pruned.path):
+    if _are_the_same(path, pruned.path):
         raise OutputError(f"{path} is the source file itself.", hint="Choose another name with -o.")
     require_new_file(path, force=force)
     require_space(path, gguf_size(pruned))

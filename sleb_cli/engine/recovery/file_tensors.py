@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -31,10 +32,8 @@ def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[st
     """
     path, changed = surgery.architecture.adapter.blocks_path, dict[str, Tensor]()
     for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):
-        block = place.removeprefix(f"{path}.")
         new = {name: values[name] for name in together}
-        around = skippable.model.get_submodule(place.rpartition(".")[0])
-        with skippable.in_place(int(block)) if block.isdecimal() else in_place(around):
+        with weights_at(skippable, path, place):
             changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new)
     return dict(surgery.names.prune(changed.items()))
 
@@ -62,10 +61,28 @@ def _as_files(model: Any, place: str, values: Mapping[str, Tensor]) -> tuple[dic
     return revert_weight_conversion(model, before), revert_weight_conversion(model, after)
 
 
-def _place(blocks: str, name: str) -> str:
+def weights_at(skippable: SkippableModel, blocks_path: str, name: str) -> AbstractContextManager[None]:
+    """Have the weights of the block of this name, or that a parameter of this name belongs to, in place.
+
+    A parameter outside the blocks comes with the module that it is in.
+    """
+    block = block_number(blocks_path, name)
+    if block is not None:
+        return skippable.in_place(block)
+    return in_place(skippable.model.get_submodule(name.rpartition(".")[0]))
+
+
+def block_number(blocks_path: str, name: str) -> int | None:
+    """Return the number of the block that a parameter belongs to; None if it is outside the blocks."""
+    inside = name.removeprefix(f"{blocks_path}.")
+    number = inside.partition(".")[0]
+    return int(number) if inside != name and number.isdecimal() else None
+
+
+def _place(blocks_path: str, name: str) -> str:
     """Return the name of the block that a parameter belongs to, or its own if it is outside the blocks."""
-    number = name.removeprefix(f"{blocks}.").partition(".")[0]
-    return f"{blocks}.{number}" if name.startswith(f"{blocks}.") else name
+    block = block_number(blocks_path, name)
+    return name if block is None else f"{blocks_path}.{block}"
 
 
 def _require_stored(changed: Mapping[str, Tensor], stored: Iterable[StoredTensor]) -> None:

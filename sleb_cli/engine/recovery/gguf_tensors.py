@@ -19,8 +19,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-from sleb_cli.engine.forward.offload import in_place
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.recovery.file_tensors import block_number, weights_at
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.gguf.file import GgufFile, pieces
 from sleb_plugins.gguf.file import Tensor as StoredTensor
@@ -137,10 +137,8 @@ class GgufTensors:
     def _find(self, name: str) -> list[_Place]:
         """Return all places that hold the values of a parameter."""
         if name not in self._places:
-            block, model = self._block(name), self._skippable.model
-            around = model.get_submodule(name.rpartition(".")[0])
-            with self._skippable.in_place(int(block)) if block else in_place(around):
-                own = model.get_parameter(name).detach().clone().cpu()
+            with weights_at(self._skippable, self._blocks_path, name):
+                own = self._skippable.model.get_parameter(name).detach().clone().cpu()
             near = self._near(name, own.numel())
             self._places[name] = [place for tensor in near if (place := _place_of(own, tensor, self._read(tensor)))]
         if not self._places[name]:
@@ -152,18 +150,13 @@ class GgufTensors:
 
     def _near(self, name: str, size: int) -> list[StoredTensor]:
         """Return the tensors that may hold a parameter: those of its block, or those outside of the blocks."""
-        number = self._block(name)
+        block = block_number(self._blocks_path, name)
         return [
             tensor
             for tensor in self._file.tensors
-            if (tensor.name.startswith(f"blk.{number}.") if number else not tensor.name.startswith("blk."))
+            if (not tensor.name.startswith("blk.") if block is None else tensor.name.startswith(f"blk.{block}."))
             and math.prod(tensor.shape) == size
         ]
-
-    def _block(self, name: str) -> str | None:
-        """Return the number of the block that a parameter belongs to; None if it is outside of the blocks."""
-        inside = name.removeprefix(f"{self._blocks_path}.")
-        return inside.partition(".")[0] if inside != name else None
 
     def _read(self, tensor: StoredTensor) -> Tensor:
         """Return the values of a tensor; those of the same block are kept, since several parameters look for them."""

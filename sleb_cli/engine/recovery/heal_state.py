@@ -86,6 +86,13 @@ class HealState:
                 hint="Continue it with --resume, or start over with --force.",
             )
 
+    def may_replace(self, *, resume: bool, force: bool) -> bool:
+        """Whether the output may replace another one, as an unfinished healing was allowed to.
+
+        It may have been killed just after it wrote the output.
+        """
+        return force or (resume and self.exists)
+
     def read(self, identity: Mapping[str, Any]) -> Saved | None:
         """Return the saved state of this healing, or None if there is none.
 
