@@ -49,7 +49,8 @@ def compare_logits(logits_p: Tensor, logits_q: Tensor) -> Comparison:
     q, log_sum_q = _normalized(logits_q)
     # Where a family masks a token, both logits are -inf: their difference is NaN, and nothing is lost.
     difference = (logits_p - logits_q).nan_to_num_(0.0, posinf=math.inf, neginf=-math.inf)
-    values = (p[..., None, :] @ difference[..., None])[..., 0, 0]
+    # A product of two vectors by matrix multiplication takes torch ten times as long on two cores.
+    values = difference.mul_(p).sum(-1)
     return Comparison(values - (log_sum_p - log_sum_q), p, q, log_sum_q)
 
 

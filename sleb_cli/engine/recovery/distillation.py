@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,33 +15,20 @@ from sleb_plugins.metrics.kl import compare_logits
 WARMUP_STEPS = 6
 
 
-class Divergence(torch.autograd.Function):
-    """KL(teacher || student) in nats, summed over positions, from logits [..., vocabulary].
+@torch.no_grad()
+def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float) -> tuple[float, Tensor]:
+    """Return KL(teacher || student) in nats, summed over positions, and `scale` times its gradient.
 
-    The forward pass also computes what backpropagation needs, softmax(student) - softmax(teacher), slice by slice in
-    the student's data type: at most one slice exists in float32.
+    Both logits are [..., vocabulary]. The gradient at the student's, softmax(student) - softmax(teacher), is in their
+    data type; at most one slice of it exists in float32.
     """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the sum, float32."""
-        ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
-        gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
-        for rows in float32_slices(ours):
-            found = compare_logits(theirs[rows].float(), ours[rows].float())
-            total += found.divergence.sum()
-            gradient[rows] = found.q.sub_(found.p)
-        ctx.save_for_backward(gradient.view_as(student))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the student's logits."""
-        return ctx.saved_tensors[0] * gradients[0].to(ctx.saved_tensors[0].dtype), None
-
-
-# Whether `apply` itself has types depends on the version of torch.
-summed_divergence: Callable[[Tensor, Tensor], Any] = Divergence.apply
+    ours, theirs = student.flatten(0, -2), teacher.flatten(0, -2)
+    gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
+    for rows in float32_slices(ours):
+        found = compare_logits(theirs[rows].float(), ours[rows].float())
+        total += found.divergence.sum()
+        gradient[rows] = found.q.sub_(found.p).mul_(scale)
+    return float(total), gradient.view_as(student)
 
 
 def distill(
@@ -76,9 +61,9 @@ def distill(
         with torch.no_grad():
             theirs = teacher.logits(wanted[:, part], ids[:, part])
         ours = student.logits(leaf[:, part], ids[:, part])
-        divergence = summed_divergence(ours, theirs)
-        (scale * divergence / count).backward()
-        total += float(divergence.detach())
+        divergence, gradient = divergence_and_gradient(ours, theirs, scale / count)
+        ours.backward(gradient)
+        total += divergence
     assert leaf.grad is not None
     student.skippable.backward(states, leaf.grad)
     return total / count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -191,7 +191,7 @@ class _Healing:
         self.micro_batch = case.batch
         self.best = self.trained.values.detach().clone()
         checked = case.deciding[: max(1, CHECKED_TOKENS // case.length)]
-        self.deciding = _TeacherStates(case, checked.to(case.device))
+        self.deciding = _TeacherStates(case, checked.to(case.device), range(len(checked)))
         self.loss = 0.0
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
@@ -285,11 +285,11 @@ class _Healing:
         case, rows = self.case, self.deciding.rows
         everywhere = torch.arange(case.length - 1, device=case.device)
         total = 0.0
-        for row in range(len(rows)):
-            entering, wanted = self.deciding.of([row])
+        for chosen in self.deciding.batches:
+            entering, wanted = self.deciding.of(chosen)
             with torch.inference_mode():
-                states = case.student.final_states(rows[[row]], case.start(entering))
-                total += summed_losses(case.student, case.teacher, states, wanted, rows[[row]], everywhere)[1]
+                states = case.student.final_states(rows[chosen], case.start(entering))
+                total += summed_losses(case.student, case.teacher, states, wanted, rows[chosen], everywhere)[1]
         return total / (len(rows) * len(everywhere))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -297,7 +297,7 @@ class _Healing:
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
             portion = self.case.portion(number, self._heartbeat)
-            targets = _TeacherStates(self.case, portion.sequences.to(self.case.device))
+            targets = _TeacherStates(self.case, portion.sequences.to(self.case.device), portion.order)
             while self.progress.position < len(portion.order):
                 start = self.progress.position
                 self.progress.position += self.case.batch
@@ -353,22 +353,31 @@ def _progress_of(saved: Saved) -> Progress:
 
 
 class _TeacherStates:
-    """The teacher's hidden states on sequences, computed once for all uses, and row by row whatever the batches."""
+    """The teacher's hidden states on sequences, computed once for all uses.
 
-    def __init__(self, case: Case, rows: Tensor) -> None:
+    A row is read in the batch of its first use, whenever that is, so a healing that was resumed finds the same bits.
+    """
+
+    def __init__(self, case: Case, rows: Tensor, order: Iterable[int]) -> None:
         self.rows, self._case = rows, case
+        first_uses = list(dict.fromkeys(order))
+        self.batches = [first_uses[at : at + case.batch] for at in range(0, len(first_uses), case.batch)]
+        self._batch_of = {row: batch for batch in self.batches for row in batch}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @torch.no_grad()
     def of(self, chosen: list[int]) -> tuple[Tensor, Tensor]:
         """Return the hidden states that enter the first trained block, and the final ones."""
         for row in chosen:
             if row not in self._known:
-                self._known[row] = self._case.teacher.entering_and_final_states(
-                    self.rows[row : row + 1], self._case.first
-                )
+                self._read(self._batch_of[row])
         entering, final = zip(*(self._known[row] for row in chosen), strict=True)
-        return torch.cat(entering), torch.cat(final)
+        return torch.stack(entering), torch.stack(final)
+
+    @torch.no_grad()
+    def _read(self, batch: list[int]) -> None:
+        entering, final = self._case.teacher.entering_and_final_states(self.rows[batch], self._case.first)
+        # Copies, so that a row that is still needed does not hold the others of its batch.
+        self._known |= {row: (entering[at].clone(), final[at].clone()) for at, row in enumerate(batch)}
 
     def keep(self, rows: Collection[int]) -> None:
         """Forget the states of all other rows."""
