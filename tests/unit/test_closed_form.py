@@ -8,7 +8,7 @@ from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
-from sleb_cli.engine.recovery.least_squares import Gains, Ridge
+from sleb_cli.engine.recovery.least_squares import PANEL, Gains, Ridge, gram
 from sleb_cli.engine.recovery.residual_projections import find_residual_projections, inputs_of
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -317,6 +317,14 @@ def test_out_of_memory_fewer_sequences_pass_at_once_and_the_fits_are_alike(monke
     assert "Out of memory on cpu; fitting with 8 sequences at once." in [getattr(event, "text", "") for event in told]
     # Projections are told from others by noise on the first batch, so the fits are alike, not the same.
     assert ours == pytest.approx(theirs, rel=5e-3)
+
+
+@pytest.mark.parametrize("features", [1, PANEL, 2 * PANEL + 3])
+def test_the_products_of_all_pairs_of_features_are_those_of_one_multiplication(features):
+    x = torch.randn(50, features, generator=torch.Generator().manual_seed(0))
+    found = gram(x)
+    torch.testing.assert_close(found, x.T @ x)
+    assert torch.equal(found, found.T)
 
 
 def test_sums_that_do_not_fit_are_named_and_nothing_smaller_is_tried(monkeypatch):

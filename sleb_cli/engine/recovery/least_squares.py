@@ -7,6 +7,9 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
 
+PANEL = 512
+"""Columns of X'X that are computed at once: enough to fill matrix units."""
+
 
 def ridge_bytes(features: int, outputs: int) -> int:
     """Return how much memory a ridge regression and the sums to judge it by take, in bytes of float64.
@@ -14,6 +17,17 @@ def ridge_bytes(features: int, outputs: int) -> int:
     There are two pairs of sums, the matrix to factor and its factor, the coefficients and the best ones so far.
     """
     return 8 * (4 * features * features + 4 * features * outputs)
+
+
+def gram(x: Tensor) -> Tensor:
+    """Return X'X of rows [rows, features]. Its upper half is computed panel by panel, the lower half is copied."""
+    features = x.shape[1]
+    found = x.new_empty(features, features)
+    for start in range(0, features, PANEL):
+        end = min(start + PANEL, features)
+        found[start:end, start:] = x[:, start:end].T @ x[:, start:]
+        found[end:, start:end] = found[start:end, end:].T
+    return found
 
 
 class Sums:
@@ -54,7 +68,7 @@ class Ridge(Sums):
         """Add some rows; `weights` is [rows]."""
         root = weights.sqrt()[:, None]
         x, y = features * root, targets * root
-        self.add_sums(as_float64(x.T @ x), as_float64(x.T @ y), float(as_float64(y.square().sum(1)).sum()))
+        self.add_sums(as_float64(gram(x)), as_float64(x.T @ y), float(as_float64(y.square().sum(1)).sum()))
 
     @property
     def bytes_to_solve(self) -> int:
