@@ -38,7 +38,7 @@ class DeviceSettings:
 
 _SETTINGS = {
     "cpu": DeviceSettings(
-        tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, widened_bytes=4 << 20, share=0.5
+        tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, widened_bytes=2 << 20, share=0.5
     ),
     "mps": DeviceSettings(
         tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, widened_bytes=256 << 20, share=0.5
