@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["COLUMNS"] = "120"
 
+import atexit
 import gc
 import math
 import random
@@ -46,6 +47,7 @@ from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
 
 logging.disable_progress_bar()
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # A shell has what it starts in the background ignore it, and what that starts, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
