@@ -9,7 +9,7 @@ blocks: those of a greedy search by nll, or of --removals, in their order, and t
 0 minutes are `--recover` alone. --plot draws what the minutes give back.
 
 Each result is saved to WORK/recovery.json as soon as it is measured, by the removed blocks and the method, and the same
-command resumes a stopped run. --report writes the tables into a Markdown file, between its two marks.
+command resumes a stopped run. --report writes the tables into a Markdown file, between the marks for this model.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ from sleb_cli.requests import CalibrationRequest
 
 TRAIN = "text/enwiki_train.txt"
 TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
-MARKS = ("<!-- recovery.py: begin -->", "<!-- recovery.py: end -->")
+MARKS = ("<!-- recovery.py, {model}: begin -->", "<!-- recovery.py, {model}: end -->")
 SEARCHES = {
     "greedy": "--metric nll --fast",
     "contiguous": "--metric angular --strategy contiguous",
@@ -406,7 +406,9 @@ def report(bench: Bench) -> str:
     """Return the text between the marks of the document."""
     options, blocks = bench.options, bench.architecture.block_count
     lines = [
-        f"{Path(options.model).name}, {blocks} blocks, {options.dtype}; fitted on {options.samples} x {options.length} "
+        f"## {Path(options.model).name}",
+        "",
+        f"{blocks} blocks, {options.dtype}; fitted on {options.samples} x {options.length} "
         f"tokens of encyclopaedia, while {options.deciding} x {options.length} decide. Measured on {options.windows} "
         f"windows of {options.window_length} tokens, of other encyclopaedia and of C4: nats per token, and how many "
         "more than pruned, paired over windows, with the standard error; shares with 95 % intervals (bootstrap of "
@@ -449,12 +451,15 @@ def as_typed(options: argparse.Namespace) -> str:
     return " ".join([Path(options.model).name, "DATA", *words])
 
 
-def write_report(text: str, path: Path) -> None:
-    """Replace the text between the marks of a document; keep the rest."""
-    document = path.read_text() if path.exists() else f"# Recovery, compared\n\n{MARKS[0]}\n{MARKS[1]}\n"
-    before, _, rest = document.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    write_text(path, f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+def write_report(text: str, model: str, path: Path) -> None:
+    """Replace the text between a document's marks for this model, or add them at the end; keep the rest."""
+    begin, end = (mark.format(model=model) for mark in MARKS)
+    document = path.read_text() if path.exists() else "# Recovery, compared\n"
+    if begin not in document:
+        document += f"\n{begin}\n{end}\n"
+    before, _, rest = document.partition(begin)
+    _, _, after = rest.partition(end)
+    write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def parse() -> argparse.Namespace:
@@ -531,7 +536,7 @@ def main() -> None:
     text = report(bench)
     say(text)
     if options.report:
-        write_report(text, options.report)
+        write_report(text, Path(options.model).name, options.report)
     if options.plot:
         plot(bench, options.plot)
 
