@@ -54,8 +54,7 @@ def test_with_little_the_head_and_then_the_batch_give_way():
 
 
 def test_what_a_metric_widens_counts_up_to_what_is_widened_at_a_time():
-    settings = settings_for(torch.device("cpu"))
-    assert settings.widened_bytes == 4 << 20
+    settings = replace(settings_for(torch.device("cpu")), widened_bytes=4 << 20)
     shape = {"candidates": 30, "sequences": 16, "length": 512, "batch": None}
     scored = replace(FOOTPRINT, scored=1_000_000)
     # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
