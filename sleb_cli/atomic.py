@@ -275,6 +275,8 @@ def _lock(folder: Path) -> int | None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
     except FileExistsError as error:
+        if not os.path.lexists(folder):
+            return None  # another process removed it just after this one had found it
         raise _NoLockError from error
     try:
         found = folder.lstat()

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sleb_cli.atomic import (
     remove_leftovers,
     remove_leftovers_of,
     require_new_file,
+    scratch_folder,
     to_json,
     write_text,
     writing,
@@ -75,6 +77,23 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
         raise ZeroDivisionError
     assert (tmp_path / "a" / "x").read_text() == "two"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_scratch_folder_that_another_process_takes_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
+    """`mkdir` finds the folder, the other process removes it, and `mkdir` looks again whether it is one."""
+    removed, is_dir = [], Path.is_dir
+
+    def look(path, **options):
+        if path.name.startswith(".work.") and not removed:
+            path.rmdir()
+            removed.append(path)
+        return is_dir(path, **options)
+
+    monkeypatch.setattr(Path, "is_dir", look)
+    with scratch_folder(tmp_path, "work") as folder:
+        assert removed
+        assert folder not in removed
+        (folder / "file").write_text("")
 
 
 def test_json_is_readable_and_equal():
