@@ -65,9 +65,9 @@ def test_smollm2_from_plan_to_checkpoint(run_sleb, smollm2, shared_data, tmp_pat
     options = ["--perplexity", text, "--sequence-length", 512, "--dtype", "float32", "--json"]
     result = run_sleb("eval", smollm2, "--blocks", "14,4", *options)
     assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
-    dense, pruned = (data[name]["perplexities"][0]["perplexity"] for name in ("dense", "pruned"))
+    (measured,) = json.loads(result.stdout)["texts"]
+    dense, pruned = (found["perplexity"] for found in (measured["dense"], *measured["pruned"]))
     assert 10 < dense < pruned < 60
     assert run_sleb("apply", smollm2, "--blocks", "14,4", "-o", "out").exit_code == 0
-    stored = json.loads(run_sleb("eval", "out", *options).stdout)["dense"]["perplexities"][0]
-    assert stored["perplexity"] == pytest.approx(pruned, rel=1e-6)
+    (stored,) = json.loads(run_sleb("eval", "out", *options).stdout)["texts"]
+    assert stored["dense"]["perplexity"] == pytest.approx(pruned, rel=1e-6)
