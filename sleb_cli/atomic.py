@@ -272,15 +272,11 @@ def _lock(folder: Path) -> int | None:
     """
     if fcntl is None:
         raise _NoLockError
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except FileExistsError as error:
-        if not os.path.lexists(folder):
-            return None  # another process removed it just after this one had found it
-        raise _NoLockError from error
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     try:
         found = folder.lstat()
-        # A link may lead anywhere, and the folder of someone else is not ours to empty.
+        # A file is no folder, a link may lead anywhere, and the folder of someone else is not ours to empty.
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
             raise _NoLockError
         file = os.open(_lock_file(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)

@@ -80,19 +80,21 @@ def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
 
 
 def test_a_scratch_folder_that_another_process_takes_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
-    """`mkdir` finds the folder, the other process removes it, and `mkdir` looks again whether it is one."""
-    removed, is_dir = [], Path.is_dir
+    """`mkdir` finds the folder, and the other process removes it before anything else looks at it."""
+    removed, mkdir = [], os.mkdir
 
-    def look(path, **options):
-        if path.name.startswith(".work.") and not removed:
-            path.rmdir()
-            removed.append(path)
-        return is_dir(path, **options)
+    def remove_what_is_there(path, *mode):
+        try:
+            mkdir(path, *mode)
+        except FileExistsError:
+            if not removed:
+                removed.append(Path(path))
+                removed[0].rmdir()
+            raise
 
-    monkeypatch.setattr(Path, "is_dir", look)
+    monkeypatch.setattr(os, "mkdir", remove_what_is_there)
     with scratch_folder(tmp_path, "work") as folder:
         assert removed
-        assert folder not in removed
         (folder / "file").write_text("")
 
 
