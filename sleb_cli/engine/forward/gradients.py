@@ -57,7 +57,7 @@ def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int
         def backward(scale: float, batch: int = batch, ids: Tensor = ids) -> None:
             logits = skippable.logits(ids, removed)
             losses = score_logits(NegativeLogLikelihood(), logits, ids, loss_mask=_loss_mask(passes, batch))
-            (scale * losses.sum() / _sequences(passes)).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(scale * losses.sum() / _sequences(passes))
 
         scale = without_overflow(backward, parameters, scale)
         for of_block in sums.values():
@@ -184,7 +184,7 @@ def _gradient_of_head(passes: Passes, batch: int, hidden: Tensor) -> _Scaled:
         for part in position_slices(ids, passes.budget.positions):
             logits = passes.skippable.head(leaf[:, part], ids[:, part])
             losses = score_positions(NegativeLogLikelihood(), logits, ids[:, 1:][:, part], None)
-            (scale * (losses * weights[:, part]).sum()).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(scale * (losses * weights[:, part]).sum())
 
     scale = without_overflow(backward, [leaf], starting_scale(hidden.dtype, ids.shape[1] * _sequences(passes)))
     assert leaf.grad is not None
@@ -197,7 +197,7 @@ def _backpropagate(skippable: SkippableModel, call: Call, hidden: Tensor, gradie
     leaving = skippable.run_block(call, leaf)
 
     def backward(factor: float) -> None:
-        leaving.backward(gradient.values * factor, retain_graph=is_scaled)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(leaving, gradient.values * factor, retain_graph=is_scaled)
 
     is_scaled = leaving.dtype is torch.float16
     factor = without_overflow(backward, [leaf, *sums.totals], largest_in_range(gradient.values))

@@ -62,7 +62,7 @@ def distill(
             theirs = teacher.logits(wanted[:, part], ids[:, part])
         ours = student.logits(leaf[:, part], ids[:, part])
         divergence, gradient = divergence_and_gradient(ours, theirs, scale / count)
-        torch.autograd.backward([ours], [gradient])
+        torch.autograd.backward(ours, gradient)
         total += divergence
     assert leaf.grad is not None
     student.skippable.backward(states, leaf.grad)
