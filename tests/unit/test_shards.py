@@ -207,7 +207,9 @@ def test_a_reflink_is_a_file_of_its_own_or_none_at_all(tmp_path):
         assert not (tmp_path / "b").exists()
 
 
-def test_a_cast_changes_floating_point_numbers_only(source, target):
+@pytest.mark.parametrize("read_at_once", [1 << 20, 5], ids=["whole", "in parts"])
+def test_a_cast_changes_floating_point_numbers_only(source, target, monkeypatch, read_at_once):
+    monkeypatch.setattr(copying, "BUFFER_BYTES", read_at_once)
     tensors = {
         "f32": torch.rand(3, 5), "f16": torch.rand(7).half(), "i32": torch.arange(4, dtype=torch.int32),
         "f8": torch.rand(3).to(torch.float8_e4m3fn), "scalar": torch.tensor(1.5), "empty": torch.empty(0, 2),

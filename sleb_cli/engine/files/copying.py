@@ -13,7 +13,7 @@ from typing import BinaryIO, Literal
 from sleb_plugins import ModelError
 
 BUFFER_BYTES = 1 << 20
-"""The size of the buffer that bytes go through if the kernel cannot copy them."""
+"""How many bytes are read at a time if the kernel cannot copy them."""
 
 _CHUNK_BYTES = 16 << 20
 _FICLONE = 0x40049409
@@ -122,25 +122,24 @@ def _copy_file_range(source: int, target: int, start: int, count: int) -> int:
     return os.copy_file_range(source, target, count, start)
 
 
-def read_range(source: BinaryIO, start: int, count: int) -> Iterator[memoryview]:
-    """Yield `count` bytes from byte `start`, in parts; each part is valid until the next is requested.
+def read_range(source: BinaryIO, start: int, count: int) -> Iterator[bytes]:
+    """Yield `count` bytes from byte `start` of an unbuffered file, in parts that the caller may keep.
 
     Raises:
         ModelError: they cannot be read, or the file has become shorter.
     """
     path = Path(source.name)
-    buffer = memoryview(bytearray(min(BUFFER_BYTES, count)))
     with reading(path):
         source.seek(start)
     while count:
         with reading(path):
-            done = source.readinto(buffer[:count])  # type: ignore[attr-defined]
-        if not done:
+            part = source.read(min(BUFFER_BYTES, count))
+        if not part:
             raise ModelError(
                 f"{path} became shorter while it was read.", hint="Try again when no program writes to it."
             )
-        yield buffer[:done]
-        count -= done
+        yield part
+        count -= len(part)
 
 
 def write_all(target: BinaryIO, part: memoryview | bytes) -> None:

@@ -223,10 +223,9 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
 def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
     """Append tensors that come from one file."""
     if source.suffix != ".safetensors" or not all(tensor.is_copy for tensor in tensors):
-        for _, parts in contents(source, tensors):
-            for part in parts:
-                write_all(target, part)
-                report(len(part))
+        for part in _contents(source, tensors):
+            write_all(target, part)
+            report(len(part))
         return
     with reading(source):
         original = source.open("rb", buffering=0)
@@ -247,8 +246,8 @@ def _byte_ranges(tensors: Sequence[NewTensor]) -> list[tuple[int, int]]:
     return ranges
 
 
-def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTensor, Iterable[memoryview]]]:
-    """Yield each of these tensors of one file, with the parts of its bytes in the new checkpoint.
+def _contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of these tensors, which come from one file, in the new checkpoint.
 
     Raises:
         ModelError: the file cannot be read.
@@ -257,23 +256,25 @@ def contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[tuple[NewTe
         pickled = load_pickle(source)
         for tensor in tensors:
             whole = pickled[tensor.stored.name] if tensor.value is None else tensor.value
-            yield tensor, [_bytes_of(tensor.cut.of_tensor(whole) if tensor.cut else whole, TORCH_DTYPES[tensor.dtype])]
+            yield _bytes_of(tensor.cut.of_tensor(whole) if tensor.cut else whole, TORCH_DTYPES[tensor.dtype])
         return
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
             if tensor.value is not None:
-                yield tensor, [_bytes_of(tensor.value, TORCH_DTYPES[tensor.dtype])]
+                yield _bytes_of(tensor.value, TORCH_DTYPES[tensor.dtype])
                 continue
-            parts = read_range(original, tensor.stored.start or 0, tensor.stored.size)
+            parts: Iterable[bytes | memoryview] = read_range(original, tensor.stored.start or 0, tensor.stored.size)
             if tensor.cut:
                 parts = tensor.cut.of_bytes(parts, tensor.stored.shape, tensor.stored.size)
-            if tensor.cast and tensor.stored.size:
-                raw = bytearray().join(parts)
-                yield tensor, [_bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.stored.dtype]), tensor.cast)]
-            else:
-                yield tensor, parts
+            if not tensor.cast or not tensor.size:
+                yield from parts
+                continue
+            raw = bytearray()
+            for part in parts:
+                raw += part
+            yield _bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.stored.dtype]), tensor.cast)
 
 
 def _bytes_of(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:

@@ -30,7 +30,7 @@ class Cut:
         slices = torch.split(tensor, width, self.axis)
         return torch.cat([slices[block] for block in self.kept.blocks], self.axis)
 
-    def of_bytes(self, parts: Iterable[memoryview], shape: Sequence[int], size: int) -> Iterator[memoryview]:
+    def of_bytes(self, parts: Iterable[bytes | memoryview], shape: Sequence[int], size: int) -> Iterator[memoryview]:
         """Cut the bytes of a tensor of this shape and `size` in bytes as they arrive, whatever its data type."""
         row = size // math.prod(shape[: self.axis])
         rest = bytearray()

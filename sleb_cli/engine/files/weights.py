@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,11 +150,7 @@ class WeightFiles:
         """
         for header in self.headers:
             wanted = [tensor.name for tensor in header.tensors if names is None or tensor.name in names]
-            if wanted and header.path.suffix == ".safetensors":
-                yield from _safetensors(header.path, wanted)
-            elif wanted:
-                held = load_pickle(header.path)
-                yield from ((name, held[name]) for name in wanted)
+            yield from zip(wanted, read_tensors(header.path, wanted), strict=True)
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -261,7 +257,18 @@ def _broken(path: Path) -> ModelError:
     return ModelError(f"{path} is truncated, or is not a safetensors file.", hint="Copy or download it again.")
 
 
-def _safetensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    """Read these tensors of a weight file, in this order, by the format's own library; files are memory-mapped.
+
+    Raises:
+        ModelError: the file is truncated, or a pickle holds more than tensors.
+    """
+    if not names:
+        return
+    if path.suffix != ".safetensors":
+        held = load_pickle(path)
+        yield from (held[name] for name in names)
+        return
     with reading(path), errors_of_the_disk():
         try:
             opened = safe_open(path, framework="pt")
@@ -269,7 +276,7 @@ def _safetensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.
             raise _broken(path) from error
     with opened as file:
         for name in names:
-            yield name, file.get_tensor(name)
+            yield file.get_tensor(name)
 
 
 def _pickled(path: Path) -> Iterator[StoredTensor]:
