@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import llama_config, prose, random_model, train_tokenizer
+from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.recovery.run import DECIDING, FITTED, REPORTED
 from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, generate_own_text, texts_sha256
@@ -111,6 +112,38 @@ def test_a_mixture_is_generated_once_for_all_parts_and_its_texts_are_hashed(tmp_
     assert texts_sha256(settings("self", 20, (14, 4, 2)), tokenizer) == texts_sha256(
         settings("self", 10, (7, 2, 1)), tokenizer
     )
+
+
+def test_what_the_model_wrote_is_found_in_the_cache_under_all_that_it_depends_on(monkeypatch):
+    model, tokenizer = random_model(llama_config(2)), train_tokenizer(bos=False)
+    written, events = [], []
+    write = calibration._write
+    monkeypatch.setattr(calibration, "_write", lambda *arguments: written.append(1) or write(*arguments))
+    (own,) = settings("self", 4, (4, 0, 0))[:1]
+
+    def texts(**changes):
+        return generate_own_text(model, tokenizer, replace(own, **changes), bos=False, notify=events.append)
+
+    uncached = texts()
+    assert torch.equal(texts(), uncached)
+    assert len(written) == 2
+    first = texts(writer="one")
+    assert torch.equal(texts(writer="one"), first)
+    assert torch.equal(first, uncached)
+    assert first.dtype is uncached.dtype
+    assert len(written) == 3
+    assert [event.text for event in events if hasattr(event, "text")] == [
+        "Using 4 sequences that the model wrote before, from the cache."
+    ]
+    for other in ({"writer": "two"}, {"seed": 1}, {"samples": 3}, {"sequence_length": 31}):
+        texts(**{"writer": "one"} | other)
+    model.to(torch.bfloat16)
+    texts(writer="one")
+    assert len(written) == 8
+    for path in (cache_root() / "texts").iterdir():
+        path.write_bytes(b"broken")
+    texts(writer="one")
+    assert len(written) == 9
 
 
 class Draft:

@@ -1,13 +1,27 @@
-"""The cache of models that were downloaded or converted."""
+"""The cache: models that were downloaded or converted, and files that save work done before."""
 
+import hashlib
+import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
-from sleb_cli.atomic import Claim, claim, publish, remove_leftovers_of, scratch_folder, writing
+from sleb_cli.atomic import (
+    Claim,
+    claim,
+    new_file,
+    publish,
+    remove_leftovers,
+    remove_leftovers_of,
+    scratch_folder,
+    writing,
+)
+from sleb_cli.events import Notice, Notify
+from sleb_plugins import OutputError
 
 _ELSEWHERE = "Choose another place for the cache with the environment variable SLEB_CACHE."
 
@@ -55,3 +69,38 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
                     fill(aside)
                     publish(aside, folder)
     return folder
+
+
+class KeptFiles:
+    """Files in one folder of the cache, each under a hash of all that its content depends on. They only save time.
+
+    `what` names them in the sentence that says, once, that they cannot be written.
+    """
+
+    def __init__(self, folder: str, what: str, notify: Notify, *, can_write: bool = True) -> None:
+        self._folder, self._what, self._notify, self._can_write = cache_root() / folder, what, notify, can_write
+        remove_leftovers(self._folder)
+
+    def read(self, key: Mapping[str, Any]) -> bytes | None:
+        """Return the content that is kept under this key, if any."""
+        try:
+            return self._path(key).read_bytes()
+        except OSError:
+            return None
+
+    def write(self, key: Mapping[str, Any], content: bytes) -> None:
+        """Keep the content under this key, if the cache can be written."""
+        if not self._can_write:
+            return
+        path = self._path(key)
+        try:
+            with writing(path, hint=_ELSEWHERE):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as aside:
+                aside.write_bytes(content)
+        except OutputError as error:
+            self._can_write = False
+            self._notify(Notice(f"{self._what} not cached: {error.message}"))
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        return self._folder / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -8,10 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from sleb_cli.engine.device import in_smaller_pieces, input_device
+from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.sampling import Sampler
@@ -47,6 +51,7 @@ from sleb_cli.requests import (
     CalibrationRequest,
     Chat,
 )
+from sleb_cli.version import __version__
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 
 SELF = "self"
@@ -61,7 +66,8 @@ class CalibrationSettings:
     """A calibration request with every option set.
 
     `parts` are the sources in `source`, with their shares. `samples` counts the sequences of all parts together; for a
-    reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from.
+    reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
+    is the fingerprint of the model, under which the text that it writes is cached; None caches none.
     """
 
     source: str
@@ -72,6 +78,7 @@ class CalibrationSettings:
     chat: Chat | None
     samples_given: bool
     split: TextSplit = WHOLE
+    writer: str | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -142,6 +149,7 @@ def resolve_calibration(
         seed=request.seed or 0,
         chat=chat,
         samples_given=request.samples is not None,
+        writer=architecture.source.fingerprint,
     )
     if len(parts) > 1:
         _require_mixable(settings)
@@ -346,7 +354,7 @@ def require_given_text(settings: CalibrationSettings) -> None:
 def generate_own_text(
     model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify
 ) -> Tensor:
-    """Let the model generate the sequences, sampled from its own distribution after BOS.
+    """Let the model generate the sequences, sampled from its own distribution after BOS, or find them in the cache.
 
     The sequences include the BOS token only if the tokenizer adds it to every text.
 
@@ -364,11 +372,39 @@ def generate_own_text(
     new = length - 1 if bos else length
     sampler = Sampler({tokenizer.eos_token_id} - {None})  # every sequence is one text
     batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
-    return in_smaller_pieces(
+    key = {
+        "model": settings.writer,
+        "start": start,
+        "shape": [count, length],
+        "bos": bos,
+        "forbidden": sampler.forbidden,
+        "seed": settings.seed,
+        "batch": batch_size,
+        "dtype": str(model.dtype),
+        "quantization": str(getattr(model.config, "quantization_config", None)),
+        "device": input_device(model).type,
+        "versions": [__version__, str(torch.__version__), transformers.__version__],
+    }
+    kept = KeptFiles("texts", "The text that the model wrote is", notify, can_write=settings.writer is not None)
+    if (found := _kept_text(kept.read(key), count, length)) is not None:
+        notify(Notice(f"Using {count} sequences that the model wrote before, from the cache."))
+        return found
+    written = in_smaller_pieces(
         lambda size: _write(model, start, new, settings, sampler, size, notify),
         batch_size,
         lambda size: notify(Notice(f"Out of memory on {input_device(model)}; generating {size} sequences at once.")),
     )
+    kept.write(key, save({"tokens": written.to(torch.int32)}))
+    return written
+
+
+def _kept_text(content: bytes | None, count: int, length: int) -> Tensor | None:
+    """Return the sequences in a file of the cache, [count, length]; None if there is none, or it is broken."""
+    try:
+        tokens = load(content)["tokens"] if content is not None else torch.empty(0)
+    except (SafetensorError, KeyError):
+        return None
+    return tokens.to(torch.int64) if tokens.shape == (count, length) and tokens.dtype is torch.int32 else None
 
 
 def _write(
