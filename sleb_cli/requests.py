@@ -423,6 +423,9 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         DEFAULT_SHARD_SIZE
     )
     no_verify: Annotated[bool, Doc("Skip the proof after saving.", panel=_CHECKPOINT)] = False
+    keep_failed: Annotated[
+        Path | None, Doc("If the proof fails, keep what was written in this folder.", metavar="DIR", panel=_CHECKPOINT)
+    ] = None
     recover: Annotated[
         bool, Doc("Refit the blocks around each gap to the dense model, in closed form.", panel=_RECOVERY)
     ] = False

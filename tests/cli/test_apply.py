@@ -450,6 +450,33 @@ def test_a_failed_proof_leaves_nothing_and_says_which_check(
     assert "not verified" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("model.embed_tokens.weight", "what enters the first block differs already"),
+        ("model.layers.1.mlp.up_proj.weight",
+         "its block 1, which is block 2 of the dense model, is the first whose output differs, by"),
+        ("model.norm.weight", "every block's output is the same, so the final norm or the head differs"),
+    ],
+)  # fmt: skip
+def test_a_failed_proof_says_where_it_differs_first_and_keeps_the_evidence(
+    run_sleb, tiny_llama, tmp_path, monkeypatch, name, where
+):
+    spoil(monkeypatch, lambda t: t | {name: t[name] * 1.1})
+    monkeypatch.setattr(proof, "_as_planned", lambda *arguments: iter(()))  # as if it had been planned so
+    command = ["apply", tiny_llama, "--blocks", "1", "-o", "out", "--keep-failed", "kept/here"]
+    result = run_sleb(*command)
+    assert result.exit_code == 9, result.stderr
+    assert where in result.stderr
+    assert "What was written is in kept/here." in result.stderr
+    assert os.listdir(tmp_path) == ["kept"]
+    assert not torch.equal(
+        load_file(tmp_path / "kept/here/model.safetensors")[name], load_file(tiny_llama / "model.safetensors")[name]
+    )
+    assert "kept/here already exists." in run_sleb(*command).stderr
+    assert run_sleb(*command[:-1], "other", "--no-verify").exit_code == 2
+
+
 @pytest.mark.parametrize("too_large", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import calibration, interrupt_healing, reported_tokens
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli.engine.output import apply_gguf
+from sleb_plugins import ProofError
 
 
 @pytest.fixture
@@ -263,10 +265,22 @@ def recovered(run_sleb, tmp_path, source, text_file):
         command = ("apply", source, "--blocks", "3,1", *calibration(text_file, samples=10), "-o", "small.gguf")
         result = run_sleb(*command, *options)
         assert result.exit_code == code, result.stderr
-        assert sorted(tmp_path.glob(".small*")) == ([] if not code else [tmp_path / ".small.gguf.heal"])
+        assert sorted(tmp_path.glob(".small*")) == ([] if not code else [tmp_path / ".small.gguf.recovery"])
         return result
 
     return run
+
+
+def test_a_recovered_file_that_fails_its_proof_is_kept_and_its_fits_go_on(recovered, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise ProofError("It failed.", hint="Try again.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(apply_gguf, "prove", fail)
+        result = recovered("--recover", "--keep-failed", "kept", code=9)
+    assert "The fits so far are kept in" in result.stderr
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["small.gguf"]
+    assert "fits of an interrupted run" in recovered("--recover").stderr
 
 
 @pytest.mark.parametrize("type_", [Type.F32, Type.Q8_0, Type.Q4_1])

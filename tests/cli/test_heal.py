@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from conftest import calibration, interrupt_healing, llama_config, prose, random_model, save_model
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.recovery import run
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.plan import read_plan
+from sleb_plugins import ProofError
 
 
 @pytest.fixture
@@ -87,7 +89,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
         healed("out", code=130)
-    assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.heal"]
+    assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
     assert "holds an unfinished healing" in healed("out", code=8).stderr
     assert (
         "belongs to another healing (heal_tokens: 4096, not 8192)"
@@ -99,7 +101,27 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     assert len(steps) == 3
     whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert all(torch.equal(whole[name], out[name]) for name in whole)
-    assert not (tmp_path / ".out.heal").exists()
+    assert not (tmp_path / ".out.recovery").exists()
+
+
+def test_a_healing_whose_proof_fails_goes_on_from_its_end(healed, tmp_path, monkeypatch):
+    healed("whole", "--recover")
+
+    def fail(*arguments):
+        raise ProofError("It failed.", hint="Try again.")
+
+    with monkeypatch.context() as patches:
+        patches.setattr(apply, "prove", fail)
+        stopped = healed("out", "--recover", code=9)
+    assert "The healing is kept in" in stopped.stderr
+    assert "rerun with --resume to continue" in stopped.stderr
+    assert "holds an unfinished healing" in healed("out", "--recover", code=8).stderr
+    steps = interrupt_healing(monkeypatch, 1)
+    healed("out", "--recover", "--resume")
+    assert not steps
+    whole, out = weights(tmp_path / "whole"), weights(tmp_path / "out")
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_healing_is_not_resumed_on_other_text(run_sleb, tiny_llama, tmp_path, monkeypatch):
@@ -163,9 +185,9 @@ def first_gradient(dtype):
 
 
 def test_a_broken_state_is_named(healed, tmp_path):
-    (tmp_path / ".out.heal").mkdir()
-    (tmp_path / ".out.heal" / "state.safetensors").write_bytes(b"nothing")
-    assert "state.safetensors is broken" in healed("out", "--resume", code=3).stderr
+    (tmp_path / ".out.recovery").mkdir()
+    (tmp_path / ".out.recovery" / "healing.safetensors").write_bytes(b"nothing")
+    assert "healing.safetensors is broken" in healed("out", "--resume", code=3).stderr
     healed("out", "--force", tokens=512)
 
 

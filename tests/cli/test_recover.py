@@ -1,7 +1,9 @@
 """`sleb apply --recover`, through `main()`, with a fit that only its interface is known of."""
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 from types import SimpleNamespace
@@ -13,8 +15,10 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 from conftest import calibration, llama_config, reported_tokens, save_model
 from sleb_cli.engine.files.weights import find_weights
-from sleb_cli.engine.recovery import run
+from sleb_cli.engine.output import apply
+from sleb_cli.engine.recovery import closed_form, run
 from sleb_cli.plan import CalibrationRecord, ClosedFormRecord, LossesRecord, RecoveryRecord, read_plan
+from sleb_plugins import ProofError
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -142,6 +146,95 @@ def test_half_precision_on_a_cpu_keeps_every_digit_that_is_stored(run_sleb, text
     for name in changed:
         assert after[name].dtype is torch.float16
         assert not torch.equal(after[name].bfloat16().half(), after[name])
+
+
+def failing_proof(patch):
+    def fail(*arguments):
+        raise ProofError("It failed.", hint="Try again.")
+
+    patch.setattr(apply, "prove", fail)
+
+
+def full_disk(patch):
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "full")
+
+    patch.setattr(apply, "write_weights", fail)
+
+
+def interrupted_fit(patch):
+    fit, calls = closed_form._ClosedFormFit._fit_block, []
+
+    def few(self, *arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fit(self, *arguments)
+
+    patch.setattr(closed_form._ClosedFormFit, "_fit_block", few)
+
+
+@pytest.fixture
+def fits(monkeypatch):
+    """The blocks that are fitted, one after the other."""
+    fit, found = closed_form._ClosedFormFit._fit_block, []
+    monkeypatch.setattr(
+        closed_form._ClosedFormFit,
+        "_fit_block",
+        lambda self, block, *rest: found.append(block) or fit(self, block, *rest),
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "all_fitted"),
+    [(failing_proof, 9, True), (full_disk, 8, True), (interrupted_fit, 130, False)],
+    ids=["proof", "disk", "Ctrl-C"],
+)
+@pytest.mark.parametrize("options", [[], ["--stream"], ["--dtype", "bfloat16"]], ids=lambda options: " ".join(options))
+def test_no_fit_is_lost(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch, fits, fail, code, all_fitted, options):
+    command = ["apply", tiny_llama, "--blocks", "2", *recovering(text_file, 40), *options]
+    assert run_sleb(*command, "-o", "whole").exit_code == 0
+    whole = fits.copy()
+    with monkeypatch.context() as patch:
+        fail(patch)
+        stopped = run_sleb(*command, "-o", "out")
+    assert stopped.exit_code == code, stopped.stderr
+    assert "The fits so far are kept in" in stopped.stderr
+    before = fits[len(whole) :]
+    result = run_sleb(*command, "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"Continuing with \d+ fits of an interrupted run.", result.stderr)
+    assert fits[len(whole) :] == whole  # each once, in two runs; the fit that Ctrl-C ended was not counted
+    assert (before == whole) == all_fitted
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_fits_to_other_text_are_not_taken_over(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch, fits):
+    command = ["apply", tiny_llama, "--blocks", "2", *recovering(text_file, 40), "-o", "out"]
+    with monkeypatch.context() as patch:
+        failing_proof(patch)
+        assert run_sleb(*command).exit_code == 9
+    first = fits.copy()
+    result = run_sleb(*command, "--seed", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "Continuing" not in result.stderr
+    assert len(fits) >= 2 * len(first) - 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_nobody_continued_is_cleared_later(run_sleb, tiny_llama, tmp_path):
+    kept = {"ours": "block-3.safetensors", "fresh": "block-3.safetensors", "not ours": "notes.txt"}
+    for name, file in kept.items():
+        folder = tmp_path / f".{name}.recovery" / "fits-0123456789abcdef"
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+        for path in [] if name == "fresh" else [folder / file, folder]:
+            os.utime(path, (0, 0))
+    assert run_sleb("apply", tiny_llama, "--blocks", "2", "-o", "out").exit_code == 0
+    assert {path.name for path in tmp_path.glob(".*")} == {".fresh.recovery", ".not ours.recovery"}
 
 
 def test_nats_back_are_at_most_all_and_the_divergence_left_says_the_rest():

@@ -107,11 +107,11 @@ HEALING = {"format": 3} | IDENTITY
 def read_healing(path: Path, own: Path) -> None:
     """Read the state of a healing."""
     from sleb_cli.engine.recovery.heal import _progress_of
-    from sleb_cli.engine.recovery.heal_state import HealState
+    from sleb_cli.engine.recovery.unfinished import Unfinished
 
-    state = HealState(own / "out")
+    state = Unfinished(own / "out")
     state.folder.mkdir(exist_ok=True)
-    shutil.copy(path, state.folder / "state.safetensors")
+    shutil.copy(path, state.folder / "healing.safetensors")
     saved = state.read(IDENTITY)
     assert saved
     _progress_of(saved)

@@ -111,14 +111,18 @@ COMMANDS = {
     "apply": Command(("apply", "plan.json", "-o", "small", "--max-shard-size", "100kB"), "small"),
     "apply gguf": Command(("apply", "../tiny.gguf", "--blocks", "2,3", "-o", "small.gguf"), "small.gguf"),
     "apply --recover": Command(
-        ("apply", "plan.json", "-o", "old", "--recover", *RECOVERY, "--force"), "old", replaces=True, again=()
+        ("apply", "plan.json", "-o", "old", "--recover", *RECOVERY, "--force"),
+        "old",
+        replaces=True,
+        again=(),
+        progress=("work/.old.recovery/*",),
     ),
     "apply --heal": Command(
         ("apply", "plan.json", "-o", "old", "--heal", "--heal-tokens", 512, *RECOVERY, "--force"),
         "old",
         replaces=True,
         again=("--resume",),
-        progress=("work/.old.heal/*",),
+        progress=("work/.old.recovery/*",),
     ),
     "eval": Command(
         ("eval", "plan.json", "--perplexity", "../text.txt", "--sequence-length", 32, "--max-windows", 4,
@@ -380,7 +384,7 @@ def exit_codes(case) -> set[int]:
         return {PLAN, MODEL, DATA, OUTPUT}
     if sort_of(case.call) not in Calls.READS:
         return {OUTPUT}
-    if case.path.startswith("/work/plan.json.journal") or case.path == "/work/plan.json" or ".heal" in case.path:
+    if case.path.startswith("/work/plan.json.journal") or case.path == "/work/plan.json" or ".recovery" in case.path:
         return {PLAN}
     codes = {"/text.txt": {DATA}, "/model": {MODEL}, "/tiny.gguf": {MODEL}, "/cache": {MODEL, OUTPUT}}
     return next((codes[start] for start in codes if case.path.startswith(start)), {OUTPUT})

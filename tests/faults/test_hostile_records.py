@@ -284,15 +284,15 @@ def test_a_plan_names_no_place_to_write(program: Program, tmp_path, plan, tiny_l
     assert {path.name for path in tmp_path.iterdir()} <= {"here", "whole.json", "cache", "hub", "canary"}
 
 
-@pytest.mark.parametrize("name", ["plan.json.journal", ".out.heal"])
+@pytest.mark.parametrize("name", ["plan.json.journal", ".out.recovery"])
 def test_a_link_in_the_place_of_a_journal_or_a_state_is_not_followed(
     program: Program, tmp_path, tiny_llama, text_file, name
 ):
     canary = tmp_path / "canary"
-    (tmp_path / name).symlink_to(canary if name == ".out.heal" else canary / "secret.txt")
+    (tmp_path / name).symlink_to(canary if name == ".out.recovery" else canary / "secret.txt")
     words = {
         "plan.json.journal": ["search", tiny_llama, "--remove", 1, *calibration(text_file)],
-        ".out.heal": ["apply", tiny_llama, "--blocks", 2, "--heal", "--heal-tokens", 64, "-o", "out"],
+        ".out.recovery": ["apply", tiny_llama, "--blocks", 2, "--heal", "--heal-tokens", 64, "-o", "out"],
     }[name]
     for more in ([], ["--resume"], ["--force"]):
         run_on(program, tmp_path, *words, *more, codes=[8])

@@ -13,8 +13,8 @@ import pytest
 from safetensors import safe_open
 
 from sleb_cli.engine.forward.saved_walk import SavedWalk
-from sleb_cli.engine.recovery import heal_state
-from sleb_cli.engine.recovery.heal_state import HealState
+from sleb_cli.engine.recovery import unfinished
+from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.records import Record
@@ -157,13 +157,13 @@ def test_a_journal_is_read_or_refused_by_name(path, run_sleb, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("heal_states/*/*")), ids=lambda path: path.parent.name)
 def test_a_healing_state_is_read_or_refused_by_name(path, run_sleb, tmp_path):
-    state = tmp_path / ".out.heal" / "state.safetensors"
+    state = tmp_path / ".out.recovery" / "healing.safetensors"
     state.parent.mkdir()
     shutil.copy(path, state)
-    if path.parent.name == f"format-{heal_state.FORMAT}":
+    if path.parent.name == f"format-{unfinished.FORMAT}":
         with safe_open(path, framework="pt") as file:
             identity = json.loads(file.metadata()["sleb"])["identity"]
-        saved = HealState(tmp_path / "out").read({name: value for name, value in identity.items() if name != "format"})
+        saved = Unfinished(tmp_path / "out").read({name: value for name, value in identity.items() if name != "format"})
         assert saved.data["progress"]["tokens"] == 2048
         assert saved.tensors
         return

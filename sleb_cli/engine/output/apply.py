@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from sleb_cli.atomic import new_folder, remove_leftovers_of, to_json
+from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
@@ -20,11 +20,19 @@ from sleb_cli.engine.forward.placement import resolve_device_map
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
 from sleb_cli.engine.output.measured import measured_of_plan
-from sleb_cli.engine.output.proof import Planned, PlannedFiles, Reference, choose_proof_settings, prove
+from sleb_cli.engine.output.proof import (
+    Planned,
+    PlannedFiles,
+    Reference,
+    choose_proof_settings,
+    kept_if_it_fails,
+    prove,
+    require_nothing_kept,
+)
 from sleb_cli.engine.output.push import PushRequest, files_of, push, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.heal_state import HealState
 from sleb_cli.engine.recovery.run import Recovered, recover
+from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -54,6 +62,8 @@ def require_coherent(request: ApplyRequest) -> None:
     """
     if request.public and request.push is None:
         raise UsageError("--public requires --push.", hint="Name the repository: --push ORG/NAME --public.")
+    if request.keep_failed is not None and request.no_verify:
+        raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
     _require_any(request, ("heal_minutes", "heal_tokens", "resume"), ("heal",))
     _require_any(request, ("calibration", "samples", "sequence_length", "seed", "device"), ("recover", "heal"))
 
@@ -94,13 +104,21 @@ def apply_removals(
         _recover(subject, request, cast, state, group, notify)
         raise WorkerFinished
     # The place is claimed before hours of recovery, so that nobody else writes there, nor heals in the same state.
-    with new_folder(folder, replace=outputs.replace) as aside, subject.architecture.source.watch.unchanged():
+    with (
+        state.told_on_failure(notify),
+        new_folder(folder, replace=outputs.replace) as aside,
+        subject.architecture.source.watch.unchanged(),
+    ):
+        _plan_checkpoint(surgery, cast, None, shard_bytes).require_space(aside)
         recovered = _recover(subject, request, cast, state, group, notify)
         record = recovered.record if recovered else None
         checkpoint = _plan_checkpoint(surgery, cast, recovered, shard_bytes)
         weights_bytes = checkpoint.write(aside, notify)
         reference = Reference(surgery, recovered.parameters if recovered else None)
-        proof = None if request.no_verify else prove(reference, aside, checkpoint.planned, proof_settings, notify)
+        proof = None
+        if not request.no_verify:
+            with kept_if_it_fails(aside, request.keep_failed):
+                proof = prove(reference, aside, checkpoint.planned, proof_settings, notify)
         if subject.plan:
             plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
             (aside / CHECKPOINT_PLAN).write_text(to_json(plan.published().to_data()), encoding="utf-8")
@@ -110,7 +128,7 @@ def apply_removals(
         if check:
             check(aside)
         written = files_of(aside)
-    if request.heal:
+    if recovered:
         state.delete()
     if left_out := checkpoint.other_files.left_out:
         notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
@@ -149,25 +167,27 @@ def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
 
 @dataclass(frozen=True)
 class _Outputs:
-    """Where the checkpoint, its upload and an unfinished healing go, and if the checkpoint may replace another one."""
+    """Where the checkpoint, its upload and an unfinished recovery go, and if the checkpoint may replace another one."""
 
     folder: Path
     replace: bool
     push_to: PushRequest | None
-    state: HealState
+    state: Unfinished
 
 
 def _resolve_outputs(subject: Subject, request: ApplyRequest) -> _Outputs:
-    """Return where the checkpoint, its upload and an unfinished healing go, after checking that all of them can."""
+    """Return where the checkpoint, its upload and an unfinished recovery go, after checking that all of them can."""
     source = subject.architecture.source
     folder = request.output or Path(checkpoint_name(source.name, len(subject.surgery.kept.blocks)))
-    state = HealState(folder)
+    state = Unfinished(folder)
+    clear_old(folder.absolute().parent)
     replace = state.may_replace(resume=request.resume, force=request.force)
     require_new_folder(folder, source, force=replace)
     push_to = PushRequest(request.push, private=not request.public) if request.push is not None else None
     if push_to:
         require_pushable(push_to, force=request.force)
-    if request.heal:
+    require_nothing_kept(request.keep_failed)
+    if request.recover or request.heal:
         state.require(resume=request.resume, force=request.force)
     return _Outputs(folder, replace, push_to, state)
 
@@ -176,7 +196,7 @@ def _recover(
     subject: Subject,
     request: ApplyRequest,
     cast: torch.dtype | None,
-    state: HealState,
+    state: Unfinished,
     group: ProcessGroup,
     notify: Notify,
 ) -> Recovered | None:
@@ -303,6 +323,15 @@ class _Checkpoint:
     shards: list[Shard]
     settings: dict[str, dict[str, Any]]
     other_files: _OtherFiles
+
+    def require_space(self, folder: Path) -> None:
+        """Check that the disk has room for the weights that change and the other files.
+
+        Raises:
+            OutputError: it does not.
+        """
+        changed = sum(shard.size for shard in self.shards if not shard.same_as)
+        require_space(folder, changed + self.other_files.bytes)
 
     def write(self, folder: Path, notify: Notify) -> int:
         """Write weights, settings and other files; return the size of the weights in bytes."""

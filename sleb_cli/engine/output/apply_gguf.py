@@ -19,10 +19,18 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
-from sleb_cli.engine.output.proof import Planned, Reference, choose_proof_settings, prove
+from sleb_cli.engine.output.proof import (
+    NOTHING_WRITTEN,
+    Planned,
+    Reference,
+    choose_proof_settings,
+    kept_if_it_fails,
+    prove,
+    require_nothing_kept,
+)
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.heal_state import HealState
 from sleb_cli.engine.recovery.run import Recovered, recover
+from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import first_of_plan, first_removals, is_plan, resolve_subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
@@ -131,9 +139,10 @@ def apply_to_gguf(
     if not (request.recover or request.heal):
         return prune_gguf(file, _removals(request, file, registry, notify), request, registry, notify)
     subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
-    state = HealState(_place(request, file, subject.surgery.removals))
-    if request.heal:
-        state.require(resume=request.resume, force=request.force)
+    output = _place(request, file, subject.surgery.removals)
+    state = Unfinished(output)
+    clear_old(output.absolute().parent)
+    state.require(resume=request.resume, force=request.force)
 
     def run() -> Recovered:
         return recover(subject, request, None, state, group, notify, gguf=file)
@@ -142,9 +151,9 @@ def apply_to_gguf(
         run()
         raise WorkerFinished
     request = replace(request, force=state.may_replace(resume=request.resume, force=request.force))
-    result = prune_gguf(file, subject.surgery.removals, request, registry, notify, run)
-    if request.heal:
-        state.delete()
+    with state.told_on_failure(notify):
+        result = prune_gguf(file, subject.surgery.removals, request, registry, notify, run)
+    state.delete()
     return result
 
 
@@ -166,6 +175,7 @@ def prune_gguf(
     surgery = plan_gguf_surgery(file, removals)
     pruned, path = surgery.pruned(), _place(request, file, removals)
     _require_place(path, pruned, force=request.force)
+    require_nothing_kept(request.keep_failed)
     logits_proof = _LogitsProof("--no-verify")
     watch = Watch()
     watch.add(file.path)
@@ -179,7 +189,8 @@ def prune_gguf(
             require_space(path, gguf_size(pruned))
         _write(pruned, aside, notify)
         if not request.no_verify:
-            logits_proof = _prove(surgery, pruned, aside, recovered, registry, notify)
+            with kept_if_it_fails(aside, request.keep_failed):
+                logits_proof = _prove(surgery, pruned, aside, recovered, registry, notify)
     return GgufResult(
         schema_version=1,
         sleb_version=__version__,
@@ -398,6 +409,5 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
 def _failed(what: str) -> ProofError:
     return ProofError(
         f"The pruned GGUF file failed its proof: {what}.",
-        hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
-        "please report the model; --no-verify writes the file without a proof.",
+        hint=NOTHING_WRITTEN,
     )

@@ -14,7 +14,8 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -25,14 +26,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from sleb_cli.atomic import free_space
+from sleb_cli.atomic import free_space, writing
 from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.copying import BUFFER_BYTES, reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
-from sleb_cli.engine.files.weights import Header, find_weights, read_tensors
+from sleb_cli.engine.files.weights import TORCH_DTYPES, Header, find_weights, read_tensors
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, device_of, open_dense
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
@@ -49,7 +51,7 @@ from sleb_cli.engine.third_party import errors_of_the_disk, no_verdict_by_the_di
 from sleb_cli.events import CheckPassed, Notice, Notify, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.units import format_bytes
-from sleb_plugins import ModelError, ProofError
+from sleb_plugins import ModelError, OutputError, ProofError
 
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
@@ -75,6 +77,12 @@ CheckResult = tuple[Check | None, str, dict[str, Any]]
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
+
+NOTHING_WRITTEN = (
+    "Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, please "
+    "report the model: --keep-failed DIR keeps what was written for a look."
+)
+"""The hint of a proof that fails."""
 
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk, since each of them reads all."""
@@ -176,12 +184,22 @@ class Reference:
 
     def logits(self, ids: Tensor, settings: ProofSettings, notify: Notify) -> Tensor:
         """Load it and return its logits, [1, positions, vocabulary]."""
+        with self._open(settings, notify) as skippable:
+            return skippable.logits(ids, self.surgery.removed)
+
+    def states(self, ids: Tensor, settings: ProofSettings, notify: Notify) -> list[tuple[Tensor, Tensor]]:
+        """Load it and return the hidden states that enter and leave each kept block, on the CPU."""
+        with self._open(settings, notify) as skippable:
+            return _block_states(skippable, ids, self.surgery.removed)
+
+    @contextmanager
+    def _open(self, settings: ProofSettings, notify: Notify) -> Iterator[SkippableModel]:
         with (
             open_dense(self.surgery.architecture, settings.placement, notify) as skippable,
             skippable.replaced(self.parameters or {}),
         ):
             skippable.align()
-            return skippable.logits(ids, self.surgery.removed)
+            yield skippable
 
 
 @dataclass(frozen=True)
@@ -358,7 +376,7 @@ def _expected(tensor: NewTensor, dense: Iterator[Tensor]) -> Tensor:
     if value is None:
         value = next(dense)
         value = tensor.cut.of_tensor(value) if tensor.cut else value
-    return value.to("cpu", tensor.cast or value.dtype)
+    return value.to("cpu", TORCH_DTYPES.get(tensor.dtype, value.dtype))
 
 
 def _same_bits(found: Tensor, expected: Tensor) -> bool:
@@ -388,8 +406,22 @@ def _runs(reference: Reference, folder: Path, settings: ProofSettings, notify: N
         model = _load_stock(folder, surgery, settings).eval()
         align(model)
         yield "loads", "stock transformers loads it, with no weight missing and none left over", {}
-        sentence, values = _compare_logits(model, ids, expected, reference.name, dtype)
-        yield "same logits", sentence, {"prompt": prompt, "prompt_tokens": ids.shape[1], **values}
+        difference = _logits_difference(model, ids, expected)
+        if not difference <= TOLERANCE.get(dtype, 0.0):
+            with SkippableModel(model, surgery.architecture.blocks_of(model)) as whole:
+                states = _block_states(whole, ids)
+            del whole, model
+            free_memory()
+            where = _first_difference(surgery, states, reference.states(ids, settings, notify), dtype)
+            raise _failed(
+                f"its logits differ from those of {reference.name} by {difference:.2g} of the largest "
+                f"({dtype_name(dtype)} allows {TOLERANCE.get(dtype, 0.0):.2g}); {where}"
+            )
+        how = "bitwise equal to" if difference == 0 else f"within {difference:.1g} of"
+        yield "same logits", f"its logits on {ids.shape[1]} prompt tokens are {how} those of {reference.name}", {
+            "prompt": prompt, "prompt_tokens": ids.shape[1],
+            "logits_difference": difference, "logits_tolerance": TOLERANCE.get(dtype, 0.0),
+        }  # fmt: skip
         difference, allowed = _decode(model, ids, new_tokens, dtype), CACHE_TOLERANCE.get(dtype, 0.0)
         yield "generates", "it generates with the KV cache", {
             "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed
@@ -400,21 +432,38 @@ def _runs(reference: Reference, folder: Path, settings: ProofSettings, notify: N
         yield from _saves_again(models, surgery, folder, settings)
 
 
-def _compare_logits(
-    model: Any, ids: Tensor, expected: Tensor, reference: str, dtype: torch.dtype
-) -> tuple[str, dict[str, float]]:
-    """Compare the model's logits with the expected ones; return a sentence for the user and values for the record."""
+def _logits_difference(model: Any, ids: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between the model's logits and the expected ones, relative to the largest."""
     with translate_errors(lambda words: _failed(f"it does not run: {words}")):
         found = model(input_ids=ids, use_cache=False).logits
-    difference, allowed = _relative_difference(found, expected), TOLERANCE.get(dtype, 0.0)
-    if not difference <= allowed:
-        raise _failed(
-            f"its logits differ from those of {reference} by {difference:.2g} of the largest; "
-            f"{dtype_name(dtype)} allows {allowed:.2g}"
-        )
-    how = "bitwise equal to" if difference == 0 else f"within {difference:.1g} of"
-    sentence = f"its logits on {ids.shape[1]} prompt tokens are {how} those of {reference}"
-    return sentence, {"logits_difference": difference, "logits_tolerance": allowed}
+    return _relative_difference(found, expected)
+
+
+def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
+    """Return the hidden states that enter and leave each block but the removed ones, on the CPU."""
+    found: list[tuple[Tensor, Tensor]] = []
+    model.watch(ids, removed, lambda block, entering, leaving: found.append((entering.cpu(), leaving.cpu())))
+    return found
+
+
+def _first_difference(
+    surgery: Surgery,
+    found: Sequence[tuple[Tensor, Tensor]],
+    expected: Sequence[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+) -> str:
+    """Return a clause on the first block whose output differs by more than rounding, or else at all."""
+    if _relative_difference(found[0][0], expected[0][0]):
+        return "what enters the first block differs already"
+    differences = [_relative_difference(ours[1], theirs[1]) for ours, theirs in zip(found, expected, strict=True)]
+    for allowed in (TOLERANCE.get(dtype, 0.0), 0.0):
+        for block, difference in enumerate(differences):
+            if not difference <= allowed:
+                return (
+                    f"its block {block}, which is block {surgery.kept.blocks[block]} of the dense model, is the first "
+                    f"whose output differs, by {difference:.2g}"
+                )
+    return "every block's output is the same, so the final norm or the head differs"
 
 
 def _saves_again(models: list[Any], surgery: Surgery, folder: Path, settings: ProofSettings) -> Iterator[CheckResult]:
@@ -514,8 +563,37 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _failed(what: str) -> ProofError:
-    return ProofError(
-        f"The pruned checkpoint failed its proof: {what}.",
-        hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
-        "please report the model; --no-verify writes the checkpoint without a proof.",
-    )
+    return ProofError(f"The pruned checkpoint failed its proof: {what}.", hint=NOTHING_WRITTEN)
+
+
+def require_nothing_kept(place: Path | None) -> None:
+    """Check that the folder for what fails its proof is new.
+
+    Raises:
+        OutputError: it exists.
+    """
+    if place is not None and place.exists():
+        raise OutputError(f"{place} already exists.", hint="Choose another folder with --keep-failed.")
+
+
+@contextmanager
+def kept_if_it_fails(written: Path, place: Path | None) -> Iterator[None]:
+    """Move what was written to the folder `place`, if there is one, should its proof fail meanwhile.
+
+    Raises:
+        ProofError: the proof failed; the hint says where the evidence is.
+        OutputError: it cannot be moved.
+    """
+    try:
+        yield
+    except ProofError as error:
+        if place is None:
+            raise
+        with writing(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if written.is_file():
+                place.mkdir()
+            shutil.move(written, place)
+        raise ProofError(
+            error.message, hint=f"What was written is in {place}. Do not use it; please report the model."
+        ) from error

@@ -36,6 +36,7 @@ from sleb_cli.engine.recovery.residual_projections import (
     find_residual_projections,
     inputs_of,
 )
+from sleb_cli.engine.recovery.unfinished import SavedFits
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
@@ -88,6 +89,7 @@ def recover_in_closed_form(
     in_host_memory: bool = False,
     spill_to: Path | None = None,
     group: ProcessGroup | None = None,
+    saved: SavedFits | None = None,
 ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
     """Fit the kept blocks to the dense model's hidden states.
 
@@ -105,6 +107,7 @@ def recover_in_closed_form(
         in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
         spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
         group: the processes that share out the text; values do not depend on how many they are.
+        saved: where each fit is kept, and found if the run before was interrupted; None keeps none.
 
     Returns:
         New values by the dense model's own parameter names, rounded to what is stored, and a record of every fit.
@@ -122,7 +125,7 @@ def recover_in_closed_form(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
         settings = _Settings(
-            frozenset(removed), stored or skippable.model.dtype, place, spill_to, group or ProcessGroup()
+            frozenset(removed), stored or skippable.model.dtype, place, spill_to, group or ProcessGroup(), saved
         )
 
         def run(batch: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
@@ -148,6 +151,7 @@ class _Settings:
         place: where hidden states stay until they are needed; None for where they are.
         spill_to: the folder of files for new values; None for memory.
         group: the processes that share out the text.
+        saved: where each fit is kept; None for nowhere.
     """
 
     removed: frozenset[int]
@@ -155,6 +159,7 @@ class _Settings:
     place: torch.device | None
     spill_to: Path | None
     group: ProcessGroup
+    saved: SavedFits | None
 
 
 class _ClosedFormFit:
@@ -268,6 +273,9 @@ class _ClosedFormFit:
 
     def _refit(self, block: int, end: int, gap: int) -> bool:
         """Fit a block's output to the dense states at `end`; return whether that gained something."""
+        before = self.divergence
+        if self._restore(block):
+            return self.divergence < before * (1 - NEXT_TO_NOTHING)
         projections = self._projections(block)
         if not projections:
             if gap:
@@ -277,7 +285,6 @@ class _ClosedFormFit:
             return False
         with self.skippable.in_place(block):
             fit = self._fit_block(block, projections)
-        before = self.divergence
         self._keep_if_better(block, gap, projections, fit)
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
@@ -336,6 +343,8 @@ class _ClosedFormFit:
 
     def _refit_norm(self) -> None:
         """Refit the gains of the final norm, and so the scale of the logits, to the dense model's states there."""
+        if self._restore(None):
+            return
 
         def find() -> ResidualProjection | None:
             norm = final_norm(self.skippable, self.pruned[0].to(self.skippable.device), self.ids[0])
@@ -367,6 +376,24 @@ class _ClosedFormFit:
             kept=kept,
         )
         self.fits.append(record)
+        if self.settings.saved is not None and self.group.is_main:
+            self.settings.saved.write(record, fit.values if kept else {})
+
+    def _restore(self, block: int | None) -> bool:
+        """Take over the fit of a block (None: of the final norm) from an interrupted run; return whether there is one.
+
+        The values go where weights lie, since fast kernels may round differently at other addresses.
+        """
+        saved = self.settings.saved
+        found = self.group.from_main(lambda: saved.read(block) if saved is not None else None)
+        if found is None:
+            return False
+        record, values = found
+        place = self.skippable.device if block is None else self.skippable.places[block]
+        self.values = self.values | {name: self._kept(value.to(place, copy=True)) for name, value in values.items()}
+        self.divergence = record.divergence if record.kept else self.divergence
+        self.fits.append(record)
+        return True
 
     def _best_fit(
         self,

@@ -14,8 +14,8 @@ from sleb_cli.engine.device import in_smaller_pieces
 from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
-from sleb_cli.engine.recovery.heal_state import Saved, other_state
 from sleb_cli.engine.recovery.low_rank import LowRank
+from sleb_cli.engine.recovery.unfinished import Saved, other_state
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.portions import Portion
 from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
@@ -220,6 +220,7 @@ class _Healing:
                 self.progress.checks = int(used * CHECKS)
                 self._check()
             self._save_if_due()
+        self._save()  # what comes after may fail, too
         return used
 
     def _share(self) -> float:
@@ -321,11 +322,14 @@ class _Healing:
         began = time.monotonic()
         if began - self._saved_at < max(SECONDS_BETWEEN_SAVES, self._save_seconds / MAX_SAVING_SHARE):
             return
-        if self.group.rank == 0:
-            state = {f"trained.{name}": tensor for name, tensor in self.trained.state().items()}
-            self.save(Saved({"progress": asdict(self.progress)}, state | {"best": self.best}))
+        self._save()
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - began
+
+    def _save(self) -> None:
+        if self.group.is_main:
+            state = {f"trained.{name}": tensor for name, tensor in self.trained.state().items()}
+            self.save(Saved({"progress": asdict(self.progress)}, state | {"best": self.best}))
 
     def _restore(self, saved: Saved) -> None:
         self.progress = _progress_of(saved)

@@ -31,8 +31,8 @@ from sleb_cli.engine.recovery.heal import (
     choose_budget,
     heal,
 )
-from sleb_cli.engine.recovery.heal_state import HealState, Saved, other_state
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of, trained_numbers
+from sleb_cli.engine.recovery.unfinished import Saved, SavedFits, Unfinished, other_state
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -49,8 +49,8 @@ from sleb_cli.engine.text.calibration import (
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.sources import TextSplit
-from sleb_cli.events import Notify, task
-from sleb_cli.plan import HealRecord, LossesRecord, Plan, RecoveryRecord
+from sleb_cli.events import Notice, Notify, task
+from sleb_cli.plan import CalibrationRecord, HealRecord, LossesRecord, Plan, RecoveryRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     RECOVERY_LENGTH,
@@ -114,7 +114,7 @@ def recover(
     subject: Subject,
     request: ApplyRequest,
     cast: torch.dtype | None,
-    state: HealState,
+    state: Unfinished,
     group: ProcessGroup,
     notify: Notify,
     gguf: GgufFile | None = None,
@@ -125,7 +125,7 @@ def recover(
         subject: the model and the removed blocks.
         request: how to recover.
         cast: the data type of the checkpoint; None for the model's own.
-        state: the saved state of an unfinished healing.
+        state: where what is found is kept until the output is written.
         group: the processes that recover together.
         notify: the listener for events.
         gguf: the file that the model was read from, if the values are to be packed as there; None for a checkpoint.
@@ -145,7 +145,7 @@ class _Recovery:
         subject: Subject,
         request: ApplyRequest,
         cast: torch.dtype | None,
-        state: HealState,
+        state: Unfinished,
         group: ProcessGroup,
         notify: Notify,
         gguf: GgufFile | None,
@@ -225,6 +225,19 @@ class _Recovery:
         """Return the values that the written file gives back."""
         return self.packed.store(values) if self.packed else values
 
+    @property
+    def _computation(self) -> dict[str, Any]:
+        """What decides the values that are found on the same text."""
+        return {
+            "model": self.architecture.source.fingerprint,
+            "sleb": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "dtype": dtype_name(self.dtype),
+            "stored": dtype_name(self.stored),
+            "device": self.device.type,
+        }
+
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a healing to be resumed.
@@ -232,23 +245,16 @@ class _Recovery:
         The text is compared by its tokens, and text of the model's own by all that it is generated from.
         """
         text, budget = self.settings, self.budget
-        return {
-            "model": self.architecture.source.fingerprint,
+        return self._computation | {
             "removals": list(self.surgery.removals),
             "recover": self.request.recover,
             "calibration": text.source,
             "text": texts_sha256(self._splits(), self.tokenizer),
-            "sleb": __version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
             "samples": text.samples,
             "sequence_length": text.sequence_length,
             "seed": text.seed,
             "heal_minutes": budget.minutes if budget else None,
             "heal_tokens": budget.tokens if budget else None,
-            "dtype": dtype_name(self.dtype),
-            "stored": dtype_name(self.stored),
-            "device": self.device.type,
             "processes": self.group.size,
         }
 
@@ -278,12 +284,27 @@ class _Recovery:
                 in_host_memory=self.in_host_memory,
                 spill_to=existing_cache() if self.placement.stream else None,
                 group=self.group,
+                saved=self._saved_fits(fitted.record, deciding.record),
             )
             if not self.budget:
                 values = self._as_written(values)
             after = self._measure("recovered", Variant(skippable, removed, values), dense, reported.sequences)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
         return _Start(deciding.sequences, reported.sequences, values, record)
+
+    def _saved_fits(self, fitted: CalibrationRecord, deciding: CalibrationRecord) -> SavedFits:
+        """Return the fits of this very recovery, on these tokens."""
+        saved = self.state.fits(
+            self._computation
+            | {
+                "removed": sorted(self.surgery.removed),
+                "fitted": fitted.tokens_sha256,
+                "deciding": deciding.tokens_sha256,
+            }
+        )
+        if self.group.is_main and (count := len(saved)):
+            self.notify(Notice(f"Continuing with {count} fits of an interrupted run."))
+        return saved
 
     def _splits(self) -> list[CalibrationSettings]:
         """Return the settings of the text to fit, the text that decides and the text that is reported on."""

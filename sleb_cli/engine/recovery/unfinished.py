@@ -1,21 +1,32 @@
-"""An unfinished healing on disk, beside the checkpoint to be written, so that an interrupted one can be resumed."""
+"""What a recovery has found so far, kept in a hidden folder beside its output until that is written.
+
+Each fit in closed form has a file, under a key of all that its values depend on, so the same command finds it again. A
+healing has one file, which --resume continues.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb_cli.atomic import new_file, writing
 from sleb_cli.engine.third_party import errors_of_the_disk
+from sleb_cli.events import Notice, Notify
+from sleb_cli.plan import FitRecord
 from sleb_cli.records import require_same_work
 from sleb_plugins import OutputError, PlanError
 
@@ -23,6 +34,12 @@ _KEY = "sleb"
 
 # Raise it when the same state would mean something else.
 FORMAT = 3
+
+SUFFIX = ".recovery"
+"""How the names of the hidden folders end."""
+DAYS_KEPT = 30
+"""After this many days without a change, a later recovery in the same place removes the folder."""
+_OURS = re.compile(r"healing\.safetensors|fits-[0-9a-f]{16}|(norm|block-\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,17 +74,79 @@ def other_state(reason: str) -> PlanError:
     )
 
 
-class HealState:
-    """The hidden folder beside `output` that holds the saved state, one file."""
+class SavedFits:
+    """The fits of one recovery in closed form; `identity` names all that their values depend on."""
+
+    def __init__(self, place: Path, identity: Mapping[str, Any]) -> None:
+        self._place = place
+        self._identity = {"format": FORMAT} | dict(identity)
+        key = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        self._folder = place / f"fits-{key[:16]}"
+
+    def __len__(self) -> int:
+        return len(list(self._folder.glob("*.safetensors")))
+
+    def _file(self, block: int | None) -> Path:
+        return self._folder / ("norm.safetensors" if block is None else f"block-{block}.safetensors")
+
+    def read(self, block: int | None) -> tuple[FitRecord, dict[str, Tensor]] | None:
+        """Return the record of a block's fit (None: of the final norm) and its new values; None if it is not saved.
+
+        Raises:
+            PlanError: the file cannot be read, or is broken.
+        """
+        if not (file := self._file(block)).exists():
+            return None
+        text, values = _read(file)
+        try:
+            return FitRecord.model_validate_json(text), values
+        except ValidationError as error:
+            raise _broken(file) from error
+
+    def write(self, record: FitRecord, values: Mapping[str, Tensor]) -> None:
+        """Save a fit; one that is not kept has no values.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with writing(self._place):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        _write(self._file(record.block), record.model_dump_json(), values)
+
+
+class Unfinished:
+    """What is unfinished of the recovery into `output`, in the hidden folder beside it."""
 
     def __init__(self, output: Path) -> None:
-        self.folder = output.absolute().with_name(f".{output.name}.heal")
-        self._file = self.folder / "state.safetensors"
+        self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
+        self._file = self.folder / "healing.safetensors"
 
     @property
     def exists(self) -> bool:
         """Whether there is an unfinished healing."""
         return self._file.exists()
+
+    def fits(self, identity: Mapping[str, Any]) -> SavedFits:
+        """Return the fits that are kept under this identity."""
+        return SavedFits(self.folder, identity)
+
+    @contextmanager
+    def told_on_failure(self, notify: Notify) -> Iterator[None]:
+        """Say what is kept if something fails or is interrupted meanwhile."""
+        try:
+            yield
+        except BaseException:
+            if kept := self._kept():
+                notify(Notice(kept))
+            raise
+
+    def _kept(self) -> str | None:
+        """Return a sentence on what is kept and how to go on from there; None if nothing is."""
+        if self.exists:
+            return f"The healing is kept in {self.folder}: rerun with --resume to continue."
+        if any(self.folder.glob("fits-*/*.safetensors")):
+            return f"The fits so far are kept in {self.folder}: run the same command again to continue."
+        return None
 
     def require(self, *, resume: bool, force: bool) -> None:
         """Check, before any work, that no unfinished healing would be overwritten.
@@ -75,9 +154,9 @@ class HealState:
         Raises:
             OutputError: there is one, and neither `resume` nor `force` is set, or its place leads elsewhere.
         """
-        if self.folder.is_symlink() or self._file.is_symlink():
+        if self.folder.is_symlink() or any(path.is_symlink() for path in self.folder.rglob("*")):
             raise OutputError(
-                f"{self.folder} is a link, or holds one, so an unfinished healing would be kept elsewhere.",
+                f"{self.folder} is a link, or holds one, so an unfinished recovery would be kept elsewhere.",
                 hint="Remove it, or choose another place with -o.",
             )
         if self.exists and not (resume or force):
@@ -102,24 +181,13 @@ class HealState:
         """
         if not self._file.exists():
             return None
-        broken = PlanError(
-            f"{self._file} is broken, or was not written by sleb.",
-            hint="Remove its folder, or start over with --force.",
-        )
-        if not self._file.is_file():
-            raise broken
+        text, tensors = _read(self._file)
         try:
-            with errors_of_the_disk(), safe_open(self._file, framework="pt") as file:
-                data = json.loads(file.metadata()[_KEY])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise PlanError(
-                f"{self._file} cannot be read: {error.strerror or error}.", hint="Check the disk that it is on."
-            ) from error
-        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise broken from error
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _broken(self._file) from error
         if not isinstance(data, dict) or not isinstance(data.get("identity"), dict):
-            raise broken
+            raise _broken(self._file)
         require_same_work(
             self.folder, "healing", data["identity"], {"format": FORMAT} | dict(identity), "plan, text and budget"
         )
@@ -133,10 +201,48 @@ class HealState:
         """
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-        text = json.dumps({"identity": {"format": FORMAT} | dict(identity)} | saved.data)
-        with new_file(self._file) as aside, errors_of_the_disk():
-            save_file(saved.tensors, aside, metadata={_KEY: text})
+        _write(self._file, json.dumps({"identity": {"format": FORMAT} | dict(identity)} | saved.data), saved.tensors)
 
     def delete(self) -> None:
         """Delete the folder once the checkpoint is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def clear_old(parent: Path) -> None:
+    """Remove what recoveries that nobody continued left in a folder long ago."""
+    with suppress(OSError):
+        for folder in parent.glob(f".*{SUFFIX}"):
+            files = list(folder.glob("*")) + list(folder.glob("fits-*/*"))
+            is_ours = not folder.is_symlink() and files and all(_OURS.fullmatch(path.name) for path in files)
+            if is_ours and time.time() - max(path.lstat().st_mtime for path in files) > DAYS_KEPT * 86400:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the text and the tensors of a file.
+
+    Raises:
+        PlanError: it cannot be read, or is broken.
+    """
+    if not file.is_file():
+        raise _broken(file)
+    try:
+        with errors_of_the_disk(), safe_open(file, framework="pt") as opened:
+            return opened.metadata()[_KEY], {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise PlanError(
+            f"{file} cannot be read: {error.strerror or error}.", hint="Check the disk that it is on."
+        ) from error
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _broken(file) from error
+
+
+def _write(file: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
+    with new_file(file) as aside, errors_of_the_disk():
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata={_KEY: text})
+
+
+def _broken(file: Path) -> PlanError:
+    return PlanError(
+        f"{file} is broken, or was not written by sleb.", hint="Remove its folder, or start over with --force."
+    )
