@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -475,6 +476,23 @@ def test_a_failed_proof_says_where_it_differs_first_and_keeps_the_evidence(
     )
     assert "kept/here already exists." in run_sleb(*command).stderr
     assert run_sleb(*command[:-1], "other", "--no-verify").exit_code == 2
+
+
+@pytest.mark.parametrize("too_large", [False, True])
+def test_a_tokenizer_that_was_forgotten_fails_the_proof(run_sleb, tiny_llama, tmp_path, monkeypatch, too_large):
+    if too_large:
+        monkeypatch.setattr(proof, "free_bytes", lambda device: 1000)
+    find = engine._find_other_files
+
+    def forget(*arguments, **options):
+        found = find(*arguments, **options)
+        return replace(found, files=tuple(file for file in found.files if file.name != "tokenizer.json"))
+
+    monkeypatch.setattr(engine, "_find_other_files", forget)
+    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")
+    assert result.exit_code == 9, result.stderr
+    assert "its tokenizer " in result.stderr
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("too_large", [False, True])

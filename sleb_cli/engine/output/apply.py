@@ -109,7 +109,8 @@ def apply_removals(
         new_folder(folder, replace=outputs.replace) as aside,
         subject.architecture.source.watch.unchanged(),
     ):
-        _plan_checkpoint(surgery, cast, None, shard_bytes).require_space(aside)
+        if request.recover or request.heal:
+            _plan_checkpoint(surgery, cast, None, shard_bytes).require_space(aside)
         recovered = _recover(subject, request, cast, state, group, notify)
         record = recovered.record if recovered else None
         checkpoint = _plan_checkpoint(surgery, cast, recovered, shard_bytes)

@@ -45,7 +45,7 @@ from sleb_cli.results import GgufResult, RepackedTensors
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
-from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, pieces, read_gguf, write_gguf
+from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
 from sleb_plugins.gguf.llama_cpp import holds_model_type
 from sleb_plugins.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 
@@ -310,15 +310,15 @@ def _prove(
 
 
 def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
-    """Read the file with the gguf package, and compare its metadata and every byte of every tensor with the source.
+    """Compare the file's metadata and every byte of every tensor with the source, or with the new values.
 
-    Tensors with new values are compared with these.
+    The gguf package reads the tensors of both files, so by none of the code that wrote.
 
     Raises:
         ProofError: anything differs.
     """
     with translate_errors(lambda words: _failed(f"the gguf package cannot read it: {words}")):
-        found = gguf.GGUFReader(aside).tensors
+        found, source = gguf.GGUFReader(aside).tensors, gguf.GGUFReader(pruned.path).tensors
     try:
         written = read_gguf(aside)
     except ModelError as error:
@@ -327,10 +327,12 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
         raise _failed(f"its metadata differ from the expected ones: {what}")
     if len(found) != len(pruned.tensors):
         raise _failed(f"it holds {len(found)} tensors, not {len(pruned.tensors)}")
-    with pruned.path.open("rb", buffering=0) as source:
-        for tensor, expected in zip(found, pruned.tensors, strict=True):
-            if not (_is_the_same(tensor, expected) and _holds(tensor, pieces(source, expected))):
-                raise _failed(f"the tensor {tensor.name} differs from the expected {expected.name}")
+    there = {(tensor.data_offset, tensor.n_bytes): tensor for tensor in source}
+    for tensor, expected in zip(found, pruned.tensors, strict=True):
+        original = there.get((expected.start, expected.size))
+        values = _bytes_of(original) if original is not None and expected.values is None else expected.values
+        if not _is_the_same(tensor, expected) or values is None or _bytes_of(tensor) != values:
+            raise _failed(f"the tensor {tensor.name} differs from the expected {expected.name}")
     if (size := aside.stat().st_size) != gguf_size(pruned):
         raise _failed(f"it has {size} bytes, not {gguf_size(pruned)}")
 
@@ -352,13 +354,8 @@ def _is_the_same(found: gguf.ReaderTensor, expected: Tensor) -> bool:
     return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
 
 
-def _holds(found: gguf.ReaderTensor, expected: Iterable[bytes]) -> bool:
-    values, place = found.data.reshape(-1).view(np.uint8), 0
-    for piece in expected:
-        if values[place : place + len(piece)].tobytes() != piece:
-            return False
-        place += len(piece)
-    return place == len(values)
+def _bytes_of(tensor: gguf.ReaderTensor) -> memoryview:
+    return memoryview(tensor.data.reshape(-1).view(np.uint8))
 
 
 def _prove_with_transformers(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from sleb_cli.atomic import free_space, writing
 from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
@@ -38,6 +38,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.loading import (
     DeviceMap,
     has_tokenizer,
@@ -258,17 +259,20 @@ def _prove(reference: Reference, folder: Path, planned: Planned, settings: Proof
         if settings.placement.stream:
             notify(Notice("For the proof, blocks stay on the disk; it reads all weights about eight times."))
         checks = _runs(reference, folder, settings, notify)
-    for check, sentence, values in chain(_as_planned(folder, planned, notify), checks):
+    for check, sentence, values in chain(
+        _as_planned(reference.surgery.architecture.source, folder, planned, notify), checks
+    ):
         notify(CheckPassed(sentence) if check else Notice(sentence))
         proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
     return proof
 
 
-def _as_planned(folder: Path, planned: Planned, notify: Notify) -> Iterator[CheckResult]:
+def _as_planned(source: ModelSource, folder: Path, planned: Planned, notify: Notify) -> Iterator[CheckResult]:
     """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
     if planned.files:
         _require_files(folder, planned.files)
     yield _complete(folder, planned)
+    _require_same_tokens(source, folder)
     yield _same_bytes(folder, planned.tensors, notify)
 
 
@@ -336,6 +340,20 @@ def _complete(folder: Path, planned: Planned) -> CheckResult:
             _require_header(header, planned.files.weights[header.path.name])
     files = "1 file" if len(weights.names) == 1 else f"{len(weights.names)} files"
     return "complete", f"complete: {len(found)} tensors in {files}", {}
+
+
+def _require_same_tokens(source: ModelSource, folder: Path) -> None:
+    """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
+    if not has_tokenizer(source):
+        return
+    with (
+        translate_errors(lambda words: _failed(f"its tokenizer cannot be loaded: {words}")),
+        errors_of_the_disk(),
+    ):
+        ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
+    theirs = load_tokenizer(source)
+    if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
+        raise _failed("its tokenizer is not the dense model's")
 
 
 def _require_header(found: Header, shard: Shard) -> None:
