@@ -150,7 +150,7 @@ def read_text(path: Path, own: Path) -> None:
     for split in (TextSplit(), TextSplit(0.7, 0.9)):
         text = calibration_text(str(path), tokens=100, seed=0, split=split)
         require_windows(cut_windows(tokenizer, text.content, 4, bos=False), text, tokenizer, 4)
-    cut_for_evaluation(tokenizer, evaluation_text(str(path)), 4, stride=2).count_words(tokenizer)
+    cut_for_evaluation(tokenizer, evaluation_text(str(path)), 4, stride=2)
 
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

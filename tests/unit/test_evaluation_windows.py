@@ -1,7 +1,11 @@
 """How a text is cut for evaluation: which predictions count, and which document each belongs to."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.sources import Text, evaluation_text
@@ -71,14 +75,63 @@ def test_documents_of_a_file_are_its_lines(tokenizer, tmp_path):
     assert len(cut_for_evaluation(tokenizer, text, 8).clusters.unique()) == 4
 
 
-def test_words_and_bytes_are_those_of_the_counted_tokens(tokenizer):
-    text = prose(40)
-    windows = cut_for_evaluation(tokenizer, Text("t", text), 64, bos=True)
-    words, size = windows.count_words(tokenizer)
-    used = tokenizer.decode(windows.ids[:, 1:].flatten().tolist())
-    assert size == len(used.encode())
-    # A word that a window's edge cuts counts on both sides.
-    assert len(used.split()) <= words <= len(used.split()) + len(windows.ids)
+def byte_level():
+    """Tokens that may be parts of a character, which belongs to the first of them."""
+    return train_tokenizer(bos=False), 0
+
+
+def byte_level_with_bos():
+    return train_tokenizer(bos=True), 0
+
+
+def dropping_spaces():
+    """Words, and what is unknown, without the spaces around them."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "[UNK]": 1, "river": 2, ".": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="[UNK]"), 0
+
+
+def without_offsets():
+    """Bytes, by a tokenizer that does not say where they lie; a character belongs to the last of them."""
+    return ByT5Tokenizer(extra_ids=0, bos_token="<pad>"), -1
+
+
+def owners(tokenizer, text, ids, which):
+    """Return which token each character of a text belongs to, by what each token stands for."""
+    if isinstance(tokenizer, ByT5Tokenizer):
+        sizes = [0 if token < 3 else 1 for token in ids]
+    elif tokenizer.unk_token is None:
+        special = set(tokenizer.all_special_tokens)
+        sizes = [0 if token in special else len(token) for token in tokenizer.convert_ids_to_tokens(ids)]
+    else:
+        ends = [end for _, end in tokenizer(text, return_offsets_mapping=True).offset_mapping]
+        sizes = [len(text[a:b].encode()) for a, b in pairwise([0, *ends])]
+    of_bytes = [token for token, size in enumerate(sizes) for _ in range(size)]
+    first = list(accumulate((len(character.encode()) for character in text), initial=0))
+    return [of_bytes[end - 1 if which else start] for start, end in pairwise(first) if end <= len(of_bytes)]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("stride", [None, 1, 2, 3, 5, 8, 11, 15, 16])
+@pytest.mark.parametrize("make", [byte_level, byte_level_with_bos, dropping_spaces, without_offsets])
+def test_each_word_and_byte_counts_once(make, stride, bos):
+    tokenizer, which = make()
+    text = "  " + prose(8).replace("e", "é").replace(" ", " 🌊", 3).replace(".", ".\n ") + " \u3000漢字\u2028end "
+    ids = tokenizer(text, add_special_tokens=not bos).input_ids
+    own = 16 - bos
+    stride = stride and min(stride, own)
+    windows = cut_for_evaluation(tokenizer, Text("t", text), 16, bos=bos, stride=stride)
+    starts = [number * (stride or own) for number in range(len(windows.ids))]
+    predicted = [
+        start + place + 1 - bos
+        for start, row in zip(starts, windows.counted, strict=True)
+        for place in row.nonzero()[:, 0].tolist()
+    ]
+    assert len(predicted) == len(set(predicted))
+    counted = [token in set(predicted) for token in owners(tokenizer, text, ids, which)]
+    assert windows.bytes == sum(len(c.encode()) for c, is_read in zip(text, counted, strict=False) if is_read)
+    begins = [not c.isspace() and (n == 0 or text[n - 1].isspace()) for n, c in enumerate(text)]
+    assert windows.words == sum(is_read for is_read, begun in zip(counted, begins, strict=False) if begun)
 
 
 def test_the_limit_of_a_protocol_and_of_the_user(tokenizer):

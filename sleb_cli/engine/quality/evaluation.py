@@ -66,7 +66,7 @@ def evaluate_subject(
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size = None if request.items_per_batch == AUTO else int(request.items_per_batch)
-    measured = tuple(measure_text(windows, models, parts, tokenizer, batch_size, group, notify) for windows in texts)
+    measured = tuple(measure_text(windows, models, parts, batch_size, group, notify) for windows in texts)
     found = _run_tasks(tasks, models, parts, tokenizer, group, notify) if tasks else {}
     result = EvalResult(
         schema_version=1,

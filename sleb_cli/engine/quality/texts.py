@@ -44,7 +44,6 @@ def measure_text(
     windows: EvaluationWindows,
     models: Models,
     parts: Parts,
-    tokenizer: Any,
     batch_size: int | None,
     group: ProcessGroup,
     notify: Notify,
@@ -56,7 +55,6 @@ def measure_text(
     """
     dense, *pruned = _score_windows(windows, models, parts, batch_size, group, notify)
     counted, clusters = windows.counted, windows.clusters
-    words, characters = windows.count_words(tokenizer)
     return TextResult(
         text=windows.text.source,
         windows=len(windows.ids),
@@ -64,15 +62,15 @@ def measure_text(
         stride=windows.stride,
         bos=windows.bos,
         tokens=int(counted.sum()),
-        words=words,
-        bytes=characters,
+        words=windows.words,
+        bytes=windows.bytes,
         clusters=len(set(clusters[counted].tolist())),
         clustered_by="documents" if windows.by_document else "windows",
         tokens_sha256=tokens_sha256(windows.ids),
-        dense=TextScores(**_summary(dense, windows, words, characters, ())),
+        dense=TextScores(**_summary(dense, windows, ())),
         pruned=tuple(
             PrunedTextScores(
-                **_summary(scores, windows, words, characters, removals),
+                **_summary(scores, windows, removals),
                 **vars(paired_loss(scores, dense, counted, clusters)),
                 removals=removals,
                 divergence=divergence_record(scores, dense, counted, clusters),
@@ -82,9 +80,7 @@ def measure_text(
     )
 
 
-def _summary(
-    scores: TokenScores, windows: EvaluationWindows, words: int, characters: int, removals: tuple[int, ...]
-) -> dict[str, Any]:
+def _summary(scores: TokenScores, windows: EvaluationWindows, removals: tuple[int, ...]) -> dict[str, Any]:
     counted, loss = windows.counted, mean_loss(scores, windows.counted)
     if not math.isfinite(loss) or loss > math.log(1e300):
         what = "dense model" if not removals else f"model without blocks {', '.join(map(str, removals))}"
@@ -96,9 +92,9 @@ def _summary(
 
     return {
         "perplexity": math.exp(loss),
-        "word_perplexity": perplexity_per(words),
-        "byte_perplexity": perplexity_per(characters),
-        "bits_per_byte": total / characters / math.log(2) if characters else None,
+        "word_perplexity": perplexity_per(windows.words),
+        "byte_perplexity": perplexity_per(windows.bytes),
+        "bits_per_byte": total / windows.bytes / math.log(2) if windows.bytes else None,
         "calibration_error": expected_calibration_error(scores, counted),
         "losses": window_losses(scores, counted),
     }

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from sleb_cli.engine.text.sources import Text
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_cli.results import Bos
 from sleb_plugins import DataError, UsageError
+
+# At the start of what it decodes, a tokenizer may drop a space, or the rest of a character that began before.
+CONTEXT_TOKENS = 8
 
 
 def choose_length(
@@ -69,6 +73,8 @@ class EvaluationWindows:
         by_document: whether the clusters are documents.
         bos: what begins with the BOS token.
         stride: how many tokens further each window begins; None if windows do not overlap.
+        words: how many words begin in the counted tokens.
+        bytes: how many bytes of UTF-8 the counted tokens stand for.
     """
 
     text: Text
@@ -78,14 +84,8 @@ class EvaluationWindows:
     by_document: bool
     bos: Bos
     stride: int | None
-
-    def count_words(self, tokenizer: Any) -> tuple[int, int]:
-        """Return the number of words and of bytes of UTF-8 that the counted tokens stand for."""
-        words = characters = 0
-        for row, counted in zip(self.ids, self.counted, strict=True):
-            text = tokenizer.decode(row[1:][counted].tolist(), clean_up_tokenization_spaces=False)
-            words, characters = words + len(text.split()), characters + len(text.encode())
-        return words, characters
+    words: int
+    bytes: int
 
 
 def cut_for_evaluation(
@@ -111,37 +111,98 @@ def cut_for_evaluation(
     own = length - bos
     if stride is not None and not 1 <= stride <= own:
         raise UsageError(f"--stride {stride} does not fit windows of {own} tokens.", hint=f"Use 1 to {own}.")
-    ids, documents = _tokens(tokenizer, text, special=not bos)
+    ids, offsets = _tokens(tokenizer, text, special=not bos)
     step = stride or own
-    ids = ids[: text.limit * own] if text.limit else ids
-    starts = range(0, len(ids) - own + 1, step)[:most]
-    rows = torch.tensor([ids[start : start + own] for start in starts], dtype=torch.int64).reshape(len(starts), own)
-    require_windows(rows, text, tokenizer, length)
+    most_tokens = text.limit * own if text.limit else len(ids)
+    stream = torch.tensor(ids[:most_tokens], dtype=torch.int64)
+    starts = torch.tensor(range(0, len(stream) - own + 1, step)[:most], dtype=torch.int64)
+    places = starts.unsqueeze(1) + torch.arange(own)
+    rows = require_windows(stream[places], text, tokenizer, length)
     counted = torch.ones(rows.shape, dtype=torch.bool)
     counted[1:, : own - step] = False
-    clusters = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
-    if documents is not None:
-        clusters = torch.stack([documents[start : start + own] for start in starts])
-    by_document = len(set(clusters[counted].tolist())) > 1 and documents is not None
-    if not by_document:
-        clusters = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
-    start = torch.full((len(rows), int(bos)), tokenizer.bos_token_id if bos else 0)
-    policy: Bos = "windows" if bos else "text" if adds_bos(tokenizer) else "none"
     # The first token is predicted only after a BOS.
     first = 0 if bos else 1
+    counted[:, :first] = False
+    clusters = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
+    by_document = False
+    if text.documents and offsets is not None:
+        documents = _documents(text, offsets)[places]
+        by_document = len(set(documents[counted].tolist())) > 1
+        clusters = documents if by_document else clusters
+    predicted = torch.zeros(len(stream), dtype=torch.bool)
+    predicted[places[counted]] = True
+    words, size = (
+        _count_decoded(tokenizer, stream, predicted)
+        if offsets is None
+        else _count(text.content, offsets[: len(stream), 1], predicted)
+    )
+    start = torch.full((len(rows), int(bos)), tokenizer.bos_token_id if bos else 0)
     return EvaluationWindows(
-        text, torch.cat([start, rows], dim=1), counted[:, first:], clusters[:, first:], by_document, policy, stride
+        text=text,
+        ids=torch.cat([start, rows], dim=1),
+        counted=counted[:, first:],
+        clusters=clusters[:, first:],
+        by_document=by_document,
+        bos="windows" if bos else "text" if adds_bos(tokenizer) else "none",
+        stride=stride,
+        words=words,
+        bytes=size,
     )
 
 
 def _tokens(tokenizer: Any, text: Text, *, special: bool) -> tuple[list[int], Tensor | None]:
-    """Tokenize a text as a whole, and say which document each token is from, if it has several and that is known."""
-    if not (text.documents and getattr(tokenizer, "is_fast", False)):
+    """Tokenize a text as a whole; return the tokens, and where each begins and ends in it, if the tokenizer says.
+
+    A token that stands for no text, such as a BOS, begins and ends where the one before it ends.
+    """
+    if not getattr(tokenizer, "is_fast", False):
         return tokenizer(text.content, add_special_tokens=special).input_ids, None
     found = tokenizer(text.content, add_special_tokens=special, return_offsets_mapping=True)
-    starts = torch.tensor([start for start, _ in found.offset_mapping])
-    documents = torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1
-    return found.input_ids, documents.clamp(min=0)
+    offsets = torch.tensor(found.offset_mapping, dtype=torch.int64).reshape(-1, 2)
+    return found.input_ids, offsets.cummax(0).values
+
+
+def _documents(text: Text, offsets: Tensor) -> Tensor:
+    """Return which document each token is from."""
+    starts = offsets[:, 0].contiguous()
+    return (torch.searchsorted(torch.tensor(text.documents), starts, right=True) - 1).clamp(min=0)
+
+
+def _count(content: str, ends: Tensor, counted: Tensor) -> tuple[int, int]:
+    """Return how many words begin in the counted tokens, and how many bytes of UTF-8 they stand for.
+
+    A token stands for the characters from the end of the token before it, so each belongs to one token.
+    """
+    characters = np.frombuffer(content.encode("utf-32-le"), dtype="<u4")
+    spaces = np.isin(characters, [point for point in np.unique(characters) if chr(point).isspace()])
+    begins = ~spaces & np.concatenate([[True], spaces])[:-1]
+    widths = 1 + np.digitize(characters, [0x80, 0x800, 0x10000])
+    of_counted = np.repeat(counted.numpy(), np.diff(ends.numpy(), prepend=0))
+    read = slice(len(of_counted))
+    return int(begins[read][of_counted].sum()), int(widths[read][of_counted].sum())
+
+
+def _count_decoded(tokenizer: Any, ids: Tensor, counted: Tensor) -> tuple[int, int]:
+    """Count words and bytes by what a tokenizer without offsets makes of the tokens.
+
+    Each run of counted tokens is decoded after some of those before it, so that it begins in the middle of a text.
+    """
+    edges = torch.diff(
+        counted.int(), prepend=torch.zeros(1, dtype=torch.int32), append=torch.zeros(1, dtype=torch.int32)
+    )
+    words = size = 0
+    for first, last in zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True):
+        begin = max(0, first - CONTEXT_TOKENS)
+        before, whole = (_decoded(tokenizer, ids[begin:end].tolist()) for end in (first, last))
+        words += len(whole.split()) - len(before.split())
+        size += len(whole.encode()) - len(before.encode())
+    return words, size
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    """Return the text of tokens; a character of which some bytes are missing at the end belongs to the next token."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 def _rows(ids: list[int], length: int, start: list[int]) -> Tensor:
