@@ -266,10 +266,12 @@ class TaskResult(Record):
 class EvalResult(ResultRecord):
     """The quality of the dense model and of each size of the pruned one, `sizes`: the removed blocks, fewest first.
 
-    `lm_eval` names the files in the format of lm-eval's own command, if any were written.
+    `behavior` is a hash over all of the model's files that decide a number: weights, config, trusted code, tokenizer
+    and generation settings. `lm_eval` names the files in the format of lm-eval's own command, if any were written.
     """
 
     kind: Literal["eval"]
+    behavior: str | None = None
     sizes: tuple[tuple[int, ...], ...]
     torch: str
     transformers: str
@@ -278,16 +280,18 @@ class EvalResult(ResultRecord):
     tasks: tuple[TaskResult, ...]
     lm_eval: tuple[str, ...] = ()
 
+    @property
+    def setting(self) -> tuple[object, ...]:
+        """What results share that can stand beside each other."""
+        model = (self.model.fingerprint, self.model.code, self.behavior)
+        return (*model, self.dtype, self.device, self.sleb_version, self.torch, self.transformers)
+
     def merged_with(self, previous: EvalResult) -> EvalResult:
-        """Return both results as one, if they are of the same model in the same data type on the same kind of device.
+        """Return both results as one, if they are of the same model in the same setting: see `setting`.
 
         What was measured in both is taken from this one.
         """
-        if (self.model.fingerprint, self.dtype, self.device) != (
-            previous.model.fingerprint,
-            previous.dtype,
-            previous.device,
-        ):
+        if self.setting != previous.setting:
             return self
         sizes = {frozenset(size): size for size in (*previous.sizes, *self.sizes)}
         return self.model_copy(
@@ -513,8 +517,8 @@ class BenchResult(ResultRecord):
     @property
     def setting(self) -> tuple[object, ...]:
         """What results share that can stand beside each other."""
-        model = self.model.fingerprint
-        return (model, self.dtype, self.device, self.processor, self.threads, self.torch, self.transformers)
+        model = (self.model.fingerprint, self.model.code)
+        return (*model, self.dtype, self.device, self.processor, self.threads, self.torch, self.transformers)
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.

@@ -28,10 +28,16 @@ def environment_record(plugins: dict[str, str], device: torch.device, seconds: f
 
 def processor_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its number of threads."""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{chip_name(device)}{threads}"
+
+
+def chip_name(device: torch.device) -> str:
+    """Return the name of the GPU or CPU."""
     named = None if device.type == "cpu" else getattr(torch.get_device_module(device.type), "get_device_name", None)
     if named is not None:
         return str(named(device))
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return _cpu_name()
 
 
 def cpu_governor(file: Path = GOVERNOR) -> str | None:

@@ -196,6 +196,40 @@ def test_an_evaluation_runs_once(run_sleb, tiny_llama, test_text, task_folder, m
     assert passes
 
 
+WRITTEN = """
+task: own_answers
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{choices[0]}}}}"
+generation_kwargs: {{do_sample: false, max_gen_toks: 8, until: []}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_a_change_of_generation_settings_is_measured_anew(run_sleb, tiny_llama, task_folder, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (task_folder / "written.yaml").write_text(WRITTEN.format(items=tmp_path / "items.jsonl"))
+    options = ["--tasks", "own_answers", "--include-path", task_folder, "--limit", 3, "-q", "--force", "-o", "r.json"]
+
+    def written():
+        assert run_sleb("eval", folder, *options).exit_code == 0
+        (samples,) = (tmp_path / "r.lm-eval" / "dense").glob("samples_*.jsonl")
+        answers = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+        shutil.rmtree(tmp_path / "r.lm-eval")
+        return answers
+
+    first = written()
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"repetition_penalty": 50.0}))
+    changed = written()
+    assert changed != first
+    options.append("--fresh")
+    assert written() == changed
+
+
 def test_packed_weights_are_measured_without_a_second_copy(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
     options = ["--perplexity", test_text, "--sequence-length", 64, "--tasks", "own_weather", "--json", "--fresh"]
     options += ["--include-path", task_folder, "--blocks", "3,1", "--every", 1]

@@ -216,6 +216,26 @@ def test_the_code_of_a_plan_is_required_by_every_command(program, own_code, text
     assert "was made without the Python code that comes with" in refused.stderr
 
 
+def test_numbers_are_those_of_the_code_as_it_is(program, own_code, text_file, tmp_path):
+    folder = own_code()
+
+    def perplexity():
+        command = ("eval", folder, "--perplexity", text_file, "--sequence-length", 32, "--max-windows", 2, "--json")
+        environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+        found = program.run(*command, "--trust-remote-code", cwd=tmp_path, environment=environment)
+        assert found.exit_code == 0, found.stderr
+        return json.loads(found.stdout)["texts"][0]["dense"]["perplexity"], "cached" in found.stderr
+
+    first = perplexity()
+    assert perplexity() == (first[0], True)
+    with (folder / "mine.py").open("a") as code:
+        code.write("\n    def forward(self, input_ids, **options):")
+        code.write("\n        return super().forward(input_ids // 2, **options)\n")
+    changed, cached = perplexity()
+    assert not cached
+    assert changed != first[0]
+
+
 def test_code_that_is_not_needed_runs_only_where_it_is_trusted(program, own_code, tmp_path):
     folder = own_code(model_type="llama")
     result = program.run("apply", folder, "--blocks", 1, "-o", "out", cwd=tmp_path)

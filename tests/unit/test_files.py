@@ -28,6 +28,7 @@ from sleb_cli.atomic import (
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import HEAD_BYTES, Watch, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights, read_json
+from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.third_party import disk_error, errors_of_the_disk
 from sleb_plugins import ModelError, OutputError, ProofError
 
@@ -143,6 +144,56 @@ def test_a_fingerprint_sees_changes_at_both_ends_and_not_the_place(tmp_path):
     (tmp_path / "copy" / "w").write_bytes(content)
     assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 1}) in prints
     assert fingerprint_files([tmp_path / "copy" / "w"], {"a": 2}) not in prints
+
+
+DECIDING = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "qwen.tiktoken", "bpe.codes", "chat_template.jinja",
+    "additional_chat_templates/tool.jinja", "adapter_config.json", "model.py", "sub/more.py",
+)  # fmt: skip
+BESIDE = (
+    "README.md",
+    "log.txt",
+    "plan.json",
+    "plan.eval.json",
+    "sleb_eval.json",
+    "trainer_state.json",
+    "a.png",
+    "t.py.old",
+)
+
+
+@pytest.mark.parametrize("name", [*DECIDING, *BESIDE])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_numbers_are_kept_under_all_files_that_decide_them(tmp_path, name, trusted):
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+
+    def found():
+        source = ModelSource("m", tmp_path, trust_remote_code=trusted)
+        return source.behavior, source.fingerprint
+
+    said = [found()]
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        said.append(found())
+    decides = name in DECIDING and (trusted or not name.endswith(".py"))
+    assert len({behavior for behavior, _ in said}) == (3 if decides else 1)
+    assert len({fingerprint for _, fingerprint in said}) == 1, "a plan stays that of this model"
+
+
+def test_a_file_that_decides_numbers_must_not_change_meanwhile(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    for name in ("config.json", "generation_config.json", "code.py"):
+        (tmp_path / name).write_text("{}")
+    for name in ("generation_config.json", "code.py"):
+        source = ModelSource("m", tmp_path, trust_remote_code=True)
+        assert source.behavior
+        (tmp_path / name).write_text("{ }")
+        with pytest.raises(ModelError, match=f"{name} changed while it was read"):
+            source.watch.require_unchanged()
+        (tmp_path / name).write_text("{}")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/../../x.safetensors", "away/x.safetensors", "/x", "a\0/b"])

@@ -54,8 +54,13 @@ def test_texts_and_sizes_of_two_runs_are_both_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "bfloat16"}, {"device": "cuda"}, {"model": MODEL.model_copy(update={"fingerprint": "0"})}]
-)
+    "changes",
+    [
+        {"dtype": "bfloat16"}, {"device": "cuda"}, {"behavior": "other"}, {"sleb_version": "1"}, {"torch": "3"},
+        {"transformers": "6"}, {"model": MODEL.model_copy(update={"fingerprint": "0"})},
+        {"model": MODEL.model_copy(update={"code": "0"})},
+    ],
+)  # fmt: skip
 def test_what_is_not_comparable_is_replaced(tmp_path, changes):
     file = tmp_path / "plan.eval.json"
     keep_result(result(text("a", [(1,)])), file, [].append)

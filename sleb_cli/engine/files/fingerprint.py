@@ -18,8 +18,10 @@ SAMPLES = 256
 _VOLATILE = ("_name_or_path", "transformers_version")
 
 
-def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None) -> str:
+def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None, *, header: int = 0) -> str:
     """Return a SHA-256 over the config and each file's name, size, first MiB and samples of the rest.
+
+    A `header` of so many bytes is read whole.
 
     The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
     with any training, but may miss an edit of single weights.
@@ -27,7 +29,7 @@ def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = 
     Raises:
         ModelError: a file cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, head = hashlib.sha256(), max(HEAD_BYTES, header)
     if config is not None:
         resolved = {key: value for key, value in config.items() if key not in _VOLATILE}
         digest.update(json.dumps(resolved, sort_keys=True).encode())
@@ -35,10 +37,25 @@ def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = 
         with reading(path), path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{path.name}\0{size}\0".encode())
-            digest.update(file.read(HEAD_BYTES))
-            for sample in range(SAMPLES if size > HEAD_BYTES else 0):
-                file.seek(HEAD_BYTES + (size - HEAD_BYTES) * sample // SAMPLES)
+            digest.update(file.read(head))
+            for sample in range(SAMPLES if size > head else 0):
+                file.seek(head + (size - head) * sample // SAMPLES)
                 digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def hash_files(folder: Path, paths: Iterable[Path]) -> str:
+    """Return a SHA-256 over the name in the folder and the whole content of each file.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in paths):
+        with reading(path):
+            content = path.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import leads_out, reading
-from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
+from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notice, Notify, task
@@ -39,6 +39,12 @@ _CHAT_TEMPLATES = "additional_chat_templates"
 
 # What a model is read from: by sleb, and by transformers, whose tokenizers each have names of their own.
 _READ = re.compile(r".*\.(json|jinja|txt|model|tiktoken|py|bin|safetensors)|" + _CHAT_TEMPLATES)
+# The files, besides config, weights and code, on which the numbers of a model or the tokens of a text depend. What may
+# lie there as well, such as results, logs and plans, has other names.
+_DECIDES = re.compile(
+    r"(generation_config|adapter_config|special_tokens_map|added_tokens|emoji|normalizer|byte_maps|word_\w+)\.json"
+    r"|.*(tokenizer|vocab|merges|chat_template|processor).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # "runs" holds TensorBoard logs.
 _NOT_DOWNLOADED = [
@@ -90,16 +96,23 @@ class ModelSource:
         """A SHA-256 over the Python files that come with the model, if the user trusts them; None if there are none."""
         if not self.trust_remote_code:
             return None
-        files = {path.relative_to(self.folder).as_posix(): path for path in self.folder.rglob("*.py")}
-        if not files:
-            return None
-        digest = hashlib.sha256()
-        for name, path in sorted(files.items()):
-            with reading(path):
-                content = path.read_bytes()
-            digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape"))
-            digest.update(content)
-        return digest.hexdigest()
+        files = list(self.folder.rglob("*.py"))
+        self.watch.add(*files)
+        return hash_files(self.folder, files) if files else None
+
+    @cached_property
+    def behavior(self) -> str:
+        """A SHA-256 over all in the folder that decides a number: weights, config, trusted code, tokenizer, generation.
+
+        The fingerprint says which model it is, and that is still the same one when its chat template changes. Numbers
+        that are kept are kept under this.
+        """
+        templates = self.folder / _CHAT_TEMPLATES
+        files = [path for path in self.folder.iterdir() if _DECIDES.fullmatch(path.name) and path.suffix != ".py"]
+        files = [path for path in (*files, *templates.glob("*.jinja")) if path.is_file()]
+        self.watch.add(*files)
+        parts = (self.fingerprint, str(self.code), hash_files(self.folder, files))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def require_own_code(self) -> None:
         """Make sure that the trusted code is that in the folder, which can be pinned, and no other repository's.

@@ -73,6 +73,7 @@ def evaluate_subject(
         sleb_version=__version__,
         kind="eval",
         model=architecture.record,
+        behavior=architecture.source.behavior,
         dtype=dtype_name(dtype),
         device=device.type,
         sizes=tuple(models.sizes[1:]),
@@ -130,8 +131,7 @@ def _run_tasks(
 ) -> LmEvalResults:
     """Run each task on each size, one size after another; what is in the cache is not run again."""
     names = tasks.fitting(tokenizer, models.architecture.longest_sequence, notify)
-    # Before any run, since lm-eval changes the tokenizer's settings.
-    fingerprints = {name: tasks.fingerprint(name, tokenizer) for name in names}
+    fingerprints = {name: tasks.fingerprint(name) for name in names}
     found: LmEvalResults = {}
     measured = set()
     for removals in models.sizes:

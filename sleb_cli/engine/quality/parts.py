@@ -20,12 +20,14 @@ from torch import Tensor
 
 from sleb_cli.atomic import new_file, remove_leftovers, to_json, writing
 from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.environment import chip_name
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notice, Notify
+from sleb_cli.version import __version__
 from sleb_plugins import OutputError
 
-# Raise it when the same key would name other numbers.
+# Raise it when the same key would name other numbers, between two versions of sleb.
 VERSION = 1
 
 FOLDER = "evaluations"
@@ -46,9 +48,12 @@ class Parts:
     ) -> None:
         self._common = {
             "version": VERSION,
-            "model": architecture.source.fingerprint,
+            "sleb": __version__,
+            "model": architecture.source.behavior,
             "dtype": dtype_name(dtype),
             "device": device.type,
+            "chip": chip_name(device),
+            "matmul": torch.get_float32_matmul_precision(),
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         }

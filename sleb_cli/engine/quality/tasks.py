@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, stdev
@@ -85,9 +88,9 @@ class Tasks:
                 names.append(name)
         return tuple(names)
 
-    def fingerprint(self, name: str, tokenizer: Any) -> str:
-        """Return what the results of a task depend on besides the model's config and weights."""
-        return f"{self._tasks[name].fingerprint()}, tokenizer {_tokenizer_hash(tokenizer)}"
+    def fingerprint(self, name: str) -> str:
+        """Return what the results of a task depend on besides the model and its tokenizer."""
+        return f"{self._tasks[name].fingerprint()}, packages {_versions_behind_lm_eval()}"
 
     def run(
         self, name: str, model: Any, tokenizer: Any, what: str, notify: Notify, group: ProcessGroup | None = None
@@ -131,17 +134,14 @@ def _share(
     return [answers[position] for position in range(len(answers))]
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    # How a batch was last padded and truncated is no part of the tokenizer.
-    rules = json.loads(backend.to_str()) | {"padding": None, "truncation": None} if backend is not None else None
-    content = {
-        "rules": rules or sorted(tokenizer.get_vocab().items()),
-        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "chat": tokenizer.chat_template,
-        "longest": tokenizer.model_max_length,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+def _versions_behind_lm_eval() -> str:
+    """Hash the versions of the packages that lm-eval names, which compute metrics and read answers for it."""
+    named = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in importlib.metadata.requires("lm_eval") or ()}
+    versions = {}
+    for package in sorted(named):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:12]
 
 
 def compare_task(
