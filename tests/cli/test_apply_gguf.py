@@ -13,7 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from conftest import calibration, interrupt_healing, reported_tokens
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli.engine.files import fingerprint
+from sleb_cli.engine.model import gguf
 from sleb_cli.engine.output import apply_gguf
+from sleb_cli.events import ignore
 from sleb_plugins import ProofError
 
 
@@ -53,6 +56,23 @@ def test_a_plan_of_the_full_model_cuts_any_quantisation(run_sleb, tmp_path, plan
     found, expected = logits(tmp_path, gguf_file="small.gguf"), logits(tmp_path / "folder")
     assert (found - expected).abs().max() <= (0 if type_ is Type.F32 else 0.03) * expected.abs().max()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_is_converted_again_if_its_header_or_transformers_changed(source, monkeypatch):
+    monkeypatch.setattr(fingerprint, "SAMPLES", 1)
+    monkeypatch.setattr(fingerprint, "HEAD_BYTES", 64)
+    folders = [gguf.gguf_folder(source, ignore), gguf.gguf_folder(source, ignore)]
+    content = source.read_bytes()
+    place = content.index(b"tokenizer.ggml.eos_token_id") + len(b"tokenizer.ggml.eos_token_id") + 4
+    assert content[place] == 1
+    source.write_bytes(content[:place] + b"\2" + content[place + 1 :])
+    folders.append(gguf.gguf_folder(source, ignore))
+    monkeypatch.setattr(gguf.transformers, "__version__", "99")
+    folders.append(gguf.gguf_folder(source, ignore))
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 3
+    eos = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"] for folder in folders]
+    assert eos == [1, 1, 2, 2]
 
 
 def test_fewer_removals_a_default_name_and_json(run_sleb, tmp_path, source, plan):

@@ -1,7 +1,9 @@
 """Convert a GGUF file to a Hugging Face folder once, so that all other code reads one format."""
 
+import hashlib
 import math
 from contextlib import redirect_stderr
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
 from sleb_plugins.gguf.file import read_gguf
 from sleb_plugins.gguf.surgery import require_blocks
+
+# Raise it when the same file would become another folder.
+CONVERSION = 1
 
 _UNQUANTIZED: dict[int, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
@@ -42,7 +47,15 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
         with watch.unchanged():
             convert_gguf(path, folder, notify)
 
-    return cached_folder(f"gguf-{fingerprint_files([path])[:16]}", fill)
+    return cached_folder(f"gguf-{_conversion(path)[:16]}", fill)
+
+
+def _conversion(path: Path) -> str:
+    """Return a SHA-256 over what the folder is made of and by: the file, with its whole header, and the versions."""
+    weights = min((tensor.start for tensor in read_gguf(path).tensors), default=0)
+    content = fingerprint_files([path], header=weights)
+    made_by = f"{CONVERSION} transformers {transformers.__version__} gguf {version('gguf')}"
+    return hashlib.sha256(f"{content} {made_by}".encode()).hexdigest()
 
 
 def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
