@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
@@ -127,6 +128,21 @@ def test_a_journal_of_another_model_is_refused(run_sleb, tiny_llama, tiny_gpt2, 
     assert result.exit_code == 3
     assert "model.fingerprint" in result.stderr
     assert "model.model_type: gpt2, not llama" in result.stderr
+
+
+def test_a_journal_of_another_tokenizer_is_refused(run_sleb, tiny_llama, text_file, tmp_path):
+    folder, options = shutil.copytree(tiny_llama, tmp_path / "model"), [*LONG, *calibration(text_file), "-q"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda self, notify=None: None)
+        run_sleb("search", folder, *options)
+    (folder / "README.md").write_text("changes nothing")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "delete", lambda self, notify=None: None)
+        assert run_sleb("search", folder, *options, "--resume", "--force").exit_code == 0
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    result = run_sleb("search", folder, *options, "--resume", "--force")
+    assert result.exit_code == 3
+    assert "belongs to another search (behavior: " in result.stderr
 
 
 def test_how_many_blocks_go_may_change_on_the_way(run_sleb, tiny_llama, text_file, tmp_path):

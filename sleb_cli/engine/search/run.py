@@ -414,6 +414,7 @@ def _identity(resolved: ResolvedSearch, calibration: Calibration, search: Search
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "model": resolved.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
+        "behavior": resolved.architecture.source.behavior,
         "calibration": calibration.record.to_data(),
         "search": search.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
     }
