@@ -28,6 +28,9 @@ LARGEST_BATCH = 64
 CPU_BATCH, CPU_WRITING_BATCH = 8, 32
 BOOTSTRAP_ITERATIONS = 1000
 
+LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
+"""What differs from process to process, and changes no answer."""
+
 Observe = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 """Is told how many requests follow, and yields the function that is told how many of them are done."""
 
@@ -75,7 +78,13 @@ class LoadedTask:
         shots = ", ".join(sorted({f"{task.get_config('num_fewshot')}-shot" for _, task in tasks}))
         version = importlib.metadata.version("lm_eval")
         asked = [self._settings.batch_size, self._settings.apply_chat_template]
-        return f"lm-eval {version}, {shots}, settings {_hash([settings, asked])}, items {_hash([items, examples])}"
+        groups = [
+            (name, group.child_names, group.aggregate_metric_list)
+            for name, group in sorted(self._loaded.get("groups", {}).items())
+        ]
+        more = [what for what in (groups, _environment_of(self.tasks.values())) if what]
+        described = _hash([settings, asked, *more])
+        return f"lm-eval {version}, {shots}, settings {described}, items {_hash([items, examples])}"
 
     def longest_request(self, tokenizer: Any) -> int:
         """Return the tokens of the longest prompt and what is generated after it; 0 if nothing is generated."""
@@ -313,6 +322,15 @@ def _settings_of(task: Any) -> Any:
         folder = source.parent
         code = {str(file.relative_to(folder)): file.read_bytes().hex() for file in sorted(folder.rglob("*.py"))}
     return settings | {"metadata": metadata}, code
+
+
+def _environment_of(tasks: Iterable[Any]) -> dict[str, str]:
+    """Return the environment variables that are set and that the code beside the tasks' files reads."""
+    sources = {Path((task.dump_config().get("metadata") or {}).get("config_source", "")) for task in tasks}
+    files = {file for source in sources if source.is_file() for file in source.parent.rglob("*.py")}
+    code = "\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
+    names = set(re.findall(r"(?:environ(?:\.\w+\(|\[)|getenv\()\s*[\"'](\w+)", code)) - LAUNCHER_VARIABLES
+    return {name: os.environ[name] for name in sorted(names) if name in os.environ}
 
 
 def _lm_eval_folder() -> Path:

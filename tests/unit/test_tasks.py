@@ -1,5 +1,6 @@
 """Tasks of lm-eval on dense and pruned models: on results made by hand, and on tiny models."""
 
+import importlib.metadata
 import json
 import os
 import random
@@ -358,37 +359,58 @@ def test_the_chat_template_is_applied_where_there_is_one(folder, loaded):
     assert results["chat_template"] == template
 
 
-def fingerprint(folder, tokenizer, name="own_chosen", **options):
-    return tasks_of(folder, name, **options).fingerprint(name, tokenizer)
+def fingerprint(folder, name="own_chosen", **options):
+    return tasks_of(folder, name, **options).fingerprint(name)
 
 
-def test_a_fingerprint_changes_with_all_that_the_results_depend_on(folder, loaded, tmp_path):
-    _, tokenizer = loaded
-    first = fingerprint(folder, tokenizer)
-    assert first == fingerprint(folder, tokenizer)
-    other = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    other.chat_template = "{{ messages }}"
-    longer = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
-    longer.add_tokens(["river"])
+def test_a_fingerprint_changes_with_all_that_the_results_depend_on(folder, tmp_path, monkeypatch):
+    first = fingerprint(folder)
+    assert first == fingerprint(folder)
     changed = [
-        fingerprint(folder, tokenizer, limit=3),
-        fingerprint(folder, tokenizer, num_fewshot=1),
-        fingerprint(folder, tokenizer, apply_chat_template=True),
-        fingerprint(folder, tokenizer, batch_size=2),
-        fingerprint(folder, other),
-        fingerprint(folder, longer),
+        fingerprint(folder, limit=3),
+        fingerprint(folder, num_fewshot=1),
+        fingerprint(folder, apply_chat_template=True),
+        fingerprint(folder, batch_size=2),
     ]
-    (folder / "graders.py").write_text("def grade(doc, results):\n    return {'length': 0}\n")
-    changed.append(fingerprint(folder, tokenizer))
+    grader = folder / "graders.py"
+    for line in (
+        "0",
+        "len(os.environ.get('OWN_SCALE', ''))",
+        "len(os.getenv( 'OTHER_SCALE') or os.environ['OWN_SCALE'])",
+    ):
+        grader.write_text(f"import os\n\ndef grade(doc, results):\n    return {{'length': {line}}}\n")
+        changed.append(fingerprint(folder))
+    for name in ("OWN_SCALE", "OTHER_SCALE"):
+        for value in ("1", "2"):
+            monkeypatch.setenv(name, value)
+            changed.append(fingerprint(folder))
     items = tmp_path / "items.jsonl"
     items.write_text("".join(reversed(items.read_text().splitlines(keepends=True))))
-    changed.append(fingerprint(folder, tokenizer))
+    changed.append(fingerprint(folder))
+    versions = importlib.metadata.version
+    for package in ("lm_eval", "sacrebleu"):
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, new=package: "99" if name == new else versions(name)
+        )
+        changed.append(fingerprint(folder))
     assert len({first, *changed}) == len(changed) + 1
 
 
-def test_a_fingerprint_does_not_depend_on_the_folder(folder, loaded, tmp_path):
-    first = fingerprint(folder, loaded[1])
-    assert first == fingerprint(folder.rename(tmp_path / "moved"), loaded[1])
+def test_the_fingerprint_of_a_group_changes_with_how_it_is_weighed(folder):
+    found = set()
+    for by_size in ("true", "false"):
+        (folder / "both.yaml").write_text(
+            "group: own_both\ntask: [own_chosen]\n"
+            f"aggregate_metric_list:\n  - metric: acc\n    aggregation: mean\n    weight_by_size: {by_size}\n"
+        )
+        manager = TaskManager(include_path=str(folder), include_defaults=False)
+        found |= {LoadedTask("own_both", manager.load(["own_both"]), TaskSettings()).fingerprint() for _ in range(2)}
+    assert len(found) == 2
+
+
+def test_a_fingerprint_does_not_depend_on_the_folder(folder, tmp_path):
+    first = fingerprint(folder)
+    assert first == fingerprint(folder.rename(tmp_path / "moved"))
 
 
 def test_out_of_memory_requests_come_in_smaller_batches(folder, loaded, monkeypatch):
