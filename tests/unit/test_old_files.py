@@ -204,12 +204,17 @@ def test_a_saved_walk_is_read_or_only_costs_its_time(path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
-    [("eval", EvalResult), ("bench", BenchResult), ("estimate", EstimateResult)],
+    ("path", "kind", "since"),
+    [
+        ("19/eval", EvalResult, {}),
+        ("18/eval", EvalResult, {"behavior": None}),
+        ("18/bench", BenchResult, {}),
+        ("18/estimate", EstimateResult, {}),
+    ],
 )
-def test_today_s_results_are_read(name, kind):
-    text = (DATA / "results" / "18" / f"{name}.json").read_text()
-    assert kind.model_validate_json(text).to_data() == json.loads(text)
+def test_results_are_read_with_what_is_new_since(path, kind, since):
+    text = (DATA / "results" / f"{path}.json").read_text()
+    assert kind.model_validate_json(text).to_data() == json.loads(text) | since
 
 
 @pytest.mark.parametrize("kind", ["eval", "bench"])
