@@ -29,7 +29,8 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
     """Write a result to its place, together with what was measured before on the same model; return both.
 
     A file that cannot be read or written is no reason to lose the result: the listener is told. What another version of
-    sleb wrote is moved aside; what cannot be read now is not overwritten, because it may be read later.
+    sleb wrote, or what was measured in another setting, is moved aside; what cannot be read now is not overwritten,
+    because it may be read later.
     """
     merged = result
     try:
@@ -42,7 +43,8 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
                 _move_aside(file, notify)
             merged = result if previous is None else result.merged_with(previous)
             if previous is not None and merged is result:
-                notify(Notice(f"{file} held results of another model or in another setting, and is replaced."))
+                notify(Notice(f"{file} holds results of another model or in another setting."))
+                _move_aside(file, notify)
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
     except OutputError as error:
         notify(Notice(f"The result is not kept for reports: {error.message}"))

@@ -61,13 +61,15 @@ def test_texts_and_sizes_of_two_runs_are_both_kept(tmp_path):
         {"model": MODEL.model_copy(update={"code": "0"})},
     ],
 )  # fmt: skip
-def test_what_is_not_comparable_is_replaced(tmp_path, changes):
+def test_what_is_not_comparable_is_moved_aside(tmp_path, changes):
     file = tmp_path / "plan.eval.json"
     keep_result(result(text("a", [(1,)])), file, [].append)
-    heard = []
+    before, heard = file.read_bytes(), []
     kept = keep_result(result(text("b", [(1,)]), **changes), file, heard.append)
     assert [found.text for found in kept.texts] == ["b"]
-    assert "plan.eval.json held results of another model or in another setting, and is replaced" in heard[0].text
+    assert "plan.eval.json holds results of another model or in another setting" in heard[0].text
+    assert "plan.eval.json is now plan.eval.json.old" in heard[1].text
+    assert (tmp_path / "plan.eval.json.old").read_bytes() == before
 
 
 def test_the_same_name_for_another_text_is_another_text(tmp_path):
