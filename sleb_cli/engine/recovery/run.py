@@ -229,7 +229,7 @@ class _Recovery:
     def _computation(self) -> dict[str, Any]:
         """What decides the values that are found on the same text."""
         return {
-            "model": self.architecture.source.fingerprint,
+            "model": self.architecture.source.behavior,
             "sleb": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,

@@ -67,7 +67,7 @@ class CalibrationSettings:
 
     `parts` are the sources in `source`, with their shares. `samples` counts the sequences of all parts together; for a
     reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
-    is the fingerprint of the model, under which the text that it writes is cached; None caches none.
+    identifies the model, under which the text that it writes is cached; None caches none.
     """
 
     source: str
@@ -149,7 +149,7 @@ def resolve_calibration(
         seed=request.seed or 0,
         chat=chat,
         samples_given=request.samples is not None,
-        writer=architecture.source.fingerprint,
+        writer=architecture.source.behavior,
     )
     if len(parts) > 1:
         _require_mixable(settings)
