@@ -46,7 +46,7 @@ def test_generation(architecture, tied):
     assert work.prefill.flops.outside == 2 * 2 * head  # of the last position alone
     cache_of_prompt = 2 * 16 * 2 * KEYS
     assert work.prefill.bytes.blocks == (2 * (BLOCK + NORMS + cache_of_prompt),) * 3
-    context = 16 + 2  # the mean of 17 to 20, rounded down
+    context = 16 + 2.5  # the mean of 17 to 20
     attention = 2 * 2 * context * HIDDEN
     assert work.decode.flops.blocks == pytest.approx((4 * 2 * (2 * BLOCK + attention),) * 3)
     assert work.decode.flops.outside == pytest.approx(4 * 2 * 2 * head)

@@ -6,6 +6,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -62,10 +64,16 @@ def count_work(architecture: Architecture, batch: int, prompt_length: int, new_t
     steps = new_tokens - 1
     if not steps:
         return Work(prefill, None)
-    # The cache holds prompt_length + 1 to prompt_length + steps tokens.
-    length = prompt_length + (steps + 1) // 2
-    step = _weights_read(architecture, dtype, batch) + cache_bytes(architecture, dtype, length=length, batch=batch)
-    return Work(prefill, Cost(_step_flops(architecture, length) * (batch * steps), step * steps))
+    # The cache holds prompt_length + 1 to prompt_length + steps tokens; these are the middle one or two.
+    lengths = {prompt_length + (steps + 1) // 2, prompt_length + steps // 2 + 1}
+    read = _mean([cache_bytes(architecture, dtype, length=length, batch=batch) for length in lengths])
+    step_bytes = _weights_read(architecture, dtype, batch) + read
+    step_flops = _mean([_step_flops(architecture, length) for length in lengths]) * batch
+    return Work(prefill, Cost(step_flops * steps, step_bytes * steps))
+
+
+def _mean(sizes: Sequence[Sizes]) -> Sizes:
+    return reduce(add, sizes) * (1 / len(sizes))
 
 
 def _step_flops(architecture: Architecture, length: int) -> Sizes:
