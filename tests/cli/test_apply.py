@@ -272,28 +272,32 @@ def test_a_cast(run_sleb, tiny_llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
+    ("before", "kept", "cast"),
     [
-        ({}, {"dtype": "bfloat16"}),
-        ({"dtype": "float32"}, {"dtype": "bfloat16"}),
-        ({"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
-        ({"torch_dtype": None, "dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({}, {}, {"dtype": "bfloat16"}),
+        ({"dtype": "float32"}, {"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float32"}, {"torch_dtype": "float32"}, {"torch_dtype": "bfloat16"}),
+        ({"torch_dtype": None, "dtype": "float32"}, {"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float32", "dtype": None}, {"dtype": "float32"}, {"dtype": "bfloat16"}),
+        ({"torch_dtype": "float16", "dtype": "float32"}, {"dtype": "float32"}, {"dtype": "bfloat16"}),
     ],
+    ids=str,
 )
-def test_a_cast_config_names_one_data_type_in_one_spelling(run_sleb, tmp_path, before, after):
+def test_a_config_names_one_data_type_in_one_spelling(run_sleb, tmp_path, before, kept, cast):
     folder = save_model(tmp_path / "model", llama_config(3))
     config = json.loads((folder / "config.json").read_text())
     del config["dtype"]
     nested = {"audio_config": before | {"inner": before}, "vision_config": before}
     (folder / "config.json").write_text(json.dumps(config | before | nested))
-    result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--dtype", "bf16")
-    assert result.exit_code == 0, result.stderr
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
-    places = (written, written["audio_config"]["inner"], written["vision_config"])
-    found = [{key: place[key] for key in ("dtype", "torch_dtype") if key in place} for place in places]
-    nested = after if before else {}
-    assert found == [after, nested, nested]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    for after, options, dtype in ((kept, (), torch.float32), (cast, ("--dtype", "bf16"), torch.bfloat16)):
+        result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--force", *options)
+        assert result.exit_code == 0, result.stderr
+        written = json.loads((tmp_path / "out" / "config.json").read_text())
+        places = (written, written["audio_config"]["inner"], written["vision_config"])
+        found = [{key: place[key] for key in ("dtype", "torch_dtype") if key in place} for place in places]
+        nested = after if before else {}
+        assert found == [after, nested, nested]
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == dtype
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -251,9 +251,9 @@ def kept_tensors(
 def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
     """Return the contents of the files that change: the config, settings of quantized formats, and local paths."""
     config = surgery.prune_config()
-    if cast:
-        spelled = {} if "torch_dtype" in config else {"dtype": None}
-        config = _with_dtype(spelled | config, dtype_name(cast))
+    if cast and "torch_dtype" not in config:
+        config = {"dtype": None} | config
+    config = _with_dtype(config, dtype_name(cast) if cast else None)
     folder = surgery.architecture.source.folder
     own = [name for name in _SETTINGS if (folder / name).is_file() and not leads_out(folder / name, folder)]
     before = {name: read_json(folder / name) for name in own}
@@ -278,12 +278,16 @@ def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return a config of this data type, in nested configs too; of both spellings, only `dtype` remains."""
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Return a config of this data type, or None for its own, in nested configs too; of both spellings, only `dtype`.
+
+    Where both have a value, `dtype` is the one that transformers reads.
+    """
     named = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
-    if "dtype" in named:
-        named.pop("torch_dtype", None)
-    return named | {key: dtype for key in ("dtype", "torch_dtype") if key in named}
+    if "dtype" in named and "torch_dtype" in named:
+        other = named.pop("torch_dtype")
+        named["dtype"] = other if named["dtype"] is None else named["dtype"]
+    return named | {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in named}
 
 
 @dataclass(frozen=True)
