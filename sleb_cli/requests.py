@@ -7,10 +7,11 @@ instant.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from sleb_plugins.errors import UsageError
 
@@ -64,6 +65,11 @@ RECOVERY_SELF_TOKENS = 32_768
 RECOVERY_LENGTH = 256
 """Shorter than in a search: the same number of tokens costs less, and recovers as much."""
 
+_MOST_SEED = 2**63 - 1
+_MOST_THREADS = 4096
+_MOST_PER_SECOND = 10**21
+"""Operations and bytes per second: far more than any device has."""
+
 AUTO = "auto"
 TRANSFORMERS = "transformers"
 """The engine that is built in."""
@@ -114,6 +120,8 @@ class Doc:
         metavar: what help calls the value, where the type says too little.
         argument: it is a positional argument.
         repeated: the option may be given more than once; other tuples are lists with commas.
+        least: the smallest number that it may be.
+        most: the largest one; by default, one that nobody could wait for.
     """
 
     help: str
@@ -124,6 +132,21 @@ class Doc:
     metavar: str | None = None
     argument: bool = False
     repeated: bool = False
+    least: int = 0
+    most: int = 10**12
+
+    def require_in_range(self, option: str, number: float) -> None:
+        """Check a value of the field.
+
+        Raises:
+            UsageError: it is NaN, or out of range, as infinity always is.
+        """
+        shown = f"{number:g}" if isinstance(number, float) else number
+        if not number >= self.least:
+            fault = "is too small" if number < self.least else "is not a number"
+            raise UsageError(f"{option} {shown} {fault}.", hint=f"Use {self.least:,} or more.")
+        if number > self.most:
+            raise UsageError(f"{option} {shown} is too large.", hint=f"Use {self.most:,} or less.")
 
 
 Dtype = Annotated[
@@ -156,7 +179,22 @@ ResultFile = Annotated[Path | None, Doc("Write the result to this JSON file.", s
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetRequest:
+class Request:
+    """What all requests share: each number is in the range of its field.
+
+    Raises:
+        UsageError: one is not.
+    """
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value: Any = getattr(self, name)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                hint.__metadata__[0].require_in_range(f"--{name.replace('_', '-')}", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetRequest(Request):
     """How far a search goes: one field of `TARGET_NAMES`, and what some of them need to know."""
 
     ratio: Annotated[str | float | None, Doc("Remove this share of the blocks, rounded up: 0.2.", panel=_TARGET)] = None
@@ -189,11 +227,12 @@ class TargetRequest:
             "With --target-memory: tokens per sequence in the KV cache.",
             default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
             panel=_SERVING,
+            least=2,
         ),
     ] = None
     serve_batch: Annotated[
         int | None,
-        Doc("With --target-memory: sequences in the KV cache.", default=DEFAULT_SERVE_BATCH, panel=_SERVING),
+        Doc("With --target-memory: sequences in the KV cache.", default=DEFAULT_SERVE_BATCH, panel=_SERVING, least=1),
     ] = None
     target_workload: Annotated[
         WorkloadName | None, Doc("With --target-speedup: what to time.", default=DEFAULT_WORKLOAD, panel=_SERVING)
@@ -201,7 +240,7 @@ class TargetRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationRequest:
+class CalibrationRequest(Request):
     """Which text to calibrate on; a mixture names the share of each source."""
 
     calibration: Annotated[
@@ -215,7 +254,7 @@ class CalibrationRequest:
     ] = None
     samples: Annotated[
         int | None,
-        Doc("Number of sequences.", default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo", panel=_CALIBRATION),
+        Doc("Number of sequences.", default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo", panel=_CALIBRATION, least=1),
     ] = None
     sequence_length: Annotated[
         int | None,
@@ -223,11 +262,17 @@ class CalibrationRequest:
             "Tokens per sequence.",
             default=f"{DEFAULT_LENGTH}, or the model's limit; {DEMO_LENGTH} for demo",
             panel=_CALIBRATION,
+            least=2,
         ),
     ] = None
     seed: Annotated[
         int | None,
-        Doc("Seed for drawing and writing text, and for the order of a race.", default=0, panel=_CALIBRATION),
+        Doc(
+            "Seed for drawing and writing text, and for the order of a race.",
+            default=0,
+            panel=_CALIBRATION,
+            most=_MOST_SEED,
+        ),
     ] = None
 
 
@@ -257,7 +302,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         ),
     ] = None
     beam_width: Annotated[
-        int | None, Doc("Sets of blocks that a beam keeps.", default=DEFAULT_BEAM_WIDTH, panel=_SCORING)
+        int | None, Doc("Sets of blocks that a beam keeps.", default=DEFAULT_BEAM_WIDTH, panel=_SCORING, least=1)
     ] = None
     compare: Annotated[
         tuple[str, ...],
@@ -325,7 +370,9 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         str | int | None,
         Doc("Memory for the search beside the model: 8GiB.", default="a share of what is free", panel=_MACHINE),
     ] = None
-    batch_size: Annotated[int | None, Doc("Sequences per forward pass.", default="by device", panel=_MACHINE)] = None
+    batch_size: Annotated[
+        int | None, Doc("Sequences per forward pass.", default="by device", panel=_MACHINE, least=1)
+    ] = None
     stream: Stream = None
     device_map: DeviceMap = None
     load_in: Annotated[
@@ -352,7 +399,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubjectRequest:
+class SubjectRequest(Request):
     """What to work on: a plan, or a model and the blocks to remove from it."""
 
     subject: Annotated[
@@ -402,7 +449,9 @@ class SizesRequest(SubjectRequest):
             panel=_SUBJECT,
         ),
     ] = ()
-    every: Annotated[int | None, Doc("Measure every N-th size, and the smallest.", metavar="N", panel=_SUBJECT)] = None
+    every: Annotated[
+        int | None, Doc("Measure every N-th size, and the smallest.", metavar="N", panel=_SUBJECT, least=1)
+    ] = None
 
     @property
     def most_removals(self) -> int | None:
@@ -436,7 +485,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         float | None, Doc("Stop healing after this time.", default=f"{DEFAULT_HEAL_MINUTES:g}", panel=_RECOVERY)
     ] = None
     heal_tokens: Annotated[
-        int | None, Doc("Stop healing after this many tokens instead, which is reproducible.", panel=_RECOVERY)
+        int | None, Doc("Stop healing after this many tokens instead, which is reproducible.", panel=_RECOVERY, least=1)
     ] = None
     resume: Annotated[bool, Doc("Continue an interrupted healing.", panel=_RECOVERY)] = False
     calibration: Annotated[
@@ -453,6 +502,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
             "Number of sequences; a fifth of them decide, and a tenth are reported on.",
             default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
             panel=_RECOVERY,
+            least=1,
         ),
     ] = None
     sequence_length: Annotated[
@@ -461,9 +511,12 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
             "Tokens per sequence.",
             default=f"{RECOVERY_LENGTH}, or the model's limit",
             panel=_RECOVERY,
+            least=2,
         ),
     ] = None
-    seed: Annotated[int | None, Doc("Seed for drawing and writing text.", default=0, panel=_RECOVERY)] = None
+    seed: Annotated[
+        int | None, Doc("Seed for drawing and writing text.", default=0, panel=_RECOVERY, most=_MOST_SEED)
+    ] = None
     device: Annotated[
         str | None, Doc("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", default=AUTO, panel=_RECOVERY)
     ] = None
@@ -507,7 +560,7 @@ class EvalRequest(SizesRequest):
             panel=_QUALITY,
         ),
     ] = ()
-    limit: Annotated[int | None, Doc("Use only the first items of each task.", panel=_QUALITY)] = None
+    limit: Annotated[int | None, Doc("Use only the first items of each task.", panel=_QUALITY, least=1)] = None
     num_fewshot: Annotated[int | None, Doc("Examples in the prompt.", default="the task's own", panel=_QUALITY)] = None
     apply_chat_template: Annotated[bool, Doc("Put tasks into the chat template.", panel=_QUALITY)] = False
     include_path: Annotated[Path | None, Doc("Folder with your own task files.", panel=_QUALITY)] = None
@@ -516,11 +569,13 @@ class EvalRequest(SizesRequest):
     ] = None
     sequence_length: Annotated[
         int | None,
-        Doc("Tokens per perplexity window.", default=f"{DEFAULT_LENGTH}, or the model's limit", panel=_QUALITY),
+        Doc(
+            "Tokens per perplexity window.", default=f"{DEFAULT_LENGTH}, or the model's limit", panel=_QUALITY, least=2
+        ),
     ] = None
     max_windows: Annotated[
         int | None,
-        Doc("Use only the first windows of each text.", default="all, or the text's protocol", panel=_QUALITY),
+        Doc("Use only the first windows of each text.", default="all, or the text's protocol", panel=_QUALITY, least=1),
     ] = None
     stride: Annotated[
         int | None,
@@ -552,9 +607,10 @@ class EvalRequest(SizesRequest):
         """
         if self.batch_size == AUTO:
             return AUTO
-        if not str(self.batch_size).isdecimal() or not int(self.batch_size):
-            raise UsageError(f"--batch-size {self.batch_size} is no number of 1 or more.", hint="Use 8, or auto.")
-        return int(self.batch_size)
+        size = str(self.batch_size)
+        if not re.fullmatch(r"[1-9]\d{,11}", size, re.ASCII):
+            raise UsageError(f"--batch-size {size} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto.")
+        return int(size)
 
     @property
     def windows_per_batch(self) -> int:
@@ -569,14 +625,14 @@ class BenchRequest(SizesRequest):
 
     prompt: Annotated[bool, Doc("Time prompt processing (prefill).", panel=_WORKLOAD)] = False
     generation: Annotated[bool, Doc("Time generation (prefill and decode).", default="both", panel=_WORKLOAD)] = False
-    batch_size: Annotated[int | None, Doc("Prompts per batch.", default="by workload and device", panel=_WORKLOAD)] = (
-        None
-    )
+    batch_size: Annotated[
+        int | None, Doc("Prompts per batch.", default="by workload and device", panel=_WORKLOAD, least=1)
+    ] = None
     prompt_length: Annotated[
-        int | None, Doc("Tokens per prompt.", default="by workload and device", panel=_WORKLOAD)
+        int | None, Doc("Tokens per prompt.", default="by workload and device", panel=_WORKLOAD, least=1)
     ] = None
     new_tokens: Annotated[
-        int | None, Doc("Tokens to generate per prompt.", default="by workload and device", panel=_WORKLOAD)
+        int | None, Doc("Tokens to generate per prompt.", default="by workload and device", panel=_WORKLOAD, least=1)
     ] = None
     sweep: Annotated[
         tuple[str, ...],
@@ -588,17 +644,19 @@ class BenchRequest(SizesRequest):
         ),
     ] = ()
     iterations: Annotated[
-        int | None, Doc("Timed runs of each model.", default="by workload and device", panel=_TIMING)
+        int | None, Doc("Timed runs of each model.", default="by workload and device", panel=_TIMING, least=1)
     ] = None
     warmup: Annotated[
         int | None, Doc("Untimed runs of each model first.", default="until times are stable", panel=_TIMING)
     ] = None
-    cooldown: Annotated[float, Doc("Seconds to pause before each run.", panel=_TIMING)] = 0.0
+    cooldown: Annotated[float, Doc("Seconds to pause before each run.", panel=_TIMING, most=24 * 3600)] = 0.0
     compile: Annotated[bool, Doc("Run the models through torch.compile.", panel=_MACHINE)] = False
     static_cache: Annotated[
         bool, Doc("Generate with a KV cache of fixed size; --compile always does.", panel=_MACHINE)
     ] = False
-    threads: Annotated[int | None, Doc("CPU threads.", default="torch's choice", panel=_MACHINE)] = None
+    threads: Annotated[
+        int | None, Doc("CPU threads.", default="torch's choice", panel=_MACHINE, least=1, most=_MOST_THREADS)
+    ] = None
     dtype: Dtype = None
     device: Device = AUTO
     output: ResultFile = None
@@ -622,6 +680,8 @@ class BenchRequest(SizesRequest):
             default="measured here",
             metavar="NUMBER",
             panel=_ESTIMATE,
+            least=1,
+            most=_MOST_PER_SECOND,
         ),
     ] = None
     device_bandwidth: Annotated[
@@ -631,6 +691,8 @@ class BenchRequest(SizesRequest):
             default="measured here",
             metavar="NUMBER",
             panel=_ESTIMATE,
+            least=1,
+            most=_MOST_PER_SECOND,
         ),
     ] = None
 

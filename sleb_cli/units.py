@@ -35,7 +35,7 @@ def parse_bytes(text: str, option: str) -> int:
         UsageError: `text`, the value of `option`, is no number of bytes above 0.
     """
     match = _BYTES.fullmatch(text.strip().lower())
-    count = int(float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ")) if match else 0
-    if count < 1:
+    count = float(match[1]) * (1024 if match[3] else 1000) ** " kmgtpe".index(match[2] or " ") if match else 0.0
+    if not 1 <= count < math.inf:
         raise UsageError(f"{option} {text} is not a size.", hint="Write it like 8GiB or 500MB.")
-    return count
+    return int(count)

@@ -251,7 +251,7 @@ def test_packed_weights_count_as_many_parameters_as_they_stand_for(
         (("--generation", "--new-tokens", 0), "--new-tokens 0"),
         (("--generation", "--prompt-length", 100, "--new-tokens", 100), "128 positions"),
         (("--prompt", "--prompt-length", 129), "128 positions"),
-        (("--cooldown", -1), "--cooldown -1.0 is too small"),
+        (("--cooldown", -1), "--cooldown -1 is too small"),
         (("--threads", 0), "--threads 0 is too small"),
         (("--compile", "--warmup", 0), "--warmup 0 is too small"),
         (("--blocks", "1,2", "--every", 0), "--every 0 is too small"),

@@ -273,7 +273,7 @@ def test_text_is_trained_on_once_or_twice_if_the_model_wrote_it(
         (["--recover", "--heal-minutes", "5"], 2, "--heal-minutes requires --heal."),
         (["--heal", "--heal-minutes", "5", "--heal-tokens", "5"], 2, "cannot be combined"),
         (["--heal", "--heal-minutes", "0"], 2, "--heal-minutes 0 is not above 0"),
-        (["--heal", "--heal-tokens", "-1"], 2, "--heal-tokens -1 is below 1"),
+        (["--heal", "--heal-tokens", "-1"], 2, "--heal-tokens -1 is too small"),
         (["--heal", "--source", "x.gguf"], 2, "--source names one of another model"),
     ],
 )

@@ -224,7 +224,7 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
         (("--remove", 1, "--device", "gpu"), 2, "no device 'gpu'"),
         (("--remove", 1, "--samples", "0"), 2, "--samples 0"),
         (("--remove", 1, "--samples", "9999"), 5, "text for"),
-        (("--remove", 1, "--sequence-length", "1"), 2, "too short to predict"),
+        (("--remove", 1, "--sequence-length", "1"), 2, "--sequence-length 1 is too small"),
         (("--remove", 1, "--sequence-length", "129"), 2, "128 positions"),
         (("--remove", 1, "--batch-size", "0"), 2, "--batch-size 0"),
         (("--remove", 1, "--memory", "lots"), 2, "--memory lots is not a size"),

@@ -115,8 +115,6 @@ def read_texts(request: EvalRequest, architecture: Architecture, tokenizer: Any)
         DataError: a text is missing or too short.
         UsageError: a number is out of range.
     """
-    if request.max_windows is not None and request.max_windows < 1:
-        raise UsageError("--max-windows must be 1 or more.", hint="Leave it out for all windows.")
     names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
     length = choose_length(request.sequence_length, architecture)
     texts = (evaluation_text(name) for name in names)

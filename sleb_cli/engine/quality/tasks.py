@@ -28,7 +28,7 @@ from sleb_cli.engine.quality.statistics import (
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import EvalRequest
 from sleb_cli.results import FlipRecord, Interval, PrunedTaskScores, TaskResult, TaskScores
-from sleb_plugins import DataError, ModelError, UsageError
+from sleb_plugins import DataError, ModelError
 from sleb_plugins.canaries import CANARIES, FOLDER
 from sleb_plugins.errors import is_out_of_memory
 from sleb_plugins.lm_eval_tasks import TaskSettings, load_tasks
@@ -59,8 +59,6 @@ class Tasks:
     def __init__(self, request: EvalRequest) -> None:
         if request.include_path is not None and not request.include_path.is_dir():
             raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
-        if request.limit is not None and request.limit < 1:
-            raise UsageError("--limit must be 1 or more.", hint="Leave it out for all items.")
         settings = TaskSettings(
             batch_size=request.items_per_batch,
             limit=request.limit,

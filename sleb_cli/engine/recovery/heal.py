@@ -80,8 +80,6 @@ def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
         raise UsageError("--heal-minutes and --heal-tokens cannot be combined.", hint="Use one of them.")
     if minutes is not None and minutes <= 0:
         raise UsageError(f"--heal-minutes {minutes:g} is not above 0.", hint="Use a number above 0.")
-    if tokens is not None and tokens < 1:
-        raise UsageError(f"--heal-tokens {tokens} is below 1.", hint="Use 1 or more.")
     return HealBudget(DEFAULT_HEAL_MINUTES if minutes is None and tokens is None else minutes, tokens)
 
 

@@ -25,7 +25,6 @@ from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord
 from sleb_cli.requests import DEFAULT_SERVE_BATCH, DEFAULT_SERVE_LENGTH, TargetName, TargetRequest
 from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count
-from sleb_plugins import UsageError
 
 LEAST_SPEEDUP = 1.01
 
@@ -94,8 +93,6 @@ class SearchContext:
 
     def serving(self, request: TargetRequest) -> ServingRecord:
         """Return how the model will be served; by default one sequence of up to 4,096 tokens, in the search's dtype."""
-        if request.serve_batch is not None and request.serve_batch < 1:
-            raise UsageError(f"--serve-batch {request.serve_batch} is too small.", hint="Use 1 or more.")
         named = request.serve_dtype
         dtype = choose_dtype(named, self.architecture.config.dtype, self.device) if named else self.dtype
         length = choose_length(request.serve_length, self.architecture, DEFAULT_SERVE_LENGTH, "--serve-length")

@@ -186,13 +186,9 @@ def _require_valid(request: SearchRequest) -> None:
         UsageError: one is not.
     """
     chosen_target(request)
-    for name, least in (("batch_size", 1), ("sample_tokens", 0)):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise UsageError(f"{option_of(name)} {value} is too small.", hint=f"Use {least} or more.")
     if request.memory is not None:
         parse_bytes(str(request.memory), "--memory")
-    if request.holdout is not None and not 0 <= request.holdout < 1:
+    if request.holdout is not None and request.holdout >= 1:
         raise UsageError(
             f"--holdout {request.holdout:g} is not a share from 0 to below 1.",
             hint="0.2 holds out a fifth of the sequences.",
@@ -297,13 +293,8 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--strategy {strategy} compares sets of blocks, and {metric.name} scores single blocks.",
             hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
         )
-    if request.beam_width is not None and (strategy != "beam" or request.beam_width < 1):
-        raise UsageError(
-            f"--beam-width does not apply to --strategy {strategy}."
-            if strategy != "beam"
-            else f"--beam-width {request.beam_width} is too small.",
-            hint="Leave it out." if strategy != "beam" else "Use 1 or more.",
-        )
+    if request.beam_width is not None and strategy != "beam":
+        raise UsageError(f"--beam-width does not apply to --strategy {strategy}.", hint="Leave it out.")
     if request.extend is not None and strategy != "greedy":
         raise UsageError(
             f"--extend works with --strategy greedy only, not with {strategy}.",

@@ -227,8 +227,6 @@ def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | No
     Raises:
         UsageError: the number is below 1, or above what the protected blocks leave.
     """
-    if min(protection.first, protection.last) < 0:
-        raise UsageError("Cannot protect a negative number of blocks.", hint="Use 0 or more.")
     count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
     available = min(len(protection.candidates(blocks, ())), blocks - 1)  # one always stays
     if count < 1:
@@ -250,7 +248,8 @@ def parse_ratio(text: str) -> Fraction:
         UsageError: the text is not a number above 0 and below 1.
     """
     try:
-        ratio = Fraction(text)
+        # By way of a float, whose repr has the same digits: Fraction("1e-999999999") would be computed for hours.
+        ratio = Fraction(text if "/" in text else repr(float(text)))
     except (ValueError, ZeroDivisionError):
         ratio = Fraction(0)
     if not 0 < ratio < 1:

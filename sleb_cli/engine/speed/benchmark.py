@@ -27,7 +27,7 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO, BenchRequest
 from sleb_cli.results import BenchResult, ModelSize, Workload, WorkloadResult
 from sleb_cli.version import __version__
-from sleb_plugins import MachineError, UnsupportedModelError, UsageError
+from sleb_plugins import MachineError, UnsupportedModelError
 
 
 def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchResult:
@@ -74,8 +74,6 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Let torch use so many threads; None leaves the number to it."""
-    if count is not None and count < 1:
-        raise UsageError(f"--threads {count} is too small.", hint="Use 1 or more.")
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

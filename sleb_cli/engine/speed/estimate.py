@@ -110,8 +110,6 @@ def _require_applicable(request: BenchRequest) -> None:
             raise UsageError(
                 f"{option} is missing.", hint="Give both: --device-flops 989e12 --device-bandwidth 3.35e12 (an H100)."
             )
-        if figure is not None and figure <= 0:
-            raise UsageError(f"{option} {figure:g} is too small.", hint="Write it like 989e12.")
     given = {
         "--engine": request.engine != TRANSFORMERS,
         "--source": request.source is not None,

@@ -106,7 +106,8 @@ def resolve_workload(
         value: int = getattr(standard, field) if asked is None else asked
         return value
 
-    _require_in_range(request, name)
+    if request.compile and request.warmup == 0:
+        raise UsageError("--warmup 0 is too small: the compilation would be timed.", hint="Use 1 or more.")
     new_tokens = pick("new_tokens") if name == "generation" else 0
     workload = Workload(
         name=name,
@@ -125,18 +126,6 @@ def resolve_workload(
     if device.type == "cpu" and _is_smaller(workload, _ON_ACCELERATOR[name]) and not request.sweep:
         notify(Notice(f"{name}: {workload}, smaller than the paper's setting because this is a CPU."))
     return workload
-
-
-def _require_in_range(request: BenchRequest, name: WorkloadName) -> None:
-    least = {"batch_size": 1, "prompt_length": 1, "iterations": 1, "warmup": 0, "cooldown": 0}
-    if name == "generation":
-        least["new_tokens"] = 1
-    if request.compile:
-        least["warmup"] = 1  # or the compilation would be timed
-    for field, smallest in least.items():
-        value = getattr(request, field)
-        if value is not None and value < smallest:
-            raise UsageError(f"--{field.replace('_', '-')} {value} is too small.", hint=f"Use {smallest} or more.")
 
 
 def _fitting(length: int, new_tokens: int, request: BenchRequest, subject: Subject) -> int:

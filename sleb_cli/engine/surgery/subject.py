@@ -51,8 +51,6 @@ class Subject:
 
 def _require_every(every: int, most: int, *, with_remove: bool) -> None:
     hint = "Use --every 2, or --remove 2,4,6."
-    if every < 1:
-        raise UsageError(f"--every {every} is too small.", hint=hint)
     if with_remove:
         raise UsageError(f"--every {every} does not go with --remove.", hint=hint)
     if not most:

@@ -134,8 +134,6 @@ def resolve_calibration(
     Raises:
         UsageError: the number of samples or their length is out of range, or the mixture is invalid.
     """
-    if request.samples is not None and request.samples < 1:
-        raise UsageError(f"--samples {request.samples} is too small.", hint="Use 1 or more.")
     is_demo = architecture.source.id == DEMO
     source = request.calibration or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
     parts = parse_mixture(source)

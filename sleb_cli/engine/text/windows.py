@@ -26,13 +26,11 @@ def choose_length(
     """Return the sequence length, at most the model's number of positions; `option` is the user's option for it.
 
     Raises:
-        UsageError: `asked` exceeds the model's positions, or is too short to predict a token.
+        UsageError: `asked` exceeds the model's positions.
     """
     limit = architecture.longest_sequence
     if asked is None:
         return min(default, limit) if limit else default
-    if asked < 2:
-        raise UsageError(f"{option} {asked} is too short to predict a token.", hint="Use 2 or more.")
     if limit and asked > limit:
         raise UsageError(
             f"{option} {asked} exceeds the {limit} positions of {architecture.source.id}.",
