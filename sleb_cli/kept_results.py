@@ -29,8 +29,8 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
     """Write a result to its place, together with what was measured before on the same model; return both.
 
     A file that cannot be read or written is no reason to lose the result: the listener is told. What another version of
-    sleb wrote, or what was measured in another setting, is moved aside; what cannot be read now is not overwritten,
-    because it may be read later.
+    sleb wrote, or was measured on another model or in another setting, is moved aside; what cannot be read now is not
+    overwritten, because it may be read later.
     """
     merged = result
     try:
@@ -39,16 +39,28 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
                 previous = read_kept(type(result), file, notify)
             except OSError as error:
                 raise OutputError(f"{file} cannot be read: {error.strerror}.", hint="Check the disk.") from error
-            if previous is None and file.is_file():
-                _move_aside(file, notify)
             merged = result if previous is None else result.merged_with(previous)
-            if previous is not None and merged is result:
-                notify(Notice(f"{file} holds results of another model or in another setting."))
+            if merged is result and file.is_file():
+                if previous is not None:
+                    notify(Notice(f"{file} holds results of another model or in another setting."))
                 _move_aside(file, notify)
+            if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
+                _name_outdone(result, merged, file, notify)
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
     except OutputError as error:
         notify(Notice(f"The result is not kept for reports: {error.message}"))
     return merged
+
+
+def _name_outdone(result: BenchResult, merged: BenchResult, file: Path, notify: Notify) -> None:
+    for new, kept in result.outdone_by(merged):
+        runs, more = new.workload.iterations, kept.workload.iterations
+        notify(
+            Notice(
+                f"{file} keeps the earlier {more} runs of {kept.workload.label}, which say more than {runs}; "
+                f"--iterations {more} or more replaces them."
+            )
+        )
 
 
 def _move_aside(file: Path, notify: Notify) -> None:

@@ -284,7 +284,7 @@ class EvalResult(ResultRecord):
     def setting(self) -> tuple[object, ...]:
         """What results share that can stand beside each other."""
         model = (self.model.fingerprint, self.model.code, self.behavior)
-        return (*model, self.dtype, self.device, self.sleb_version, self.torch, self.transformers)
+        return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.
@@ -524,21 +524,24 @@ class BenchResult(ResultRecord):
         """Return both results as one, if they are of the same model in the same setting: see `setting`.
 
         A workload that was run again replaces the earlier one, with all its sizes, since it has a dense model's runs of
-        its own.
+        its own; unless it has fewer iterations.
         """
         if self.setting != previous.setting:
             return self
-        again = {result.workload.identity for result in self.workloads}
-        kept = [result for result in previous.workloads if result.workload.identity not in again]
-        used = {timing.removals for result in kept for timing in result.pruned}
-        sizes = {size.removals: size for size in previous.pruned if size.removals in used}
-        sizes |= {size.removals: size for size in self.pruned}
-        return self.model_copy(
-            update={
-                "pruned": tuple(sorted(sizes.values(), key=lambda size: len(size.removals))),
-                "workloads": (*kept, *self.workloads),
-            }
-        )
+        outdone = {new.workload.identity for new, _ in self.outdone_by(previous)}
+        ours = [result for result in self.workloads if result.workload.identity not in outdone]
+        again = {result.workload.identity for result in ours}
+        workloads = (*(result for result in previous.workloads if result.workload.identity not in again), *ours)
+        used = {timing.removals for result in workloads for timing in result.pruned}
+        sizes = {size.removals: size for size in (*previous.pruned, *self.pruned) if size.removals in used}
+        ordered = tuple(sorted(sizes.values(), key=lambda size: len(size.removals)))
+        return self.model_copy(update={"pruned": ordered, "workloads": workloads})
+
+    def outdone_by(self, other: BenchResult) -> list[tuple[WorkloadResult, WorkloadResult]]:
+        """Return the workloads that the other result has with more iterations, each beside that."""
+        theirs = {result.workload.identity: result for result in other.workloads}
+        pairs = [(ours, theirs.get(ours.workload.identity)) for ours in self.workloads]
+        return [(ours, more) for ours, more in pairs if more and more.workload.iterations > ours.workload.iterations]
 
 
 class EstimatedTiming(Record):

@@ -3,6 +3,7 @@
 import pytest
 
 from sleb_cli.engine.speed.statistics import latency_statistics
+from sleb_cli.kept_results import keep_result
 from sleb_cli.records import ModelRecord
 from sleb_cli.results import BenchResult, ModelSize, PrunedTiming, Timing, WarmupRecord, Workload, WorkloadResult
 from sleb_plugins.engine import TimedRun
@@ -55,6 +56,21 @@ def test_workloads_are_kept_until_they_are_run_again():
     assert [found.dense.e2els[0] for found in both.workloads] == [2.0, 3.0, 4.0]
     assert [size.removals for size in both.pruned] == [(1,), (1, 2)]
     assert BenchResult.model_validate_json(both.model_dump_json()) == both
+
+
+def test_fewer_iterations_do_not_replace_more(tmp_path):
+    file, heard = tmp_path / "plan.bench.json", []
+    careful = result([(1,)], measured(1.0, (1,), iterations=5))
+    keep_result(careful, file, heard.append)
+    quick = result([(1, 2)], measured(2.0, (1, 2), iterations=1), measured(3.0, (1, 2), prompt_length=4, iterations=1))
+    both = keep_result(quick, file, heard.append)
+    assert [found.dense.e2els[0] for found in both.workloads] == [1.0, 3.0]
+    assert [size.removals for size in both.pruned] == [(1,), (1, 2)]
+    (notice,) = heard
+    assert "keeps the earlier 5 runs of prompt 1x8, which say more than 1; --iterations 5 or more" in notice.text
+    again = keep_result(result([(1,)], measured(4.0, (1,), iterations=5)), file, heard.append)
+    assert [found.dense.e2els[0] for found in again.workloads] == [3.0, 4.0]
+    assert len(heard) == 1
 
 
 def test_a_size_goes_with_the_last_workload_that_has_it():
