@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 from sleb_plugins.errors import UsageError
@@ -22,6 +24,9 @@ Z = 1.959963984540054
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 # Our own tasks, which are made to break first: an average with them would say nothing about what a model knows.
 _OURS = "sleb_"
+# Of these, calibration reads the training split, and evaluation another.
+_SPLIT = ("wikitext2", "c4")
+_SHARE = re.compile(r":[\d.]+(?:e-?\d+)?(?:/\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,28 @@ class Findings:
         """The texts whose perplexity was measured."""
         return self.pruning.evaluation["texts"] if self.pruning.evaluation else ()
 
+    def text_name(self, text: Data) -> str:
+        """Return a text's name, with what tells it from the others, and whether the pruned model was made on it."""
+        alike = [other for other in self.texts if other["text"] == text["text"]]
+        details: list[Callable[[Data], str]] = []
+        for tell in (_window, _stride, _bos, _count, _tokens):
+            told = {tuple(detail(other) for detail in details) for other in alike}
+            if len(told) < len(alike) and len(set(map(tell, alike))) > 1:
+                details.append(tell)
+        remarks = [*filter(None, (tell(text) for tell in details)), *self._made_on(text)]
+        return f"{text['text']} ({', '.join(remarks)})" if remarks else str(text["text"])
+
+    def _made_on(self, text: Data) -> list[str]:
+        """Return what was done on this text besides measuring."""
+        recovery = self.plan.get("recovery")
+        used = {"searched on": self.plan["calibration"]} | ({"recovered on": recovery["text"]} if recovery else {})
+        return [what for what, record in used.items() if _holds(record, text)]
+
+    @cached_property
+    def is_independent(self) -> bool:
+        """Whether no text that was measured is one that the pruned model was made on."""
+        return not any(self._made_on(text) for text in self.texts)
+
     @property
     def tasks(self) -> Sequence[Data]:
         """Every metric of every task."""
@@ -180,13 +207,16 @@ class Findings:
 
     @cached_property
     def main_workloads(self) -> list[Data]:
-        """One workload of each name: transformers before other engines, then the smallest batch."""
-        chosen: dict[str, Data] = {}
+        """One workload of each name: of transformers before other engines, with an interval, of the most tokens.
+
+        The largest says most: small ones are decided by what a machine does around the work.
+        """
+        ranked: dict[str, list[tuple[tuple[bool, bool, int], Data]]] = {"generation": [], "prompt": []}
         for result in self.workloads:
             name = result["workload"]["name"]
-            if of_size(result, self.removals) and (name not in chosen or _order(result) < _order(chosen[name])):
-                chosen[name] = result
-        return [chosen[name] for name in ("generation", "prompt") if name in chosen]
+            if entry := of_size(result, self.removals):
+                ranked[name].append((_order(result, entry), result))
+        return [min(found, key=itemgetter(0))[1] for found in ranked.values() if found]
 
     def size(self, removals: Removals) -> Data | None:
         """Return the parameters and bytes of a size; () is the dense model."""
@@ -222,9 +252,46 @@ def _preference(task: Data) -> int:
     return _MAIN_METRICS.index(metric) if metric in _MAIN_METRICS else len(_MAIN_METRICS)
 
 
-def _order(result: Data) -> tuple[bool, int, int]:
+def _order(result: Data, entry: Data) -> tuple[bool, bool, int]:
     workload = result["workload"]
-    return workload["engine"] != "transformers", workload["batch_size"], workload["prompt_length"]
+    tokens = workload["batch_size"] * (workload["prompt_length"] + workload["new_tokens"])
+    return workload["engine"] != "transformers", entry["interval"] is None, -tokens
+
+
+def _holds(record: Data, text: Data) -> bool:
+    """Whether a text is one of those in the record of a calibration, by its source."""
+    if text["text"] in _SPLIT:
+        return False
+    source = record["source"]
+    parts = source.split(",")
+    sources = [_SHARE.sub("", part).strip() for part in parts] if all(map(_SHARE.search, parts)) else [source]
+    return _split_of(text["text"]) in map(_split_of, sources)
+
+
+def _split_of(source: str) -> tuple[str, str, str]:
+    """Return the place, config and split of a text; a file has the same ones wherever it is named."""
+    place, config, split = [*source.split(":"), "", ""][:3]
+    return place, config, split or "train"
+
+
+def _window(text: Data) -> str:
+    return f"windows of {text['sequence_length']:,}"
+
+
+def _stride(text: Data) -> str:
+    return f"stride {text['stride']:,}" if text["stride"] else ""
+
+
+def _bos(text: Data) -> str:
+    return {"none": "no BOS", "text": "one BOS", "windows": "BOS in each"}[str(text["bos"])]
+
+
+def _count(text: Data) -> str:
+    return f"{text['windows']:,} of them"
+
+
+def _tokens(text: Data) -> str:
+    return f"tokens {text['tokens_sha256'][:8]}"
 
 
 def workload_label(workload: Data) -> str:

@@ -37,11 +37,25 @@ def gains(findings: Findings) -> list[str]:
         return []
     where = f"on {benchmark['processor']}" if benchmark["device"] == "cpu" else f"on {benchmark['device']}"
     lines = [
-        f"It {_DOES[result['workload']['name']]} {faster(speedup(entry))}"
+        f"It {_DOES[result['workload']['name']]} {faster(speedup(entry))}{_runs(entry)}, {_work(result['workload'])}"
         for result in findings.main_workloads
         if (entry := of_size(result, findings.removals))
     ]
-    return [f"{line} {where if number == 0 else 'there'}." for number, line in enumerate(lines)]
+    return [f"{line}, {where if number == 0 else 'there'}." for number, line in enumerate(lines)]
+
+
+def _runs(entry: Data) -> str:
+    """Say how few runs a speed-up is from, if they are too few for an interval."""
+    count = len(entry["e2els"])
+    return "" if entry["interval"] else f" in {plural(count, 'run')}, too few for an interval"
+
+
+def _work(workload: Data) -> str:
+    """Say what was run: with 4 prompts of 64 tokens and 32 new tokens each."""
+    new = f" and {plural(workload['new_tokens'], 'new token')} each" if workload["new_tokens"] else ""
+    engine = "" if workload["engine"] == "transformers" else f" in {workload['engine']}"
+    prompts = plural(workload["batch_size"], "prompt")
+    return f"with {prompts} of {plural(workload['prompt_length'], 'token')}{new}{engine}"
 
 
 def speedup(entry: Data) -> Estimate:
@@ -67,7 +81,7 @@ def costs(findings: Findings) -> list[str]:
     lines = []
     for text in findings.texts:
         if entry := of_size(text, findings.removals):
-            lines.append(f"Its perplexity on {text['text']} {_changes(text['dense'], entry)}.")
+            lines.append(f"Its perplexity on {findings.text_name(text)} {_changes(text['dense'], entry)}.")
     if kept := findings.retention(findings.removals):
         lines.append(_accuracy(findings, kept))
     return lines

@@ -96,8 +96,9 @@ def texts(findings: Findings) -> Table:
             (0, text["dense"]),
             *((len(size), entry) for size in findings.by_size if (entry := of_size(text, size))),
         ]
-        rows += [[text["text"], str(count), *_text_scores(entry, count)] for count, entry in entries]
-    return Table("Perplexity on text that was not searched on", columns, rows)
+        rows += [[findings.text_name(text), str(count), *_text_scores(entry, count)] for count, entry in entries]
+    caption = "Perplexity on text that was not searched on" if findings.is_independent else "Perplexity on text"
+    return Table(caption, columns, rows)
 
 
 def _text_scores(entry: Data, count: int) -> list[str]:
@@ -135,7 +136,7 @@ def divergence(findings: Findings) -> Table:
                 kl = entry["divergence"]
                 rows.append(
                     [
-                        text["text"],
+                        findings.text_name(text),
                         str(len(size)),
                         f"{kl['mean']:.4f}"
                         + ("" if kl["standard_error"] is None else f" ± {kl['standard_error']:.4f}"),
@@ -155,7 +156,7 @@ def how_texts(findings: Findings) -> Table:
         windows = f"{text['windows']} x {text['sequence_length']} tokens{stride}"
         bos = {"none": "none", "text": "once, before the text", "windows": "before every window"}[text["bos"]]
         error = f"{text['clusters']:,} {text['clustered_by']}"
-        rows.append([text["text"], windows, f"{text['tokens']:,}", bos, error])
+        rows.append([findings.text_name(text), windows, f"{text['tokens']:,}", bos, error])
     columns = ["text", "windows", "predicted tokens", "BOS", "observations behind errors"]
     return Table("How perplexity was measured", columns, rows, frozenset({1, 3, 4}))
 

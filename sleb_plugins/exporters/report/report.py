@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
-from sleb_plugins.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change
+from sleb_plugins.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change, workload_label
 from sleb_plugins.exporters.headline import between, sentences, speedup, warnings
 from sleb_plugins.exporters.report.drawing import NARROW, WIDE, Inlined, missing_extra, need_matplotlib
 from sleb_plugins.exporters.report.sections import plots_of, sections
-from sleb_plugins.formats import format_change, format_count, format_perplexity, format_share
+from sleb_plugins.formats import format_change, format_count, format_perplexity, format_share, plural
 
 # What only other programs want to know of each item, window or run; a report would be many megabytes with it.
 _LEFT_OUT = frozenset({"items", "doc_ids", "losses", "flips", "itls", "ttfts", "joules"})
@@ -100,11 +100,12 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
     for result in findings.main_workloads:
         if entry := of_size(result, findings.removals):
             measured = speedup(entry)
-            found.append((f"{result['workload']['name']}, times as fast", f"{measured.value:.2f}×", between(measured)))
+            name = f"{workload_label(result['workload'])}, times as fast"
+            found.append((name, f"{measured.value:.2f}×", between(measured) or plural(len(entry["e2els"]), "run")))
     for text in findings.texts[:2]:
         if entry := of_size(text, findings.removals):
             change = perplexity_change(entry)
-            name = f"perplexity, {text['text']}"
+            name = f"perplexity, {findings.text_name(text)}"
             both = f"{format_perplexity(text['dense']['perplexity'])} → {format_perplexity(entry['perplexity'])}"
             found.append((name, format_change(change.value), both))
     if value := findings.retention(findings.removals):
