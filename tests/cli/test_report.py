@@ -232,6 +232,96 @@ def test_a_recovered_plan_says_what_came_back(run_sleb, tmp_path):
     assert "sleb apply plan.json --recover --calibration wikitext2 --sequence-length 2048" in text
 
 
+def changed(result, change):
+    """Return a result whose data `change` has edited."""
+    data = json.loads(json.dumps(result.to_data()))
+    change(data)
+    return type(result).model_validate_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("searched_on", "measured_on", "remark"),
+    [
+        ("wikitext2", "wikitext2", ""),  # of which calibration reads another split
+        ("c4", "diary.txt", ""),
+        ("diary.txt", "/home/jane/diary.txt", " (searched on)"),
+        ("self:0.5,diary.txt:0.5", "diary.txt", " (searched on)"),
+        ("self:0.5,c4:0.5", "wikitext2", ""),
+        ("acme/news::train", "acme/news", " (searched on)"),
+        ("acme/news", "acme/news::test", ""),
+    ],
+)
+def test_a_text_that_was_searched_on_is_called_so(run_sleb, tmp_path, searched_on, measured_on, remark):
+    plan = make_plan(8, 2)
+    plan = plan.model_copy(update={"calibration": plan.calibration.model_copy(update={"source": searched_on})})
+    write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
+    summary = " ".join(run_sleb("export", "--to", "summary").stdout.split())
+    assert f"Its perplexity on {measured_on.rpartition('jane/')[2]}{remark} rises" in summary
+
+
+def test_one_text_read_in_two_ways_has_two_names_and_axes_have_plain_numbers(run_sleb, tmp_path):
+    plan = make_plan(12, 4)
+    calibration = plan.calibration.model_copy(update={"source": "diary.txt"})
+    plan = plan.model_copy(update={"calibration": calibration})
+
+    def also_short(data):
+        (text,) = data["texts"]
+        for scores in text["pruned"]:  # within a decade, where axes are labelled between powers of ten, too
+            scores["divergence"] |= {"median": 0.21, "mean": 0.3, "p90": 0.5, "p99": 0.7}
+        data["texts"].append(text | {"sequence_length": 512, "tokens_sha256": "1" * 64})
+        data["texts"].append(text | {"sequence_length": 512, "tokens_sha256": "2" * 64})
+
+    evaluation = changed(make_evaluation(plan, items=40, tasks=(), texts=("diary.txt",)), also_short)
+    write_measured(tmp_path, plan, evaluation=evaluation)
+    assert run_sleb("export", "--to", "report").exit_code == 0
+    page = Page((tmp_path / "plan.report.html").read_text())
+    names = [
+        "diary.txt (windows of 2,048, tokens 00000000, searched on)",
+        "diary.txt (windows of 512, tokens 11111111, searched on)",
+        "diary.txt (windows of 512, tokens 22222222, searched on)",
+    ]
+    for name in names:
+        assert page.text.count(name) > 6  # in sentences, tables and legends
+    assert "Perplexity on text" in page.text
+    assert "not searched on" not in page.text
+    assert "$" not in page.text
+    assert " 0.5 " in page.text
+
+
+@pytest.mark.parametrize(
+    ("iterations", "said"),
+    [
+        (
+            {4: 5, 64: 5, 256: 5},
+            " {low:.2f} to {high:.2f}), with 1 prompt of 256 tokens and 8 new tokens",
+        ),
+        ({4: 5, 64: 5, 256: 1}, " {low:.2f} to {high:.2f}), with 1 prompt of 64 tokens and 8 new tokens"),
+        ({4: 1, 64: 1, 256: 1}, " in 1 run, too few for an interval, with 1 prompt of 256 tokens and 8 new tokens"),
+        ({4: 1, 64: 3, 256: 3}, " in 3 runs, too few for an interval, with 1 prompt of 256 tokens and 8 new tokens"),
+    ],
+    ids=["largest", "with an interval", "one run", "few runs"],
+)
+def test_the_headline_names_the_largest_workload_that_was_measured_well(run_sleb, tmp_path, iterations, said):
+    plan = make_plan(8, 2)
+
+    def swept(data):
+        _, generation = data["workloads"]
+        data["workloads"] = []
+        for length, count in iterations.items():
+            result = json.loads(json.dumps(generation))
+            result["workload"] |= {"batch_size": 1, "prompt_length": length, "new_tokens": 8, "iterations": count}
+            for timing in (result["dense"], *result["pruned"]):
+                timing |= {name: timing[name][:count] for name in ("e2els", "ttfts", "itls")}
+            for timing in result["pruned"]:
+                timing["speedup"] = 1 + length / 1000
+                timing["interval"] = {"low": length / 1000, "high": 2.0} if count >= 5 else None
+            data["workloads"].append(result)
+
+    write_measured(tmp_path, plan, benchmark=changed(make_benchmark(plan, every=1, batches=(1,)), swept))
+    words = " ".join(run_sleb("export", "--to", "summary").stdout.split())
+    assert said.format(low=int(re.search(r"of (\d+) tokens", said)[1]) / 1000, high=2.0) in words
+
+
 def test_what_a_text_says_is_never_markup(run_sleb, tmp_path):
     evil = "</script><script>alert(1)</script><b>"
     plan = make_plan(8, 2, name="<script>Tiny<b>")

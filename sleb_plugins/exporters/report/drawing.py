@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -243,3 +244,25 @@ def whole_ticks(axis: Axes, values: Sequence[int], at_most: int) -> None:
     """Put ticks at some of these whole numbers of the x axis, evenly spread."""
     step = max(1, -(-len(values) // at_most))
     axis.set_xticks(list(values)[::step])
+
+
+def set_logarithmic(axis: Axes) -> None:
+    """Make the y axis of what is drawn logarithmic, with plain numbers: formulas like $10^{-1}$ are not typeset."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    ticks = logarithmic_ticks(math.log(low), math.log(high))
+    axis.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.yaxis.minorticks_off()
+
+
+def logarithmic_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
+    """Return round numbers between two natural logarithms, spread over the axis."""
+    for steps in ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
+        decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+        ticks = [float(f"{step * 10.0**decade:.6g}") for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= math.log(tick) <= high]
+        if len(ticks) <= at_most:
+            break
+    if len(ticks) > 1:
+        return ticks[:: -(-len(ticks) // at_most)]
+    return [float(f"{math.exp(low + (high - low) * part / 4):.4g}") for part in range(1, 4)]

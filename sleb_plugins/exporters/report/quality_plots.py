@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from sleb_plugins.exporters.findings import (
@@ -27,6 +28,7 @@ from sleb_plugins.exporters.report.drawing import (
     SERIES,
     Canvas,
     Plot,
+    set_logarithmic,
     style_legend,
     whole_ticks,
 )
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _MOST_TASKS = 24
 _MOST_TEXTS = 4
 _MOST_LABELS = 8
+_TITLE = 32
+"""Characters of a panel's title in a line, where three stand side by side."""
 
 Line = tuple[str, list[tuple[int, Estimate]]]
 """A name, and a value for each number of removed blocks."""
@@ -68,7 +72,7 @@ def _kinds_of_quality(findings: Findings) -> dict[str, list[Line]]:
 def _perplexity_lines(findings: Findings) -> list[Line]:
     return [
         (
-            text["text"],
+            findings.text_name(text),
             [(len(size), perplexity_change(entry)) for size in findings.by_size if (entry := of_size(text, size))],
         )
         for text in findings.texts[:_MOST_TEXTS]
@@ -217,8 +221,10 @@ def _divergence(findings: Findings, texts: list[Data]) -> Callable[[Canvas], Non
             for key, label, marker, colour in _SHARES:
                 values = [max(entry["divergence"][key], 1e-6) for entry in entries]
                 axis.plot(counts, values, marker=marker, color=colour, label=label, linewidth=1.2)
-            axis.set(yscale="log", xlabel="blocks removed", ylabel="KL divergence, nats", title=text["text"])
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set(
+                xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(findings.text_name(text), _TITLE)
+            )
+            set_logarithmic(axis)
             axis.set_xticks(counts if len(counts) < 12 else counts[:: -(-len(counts) // 10)])
             axis.margins(x=0.15)
             axis.grid(axis="y")
@@ -233,7 +239,7 @@ def _describe_divergence(findings: Findings, texts: list[Data]) -> str:
         if entry := of_size(text, findings.removals):
             kl = entry["divergence"]
             words.append(
-                f"{text['text']}: median {kl['median']:.3g}, mean {kl['mean']:.3g}, 90 % {kl['p90']:.3g}, "
+                f"{findings.text_name(text)}: median {kl['median']:.3g}, mean {kl['mean']:.3g}, 90 % {kl['p90']:.3g}, "
                 f"99 % {kl['p99']:.3g} nats; the same first choice at {format_share(kl['same_top'])} of the positions"
             )
     return f"With {plural(len(findings.removals), 'block')} removed, on {'; '.join(words)}." if words else ""

@@ -14,6 +14,7 @@ from sleb_plugins.exporters.report.drawing import (
     PRUNED,
     Canvas,
     Plot,
+    logarithmic_ticks,
     style_legend,
     whole_ticks,
 )
@@ -181,20 +182,7 @@ def _draw_loss_curve(canvas: Canvas, findings: Findings) -> None:
     axis.grid(axis="y")
     whole_ticks(axis, sizes, 8 if canvas.narrow else 20)
     right = axis.secondary_yaxis("right")
-    ticks = perplexity_ticks(*axis.get_ylim())
+    ticks = logarithmic_ticks(*axis.get_ylim())
     right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,g}" for tick in ticks])
     right.set_ylabel("perplexity")
     style_legend(axis, loc="upper left")
-
-
-def perplexity_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
-    """Return round perplexities between two losses, spread over the logarithmic axis."""
-    for steps in ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
-        decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
-        ticks = [float(f"{step * 10.0**decade:.6g}") for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= math.log(tick) <= high]
-        if len(ticks) <= at_most:
-            break
-    if len(ticks) > 1:
-        return ticks[:: -(-len(ticks) // at_most)]
-    return [float(f"{math.exp(low + (high - low) * part / 4):.4g}") for part in range(1, 4)]

@@ -60,7 +60,7 @@ def _speedups(findings: Findings, results: list[Data]) -> Plot:
         "speedup",
         "Measured speed-up over blocks removed, and its bound",
         f"With {plural(len(findings.removals), 'block')} removed, {'; '.join(words)}.",
-        lambda canvas: _draw_speedups(canvas, findings, results[:_MOST_WORKLOADS]),
+        lambda canvas: _draw_speedups(canvas, findings, _shown(findings, results, _MOST_WORKLOADS)),
     )
 
 
@@ -96,8 +96,9 @@ def _latencies(
 ) -> Plot:  # fmt: skip
     """Show the share of runs or tokens that took at most a time: dense, the plan's size, and those between."""
     what = key.removesuffix("s")
+    shown = _shown(findings, results, _MOST_PANELS)
     words = []
-    for result in results[:_MOST_PANELS]:
+    for result in shown:
         pruned = of_size(result, findings.removals) or {}
         medians = [format_milliseconds(model[f"median_{what}_ms"]) for model in (result["dense"], pruned)]
         tails = [format_milliseconds(model[f"p99_{what}_ms"]) for model in (result["dense"], pruned)]
@@ -107,7 +108,6 @@ def _latencies(
         )
 
     def draw(canvas: Canvas) -> None:
-        shown = results[:_MOST_PANELS]
         columns = 1 if canvas.narrow else min(3, len(shown))
         rows = -(-len(shown) // columns)
         canvas.height(36 + 215 * rows)
@@ -132,6 +132,13 @@ def _latencies(
         canvas.figure.legend(handles, labels, loc="outside upper left", ncols=3)
 
     return Plot(name, title, f"{'; '.join(words)}.", draw)
+
+
+def _shown(findings: Findings, results: list[Data], at_most: int) -> list[Data]:
+    """Return as many workloads as a picture holds, in their order, the headline's among them; the tables have all."""
+    main = findings.main_workloads
+    chosen = sorted(results, key=lambda result: result not in main)[:at_most]
+    return [result for result in results if result in chosen]
 
 
 def _between(findings: Findings, result: Data) -> list[Data]:
