@@ -8,7 +8,7 @@ from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
-from sleb_cli.engine.recovery.least_squares import PANEL, Gains, Ridge, gram
+from sleb_cli.engine.recovery.least_squares import PANEL_COLUMNS, Gains, Ridge, gram
 from sleb_cli.engine.recovery.residual_projections import find_residual_projections, inputs_of
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_plugins import MachineError, UnsupportedModelError
@@ -319,7 +319,7 @@ def test_out_of_memory_fewer_sequences_pass_at_once_and_the_fits_are_alike(monke
     assert ours == pytest.approx(theirs, rel=5e-3)
 
 
-@pytest.mark.parametrize("features", [1, PANEL, 2 * PANEL + 3])
+@pytest.mark.parametrize("features", [1, PANEL_COLUMNS, 2 * PANEL_COLUMNS + 3])
 def test_the_products_of_all_pairs_of_features_are_those_of_one_multiplication(features):
     x = torch.randn(50, features, generator=torch.Generator().manual_seed(0))
     found = gram(x)

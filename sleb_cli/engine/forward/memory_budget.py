@@ -36,17 +36,18 @@ class DeviceSettings:
     share: float
 
 
-_SETTINGS = {
-    "cpu": DeviceSettings(
-        tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, widened_bytes=2 << 20, share=0.5
-    ),
-    "mps": DeviceSettings(
-        tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, widened_bytes=256 << 20, share=0.5
-    ),
-}
-_ACCELERATOR = DeviceSettings(
+CPU_SETTINGS = DeviceSettings(
+    tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=256, widened_bytes=2 << 20, share=0.5
+)
+MPS_SETTINGS = DeviceSettings(
+    tokens_per_batch=2048, min_tokens_per_batch=256, head_positions=512, widened_bytes=256 << 20, share=0.5
+)
+ACCELERATOR_SETTINGS = DeviceSettings(
     tokens_per_batch=8192, min_tokens_per_batch=2048, head_positions=2048, widened_bytes=256 << 20, share=0.9
 )
+
+FEWEST_POSITIONS = 16
+"""Where memory is short, no fewer positions' logits exist at once: sequences are fewer instead."""
 
 COPIES_OF_LOGITS = 3
 """Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
@@ -56,7 +57,7 @@ COPIES_WIDENED = 6
 
 def settings_for(device: torch.device) -> DeviceSettings:
     """Return what suits this device; an accelerator with memory of its own is like any other."""
-    return _SETTINGS.get(device.type, _ACCELERATOR)
+    return {"cpu": CPU_SETTINGS, "mps": MPS_SETTINGS}.get(device.type, ACCELERATOR_SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class MemoryBudget:
         """Return a smaller budget, reduced first where it costs the least time; None if it cannot be smaller."""
         if self.kept or self.branches > 1:
             return dataclasses.replace(self, kept=0, branches=max(1, self.branches // 2))
-        if self.positions > 16:
-            return dataclasses.replace(self, positions=max(16, self.positions // 2))
+        if self.positions > FEWEST_POSITIONS:
+            return dataclasses.replace(self, positions=max(FEWEST_POSITIONS, self.positions // 2))
         if self.sequences > 1:
             return dataclasses.replace(self, sequences=self.sequences // 2)
         return None
@@ -121,8 +122,8 @@ def resolve_memory_budget(
     def needed(size: int, positions: int) -> int:
         return working_bytes(footprint, settings, size * length, positions)
 
-    while needed(size, positions) > available and (positions > 16 or (size > 1 and batch is None)):
-        if positions > 16:
+    while needed(size, positions) > available and (positions > FEWEST_POSITIONS or (size > 1 and batch is None)):
+        if positions > FEWEST_POSITIONS:
             positions //= 2
         else:
             size //= 2
@@ -157,5 +158,5 @@ def available_memory(device: torch.device, asked: str | None) -> int:
     """
     if asked is not None:
         return parse_bytes(asked, "--memory")
-    processes = local_count() if device.type in _SETTINGS else 1  # which share the memory of the machine
+    processes = local_count() if device.type in ("cpu", "mps") else 1  # which share the memory of the machine
     return int(free_bytes(device) * settings_for(device).share) // processes

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
 
-_CHUNK = 64
+_CHUNK_TOKENS = 64
 """Tokens of which only the sum of the probabilities is looked at first."""
 
 
@@ -44,7 +44,8 @@ def sample(probabilities: Tensor) -> Tensor:
         ValueError: a row holds NaN, or its sum is infinite or 0.
     """
     vocabulary = probabilities.shape[-1]
-    chunks = torch.nn.functional.pad(probabilities, (0, -vocabulary % _CHUNK)).view(len(probabilities), -1, _CHUNK)
+    padded = torch.nn.functional.pad(probabilities, (0, -vocabulary % _CHUNK_TOKENS))
+    chunks = padded.view(len(probabilities), -1, _CHUNK_TOKENS)
     sums = as_float64(chunks.sum(-1))
     total = sums.sum(-1)
     wrong = total[~(total.isfinite() & (total > 0))]
@@ -55,7 +56,7 @@ def sample(probabilities: Tensor) -> Tensor:
     rows = torch.arange(len(sums), device=probabilities.device)
     of_chunk = as_float64(chunks[rows, chunk.to(rows.device)])
     token, _ = _drawn(of_chunk, share)
-    return (chunk * _CHUNK + token).to(probabilities.device)
+    return (chunk * _CHUNK_TOKENS + token).to(probabilities.device)
 
 
 def _drawn(weights: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

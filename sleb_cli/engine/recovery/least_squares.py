@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
 
-PANEL = 512
+PANEL_COLUMNS = 512
 """Columns of X'X that are computed at once: enough to fill matrix units."""
 
 
@@ -23,8 +23,8 @@ def gram(x: Tensor) -> Tensor:
     """Return X'X of rows [rows, features]. Its upper half is computed panel by panel, the lower half is copied."""
     features = x.shape[1]
     found = x.new_empty(features, features)
-    for start in range(0, features, PANEL):
-        end = min(start + PANEL, features)
+    for start in range(0, features, PANEL_COLUMNS):
+        end = min(start + PANEL_COLUMNS, features)
         found[start:end, start:] = x[:, start:end].T @ x[:, start:]
         found[end:, start:end] = found[start:end, end:].T
     return found
