@@ -468,9 +468,9 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         Doc("Remove the blocks from this GGUF file of the model, quantised or not.", metavar="GGUF", panel=_CHECKPOINT),
     ] = None
     dtype: Annotated[str | None, Doc("Cast the weights: float32, bfloat16, float16.", panel=_CHECKPOINT)] = None
-    max_shard_size: Annotated[str | int, Doc("Largest weight file: 5GB, 512MiB.", panel=_CHECKPOINT)] = (
-        DEFAULT_SHARD_SIZE
-    )
+    max_shard_size: Annotated[
+        str | int | None, Doc("Largest weight file: 5GB, 512MiB.", default=DEFAULT_SHARD_SIZE, panel=_CHECKPOINT)
+    ] = None
     no_verify: Annotated[bool, Doc("Skip the proof after saving.", panel=_CHECKPOINT)] = False
     keep_failed: Annotated[
         Path | None, Doc("If the proof fails, keep what was written in this folder.", metavar="DIR", panel=_CHECKPOINT)

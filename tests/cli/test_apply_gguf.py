@@ -141,7 +141,10 @@ def test_a_gguf_model_or_output_is_enough(run_sleb, tmp_path, source, tiny_llama
     assert (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes() == (tmp_path / "small.gguf").read_bytes()
     as_folder = run_sleb("apply", source, "--blocks", "4,1", "-o", "folder")
     assert as_folder.exit_code == 0, as_folder.stderr
-    assert (tmp_path / "folder" / "model.safetensors").is_file()
+    assert (tmp_path / "folder" / "config.json").is_file()
+    sized = run_sleb("apply", source, "--blocks", "4,1", "--max-shard-size", "5GB")  # an option of checkpoints
+    assert sized.exit_code == 0, sized.stderr
+    assert (tmp_path / "tiny-sleb-4-blocks" / "config.json").is_file()
     result = run_sleb("apply", tiny_llama, "--blocks", "4,1", "-o", "other.gguf")
     assert (result.exit_code, "can only be made from a GGUF file" in result.stderr) == (2, True), result.stderr
     assert not (tmp_path / "other.gguf").exists()

@@ -41,7 +41,7 @@ from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import without_folders
-from sleb_cli.requests import ApplyRequest
+from sleb_cli.requests import DEFAULT_SHARD_SIZE, ApplyRequest
 from sleb_cli.results import ApplyResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
@@ -93,7 +93,8 @@ def apply_removals(
         WorkerFinished: this process only helped to recover; the main process writes the checkpoint.
     """
     surgery = subject.surgery
-    shard_bytes = parse_bytes(str(request.max_shard_size), "--max-shard-size")
+    shard_size = DEFAULT_SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
+    shard_bytes = parse_bytes(str(shard_size), "--max-shard-size")
     cast = _cast(request.dtype, subject)
     device_map = resolve_device_map(request, subject.architecture)
     proof_settings = choose_proof_settings(subject.architecture, cast, device_map, request.stream)

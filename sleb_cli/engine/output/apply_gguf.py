@@ -40,7 +40,7 @@ from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import ModelRecord, Proof
-from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
+from sleb_cli.requests import DEFAULT_PLAN, ApplyRequest
 from sleb_cli.results import GgufResult, RepackedTensors
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
@@ -109,7 +109,7 @@ def _checkpoint_options(request: ApplyRequest) -> list[str]:
         "--stream": request.stream is not None,
         "--dtype": request.dtype is not None,
         "--push": request.push is not None,
-        "--max-shard-size": request.max_shard_size != DEFAULT_SHARD_SIZE,
+        "--max-shard-size": request.max_shard_size is not None,
     }
     return [option for option, is_given in given.items() if is_given]
 
