@@ -17,7 +17,7 @@ import random
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -164,6 +165,21 @@ def save_model(folder: Path, config: Any, *, seed: int = 0, bos: bool = False, *
     model.save_pretrained(folder, **options)
     train_tokenizer(bos=bos).save_pretrained(folder)
     return folder
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint by name, however many files hold them."""
+    return {name: tensor for path in folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def weight_bytes_of(folder: Path) -> dict[str, bytes]:
+    """Return the weight files of a checkpoint by name, byte for byte."""
+    return {path.name: path.read_bytes() for path in folder.glob("model*.safetensors")}
+
+
+def beside_weights(names: Iterable[str]) -> set[str]:
+    """Leave out the names of a checkpoint's weight files and of their index."""
+    return {name for name in names if not name.startswith("model")}
 
 
 def random_model(config: Any) -> Any:

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 import sleb_plugins as sleb
+from conftest import weights_of
 from gguf_models import write_llama_gguf
 from sleb_cli import plugin_manager
 from sleb_cli.plan import read_plan
@@ -88,7 +88,7 @@ def recorder(install, monkeypatch):
 
 
 def weights_bytes(folder):
-    return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    return sum(tensor.nbytes for tensor in weights_of(folder).values())
 
 
 def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan, tiny_llama):

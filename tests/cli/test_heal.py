@@ -10,9 +10,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from conftest import calibration, interrupt_healing, llama_config, prose, random_model, save_model
+from conftest import calibration, interrupt_healing, llama_config, prose, random_model, save_model, weights_of
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
@@ -38,7 +37,7 @@ def healed(run_sleb, tiny_llama, text_file):
 
 
 def weights(folder):
-    return load_file(folder / "model.safetensors")
+    return weights_of(folder)
 
 
 def test_healing_comes_nearer_to_the_dense_model(healed, tmp_path):
@@ -301,7 +300,7 @@ def test_two_processes_heal_one_model_and_speak_with_one_voice(tiny_llama, text_
     assert run.stdout.count("wrote out") == 1
     assert 1 <= run.stderr.count("healing, 5") <= 2
     assert "Traceback" not in run.stderr
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert weights_of(tmp_path / "out")
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 

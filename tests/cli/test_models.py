@@ -9,7 +9,6 @@ import zipfile
 
 import gguf
 import pytest
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -19,7 +18,7 @@ from transformers import (
     ViTConfig,
 )
 
-from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer
+from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer, weights_of
 from gguf_models import write_llama_gguf
 from sleb_cli.engine.model import demo
 
@@ -349,7 +348,7 @@ def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_fi
     folder = tmp_path / "pickled"
     AutoModelForCausalLM.from_pretrained(tiny_llama).config.save_pretrained(folder)
     train_tokenizer(bos=False).save_pretrained(folder)
-    torch.save(load_file(tiny_llama / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save(weights_of(tiny_llama), folder / "pytorch_model.bin")
     plans = [
         json.loads(run_sleb("search", model, "--remove", 1, *calibration(text_file), "--json", "--force").stdout)
         for model in (folder, tiny_llama)

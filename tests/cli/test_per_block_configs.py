@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -14,7 +14,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from conftest import calibration, llama_config, save_model, train_tokenizer
+from conftest import calibration, llama_config, save_model, train_tokenizer, weights_of
 from families import tiny_config
 from sleb_cli.plan import read_plan
 
@@ -131,17 +131,17 @@ def test_a_constant_of_depth_is_refused_before_any_weight_is_read(run_sleb, text
 
 def test_weight_files_that_name_blocks_otherwise(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "nemotron", tiny_config("nemotron_h"))
-    assert any(name.startswith("backbone.layers.") for name in load_file(folder / "model.safetensors"))
+    assert any(name.startswith("backbone.layers.") for name in weights_of(folder))
     assert search(run_sleb, folder, text_file, "--remove", 1).exit_code == 0
     result = run_sleb("apply", "-o", "out")
     assert result.exit_code == 0, result.stderr
-    names = load_file(tmp_path / "out" / "model.safetensors")
+    names = weights_of(tmp_path / "out")
     assert {name.split(".")[2] for name in names if ".layers." in name} == set("01234")
 
 
 def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "glm", tiny_config("glm4_moe"))
-    tensors = load_file(folder / "model.safetensors")
+    tensors = weights_of(folder)
     extra = {name.replace("layers.5.", "layers.6."): t.clone() for name, t in tensors.items() if ".layers.5." in name}
     save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
@@ -149,7 +149,7 @@ def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_pat
     result = run_sleb("apply", folder, "--blocks", "2", "-o", "out")
     assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert not any(".layers.5." in name for name in load_file(tmp_path / "out" / "model.safetensors"))
+    assert not any(".layers.5." in name for name in weights_of(tmp_path / "out"))
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
     result = run_sleb("apply", folder, "--blocks", "2", "-o", "other")
     assert (result.exit_code, "do not keep 6 blocks" in result.stderr) == (4, True)
@@ -158,7 +158,7 @@ def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_pat
 @pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--max-shard-size", "60KB"], ["pickled"]])
 def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp_path, options):
     folder = save_model(tmp_path / "gemma", tiny_config("gemma4_text"))
-    dense = load_file(folder / "model.safetensors")
+    dense = weights_of(folder)
     if options == ["pickled"]:
         torch.save(dense, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
@@ -213,7 +213,7 @@ def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, 
     result = run_sleb("apply", "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
-    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
+    before, after = (weights_of(path) for path in (folder, tmp_path / "out"))
     seeing = [key for key in before if "vision" in key or "visual" in key]
     assert seeing
     assert all(torch.equal(before[key], after[key]) for key in seeing)

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from conftest import calibration, llama_config, reported_tokens, save_model
+from conftest import calibration, llama_config, reported_tokens, save_model, weights_of
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.recovery import closed_form, run
@@ -72,7 +72,7 @@ def test_new_values_are_written_proven_and_recorded(run_sleb, llama_plan, tiny_l
     assert f"| recovered in closed form | {math.exp(record.recovered.loss):.2f} |" in card
     assert "the others given new weights" in card
 
-    before, after = load_file(tiny_llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
     changed = {DOWN, "model.layers.3.mlp.down_proj.weight", "model.norm.weight"}
     assert torch.equal(after[DOWN], before[DOWN] * 1.1)
     old = [block for block in range(6) if block not in plan.removals]
@@ -105,8 +105,8 @@ def test_a_checkpoint_of_merged_experts_takes_new_values(run_sleb, text_file, fi
     result = run_sleb("apply", folder, "--blocks", "1", *recovering(text_file), "-o", "out")
     assert result.exit_code == 0, result.stderr
     stored = {tensor.name for tensor in find_weights(folder).stored}
-    before = load_file(folder / "model.safetensors")
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    before = weights_of(folder)
+    after = weights_of(tmp_path / "out")
     experts = [name for name in stored if name.startswith("model.layers.3.") and (".w2." in name or ".o_proj" in name)]
     assert len(experts) == 5
     for name in experts:
@@ -115,14 +115,14 @@ def test_a_checkpoint_of_merged_experts_takes_new_values(run_sleb, text_file, fi
 
 def test_files_of_a_base_model_alone_take_new_values(run_sleb, tiny_gpt2, text_file, fit, tmp_path):
     folder = shutil.copytree(tiny_gpt2, tmp_path / "base")
-    stored = load_file(folder / "model.safetensors")
+    stored = weights_of(folder)
     save_file(
         {name.removeprefix("transformer."): value for name, value in stored.items()}, folder / "model.safetensors"
     )
     fit.names = ["transformer.h.4.mlp.c_proj.weight", "transformer.ln_f.weight"]
     result = run_sleb("apply", folder, "--blocks", "2", *recovering(text_file), "-o", "out")
     assert result.exit_code == 0, result.stderr
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    after = weights_of(tmp_path / "out")
     for new, old in (("h.3.mlp.c_proj.weight", fit.names[0]), ("ln_f.weight", fit.names[1])):
         assert torch.equal(after[new], stored[old] * 1.1)
 
@@ -140,7 +140,7 @@ def test_half_precision_on_a_cpu_keeps_every_digit_that_is_stored(run_sleb, text
     folder = save_model(tmp_path / "half", llama_config(4, dtype=torch.float16))
     result = run_sleb("apply", folder, "--blocks", "2", *recovering(text_file, 100), "-o", "out")
     assert result.exit_code == 0, result.stderr
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    before, after = weights_of(folder), weights_of(tmp_path / "out")
     changed = [n for n, tensor in after.items() if ".layers.1." in n and not torch.equal(tensor, before[n])]
     assert changed
     for name in changed:
@@ -261,14 +261,11 @@ def test_new_values_have_the_checkpoints_data_type(run_sleb, text_file, fit, tmp
     fit.names = [DOWN]
     result = run_sleb("apply", folder, "--blocks", "2", *recovering(text_file), "-o", "out")
     assert result.exit_code == 0, result.stderr
-    assert (
-        load_file(tmp_path / "out" / "model.safetensors")[DOWN].dtype
-        is load_file(folder / "model.safetensors")[DOWN].dtype
-    )
+    assert weights_of(tmp_path / "out")[DOWN].dtype is weights_of(folder)[DOWN].dtype
     cast = run_sleb("apply", folder, "--blocks", "2", *recovering(text_file), "-o", "wide", "--dtype", "float32")
     assert cast.exit_code == 0, cast.stderr
     assert "proven in float32" in cast.stdout
-    assert load_file(tmp_path / "wide" / "model.safetensors")[DOWN].dtype is torch.float32
+    assert weights_of(tmp_path / "wide")[DOWN].dtype is torch.float32
 
 
 def test_a_quantized_model_is_refused(run_sleb, text_file, fit, tmp_path):

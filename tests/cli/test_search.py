@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from conftest import calibration, gpt2_config, llama_config, save_model
+from conftest import calibration, gpt2_config, llama_config, save_model, weights_of
 from sleb_cli.plan import read_plan
 from sleb_plugins.formats import format_perplexity
 
@@ -306,7 +306,7 @@ def test_a_model_with_one_block(run_sleb, text_file, tmp_path):
 
 def test_a_model_whose_own_loss_is_not_finite(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "nan", gpt2_config(3))
-    tensors = load_file(folder / "model.safetensors")
+    tensors = weights_of(folder)
     tensors["transformer.h.1.mlp.c_fc.bias"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     result = search(run_sleb, folder, text_file, "--remove", 1)
