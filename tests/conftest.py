@@ -38,6 +38,7 @@ from transformers import (
 from transformers.utils import logging
 
 import simulated_device
+import tiny_sizes  # before what it changes
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
@@ -70,6 +71,15 @@ class Result:
     exit_code: int
     stdout: str
     stderr: str
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _tiny_sizes_in_children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let processes that a test starts have the sizes that this one has."""
+    with pytest.MonkeyPatch.context() as patch:
+        if tiny_sizes.ARE_TINY:
+            tiny_sizes.for_children(tmp_path_factory.mktemp("tiny"), patch)
+        yield
 
 
 @pytest.fixture(autouse=True)
