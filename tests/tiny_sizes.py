@@ -33,7 +33,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     # Files: what is read, copied, compared and written at a time.
     "sleb_cli.engine.files.copying": {"BUFFER_BYTES": 64, "_CHUNK_BYTES": 1_000},
     "sleb_cli.engine.files.fingerprint": {"HEAD_BYTES": 100},  # behind it, only samples are read
-    "sleb_cli.engine.output.proof": {"LARGEST_SHARD": 10_000},
+    "sleb_cli.engine.output.proof": {"LARGEST_SHARD_BYTES": 10_000},
     "sleb_cli.requests": {"DEFAULT_SHARD_SIZE": "10kB"},
     "sleb_plugins.gguf.file": {"_PIECE_BYTES": 64},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.

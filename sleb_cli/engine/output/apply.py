@@ -53,6 +53,9 @@ _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.js
 # Files that the pruned checkpoint has its own versions of, beside weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
+_START_BYTES = 200
+"""In so many bytes at its start, each record of ours says which version of sleb wrote it."""
+
 
 def require_coherent(request: ApplyRequest) -> None:
     """Check that the options of a request fit together.
@@ -395,7 +398,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a file is a plan, a result or a journal, which name local folders and do not describe the checkpoint."""
     if path.suffix == ".json":
         with path.open("rb") as file:
-            return b'"sleb_version"' in file.read(200)
+            return b'"sleb_version"' in file.read(_START_BYTES)
     return path.suffix == ".journal" or ".journal.walk." in path.name
 
 

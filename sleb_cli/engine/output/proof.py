@@ -63,7 +63,7 @@ PROMPT = (
 PROMPT_TOKENS = 64
 NEW_TOKENS = 8
 
-LARGEST_SHARD = 5 * 10**9
+LARGEST_SHARD_BYTES = 5 * 10**9
 """The largest file of a checkpoint that is saved again."""
 
 TOLERANCE = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
@@ -501,7 +501,7 @@ def _saves_again(models: list[Any], surgery: Surgery, folder: Path, settings: Pr
             warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
         ):
             # A shard of an offloaded model is held in memory while it is written.
-            model.save_pretrained(place, max_shard_size=min(LARGEST_SHARD, free_bytes(CPU) // 2))
+            model.save_pretrained(place, max_shard_size=min(LARGEST_SHARD_BYTES, free_bytes(CPU) // 2))
         before = {name: tensor.shape for name, tensor in model.state_dict().items()}
         del model
         free_memory()
