@@ -3,12 +3,13 @@
 import json
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
 from conftest import calibration, save_model
 from families import tiny_config
-from sleb_cli.engine.forward import holding, saved_walk, streaming
+from sleb_cli.engine.forward import holding, memory_budget, saved_walk, streaming
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import StreamedBlocks
 from sleb_plugins import OutputError
@@ -68,7 +69,9 @@ def test_hidden_states_that_do_not_fit_are_held_in_a_file(search, tiny_llama, wa
 
 
 @pytest.mark.parametrize("way", ["exact", "race", "kl"])
-def test_or_candidates_go_through_the_model_in_groups(search, tiny_llama, way, visits):
+def test_or_candidates_go_through_the_model_in_groups(search, tiny_llama, way, visits, monkeypatch):
+    usual = replace(memory_budget.CPU_SETTINGS, head_positions=256, widened_bytes=2 << 20)  # what 760,000 bytes suit
+    monkeypatch.setattr(memory_budget, "CPU_SETTINGS", usual)
     options = [*WAYS[way], "--batch-size", 1, "--samples", 12, "--sample-tokens", 0]
     grouped = search(tiny_llama, "streamed", "--stream", *options, "--memory", 760_000)
     groups = list(visits)
