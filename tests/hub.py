@@ -57,7 +57,9 @@ class Handler(BaseHTTPRequestHandler):
             next(route for part, route in routes.items() if part in path)(hub, path, body)
 
     def whoami(self, hub, path, body):
-        known = self.headers.get("Authorization") == f"Bearer {hub.token}"
+        # An address with a name and a token in it has the client send them instead.
+        basic = base64.b64encode(f"jane:{hub.token}".encode()).decode()
+        known = self.headers.get("Authorization") in (f"Bearer {hub.token}", f"Basic {basic}")
         self.reply(hub.user) if known else self.reply({"error": "Invalid token"}, 401)
 
     def create(self, hub, path, body):

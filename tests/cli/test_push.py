@@ -249,8 +249,17 @@ def test_what_is_no_longer_what_was_proven_stays_here(run_sleb, tiny_llama, tmp_
 TOKEN = "hf_" + "Canary" * 5
 
 
-@pytest.mark.parametrize("refused", ["", "/commit/", "repos/create", "/store/", "whoami"])
-def test_a_token_appears_nowhere(run_sleb, tiny_llama, text_file, tmp_path, hub, monkeypatch, refused):
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        ("", "Uploading to acme/small"),
+        ("/commit/", "/api/models/acme/small/commit/main."),
+        ("repos/create", "/api/repos/create."),
+        ("/store/", "while uploading 'model.safetensors' to the Hub."),
+        ("whoami", "The Hub does not accept your token"),
+    ],
+)
+def test_a_token_appears_nowhere(run_sleb, tiny_llama, text_file, tmp_path, hub, monkeypatch, refused, message):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.token = TOKEN
     assert run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file)).exit_code == 0
@@ -267,7 +276,11 @@ def test_a_token_appears_nowhere(run_sleb, tiny_llama, text_file, tmp_path, hub,
     files = [
         path for place in (tmp_path, Path(os.environ["SLEB_CACHE"])) for path in place.rglob("*") if path.is_file()
     ]
-    assert len(files) > 10 or refused
+    assert message in results[0].stderr
+    names = {path.name for path in files}
+    assert names >= {"plan.json", "eval.json", "plan.eval.json", "summary.md"}
+    # Refused before the work, or once the checkpoint is there.
+    assert ("model.safetensors" in names) == (refused != "whoami")
     shown = [(result.stdout + result.stderr).encode() for result in results]
     held = [path.read_bytes() for path in files]
     assert [text for text in (*shown, *held, *hub.files.values()) if b"Canary" in text] == []

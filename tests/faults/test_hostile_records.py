@@ -313,11 +313,19 @@ def test_a_line_of_a_journal_may_be_long_without_end(program: Program, tmp_path,
 
 
 def test_what_a_plan_says_is_inert_on_the_screen(program: Program, tmp_path, plan):
-    for words in ("\x1b[31mred\x1b]0;title\x07", "\x9b2J", "[bold red]markup[/]", "\u202eevil", "a\x00b", "[/]"):
+    for words, shown in {
+        "\x1b[31mred\x1b]0;title\x07": r"\x1b[31mred\x1b]0;title",
+        "\x9b2J": r"\x9b2J",
+        "[bold red]markup[/]": "[bold red]markup[/]",
+        "\u202eevil": r"\u202eevil",
+        "a\x00b": r"a\x00b",
+        "[/]": "[/]",
+    }.items():
         (tmp_path / "plan.json").write_text(json.dumps(plan | {"model": plan["model"] | {"id": f"/x/{words}"}}))
-        for command in (["apply"], ["export", "--to", "summary"], ["export", "--to", "indices"]):
-            finished = run_on(program, tmp_path, *command, codes=[0, 3, 4])
-            said = finished.stderr + finished.stdout
-            assert not set(said) & set("\x07\x9b\u202e\x00"), said
-        if "markup" in words:
-            assert "[bold red]markup[/]" in said or "model" not in said
+        for command in (["apply"], ["export", "--to", "indices"]):
+            finished = run_on(program, tmp_path, *command, codes=[4])
+            assert f"There is no folder /x/{shown}." in finished.stderr
+            assert not set(finished.stderr + finished.stdout) & set("\x07\x9b\u202e\x00\x1b"), finished.stderr
+        finished = run_on(program, tmp_path, "export", "--to", "summary", codes=[0])
+        assert finished.stdout.startswith(shown.rpartition("/")[2]), finished.stdout
+        assert not set(finished.stderr + finished.stdout) & set("\x07\x9b\u202e\x00\x1b"), finished.stdout

@@ -96,9 +96,12 @@ def test_a_real_speedup_is_told_from_none():
 
 
 def test_the_same_samples_give_the_same_interval_and_too_few_none():
-    dense, pruned = rounds("spikes", FEWEST_ROUNDS, np.random.default_rng(0))
-    assert speedup_interval(dense, pruned) == speedup_interval(dense, pruned)
-    assert speedup_interval(dense[1:], pruned[1:]) is None
+    # So many rounds that other resamples would give another interval.
+    dense, pruned = rounds("spikes", 20, np.random.default_rng(0))
+    found = [speedup_interval(dense, pruned) for _ in range(4)]
+    assert found == found[:1] * 4
+    assert speedup_interval(dense[:FEWEST_ROUNDS], pruned[:FEWEST_ROUNDS]) is not None
+    assert speedup_interval(dense[: FEWEST_ROUNDS - 1], pruned[: FEWEST_ROUNDS - 1]) is None
 
 
 def sample(*seconds):

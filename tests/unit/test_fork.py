@@ -148,8 +148,9 @@ def test_blocks_may_be_the_outer_loop(skippable):
         for walk in walks:
             walk.advance(block)
     for walk, ids in zip(walks, batches, strict=True):
-        for block, hidden in fork(skippable, ids, (1,), [0, 2, 3], States()):
-            assert torch.equal(walk.branches[block], hidden)
+        alone = dict(fork(skippable, ids, (1,), [0, 2, 3], States()))
+        assert list(alone) == [0, 2, 3]
+        assert all(torch.equal(walk.branches[block], hidden) for block, hidden in alone.items())
 
 
 def test_hidden_states_may_lie_anywhere_in_between(skippable, ids):
@@ -158,8 +159,9 @@ def test_hidden_states_may_lie_anywhere_in_between(skippable, ids):
     for block in range(len(skippable.switches)):
         walk.advance(block)
         walk.branches = {branch: torch.from_numpy(hidden.numpy().copy()) for branch, hidden in walk.branches.items()}
-    for block, hidden in fork(skippable, ids, (), [1, 2], States()):
-        assert torch.equal(walk.branches[block], hidden)
+    in_place = dict(fork(skippable, ids, (), [1, 2], States()))
+    assert list(in_place) == [1, 2]
+    assert all(torch.equal(walk.branches[block], hidden) for block, hidden in in_place.items())
 
 
 def test_a_model_that_calls_a_block_twice_is_refused(ids):
