@@ -68,9 +68,12 @@ def test_a_paired_difference_covers_as_promised():
     assert 0.93 <= fmean(covered) <= 0.97
 
 
-def test_one_item_has_a_difference_without_an_error():
+def test_one_item_has_a_difference_without_an_error_and_two_have_one():
     found = paired_difference([1.0], [0.0])
     assert (found.mean, found.standard_error, found.interval) == (-1.0, None, None)
+    found = paired_difference([1.0, 1.0], [2.0, 4.0])  # Student's t of one degree of freedom: 12.706
+    assert (found.mean, found.standard_error) == (2.0, 1.0)
+    assert (found.interval.low, found.interval.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
 
 
 def test_items_must_be_paired():
@@ -86,6 +89,21 @@ def test_the_interval_of_paired_proportions_covers_as_promised_where_few_items_f
             found = paired_proportions_interval(int(lost), int(gained), count)
             covered.append(found.low <= gain - lose <= found.high)
         assert fmean(covered) >= 0.93
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "count", "low", "high"),
+    [  # 2/12 of 12 items; 4/22 and 2/22 of 22; and what would lie beyond what a difference can be
+        (0, 0, 10, -1.96 * (2 / 12 / 12) ** 0.5, 1.96 * (2 / 12 / 12) ** 0.5),
+        (3, 1, 20, (-2 - 1.96 * (6 - 4 / 22) ** 0.5) / 22, (-2 + 1.96 * (6 - 4 / 22) ** 0.5) / 22),
+        (1, 3, 20, (2 - 1.96 * (6 - 4 / 22) ** 0.5) / 22, (2 + 1.96 * (6 - 4 / 22) ** 0.5) / 22),
+        (1, 0, 1, -1.0, (-1 + 1.96 * (3 - 1 / 3) ** 0.5) / 3),
+        (0, 1, 1, (1 - 1.96 * (3 - 1 / 3) ** 0.5) / 3, 1.0),
+    ],
+)
+def test_the_interval_of_paired_proportions_is_that_of_bonett_and_price(lost, gained, count, low, high):
+    found = paired_proportions_interval(lost, gained, count)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
 
 
 @pytest.mark.parametrize(("lost", "gained", "count"), [(0, 0, 1), (0, 0, 100), (5, 5, 10), (1, 0, 1), (9, 0, 9)])
