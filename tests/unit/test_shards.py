@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from sleb_cli.engine.files import copying
 from sleb_cli.engine.files.copying import clone_or_link, copy_file
 from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import find_weights, read_header
 from sleb_cli.events import TaskAdvanced, TaskStarted
 from sleb_plugins import ModelError
+from sleb_plugins.config_keys import Kept
 
 
 @pytest.fixture
@@ -138,6 +141,19 @@ def test_what_does_not_change_is_taken_over_and_the_rest_joined(source, target):
     assert set(load_file(fifth)) == {f"x{name}" for name in files[5]}
 
 
+def test_what_is_left_of_files_is_joined_up_to_the_largest_file_and_never_with_what_does_not_change(source, target):
+    files = [
+        {f"{part}.{n}": torch.full((100,), float(n)) for n in range(count)}
+        for part, count in zip("abcdef", (2, 2, 2, 4, 3, 2), strict=True)
+    ]
+    weights = save(source, *files)
+    names = {name: name for tensors in files for name in tensors if name not in ("b.1", "e.0", "f.1")}
+    assert write(weights, target, names=names) == [800, 400, 800, 1600, 1200]
+    for number, path in enumerate(sorted(target.glob("*.safetensors"))):
+        unchanged = path.read_bytes() == (source / f"part-{number}.safetensors").read_bytes()
+        assert unchanged == (number in (0, 2, 3))
+
+
 def test_a_smaller_limit_than_the_sources_own_divides_what_did_not_change(source, target):
     files = [{f"{part}.{n}": torch.full((100,), float(n)) for n in range(4)} for part in "ab"]
     assert write(save(source, *files), target, 800) == [800] * 4
@@ -221,6 +237,37 @@ def test_a_cast_changes_floating_point_numbers_only(source, target, monkeypatch,
     assert same(everything(target), expected)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("read_at_once", [1 << 20, 40], ids=["whole", "in parts"])
+def test_slices_and_new_values_are_written_in_the_type_that_is_asked_for(
+    source, target, monkeypatch, dtype, pickled, read_at_once
+):
+    monkeypatch.setattr(copying, "BUFFER_BYTES", read_at_once)
+    tensors = {
+        "cut": torch.rand(3, 8), "whole numbers": torch.arange(24, dtype=torch.int32).reshape(3, 8),
+        "empty": torch.empty(0, 8), "plain": torch.rand(5), "new": torch.rand(4, 2), "new and cut": torch.rand(2, 4),
+    }  # fmt: skip
+    torch.save(tensors, source / "pytorch_model.bin") if pickled else save(source, tensors)
+    weights, cut = find_weights(source), Cut(1, Kept((0, 2), 4))
+    values = {name: tensor.double() + 1 for name, tensor in tensors.items() if "new" in name}
+    planned = [
+        replace(
+            new_tensor(f"x.{stored.name}", stored, dtype, cut if stored.shape[1:] in [(8,), (4,)] else None),
+            value=values.get(stored.name),
+        )
+        for stored in weights.stored
+    ]
+    expected = {f"x.{name}": values.get(name, tensor) for name, tensor in tensors.items()}
+    for name, tensor in expected.items():
+        kept = {8: [0, 1, 4, 5], 4: [0, 2]}.get(tensor.shape[-1] if tensor.dim() == 2 else 0)
+        kind = dtype if dtype and tensor.is_floating_point() else tensors[name.removeprefix("x.")].dtype
+        expected[name] = (tensor if kept is None else tensor[:, kept]).to(kind)
+    size = write_weights(target, plan_shards(weights, planned, 10**9), 0, lambda event: None)
+    assert size == sum(tensor.nbytes for tensor in expected.values())
+    assert same(everything(target), expected)
+
+
 def test_shared_and_strided_tensors_of_a_pickle_are_written_apart(source, target):
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {"a": base, "b": base, "c": base.T, "d": base[1], "e": torch.arange(3), "f": torch.tensor(True)}
@@ -247,8 +294,8 @@ def test_each_header_is_read_once(source, target, monkeypatch):
     assert opened == weights.paths
 
 
-def spoiled(entry=None, *, length=None, data=b"1234", header=None):
-    text = json.dumps(header if header is not None else {"a": entry}).encode()
+def spoiled(entry=None, *, length=None, data=b"1234", header=None, raw=None):
+    text = raw or json.dumps(header if header is not None else {"a": entry}).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
@@ -268,14 +315,21 @@ WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         spoiled(WHOLE | {"shape": [2]}),
         spoiled(WHOLE | {"shape": ["x"]}),
         spoiled(WHOLE | {"shape": None}),
+        spoiled(WHOLE | {"shape": ""}),
+        spoiled(WHOLE | {"shape": [True]}),
+        spoiled(WHOLE | {"shape": [-1, -1]}),
+        spoiled(WHOLE | {"dtype": 5}),
         spoiled(WHOLE | {"data_offsets": [1, 5]}, data=b"12345"),
         spoiled(WHOLE | {"data_offsets": [4, 0]}),
         spoiled(WHOLE | {"data_offsets": [0]}),
         spoiled(WHOLE | {"data_offsets": [0, float("inf")]}),
+        spoiled(WHOLE | {"data_offsets": [0, 4.0]}),
         spoiled({"shape": [1]}),
         spoiled(header=[1]),
         spoiled(header={"a": WHOLE, "b": WHOLE}),
         spoiled(header={"a": WHOLE, "__metadata__": 5}),
+        spoiled(header={"a": WHOLE, "__metadata__": {"format": 5}}),
+        spoiled(raw=b'{"a": %b, "a": %b}' % (json.dumps(WHOLE).encode(), json.dumps(WHOLE).encode())),
         (100_000).to_bytes(8, "little") + b"[" * 100_000,
     ],
 )

@@ -263,10 +263,11 @@ def _contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[bytes | me
     with original:
         for tensor in tensors:
             if tensor.value is not None:
-                yield _bytes_of(tensor.value, TORCH_DTYPES[tensor.dtype])
+                value = tensor.cut.of_tensor(tensor.value) if tensor.cut else tensor.value
+                yield _bytes_of(value, TORCH_DTYPES[tensor.dtype])
                 continue
             parts: Iterable[bytes | memoryview] = read_range(original, tensor.stored.start or 0, tensor.stored.size)
-            if tensor.cut:
+            if tensor.cut and tensor.size:
                 parts = tensor.cut.of_bytes(parts, tensor.stored.shape, tensor.stored.size)
             if not tensor.cast or not tensor.size:
                 yield from parts
