@@ -2,8 +2,10 @@
 
 import errno
 import gc
+import hashlib
 import json
 import os
+import random
 import re
 from pathlib import Path
 
@@ -196,6 +198,23 @@ def test_a_file_that_decides_numbers_must_not_change_meanwhile(tmp_path):
         (tmp_path / name).write_text("{}")
 
 
+@pytest.mark.parametrize("sizes", [(10, 3 * 2**20 + 7), (2**20,), (2**20 + 1,), (2**20 + 300_000,)])
+def test_a_fingerprint_is_what_its_docstring_says_so_that_plans_of_earlier_versions_know_their_models(tmp_path, sizes):
+    config = {"b": 1, "a": {"d": 2, "c": 3}}
+    digest = hashlib.sha256(b'{"a": {"c": 3, "d": 2}, "b": 1}')
+    paths = []
+    for number, size in enumerate(sizes):
+        content = random.Random(size).randbytes(size)
+        paths.append(tmp_path / f"{number}.safetensors")
+        paths[-1].write_bytes(content)
+        digest.update(b"%d.safetensors\0%d\0" % (number, size) + content[: 2**20])
+        if size > 2**20:
+            starts = [2**20 + (size - 2**20) * sample // 256 for sample in range(256)]
+            digest.update(b"".join(content[start : start + 4096] for start in starts))
+    config |= {"_name_or_path": "elsewhere", "transformers_version": "9"}
+    assert fingerprint_files(reversed(paths), config) == digest.hexdigest()
+
+
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/../../x.safetensors", "away/x.safetensors", "/x", "a\0/b"])
 def test_a_shard_outside_the_folder_is_not_read(tmp_path, name):
     folder = tmp_path / "model"
@@ -239,6 +258,11 @@ def test_json_that_python_does_not_take_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=r"is not readable JSON|is not a JSON object"):
         read_json(tmp_path / "config.json")
+
+
+def test_of_two_values_of_a_name_in_a_config_the_last_counts_as_in_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1, "a": 2}')
+    assert read_json(tmp_path / "config.json") == {"a": 2}
 
 
 def test_a_folder_in_place_of_a_json_file_is_refused(tmp_path):

@@ -47,6 +47,7 @@ def surgery(tmp_path_factory):
         (r"re:.*layers\.(?:3|7)\..*", None),
         (r"re:.*layers\.[0-9]+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp.*"),
         (r"re:.*layers\..*\.mlp.*", r"re:.*layers\..*\.mlp.*"),
+        (r"re:.*layers\..*3\.mlp.*", r"re:.*layers\.(?:10|20)\.mlp.*"),
         (r"re:.*\.layers\.(3|4|5)\..*", r"re:.*\.layers\.(?:3|4)\..*"),
         (r"re:(model\.layers\.3|model\.layers\.4)\.mlp.*", r"re:(model\.layers\.(?!)|model\.layers\.3)\.mlp.*"),
         (r"re:lm_head|model\.layers\.3\..*", r"re:lm_head|model\.layers\.(?!)\..*"),
