@@ -188,7 +188,9 @@ def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
     }
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    files = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
+    for name in files:
+        (folder / name).write_text(json.dumps(settings))
     result = run_sleb("apply", folder, "--blocks", "2,0", "-o", "out", "--no-verify")
     assert result.exit_code == 0, result.stderr
 
@@ -216,7 +218,7 @@ def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
         "ignore": ["lm_head", "model.layers.3.mlp.down_proj"],
     }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == renumbered
-    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text()) == renumbered
+    assert [json.loads((tmp_path / "out" / name).read_text()) for name in files] == [renumbered] * 4
 
 
 def test_quantization_settings_that_cannot_be_renumbered_leave_nothing(run_sleb, tmp_path):

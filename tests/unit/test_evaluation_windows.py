@@ -1,6 +1,7 @@
 """How a text is cut for evaluation: which predictions count, and which document each belongs to."""
 
 from itertools import accumulate, pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.sources import Text, evaluation_text
-from sleb_cli.engine.text.windows import cut_for_evaluation, cut_running_text, cut_windows
+from sleb_cli.engine.text.windows import choose_length, cut_for_evaluation, cut_running_text, cut_windows
+from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_plugins import DataError, UsageError
 
 
@@ -147,3 +149,26 @@ def test_what_does_not_fit_is_refused(tokenizer):
             cut_for_evaluation(tokenizer, Text("t", prose(9)), 16, stride=stride)
     with pytest.raises(DataError, match="less than one sequence"):
         cut_for_evaluation(tokenizer, Text("t", "river"), 16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit", "expected"),
+    [
+        (None, 512, 512),
+        (None, 4096, DEFAULT_LENGTH),
+        (None, None, DEFAULT_LENGTH),
+        (2, 64, 2),
+        (64, 64, 64),
+        (9, None, 9),
+    ],
+)
+def test_the_length_is_what_is_asked_for_or_what_the_model_has(asked, limit, expected):
+    assert choose_length(asked, SimpleNamespace(longest_sequence=limit)) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"), [(1, "--sequence-length 1 is too short"), (65, "exceeds the 64 positions of m")]
+)
+def test_a_length_that_is_too_short_or_too_long_is_refused(asked, message):
+    with pytest.raises(UsageError, match=message):
+        choose_length(asked, SimpleNamespace(longest_sequence=64, source=SimpleNamespace(id="m")))

@@ -253,6 +253,12 @@ def test_an_index_that_is_none_is_refused(tmp_path, weight_map):
         find_weights(tmp_path)
 
 
+def test_an_index_of_no_files_is_refused(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ModelError, match="lists no weight files"):
+        find_weights(tmp_path)
+
+
 @pytest.mark.parametrize("content", ['{"a": ' + "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\xff", "[1]"])
 def test_json_that_python_does_not_take_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))

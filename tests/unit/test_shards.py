@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sleb_cli.engine.files import copying
+from sleb_cli.engine.files import copying, shards
 from sleb_cli.engine.files.copying import clone_or_link, copy_file
 from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.slices import Cut
@@ -53,11 +53,11 @@ def write(weights, target, max_bytes=10**9, *, names=None, dtype=None, events=No
         for stored in weights.stored
         if names is None or stored.name in names
     ]
-    shards = plan_shards(weights, kept, max_bytes)
-    assert write_weights(target, shards, 0, (events if events is not None else []).append) == sum(
-        shard.size for shard in shards
+    planned = plan_shards(weights, kept, max_bytes)
+    assert write_weights(target, planned, 0, (events if events is not None else []).append) == sum(
+        shard.size for shard in planned
     )
-    return [shard.size for shard in shards]
+    return [shard.size for shard in planned]
 
 
 def everything(folder):
@@ -152,6 +152,16 @@ def test_what_is_left_of_files_is_joined_up_to_the_largest_file_and_never_with_w
     for number, path in enumerate(sorted(target.glob("*.safetensors"))):
         unchanged = path.read_bytes() == (source / f"part-{number}.safetensors").read_bytes()
         assert unchanged == (number in (0, 2, 3))
+
+
+def test_room_is_asked_for_what_is_written_and_what_comes_beside(source, target, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shards, "require_space", lambda folder, size: asked.append((folder, size)))
+    weights = save(source, {"a": torch.ones(100)}, {"b": torch.ones(50), "c": torch.ones(50)})
+    kept = [new_tensor(stored.name, stored, None) for stored in weights.stored if stored.name != "c"]
+    monkeypatch.setattr(copying, "_reflink", lambda *arguments: False)
+    assert write_weights(target, plan_shards(weights, kept, 10**9), 7, lambda event: None) == 600
+    assert asked == [(target, 200 + 7)]  # the first file is a link
 
 
 def test_a_smaller_limit_than_the_sources_own_divides_what_did_not_change(source, target):
@@ -342,4 +352,10 @@ def test_what_is_no_safetensors_file_is_said_to_be_so(tmp_path, content):
 def test_a_pickle_of_something_else_than_tensors_is_refused(source):
     torch.save({"a": torch.ones(1), "step": 5}, source / "pytorch_model.bin")
     with pytest.raises(ModelError, match="holds more than tensors"):
+        find_weights(source).tensor_names()
+
+
+def test_a_tensor_of_a_pickle_that_safetensors_cannot_store_is_refused(source):
+    torch.save({"fine": torch.ones(1), "odd": torch.ones(2, dtype=torch.complex128)}, source / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds odd as torch.complex128, torch.strided, which safetensors cannot"):
         find_weights(source).tensor_names()

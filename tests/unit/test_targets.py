@@ -53,6 +53,8 @@ def test_of_unequal_blocks_as_many_as_it_takes_if_the_small_ones_go():
 
 def test_blocks_that_are_gone_count():
     assert at_most(170, (10.0,) * 10).removals(range(1, 9), removed=(4, 5)) == 3
+    # Without block 1, the smallest: 2 and 20 must go for 120, and block 1 does not go twice.
+    assert at_most(130, (10.0, 1.0, 20.0, 2.0, 10.0)).removals([1, 2, 3], removed=(1,)) == 3
     with pytest.raises(UsageError, match="already at 170 parameters without the 3 removed blocks; the target is 170"):
         at_most(170, (10.0,) * 10).removals(range(1, 9), removed=(4, 5, 6))
 
