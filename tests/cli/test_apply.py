@@ -159,6 +159,17 @@ def test_weight_files_that_do_not_change_are_the_models_own(run_sleb, tmp_path, 
     assert f"{len(links)} of {len(after)} weight files are unchanged and are hard links" in result.stderr
 
 
+def packed_contents(place):
+    """Return data type, shape and bytes of every tensor of a folder."""
+    found = {}
+    for header in find_weights(place).headers:
+        content = header.path.read_bytes()
+        for tensor in header.tensors:
+            data = content[tensor.start : tensor.start + tensor.size]
+            found[tensor.name] = (tensor.dtype, tensor.shape, data)
+    return found
+
+
 def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
     """As GPTQ, fine-grained fp8 and compressed-tensors write them, all in one, which nothing could load."""
     folder = save_model(tmp_path / "model", llama_config(6), max_shard_size="30KB")
@@ -188,37 +199,28 @@ def test_a_quantized_checkpoint_keeps_its_packed_tensors(run_sleb, tmp_path):
     }
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(config))
-    files = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
-    for name in files:
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json"):
         (folder / name).write_text(json.dumps(settings))
     result = run_sleb("apply", folder, "--blocks", "2,0", "-o", "out", "--no-verify")
     assert result.exit_code == 0, result.stderr
 
-    def stored(place):
-        found = {}
-        for header in find_weights(place).headers:
-            content = header.path.read_bytes()
-            for tensor in header.tensors:
-                data = content[tensor.start : tensor.start + tensor.size]
-                found[tensor.name] = (tensor.dtype, tensor.shape, data)
-        return found
-
     new_number = {1: 0, 3: 1, 4: 2, 5: 3}
     expected = {}
-    for name, tensor in stored(folder).items():
+    for name, tensor in packed_contents(folder).items():
         block = re.match(r"model\.layers\.(\d+)\.", name)
         if block is None:
             expected[name] = tensor
         elif int(block[1]) in new_number:
             expected[f"model.layers.{new_number[int(block[1])]}.{name[block.end() :]}"] = tensor
     assert len(expected) > 150
-    assert stored(tmp_path / "out") == expected
+    assert packed_contents(tmp_path / "out") == expected
     renumbered = settings | {
         "dynamic": {r"+:model\.layers\.2\.mlp\..*": {"bits": 8}},
         "ignore": ["lm_head", "model.layers.3.mlp.down_proj"],
     }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == renumbered
-    assert [json.loads((tmp_path / "out" / name).read_text()) for name in files] == [renumbered] * 4
+    written = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*quant*.json")]
+    assert written == [renumbered] * 4
 
 
 def test_quantization_settings_that_cannot_be_renumbered_leave_nothing(run_sleb, tmp_path):

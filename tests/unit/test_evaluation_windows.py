@@ -10,7 +10,13 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.sources import Text, evaluation_text
-from sleb_cli.engine.text.windows import choose_length, cut_for_evaluation, cut_running_text, cut_windows
+from sleb_cli.engine.text.windows import (
+    choose_length,
+    cut_for_evaluation,
+    cut_running_text,
+    cut_windows,
+    require_enough,
+)
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_plugins import DataError, UsageError
 
@@ -147,6 +153,9 @@ def test_what_does_not_fit_is_refused(tokenizer):
     for stride in (0, 17):
         with pytest.raises(UsageError, match=f"--stride {stride} does not fit windows of 16"):
             cut_for_evaluation(tokenizer, Text("t", prose(9)), 16, stride=stride)
+    require_enough(3, "t", 16, 3)
+    with pytest.raises(DataError, match="text for 2 sequences of 16 tokens, not for 3"):
+        require_enough(2, "t", 16, 3)
     with pytest.raises(DataError, match="less than one sequence"):
         cut_for_evaluation(tokenizer, Text("t", "river"), 16)
 

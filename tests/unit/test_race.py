@@ -125,6 +125,12 @@ def test_without_a_race_everybody_has_a_score():
     assert outcome.race is None
 
 
+def test_the_margin_is_that_over_the_second_best():
+    race = Race(2, {0: [4.0, 4.0], 1: [1.0, 2.0], 2: [9.0, 9.0], 3: [2.0, 3.0]})
+    assert race.outcome(fast=True).race.margin == 1.0
+    assert Race(1, {0: [1.0]}).outcome(fast=True).race.margin is None
+
+
 def test_a_constant_lead_is_certain_at_once():
     race = run({0: [1.0] * 16, 1: [2.0] * 16})
     assert race.dropped[1].sequences == 4

@@ -337,6 +337,7 @@ WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         spoiled({"shape": [1]}),
         spoiled(header=[1]),
         spoiled(header={"a": WHOLE, "b": WHOLE}),
+        spoiled(header={"a": WHOLE, "b": WHOLE}, data=b"12345678"),
         spoiled(header={"a": WHOLE, "__metadata__": 5}),
         spoiled(header={"a": WHOLE, "__metadata__": {"format": 5}}),
         spoiled(raw=b'{"a": %b, "a": %b}' % (json.dumps(WHOLE).encode(), json.dumps(WHOLE).encode())),
@@ -357,5 +358,5 @@ def test_a_pickle_of_something_else_than_tensors_is_refused(source):
 
 def test_a_tensor_of_a_pickle_that_safetensors_cannot_store_is_refused(source):
     torch.save({"fine": torch.ones(1), "odd": torch.ones(2, dtype=torch.complex128)}, source / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="holds odd as torch.complex128, torch.strided, which safetensors cannot"):
+    with pytest.raises(ModelError, match=r"holds odd as torch\.complex128, torch\.strided, which"):
         find_weights(source).tensor_names()

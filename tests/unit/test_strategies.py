@@ -89,6 +89,26 @@ def test_refine_finds_what_only_a_swap_of_two_blocks_finds():
     assert sum(sorted(choice.removals) == list(best) for choice, best in found) > 45
 
 
+def test_pairs_are_tried_of_the_four_kept_blocks_that_came_closest_and_of_no_others():
+    checked = 0
+    for seed in SEEDS:
+        costs = Costs(12, seed, pairs=0.3)
+        (end,) = costs.search("refine", 3)[-1:]
+        if end.swaps:
+            continue
+        gone = frozenset(end.removals)
+        closest = {block: min(costs.of(gone - {back} | {block}) for back in gone) for block in set(range(1, 11)) - gone}
+        near = sorted(closest, key=closest.__getitem__)[:4]
+        expected = {
+            gone - set(back) | set(pair)
+            for back in itertools.combinations(gone, 2)
+            for pair in itertools.combinations(near, 2)
+        }
+        assert {asked for asked in costs.asked if len(asked) == 3 and len(asked - gone) == 2} == expected
+        checked += 1
+    assert checked > 5
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_swaps_lead_from_greedy_to_the_result_of_refine(seed):
     told = []
@@ -157,6 +177,7 @@ def test_spans_are_of_blocks_that_may_go():
     candidates = lambda removed: [b for b in (1, 2, 4, 5, 6) if b not in removed]  # noqa: E731
     assert free_spans(candidates, 2) == [(1, 2), (4, 5), (5, 6)]
     assert free_spans(candidates, 3) == [(4, 5, 6)]
+    assert free_spans(lambda removed: [b for b in (1, 2) if b not in removed], 2) == [(1, 2)]
     with pytest.raises(UsageError, match="No 4 consecutive blocks can be removed"):
         free_spans(candidates, 4)
 
