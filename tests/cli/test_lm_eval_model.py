@@ -100,7 +100,7 @@ def test_the_tokenizer_is_the_models(tiny_opt):
 def test_what_cannot_be_is_a_sentence(tiny_llama, tmp_path):
     with pytest.raises(UsageError, match="blocks=a\\+b is not a list of numbers"):
         SlebLM(model=str(tiny_llama), blocks="a+b")
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match="There is no plan"):
         SlebLM(plan=str(tmp_path / "plan.json"))
 
 

@@ -151,6 +151,7 @@ def test_prompts_begin_with_the_same_examples_and_end_with_the_question(loaded):
         task.set_fewshot_seed(seed=0)
         task.build_all_requests(limit=3)
         prompts = [request.args[0] for request in task.instances]
+        assert len(prompts) >= 3
         shots = task.config.num_fewshot
         for row, prompt in zip(task.eval_docs, prompts, strict=False):
             assert prompt.endswith(row["question"])

@@ -72,7 +72,7 @@ def test_what_cannot_fit_is_said_before_any_work():
 
 def test_a_batch_that_the_user_chose_is_kept_or_refused():
     assert fit(10**12, batch=5).sequences == 5
-    with pytest.raises(MachineError):
+    with pytest.raises(MachineError, match=r"2 sequences of 512 tokens need .* may take only 9 MB"):
         fit(9_000_000, batch=2)
 
 

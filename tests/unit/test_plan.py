@@ -115,11 +115,21 @@ def test_a_plan_that_says_something_else_is_refused(llama_plan, changes, message
         read_plan(llama_plan)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe\x00"])
-def test_what_is_no_plan_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b"[]", "is not a sleb plan"),
+        (b"null", "is not a sleb plan"),
+        (b"3", "is not a sleb plan"),
+        (b"\xff\xfe\x00", "it is not text"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path, content, message):
     path = tmp_path / "plan.json"
     path.write_bytes(content)
-    with pytest.raises(PlanError):
+    with pytest.raises(PlanError, match=message):
         read_plan(path)
 
 

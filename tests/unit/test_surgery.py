@@ -92,6 +92,8 @@ def test_blocks_for_multi_token_prediction_go_with_any_other():
         "model.layers.1.w": "model.layers.2.w",
     }
     assert cut.prune_config() == {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
+    # Files without them say nothing of them.
+    assert surgery([1], blocks=3, raw=raw, config=raw).prune_config() == raw | {"num_hidden_layers": 2}
     whole = surgery([], blocks=3, raw=raw, config=raw, extra=1)
     assert [name for name, _ in whole.names.prune((name, 0) for name in names)] == names
     assert whole.prune_config() == raw

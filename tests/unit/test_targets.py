@@ -40,6 +40,7 @@ def test_equal_blocks_are_counted_exactly():
     assert target.removals(range(1, 9)) == 3
     assert not target.met({1, 2})
     assert target.met({1, 2, 3})
+    assert target.allows(9.0)
     assert at_most(171, (10.0,) * 10).removals(range(1, 9)) == 3
     assert at_most(169, (10.0,) * 10).removals(range(1, 9)) == 4
 
