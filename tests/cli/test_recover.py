@@ -207,7 +207,7 @@ def test_no_fit_is_lost(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch, 
     assert re.search(r"Continuing with \d+ fits of an interrupted run.", result.stderr)
     assert fits[len(whole) :] == whole  # each once, in two runs; the fit that Ctrl-C ended was not counted
     assert (before == whole) == all_fitted
-    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    one, two = (weights_of(tmp_path / name) for name in ("whole", "out"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not list(tmp_path.glob(".*"))
 
