@@ -30,7 +30,7 @@ def standing_in(monkeypatch, names):
     def recover_in_closed_form(skippable, removed, fit, deciding, notify, *, stored, **placed):
         asked.calls.append((sorted(removed), fit, deciding))
         own = dict(skippable.model.named_parameters())
-        return {name: (own[name] * 1.1).detach() for name in asked.names}, ClosedFormRecord(fits=())
+        return {name: (own[name] * 1.1).detach().to(stored) for name in asked.names}, ClosedFormRecord(fits=())
 
     monkeypatch.setattr(run, "recover_in_closed_form", recover_in_closed_form)
     return asked
@@ -80,6 +80,38 @@ def test_new_values_are_written_proven_and_recorded(run_sleb, llama_plan, tiny_l
         parts = name.split(".")
         source = ".".join([*parts[:2], str(old[int(parts[2])]), *parts[3:]]) if parts[1] == "layers" else name
         assert torch.equal(tensor, before[source]) == (name not in changed), name
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "norms"),
+    [
+        (None, "bfloat16", "bfloat16"),
+        ("bfloat16", "bfloat16", "float32"),
+        ("float32", "bfloat16", "float32"),
+        ("float32", "float16", "float16"),
+        ("float16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_config_may_name_another_data_type_than_the_files_or_none(
+    run_sleb, tiny_llama, text_file, fit, tmp_path, config, weights, norms
+):
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    dense = {
+        name: tensor.to(getattr(torch, norms if "norm" in name else weights))
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text()) | {"dtype": config}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in settings.items() if value}))
+    result = run_sleb("apply", folder, "--blocks", "3", *recovering(text_file), "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    proof = json.loads(result.stdout)["proof"]
+    assert proof["logits_difference"] == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype
+    assert proof["dtype"] == {torch.float16: "bfloat16"}.get(loaded, str(loaded).removeprefix("torch."))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in written.items()} == {name: dense[name].dtype for name in written}
+    assert not torch.equal(written[DOWN], dense[DOWN])
 
 
 def test_losses_are_those_of_a_plain_computation(run_sleb, tiny_llama, text_file, fit, tmp_path):

@@ -138,6 +138,12 @@ class WeightFiles:
         last = {tensor.name: tensor for header in self.headers for tensor in header.tensors}
         return [tensor for header in self.headers for tensor in header.tensors if last[tensor.name] is tensor]
 
+    @property
+    def float_dtypes(self) -> list[torch.dtype]:
+        """The data types of the tensors that hold floating-point numbers of two bytes or more, each once."""
+        known = (TORCH_DTYPES.get(name) for name in dict.fromkeys(tensor.dtype for tensor in self.stored))
+        return [dtype for dtype in known if dtype and dtype.is_floating_point and dtype.itemsize > 1]
+
     def tensor_names(self) -> list[str]:
         """Return the names of all tensors."""
         return [tensor.name for tensor in self.stored]

@@ -144,6 +144,12 @@ class Architecture:
         """
         return BlockNames(self.adapter.blocks_path, self.numbering, kept)
 
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The model's own data type: the config's, or else that of the files, as transformers loads them."""
+        named: torch.dtype | None = self.config.dtype
+        return named if named or self.source.config_only else next(iter(self.source.weights.float_dtypes), None)
+
     @property
     def is_quantized(self) -> bool:
         """Whether the config, or that of the language model in it, says that the weights are quantized."""

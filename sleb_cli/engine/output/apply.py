@@ -240,7 +240,7 @@ def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
             f"{subject.architecture.source.id} is quantized: its weights cannot be cast to {dtype}.",
             hint="Leave out --dtype to keep them as they are.",
         )
-    return choose_dtype(dtype, subject.architecture.config.dtype, torch.device("cpu"))
+    return choose_dtype(dtype, subject.architecture.dtype, torch.device("cpu"))
 
 
 def kept_tensors(

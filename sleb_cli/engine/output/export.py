@@ -62,7 +62,7 @@ def _pruning_of_model(subject: Subject, request: ExportRequest, notify: Notify) 
         # Other tools cannot resolve "demo" or our cache of converted GGUF files, so they get the folder.
         model=str(source.folder) if own_file or source.id == DEMO else source.id,
         revision=source.revision,
-        dtype=dtype_name(architecture.config.dtype) if architecture.config.dtype else "float32",
+        dtype=dtype_name(architecture.dtype) if architecture.dtype else "float32",
         blocks=architecture.block_count,
         removals=subject.surgery.removals,
         source_file=request.source or own_file,

@@ -129,7 +129,7 @@ def choose_proof_settings(
     Raises:
         UnsupportedModelError: the user wants it to be streamed, but the weights are quantized.
     """
-    own = architecture.config.dtype
+    own = architecture.dtype
     if stream:
         require_streamable(architecture)
     if device_map is not None:

@@ -53,7 +53,7 @@ def evaluate_subject(
     architecture = subject.architecture
     device_map = resolve_device_map(request, architecture)
     device = device_of(device_map, request.device)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
+    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
     stream = device_map is None and _stream(request, architecture, dtype, device, notify)
     placement = Placement(device, dtype, stream, device_map)
     models = Models(architecture, subject.sizes(request), placement, notify)

@@ -86,7 +86,7 @@ def _is_missing_cuda(device: str) -> bool:
 
 def _load(subject: Subject, dtype: str, device: torch.device) -> Any:
     architecture = subject.architecture
-    chosen = choose_dtype(dtype, architecture.config.dtype, device)
+    chosen = choose_dtype(dtype, architecture.dtype, device)
     if subject.surgery.removals:
         return load_pruned(subject.surgery, chosen, device, _tell)
     return load_dense(architecture, chosen, device, _tell)

@@ -157,9 +157,12 @@ class _Recovery:
         _require_plain(self.architecture)
         device_map = resolve_device_map(request, self.architecture)
         self.device = device_of(device_map, request.device)
-        self.stored = cast or self.architecture.config.dtype or torch.float32
+        own = cast or self.architecture.dtype or torch.float32
+        # Values are rounded to what every file can hold, which may be narrower than what the config says.
+        written = [cast] if cast else self.architecture.source.weights.float_dtypes
+        self.stored = min([*written, own], key=lambda dtype: dtype.itemsize)
         # Twice rounded, to bfloat16 and then to float16, the values that are written would not be those measured.
-        self.dtype = torch.float32 if self.stored is torch.float16 and self.device == CPU else self.stored
+        self.dtype = torch.float32 if own is torch.float16 and self.device == CPU else own
         stream = device_map is None and group.from_main(self._stream)
         self.settings = _resolve_settings(request, subject, stream=stream)
         self.placement = Placement(self.device, self.dtype, stream, device_map)

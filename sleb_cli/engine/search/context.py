@@ -94,6 +94,6 @@ class SearchContext:
     def serving(self, request: TargetRequest) -> ServingRecord:
         """Return how the model will be served; by default one sequence of up to 4,096 tokens, in the search's dtype."""
         named = request.serve_dtype
-        dtype = choose_dtype(named, self.architecture.config.dtype, self.device) if named else self.dtype
+        dtype = choose_dtype(named, self.architecture.dtype, self.device) if named else self.dtype
         length = choose_length(request.serve_length, self.architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
         return ServingRecord(dtype=dtype_name(dtype), length=length, batch=request.serve_batch or DEFAULT_SERVE_BATCH)

@@ -125,7 +125,7 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
     device_map = resolve_device_map(request, architecture)
     device = device_of(device_map, request.device)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
-    dtype = choose_dtype(str(request.dtype), architecture.config.dtype, device)
+    dtype = choose_dtype(str(request.dtype), architecture.dtype, device)
     context = SearchContext(architecture, protection, dtype, device, notify)
     calibration = resolve_calibration(request, architecture, chat=request.chat)
     bits = _bits(request, metric, architecture)

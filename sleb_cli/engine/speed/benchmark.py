@@ -38,7 +38,7 @@ def benchmark(subject: Subject, request: BenchRequest, notify: Notify) -> BenchR
         MachineError: the models cannot be compiled here.
     """
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype or AUTO, subject.architecture.config.dtype, device)
+    dtype = choose_dtype(request.dtype or AUTO, subject.architecture.dtype, device)
     workloads = resolve_workloads(request, subject, device, notify)
     surgeries = subject.sizes(request)
     with threads(request.threads):

@@ -77,7 +77,7 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
     architecture = subject.architecture
     described = request.device_flops is not None
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, DESCRIBED if described else device)
+    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, DESCRIBED if described else device)
     if architecture.is_quantized:
         notify(Notice(f"The weights are quantized; they are counted in {dtype_name(dtype)}."))
     removals = _removals(subject, request)

@@ -45,7 +45,7 @@ def benchmark_engine(
     """
     _require_applicable(request, engine)
     architecture, device = subject.architecture, choose_device(AUTO)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.config.dtype, device)
+    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
     workloads = [
         workload.model_copy(update={"engine": engine.name})
         for workload in resolve_workloads(request, subject, device, notify)
