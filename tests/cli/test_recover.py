@@ -98,7 +98,7 @@ def test_the_config_may_name_another_data_type_than_the_files_or_none(
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     dense = {
         name: tensor.to(getattr(torch, norms if "norm" in name else weights))
-        for name, tensor in load_file(folder / "model.safetensors").items()
+        for name, tensor in weights_of(folder).items()
     }
     save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
     settings = json.loads((folder / "config.json").read_text()) | {"dtype": config}
@@ -109,7 +109,7 @@ def test_the_config_may_name_another_data_type_than_the_files_or_none(
     assert proof["logits_difference"] == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype
     assert proof["dtype"] == {torch.float16: "bfloat16"}.get(loaded, str(loaded).removeprefix("torch."))
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = weights_of(tmp_path / "out")
     assert {name: tensor.dtype for name, tensor in written.items()} == {name: dense[name].dtype for name in written}
     assert not torch.equal(written[DOWN], dense[DOWN])
 
