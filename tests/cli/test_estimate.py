@@ -171,7 +171,7 @@ def test_without_weights_all_else_refuses(run_sleb, config_only):
         (["--device-bandwidth", "1e12"], "--device-flops is missing"),
         (["--device-flops", "-1", "--device-bandwidth", "1e12"], "--device-flops -1 is too small"),
         (["--remove", "6"], "Cannot remove 6 of 6 blocks"),
-        (["--every", "0"], "Cannot remove 0 of 6 blocks"),
+        (["--every", "0"], "--every 0 is too small"),
         (["--engine", "vllm"], "--engine does not apply to --estimate"),
         (["--compile"], "--compile does not apply to --estimate"),
         (["--threads", "0"], "--threads 0 is too small"),

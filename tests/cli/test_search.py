@@ -215,7 +215,7 @@ def test_an_existing_plan_is_not_overwritten(run_sleb, tiny_llama, text_file, tm
         (("--ratio", "0.9"), 2, "Cannot remove 6 of 6 blocks: only 4 can be removed"),
         (("--remove", "5"), 2, "Cannot remove 5 of 6 blocks"),
         (("--remove", "0"), 2, "Cannot remove 0 blocks"),
-        (("--remove", "-1"), 2, "Cannot remove -1 blocks"),
+        (("--remove", "-1"), 2, "--remove -1 is too small"),
         (("--remove", "x"), 2, "--remove"),
         (("--remove", 1, "--protect-first", "9"), 2, "only 0 can be removed"),
         (("--remove", 1, "--metric", "nl"), 2, "Did you mean 'nll'?"),

@@ -101,8 +101,8 @@ def test_where_the_losses_part_the_search_warns(run_sleb, shared_data, tmp_path)
     ("options", "message"),
     [
         (("--holdout", "1"), "--holdout 1 is not a share"),
-        (("--holdout", "-0.1"), "--holdout -0.1 is not a share"),
-        (("--holdout", "nan"), "--holdout nan is not a share"),
+        (("--holdout", "-0.1"), "--holdout -0.1 is too small"),
+        (("--holdout", "nan"), "--holdout nan is not a number"),
         (("--holdout", "x"), "--holdout"),
         (("--holdout", "0.2", "--samples", 1), "A single calibration sequence cannot be split"),
     ],

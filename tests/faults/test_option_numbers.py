@@ -83,6 +83,7 @@ def command(tiny_llama, llama_plan, text_file):
     return words
 
 
+@pytest.mark.usefixtures("without_memory")
 @pytest.mark.parametrize(("verb", "name", "flag", "shape"), OPTIONS, ids=lambda part: part.replace("{}", ""))
 def test_a_number_out_of_reason_works_or_is_refused_in_a_sentence(run_sleb, command, verb, name, flag, shape):
     for value in (*NEVER, *PERHAPS):
