@@ -7,7 +7,7 @@ Not here are
 - limits above which something is refused (`LONGEST_LINE`, `_LONGEST_JSON`, `records.LARGEST`): what is over them does
   not go another way, and tests/faults crosses them;
 - numbers that the documents or a record name, or that decide a result: samples and lengths by default, the proof's
-  prompt, the samples of a fingerprint, looks of a race, resamples, ranks, ridges;
+  prompt, the samples of a fingerprint, looks of a race, resamples, ranks, ridges, the tokens of a step of training;
 - what the machine decides: alignments, and how much memory is free, for which tests give `--memory`;
 - how much is shown: lines of a message, columns of a chart, tables of a report.
 """
@@ -52,7 +52,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_plugins.metrics.task": {"BATCH_SIZE": 2},
     # Recovery: batches, positions and columns at a time, portions of text.
     "sleb_cli.engine.recovery.closed_form": {"BATCH_TOKENS": 64, "GROUPS": 3, "DECIDING_POSITIONS": 32},
-    "sleb_cli.engine.recovery.heal": {"BATCH_TOKENS": 64, "PORTION_TOKENS": 256, "CHECKED_TOKENS": 64},
+    "sleb_cli.engine.recovery.heal": {"PORTION_TOKENS": 1_024, "CHECKED_TOKENS": 64},
     "sleb_cli.engine.recovery.least_squares": {"PANEL_COLUMNS": 7},
     "sleb_cli.engine.recovery.variant": {"POSITIONS": 10},
     # What is saved after a while is saved at once.
@@ -100,16 +100,13 @@ def start() -> None:
 
 
 def for_children(folder: Path, patch: Any) -> None:
-    """Let every new process do the same, by an entry point that torch loads when it is imported.
+    """Let every new process do the same, before it imports anything else.
 
     Args:
-        folder: an empty folder, for the description of a package.
+        folder: an empty folder.
         patch: pytest's MonkeyPatch.
     """
-    package = folder / "tiny_sizes-0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-sizes\nVersion: 0\n")
-    (package / "entry_points.txt").write_text("[torch.backends]\ntiny_sizes = tiny_sizes:start\n")
+    (folder / "sitecustomize.py").write_text("import tiny_sizes\n\ntiny_sizes.start()\n")
     for place in (folder, Path(__file__).parent):
         patch.setenv("PYTHONPATH", str(place), prepend=os.pathsep)
 
