@@ -64,6 +64,8 @@ def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
     owners = [sum(start <= place for start in starts) - 1 for place in places]
     assert windows.clusters.tolist() == [owners[row * 16 + 1 : row * 16 + 16] for row in range(len(windows.ids))]
     assert {owners.index(document) for document in (1, 2)} == {places.index(start) for start in starts[1:]}
+    two = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=starts[:2]), 16)
+    assert (two.by_document, two.clusters.unique().tolist()) == (True, [0, 1])
     for documents in ((), (0,)):
         alone = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=documents), 16)
         assert not alone.by_document
