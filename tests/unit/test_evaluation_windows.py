@@ -37,6 +37,14 @@ def test_windows_without_a_stride_are_those_of_the_literature(tokenizer, bos):
     assert windows.bos == ("windows" if bos else "none")
 
 
+def test_a_tokenizer_may_begin_the_text_with_bos(tokenizer):
+    windows = cut_for_evaluation(train_tokenizer(bos=True), Text("t", prose(30)), 16)
+    plain = tokenizer(prose(30)).input_ids
+    assert windows.bos == "text"
+    assert windows.ids[0].tolist() == [tokenizer.bos_token_id, *plain[:15]]
+    assert windows.ids[1].tolist() == plain[15:31]
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("stride", [1, 5, 12, 15])
 def test_with_a_stride_each_token_counts_once_with_enough_context(tokenizer, bos, stride):
