@@ -106,11 +106,17 @@ class LoadedTask:
         `device` is where tokens go in, which of a model spread over devices is not that of its first weight.
 
         Raises:
-            UsageError: the task does not fit the model's positions, or the tokenizer has no chat template.
+            UsageError: the task does not fit the model's positions, or the tokenizer lacks a chat template or EOS token
+                that it needs.
         """
         if self._settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 "--apply-chat-template does not work: the tokenizer has no chat template.", hint="Leave it out."
+            )
+        if tokenizer.eos_token_id is None and (writing := [name for name, t in self.tasks.items() if _new_tokens(t)]):
+            raise UsageError(
+                f"{writing[0]} has models write text, and this one's tokenizer has no EOS token that would end it.",
+                hint="Leave the task out, or name the token as eos_token in tokenizer_config.json.",
             )
         batch_size = self._settings.batch_size
         device = device or model.device

@@ -60,7 +60,12 @@ def generate_sample(
         except (UnsupportedModelError, OutOfMemory) as error:
             notify(Notice(f"No sample text is shown: {error.message}"))
             return None
-    dense, pruned = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in generated)
+    # A model may have more tokens than its tokenizer, which raises for these if it is not a fast one.
+    known = set(tokenizer.get_vocab().values())
+    dense, pruned = (
+        tokenizer.decode([token for token in tokens if token in known], skip_special_tokens=True)
+        for tokens in generated
+    )
     return SampleGeneration(
         prompt=PROMPT,
         new_tokens=count,

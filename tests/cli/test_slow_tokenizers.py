@@ -1,0 +1,58 @@
+"""Models whose tokenizer is plain Python, without a fast version."""
+
+import json
+import string
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, CTRLTokenizer
+
+from conftest import calibration, evaluation, llama_config, save_model
+from sleb_cli.plan import read_plan
+
+
+def with_tokenizer(folder, tokenizer):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    tokenizer.save_pretrained(folder)
+    assert not AutoTokenizer.from_pretrained(folder).is_fast
+    return folder
+
+
+@pytest.fixture
+def bytes_alone(tmp_path):
+    """A model of bytes, with more tokens than its tokenizer, which cannot decode them."""
+    config = llama_config(5, vocab_size=400, bos_token_id=None)
+    return with_tokenizer(save_model(tmp_path / "bytes", config), ByT5Tokenizer())
+
+
+@torch.inference_mode()
+def plain_perplexity(folder, text):
+    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids[: 4 * 32]
+    windows = torch.tensor(ids).view(4, 32)
+    logits = AutoModelForCausalLM.from_pretrained(folder)(windows).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp().item()
+
+
+def test_it_goes_from_plan_to_checkpoint_and_its_numbers_are_plain(run_sleb, bytes_alone, text_file, tmp_path):
+    search = run_sleb("search", bytes_alone, "--remove", 2, *calibration(text_file), "--sample-tokens", 20)
+    assert search.exit_code == 0, search.stderr
+    assert read_plan(tmp_path / "plan.json").sample_generation
+    applied = run_sleb("apply", "-o", "out", "--recover", *calibration(text_file, samples=10))
+    assert applied.exit_code == 0, applied.stderr
+    for folder in (bytes_alone, tmp_path / "out"):
+        result = run_sleb("eval", folder, *evaluation(text_file), "--json")
+        measured = json.loads(result.stdout)["texts"][0]
+        assert measured["bytes"] == measured["tokens"] == 4 * 31
+        assert measured["dense"]["perplexity"] == pytest.approx(plain_perplexity(folder, text_file.read_text()))
+
+
+def test_without_a_token_that_ends_a_text_no_task_is_written(run_sleb, tmp_path):
+    vocabulary = {"<unk>": 0} | {letter: n for n, letter in enumerate(string.printable.strip(), 1)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
+    letters = CTRLTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    folder = with_tokenizer(save_model(tmp_path / "letters", llama_config(3)), letters)
+    result = run_sleb("eval", folder, "--tasks", "sleb_brackets", "--limit", 2)
+    assert result.exit_code == 2
+    assert "sleb_brackets has models write text, and this one's tokenizer has no EOS token" in result.stderr
