@@ -117,3 +117,14 @@ def test_where_sequences_are_held_out_they_decide(run_sleb, tiny_llama, text_fil
     data = json.loads(compare(run_sleb, tiny_llama, text_file, "nll,nll@last", *options, "plan.json", "--json").stdout)
     best = min(data["compared"], key=lambda each: each["held_out_perplexity"])
     assert data["best"] == f"{best['metric']}@{best['strategy']}"
+
+
+def test_what_is_held_out_is_what_each_search_of_its_own_holds_out(run_sleb, tiny_llama, text_file):
+    held_out = ["--holdout", 0.5, "-o"]
+    compared = compare(run_sleb, tiny_llama, text_file, "nll,cosine@oneshot", *held_out, "best.json", "--json")
+    for each in json.loads(compared.stdout)["compared"]:
+        chosen = ["--metric", each["metric"], "--strategy", each["strategy"], "--remove", 2, "--force", "--json"]
+        alone = run_sleb("search", tiny_llama, *calibration(text_file), *chosen, *held_out, "alone.json")
+        last = json.loads(alone.stdout)["steps"][-1]
+        assert each["perplexity"] == last["perplexity"]
+        assert each["held_out_perplexity"] == last["held_out"]["perplexity"]

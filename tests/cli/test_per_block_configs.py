@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from conftest import calibration, llama_config, save_model, train_tokenizer, weights_of
-from families import tiny_config
+from families import ON_THE_HUB, tiny_config
 from sleb_cli.plan import read_plan
 
 MIXED = ["sliding_attention", "full_attention"] * 3
@@ -173,6 +173,34 @@ def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp
         assert torch.equal(tensor, expected.to(tensor.dtype))
     # The model in memory is cut by the same rule.
     assert run_sleb("eval", folder, "--blocks", "1,2", "--perplexity", text_file).exit_code == 0
+
+
+TWICE = ["gemma3_text", "laguna", "qwen3_moe", "nemotron_h", "runs, gpt_neo", "a period, smollm3", "numbers, lfm2"]
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(run_sleb, tmp_path, name):
+    model_type, settings, changes = ON_THE_HUB.get(name, (name, {}, {}))
+    dense = save_model(tmp_path / "dense", tiny_config(model_type, **settings))
+    config = json.loads((dense / "config.json").read_text()) | changes
+    (dense / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    for folder, blocks, output in ((dense, "1", "one"), ("one", "3", "two"), (dense, "1,4", "both")):
+        result = run_sleb("apply", folder, "--blocks", blocks, "-o", output, "--no-verify")
+        assert result.exit_code == 0, result.stderr
+    two, both = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "both"))
+    assert two == both
+    two, both = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "both"))
+    assert two.keys() == both.keys()
+    assert all(torch.equal(two[key], both[key]) for key in both)
+
+
+def test_a_plan_of_the_original_is_none_for_what_it_made(run_sleb, mixed, text_file, tmp_path):
+    assert search(run_sleb, mixed, text_file, "--remove", 1).exit_code == 0
+    assert run_sleb("apply", "-o", "one").exit_code == 0
+    result = run_sleb("apply", "plan.json", "--model", "one", "-o", "two")
+    assert result.exit_code == 3
+    assert "is a different model (blocks: 5, not 6; fingerprint: " in result.stderr
+    assert not (tmp_path / "two").exists()
 
 
 SHAPE = {

@@ -82,6 +82,26 @@ def test_what_is_uploaded_holds_no_path_of_this_machine(run_sleb, tmp_path, text
     assert all((tmp_path / "again" / name).read_bytes() == hub.files[name] for name in names)
 
 
+def test_a_recovered_checkpoint_goes_to_the_hub_with_what_it_says_of_its_recovery(
+    run_sleb, llama_plan, tiny_llama, text_file, tmp_path, hub
+):
+    recover = ["--recover", *calibration(text_file, samples=10)]
+    result = run_sleb("apply", llama_plan, *recover, "--dtype", "bfloat16", "-o", "out", "--push", "acme/small")
+    assert result.exit_code == 0, result.stderr
+    assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    secret = [str(place).encode() for place in (tiny_llama.parent, text_file.parent)]
+    assert [name for name, content in hub.files.items() if any(part in content for part in secret)] == []
+    assert json.loads(hub.files["sleb_plan.json"])["recovery"]["closed_form"]["fits"]
+    assert b"| recovered in closed form |" in hub.files["README.md"]
+    # What was pushed is a model like any other, and no longer the one of its plan.
+    again = run_sleb("apply", "out", "--blocks", "1", *recover, "-o", "two", "--push", "acme/two")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(hub.files["config.json"])["num_hidden_layers"] == 3
+    refused = run_sleb("apply", "out/sleb_plan.json", "--model", "out", "-o", "three")
+    assert refused.exit_code == 3
+    assert "is a different model (blocks: 4, not 6" in refused.stderr
+
+
 def refused(run_sleb, tiny_llama, tmp_path, message, *options, code=8, push="acme/small"):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", push, *options)
     assert result.exit_code == code, result.stderr
