@@ -189,7 +189,7 @@ def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(run_sleb, tmp_
         assert result.exit_code == 0, result.stderr
     two, both = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "both"))
     assert two == both
-    two, both = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "both"))
+    two, both = (weights_of(tmp_path / name) for name in ("two", "both"))
     assert two.keys() == both.keys()
     assert all(torch.equal(two[key], both[key]) for key in both)
 
