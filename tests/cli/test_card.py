@@ -219,13 +219,17 @@ def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(
     assert path.read_text() == before
 
 
-def test_results_of_other_weights_are_not_shown(run_sleb, llama_plan, text_file, tmp_path):
+@pytest.mark.parametrize("changed", ["weights", "generation settings"])
+def test_results_of_another_model_are_not_shown(run_sleb, llama_plan, text_file, tmp_path, changed):
     applied(run_sleb, llama_plan)
     measuring = ["--perplexity", text_file, "--sequence-length", 32, "--max-windows", 4]
     assert run_sleb("eval", "out", *measuring).exit_code == 0
     kept = tmp_path / "out" / "sleb_eval.json"
     data = json.loads(kept.read_text())
-    kept.write_text(json.dumps(data | {"model": data["model"] | {"fingerprint": "f" * 64}}))
+    if changed == "weights":
+        kept.write_text(json.dumps(data | {"model": data["model"] | {"fingerprint": "f" * 64}}))
+    else:
+        (tmp_path / "out" / "generation_config.json").write_text('{"repetition_penalty": 5.0}')
     assert "model-index" in card_of(tmp_path / "out").data.to_dict()
     update_card(tmp_path / "out")
     assert section(tmp_path / "out").strip() == ""

@@ -119,8 +119,13 @@ def _of_itself(
     kind: type[R], name: Literal["eval", "bench"], folder: Path, notify: Notify
 ) -> list[tuple[R, frozenset[int] | None]]:
     found = read_kept(kind, folder / IN_CHECKPOINT[name], notify)
-    whole = found is not None and found.model.fingerprint == ModelSource(folder.name, folder).fingerprint
-    return [(found, None)] if found and whole else []
+    if found is None:
+        return []
+    now = ModelSource(folder.name, folder, trust_remote_code=found.model.code is not None)
+    same = (found.model.fingerprint, found.model.code) == (now.fingerprint, now.code)
+    if isinstance(found, EvalResult) and found.behavior is not None:
+        same = same and found.behavior == now.behavior
+    return [(found, None)] if same else []
 
 
 def _rows(
