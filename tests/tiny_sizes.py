@@ -7,7 +7,8 @@ Not here are
 - limits above which something is refused (`LONGEST_LINE`, `_LONGEST_JSON`, `records.LARGEST`): what is over them does
   not go another way, and tests/faults crosses them;
 - numbers that the documents or a record name, or that decide a result: samples and lengths by default, the proof's
-  prompt, the samples of a fingerprint, looks of a race, resamples, ranks, ridges, the tokens of a step of training;
+  prompt, the samples of a fingerprint, looks of a race, resamples, ranks, ridges, the tokens of a step of training,
+  how much is timed to predict a speed;
 - what the machine decides: alignments, and how much memory is free, for which tests give `--memory`;
 - how much is shown: lines of a message, columns of a chart, tables of a report.
 """
@@ -24,9 +25,9 @@ from typing import Any
 VARIABLE = "TINY_SIZES"
 ARE_TINY = bool(os.environ.get(VARIABLE))
 
-# The logits of 10 positions at a time, and of those, 3 of the tiny models' 320 tokens in float32.
+# The logits of 24 positions at a time, and of those, 7 of the tiny models' 320 tokens in float32.
 _OF_A_DEVICE = {
-    "tokens_per_batch": 64, "min_tokens_per_batch": 32, "head_positions": 10, "widened_bytes": 3 * 4 * 320
+    "tokens_per_batch": 64, "min_tokens_per_batch": 32, "head_positions": 24, "widened_bytes": 7 * 4 * 320
 }  # fmt: skip
 
 TINY: Mapping[str, Mapping[str, Any]] = {
@@ -54,12 +55,10 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.recovery.closed_form": {"BATCH_TOKENS": 64, "GROUPS": 3, "DECIDING_POSITIONS": 32},
     "sleb_cli.engine.recovery.heal": {"PORTION_TOKENS": 1_024, "CHECKED_TOKENS": 64},
     "sleb_cli.engine.recovery.least_squares": {"PANEL_COLUMNS": 7},
-    "sleb_cli.engine.recovery.variant": {"POSITIONS": 10},
+    "sleb_cli.engine.recovery.variant": {"POSITIONS": 24},
     # What is saved after a while is saved at once.
     "sleb_cli.engine.forward.saved_walk": {"FEWEST_SECONDS": 0.0, "SHARE": 1e9},
     "sleb_cli.engine.search.journal": {"SECONDS_BETWEEN_SYNCS": 0.0},
-    # A prediction of speed: elements, bytes and operations that are measured.
-    "sleb_cli.engine.speed.rates": {"_ON_CPU": {"matrix": 500, "working_set": 10_000, "flops": 1e6}},
 }  # fmt: skip
 """The tiny values by module and name; a mapping changes fields of a dataclass."""
 
