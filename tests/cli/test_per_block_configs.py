@@ -1,6 +1,7 @@
 """Models whose blocks are of several kinds, stand in a part of the model, or are named otherwise in files."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     CLIPVisionConfig,
     Gemma3Config,
     LlavaConfig,
     Qwen2VLConfig,
 )
 
-from conftest import calibration, llama_config, save_model, train_tokenizer, weights_of
+from conftest import calibration, evaluation, llama_config, save_model, train_tokenizer, weights_of
 from families import ON_THE_HUB, tiny_config
+from reference import plain_loss
+from sleb_cli.engine.text.windows import cut_windows
 from sleb_cli.plan import read_plan
 
 MIXED = ["sliding_attention", "full_attention"] * 3
@@ -228,15 +232,19 @@ SEEING = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SEEING)
-def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, tmp_path, name):
+def seeing_model(folder, config, dtype=torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(SEEING[name]())
+    model = AutoModelForImageTextToText.from_config(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.1, 0.15)
-    folder = tmp_path / name
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     train_tokenizer(bos=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, tmp_path, name):
+    folder = seeing_model(tmp_path / name, SEEING[name]())
     assert search(run_sleb, folder, text_file, "--remove", 2).exit_code == 0
     result = run_sleb("apply", "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
@@ -251,6 +259,40 @@ def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, 
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert len(again.model.language_model.layers) == 3
     assert run_sleb("eval", folder, "--blocks", "1", "--perplexity", text_file, "--sequence-length", 64).exit_code == 0
+
+
+TIED = {
+    "qwen2_vl": SEEING["qwen2_vl"],
+    "llava, tied outside of the language model": lambda: LlavaConfig(
+        text_config=llama_config(5, tie_word_embeddings=True), vision_config=CLIPVisionConfig(**EYES),
+        image_token_index=5, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIED)
+@torch.inference_mode()
+def test_a_model_that_sees_is_recovered_cast_and_measured(run_sleb, text_file, tmp_path, name):
+    folder = seeing_model(tmp_path / "model", TIED[name](), torch.bfloat16)
+    recover = ["--recover", *calibration(text_file, samples=10), "--dtype", "float16"]
+    for options, output in (([], "out"), (["--stream"], "streamed")):
+        result = run_sleb("apply", folder, "--blocks", "1,3", *recover, *options, "-o", output, "--json")
+        assert result.exit_code == 0, result.stderr
+        applied = json.loads(result.stdout)
+        assert any(fit["kept"] for fit in applied["recovery"]["closed_form"]["fits"])
+        assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == ("recovered", 0)
+    whole, streamed = (load_file(tmp_path / output / "model.safetensors") for output in ("out", "streamed"))
+    assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
+    assert all(torch.equal(streamed[key], tensor) for key, tensor in whole.items())
+
+    result = run_sleb("eval", folder, "--blocks", "1,3", *evaluation(text_file), "--dtype", "float32", "--json")
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout)["texts"][0]
+    windows = cut_windows(AutoTokenizer.from_pretrained(folder), text_file.read_text(), 32, bos=False)[:4]
+    dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for removed, found in ((set(), measured["dense"]), ({1, 3}, measured["pruned"][0])):
+        loss = plain_loss(dense, dense.model.language_model.layers, windows, removed)
+        assert math.log(found["perplexity"]) == pytest.approx(loss, abs=1e-5)
 
 
 def test_an_adapter_is_no_model(run_sleb, text_file, tmp_path):
