@@ -133,6 +133,26 @@ def shards_of(folder):
     return sorted(path for path in folder.glob("model*.safetensors"))
 
 
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize("cast", ["float32", "bfloat16", "float16"])
+def test_a_tied_head_stays_tied_in_another_data_type(run_sleb, tmp_path, stored, cast):
+    """Whether or not the files hold it beside the embeddings."""
+    config = llama_config(4, tie_word_embeddings=True, dtype=getattr(torch, stored))
+    folder = save_model(tmp_path / "model", config)
+    alone = load_file(folder / "model.safetensors")
+    embeddings = alone["model.embed_tokens.weight"]
+    assert (embeddings.dtype, "lm_head.weight" in alone) == (getattr(torch, stored), False)
+    for number, tensors in enumerate((alone, {**alone, "lm_head.weight": embeddings.clone()})):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        output = tmp_path / f"out{number}"
+        result = run_sleb("apply", folder, "--blocks", "1", "--dtype", cast, "-o", output, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
+        model = AutoModelForCausalLM.from_pretrained(output, dtype="auto")
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, embeddings.to(getattr(torch, cast)))
+
+
 def test_shards(run_sleb, tiny_llama, tmp_path):
     folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
     assert len(shards_of(folder)) > 2

@@ -114,6 +114,21 @@ def test_the_config_may_name_another_data_type_than_the_files_or_none(
     assert not torch.equal(written[DOWN], dense[DOWN])
 
 
+@pytest.mark.parametrize("options", [[], ["--dtype", "float16"], ["--max-shard-size", "25KB"]])
+def test_a_block_may_lie_in_two_files(run_sleb, tiny_llama, text_file, fit, tmp_path, options):
+    sharded = save_model(tmp_path / "sharded", llama_config(), max_shard_size="30KB")
+    files = {tensor.path for tensor in find_weights(sharded).stored if tensor.name.startswith("model.layers.0.")}
+    assert len(files) == 2
+    found = []
+    for folder in (sharded, tiny_llama):
+        output = tmp_path / f"{folder.name}-out"
+        result = run_sleb("apply", folder, "--blocks", "1,3", *recovering(text_file), *options, "-o", output)
+        assert result.exit_code == 0, result.stderr
+        found.append(dict(find_weights(output).tensors()))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], tensor) for name, tensor in found[1].items())
+
+
 def test_losses_are_those_of_a_plain_computation(run_sleb, tiny_llama, text_file, fit, tmp_path):
     result = run_sleb("apply", tiny_llama, "--blocks", "2", *recovering(text_file), "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr

@@ -1,11 +1,16 @@
 """`sleb apply --recover` through the program: new values of all kinds of blocks are written, proven and better."""
 
 import json
+import math
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import save_model
+from conftest import evaluation, save_model
 from families import tiny_config
+from reference import plain_loss
+from sleb_cli.engine.text.windows import cut_windows
 
 FAMILIES = {
     "gpt2": "its weights lie the other way round, and have biases",
@@ -32,3 +37,20 @@ def test_recovery_pays_and_its_checkpoint_is_proven(run_sleb, model_type, tmp_pa
     assert recovery["closed_form_losses"]["loss"] < recovery["pruned"]["loss"]
     assert any(fit["kept"] for fit in recovery["closed_form"]["fits"])
     assert (proof["reference"], proof["partial"], proof["logits_difference"]) == ("recovered", None, 0.0)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("options", [(), ("--stream",)])
+@torch.inference_mode()
+def test_experts_that_lie_apart_in_files_and_together_in_memory_are_measured_as_they_compute(
+    run_sleb, text_file, tmp_path, model_type, options
+):
+    folder = save_model(tmp_path / "model", tiny_config(model_type))
+    result = run_sleb("eval", folder, "--blocks", "2,3", *evaluation(text_file), *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout)["texts"][0]
+    windows = cut_windows(AutoTokenizer.from_pretrained(folder), text_file.read_text(), 32, bos=False)[:4]
+    dense = AutoModelForCausalLM.from_pretrained(folder)
+    for removed, found in ((set(), measured["dense"]), ({2, 3}, measured["pruned"][0])):
+        loss = plain_loss(dense, dense.model.layers, windows, removed)
+        assert math.log(found["perplexity"]) == pytest.approx(loss, abs=1e-5)
