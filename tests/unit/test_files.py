@@ -27,6 +27,7 @@ from sleb_cli.atomic import (
     write_text,
     writing,
 )
+from sleb_cli.engine.files import weights
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import HEAD_BYTES, Watch, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights, read_json
@@ -264,6 +265,19 @@ def test_json_that_python_does_not_take_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=r"is not readable JSON|is not a JSON object"):
         read_json(tmp_path / "config.json")
+
+
+def test_json_up_to_the_limits_is_read_and_no_longer_one(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": [{}]}')
+    monkeypatch.setattr(weights, "_MOST_PARTS", 3)
+    monkeypatch.setattr(weights, "_LONGEST_JSON", 11)
+    assert read_json(path) == {"a": [{}]}
+    for name, least in (("_MOST_PARTS", 2), ("_LONGEST_JSON", 10)):
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, name, least)
+            with pytest.raises(ModelError, match=r"config\.json is not readable JSON"):
+                read_json(path)
 
 
 def test_of_two_values_of_a_name_in_a_config_the_last_counts_as_in_transformers(tmp_path):

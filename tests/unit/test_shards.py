@@ -15,7 +15,7 @@ from sleb_cli.engine.files import copying, shards
 from sleb_cli.engine.files.copying import clone_or_link, copy_file
 from sleb_cli.engine.files.shards import new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.slices import Cut
-from sleb_cli.engine.files.weights import find_weights, read_header
+from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_header
 from sleb_cli.events import TaskAdvanced, TaskStarted
 from sleb_plugins import ModelError
 from sleb_plugins.config_keys import Kept
@@ -282,6 +282,17 @@ def test_slices_and_new_values_are_written_in_the_type_that_is_asked_for(
         size = write_weights(folder, plan_shards(weights, some, 10**9), 0, lambda event: None)
         assert size == sum(tensor.nbytes for tensor in wanted.values())
         assert same(everything(folder), wanted)
+
+
+def test_the_types_of_a_pickle_have_the_names_that_safetensors_reads(source, target):
+    tensors = {name: torch.ones(3).to(dtype) for name, dtype in TORCH_DTYPES.items()}
+    torch.save(tensors, source / "pytorch_model.bin")
+    write(find_weights(source), target)
+    with safe_open(target / "model.safetensors", "pt") as opened:
+        for name, tensor in tensors.items():
+            found = opened.get_tensor(name)
+            assert (found.dtype, found.tolist()) == (tensor.dtype, tensor.tolist())
+            assert opened.get_slice(name).get_dtype() == name
 
 
 def test_shared_and_strided_tensors_of_a_pickle_are_written_apart(source, target):

@@ -80,6 +80,14 @@ def test_a_perplexity_ratio_is_a_loss():
     assert ratio.removals([1, 2, 3], (4,)) == 4
 
 
+def test_what_a_loss_reached_is_recorded_in_the_unit_that_was_asked_for():
+    ratio = loss_target(TargetRequest(max_perplexity_ratio="1.2"), "max_perplexity_ratio").record(math.log(1.1), 900)
+    assert (ratio.limit, ratio.dense) == (1.2, 1)
+    assert (ratio.reached, ratio.next) == pytest.approx((1.1, math.exp(700)))
+    loss = loss_target(TargetRequest(max_loss_increase="0.2"), "max_loss_increase").record(0.1, None)
+    assert (loss.limit, loss.dense, loss.reached, loss.next) == (0.2, 0, 0.1, None)
+
+
 @pytest.mark.parametrize("text", ["0.9", "nan", "inf", "-2", "x", "fast"])
 def test_what_is_no_factor(text):
     with pytest.raises(UsageError, match=r"--target-speedup .* is not a number of 1.01 or more"):
