@@ -281,7 +281,7 @@ def test_a_model_that_sees_is_recovered_cast_and_measured(run_sleb, text_file, t
         applied = json.loads(result.stdout)
         assert any(fit["kept"] for fit in applied["recovery"]["closed_form"]["fits"])
         assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == ("recovered", 0)
-    whole, streamed = (load_file(tmp_path / output / "model.safetensors") for output in ("out", "streamed"))
+    whole, streamed = (weights_of(tmp_path / output) for output in ("out", "streamed"))
     assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
     assert all(torch.equal(streamed[key], tensor) for key, tensor in whole.items())
 
