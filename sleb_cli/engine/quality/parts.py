@@ -6,10 +6,8 @@ model on a few windows of a text, or on a task.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sleb_cli.atomic import new_file, remove_leftovers, to_json, writing
+from sleb_cli.atomic import to_json
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import chip_name
-from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notify
 from sleb_cli.version import __version__
-from sleb_plugins import OutputError
 
 # Raise it when the same key would name other numbers, between two versions of sleb.
 VERSION = 1
@@ -57,9 +54,8 @@ class Parts:
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         }
-        self._watch = architecture.source.watch
-        self._notify, self._fresh, self._can_write = notify, fresh, can_write
-        remove_leftovers(cache_root() / FOLDER)
+        self._watch, self._fresh = architecture.source.watch, fresh
+        self._files = KeptFiles(FOLDER, "Results are", notify, can_write=can_write)
 
     def tensors(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
         """Return the tensors kept under this key, if any."""
@@ -85,15 +81,8 @@ class Parts:
         """Keep data for JSON under this key."""
         self._write(key, to_json(document).encode())
 
-    def _path(self, key: Mapping[str, Any]) -> Path:
-        name = json.dumps(self._common | dict(key), sort_keys=True)
-        return cache_root() / FOLDER / hashlib.sha256(name.encode()).hexdigest()
-
     def _read(self, key: Mapping[str, Any]) -> bytes | None:
-        try:
-            return None if self._fresh else self._path(key).read_bytes()
-        except OSError:
-            return None
+        return None if self._fresh else self._files.read(self._common | dict(key))
 
     def _write(self, key: Mapping[str, Any], content: bytes) -> None:
         """Write a part, if the cache can be written; the evaluation does not depend on it.
@@ -102,14 +91,4 @@ class Parts:
             ModelError: the model's files have changed, so that the part may not be theirs.
         """
         self._watch.require_unchanged()
-        if not self._can_write:
-            return
-        try:
-            path = self._path(key)
-            with writing(path, hint="Choose another place for the cache with the environment variable SLEB_CACHE."):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(path) as aside:
-                aside.write_bytes(content)
-        except OutputError as error:
-            self._can_write = False
-            self._notify(Notice(f"Results are not cached: {error.message}"))
+        self._files.write(self._common | dict(key), content)
