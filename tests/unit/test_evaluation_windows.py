@@ -45,6 +45,18 @@ def test_a_tokenizer_may_begin_the_text_with_bos(tokenizer):
     assert windows.ids[1].tolist() == plain[15:31]
 
 
+def test_windows_begin_with_the_models_bos_once_if_it_has_one(tokenizer):
+    other, plain = train_tokenizer(bos=True), tokenizer(prose(30)).input_ids
+    other.bos_token = "</s>"
+    windows = cut_for_evaluation(other, Text("t", prose(30)), 16, bos=True)
+    for ids in (windows.ids, cut_windows(other, prose(30), 16, bos=True)):
+        assert ids[:2].tolist() == [[1, *plain[:15]], [1, *plain[15:30]]]
+    other.bos_token = None
+    assert cut_for_evaluation(other, Text("t", prose(30)), 16).bos == "none"
+    with pytest.raises(UsageError, match="the tokenizer has no BOS token"):
+        cut_for_evaluation(other, Text("t", prose(30)), 16, bos=True)
+
+
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("stride", [1, 5, 12, 15])
 def test_with_a_stride_each_token_counts_once_with_enough_context(tokenizer, bos, stride):

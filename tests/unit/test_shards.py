@@ -93,6 +93,9 @@ def test_one_shard_needs_no_index_and_a_large_tensor_its_own(source, target, tmp
     assert os.listdir(target) == ["model.safetensors"]
     (tmp_path / "two").mkdir()
     assert write(weights, tmp_path / "two", 100) == [40, 4000, 40]
+    (tmp_path / "first").mkdir()
+    assert write(weights, tmp_path / "first", 100, names={"b": "b", "c": "c"}) == [4000, 40]
+    assert (tmp_path / "first" / "model.safetensors.index.json").exists()
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -275,7 +278,10 @@ def test_slices_and_new_values_are_written_in_the_type_that_is_asked_for(
         kept = {8: [0, 1, 4, 5], 4: [0, 2]}.get(tensor.shape[-1] if tensor.dim() == 2 else 0)
         kind = dtype if dtype and tensor.is_floating_point() else tensors[name.removeprefix("x.")].dtype
         expected[name] = (tensor if kept is None else tensor[:, kept]).to(kind)
-    for some in (planned, [tensor for tensor in planned if tensor.value is None]):
+    uncut = [tensor for tensor in planned if tensor.cut is None and tensor.value is None]
+    anew = replace(uncut[0], name="anew", value=torch.rand(uncut[0].stored.shape))
+    expected["anew"] = anew.value.to(dtype)
+    for some in (planned, [tensor for tensor in planned if tensor.value is None], [anew]):
         wanted = {tensor.name: expected[tensor.name] for tensor in some}
         folder = target / str(len(some))
         folder.mkdir()
