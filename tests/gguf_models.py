@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from conftest import llama_config, save_model
 
@@ -26,39 +27,48 @@ def write_llama_gguf(
     Another architecture whose tensors are those of a Llama goes too, with a config of the same sizes.
     """
     folder = save_model(path.parent / "origin", config or llama_config(blocks, num_key_value_heads=kv_heads))
+    return convert_llama(folder, path, type_, architecture=architecture)
+
+
+def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architecture: str = "llama") -> Path:
+    """Write the Llama in a folder as a GGUF file, whose tokenizer is a byte-level BPE."""
+    config = AutoConfig.from_pretrained(folder)
+    heads, kv_heads, blocks = config.num_attention_heads, config.num_key_value_heads, config.num_hidden_layers
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_license("apache-2.0")
     writer.add_languages(["en", "no"])
-    writer.add_context_length(128)
-    writer.add_embedding_length(32)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(blocks)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(8)
-    writer.add_vocab_size(320)
+    writer.add_rope_dimension_count(config.hidden_size // heads)
+    writer.add_vocab_size(config.vocab_size)
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].get)
+    unused = [f"<unused{number}>" for number in range(len(tokens), config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens])
+    writer.add_token_list([*tokens, *unused])
+    writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token in tokens] + [5] * len(unused))
     writer.add_token_merges([" ".join(merge) for merge in vocabulary["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, blocks)
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        array = tensor.float().numpy()
-        if "q_proj" in name or "k_proj" in name:  # GGUF stores the rotary halves interleaved
-            heads = 4 if "q_proj" in name else kv_heads
-            array = array.reshape(heads, 2, 4, 32).swapaxes(1, 2).reshape(heads * 8, 32)
-        own = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        kind = Type.F32 if array.ndim == 1 else type_
-        writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            array = tensor.float().numpy()
+            if "q_proj" in name or "k_proj" in name:  # GGUF stores the rotary halves interleaved
+                count = heads if "q_proj" in name else kv_heads
+                array = array.reshape(count, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            own = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            kind = Type.F32 if array.ndim == 1 else type_
+            writer.add_tensor(own, gguf.quants.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
     return finish(writer, path)
 
 

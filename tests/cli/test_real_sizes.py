@@ -1,0 +1,195 @@
+"""Rows, vocabulary and files as large as in a model of a billion parameters, with few blocks: what only size can break.
+
+All is checked with safetensors, gguf, torch and transformers, and nothing of sleb.
+"""
+
+import json
+import math
+import shutil
+from contextlib import ExitStack
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import calibration, llama_config, prose, reported_tokens, train_tokenizer
+from gguf_models import convert_llama
+from reference import plain_loss
+from sleb_cli.engine.output import proof
+
+BLOCKS = 3
+REMOVED = 1
+PERIOD = 1_000_003
+"""After how many values they repeat: a prime, so that no two rows, and no two parts of a tensor that are read at a
+time, are alike."""
+
+
+def write_large(folder, **changes):
+    """Write three blocks of a Llama of a billion parameters in bfloat16."""
+    config = llama_config(
+        BLOCKS, vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=True, dtype=torch.bfloat16,
+    )  # fmt: skip
+    config.update(changes)
+    torch.manual_seed(0)
+    values = torch.randn(PERIOD)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    # Numbers repeat, since drawing all of them takes longer than any command.
+    tensors = {}
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        mean, deviation = (1, 0.1) if parameter.dim() == 1 else (0, 0.02)
+        own = (mean + deviation * values.roll(1009 * number)).to(torch.bfloat16)
+        count = parameter.numel()
+        tensors[name] = own.repeat(math.ceil(count / PERIOD))[:count].view(parameter.shape)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder, max_shard_size="526MB")
+    train_tokenizer(bos=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 890 MB, with its embedding in one file and its blocks in another."""
+    folder = write_large(tmp_path_factory.mktemp("large") / "large-llama")
+    assert [round(path.stat().st_size / 1e6) for path in sorted(folder.glob("*.safetensors"))] == [525, 365]
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _one_large_folder_at_a_time(tmp_path):
+    yield
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+
+
+@pytest.fixture(autouse=True)
+def _short_proofs(monkeypatch):
+    """A proof reads all weights, however few tokens it computes."""
+    monkeypatch.setattr(proof, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(proof, "NEW_TOKENS", 2)
+
+
+def opened(folder, until):
+    """Return what reads each tensor of a checkpoint by its name."""
+    files = [until.enter_context(safe_open(path, "pt")) for path in folder.glob("*.safetensors")]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+
+
+def renumbered(name, blocks="layers", place=1):
+    """Return a tensor's name without the block that was removed, or None if it goes with it."""
+    parts = name.split(".")
+    if parts[place] != blocks:
+        return name
+    number = int(parts[place + 1])
+    parts[place + 1] = str(number - (number > REMOVED))
+    return None if number == REMOVED else ".".join(parts)
+
+
+def check_tensors(folder, large, dtype=torch.bfloat16, changed=()):
+    """Check that a checkpoint holds the dense model's tensors, but for a block and those that are changed."""
+    with ExitStack() as until:
+        before, after = opened(large, until), opened(folder, until)
+        sources = {renumbered(name): name for name in before}
+        sources.pop(None)
+        assert after.keys() == sources.keys()
+        for name, source in sources.items():
+            found, expected = after[name].get_tensor(name), before[source].get_tensor(source).to(dtype)
+            assert found.dtype is dtype
+            assert torch.equal(found, expected) == (name not in changed), name
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ("", torch.bfloat16),
+        ("--max-shard-size 100MB", torch.bfloat16),
+        ("--dtype bfloat16 --stream", torch.bfloat16),
+        ("--dtype float16", torch.float16),
+        ("--dtype float32 --max-shard-size 100MB", torch.float32),
+    ],
+)
+def test_every_tensor_is_whole(run_sleb, large, tmp_path, options, dtype):
+    result = run_sleb("apply", large, "--blocks", REMOVED, *options.split(), "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
+    check_tensors(tmp_path / "out", large, dtype)
+    sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert sum(size > 100_000_000 for size in sizes) <= (1 if "100MB" in options else 2)
+
+
+def test_what_eval_says_of_it_is_what_transformers_computes(run_sleb, large, tmp_path):
+    (tmp_path / "test.txt").write_text(prose(20, seed=1))
+    options = ["--perplexity", "test.txt", "--sequence-length", 16, "--max-windows", 2, "--dtype", "float32", "--json"]
+    model = AutoModelForCausalLM.from_pretrained(large, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(large)((tmp_path / "test.txt").read_text(), return_tensors="pt").input_ids
+    windows = ids[0, :32].view(2, 16)
+    expected = [plain_loss(model, model.model.layers, windows, skipped) for skipped in (set(), {REMOVED})]
+    del model
+    for how in ("--no-stream", "--stream"):
+        result = run_sleb("eval", large, "--blocks", REMOVED, *options, how, "--fresh")
+        assert result.exit_code == 0, result.stderr
+        (text,) = json.loads(result.stdout)["texts"]
+        found = [scores["perplexity"] for scores in (text["dense"], *text["pruned"])]
+        assert [math.log(perplexity) for perplexity in found] == pytest.approx(expected, rel=1e-5)
+
+
+def test_new_values_are_in_the_files_and_are_what_was_measured(run_sleb, tmp_path):
+    # The time of a fit grows with the cube of the intermediate size, and bfloat16 is slow on many processors.
+    folder = write_large(tmp_path / "model", intermediate_size=1024)
+    (tmp_path / "own.txt").write_text(prose(60, seed=2))
+    options = ["--blocks", REMOVED, "--recover", *calibration(tmp_path / "own.txt", 5)]
+    result = run_sleb("apply", folder, *options, "--dtype", "float32", "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)["recovery"]
+    fitted = {
+        f"model.layers.{fit['block']}.{weight}.weight" if fit["block"] is not None else f"{weight}.weight"
+        for fit in record["closed_form"]["fits"]
+        for weight in fit["weights"]
+        if fit["kept"]
+    }
+    assert len(fitted) > 1
+    with ExitStack() as until:
+        before, after = opened(folder, until), opened(tmp_path / "out", until)
+        sources = {renumbered(name): name for name in before}
+        changed = {
+            name
+            for name in after
+            if not torch.equal(after[name].get_tensor(name), before[sources[name]].get_tensor(sources[name]).float())
+        }
+    assert changed == {renumbered(name) for name in fitted}
+    check_tensors(tmp_path / "out", folder, torch.float32, changed)
+    reported = reported_tokens(folder, tmp_path / "own.txt", record)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    loss = plain_loss(model, model.model.layers, reported, set())
+    assert record["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_gguf_file_keeps_every_byte_of_what_stays(run_sleb, large, tmp_path):
+    source = convert_llama(large, tmp_path / "large.gguf", Type.F16)
+    result = run_sleb("apply", source, "--blocks", REMOVED, "-o", "cut.gguf", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
+    before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (source, tmp_path / "cut.gguf"))
+    sources = {renumbered(name, "blk", 0): name for name in before}
+    sources.pop(None)
+    assert after.keys() == sources.keys()
+    for name, old in sources.items():
+        assert after[name].tensor_type is before[old].tensor_type
+        assert np.array_equal(after[name].data, before[old].data), name
+
+
+def test_exports(run_sleb, large, tmp_path):
+    result = run_sleb("export", large, "--blocks", REMOVED, "--to", "hf", "-o", "hf")
+    assert result.exit_code == 0, result.stderr
+    check_tensors(tmp_path / "hf", large)
+    for name in ("mergekit", "llama-quantize", "indices"):
+        result = run_sleb("export", large, "--blocks", REMOVED, "--to", name)
+        assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{REMOVED}\n"
