@@ -54,6 +54,9 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 # A shell has what it starts in the background ignore it, and what that starts, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Real sizes are crossed as they are, and millions of tiny pieces take too long.
+collect_ignore = ["cli/test_real_sizes.py"] if tiny_sizes.ARE_TINY else []
+
 WORDS = (
     "river mountain snow water stone bridge town mill fish field winter spring road horse letter king garden tower "
     "bread lamp window paper wind harbour ship sailor island map star night morning bell clock market silver wool"

@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Sequence[str]]] = {
         "remove": ("", "--remove 1"),
         "dtype": DTYPES,
         "shards": ("", "--max-shard-size 40MB"),
-        "proof": ("", "--no-verify"),
+        "proof": ("", "--no-verify", "--keep-failed failed"),
         "recovery": (
             "",
             "--recover --calibration TEXT --samples 5 --sequence-length 16",
@@ -132,6 +132,7 @@ OPTIONS: dict[str, dict[str, Sequence[str]]] = {
 
 ELSEWHERE = {
     "--help": "no work",
+    "--output": "tried as -o",
     "--push": "needs the Hub: test_push.py",
     "--public": "needs the Hub: test_push.py",
     "--revision": "needs the Hub: test_hub.py",
@@ -337,7 +338,7 @@ def check_files(trained, values, written, removed):
     """Check a checkpoint or GGUF file as `apply` writes it."""
     if written["kind"] == "gguf":
         assert metadata_of(Path(written["file"]))["sleb.removed_blocks"] == removed
-        assert written["verified"] == (not values.get("proof"))
+        assert written["verified"] == (values.get("proof") != "--no-verify")
     else:
         own = json.loads((trained.folder / "config.json").read_text())["dtype"]
         dtype = (values.get("dtype") or f"--dtype {own}").split()[1]
@@ -353,7 +354,7 @@ def check_files(trained, values, written, removed):
             assert dense - 0.1 < found < trained.loss(removed) + 0.5
         else:
             assert found == pytest.approx(trained.loss(removed), rel=1e-3)
-    assert (written["proof"] is None) == bool(values.get("proof"))
+    assert (written["proof"] is None) == (values.get("proof") == "--no-verify")
     if written["proof"]:
         assert written["proof"]["logits_difference"] == 0
     if values.get("recovery"):
