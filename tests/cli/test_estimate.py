@@ -126,7 +126,8 @@ def test_rates_are_measured_here(run_sleb, config_only):
     assert data["device"] == "cpu"
     assert "1 thread" in data["processor"]
     for workload in data["workloads"]:
-        assert all(rate > 0 for rate in workload["prefill"].values())
+        for name, rate in workload["prefill"].items():  # an overhead may be too small to be measured
+            assert rate > 0 or ("overhead" in name and rate == 0)
     for number in range(2):
         speedups = [size["timings"][number]["speedup"] for size in data["pruned"]]
         assert [size["removed"] for size in data["pruned"]] == [1, 2, 3]
