@@ -109,8 +109,7 @@ def check_tensors(folder, large, dtype=torch.bfloat16, changed=()):
     ("options", "dtype"),
     [
         ("", torch.bfloat16),
-        ("--max-shard-size 100MB", torch.bfloat16),
-        ("--dtype bfloat16 --stream", torch.bfloat16),
+        ("--dtype bfloat16 --stream --max-shard-size 100MB", torch.bfloat16),
         ("--dtype float16", torch.float16),
         ("--dtype float32 --max-shard-size 100MB", torch.float32),
     ],
@@ -142,7 +141,7 @@ def test_what_eval_says_of_it_is_what_transformers_computes(run_sleb, large, tmp
 
 def test_new_values_are_in_the_files_and_are_what_was_measured(run_sleb, tmp_path):
     # The time of a fit grows with the cube of the intermediate size, and bfloat16 is slow on many processors.
-    folder = write_large(tmp_path / "model", intermediate_size=1024)
+    folder = write_large(tmp_path / "model", intermediate_size=256)
     (tmp_path / "own.txt").write_text(prose(60, seed=2))
     options = ["--blocks", REMOVED, "--recover", *calibration(tmp_path / "own.txt", 5)]
     result = run_sleb("apply", folder, *options, "--dtype", "float32", "-o", "out", "--json")

@@ -163,6 +163,7 @@ REFUSED: dict[str, Sequence[Refused]] = {
         Refused("recovery=(--recover .*)?", "resume=.+", "--resume requires --heal"),
         Refused("recovery=", "(seed|device)=.+", "requires --recover or --heal"),
         Refused("recovery=.*--heal.*", "stream=--stream", "--heal trains the model"),
+        Refused("recovery=.*--heal.*", "map=.+", "--heal trains, so it needs all weights on its device"),
         Refused("stream=--stream", "map=.+", "--stream"),
         Refused("device=.+", "map=.+", "--device-map names the devices"),
         Refused("output=.*gguf", FOLDER, "can only be made from a GGUF file of the model"),
