@@ -326,7 +326,7 @@ def differing(whole: dict[str, bytes], left: dict[str, bytes]) -> list[str]:
 
 def is_leftover(name: str) -> bool:
     """Whether a file lies where an unfinished output is written, or with temporary files."""
-    unfinished = r"\..*\.(partial|replaced)|\..*\.\w{8}|\.again-\w+"
+    unfinished = r"\..*\.(partial|replaced)|\..*\.(?!recovery)\w{8}|\.again-\w+"
     return name.startswith("tmp/") or any(re.fullmatch(unfinished, part) for part in Path(name).parts)
 
 

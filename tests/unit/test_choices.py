@@ -104,7 +104,5 @@ def test_more_blocks_than_may_go():
     with pytest.raises(UsageError, match="Cannot remove 5 of 6 blocks: only 4 can be removed"):
         count_to_remove(6, Protection(1, 1), ratio=None, remove=5)
     assert count_to_remove(6, Protection(0, 1), ratio=Fraction(5, 6), remove=None) == 5
-    with pytest.raises(UsageError, match="negative"):
-        count_to_remove(6, Protection(-1, 1), ratio=None, remove=1)
     with pytest.raises(UsageError, match="Cannot remove 6 of 6 blocks: only 5 can be removed"):
         count_to_remove(6, Protection(0, 0), ratio=None, remove=6)
