@@ -275,7 +275,7 @@ TOKEN = "hf_" + "Canary" * 5
         ("", "Uploading to acme/small"),
         ("/commit/", "/api/models/acme/small/commit/main."),
         ("repos/create", "/api/repos/create."),
-        ("/store/", "while uploading 'model.safetensors' to the Hub."),
+        ("/store/", "while uploading 'model"),
         ("whoami", "The Hub does not accept your token"),
     ],
 )
@@ -300,7 +300,7 @@ def test_a_token_appears_nowhere(run_sleb, tiny_llama, text_file, tmp_path, hub,
     names = {path.name for path in files}
     assert names >= {"plan.json", "eval.json", "plan.eval.json", "summary.md"}
     # Refused before the work, or once the checkpoint is there.
-    assert ("model.safetensors" in names) == (refused != "whoami")
+    assert any(name.endswith(".safetensors") for name in names) == (refused != "whoami")
     shown = [(result.stdout + result.stderr).encode() for result in results]
     held = [path.read_bytes() for path in files]
     assert [text for text in (*shown, *held, *hub.files.values()) if b"Canary" in text] == []
