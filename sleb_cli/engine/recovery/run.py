@@ -61,6 +61,7 @@ from sleb_cli.requests import (
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.formats import plural
 from sleb_plugins.gguf.file import GgufFile
 from sleb_plugins.gguf.file import Tensor as PackedTensor
 
@@ -306,7 +307,7 @@ class _Recovery:
             }
         )
         if self.group.is_main and (count := len(saved)):
-            self.notify(Notice(f"Continuing with {count} fits of an interrupted run."))
+            self.notify(Notice(f"Continuing with {plural(count, 'fit')} of an interrupted run."))
         return saved
 
     def _splits(self) -> list[CalibrationSettings]:

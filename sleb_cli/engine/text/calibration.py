@@ -53,6 +53,7 @@ from sleb_cli.requests import (
 )
 from sleb_cli.version import __version__
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins.formats import plural
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
@@ -385,7 +386,7 @@ def generate_own_text(
     }
     kept = KeptFiles("texts", "The text that the model wrote is", notify, can_write=settings.writer is not None)
     if (found := _kept_text(kept.read(key), count, length)) is not None:
-        notify(Notice(f"Using {count} sequences that the model wrote before, from the cache."))
+        notify(Notice(f"Using {plural(count, 'sequence')} that the model wrote before, from the cache."))
         return found
     written = in_smaller_pieces(
         lambda size: _write(model, start, new, settings, sampler, size, notify),
