@@ -157,7 +157,6 @@ class Refused:
 
 FOLDER = "source="
 GGUF = "source=.+"
-ANY = ".*"
 REFUSED: dict[str, Sequence[Refused]] = {
     "apply": (
         Refused("recovery=(--recover (?!--heal).*)?", "resume=.+", "--resume requires --heal"),
