@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sleb_cli.atomic import to_json, write_text
+from sleb_cli.units import format_bytes
 from sleb_plugins.errors import PlanError
-from sleb_plugins.reading import why_not_read
 
 LARGEST, MOST_PARTS, MOST_ITEMS = 64 << 20, 1 << 19, 1 << 21
 """The most bytes of a record that are read, and the most lists, objects and keys in them, and items.
@@ -29,6 +30,24 @@ Perplexity = Annotated[float, Field(gt=0)]
 
 class UnreadableRecord(ValueError):
     """What lies where a record is expected is none, for this reason."""
+
+
+def why_not_read(path: Path, most: int | None = None) -> str | None:
+    """Return why this is no file of at most `most` bytes: "it is a folder"; None if it is one.
+
+    To open a pipe may take forever, and a device may have no end, so neither is opened.
+
+    Raises:
+        OSError: there is no such file, or it cannot be reached.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        return "it is a folder"
+    if not stat.S_ISREG(found.st_mode):
+        return "it is a pipe or a device, not a file"
+    if most is not None and found.st_size > most:
+        return f"it has {format_bytes(found.st_size)}, and at most {format_bytes(most)} are read"
+    return None
 
 
 def read_text(path: Path) -> str:

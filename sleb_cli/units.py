@@ -1,12 +1,12 @@
-"""Quantities as people write and read them."""
+"""Quantities as people write and read them, the same in every table, sentence and picture."""
+
+from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 from sleb_plugins.errors import UsageError
-from sleb_plugins.formats import format_bytes, format_count
-
-__all__ = ["format_bytes", "format_count", "parse_bytes", "parse_count"]
 
 _COUNTS = {"k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _BYTES = re.compile(r"(\d*\.?\d+)\s*(?:([kmgtpe])(i?))?b?", re.ASCII)
@@ -39,3 +39,74 @@ def parse_bytes(text: str, option: str) -> int:
     if not 1 <= count < math.inf:
         raise UsageError(f"{option} {text} is not a size.", hint="Write it like 8GiB or 500MB.")
     return int(count)
+
+
+def format_count(number: float) -> str:
+    """Return a number of parameters as text: 134.5M, 1.19B."""
+    for unit in ("", "k", "M"):
+        if number < 1000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.3g}B" if number < 10 else f"{number:.4g}B"
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text, in powers of ten: 98.4 MB, 2.38 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def spans(blocks: Collection[int]) -> str:
+    """Return the blocks in order, with runs of three or more shortened: 3, 10-14."""
+    parts: list[str] = []
+    run: list[int] = []
+    for block in [*sorted(blocks), None]:
+        if run and block != run[-1] + 1:
+            parts += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run)
+            run = []
+        run += [] if block is None else [block]
+    return ", ".join(parts)
+
+
+def format_perplexity(value: float) -> str:
+    """Return a perplexity: 14.87, 2,310."""
+    return f"{value:.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def format_milliseconds(value: float) -> str:
+    """Return milliseconds with three digits, or seconds: 4.21 ms, 312 ms, 1.85 s."""
+    if value >= 1000:
+        return f"{value / 1000:.2f} s"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+def format_seconds(value: float) -> str:
+    """Return a duration of work: 48 s, 12 min, 3.2 h."""
+    if value < 120:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def format_share(share: float, *, signed: bool = False) -> str:
+    """Return a share in percent, with one decimal below 100 %: 93.4 %, +212 %."""
+    digits = 1 if abs(share) < 0.9995 else 0
+    sign = "+" if signed else ""
+    return f"{100 * share:{sign}.{digits}f} %"
+
+
+def format_change(change: float) -> str:
+    """Return a relative change: +39.0 %, -2.1 %, 14.3x for what is several times as much."""
+    return format_share(change, signed=True) if change < 2 else f"{1 + change:.3g}x"
+
+
+def format_probability(value: float) -> str:
+    """Return a p-value: 0.031, < 0.001."""
+    return "< 0.001" if value < 0.001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count and its noun: 1 block, 1,200 items."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

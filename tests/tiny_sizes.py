@@ -36,7 +36,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.files.fingerprint": {"HEAD_BYTES": 100},  # behind it, only samples are read
     "sleb_cli.engine.output.proof": {"LARGEST_SHARD_BYTES": 10_000},
     "sleb_cli.requests": {"DEFAULT_SHARD_SIZE": "10kB"},
-    "sleb_plugins.gguf.file": {"_PIECE_BYTES": 64},
+    "sleb_cli.engine.gguf.file": {"_PIECE_BYTES": 64},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.
     "sleb_cli.engine.forward.engines": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
     "sleb_cli.engine.forward.holding": {"MOST_SHARED": 1},
@@ -48,9 +48,9 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.model.sampling": {"_CHUNK_TOKENS": 7},
     "sleb_cli.engine.quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_OF_A_PART": 100},
     "sleb_cli.engine.text.calibration": {"_MIN_BATCH": 5, "_MAX_BATCH": 7, "_TOKENS_PER_BATCH": 200},
-    "sleb_plugins.engines.llama_cpp": {"_BATCH_TOKENS": 8},
-    "sleb_plugins.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "CPU_WRITING_BATCH": 3},
-    "sleb_plugins.metrics.task": {"BATCH_SIZE": 2},
+    "sleb_cli.engine.speed.engines.llama_cpp": {"_BATCH_TOKENS": 8},
+    "sleb_cli.engine.quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "CPU_WRITING_BATCH": 3},
+    "sleb_cli.engine.quality.task_metric": {"BATCH_SIZE": 2},
     # Recovery: batches, positions and columns at a time, portions of text.
     "sleb_cli.engine.recovery.closed_form": {"BATCH_TOKENS": 64, "GROUPS": 3, "DECIDING_POSITIONS": 32},
     "sleb_cli.engine.recovery.heal": {"PORTION_TOKENS": 1_024, "CHECKED_TOKENS": 64},

@@ -17,8 +17,7 @@ from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import new_table, print_line, print_title, print_to_copy, relative_change, spans
-from sleb_cli.units import format_bytes, format_count
-from sleb_plugins.formats import format_perplexity
+from sleb_cli.units import format_bytes, format_count, format_perplexity
 
 if TYPE_CHECKING:
     from sleb_cli.plan import Plan, SampleGeneration, TargetRecord

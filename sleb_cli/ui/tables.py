@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.names import short_name
-from sleb_plugins.formats import spans as spans
+from sleb_cli.units import spans as spans
 
 if TYPE_CHECKING:
     from sleb_cli.results import ResultRecord

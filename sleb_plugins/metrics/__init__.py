@@ -8,7 +8,6 @@ from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.magnitude import Magnitude
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 from sleb_plugins.metrics.random import RandomScore
-from sleb_plugins.metrics.task import TaskError
 from sleb_plugins.metrics.taylor import Taylor
 
 
@@ -23,5 +22,4 @@ def sleb_metrics() -> list[Metric]:
         Taylor(),
         Magnitude(),
         RandomScore(),
-        TaskError(),
     ]

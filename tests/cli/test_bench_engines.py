@@ -13,10 +13,10 @@ import sleb_plugins as sleb
 from conftest import weights_of
 from gguf_models import write_llama_gguf
 from sleb_cli import plugin_manager
+from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.surgery import block_count
 from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import load_plugins
-from sleb_plugins.gguf.file import read_gguf
-from sleb_plugins.gguf.surgery import block_count
 
 EXAMPLE = Path(__file__).parents[1] / "example_plugin"
 SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iterations", 4, "--warmup", 1]
@@ -232,7 +232,7 @@ def test_llama_cpp_runs_a_gguf_file(run_sleb, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 def test_llama_cpp_decodes_sequences_together_as_it_does_alone(tmp_path):
-    from sleb_plugins.engines.llama_cpp import LlamaCpp
+    from sleb_cli.engine.speed.engines.llama_cpp import LlamaCpp
 
     file = write_llama_gguf(tmp_path / "tiny.gguf", 4)
     prompts = [[5, 9, 200, 31, 7], [11, 12, 13], [300, 2, 2, 40]]

@@ -16,7 +16,7 @@ from sleb_cli.engine.output.card_metadata import with_results
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import read_plan
 from sleb_cli.results import EvalResult
-from sleb_plugins.formats import format_perplexity
+from sleb_cli.units import format_perplexity
 
 
 def card_of(folder):

@@ -14,10 +14,10 @@ import sleb_plugins as sleb
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 from sleb_cli import requests
 from sleb_cli.__main__ import main
+from sleb_cli.exporters.reproduce import DEFAULTS, DEMO_DEFAULTS
 from sleb_cli.plan import ClosedFormRecord, LossesRecord, RecoveryRecord
 from sleb_cli.results import BenchResult, EvalResult
-from sleb_plugins.exporters.reproduce import DEFAULTS, DEMO_DEFAULTS
-from sleb_plugins.formats import format_perplexity, format_share
+from sleb_cli.units import format_perplexity, format_share
 
 FIGURES = {
     "quality-and-speed-generation", "quality-and-speed-prompt", "perplexity", "divergence", "tasks", "differences",

@@ -7,7 +7,7 @@ import pytest
 
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 from sleb_cli.__main__ import main
-from sleb_plugins.formats import format_perplexity
+from sleb_cli.units import format_perplexity
 
 pytestmark = pytest.mark.browser
 

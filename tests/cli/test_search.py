@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from conftest import calibration, gpt2_config, llama_config, save_model, weights_of
 from sleb_cli.plan import read_plan
-from sleb_plugins.formats import format_perplexity
+from sleb_cli.units import format_perplexity
 
 
 def search(run_sleb, model, text_file, *options):

@@ -10,8 +10,8 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, SmolLM3Config
 
 from gguf_models import write_llama_gguf
-from sleb_plugins.gguf.file import read_gguf, write_gguf
-from sleb_plugins.gguf.surgery import GgufSurgery
+from sleb_cli.engine.gguf.file import read_gguf, write_gguf
+from sleb_cli.engine.gguf.surgery import GgufSurgery
 
 PROMPT = list(range(40, 60))
 NEW_TOKENS = 32

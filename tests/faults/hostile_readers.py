@@ -12,9 +12,9 @@ import torch
 
 def read_gguf_file(path: Path, own: Path) -> None:
     """Read a GGUF file, plan a removal, and write the pruned file."""
-    from sleb_plugins.gguf.file import gguf_size, read_gguf, write_gguf
-    from sleb_plugins.gguf.llama_cpp import holds_model_type
-    from sleb_plugins.gguf.surgery import block_count, plan_gguf_surgery
+    from sleb_cli.engine.gguf.file import gguf_size, read_gguf, write_gguf
+    from sleb_cli.engine.gguf.llama_cpp import holds_model_type
+    from sleb_cli.engine.gguf.surgery import block_count, plan_gguf_surgery
 
     file = read_gguf(path)
     holds_model_type(file.architecture, "llama")

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sleb_plugins.gguf.file import Entry, GgufFile, read_gguf, write_gguf
+from sleb_cli.engine.gguf.file import Entry, GgufFile, read_gguf, write_gguf
 
 BLOCK = re.compile(r"(.*layers\.)(\d+)\.(.*)")
 

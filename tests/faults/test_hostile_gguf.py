@@ -16,7 +16,7 @@ from faults.conftest import counts
 from faults.hostile_reading import draw, read_all, require_sentences, run_on
 from faults.program import Program
 from gguf_models import write_gguf, write_llama_gguf
-from sleb_plugins.gguf.file import ARRAY, read_gguf
+from sleb_cli.engine.gguf.file import ARRAY, read_gguf
 
 STRING, UINT32, INT32, FLOAT32, UINT64 = 8, 4, 5, 6, 10
 NUMBERS = [0, 1, 2, 3, 4, 7, 8, 31, 32, 33, 255, 1 << 16, 1 << 20, (1 << 30) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1]

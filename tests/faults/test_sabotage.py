@@ -24,8 +24,8 @@ from conftest import calibration, llama_config, opt_config, save_model
 from families import tiny_config
 from faults import sabotage
 from faults.sabotage import BF16, F32, GEMMA, GGUF, HF, LISTS, LLAMA, OPT, Q8, RECOVERED, SHARDED, Made, MadeGguf
+from sleb_cli.engine.gguf.file import Entry
 from sleb_cli.engine.output import apply, apply_gguf, proof
-from sleb_plugins.gguf.file import Entry
 
 REMOVED = (1, 4)
 MODES = {"in memory": "--no-stream", "streamed": "--stream"}

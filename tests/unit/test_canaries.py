@@ -10,10 +10,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sleb_cli.canaries import CANARIES, FOLDER, items
 from sleb_cli.engine.quality.tasks import Tasks, compare_task
 from sleb_cli.events import ignore
 from sleb_cli.requests import EvalRequest
-from sleb_plugins.canaries import CANARIES, FOLDER, items
 
 GRADED = [name for name in CANARIES if name != "sleb_repetition"]
 

@@ -211,15 +211,12 @@ def test_every_metric_strategy_and_target_is_in_the_reference():
     assert all(f"## sleb {name}\n" in commands for name in COMMANDS)
 
 
-def test_the_architecture_has_every_file_of_every_room():
+def test_the_architecture_has_every_room():
     page = read("docs/architecture.md")
     assert len(page.splitlines()) <= 150
-    rows = dict(re.findall(r"^\| `(\w+)/` \| [^|]+ \| (.+) \|$", page, re.MULTILINE))
-    rooms = {path.parent.name: path.parent for path in ENGINE.glob("*/__init__.py")}
+    rows = re.findall(r"^\| `(\w+)/` \| [^|]+ \|$", page, re.MULTILINE)
+    rooms = [path.parent.name for path in ENGINE.glob("*/__init__.py")]
     assert sorted(rows) == sorted(rooms)
-    for room, files in rows.items():
-        there = {path.name for path in rooms[room].glob("*.py")} - {"__init__.py"}
-        assert set(re.findall(r"`(\w+\.py)`", files)) == there, room
     drawn = re.findall(rf"\b(?:{'|'.join(rooms)})/\w+", " ".join(re.findall(r"```mermaid\n(.*?)```", page, re.DOTALL)))
     assert len(drawn) > 10
     assert [place for place in drawn if not (ENGINE / f"{place}.py").exists()] == []

@@ -9,9 +9,9 @@ from gguf.quants import dequantize, quantize
 from torch import nn
 
 from gguf_models import finish
+from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, type_to_write
 from sleb_plugins import UnsupportedModelError
-from sleb_plugins.gguf.file import read_gguf
 
 WIDTH = 64
 

@@ -9,8 +9,8 @@ import datasets
 import pytest
 from huggingface_hub import close_session, constants
 
+from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.text.sources import evaluation_text
-from sleb_plugins.hub import offline_if_unreachable
 
 NOBODY = "http://127.0.0.1:9"
 
@@ -19,7 +19,7 @@ NOBODY = "http://127.0.0.1:9"
 def endpoint(monkeypatch):
     """Name the Hub's address, which nobody here forbids to ask."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("sleb_plugins.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("sleb_cli.engine.hub.time.sleep", lambda seconds: None)
     close_session()
     yield lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
     close_session()

@@ -14,12 +14,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import WORDS
-from sleb_cli.engine.quality.statistics import mcnemar, paired_difference, wilson_interval
-from sleb_cli.engine.quality.tasks import PRESETS, Tasks, compare_task
-from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
-from sleb_cli.requests import EvalRequest
-from sleb_plugins import DataError, ModelError, OutputError, UsageError
-from sleb_plugins.lm_eval_tasks import (
+from sleb_cli.engine.quality.lm_eval_tasks import (
     LoadedTask,
     TaskSettings,
     merge_results,
@@ -27,6 +22,11 @@ from sleb_plugins.lm_eval_tasks import (
     task_manager,
     write_lm_eval_results,
 )
+from sleb_cli.engine.quality.statistics import mcnemar, paired_difference, wilson_interval
+from sleb_cli.engine.quality.tasks import PRESETS, Tasks, compare_task
+from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
+from sleb_cli.requests import EvalRequest
+from sleb_plugins import DataError, ModelError, OutputError, UsageError
 
 
 def sample(number, score, *, metric="acc", filtered="none", **changes):

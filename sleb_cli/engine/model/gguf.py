@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
+from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.surgery import require_blocks
 from sleb_cli.engine.third_party import errors_of_the_disk, translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError
-from sleb_plugins.gguf.file import read_gguf
-from sleb_plugins.gguf.surgery import require_blocks
 
 # Raise it when the same file would become another folder.
 CONVERSION = 1

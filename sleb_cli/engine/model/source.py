@@ -26,12 +26,12 @@ from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import leads_out, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
+from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.requests import require_text
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, UsageError
-from sleb_plugins.hub import offline_if_unreachable
 
 DEMO = "demo"
 

@@ -15,6 +15,9 @@ import torch
 from sleb_cli.atomic import new_file, require_new_file, require_space
 from sleb_cli.engine.device import free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
+from sleb_cli.engine.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
+from sleb_cli.engine.gguf.llama_cpp import holds_model_type
+from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
@@ -45,9 +48,6 @@ from sleb_cli.results import GgufResult, RepackedTensors
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
-from sleb_plugins.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
-from sleb_plugins.gguf.llama_cpp import holds_model_type
-from sleb_plugins.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 from huggingface_hub import EvalResult as HubResult
 
 from sleb_cli.atomic import to_json
+from sleb_cli.canaries import CANARIES
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card_metadata import BY_US
 from sleb_cli.engine.output.measured import measured_of_plan
@@ -34,8 +35,7 @@ from sleb_cli.results import (
     Timing,
     WorkloadResult,
 )
-from sleb_plugins.canaries import CANARIES
-from sleb_plugins.formats import format_perplexity
+from sleb_cli.units import format_perplexity
 
 M = TypeVar("M", TextResult, TaskResult, WorkloadResult)
 S = TypeVar("S", TextScores, TaskScores, Timing)

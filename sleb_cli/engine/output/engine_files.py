@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from sleb_cli.atomic import scratch_folder
+from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
@@ -18,7 +19,6 @@ from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import ApplyRequest, BenchRequest
 from sleb_plugins import Engine, UsageError
-from sleb_plugins.gguf.file import read_gguf
 
 
 @contextmanager

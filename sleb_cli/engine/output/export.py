@@ -9,6 +9,7 @@ from typing import Any
 
 from sleb_cli.atomic import new_file, new_folder, require_new_file
 from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
@@ -21,7 +22,6 @@ from sleb_cli.requests import DEFAULT_PLAN, ApplyRequest, ExportRequest
 from sleb_cli.results import ApplyResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
 from sleb_plugins import Exporter, FileExporter, OutputError, PluginError, Pruning, UsageError
-from sleb_plugins.gguf.file import read_gguf
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sleb_cli.engine.forward.streaming import choose_to_stream
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality.lm_eval_tasks import merge_results, write_lm_eval_results
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.parts import Parts
 from sleb_cli.engine.quality.tasks import Tasks, compare_task
@@ -34,7 +35,6 @@ from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.results import EvalResult, TaskResult
 from sleb_cli.version import __version__
 from sleb_plugins import PlanError, UsageError
-from sleb_plugins.lm_eval_tasks import merge_results, write_lm_eval_results
 
 LmEvalResults = dict[tuple[int, ...], list[dict[str, Any]]]
 """For each size, lm-eval's own results, one for each task or group that was asked for."""

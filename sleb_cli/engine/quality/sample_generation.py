@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sleb_cli.canaries.repetition import repetition
 from sleb_cli.engine.device import translate_out_of_memory
 from sleb_cli.engine.forward.engines import same_numbers
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -17,7 +18,6 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import SampleGeneration
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
-from sleb_plugins.repetition import repetition
 
 PROMPT = "A river begins as snow on a mountain. In spring the water runs down over the rocks,"
 

@@ -14,8 +14,10 @@ from functools import partial
 from statistics import fmean, stdev
 from typing import Any
 
+from sleb_cli.canaries import CANARIES, FOLDER
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality.lm_eval_tasks import TaskSettings, load_tasks
 from sleb_cli.engine.quality.statistics import (
     Estimate,
     items_needed,
@@ -29,9 +31,7 @@ from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import EvalRequest
 from sleb_cli.results import FlipRecord, Interval, PrunedTaskScores, TaskResult, TaskScores
 from sleb_plugins import DataError, ModelError
-from sleb_plugins.canaries import CANARIES, FOLDER
 from sleb_plugins.errors import is_out_of_memory
-from sleb_plugins.lm_eval_tasks import TaskSettings, load_tasks
 
 Results = Mapping[str, Any]
 """The results of lm-eval in its `result_schema`, with the samples, as JSON holds them."""
@@ -39,7 +39,7 @@ Results = Mapping[str, Any]
 PRESETS: dict[str, tuple[str, ...]] = {
     # The five of Song et al., SLEB (ICML 2024, arXiv:2402.09025); without examples, as lm-eval has them, too.
     "sleb": ("piqa", "winogrande", "hellaswag", "arc_challenge", "arc_easy"),
-    # What depth pruning breaks first, in need of no data set: see `sleb_plugins/canaries`.
+    # What depth pruning breaks first, in need of no data set: see `sleb_cli/canaries`.
     "canaries": CANARIES,
     # lm-eval's groups for the two Open LLM Leaderboards, with the numbers of examples that each had.
     "leaderboard-v1": ("openllm",),

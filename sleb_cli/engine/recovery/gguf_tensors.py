@@ -20,10 +20,10 @@ from gguf.quants import dequantize, quantize
 from torch import Tensor
 
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.gguf.file import GgufFile, pieces
+from sleb_cli.engine.gguf.file import Tensor as StoredTensor
 from sleb_cli.engine.recovery.file_tensors import block_number, weights_at
 from sleb_plugins import UnsupportedModelError
-from sleb_plugins.gguf.file import GgufFile, pieces
-from sleb_plugins.gguf.file import Tensor as StoredTensor
 
 WRITTEN = tuple(GGMLQuantizationType[name] for name in ("Q8_0", "BF16", "F16", "F32"))
 """The types for new values. In fewer than 8 bits, on whose grid the old values lie, most of a small change is lost."""

@@ -18,6 +18,8 @@ from sleb_cli.engine.files.cache import existing_cache
 from sleb_cli.engine.forward.placement import Placement, device_of, open_dense, resolve_device_map
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import choose_to_stream, streamed_bytes
+from sleb_cli.engine.gguf.file import GgufFile
+from sleb_cli.engine.gguf.file import Tensor as PackedTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
@@ -58,12 +60,9 @@ from sleb_cli.requests import (
     RECOVERY_TOKENS,
     ApplyRequest,
 )
-from sleb_cli.units import format_bytes
+from sleb_cli.units import format_bytes, plural
 from sleb_cli.version import __version__
 from sleb_plugins import DataError, MachineError, ModelError, UnsupportedModelError, UsageError
-from sleb_plugins.formats import plural
-from sleb_plugins.gguf.file import GgufFile
-from sleb_plugins.gguf.file import Tensor as PackedTensor
 
 FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
 """The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""

@@ -15,6 +15,7 @@ import transformers
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name
 from sleb_cli.engine.environment import cpu_governor, processor_name
 from sleb_cli.engine.files.weights import find_weights
+from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.sizes import count_parameters
 from sleb_cli.engine.speed.benchmark import threads
 from sleb_cli.engine.speed.in_turn import measure
@@ -28,7 +29,6 @@ from sleb_cli.requests import AUTO, BenchRequest
 from sleb_cli.results import BenchResult, ModelSize, Workload
 from sleb_cli.version import __version__
 from sleb_plugins import Engine, EngineSettings, LoadedModel, UnsupportedModelError, UsageError
-from sleb_plugins.gguf.file import read_gguf
 
 WriteFiles = Callable[[Surgery], Path]
 """Write what the engine reads of the model after a surgery; without removals, return the model's own files."""

@@ -22,8 +22,8 @@ from sleb_cli.engine.surgery.fewer_bits import fewer_bits
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notify, task
+from sleb_cli.units import plural
 from sleb_plugins import ModelError
-from sleb_plugins.formats import plural
 
 DeviceMap = str | Mapping[str, int | str]
 """Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""

@@ -51,9 +51,9 @@ from sleb_cli.requests import (
     CalibrationRequest,
     Chat,
 )
+from sleb_cli.units import plural
 from sleb_cli.version import __version__
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
-from sleb_plugins.formats import plural
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")

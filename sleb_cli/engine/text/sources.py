@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sleb_cli.engine.device import CPU, free_bytes
+from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
+from sleb_cli.records import why_not_read
 from sleb_cli.units import format_bytes
 from sleb_plugins import DataError, UsageError
-from sleb_plugins.hub import offline_if_unreachable
-from sleb_plugins.reading import why_not_read
 
 T = TypeVar("T", bound=Sized)
 

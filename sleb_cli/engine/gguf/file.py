@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
+from sleb_cli.records import why_not_read
 from sleb_plugins.errors import ModelError
-from sleb_plugins.reading import why_not_read
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

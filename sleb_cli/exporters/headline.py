@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sleb_plugins.exporters.findings import Data, Estimate, Findings, estimate, of_size, perplexity_change
-from sleb_plugins.formats import format_change, format_count, format_perplexity, format_share, plural
+from sleb_cli.exporters.findings import Data, Estimate, Findings, estimate, of_size, perplexity_change
+from sleb_cli.units import format_change, format_count, format_perplexity, format_share, plural
 
 # As in `SampleGeneration.is_repetitive` and `HeldOutRecord.overfits` of plans.
 _MAX_ADDED_REPETITION = 0.2

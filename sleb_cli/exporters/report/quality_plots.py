@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from sleb_plugins.exporters.findings import (
+from sleb_cli.exporters.findings import (
     Data,
     Estimate,
     Findings,
@@ -15,8 +15,8 @@ from sleb_plugins.exporters.findings import (
     perplexity_change,
     workload_label,
 )
-from sleb_plugins.exporters.headline import speedup
-from sleb_plugins.exporters.report.drawing import (
+from sleb_cli.exporters.headline import speedup
+from sleb_cli.exporters.report.drawing import (
     DENSE,
     GREEN,
     INK,
@@ -32,7 +32,7 @@ from sleb_plugins.exporters.report.drawing import (
     style_legend,
     whole_ticks,
 )
-from sleb_plugins.formats import format_share, plural
+from sleb_cli.units import format_share, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

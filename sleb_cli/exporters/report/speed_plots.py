@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sleb_plugins.exporters.findings import Data, Findings, Removals, of_size, workload_label
-from sleb_plugins.exporters.headline import between, speedup
-from sleb_plugins.exporters.report.drawing import (
+from sleb_cli.exporters.findings import Data, Findings, Removals, of_size, workload_label
+from sleb_cli.exporters.headline import between, speedup
+from sleb_cli.exporters.report.drawing import (
     DENSE,
     GREEN,
     INK,
@@ -21,7 +21,7 @@ from sleb_plugins.exporters.report.drawing import (
     Plot,
     whole_ticks,
 )
-from sleb_plugins.formats import format_bytes, format_milliseconds, plural
+from sleb_cli.units import format_bytes, format_milliseconds, plural
 
 _MOST_WORKLOADS = 5
 _MOST_PANELS = 6

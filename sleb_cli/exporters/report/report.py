@@ -9,12 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change, workload_label
+from sleb_cli.exporters.headline import between, sentences, speedup, warnings
+from sleb_cli.exporters.report.drawing import NARROW, WIDE, Inlined, missing_extra, need_matplotlib
+from sleb_cli.exporters.report.sections import plots_of, sections
+from sleb_cli.units import format_change, format_count, format_perplexity, format_share, plural
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
-from sleb_plugins.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change, workload_label
-from sleb_plugins.exporters.headline import between, sentences, speedup, warnings
-from sleb_plugins.exporters.report.drawing import NARROW, WIDE, Inlined, missing_extra, need_matplotlib
-from sleb_plugins.exporters.report.sections import plots_of, sections
-from sleb_plugins.formats import format_change, format_count, format_perplexity, format_share, plural
 
 # What only other programs want to know of each item, window or run; a report would be many megabytes with it.
 _LEFT_OUT = frozenset({"items", "doc_ids", "losses", "flips", "itls", "ttfts", "joules"})
@@ -52,7 +52,7 @@ def render_report(findings: Findings) -> str:
     except ImportError as error:
         missing_extra("jinja2", error)
     need_matplotlib()
-    place = files("sleb_plugins.exporters.report")
+    place = files("sleb_cli.exporters.report")
     texts = {name: (place / name).read_text(encoding="utf-8") for name in ("page.html.j2", "style.css", "script.js")}
     environment = jinja2.Environment(
         loader=jinja2.DictLoader({"page": texts["page.html.j2"]}),

@@ -18,8 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_plugins.errors import DataError, OutputError, UsageError, did_you_mean, is_out_of_memory
-from sleb_plugins.hub import offline_if_unreachable
 
 # Where lm-eval's own search for the largest batch begins.
 LARGEST_BATCH = 64

@@ -1,13 +1,13 @@
 """The export formats that ship with `sleb`."""
 
+from sleb_cli.exporters.checkpoint import HuggingFace, Vllm
+from sleb_cli.exporters.gguf import Gguf
+from sleb_cli.exporters.indices import Indices
+from sleb_cli.exporters.llama_quantize import LlamaQuantize
+from sleb_cli.exporters.mergekit import MergekitRecipe
+from sleb_cli.exporters.report import Figures, Report
+from sleb_cli.exporters.summary import Summary
 from sleb_plugins.exporter import Exporter, FileExporter
-from sleb_plugins.exporters.checkpoint import HuggingFace, Vllm
-from sleb_plugins.exporters.gguf import Gguf
-from sleb_plugins.exporters.indices import Indices
-from sleb_plugins.exporters.llama_quantize import LlamaQuantize
-from sleb_plugins.exporters.mergekit import MergekitRecipe
-from sleb_plugins.exporters.report import Figures, Report
-from sleb_plugins.exporters.summary import Summary
 from sleb_plugins.hookspecs import hookimpl
 
 

@@ -6,15 +6,22 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
 from sleb_plugins.errors import DataError, UsageError
-from sleb_plugins.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
-from sleb_plugins.metric import ModelMetric
+from sleb_plugins.hookspecs import hookimpl
+from sleb_plugins.metric import Metric, ModelMetric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DEFAULT_ITEMS = 100
 BATCH_SIZE = 8
+
+
+@hookimpl
+def sleb_metrics() -> list[Metric]:
+    """Offer this metric."""
+    return [TaskError()]
 
 
 class TaskError(ModelMetric):

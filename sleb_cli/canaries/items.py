@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sleb_plugins.repetition import repetition
+from sleb_cli.canaries.repetition import repetition
 
 Item = dict[str, str]
 """A `question` and its `answer`."""

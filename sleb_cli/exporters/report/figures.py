@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sleb_cli.exporters.findings import Findings, gap_lines
+from sleb_cli.exporters.report.drawing import need_matplotlib, png_file, svg_file
+from sleb_cli.exporters.report.sections import plots_of, sections
+from sleb_cli.units import plural
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
-from sleb_plugins.exporters.findings import Findings, gap_lines
-from sleb_plugins.exporters.report.drawing import need_matplotlib, png_file, svg_file
-from sleb_plugins.exporters.report.sections import plots_of, sections
-from sleb_plugins.formats import plural
 
 
 class Figures(FileExporter):

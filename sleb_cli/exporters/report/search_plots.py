@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sleb_plugins.exporters.findings import Data, Findings
-from sleb_plugins.exporters.report.drawing import (
+from sleb_cli.exporters.findings import Data, Findings
+from sleb_cli.exporters.report.drawing import (
     GREEN,
     INK,
     MUTED,
@@ -18,7 +18,7 @@ from sleb_plugins.exporters.report.drawing import (
     style_legend,
     whole_ticks,
 )
-from sleb_plugins.formats import format_perplexity, plural
+from sleb_cli.units import format_perplexity, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

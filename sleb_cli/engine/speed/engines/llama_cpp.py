@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sleb_cli.engine.speed.engines.packages import PackagedEngine
 from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
-from sleb_plugins.engines.packages import PackagedEngine
 from sleb_plugins.errors import MachineError, UnsupportedModelError
 
 _BATCH_TOKENS = 2048

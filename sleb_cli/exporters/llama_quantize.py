@@ -4,10 +4,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.surgery import PROVENANCE, plan_gguf_surgery
 from sleb_plugins.errors import UnsupportedModelError
 from sleb_plugins.exporter import Exporter, Pruning
-from sleb_plugins.gguf.file import read_gguf
-from sleb_plugins.gguf.surgery import PROVENANCE, plan_gguf_surgery
 
 
 class LlamaQuantize(Exporter):

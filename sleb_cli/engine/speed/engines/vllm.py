@@ -11,8 +11,8 @@ from typing import Any
 
 import psutil
 
+from sleb_cli.engine.speed.engines.packages import PackagedEngine
 from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
-from sleb_plugins.engines.packages import PackagedEngine
 from sleb_plugins.errors import MachineError
 
 _MEMORY_SHARE = 0.9

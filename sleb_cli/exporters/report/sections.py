@@ -8,15 +8,15 @@ from itertools import pairwise
 from textwrap import shorten
 from typing import ClassVar
 
-from sleb_plugins.exporters import tables
-from sleb_plugins.exporters.findings import Data, Findings, of_size
-from sleb_plugins.exporters.report.drawing import Plot
-from sleb_plugins.exporters.report.quality_plots import pareto_plots, task_plots, text_plots
-from sleb_plugins.exporters.report.search_plots import search_plots
-from sleb_plugins.exporters.report.speed_plots import speed_plots
-from sleb_plugins.exporters.reproduce import commands, on_lines
-from sleb_plugins.exporters.tables import Table
-from sleb_plugins.formats import format_share, plural
+from sleb_cli.exporters import tables
+from sleb_cli.exporters.findings import Data, Findings, of_size
+from sleb_cli.exporters.report.drawing import Plot
+from sleb_cli.exporters.report.quality_plots import pareto_plots, task_plots, text_plots
+from sleb_cli.exporters.report.search_plots import search_plots
+from sleb_cli.exporters.report.speed_plots import speed_plots
+from sleb_cli.exporters.reproduce import commands, on_lines
+from sleb_cli.exporters.tables import Table
+from sleb_cli.units import format_share, plural
 
 _MOST_FLIPS = 10
 _FLIP_CHARACTERS = 600

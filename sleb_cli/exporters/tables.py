@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from sleb_plugins.exporters.findings import (
+from sleb_cli.exporters.findings import (
     Data,
     Findings,
     of_size,
     perplexity_change,
     workload_label,
 )
-from sleb_plugins.exporters.headline import between, speedup
-from sleb_plugins.formats import (
+from sleb_cli.exporters.headline import between, speedup
+from sleb_cli.units import (
     format_bytes,
     format_change,
     format_count,

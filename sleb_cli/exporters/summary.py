@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 from textwrap import wrap
 from typing import Any
 
+from sleb_cli.exporters import tables
+from sleb_cli.exporters.findings import Findings
+from sleb_cli.exporters.headline import sentences, warnings
+from sleb_cli.exporters.reproduce import commands, on_lines
+from sleb_cli.exporters.tables import Table
 from sleb_plugins.exporter import Exporter, Pruning
-from sleb_plugins.exporters import tables
-from sleb_plugins.exporters.findings import Findings
-from sleb_plugins.exporters.headline import sentences, warnings
-from sleb_plugins.exporters.reproduce import commands, on_lines
-from sleb_plugins.exporters.tables import Table
 
 _WIDTH = 80
 

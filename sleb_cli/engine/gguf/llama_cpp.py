@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from sleb_cli.engine.gguf.file import GgufFile
 from sleb_plugins.errors import UnsupportedModelError
-from sleb_plugins.gguf.file import GgufFile
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
+from sleb_cli.engine.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
 from sleb_plugins.config_keys import Kept, kept_blocks, require_removable
 from sleb_plugins.errors import ModelError, UnsupportedModelError
-from sleb_plugins.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
-from sleb_plugins.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
 
 PROVENANCE = "sleb.removed_blocks"
 """The key that records the removed blocks in order, numbered as in the model before any removal."""

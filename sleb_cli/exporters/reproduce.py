@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any
 
-from sleb_plugins.exporters.findings import Data, Findings
+from sleb_cli.exporters.findings import Data, Findings
 
 # What `sleb search` does unless it is told otherwise; a test holds these against `sleb_cli.requests`.
 DEFAULTS: dict[str, Any] = {

@@ -1,6 +1,0 @@
-"""A report that a person can look at, and its pictures."""
-
-from sleb_plugins.exporters.report.figures import Figures
-from sleb_plugins.exporters.report.report import Report
-
-__all__ = ["Figures", "Report"]
