@@ -1,6 +1,6 @@
 """Take a family through the real command line, and compare the result with plain transformers.
 
-`python tests/survey.py` surveys all families and writes docs/families.md; `python tests/survey.py llama opt` prints.
+`python tests/survey.py` surveys all families and writes docs/reference/families.md; `python tests/survey.py llama opt` prints.
 """
 
 from __future__ import annotations
@@ -35,57 +35,51 @@ from sleb_plugins import SlebError
 
 HEAD = """# Families
 
-Written by `python tests/survey.py`, checked by `tests/contract/test_every_family.py`: do not edit.
+Written by `python tests/survey.py` and checked by `tests/contract/test_every_family.py`. Do not edit.
 
-Every causal language model that transformers knows, taken through `search`, `apply` and the proof as a tiny random model:
-{tried} tried, {works} work, {refused} are refused before any work. A family works if two blocks can be found by search, and two
-of different kinds (if it has several) can be removed; stock transformers loads the checkpoint with nothing missing or unexpected;
-its logits equal those of the whole model with these blocks switched off (float32, 1e-5); it generates the same with the KV cache
-as without; it can be saved and loaded again; and the model that `eval` and `bench` build in memory has the same weights.
+Every causal language model in transformers, as a tiny random model: {tried} tried, {works} work, {refused} are refused before any
+work. A family works if a search finds two blocks, and two of different kinds can go; stock transformers loads the checkpoint with
+nothing missing; its logits equal those of the whole model with these blocks skipped (float32, 1e-5); it generates the same with the
+KV cache as without; it can be saved and loaded again; and `eval` and `bench` measure the same weights.
 
-Vision-language models are pruned in their language model, whose config is part of theirs (`text_config`); their other
-files stay as they are. Models with their own code (`auto_map`) are read by their structure. Adapters (PEFT) are refused:
-merge them first.
+Vision-language models are pruned in their language model (`text_config`). Models with their own code (`auto_map`) are read by their
+structure. Adapters (PEFT) are refused: merge them first.
 
-- *search*: `fork` scores all candidates in one walk up the blocks, `plain` each through the whole model. Both give the
-  same numbers.
+- *search*: `fork` scores all candidates in one walk, `plain` each in a pass of its own. The numbers are the same.
 - *keys that change*: in `config.json`, when blocks of different kinds go.
-- *kinds of blocks*: what `--protect-kind` takes and the table of steps shows, here for the tiny model.
+- *kinds of blocks*: what `--protect-kind` takes.
 """
 
 TAIL = """## What other tools get wrong here
 
-- **Lists by block.** If only the count is lowered, `layer_types` (Gemma 2 and 3, Qwen3-Next, gpt-oss, OLMo 3, …) no
-  longer fits: transformers 5 refuses to load the checkpoint; older versions and other engines read the kinds of the first blocks.
-- **Kinds by period** (`sliding_window_pattern`, `full_attention_interval`, `decoder_sparse_step`, RecurrentGemma's
-  `block_types`): removing a block shifts the period for all blocks after it. These keys become explicit lists.
-  Jamba has no list to write them to (`attn_layer_period`, `expert_layer_period`): only removals that keep the period true are accepted.
-- **Leading blocks** (`first_k_dense_replace`, `num_dense_layers`, `moe_layer_start_index`): removing a dense block lowers the
-  count, or an expert block would be built dense.
-- **Names.** Weight files may name blocks differently from the loaded model (`transformer.h` for `model.layers`), and
-  number blocks for multi-token prediction on after the last one (DeepSeek-V3, GLM-4.5). These are removed: transformers looks for
-  them under a fixed number, and they would predict from hidden states of the whole model. In GGUF files, which count them, they move up.
-- **Decay slopes of MiniMax** follow from a block's number and the number of blocks. transformers stores them with the
-  weights, so they stay right; an engine that recomputes them from the config decays differently.
-- **Constants of depth.** MiniCPM scales each residual by `scale_depth` over the root of the number of blocks: `scale_depth` is
-  lowered so that the factor stays. DiffLlama's `lambda_init`, GPT-2's `scale_attn_by_inverse_layer_idx` and RWKV's
-  `rescale_every` depend on the number of each single block and cannot be kept.
-- **The last attention block of a hybrid** (Qwen3.5, LFM2, OLMo-Hybrid, …) carries the length of the KV cache: without
-  any, decoding fails. It is never a candidate.
-- **Embeddings by block outside the blocks** (`embed_tokens_per_layer` and `per_layer_model_projection` of Gemma 3n and 4)
-  hold one slice for each block; the slices of removed blocks are cut out.
-- **Borrowed keys and values** (`num_kv_shared_layers` of Gemma 3n and 4): the last blocks read those of the last lender of
-  their kind. A lender is never a candidate, or its borrowers would read another one's.
-- **Positions of RoBERTa and its relatives** are counted differently by `generate` and by a plain forward pass, in transformers
-  itself: decoding with and without cache is compared within `generate`.
+- **Lists by block.** If only the count is lowered, `layer_types` (Gemma 2 and 3, Qwen3-Next, gpt-oss, OLMo 3, …) no longer fits:
+  transformers 5 refuses the checkpoint, and other engines read the kinds of the first blocks.
+- **Kinds by period** (`sliding_window_pattern`, `full_attention_interval`, `decoder_sparse_step`, RecurrentGemma's `block_types`):
+  removing a block shifts the period of all later ones. sleb writes explicit lists. Jamba has none (`attn_layer_period`,
+  `expert_layer_period`), so only removals that keep the period are accepted.
+- **Leading blocks** (`first_k_dense_replace`, `num_dense_layers`, `moe_layer_start_index`): removing a dense block lowers the count.
+- **Names.** Weight files may name blocks differently from the loaded model, and number multi-token prediction blocks after the last
+  one (DeepSeek-V3, GLM-4.5). Those are removed, as they predict from hidden states of the whole model. GGUF files count them, so there
+  they move up.
+- **Decay slopes of MiniMax** depend on a block's number. transformers stores them, so they stay right; an engine that recomputes them
+  decays differently.
+- **Constants of depth.** MiniCPM scales residuals by `scale_depth` over the root of the depth: sleb lowers it to match. DiffLlama's
+  `lambda_init`, GPT-2's `scale_attn_by_inverse_layer_idx` and RWKV's `rescale_every` depend on each block's number and cannot be kept.
+- **The last attention block of a hybrid** (Qwen3.5, LFM2, OLMo-Hybrid, …) holds the length of the KV cache, so it stays.
+- **Embeddings by block outside the blocks** (`embed_tokens_per_layer`, `per_layer_model_projection` of Gemma 3n and 4): the slices of
+  removed blocks are cut out.
+- **Borrowed keys and values** (`num_kv_shared_layers` of Gemma 3n and 4): the last blocks read those of the last lender of their kind, so
+  a lender stays.
+- **Positions of RoBERTa and its relatives** differ between `generate` and a plain forward pass in transformers itself, so decoding with
+  and without cache is compared within `generate`.
 """
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reference" / "families.md"
 
 
 @dataclass(frozen=True)
 class Row:
-    """What docs/families.md says about one family: `refused` is the reason, or empty if it works."""
+    """What docs/reference/families.md says about one family: `refused` is the reason, or empty if it works."""
 
     model_type: str
     refused: str = ""
@@ -213,7 +207,7 @@ def example(model_type: str) -> str:
 
 
 def document(rows: list[Row]) -> str:
-    """Return the text of docs/families.md."""
+    """Return the text of docs/reference/families.md."""
     works, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
     return "\n".join([
         HEAD.format(works=len(works), refused=len(refused), tried=len(rows)),

@@ -158,7 +158,7 @@ def test_a_wrong_path_or_link_is_found():
     assert absent_places("See `sleb_cli/engine/gates.py`, tests/no/such.py.") != []
     for link in ("[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"):
         assert list(broken_links(link, "README.md"))
-    assert not list(broken_links("[a](docs/search.md#the-forking-forward)", "README.md"))
+    assert not list(broken_links("[a](docs/search.md#how-it-works)", "README.md"))
 
 
 def test_generated_parts_are_what_cog_would_write():
@@ -235,7 +235,7 @@ def test_the_index_has_every_page():
 
 
 def test_the_families_are_introduced_as_the_survey_writes_them():
-    page = read("docs/families.md")
+    page = read("docs/reference/families.md")
     works, _, refused = page.partition("## Refused")
     works, refused = (
         part.count("\n| ") - 1 for part in (works.partition("## Works")[2], refused.partition("## What")[0])
