@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows works, or is refused at once; docs/reference/families.md says which."""
+"""Every causal language model of transformers works, or is refused at once, as docs/reference/families.md says."""
 
 import json
 

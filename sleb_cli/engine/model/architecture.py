@@ -39,7 +39,9 @@ from sleb_plugins.config_keys import PREDICTION_BLOCKS, Kept
 
 BY_STRUCTURE = "structure"
 
-_WHAT_WORKS = "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
+_WHAT_WORKS = (
+    "docs/reference/families.md lists the supported models; `sleb plugins` lists the families that plugins add."
+)
 
 _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
 """Config keys of which transformers makes as many modules, or entries of a list."""
