@@ -210,25 +210,25 @@ def full_disk(patch):
 
 
 def interrupted_fit(patch):
-    fit, calls = closed_form._ClosedFormFit._fit_block, []
+    fit, calls = closed_form.fit_block, []
 
-    def few(self, *arguments):
+    def few(*arguments):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return fit(self, *arguments)
+        return fit(*arguments)
 
-    patch.setattr(closed_form._ClosedFormFit, "_fit_block", few)
+    patch.setattr(closed_form, "fit_block", few)
 
 
 @pytest.fixture
 def fits(monkeypatch):
     """The blocks that are fitted, one after the other."""
-    fit, found = closed_form._ClosedFormFit._fit_block, []
+    fit, found = closed_form.fit_block, []
     monkeypatch.setattr(
-        closed_form._ClosedFormFit,
-        "_fit_block",
-        lambda self, block, *rest: found.append(block) or fit(self, block, *rest),
+        closed_form,
+        "fit_block",
+        lambda projections, fit_some: found.append(fit_some.args[0]) or fit(projections, fit_some),
     )
     return found
 
