@@ -108,21 +108,13 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: of the class that fits.
     """
-    from sleb_cli.engine.output.apply import apply_removals, require_coherent
-    from sleb_cli.engine.output.apply_gguf import apply_to_gguf, gguf_source
+    from sleb_cli.engine.output.resolve import apply_request
     from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.surgery.subject import resolve_subject
 
     if not (request.recover or request.heal):
         _leave_to_main()
     with join_processes() as group:
-        require_coherent(request)
-        file = gguf_source(request)
-        registry = _registry(notify)
-        if file is not None:
-            return apply_to_gguf(request, file, registry, notify, group)
-        subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
-        return apply_removals(subject, request, notify, group=group)
+        return apply_request(request, _registry(notify), notify, group)
 
 
 @_names_memory(_EVALUATE)

@@ -518,7 +518,7 @@ def test_a_tokenizer_that_was_forgotten_fails_the_proof(run_sleb, tiny_llama, tm
 
     def forget(*arguments, **options):
         found = find(*arguments, **options)
-        return replace(found, files=tuple(file for file in found.files if file.name != "tokenizer.json"))
+        return replace(found, copies={name: file for name, file in found.copies.items() if name != "tokenizer.json"})
 
     monkeypatch.setattr(engine, "_find_other_files", forget)
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out")

@@ -9,7 +9,7 @@ from conftest import calibration, save_model
 from families import tiny_config
 from sleb_cli.engine.forward import streaming
 from sleb_cli.engine.output import proof
-from sleb_cli.engine.recovery import closed_form, run
+from sleb_cli.engine.recovery import closed_form, settings
 
 COMPLETE = ["complete", "same bytes", "loads", "same logits", "generates", "saves again"]
 
@@ -84,9 +84,10 @@ def test_hidden_states_are_in_host_memory_if_the_device_has_too_little(
     simulate()
     options = ["apply", llama_plan, "--recover", "--device", "sim", "--stream", *calibration(text_file, 20)]
     assert run_sleb(*options, "--no-verify", "-o", "device").exit_code == 0
-    needed = run._needed_bytes
-    monkeypatch.setattr(run, "_needed_bytes", lambda *args: needed(*args) | {run.HIDDEN_STATES: 2**30})
-    monkeypatch.setattr(run, "free_bytes", lambda device: 2**29 if device.type == "sim" else 2**31)
+    needed = settings._needed_bytes
+    large = {settings.HIDDEN_STATES: 2**30}
+    monkeypatch.setattr(settings, "_needed_bytes", lambda *args, **how: needed(*args, **how) | large)
+    monkeypatch.setattr(settings, "free_bytes", lambda device: 2**29 if device.type == "sim" else 2**31)
     held = []
     monkeypatch.setattr(closed_form._States, "held", lambda self, tensor: held.append(self.on_host) or tensor.cpu())
     result = run_sleb(*options, "--no-verify", "-o", "host")

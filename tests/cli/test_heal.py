@@ -16,7 +16,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery import heal as healing
-from sleb_cli.engine.recovery import run
+from sleb_cli.engine.recovery import settings
 from sleb_cli.engine.recovery.variant import Variant
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
@@ -283,7 +283,7 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, code, words):
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
 
-    monkeypatch.setattr(run, "free_bytes", lambda device: 500_000)
+    monkeypatch.setattr(settings, "free_bytes", lambda device: 500_000)
     words = healed("out", code=7).stderr
     assert re.search(
         r"Healing needs \S+ MB of memory on cpu \(.* trained weights, \S+ kB for the state of training", words

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from conftest import calibration, llama_config, reported_tokens, save_model, weights_of
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import apply
-from sleb_cli.engine.recovery import closed_form, run
+from sleb_cli.engine.recovery import closed_form, run, settings
 from sleb_cli.plan import CalibrationRecord, ClosedFormRecord, LossesRecord, RecoveryRecord, read_plan
 from sleb_plugins import ProofError
 
@@ -343,7 +343,7 @@ def test_what_cannot_be_is_refused(run_sleb, llama_plan, text_file, fit, options
 
 def test_without_the_memory_for_the_model_it_is_refused(run_sleb, llama_plan, text_file, fit, monkeypatch):
 
-    monkeypatch.setattr(run, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(settings, "free_bytes", lambda device: 1000)
     result = run_sleb("apply", llama_plan, *recovering(text_file), "-o", "out")
     assert result.exit_code == 7
     assert re.search(
@@ -352,8 +352,8 @@ def test_without_the_memory_for_the_model_it_is_refused(run_sleb, llama_plan, te
 
 
 def test_of_much_text_no_more_decides_than_is_needed(run_sleb, llama_plan, text_file, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "DECIDING_TOKENS", 96)
-    monkeypatch.setattr(run, "REPORTED_TOKENS", 64)
+    monkeypatch.setattr(settings, "DECIDING_TOKENS", 96)
+    monkeypatch.setattr(settings, "REPORTED_TOKENS", 64)
     result = run_sleb("apply", llama_plan, *recovering(text_file, 30), "-o", "out", "--no-verify")
     assert result.exit_code == 0, result.stderr
     record = read_plan(tmp_path / "out" / "sleb_plan.json").recovery

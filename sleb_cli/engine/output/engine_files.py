@@ -13,11 +13,12 @@ from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import ApplyRequest, BenchRequest
+from sleb_cli.requests import BenchRequest
 from sleb_plugins import Engine, UsageError
 
 
@@ -45,7 +46,7 @@ def _checkpoint(surgery: Surgery, folder: Path, notify: Notify) -> Path:
     if not surgery.removals:
         return surgery.architecture.source.folder
     output = folder / f"{len(surgery.removals)}-blocks-fewer"
-    apply_removals(Subject(surgery, None), ApplyRequest(output=output, no_verify=True), notify)
+    apply_removals(Subject(surgery, None), Delivery(output, verify=False), notify)
     return output
 
 
@@ -53,8 +54,7 @@ def _gguf(source: Path, surgery: Surgery, folder: Path, registry: Registry, noti
     if not surgery.removals:
         return source
     output = folder / f"{len(surgery.removals)}-blocks-fewer.gguf"
-    request = ApplyRequest(output=output, no_verify=True)
-    prune_gguf(read_gguf(source), surgery.removals, request, registry, notify)
+    prune_gguf(read_gguf(source), surgery.removals, Delivery(output, verify=False), registry, notify)
     return output
 
 

@@ -11,14 +11,15 @@ from sleb_cli.atomic import new_file, new_folder, require_new_file
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.source import DEMO
-from sleb_cli.engine.output.apply import apply_removals
-from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
+from sleb_cli.engine.output.apply_gguf import default_place, prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.surgery.subject import Subject, is_plan, read_named_plan, resolve_subject
 from sleb_cli.events import Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import DEFAULT_PLAN, ApplyRequest, ExportRequest
+from sleb_cli.requests import DEFAULT_PLAN, ExportRequest
 from sleb_cli.results import ApplyResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
 from sleb_plugins import Exporter, FileExporter, OutputError, PluginError, Pruning, UsageError
@@ -142,8 +143,9 @@ class _EngineWriter:
         return self.described.subject
 
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
-        request = ApplyRequest(output=output, force=self.request.force)
-        result = apply_removals(self._subject, request, self.notify, check)
+        folder, force = output or default_folder(self._subject), self.request.force
+        require_new_folder(folder, self._subject.architecture.source, force=force)
+        result = apply_removals(self._subject, Delivery(folder, force), self.notify, check=check)
         self.written.append(result)
         return Path(result.folder)
 
@@ -151,8 +153,9 @@ class _EngineWriter:
         file = read_gguf(source)
         if not self.request.any_model:
             require_same_kind_of_model(self._subject.architecture.record, file, self.notify)
-        request = ApplyRequest(output=output, force=self.request.force)
-        result = prune_gguf(file, self._subject.surgery.removals, request, self.registry, self.notify)
+        removals = self._subject.surgery.removals
+        to = Delivery(output or default_place(file, removals), self.request.force)
+        result = prune_gguf(file, removals, to, self.registry, self.notify)
         self.written.append(result)
         return Path(result.file)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
-from sleb_cli.atomic import free_space, writing
+from sleb_cli.atomic import free_space
 from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.copying import BUFFER_BYTES, reading
@@ -52,7 +52,7 @@ from sleb_cli.engine.third_party import errors_of_the_disk, no_verdict_by_the_di
 from sleb_cli.events import CheckPassed, Notice, Notify, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.units import format_bytes
-from sleb_plugins import ModelError, OutputError, ProofError
+from sleb_plugins import ModelError, ProofError
 
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
@@ -582,36 +582,3 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 def _failed(what: str) -> ProofError:
     return ProofError(f"The pruned checkpoint failed its proof: {what}.", hint=NOTHING_WRITTEN)
-
-
-def require_nothing_kept(place: Path | None) -> None:
-    """Check that the folder for what fails its proof is new.
-
-    Raises:
-        OutputError: it exists.
-    """
-    if place is not None and place.exists():
-        raise OutputError(f"{place} already exists.", hint="Choose another folder with --keep-failed.")
-
-
-@contextmanager
-def kept_if_it_fails(written: Path, place: Path | None) -> Iterator[None]:
-    """Move what was written to the folder `place`, if there is one, should its proof fail meanwhile.
-
-    Raises:
-        ProofError: the proof failed; the hint says where the evidence is.
-        OutputError: it cannot be moved.
-    """
-    try:
-        yield
-    except ProofError as error:
-        if place is None:
-            raise
-        with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if written.is_file():
-                place.mkdir()
-            shutil.move(written, place)
-        raise ProofError(
-            error.message, hint=f"What was written is in {place}. Do not use it; please report the model."
-        ) from error

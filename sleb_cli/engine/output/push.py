@@ -37,10 +37,11 @@ _LOGIN = "Log in with `hf auth login` and a token with write access, then try ag
 
 @dataclass(frozen=True)
 class PushRequest:
-    """Where the checkpoint goes on the Hub: "ORG/NAME"."""
+    """Where the checkpoint goes on the Hub: "ORG/NAME"; with `force`, into a repository that exists."""
 
     repo: str
     private: bool = True
+    force: bool = False
 
     @property
     def by_hand(self) -> str:
@@ -48,7 +49,7 @@ class PushRequest:
         return f"hf upload {self.repo} FOLDER" + (" --private" if self.private else "")
 
 
-def require_pushable(request: PushRequest, *, force: bool) -> None:
+def require_pushable(request: PushRequest) -> None:
     """Make sure, before hours of work, that the user may create this repository, or has asked to overwrite it.
 
     Raises:
@@ -82,7 +83,7 @@ def require_pushable(request: PushRequest, *, force: bool) -> None:
         is_private = _is_private(api, request.repo)
     except _FAILURES as error:
         raise _unreachable(request, error) from error
-    if is_private is not None and not force:
+    if is_private is not None and not request.force:
         raise OutputError(
             f"{request.repo} already exists on the Hub.", hint="Choose another name, or upload into it with --force."
         )
@@ -103,7 +104,7 @@ def _state(path: Path) -> FileState:
     return found.st_ino if stat.S_ISREG(found.st_mode) else -1, found.st_size, found.st_mtime_ns
 
 
-def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, notify: Notify, *, force: bool) -> str:
+def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, notify: Notify) -> str:
     """Upload these files of a checkpoint, and nothing that came into its folder later, in one commit; return its URL.
 
     The commit also deletes the weights of another model.
@@ -116,7 +117,7 @@ def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, not
     api = _api()
     try:
         with task(notify, f"Uploading to {request.repo}"):
-            url = api.create_repo(request.repo, private=request.private, exist_ok=force)
+            url = api.create_repo(request.repo, private=request.private, exist_ok=request.force)
             # It may have been created since the first check, and its visibility changed.
             _require_visibility(_is_private(api, request.repo), request, f"{folder} is complete, but ")
             _require_unchanged(folder, files)
@@ -130,7 +131,7 @@ def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, not
                 commit_message="Pruned with sleb",
             )
     except _UPLOAD_FAILURES as error:
-        also = ", and delete the weights of another model there" if force else ""
+        also = ", and delete the weights of another model there" if request.force else ""
         raise OutputError(
             f"{folder} is complete, but was not uploaded to {request.repo}: {first_line(error)}.",
             hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`{also}.",
