@@ -24,7 +24,6 @@ from sleb_cli.engine.output.delivery import Delivery, deliver
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import (
     Planned,
-    PlannedFiles,
     ProofSettings,
     Reference,
     choose_proof_settings,
@@ -171,8 +170,8 @@ class _Checkpoint:
             kind="apply",
             model=subject.architecture.record,
             removals=subject.surgery.removals,
-            dtype=dtype_name(self.settings.dtype),
-            device=self.settings.device.type,
+            dtype=dtype_name(self.settings.placement.dtype),
+            device=self.settings.placement.device.type,
             folder=str(self.to.place),
             blocks=len(subject.surgery.kept.blocks),
             weights_bytes=sum(shard.size for shard in self.contents.shards),
@@ -294,7 +293,7 @@ class _Contents:
     @property
     def planned(self) -> Planned:
         """What the folder holds after that."""
-        return Planned(self.tensors, PlannedFiles(named_shards(self.shards), self.texts, self.other_files.copies))
+        return Planned(self.tensors, named_shards(self.shards), self.texts, self.other_files.copies)
 
 
 def _plan_checkpoint(
