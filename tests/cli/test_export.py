@@ -186,7 +186,7 @@ class Both(sleb.FileExporter):
 
 
 def test_a_plugin_may_write_a_folder_and_a_file(run_sleb, tmp_path, monkeypatch):
-    from sleb_plugins import exporters
+    from sleb_cli import exporters
 
     offered = [*exporters.sleb_exporters(), Both()]
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
