@@ -68,7 +68,7 @@ def test_a_plan_of_the_full_model_cuts_any_quantisation(apply, tmp_path, plan, t
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_file_is_converted_again_if_its_header_or_transformers_changed(source, monkeypatch):
+def test_a_changed_file_or_transformers_converts_it_again(source, monkeypatch):
     monkeypatch.setattr(fingerprint, "SAMPLES", 1)
     monkeypatch.setattr(fingerprint, "HEAD_BYTES", 64)
     folders = [gguf.gguf_folder(source, ignore), gguf.gguf_folder(source, ignore)]

@@ -141,7 +141,7 @@ def test_out_of_memory_heals_fewer_sequences_at_once(healed, tmp_path, monkeypat
     monkeypatch.setattr(healing, "distill", short_of_memory)
     result = healed("out", "--json")
     assert failed == [32, 16]
-    assert "Out of memory on cpu; healing 8 sequences at once." in result.stderr
+    assert "Out of memory on cpu; healing 8 sequences at a time." in result.stderr
     assert nearer(json.loads(result.stdout)["recovery"])
 
 
@@ -254,7 +254,7 @@ def test_text_is_used_once_or_twice_if_the_model_wrote_it(
         (["--resume"], 2, "--resume requires --heal."),
         (["--recover", "--heal-minutes", "5"], 2, "--heal-minutes requires --heal."),
         (["--heal", "--heal-minutes", "5", "--heal-tokens", "5"], 2, "cannot be combined"),
-        (["--heal", "--heal-minutes", "0"], 2, "--heal-minutes 0 is not above 0"),
+        (["--heal", "--heal-minutes", "0"], 2, "--heal-minutes must be above 0, not 0."),
         (["--heal", "--heal-tokens", "-1"], 2, "--heal-tokens -1 is too small"),
         (["--heal", "--source", "x.gguf"], 2, "--source names one of another model"),
     ],

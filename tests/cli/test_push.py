@@ -140,7 +140,7 @@ def test_a_token_that_is_wrong_or_only_reads(refused, hub, monkeypatch):
 
 @pytest.mark.parametrize("owner", ["nobody", "far"])
 def test_an_organization_that_one_may_not_write_to(refused, owner):
-    result = refused(f"You are jane on the Hub, and may not write to {owner}.", repo=f"{owner}/small")
+    result = refused(f"You are jane on the Hub, but may not write to {owner}.", repo=f"{owner}/small")
     assert "Push to jane/small" in result.stderr
 
 

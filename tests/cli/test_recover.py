@@ -175,7 +175,7 @@ def test_without_block_0_the_first_that_stays_makes_up_for_it(recover, tiny_llam
     assert record["closed_form_losses"]["divergence"] < 0.95 * record["pruned"]["divergence"]
 
 
-def test_half_precision_on_a_cpu_keeps_every_digit_that_is_stored(recover, tmp_path):
+def test_half_precision_on_a_cpu_keeps_every_stored_digit(recover, tmp_path):
     folder = save_model(tmp_path / "half", llama_config(4, dtype=torch.float16))
     recover(folder, "--blocks", "2", samples=100)
     before, after = weights_of(folder), weights_of(tmp_path / "out")

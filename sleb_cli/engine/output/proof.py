@@ -217,7 +217,7 @@ def prove(reference: Reference, folder: Path, planned: Planned, settings: ProofS
             checks = _fits(reference.surgery, folder)
         else:
             if settings.placement.stream:
-                notify(Notice("For the proof, blocks stay on the disk; it reads all weights about eight times."))
+                notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
             checks = _runs(reference, folder, tokenizer, settings, notify)
         for check, sentence, values in chain(_as_planned(source, folder, tokenizer, planned, notify), checks):
             notify(CheckPassed(sentence) if check else Notice(sentence))

@@ -163,14 +163,14 @@ def _gguf_source(request: ApplyRequest) -> Path | None:
     is_own = own is not None and request.source is not None and are_the_same(own, request.source)
     if recovery and request.source is not None and not is_own:
         raise UsageError(
-            f"--{recovery} writes new values into the GGUF file of the model that it recovers, and --source names one "
+            f"--{recovery} writes new values into the GGUF file of the model that it recovers, but --source names one "
             "of another model.",
             hint=f"Leave out --source, and name that file as the model: `sleb apply {request.source} --blocks … "
             f"--{recovery}`.",
         )
     if output is not None and not named_file:
         raise UsageError(
-            f"--source writes a GGUF file, and {output} does not end in .gguf.", hint="Add .gguf to the name."
+            f"--source writes a GGUF file, but {output} does not end in .gguf.", hint="Add .gguf to the name."
         )
     source = request.source or _gguf_model(request)
     if source is None:

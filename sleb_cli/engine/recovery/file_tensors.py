@@ -107,6 +107,6 @@ def _require_same(changed: Mapping[str, Tensor], before: Mapping[str, Tensor], w
     for name, tensor in weights.tensors(changed):
         if not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
             raise UnsupportedModelError(
-                f"The weight files hold {name} otherwise than transformers writes it, so it cannot take new values.",
+                f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
                 hint="Load the model with transformers, save it again, and recover that copy.",
             )

@@ -205,7 +205,7 @@ class Recovery:
     def _saved_fits(self, fitted: CalibrationRecord, deciding: CalibrationRecord) -> SavedFits:
         """Return the fits of this very recovery, on these tokens."""
         on = {"fitted": fitted.tokens_sha256, "deciding": deciding.tokens_sha256}
-        saved = self.state.fits(self._computation | {"removed": sorted(self.removed)} | on)
+        saved = SavedFits(self.state.folder, self._computation | {"removed": sorted(self.removed)} | on)
         if self.group.is_main and (count := len(saved)):
             self.notify(Notice(f"Continuing with {plural(count, 'fit')} of an interrupted run."))
         return saved
@@ -314,11 +314,11 @@ class Recovery:
 
     def _measure(self, what: str, variant: Variant, sequences: Tensor) -> LossesRecord:
         dense = Variant(variant.skippable) if variant.removed else variant
-        with task(self.notify, f"Measuring the {what} model on text that decided nothing"):
+        with task(self.notify, f"Measuring the {what} model"):
             loss, divergence = losses(variant, dense, sequences, self.group)
         if not math.isfinite(loss + divergence):
             raise ModelError(
-                f"The loss of the {what} model on text that decided nothing is {loss}.",
+                f"The loss of the {what} model is {loss}.",
                 hint="Use a wider data type, or other text.",
             )
         return LossesRecord(loss=loss, divergence=divergence)
