@@ -119,13 +119,9 @@ def test_links_out_of_the_folder_are_not_followed(apply, model, tmp_path):
     assert (out / "templates" / "chat.jinja").read_text() == (out / "again.jinja").read_text() == "x"
 
 
-def test_weights_that_are_no_file_of_the_folder_are_named(apply, model):
-    path = model / "model.safetensors"
-    path.unlink()
-    path.symlink_to("/proc/self/mem")
-    assert "model.safetensors is a link out of the model's folder" in apply(model, "--blocks", "1", code=4).stderr
-    path.unlink()
-    os.mkfifo(path)
+def test_weights_that_are_a_pipe_are_named(apply, model):
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
     told = apply(model, "--blocks", "1", code=4).stderr
     assert "model.safetensors is not a file, but a pipe or a device" in told
 
@@ -320,11 +316,6 @@ def test_a_checkpoint_of_pickles_becomes_safetensors(apply, tiny_llama, tmp_path
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def unsafe_pickle(folder):
-    (folder / "model.safetensors").unlink()
-    torch.save({"a": os.system}, folder / "pytorch_model.bin")
-
-
 def truncated(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[:-100])
@@ -339,7 +330,6 @@ def without_a_norm(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (unsafe_pickle, "not safe to read"),
         (truncated, "truncated"),
         (without_a_norm, "missing, such as model.norm.weight"),
     ],
@@ -445,22 +435,17 @@ def too_little_memory(monkeypatch):
 OTHER_BYTES = f"the bytes of {UP} are not those of model.layers.2.mlp.up_proj.weight in the dense model"
 
 
-@pytest.mark.parametrize("too_large", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t | {UP: torch.nextafter(t[UP], torch.tensor(9.0))}, OTHER_BYTES),
         (lambda t: {n: x for n, x in t.items() if n != "model.norm.weight"}, "missing, such as model.norm.weight"),
-        (lambda t: t | {"model.layers.5.mlp.up_proj.weight": torch.ones(1)}, "unexpected, such as model.layers.5"),
         (lambda t: t | {"model.norm.weight": torch.ones(3)}, "another type or shape, such as model.norm.weight"),
     ],
 )
-def test_a_failed_proof_leaves_nothing_and_names_the_check(
-    apply, tiny_llama, tmp_path, monkeypatch, change, message, too_large
-):
+def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, monkeypatch, change, message):
     spoil(monkeypatch, change)
-    if too_large:
-        too_little_memory(monkeypatch)
+    too_little_memory(monkeypatch)
     assert message in apply(tiny_llama, "--blocks", "1", code=9).stderr
     assert os.listdir(tmp_path) == []
     assert "not verified" in apply(tiny_llama, "--blocks", "1", "--no-verify").stdout
@@ -486,10 +471,8 @@ def test_a_failed_proof_says_where_and_keeps_the_evidence(apply, tiny_llama, tmp
     assert "kept/here already exists." in apply(*command, code=8).stderr
 
 
-@pytest.mark.parametrize("too_large", [False, True])
-def test_a_forgotten_tokenizer_fails_the_proof(apply, tiny_llama, tmp_path, monkeypatch, too_large):
-    if too_large:
-        too_little_memory(monkeypatch)
+def test_a_forgotten_tokenizer_fails_the_proof(apply, tiny_llama, tmp_path, monkeypatch):
+    too_little_memory(monkeypatch)
     find = engine._find_other_files
 
     def forget(*arguments, **options):
@@ -501,7 +484,6 @@ def test_a_forgotten_tokenizer_fails_the_proof(apply, tiny_llama, tmp_path, monk
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("too_large", [False, True])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -512,10 +494,9 @@ def test_a_forgotten_tokenizer_fails_the_proof(apply, tiny_llama, tmp_path, monk
          "mismatched"),
     ],
 )  # fmt: skip
-def test_weights_under_wrong_names_fail_the_proof(apply, tiny_llama, tmp_path, monkeypatch, change, message, too_large):
+def test_weights_under_wrong_names_fail_the_proof(apply, tiny_llama, tmp_path, monkeypatch, change, message):
     """The surgery itself goes wrong, so that the files are what was planned, and only transformers can tell."""
-    if too_large:
-        too_little_memory(monkeypatch)
+    too_little_memory(monkeypatch)
     kept = engine.kept_tensors
     renamed = lambda *args: [replace(t, name=change(t.name)) for t in kept(*args) if change(t.name)]  # noqa: E731
     monkeypatch.setattr(engine, "kept_tensors", renamed)
@@ -523,23 +504,6 @@ def test_weights_under_wrong_names_fail_the_proof(apply, tiny_llama, tmp_path, m
     assert message in told
     assert "proven: complete" in told
     assert os.listdir(tmp_path) == []
-
-
-def test_an_index_that_names_another_file_fails_the_proof(apply, tmp_path, monkeypatch):
-    folder = save_model(tmp_path / "sharded", llama_config(), max_shard_size="60KB")
-    write = engine.write_weights
-
-    def write_wrong(folder, *arguments):
-        size = write(folder, *arguments)
-        path = folder / "model.safetensors.index.json"
-        index = json.loads(path.read_text())
-        index["weight_map"]["model.norm.weight"] = index["weight_map"]["model.embed_tokens.weight"]
-        path.write_text(json.dumps(index))
-        return size
-
-    monkeypatch.setattr(engine, "write_weights", write_wrong)
-    told = apply(folder, "--blocks", "1", code=9).stderr
-    assert "index.json is not what was written: weight_map.model.norm.weight: model-0" in told
 
 
 def test_each_check_is_told_and_recorded(apply, llama_plan, tiny_llama, tmp_path):

@@ -186,42 +186,17 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(apply, tmp_path, source, 
 
 
 def test_files_that_are_no_whole_model(apply, tmp_path, source):
-    whole = source.read_bytes()
-    for keep in (0, 3, 100, 5000, len(whole) - 4000):
-        source.write_bytes(whole[:keep])
-        apply("--blocks", "1", "--source", source, code=4, says="is truncated, or is not a GGUF file")
+    source.write_bytes(source.read_bytes()[:-4000])
     write_gguf(tmp_path / "part-00001-of-00002.gguf", "llama", 3, {"split.count": 2})
     write_gguf(tmp_path / "g.gguf", "gemma2", 6)
     for name, says in (
+        (source, "is truncated, or is not a GGUF file"),
         ("nowhere.gguf", "no file nowhere.gguf"),
         ("part-00001-of-00002.gguf", "llama-gguf-split --merge"),
         ("g.gguf", "the last of every 2 blocks"),
     ):
         apply("--blocks", "1", "--source", name, code=4, says=says)
     assert [name for name in os.listdir(tmp_path) if "sleb" in name or name.startswith(".")] == []
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[:-200] + bytes(200), "differs from the expected"),
-        (lambda data: data[:-3000], "the gguf package cannot read it"),
-        (lambda data: data.replace(b"llama.rope.freq_base", b"llama.rope.freq_bass"), "metadata"),
-        (
-            lambda data: data.replace(b"blk.0.attn_q", b"blk.0.attn_x"),
-            "blk.0.attn_x.weight differs from the expected blk.0.attn_q",
-        ),
-    ],
-)
-def test_a_file_that_went_wrong_is_not_delivered(apply, tmp_path, monkeypatch, source, damage, message):
-    def write_badly(pruned, aside, copied, write=apply_gguf.write_gguf):
-        write(pruned, aside, copied)
-        aside.write_bytes(damage(aside.read_bytes()))
-
-    monkeypatch.setattr(apply_gguf, "write_gguf", write_badly)
-    names = sorted(os.listdir(tmp_path))
-    apply("--blocks", "1", "--source", source, code=9, says=message)
-    assert sorted(os.listdir(tmp_path)) == names
 
 
 def test_a_file_that_computes_something_else_is_not_delivered(apply, tmp_path, monkeypatch, source):
