@@ -11,8 +11,8 @@ The parts, by default all but the last two, in this order:
     project    large models on other machines, by arithmetic alone
 
 The model is a Llama of random bfloat16 weights, made under --work once (default: a new folder, deleted afterwards;
-three times the size must be free). `sleb` runs under a hard limit of memory: a control group, else a scope of systemd,
-else `ulimit -d`, which does not count the page cache. Nothing of the model is in the page cache at the start.
+three times the size must be free). `sleb` runs under a hard limit of memory: a control group, else
+`ulimit -d`, which does not count the page cache. Nothing of the model is in the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
 and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step reads the
@@ -82,7 +82,6 @@ def under_a_limit(parts: Sequence[str], options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
         folder = make_model(options.work or Path(place), options)
         with limited_to(parse_bytes(options.limit, "--limit")) as limit:
-            print(f"limit: {options.limit} by {limit.name}", flush=True)
             benchmark = Benchmark(options, folder, Path(place), limit)
             for part in parts:
                 getattr(benchmark, part)()
@@ -204,48 +203,25 @@ def forget(folder: Path) -> None:
 # The limit
 
 
-@dataclass(frozen=True)
-class Limit:
-    """How a process is held to an amount of memory: words before its command, and the file with the group's peak."""
-
-    name: str
-    before: tuple[str, ...] = ()
-    peak: Path | None = None
-
-
 @contextmanager
-def limited_to(size: int) -> Iterator[Limit]:
-    """Make a control group for processes, or else find another way."""
-    name = f"sleb-scale-{os.getpid()}"
-    versions = (
-        (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), "max_usage_in_bytes"),
-        (Path("/sys/fs/cgroup"), ("memory.max", "memory.swap.max"), "peak"),
-    )
-    for root, (limit, swap), peak in versions:
-        group = root / name
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            (group / limit).write_text(str(size))
-            if (group / swap).exists():
-                (group / swap).write_text(str(size if "memsw" in swap else 0))
-        except OSError:
+def limited_to(size: int) -> Iterator[tuple[str, ...]]:
+    """Yield words that hold the command behind them to an amount of memory: by a control group, or else by ulimit."""
+    group = Path("/sys/fs/cgroup") / f"sleb-scale-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.max").write_text(str(size))
+        (group / "memory.swap.max").write_text("0")
+    except OSError:
+        if group.exists():
             group.rmdir()
-            continue
-        try:
-            enter = 'echo $$ > "$0" && exec "$@"'
-            yield Limit("a control group", ("sh", "-c", enter, str(group / "cgroup.procs")), group / f"memory.{peak}")
-        finally:
-            group.rmdir()
+        print("limit: ulimit -d, without the page cache", flush=True)
+        yield "sh", "-c", f'ulimit -d {size // 1024} && exec "$0" "$@"'
         return
-    scope = ("systemd-run", "--scope", "--quiet", "-p", f"MemoryMax={size}", "-p", "MemorySwapMax=0")
-    for user in ((), ("--user",)):
-        if shutil.which(scope[0]) and not subprocess.run([*scope, *user, "true"], capture_output=True).returncode:
-            yield Limit("a scope of systemd", (*scope, *user))
-            return
-    yield Limit("ulimit -d, without the page cache", ("sh", "-c", f'ulimit -d {size // 1024} && exec "$0" "$@"'))
+    try:
+        print("limit: a control group", flush=True)
+        yield "sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")
+    finally:
+        group.rmdir()
 
 
 # A run
@@ -269,17 +245,14 @@ class Run:
     seconds: float = 0.0
     resident: int = 0
     anonymous: int = 0
-    group: int = 0
     read: int = 0
-    requested: int = 0
 
     def show(self, name: str, size: int) -> None:
         """Print what the process took, and what each of its tasks did."""
-        group = f", {self.group / 2**30:.2f} GiB of the group with page cache" if self.group else ""
         print(
             f"\n{name}: {self.seconds:.1f} s; read {self.read / 1e9:.1f} GB from disk, {self.read / size:.2f} times "
-            f"the files, and {self.requested / 1e9:.1f} GB by calls\n  peak {self.resident / 2**30:.2f} GiB resident, "
-            f"{self.anonymous / 2**30:.2f} GiB of it not in files{group}"
+            f"the files\n  peak {self.resident / 2**30:.2f} GiB resident, "
+            f"{self.anonymous / 2**30:.2f} GiB of it not in files"
         )
         for mark, after in pairwise([*self.tasks, Mark("", self.seconds, self.read)]):
             taken, read = after.seconds - mark.seconds, (after.read - mark.read) / 1e9
@@ -302,15 +275,13 @@ class Run:
         return end.seconds - start.seconds, end.read - start.read
 
 
-def run(arguments: Sequence[object], limit: Limit | None = None) -> Run:
+def run(arguments: Sequence[object], limit: Sequence[str] = ()) -> Run:
     """Run `sleb` and watch it.
 
     Raises:
         SystemExit: it failed.
     """
-    command = [*(limit.before if limit else ()), sys.executable, "-m", "sleb_cli", *map(str, arguments)]
-    if limit and limit.peak:
-        limit.peak.write_text("0")
+    command = [*limit, sys.executable, "-m", "sleb_cli", *map(str, arguments)]
     found, start = Run(), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     readers = [
@@ -324,13 +295,12 @@ def run(arguments: Sequence[object], limit: Limit | None = None) -> Run:
         found.anonymous = max(found.anonymous, 1024 * proc_number(process.pid, "status", "RssAnon"))
         time.sleep(0.02)
     found.seconds = time.perf_counter() - start
-    found.read, found.requested = proc_number(process.pid, "io", "read_bytes"), proc_number(process.pid, "io", "rchar")
+    found.read = proc_number(process.pid, "io", "read_bytes")
     _, code, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(code)
     for reader in readers:
         reader.join()
     found.resident = usage.ru_maxrss * 1024
-    found.group = int(limit.peak.read_text()) if limit and limit.peak else 0
     if process.returncode:
         raise SystemExit(
             f"sleb {arguments[0]} ended with {process.returncode}:\n"
@@ -361,7 +331,7 @@ def proc_number(pid: int, file: str, name: str) -> int:
 class Benchmark:
     """The model, the limit, and what the machine can do."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, place: Path, limit: Limit) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, place: Path, limit: Sequence[str]) -> None:
         self.options, self.folder, self.place, self.limit = options, folder, place, limit
         self.size = size_of(folder)
         self.architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)

@@ -297,12 +297,13 @@ def _complete(folder: Path, planned: Planned) -> CheckResult:
         raise _failed(f"{len(wrong)} tensors have another type or shape, such as {wrong[0]}")
     if extra := sorted(found.keys() - expected.keys()):
         raise _failed(f"{len(extra)} tensors are unexpected, such as {extra[0]}")
-    for header in weights.headers if planned.weights is not None else ():
-        shard = planned.weights[header.path.name]
-        if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
-            raise _failed(f"{header.path.name} holds other tensors than the index says")
-        if header.metadata != shard.metadata:
-            raise _failed(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
+    if planned.weights is not None:
+        for header in weights.headers:
+            shard = planned.weights[header.path.name]
+            if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
+                raise _failed(f"{header.path.name} holds other tensors than the index says")
+            if header.metadata != shard.metadata:
+                raise _failed(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
     files = "1 file" if len(weights.names) == 1 else f"{len(weights.names)} files"
     return "complete", f"complete: {len(found)} tensors in {files}", {}
 

@@ -119,15 +119,23 @@ def _require_coherent(request: ApplyRequest) -> None:
         raise UsageError("--public requires --push.", hint="Name the repository: --push ORG/NAME --public.")
     if request.keep_failed is not None and request.no_verify:
         raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
-    _require_any(request, ("heal_minutes", "heal_tokens", "resume"), ("heal",))
+    _require_any(request, ("heal_minutes", "heal_tokens"), ("heal",))
+    if request.resume and not request.heal:
+        raise UsageError("--resume requires --heal.", hint="Use both, or neither.")
     _require_any(request, ("calibration", "samples", "sequence_length", "seed", "device"), ("recover", "heal"))
 
 
 def _require_any(request: ApplyRequest, names: Sequence[str], needed: Sequence[str]) -> None:
-    given = [name for name in names if getattr(request, name) not in (None, False)]
+    given = _first_given(request, names)
     if given and not any(getattr(request, name) for name in needed):
         options = " or ".join(f"--{name}" for name in needed)
-        raise UsageError(f"--{given[0].replace('_', '-')} requires {options}.", hint="Use both, or neither.")
+        raise UsageError(f"{given} requires {options}.", hint="Use both, or neither.")
+
+
+def _first_given(request: ApplyRequest, names: Sequence[str]) -> str | None:
+    """Return the first of these options that the user gave."""
+    given = (name for name in names if getattr(request, name) is not None)
+    return next((f"--{name.replace('_', '-')}" for name in given), None)
 
 
 def _checkpoint_dtype(name: str | None, architecture: Architecture) -> torch.dtype | None:
@@ -149,14 +157,15 @@ def _gguf_source(request: ApplyRequest) -> Path | None:
     Raises:
         UsageError: the output, the source and the other options contradict each other.
     """
-    output, checkpoint_options = request.output, _checkpoint_options(request)
+    output = request.output
+    for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "push", "max_shard_size"))
     recovery = next((option for option in ("recover", "heal") if getattr(request, option)), None)
     named_file = output is not None and output.suffix == ".gguf"
     if request.source is None and not named_file:
-        return None if output is not None or checkpoint_options else _gguf_model(request)
-    if checkpoint_options:
+        return None if output is not None or for_checkpoints else _gguf_model(request)
+    if for_checkpoints:
         raise UsageError(
-            f"{checkpoint_options[0]} does not apply to a GGUF file, whose tensors are copied as they are.",
+            f"{for_checkpoints} does not apply to a GGUF file, whose tensors are copied as they are.",
             hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
         )
     own = _gguf_model(request) if recovery else None
@@ -179,18 +188,6 @@ def _gguf_source(request: ApplyRequest) -> Path | None:
             hint=f"Name that file {'as the model' if recovery else 'with --source'}, or choose a folder with -o.",
         )
     return source
-
-
-def _checkpoint_options(request: ApplyRequest) -> list[str]:
-    """Return the given options that only apply to a checkpoint."""
-    given = {
-        "--device-map": request.device_map is not None,
-        "--stream": request.stream is not None,
-        "--dtype": request.dtype is not None,
-        "--push": request.push is not None,
-        "--max-shard-size": request.max_shard_size is not None,
-    }
-    return [option for option, is_given in given.items() if is_given]
 
 
 def _gguf_model(request: ApplyRequest) -> Path | None:
