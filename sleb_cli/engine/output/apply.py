@@ -140,12 +140,14 @@ class _Checkpoint:
     def claim(self) -> AbstractContextManager[Path]:
         return new_folder(self.to.place, replace=self.to.replace)
 
-    def require_room(self, aside: Path) -> None:
-        _plan_checkpoint(self.subject.surgery, self.dtype, None, self.shard_bytes).require_space(aside)
+    def require_room(self) -> None:
+        self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, None, self.shard_bytes)
+        changed = sum(shard.size for shard in self.contents.shards if not shard.same_as)
+        require_space(self.to.place, changed + self.contents.other_files.bytes)
 
     def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
-        values = recovered.tensors if recovered else None
-        self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, values, self.shard_bytes)
+        if recovered:
+            self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, recovered.tensors, self.shard_bytes)
         self.contents.write(aside, notify)
 
     def prove(self, aside: Path, recovered: Recovered | None, notify: Notify) -> Proof:
@@ -271,15 +273,6 @@ class _Contents:
     shards: list[Shard]
     texts: dict[str, str]
     other_files: _OtherFiles
-
-    def require_space(self, folder: Path) -> None:
-        """Check that the disk has room for the weights that change and the other files.
-
-        Raises:
-            OutputError: it does not.
-        """
-        changed = sum(shard.size for shard in self.shards if not shard.same_as)
-        require_space(folder, changed + self.other_files.bytes)
 
     def write(self, folder: Path, notify: Notify) -> None:
         """Write weights, settings and other files."""

@@ -71,7 +71,6 @@ def prune_gguf(
     if are_the_same(to.place, file.path):
         raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
     require_new_file(to.place, force=to.replace)
-    require_space(to.place, gguf_size(pruned))
     return deliver(_PrunedFile(surgery, pruned, to, registry), notify)
 
 
@@ -99,13 +98,13 @@ class _PrunedFile:
                 raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
             yield aside
 
-    def require_room(self, aside: Path) -> None:
-        """There is, for what is not recovered; new values may take more, which is known only then."""
+    def require_room(self) -> None:
+        require_space(self.to.place, gguf_size(self.pruned))
 
     def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
         if recovered:
             self.pruned = self.surgery.pruned(recovered.packed)
-            require_space(self.to.place, gguf_size(self.pruned))
+            self.require_room()
         _write(self.pruned, aside, notify)
 
     def prove(self, aside: Path, recovered: Recovered | None, notify: Notify) -> _LogitsProof:

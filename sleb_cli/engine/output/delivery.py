@@ -51,8 +51,8 @@ class Artifact(Protocol[P, R_co]):
     def claim(self) -> AbstractContextManager[Path]:
         """Claim its place, and yield one aside to write to."""
 
-    def require_room(self, aside: Path) -> None:
-        """Check, before it is recovered, that the disk has room."""
+    def require_room(self) -> None:
+        """Check that the disk has room for it as it is without recovery."""
 
     def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
         """Write it."""
@@ -71,16 +71,15 @@ def deliver(artifact: Artifact[P, R_co], notify: Notify) -> R_co:
         ProofError: it does not compute the same as the model in memory.
         OutputError: the place is taken, or cannot be written.
     """
-    to, recovery, recovered = artifact.to, artifact.to.recovery, None
+    to, recovery = artifact.to, artifact.to.recovery
     with ExitStack() as stack:
         if recovery:
             stack.enter_context(recovery.state.told_on_failure(notify))
         # The place is claimed before hours of recovery, so that nobody else writes there, nor heals in the same state.
         aside = stack.enter_context(artifact.claim())
         stack.enter_context(artifact.watch.unchanged())
-        if recovery:
-            artifact.require_room(aside)
-            recovered = recovery.run()
+        artifact.require_room()
+        recovered = recovery.run() if recovery else None
         artifact.write(aside, recovered, notify)
         proof = None
         if to.verify:

@@ -29,7 +29,7 @@ def engine_files(
     """Yield a function that returns what the engine reads: the model's own file or folder, or a pruned one.
 
     Raises:
-        UsageError: the engine reads GGUF files, and there is none of this model; or `request.source` does not apply.
+        UsageError: the engine reads GGUF files, but none of this model is known; or `request.source` does not apply.
         PlanError: `request.source` holds another model.
     """
     if engine.reads == "checkpoint" and request.source is not None:
@@ -69,6 +69,6 @@ def _gguf_source(subject: Subject, engine: Engine, request: BenchRequest, notify
     if model.id.endswith(".gguf"):
         return Path(model.id)
     raise UsageError(
-        f"{engine.name} reads GGUF files, and {model.id} is a checkpoint.",
+        f"{engine.name} reads GGUF files, but {model.id} is a checkpoint.",
         hint="Name a GGUF file of the model with --source; llama.cpp's convert_hf_to_gguf.py makes one.",
     )

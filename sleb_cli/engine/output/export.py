@@ -159,7 +159,7 @@ class _EngineWriter:
         return folder
 
     def _default(self, ending: str) -> Path:
-        """Return a path beside the plan, of its name; without a plan, one named after the model."""
+        """Return a path named after the plan, next to it; without a plan, one named after the model."""
         if self.pruning.plan_file is not None:
             return self.pruning.plan_file.with_suffix(ending)
         return Path(Path(self.pruning.model).name + ending)

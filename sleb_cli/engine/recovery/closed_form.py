@@ -496,6 +496,6 @@ def _enough_for_sums(projections: Sequence[ResidualProjection], sums: Sums) -> A
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:
-    """Return about how much memory the fits of a block need beside the model: attention's and the MLP's, together."""
+    """Return about how much memory the fits of a block need besides the model: attention's and the MLP's together."""
     inputs = sorted(m.in_features for m in block.modules() if isinstance(m, nn.Linear) and m.out_features == width)
     return ridge_bytes(sum(inputs[-2:]), width)

@@ -1,4 +1,4 @@
-"""Turn new values of a model's parameters into tensors of its weight files, which may name and fuse them otherwise."""
+"""Turn new values of a model's parameters into tensors of its weight files, which may rename and fuse them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[st
         values: new values by the model's own parameter names, in its data type.
 
     Raises:
-        UnsupportedModelError: the files hold such a tensor quantized, or otherwise than transformers would write it.
+        UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
     """
     path, changed = surgery.architecture.adapter.blocks_path, dict[str, Tensor]()
     for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):

@@ -1,8 +1,8 @@
 """Turn new values of a model's parameters into tensors of the GGUF file that the model was read from.
 
-GGUF files name tensors otherwise than transformers does, may hold rows in another order, and norms' gains with 1 added
-or subtracted. What a parameter is called there, and how it lies there, is found by its values: no table of names, and
-nothing is taken for a parameter that does not hold exactly its values.
+GGUF files use other names than transformers, and may store rows in another order or add 1 to a norm's gains. A
+parameter is found in the file by its values, in any of these layouts, so no table of names is needed, and a tensor that
+does not hold exactly these values is never taken for it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class GgufTensors:
                 f"{file.path} is big-endian, but sleb packs new values in little-endian order only.", hint=_ELSEWHERE
             )
         self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
-        self._written: dict[str, PackedTensor] = {}
+        self.written: dict[str, PackedTensor] = {}
+        """The tensors that hold new values, by their names in the file."""
         self._places: dict[str, list[_Place]] = {}
         self._unpacked: dict[str, Tensor] = {}
 
@@ -108,31 +109,22 @@ class GgufTensors:
         """
         found = {}
         for name, value in values.items():
-            place = self._place(name)
+            place, *others = self._find(name)
+            if others:
+                raise UnsupportedModelError(
+                    f"{self._file.path} holds the values of {name} twice, in {place.tensor.name} and in "
+                    f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
+                    hint=_ELSEWHERE,
+                )
             type_ = type_to_write(place.tensor.type, place.tensor.shape[0])
             stored = place.write(value.detach().float().cpu()).contiguous().numpy()
             packed = quantize(stored, type_)
-            self._written[place.tensor.name] = replace(
+            self.written[place.tensor.name] = replace(
                 place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes()
             )
             read = place.read(_unpacked(packed, type_, stored.shape))
             found[name] = read.to(value.device, value.dtype).contiguous()
         return found
-
-    @property
-    def written(self) -> Mapping[str, PackedTensor]:
-        """The tensors that hold new values, by their names in the file."""
-        return self._written
-
-    def _place(self, name: str) -> _Place:
-        place, *others = self._find(name)
-        if others:
-            raise UnsupportedModelError(
-                f"{self._file.path} holds the values of {name} twice, in {place.tensor.name} and in "
-                f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
-                hint=_ELSEWHERE,
-            )
-        return place
 
     def _find(self, name: str) -> list[_Place]:
         """Return all places that hold the values of a parameter."""

@@ -1,6 +1,6 @@
-"""What a recovery has found so far, kept in a hidden folder beside its output until that is written.
+"""What a recovery has found so far, kept in a hidden folder next to its output until the output is written.
 
-Each fit in closed form has a file, under a key of all that its values depend on, so the same command finds it again. A
+Each closed-form fit has a file, under a key of everything its values depend on, so the same command finds it again. A
 healing has one file, which --resume continues.
 """
 
@@ -115,7 +115,7 @@ class SavedFits:
 
 
 class Unfinished:
-    """What is unfinished of the recovery into `output`, in the hidden folder beside it."""
+    """What is unfinished of the recovery into `output`, in the hidden folder next to it."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
