@@ -168,13 +168,6 @@ def test_files_of_a_base_model_alone_take_new_values(recover, tiny_gpt2, fit, tm
         assert torch.equal(after[new], stored[old] * 1.1)
 
 
-def test_without_block_0_the_first_that_stays_makes_up_for_it(recover, tiny_llama):
-    record = json.loads(recover(tiny_llama, "--blocks", "0,1", "--json", samples=100).stdout)["recovery"]
-    first = record["closed_form"]["fits"][0]
-    assert (first["block"], first["gap"], first["kept"]) == (2, 2, True)
-    assert record["closed_form_losses"]["divergence"] < 0.95 * record["pruned"]["divergence"]
-
-
 def test_half_precision_on_a_cpu_keeps_every_stored_digit(recover, tmp_path):
     folder = save_model(tmp_path / "half", llama_config(4, dtype=torch.float16))
     recover(folder, "--blocks", "2", samples=100)
