@@ -366,7 +366,7 @@ class _Recovery:
 
         with _enough_for_sums(projections, train):
             ridge, after = self.group.from_main(solve)
-            fitted = self.group.broadcast(solved[0] if solved else torch.empty_like(train.xy))
+            fitted = self.group.broadcast(solved[0].contiguous() if solved else torch.empty_like(train.xy))
             for name, change in _changes(projections, fitted, value_of):
                 changed = as_float64(value_of(name)).to(change.device) + change
                 place = root.get_parameter(name).device
