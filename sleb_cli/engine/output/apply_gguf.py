@@ -17,7 +17,7 @@ from sleb_cli.atomic import new_file, require_new_file, require_space
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
-from sleb_cli.engine.gguf.file import Tensor as PackedTensor
+from sleb_cli.engine.gguf.file import Tensor as GgufTensor
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 from sleb_cli.engine.model.architecture import read_architecture
@@ -135,7 +135,7 @@ class _PrunedFile:
         )
 
 
-def _repacked(file: GgufFile, packed: Iterable[PackedTensor]) -> tuple[RepackedTensors, ...]:
+def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTensors, ...]:
     """Return how many tensors with new values there are, and their bytes, for each type before and now."""
     before = {tensor.name: tensor.type for tensor in file.tensors}
     sizes: dict[tuple[int, int], list[int]] = {}
@@ -220,7 +220,7 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
     return None if found.entries == expected.entries else "their order is another"
 
 
-def _is_the_same(found: gguf.ReaderTensor, expected: PackedTensor) -> bool:
+def _is_the_same(found: gguf.ReaderTensor, expected: GgufTensor) -> bool:
     return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
 
 

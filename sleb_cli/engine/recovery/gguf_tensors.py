@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.gguf.file import GgufFile, pieces
-from sleb_cli.engine.gguf.file import Tensor as PackedTensor
+from sleb_cli.engine.gguf.file import Tensor as GgufTensor
 from sleb_cli.engine.recovery.file_tensors import block_number, weights_at
 from sleb_plugins import UnsupportedModelError
 
@@ -50,7 +50,7 @@ class _Place:
     The parameter is the tensor plus `offset`, transposed or not, and its row `i` is row `rows[i]` of that.
     """
 
-    tensor: PackedTensor
+    tensor: GgufTensor
     offset: float = 0.0
     is_transposed: bool = False
     rows: Tensor | None = None
@@ -87,7 +87,7 @@ class GgufTensors:
                 f"{file.path} is big-endian, but sleb packs new values in little-endian order only.", hint=_ELSEWHERE
             )
         self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
-        self.written: dict[str, PackedTensor] = {}
+        self.written: dict[str, GgufTensor] = {}
         """The tensors that hold new values, by their names in the file."""
         self._places: dict[str, list[_Place]] = {}
         self._unpacked: dict[str, Tensor] = {}
@@ -140,7 +140,7 @@ class GgufTensors:
             )
         return self._places[name]
 
-    def _near(self, name: str, size: int) -> list[PackedTensor]:
+    def _near(self, name: str, size: int) -> list[GgufTensor]:
         """Return the tensors that may hold a parameter: those of its block, or those outside of the blocks."""
         block = block_number(self._blocks_path, name)
         return [
@@ -150,7 +150,7 @@ class GgufTensors:
             and math.prod(tensor.shape) == size
         ]
 
-    def _read(self, tensor: PackedTensor) -> Tensor:
+    def _read(self, tensor: GgufTensor) -> Tensor:
         """Return the values of a tensor; those of the same block are kept, since several parameters look for them."""
         if tensor.name not in self._unpacked:
             if any(_block_of(name) != _block_of(tensor.name) for name in self._unpacked):
@@ -171,7 +171,7 @@ def _unpacked(packed: np.ndarray[Any, Any], type_: int, shape: tuple[int, ...]) 
     return torch.from_numpy(dequantize(rows, GGMLQuantizationType(type_)).astype(np.float32).reshape(shape))
 
 
-def _place_of(own: Tensor, tensor: PackedTensor, stored: Tensor) -> _Place | None:
+def _place_of(own: Tensor, tensor: GgufTensor, stored: Tensor) -> _Place | None:
     """Return how a tensor holds a parameter, or None if it holds other values."""
     if own.dim() == 1:
         places = [_Place(tensor, offset) for offset in _OFFSETS]
