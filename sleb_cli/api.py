@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
-from sleb_cli.atomic import require_new_file, write_text
+from sleb_cli.atomic import require_new_file
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
 from sleb_cli.requests import TRANSFORMERS
-from sleb_plugins import Exporter, OutputError, UsageError
+from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -108,21 +108,13 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
         SlebError: of the class that fits.
     """
-    from sleb_cli.engine.output.apply import apply_removals, require_coherent
-    from sleb_cli.engine.output.apply_gguf import apply_to_gguf, gguf_source
+    from sleb_cli.engine.output.resolve import apply_request
     from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.surgery.subject import resolve_subject
 
     if not (request.recover or request.heal):
         _leave_to_main()
     with join_processes() as group:
-        require_coherent(request)
-        file = gguf_source(request)
-        registry = _registry(notify)
-        if file is not None:
-            return apply_to_gguf(request, file, registry, notify, group)
-        subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
-        return apply_removals(subject, request, notify, group=group)
+        return apply_request(request, _registry(notify), notify, group)
 
 
 @_names_memory(_EVALUATE)
@@ -224,20 +216,10 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     Raises:
         SlebError: of the class that fits.
     """
-    from sleb_cli.engine.output.export import describe_pruning, export_files, export_text
+    from sleb_cli.engine.output.export import export_request
 
     _leave_to_main()
-    registry = _registry(notify)
-    exporter = registry.exporter(request.to)
-    if isinstance(exporter, Exporter):
-        _require_result_file(request)
-    described = describe_pruning(request, exporter, registry, notify)
-    if not isinstance(exporter, Exporter):
-        return export_files(exporter, described, request, registry, notify)
-    result = export_text(exporter, described.pruning)
-    if request.output is not None:
-        write_text(request.output, result.text or "")
-    return result
+    return export_request(request, _registry(notify), notify)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
@@ -286,7 +268,7 @@ def _registry(notify: Notify) -> Registry:
     return registry
 
 
-def _require_result_file(request: EvalRequest | BenchRequest | ExportRequest) -> None:
+def _require_result_file(request: EvalRequest | BenchRequest) -> None:
     if request.output is not None:
         require_new_file(request.output, force=request.force)
 

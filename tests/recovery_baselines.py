@@ -132,11 +132,15 @@ class Site:
         Positions count by the size of their states, and the ridge is the best on the deciding text: that is ours. In
         what others published, all positions count alike, and there is no ridge.
         """
-        train, deciding = Ridge(), Ridge()
-        for sums, batches in ((train, self.text.train), (deciding, self.text.deciding)):
+        found: list[Ridge] = []
+        for batches in (self.text.train, self.text.deciding):
+            sums = None
             for leaving, wanted, features in self.rows(batches, *sources):
+                sums = sums or Ridge(features.shape[-1], wanted.shape[-1], wanted.device)
                 size = torch.ones_like(wanted[..., 0]) if published else wanted.square().mean(-1).clamp_min(1e-12)
                 sums.add(features.flatten(0, 1), (wanted - leaving).flatten(0, 1), 1 / size.flatten())
+            found += [sums] if sums else []
+        train, deciding = found
         return train.solve(0.0) if published else min(map(train.solve, RIDGES), key=deciding.error)
 
     @property

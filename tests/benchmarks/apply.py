@@ -2,7 +2,7 @@
 
     python tests/benchmarks/apply.py [FOLDER] [--gib 8] [--shards 16] [--blocks 5,20,41] [--rounds 3] [--dtype float32]
 
-Writes a Llama of 64 blocks in bfloat16, whose weights are random bytes, to a new folder under FOLDER (default: the
+Writes a Llama of 64 blocks in bfloat16 with random weights to a new folder under FOLDER (default: the
 system's temporary folder; it needs 2.9 times the size), and deletes it afterwards. Each round times `cp -r` and
 `sleb apply --no-verify`, each as a separate process from its start until its output is on disk (`sync -f`), in
 alternating order. Both find the source in the page cache if the cache is large enough. Peak memory is that of the
@@ -12,7 +12,6 @@ process (`ru_maxrss`). Time and memory of a process that only imports torch and 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -20,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from made_models import compared, size_of, write_llama
 
 BLOCKS = 64
 HIDDEN = 1024
@@ -86,62 +86,13 @@ def run(command: list[str], output: Path) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
-def compared(reached: bool) -> str:
-    return "within the goal of" if reached else "MISSES the goal of"
-
-
 def make_model(folder: Path, gib: float, shards: int) -> int:
-    """Write a Llama of random bytes, tensor by tensor, and return its size in bytes."""
-    folder.mkdir()
+    """Write a random Llama, and return its size in bytes."""
     # Four matrices of attention, and three of the MLP, whose width sets the size.
     elements = gib * 2**30 / 2 / BLOCKS
     width = max(8, round((elements - 4 * HIDDEN**2) / (3 * HIDDEN)))
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
-        "num_hidden_layers": BLOCKS, "hidden_size": HIDDEN, "intermediate_size": width, "vocab_size": VOCABULARY,
-        "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": False,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = list(shapes(width))
-    weight_map, total = {}, 0
-    for number in range(shards):
-        part = tensors[len(tensors) * number // shards : len(tensors) * (number + 1) // shards]
-        name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        total += write_shard(folder / name, part)
-        weight_map |= {tensor: name for tensor, _ in part}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return total
-
-
-def shapes(width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of each tensor of the model."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for block in range(BLOCKS):
-        prefix = f"model.layers.{block}"
-        yield from ((f"{prefix}.self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)) for name in "qkvo")
-        yield from ((f"{prefix}.mlp.{name}_proj.weight", (width, HIDDEN)) for name in ("gate", "up"))
-        yield f"{prefix}.mlp.down_proj.weight", (HIDDEN, width)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield f"{prefix}.{norm}.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
-
-
-def write_shard(path: Path, tensors: list[tuple[str, tuple[int, ...]]]) -> int:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in tensors:
-        begin, end = end, end + 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for start in range(0, end, 16 << 20):
-            file.write(os.urandom(min(16 << 20, end - start)))
-        file.flush()
-        os.fsync(file.fileno())
-    return end
+    write_llama(folder, BLOCKS, HIDDEN, width, VOCABULARY, int(gib * 2**30 / shards))
+    return size_of(folder)
 
 
 if __name__ == "__main__":

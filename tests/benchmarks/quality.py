@@ -3,20 +3,16 @@
     python tests/benchmarks/quality.py MODEL DATA [--sizes 3,6,9] [--methods nll-greedy,last] [--items 300]
 
 DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl (perplexity), and
-tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py beside it (zero-shot accuracy). Each result is saved
-to WORK/quality.json as soon as it is measured: searches by their settings, models by the blocks that they lack, so that
-methods with the same removals are measured once, and the same command resumes a stopped run. --seconds sets a time
-limit. --report writes the table into a Markdown file, between its two marks, and --plot draws the plot (needs the extra
-`report`); both show the results so far.
+tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot accuracy). Each result is saved to
+WORK/quality.json as soon as it is measured: searches by their settings, models by the blocks that they lack. Methods
+with the same removals are measured once, and the same command resumes a stopped run. --seconds sets a time limit.
+--report writes the table into a Markdown file, between its two marks, and --plot draws the plot.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import math
-import platform
 import re
 import shlex
 import signal
@@ -32,31 +28,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from saved_work import SavedWork
+from saved_work import (
+    DENSE,
+    TEXTS,
+    TRAIN,
+    Bench,
+    Stopped,
+    architecture_of,
+    how_measured,
+    markdown,
+    names,
+    numbers,
+    paired,
+    parser,
+    require_known,
+    resumed,
+    run_sleb,
+    say,
+    subplots,
+    write_report,
+)
 
-from sleb_cli.__main__ import main as sleb
-from sleb_cli.atomic import write_text
-from sleb_cli.engine.device import choose_dtype, free_memory
-from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.forward.logits import score_logits
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.quality.tasks import Tasks
-from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer, quiet_libraries
+from sleb_cli.engine.surgery.loading import load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.engine.text.calibration import draw
-from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import cut_running_text
+from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import EvalRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
 TASKS = {"local_piqa": "PIQA", "local_arc_easy": "ARC-e", "local_winogrande": "WinoG.", "local_socialiqa": "SIQA"}
-MARKS = ("<!-- quality.py: begin -->", "<!-- quality.py: end -->")
-DENSE, REFERENCE = "dense", "nll-greedy"
+REFERENCE = "nll-greedy"
 
 
 @dataclass(frozen=True)
@@ -87,71 +92,43 @@ METHODS = {
 RACING = ("nll-greedy", "kl-greedy", "nll-beam", "nll-refine")
 
 
-class Stopped(Exception):
-    """The time limit is reached, or the user interrupted; all results are saved."""
-
-
-class Work(SavedWork):
-    """The results so far: searches, and what was measured of models."""
-
-    def __init__(self, folder: Path, setting: dict[str, Any]) -> None:
-        super().__init__(folder, "quality", setting, ("searches", "models"))
-
-    def removals(self, name: str, size: int, seed: int) -> tuple[int, ...] | None:
-        """Return the blocks that a method removes, if its search is done."""
-        _, search = self._search(name, size, seed)
-        return tuple(search["removals"][str(size)]) if search else None
-
-    def seconds(self, name: str, size: int) -> float:
-        """Return the mean seconds of a search over the seeds; one for a larger size serves the smaller ones."""
-        searches = [self._search(name, size, seed) for seed in METHODS[name].seeds]
-        return statistics.fmean(search["seconds"] for _, search in searches if search)
-
-    def searched(self, name: str, size: int) -> str:
-        """Return the size whose search found this size."""
-        return self._search(name, size, seed=0)[0]
-
-    def _search(self, name: str, size: int, seed: int) -> tuple[str, dict[str, Any]]:
-        """Return the size whose search found this one, and the search; both empty if there is none."""
-        searches = self.data["searches"].get(f"{name}/{seed}", {}).items()
-        return next((found for found in searches if str(size) in found[1].get("removals", {})), ("", {}))
-
-    def model(self, key: str) -> dict[str, Any]:
-        return self.data["models"].setdefault(key, {"losses": {}, "tasks": {}})
-
-
 def key_of(removals: Sequence[int], variant: str = "") -> str:
     """Return the name of a model by the blocks it lacks, in any order of removal."""
     return (",".join(map(str, sorted(removals))) or DENSE) + variant
 
 
-class Bench:
-    """The model, the data, and the options."""
-
+class QualityBench(Bench):
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.architecture: Architecture = read_architecture(locate_model(options.model, quiet), load_plugins(), quiet)
         setting = {
-            "model": self.architecture.record.model_dump(mode="json", include={"model_type", "fingerprint", "blocks"}),
             "calibration": [options.samples, options.length],
             "fast": options.fast,
             "windows": [options.windows, options.window_length],
             "items": options.items,
             "dtype": options.dtype,
         }
-        self.work = Work(options.work, setting)
+        super().__init__(options, "quality", setting, ("searches", "models"))
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.architecture.source)
+    def searched(self, name: str, size: int, seed: int = 0) -> tuple[str, dict[str, Any]]:
+        """Return the size whose search found this one, and the search; both empty if there is none."""
+        searches = self.work.data["searches"].get(f"{name}/{seed}", {}).items()
+        return next((found for found in searches if str(size) in found[1].get("removals", {})), ("", {}))
+
+    def removals(self, name: str, size: int, seed: int) -> tuple[int, ...] | None:
+        """Return the blocks that a method removes, if its search is done."""
+        _, search = self.searched(name, size, seed)
+        return tuple(search["removals"][str(size)]) if search else None
+
+    def seconds(self, name: str, size: int) -> float:
+        """Return the mean seconds of a search over the seeds; one for a larger size serves the smaller ones."""
+        searches = [self.searched(name, size, seed)[1] for seed in METHODS[name].seeds]
+        return statistics.fmean(search["seconds"] for search in searches if search)
+
+    def model(self, key: str) -> dict[str, Any]:
+        return self.work.data["models"].setdefault(key, {"losses": {}, "tasks": {}})
 
     @cached_property
     def windows(self) -> dict[str, torch.Tensor]:
-        """Windows of each text, drawn at random positions."""
-        texts = {name: evaluation_text(str(self.options.data / place)) for name, place in TEXTS.items()}
-        length, count = self.options.window_length, self.options.windows
-        cut = {name: cut_running_text(self.tokenizer, text.content, length) for name, text in texts.items()}
-        return {name: windows[draw(len(windows), count, seed=0)] for name, windows in cut.items()}
+        return self.drawn_windows(lambda text: cut_running_text(self.tokenizer, text, self.options.window_length))
 
     @cached_property
     def tasks(self) -> Tasks:
@@ -164,78 +141,66 @@ class Bench:
 
     def search(self, name: str, seed: int, size: int) -> None:
         """Search with one method through the command line; resume an interrupted search."""
+        options = self.options
         found = self.work.data["searches"].setdefault(f"{name}/{seed}", {}).setdefault(str(size), {"seconds": 0.0})
         plan_file = self.work.folder / f"{name}-{seed}-{size}.json"
-        command = [
-            "search", self.options.model, "--remove", size, *METHODS[name].options.format(seed=seed).split(),
-            "--calibration", self.options.data / "text/enwiki_train.txt", "--samples", self.options.samples,
-            "--sequence-length", self.options.length, "--dtype", self.options.dtype, "-o", plan_file, "-q", "--json",
-        ]  # fmt: skip
-        command += ["--fast"] if self.options.fast and name in RACING else []
-        command += ["--resume"] if plan_file.with_name(f"{plan_file.name}.journal").exists() else []
         say(f"search {name}, seed {seed}, {size} blocks")
         start = time.monotonic()
         if not plan_file.exists():
-            run_sleb(command, on_exit=lambda: found.update(seconds=found["seconds"] + time.monotonic() - start))
+            try:
+                run_sleb(
+                    "search", options.model, "--remove", size, *METHODS[name].options.format(seed=seed).split(),
+                    "--calibration", options.data / TRAIN, "--samples", options.samples,
+                    "--sequence-length", options.length, "--dtype", options.dtype, "-o", plan_file, "-q", "--json",
+                    *(["--fast"] if options.fast and name in RACING else []), *resumed(plan_file),
+                )  # fmt: skip
+            finally:
+                found["seconds"] += time.monotonic() - start
         plan = read_plan(plan_file)
         sizes = [size] if METHODS[name].each_size else range(1, size + 1)
         found["removals"] = {str(count): list(plan.first(count).removals) for count in sizes}
         self.work.save()
 
-    def perplexities(self, key: str, model: Any) -> None:
-        losses = self.work.model(key)["losses"]
-        for name, windows in self.windows.items():
-            if name not in losses:
-                losses[name] = window_losses(model, windows, self.options.batch)
-                self.work.save()
-        say("  " + ", ".join(f"{name} {math.exp(statistics.fmean(values)):.2f}" for name, values in losses.items()))
-
-    def accuracies(self, key: str, model: Any) -> None:
-        found = {}
-        for name in self.tasks.names:
-            scores = self.tasks.run(name, model, self.tokenizer, key, quiet)["results"][name]
-            found[name] = [scores["acc,none"], scores["acc_stderr,none"]]
-        self.work.model(key)["tasks"] = found
-        self.work.save()
-        say("  " + ", ".join(f"{TASKS[task]} {value:.3f}" for task, (value, _) in found.items()))
-
     def measure(self, key: str, removals: Sequence[int], *, with_tasks: bool, checkpoint: Path | None = None) -> None:
         """Measure what is missing for one model, pruned in memory or read from a checkpoint."""
-        have = self.work.model(key)
-        text_missing = any(name not in have["losses"] for name in TEXTS)
+        have = self.model(key)
+        texts = [name for name in TEXTS if name not in have["losses"]]
         tasks_missing = with_tasks and not have["tasks"]
-        if not (text_missing or tasks_missing):
+        if not (texts or tasks_missing):
             return
         say(f"measure {key}")
         model = self._load(removals, checkpoint)
         with torch.inference_mode():
-            if text_missing:
-                self.perplexities(key, model)
+            for name in texts:
+                have["losses"][name] = window_losses(model, self.windows[name], self.options.batch)
+                self.work.save()
+            say("  " + ", ".join(f"{name} {perplexity(losses):.2f}" for name, losses in have["losses"].items()))
             if tasks_missing:
-                self.accuracies(key, model)
+                for name in self.tasks.names:
+                    scores = self.tasks.run(name, model, self.tokenizer, key, ignore)["results"][name]
+                    have["tasks"][name] = [scores["acc,none"], scores["acc_stderr,none"]]
+                self.work.save()
+                say("  " + ", ".join(f"{TASKS[task]} {value:.3f}" for task, (value, _) in have["tasks"].items()))
         del model
         free_memory()
 
     def _load(self, removals: Sequence[int], checkpoint: Path | None) -> Any:
-        device = torch.device(self.options.device)
-        dtype = choose_dtype(self.options.dtype, self.architecture.config.dtype, device)
         if checkpoint is not None:
-            pruned = read_architecture(locate_model(str(checkpoint), quiet), load_plugins(), quiet)
-            return load_dense(pruned, dtype, device, quiet)
+            return self.load(architecture_of(checkpoint))
         if removals:
-            return load_pruned(plan_surgery(self.architecture, removals), dtype, device, quiet)
-        return load_dense(self.architecture, dtype, device, quiet)
+            return load_pruned(plan_surgery(self.architecture, removals), *self.placed, ignore)
+        return self.load(self.architecture)
 
     def apply(self, key: str, name: str, size: int, options: str) -> Path:
         """Write a checkpoint with these options of `sleb apply`, such as --recover; return its folder."""
         folder = self.work.folder / "checkpoints" / re.sub(r"[^\w.+-]", "-", key)
         if not folder.exists():
-            plan = self.work.folder / f"{name}-0-{self.work.searched(name, size)}.json"
+            plan = self.work.folder / f"{name}-0-{self.searched(name, size)[0]}.json"
             say(f"apply {key}")
             folder.parent.mkdir(exist_ok=True)
             start = time.monotonic()
-            run_sleb(["apply", plan, "--remove", size, *shlex.split(options), "-o", folder, "-q", "--no-verify"])
-            self.work.model(key)["seconds"] = time.monotonic() - start
+            run_sleb("apply", plan, "--remove", size, *shlex.split(options), "-o", folder, "-q", "--no-verify")
+            self.model(key)["seconds"] = time.monotonic() - start
             self.work.save()
         return folder
 
@@ -249,34 +214,7 @@ def window_losses(model: Any, windows: torch.Tensor, batch: int) -> list[float]:
     return losses
 
 
-def run_sleb(command: Sequence[Any], on_exit: Any = lambda: None) -> None:
-    """Run a `sleb` command in this process."""
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            code = sleb([str(part) for part in command])
-    finally:
-        on_exit()
-    if code in (130, 143):
-        raise Stopped
-    if code:
-        raise SystemExit(f"sleb {shlex.join(map(str, command))} ended with {code}")
-
-
-def quiet(event: object) -> None:
-    """Drop progress events."""
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 # Results as numbers.
-
-
-def paired(losses: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Return the mean difference of two models in nats per token over the same windows, and its standard error."""
-    differences = [a - b for a, b in zip(losses, reference, strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def perplexity(losses: Sequence[float]) -> float:
@@ -292,17 +230,17 @@ class Row:
     seconds: float | None
 
 
-def rows(bench: Bench, size: int) -> Iterator[tuple[str, Row]]:
+def rows(bench: QualityBench, size: int) -> Iterator[tuple[str, Row]]:
     """Yield the measured rows for a size, by method."""
     for name in bench.options.methods:
-        found = {seed: bench.work.removals(name, size, seed) for seed in METHODS[name].seeds}
-        models = [bench.work.model(key_of(removals)) for removals in found.values() if removals]
+        found = {seed: bench.removals(name, size, seed) for seed in METHODS[name].seeds}
+        models = [bench.model(key_of(removals)) for removals in found.values() if removals]
         if models and all(map(is_measured, models)):
-            yield name, Row(METHODS[name].label, tuple(models), bench.work.seconds(name, size))
+            yield name, Row(METHODS[name].label, tuple(models), bench.seconds(name, size))
         for variant in bench.options.variants if name in bench.options.variant_methods else ():
-            after = bench.work.model(key_of(found.get(0) or (), variant))
+            after = bench.model(key_of(found.get(0) or (), variant))
             if is_measured(after):
-                back = "/".join(f"{share:.0%}" for share in shares_back(bench.work.model(DENSE), models[0], after))
+                back = "/".join(f"{share:.0%}" for share in shares_back(bench.model(DENSE), models[0], after))
                 label = f"{METHODS[name].label} {variant} ({back} of the lost nats back)"
                 yield name + variant, Row(label, (after,), after.get("seconds"))
 
@@ -317,26 +255,23 @@ def is_measured(model: dict[str, Any]) -> bool:
     return len(model["losses"]) == len(TEXTS)
 
 
-def table(bench: Bench, size: int) -> str:
+def table(bench: QualityBench, size: int) -> str:
     """Return the Markdown table for one size."""
-    dense = bench.work.model(DENSE)
-    found = dict(rows(bench, size))
+    dense, found = bench.model(DENSE), dict(rows(bench, size))
     reference = found[REFERENCE].models[0] if REFERENCE in found else None
     tasks = any(row.models[0]["tasks"] for row in found.values())
-    against = [f"{name}, nats more than SLEB" for name in TEXTS] if reference else []
-    header = ["method", *(f"{name} perplexity" for name in TEXTS), *against]
+    header = ["method", *(f"{name} perplexity" for name in TEXTS)]
+    header += [f"{name}, nats more than SLEB" for name in TEXTS] if reference else []
     header += [*TASKS.values(), "mean"] if tasks else []
-    header += ["seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines = []
     for name, row in {"": Row("dense", (dense,), None), **found}.items():
         cells = [row.label, *(spread([perplexity(m["losses"][text]) for m in row.models]) for text in TEXTS)]
         if reference:
             cells += [difference(name, row, reference, text) for text in TEXTS]
         if tasks:
             cells += accuracy_cells(row)
-        cells.append("" if row.seconds is None else f"{row.seconds:.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([*cells, "" if row.seconds is None else f"{row.seconds:.0f}"])
+    return markdown([*header, "seconds"], lines)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -365,24 +300,21 @@ def accuracy_cells(row: Row) -> list[str]:
     return [*(f"{value:.3f}" for value in values), f"{statistics.fmean(values):.3f} ± {mean_error:.3f}"]
 
 
-def report(bench: Bench) -> str:
+def report(bench: QualityBench) -> str:
     """Return the text between the marks of the document."""
     options, blocks = bench.options, bench.architecture.block_count
     raced = ", nll and kl raced (`--fast`)" if options.fast else ""
     with_tasks = any(model["tasks"] for model in bench.work.data["models"].values())
     items = f" Zero-shot accuracy on the first {options.items} items, with standard errors." if with_tasks else ""
+    decide = ("sizes", "samples", "length", "windows", "window_length", "items", "dtype", "fast")
     lines = [
         f"{Path(options.model).name}, {blocks} blocks, {options.dtype}; calibrated on {options.samples} x "
         f"{options.length} tokens of encyclopaedia{raced}. Perplexity on {options.windows} windows of "
-        f"{options.window_length} tokens, of other "
-        f"encyclopaedia and of C4, drawn from all over the texts; differences in nats per token, paired over windows, "
-        f"with standard errors.{items} Seconds are those of the search (one for the largest size where it serves the "
-        f"smaller ones) or of the recovery.",
+        f"{options.window_length} tokens, of other encyclopaedia and of C4, drawn from all over the texts; differences "
+        f"in nats per token, paired over windows, with standard errors.{items} Seconds are those of the search (one "
+        "for the largest size where it serves the smaller ones) or of the recovery.",
         "",
-        f"`python tests/benchmarks/quality.py {as_typed(options)}`",
-        "",
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}, {processor_name(torch.device(options.device))}.",
+        *how_measured(options, "quality.py", decide),
     ]
     for size in options.sizes:
         if dict(rows(bench, size)):
@@ -390,37 +322,15 @@ def report(bench: Bench) -> str:
     return "\n".join(lines)
 
 
-def as_typed(options: argparse.Namespace) -> str:
-    """Return the arguments that affect a number, without paths of this machine."""
-    decide = ("sizes", "samples", "length", "windows", "window_length", "items", "dtype")
-    given = {name: getattr(options, name) for name in decide}
-    text = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in text.items()]
-    return " ".join([Path(options.model).name, "DATA", *words, *(["--fast"] if options.fast else [])])
-
-
-def write_report(text: str, path: Path) -> None:
-    """Replace the text between the marks of a document; keep the rest."""
-    document = path.read_text() if path.exists() else f"# Quality\n\n{MARKS[0]}\n{MARKS[1]}\n"
-    before, _, rest = document.partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    write_text(path, f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
-
-
-def plot(bench: Bench, path: Path) -> None:
+def plot(bench: QualityBench, path: Path) -> None:
     """Draw perplexity against the number of removed blocks, by method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(12, 5), layout="constrained")
+    figure, panels = subplots(len(TEXTS), (12, 5))
     curves: dict[str, dict[int, Row]] = {}
     for size in bench.options.sizes:
         for _, row in rows(bench, size):
             curves.setdefault(row.label, {})[size] = row
     for panel, text in zip(panels, TEXTS, strict=True):
-        dense = perplexity(bench.work.model(DENSE)["losses"][text])
+        dense = perplexity(bench.model(DENSE)["losses"][text])
         for number, (label, points) in enumerate(curves.items()):
             middle = [statistics.median(perplexity(m["losses"][text]) for m in row.models) for row in points.values()]
             style = ["-", "--", ":"][number // 10]
@@ -432,60 +342,42 @@ def plot(bench: Bench, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("quality"), help="folder for results")
-    parser.add_argument("--sizes", type=lambda text: [int(n) for n in names(text)], default=[3, 6, 9])
-    parser.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
-    parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
-    parser.add_argument("--length", type=int, default=256, help="tokens in each")
-    parser.add_argument("--fast", action="store_true", help="stop scoring a candidate once it is clearly behind")
-    parser.add_argument("--windows", type=int, default=24, help="windows of each text")
-    parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4, help="windows per batch")
-    parser.add_argument("--items", type=int, default=300, help="items of each task")
-    parser.add_argument("--task-methods", type=names, default=[], help="methods also measured on tasks, or all")
-    parser.add_argument("--task-batch", type=int, default=8)
-    parser.add_argument("--variants", type=names, default=[], help="options of apply: --variants=--recover,--heal")
-    parser.add_argument("--variant-methods", type=names, default=[REFERENCE], help="methods that the variants apply to")
-    parser.add_argument("--variant-options", default="", help="further options of apply, in one string")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=int, help="time limit; the same command resumes")
-    parser.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
-    parser.add_argument("--report", type=Path, help="Markdown file to write the table into")
-    parser.add_argument("--plot", type=Path, help="file to draw the plot into: .svg, .png")
-    options = parser.parse_args()
-    for name in [*options.methods, *options.task_methods, *options.variant_methods]:
-        if name not in (*METHODS, "all"):
-            parser.error(f"there is no method {name}: {', '.join(METHODS)}")
+    found = parser(__doc__, "quality")
+    found.add_argument("--sizes", type=numbers, default=[3, 6, 9])
+    found.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
+    found.add_argument("--samples", type=int, default=16, help="calibration sequences")
+    found.add_argument("--fast", action="store_true", help="stop scoring a candidate once it is clearly behind")
+    found.add_argument("--batch", type=int, default=4, help="windows per batch")
+    found.add_argument("--items", type=int, default=300, help="items of each task")
+    found.add_argument("--task-methods", type=names, default=[], help="methods also measured on tasks, or all")
+    found.add_argument("--task-batch", type=int, default=8)
+    found.add_argument("--variants", type=names, default=[], help="options of apply: --variants=--recover,--heal")
+    found.add_argument("--variant-methods", type=names, default=[REFERENCE], help="methods that the variants apply to")
+    found.add_argument("--variant-options", default="", help="further options of apply, in one string")
+    found.add_argument("--seconds", type=int, help="time limit; the same command resumes")
+    options = found.parse_args()
+    given = [*options.methods, *options.task_methods, *options.variant_methods]
+    require_known(found, "method", given, [*METHODS, "all"])
     return options
 
 
-def search_all(bench: Bench) -> None:
-    """Run the searches that are missing."""
+def measure_all(bench: QualityBench) -> None:
+    """Search and measure what is missing: first all models on the texts, then the chosen ones on the tasks."""
     options = bench.options
     for name in options.methods:
         sizes = options.sizes if METHODS[name].each_size else [max(options.sizes)]
         for seed, size in product(METHODS[name].seeds, sizes):
-            if bench.work.removals(name, size, seed) is None:
+            if bench.removals(name, size, seed) is None:
                 bench.search(name, seed, size)
-
-
-def measure_all(bench: Bench) -> None:
-    """Measure what is missing: first all models on the texts, then the chosen ones on the tasks."""
-    options = bench.options
     with_tasks = set(METHODS) if "all" in options.task_methods else set(options.task_methods)
     for tasks_too in (False, True):
         bench.measure(DENSE, (), with_tasks=tasks_too and bool(with_tasks))
         for size, name in product(options.sizes, options.methods):
             for seed in METHODS[name].seeds:
-                removals = bench.work.removals(name, size, seed) or ()
+                removals = bench.removals(name, size, seed) or ()
                 bench.measure(key_of(removals), removals, with_tasks=tasks_too and name in with_tasks)
     for size, name, variant in product(options.sizes, options.variant_methods, options.variants):
-        removals = bench.work.removals(name, size, 0) or ()
+        removals = bench.removals(name, size, 0) or ()
         key = key_of(removals, variant)
         folder = bench.apply(key, name, size, f"{variant} {options.variant_options}")
         bench.measure(key, removals, with_tasks=name in with_tasks, checkpoint=folder)
@@ -494,13 +386,12 @@ def measure_all(bench: Bench) -> None:
 def main() -> None:
     options = parse()
     quiet_libraries()
-    bench = Bench(options)
+    bench = QualityBench(options)
     if options.seconds:
         signal.signal(signal.SIGALRM, signal.default_int_handler)
         signal.alarm(options.seconds)
     try:
         if not options.show:
-            search_all(bench)
             measure_all(bench)
     except (Stopped, KeyboardInterrupt):
         say("stopped: the same command resumes")
@@ -510,7 +401,7 @@ def main() -> None:
     text = report(bench)
     say(text)
     if options.report:
-        write_report(text, options.report)
+        write_report(text, "quality.py", "Quality", options.report)
     if options.plot:
         plot(bench, options.plot)
 

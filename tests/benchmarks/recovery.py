@@ -15,10 +15,7 @@ command resumes a stopped run. --report writes the tables into a Markdown file, 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import math
-import platform
 import statistics
 import sys
 import time
@@ -29,12 +26,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saved_work import SavedWork
+from saved_work import (
+    DENSE,
+    TEXTS,
+    TRAIN,
+    Bench,
+    Stopped,
+    architecture_of,
+    how_measured,
+    markdown,
+    names,
+    numbers,
+    paired,
+    parser,
+    require_known,
+    resumed,
+    run_sleb,
+    say,
+    subplots,
+    write_report,
+)
 
 from recovery_baselines import (
     Fit,
@@ -49,26 +64,19 @@ from recovery_baselines import (
     matrix,
     replace_me,
 )
-from sleb_cli.__main__ import main as sleb
-from sleb_cli.atomic import write_text
-from sleb_cli.engine.device import choose_dtype, free_memory
-from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import calibrate_splits, draw, resolve_calibration
-from sleb_cli.engine.text.sources import TextSplit, evaluation_text
+from sleb_cli.engine.surgery.loading import quiet_libraries
+from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibration
+from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.engine.text.windows import adds_bos, cut_windows
+from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest
 
-TRAIN = "text/enwiki_train.txt"
-TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
-MARKS = ("<!-- recovery.py, {model}: begin -->", "<!-- recovery.py, {model}: end -->")
 SEARCHES = {
     "greedy": "--metric nll --fast",
     "contiguous": "--metric angular --strategy contiguous",
@@ -76,6 +84,7 @@ SEARCHES = {
 SEARCH_TEXT = "--samples 16 --sequence-length 256"
 FITTED_PART, DECIDING_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
 RESAMPLES = 2000
+PRUNED = "pruned"
 
 
 @dataclass(frozen=True)
@@ -93,11 +102,7 @@ def at_gaps(label: str, fit: Fit, *, loads: bool = True, everywhere: bool = Fals
 
 def closed_form(text: FittingText, removed: Sequence[int]) -> Patch:
     """What `sleb apply --recover` fits."""
-    return Patch(recover_in_closed_form(text.skippable, removed, text.train_ids, text.deciding_ids, quiet)[0])
-
-
-def quiet(event: object) -> None:
-    """Drop progress events."""
+    return Patch(recover_in_closed_form(text.skippable, removed, text.train_ids, text.deciding_ids, ignore)[0])
 
 
 METHODS = {
@@ -114,54 +119,33 @@ METHODS = {
     ),
     "matrices": at_gaps("any matrix, and one behind every later block", matrix, loads=False, everywhere=True),
 }
-DENSE, PRUNED = "dense", "pruned"
 
 
-# Measuring.
-
-
-class Work(SavedWork):
-    """The results so far: searches, and what was measured of models."""
-
-    def __init__(self, folder: Path, setting: dict[str, Any]) -> None:
-        super().__init__(folder, "recovery", setting, ("searches", "results"))
-
-    def results(self, removed: Sequence[int]) -> dict[str, Any]:
-        """Return the results without these blocks, by method."""
-        found: dict[str, Any] = self.data["results"].setdefault(",".join(map(str, sorted(removed))) or DENSE, {})
-        return found
-
-    def save_result(self, removed: Sequence[int], method: str, result: dict[str, Any]) -> None:
-        self.results(removed)[method] = result
-        self.save()
-
-
-class Bench:
-    """The model, the texts, and the options."""
-
+class RecoveryBench(Bench):
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.architecture: Architecture = read_architecture(locate_model(options.model, quiet), load_plugins(), quiet)
         setting = {
-            "model": self.architecture.record.model_dump(mode="json", include={"model_type", "fingerprint", "blocks"}),
             "fitted": [options.samples, options.deciding, options.length],
             "windows": [options.windows, options.window_length],
             "dtype": options.dtype,
         }
-        self.work = Work(options.work, setting)
+        super().__init__(options, "recovery", setting, ("searches", "results"))
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.architecture.source)
+    def results(self, removed: Sequence[int]) -> dict[str, Any]:
+        """Return the results without these blocks, by method."""
+        key = ",".join(map(str, sorted(removed))) or DENSE
+        found: dict[str, Any] = self.work.data["results"].setdefault(key, {})
+        return found
+
+    def save_result(self, removed: Sequence[int], method: str, result: dict[str, Any]) -> None:
+        self.results(removed)[method] = result
+        self.work.save()
 
     @cached_property
     def skippable(self) -> SkippableModel:
         return self.open(self.architecture)
 
     def open(self, architecture: Architecture) -> SkippableModel:
-        device = torch.device(self.options.device)
-        dtype = choose_dtype(self.options.dtype, architecture.config.dtype, device)
-        model = load_dense(architecture, dtype, device, quiet)
+        model = self.load(architecture)
         return SkippableModel(model, architecture.blocks_of(model)).__enter__()
 
     @cached_property
@@ -173,18 +157,16 @@ class Bench:
         splits = [replace(settings, samples=samples, split=part) for samples, part in parts]
         train, deciding = (
             drawn.sequences.to(self.skippable.device)
-            for drawn in calibrate_splits(splits, self.tokenizer, lambda: self.skippable.model, quiet)
+            for drawn in calibrate_splits(splits, self.tokenizer, lambda: self.skippable.model, ignore)
         )
         say(f"the dense states on {len(train)} + {len(deciding)} x {options.length} tokens")
         return FittingText(self.skippable, train, deciding, options.batch)
 
     @cached_property
     def windows(self) -> dict[str, Tensor]:
-        """Windows of each text, drawn at random positions, each beginning with BOS if the tokenizer's texts do."""
-        bos, options = adds_bos(self.tokenizer), self.options
-        texts = {name: evaluation_text(str(options.data / place)).content for name, place in TEXTS.items()}
-        cut = {name: cut_windows(self.tokenizer, text, options.window_length, bos=bos) for name, text in texts.items()}
-        drawn = {name: windows[draw(len(windows), options.windows, seed=0)] for name, windows in cut.items()}
+        """Windows of each text, each beginning with BOS if the tokenizer's texts do."""
+        bos, length = adds_bos(self.tokenizer), self.options.window_length
+        drawn = self.drawn_windows(lambda text: cut_windows(self.tokenizer, text, length, bos=bos))
         return {name: windows.to(self.skippable.device) for name, windows in drawn.items()}
 
     @cached_property
@@ -212,7 +194,7 @@ class Bench:
                 ]
             loss, divergence = ([total / len(positions) for total in column] for column in zip(*totals, strict=True))
             texts[name] = {"loss": loss, "divergence": divergence}
-        self.work.save_result(removed, method, {"seconds": seconds, "texts": texts})
+        self.save_result(removed, method, {"seconds": seconds, "texts": texts})
         means = {name: [statistics.fmean(values) for values in of_text.values()] for name, of_text in texts.items()}
         say("  " + ", ".join(f"{name} {loss:.3f} nats, KL {kl:.3f}" for name, (loss, kl) in means.items()))
 
@@ -231,7 +213,7 @@ class Bench:
         try:
             patch = fit(self.text, removed)
         except Unavailable as reason:
-            self.work.save_result(removed, method, {"unavailable": str(reason)})
+            self.save_result(removed, method, {"unavailable": str(reason)})
             return
         self.measure_patched(removed, method, patch, seconds + time.monotonic() - start)
 
@@ -242,15 +224,15 @@ class Bench:
         timing = folder.with_suffix(".seconds")
         if not folder.exists():
             start = time.monotonic()
-            run_sleb([
+            run_sleb(
                 "apply", options.model, "--blocks", ",".join(map(str, removed)), "--recover",
                 *(["--heal", "--heal-minutes", minutes] if minutes else []),
                 "--calibration", f"{options.data / TRAIN}:0.75,self:0.25",
                 "--samples", math.ceil(options.samples / 0.7), "--sequence-length", options.length,
                 "--device", options.device, "-o", folder, "-q", "--no-verify",
-            ])  # fmt: skip
+            )  # fmt: skip
             timing.write_text(f"{time.monotonic() - start:.0f}")
-        healed = Variant(self.open(read_architecture(locate_model(str(folder), quiet), load_plugins(), quiet)))
+        healed = Variant(self.open(architecture_of(folder)))
         with torch.inference_mode():
             self.measure(healed, healed.final_states, float(timing.read_text()), removed, method)
         free_memory()
@@ -271,12 +253,12 @@ class Bench:
         plan_file = self.work.folder / f"{kind}-{largest}.json"
         say(f"search {kind}, {largest} blocks")
         if not plan_file.exists():
-            run_sleb([
+            run_sleb(
                 "search", self.options.model, "--remove", largest, *SEARCHES[kind].split(),
                 "--calibration", self.options.data / TRAIN, *SEARCH_TEXT.split(), "--dtype", self.options.dtype,
                 "--device", self.options.device, "-o", plan_file, "-q", "--json",
-                *(["--resume"] if plan_file.with_name(f"{plan_file.name}.journal").exists() else []),
-            ])  # fmt: skip
+                *resumed(plan_file),
+            )  # fmt: skip
         plan = read_plan(plan_file)
         searches = self.work.data["searches"].setdefault(kind, {})
         for known_size in range(1, largest + 1) if kind == "greedy" else [size]:
@@ -285,25 +267,7 @@ class Bench:
         return tuple(searches[str(size)])
 
 
-def run_sleb(command: Sequence[Any]) -> None:
-    """Run a `sleb` command in this process."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = sleb([str(part) for part in command])
-    if code:
-        raise SystemExit(f"sleb {' '.join(map(str, command))} ended with {code}: the same command resumes")
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
-
-
 # Results as numbers.
-
-
-def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
-    """Return the mean difference over the same windows, and its standard error."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
@@ -345,14 +309,13 @@ def percent(value: float, low: float, high: float) -> str:
     return f"**{value * 100:.0f}** ({low * 100:.0f} to {high * 100:.0f})"
 
 
-def table(bench: Bench, removed: Sequence[int]) -> str:
+def table(bench: RecoveryBench, removed: Sequence[int]) -> str:
     """Return the Markdown table of all methods without these blocks."""
-    results, dense = bench.work.results(removed), bench.work.results(())[DENSE]
+    results, dense = bench.results(removed), bench.results(())[DENSE]
     columns = ("nats (more than pruned)", "% of lost nats back", "KL", "% of KL left")
     header = ["method", *(f"{name}, {column}" for name in TEXTS for column in columns), "seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     healed = {heal_name(minutes): Method(heal_label(minutes)) for minutes in healed_minutes(results)}
-    notes = []
+    rows, notes = [], []
     for name, method in {DENSE: Method("dense"), **METHODS, **healed}.items():
         found = dense if name == DENSE else results.get(name)
         if found is None:
@@ -362,8 +325,8 @@ def table(bench: Bench, removed: Sequence[int]) -> str:
             continue
         of_texts = [cell for text in TEXTS for cell in cells(found, dense, results[PRUNED], text)]
         seconds = f"{found['seconds']:.0f}" if found["seconds"] else ""
-        lines.append("| " + " | ".join([method.label + ("" if method.loads else " †"), *of_texts, seconds]) + " |")
-    return "\n".join(lines + notes)
+        rows.append([method.label + ("" if method.loads else " †"), *of_texts, seconds])
+    return "\n".join([markdown(header, rows), *notes])
 
 
 def heal_name(minutes: float) -> str:
@@ -379,18 +342,13 @@ def healed_minutes(results: dict[str, Any]) -> list[float]:
     return sorted(float(name.removeprefix("heal-")) for name in results if name.startswith("heal-"))
 
 
-def plot(bench: Bench, path: Path) -> None:
+def plot(bench: RecoveryBench, path: Path) -> None:
     """Draw the share of the lost nats that the minutes of healing give back, for each text and set."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(9, 4), layout="constrained", sharey=True)
-    dense = bench.work.results(())[DENSE]
+    figure, panels = subplots(len(TEXTS), (9, 4), sharey=True)
+    dense = bench.results(())[DENSE]
     for panel, text in zip(panels, TEXTS, strict=True):
         for removed in sets(bench):
-            results = bench.work.results(removed)
+            results = bench.results(removed)
             minutes = healed_minutes(results)
             shares = [share_back(results[heal_name(each)], dense, results[PRUNED], text) for each in minutes]
             middle, low, high = (torch.tensor(column) * 100 for column in zip(*shares, strict=True))
@@ -402,9 +360,11 @@ def plot(bench: Bench, path: Path) -> None:
     figure.savefig(path)
 
 
-def report(bench: Bench) -> str:
+def report(bench: RecoveryBench) -> str:
     """Return the text between the marks of the document."""
     options, blocks = bench.options, bench.architecture.block_count
+    decide = ("sizes", "sets", "removals", "samples", "deciding", "length", "windows", "window_length", "dtype")
+    decide = (*decide, "heal_minutes")
     lines = [
         f"## {Path(options.model).name}",
         "",
@@ -415,14 +375,11 @@ def report(bench: Bench) -> str:
         "windows); KL(dense || model) in nats. † is a bound, or needs code of its own to run. Seconds are those of the "
         "fit, one pass of the dense model over the text included.",
         "",
-        f"`python tests/benchmarks/recovery.py {as_typed(options)}`",
-        "",
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}, {processor_name(torch.device(options.device))}.",
+        *how_measured(options, "recovery.py", decide),
     ]
-    for removed, names in sets(bench).items():
-        if PRUNED in bench.work.results(removed):
-            lines += ["", f"### {len(removed)} of {blocks} blocks removed, {' and '.join(names)}: {named(removed)}"]
+    for removed, kinds in sets(bench).items():
+        if PRUNED in bench.results(removed):
+            lines += ["", f"### {len(removed)} of {blocks} blocks removed, {' and '.join(kinds)}: {named(removed)}"]
             lines += ["", table(bench, removed)]
     return "\n".join(lines)
 
@@ -431,7 +388,7 @@ def named(removed: Sequence[int]) -> str:
     return ", ".join(map(str, sorted(removed)))
 
 
-def sets(bench: Bench) -> dict[tuple[int, ...], list[str]]:
+def sets(bench: RecoveryBench) -> dict[tuple[int, ...], list[str]]:
     """Return the sets of removed blocks that are known, and what they are called; one may be both."""
     found: dict[tuple[int, ...], list[str]] = {}
     for size in bench.options.sizes:
@@ -442,69 +399,28 @@ def sets(bench: Bench) -> dict[tuple[int, ...], list[str]]:
     return found
 
 
-def as_typed(options: argparse.Namespace) -> str:
-    """Return the arguments that affect a number, without paths of this machine."""
-    decide = ("sizes", "sets", "removals", "samples", "deciding", "length", "windows", "window_length", "dtype")
-    given = {name: getattr(options, name) for name in (*decide, "heal_minutes")}
-    text = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
-    words = [f"--{name.replace('_', '-')} {value}" for name, value in text.items() if value]
-    return " ".join([Path(options.model).name, "DATA", *words])
-
-
-def write_report(text: str, model: str, path: Path) -> None:
-    """Replace the text between a document's marks for this model, or add them at the end; keep the rest."""
-    begin, end = (mark.format(model=model) for mark in MARKS)
-    document = path.read_text() if path.exists() else "# Recovery, compared\n"
-    if begin not in document:
-        document += f"\n{begin}\n{end}\n"
-    before, _, rest = document.partition(begin)
-    _, _, after = rest.partition(end)
-    write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: [part for part in text.split(",") if part]  # noqa: E731
-    numbers = lambda text: [int(part) for part in names(text)]  # noqa: E731
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--work", type=Path, default=Path("recovery"), help="folder for results")
-    parser.add_argument("--sizes", type=numbers, default=[3, 6, 9, 12])
-    parser.add_argument("--sets", type=names, default=list(SEARCHES), help=", ".join(SEARCHES))
-    parser.add_argument("--removals", type=numbers, default=[], help="the order of greedy removals, if known")
-    parser.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
-    parser.add_argument(
-        "--heal-minutes",
-        type=lambda text: [float(part) for part in names(text)],
-        default=[],
-        help="also heal for so many minutes: 0,10,60",
-    )
-    parser.add_argument("--samples", type=int, default=96, help="sequences to fit on")
-    parser.add_argument("--deciding", type=int, default=24, help="sequences that decide")
-    parser.add_argument("--length", type=int, default=256, help="tokens in each")
-    parser.add_argument("--windows", type=int, default=24, help="windows of each text to measure on")
-    parser.add_argument("--window-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=8, help="sequences per batch")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
-    parser.add_argument("--plot", type=Path, help="file to draw the plot into: .svg, .png")
-    parser.add_argument("--report", type=Path, help="Markdown file to write the table into")
-    options = parser.parse_args()
-    for name in options.methods:
-        if name not in METHODS:
-            parser.error(f"there is no method {name}: {', '.join(METHODS)}")
-    for name in options.sets:
-        if name not in SEARCHES:
-            parser.error(f"there is no set {name}: {', '.join(SEARCHES)}")
+    found = parser(__doc__, "recovery")
+    found.add_argument("--sizes", type=numbers, default=[3, 6, 9, 12])
+    found.add_argument("--sets", type=names, default=list(SEARCHES), help=", ".join(SEARCHES))
+    found.add_argument("--removals", type=numbers, default=[], help="the order of greedy removals, if known")
+    found.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
+    minutes = lambda text: [float(part) for part in names(text)]  # noqa: E731
+    found.add_argument("--heal-minutes", type=minutes, default=[], help="also heal for these minutes: 0,10,60")
+    found.add_argument("--samples", type=int, default=96, help="sequences to fit on")
+    found.add_argument("--deciding", type=int, default=24, help="sequences that decide")
+    found.add_argument("--batch", type=int, default=8, help="sequences per batch")
+    options = found.parse_args()
+    require_known(found, "method", options.methods, list(METHODS))
+    require_known(found, "set", options.sets, list(SEARCHES))
     if options.removals and max(options.sizes) > len(options.removals):
-        parser.error(f"--removals names {len(options.removals)} blocks, not {max(options.sizes)}")
+        found.error(f"--removals names {len(options.removals)} blocks, not {max(options.sizes)}")
     return options
 
 
-def measure_all(bench: Bench) -> None:
+def measure_all(bench: RecoveryBench) -> None:
     """Search, fit and measure what is missing."""
-    options, results = bench.options, bench.work.results
+    options, results = bench.options, bench.results
     for size in options.sizes:
         for kind in options.sets:
             bench.search(kind, size)
@@ -527,16 +443,16 @@ def measure_all(bench: Bench) -> None:
 def main() -> None:
     options = parse()
     quiet_libraries()
-    bench = Bench(options)
+    bench = RecoveryBench(options)
     if not options.show:
         try:
             measure_all(bench)
-        except KeyboardInterrupt:
+        except (Stopped, KeyboardInterrupt):
             say("stopped: the same command resumes")
     text = report(bench)
     say(text)
     if options.report:
-        write_report(text, Path(options.model).name, options.report)
+        write_report(text, f"recovery.py, {Path(options.model).name}", "Recovery, compared", options.report)
     if options.plot:
         plot(bench, options.plot)
 

@@ -1,12 +1,44 @@
-"""Results of a long benchmark, in a file that is written after each measurement, so that a stopped run resumes."""
+"""What the long benchmarks share: results that survive a stop, the data, and a report between marks of a document."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import json
+import math
+import platform
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from torch import Tensor
+
+from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
+from sleb_cli.engine.device import choose_dtype
+from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer
+from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.text.sources import evaluation_text
+from sleb_cli.events import ignore
+from sleb_cli.plugin_manager import load_plugins
+
+TRAIN = "text/enwiki_train.txt"
+TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
+DENSE = "dense"
+
+
+class Stopped(Exception):
+    """The user interrupted, or a time limit did; all results are saved."""
 
 
 class SavedWork:
@@ -20,8 +52,137 @@ class SavedWork:
             self.data = json.loads(self.path.read_text())
             if self.data["setting"] != setting:
                 raise SystemExit(
-                    f"{self.path} was measured with {self.data['setting']}, not {setting}: take another --work."
+                    f"{self.path} was measured with {self.data['setting']}, not {setting}: use another --work."
                 )
 
     def save(self) -> None:
         write_text(self.path, to_json(self.data))
+
+
+class Bench:
+    """The model, the data and the options of a benchmark, and its results so far."""
+
+    def __init__(self, options: argparse.Namespace, name: str, setting: dict[str, Any], kinds: tuple[str, ...]) -> None:
+        self.options = options
+        self.architecture = architecture_of(options.model)
+        model = self.architecture.record.model_dump(mode="json", include={"model_type", "fingerprint", "blocks"})
+        self.work = SavedWork(options.work, name, {"model": model} | setting, kinds)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.architecture.source)
+
+    @property
+    def placed(self) -> tuple[torch.dtype, torch.device]:
+        """The data type and the device of the models."""
+        device = torch.device(self.options.device)
+        return choose_dtype(self.options.dtype, self.architecture.config.dtype, device), device
+
+    def load(self, architecture: Architecture) -> Any:
+        return load_dense(architecture, *self.placed, ignore)
+
+    def drawn_windows(self, cut: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return windows of each text, drawn at random positions."""
+        cuts = {name: cut(evaluation_text(str(self.options.data / place)).content) for name, place in TEXTS.items()}
+        return {name: windows[draw(len(windows), self.options.windows, seed=0)] for name, windows in cuts.items()}
+
+
+def architecture_of(model: object) -> Architecture:
+    return read_architecture(locate_model(str(model), ignore), load_plugins(), ignore)
+
+
+def run_sleb(*command: Any) -> None:
+    """Run a `sleb` command in this process."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = sleb([str(part) for part in command])
+    if code in (130, 143):
+        raise Stopped
+    if code:
+        raise SystemExit(f"sleb {shlex.join(map(str, command))} ended with {code}")
+
+
+def resumed(plan_file: Path) -> list[str]:
+    """Return the option that continues an interrupted search, if there is one."""
+    return ["--resume"] if plan_file.with_name(f"{plan_file.name}.journal").exists() else []
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """Return the mean difference over the same windows, and its standard error."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def how_measured(options: argparse.Namespace, script: str, names: Sequence[str]) -> list[str]:
+    """Return the command, with the named options but no paths of this machine, and the versions."""
+    words = []
+    for name in names:
+        value = getattr(options, name)
+        text = ",".join(map(str, value)) if isinstance(value, list) else value
+        if text:
+            words.append(f"--{name.replace('_', '-')}" + ("" if text is True else f" {text}"))
+    return [
+        f"`python tests/benchmarks/{script} {' '.join([Path(options.model).name, 'DATA', *words])}`",
+        "",
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}, {processor_name(torch.device(options.device))}.",
+    ]
+
+
+def write_report(text: str, mark: str, title: str, path: Path) -> None:
+    """Replace the text between a document's marks, or add it at the end; keep the rest."""
+    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
+    document = path.read_text() if path.exists() else f"# {title}\n"
+    if begin not in document:
+        document += f"\n{begin}\n{end}\n"
+    before, _, rest = document.partition(begin)
+    _, _, after = rest.partition(end)
+    write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in names(text)]
+
+
+def parser(doc: str | None, work: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that the benchmarks share."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("model")
+    found.add_argument("data", type=Path)
+    found.add_argument("--work", type=Path, default=Path(work), help="folder for results")
+    found.add_argument("--length", type=int, default=256, help="tokens in each sequence")
+    found.add_argument("--windows", type=int, default=24, help="windows of each text to measure on")
+    found.add_argument("--window-length", type=int, default=512)
+    found.add_argument("--dtype", default="bfloat16")
+    found.add_argument("--device", default="cpu")
+    found.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
+    found.add_argument("--report", type=Path, help="Markdown file to write the table into")
+    found.add_argument("--plot", type=Path, help="file to draw the plot into: .svg, .png")
+    return found
+
+
+def require_known(parser: argparse.ArgumentParser, what: str, given: Sequence[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            parser.error(f"no {what} {name}: choose from {', '.join(known)}")
+
+
+def subplots(count: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(1, count, figsize=size, layout="constrained", **options)

@@ -11,8 +11,8 @@ The parts, by default all but the last two, in this order:
     project    large models on other machines, by arithmetic alone
 
 The model is a Llama of random bfloat16 weights, made under --work once (default: a new folder, deleted afterwards;
-three times the size must be free). `sleb` runs under a hard limit of memory: a control group, else a scope of systemd,
-else `ulimit -d`, which does not count the page cache. Nothing of the model is in the page cache at the start.
+three times the size must be free). `sleb` runs under a hard limit of memory: a control group, else
+`ulimit -d`, which does not count the page cache. Nothing of the model is in the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
 and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step reads the
@@ -34,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from made_models import compared, size_of, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -82,7 +82,6 @@ def under_a_limit(parts: Sequence[str], options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
         folder = make_model(options.work or Path(place), options)
         with limited_to(parse_bytes(options.limit, "--limit")) as limit:
-            print(f"limit: {options.limit} by {limit.name}", flush=True)
             benchmark = Benchmark(options, folder, Path(place), limit)
             for part in parts:
                 getattr(benchmark, part)()
@@ -124,63 +123,15 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
     block = 4 * hidden**2 + 3 * hidden * wide
     blocks = max(4, round((options.gib * 2**29 - 2 * vocabulary * hidden) / block))
     model = folder / f"llama-{blocks}x{hidden}x{wide}"
-    if not (model / "config.json").exists():
+    if not (model / "text.txt").exists():
         start = time.perf_counter()
         shutil.rmtree(model, ignore_errors=True)
-        model.mkdir(parents=True)
-        write_weights(model, shapes(blocks, hidden, wide, vocabulary))
+        write_llama(model, blocks, hidden, wide, vocabulary, SHARD_BYTES)
         byte_tokenizer().save_pretrained(model)
-        rng = random.Random(0)
-        (model / "text.txt").write_text(" ".join(rng.choices(WORDS, k=100_000)))
-        config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=wide, num_hidden_layers=blocks,
-            num_attention_heads=hidden // 128, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-            dtype="bfloat16", bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
-        config.save_pretrained(model)
+        (model / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
         print(f"made in {time.perf_counter() - start:.0f} s")
     print(f"{blocks} blocks, hidden size {hidden}, MLP {wide}: {size_of(model) / 2**30:.2f} GiB", flush=True)
     return model
-
-
-def shapes(blocks: int, hidden: int, wide: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of each tensor of the model."""
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for block in range(blocks):
-        prefix = f"model.layers.{block}"
-        yield from ((f"{prefix}.self_attn.{name}_proj.weight", (hidden, hidden)) for name in "qkvo")
-        yield from ((f"{prefix}.mlp.{name}_proj.weight", (wide, hidden)) for name in ("gate", "up"))
-        yield f"{prefix}.mlp.down_proj.weight", (hidden, wide)
-        yield from ((f"{prefix}.{norm}.weight", (hidden,)) for norm in ("input_layernorm", "post_attention_layernorm"))
-    yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocabulary, hidden)
-
-
-def write_weights(folder: Path, tensors: Iterable[tuple[str, tuple[int, ...]]]) -> None:
-    """Write random tensors into shards of about `SHARD_BYTES`, with an index."""
-    tensors = list(tensors)
-    # Slices of one pool at random places: drawing each number would take longer than writing it.
-    pool = torch.empty(2 * max(math.prod(shape) for _, shape in tensors), dtype=torch.bfloat16).normal_(0, 0.02)
-    rng, shards, size = random.Random(0), [{}], 0
-    for name, shape in tensors:
-        if size > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = shape
-        size += 2 * math.prod(shape)
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        values = {}
-        for name, shape in shard.items():
-            begin, count = rng.randrange(len(pool) // 2), math.prod(shape)
-            matrix = len(shape) > 1
-            values[name] = (pool[begin : begin + count].clone() if matrix else torch.ones(count).bfloat16()).view(shape)
-        save_file(values, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(2 * math.prod(shape) for _, shape in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -190,10 +141,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 # The machine
@@ -256,48 +203,25 @@ def forget(folder: Path) -> None:
 # The limit
 
 
-@dataclass(frozen=True)
-class Limit:
-    """How a process is held to an amount of memory: words before its command, and the file with the group's peak."""
-
-    name: str
-    before: tuple[str, ...] = ()
-    peak: Path | None = None
-
-
 @contextmanager
-def limited_to(size: int) -> Iterator[Limit]:
-    """Make a control group for processes, or else find another way."""
-    name = f"sleb-scale-{os.getpid()}"
-    versions = (
-        (Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes"), "max_usage_in_bytes"),
-        (Path("/sys/fs/cgroup"), ("memory.max", "memory.swap.max"), "peak"),
-    )
-    for root, (limit, swap), peak in versions:
-        group = root / name
-        try:
-            group.mkdir()
-        except OSError:
-            continue
-        try:
-            (group / limit).write_text(str(size))
-            if (group / swap).exists():
-                (group / swap).write_text(str(size if "memsw" in swap else 0))
-        except OSError:
+def limited_to(size: int) -> Iterator[tuple[str, ...]]:
+    """Yield words that hold the command behind them to an amount of memory: by a control group, or else by ulimit."""
+    group = Path("/sys/fs/cgroup") / f"sleb-scale-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.max").write_text(str(size))
+        (group / "memory.swap.max").write_text("0")
+    except OSError:
+        if group.exists():
             group.rmdir()
-            continue
-        try:
-            enter = 'echo $$ > "$0" && exec "$@"'
-            yield Limit("a control group", ("sh", "-c", enter, str(group / "cgroup.procs")), group / f"memory.{peak}")
-        finally:
-            group.rmdir()
+        print("limit: ulimit -d, without the page cache", flush=True)
+        yield "sh", "-c", f'ulimit -d {size // 1024} && exec "$0" "$@"'
         return
-    scope = ("systemd-run", "--scope", "--quiet", "-p", f"MemoryMax={size}", "-p", "MemorySwapMax=0")
-    for user in ((), ("--user",)):
-        if shutil.which(scope[0]) and not subprocess.run([*scope, *user, "true"], capture_output=True).returncode:
-            yield Limit("a scope of systemd", (*scope, *user))
-            return
-    yield Limit("ulimit -d, without the page cache", ("sh", "-c", f'ulimit -d {size // 1024} && exec "$0" "$@"'))
+    try:
+        print("limit: a control group", flush=True)
+        yield "sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")
+    finally:
+        group.rmdir()
 
 
 # A run
@@ -321,17 +245,14 @@ class Run:
     seconds: float = 0.0
     resident: int = 0
     anonymous: int = 0
-    group: int = 0
     read: int = 0
-    requested: int = 0
 
     def show(self, name: str, size: int) -> None:
         """Print what the process took, and what each of its tasks did."""
-        group = f", {self.group / 2**30:.2f} GiB of the group with page cache" if self.group else ""
         print(
             f"\n{name}: {self.seconds:.1f} s; read {self.read / 1e9:.1f} GB from disk, {self.read / size:.2f} times "
-            f"the files, and {self.requested / 1e9:.1f} GB by calls\n  peak {self.resident / 2**30:.2f} GiB resident, "
-            f"{self.anonymous / 2**30:.2f} GiB of it not in files{group}"
+            f"the files\n  peak {self.resident / 2**30:.2f} GiB resident, "
+            f"{self.anonymous / 2**30:.2f} GiB of it not in files"
         )
         for mark, after in pairwise([*self.tasks, Mark("", self.seconds, self.read)]):
             taken, read = after.seconds - mark.seconds, (after.read - mark.read) / 1e9
@@ -354,15 +275,13 @@ class Run:
         return end.seconds - start.seconds, end.read - start.read
 
 
-def run(arguments: Sequence[object], limit: Limit | None = None) -> Run:
+def run(arguments: Sequence[object], limit: Sequence[str] = ()) -> Run:
     """Run `sleb` and watch it.
 
     Raises:
         SystemExit: it failed.
     """
-    command = [*(limit.before if limit else ()), sys.executable, "-m", "sleb_cli", *map(str, arguments)]
-    if limit and limit.peak:
-        limit.peak.write_text("0")
+    command = [*limit, sys.executable, "-m", "sleb_cli", *map(str, arguments)]
     found, start = Run(), time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     readers = [
@@ -373,41 +292,32 @@ def run(arguments: Sequence[object], limit: Limit | None = None) -> Run:
         reader.start()
     # Not waited for yet: a process that has ended still tells what it read.
     while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        found.anonymous = max(found.anonymous, status(process.pid, "RssAnon"))
+        found.anonymous = max(found.anonymous, 1024 * proc_number(process.pid, "status", "RssAnon"))
         time.sleep(0.02)
     found.seconds = time.perf_counter() - start
-    found.read, found.requested = counted(process.pid, "read_bytes"), counted(process.pid, "rchar")
+    found.read = proc_number(process.pid, "io", "read_bytes")
     _, code, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(code)
     for reader in readers:
         reader.join()
     found.resident = usage.ru_maxrss * 1024
-    found.group = int(limit.peak.read_text()) if limit and limit.peak else 0
     if process.returncode:
-        raise SystemExit(f"sleb {arguments[0]} ended with {process.returncode}:\n" + last_lines(found))
+        raise SystemExit(
+            f"sleb {arguments[0]} ended with {process.returncode}:\n"
+            + "\n".join(mark.line for mark in found.marks[-8:])
+        )
     return found
 
 
 def collect(found: Run, process: subprocess.Popen[str], start: float) -> None:
     for line in process.stderr:
-        found.marks.append(Mark(line.strip(), time.perf_counter() - start, counted(process.pid, "read_bytes")))
-
-
-def last_lines(found: Run) -> str:
-    return "\n".join(mark.line for mark in found.marks[-8:])
-
-
-def counted(pid: int, name: str) -> int:
-    """Return a number from /proc/PID/io; 0 if the process is gone."""
-    return proc_number(pid, "io", name)
-
-
-def status(pid: int, name: str) -> int:
-    """Return bytes from /proc/PID/status; 0 if the process is gone."""
-    return 1024 * proc_number(pid, "status", name)
+        found.marks.append(
+            Mark(line.strip(), time.perf_counter() - start, proc_number(process.pid, "io", "read_bytes"))
+        )
 
 
 def proc_number(pid: int, file: str, name: str) -> int:
+    """Return a number from /proc/PID; 0 if the process is gone."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     except OSError:
@@ -421,7 +331,7 @@ def proc_number(pid: int, file: str, name: str) -> int:
 class Benchmark:
     """The model, the limit, and what the machine can do."""
 
-    def __init__(self, options: argparse.Namespace, folder: Path, place: Path, limit: Limit) -> None:
+    def __init__(self, options: argparse.Namespace, folder: Path, place: Path, limit: Sequence[str]) -> None:
         self.options, self.folder, self.place, self.limit = options, folder, place, limit
         self.size = size_of(folder)
         self.architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
@@ -549,18 +459,13 @@ def walk(count: int, removed: Sequence[int], candidates: Sequence[int], start: i
     return passes
 
 
-def compared(reached: bool) -> str:
-    return "within the goal of" if reached else "MISSES the goal of"
-
-
 def crossover(options: argparse.Namespace) -> None:
     """Time the search of a model that fits, in memory and streamed, by turns, and compare the plans."""
     seconds: dict[str, list[float]] = {"--no-stream": [], "--stream": []}
     plans = []
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
         text = Path(place) / "text.txt"
-        rng = random.Random(0)
-        text.write_text(" ".join(rng.choices(WORDS, k=100_000)))
+        text.write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
         settings = ["--calibration", text, "--samples", options.crossover_samples, "--remove", 2]
         settings += ["--sequence-length", options.crossover_length, "--sample-tokens", 0, "--json", *options.option]
         for number in range(options.rounds):

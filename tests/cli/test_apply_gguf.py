@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import calibration, interrupt_healing, reported_tokens
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
 from sleb_cli.engine.model import gguf
 from sleb_cli.engine.output import apply_gguf
@@ -34,6 +36,18 @@ def plan(run_sleb, tmp_path, source, text_file):
     return tmp_path / "plan.json"
 
 
+@pytest.fixture
+def apply(run_sleb):
+    """Apply something, and give the result."""
+
+    def run(*options, code=0, says=""):
+        result = run_sleb("apply", *options)
+        assert (result.exit_code, says in result.stdout + result.stderr) == (code, True), (options, result.stderr)
+        return result
+
+    return run
+
+
 def logits(path, *, gguf_file=None):
     model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, dtype=torch.float32)
     with torch.inference_mode():
@@ -41,24 +55,20 @@ def logits(path, *, gguf_file=None):
 
 
 @pytest.mark.parametrize("type_", [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0])
-def test_a_plan_of_the_full_model_cuts_any_quantisation(run_sleb, tmp_path, plan, type_):
+def test_a_plan_of_the_full_model_cuts_any_quantisation(apply, tmp_path, plan, type_):
     write_llama_gguf(tmp_path / "q.gguf", 6, type_)
     removals = json.loads(plan.read_text())["removals"]
-    result = run_sleb("apply", plan, "--source", "q.gguf", "-o", "small.gguf")
-    assert result.exit_code == 0, result.stderr
-    assert "wrote small.gguf: 4 blocks" in result.stdout
+    result = apply(plan, "--source", "q.gguf", "-o", "small.gguf", says="wrote small.gguf: 4 blocks")
     assert "every tensor is a byte-for-byte copy from the source; transformers reads it" in result.stdout
     assert "bitwise equal" in result.stdout
     assert metadata_of(tmp_path / "small.gguf")["sleb.removed_blocks"] == removals
-    blocks = ",".join(map(str, removals))
-    result = run_sleb("apply", "q.gguf", "--blocks", blocks, "-o", "folder")
-    assert result.exit_code == 0, result.stderr
+    apply("q.gguf", "--blocks", ",".join(map(str, removals)), "-o", "folder")
     found, expected = logits(tmp_path, gguf_file="small.gguf"), logits(tmp_path / "folder")
     assert (found - expected).abs().max() <= (0 if type_ is Type.F32 else 0.03) * expected.abs().max()
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_file_is_converted_again_if_its_header_or_transformers_changed(source, monkeypatch):
+def test_a_changed_file_or_transformers_converts_it_again(source, monkeypatch):
     monkeypatch.setattr(fingerprint, "SAMPLES", 1)
     monkeypatch.setattr(fingerprint, "HEAD_BYTES", 64)
     folders = [gguf.gguf_folder(source, ignore), gguf.gguf_folder(source, ignore)]
@@ -75,108 +85,76 @@ def test_a_file_is_converted_again_if_its_header_or_transformers_changed(source,
     assert eos == [1, 1, 2, 2]
 
 
-def test_fewer_removals_a_default_name_and_json(run_sleb, tmp_path, source, plan):
-    removals = json.loads(plan.read_text())["removals"]
-    result = run_sleb("apply", "--remove", 1, "--source", source, "--json")
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
+def test_fewer_removals_a_default_name_and_json(apply, tmp_path, source, plan):
+    data = json.loads(apply("--remove", 1, "--source", source, "--json").stdout)
     assert (data["kind"], data["file"], data["blocks"]) == ("gguf", "tiny-sleb-5-blocks.gguf", 5)
-    assert data["removals"] == removals[:1]
-    assert data["source"] == str(source)
-    assert data["file_bytes"] == (tmp_path / data["file"]).stat().st_size
+    assert data["removals"] == json.loads(plan.read_text())["removals"][:1]
+    assert (data["source"], data["file_bytes"]) == (str(source), (tmp_path / data["file"]).stat().st_size)
     assert (data["verified"], data["unproven"], data["proof"]["dtype"]) == (True, None, "bfloat16")
     assert data["proof"]["logits_difference"] == 0
 
 
-def test_blocks_without_a_plan_and_without_a_proof(run_sleb, tmp_path, source):
-    result = run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "a.gguf", "--no-verify")
-    assert (result.exit_code, "not verified (--no-verify)" in result.stdout) == (0, True), result.stderr
-    result = run_sleb("apply", source, "--blocks", "4,1", "--source", source, "-o", "b.gguf")
-    assert (result.exit_code, "proven" in result.stdout) == (0, True), result.stderr
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    assert "blk.3.attn_q.weight" in tensors_of(tmp_path / "a.gguf")
-    assert "blk.4.attn_q.weight" not in tensors_of(tmp_path / "a.gguf")
-
-
-def test_a_pruned_file_is_a_model_to_search(run_sleb, tmp_path, source, text_file):
-    assert run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "a.gguf").exit_code == 0
+def test_a_pruned_file_is_a_model_to_search(run_sleb, apply, tmp_path, source, text_file):
+    apply("--blocks", "4,1", "--source", source, "-o", "a.gguf", "--no-verify", says="not verified (--no-verify)")
+    apply(source, "--blocks", "4,1", "--source", source, "-o", "same.gguf", says="proven")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
+    assert {name for name in tensors_of(tmp_path / "a.gguf") if "attn_q.weight" in name} == {
+        f"blk.{block}.attn_q.weight" for block in range(4)
+    }
     result = run_sleb("search", "a.gguf", "--remove", 1, *calibration(text_file), "--json")
     assert json.loads(result.stdout)["model"]["blocks"] == 4
-    result = run_sleb("apply", "--source", "a.gguf", "-o", "b.gguf")
-    assert result.exit_code == 0, result.stderr
+    apply("--source", "a.gguf", "-o", "b.gguf")
     kept = [block for block in range(6) if block not in (4, 1)]
     removed = kept[json.loads((tmp_path / "plan.json").read_text())["removals"][0]]
     assert metadata_of(tmp_path / "b.gguf")["sleb.removed_blocks"] == [4, 1, removed]
 
 
-def test_what_transformers_cannot_read_is_said_to_be_verified_in_part(run_sleb, tmp_path, monkeypatch, source):
-
+def test_what_transformers_cannot_read_is_proven_in_part(apply, tmp_path, monkeypatch, source):
     write_gguf(tmp_path / "odd.gguf", "granite", 4)
-    result = run_sleb("apply", "--blocks", "1", "--source", "odd.gguf")
-    assert result.exit_code == 0, result.stderr
     copied = "every tensor is a byte-for-byte copy from the source"
-    assert f"partially proven: {copied}; logits not compared: " in result.stdout
+    result = apply("--blocks", "1", "--source", "odd.gguf", says=f"partially proven: {copied}; logits not compared: ")
     assert "transformers does not read GGUF files of the architecture granite" in result.stdout
-    data = json.loads(run_sleb("apply", "--blocks", "1", "--source", "odd.gguf", "--force", "--json").stdout)
+    data = json.loads(apply("--blocks", "1", "--source", "odd.gguf", "--force", "--json").stdout)
     assert (data["verified"], data["proof"]) == (True, None)
     write_gguf(tmp_path / "bare.gguf", "llama", 4)
-    result = run_sleb("apply", "--blocks", "1", "--source", "bare.gguf")
-    assert (result.exit_code, "logits not compared: transformers cannot read" in result.stdout) == (0, True), (
-        result.stderr
-    )
-
-    class Full:
-        available = 5
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: Full)
-    result = run_sleb("apply", "--blocks", "1", "--source", source)
-    assert (result.exit_code, "B of memory" in result.stdout) == (0, True), result.stderr
+    apply("--blocks", "1", "--source", "bare.gguf", says="logits not compared: transformers cannot read")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5))
+    apply("--blocks", "1", "--source", source, says="B of memory")
 
 
-def test_a_gguf_model_or_output_is_enough(run_sleb, tmp_path, source, tiny_llama):
-    named = run_sleb("apply", source, "--blocks", "4,1", "-o", "small.gguf")
-    assert named.exit_code == 0, named.stderr
+def test_a_gguf_model_or_output_is_enough(apply, tmp_path, source, tiny_llama):
+    apply(source, "--blocks", "4,1", "-o", "small.gguf")
     assert metadata_of(tmp_path / "small.gguf")["llama.block_count"] == 4
-    assert run_sleb("apply", source, "--blocks", "4,1").exit_code == 0
+    apply(source, "--blocks", "4,1")
     assert (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes() == (tmp_path / "small.gguf").read_bytes()
-    as_folder = run_sleb("apply", source, "--blocks", "4,1", "-o", "folder")
-    assert as_folder.exit_code == 0, as_folder.stderr
-    assert (tmp_path / "folder" / "config.json").is_file()
-    sized = run_sleb("apply", source, "--blocks", "4,1", "--max-shard-size", "5GB")  # an option of checkpoints
-    assert sized.exit_code == 0, sized.stderr
-    assert (tmp_path / "tiny-sleb-4-blocks" / "config.json").is_file()
-    result = run_sleb("apply", tiny_llama, "--blocks", "4,1", "-o", "other.gguf")
-    assert (result.exit_code, "can only be made from a GGUF file" in result.stderr) == (2, True), result.stderr
+    apply(source, "--blocks", "4,1", "-o", "folder")
+    apply(source, "--blocks", "4,1", "--max-shard-size", "5GB")  # an option of checkpoints
+    assert all((tmp_path / name / "config.json").is_file() for name in ("folder", "tiny-sleb-4-blocks"))
+    apply(tiny_llama, "--blocks", "4,1", "-o", "other.gguf", code=2, says="can only be made from a GGUF file")
     assert not (tmp_path / "other.gguf").exists()
 
 
-def test_a_plan_made_for_a_gguf_file_gives_a_gguf_file(run_sleb, tmp_path, source, text_file):
+def test_a_plan_made_for_a_gguf_file_gives_a_gguf_file(run_sleb, apply, tmp_path, source, text_file):
     options = ("--remove", 2, *calibration(text_file), "-o", "own.json", "-q")
     assert run_sleb("search", source, *options).exit_code == 0
-    result = run_sleb("apply", "own.json")
-    assert result.exit_code == 0, result.stderr
+    apply("own.json")
     assert metadata_of(tmp_path / "tiny-sleb-4-blocks.gguf")["llama.block_count"] == 4
     write_llama_gguf(source, 6, Type.F32)
-    result = run_sleb("apply", "own.json", "-o", "again.gguf")
-    assert (result.exit_code, "fingerprint" in result.stderr) == (3, True), result.stderr
+    apply("own.json", "-o", "again.gguf", code=3, says="fingerprint")
 
 
-def test_a_plan_of_another_model_is_refused(run_sleb, tmp_path, plan):
+def test_a_plan_of_another_model_is_refused(apply, tmp_path, plan):
     write_gguf(tmp_path / "gemma.gguf", "gemma", 6)
     write_llama_gguf(tmp_path / "short.gguf", 5)
     for name, words in (("gemma.gguf", "(gemma, 6 blocks)"), ("short.gguf", "(llama, 5 blocks)")):
-        result = run_sleb("apply", plan, "--source", name)
-        assert (result.exit_code, words in result.stderr) == (3, True), result.stderr
-        assert "(llama, 6 blocks)" in result.stderr
-    result = run_sleb("apply", plan, "--source", "short.gguf", "--any-model")
-    assert result.exit_code == 0, result.stderr
+        assert "(llama, 6 blocks)" in apply(plan, "--source", name, code=3, says=words).stderr
+    apply(plan, "--source", "short.gguf", "--any-model")
     plan.write_text(plan.read_text().replace('"model_type": "llama"', '"model_type": "lama_of_mine"'))
-    result = run_sleb("apply", plan, "--source", "tiny.gguf")
-    assert (result.exit_code, "does not know if GGUF files of lama_of_mine" in result.stderr) == (0, True)
-    assert run_sleb("apply", "nowhere.json", "--source", "tiny.gguf").exit_code == 3
+    apply(plan, "--source", "tiny.gguf", says="does not know if GGUF files of lama_of_mine")
+    apply("nowhere.json", "--source", "tiny.gguf", code=3)
 
 
-def test_what_cannot_be_is_refused_and_nothing_is_left(run_sleb, tmp_path, source, tiny_opt):
+def test_what_cannot_be_is_refused_and_nothing_is_left(apply, tmp_path, source, tiny_opt):
     (tmp_path / "there.gguf").write_text("precious")
     (tmp_path / "link.gguf").symlink_to(source)
     whole, names = source.read_bytes(), sorted(os.listdir(tmp_path))
@@ -199,63 +177,29 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(run_sleb, tmp_path, sourc
         (8, "folder does not exist", "--blocks", "1", "-o", "nowhere/small.gguf"),
         (2, "does not end in .gguf", "--blocks", "1", "-o", tmp_path),
     ):
-        result = run_sleb("apply", *options, "--source", source)
-        assert (result.exit_code, message in result.stderr) == (code, True), (options, result.stderr)
-        assert "hint:" in result.stderr
-        assert result.stdout == ""
+        result = apply(*options, "--source", source, code=code, says=message)
+        assert ("hint:" in result.stderr, result.stdout) == (True, "")
     assert sorted(os.listdir(tmp_path)) == names
     assert (source.read_bytes(), (tmp_path / "there.gguf").read_text()) == (whole, "precious")
-    result = run_sleb("apply", "--blocks", "1", "--source", source, "-o", "there.gguf", "--force")
-    assert result.exit_code == 0, result.stderr
+    apply("--blocks", "1", "--source", source, "-o", "there.gguf", "--force")
     assert metadata_of(tmp_path / "there.gguf")["llama.block_count"] == 5
 
 
-def test_files_that_are_no_whole_model(run_sleb, tmp_path, source):
-    whole = source.read_bytes()
-    for keep in (0, 3, 100, 5000, len(whole) - 4000):
-        source.write_bytes(whole[:keep])
-        result = run_sleb("apply", "--blocks", "1", "--source", source)
-        assert (result.exit_code, "is truncated, or is not a GGUF file" in result.stderr) == (4, True), result.stderr
-    result = run_sleb("apply", "--blocks", "1", "--source", "nowhere.gguf")
-    assert (result.exit_code, "no file nowhere.gguf" in result.stderr) == (4, True)
+def test_files_that_are_no_whole_model(apply, tmp_path, source):
+    source.write_bytes(source.read_bytes()[:-4000])
     write_gguf(tmp_path / "part-00001-of-00002.gguf", "llama", 3, {"split.count": 2})
-    result = run_sleb("apply", "--blocks", "1", "--source", "part-00001-of-00002.gguf")
-    assert (result.exit_code, "llama-gguf-split --merge" in result.stderr) == (4, True)
     write_gguf(tmp_path / "g.gguf", "gemma2", 6)
-    result = run_sleb("apply", "--blocks", "1", "--source", "g.gguf")
-    assert (result.exit_code, "the last of every 2 blocks" in result.stderr) == (4, True)
+    for name, says in (
+        (source, "is truncated, or is not a GGUF file"),
+        ("nowhere.gguf", "no file nowhere.gguf"),
+        ("part-00001-of-00002.gguf", "llama-gguf-split --merge"),
+        ("g.gguf", "the last of every 2 blocks"),
+    ):
+        apply("--blocks", "1", "--source", name, code=4, says=says)
     assert [name for name in os.listdir(tmp_path) if "sleb" in name or name.startswith(".")] == []
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[:-200] + bytes(200), "differs from the expected"),
-        (lambda data: data[:-3000], "the gguf package cannot read it"),
-        (lambda data: data.replace(b"llama.rope.freq_base", b"llama.rope.freq_bass"), "metadata"),
-        (
-            lambda data: data.replace(b"blk.0.attn_q", b"blk.0.attn_x"),
-            "blk.0.attn_x.weight differs from the expected blk.0.attn_q",
-        ),
-    ],
-)
-def test_a_file_that_went_wrong_is_not_delivered(run_sleb, tmp_path, monkeypatch, source, damage, message):
-    from sleb_cli.engine.output import apply_gguf
-
-    def write_badly(pruned, aside, copied, write=apply_gguf.write_gguf):
-        write(pruned, aside, copied)
-        aside.write_bytes(damage(aside.read_bytes()))
-
-    monkeypatch.setattr(apply_gguf, "write_gguf", write_badly)
-    names = sorted(os.listdir(tmp_path))
-    result = run_sleb("apply", "--blocks", "1", "--source", source)
-    assert (result.exit_code, message in result.stderr) == (9, True), result.stderr
-    assert sorted(os.listdir(tmp_path)) == names
-
-
-def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path, monkeypatch, source):
-    from sleb_cli.engine.output import apply_gguf
-
+def test_a_file_that_computes_something_else_is_not_delivered(apply, tmp_path, monkeypatch, source):
     def convert_badly(path, folder, notify, convert=apply_gguf.convert_gguf):
         convert(path, folder, notify)
         weights = folder / "model.safetensors"
@@ -264,20 +208,13 @@ def test_a_file_that_computes_something_else_is_not_delivered(run_sleb, tmp_path
         save_file(tensors, weights, metadata={"format": "pt"})
 
     monkeypatch.setattr(apply_gguf, "convert_gguf", convert_badly)
-    result = run_sleb("apply", "--blocks", "1", "--source", source)
-    assert (result.exit_code, "bytes of model.layers.0.mlp.up_proj" in result.stderr) == (9, True), result.stderr
+    apply("--blocks", "1", "--source", source, code=9, says="bytes of model.layers.0.mlp.up_proj")
     assert not list(tmp_path.glob("*blocks*"))
 
 
-def test_no_room_is_said_before_anything_is_written(run_sleb, tmp_path, monkeypatch, source):
-    from sleb_cli import atomic
-
-    class Full:
-        free = 1000
-
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: Full)
-    result = run_sleb("apply", "--blocks", "1", "--source", source)
-    assert (result.exit_code, "has only 1 kB free" in result.stderr) == (8, True), result.stderr
+def test_no_room_is_said_before_anything_is_written(apply, monkeypatch, source):
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    apply("--blocks", "1", "--source", source, code=8, says="has only 1 kB free")
 
 
 @pytest.fixture
@@ -294,7 +231,7 @@ def recovered(run_sleb, tmp_path, source, text_file):
     return run
 
 
-def test_a_recovered_file_that_fails_its_proof_is_kept_and_its_fits_go_on(recovered, tmp_path, monkeypatch):
+def test_a_recovered_file_that_fails_its_proof_is_kept(recovered, tmp_path, monkeypatch):
     def fail(*arguments):
         raise ProofError("It failed.", hint="Try again.")
 
@@ -342,7 +279,7 @@ def test_losses_are_those_of_what_the_file_gives_back(recovered, source, text_fi
     assert record["closed_form_losses"]["divergence"] == pytest.approx(divergence.item(), rel=2e-2)
 
 
-def test_an_interrupted_healing_of_a_file_goes_on_to_the_same_bytes(recovered, tmp_path, monkeypatch):
+def test_an_interrupted_healing_goes_on_to_the_same_bytes(recovered, tmp_path, monkeypatch):
     healing_options = ("--heal", "--heal-tokens", 4096)
     recovered(*healing_options)
     whole = (tmp_path / "small.gguf").read_bytes()

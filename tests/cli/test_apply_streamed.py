@@ -9,9 +9,21 @@ from conftest import calibration, save_model
 from families import tiny_config
 from sleb_cli.engine.forward import streaming
 from sleb_cli.engine.output import proof
-from sleb_cli.engine.recovery import closed_form, run
+from sleb_cli.engine.recovery import closed_form, settings
 
 COMPLETE = ["complete", "same bytes", "loads", "same logits", "generates", "saves again"]
+
+
+@pytest.fixture
+def recover(run_sleb, text_file):
+    """Recover a plan, and give the result."""
+
+    def run(plan, *options, samples=20, output="out"):
+        result = run_sleb("apply", plan, "--recover", *calibration(text_file, samples), *options, "-o", output)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    return run
 
 
 def written(folder):
@@ -24,49 +36,41 @@ def written(folder):
     "model_type",
     ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow), pytest.param("mixtral", marks=pytest.mark.slow)],
 )
-def test_it_is_recovered_to_the_same_bytes(run_sleb, model_type, text_file, tmp_path):
+def test_it_is_recovered_to_the_same_bytes(run_sleb, recover, model_type, text_file, tmp_path):
     model = save_model(tmp_path / "model", tiny_config(model_type, dtype=torch.bfloat16))
     found = run_sleb("search", model, "--remove", 1, *calibration(text_file), "-o", "plan.json")
     assert found.exit_code == 0, found.stderr
-    for name in ("no-stream", "stream"):
-        result = run_sleb("apply", "plan.json", "--recover", f"--{name}", *calibration(text_file, 20), "-o", name)
-        assert result.exit_code == 0, result.stderr
-        assert ("without its blocks" in result.stderr) == (name == "stream")
-    files, proven, plan = written(tmp_path / "stream")
-    expected, _, planned = written(tmp_path / "no-stream")
+    assert "without its blocks" not in recover("plan.json", "--no-stream", output="there").stderr
+    assert "without its blocks" in recover("plan.json", "--stream", output="streamed").stderr
+    files, proven, plan = written(tmp_path / "streamed")
+    expected, _, planned = written(tmp_path / "there")
     assert (files, plan) == (expected, planned)
     assert any(fit["kept"] for fit in plan["recovery"]["closed_form"]["fits"])
     assert proven["checks"] == COMPLETE
     assert (proven["partial"], proven["logits_difference"], proven["new_tokens"]) == (None, 0.0, 2)
 
 
-def test_without_the_memory_for_all_of_it_it_is_streamed_with_a_notice(
-    run_sleb, llama_plan, text_file, tmp_path, monkeypatch
-):
-    options = ["apply", llama_plan, "--recover", *calibration(text_file, 20)]
-    assert run_sleb(*options, "-o", "there").exit_code == 0
+def test_without_memory_it_is_streamed_with_a_notice(recover, llama_plan, tmp_path, monkeypatch):
+    recover(llama_plan, output="there")
     monkeypatch.setattr(streaming, "free_bytes", lambda device: 260_000)
     monkeypatch.setattr(proof, "free_bytes", lambda device: 260_000)
-    result = run_sleb(*options, "-o", "streamed")
-    assert result.exit_code == 0, result.stderr
-    assert "are free on cpu: its blocks are streamed from its files (--stream)" in result.stderr
-    assert "For the proof, blocks stay on the disk" in result.stderr
+    told = recover(llama_plan, output="streamed").stderr
+    assert "are free on cpu: its blocks are streamed from its files (--stream)" in told
+    assert "The proof leaves the blocks on disk" in told
     files, proven, plan = written(tmp_path / "streamed")
     expected, _, planned = written(tmp_path / "there")
     assert (files, plan) == (expected, planned)
     assert (proven["checks"], proven["new_tokens"], proven["dtype"]) == (COMPLETE, 2, "float32")
 
 
-def test_more_batches_take_no_more_reads(run_sleb, llama_plan, text_file, monkeypatch):
-    visits = []
-    visit = streaming.StreamedBlocks.visit
+def test_more_batches_take_no_more_reads(recover, llama_plan, monkeypatch):
+    visits, visit = [], streaming.StreamedBlocks.visit
     monkeypatch.setattr(streaming.StreamedBlocks, "visit", lambda self, blocks: visit(self, record(visits, blocks)))
-    options = ["apply", llama_plan, "--recover", "--stream", "--no-verify", *calibration(text_file, 40)]
-    assert run_sleb(*options, "-o", "few").exit_code == 0
+    recover(llama_plan, "--stream", "--no-verify", samples=40, output="few")
     few = list(visits)
     visits.clear()
     monkeypatch.setattr(closed_form, "BATCH_TOKENS", 64)
-    assert run_sleb(*options, "-o", "many").exit_code == 0
+    recover(llama_plan, "--stream", "--no-verify", samples=40, output="many")
     # Which fits are kept may differ with the last bits of their sums, and so where fitting stops.
     assert abs(len(visits) - len(few)) <= 4
     assert len(few) <= 40
@@ -78,22 +82,17 @@ def record(visits, blocks):
     return read
 
 
-def test_hidden_states_are_in_host_memory_if_the_device_has_too_little(
-    run_sleb, llama_plan, text_file, tmp_path, monkeypatch, simulate
-):
+def test_hidden_states_wait_in_host_memory(recover, llama_plan, tmp_path, monkeypatch, simulate):
     simulate()
-    options = ["apply", llama_plan, "--recover", "--device", "sim", "--stream", *calibration(text_file, 20)]
-    assert run_sleb(*options, "--no-verify", "-o", "device").exit_code == 0
-    needed = run._needed_bytes
-    monkeypatch.setattr(run, "_needed_bytes", lambda *args: needed(*args) | {run.HIDDEN_STATES: 2**30})
-    monkeypatch.setattr(run, "free_bytes", lambda device: 2**29 if device.type == "sim" else 2**31)
+    options = ["--device", "sim", "--stream", "--no-verify"]
+    recover(llama_plan, *options, output="device")
+    needed, large = settings._needed_bytes, {settings.HIDDEN_STATES: 2**30}
+    monkeypatch.setattr(settings, "_needed_bytes", lambda *args, **how: needed(*args, **how) | large)
+    monkeypatch.setattr(settings, "free_bytes", lambda device: 2**29 if device.type == "sim" else 2**31)
     held = []
-    monkeypatch.setattr(
-        closed_form._ClosedFormFit, "_held", lambda self, tensor: held.append(self.settings.place) or tensor.cpu()
-    )
-    result = run_sleb(*options, "--no-verify", "-o", "host")
-    assert result.exit_code == 0, result.stderr
-    assert {place.type for place in held} == {"cpu"}
+    monkeypatch.setattr(closed_form._States, "held", lambda self, tensor: held.append(self.on_host) or tensor.cpu())
+    recover(llama_plan, *options, output="host")
+    assert set(held) == {True}
     assert written(tmp_path / "host") == written(tmp_path / "device")
 
 

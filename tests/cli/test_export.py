@@ -16,19 +16,31 @@ from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli.exporters import checkpoint
 
 
-def test_indices_are_what_blocks_takes(run_sleb, llama_plan, tmp_path):
-    result = run_sleb("export", llama_plan, "--to", "indices", "-q")
+@pytest.fixture
+def export(run_sleb):
+    """Export something, and give the result."""
+
+    def run(subject, blocks, to, *options, code=0, says=""):
+        given = [*(["--blocks", blocks] if blocks else []), *(["--to", to] if to else [])]
+        result = run_sleb("export", subject, *given, *options)
+        assert (result.exit_code, says in result.stdout + result.stderr) == (code, True), result.stderr
+        return result
+
+    return run
+
+
+def test_indices_are_what_blocks_takes(export, llama_plan, tmp_path):
+    result = export(llama_plan, None, "indices", "-q")
     removals = json.loads(llama_plan.read_text())["removals"]
     assert result.stdout == ",".join(map(str, removals)) + "\n"
     assert result.stderr == ""
-    data = json.loads(run_sleb("export", llama_plan, "--to", "indices", "--json").stdout)["document"]
+    data = json.loads(export(llama_plan, None, "indices", "--json").stdout)["document"]
     assert data["removals"] == removals
     assert sorted(data["kept"] + removals) == list(range(6))
 
 
-def test_a_mergekit_recipe_stacks_what_is_kept(run_sleb, tiny_llama, tmp_path):
-    result = run_sleb("export", tiny_llama, "--blocks", "4,1,2", "--to", "mergekit", "-o", "m.yaml")
-    assert result.exit_code == 0, result.stderr
+def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
+    result = export(tiny_llama, "4,1,2", "mergekit", "-o", "m.yaml")
     assert result.stdout == ""
     recipe = yaml.safe_load((tmp_path / "m.yaml").read_text())
     assert recipe["merge_method"] == "passthrough"
@@ -38,58 +50,48 @@ def test_a_mergekit_recipe_stacks_what_is_kept(run_sleb, tiny_llama, tmp_path):
     assert {source["model"] for source in sources} == {str(tiny_llama)}
 
 
-def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path):
-    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "merge")
-    assert (result.exit_code, "Did you mean 'mergekit'?" in result.stderr) == (2, True)
-    result = run_sleb("export", tiny_llama, "--to", "indices")
-    assert (result.exit_code, "No blocks given" in result.stderr) == (2, True)
-    result = run_sleb("export", tiny_llama, "--blocks", "1")
-    assert (result.exit_code, "--to" in result.stderr) == (2, True)
+def test_what_cannot_be_is_refused(export, tiny_llama, tmp_path):
+    export(tiny_llama, "1", "merge", code=2, says="Did you mean 'mergekit'?")
+    export(tiny_llama, None, "indices", code=2, says="No blocks given")
+    export(tiny_llama, "1", None, code=2, says="--to")
     (tmp_path / "m.yaml").touch()
-    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "mergekit", "-o", "m.yaml")
-    assert (result.exit_code, "m.yaml already exists" in result.stderr) == (8, True)
+    export(tiny_llama, "1", "mergekit", "-o", "m.yaml", code=8, says="m.yaml already exists")
 
 
-def test_a_gguf_of_the_model_itself_or_of_another_file(run_sleb, tmp_path):
+def test_a_gguf_of_the_model_itself_or_of_another_file(export, tmp_path):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, Type.Q8_0)
-    result = run_sleb("export", source, "--blocks", "4,1", "--to", "gguf")
-    assert result.exit_code == 0, result.stderr
+    result = export(source, "4,1", "gguf")
     assert "wrote tiny-sleb-4-blocks.gguf: 4 blocks" in result.stdout
     assert "proven in bfloat16" in result.stdout
     assert "llama-cli -m tiny-sleb-4-blocks.gguf" in result.stdout
-    options = [tmp_path / "origin", "--blocks", "4,1", "--to", "gguf", "--source", source]
-    result = run_sleb("export", *options, "-o", "other.gguf", "--json")
-    assert result.exit_code == 0, result.stderr
+    options = [tmp_path / "origin", "4,1", "gguf", "--source", source]
+    result = export(*options, "-o", "other.gguf", "--json")
     data = json.loads(result.stdout)
     assert (data["exporter"], data["lines"]) == ("gguf", ["run it: llama-cli -m other.gguf"])
     assert [(written["kind"], written["removals"]) for written in data["written"]] == [("gguf", [4, 1])]
     assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes()
-    result = run_sleb("export", *options, "-o", "other.gguf")
-    assert (result.exit_code, "other.gguf already exists" in result.stderr) == (8, True)
-    assert run_sleb("export", *options, "-o", "other.gguf", "--force").exit_code == 0
+    export(*options, "-o", "other.gguf", code=8, says="other.gguf already exists")
+    export(*options, "-o", "other.gguf", "--force")
 
 
-def test_a_gguf_needs_a_source_that_fits(run_sleb, tiny_llama, tmp_path):
-    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "gguf")
-    assert (result.exit_code, "Name one with --source" in result.stderr) == (2, True)
+def test_a_gguf_needs_a_source_that_fits(export, tiny_llama, tmp_path):
+    export(tiny_llama, "1", "gguf", code=2, says="Name one with --source")
     write_llama_gguf(tmp_path / "short.gguf", 5)
-    options = ["export", tiny_llama, "--blocks", "1", "--to", "gguf", "--source", "short.gguf"]
-    result = run_sleb(*options)
-    assert (result.exit_code, "holds another model (llama, 5 blocks)" in result.stderr) == (3, True)
-    assert run_sleb(*options, "--any-model").exit_code == 0
-    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "indices", "--source", "short.gguf")
-    assert (result.exit_code, "--source does not apply to --to indices" in result.stderr) == (2, True)
+    options = [tiny_llama, "1", "gguf", "--source", "short.gguf"]
+    export(*options, code=3, says="holds another model (llama, 5 blocks)")
+    export(*options, "--any-model")
+    export(tiny_llama, "1", "indices", "--source", "short.gguf", code=2, says="--source does not apply to --to indices")
 
 
-def test_the_command_for_llama_quantize(run_sleb, tiny_llama, tmp_path):
-    result = run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", "llama-quantize", "-q")
+def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):
+    result = export(tiny_llama, "4,1", "llama-quantize", "-q")
     expected = "llama-quantize --prune-layers 4,1 tiny-llama.gguf tiny-llama-sleb-4-blocks.gguf COPY\n"
-    assert (result.exit_code, result.stdout) == (0, expected), result.stderr
+    assert result.stdout == expected
     source = write_llama_gguf(tmp_path / "a name.gguf", 6)
-    result = run_sleb("export", source, "--blocks", "4,1", "--to", "llama-quantize", "--json")
+    result = export(source, "4,1", "llama-quantize", "--json")
     command = json.loads(result.stdout)["document"]["command"]
     assert command[3:] == [str(source), "a name-sleb-4-blocks.gguf", "COPY"]
-    result = run_sleb("export", source, "--blocks", "4,1", "--to", "llama-quantize", "-o", "run.sh")
+    result = export(source, "4,1", "llama-quantize", "-o", "run.sh")
     assert shlex.split((tmp_path / "run.sh").read_text()) == command
 
 
@@ -103,39 +105,35 @@ def test_the_command_for_llama_quantize(run_sleb, tiny_llama, tmp_path):
     ],
 )
 def test_llama_quantize_is_not_sent_where_it_would_go_wrong(
-    run_sleb, tiny_llama, tmp_path, architecture, values, code, message
+    export, tiny_llama, tmp_path, architecture, values, code, message
 ):
     write_gguf(tmp_path / "a.gguf", architecture, 6, values)
-    options = ["--blocks", "1", "--to", "llama-quantize", "--source", "a.gguf"]
-    result = run_sleb("export", tiny_llama, *options)
-    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+    options = ["1", "llama-quantize", "--source", "a.gguf"]
+    export(tiny_llama, *options, code=code, says=message)
 
 
 @pytest.mark.parametrize("name", ["hf", "vllm"])
-def test_a_checkpoint_for_stock_engines(run_sleb, tiny_llama, tmp_path, name):
-    result = run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", name, "-o", "a folder")
-    assert result.exit_code == 0, result.stderr
+def test_a_checkpoint_for_stock_engines(export, tiny_llama, tmp_path, name):
+    result = export(tiny_llama, "4,1", name, "-o", "a folder")
     assert "wrote a folder: 4 blocks" in result.stdout
     assert "bitwise equal" in result.stdout
     assert ("serve it: vllm serve 'a folder'" in result.stdout) == (name == "vllm")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a folder").config.num_hidden_layers == 4
-    result = run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", name, "-o", "a folder")
-    assert (result.exit_code, "a folder already exists" in result.stderr) == (8, True)
-    data = json.loads(run_sleb("export", tiny_llama, "--blocks", "4,1", "--to", name, "--json").stdout)
+    export(tiny_llama, "4,1", name, "-o", "a folder", code=8, says="a folder already exists")
+    data = json.loads(export(tiny_llama, "4,1", name, "--json").stdout)
     assert data["written"][0]["folder"] == "tiny-llama-sleb-4-blocks"
 
 
-def test_vllm_is_asked_for_the_architecture_where_it_is_installed(run_sleb, tiny_llama, tmp_path, monkeypatch):
+def test_an_installed_vllm_is_asked_for_the_architecture(export, tiny_llama, tmp_path, monkeypatch):
     known = ["MistralForCausalLM"]
     registry = SimpleNamespace(get_supported_archs=lambda: known)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     monkeypatch.setattr(checkpoint, "find_spec", lambda name: name == "vllm")
-    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "vllm", "-o", "out")
-    assert (result.exit_code, "vLLM does not support LlamaForCausalLM" in result.stderr) == (4, True)
+    export(tiny_llama, "1", "vllm", "-o", "out", code=4, says="vLLM does not support LlamaForCausalLM")
     assert not (tmp_path / "out").exists()
     known.append("LlamaForCausalLM")
-    result = run_sleb("export", tiny_llama, "--blocks", "1", "--to", "vllm", "-o", "out")
-    assert (result.exit_code, "not installed" in result.stdout) == (0, False), result.stderr
+    result = export(tiny_llama, "1", "vllm", "-o", "out")
+    assert "not installed" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -146,17 +144,16 @@ def test_vllm_is_asked_for_the_architecture_where_it_is_installed(run_sleb, tiny
         ({"scales": {"scale_of_layer": [1.0, 2.0, 3.0]}}, "scale_of_layer of the pruned config still has 3 values"),
     ],
 )
-def test_a_config_that_stock_engines_would_not_read_is_not_delivered(run_sleb, tmp_path, changes, message):
+def test_a_config_that_stock_engines_do_not_read_is_refused(export, tmp_path, changes, message):
     folder = save_model(tmp_path / "odd", llama_config(3))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     for name in ("hf", "vllm"):
-        result = run_sleb("export", folder, "--blocks", "1", "--to", name, "-o", "out")
-        assert (result.exit_code, message in result.stderr) == (4, True), result.stderr
+        export(folder, "1", name, "-o", "out", code=4, says=message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
 
-def test_a_model_that_needs_code_of_its_own_is_not_for_stock_engines(run_sleb, tmp_path):
+def test_a_model_with_code_of_its_own_is_refused(export, tmp_path):
     folder = save_model(tmp_path / "mine", llama_config(3))
     auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
     config = json.loads((folder / "config.json").read_text())
@@ -166,8 +163,7 @@ def test_a_model_that_needs_code_of_its_own_is_not_for_stock_engines(run_sleb, t
         "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
         "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
     )
-    result = run_sleb("export", folder, "--blocks", "1", "--to", "hf", "--trust-remote-code", "-o", "out")
-    assert (result.exit_code, "needs code that comes with the model" in result.stderr) == (4, True), result.stderr
+    export(folder, "1", "hf", "--trust-remote-code", "-o", "out", code=4, says="needs code that comes with the model")
     assert not (tmp_path / "out").exists()
 
 
@@ -185,15 +181,14 @@ class Both(sleb.FileExporter):
         return [f"{folder.name} and [{file.name}]"]
 
 
-def test_a_plugin_may_write_a_folder_and_a_file(run_sleb, tmp_path, monkeypatch):
-    from sleb_plugins import exporters
+def test_a_plugin_may_write_a_folder_and_a_file(export, tmp_path, monkeypatch):
+    from sleb_cli import exporters
 
     offered = [*exporters.sleb_exporters(), Both()]
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6)
     (tmp_path / "out").mkdir()
-    result = run_sleb("export", source, "--blocks", "4,1", "--to", "both", "-o", "out")
-    assert result.exit_code == 0, result.stderr
+    result = export(source, "4,1", "both", "-o", "out")
     assert result.stdout.count("wrote out/") == 2
     assert result.stdout.endswith("hf and [model.gguf]\n")
     assert len(tensors_of(tmp_path / "out" / "model.gguf")) == 3 + 4 * 9

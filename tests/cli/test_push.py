@@ -30,7 +30,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [(), ("--public",)])
-def test_a_proven_checkpoint_goes_to_the_hub_private_unless_told(run_sleb, tiny_llama, tmp_path, hub, options):
+def test_a_checkpoint_goes_to_the_hub_private_unless_told(run_sleb, tiny_llama, tmp_path, hub, options):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small", *options)
     assert result.exit_code == 0, result.stderr
     (created,) = hub.created
@@ -83,9 +83,7 @@ def test_what_is_uploaded_holds_no_path_of_this_machine(run_sleb, tmp_path, text
     assert all((tmp_path / "again" / name).read_bytes() == hub.files[name] for name in names)
 
 
-def test_a_recovered_checkpoint_goes_to_the_hub_with_what_it_says_of_its_recovery(
-    run_sleb, llama_plan, tiny_llama, text_file, tmp_path, hub
-):
+def test_a_recovered_checkpoint_goes_to_the_hub(run_sleb, llama_plan, tiny_llama, text_file, tmp_path, hub):
     recover = ["--recover", *calibration(text_file, samples=10)]
     result = run_sleb("apply", llama_plan, *recover, "--dtype", "bfloat16", "-o", "out", "--push", "acme/small")
     assert result.exit_code == 0, result.stderr
@@ -103,44 +101,56 @@ def test_a_recovered_checkpoint_goes_to_the_hub_with_what_it_says_of_its_recover
     assert "is a different model (blocks: 4, not 6" in refused.stderr
 
 
-def refused(run_sleb, tiny_llama, tmp_path, message, *options, code=8, push="acme/small"):
-    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", push, *options)
-    assert result.exit_code == code, result.stderr
-    assert message in result.stderr
-    assert "Writing weights" not in result.stderr
-    assert os.listdir(tmp_path) == []
-    return result
+@pytest.fixture
+def push(run_sleb, tiny_llama, hub):
+    """Push the tiny Llama without a block, and give the result."""
+
+    def run(repo, *options, code=0, says=""):
+        result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", repo, *options)
+        assert (result.exit_code, says in result.stderr) == (code, True), result.stderr
+        return result
+
+    return run
 
 
-def test_who_is_not_logged_in_is_told_before_the_work(run_sleb, tiny_llama, tmp_path, hub, monkeypatch):
+@pytest.fixture
+def refused(push, tmp_path):
+    """Push what is refused before the work."""
+
+    def run(says, *options, code=8, repo="acme/small"):
+        result = push(repo, *options, code=code, says=says)
+        assert ("Writing weights" in result.stderr, os.listdir(tmp_path)) == (False, [])
+        return result
+
+    return run
+
+
+def test_who_is_not_logged_in_is_told_before_the_work(refused, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path.parent / "no-token"))
-    result = refused(run_sleb, tiny_llama, tmp_path, "You are not logged in to the Hub")
-    assert "hf auth login" in result.stderr
+    assert "hf auth login" in refused("You are not logged in to the Hub").stderr
 
 
-def test_a_token_that_is_wrong_or_only_reads(run_sleb, tiny_llama, tmp_path, hub, monkeypatch):
+def test_a_token_that_is_wrong_or_only_reads(refused, hub, monkeypatch):
     hub.user = JANE | {"auth": {"accessToken": {"role": "read"}}}
-    refused(run_sleb, tiny_llama, tmp_path, "is read-only")
+    refused("is read-only")
     monkeypatch.setenv("HF_TOKEN", "bad")
-    refused(run_sleb, tiny_llama, tmp_path, "does not accept your token")
+    refused("does not accept your token")
 
 
 @pytest.mark.parametrize("owner", ["nobody", "far"])
-def test_an_organization_that_one_may_not_write_to(run_sleb, tiny_llama, tmp_path, hub, owner):
-    result = refused(run_sleb, tiny_llama, tmp_path, f"You are jane on the Hub, and may not write to {owner}.",
-                     push=f"{owner}/small")  # fmt: skip
+def test_an_organization_that_one_may_not_write_to(refused, owner):
+    result = refused(f"You are jane on the Hub, but may not write to {owner}.", repo=f"{owner}/small")
     assert "Push to jane/small" in result.stderr
 
 
-def test_a_repository_that_exists_is_written_into_only_when_forced(run_sleb, tiny_llama, tmp_path, hub):
-    refused(run_sleb, tiny_llama, tmp_path, "acme/old already exists on the Hub", push="acme/old")
-    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/old", "--force")
-    assert result.exit_code == 0, result.stderr
+def test_only_force_writes_into_a_repository_that_exists(push, refused, tmp_path, hub):
+    refused("acme/old already exists on the Hub", repo="acme/old")
+    push("acme/old", "--force")
     assert weight_bytes_of(tmp_path / "out").keys() <= hub.files.keys()
 
 
-def test_weights_of_another_model_go_in_the_same_commit(run_sleb, tiny_llama, tmp_path, hub):
+def test_weights_of_another_model_go_in_the_same_commit(push, tmp_path, hub):
     stale = [
         "model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json",
         "model.fp16.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
@@ -153,9 +163,7 @@ def test_weights_of_another_model_go_in_the_same_commit(run_sleb, tiny_llama, tm
         "checkpoint-500/model.safetensors", "vocab.bpe", "onnx", "logs/index.json",
     ]  # fmt: skip
     hub.files = dict.fromkeys([*stale, *kept], b"old")
-    options = ["--push", "acme/old", "--force", "--max-shard-size", "50KB"]
-    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", *options)
-    assert result.exit_code == 0, result.stderr
+    result = push("acme/old", "--force", "--max-shard-size", "50KB")
     local = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert len([name for name in local if name.endswith(".safetensors")]) > 1
     assert hub.files == dict.fromkeys(kept, b"old") | local
@@ -165,22 +173,17 @@ def test_weights_of_another_model_go_in_the_same_commit(run_sleb, tiny_llama, tm
     assert f"Deleted from acme/old, as they belong to another model: {gone}." in told
 
 
-def test_a_repository_keeps_its_visibility_so_another_is_refused(run_sleb, tiny_llama, tmp_path, hub):
-    options = ["--push", "acme/old", "--force"]
+def test_a_repository_keeps_its_visibility(push, refused, tmp_path, hub):
     message = "acme/old is private on the Hub, and --public does not change that"
-    result = refused(run_sleb, tiny_llama, tmp_path, message, "--force", "--public", push="acme/old")
-    assert "hint: Leave out --public" in result.stderr
+    assert "hint: Leave out --public" in refused(message, "--force", "--public", repo="acme/old").stderr
     hub.repos["acme/old"] = "public"
-    result = refused(run_sleb, tiny_llama, tmp_path, "acme/old is public on the Hub", "--force", push="acme/old")
-    assert "hint: Add --public" in result.stderr
+    assert "hint: Add --public" in refused("acme/old is public on the Hub", "--force", repo="acme/old").stderr
     assert hub.files == {}
-    assert run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", *options, "--public").exit_code == 0
+    push("acme/old", "--force", "--public")
     assert weight_bytes_of(tmp_path / "out").keys() <= hub.files.keys()
 
 
-def test_a_repository_created_meanwhile_with_another_visibility_gets_nothing(
-    run_sleb, tiny_llama, tmp_path, hub, monkeypatch
-):
+def test_a_repository_created_meanwhile_gets_nothing(push, tmp_path, hub, monkeypatch):
     create = Handler.create
 
     def too_late(handler, hub, path, body):
@@ -188,40 +191,34 @@ def test_a_repository_created_meanwhile_with_another_visibility_gets_nothing(
         create(handler, hub, path, body)
 
     monkeypatch.setattr(Handler, "create", too_late)
-    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small", "--force")
-    assert result.exit_code == 8
-    assert "out is complete, but acme/small is public on the Hub" in result.stderr
+    push("acme/small", "--force", code=8, says="out is complete, but acme/small is public on the Hub")
     assert hub.files == {}
     assert weights_of(tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["", "small", "a/b/c", "acme/sm all", "acme/..", "-/x"])
-def test_what_is_no_name_of_a_repository(run_sleb, tiny_llama, tmp_path, hub, name):
-    refused(run_sleb, tiny_llama, tmp_path, f"--push {name}", push=name, code=2)
+def test_what_is_no_name_of_a_repository(refused, hub, name):
+    refused(f"--push {name}", repo=name, code=2)
     assert hub.asked == []
 
 
 def test_public_goes_with_push(run_sleb, tiny_llama):
     result = run_sleb("apply", tiny_llama, "--blocks", "1", "--public")
-    assert result.exit_code == 2
-    assert "--public requires --push" in result.stderr
+    assert (result.exit_code, "--public requires --push" in result.stderr) == (2, True)
 
 
-def test_a_hub_out_of_reach(run_sleb, tiny_llama, tmp_path, hub, monkeypatch):
+def test_a_hub_out_of_reach(refused, hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    result = refused(run_sleb, tiny_llama, tmp_path, "The Hub is out of reach")
-    assert "`hf upload acme/small FOLDER --private`" in result.stderr
+    assert "`hf upload acme/small FOLDER --private`" in refused("The Hub is out of reach").stderr
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    refused(run_sleb, tiny_llama, tmp_path, "The Hub is out of reach")
+    refused("The Hub is out of reach")
 
 
-@pytest.mark.parametrize(("step", "status"), [("repos/create", 403), ("/store/", 403), ("/commit/", 403)])
-def test_a_failed_upload_loses_nothing(run_sleb, tiny_llama, tmp_path, hub, step, status):
-    hub.refuses[step] = status
-    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small")
-    assert result.exit_code == 8, result.stderr
-    assert "out is complete, but was not uploaded to acme/small" in result.stderr
+@pytest.mark.parametrize("step", ["repos/create", "/store/", "/commit/"])
+def test_a_failed_upload_loses_nothing(push, tmp_path, hub, step):
+    hub.refuses[step] = 403
+    result = push("acme/small", code=8, says="out is complete, but was not uploaded to acme/small")
     assert "`hf upload acme/small out --private`" in result.stderr
     assert weights_of(tmp_path / "out")
     assert hub.files == {}
@@ -250,7 +247,7 @@ def test_only_what_was_written_goes_to_the_hub(run_sleb, tmp_path, hub):
 
 
 @pytest.mark.parametrize("what", ["changed", "link", "gone"])
-def test_what_is_no_longer_what_was_proven_stays_here(run_sleb, tiny_llama, tmp_path, hub, what):
+def test_what_is_no_longer_what_was_proven_stays_here(push, tmp_path, hub, what):
     secret = tmp_path / "secret"
     secret.write_text("password")
 
@@ -261,9 +258,7 @@ def test_what_is_no_longer_what_was_proven_stays_here(run_sleb, tiny_llama, tmp_
             config.symlink_to(secret)
 
     hub.meanwhile = change
-    result = run_sleb("apply", tiny_llama, "--blocks", "1", "-o", "out", "--push", "acme/small")
-    assert result.exit_code == 8
-    assert "config.json changed after it was written, so nothing was uploaded" in result.stderr
+    push("acme/small", code=8, says="config.json changed after it was written, so nothing was uploaded")
     assert hub.files == {}
 
 

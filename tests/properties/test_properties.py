@@ -21,6 +21,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import apply_removals
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
@@ -28,7 +29,6 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.plan import CalibrationRecord, LossesRecord, RecoveryRecord
 from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import ApplyRequest
 from sleb_plugins.config_keys import kept_blocks
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -73,8 +73,7 @@ def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dty
     architecture, ids = models(model_type, dtype), tokens(seed)
     surgery = plan_surgery(architecture, gone)
     with working_folder() as folder, torch.inference_mode():
-        request = ApplyRequest(output=folder / "out", no_verify=True)
-        apply_removals(Subject(surgery, None), request, lambda event: None)
+        apply_removals(Subject(surgery, None), Delivery(folder / "out", verify=False), lambda event: None)
         dense = load_dense(architecture, dtype, CPU, lambda event: None)
         with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
             skipped = skippable.logits(ids, gone)

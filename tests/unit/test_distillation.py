@@ -21,7 +21,7 @@ def ids():
     return torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-def test_the_divergence_and_its_gradient_are_those_of_a_plain_computation(monkeypatch):
+def test_divergence_and_gradient_equal_a_plain_computation(monkeypatch):
     three = replace(settings_for(torch.device("cpu")), widened_bytes=4 * 50 * 3)  # three positions at a time
     monkeypatch.setattr(logits, "settings_for", lambda device: three)
     student = torch.randn(2, 5, 50, requires_grad=True)
@@ -79,7 +79,7 @@ def test_a_pass_that_starts_at_a_block_gives_the_same_gradients(ids):
         torch.testing.assert_close(whole, shared)
 
 
-def test_the_learning_rate_goes_up_with_the_steps_and_down_with_the_budget():
+def test_the_learning_rate_rises_and_then_falls():
     assert [learning_rate(2.0, 0.0, steps) for steps in (0, 2, 5, 200)] == pytest.approx([1 / 3, 1.0, 2.0, 2.0])
     assert [learning_rate(2.0, share, 200) for share in (0.5, 1.0, 1.5)] == pytest.approx([1.0, 0.0, 0.0])
     # Time may have passed before the first step, to generate text.

@@ -67,7 +67,7 @@ def test_any_matrix_gives_back_blocks_that_are_linear(fit, constant):
         assert squares_left(skippable, {2, 3}, fit_gaps(fitting_text(skippable), {2, 3}, fit)) < 1e-6
 
 
-def test_linear_patch_gives_back_a_block_that_scales_rotated_channels_and_no_other():
+def test_linear_patch_gives_back_a_block_that_scales_channels():
     model = random_model(llama_config())
     rotation, scale = hadamard(32).float(), torch.linspace(0.5, 2, 32)
     model.model.layers[3].forward = lambda hidden, **others: (hidden @ rotation * scale) @ rotation.T

@@ -1,9 +1,10 @@
-"""`sleb apply`: write the pruned checkpoint from the files of the dense one, and prove it."""
+"""Write the pruned checkpoint from the files of the dense one, and prove it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,202 +12,51 @@ from typing import Any, Literal
 import torch
 
 from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json
-from sleb_cli.engine.device import choose_dtype, dtype_name
+from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
+from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.files.shards import NewTensor, Shard, named_shards, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
-from sleb_cli.engine.forward.placement import resolve_device_map
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
+from sleb_cli.engine.output.delivery import Delivery, deliver
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import (
     Planned,
-    PlannedFiles,
+    ProofSettings,
     Reference,
     choose_proof_settings,
-    kept_if_it_fails,
     prove,
-    require_nothing_kept,
 )
-from sleb_cli.engine.output.push import PushRequest, files_of, push, require_pushable
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.run import Recovered, recover
-from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
+from sleb_cli.engine.output.push import FileState, PushRequest, files_of, push
+from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN
-from sleb_cli.processes import WorkerFinished
-from sleb_cli.records import without_folders
-from sleb_cli.requests import DEFAULT_SHARD_SIZE, ApplyRequest
+from sleb_cli.records import Proof, without_folders
+from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
-from sleb_plugins import OutputError, UnsupportedModelError, UsageError
+from sleb_plugins import OutputError
 
 # Files of settings that may name blocks or local paths, besides the config.
 _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")
 
-# Files that the pruned checkpoint has its own versions of, beside weights and settings.
+# Files that the pruned checkpoint has its own versions of, besides weights and settings.
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 _START_BYTES = 200
-"""In so many bytes at its start, each record of ours says which version of sleb wrote it."""
+"""Each record of ours says in its first bytes which version of sleb wrote it."""
 
 
-def require_coherent(request: ApplyRequest) -> None:
-    """Check that the options of a request fit together.
-
-    Raises:
-        UsageError: an option is given without another that it requires.
-    """
-    if request.public and request.push is None:
-        raise UsageError("--public requires --push.", hint="Name the repository: --push ORG/NAME --public.")
-    if request.keep_failed is not None and request.no_verify:
-        raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
-    _require_any(request, ("heal_minutes", "heal_tokens", "resume"), ("heal",))
-    _require_any(request, ("calibration", "samples", "sequence_length", "seed", "device"), ("recover", "heal"))
-
-
-def _require_any(request: ApplyRequest, names: Sequence[str], needed: Sequence[str]) -> None:
-    given = [name for name in names if getattr(request, name) not in (None, False)]
-    if given and not any(getattr(request, name) for name in needed):
-        options = " or ".join(f"--{name}" for name in needed)
-        raise UsageError(f"--{given[0].replace('_', '-')} requires {options}.", hint="Use both, or neither.")
-
-
-def apply_removals(
-    subject: Subject,
-    request: ApplyRequest,
-    notify: Notify,
-    check: Callable[[Path], None] | None = None,
-    group: ProcessGroup | None = None,
-) -> ApplyResult:
-    """Write the pruned checkpoint, complete and proven, or write nothing.
-
-    `check` is called with the finished folder; if it raises, nothing is written. The processes of a group recover
-    together.
-
-    Raises:
-        ProofError: the checkpoint does not compute the same as the model in memory.
-        OutputError: the folder exists or cannot be written, or the Hub rejects it.
-        WorkerFinished: this process only helped to recover; the main process writes the checkpoint.
-    """
-    surgery = subject.surgery
-    shard_size = DEFAULT_SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
-    shard_bytes = parse_bytes(str(shard_size), "--max-shard-size")
-    cast = _cast(request.dtype, subject)
-    device_map = resolve_device_map(request, subject.architecture)
-    proof_settings = choose_proof_settings(subject.architecture, cast, device_map, request.stream)
-    outputs = _resolve_outputs(subject, request)
-    folder, state = outputs.folder, outputs.state
-    group = group or ProcessGroup()
-    if not group.is_main:
-        _recover(subject, request, cast, state, group, notify)
-        raise WorkerFinished
-    # The place is claimed before hours of recovery, so that nobody else writes there, nor heals in the same state.
-    with (
-        state.told_on_failure(notify),
-        new_folder(folder, replace=outputs.replace) as aside,
-        subject.architecture.source.watch.unchanged(),
-    ):
-        if request.recover or request.heal:
-            _plan_checkpoint(surgery, cast, None, shard_bytes).require_space(aside)
-        recovered = _recover(subject, request, cast, state, group, notify)
-        record = recovered.record if recovered else None
-        checkpoint = _plan_checkpoint(surgery, cast, recovered, shard_bytes)
-        weights_bytes = checkpoint.write(aside, notify)
-        reference = Reference(surgery, recovered.parameters if recovered else None)
-        proof = None
-        if not request.no_verify:
-            with kept_if_it_fails(aside, request.keep_failed):
-                proof = prove(reference, aside, checkpoint.planned, proof_settings, notify)
-        if subject.plan:
-            plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
-            (aside / CHECKPOINT_PLAN).write_text(to_json(plan.published().to_data()), encoding="utf-8")
-            if record is None:
-                _keep_results(subject, aside, notify)
-        (aside / CARD).write_text(model_card(subject, aside, record, proof), encoding="utf-8")
-        if check:
-            check(aside)
-        written = files_of(aside)
-    if recovered:
-        state.delete()
-    if left_out := checkpoint.other_files.left_out:
-        notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
-    if outside := checkpoint.other_files.outside:
-        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
-    return ApplyResult(
-        schema_version=1,
-        sleb_version=__version__,
-        kind="apply",
-        model=subject.architecture.record,
-        removals=surgery.removals,
-        dtype=dtype_name(proof_settings.dtype),
-        device=proof_settings.device.type,
-        folder=str(folder),
-        blocks=len(surgery.kept.blocks),
-        weights_bytes=weights_bytes,
-        recovery=record,
-        proof=proof,
-        pushed=push(folder, written, outputs.push_to, notify, force=request.force) if outputs.push_to else None,
-    )
-
-
-def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
-    """Copy what was measured of the plan into the checkpoint, without local folders."""
-    plan, file = subject.plan, subject.file
-    if plan is None or file is None or plan.model.fingerprint != subject.architecture.record.fingerprint:
-        return
-    kinds: tuple[Literal["eval", "bench"], ...] = ("eval", "bench")
-    for kind in kinds:
-        data = measured_of_plan(file, plan, kind, notify)
-        if data is not None:
-            # Files of lm-eval are not copied.
-            without_files = data | ({"lm_eval": []} if "lm_eval" in data else {})
-            beside_plan(folder / CHECKPOINT_PLAN, kind).write_text(to_json(without_files), encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class _Outputs:
-    """Where the checkpoint, its upload and an unfinished recovery go, and if the checkpoint may replace another one."""
-
-    folder: Path
-    replace: bool
-    push_to: PushRequest | None
-    state: Unfinished
-
-
-def _resolve_outputs(subject: Subject, request: ApplyRequest) -> _Outputs:
-    """Return where the checkpoint, its upload and an unfinished recovery go, after checking that all of them can."""
-    source = subject.architecture.source
-    folder = request.output or Path(checkpoint_name(source.name, len(subject.surgery.kept.blocks)))
-    state = Unfinished(folder)
-    clear_old(folder.absolute().parent)
-    replace = state.may_replace(resume=request.resume, force=request.force)
-    require_new_folder(folder, source, force=replace)
-    push_to = PushRequest(request.push, private=not request.public) if request.push is not None else None
-    if push_to:
-        require_pushable(push_to, force=request.force)
-    require_nothing_kept(request.keep_failed)
-    if request.recover or request.heal:
-        state.require(resume=request.resume, force=request.force)
-    return _Outputs(folder, replace, push_to, state)
-
-
-def _recover(
-    subject: Subject,
-    request: ApplyRequest,
-    cast: torch.dtype | None,
-    state: Unfinished,
-    group: ProcessGroup,
-    notify: Notify,
-) -> Recovered | None:
-    """Recover if requested, together with the other processes."""
-    return recover(subject, request, cast, state, group, notify) if request.recover or request.heal else None
+def default_folder(subject: Subject) -> Path:
+    """Return where the checkpoint goes if no place is named."""
+    return Path(checkpoint_name(subject.architecture.source.name, len(subject.surgery.kept.blocks)))
 
 
 def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> None:
@@ -232,42 +82,146 @@ def require_new_folder(folder: Path, source: ModelSource, *, force: bool) -> Non
         )
 
 
-def _cast(dtype: str | None, subject: Subject) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    if subject.architecture.is_quantized:
-        raise UnsupportedModelError(
-            f"{subject.architecture.source.id} is quantized: its weights cannot be cast to {dtype}.",
-            hint="Leave out --dtype to keep them as they are.",
+def apply_removals(
+    subject: Subject,
+    to: Delivery,
+    notify: Notify,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    settings: ProofSettings | None = None,
+    check: Callable[[Path], None] | None = None,
+    push_to: PushRequest | None = None,
+) -> ApplyResult:
+    """Write the pruned checkpoint, complete and proven, or write nothing.
+
+    Args:
+        subject: the model and the removed blocks.
+        to: where it goes.
+        notify: the listener for events.
+        dtype: the data type to cast to; None for none.
+        shard_bytes: the largest weight file.
+        settings: where the proof runs; None chooses.
+        check: called with the finished folder; if it raises, nothing is written.
+        push_to: the repository to upload it to.
+
+    Raises:
+        ProofError: the checkpoint does not compute the same as the model in memory.
+        OutputError: the folder exists or cannot be written, or the Hub rejects it.
+    """
+    settings = settings or choose_proof_settings(subject.architecture, dtype)
+    shard_bytes = shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
+    checkpoint = _Checkpoint(subject, to, dtype, shard_bytes, settings, check)
+    result, written = deliver(checkpoint, notify)
+    if left_out := checkpoint.contents.other_files.left_out:
+        notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
+    if outside := checkpoint.contents.other_files.outside:
+        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
+    if push_to is None:
+        return result
+    return result.model_copy(update={"pushed": push(to.place, written, push_to, notify)})
+
+
+@dataclass
+class _Checkpoint:
+    """The pruned checkpoint, as `deliver` takes it."""
+
+    subject: Subject
+    to: Delivery
+    dtype: torch.dtype | None
+    shard_bytes: int
+    settings: ProofSettings
+    check: Callable[[Path], None] | None
+
+    @property
+    def watch(self) -> Watch:
+        return self.subject.architecture.source.watch
+
+    def claim(self) -> AbstractContextManager[Path]:
+        return new_folder(self.to.place, replace=self.to.replace)
+
+    def require_room(self) -> None:
+        self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, None, self.shard_bytes)
+        changed = sum(shard.size for shard in self.contents.shards if not shard.same_as)
+        require_space(self.to.place, changed + self.contents.other_files.bytes)
+
+    def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
+        if recovered:
+            self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, recovered.tensors, self.shard_bytes)
+        self.contents.write(aside, notify)
+
+    def prove(self, aside: Path, recovered: Recovered | None, notify: Notify) -> Proof:
+        reference = Reference(self.subject.surgery, recovered.parameters if recovered else None)
+        return prove(reference, aside, self.contents.planned, self.settings, notify)
+
+    def finish(
+        self, aside: Path, recovered: Recovered | None, proof: Proof | None, notify: Notify
+    ) -> tuple[ApplyResult, dict[str, FileState]]:
+        subject, record = self.subject, recovered.record if recovered else None
+        if subject.plan:
+            plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
+            (aside / CHECKPOINT_PLAN).write_text(to_json(plan.published().to_data()), encoding="utf-8")
+            if record is None:
+                _keep_results(subject, aside, notify)
+        (aside / CARD).write_text(model_card(subject, aside, record, proof), encoding="utf-8")
+        if self.check:
+            self.check(aside)
+        result = ApplyResult(
+            schema_version=1,
+            sleb_version=__version__,
+            kind="apply",
+            model=subject.architecture.record,
+            removals=subject.surgery.removals,
+            dtype=dtype_name(self.settings.placement.dtype),
+            device=self.settings.placement.device.type,
+            folder=str(self.to.place),
+            blocks=len(subject.surgery.kept.blocks),
+            weights_bytes=sum(shard.size for shard in self.contents.shards),
+            recovery=record,
+            proof=proof,
+            pushed=None,
         )
-    return choose_dtype(dtype, subject.architecture.dtype, torch.device("cpu"))
+        return result, files_of(aside)
+
+
+def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
+    """Copy what was measured of the plan into the checkpoint, without local folders."""
+    plan, file = subject.plan, subject.file
+    if plan is None or file is None or plan.model.fingerprint != subject.architecture.record.fingerprint:
+        return
+    kinds: tuple[Literal["eval", "bench"], ...] = ("eval", "bench")
+    for kind in kinds:
+        data = measured_of_plan(file, plan, kind, notify)
+        if data is not None:
+            # Files of lm-eval are not copied.
+            without_files = data | ({"lm_eval": []} if "lm_eval" in data else {})
+            beside_plan(folder / CHECKPOINT_PLAN, kind).write_text(to_json(without_files), encoding="utf-8")
 
 
 def kept_tensors(
-    surgery: Surgery, cast: torch.dtype | None = None, values: Mapping[str, torch.Tensor] | None = None
+    surgery: Surgery, dtype: torch.dtype | None = None, values: Mapping[str, torch.Tensor] | None = None
 ) -> list[NewTensor]:
     """Return the tensors of the pruned checkpoint, from the headers of the dense one's files, and new values."""
     stored, values = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored), values or {}
-    kept = [new_tensor(name, tensor, cast, surgery.cut(name)) for name, tensor in surgery.names.prune(stored)]
+    kept = [new_tensor(name, tensor, dtype, surgery.cut(name)) for name, tensor in surgery.names.prune(stored)]
     return [replace(tensor, value=values[tensor.name]) if tensor.name in values else tensor for tensor in kept]
 
 
-def _settings(surgery: Surgery, cast: torch.dtype | None) -> dict[str, dict[str, Any]]:
+def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
     """Return the contents of the files that change: the config, settings of quantized formats, and local paths."""
     config = surgery.prune_config()
-    if cast and "torch_dtype" not in config:
+    if dtype and "torch_dtype" not in config:
         config = {"dtype": None} | config
-    config = _with_dtype(config, dtype_name(cast) if cast else None)
-    folder = surgery.architecture.source.folder
-    own = [name for name in _SETTINGS if (folder / name).is_file() and not leads_out(folder / name, folder)]
-    before = {name: read_json(folder / name) for name in own}
-    after = {
-        name: _without_paths(prune_module_names(values, surgery.architecture, surgery.names))
-        if name in QUANTIZATION_FILES
-        else _without_paths(values)
-        for name, values in before.items()
-    }
-    return {"config.json": _without_paths(config)} | {name: after[name] for name in own if after[name] != before[name]}
+    config = _with_dtype(config, dtype_name(dtype) if dtype else None)
+    folder, changed = surgery.architecture.source.folder, {"config.json": _without_paths(config)}
+    for name in _SETTINGS:
+        if (folder / name).is_file() and not leads_out(folder / name, folder):
+            values = after = read_json(folder / name)
+            if name in QUANTIZATION_FILES:
+                after = prune_module_names(values, surgery.architecture, surgery.names)
+            if (after := _without_paths(after)) != values:
+                changed[name] = after
+    return changed
 
 
 def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
@@ -296,78 +250,52 @@ def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _OtherFiles:
-    """The other files of the source: those to copy, and the names of those left out.
+    """The other files of the source: those to copy, by their relative paths, and the names of those left out.
 
     `left_out` are the model in other formats, and `outside` links out of the folder, such as to private files.
     """
 
-    folder: Path
-    files: tuple[Path, ...]
+    copies: dict[str, Path]
     left_out: tuple[str, ...]
     outside: tuple[str, ...]
 
     @property
     def bytes(self) -> int:
-        """The total size of the files."""
-        return sum(file.stat().st_size for file in self.files)
-
-    @property
-    def by_name(self) -> dict[str, Path]:
-        """The files by their relative paths."""
-        return {file.relative_to(self.folder).as_posix(): file for file in self.files}
-
-    def copy(self, folder: Path) -> None:
-        """Copy the files to the same relative paths in `folder`."""
-        for name, file in self.by_name.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(file, target)
+        """The total size of the files to copy."""
+        return sum(file.stat().st_size for file in self.copies.values())
 
 
 @dataclass(frozen=True)
-class _Checkpoint:
-    """What a checkpoint consists of, before it is written."""
+class _Contents:
+    """What a checkpoint consists of."""
 
     tensors: list[NewTensor]
     shards: list[Shard]
-    settings: dict[str, dict[str, Any]]
+    texts: dict[str, str]
     other_files: _OtherFiles
 
-    def require_space(self, folder: Path) -> None:
-        """Check that the disk has room for the weights that change and the other files.
-
-        Raises:
-            OutputError: it does not.
-        """
-        changed = sum(shard.size for shard in self.shards if not shard.same_as)
-        require_space(folder, changed + self.other_files.bytes)
-
-    def write(self, folder: Path, notify: Notify) -> int:
-        """Write weights, settings and other files; return the size of the weights in bytes."""
-        weights_bytes = write_weights(folder, self.shards, self.other_files.bytes, notify)
-        for name, text in self._texts.items():
+    def write(self, folder: Path, notify: Notify) -> None:
+        """Write weights, settings and other files."""
+        write_weights(folder, self.shards, self.other_files.bytes, notify)
+        for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        self.other_files.copy(folder)
-        return weights_bytes
+        for name, file in self.other_files.copies.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(file, folder / name)
 
     @property
     def planned(self) -> Planned:
         """What the folder holds after that."""
-        return Planned(self.tensors, PlannedFiles(named_shards(self.shards), self._texts, self.other_files.by_name))
-
-    @property
-    def _texts(self) -> dict[str, str]:
-        """The contents of the files with settings."""
-        return {name: json.dumps(values, indent=2) + "\n" for name, values in self.settings.items()}
+        return Planned(self.tensors, named_shards(self.shards), self.texts, self.other_files.copies)
 
 
 def _plan_checkpoint(
-    surgery: Surgery, cast: torch.dtype | None, recovered: Recovered | None, shard_bytes: int
-) -> _Checkpoint:
-    source, settings = surgery.architecture.source, _settings(surgery, cast)
-    tensors = kept_tensors(surgery, cast, recovered.tensors if recovered else None)
+    surgery: Surgery, dtype: torch.dtype | None, values: Mapping[str, torch.Tensor] | None, shard_bytes: int
+) -> _Contents:
+    source, tensors = surgery.architecture.source, kept_tensors(surgery, dtype, values)
+    texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
     shards = plan_shards(source.weights, tensors, shard_bytes)
-    return _Checkpoint(tensors, shards, settings, _find_other_files(source, written=set(settings)))
+    return _Contents(tensors, shards, texts, _find_other_files(source, written=set(texts)))
 
 
 def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
@@ -376,22 +304,21 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
     # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
     consolidated = {path.name for path in folder.glob("consolidated*")}
     in_other_formats = consolidated | {"params.json"} if consolidated else set()
-    files: list[Path] = []
+    copies: dict[str, Path] = {}
     left_out: list[str] = []
     outside: list[str] = []
     for path in _entries(folder, _REWRITTEN | written | weight_files):
-        inside = str(path.relative_to(folder))
+        inside = path.relative_to(folder).as_posix()
         if leads_out(path, folder):
             outside.append(inside)
-        elif path.is_file() and _is_ours(path):
-            continue
-        elif path.is_file() and not other_formats.is_weights(path.name) and inside not in in_other_formats:
-            files.append(path)
-        elif path.is_file() and inside not in weight_files:
-            left_out.append(inside)
-        elif path.is_dir() and path.parent == folder:
-            left_out.append(f"{inside}/")
-    return _OtherFiles(folder, tuple(files), tuple(left_out), tuple(outside))
+        elif path.is_dir():
+            left_out += [f"{inside}/"] if path.parent == folder else []
+        elif path.is_file() and not _is_ours(path):
+            if not other_formats.is_weights(path.name) and inside not in in_other_formats:
+                copies[inside] = path
+            elif inside not in weight_files:
+                left_out.append(inside)
+    return _OtherFiles(copies, tuple(left_out), tuple(outside))
 
 
 def _is_ours(path: Path) -> bool:

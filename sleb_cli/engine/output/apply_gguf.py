@@ -1,49 +1,37 @@
-"""Remove blocks from a GGUF file, quantised or not, recover the others if requested, and prove the result."""
+"""Remove blocks from a GGUF file, quantised or not, and prove the result."""
 
 from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import gguf
 import numpy as np
-import torch
 
 from sleb_cli.atomic import new_file, require_new_file, require_space
-from sleb_cli.engine.device import free_bytes
+from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
+from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
+from sleb_cli.engine.gguf.file import Tensor as GgufTensor
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
-from sleb_cli.engine.output.proof import (
-    NOTHING_WRITTEN,
-    Planned,
-    Reference,
-    choose_proof_settings,
-    kept_if_it_fails,
-    prove,
-    require_nothing_kept,
-)
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.run import Recovered, recover
-from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
-from sleb_cli.engine.surgery.loading import quiet_libraries
-from sleb_cli.engine.surgery.subject import first_of_plan, first_removals, is_plan, resolve_subject
+from sleb_cli.engine.output.delivery import Delivery, deliver
+from sleb_cli.engine.output.proof import NOTHING_WRITTEN, Planned, Reference, choose_proof_settings, prove
+from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, translate_errors
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.plan import read_plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import ModelRecord, Proof
-from sleb_cli.requests import DEFAULT_PLAN, ApplyRequest
 from sleb_cli.results import GgufResult, RepackedTensors
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
@@ -58,114 +46,20 @@ class _LogitsProof:
     proof: Proof | None = None
 
 
-def gguf_source(request: ApplyRequest) -> Path | None:
-    """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
-
-    A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
-
-    Raises:
-        UsageError: the output, the source and the other options contradict each other.
-    """
-    output, checkpoint_options = request.output, _checkpoint_options(request)
-    recovery = next((option for option in ("recover", "heal") if getattr(request, option)), None)
-    named_file = output is not None and output.suffix == ".gguf"
-    if request.source is None and not named_file:
-        return None if output is not None or checkpoint_options else _gguf_model(request)
-    if checkpoint_options:
-        raise UsageError(
-            f"{checkpoint_options[0]} does not apply to a GGUF file, whose tensors are copied as they are.",
-            hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
-        )
-    own = _gguf_model(request) if recovery else None
-    is_own = own is not None and request.source is not None and _are_the_same(own, request.source)
-    if recovery and request.source is not None and not is_own:
-        raise UsageError(
-            f"--{recovery} writes new values into the GGUF file of the model that it recovers, and --source names one "
-            "of another model.",
-            hint=f"Leave out --source, and name that file as the model: `sleb apply {request.source} --blocks … "
-            f"--{recovery}`.",
-        )
-    if output is not None and not named_file:
-        raise UsageError(
-            f"--source writes a GGUF file, and {output} does not end in .gguf.", hint="Add .gguf to the name."
-        )
-    source = request.source or _gguf_model(request)
-    if source is None:
-        raise UsageError(
-            f"{output} can only be made from a GGUF file of the model.",
-            hint=f"Name that file {'as the model' if recovery else 'with --source'}, or choose a folder with -o.",
-        )
-    return source
-
-
-def _are_the_same(one: Path, other: Path) -> bool:
+def are_the_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one file."""
     return one.exists() and other.exists() and one.samefile(other)
 
 
-def _checkpoint_options(request: ApplyRequest) -> list[str]:
-    """Return the given options that only apply to a checkpoint."""
-    given = {
-        "--device-map": request.device_map is not None,
-        "--stream": request.stream is not None,
-        "--dtype": request.dtype is not None,
-        "--push": request.push is not None,
-        "--max-shard-size": request.max_shard_size is not None,
-    }
-    return [option for option, is_given in given.items() if is_given]
-
-
-def _gguf_model(request: ApplyRequest) -> Path | None:
-    """Return the model, if it is a GGUF file."""
-    named = request.subject or str(DEFAULT_PLAN)
-    if is_plan(named):
-        if request.blocks is not None:  # refused where the plan is read
-            return None
-        named = request.model or read_plan(Path(named)).model.id
-    return Path(named) if named.endswith(".gguf") and not Path(named).is_dir() else None
-
-
-def apply_to_gguf(
-    request: ApplyRequest, source: Path, registry: Registry, notify: Notify, group: ProcessGroup | None = None
-) -> GgufResult:
-    """Remove from `source` the blocks that the request names, in a plan or as a list, and recover it if requested.
-
-    Raises:
-        PlanError: the plan is unreadable, or was made for another model.
-        UsageError: the blocks or their number do not fit.
-        WorkerFinished: this process only helped to recover; the main process writes the file.
-    """
-    quiet_libraries()
-    file, group = read_gguf(source), group or ProcessGroup()
-    if not (request.recover or request.heal):
-        return prune_gguf(file, _removals(request, file, registry, notify), request, registry, notify)
-    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
-    output = _place(request, file, subject.surgery.removals)
-    state = Unfinished(output)
-    clear_old(output.absolute().parent)
-    state.require(resume=request.resume, force=request.force)
-
-    def run() -> Recovered:
-        return recover(subject, request, None, state, group, notify, gguf=file)
-
-    if not group.is_main:
-        run()
-        raise WorkerFinished
-    request = replace(request, force=state.may_replace(resume=request.resume, force=request.force))
-    with state.told_on_failure(notify):
-        result = prune_gguf(file, subject.surgery.removals, request, registry, notify, run)
-    state.delete()
-    return result
+def default_place(file: GgufFile, removals: Sequence[int]) -> Path:
+    """Return where the pruned file goes if no place is named."""
+    return Path(f"{file.path.stem}-sleb-{block_count(file) - len(removals)}-blocks.gguf")
 
 
 def prune_gguf(
-    file: GgufFile,
-    removals: tuple[int, ...],
-    request: ApplyRequest,
-    registry: Registry,
-    notify: Notify,
-    recovering: Callable[[], Recovered] | None = None,
+    file: GgufFile, removals: tuple[int, ...], to: Delivery, registry: Registry, notify: Notify
 ) -> GgufResult:
-    """Write the pruned file, complete and checked, or write nothing; `recovering` returns new values for it.
+    """Write the pruned file, complete and checked, or write nothing.
 
     Raises:
         UnsupportedModelError: these blocks cannot be removed from this architecture.
@@ -173,48 +67,75 @@ def prune_gguf(
         OutputError: the file exists, cannot be written, or is the source itself.
     """
     surgery = plan_gguf_surgery(file, removals)
-    pruned, path = surgery.pruned(), _place(request, file, removals)
-    _require_place(path, pruned, force=request.force)
-    require_nothing_kept(request.keep_failed)
-    logits_proof = _LogitsProof("--no-verify")
-    watch = Watch()
-    watch.add(file.path)
-    with new_file(path, replace=request.force) as aside, watch.unchanged():
-        if read_gguf(file.path) != file:
-            raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
-        # The place is claimed before hours of recovery.
-        recovered = recovering() if recovering else None
+    pruned = surgery.pruned()
+    if are_the_same(to.place, file.path):
+        raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
+    require_new_file(to.place, force=to.replace)
+    return deliver(_PrunedFile(surgery, pruned, to, registry), notify)
+
+
+@dataclass
+class _PrunedFile:
+    """The pruned GGUF file, as `deliver` takes it."""
+
+    surgery: GgufSurgery
+    pruned: GgufFile
+    to: Delivery
+    registry: Registry
+
+    @cached_property
+    def watch(self) -> Watch:
+        watch = Watch()
+        watch.add(self.surgery.file.path)
+        return watch
+
+    @contextmanager
+    def claim(self) -> Iterator[Path]:
+        _ = self.watch  # from here on
+        with new_file(self.to.place, replace=self.to.replace) as aside:
+            file = self.surgery.file
+            if read_gguf(file.path) != file:
+                raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
+            yield aside
+
+    def require_room(self) -> None:
+        require_space(self.to.place, gguf_size(self.pruned))
+
+    def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
         if recovered:
-            pruned = surgery.pruned(recovered.packed)
-            require_space(path, gguf_size(pruned))
-        _write(pruned, aside, notify)
-        if not request.no_verify:
-            with kept_if_it_fails(aside, request.keep_failed):
-                logits_proof = _prove(surgery, pruned, aside, recovered, registry, notify)
-    return GgufResult(
-        schema_version=1,
-        sleb_version=__version__,
-        kind="gguf",
-        source=str(file.path.absolute()),
-        architecture=file.architecture,
-        removals=surgery.removals,
-        file=str(path),
-        blocks=block_count(file) - len(removals),
-        file_bytes=gguf_size(pruned),
-        recovery=recovered.record if recovered else None,
-        repacked=_repacked(file, recovered.packed.values()) if recovered else (),
-        verified=not request.no_verify,
-        proof=logits_proof.proof,
-        unproven=logits_proof.unproven,
-    )
+            self.pruned = self.surgery.pruned(recovered.packed)
+            self.require_room()
+        _write(self.pruned, aside, notify)
+
+    def prove(self, aside: Path, recovered: Recovered | None, notify: Notify) -> _LogitsProof:
+        with no_verdict_by_the_disk(ProofError):
+            _require_as_planned(self.pruned, aside)
+            return _prove_with_transformers(self.surgery, aside, recovered, self.registry, notify)
+
+    def finish(
+        self, aside: Path, recovered: Recovered | None, proof: _LogitsProof | None, notify: Notify
+    ) -> GgufResult:
+        file, removals = self.surgery.file, self.surgery.removals
+        found = proof or _LogitsProof("--no-verify")
+        return GgufResult(
+            schema_version=1,
+            sleb_version=__version__,
+            kind="gguf",
+            source=str(file.path.absolute()),
+            architecture=file.architecture,
+            removals=removals,
+            file=str(self.to.place),
+            blocks=block_count(file) - len(removals),
+            file_bytes=gguf_size(self.pruned),
+            recovery=recovered.record if recovered else None,
+            repacked=_repacked(file, recovered.packed.values()) if recovered else (),
+            verified=proof is not None,
+            proof=found.proof,
+            unproven=found.unproven,
+        )
 
 
-def _place(request: ApplyRequest, file: GgufFile, removals: tuple[int, ...]) -> Path:
-    """Return where the pruned file goes."""
-    return request.output or Path(f"{file.path.stem}-sleb-{block_count(file) - len(removals)}-blocks.gguf")
-
-
-def _repacked(file: GgufFile, packed: Iterable[Tensor]) -> tuple[RepackedTensors, ...]:
+def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTensors, ...]:
     """Return how many tensors with new values there are, and their bytes, for each type before and now."""
     before = {tensor.name: tensor.type for tensor in file.tensors}
     sizes: dict[tuple[int, int], list[int]] = {}
@@ -228,31 +149,6 @@ def _repacked(file: GgufFile, packed: Iterable[Tensor]) -> tuple[RepackedTensors
 
 def _type_name(type_: int) -> str:
     return str(gguf.GGMLQuantizationType(type_).name)
-
-
-def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
-    """Return the blocks to remove, after checking that they belong to this file's model."""
-    if request.source is not None and request.model is not None:
-        raise UsageError(
-            "--model does not apply with --source: only the plan and the GGUF file are read.", hint="Leave it out."
-        )
-    named = request.subject
-    if request.blocks is None or (named is not None and is_plan(named)):
-        return _planned_removals(request, file, registry, notify)
-    is_other = named is not None and not _are_the_same(file.path, Path(named))
-    if is_other and not request.any_model:
-        require_same_kind_of_model(resolve_subject(request, registry, notify).architecture.record, file, notify)
-    return first_removals(request.blocks, request.remove, "--blocks")
-
-
-def _planned_removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
-    path = Path(request.subject or DEFAULT_PLAN)
-    if request.source is None or not is_plan(str(path)) or request.blocks is not None:
-        return resolve_subject(request, registry, notify, needs_removals=True).surgery.removals
-    plan = read_plan(path)
-    if not request.any_model:
-        require_same_kind_of_model(plan.model, file, notify)
-    return first_of_plan(plan, request.remove, path).removals
 
 
 def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notify) -> None:
@@ -278,35 +174,9 @@ def require_same_kind_of_model(model: ModelRecord, file: GgufFile, notify: Notif
         )
 
 
-def _require_place(path: Path, pruned: GgufFile, *, force: bool) -> None:
-    if _are_the_same(path, pruned.path):
-        raise OutputError(f"{path} is the source file itself.", hint="Choose another name with -o.")
-    require_new_file(path, force=force)
-    require_space(path, gguf_size(pruned))
-
-
 def _write(pruned: GgufFile, aside: Path, notify: Notify) -> None:
     with task(notify, "Writing weights", sum(tensor.size for tensor in pruned.tensors), "B") as advance:
         write_gguf(pruned, aside, advance)
-
-
-def _prove(
-    surgery: GgufSurgery,
-    pruned: GgufFile,
-    aside: Path,
-    recovered: Recovered | None,
-    registry: Registry,
-    notify: Notify,
-) -> _LogitsProof:
-    """Prove the file.
-
-    Raises:
-        ProofError: it differs from what it should be.
-        OSError: the disk failed, which is no verdict about the file.
-    """
-    with no_verdict_by_the_disk(ProofError):
-        _require_as_planned(pruned, aside)
-        return _prove_with_transformers(surgery, aside, recovered, registry, notify)
 
 
 def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
@@ -350,7 +220,7 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
     return None if found.entries == expected.entries else "their order is another"
 
 
-def _is_the_same(found: gguf.ReaderTensor, expected: Tensor) -> bool:
+def _is_the_same(found: gguf.ReaderTensor, expected: GgufTensor) -> bool:
     return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
 
 
@@ -394,7 +264,7 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
     parameters = sum(math.prod(tensor.shape) for tensor in file.tensors)
     # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.
     memory, disk = 8 * parameters, 8 * parameters
-    available = free_bytes(torch.device("cpu"))
+    available = free_bytes(CPU)
     if available < memory:
         return f"transformers needs {format_bytes(memory)} of memory, and only {format_bytes(available)} are free"
     free = shutil.disk_usage(aside.parent).free

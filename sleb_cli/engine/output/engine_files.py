@@ -13,11 +13,12 @@ from sleb_cli.engine.model.demo import demo_gguf
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.output.apply import apply_removals
 from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notify
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import ApplyRequest, BenchRequest
+from sleb_cli.requests import BenchRequest
 from sleb_plugins import Engine, UsageError
 
 
@@ -28,7 +29,7 @@ def engine_files(
     """Yield a function that returns what the engine reads: the model's own file or folder, or a pruned one.
 
     Raises:
-        UsageError: the engine reads GGUF files, and there is none of this model; or `request.source` does not apply.
+        UsageError: the engine reads GGUF files, but none of this model is known; or `request.source` does not apply.
         PlanError: `request.source` holds another model.
     """
     if engine.reads == "checkpoint" and request.source is not None:
@@ -45,7 +46,7 @@ def _checkpoint(surgery: Surgery, folder: Path, notify: Notify) -> Path:
     if not surgery.removals:
         return surgery.architecture.source.folder
     output = folder / f"{len(surgery.removals)}-blocks-fewer"
-    apply_removals(Subject(surgery, None), ApplyRequest(output=output, no_verify=True), notify)
+    apply_removals(Subject(surgery, None), Delivery(output, verify=False), notify)
     return output
 
 
@@ -53,8 +54,7 @@ def _gguf(source: Path, surgery: Surgery, folder: Path, registry: Registry, noti
     if not surgery.removals:
         return source
     output = folder / f"{len(surgery.removals)}-blocks-fewer.gguf"
-    request = ApplyRequest(output=output, no_verify=True)
-    prune_gguf(read_gguf(source), surgery.removals, request, registry, notify)
+    prune_gguf(read_gguf(source), surgery.removals, Delivery(output, verify=False), registry, notify)
     return output
 
 
@@ -69,6 +69,6 @@ def _gguf_source(subject: Subject, engine: Engine, request: BenchRequest, notify
     if model.id.endswith(".gguf"):
         return Path(model.id)
     raise UsageError(
-        f"{engine.name} reads GGUF files, and {model.id} is a checkpoint.",
+        f"{engine.name} reads GGUF files, but {model.id} is a checkpoint.",
         hint="Name a GGUF file of the model with --source; llama.cpp's convert_hf_to_gguf.py makes one.",
     )

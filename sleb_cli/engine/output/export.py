@@ -7,50 +7,55 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sleb_cli.atomic import new_file, new_folder, require_new_file
+from sleb_cli.atomic import new_file, new_folder, require_new_file, write_text
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.model.source import DEMO
-from sleb_cli.engine.output.apply import apply_removals
-from sleb_cli.engine.output.apply_gguf import prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
+from sleb_cli.engine.output.apply_gguf import default_place, prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.surgery.subject import Subject, is_plan, read_named_plan, resolve_subject
 from sleb_cli.events import Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.requests import DEFAULT_PLAN, ApplyRequest, ExportRequest
+from sleb_cli.requests import DEFAULT_PLAN, ExportRequest
 from sleb_cli.results import ApplyResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
-from sleb_plugins import Exporter, FileExporter, OutputError, PluginError, Pruning, UsageError
+from sleb_plugins import Exporter, OutputError, PluginError, Pruning, UsageError
 
 
-@dataclass(frozen=True)
-class Described:
-    """What an exporter is given, and the model behind it, if the exporter needs that."""
-
-    pruning: Pruning
-    subject: Subject | None
-
-
-def describe_pruning(
-    request: ExportRequest, exporter: Exporter | FileExporter, registry: Registry, notify: Notify
-) -> Described:
-    """Return the description of a removal that exporters take.
+def export_request(request: ExportRequest, registry: Registry, notify: Notify) -> ExportResult:
+    """Export the removals that a request names, as text or as files.
 
     Raises:
         PlanError: the plan is unreadable, or was made for another model.
         UsageError: no block is removed, the format does not use the given source file, or describes only plans.
+        ProofError: what was written does not compute what it should.
+        OutputError: it exists, or cannot be written.
     """
+    exporter = registry.exporter(request.to)
+    if isinstance(exporter, Exporter) and request.output is not None:
+        require_new_file(request.output, force=request.force)
     if request.source is not None and not exporter.uses_source:
         raise UsageError(f"--source does not apply to --to {exporter.name}.", hint="Leave out --source.")
-    if exporter.needs_model:
-        subject = resolve_subject(request, registry, notify, needs_removals=True)
-        described = Described(_pruning_of_model(subject, request, notify), subject)
+    subject = resolve_subject(request, registry, notify, needs_removals=True) if exporter.needs_model else None
+    if subject:
+        pruning = _pruning_of_model(subject, request, notify)
     else:
-        described = Described(_pruning_of_plan(request, exporter.name, notify), None)
-    if not described.pruning.removals:
+        pruning = _pruning_of_plan(request, exporter.name, notify)
+    if not pruning.removals:
         raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
-    return described
+    made: dict[str, Any]
+    if isinstance(exporter, Exporter):
+        made = {"text": exporter.render(pruning), "document": exporter.document(pruning)}
+        if request.output is not None:
+            write_text(request.output, made["text"] or "")
+    else:
+        writer = _EngineWriter(exporter.name, pruning, subject, request, registry, notify)
+        lines = tuple(exporter.export(pruning, request.output, writer))
+        made = {"written": tuple(writer.written), "files": tuple(map(str, writer.files)), "lines": lines}
+    return ExportResult(schema_version=1, sleb_version=__version__, kind="export", exporter=exporter.name, **made)
 
 
 def _pruning_of_model(subject: Subject, request: ExportRequest, notify: Notify) -> Pruning:
@@ -75,7 +80,7 @@ def _pruning_of_plan(request: ExportRequest, to: str, notify: Notify) -> Pruning
     named = Path(request.subject or DEFAULT_PLAN)
     file = named / CHECKPOINT_PLAN if (named / CHECKPOINT_PLAN).is_file() else named
     if not is_plan(str(file)):
-        raise UsageError(f"--to {to} describes a plan, and {named} is a model.", hint="Name a plan of `sleb search`.")
+        raise UsageError(f"--to {to} describes a plan, but {named} is a model.", hint="Name a plan of `sleb search`.")
     plan = read_named_plan(file, request)
     return Pruning(
         model=plan.model.id,
@@ -97,35 +102,13 @@ def _measured(file: Path, plan: Plan, notify: Notify) -> dict[str, Any]:
     }
 
 
-def export_text(exporter: Exporter, pruning: Pruning) -> ExportResult:
-    """Return the text that another tool reads, and the same as data."""
-    return _result(exporter, text=exporter.render(pruning), document=exporter.document(pruning))
-
-
-def export_files(
-    exporter: FileExporter,
-    described: Described,
-    request: ExportRequest,
-    registry: Registry,
-    notify: Notify,
-) -> ExportResult:
-    """Let the exporter write its files; raises what `apply_removals` and `prune_gguf` raise."""
-    writer = _EngineWriter(exporter.name, described, request, registry, notify)
-    lines = exporter.export(described.pruning, request.output, writer)
-    files = tuple(map(str, writer.files))
-    return _result(exporter, written=tuple(writer.written), files=files, lines=tuple(lines))
-
-
-def _result(exporter: Exporter | FileExporter, **made: Any) -> ExportResult:
-    return ExportResult(schema_version=1, sleb_version=__version__, kind="export", exporter=exporter.name, **made)
-
-
 @dataclass(frozen=True)
 class _EngineWriter:
     """What the engine offers to exporters: see `sleb_plugins.ArtifactWriter`."""
 
     exporter: str
-    described: Described
+    pruning: Pruning
+    subject: Subject | None
     request: ExportRequest
     registry: Registry
     notify: Notify
@@ -134,16 +117,17 @@ class _EngineWriter:
 
     @property
     def _subject(self) -> Subject:
-        if self.described.subject is None:
+        if self.subject is None:
             raise PluginError(
-                f"The exporter {self.exporter!r} wants to write a model, but says that it needs none.",
+                f"The exporter {self.exporter!r} wants to write a model, but declares that it needs none.",
                 hint="Its author must set needs_model = True.",
             )
-        return self.described.subject
+        return self.subject
 
     def write_checkpoint(self, output: Path | None, check: Callable[[Path], None] | None = None) -> Path:
-        request = ApplyRequest(output=output, force=self.request.force)
-        result = apply_removals(self._subject, request, self.notify, check)
+        folder, force = output or default_folder(self._subject), self.request.force
+        require_new_folder(folder, self._subject.architecture.source, force=force)
+        result = apply_removals(self._subject, Delivery(folder, force), self.notify, check=check)
         self.written.append(result)
         return Path(result.folder)
 
@@ -151,8 +135,9 @@ class _EngineWriter:
         file = read_gguf(source)
         if not self.request.any_model:
             require_same_kind_of_model(self._subject.architecture.record, file, self.notify)
-        request = ApplyRequest(output=output, force=self.request.force)
-        result = prune_gguf(file, self._subject.surgery.removals, request, self.registry, self.notify)
+        removals = self._subject.surgery.removals
+        to = Delivery(output or default_place(file, removals), self.request.force)
+        result = prune_gguf(file, removals, to, self.registry, self.notify)
         self.written.append(result)
         return Path(result.file)
 
@@ -174,11 +159,10 @@ class _EngineWriter:
         return folder
 
     def _default(self, ending: str) -> Path:
-        """Return a path beside the plan, of its name; without a plan, one named after the model."""
-        pruning = self.described.pruning
-        if pruning.plan_file is not None:
-            return pruning.plan_file.with_suffix(ending)
-        return Path(Path(pruning.model).name + ending)
+        """Return a path named after the plan, next to it; without a plan, one named after the model."""
+        if self.pruning.plan_file is not None:
+            return self.pruning.plan_file.with_suffix(ending)
+        return Path(Path(self.pruning.model).name + ending)
 
 
 def _require_replaceable(folder: Path, files: Collection[str], *, force: bool) -> None:

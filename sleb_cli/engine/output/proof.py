@@ -15,23 +15,22 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
-from sleb_cli.atomic import free_space, writing
+from sleb_cli.atomic import free_space
 from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.copying import BUFFER_BYTES, reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
-from sleb_cli.engine.files.weights import TORCH_DTYPES, Header, find_weights, read_tensors
+from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_tensors
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, device_of, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -52,7 +51,7 @@ from sleb_cli.engine.third_party import errors_of_the_disk, no_verdict_by_the_di
 from sleb_cli.events import CheckPassed, Notice, Notify, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.units import format_bytes
-from sleb_plugins import ModelError, OutputError, ProofError
+from sleb_plugins import ModelError, ProofError
 
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
@@ -81,7 +80,7 @@ PEAK_SHARE = 1.2
 
 NOTHING_WRITTEN = (
     "Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, please "
-    "report the model: --keep-failed DIR keeps what was written for a look."
+    "report the model; --keep-failed DIR keeps what was written."
 )
 """The hint of a proof that fails."""
 
@@ -98,22 +97,6 @@ class ProofSettings:
 
     placement: Placement
     too_large: str | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens go in; with a device map, its fastest part."""
-        return self.placement.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The data type that the models compute in."""
-        return self.placement.dtype
-
-    def map_of(self, surgery: Surgery) -> DeviceMap | None:
-        """Return where the weights of the checkpoint are; None for the device alone."""
-        place = self.placement
-        on_disk = blocks_on_disk(surgery.architecture, place.device) if place.stream else place.device_map
-        return prune_device_map(surgery, on_disk)
 
 
 def choose_proof_settings(
@@ -183,18 +166,9 @@ class Reference:
             "the dense model with these blocks skipped" if self.parameters is None else "the recovered model in memory"
         )
 
-    def logits(self, ids: Tensor, settings: ProofSettings, notify: Notify) -> Tensor:
-        """Load it and return its logits, [1, positions, vocabulary]."""
-        with self._open(settings, notify) as skippable:
-            return skippable.logits(ids, self.surgery.removed)
-
-    def states(self, ids: Tensor, settings: ProofSettings, notify: Notify) -> list[tuple[Tensor, Tensor]]:
-        """Load it and return the hidden states that enter and leave each kept block, on the CPU."""
-        with self._open(settings, notify) as skippable:
-            return _block_states(skippable, ids, self.surgery.removed)
-
     @contextmanager
-    def _open(self, settings: ProofSettings, notify: Notify) -> Iterator[SkippableModel]:
+    def opened(self, settings: ProofSettings, notify: Notify) -> Iterator[SkippableModel]:
+        """Load it, with its new values in place."""
         with (
             open_dense(self.surgery.architecture, settings.placement, notify) as skippable,
             skippable.replaced(self.parameters or {}),
@@ -204,31 +178,20 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class PlannedFiles:
-    """All files of a checkpoint's folder, as they were to be written.
+class Planned:
+    """What a checkpoint must hold.
 
     Attributes:
-        weights: the weight files by name.
+        tensors: exactly these tensors.
+        weights: the weight files by name; None if another program wrote the folder, with whatever files.
         texts: the contents of the files with settings, by name.
         copies: the dense model's files that are copied unchanged, by their relative paths.
     """
 
-    weights: Mapping[str, Shard]
-    texts: Mapping[str, str]
-    copies: Mapping[str, Path]
-
-    @property
-    def all_texts(self) -> dict[str, str]:
-        """The contents of the files with settings and of the index, if there is one."""
-        return {**self.texts, **({INDEX: index_of(self.weights)} if len(self.weights) > 1 else {})}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a checkpoint must hold: these tensors and, unless another program wrote the folder, exactly these files."""
-
     tensors: Sequence[NewTensor]
-    files: PlannedFiles | None = None
+    weights: Mapping[str, Shard] | None = None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, Path] = field(default_factory=dict)
 
 
 def prove(reference: Reference, folder: Path, planned: Planned, settings: ProofSettings, notify: Notify) -> Proof:
@@ -238,49 +201,48 @@ def prove(reference: Reference, folder: Path, planned: Planned, settings: ProofS
         ProofError: a check failed.
         OSError: the disk failed, which is no verdict about the checkpoint.
     """
-    with no_verdict_by_the_disk(ProofError):
-        return _prove(reference, folder, planned, settings, notify)
-
-
-def _prove(reference: Reference, folder: Path, planned: Planned, settings: ProofSettings, notify: Notify) -> Proof:
+    source = reference.surgery.architecture.source
     proof = Proof(
         checks=(),
         reference="dense" if reference.parameters is None else "recovered",
         partial=settings.too_large,
-        dtype=dtype_name(settings.dtype),
-        device=settings.device.type,
+        dtype=dtype_name(settings.placement.dtype),
+        device=settings.placement.device.type,
     )
-    if settings.too_large:
-        notify(
-            Notice(f"The proof is partial: {settings.too_large}. Names, shapes and bytes are checked, but no logits.")
-        )
-        checks = _fits(reference.surgery, folder)
-    else:
-        if settings.placement.stream:
-            notify(Notice("For the proof, blocks stay on the disk; it reads all weights about eight times."))
-        checks = _runs(reference, folder, settings, notify)
-    for check, sentence, values in chain(
-        _as_planned(reference.surgery.architecture.source, folder, planned, notify), checks
-    ):
-        notify(CheckPassed(sentence) if check else Notice(sentence))
-        proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
+    with no_verdict_by_the_disk(ProofError):
+        tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
+        if settings.too_large:
+            reason = settings.too_large
+            notify(Notice(f"The proof is partial: {reason}. Names, shapes and bytes are checked, but no logits."))
+            checks = _fits(reference.surgery, folder)
+        else:
+            if settings.placement.stream:
+                notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
+            checks = _runs(reference, folder, tokenizer, settings, notify)
+        for check, sentence, values in chain(_as_planned(source, folder, tokenizer, planned, notify), checks):
+            notify(CheckPassed(sentence) if check else Notice(sentence))
+            proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
     return proof
 
 
-def _as_planned(source: ModelSource, folder: Path, planned: Planned, notify: Notify) -> Iterator[CheckResult]:
+def _as_planned(
+    source: ModelSource, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
+) -> Iterator[CheckResult]:
     """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
-    if planned.files:
-        _require_files(folder, planned.files)
+    _require_files(folder, planned)
     yield _complete(folder, planned)
-    _require_same_tokens(source, folder)
+    if tokenizer is not None:
+        _require_same_tokens(source, folder, tokenizer)
     yield _same_bytes(folder, planned.tensors, notify)
 
 
-def _require_files(folder: Path, files: PlannedFiles) -> None:
+def _require_files(folder: Path, planned: Planned) -> None:
     """Check that each file is there, and no other, and that all but the weights have the planned contents."""
+    if planned.weights is None:
+        return
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    texts = files.all_texts
-    expected = {*files.weights, *texts, *files.copies}
+    texts = {**planned.texts, **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {})}
+    expected = {*planned.weights, *texts, *planned.copies}
     if missing := sorted(expected - found):
         raise _failed(f"{_listed(missing)} missing")
     if extra := sorted(found - expected):
@@ -288,8 +250,8 @@ def _require_files(folder: Path, files: PlannedFiles) -> None:
     for name, text in texts.items():
         if (content := (folder / name).read_bytes()) != text.encode():
             raise _failed(f"{name} is not what was written{_difference(content, text)}")
-    for name, source in files.copies.items():
-        if not _same_content(folder / name, source):
+    for name, original in planned.copies.items():
+        if not _same_content(folder / name, original):
             raise _failed(f"{name} is not the dense model's")
 
 
@@ -308,17 +270,17 @@ def _difference(content: bytes, text: str) -> str:
 
 
 def _same_content(path: Path, source: Path) -> bool:
-    with path.open("rb") as ours:
+    with ExitStack() as files:
+        ours = files.enter_context(path.open("rb"))
         with reading(source):
-            theirs = source.open("rb")
-        with theirs:
-            while True:
-                with reading(source):
-                    part = theirs.read(BUFFER_BYTES)
-                if ours.read(BUFFER_BYTES) != part:
-                    return False
-                if not part:
-                    return True
+            theirs = files.enter_context(source.open("rb"))
+        part: bytes | None = None
+        while part != b"":
+            with reading(source):
+                part = theirs.read(BUFFER_BYTES)
+            if ours.read(BUFFER_BYTES) != part:
+                return False
+    return True
 
 
 def _complete(folder: Path, planned: Planned) -> CheckResult:
@@ -335,32 +297,26 @@ def _complete(folder: Path, planned: Planned) -> CheckResult:
         raise _failed(f"{len(wrong)} tensors have another type or shape, such as {wrong[0]}")
     if extra := sorted(found.keys() - expected.keys()):
         raise _failed(f"{len(extra)} tensors are unexpected, such as {extra[0]}")
-    if planned.files:
+    if planned.weights is not None:
         for header in weights.headers:
-            _require_header(header, planned.files.weights[header.path.name])
+            shard = planned.weights[header.path.name]
+            if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
+                raise _failed(f"{header.path.name} holds other tensors than the index says")
+            if header.metadata != shard.metadata:
+                raise _failed(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
     files = "1 file" if len(weights.names) == 1 else f"{len(weights.names)} files"
     return "complete", f"complete: {len(found)} tensors in {files}", {}
 
 
-def _require_same_tokens(source: ModelSource, folder: Path) -> None:
+def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None:
     """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    if not has_tokenizer(source):
-        return
     with (
         translate_errors(lambda words: _failed(f"its tokenizer cannot be loaded: {words}")),
         errors_of_the_disk(),
     ):
         ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
-    theirs = load_tokenizer(source)
     if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
         raise _failed("its tokenizer is not the dense model's")
-
-
-def _require_header(found: Header, shard: Shard) -> None:
-    if {tensor.name for tensor in found.tensors} != {tensor.name for tensor in shard.tensors}:
-        raise _failed(f"{found.path.name} holds other tensors than the index says")
-    if found.metadata != shard.metadata:
-        raise _failed(f"the metadata of {found.path.name} are {found.metadata}, not {shard.metadata}")
 
 
 def _same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> CheckResult:
@@ -377,8 +333,11 @@ def _same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> C
                 found = read_tensors(path, [tensor.name for tensor in tensors])
                 dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
                 for tensor in tensors:
-                    expected = _expected(tensor, dense)
-                    if not _same_bits(next(found), expected):
+                    expected = next(dense) if tensor.value is None else tensor.value
+                    if tensor.value is None and tensor.cut:
+                        expected = tensor.cut.of_tensor(expected)
+                    expected = expected.to(CPU, TORCH_DTYPES.get(tensor.dtype, expected.dtype))
+                    if not torch.equal(_bits_of(next(found)), _bits_of(expected)):
                         different.append(tensor)
             advance(sum(tensor.size for tensor in tensors))
     if different:
@@ -388,73 +347,68 @@ def _same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> C
     return "same bytes", "its bytes are those of the dense model's kept blocks, or the recovered ones", {}
 
 
-def _expected(tensor: NewTensor, dense: Iterator[Tensor]) -> Tensor:
-    """Return what a tensor must hold: its new value, or what becomes of the next tensor of the dense model."""
-    value = tensor.value
-    if value is None:
-        value = next(dense)
-        value = tensor.cut.of_tensor(value) if tensor.cut else value
-    return value.to("cpu", TORCH_DTYPES.get(tensor.dtype, value.dtype))
-
-
-def _same_bits(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are alike bit for bit, NaN and -0 included."""
-    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (found, expected))
-    return torch.equal(one, other)
+def _bits_of(tensor: Tensor) -> Tensor:
+    """Return the bytes, which tell NaN and -0 apart, too."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _fits(surgery: Surgery, folder: Path) -> Iterator[CheckResult]:
     """Check that stock transformers, on the meta device, finds each weight in the files."""
-    _load(folder, surgery, torch.device("meta"))
+    _load(folder, surgery, None)
     yield "loads", "transformers builds it and finds every weight in the files, in its shape, and no other", {}
 
 
 @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
-def _runs(reference: Reference, folder: Path, settings: ProofSettings, notify: Notify) -> Iterator[CheckResult]:
+def _runs(
+    reference: Reference, folder: Path, tokenizer: Any, settings: ProofSettings, notify: Notify
+) -> Iterator[CheckResult]:
     """Check that the checkpoint computes what the model in memory computes, generates, and can be saved again."""
-    surgery = reference.surgery
-    dtype, device = settings.dtype, settings.device
+    surgery, place = reference.surgery, settings.placement
+    allowed = TOLERANCE.get(place.dtype, 0.0)
     limit = surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
-    most = NEW_STREAMED_TOKENS if settings.placement.stream else NEW_TOKENS
-    new_tokens = min(most, max(1, limit // 2))
-    prompt, ids = _prompt(surgery, max(1, min(PROMPT_TOKENS, limit - new_tokens)), device)
-    expected = reference.logits(ids, settings, notify)
+    new_tokens = min(NEW_STREAMED_TOKENS if place.stream else NEW_TOKENS, max(1, limit // 2))
+    room = max(1, min(PROMPT_TOKENS, limit - new_tokens))
+    if tokenizer is None:
+        vocabulary = surgery.architecture.config.get_text_config().vocab_size
+        ids = torch.randint(vocabulary, (1, room), generator=torch.Generator().manual_seed(0)).to(place.device)
+    else:
+        ids = torch.tensor([tokenizer(PROMPT).input_ids[:room]], device=place.device)
+    with reference.opened(settings, notify) as skippable:
+        expected = skippable.logits(ids, surgery.removed)
+    del skippable
     free_memory()
     with task(notify, "Proving the checkpoint"):
-        model = _load_stock(folder, surgery, settings).eval()
+        model = _load(folder, surgery, settings).eval()
         align(model)
         yield "loads", "stock transformers loads it, with no weight missing and none left over", {}
-        difference = _logits_difference(model, ids, expected)
-        if not difference <= TOLERANCE.get(dtype, 0.0):
+        with translate_errors(lambda words: _failed(f"it does not run: {words}")):
+            found = model(input_ids=ids, use_cache=False).logits
+        difference = _relative_difference(found, expected)
+        if not difference <= allowed:
             with SkippableModel(model, surgery.architecture.blocks_of(model)) as whole:
                 states = _block_states(whole, ids)
             del whole, model
             free_memory()
-            where = _first_difference(surgery, states, reference.states(ids, settings, notify), dtype)
+            with reference.opened(settings, notify) as skippable:
+                where = _first_difference(surgery, states, _block_states(skippable, ids, surgery.removed), allowed)
             raise _failed(
                 f"its logits differ from those of {reference.name} by {difference:.2g} of the largest "
-                f"({dtype_name(dtype)} allows {TOLERANCE.get(dtype, 0.0):.2g}); {where}"
+                f"({dtype_name(place.dtype)} allows {allowed:.2g}); {where}"
             )
         how = "bitwise equal to" if difference == 0 else f"within {difference:.1g} of"
         yield "same logits", f"its logits on {ids.shape[1]} prompt tokens are {how} those of {reference.name}", {
-            "prompt": prompt, "prompt_tokens": ids.shape[1],
-            "logits_difference": difference, "logits_tolerance": TOLERANCE.get(dtype, 0.0),
+            "prompt": "random tokens" if tokenizer is None else "text", "prompt_tokens": ids.shape[1],
+            "logits_difference": difference, "logits_tolerance": allowed,
         }  # fmt: skip
-        difference, allowed = _decode(model, ids, new_tokens, dtype), CACHE_TOLERANCE.get(dtype, 0.0)
+        cache_allowed = CACHE_TOLERANCE.get(place.dtype, 0.0)
         yield "generates", "it generates with the KV cache", {
-            "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": allowed
+            "new_tokens": new_tokens, "cache_difference": _decode(model, ids, new_tokens, cache_allowed),
+            "cache_tolerance": cache_allowed,
         }  # fmt: skip
         # Passed in a list, so that the model can be freed before it is loaded again: both may not fit in memory.
         models = [model]
         del model
         yield from _saves_again(models, surgery, folder, settings)
-
-
-def _logits_difference(model: Any, ids: Tensor, expected: Tensor) -> float:
-    """Return the largest difference between the model's logits and the expected ones, relative to the largest."""
-    with translate_errors(lambda words: _failed(f"it does not run: {words}")):
-        found = model(input_ids=ids, use_cache=False).logits
-    return _relative_difference(found, expected)
 
 
 def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
@@ -468,15 +422,15 @@ def _first_difference(
     surgery: Surgery,
     found: Sequence[tuple[Tensor, Tensor]],
     expected: Sequence[tuple[Tensor, Tensor]],
-    dtype: torch.dtype,
+    allowed: float,
 ) -> str:
     """Return a clause on the first block whose output differs by more than rounding, or else at all."""
     if _relative_difference(found[0][0], expected[0][0]):
         return "what enters the first block differs already"
     differences = [_relative_difference(ours[1], theirs[1]) for ours, theirs in zip(found, expected, strict=True)]
-    for allowed in (TOLERANCE.get(dtype, 0.0), 0.0):
+    for most in (allowed, 0.0):
         for block, difference in enumerate(differences):
-            if not difference <= allowed:
+            if not difference <= most:
                 return (
                     f"its block {block}, which is block {surgery.kept.blocks[block]} of the dense model, is the first "
                     f"whose output differs, by {difference:.2g}"
@@ -505,44 +459,32 @@ def _saves_again(models: list[Any], surgery: Surgery, folder: Path, settings: Pr
         before = {name: tensor.shape for name, tensor in model.state_dict().items()}
         del model
         free_memory()
-        again = _load_stock(Path(place), surgery, settings)
+        again = _load(Path(place), surgery, settings)
         after = {name: tensor.shape for name, tensor in again.state_dict().items()}
     if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
         raise _failed(f"saved again, it has {len(different)} other weights, such as {different[0]}")
     yield "saves again", "it saves again, with the same weights", {}
 
 
-def _prompt(surgery: Surgery, room: int, device: torch.device) -> tuple[Literal["text", "random tokens"], Tensor]:
-    """Return the prompt's kind and tokens, [1, tokens]: real text if the model has a tokenizer."""
-    architecture = surgery.architecture
-    if has_tokenizer(architecture.source):
-        ids = load_tokenizer(architecture.source)(PROMPT).input_ids[:room]
-        return "text", torch.tensor([ids], device=device)
-    vocabulary = architecture.config.get_text_config().vocab_size
-    seeded = torch.Generator().manual_seed(0)
-    return "random tokens", torch.randint(vocabulary, (1, room), generator=seeded).to(device)
-
-
-def _load_stock(folder: Path, surgery: Surgery, settings: ProofSettings) -> Any:
-    return _load(folder, surgery, settings.device, settings.map_of(surgery), dtype=settings.dtype)
-
-
-def _load(
-    folder: Path, surgery: Surgery, device: torch.device, device_map: DeviceMap | None = None, **options: Any
-) -> Any:
-    architecture = surgery.architecture
-    options["trust_remote_code"] = architecture.source.trust_remote_code
+def _load(folder: Path, surgery: Surgery, settings: ProofSettings | None) -> Any:
+    """Load the checkpoint as the settings say; without them, only its names and shapes."""
+    architecture, device, device_map = surgery.architecture, torch.device("meta"), None
+    options: dict[str, Any] = {"trust_remote_code": architecture.source.trust_remote_code}
+    if settings:
+        place = settings.placement
+        device, options["dtype"] = place.device, place.dtype
+        on_disk = blocks_on_disk(architecture, device) if place.stream else place.device_map
+        device_map = prune_device_map(surgery, on_disk)
     try:
         model, info = load_pretrained(architecture.auto_class, folder, "it", device, device_map, **options)
     except ModelError as error:
         raise _failed(error.message.rstrip(".")) from error
-    problem = loading_problem(info, "missing", "unexpected", "mismatched")
-    if problem:
+    if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
         raise _failed(problem)
     return model
 
 
-def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> float:
+def _decode(model: Any, ids: Tensor, new_tokens: int, allowed: float) -> float:
     """Generate with and without the KV cache, and compare the logits of each step up to the first different token.
 
     Both runs use `generate`, because some families count positions differently in a plain forward pass.
@@ -554,7 +496,11 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
             output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
         )  # fmt: skip
         how = "with the KV cache" if use_cache else "without a KV cache"
-        generated = generate(model, ids, settings, partial(_not_generating, how))
+
+        def fails(words: str, how: str = how) -> ProofError:
+            return _failed(f"it does not generate {how}: {words}")
+
+        generated = generate(model, ids, settings, fails)
         found = generated.sequences.shape[1] - ids.shape[1]
         if found != new_tokens:
             raise _failed(f"it generated {found} tokens {how}, not {new_tokens}")
@@ -563,13 +509,9 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, dtype: torch.dtype) -> flo
     # After a tie that was broken differently, the two runs continue different texts.
     alike = int((cached.argmax(-1) == whole.argmax(-1)).cumprod(0).sum())
     difference = _relative_difference(cached[: alike + 1], whole[: alike + 1])
-    if not difference <= CACHE_TOLERANCE.get(dtype, 0.0):
+    if not difference <= allowed:
         raise _failed(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
     return difference
-
-
-def _not_generating(how: str, words: str) -> ProofError:
-    return _failed(f"it does not generate {how}: {words}")
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
@@ -582,36 +524,3 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
 
 def _failed(what: str) -> ProofError:
     return ProofError(f"The pruned checkpoint failed its proof: {what}.", hint=NOTHING_WRITTEN)
-
-
-def require_nothing_kept(place: Path | None) -> None:
-    """Check that the folder for what fails its proof is new.
-
-    Raises:
-        OutputError: it exists.
-    """
-    if place is not None and place.exists():
-        raise OutputError(f"{place} already exists.", hint="Choose another folder with --keep-failed.")
-
-
-@contextmanager
-def kept_if_it_fails(written: Path, place: Path | None) -> Iterator[None]:
-    """Move what was written to the folder `place`, if there is one, should its proof fail meanwhile.
-
-    Raises:
-        ProofError: the proof failed; the hint says where the evidence is.
-        OutputError: it cannot be moved.
-    """
-    try:
-        yield
-    except ProofError as error:
-        if place is None:
-            raise
-        with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if written.is_file():
-                place.mkdir()
-            shutil.move(written, place)
-        raise ProofError(
-            error.message, hint=f"What was written is in {place}. Do not use it; please report the model."
-        ) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ _LOGIN = "Log in with `hf auth login` and a token with write access, then try ag
 
 @dataclass(frozen=True)
 class PushRequest:
-    """Where the checkpoint goes on the Hub: "ORG/NAME"."""
+    """Where the checkpoint goes on the Hub: "ORG/NAME"; with `force`, into a repository that exists."""
 
     repo: str
     private: bool = True
+    force: bool = False
 
     @property
     def by_hand(self) -> str:
@@ -48,8 +50,8 @@ class PushRequest:
         return f"hf upload {self.repo} FOLDER" + (" --private" if self.private else "")
 
 
-def require_pushable(request: PushRequest, *, force: bool) -> None:
-    """Make sure, before hours of work, that the user may create this repository, or has asked to overwrite it.
+def require_pushable(request: PushRequest) -> None:
+    """Check, before hours of work, that the user may create this repository, or asked to overwrite it.
 
     Raises:
         UsageError: the name is not that of a repository.
@@ -57,32 +59,20 @@ def require_pushable(request: PushRequest, *, force: bool) -> None:
     """
     owner, name = _parts(request.repo)
     api = _api()
-    try:
+    with _reaching(request):
         user: dict[str, Any] = api.whoami()
-    except LocalTokenNotFoundError as error:
-        raise OutputError(
-            f"You are not logged in to the Hub, so {request.repo} cannot be created.", hint=_LOGIN
-        ) from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise OutputError("The Hub does not accept your token.", hint=_LOGIN) from error
-        raise _unreachable(request, error) from error
-    except _FAILURES as error:
-        raise _unreachable(request, error) from error
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise OutputError("Your token for the Hub is read-only.", hint=_LOGIN)
     organizations = {str(part.get("name")): part.get("roleInOrg") for part in user.get("orgs") or []}
     if owner != user.get("name") and organizations.get(owner, "read") == "read":
         raise OutputError(
-            f"You are {user.get('name')} on the Hub, and may not write to {owner}.",
+            f"You are {user.get('name')} on the Hub, but may not write to {owner}.",
             hint=f"Push to {user.get('name')}/{name}, or ask {owner} for write access.",
         )
-    try:
+    with _reaching(request):
         is_private = _is_private(api, request.repo)
-    except _FAILURES as error:
-        raise _unreachable(request, error) from error
-    if is_private is not None and not force:
+    if is_private is not None and not request.force:
         raise OutputError(
             f"{request.repo} already exists on the Hub.", hint="Choose another name, or upload into it with --force."
         )
@@ -103,7 +93,7 @@ def _state(path: Path) -> FileState:
     return found.st_ino if stat.S_ISREG(found.st_mode) else -1, found.st_size, found.st_mtime_ns
 
 
-def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, notify: Notify, *, force: bool) -> str:
+def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, notify: Notify) -> str:
     """Upload these files of a checkpoint, and nothing that came into its folder later, in one commit; return its URL.
 
     The commit also deletes the weights of another model.
@@ -116,7 +106,7 @@ def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, not
     api = _api()
     try:
         with task(notify, f"Uploading to {request.repo}"):
-            url = api.create_repo(request.repo, private=request.private, exist_ok=force)
+            url = api.create_repo(request.repo, private=request.private, exist_ok=request.force)
             # It may have been created since the first check, and its visibility changed.
             _require_visibility(_is_private(api, request.repo), request, f"{folder} is complete, but ")
             _require_unchanged(folder, files)
@@ -130,7 +120,7 @@ def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, not
                 commit_message="Pruned with sleb",
             )
     except _UPLOAD_FAILURES as error:
-        also = ", and delete the weights of another model there" if force else ""
+        also = ", and delete the weights of another model there" if request.force else ""
         raise OutputError(
             f"{folder} is complete, but was not uploaded to {request.repo}: {first_line(error)}.",
             hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`{also}.",
@@ -147,13 +137,10 @@ def _require_unchanged(folder: Path, files: Mapping[str, FileState]) -> None:
         OutputError: a file is missing, has changed, or has become a link.
     """
     for name, state in files.items():
-        try:
-            unchanged = _state(folder / name) == state
-        except OSError:
-            unchanged = False
-        if not unchanged:
+        path = folder / name
+        if not os.path.lexists(path) or _state(path) != state:
             raise OutputError(
-                f"{folder / name} changed after it was written, so nothing was uploaded.",
+                f"{path} changed after it was written, so nothing was uploaded.",
                 hint="Apply the plan again when no program writes there.",
             )
 
@@ -186,12 +173,14 @@ def _require_visibility(is_private: bool | None, request: PushRequest, before: s
     if is_private is None or is_private is request.private:
         return
     if request.private:
-        message = f"{request.repo} is public on the Hub, and without --public nothing is published."
-        hint = "Add --public, choose another name, or make the repository private in its settings."
+        message, way = "is public on the Hub, but without --public nothing is published", "Add --public"
     else:
-        message = f"{request.repo} is private on the Hub, and --public does not change that."
-        hint = "Leave out --public, choose another name, or make the repository public in its settings."
-    raise OutputError(before + message, hint=hint)
+        message, way = "is private on the Hub, and --public does not change that", "Leave out --public"
+    wanted = "private" if request.private else "public"
+    raise OutputError(
+        f"{before}{request.repo} {message}.",
+        hint=f"{way}, choose another name, or make the repository {wanted} in its settings.",
+    )
 
 
 def _parts(repo: str) -> tuple[str, str]:
@@ -210,8 +199,18 @@ def _api() -> HfApi:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, library_name="sleb")
 
 
-def _unreachable(request: PushRequest, error: BaseException) -> OutputError:
-    return OutputError(
-        f"The Hub is out of reach, so nothing can be pushed to {request.repo}: {first_line(error)}.",
-        hint=f"Check the network (is HF_HUB_OFFLINE set?), or leave out --push and run `{request.by_hand}` later.",
-    )
+@contextmanager
+def _reaching(request: PushRequest) -> Iterator[None]:
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise OutputError(
+            f"You are not logged in to the Hub, so {request.repo} cannot be created.", hint=_LOGIN
+        ) from error
+    except _FAILURES as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise OutputError("The Hub does not accept your token.", hint=_LOGIN) from error
+        raise OutputError(
+            f"The Hub is out of reach, so nothing can be pushed to {request.repo}: {first_line(error)}.",
+            hint=f"Check the network (is HF_HUB_OFFLINE set?), or leave out --push and run `{request.by_hand}` later.",
+        ) from error

@@ -7,15 +7,15 @@ nor the cost of inference changes. Then every later block is refitted likewise t
 in the model as recovered so far. (ReplaceMe, Shopkhoev et al., arXiv 2505.02819, fits one map for one gap; refitting
 every later block, and the weights of positions, are ours.)
 
-Text of its own decides: a fit that does not lower the divergence from the dense model there is not kept. What is
-reported is measured on other text again.
+Text of its own decides: a fit that does not lower the divergence from the dense model there is not kept. The recovery
+is reported on a third text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -29,12 +29,12 @@ from sleb_cli.engine.forward.holding import SharedInputs, SpillFile
 from sleb_cli.engine.forward.offload import in_place
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.least_squares import Gains, Ridge, ridge_bytes
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge, Sums, best_ridge, ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
     final_norm,
     find_residual_projections,
-    inputs_of,
+    passing,
 )
 from sleb_cli.engine.recovery.unfinished import SavedFits
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
@@ -46,7 +46,7 @@ from sleb_plugins import MachineError, UnsupportedModelError
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
 GAINS_SHARE = 4
-"""Gains, one number for each channel, are fitted to one batch in so many."""
+"""Gains, one number for each channel, are fitted to every fourth batch."""
 PATIENCE = 3
 """After this many blocks that gain next to nothing, none is refitted until the next gap."""
 NEXT_TO_NOTHING = 0.01
@@ -54,23 +54,17 @@ NEXT_TO_NOTHING = 0.01
 SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
 DECIDING_POSITIONS = 2048
-"""On about how many positions fits are compared: enough, since both sides of a comparison see the same."""
-
-
-_Rows = tuple[Tensor, Tensor, Tensor]
-"""The features [rows, features], targets [rows, outputs] and weights [rows] of some positions."""
-
-
+"""About how many positions compare two fits."""
 GROUPS = 8
-"""Sums over a text are those over so many groups of its batches, added in order."""
+"""A text's batches are summed in this many groups, in order, so that sums do not depend on the number of processes."""
 
-_ELSEWHERE = nn.Identity()
-"""Stands for a module where its name is sent to other processes."""
+Rows = Iterator[tuple[Tensor, Tensor, Tensor]]
+"""The features [rows, features], targets [rows, outputs] and weights [rows] of some positions, batch by batch."""
 
 
 @dataclass(frozen=True)
-class _Fit:
-    """New values for some parameters of a block, and the weighted squares on the deciding text before and after."""
+class Fit:
+    """New values by parameter name, and the weighted squares on the deciding text before and after."""
 
     ridge: float
     values: dict[str, Tensor]
@@ -94,8 +88,7 @@ def recover_in_closed_form(
     """Fit the kept blocks to the dense model's hidden states.
 
     Only the hidden states of one depth are in memory, and of a fit only sums of the size of the fitted weights. If
-    blocks are streamed, a fit reads its own block twice, and the blocks behind it once, for the divergence that it
-    leaves.
+    blocks are streamed, a fit reads its own block twice, and the blocks behind it once.
 
     Args:
         skippable: the dense model, as an entered context; its parameters end as they were.
@@ -103,272 +96,299 @@ def recover_in_closed_form(
         train: the tokens to fit on, [sequences, positions].
         deciding: the tokens that decide, [sequences, positions].
         notify: the listener for events.
-        stored: the data type of the checkpoint, to which values are rounded; None for the model's.
+        stored: the data type to which values are rounded; None for the model's.
         in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
         spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
         group: the processes that share out the text; values do not depend on how many they are.
         saved: where each fit is kept, and found if the run before was interrupted; None keeps none.
 
     Returns:
-        New values by the dense model's own parameter names, rounded to what is stored, and a record of every fit.
+        New values by the dense model's parameter names, and a record of every fit.
 
     Raises:
         UnsupportedModelError: the family's blocks cannot be run one by one.
         MachineError: the sums of a fit do not fit into memory, or not even one sequence at a time does.
     """
-    device, length = skippable.device, deciding.shape[1]
-    place = CPU if in_host_memory else None
+    device, group = skippable.device, group or ProcessGroup()
     with torch.inference_mode():
         engine, reason = choose_engine(skippable, deciding[:CHECKED_SEQUENCES].to(device))
         if engine != "fork":
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
-        settings = _Settings(
-            frozenset(removed), stored or skippable.model.dtype, place, spill_to, group or ProcessGroup(), saved
-        )
 
         def run(batch: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-            return _ClosedFormFit(skippable, settings, (train, deciding), batch, notify).run()
+            states = _States(skippable, frozenset(removed), train, deciding, batch, group, on_host=in_host_memory)
+            return _Recovery(states, stored or skippable.model.dtype, spill_to, saved, notify).run()
 
-        batch = max(1, BATCH_TOKENS // length)
-        if settings.group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
+        batch = max(1, BATCH_TOKENS // deciding.shape[1])
+        if group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
             return run(batch)
         return in_smaller_pieces(
-            run,
-            batch,
-            lambda batch: notify(Notice(f"Out of memory on {device}; fitting with {batch} sequences at once.")),
+            run, batch, lambda batch: notify(Notice(f"Out of memory on {device}; fitting {batch} sequences at a time."))
         )
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What a recovery is told.
+class _States:
+    """The hidden states at one depth of the dense and of the recovered model, on this process's batches of the text."""
 
-    Attributes:
-        removed: the removed blocks.
-        stored: the data type to which values are rounded.
-        place: where hidden states stay until they are needed; None for where they are.
-        spill_to: the folder of files for new values; None for memory.
-        group: the processes that share out the text.
-        saved: where each fit is kept; None for nowhere.
-    """
-
-    removed: frozenset[int]
-    stored: torch.dtype
-    place: torch.device | None
-    spill_to: Path | None
-    group: ProcessGroup
-    saved: SavedFits | None
-
-
-class _ClosedFormFit:
     def __init__(
         self,
         skippable: SkippableModel,
-        settings: _Settings,
-        texts: tuple[Tensor, Tensor],
+        removed: frozenset[int],
+        train: Tensor,
+        deciding: Tensor,
         batch: int,
-        notify: Notify,
+        group: ProcessGroup,
+        *,
+        on_host: bool,
     ) -> None:
-        self.skippable, self.settings, self.notify = skippable, settings, notify
-        self.removed, self.group, self.batch = settings.removed, settings.group, batch
+        self.skippable, self.removed, self.group, self.on_host = skippable, removed, group, on_host
         self.count = len(skippable.switches)
-        self.shared = SharedInputs()
         self.ids: list[Tensor] = []
-        self.train = self._take(texts[0])
-        self.held_out = slice(len(self.ids), None)
-        self.deciding = self._take(texts[1])
-        self.calls = [self._calls(ids) for ids in self.ids]
-        # The hidden states of all batches at one depth, in the dense and in the recovered model.
+        self.train = self._take(train, batch)
+        self.decides = slice(len(self.ids), None)
+        self.deciding = self._take(deciding, batch)
+        shared = SharedInputs()
+        self.calls = [shared.of(skippable.calls(ids), lambda branch, hidden: self.held(hidden)) for ids in self.ids]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
-        self.dense_final = self._leaving(self.calls[self.held_out], self.dense[self.held_out], range(self.count))
-        self.decides, length = len(texts[1]), texts[1].shape[1]
-        step = max(1, self.decides * (length - 1) // DECIDING_POSITIONS)
+        self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
+        length = deciding.shape[1]
+        step = max(1, len(deciding) * (length - 1) // DECIDING_POSITIONS)
         self.positions = torch.arange(0, length - 1, step, device=skippable.device)
-        self.names = {module: name for name, module in skippable.model.named_modules()}
+        self.compared = len(self.positions) * len(deciding)
+
+    def _take(self, text: Tensor, batch: int) -> list[range]:
+        """Take this process's groups of batches; return where each group's batches are, nowhere for those of others."""
+        batches, taken = torch.split(text, batch), []
+        bounds = [len(batches) * number // GROUPS for number in range(GROUPS + 1)]
+        for number, (first, last) in enumerate((a, b) for a, b in pairwise(bounds) if a < b):
+            start = len(self.ids)
+            if number % self.group.size == self.group.rank:
+                self.ids += [ids.to(self.skippable.device) for ids in batches[first:last]]
+            taken.append(range(start, len(self.ids)))
+        return taken
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where it stays until it is needed."""
+        return tensor.to(CPU) if self.on_host else tensor
+
+    def leaving(
+        self, calls: Sequence[list[Call]], entering: Sequence[Tensor], blocks: range, removed: Collection[int] = ()
+    ) -> list[Tensor]:
+        """Return what leaves the last of these blocks, batch by batch; each block's weights are read once for all."""
+        states = list(entering)
+        if states:
+            for block in self.skippable.weights.visit(block for block in blocks if block not in removed):
+                for batch, of_batch in enumerate(calls):
+                    states[batch] = self.held(self.skippable.run_block(of_batch[block], states[batch]))
+        return states
+
+    def advance_dense(self, blocks: range) -> None:
+        """Run the dense model through these blocks."""
+        self.dense = self.leaving(self.calls, self.dense, blocks)
+
+    def advance_both(self, blocks: range) -> None:
+        """Run both models through blocks that they share."""
+        both = self.leaving(self.calls * 2, self.dense + self.pruned, blocks)
+        self.dense, self.pruned = both[: len(self.calls)], both[len(self.calls) :]
+
+    def divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
+        """Return the divergence with these values on the deciding text, from the pruned states that enter `block`."""
+        dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
+        blocks, here = range(block, self.count), self.decides
+        with self.skippable.replaced(values):
+            final = self.leaving(self.calls[here], self.pruned[here], blocks, self.removed)
+        mine = iter(
+            summed_losses(recovered, dense, ours, theirs, ids, self.positions)[1]
+            for ours, theirs, ids in zip(final, self.dense_final, self.ids[here], strict=True)
+        )
+        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.deciding) if at}
+        found = sorted(item for of_process in self.group.gather(groups) for item in of_process.items())
+        return sum(total for _, totals in found for total in totals) / self.compared
+
+    def rows(
+        self,
+        batches: Iterable[int],
+        block: int,
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
+    ) -> Rows:
+        """Yield features, what is missing at the end of the gap, and weights, in float32.
+
+        Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
+        size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
+        """
+        module = self.skippable.switches[block].block
+        names = [name for projection in projections for name in projection.names]
+        scales = [projection.scale for projection in projections if projection.takes_bias]
+        for batch in batches:
+            with self.skippable.replaced(values), passing(module, names) as (entering, _):
+                found = self.skippable.run_block(self.calls[batch][block], self.pruned[batch]).float()
+                wanted = self.dense[batch].to(found.device).float()
+                missing = (wanted - found).flatten(0, -2)
+                parts = [projection.features(module, entering) for projection in projections]
+            ones = [missing.new_full((len(missing), 1), scale) for scale in scales[:1]]
+            weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
+            yield torch.cat([*parts, *ones], dim=1), missing, weights
+
+    def rows_of_norm(self, batches: Iterable[int], norm: ResidualProjection) -> Rows:
+        """Yield the same for the final norm, whose output is normalized already, so all positions weigh the same."""
+        model, here = self.skippable.model, self.skippable.device
+        module = model.get_submodule(norm.name)
+        for batch in batches:
+            dense, pruned = self.dense[batch].to(here), self.pruned[batch].to(here)
+            wanted, found = (module(states).float().flatten(0, -2) for states in (dense, pruned))
+            features = norm.normalized(model, pruned.to(found.device))
+            yield features, wanted - found, torch.ones(len(found), device=found.device)
+
+    def sums(self, rows: Callable[[Iterable[int]], Rows], groups: Sequence[range], empty: Callable[[], Sums]) -> Sums:
+        """Return the sums over all batches of all processes."""
+        total, size, rank = empty(), self.group.size, self.group.rank
+        for first in range(0, len(groups), size):
+            turn, own = groups[first : first + size], empty()
+            for features, targets, weights in rows(turn[rank]) if rank < len(turn) else ():
+                own.add(features, targets, weights)
+            for source in range(len(turn)):
+                part = own if source == rank else empty()
+                for sum_, added in zip(total.tensors, part.tensors, strict=True):
+                    sum_ += self.group.broadcast(added, source)
+        return total
+
+
+class _Recovery:
+    def __init__(
+        self,
+        states: _States,
+        stored: torch.dtype,
+        spill_to: Path | None,
+        saved: SavedFits | None,
+        notify: Notify,
+    ) -> None:
+        self.states, self.skippable, self.group = states, states.skippable, states.group
+        self.stored, self.spill_to, self.saved, self.notify = stored, spill_to, saved, notify
+        self.names = {module: name for name, module in self.skippable.model.named_modules()}
         self.values: dict[str, Tensor] = {}
         self.fits: list[FitRecord] = []
 
-    def _take(self, text: Tensor) -> list[range | None]:
-        """Take this process's groups of batches of a text; return where their batches are, None for those of others."""
-        batches = torch.split(text, self.batch)
-        taken: list[range | None] = []
-        for number, group in enumerate(_groups(len(batches))):
-            mine, start = number % self.group.size == self.group.rank, len(self.ids)
-            if mine:
-                self.ids += [batches[batch].to(self.skippable.device) for batch in group]
-            taken.append(range(start, len(self.ids)) if mine else None)
-        return taken
-
     def run(self) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-        with task(self.notify, "Recovering in closed form", self.count, "blocks") as advance:
-            kept = [block for block in range(self.count) if block not in self.removed]
+        states = self.states
+        count, removed = states.count, states.removed
+        kept = [block for block in range(count) if block not in removed]
+        ends = dict(pairwise([*kept, count]))  # where the gap behind a block ends
+        with task(self.notify, "Recovering in closed form", count, "blocks") as advance:
             # The block before the first gap; without one, the first that stays makes up for what was before it.
-            block = max((block for block in kept if block < min(self.removed)), default=kept[0])
+            block = max((block for block in kept if block < min(removed)), default=kept[0])
             begin = block if 0 in kept else 0
-            self.divergence, fruitless = self._divergence(0, {}), 0
-            self.dense = self.pruned = self._leaving(self.calls, self.dense, range(begin))
+            self.divergence, fruitless = states.divergence(0, {}), 0
+            states.advance_dense(range(begin))
+            states.pruned = states.dense
             advance(begin)
-            while begin < self.count:
-                end = self._end_of_gap(block)
+            while begin < count:
+                end = ends[block]
                 if (gap := end - begin - 1) or fruitless < PATIENCE:
-                    self.dense = self._leaving(self.calls, self.dense, range(begin, end))
-                    fruitless = 0 if self._refit(block, end, gap) or gap else fruitless + 1
+                    states.advance_dense(range(begin, end))
+                    fruitless = 0 if self._refit(block, gap) or gap else fruitless + 1
                     with self.skippable.replaced(self.values):
-                        self.pruned = self._leaving(self.calls, self.pruned, range(block, block + 1))
+                        states.pruned = states.leaving(states.calls, states.pruned, range(block, block + 1))
                 else:
-                    end = self._next_before_gap(block)
-                    both = self._leaving(self.calls * 2, self.dense + self.pruned, range(block, end))
-                    self.dense, self.pruned = both[: len(self.calls)], both[len(self.calls) :]
+                    end = next((each for each in kept if each >= block and ends[each] > each + 1), count)
+                    states.advance_both(range(block, end))
                 advance(end - begin, note=f"divergence {self.divergence:.4f}")
                 begin = block = end
             self._refit_norm()
         return self.values, ClosedFormRecord(fits=tuple(self.fits))
 
-    def _end_of_gap(self, block: int) -> int:
-        return next((depth for depth in range(block + 1, self.count) if depth not in self.removed), self.count)
-
-    def _calls(self, ids: Tensor) -> list[Call]:
-        return self.shared.of(self.skippable.calls(ids), lambda branch, hidden: self._held(hidden))
-
-    def _held(self, tensor: Tensor) -> Tensor:
-        """Return a tensor where it stays until it is needed; by default, where it is."""
-        return tensor.to(self.settings.place or tensor.device)
-
-    def _next_before_gap(self, block: int) -> int:
-        """Return the next block with a removed one behind it, or the number of blocks."""
-        return next((depth for depth in range(block, self.count) if self._end_of_gap(depth) > depth + 1), self.count)
-
-    def _leaving(
-        self,
-        calls: Sequence[list[Call]],
-        entering: Sequence[Tensor],
-        blocks: range,
-        removed: Collection[int] = (),
-    ) -> list[Tensor]:
-        """Return what leaves the last of these blocks, batch by batch; each block's weights are read once for all."""
-        states = list(entering)
-        if not states:
-            return []
-        for block in self.skippable.weights.visit(block for block in blocks if block not in removed):
-            for batch, of_batch in enumerate(calls):
-                states[batch] = self._held(self.skippable.run_block(of_batch[block], states[batch]))
-        return states
-
-    def _divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
-        """Return the divergence with these values on the deciding text, from the pruned states that enter `block`."""
-        dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
-        blocks, here = range(block, self.count), self.held_out
-        with self.skippable.replaced(values):
-            final = self._leaving(self.calls[here], self.pruned[here], blocks, self.removed)
-        mine = iter(
-            summed_losses(recovered, dense, ours, theirs, ids, self.positions)[1]
-            for ours, theirs, ids in zip(final, self.dense_final, self.ids[here], strict=True)
-        )
-        groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.deciding) if at is not None}
-        found = sorted(item for of_process in self.group.gather(groups) for item in of_process.items())
-        return sum(total for _, totals in found for total in totals) / (len(self.positions) * self.decides)
-
-    def _refit(self, block: int, end: int, gap: int) -> bool:
-        """Fit a block's output to the dense states at `end`; return whether that gained something."""
+    def _refit(self, block: int, gap: int) -> bool:
+        """Fit a block's output to the dense states at the end of its gap; return whether that gained something."""
         before = self.divergence
-        if self._restore(block):
-            return self.divergence < before * (1 - NEXT_TO_NOTHING)
-        projections = self._projections(block)
-        if not projections:
-            if gap:
-                self.notify(
-                    Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
-                )
-            return False
-        with self.skippable.in_place(block):
-            fit = self._fit_block(block, projections)
-        self._keep_if_better(block, gap, projections, fit)
+        if not self._restore(block):
+            projections = self.group.from_main(lambda: self._find(block))
+            if not projections:
+                if gap:
+                    self.notify(
+                        Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
+                    )
+                return False
+            with self.skippable.in_place(block):
+                fit = fit_block(projections, partial(self._fit, block))
+            self._keep_if_better(block, gap, projections, fit)
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
-    def _fit_block(self, block: int, projections: Sequence[ResidualProjection]) -> _Fit:
-        """Fit all projections of a block.
-
-        Those whose output the rest of the block reads (attention's, which the MLP reads) are fitted with the others, as
-        though nothing responded to them: together, so that none adds what another can add better. Then the exact ones
-        are fitted once more and make up for the response.
-
-        What is added through a norm for an input x is gain * W x / s, where s is the size of W x, so it is linear in W
-        as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
-        gains are fitted after W, which is exact, and then both again with the new s.
-        """
-        exact = [projection for projection in projections if projection.exact]
-        near = [projection for projection in projections if not projection.exact]
-        together = [projection for projection in exact if projection.kind != "gain"] + near
-        rounds = [together] * bool(near) + [exact] * bool(exact)
-        if any(projection.norm for projection in exact):
-            rounds.append(exact)
-        values: dict[str, Tensor] = {}
-        best: _Fit | None = None
-        before: float | None = None
-        for fitted in rounds:
-            fit = self._fit(block, fitted, values)
-            before, after = fit.before if before is None else before, fit.after
-            values = values | fit.values
-            for norm in (projection.norm for projection in fitted if projection.norm):
-                gains = self._fit(block, [norm], values)
-                after = min(gains.before, gains.after)
-                if gains.after < gains.before:
-                    values = values | gains.values
-            if fitted is together and exact:
-                continue  # how the rest of the block responds is not yet known
-            if best is None or after < best.after:
-                best = _Fit(fit.ridge, values, before, after)
-        assert best is not None
-        return best
-
-    def _fit(self, block: int, projections: Sequence[ResidualProjection], found: dict[str, Tensor]) -> _Fit:
-        """Fit projections of a block at once, with the values that were `found` beside those of other blocks."""
-        values = self.values | found
-        rows = partial(self._rows, block=block, projections=projections, values=values)
-        return self._best_fit(rows, projections, values)
-
-    def _projections(self, block: int) -> list[ResidualProjection]:
-        """Return the block's residual projections, which the main process finds."""
-
-        def find() -> list[ResidualProjection]:
-            with self.skippable.in_place(block), self.skippable.replaced(self.values):
-                found = find_residual_projections(self.skippable, self.calls[0][block], self.pruned[0])
-            return [_in_modules(projection, lambda name: _ELSEWHERE) for projection in found]
-
-        module = self.skippable.switches[block].block
-        return [_in_modules(projection, module.get_submodule) for projection in self.group.from_main(find)]
+    def _find(self, block: int) -> list[ResidualProjection]:
+        with self.skippable.in_place(block), self.skippable.replaced(self.values):
+            return find_residual_projections(self.skippable, self.states.calls[0][block], self.states.pruned[0])
 
     def _refit_norm(self) -> None:
         """Refit the gains of the final norm, and so the scale of the logits, to the dense model's states there."""
         if self._restore(None):
             return
+        states, model = self.states, self.skippable.model
+        norm = self.group.from_main(
+            lambda: final_norm(self.skippable, states.pruned[0].to(self.skippable.device), states.ids[0])
+        )
+        if norm is not None:
+            with in_place(model.get_submodule(norm.name)):
+                rows = partial(states.rows_of_norm, norm=norm)
+                self._keep_if_better(None, 0, [norm], self._best_fit(rows, model, [norm], self.values))
 
-        def find() -> ResidualProjection | None:
-            norm = final_norm(self.skippable, self.pruned[0].to(self.skippable.device), self.ids[0])
-            return _in_modules(norm, lambda name: _ELSEWHERE) if norm else None
+    def _fit(self, block: int, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
+        """Fit projections of a block at once, given the values that were `found` for it."""
+        values = self.values | dict(found)
+        rows = partial(self.states.rows, block=block, projections=projections, values=values)
+        return self._best_fit(rows, self.skippable.switches[block].block, projections, values)
 
-        found = self.group.from_main(find)
-        if found is not None:
-            norm = _in_modules(found, self.skippable.model.get_submodule)
-            rows = partial(self._rows_of_norm, norm=norm)
-            with in_place(norm.module):
-                self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm], self.values))
+    def _best_fit(
+        self,
+        rows: Callable[[Iterable[int]], Rows],
+        root: nn.Module,
+        projections: Sequence[ResidualProjection],
+        values: Mapping[str, Tensor],
+    ) -> Fit:
+        """Change `values` of modules in `root` by the fit whose ridge leaves the least error on the deciding text."""
+        outputs = self.skippable.model.config.get_text_config().hidden_size
+        empty = partial(_no_sums, projections, outputs, self.skippable.device)
+        every = GAINS_SHARE if projections[0].kind == "gain" else 1
+        train = self.states.sums(rows, [at[::every] for at in self.states.train], empty)
+        deciding = self.states.sums(rows, self.states.deciding, empty)
+        solved: list[Tensor] = []
 
-    def _keep_if_better(
-        self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: _Fit
-    ) -> None:
+        def solve() -> tuple[float, float]:
+            ridge, error, fitted = best_ridge(train, deciding, RIDGES)
+            solved.append(fitted)
+            return ridge, error
+
+        prefix, new = f"{self.names[root]}." if self.names[root] else "", dict[str, Tensor]()
+
+        def value_of(name: str) -> Tensor:
+            return values.get(prefix + name, root.get_parameter(name))
+
+        with _enough_for_sums(projections, train):
+            ridge, after = self.group.from_main(solve)
+            fitted = self.group.broadcast(solved[0].contiguous() if solved else torch.empty_like(train.xy))
+            for name, change in _changes(projections, fitted, value_of):
+                changed = as_float64(value_of(name)).to(change.device) + change
+                place = root.get_parameter(name).device
+                new[prefix + name] = self._kept(changed.to(place, self.stored).contiguous())
+        return Fit(ridge, new, float(deciding.yy), after)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """Return a new value where it stays until the end."""
+        if self.spill_to is None:
+            return self.states.held(value)
+        return SpillFile(self.spill_to, 1, value.nbytes).hold(0, 0, value)
+
+    def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values
-        divergence = self._divergence(self.count if block is None else block, values)
+        divergence = self.states.divergence(self.states.count if block is None else block, values)
         kept = divergence < self.divergence
         if kept:
             self.values, self.divergence = values, divergence
         record = FitRecord(
             block=block,
             gap=gap,
-            weights=tuple(p.name for projection in projections for p in (projection, projection.norm) if p),
+            weights=tuple(name for projection in projections for name in projection.names),
             exact=all(projection.exact for projection in projections),
             ridge=fit.ridge,
             error_left=fit.after / max(fit.before, 1e-30),
@@ -376,15 +396,15 @@ class _ClosedFormFit:
             kept=kept,
         )
         self.fits.append(record)
-        if self.settings.saved is not None and self.group.is_main:
-            self.settings.saved.write(record, fit.values if kept else {})
+        if self.saved is not None and self.group.is_main:
+            self.saved.write(record, fit.values if kept else {})
 
     def _restore(self, block: int | None) -> bool:
         """Take over the fit of a block (None: of the final norm) from an interrupted run; return whether there is one.
 
         The values go where weights lie, since fast kernels may round differently at other addresses.
         """
-        saved = self.settings.saved
+        saved = self.saved
         found = self.group.from_main(lambda: saved.read(block) if saved is not None else None)
         if found is None:
             return False
@@ -395,196 +415,79 @@ class _ClosedFormFit:
         self.fits.append(record)
         return True
 
-    def _best_fit(
-        self,
-        rows: Callable[[Sequence[int]], Iterator[_Rows]],
-        projections: Sequence[ResidualProjection],
-        values: Mapping[str, Tensor],
-    ) -> _Fit:
-        """Change `values` by the fit whose ridge leaves the least error on the deciding text."""
-        every = GAINS_SHARE if projections[0].kind == "gain" else 1
-        fitted_on = [at and at[::every] for at in self.train]
-        train, deciding = (self._sums(rows, groups, projections) for groups in (fitted_on, self.deciding))
-        changes: dict[str, Tensor] = {}
 
-        def solve() -> tuple[float, float, float]:
-            assert train is not None
-            assert deciding is not None
-            with _enough_for_sums(" and ".join(projection.name for projection in projections), train):
-                error, ridge, fitted = _best(train, deciding)
-                changes.update(self._new_values(projections, fitted, values))
-            return ridge, deciding.yy, error
+def fit_block(
+    projections: Sequence[ResidualProjection],
+    fit: Callable[[Sequence[ResidualProjection], Mapping[str, Tensor]], Fit],
+) -> Fit:
+    """Fit all projections of a block; `fit` fits some of them at once, given the values found so far.
 
-        ridge, before, after = self.group.from_main(solve)
-        return _Fit(ridge, dict(self._from_main(projections, changes)), before, after)
+    Those whose output the rest of the block reads (attention's, which the MLP reads) are fitted with the others, as
+    though nothing responded to them: together, so that none adds what another can add better. Then the exact ones
+    are fitted once more and make up for the response.
 
-    def _sums(
-        self,
-        rows: Callable[[Sequence[int]], Iterator[_Rows]],
-        groups: Sequence[range | None],
-        projections: Sequence[ResidualProjection],
-    ) -> Gains | Ridge | None:
-        """Return the sums over all batches, in the main process; the others have none.
-
-        Sums of groups are added in the order of the groups, so they do not depend on the number of processes.
-        """
-        total: Gains | Ridge | None = None
-        for first in range(0, len(groups), self.group.size):
-            turn = groups[first : first + self.group.size]
-            own = turn[self.group.rank] if self.group.rank < len(turn) else None
-            part = None if own is None else _sums(rows(own), projections)
-            if total is None:
-                total = part if self.group.is_main else None
-            elif part is not None:
-                total.add_sums(*part.tensors)
-            for source in range(1, len(turn)):
-                sent = part.tensors if part is not None and source == self.group.rank else self._empty_sums(projections)
-                received = [self.group.broadcast(tensor, source) for tensor in sent]
-                if total is not None:
-                    total.add_sums(*received)
-        return total
-
-    def _empty_sums(self, projections: Sequence[ResidualProjection]) -> list[Tensor]:
-        """Return room for the sums of another process."""
-        inputs = sum(map(_inputs, projections)) + any(projection.takes_bias for projection in projections)
-        outputs = self.skippable.model.config.get_text_config().hidden_size
-        shapes = [[inputs], [inputs]] if projections[0].kind == "gain" else [[inputs, inputs], [inputs, outputs]]
-        place = as_float64(torch.empty(0, device=self.skippable.device)).device
-        sums = [torch.empty(shape, dtype=torch.float64, device=place) for shape in shapes]
-        return [*sums, torch.empty(1, dtype=torch.float64)]
-
-    def _from_main(
-        self, projections: Sequence[ResidualProjection], changes: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the new values that the main process has, by name."""
-        for module, which in _fitted_parameters(projections):
-            name, own = f"{self.names[module]}.{which}", module.get_parameter(which)
-            value = changes[name] if self.group.is_main else torch.empty_like(own, dtype=self.settings.stored)
-            yield name, self._kept(self.group.broadcast(value))
-
-    def _kept(self, value: Tensor) -> Tensor:
-        """Return a new value where it stays until the end."""
-        folder = self.settings.spill_to
-        return self._held(value) if folder is None else SpillFile(folder, 1, value.nbytes).hold(0, 0, value)
-
-    def _batches(self, which: Sequence[int]) -> Iterator[tuple[list[Call], Tensor, Tensor]]:
-        return ((self.calls[batch], self.dense[batch], self.pruned[batch]) for batch in which)
-
-    def _rows(
-        self,
-        batches: Sequence[int],
-        block: int,
-        projections: Sequence[ResidualProjection],
-        values: Mapping[str, Tensor],
-    ) -> Iterator[_Rows]:
-        """Yield features, what is missing at the end of the gap, and weights, batch by batch, in float32.
-
-        Norms divide hidden states by their size before anything reads them, so an error is weighed relative to that
-        size: otherwise the few positions whose states are a thousand times larger, often the first, would decide.
-        """
-        modules = [module for projection in projections for module in projection.modules]
-        for calls, dense, pruned in self._batches(batches):
-            with self.skippable.replaced(values), inputs_of(modules) as entering:
-                found = self.skippable.run_block(calls[block], pruned).float()
-                wanted = dense.to(found.device).float()
-                missing = (wanted - found).flatten(0, -2)
-                parts = [projection.features(entering) for projection in projections]
-            ones = [
-                missing.new_full((len(missing), 1), projection.scale)
-                for projection in projections
-                if projection.takes_bias
-            ]
-            weights = 1 / wanted.square().mean(-1).flatten().clamp_min(1e-12)
-            yield torch.cat([*parts, *ones[:1]], dim=1), missing, weights
-
-    def _rows_of_norm(self, batches: Sequence[int], norm: ResidualProjection) -> Iterator[_Rows]:
-        """Yield the same for the final norm, whose output is normalized already, so all positions weigh the same."""
-        for _, dense, pruned in self._batches(batches):
-            here = self.skippable.device
-            wanted, found = (norm.module(states.to(here)).float().flatten(0, -2) for states in (dense, pruned))
-            features = norm.normalized(pruned.to(found.device))
-            yield features, wanted - found, torch.ones(len(found), device=found.device)
-
-    def _new_values(
-        self, projections: Sequence[ResidualProjection], fitted: Tensor, values: Mapping[str, Tensor]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the new weights of the projections, by name, and the new bias of the first that has one."""
-        start = 0
-        for projection in projections:
-            part = fitted[start : start + _inputs(projection)]
-            start += len(part)
-            if projection.norm:
-                part = part / self._multipliers(projection.norm, values).to(part.device)
-            yield self._changed(values, projection.module, "weight", part.T if projection.kind == "matrix" else part)
-        for module, which in _fitted_parameters(projections)[len(projections) :]:
-            yield self._changed(values, module, which, fitted[start])
-
-    def _multipliers(self, norm: ResidualProjection, values: Mapping[str, Tensor]) -> Tensor:
-        """Return what each channel is multiplied by behind the norm; infinity where that is next to nothing."""
-        weight = values.get(f"{self.names[norm.module]}.weight", norm.module.get_parameter("weight"))
-        multipliers = as_float64(weight) + norm.offset
-        return multipliers.masked_fill(multipliers.abs() < SILENT * multipliers.abs().mean(), torch.inf)
-
-    def _changed(
-        self, values: Mapping[str, Tensor], module: nn.Module, which: str, change: Tensor
-    ) -> tuple[str, Tensor]:
-        name, parameter = f"{self.names[module]}.{which}", module.get_parameter(which)
-        changed = as_float64(values.get(name, parameter)).to(change.device) + change
-        return name, changed.to(parameter.device, self.settings.stored).contiguous()
-
-
-def _groups(count: int) -> list[range]:
-    """Cut so many batches into groups, in order."""
-    bounds = [count * number // GROUPS for number in range(GROUPS + 1)]
-    return [range(start, end) for start, end in pairwise(bounds) if start < end]
-
-
-def _in_modules(projection: ResidualProjection, module_of: Callable[[str], nn.Module]) -> ResidualProjection:
-    """Return the projection, and the norm behind it, with the modules of these names."""
-    norm = _in_modules(projection.norm, module_of) if projection.norm else None
-    return replace(projection, module=module_of(projection.name), norm=norm)
-
-
-def _inputs(projection: ResidualProjection) -> int:
-    """Return how many coefficients of the fit are a projection's."""
-    return projection.module.get_parameter("weight").shape[1 if projection.kind == "matrix" else 0]
-
-
-def _fitted_parameters(projections: Sequence[ResidualProjection]) -> list[tuple[nn.Module, str]]:
-    """Return which parameters are fitted, in the order of the coefficients: weights, and the first bias, if any."""
-    with_bias = [projection.module for projection in projections if projection.takes_bias]
-    return [
-        *((projection.module, "weight") for projection in projections),
-        *((first, "bias") for first in with_bias[:1]),
-    ]
-
-
-def _best(train: Gains | Ridge, deciding: Gains | Ridge) -> tuple[float, float, Tensor]:
-    """Return the least error on the deciding text, its ridge, and the coefficients.
-
-    The error has one minimum, so ridges are tried from the middle on, towards less error.
+    What is added through a norm for an input x is gain * W x / s, where s is the size of W x, so it is linear in W
+    as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
+    gains are fitted after W, which is exact, and then both again with the new s.
     """
-    middle = len(RIDGES) // 2
-    best = _tried(train, deciding, RIDGES[middle])
-    for ridges in (RIDGES[middle + 1 :], RIDGES[:middle][::-1]):
-        for ridge in ridges:  # one after the other, since coefficients are as large as the weights in float64
-            tried = _tried(train, deciding, ridge)
-            if tried[0] >= best[0]:
-                break
-            best = tried
-        if best[1] != RIDGES[middle]:
-            break
+    exact = [projection for projection in projections if projection.exact]
+    near = [projection for projection in projections if not projection.exact]
+    together = [projection for projection in exact if projection.kind != "gain"] + near
+    rounds = [together] * bool(near) + [exact] * bool(exact)
+    if any(projection.norm for projection in exact):
+        rounds.append(exact)
+    values: dict[str, Tensor] = {}
+    best: Fit | None = None
+    before: float | None = None
+    for fitted in rounds:
+        found = fit(fitted, values)
+        before, after = found.before if before is None else before, found.after
+        values = values | found.values
+        for norm in (projection.norm for projection in fitted if projection.norm):
+            gains = fit([norm], values)
+            after = min(gains.before, gains.after)
+            if gains.after < gains.before:
+                values = values | gains.values
+        if fitted is together and exact:
+            continue  # how the rest of the block responds is not yet known
+        if best is None or after < best.after:
+            best = Fit(found.ridge, values, before, after)
+    assert best is not None
     return best
 
 
-def _tried(train: Gains | Ridge, deciding: Gains | Ridge, ridge: float) -> tuple[float, float, Tensor]:
-    """Return the error on the deciding text with this ridge, the ridge, and the coefficients."""
-    fitted = train.solve(ridge)
-    return deciding.error(fitted), ridge, fitted
+def _no_sums(projections: Sequence[ResidualProjection], outputs: int, device: torch.device) -> Sums:
+    """Return the sums for a fit of these projections, over nothing."""
+    inputs = sum(projection.inputs for projection in projections)
+    if projections[0].kind == "gain":
+        return Gains(inputs, device)
+    return Ridge(inputs + any(projection.takes_bias for projection in projections), outputs, device)
 
 
-def _enough_for_sums(names: str, sums: Gains | Ridge) -> AbstractContextManager[None]:
+def _changes(
+    projections: Sequence[ResidualProjection], fitted: Tensor, value_of: Callable[[str], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what to add to the weights of the projections, by name, and to the bias of the first that has one."""
+    start = 0
+    for projection in projections:
+        part = fitted[start : start + projection.inputs]
+        start += len(part)
+        if projection.norm:
+            part = part / _multipliers(projection.norm, value_of).to(part.device)
+        yield f"{projection.name}.weight", part.T if projection.kind == "matrix" else part
+    for projection in [projection for projection in projections if projection.takes_bias][:1]:
+        yield f"{projection.name}.bias", fitted[start]
+
+
+def _multipliers(norm: ResidualProjection, value_of: Callable[[str], Tensor]) -> Tensor:
+    """Return what each channel is multiplied by behind the norm; infinity where that is next to nothing."""
+    multipliers = as_float64(value_of(f"{norm.name}.weight")) + norm.offset
+    return multipliers.masked_fill(multipliers.abs() < SILENT * multipliers.abs().mean(), torch.inf)
+
+
+def _enough_for_sums(projections: Sequence[ResidualProjection], sums: Sums) -> AbstractContextManager[None]:
     """Say what a fit needs if there is no memory for it; a smaller batch would not help."""
+    names = " and ".join(projection.name for projection in projections)
     return translate_out_of_memory(
         f"The fit of {names} needs about {format_bytes(sums.bytes_to_solve)} of memory for its sums.",
         "Leave out --recover, or use a machine or a --device with more memory.",
@@ -593,13 +496,6 @@ def _enough_for_sums(names: str, sums: Gains | Ridge) -> AbstractContextManager[
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:
-    """Return about how much memory the fits of a block need beside the model: attention's and the MLP's, together."""
+    """Return about how much memory the fits of a block need besides the model: attention's and the MLP's together."""
     inputs = sorted(m.in_features for m in block.modules() if isinstance(m, nn.Linear) and m.out_features == width)
     return ridge_bytes(sum(inputs[-2:]), width)
-
-
-def _sums(rows: Iterator[_Rows], projections: Sequence[ResidualProjection]) -> Gains | Ridge:
-    sums = Gains() if projections[0].kind == "gain" else Ridge()
-    for features, targets, weights in rows:
-        sums.add(features, targets, weights)
-    return sums

@@ -1,4 +1,4 @@
-"""Turn new values of a model's parameters into tensors of its weight files, which may name and fuse them otherwise."""
+"""Turn new values of a model's parameters into tensors of its weight files, which may rename and fuse them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[st
         values: new values by the model's own parameter names, in its data type.
 
     Raises:
-        UnsupportedModelError: the files hold such a tensor quantized, or otherwise than transformers would write it.
+        UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
     """
     path, changed = surgery.architecture.adapter.blocks_path, dict[str, Tensor]()
     for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):
@@ -107,6 +107,6 @@ def _require_same(changed: Mapping[str, Tensor], before: Mapping[str, Tensor], w
     for name, tensor in weights.tensors(changed):
         if not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
             raise UnsupportedModelError(
-                f"The weight files hold {name} otherwise than transformers writes it, so it cannot take new values.",
+                f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
                 hint="Load the model with transformers, save it again, and recover that copy.",
             )

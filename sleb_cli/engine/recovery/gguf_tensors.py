@@ -1,8 +1,8 @@
 """Turn new values of a model's parameters into tensors of the GGUF file that the model was read from.
 
-GGUF files name tensors otherwise than transformers does, may hold rows in another order, and norms' gains with 1 added
-or subtracted. What a parameter is called there, and how it lies there, is found by its values: no table of names, and
-nothing is taken for a parameter that does not hold exactly its values.
+GGUF files use other names than transformers, and may store rows in another order or add 1 to a norm's gains. A
+parameter is found in the file by its values, in any of these layouts, so no table of names is needed, and a tensor that
+does not hold exactly these values is never taken for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.gguf.file import GgufFile, pieces
-from sleb_cli.engine.gguf.file import Tensor as StoredTensor
+from sleb_cli.engine.gguf.file import Tensor as GgufTensor
 from sleb_cli.engine.recovery.file_tensors import block_number, weights_at
 from sleb_plugins import UnsupportedModelError
 
@@ -50,7 +50,7 @@ class _Place:
     The parameter is the tensor plus `offset`, transposed or not, and its row `i` is row `rows[i]` of that.
     """
 
-    tensor: StoredTensor
+    tensor: GgufTensor
     offset: float = 0.0
     is_transposed: bool = False
     rows: Tensor | None = None
@@ -84,10 +84,11 @@ class GgufTensors:
     def __init__(self, file: GgufFile, skippable: SkippableModel, blocks_path: str) -> None:
         if file.order != "<":
             raise UnsupportedModelError(
-                f"{file.path} is big-endian, and new values are packed in little-endian order only.", hint=_ELSEWHERE
+                f"{file.path} is big-endian, but sleb packs new values in little-endian order only.", hint=_ELSEWHERE
             )
         self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
-        self._written: dict[str, StoredTensor] = {}
+        self.written: dict[str, GgufTensor] = {}
+        """The tensors that hold new values, by their names in the file."""
         self._places: dict[str, list[_Place]] = {}
         self._unpacked: dict[str, Tensor] = {}
 
@@ -108,31 +109,22 @@ class GgufTensors:
         """
         found = {}
         for name, value in values.items():
-            place = self._place(name)
+            place, *others = self._find(name)
+            if others:
+                raise UnsupportedModelError(
+                    f"{self._file.path} holds the values of {name} twice, in {place.tensor.name} and in "
+                    f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
+                    hint=_ELSEWHERE,
+                )
             type_ = type_to_write(place.tensor.type, place.tensor.shape[0])
             stored = place.write(value.detach().float().cpu()).contiguous().numpy()
             packed = quantize(stored, type_)
-            self._written[place.tensor.name] = replace(
+            self.written[place.tensor.name] = replace(
                 place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes()
             )
             read = place.read(_unpacked(packed, type_, stored.shape))
             found[name] = read.to(value.device, value.dtype).contiguous()
         return found
-
-    @property
-    def written(self) -> Mapping[str, StoredTensor]:
-        """The tensors that hold new values, by their names in the file."""
-        return self._written
-
-    def _place(self, name: str) -> _Place:
-        place, *others = self._find(name)
-        if others:
-            raise UnsupportedModelError(
-                f"{self._file.path} holds the values of {name} twice, in {place.tensor.name} and in "
-                f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
-                hint=_ELSEWHERE,
-            )
-        return place
 
     def _find(self, name: str) -> list[_Place]:
         """Return all places that hold the values of a parameter."""
@@ -148,7 +140,7 @@ class GgufTensors:
             )
         return self._places[name]
 
-    def _near(self, name: str, size: int) -> list[StoredTensor]:
+    def _near(self, name: str, size: int) -> list[GgufTensor]:
         """Return the tensors that may hold a parameter: those of its block, or those outside of the blocks."""
         block = block_number(self._blocks_path, name)
         return [
@@ -158,7 +150,7 @@ class GgufTensors:
             and math.prod(tensor.shape) == size
         ]
 
-    def _read(self, tensor: StoredTensor) -> Tensor:
+    def _read(self, tensor: GgufTensor) -> Tensor:
         """Return the values of a tensor; those of the same block are kept, since several parameters look for them."""
         if tensor.name not in self._unpacked:
             if any(_block_of(name) != _block_of(tensor.name) for name in self._unpacked):
@@ -179,7 +171,7 @@ def _unpacked(packed: np.ndarray[Any, Any], type_: int, shape: tuple[int, ...]) 
     return torch.from_numpy(dequantize(rows, GGMLQuantizationType(type_)).astype(np.float32).reshape(shape))
 
 
-def _place_of(own: Tensor, tensor: StoredTensor, stored: Tensor) -> _Place | None:
+def _place_of(own: Tensor, tensor: GgufTensor, stored: Tensor) -> _Place | None:
     """Return how a tensor holds a parameter, or None if it holds other values."""
     if own.dim() == 1:
         places = [_Place(tensor, offset) for offset in _OFFSETS]

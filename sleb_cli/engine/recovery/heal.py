@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import in_smaller_pieces
@@ -18,7 +20,7 @@ from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.unfinished import Saved, other_state
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.portions import Portion
-from sleb_cli.events import HEAL_TASK, Advance, Event, HealChecked, Notice, Notify, task
+from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
 
@@ -41,9 +43,6 @@ SCALE_HEADROOM = 16
 SECONDS_BETWEEN_SAVES = 60.0
 MAX_SAVING_SHARE = 0.05
 """The largest share of the time that saves may take; slow ones are further apart."""
-
-FARTHEST = 2**62
-"""More than any healing counts."""
 
 
 @dataclass(frozen=True)
@@ -79,27 +78,31 @@ def choose_budget(minutes: float | None, tokens: int | None) -> HealBudget:
     if minutes is not None and tokens is not None:
         raise UsageError("--heal-minutes and --heal-tokens cannot be combined.", hint="Use one of them.")
     if minutes is not None and minutes <= 0:
-        raise UsageError(f"--heal-minutes {minutes:g} is not above 0.", hint="Use a number above 0.")
+        raise UsageError(f"--heal-minutes must be above 0, not {minutes:g}.", hint="Use a larger number.")
     return HealBudget(DEFAULT_HEAL_MINUTES if minutes is None and tokens is None else minutes, tokens)
 
 
-@dataclass
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
+
+
+@pydantic_dataclass(config=ConfigDict(strict=True))
 class Progress:
     """The progress of a healing.
 
     `portion` and `position` locate it in the text; `best_*` describe the kept point; `scale` is that of the loss.
     """
 
-    scale: float = 1.0
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    portion: int = 0
-    position: int = 0
-    checks: int = 0
-    stale: int = 0
-    best_divergence: float | None = None
-    best_tokens: int = 0
+    scale: Annotated[Number, Field(gt=0)] = 1.0
+    steps: Count = 0
+    tokens: Count = 0
+    seconds: Number = 0.0
+    portion: Count = 0
+    position: Count = 0
+    checks: Count = 0
+    stale: Count = 0
+    best_divergence: Number | None = None
+    best_tokens: Count = 0
 
 
 @dataclass(frozen=True)
@@ -247,24 +250,22 @@ class _Healing:
 
     def _distill(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> float:
         """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
+        case = self.case
 
         def run(size: int) -> float:
-            parts = zip(*(torch.split(tensor, size) for tensor in (ids, entering, wanted)), strict=True)
-            return sum(
-                len(part[0]) / len(ids) * self._distill_part(*part, share=len(part[0]) / len(ids)) for part in parts
-            )
+            total = 0.0
+            for part in zip(*(torch.split(tensor, size) for tensor in (ids, entering, wanted)), strict=True):
+                share = len(part[0]) / len(ids)
+                scale = share * self.progress.scale
+                total += share * distill(case.teacher, case.student, part[0], part[2], case.start(part[1]), scale)
+            return total
 
-        return in_smaller_pieces(run, self.micro_batch, self._reduce)
+        def fewer(micro_batch: int) -> None:
+            self.trained.take_gradient()  # of those that ran out of memory
+            self.micro_batch = micro_batch
+            self.notify(Notice(f"Out of memory on {case.device}; healing {micro_batch} sequences at a time."))
 
-    def _reduce(self, micro_batch: int) -> None:
-        """Heal fewer sequences at once from now on, without the gradients of those that ran out of memory."""
-        self.trained.take_gradient()
-        self.micro_batch = micro_batch
-        self.notify(Notice(f"Out of memory on {self.case.device}; healing {micro_batch} sequences at once."))
-
-    def _distill_part(self, ids: Tensor, entering: Tensor, wanted: Tensor, *, share: float) -> float:
-        scale = share * self.progress.scale
-        return distill(self.case.teacher, self.case.student, ids, wanted, self.case.start(entering), scale)
+        return in_smaller_pieces(run, self.micro_batch, fewer)
 
     def _check(self) -> None:
         """Measure the deciding text, and keep the point if it is the best so far."""
@@ -295,7 +296,7 @@ class _Healing:
         """Yield sequences and the teacher's states on them, without end, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
-            portion = self.case.portion(number, self._heartbeat)
+            portion = self.case.portion(number, lambda event: self._report())  # time passes while text is written
             targets = _TeacherStates(self.case, portion.sequences.to(self.case.device), portion.order)
             while self.progress.position < len(portion.order):
                 start = self.progress.position
@@ -305,10 +306,6 @@ class _Healing:
                 targets.keep(later)
             self.progress.portion += 1
             self.progress.position = 0
-
-    def _heartbeat(self, event: Event) -> None:
-        """Report the time that passes while text is generated."""
-        self._report()
 
     def _report(self) -> None:
         used = self.budget.used(time.monotonic() - self._began, self.progress.tokens)
@@ -344,14 +341,14 @@ def _progress_of(saved: Saved) -> Progress:
     Raises:
         PlanError: it is none.
     """
-    said, wanted = saved.data.get("progress"), asdict(Progress())
-    wanted["best_divergence"] = 0.0  # it is known by the first save
-    if not isinstance(said, dict) or said.keys() != wanted.keys():
+    said = saved.data.get("progress")
+    if not isinstance(said, dict) or said.keys() != asdict(Progress()).keys() or said["best_divergence"] is None:
         raise other_state("its progress is missing, or is not what a healing saves")
-    for name, value in said.items():
-        if type(value) is not type(wanted[name]) or not 0 <= value < FARTHEST or (name == "scale" and not value):
-            raise other_state(f"its progress has no such {name} as {str(value)[:40]}")
-    return Progress(**said)
+    try:
+        return Progress(**said)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise other_state(f"its progress says {wrong['loc'][0]} = {str(wrong['input'])[:40]}") from error
 
 
 class _TeacherStates:

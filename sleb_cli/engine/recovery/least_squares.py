@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.device import as_float64
+from sleb_cli.engine.device import CPU, as_float64
 
 PANEL_COLUMNS = 512
 """Columns of X'X that are computed at once: enough to fill matrix units."""
 
 
 def ridge_bytes(features: int, outputs: int) -> int:
-    """Return how much memory a ridge regression and the sums to judge it by take, in bytes of float64.
+    """Return the memory for a ridge regression and the sums to judge it by, in bytes of float64.
 
     There are two pairs of sums, the matrix to factor and its factor, the coefficients and the best ones so far.
     """
@@ -31,87 +31,117 @@ def gram(x: Tensor) -> Tensor:
 
 
 class Sums:
-    """Sums over rows of features X and targets Y, weighted by W, in float64: X'WX, X'WY and Y'WY; no row is kept."""
+    """Sums over rows of features X and targets Y, weighted by W, in float64: X'WX, X'WY and Y'WY; no row is kept.
 
-    def __init__(self) -> None:
-        self.xx: Tensor | None = None
-        self.xy: Tensor | None = None
-        self.yy = 0.0
+    They are on the CPU if the device has no float64.
+    """
+
+    def __init__(self, xx: tuple[int, ...], xy: tuple[int, ...], device: torch.device) -> None:
+        place = as_float64(torch.empty(0, device=device)).device
+        self.xx = torch.zeros(xx, dtype=torch.float64, device=place)
+        self.xy = torch.zeros(xy, dtype=torch.float64, device=place)
+        self.yy = torch.zeros(1, dtype=torch.float64)
+
+    @property
+    def bytes_to_solve(self) -> int:
+        """About how much memory it takes to solve, with the sums to judge it by."""
+        return 6 * self.xy.nbytes
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """X'WX, X'WY and Y'WY."""
+        return self.xx, self.xy, self.yy
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
         raise NotImplementedError
 
-    def add_sums(self, xx: Tensor, xy: Tensor, yy: Tensor | float) -> None:
-        """Add sums over other rows; the first ones are kept, not copied."""
-        self.xx = xx if self.xx is None else self.xx.add_(xx)
-        self.xy = xy if self.xy is None else self.xy.add_(xy)
-        self.yy += float(yy)
+    def solve(self, ridge: float) -> Tensor:
+        """Return the coefficients, float64 in the shape of X'WY."""
+        raise NotImplementedError
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        """What is to be sent to add it elsewhere."""
-        assert self.xx is not None
-        assert self.xy is not None
-        return [self.xx, self.xy, torch.tensor([self.yy], dtype=torch.float64)]
+    def error(self, coefficients: Tensor) -> float:
+        """Return the weighted sum of squares that these coefficients leave of Y; they may be fitted to other rows."""
+        left = self._times(coefficients) - 2 * self.xy
+        return float(self.yy) + float((coefficients * left).sum())
+
+    def _times(self, coefficients: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class Ridge(Sums):
-    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], in float64.
+    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs].
 
-    Only X'WX, X'WY and Y'WY are held, on the CPU if the rows' device has no float64. The penalty of a coefficient is
-    `ridge` times its feature's own weighted sum of squares, so units of measurement do not matter: with `ridge` 1, the
-    coefficient of a lone feature is halved.
+    The penalty of a coefficient is `ridge` times its feature's own weighted sum of squares, so units of measurement do
+    not matter: with `ridge` 1, the coefficient of a lone feature is halved.
     """
+
+    def __init__(self, features: int, outputs: int, device: torch.device = CPU) -> None:
+        super().__init__((features, features), (features, outputs), device)
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
         root = weights.sqrt()[:, None]
         x, y = features * root, targets * root
-        self.add_sums(as_float64(gram(x)), as_float64(x.T @ y), float(as_float64(y.square().sum(1)).sum()))
+        self.xx += as_float64(gram(x))
+        self.xy += as_float64(x.T @ y)
+        self.yy += float(as_float64(y.square().sum(1)).sum())
 
     @property
     def bytes_to_solve(self) -> int:
-        """About how much memory it takes, with the sums to judge it by."""
-        return ridge_bytes(*self.xy.shape) if self.xy is not None else 0
+        """About how much memory it takes to solve, with the sums to judge it by."""
+        return ridge_bytes(*self.xy.shape)
 
     def solve(self, ridge: float) -> Tensor:
-        """Return the coefficients, float64 [features, outputs]."""
-        assert self.xx is not None
-        assert self.xy is not None
+        """Return the coefficients, [features, outputs]."""
         own = self.xx.diagonal()
         # A feature that is always zero would make the matrix singular; its coefficient is 0.
         penalty = torch.diag(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + penalty))
 
-    def error(self, coefficients: Tensor) -> float:
-        """Return the weighted sum of squares that these coefficients leave of Y; they may be fitted to other rows."""
-        assert self.xx is not None
-        assert self.xy is not None
-        return self.yy + float((coefficients * (self.xx @ coefficients - 2 * self.xy)).sum())
+    def _times(self, coefficients: Tensor) -> Tensor:
+        return self.xx @ coefficients
 
 
 class Gains(Sums):
     """The same regression for each channel alone: Y[:, i] from X[:, i]."""
 
+    def __init__(self, channels: int, device: torch.device = CPU) -> None:
+        super().__init__((channels,), (channels,), device)
+
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
         x, y, w = as_float64(features), as_float64(targets), as_float64(weights)[:, None]
-        self.add_sums((w * x * x).sum(0), (w * x * y).sum(0), float((w * y * y).sum()))
-
-    @property
-    def bytes_to_solve(self) -> int:
-        """About how much memory it takes, with the sums to judge it by."""
-        return 48 * len(self.xy) if self.xy is not None else 0
+        self.xx += (w * x * x).sum(0)
+        self.xy += (w * x * y).sum(0)
+        self.yy += float((w * y * y).sum())
 
     def solve(self, ridge: float) -> Tensor:
-        """Return the coefficients, float64 [channels]."""
-        assert self.xx is not None
-        assert self.xy is not None
+        """Return the coefficients, [channels]."""
         return self.xy / (self.xx * (1 + ridge)).clamp_min(1e-30)
 
-    def error(self, coefficients: Tensor) -> float:
-        """Return the weighted sum of squares that these coefficients leave of Y."""
-        assert self.xx is not None
-        assert self.xy is not None
-        return self.yy + float((coefficients * (self.xx * coefficients - 2 * self.xy)).sum())
+    def _times(self, coefficients: Tensor) -> Tensor:
+        return self.xx * coefficients
+
+
+def best_ridge(train: Sums, deciding: Sums, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
+    """Return the ridge that leaves the least error on the deciding text, that error, and the coefficients.
+
+    The error has one minimum, so ridges are tried from the middle on, towards less error.
+    """
+
+    def tried(ridge: float) -> tuple[float, float, Tensor]:
+        fitted = train.solve(ridge)
+        return ridge, deciding.error(fitted), fitted
+
+    middle = len(ridges) // 2
+    best = tried(ridges[middle])
+    for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
+        for ridge in side:  # one after the other, since coefficients are as large as the weights in float64
+            found = tried(ridge)
+            if found[1] >= best[1]:
+                break
+            best = found
+        if best[0] != ridges[middle]:
+            break
+    return best

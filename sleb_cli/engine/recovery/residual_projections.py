@@ -9,9 +9,10 @@ GLM-4), so is the projection whose output it normalizes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -34,9 +35,10 @@ class ResidualProjection:
     """A module whose output is added to the hidden states.
 
     Attributes:
-        name: the module's name in the block.
-        module: the module.
+        name: the module's name in the block, or in the model for the final norm.
         kind: its weight is a matrix [out, in], a transposed one [in, out], or a gain for each channel, as in norms.
+        inputs: how many inputs it has, or channels.
+        has_bias: whether it adds a bias.
         scale: which multiple of its output is added.
         exact: whether nothing else in the block reads its output.
         norm: the norm that its output goes through before it is added; None if it is added as it is.
@@ -44,73 +46,77 @@ class ResidualProjection:
     """
 
     name: str
-    module: nn.Module
     kind: Literal["matrix", "transposed", "gain"]
-    scale: float
-    exact: bool
+    inputs: int
+    has_bias: bool
+    scale: float = 1.0
+    exact: bool = True
     norm: ResidualProjection | None = None
     offset: float = 0.0
 
     @property
     def takes_bias(self) -> bool:
         """Whether a constant can be fitted, too."""
-        return self.kind != "gain" and self.norm is None and getattr(self.module, "bias", None) is not None
+        return self.kind != "gain" and self.norm is None and self.has_bias
 
     @property
-    def modules(self) -> list[nn.Module]:
+    def names(self) -> list[str]:
         """The modules whose inputs `features` needs."""
-        return [self.module, *(self.norm.modules if self.norm else [])]
+        return [self.name, *(self.norm.names if self.norm else [])]
 
-    def features(self, entering: Mapping[nn.Module, Tensor]) -> Tensor:
+    def features(self, root: nn.Module, entering: Mapping[str, Tensor]) -> Tensor:
         """Return what the module's weights are multiplied by, float32 [positions, in] (gain: [positions, channels]).
 
-        Behind a norm, each position is divided by what the norm divides it by, and its gains are left out.
+        `root` holds the module. Behind a norm, each position is divided by what the norm divides it by, and its gains
+        are left out.
         """
-        states = entering[self.module]
+        states = entering[self.name]
         if self.kind == "gain":
-            return self.normalized(states) * self.scale
+            return self.normalized(root, states) * self.scale
         features = states.flatten(0, -2).float() * self.scale
         if self.norm is None:
             return features
-        before = entering[self.norm.module].flatten(0, -2).float()
-        after = self.norm.normalized(entering[self.norm.module])
+        before = entering[self.norm.name].flatten(0, -2).float()
+        after = self.norm.normalized(root, entering[self.norm.name])
         divisor = (before * after).sum(-1, keepdim=True) / after.square().sum(-1, keepdim=True).clamp_min(1e-12)
         return features / divisor.clamp_min(1e-12)
 
-    def normalized(self, entering: Tensor) -> Tensor:
+    def normalized(self, root: nn.Module, entering: Tensor) -> Tensor:
         """Return what the norm multiplies by its gains, float32 [positions, channels]."""
-        states = entering.float()
-        on: Tensor = self._norm(1.0, states)(states)
-        off: Tensor = self._norm(0.0, states)(states)
+        states, norm = entering.float(), root.get_submodule(self.name)
+        on: Tensor = _with_gain(norm, 1.0, states)(states)
+        off: Tensor = _with_gain(norm, 0.0, states)(states)
         return (on - off).flatten(0, -2)
 
-    def _norm(self, gain: float, like: Tensor) -> nn.Module:
-        """Return the norm in float32 with this gain everywhere; its own weights, which may be away, are not used."""
-        norm = copy.copy(self.module)
-        vars(norm)["_parameters"] = {
-            name: nn.Parameter(like.new_full(own.shape, gain if name == "weight" else 0.0), requires_grad=False)
-            for name, own in self.module.named_parameters(recurse=False)
-        }
-        for name in ("forward", "_old_forward", "_hf_hook"):  # with which accelerate moves its weights
-            vars(norm).pop(name, None)
-        return norm
+
+def _with_gain(norm: nn.Module, gain: float, like: Tensor) -> nn.Module:
+    """Return the norm in float32 with this gain everywhere; its own weights, which may be away, are not used."""
+    copied = copy.copy(norm)
+    vars(copied)["_parameters"] = {
+        name: nn.Parameter(like.new_full(own.shape, gain if name == "weight" else 0.0), requires_grad=False)
+        for name, own in norm.named_parameters(recurse=False)
+    }
+    for name in ("forward", "_old_forward", "_hf_hook"):  # with which accelerate moves its weights
+        vars(copied).pop(name, None)
+    return copied
 
 
 @contextmanager
-def inputs_of(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Collect what enters these modules while the context is open."""
-    found: dict[nn.Module, Tensor] = {}
+def passing(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Collect what enters and what leaves these modules while the context is open."""
+    entering: dict[str, Tensor] = {}
+    leaving: dict[str, Any] = {}
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         with our_code():
-            found[module] = args[0] if args else next(iter(kwargs.values()))
+            entering[name] = args[0] if args else next(iter(kwargs.values()))
+            leaving[name] = output
 
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name in names:
+            hook = partial(lambda name, module, *passed: keep(name, *passed), name)
+            hooks.callback(root.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
+        yield entering, leaving
 
 
 def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Tensor) -> list[ResidualProjection]:
@@ -121,9 +127,9 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
     found = list(_candidates(skippable, call, hidden))
     gains = [projection for projection in found if projection.kind == "gain"]
     behind = list(_behind_norms(skippable, call, hidden, gains))
-    normalized = [projection.module for projection in behind]
-    matrices = [projection for projection in found if projection not in gains and projection.module not in normalized]
-    matrices = sorted([*matrices, *behind], key=lambda projection: projection.exact)
+    others = {projection.name for projection in [*gains, *behind]}
+    matrices = [*(projection for projection in found if projection.name not in others), *behind]
+    matrices.sort(key=lambda projection: projection.exact)
     exact_gains = [projection for projection in gains if projection.exact]
     return matrices if any(projection.exact for projection in matrices) else [*matrices, *exact_gains[-1:]]
 
@@ -133,46 +139,24 @@ def _behind_norms(
 ) -> Iterator[ResidualProjection]:
     """Yield the matrices whose output is all that enters one of these norms, in the order of the norms."""
     block = skippable.switches[call.block].block
-    leaving: dict[str, Tensor] = {}
-
-    def keep(name: str, output: Any) -> None:
-        with our_code():
-            if isinstance(output, Tensor):
-                leaving[name] = output
-
-    matrices = {
-        name: (module, kind)
-        for name, module in block.named_modules()
-        if (kind := _kind(module, hidden.shape[-1])) not in (None, "gain")
-    }
-    handles = [
-        module.register_forward_hook(lambda module, args, output, name=name: keep(name, output))
-        for name, (module, _) in matrices.items()
-    ]
-    try:
-        with inputs_of([norm.module for norm in norms]) as entering:
-            skippable.run_block(call, hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    matrices = [each for each in _projections(block, hidden.shape[-1]) if each.kind != "gain"]
+    with passing(block, [each.name for each in (*norms, *matrices)]) as (entering, leaving):
+        skippable.run_block(call, hidden)
     for norm in norms:
-        for name, output in leaving.items():
-            if output.numel() == hidden.numel() and torch.equal(output.flatten(), entering[norm.module].flatten()):
-                module, kind = matrices[name]
-                yield ResidualProjection(name, module, kind, norm.scale, norm.exact, norm)
+        for matrix in matrices:
+            output = leaving.get(matrix.name)
+            if not isinstance(output, Tensor) or output.numel() != hidden.numel():
+                continue
+            if torch.equal(output.flatten(), entering[norm.name].flatten()):
+                yield replace(matrix, scale=norm.scale, exact=norm.exact, norm=norm)
 
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
     """Return the norm whose input is what leaves the last block, [batch, positions, hidden size], or None."""
-    norms = [
-        (name, module) for name, module in skippable.model.named_modules() if _kind(module, hidden.shape[-1]) == "gain"
-    ]
-    with inputs_of([module for _, module in norms]) as entering:
+    norms = [each for each in _projections(skippable.model, hidden.shape[-1]) if each.kind == "gain"]
+    with passing(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)
-    for name, module in norms:
-        if module in entering and torch.equal(entering[module], hidden):
-            return ResidualProjection(name, module, "gain", 1.0, exact=True)
-    return None
+    return next((norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)), None)
 
 
 def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterator[ResidualProjection]:
@@ -180,10 +164,7 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
     plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * NOISE
-    for name, module in block.named_modules():
-        kind = _kind(module, hidden.shape[-1])
-        if kind is None:
-            continue
+    for projection in _projections(block, hidden.shape[-1]):
         fits: list[bool] = []
 
         def add_noise(module: nn.Module, args: Any, output: Any, fits: list[bool] = fits) -> Any:
@@ -192,28 +173,33 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
                 fits.append(isinstance(output, Tensor) and output.numel() == hidden.numel())
                 return output + noise.to(output.dtype).view_as(output) if fits[-1] else output
 
-        handle = module.register_forward_hook(add_noise)
-        try:
+        with ExitStack() as hook:
+            hook.callback(block.get_submodule(projection.name).register_forward_hook(add_noise).remove)
             change = skippable.run_block(call, hidden).float() - plain
-        finally:
-            handle.remove()
         if fits != [True]:
             continue
         scale = float((change * noise).sum() / noise.square().sum())
         error = float((change - scale * noise).norm() / max(abs(scale) * float(noise.norm()), 1e-12))
         if error <= NEAR:
-            yield _with_offset(ResidualProjection(name, module, kind, scale, exact=error <= EXACT))
+            offset = _offset(block, projection) if projection.kind == "gain" else 0.0
+            yield replace(projection, scale=scale, exact=error <= EXACT, offset=offset)
 
 
-def _with_offset(projection: ResidualProjection) -> ResidualProjection:
-    """Return a norm with its offset, and anything else as it is."""
-    if projection.kind != "gain":
-        return projection
-    weight = projection.module.get_parameter("weight")
+def _offset(block: nn.Module, norm: ResidualProjection) -> float:
+    """Return what a norm adds to its weight before it multiplies by it."""
+    module = block.get_submodule(norm.name)
+    weight = module.get_parameter("weight")
     states = torch.randn(len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    norm = projection._norm
-    without, alone = norm(0.0, states)(states), projection.normalized(states[None])[0]
-    return replace(projection, offset=float((without * alone).sum() / alone.square().sum()))
+    without, alone = _with_gain(module, 0.0, states)(states), norm.normalized(block, states[None])[0]
+    return float((without * alone).sum() / alone.square().sum())
+
+
+def _projections(root: nn.Module, width: int) -> Iterator[ResidualProjection]:
+    """Yield the modules that may write hidden states of this width."""
+    for name, module in root.named_modules():
+        if kind := _kind(module, width):
+            inputs = module.get_parameter("weight").shape[1 if kind == "matrix" else 0]
+            yield ResidualProjection(name, kind, inputs, getattr(module, "bias", None) is not None)
 
 
 def _kind(module: nn.Module, width: int) -> Literal["matrix", "transposed", "gain"] | None:

@@ -1,6 +1,6 @@
-"""What a recovery has found so far, kept in a hidden folder beside its output until that is written.
+"""What a recovery has found so far, kept in a hidden folder next to its output until the output is written.
 
-Each fit in closed form has a file, under a key of all that its values depend on, so the same command finds it again. A
+Each closed-form fit has a file, under a key of everything its values depend on, so the same command finds it again. A
 healing has one file, which --resume continues.
 """
 
@@ -79,8 +79,8 @@ class SavedFits:
 
     def __init__(self, place: Path, identity: Mapping[str, Any]) -> None:
         self._place = place
-        self._identity = {"format": FORMAT} | dict(identity)
-        key = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+        named = json.dumps({"format": FORMAT} | dict(identity), sort_keys=True)
+        key = hashlib.sha256(named.encode()).hexdigest()
         self._folder = place / f"fits-{key[:16]}"
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class SavedFits:
 
 
 class Unfinished:
-    """What is unfinished of the recovery into `output`, in the hidden folder beside it."""
+    """What is unfinished of the recovery into `output`, in the hidden folder next to it."""
 
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
@@ -126,27 +126,17 @@ class Unfinished:
         """Whether there is an unfinished healing."""
         return self._file.exists()
 
-    def fits(self, identity: Mapping[str, Any]) -> SavedFits:
-        """Return the fits that are kept under this identity."""
-        return SavedFits(self.folder, identity)
-
     @contextmanager
     def told_on_failure(self, notify: Notify) -> Iterator[None]:
         """Say what is kept if something fails or is interrupted meanwhile."""
         try:
             yield
         except BaseException:
-            if kept := self._kept():
-                notify(Notice(kept))
+            if self.exists:
+                notify(Notice(f"The healing is kept in {self.folder}: rerun with --resume to continue."))
+            elif any(self.folder.glob("fits-*/*.safetensors")):
+                notify(Notice(f"The fits so far are kept in {self.folder}: run the same command again to continue."))
             raise
-
-    def _kept(self) -> str | None:
-        """Return a sentence on what is kept and how to go on from there; None if nothing is."""
-        if self.exists:
-            return f"The healing is kept in {self.folder}: rerun with --resume to continue."
-        if any(self.folder.glob("fits-*/*.safetensors")):
-            return f"The fits so far are kept in {self.folder}: run the same command again to continue."
-        return None
 
     def require(self, *, resume: bool, force: bool) -> None:
         """Check, before any work, that no unfinished healing would be overwritten.

@@ -1,0 +1,225 @@
+"""`sleb apply`: everything that is asked for is resolved and checked here, once, before the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sleb_cli.engine.device import CPU, choose_dtype
+from sleb_cli.engine.forward.placement import resolve_device_map
+from sleb_cli.engine.gguf.file import GgufFile, read_gguf
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
+from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, prune_gguf, require_same_kind_of_model
+from sleb_cli.engine.output.delivery import Delivery, require_nothing_kept
+from sleb_cli.engine.output.proof import choose_proof_settings
+from sleb_cli.engine.output.push import PushRequest, require_pushable
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.recovery.run import Recovery
+from sleb_cli.engine.recovery.settings import resolve_recovery
+from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
+from sleb_cli.engine.surgery.loading import DeviceMap, quiet_libraries
+from sleb_cli.engine.surgery.subject import Subject, first_of_plan, first_removals, is_plan, resolve_subject
+from sleb_cli.events import Notify
+from sleb_cli.plan import read_plan
+from sleb_cli.plugin_manager import Registry
+from sleb_cli.processes import WorkerFinished
+from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
+from sleb_cli.results import ApplyResult, GgufResult
+from sleb_cli.units import parse_bytes
+from sleb_plugins import UnsupportedModelError, UsageError
+
+
+def apply_request(
+    request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup
+) -> ApplyResult | GgufResult:
+    """Write the checkpoint or GGUF file that a request asks for; the processes of a group recover together.
+
+    Raises:
+        UsageError: options contradict each other, or the blocks or their number do not fit.
+        PlanError: the plan is unreadable, or was made for another model.
+        OutputError: the output exists, or cannot be written.
+        ProofError: it does not compute what it should.
+        WorkerFinished: this process only helped to recover; the main process writes.
+    """
+    _require_coherent(request)
+    source = _gguf_source(request)
+    if source is None:
+        subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
+        return _to_checkpoint(subject, request, group, notify)
+    quiet_libraries()
+    file = read_gguf(source)
+    if not (request.recover or request.heal):
+        removals = _removals(request, file, registry, notify)
+        return prune_gguf(file, removals, _delivery(request, default_place(file, removals)), registry, notify)
+    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
+    removals = subject.surgery.removals
+    to = _delivery(request, default_place(file, removals))
+    to = _recovering(to, subject, request, None, None, group, notify, gguf=file)
+    return prune_gguf(file, removals, to, registry, notify)
+
+
+def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup, notify: Notify) -> ApplyResult:
+    architecture = subject.architecture
+    shard_size = DEFAULT_SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
+    shard_bytes = parse_bytes(str(shard_size), "--max-shard-size")
+    dtype = _checkpoint_dtype(request.dtype, architecture)
+    device_map = resolve_device_map(request, architecture)
+    settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
+    to = _delivery(request, default_folder(subject))
+    require_new_folder(to.place, architecture.source, force=to.replace)
+    push_to = None
+    if request.push is not None:
+        push_to = PushRequest(request.push, private=not request.public, force=request.force)
+        require_pushable(push_to)
+    to = _recovering(to, subject, request, dtype, device_map, group, notify)
+    return apply_removals(subject, to, notify, dtype=dtype, shard_bytes=shard_bytes, settings=settings, push_to=push_to)
+
+
+def _delivery(request: ApplyRequest, default: Path) -> Delivery:
+    place = request.output or default
+    clear_old(place.absolute().parent)
+    require_nothing_kept(request.keep_failed)
+    replace_ = Unfinished(place).may_replace(resume=request.resume, force=request.force)
+    return Delivery(place, replace_, verify=not request.no_verify, keep_failed=request.keep_failed)
+
+
+def _recovering(
+    to: Delivery,
+    subject: Subject,
+    request: ApplyRequest,
+    dtype: torch.dtype | None,
+    device_map: DeviceMap | None,
+    group: ProcessGroup,
+    notify: Notify,
+    gguf: GgufFile | None = None,
+) -> Delivery:
+    """Return a delivery that recovers, if that was asked for; all but the main process only do that.
+
+    Raises:
+        WorkerFinished: this is another process.
+    """
+    if not (request.recover or request.heal):
+        return to
+    state = Unfinished(to.place)
+    state.require(resume=request.resume, force=request.force)
+    settings = resolve_recovery(subject, request, dtype, device_map, group, notify)
+    recovery = Recovery(subject, settings, state, group, notify, gguf)
+    if not group.is_main:
+        recovery.run()
+        raise WorkerFinished
+    return replace(to, recovery=recovery)
+
+
+def _require_coherent(request: ApplyRequest) -> None:
+    if request.public and request.push is None:
+        raise UsageError("--public requires --push.", hint="Name the repository: --push ORG/NAME --public.")
+    if request.keep_failed is not None and request.no_verify:
+        raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
+    _require_any(request, ("heal_minutes", "heal_tokens"), ("heal",))
+    if request.resume and not request.heal:
+        raise UsageError("--resume requires --heal.", hint="Use both, or neither.")
+    _require_any(request, ("calibration", "samples", "sequence_length", "seed", "device"), ("recover", "heal"))
+
+
+def _require_any(request: ApplyRequest, names: Sequence[str], needed: Sequence[str]) -> None:
+    given = _first_given(request, names)
+    if given and not any(getattr(request, name) for name in needed):
+        options = " or ".join(f"--{name}" for name in needed)
+        raise UsageError(f"{given} requires {options}.", hint="Use both, or neither.")
+
+
+def _first_given(request: ApplyRequest, names: Sequence[str]) -> str | None:
+    """Return the first of these options that the user gave."""
+    given = (name for name in names if getattr(request, name) is not None)
+    return next((f"--{name.replace('_', '-')}" for name in given), None)
+
+
+def _checkpoint_dtype(name: str | None, architecture: Architecture) -> torch.dtype | None:
+    if name is None:
+        return None
+    if architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, so its weights cannot be cast to {name}.",
+            hint="Leave out --dtype to keep them as they are.",
+        )
+    return choose_dtype(name, architecture.dtype, CPU)
+
+
+def _gguf_source(request: ApplyRequest) -> Path | None:
+    """Return the GGUF file to remove blocks from; None if a checkpoint is to be written.
+
+    A GGUF file is written from --source or a GGUF model, unless the output or another option asks for a checkpoint.
+
+    Raises:
+        UsageError: the output, the source and the other options contradict each other.
+    """
+    output = request.output
+    for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "push", "max_shard_size"))
+    recovery = next((option for option in ("recover", "heal") if getattr(request, option)), None)
+    named_file = output is not None and output.suffix == ".gguf"
+    if request.source is None and not named_file:
+        return None if output is not None or for_checkpoints else _gguf_model(request)
+    if for_checkpoints:
+        raise UsageError(
+            f"{for_checkpoints} does not apply to a GGUF file, whose tensors are copied as they are.",
+            hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
+        )
+    own = _gguf_model(request) if recovery else None
+    is_own = own is not None and request.source is not None and are_the_same(own, request.source)
+    if recovery and request.source is not None and not is_own:
+        raise UsageError(
+            f"--{recovery} writes new values into the GGUF file of the model that it recovers, but --source names one "
+            "of another model.",
+            hint=f"Leave out --source, and name that file as the model: `sleb apply {request.source} --blocks … "
+            f"--{recovery}`.",
+        )
+    if output is not None and not named_file:
+        raise UsageError(
+            f"--source writes a GGUF file, but {output} does not end in .gguf.", hint="Add .gguf to the name."
+        )
+    source = request.source or _gguf_model(request)
+    if source is None:
+        raise UsageError(
+            f"{output} can only be made from a GGUF file of the model.",
+            hint=f"Name that file {'as the model' if recovery else 'with --source'}, or choose a folder with -o.",
+        )
+    return source
+
+
+def _gguf_model(request: ApplyRequest) -> Path | None:
+    """Return the model, if it is a GGUF file."""
+    named = request.subject or str(DEFAULT_PLAN)
+    if is_plan(named):
+        if request.blocks is not None:  # refused where the plan is read
+            return None
+        named = request.model or read_plan(Path(named)).model.id
+    return Path(named) if named.endswith(".gguf") and not Path(named).is_dir() else None
+
+
+def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
+    """Return the blocks to remove, after checking that they belong to this file's model."""
+    if request.source is not None and request.model is not None:
+        raise UsageError(
+            "--model does not apply with --source: only the plan and the GGUF file are read.", hint="Leave it out."
+        )
+    named = request.subject
+    if request.blocks is None or (named is not None and is_plan(named)):
+        return _planned_removals(request, file, registry, notify)
+    is_other = named is not None and not are_the_same(file.path, Path(named))
+    if is_other and not request.any_model:
+        require_same_kind_of_model(resolve_subject(request, registry, notify).architecture.record, file, notify)
+    return first_removals(request.blocks, request.remove, "--blocks")
+
+
+def _planned_removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
+    path = Path(request.subject or DEFAULT_PLAN)
+    if request.source is None or not is_plan(str(path)) or request.blocks is not None:
+        return resolve_subject(request, registry, notify, needs_removals=True).surgery.removals
+    plan = read_plan(path)
+    if not request.any_model:
+        require_same_kind_of_model(plan.model, file, notify)
+    return first_of_plan(plan, request.remove, path).removals

@@ -1,0 +1,226 @@
+"""What a recovery needs: its text, where the model is, and memory; all decided and checked before the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sleb_cli.engine.device import CPU, free_bytes
+from sleb_cli.engine.forward.placement import Placement, device_of
+from sleb_cli.engine.forward.streaming import choose_to_stream, streamed_bytes
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.recovery.closed_form import fitting_bytes
+from sleb_cli.engine.recovery.heal import HealBudget, choose_budget
+from sleb_cli.engine.recovery.low_rank import trained_numbers
+from sleb_cli.engine.surgery.loading import DeviceMap
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.engine.text.calibration import (
+    REFERENCE_PRESETS,
+    SELF,
+    CalibrationSettings,
+    require_given_text,
+    resolve_calibration,
+)
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.sources import TextSplit
+from sleb_cli.events import Notify
+from sleb_cli.plan import Plan
+from sleb_cli.requests import (
+    DEFAULT_CALIBRATION,
+    RECOVERY_LENGTH,
+    RECOVERY_SELF_TOKENS,
+    RECOVERY_TOKENS,
+    ApplyRequest,
+)
+from sleb_cli.units import format_bytes
+from sleb_plugins import DataError, MachineError, UnsupportedModelError, UsageError
+
+FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
+"""The parts of a text that values are fitted to, that chooses among them, and that the recovery is measured on."""
+FEWEST_SEQUENCES = 5
+DECIDING_TOKENS, REPORTED_TOKENS = 8192, 8192
+"""The most tokens that decide, since every fit runs the model on all of them, and that are reported on."""
+
+HIDDEN_STATES = "hidden states"
+
+TRAINING_BYTES = 20
+"""Bytes per trained number, besides the models, in float32: its value, best value, gradient and two moments."""
+
+
+@dataclass(frozen=True)
+class RecoverySettings:
+    """How a model is recovered.
+
+    Attributes:
+        closed_form: whether its blocks are refitted.
+        budget: when to stop healing; None heals nothing.
+        resume: whether an interrupted healing is continued.
+        placement: where the dense model is, and in which data type it computes.
+        stored: the data type to which values are rounded.
+        in_host_memory: whether hidden states wait there, because the device has too little.
+        text: the text to recover on.
+    """
+
+    closed_form: bool
+    budget: HealBudget | None
+    resume: bool
+    placement: Placement
+    stored: torch.dtype
+    in_host_memory: bool
+    text: CalibrationSettings
+
+    @property
+    def splits(self) -> list[CalibrationSettings]:
+        """The settings of the text to fit, the text that decides and the text that is reported on."""
+        text = self.text
+        deciding = max(1, min(text.samples // 5, DECIDING_TOKENS // text.sequence_length))
+        reported = max(1, min(text.samples // 10, REPORTED_TOKENS // text.sequence_length))
+        counts = (text.samples - deciding - reported, deciding, reported)
+        return [
+            replace(text, samples=samples, split=split)
+            for samples, split in zip(counts, (FITTED, DECIDING, REPORTED), strict=True)
+        ]
+
+
+def resolve_recovery(
+    subject: Subject,
+    request: ApplyRequest,
+    dtype: torch.dtype | None,
+    device_map: DeviceMap | None,
+    group: ProcessGroup,
+    notify: Notify,
+) -> RecoverySettings:
+    """Decide how to recover a model; `dtype` is that of the checkpoint, None for the model's own.
+
+    Raises:
+        UnsupportedModelError: the model is quantized.
+        MachineError: it does not fit into memory.
+        DataError: the text is too short.
+        UsageError: options contradict each other.
+    """
+    architecture, surgery = subject.architecture, subject.surgery
+    budget = choose_budget(request.heal_minutes, request.heal_tokens) if request.heal else None
+    if architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, so its blocks cannot be recovered.",
+            hint="Recover the model it was quantized from, and quantize the result.",
+        )
+    device = device_of(device_map, request.device)
+    own = dtype or architecture.dtype or torch.float32
+    # Values are rounded to what every file can hold, which may be narrower than what the config says.
+    written = [dtype] if dtype else architecture.source.weights.float_dtypes
+    # Rounded twice, to bfloat16 and then to float16, the values that are written would not be those measured.
+    computed = torch.float32 if own is torch.float16 and device == CPU else own
+    if budget and request.stream:
+        raise UsageError(
+            "--heal trains the model, so all of it must be in memory, but --stream reads it block by block.",
+            hint="Leave out --stream, or recover without training: --recover --stream.",
+        )
+    asked = False if budget else request.stream
+    stream = device_map is None and group.from_main(
+        lambda: choose_to_stream(architecture, computed, device, asked, notify, beside=_sums_bytes(surgery))
+    )
+    text = _resolve_text(request, subject, stream=stream)
+    placement = Placement(device, computed, stream, device_map)
+    needed = _needed_bytes(surgery, placement, text, closed_form=request.recover, heal=request.heal)
+    on_host = stream and device != CPU and sum(needed.values()) > free_bytes(device)
+    if on_host:
+        _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, heal=request.heal)
+    _require_free(device, needed, heal=request.heal)
+    stored = min([*written, own], key=lambda each: each.itemsize)
+    return RecoverySettings(request.recover, budget, request.resume, placement, stored, on_host, text)
+
+
+def _needed_bytes(
+    surgery: Surgery, placement: Placement, text: CalibrationSettings, *, closed_form: bool, heal: bool
+) -> dict[str, int]:
+    """Return the memory that recovery takes, by what for; of a model that a device map spreads out, only the rest."""
+    architecture, size = surgery.architecture, placement.dtype.itemsize
+    needed: dict[str, int] = {}
+    if placement.stream:
+        needed["two blocks and what is outside of them"] = streamed_bytes(architecture, placement.dtype)
+    elif placement.device_map is None:
+        needed["the model"] = sum(parameter.numel() for parameter in architecture.skeleton.parameters()) * size
+    # What enters the model and a block on all the text, in the dense and in the recovered model, and what leaves it.
+    needed[HIDDEN_STATES] = 4 * text.samples * text.sequence_length * architecture.text_config.hidden_size * size
+    if closed_form:
+        needed["the sums of a fit"] = _sums_bytes(surgery)
+    if heal:
+        shapes = [parameter.shape for block in _kept_blocks(surgery) for parameter in block.parameters()]
+        # The weights that are trained and their original values; what is not trained, both models share.
+        needed["the trained weights"] = 2 * sum(map(math.prod, shapes)) * size
+        needed["the state of training"] = sum(map(trained_numbers, shapes)) * TRAINING_BYTES
+    return needed
+
+
+def _sums_bytes(surgery: Surgery) -> int:
+    width = surgery.architecture.text_config.hidden_size
+    return max(fitting_bytes(block, width) for block in _kept_blocks(surgery))
+
+
+def _kept_blocks(surgery: Surgery) -> list[nn.Module]:
+    blocks = surgery.architecture.blocks_of(surgery.architecture.skeleton)
+    return [blocks[block] for block in surgery.kept.blocks]
+
+
+def _require_free(device: torch.device, needed: Mapping[str, int], *, heal: bool) -> None:
+    total, free = sum(needed.values()), free_bytes(device)
+    if total <= free:
+        return
+    parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
+    hint = "Use fewer --samples, leave out --recover, or use a machine with more memory."
+    if heal:
+        hint = (
+            "Leave out --heal, or use a machine with more memory. Processes that `accelerate launch` starts share the "
+            "work, but each of them needs all of this."
+        )
+    raise MachineError(
+        f"{'Healing' if heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} ({parts}), but "
+        f"only {format_bytes(free)} are free.",
+        hint=hint,
+    )
+
+
+def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> CalibrationSettings:
+    """Fill unset options with the defaults; fitting weights takes more text than a search.
+
+    Raises:
+        DataError: the text is too short.
+        UsageError: a streamed model is to write it.
+    """
+    architecture = subject.architecture
+    length = request.sequence_length or min(RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH)
+    source = request.calibration or _default_source(subject.plan, stream=stream)
+    text = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
+    if stream:
+        require_given_text(text)
+    if not (text.samples_given or text.source in REFERENCE_PRESETS):
+        tokens = RECOVERY_SELF_TOKENS if text.source == SELF else RECOVERY_TOKENS
+        text = replace(text, samples=max(FEWEST_SEQUENCES, tokens // length))
+    if text.samples < FEWEST_SEQUENCES:
+        raise DataError(
+            f"{text.samples} sequences are too few to recover on: some decide, and others are reported on.",
+            hint=f"Use --samples {FEWEST_SEQUENCES} or more.",
+        )
+    return text
+
+
+def _default_source(plan: Plan | None, *, stream: bool) -> str:
+    """Return the default text to recover on: the plan's, if it is general, with a quarter of the model's own.
+
+    A streamed model writes no text: each token would read all of it.
+    """
+    searched = plan.calibration if plan else None
+    own = DEFAULT_CALIBRATION if stream else SELF
+    if searched is None or searched.chat or searched.source == SELF:
+        return own
+    source = searched.source.removesuffix("-sleb")
+    parts = [part.source for part in parse_mixture(source)]
+    if stream:
+        return own if SELF in parts else source
+    return source if len(parts) > 1 else f"{source}:0.75,{SELF}:0.25"
