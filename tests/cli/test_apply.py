@@ -563,3 +563,13 @@ def test_a_model_that_transformers_refuses_fails_the_proof(apply, tiny_llama, tm
     monkeypatch.setattr(LlamaForCausalLM, method, refuse)
     assert message in apply(tiny_llama, "--blocks", "1", code=9).stderr
     assert os.listdir(tmp_path) == []
+
+
+def test_a_data_type_too_small_for_the_model_is_named(apply, model):
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] *= 60_000
+    save_file(tensors, path, metadata={"format": "pt"})
+    result = apply(model, "--blocks", 1, "--dtype", "float16", code=4)
+    assert "computes NaN or infinity in float16" in result.stderr
+    apply(model, "--blocks", 1, "--dtype", "bfloat16")

@@ -355,7 +355,7 @@ def check_files(trained, values, written, removed):
         assert len(files) > 1 or not values.get("shards")
         found, dense = trained.loss_of(written["folder"]), trained.loss(())
         if values.get("recovery"):
-            assert dense - 0.1 < found < trained.loss(removed) + 0.5
+            assert dense - 0.1 < found < trained.loss(removed) + 1.5  # 80 tokens promise no gain
         else:
             assert found == pytest.approx(trained.loss(removed), rel=1e-3)
     assert (written["proof"] is None) == (values.get("proof") == "--no-verify")

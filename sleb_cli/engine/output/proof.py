@@ -376,6 +376,13 @@ def _runs(
     with reference.opened(settings, notify) as skippable:
         expected = skippable.logits(ids, surgery.removed)
     del skippable
+    if not bool(expected.isfinite().all()):
+        raise ModelError(
+            f"{reference.name.capitalize()} computes NaN or infinity in {dtype_name(place.dtype)}.",
+            hint="Choose another data type with --dtype: float16 ends at 65,504, bfloat16 and float32 do not."
+            if place.dtype == torch.float16
+            else "Check the model's weights.",
+        )
     free_memory()
     with task(notify, "Proving the checkpoint"):
         model = _load(folder, surgery, settings).eval()
