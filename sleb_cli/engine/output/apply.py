@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -42,7 +42,7 @@ from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.processes import WorkerFinished
 from sleb_cli.records import without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE, ApplyRequest
-from sleb_cli.results import ApplyResult
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
@@ -161,13 +161,12 @@ def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
     plan, file = subject.plan, subject.file
     if plan is None or file is None or plan.model.fingerprint != subject.architecture.record.fingerprint:
         return
-    kinds: tuple[Literal["eval", "bench"], ...] = ("eval", "bench")
-    for kind in kinds:
-        data = measured_of_plan(file, plan, kind, notify)
-        if data is not None:
-            # Files of lm-eval are not copied.
-            without_files = data | ({"lm_eval": []} if "lm_eval" in data else {})
-            beside_plan(folder / CHECKPOINT_PLAN, kind).write_text(to_json(without_files), encoding="utf-8")
+    copy = folder / CHECKPOINT_PLAN
+    if evaluation := measured_of_plan(EvalResult, file, plan, notify):
+        # Files of lm-eval are not copied.
+        evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(copy, "eval"))
+    if benchmark := measured_of_plan(BenchResult, file, plan, notify):
+        benchmark.write(beside_plan(copy, "bench"))
 
 
 @dataclass(frozen=True)
