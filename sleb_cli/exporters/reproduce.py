@@ -7,26 +7,8 @@ import re
 import shlex
 from typing import Any
 
-from sleb_cli import requests
 from sleb_cli.exporters.findings import Findings
 from sleb_cli.plan import SearchRecord
-
-_DEFAULTS: dict[str, Any] = {
-    "metric": requests.DEFAULT_METRIC,
-    "strategy": requests.DEFAULT_STRATEGY,
-    "protect_first": requests.DEFAULT_PROTECTED,
-    "protect_last": requests.DEFAULT_PROTECTED,
-    "seed": 0,
-    "samples": requests.DEFAULT_SAMPLES,
-    "sequence_length": requests.DEFAULT_LENGTH,
-    "sample_tokens": requests.DEFAULT_SAMPLE_TOKENS,
-    "calibration": requests.DEFAULT_CALIBRATION,
-}
-_DEMO_DEFAULTS = _DEFAULTS | {
-    "samples": requests.DEMO_SAMPLES,
-    "sequence_length": requests.DEMO_LENGTH,
-    "calibration": requests.DEMO_CALIBRATION,
-}
 
 
 def commands(findings: Findings) -> list[str]:
@@ -38,7 +20,6 @@ def _search(findings: Findings) -> str:
     plan = findings.plan
     model, search, text, sample = plan.model, plan.search, plan.calibration, plan.sample_generation
     is_demo = model.id == "demo"
-    default = _DEMO_DEFAULTS if is_demo else _DEFAULTS
     presets = text.source.endswith("-sleb")  # their samples count rows of text, not the sequences recorded
     values = {
         **_target(search, model.blocks),
@@ -64,9 +45,9 @@ def _search(findings: Findings) -> str:
     }
     words = ["sleb", "search", model.id]
     for name, value in values.items():
-        if value is not None and value != default.get(name):
+        if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += [] if search.fast == is_demo else ["--fast" if search.fast else "--no-fast"]
+    words.append("--fast" if search.fast else "--no-fast")
     words += ["--skip-bad-sequences"] if text.skipped else []
     output = "" if findings.plan_argument == "plan.json" else f" -o {findings.plan_argument}"
     return shlex.join(words) + output

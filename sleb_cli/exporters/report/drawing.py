@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,7 +61,6 @@ class Plot:
         name: its file's name, and its id in a page.
         title: what it shows.
         caption: how to read it.
-        description: what one would see, in words, with the numbers that matter.
         height: in points.
         draw: draws it.
         numbers: what is drawn.
@@ -71,7 +69,6 @@ class Plot:
     name: str
     title: str
     caption: str
-    description: str
     height: float
     draw: Callable[[Figure], None]
     numbers: Table | None = None
@@ -102,7 +99,7 @@ def picture(plot: Plot, kind: str) -> bytes:
         plot.draw(figure)
         metadata: dict[str, Any] = {"Software": None}
         if kind == "svg":
-            metadata = {"Title": plot.title, "Description": plot.description, "Date": None, "Creator": None}
+            metadata = {"Title": plot.title, "Description": plot.caption, "Date": None, "Creator": None}
         file = io.BytesIO()
         figure.savefig(file, format=kind, dpi=144 if kind == "png" else 72, metadata=metadata)
     return file.getvalue()
@@ -119,23 +116,9 @@ def whole_ticks(axis: Axes, values: Sequence[int]) -> None:
     axis.set_xticks(list(values)[:: max(1, -(-len(values) // 20))])
 
 
-def logarithmic_ticks(low: float, high: float, at_most: int = 6) -> list[float]:
-    """Return round numbers between two natural logarithms, spread over the axis."""
-    for steps in ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,)):
-        decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
-        ticks = [float(f"{step * 10.0**decade:.6g}") for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= math.log(tick) <= high]
-        if len(ticks) <= at_most:
-            break
-    if len(ticks) > 1:
-        return ticks[:: -(-len(ticks) // at_most)]
-    return [float(f"{math.exp(low + (high - low) * part / 4):.4g}") for part in range(1, 4)]
+def plain_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers for a logarithmic axis; by default, matplotlib would typeset powers of ten."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
-
-def set_logarithmic(axis: Axes) -> None:
-    """Make the y axis of what is drawn logarithmic, with plain numbers."""
-    axis.set_yscale("log")
-    low, high = axis.get_ylim()
-    ticks = logarithmic_ticks(math.log(low), math.log(high))
-    axis.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
-    axis.yaxis.minorticks_off()
+    locator = MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5), numticks=8)
+    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]

@@ -18,13 +18,12 @@ from sleb_cli.exporters.report.drawing import (
     SERIES,
     Plot,
     errors,
-    set_logarithmic,
+    plain_ticks,
     whole_ticks,
 )
 from sleb_cli.results import PrunedTaskScores, TaskResult, WorkloadResult
 from sleb_cli.tables import quality
 from sleb_cli.tables.speed import workload_name
-from sleb_cli.units import format_share, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,30 +55,13 @@ def pareto_plots(findings: Findings) -> Iterator[Plot]:
     kinds = {"perplexity": perplexity_lines(findings), "accuracy": [("accuracy", kept)]}
     for result in findings.main_workloads:
         speeds: dict[int, Estimate] = {len(each.removals): (each.speedup, each.interval) for each in result.pruned}
-        shown = {
-            kind: [
-                (name, common)
-                for name, values in lines
-                if (common := {count: value for count, value in values.items() if count in speeds})
-            ]
-            for kind, lines in kinds.items()
-        }
-        if any(shown.values()):
-            yield _pareto(result, speeds, {kind: lines for kind, lines in shown.items() if lines})
+        shown = {kind: lines for kind, lines in kinds.items() if any(speeds.keys() & values for _, values in lines)}
+        if shown:
+            yield _pareto(result, speeds, shown)
 
 
 def _pareto(result: WorkloadResult, speeds: dict[int, Estimate], kinds: dict[str, list[Line]]) -> Plot:
     name = result.workload.name
-    points = [
-        f"{plural(count, 'block')} removed: {speed:.2f} times as fast, "
-        + ", ".join(
-            f"{line} {format_share(values[count][0], signed=kind == 'perplexity')}"
-            for kind, lines in kinds.items()
-            for line, values in lines
-            if count in values
-        )
-        for count, (speed, _) in speeds.items()
-    ]
 
     def draw(figure: Figure) -> None:
         (axes,) = figure.subplots(1, len(kinds), squeeze=False)
@@ -91,7 +73,6 @@ def _pareto(result: WorkloadResult, speeds: dict[int, Estimate], kinds: dict[str
         f"quality-and-speed-{name}",
         f"{'Generation' if name == 'generation' else 'Prompt processing'}: quality against measured speed",
         "Each point is a size, named by the blocks removed; bars are 95% intervals.",
-        f"{'. '.join(points)}. Bars are 95% intervals.",
         290,
         draw,
     )
@@ -101,7 +82,8 @@ def _draw_pareto(axis: Axes, kind: str, lines: list[Line], speeds: dict[int, Est
     is_change = kind == "perplexity"
     start = 0.0 if is_change else 100.0
     for number, (name, values) in enumerate(lines):
-        gains, changes = [speeds[count] for count in values], list(values.values())
+        counts = [count for count in values if count in speeds]
+        gains, changes = [speeds[count] for count in counts], [values[count] for count in counts]
         across, up = [gain for gain, _ in gains], [100 * change for change, _ in changes]
         axis.plot([1.0, *across], [start, *up], "-", color=SERIES[number], linewidth=1.2, alpha=0.6)
         axis.errorbar(
@@ -109,7 +91,7 @@ def _draw_pareto(axis: Axes, kind: str, lines: list[Line], speeds: dict[int, Est
             marker=MARKERS[number], linestyle="", capsize=2.5, elinewidth=1.2, label=name,
         )  # fmt: skip
         if number == 0:
-            points = list(zip(values, across, up, strict=True))
+            points = list(zip(counts, across, up, strict=True))
             for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS)]:
                 # On the outer side of the curve, where no line runs.
                 place = (7, -13) if is_change else (7, 6)
@@ -130,30 +112,18 @@ def text_plots(findings: Findings) -> Iterator[Plot]:
         return
     scored = list(quality.texts_by_model(findings.texts, findings.text_names))
     title = "Perplexity on text that was not searched on" if findings.is_independent else "Perplexity on text"
-    words = [
-        f"{name}: {', '.join(f'{format_share(value, signed=True)} with {at} removed' for at, (value, _) in of.items())}"
-        for name, of in lines
-    ]
     yield Plot(
         "perplexity",
         "Change of perplexity over blocks removed",
         "Both models read the same tokens, so bars are 95% intervals of the paired difference.",
-        f"{'; '.join(words)}. Bars are 95% intervals of the paired difference.",
         260,
         lambda figure: _draw_lines(figure, lines),
         quality.perplexities(scored, title),
     )
-    kls = [
-        f"{name}: median {kl.median:.3g}, mean {kl.mean:.3g}, 90% {kl.p90:.3g}, 99% {kl.p99:.3g} nats; the same first "
-        f"choice at {format_share(kl.same_top)} of the positions"
-        for name, text in zip(findings.text_names, findings.texts, strict=True)
-        if (entry := findings.own(text.pruned)) and (kl := entry.divergence)
-    ]
     yield Plot(
         "divergence",
         "Divergence from the dense model",
         "How far predictions moved from the dense model's, at half, 90% and 99% of the positions.",
-        f"With {plural(len(findings.plan.removals), 'block')} removed, on {'; '.join(kls)}.",
         260,
         lambda figure: _draw_divergence(figure, findings),
         quality.divergences(scored),
@@ -176,24 +146,11 @@ def _draw_lines(figure: Figure, lines: list[Line]) -> None:
 
 
 def _spread_large_changes(axis: Axes, lines: list[Line]) -> None:
-    """Use a logarithmic axis of the perplexity itself where some sizes are several times worse than others."""
-    import numpy as np
-
+    """Use a logarithmic axis where some sizes are several times worse than others."""
     most = 100 * max(value for _, values in lines for value, _ in values.values())
-    if most < _LARGE_CHANGE:
-        return
-    axis.set_yscale(
-        "function",
-        functions=(
-            lambda change: np.log(np.maximum(1 + np.asarray(change, float) / 100, 1e-6)),
-            lambda log: 100 * np.expm1(np.asarray(log, float)),
-        ),
-    )
-    axis.set_ylim(-12, 1.2 * most)
-    ticks = [0, 20, 50, *(step * 10**decade for decade in range(2, 12) for step in (1, 2, 5))]
-    shown = [tick for tick in ticks if tick <= most]
-    axis.set_yticks(shown[:: -(-len(shown) // 10)])
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if most >= _LARGE_CHANGE:
+        axis.set_yscale("symlog", linthresh=100)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
 
 
 def _draw_divergence(figure: Figure, findings: Findings) -> None:
@@ -211,7 +168,10 @@ def _draw_divergence(figure: Figure, findings: Findings) -> None:
             above = [max(value, 1e-6) for value in values]
             axis.plot(counts, above, marker=marker, color=colour, label=label, linewidth=1.2)
         axis.set(xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(name, _TITLE))
-        set_logarithmic(axis)
+        axis.set_yscale("log")
+        ticks = plain_ticks(*axis.get_ylim())
+        axis.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axis.yaxis.minorticks_off()
         axis.set_xticks(counts if len(counts) < 12 else counts[:: -(-len(counts) // 10)])
         axis.margins(x=0.15)
         axis.grid(axis="y")
@@ -223,23 +183,17 @@ def task_plots(findings: Findings) -> Iterator[Plot]:
     tasks = findings.main_tasks[:_MOST_TASKS]
     if not tasks:
         return
-    scores = [
-        f"{task.task}: {100 * task.dense.value:.1f} dense, {100 * entry.value:.1f} pruned" for task, entry in tasks
-    ]
     yield Plot(
         "tasks",
         "Tasks, dense and pruned",
         "Bars end in 95% intervals of each accuracy.",
-        f"In percent, {'; '.join(scores)}. Bars end in 95% intervals.",
         80 + 40 * len(tasks),
         lambda figure: _draw_bars(figure, tasks),
     )
-    differences = [f"{task.task}: {100 * entry.difference:+.1f} points{_flips(entry, ', ')}" for task, entry in tasks]
     yield Plot(
         "differences",
         "Paired differences on the same items",
         "Both models answer the same items: lost ones went from right to wrong, gained ones the other way.",
-        f"{'; '.join(differences)}. Bars are 95% intervals.",
         60 + 36 * len(tasks),
         lambda figure: _draw_differences(figure, tasks),
         quality.tasks(quality.tasks_by_model(findings.tasks)),

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from sleb_cli.exporters.report.drawing import GREEN, INK, MUTED, PRUNED, WIDTH, Plot, logarithmic_ticks, whole_ticks
+from sleb_cli.exporters.report.drawing import GREEN, INK, MUTED, PRUNED, WIDTH, Plot, plain_ticks, whole_ticks
 from sleb_cli.plan import Plan
 from sleb_cli.tables.search import steps
-from sleb_cli.units import format_perplexity, plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +24,10 @@ def search_plots(plan: Plan) -> Iterator[Plot]:
     costs = candidate_costs(plan)
     row = max(7.0, min(24.0, 420 / len(costs)))
     if any(costs):
-        order = ", ".join(str(step.block) for step in plan.steps)
-        raced = any(step.race for step in plan.steps)
         yield Plot(
             "search",
             "What each candidate would have cost",
             "Bright cells are cheap to remove, dark ones costly; crosses mark what each step removed.",
-            f"A heat map of {plural(len(costs), 'step')} by {plan.model.blocks} blocks. The colour of a cell says how "
-            f"far the {plan.search.metric} without that block lay above the best of its step"
-            + (", estimated where the candidate was dropped from the race. " if raced else ". ")
-            + f"A cross marks the removed block of each step, in order: {order}. Hatched cells were no candidates.",
             145 + row * len(costs),
             lambda figure: _draw_heat_map(figure, plan, costs, row),
         )
@@ -42,21 +35,10 @@ def search_plots(plan: Plan) -> Iterator[Plot]:
         "loss",
         "Loss over blocks removed",
         "Where text was held out, the distance between the lines shows how far the search fits its own text.",
-        f"{'; '.join(_rises(plan))}, with {plural(len(plan.steps), 'block')} removed.",
         280,
         lambda figure: _draw_loss_curve(figure, plan),
         steps(plan),
     )
-
-
-def _rises(plan: Plan) -> Iterator[str]:
-    dense, last = plan.dense, plan.steps[-1]
-    ends = {"On the calibration text": (dense.perplexity, last.perplexity)}
-    if dense.held_out and last.held_out:
-        ends["on text held out of the search"] = (dense.held_out.perplexity, last.held_out.perplexity)
-    for text, both in ends.items():
-        before, after = map(format_perplexity, both)
-        yield f"{text}, perplexity goes from {before} to {after}"
 
 
 def candidate_costs(plan: Plan) -> list[dict[int, float]]:
@@ -155,7 +137,8 @@ def _draw_loss_curve(figure: Figure, plan: Plan) -> None:
     axis.grid(axis="y")
     whole_ticks(axis, sizes)
     right = axis.secondary_yaxis("right")
-    ticks = logarithmic_ticks(*axis.get_ylim())
+    low, high = axis.get_ylim()
+    ticks = plain_ticks(math.exp(low), math.exp(high))
     right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,g}" for tick in ticks])
     right.set_ylabel("perplexity")
     axis.legend(loc="upper left")

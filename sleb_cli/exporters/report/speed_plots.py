@@ -7,7 +7,6 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.findings import Findings
-from sleb_cli.exporters.headline import faster
 from sleb_cli.exporters.report.drawing import (
     DENSE,
     GREEN,
@@ -25,7 +24,6 @@ from sleb_cli.exporters.report.drawing import (
 from sleb_cli.results import MemoryRecord, Timing, WorkloadResult
 from sleb_cli.tables import speed
 from sleb_cli.tables.quality import model_name
-from sleb_cli.units import format_bytes, format_milliseconds, plural
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,17 +41,10 @@ def speed_plots(findings: Findings) -> Iterator[Plot]:
     if not results:
         return
     timed = list(speed.by_model(findings.workloads))
-    words = [
-        f"{speed.workload_name(result.workload)}: {faster((entry.speedup, entry.interval))}"
-        + (f", at most {entry.bound:.2f} by its work" if entry.bound else "")
-        for result in results
-        if (entry := findings.own(result.pruned))
-    ]
     yield Plot(
         "speedup",
         "Measured speedup over blocks removed, and its bound",
         "Points are measured, with 95% intervals; dotted lines are what FLOPs and bytes would allow.",
-        f"With {plural(len(findings.plan.removals), 'block')} removed, {'; '.join(words)}.",
         300,
         lambda figure: _draw_speedups(figure, findings, _shown(findings, results, _MOST_WORKLOADS)),
         speed.speeds(timed, findings.plan.model.blocks),
@@ -62,7 +53,6 @@ def speed_plots(findings: Findings) -> Iterator[Plot]:
         "latency",
         "Latency of every run",
         "The share of runs that took at most this long. No run is left out.",
-        _latencies(findings, results, lambda timing: (timing.median_e2el_ms, timing.p99_e2el_ms)),
         *_panels(findings, results, "end to end, ms", lambda timing: timing.e2els),
     )
     if writing := [result for result in results if result.dense.itls]:
@@ -70,7 +60,6 @@ def speed_plots(findings: Findings) -> Iterator[Plot]:
             "inter-token-latency",
             "Latency between tokens",
             "The share of tokens that came at most this long after the one before.",
-            _latencies(findings, writing, lambda timing: (timing.median_itl_ms, timing.p99_itl_ms)),
             *_panels(findings, writing, "between tokens, ms", lambda timing: [*chain(*timing.itls)]),
             speed.latencies(timed),
         )
@@ -86,7 +75,6 @@ def _memory_plot(result: WorkloadResult) -> Plot:
         "memory",
         f"Peak memory, {speed.workload_name(result.workload)}",
         "Of a process that runs nothing else.",
-        f"{'; '.join(f'{name}: {format_bytes(memory.peak_bytes)}' for name, memory in bars)}.",
         85 + 26 * len(bars),
         lambda figure: _draw_memory(figure, bars),
     )
@@ -119,21 +107,6 @@ def _draw_speedups(figure: Figure, findings: Findings, results: list[WorkloadRes
     whole_ticks(axis, sizes)
     axis.grid()
     figure.legend(loc="outside upper left", ncols=3)
-
-
-def _latencies(
-    findings: Findings, results: list[WorkloadResult], figures: Callable[[Timing], tuple[float | None, float | None]]
-) -> str:
-    """Describe the latencies of some workloads by their medians and tails."""
-    words = []
-    for result in _shown(findings, results, _MOST_PANELS):
-        if entry := findings.own(result.pruned):
-            (dense, dense_tail), (pruned, tail) = (
-                [format_milliseconds(value or 0.0) for value in figures(timing)] for timing in (result.dense, entry)
-            )
-            name = speed.workload_name(result.workload)
-            words.append(f"{name}: median {dense} dense and {pruned} pruned, 99% within {dense_tail} and {tail}")
-    return f"{'; '.join(words)}."
 
 
 def _panels(
