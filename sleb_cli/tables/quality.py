@@ -103,7 +103,9 @@ def perplexities(scored: Iterable[tuple[str, str, TextScores]], title: str = "Pe
                 f"{scores.calibration_error:.3f}",
             ]
         )
-    notes = ["ECE: expected calibration error. The 95% interval is of the change: both models read the same tokens."]
+    notes = ["ECE: expected calibration error."]
+    if any(row[3] for row in rows):
+        notes = [f"95%: interval of the change; both models read the same tokens. {notes[0]}"]
     return Table(title, columns, rows, notes, words={"model"}, optional=["per word", "ECE", "bits/byte"]).filled()
 
 

@@ -16,7 +16,7 @@ from sleb_cli.engine.output.card_metadata import with_results
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import read_plan
 from sleb_cli.results import EvalResult
-from sleb_cli.units import format_perplexity
+from sleb_cli.units import format_change, format_perplexity
 
 
 def card_of(folder):
@@ -54,9 +54,7 @@ def applied(run_sleb, subject, *options):
         ("just words\n", {"tags": ["sleb", "pruned"], "pipeline_tag": "text-generation"}),
     ],
 )  # fmt: skip
-def test_what_the_base_model_s_card_says_of_licence_and_language_stays_true(
-    run_sleb, tmp_path, front_matter, inherited
-):
+def test_licence_and_language_of_the_base_model_stay(run_sleb, tmp_path, front_matter, inherited):
     folder = save_model(tmp_path / "base", llama_config(4))
     (folder / "README.md").write_text(f"---\n{front_matter}---\n# Base\n---\nlicense: mit\n---\n")
     applied(run_sleb, folder, "--blocks", "1")
@@ -69,16 +67,16 @@ def test_a_gguf_file_says_its_licence_and_languages_too(run_sleb, tmp_path):
     assert (data.license, data.language) == ("apache-2.0", ["en", "no"])
 
 
-def test_a_card_without_a_front_matter_or_outside_the_folder_gives_nothing(run_sleb, tmp_path):
+@pytest.mark.parametrize("what", ["a link out of the folder", "not text"])
+def test_a_card_that_cannot_be_read_gives_nothing(run_sleb, tmp_path, what):
     folder = save_model(tmp_path / "base", llama_config(4))
-    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sleb", "pruned"]}
     (tmp_path / "private.md").write_text("---\nlicense: mit\n---\n")
-    (folder / "README.md").symlink_to(tmp_path / "private.md")
+    if what == "not text":
+        (folder / "README.md").write_bytes(b"\xff\xfe")
+    else:
+        (folder / "README.md").symlink_to(tmp_path / "private.md")
     applied(run_sleb, folder, "--blocks", "1")
-    assert card_of(tmp_path / "out").data.to_dict() == expected
-    (folder / "README.md").unlink()
-    (folder / "README.md").write_bytes(b"\xff\xfe")
-    applied(run_sleb, folder, "--blocks", "1", "--force")
+    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sleb", "pruned"]}
     assert card_of(tmp_path / "out").data.to_dict() == expected
 
 
@@ -110,37 +108,41 @@ def section(folder):
     return (folder / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
 
 
+def row_of(folder, *words):
+    """Return the first row of the results that holds these words."""
+    return next(line for line in section(folder).splitlines() if all(word in line for word in words))
+
+
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_card_shows_what_was_measured_of_this_size_beside_the_base_model(
-    run_sleb, measured, tmp_path, text_file, size
-):
+def test_the_card_shows_what_was_measured_of_this_size(run_sleb, measured, tmp_path, text_file, size):
     plan, evaluation, benchmark = measured
     applied(run_sleb, plan, "--remove", size)
-    text, shown = evaluation.texts[0], section(tmp_path / "out")
-    row = next(line for line in shown.splitlines() if line.startswith("| prose.txt |"))
-    assert format_perplexity(text.dense.perplexity) in row
-    assert format_perplexity(text.pruned[size - 1].perplexity) in row
-    assert f"{text.pruned[size - 1].log_ratio:+.4f} [" in row
-    task = evaluation.tasks[0]
-    row = next(line for line in shown.splitlines() if line.startswith("| piqa |"))
-    assert f"| {task.dense.value:.4f} | {task.pruned[size - 1].value:.4f} [" in row
+    out, text, task = tmp_path / "out", evaluation.texts[0], evaluation.tasks[0]
+    name = "| prose.txt, 24 windows of 2048 tokens, bfloat16 on cpu |"
+    assert format_perplexity(text.dense.perplexity) in row_of(out, name, "| base model |")
+    change = format_change(text.pruned[size - 1].perplexity / text.dense.perplexity - 1)
+    assert f"| {format_perplexity(text.pruned[size - 1].perplexity)} | {change} |" in row_of(
+        out, name, "| this model |"
+    )
+    assert f"| {task.dense.value:.4f} |" in row_of(out, "| piqa, acc, bfloat16 on cpu | base model |")
+    scores = task.pruned[size - 1]
+    assert f"| {scores.value:.4f} |" in row_of(out, "| piqa, acc, bfloat16 on cpu | this model |")
+    assert f"| {scores.difference:+.4f} |" in row_of(out, "| piqa, acc, bfloat16 on cpu | this model |")
     timing = benchmark.workloads[1].pruned[size - 1]
-    assert f"| {timing.output_throughput:,.1f} | {timing.speedup:.2f}x [" in shown
-    values = {
-        (entry.dataset_name, entry.metric_type): entry.metric_value
-        for entry in card_of(tmp_path / "out").data.eval_results
-    }
-    assert values == {
+    speeds = f"| {timing.output_throughput:,.1f} | {timing.speedup:.2f}x |"
+    assert speeds in row_of(out, "| generation 1x64+32, bfloat16 on cpu | this model |")
+    entries = card_of(out).data.eval_results
+    assert {(entry.dataset_name, entry.metric_type): entry.metric_value for entry in entries} == {
         **{
             (name, "perplexity"): round(text.pruned[size - 1].perplexity, 4)
             for name, text in zip(("prose.txt", "wikitext2", "org/words:plain:test"), evaluation.texts, strict=True)
         },
         **{(task.task, "acc"): round(task.pruned[size - 1].value, 4) for task in evaluation.tasks},
     }
-    assert str(text_file.parent) not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.[jm][sd]*"))
+    assert str(text_file.parent) not in "".join(path.read_text() for path in out.glob("*.[jm][sd]*"))
 
 
-def test_data_sets_have_names_that_the_hub_takes(run_sleb, measured, tmp_path):
+def test_names_and_commands_are_those_of_the_hub_and_settings(run_sleb, measured, tmp_path):
     applied(run_sleb, measured[0])
     found = [
         (entry.dataset_type, entry.dataset_config, entry.dataset_split)
@@ -151,28 +153,24 @@ def test_data_sets_have_names_that_the_hub_takes(run_sleb, measured, tmp_path):
         ("org/words", "plain", "test"), ("piqa", None, None), ("arc_easy", None, None),
     ]  # fmt: skip
     assert all(re.fullmatch(r"([\w-]+/)?[\w.-]+", name) for name, _, _ in found)
-
-
-def test_the_commands_that_check_the_results_are_those_of_their_settings(run_sleb, measured, tmp_path):
-    applied(run_sleb, measured[0])
-    commands = section(tmp_path / "out").partition("```bash\n")[2].partition("```")[0].splitlines()
     machine = "--dtype bfloat16 --device cpu"
-    names = "prose.txt,wikitext2,org/words:plain:test"
+    commands = section(tmp_path / "out").partition("```bash\n")[2].partition("```")[0].splitlines()
     assert commands == [
-        f"sleb eval FOLDER --perplexity {names} --sequence-length 2048 --max-windows 24 {machine}",
+        f"sleb eval FOLDER --sequence-length 2048 --max-windows 24 {machine} "
+        "--perplexity prose.txt,wikitext2,org/words:plain:test",
         "lm-eval run --model hf --model_args pretrained=FOLDER,dtype=bfloat16 --device cpu --num_fewshot 0 "
         "--limit 400 --tasks piqa,arc_easy",
+        f"sleb bench FOLDER --prompt --batch-size 1 --prompt-length 512 {machine}",
         f"sleb bench FOLDER --generation --batch-size 1 --prompt-length 64 --new-tokens 32 {machine}",
         f"sleb bench FOLDER --generation --batch-size 8 --prompt-length 64 --new-tokens 32 {machine}",
-        f"sleb bench FOLDER --prompt --batch-size 1 --prompt-length 512 {machine}",
     ]
 
 
-def test_a_recovered_checkpoint_claims_no_number_of_the_weights_as_they_were(run_sleb, measured, text_file, tmp_path):
+def test_a_recovered_checkpoint_claims_no_earlier_number(run_sleb, measured, text_file, tmp_path):
     options = ["--recover", "--calibration", text_file, "--samples", 12, "--sequence-length", 32]
     applied(run_sleb, measured[0], *options)
     assert "model-index" not in card_of(tmp_path / "out").data.to_dict()
-    assert "perplexity on the calibration text" in (tmp_path / "out" / "README.md").read_text()
+    assert "The steps of the search" in (tmp_path / "out" / "README.md").read_text()
     assert section(tmp_path / "out").strip() == ""
     assert not list((tmp_path / "out").glob("sleb_plan.*.json"))
     # Nor does one whose plan is measured later.
@@ -187,9 +185,7 @@ def test_another_model_with_the_same_plan_has_not_been_measured(run_sleb, measur
     assert section(tmp_path / "out").strip() == ""
 
 
-def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(
-    run_sleb, llama_plan, text_file, tmp_path, without_memory
-):
+def test_eval_and_bench_update_the_card(run_sleb, llama_plan, text_file, tmp_path, without_memory):
     applied(run_sleb, llama_plan)
     path = tmp_path / "out" / "README.md"
     own = path.read_text().replace("library_name", "widget: mine # by hand\nlibrary_name")
@@ -201,9 +197,9 @@ def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(
     (entry,) = card_of(tmp_path / "out").data.eval_results
     assert (entry.dataset_name, entry.metric_value) == ("prose.txt", round(perplexity, 4))
     card = path.read_text()
-    row = f"| prose.txt | 4 windows of 32 tokens | float32 on cpu | {format_perplexity(perplexity)} |"
+    row = f"| prose.txt, 4 windows of 32 tokens, float32 on cpu | this model | {format_perplexity(perplexity)} |"
     assert row in card
-    assert "| text | windows | in | this model |" in card
+    assert "base model |" not in section(tmp_path / "out")
     assert "widget: mine # by hand\n" in card
     assert "My words.\n\n<!--" in card
     assert card.endswith("\nMore of mine.\n")
@@ -212,7 +208,7 @@ def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(
     result = run_sleb("bench", "out", *bench)
     assert result.exit_code == 0, result.stderr
     assert row in path.read_text()
-    assert "| 1 x 8 prompt tokens | float32 on cpu |" in path.read_text()
+    assert "| prompt 1x8, float32 on cpu | this model |" in path.read_text()
     # The same again changes nothing.
     before = path.read_text()
     assert run_sleb("eval", "out", *measuring).exit_code == 0
@@ -236,7 +232,7 @@ def test_results_of_another_model_are_not_shown(run_sleb, llama_plan, text_file,
     assert "model-index" not in card_of(tmp_path / "out").data.to_dict()
 
 
-def test_results_of_others_in_the_front_matter_stay_and_ours_are_replaced(run_sleb, measured, tmp_path):
+def test_results_of_others_stay_and_ours_are_replaced(run_sleb, measured, tmp_path):
     applied(run_sleb, measured[0])
     card = (tmp_path / "out" / "README.md").read_text()
     ours = card_of(tmp_path / "out").data.eval_results
@@ -258,9 +254,7 @@ def test_results_of_others_in_the_front_matter_stay_and_ours_are_replaced(run_sl
         (lambda card: card.replace("---\n", "", 1), None),
     ],
 )
-def test_a_card_that_cannot_be_brought_up_to_date_costs_no_result(
-    run_sleb, llama_plan, text_file, tmp_path, change, message
-):
+def test_a_card_that_cannot_be_updated_costs_no_result(run_sleb, llama_plan, text_file, tmp_path, change, message):
     applied(run_sleb, llama_plan)
     path = tmp_path / "out" / "README.md"
     path.write_text(change(path.read_text()))
@@ -273,7 +267,7 @@ def test_a_card_that_cannot_be_brought_up_to_date_costs_no_result(
     if message or BEGIN not in before:
         assert path.read_text() == before
     else:
-        assert "| prose.txt |" in path.read_text()
+        assert "| prose.txt, " in path.read_text()
     path.unlink()
     update_card(tmp_path / "out")
     assert not path.exists()

@@ -42,7 +42,7 @@ def weights(folder):
 
 def test_healing_comes_nearer_to_the_dense_model(healed, tmp_path):
     result = healed("out")
-    assert re.search(r"dense (\S+), pruned (\S+), healed (\S+)\n.*; \d+% of the divergence", result.stdout)
+    assert re.search(r"dense .*\n.* pruned .*\n.* healed .*\n(.*\n)?.*; \d+% of the divergence", result.stdout)
     assert "bitwise equal to those of the recovered model in memory" in result.stdout
     told = re.findall(r"healing, (\d+)%: KL to the dense model (\S+), on deciding text (\S+)", result.stderr)
     assert len(told) >= 8
@@ -224,7 +224,7 @@ def test_text_may_be_the_models_own(run_sleb, tiny_llama, tmp_path):
     command = ["apply", tiny_llama, "--blocks", "2", "--heal", "--heal-tokens", 1024, "--sequence-length", 32]
     result = run_sleb(*command, "--samples", 5, "-o", "out")
     assert result.exit_code == 0, result.stderr
-    assert "1 sequence of self that decided nothing" in result.stdout
+    assert "measured on self: 1 x 32 tokens" in result.stdout
 
 
 def test_bfloat16_weights_move_by_less_than_they_can_hold(run_sleb, text_file, tmp_path):
