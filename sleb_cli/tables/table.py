@@ -80,7 +80,7 @@ def to_text(table: Table, width: int) -> list[str]:
         room = width - sum(others) - 2 * len(others)
         if room >= min(first, _LEAST_NAME):
             break
-    first = max(8, min(first, room))
+    first = min(first, max(8, room))
     lines = []
     for row in rows:
         name = row[0] if len(row[0]) <= first else f"{row[0][: first - 1]}…"

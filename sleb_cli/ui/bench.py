@@ -50,7 +50,7 @@ def show_estimate(result: EstimateResult, output: Path | None) -> None:
         for workload in result.workloads:
             print_line(f"{workload.name}: {_rates(workload.decode or workload.prefill, 1e9, 'G')}")
     if any(size.removals is None for size in result.pruned):
-        print_line("The removed blocks are taken to be average ones.")
+        print_line("Assumes that the removed blocks are average ones.")
     print_written(output)
 
 

@@ -213,7 +213,6 @@ class _Listener:
         self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="", forecast=None)
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
-        self._notes: dict[str, str] = {}
         self._search: _SearchProgress | None = None
 
     def __call__(self, event: Event) -> None:
@@ -227,12 +226,11 @@ class _Listener:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done, note=note or self._notes.get(task, ""))
+                self._progress.update(self._tasks[task], advance=done, **({"note": note} if note else {}))
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
                 note = f"KL {divergence:.3f}, on deciding text {deciding:.3f}"
-                self._notes[HEAL_TASK] = note
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted():
                 self._search = _SearchProgress(event)

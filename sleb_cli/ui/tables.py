@@ -41,7 +41,8 @@ def fitting(table: Table, width: int) -> RichTable:
 
 def _width(table: Table, *, lines: bool) -> int:
     """Return the width below which numbers and words would break."""
-    return sum(_least_widths(table)) + len(table.columns) * (3 if lines else 1) + lines
+    count = len(table.columns)
+    return sum(_least_widths(table)) + (3 * count + 1 if lines else 2 * count - 2)
 
 
 def _least_widths(table: Table) -> list[int]:

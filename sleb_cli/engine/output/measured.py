@@ -13,6 +13,7 @@ from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
 from sleb_cli.records import UnreadableRecord, first_fault, read_text, without_folders
 from sleb_cli.results import BenchResult, EvalResult
+from sleb_cli.units import plural
 
 R = TypeVar("R", EvalResult, BenchResult)
 
@@ -33,14 +34,14 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
         notify(Warned(f"{file} is left out, because it cannot be read: {reason}."))
         return None
     if result.model.fingerprint != plan.model.fingerprint:
-        notify(Warned(f"{file} is left out, because it was measured on another model than that of {path}."))
+        notify(Warned(f"{file} is left out: it was measured on a different model than {path}."))
         return None
     planned = {frozenset(removals) for removals in plan.by_size}
     measured = _sizes_in(result)
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
     strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
     if strangers:
-        notify(Warned(f"What {file} says of {len(strangers)} other removals than those of {path} is left out."))
+        notify(Warned(f"Leaving out {plural(len(strangers), 'size')} in {file} that {path} does not have."))
     return without_local_folders(_only_sizes(result, planned)) if measured & planned else None
 
 
