@@ -70,7 +70,8 @@ def comparison(result: CompareResult) -> Table:
 def recovery(record: RecoveryRecord) -> Table:
     """Return the losses of a recovered model on text that decided nothing."""
     stages = {"dense": record.dense, "pruned": record.pruned, "recovered in closed form": record.closed_form_losses}
-    stages |= {"healed": record.heal.losses if record.heal else None}
+    if record.heal:
+        stages[f"healed on {record.heal.tokens:,} tokens"] = record.heal.losses
     rows = [
         [name, format_perplexity(math.exp(losses.loss)), f"{losses.loss:.4f}", f"{losses.divergence:.4f}"]
         for name, losses in stages.items()

@@ -63,7 +63,7 @@ def test_what_was_done_is_recorded(run_sleb, llama_plan, text_file, tmp_path):
     assert heal.losses.divergence < recovery.pruned.divergence
     assert recovery.recovered == heal.losses
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"| healed: distilled for 2048 tokens | {math.exp(heal.losses.loss):.2f} |" in card
+    assert f"| healed on 2,048 tokens | {math.exp(heal.losses.loss):.2f} |" in card
 
 
 def test_a_budget_of_tokens_gives_the_same_bytes_again(healed, tmp_path):
