@@ -30,9 +30,9 @@ def checkpoint_name(base: str, blocks: int) -> str:
 
 
 def update_card(folder: Path, notify: Notify = ignore) -> None:
-    """Bring the results in a checkpoint's card up to date with what it holds; a card that has no place for them stays.
+    """Update the results in a checkpoint's card, unless its author removed their place.
 
-    The listener is told if that is not possible: what was measured is kept anyway.
+    A card that cannot be updated is a warning: the results are kept anyway.
     """
     path = folder / CARD
     try:
@@ -50,7 +50,7 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
         return
     except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
         reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
-        notify(Warned(f"{path} is not brought up to date: {reason.rstrip('.')}."))
+        notify(Warned(f"Cannot update {path}: {reason.rstrip('.')}."))
 
 
 def _results(measured: Measured) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sleb_cli.exporters.report.drawing import GREEN, INK, MUTED, PRUNED, WIDTH, Plot, plain_ticks, whole_ticks
+from sleb_cli.exporters.report.drawing import GREEN, MUTED, PRUNED, WIDTH, Plot, plain_ticks, whole_ticks
 from sleb_cli.plan import Plan
 from sleb_cli.tables.search import steps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 _COLOURS = "cividis_r"  # readable with any colour vision, and in greys
@@ -27,8 +26,9 @@ def search_plots(plan: Plan) -> Iterator[Plot]:
         yield Plot(
             "search",
             "What each candidate would have cost",
-            "Bright cells are cheap to remove, dark ones costly; crosses mark what each step removed.",
-            145 + row * len(costs),
+            "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a dot what was "
+            "removed before; hatched blocks are protected.",
+            125 + row * len(costs),
             lambda figure: _draw_heat_map(figure, plan, costs, row),
         )
     yield Plot(
@@ -60,11 +60,13 @@ def candidate_costs(plan: Plan) -> list[dict[int, float]]:
 def _draw_heat_map(figure: Figure, plan: Plan, costs: list[dict[int, float]], row: float) -> None:
     import numpy as np
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import PowerNorm
 
     axis, blocks = figure.add_subplot(), plan.model.blocks
     every = sorted(cost for step in costs for cost in step.values() if 0 < cost < math.inf)
-    norm = PowerNorm(0.5, 0.0, every[int(_SHOWN * (len(every) - 1))] if every else 1.0, clip=True)
+    most = every[int(_SHOWN * (len(every) - 1))] if every else 1.0
+    norm = PowerNorm(0.5, 0.0, most, clip=True)
     cells = np.zeros((len(costs), blocks, 4))
     for number, step in enumerate(costs):
         for block, cost in step.items():
@@ -86,7 +88,11 @@ def _draw_heat_map(figure: Figure, plan: Plan, costs: list[dict[int, float]], ro
         side.tick_params(length=0)
         for spine in side.spines.values():
             spine.set_visible(False)
-    _explain(figure, axis, norm, "nats per token" if plan.search.metric == "nll" else plan.search.metric)
+    unit = "nats per token" if plan.search.metric == "nll" else plan.search.metric
+    colours = ScalarMappable(norm, colormaps[_COLOURS].resampled(32))  # few, as each is a path of its own
+    scale = figure.colorbar(colours, ax=axis, location="top", shrink=0.5, aspect=40, anchor=(0.0, 0.0), extend="max")
+    scale.set_ticks([0, most / 16, most / 4, most], labels=["0", *(f"{most / part:.2g}" for part in (16, 4, 1))])
+    scale.set_label(f"cost above the removed block's, {unit}", loc="left", fontsize=10)
 
 
 def _mark_others(axis: Axes, plan: Plan, costs: list[dict[int, float]]) -> None:
@@ -100,29 +106,6 @@ def _mark_others(axis: Axes, plan: Plan, costs: list[dict[int, float]]) -> None:
         for block in set(range(plan.model.blocks)) - set(step) - set(removals[:-1]):
             place = (block - 0.5, number - 0.5)
             axis.add_patch(Rectangle(place, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
-
-
-def _explain(figure: Figure, axis: Axes, norm: Normalize, unit: str) -> None:
-    """Draw the scale of the colours above the map, and what the marks mean below it."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    colours = ScalarMappable(norm, colormaps[_COLOURS].resampled(32))  # few, as each is a path of its own
-    scale = figure.colorbar(
-        colours, ax=axis, location="top", shrink=0.5, aspect=WIDTH / 20, anchor=(0.0, 0.0), extend="max", pad=0.02
-    )
-    most = float(norm.vmax or 1.0)
-    scale.set_ticks([0, most / 16, most / 4, most], labels=["0", *(f"{most / part:.2g}" for part in (16, 4, 1))])
-    scale.set_label(f"cost above the removed block's, {unit}", loc="left", fontsize=10)
-    scale.outline.set_visible(False)
-    marks: list[Any] = [
-        Line2D([], [], linestyle="", marker="x", color=INK, markeredgewidth=2, label="removed in this step"),
-        Line2D([], [], linestyle="", marker=".", color=MUTED, label="removed before"),
-        Patch(fill=False, hatch="////", edgecolor=MUTED, linewidth=0, label="no candidate"),
-    ]
-    figure.legend(handles=marks, loc="outside lower left", ncols=3)
 
 
 def _draw_loss_curve(figure: Figure, plan: Plan) -> None:
