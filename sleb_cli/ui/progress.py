@@ -226,7 +226,9 @@ class _Listener:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done, **({"note": note} if note else {}))
+                self._progress.update(self._tasks[task], advance=done)
+                if note:
+                    self._progress.update(self._tasks[task], note=note)
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
