@@ -226,9 +226,7 @@ class _Listener:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done)
-                if note:
-                    self._progress.update(self._tasks[task], note=note)
+                self._advance(task, done, note)
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
@@ -267,6 +265,11 @@ class _Listener:
         self._totals[task] = total
         description = _description(task, self._progress.console)
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="", forecast=forecast)
+
+    def _advance(self, task: str, done: int, note: str) -> None:
+        self._progress.update(self._tasks[task], advance=done)
+        if note:
+            self._progress.update(self._tasks[task], note=note)
 
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
