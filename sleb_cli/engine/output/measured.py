@@ -69,7 +69,8 @@ def _only_sizes(result: R, wanted: Collection[frozenset[int]]) -> R:
     """Return a result without other sizes."""
 
     def kept(entries: Iterable[Any], removals: Callable[[Any], Any] = lambda entry: entry.removals) -> tuple[Any, ...]:
-        return tuple(entry for entry in entries if frozenset(removals(entry)) in wanted)
+        found = (entry for entry in entries if frozenset(removals(entry)) in wanted)
+        return tuple(sorted(found, key=lambda entry: len(removals(entry))))
 
     update = {
         name: tuple(part.model_copy(update={"pruned": kept(part.pruned)}) for part in parts)
