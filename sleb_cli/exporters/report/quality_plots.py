@@ -150,6 +150,7 @@ def _spread_large_changes(axis: Axes, lines: list[Line]) -> None:
     most = 100 * max(value for _, values in lines for value, _ in values.values())
     if most >= _LARGE_CHANGE:
         axis.set_yscale("symlog", linthresh=100)
+        axis.set_ylim(bottom=-20)
         axis.yaxis.set_major_formatter("{x:,.0f}")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sleb_cli.exporters.findings import Findings, gap_lines, read_findings
 from sleb_cli.exporters.headline import sentences, warnings
@@ -84,7 +84,8 @@ def _render(findings: Findings, pruning: Pruning) -> str:
         sentences=sentences(findings),
         warnings=warnings(findings),
         sections=parts,
-        pictures={plot.name: base64.b64encode(picture(plot, "svg")).decode() for plot in plots_of(parts)},
+        # Shorter than in base64; what has a meaning in an attribute or an address is escaped.
+        pictures={plot.name: quote(picture(plot, "svg"), safe=" !$()*+,/:;=?@[]^{|}~") for plot in plots_of(parts)},
         said=said(sample) if sample else [],
         flips=flips(findings),
         commands="\n".join(map(on_lines, commands(findings))),
