@@ -91,14 +91,13 @@ def format_seconds(value: float) -> str:
 
 
 def format_share(share: float, *, signed: bool = False) -> str:
-    """Return a share in percent, with one decimal below 100 %: 93.4 %, +212 %."""
+    """Return a share in percent, with one decimal below 100%: 93.4%, +212%."""
     digits = 1 if abs(share) < 0.9995 else 0
-    sign = "+" if signed else ""
-    return f"{100 * share:{sign}.{digits}f} %"
+    return f"{share:{'+' if signed else ''}.{digits}%}"
 
 
 def format_change(change: float) -> str:
-    """Return a relative change: +39.0 %, -2.1 %, 14.3x for what is several times as much."""
+    """Return a relative change: +39.0%, -2.1%, 14.3x for what is several times as much."""
     return format_share(change, signed=True) if change < 2 else f"{1 + change:.3g}x"
 
 

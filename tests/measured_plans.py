@@ -136,89 +136,62 @@ def _sizes(plan: Plan, every: int) -> tuple[tuple[int, ...], ...]:
 
 def _text(name: str, sizes: tuple[tuple[int, ...], ...], seed: int) -> TextResult:
     rng = random.Random(f"{name}{seed}")
-    base = 2.7 + rng.uniform(0, 0.6)
-    windows = tuple(base + rng.gauss(0, 0.3) for _ in range(24))
+    windows = [2.7 + rng.uniform(0, 0.6) + rng.gauss(0, 0.3) for _ in range(24)]
 
-    def scores(losses: tuple[float, ...]) -> dict[str, object]:
+    def scores(losses: list[float]) -> dict[str, object]:
         mean = statistics.fmean(losses)
         return {
             "perplexity": math.exp(mean), "word_perplexity": math.exp(mean * 1.3),
             "byte_perplexity": math.exp(mean / 4), "bits_per_byte": mean / 4 / math.log(2),
-            "calibration_error": 0.01 + mean / 100, "losses": losses,
+            "calibration_error": 0.01 + mean / 100, "losses": tuple(losses),
         }  # fmt: skip
 
-    pruned = []
-    for removals in sizes:
+    def pruned(removals: tuple[int, ...]) -> PrunedTextScores:
         rise = 0.035 * len(removals) ** 1.25
-        losses = tuple(loss + rise + rng.gauss(0, 0.03) for loss in windows)
-        ratio = statistics.fmean(losses) - statistics.fmean(windows)
         divergence = DivergenceRecord(
             mean=rise * 0.8, standard_error=rise * 0.02, median=rise * 0.4, p90=rise * 2, p99=rise * 6,
             maximum=rise * 20, probability_change_rms=min(0.3, rise * 0.3), same_top=max(0.3, 1 - rise * 0.6),
         )  # fmt: skip
-        pruned.append(
-            PrunedTextScores(
-                **scores(losses),
-                removals=removals,
-                log_ratio=ratio,
-                standard_error=0.006,
-                interval=Interval(low=ratio - 0.012, high=ratio + 0.012),
-                divergence=divergence,
-            )
-        )
+        return PrunedTextScores(
+            **scores([loss + rise for loss in windows]), removals=removals, log_ratio=rise, standard_error=0.006,
+            interval=Interval(low=rise - 0.012, high=rise + 0.012), divergence=divergence,
+        )  # fmt: skip
+
     return TextResult(
         text=name, windows=24, sequence_length=2048, stride=None, bos="none", tokens=24 * 2047, words=38000,
         bytes=195000, clusters=24, clustered_by="windows", tokens_sha256=SHA, dense=TextScores(**scores(windows)),
-        pruned=tuple(pruned),
+        pruned=tuple(map(pruned, sizes)),
     )  # fmt: skip
 
 
-def _wilson(share: float, count: int) -> Interval:
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    reach = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return Interval(low=middle - reach, high=middle + reach)
+def _around(value: float, reach: float) -> Interval:
+    return Interval(low=value - reach, high=value + reach)
 
 
 def _task(name: str, sizes: tuple[tuple[int, ...], ...], items: int, seed: int) -> TaskResult:
     rng = random.Random(f"{name}{seed}")
-    share = rng.uniform(0.5, 0.75)
-    dense = tuple(float(rng.random() < share) for _ in range(items))
+    right = int(rng.uniform(0.5, 0.75) * items)
 
-    def scores(values: tuple[float, ...]) -> dict[str, object]:
-        value = statistics.fmean(values)
-        return {
-            "value": value, "stderr": math.sqrt(value * (1 - value) / items), "interval": _wilson(value, items),
-            "items": values,
-        }  # fmt: skip
+    def scores(count: int) -> dict[str, object]:
+        value = count / items
+        values = tuple([1.0] * count + [0.0] * (items - count))
+        return {"value": value, "stderr": 0.02, "interval": _around(value, 0.04), "items": values}
 
-    pruned = []
-    for removals in sizes:
-        lose, gain = 0.025 * len(removals), 0.008 * len(removals)
-        values = tuple(float(rng.random() >= lose) if right else float(rng.random() < gain) for right in dense)
-        differences = [after - before for before, after in zip(dense, values, strict=True)]
-        lost, gained = differences.count(-1.0), differences.count(1.0)
-        difference = statistics.fmean(differences)
-        error = statistics.stdev(differences) / math.sqrt(items)
+    def pruned(removals: tuple[int, ...]) -> PrunedTaskScores:
+        lost, gained = (int(share * len(removals) * items) for share in (0.025, 0.008))
+        difference = (gained - lost) / items
         flip = FlipRecord(doc_id=3, prompt="To open a jar,", target=" twist it", dense=" twist it", pruned=" hit it")
-        pruned.append(
-            PrunedTaskScores(
-                **scores(values),
-                removals=removals,
-                difference=difference,
-                standard_error=error,
-                retention=statistics.fmean(values) / statistics.fmean(dense),
-                difference_interval=Interval(low=difference - 1.96 * error, high=difference + 1.96 * error),
-                mcnemar_p=min(1.0, 2.0 ** -(abs(lost - gained) / 2)),
-                lost=lost,
-                gained=gained,
-                items_needed=3100,
-                flips=(flip,),
-            )
-        )
+        return PrunedTaskScores(
+            **scores(right + gained - lost), removals=removals, difference=difference, standard_error=0.02,
+            retention=(right + gained - lost) / right, difference_interval=_around(difference, 0.04),
+            mcnemar_p=min(1.0, 2.0 ** -(abs(lost - gained) / 2)), lost=lost, gained=gained, items_needed=3100,
+            flips=(flip,),
+        )  # fmt: skip
+
     return TaskResult(
         task=name, metric="acc", filter="none", version="1.0", num_fewshot=0, higher_is_better=True,
-        doc_ids=tuple(range(items)), items_sha256=SHA, dense=TaskScores(**scores(dense)), pruned=tuple(pruned),
+        doc_ids=tuple(range(items)), items_sha256=SHA, dense=TaskScores(**scores(right)),
+        pruned=tuple(map(pruned, sizes)),
     )  # fmt: skip
 
 
@@ -250,68 +223,57 @@ def _workload(
 ) -> WorkloadResult:
     rng = random.Random(f"{name}{batch}")
     blocks = plan.model.blocks
-    base = 0.2 + 0.02 * batch
 
     def timing(removals: tuple[int, ...]) -> dict[str, object]:
-        share = 0.12 + 0.88 * (blocks - len(removals)) / blocks
-        ttfts = tuple(base * share * rng.lognormvariate(0, 0.015) for _ in range(iterations))
-        itls = tuple(
-            tuple(base / 8 * share * rng.lognormvariate(0, 0.03) for _ in range(new - 1)) for _ in range(iterations)
-        ) if new else ()  # fmt: skip
-        e2els = tuple(first + sum(itls[i]) if new else first for i, first in enumerate(ttfts))
-        tpots = tuple(statistics.fmean(row) for row in itls)
-        total = sum(e2els)
-        weights = 2 * (28_300_000 + 3_540_000 * (blocks - len(removals)))
+        kept = blocks - len(removals)
+        base = (0.2 + 0.02 * batch) * (0.12 + 0.88 * kept / blocks)
+        ttfts = [base * rng.lognormvariate(0, 0.015) for _ in range(iterations)]
+        itls = [[base / 8 * rng.lognormvariate(0, 0.03) for _ in range(new - 1)] for _ in ttfts] if new else []
+        e2els = [first + sum(steps) for first, steps in zip(ttfts, itls or [[]] * iterations, strict=True)]
+        tpots, steps = [statistics.fmean(row) for row in itls], [value for row in itls for value in row]
+        total, weights = sum(e2els), 2 * (28_300_000 + 3_540_000 * kept)
         return {
             "duration": total, "completed": batch * iterations, "total_input_tokens": batch * prompt * iterations,
             "total_output_tokens": batch * new * iterations, "request_throughput": batch * iterations / total,
             "output_throughput": batch * new * iterations / total,
             "total_token_throughput": batch * (prompt + new) * iterations / total,
-            **_milliseconds("ttft", ttfts), **_milliseconds("tpot", tpots),
-            **_milliseconds("itl", tuple(value for row in itls for value in row)), **_milliseconds("e2el", e2els),
-            "ttfts": ttfts, "itls": itls, "e2els": e2els, "outliers": 1,
+            **_milliseconds("ttft", ttfts), **_milliseconds("tpot", tpots), **_milliseconds("itl", steps),
+            **_milliseconds("e2el", e2els), "ttfts": tuple(ttfts), "itls": tuple(map(tuple, itls)),
+            "e2els": tuple(e2els), "outliers": 1,
             "memory": MemoryRecord(
                 peak_bytes=weights + 30_000_000 * batch + 250_000_000, weights_bytes=weights,
-                kv_cache_bytes=(blocks - len(removals)) * 1_000_000 * batch, rest_bytes=250_000_000,
+                kv_cache_bytes=kept * 1_000_000 * batch, rest_bytes=250_000_000,
             ),
             "energy": EnergyRecord(
-                source="RAPL", joules=tuple(40 * share for _ in range(iterations)), joules_per_iteration=40 * share,
-                joules_per_token=40 * share / (batch * (new or prompt)),
+                source="RAPL", joules=(40.0,) * iterations, joules_per_iteration=40.0,
+                joules_per_token=40 / (batch * (new or prompt)),
             ),
             "work": WorkRecord(prefill_flops=1e11, prefill_bytes=2e8, decode_flops=1e9, decode_bytes=3e9),
         }  # fmt: skip
 
     dense = timing(())
-    pruned = []
-    for removals in sizes:
-        values = timing(removals)
+
+    def pruned(removals: tuple[int, ...]) -> PrunedTiming:
+        values, bound = timing(removals), blocks / (blocks - len(removals))
         speedup = dense["median_e2el_ms"] / values["median_e2el_ms"]
-        interval = Interval(low=speedup * 0.992, high=speedup * 1.008)
-        bound = blocks / (blocks - len(removals))
-        pruned.append(PrunedTiming(**values, removals=removals, speedup=speedup, interval=interval, bound=bound))
+        interval = _around(speedup, 0.008 * speedup)
+        return PrunedTiming(**values, removals=removals, speedup=speedup, interval=interval, bound=bound)
+
     return WorkloadResult(
         workload=Workload(
             name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
             iterations=iterations, warmup=None, cooldown=0.0, seed=0, compiled=False, static_cache=False,
         ),
         engine_version=None, attention="sdpa", warmup=WarmupRecord(runs=4, deviation=0.012, stable=True),
-        dense=Timing(**dense), pruned=tuple(pruned),
+        dense=Timing(**dense), pruned=tuple(map(pruned, sizes)),
     )  # fmt: skip
 
 
-def _milliseconds(name: str, seconds: tuple[float, ...]) -> dict[str, float | None]:
-    if not seconds:
-        return dict.fromkeys([f"{kind}_{name}_ms" for kind in ("mean", "median", "std", "p50", "p90", "p99")])
-    ordered = sorted(1000 * value for value in seconds)
-
-    def at(share: float) -> float:
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-    return {
-        f"mean_{name}_ms": statistics.fmean(ordered), f"median_{name}_ms": statistics.median(ordered),
-        f"std_{name}_ms": statistics.pstdev(ordered), f"p50_{name}_ms": statistics.median(ordered),
-        f"p90_{name}_ms": at(0.9), f"p99_{name}_ms": at(0.99),
-    }  # fmt: skip
+def _milliseconds(name: str, seconds: list[float]) -> dict[str, float | None]:
+    ordered = sorted(1000 * value for value in seconds) or [None]
+    at = {share: ordered[int(share / 100 * (len(ordered) - 1))] for share in (50, 90, 99)}
+    figures = dict.fromkeys(("mean", "median", "std"), at[50]) | {f"p{share}": value for share, value in at.items()}
+    return {f"{figure}_{name}_ms": value for figure, value in figures.items()}
 
 
 def write_measured(

@@ -7,9 +7,8 @@ import typer
 from sleb_cli import api
 from sleb_cli.commands.options import JsonOption, QuietOption, takes
 from sleb_cli.requests import BenchRequest
-from sleb_cli.ui.bench import show_benchmark, show_markdown
+from sleb_cli.ui.bench import show_benchmark, show_estimate, show_markdown
 from sleb_cli.ui.console import show
-from sleb_cli.ui.estimate import show_estimate
 from sleb_cli.ui.progress import show_progress
 
 MarkdownOption = Annotated[

@@ -1,24 +1,37 @@
-"""What is known of a plan, joined by size: how it was found, what it costs, what it gains."""
+"""What is known of a plan: how it was found, what it costs, what it gains."""
 
 from __future__ import annotations
 
 import math
-import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
-from typing import Any
+from pathlib import Path
+from typing import Protocol, TypeVar
 
+from sleb_cli.atomic import to_json
+from sleb_cli.plan import CalibrationRecord, Plan
+from sleb_cli.results import (
+    BenchResult,
+    EvalResult,
+    Interval,
+    ModelSize,
+    PrunedTaskScores,
+    TaskResult,
+    TextResult,
+    WorkloadResult,
+)
+from sleb_cli.tables.quality import text_names
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
 
-Data = Mapping[str, Any]
 Removals = tuple[int, ...]
+Estimate = tuple[float, Interval | None]
+"""A number, with its 95% interval if it has one."""
 
 Z = 1.959963984540054
-"""Two-sided 95 % of a normal distribution."""
+"""Two-sided 95% of a normal distribution."""
 
 # Where a task has several metrics, the first of these stands for it, as in the tables of the SLEB paper and others.
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
@@ -26,246 +39,184 @@ _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 _OURS = "sleb_"
 # Of these, calibration reads the training split, and evaluation another.
 _SPLIT = ("wikitext2", "c4")
-_SHARE = re.compile(r":[\d.]+(?:e-?\d+)?(?:/\d+)?$")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval, if it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
+class _OfASize(Protocol):
     @property
-    def errors(self) -> tuple[float, float]:
-        """How far the interval reaches below and above."""
-        if self.low is None or self.high is None:
-            return 0.0, 0.0
-        return max(0.0, self.value - self.low), max(0.0, self.high - self.value)
+    def removals(self) -> Removals: ...
 
 
-@dataclass(frozen=True)
-class Missing:
-    """What was not measured, and the command that does."""
-
-    part: str
-    command: str
+_S = TypeVar("_S", bound=_OfASize)
 
 
-def of_size(result: Data | None, removals: Removals) -> Data | None:
-    """Return the entry of a result for these removals, in whatever order it names them; None if there is none."""
-    entries: Iterable[Data] = result["pruned"] if result else ()
-    return next((entry for entry in entries if set(entry["removals"]) == set(removals)), None)
-
-
-def perplexity_change(entry: Data) -> Estimate:
-    """Return the relative change of a text's perplexity, with its interval."""
-    interval = entry["interval"] or {"low": None, "high": None}
-    low, high = (None if end is None else math.expm1(end) for end in (interval["low"], interval["high"]))
-    return Estimate(math.expm1(entry["log_ratio"]), low, high)
-
-
-def estimate(value: float, interval: Data | None) -> Estimate:
-    """Return a number of a result with its interval."""
-    return Estimate(value, interval["low"], interval["high"]) if interval else Estimate(value)
+def of_size(entries: Iterable[_S], removals: Removals) -> _S | None:
+    """Return the entry for these removals, in whatever order it names them; None if there is none."""
+    return next((entry for entry in entries if set(entry.removals) == set(removals)), None)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """A plan and what was measured of its sizes; `removals` are those of the size that it is about.
+    """A plan and what was measured of its sizes.
 
     Attributes:
-        pruning: the plan with its results.
+        file: the plan's file, as the user named it.
         public: whether commands name the plan without its folder, because other people may read them.
     """
 
-    pruning: Pruning
+    plan: Plan
+    file: Path
+    evaluation: EvalResult | None
+    benchmark: BenchResult | None
     public: bool = True
-
-    @cached_property
-    def plan(self) -> Data:
-        """The plan.
-
-        Raises:
-            UsageError: there is none.
-        """
-        if self.pruning.plan is None:
-            raise UsageError(f"{self.pruning.model} has no plan to describe.", hint="Name a plan of `sleb search`.")
-        return self.pruning.plan
-
-    @property
-    def model(self) -> str:
-        """The model as the plan names it."""
-        return str(self.plan["model"]["id"])
 
     @property
     def short_model(self) -> str:
         """The model's name without its organization."""
-        return self.model.rpartition("/")[2]
-
-    @property
-    def plan_name(self) -> str:
-        """The plan's file, without folders."""
-        return self.pruning.plan_file.name if self.pruning.plan_file else "plan.json"
+        return self.plan.model.id.rpartition("/")[2]
 
     @property
     def plan_argument(self) -> str:
         """The plan as a shell takes it."""
-        file = self.pruning.plan_file
-        name = self.plan_name if self.public or file is None else str(file)
+        name = self.file.name if self.public else str(self.file)
         return shlex.quote(f"./{name}" if name.startswith("-") else name)
 
-    @property
-    def removals(self) -> Removals:
-        """The removed blocks."""
-        return self.pruning.removals
+    def own(self, entries: Iterable[_S]) -> _S | None:
+        """Return the entry for the plan's removals, if there is one."""
+        return of_size(entries, self.plan.removals)
 
     @property
-    def blocks(self) -> int:
-        """How many blocks the dense model has."""
-        return self.pruning.blocks
-
-    @cached_property
-    def by_size(self) -> list[Removals]:
-        """The removed blocks at each size of the plan, fewest first."""
-        sizes: list[Removals] = []
-        for step in self.plan["steps"]:
-            sizes.append(tuple(step["removals"] or (*((), *sizes)[-1], step["block"])))
-        return sizes
-
-    @property
-    def texts(self) -> Sequence[Data]:
+    def texts(self) -> Sequence[TextResult]:
         """The texts whose perplexity was measured."""
-        return self.pruning.evaluation["texts"] if self.pruning.evaluation else ()
-
-    def text_name(self, text: Data) -> str:
-        """Return a text's name, with what tells it from the others, and whether the pruned model was made on it."""
-        alike = [other for other in self.texts if other["text"] == text["text"]]
-        details: list[Callable[[Data], str]] = []
-        for tell in (_window, _stride, _bos, _count, _tokens):
-            told = {tuple(detail(other) for detail in details) for other in alike}
-            if len(told) < len(alike) and len(set(map(tell, alike))) > 1:
-                details.append(tell)
-        remarks = [*filter(None, (tell(text) for tell in details)), *self._made_on(text)]
-        return f"{text['text']} ({', '.join(remarks)})" if remarks else str(text["text"])
-
-    def _made_on(self, text: Data) -> list[str]:
-        """Return what was done on this text besides measuring."""
-        recovery = self.plan.get("recovery")
-        used = {"searched on": self.plan["calibration"]} | ({"recovered on": recovery["text"]} if recovery else {})
-        return [what for what, record in used.items() if _holds(record, text)]
+        return self.evaluation.texts if self.evaluation else ()
 
     @cached_property
+    def text_names(self) -> list[str]:
+        """The names of the texts, and whether the pruned model was made on them."""
+        return text_names(self.texts, self._made_on)
+
+    def _made_on(self, text: TextResult) -> list[str]:
+        """Return what was done on this text besides measuring."""
+        recovery = self.plan.recovery
+        used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.text} if recovery else {})
+        return [what for what, record in used.items() if _holds(record, text.text)]
+
+    @property
     def is_independent(self) -> bool:
         """Whether no text that was measured is one that the pruned model was made on."""
-        return not any(self._made_on(text) for text in self.texts)
+        return not any(map(self._made_on, self.texts))
 
     @property
-    def tasks(self) -> Sequence[Data]:
+    def tasks(self) -> Sequence[TaskResult]:
         """Every metric of every task."""
-        return self.pruning.evaluation["tasks"] if self.pruning.evaluation else ()
+        return self.evaluation.tasks if self.evaluation else ()
 
     @cached_property
-    def main_tasks(self) -> list[Data]:
-        """One metric of each task with items that the headline size was measured on."""
-        chosen: dict[str, Data] = {}
-        for task in self.tasks:
-            if task["items_sha256"] is None or of_size(task, self.removals) is None:
-                continue
-            other = chosen.get(task["task"])
-            if other is None or _preference(task) < _preference(other):
-                chosen[task["task"]] = task
-        return list(chosen.values())
+    def main_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
+        """One metric of each task with items, and its scores at the plan's size."""
+        chosen: dict[str, tuple[TaskResult, PrunedTaskScores]] = {}
+        for task in sorted(self.tasks, key=_preference):
+            if task.items_sha256 and (scores := self.own(task.pruned)):
+                chosen.setdefault(task.task, (task, scores))
+        names = dict.fromkeys(task.task for task in self.tasks)
+        return [chosen[name] for name in names if name in chosen]
 
     @property
-    def accuracy_tasks(self) -> list[Data]:
+    def accuracy_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
         """The tasks that an average is taken over: each counts what is right, and none is made to break."""
-        return [task for task in self.main_tasks if task["higher_is_better"] and not task["task"].startswith(_OURS)]
+        return [
+            (task, scores)
+            for task, scores in self.main_tasks
+            if task.higher_is_better and not task.task.startswith(_OURS)
+        ]
 
     def retention(self, removals: Removals) -> Estimate | None:
         """Return the mean accuracy as a share of the dense model's; None if a task was not measured at this size.
 
         The interval is that of the mean paired difference, the tasks being independent.
         """
-        tasks = self.accuracy_tasks
-        entries = [entry for task in tasks if (entry := of_size(task, removals))]
-        dense = sum(task["dense"]["value"] for task in tasks)
+        tasks = [task for task, _ in self.accuracy_tasks]
+        entries = [entry for task in tasks if (entry := of_size(task.pruned, removals))]
+        dense = sum(task.dense.value for task in tasks)
         if not tasks or len(entries) < len(tasks) or dense <= 0:
             return None
-        value = 1 + sum(entry["difference"] for entry in entries) / dense
-        errors = [entry["standard_error"] for entry in entries]
-        if None in errors:
-            return Estimate(value)
+        value = 1 + sum(entry.difference for entry in entries) / dense
+        errors = [entry.standard_error for entry in entries if entry.standard_error is not None]
+        if len(errors) < len(entries):
+            return value, None
         reach = Z * math.hypot(*errors) / dense
-        return Estimate(value, value - reach, value + reach)
+        # Not validated, since errors in a file may be as large as they like.
+        return value, Interval.model_construct(low=value - reach, high=value + reach)
 
     @property
-    def workloads(self) -> Sequence[Data]:
+    def workloads(self) -> Sequence[WorkloadResult]:
         """The timed workloads."""
-        return self.pruning.benchmark["workloads"] if self.pruning.benchmark else ()
+        return self.benchmark.workloads if self.benchmark else ()
 
     @cached_property
-    def main_workloads(self) -> list[Data]:
+    def main_workloads(self) -> list[WorkloadResult]:
         """One workload of each name: of transformers before other engines, with an interval, of the most tokens.
 
         The largest says most: small ones are decided by what a machine does around the work.
         """
-        ranked: dict[str, list[tuple[tuple[bool, bool, int], Data]]] = {"generation": [], "prompt": []}
-        for result in self.workloads:
-            name = result["workload"]["name"]
-            if entry := of_size(result, self.removals):
-                ranked[name].append((_order(result, entry), result))
-        return [min(found, key=itemgetter(0))[1] for found in ranked.values() if found]
 
-    def size(self, removals: Removals) -> Data | None:
-        """Return the parameters and bytes of a size; () is the dense model."""
-        benchmark = self.pruning.benchmark
-        dense: Data | None = benchmark["dense"] if benchmark else None
-        return of_size(benchmark, removals) if removals else dense
+        def order(result: WorkloadResult) -> tuple[bool, bool, int]:
+            workload, entry = result.workload, self.own(result.pruned)
+            tokens = workload.batch_size * (workload.prompt_length + workload.new_tokens)
+            return workload.engine != "transformers", entry is None or entry.interval is None, -tokens
 
-    def sizes_of(self, results: Iterable[Data]) -> list[Removals]:
-        """Return the plan's sizes that all of these results have."""
-        results = list(results)
-        return [size for size in self.by_size if results and all(of_size(result, size) for result in results)]
+        measured = [result for result in self.workloads if self.own(result.pruned)]
+        of_name = ([each for each in measured if each.workload.name == name] for name in ("generation", "prompt"))
+        return [min(found, key=order) for found in of_name if found]
 
     @property
-    def missing(self) -> list[Missing]:
+    def sizes(self) -> tuple[ModelSize, ModelSize] | None:
+        """The sizes of the dense and the pruned model, if they were measured."""
+        pruned = self.benchmark and self.own(self.benchmark.pruned)
+        return (self.benchmark.dense, pruned) if self.benchmark and pruned else None
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
         """What was not measured, and the commands that do."""
-        name, model = self.plan_argument, shlex.quote(self.model)
-        missing = []
-        if not any(of_size(text, self.removals) for text in self.texts):
-            missing.append(Missing("perplexity and divergence on text", f"sleb eval {name} --every 2"))
-        if not self.main_tasks:
-            missing.append(Missing("accuracy on tasks", f"sleb eval {name} --every 2 --tasks piqa,arc_easy"))
-        if not self.main_workloads:
-            missing.append(Missing("speed and memory", f"sleb bench {name} --every 2"))
-        if self.plan["dense"]["held_out"] is None:
-            missing.append(Missing("loss on text held out of the search", f"sleb search {model} --holdout 0.2 …"))
-        if self.plan["sample_generation"] is None and len(self.by_size) == len(self.removals):
-            missing.append(Missing("what both models say", f"sleb search {model} …"))
-        return missing
+        name, model = self.plan_argument, shlex.quote(self.plan.model.id)
+        gaps = [
+            (
+                any(self.own(text.pruned) for text in self.texts),
+                "perplexity and divergence on text",
+                f"sleb eval {name} --every 2",
+            ),
+            (self.main_tasks, "accuracy on tasks", f"sleb eval {name} --every 2 --tasks piqa,arc_easy"),
+            (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
+            (self.plan.dense.held_out, "loss on held-out text", f"sleb search {model} --holdout 0.2 …"),
+            (self.plan.sample_generation, "what both models say", f"sleb search {model} …"),
+        ]
+        return [(part, command) for found, part, command in gaps if not found]
 
 
-def _preference(task: Data) -> int:
-    metric = task["metric"]
-    return _MAIN_METRICS.index(metric) if metric in _MAIN_METRICS else len(_MAIN_METRICS)
+def read_findings(pruning: Pruning, *, public: bool = True) -> Findings:
+    """Return what the description of a plan for exporters holds, as records.
+
+    Raises:
+        UsageError: it describes no plan.
+    """
+    if pruning.plan is None or pruning.plan_file is None:
+        raise UsageError(f"{pruning.model} has no plan to describe.", hint="Name a plan of `sleb search`.")
+    evaluation, benchmark = pruning.evaluation, pruning.benchmark
+    return Findings(
+        Plan.model_validate_json(to_json(pruning.plan)),
+        pruning.plan_file,
+        EvalResult.model_validate_json(to_json(evaluation)) if evaluation else None,
+        BenchResult.model_validate_json(to_json(benchmark)) if benchmark else None,
+        public,
+    )
 
 
-def _order(result: Data, entry: Data) -> tuple[bool, bool, int]:
-    workload = result["workload"]
-    tokens = workload["batch_size"] * (workload["prompt_length"] + workload["new_tokens"])
-    return workload["engine"] != "transformers", entry["interval"] is None, -tokens
+def _preference(task: TaskResult) -> int:
+    return _MAIN_METRICS.index(task.metric) if task.metric in _MAIN_METRICS else len(_MAIN_METRICS)
 
 
-def _holds(record: Data, text: Data) -> bool:
+def _holds(record: CalibrationRecord, text: str) -> bool:
     """Whether a text is one of those in the record of a calibration, by its source."""
-    if text["text"] in _SPLIT:
-        return False
-    source = record["source"]
-    parts = source.split(",")
-    sources = [_SHARE.sub("", part).strip() for part in parts] if all(map(_SHARE.search, parts)) else [source]
-    return _split_of(text["text"]) in map(_split_of, sources)
+    return text not in _SPLIT and _split_of(text) in map(_split_of, record.sources)
 
 
 def _split_of(source: str) -> tuple[str, str, str]:
@@ -274,35 +225,7 @@ def _split_of(source: str) -> tuple[str, str, str]:
     return place, config, split or "train"
 
 
-def _window(text: Data) -> str:
-    return f"windows of {text['sequence_length']:,}"
-
-
-def _stride(text: Data) -> str:
-    return f"stride {text['stride']:,}" if text["stride"] else ""
-
-
-def _bos(text: Data) -> str:
-    return {"none": "no BOS", "text": "one BOS", "windows": "BOS in each"}[str(text["bos"])]
-
-
-def _count(text: Data) -> str:
-    return f"{text['windows']:,} of them"
-
-
-def _tokens(text: Data) -> str:
-    return f"tokens {text['tokens_sha256'][:8]}"
-
-
-def workload_label(workload: Data) -> str:
-    """Return what is run: prompt 1 x 512, generation 4 x 64 + 32; with the engine, if it is not transformers."""
-    new = f" + {workload['new_tokens']}" if workload["new_tokens"] else ""
-    engine = "" if workload["engine"] == "transformers" else f", {workload['engine']}"
-    options = [name for name, key in (("compiled", "compiled"), ("static cache", "static_cache")) if workload[key]]
-    label = f"{workload['name']} {workload['batch_size']} x {workload['prompt_length']}{new}{engine}"
-    return ", ".join([label, *options])
-
-
 def gap_lines(pruning: Pruning) -> list[str]:
     """Say what was not measured yet, and the commands that measure it, as the user types them here."""
-    return [f"not measured yet: {gap.part}; {gap.command}" for gap in Findings(pruning, public=False).missing]
+    missing = read_findings(pruning, public=False).missing
+    return [f"not measured yet: {part}; {command}" for part, command in missing]

@@ -7,22 +7,8 @@ import re
 import shlex
 from typing import Any
 
-from sleb_cli.exporters.findings import Data, Findings
-
-# What `sleb search` does unless it is told otherwise; a test holds these against `sleb_cli.requests`.
-DEFAULTS: dict[str, Any] = {
-    "metric": "nll",
-    "strategy": "greedy",
-    "protect_first": 1,
-    "protect_last": 1,
-    "seed": 0,
-    "samples": 16,
-    "sequence_length": 2048,
-    "sample_tokens": 48,
-    "calibration": "wikitext2",
-    "fast": False,
-}
-DEMO_DEFAULTS = DEFAULTS | {"samples": 24, "sequence_length": 64, "calibration": "self", "fast": True}
+from sleb_cli.exporters.findings import Findings
+from sleb_cli.plan import SearchRecord
 
 
 def commands(findings: Findings) -> list[str]:
@@ -32,68 +18,64 @@ def commands(findings: Findings) -> list[str]:
 
 def _search(findings: Findings) -> str:
     plan = findings.plan
-    model, search, text = plan["model"], plan["search"], plan["calibration"]
-    default = DEMO_DEFAULTS if model["id"] == "demo" else DEFAULTS
-    presets = text["source"].endswith("-sleb")  # their samples count rows of text, not the sequences recorded
-    sample = plan["sample_generation"]
+    model, search, text, sample = plan.model, plan.search, plan.calibration, plan.sample_generation
+    is_demo = model.id == "demo"
+    presets = text.source.endswith("-sleb")  # their samples count rows of text, not the sequences recorded
     values = {
-        **_target(search, model["blocks"]),
-        "metric": search["metric"],
-        "strategy": search["strategy"],
-        "beam_width": search["beam_width"],
-        "calibration": text["source"],
-        "samples": None if presets else text["sequences"] + len(text.get("skipped") or ()),
-        "sequence_length": None if presets else text["sequence_length"],
-        "seed": text["seed"],
-        "chat": text["chat"],
-        "holdout": search["holdout"] or None,
-        "sample_tokens": sample["new_tokens"] if sample else None,
-        "protect_first": search["protect_first"],
-        "protect_last": search["protect_last"],
-        "protect": ",".join(map(str, search["protect"])) or None,
+        **_target(search, model.blocks),
+        "metric": search.metric,
+        "strategy": search.strategy,
+        "beam_width": search.beam_width,
+        "calibration": text.source,
+        "samples": None if presets else text.drawn,
+        "sequence_length": None if presets else text.sequence_length,
+        "seed": text.seed,
+        "chat": text.chat,
+        "holdout": search.holdout or None,
+        "sample_tokens": sample.new_tokens if sample else None,
+        "protect_first": search.protect_first,
+        "protect_last": search.protect_last,
+        "protect": ",".join(map(str, search.protect)) or None,
         # The machine decides these, and they decide the last digits.
-        "dtype": search["dtype"],
-        "device": search["device"],
-        "load_in": search.get("load_in"),
-        "batch_size": search["batch_size"],
-        "revision": None if model["id"] == "demo" else model["revision"],
+        "dtype": search.dtype,
+        "device": search.device,
+        "load_in": search.load_in,
+        "batch_size": search.batch_size,
+        "revision": None if is_demo else model.revision,
     }
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if _says(name, value, default)]
-    flags = [] if search["fast"] == default["fast"] else ["--fast" if search["fast"] else "--no-fast"]
-    flags += ["--skip-bad-sequences"] if text.get("skipped") else []
+    words = ["sleb", "search", model.id]
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words.append("--fast" if search.fast else "--no-fast")
+    words += ["--skip-bad-sequences"] if text.skipped else []
     output = "" if findings.plan_argument == "plan.json" else f" -o {findings.plan_argument}"
-    words = ["sleb", "search", model["id"], *(word for option in options for word in option.split("=", 1)), *flags]
     return shlex.join(words) + output
 
 
-def _target(search: Data, blocks: int) -> dict[str, Any]:
-    target = search["target"]
+def _target(search: SearchRecord, blocks: int) -> dict[str, Any]:
+    target = search.target
     if target is None:
         # A plan that was cut to fewer removals still names the ratio of the whole.
-        exact = search["ratio"] and math.ceil(float(search["ratio"]) * blocks) == search["remove"]
-        return {"ratio": search["ratio"]} if exact else {"remove": search["remove"]}
-    values = {target["name"]: target["asked"], "target_workload": target["workload"]}
-    if serving := target["serving"]:
-        values |= {f"serve_{name}": serving[name] for name in ("dtype", "length", "batch")}
+        exact = search.ratio and math.ceil(float(search.ratio) * blocks) == search.remove
+        return {"ratio": search.ratio} if exact else {"remove": search.remove}
+    values: dict[str, Any] = {target.name: target.asked, "target_workload": target.workload}
+    if serving := target.serving:
+        values |= {f"serve_{name}": value for name, value in serving.to_data().items()}
     return values
-
-
-def _says(name: str, value: Any, default: Data) -> bool:
-    return value is not None and (name not in default or default[name] != value)
 
 
 def _apply(findings: Findings) -> str:
     words: list[str] = []
-    recovery = findings.plan.get("recovery")
-    if recovery:
-        words += ["--recover"] if recovery["closed_form"] else []
-        text = recovery["text"]
-        if heal := recovery["heal"]:
+    if recovery := findings.plan.recovery:
+        words += ["--recover"] if recovery.closed_form else []
+        text = recovery.text
+        if heal := recovery.heal:
             words += ["--heal"]
-            words += ["--heal-tokens", str(heal["token_budget"])] if heal["token_budget"] else []
-            words += ["--heal-minutes", f"{heal['minutes']:g}"] if heal["minutes"] else []
-        words += ["--calibration", text["source"], "--sequence-length", str(text["sequence_length"])]
-        words += ["--seed", str(text["seed"])] if text["seed"] else []
+            words += ["--heal-tokens", str(heal.token_budget)] if heal.token_budget else []
+            words += ["--heal-minutes", f"{heal.minutes:g}"] if heal.minutes else []
+        words += ["--calibration", text.source, "--sequence-length", str(text.sequence_length)]
+        words += ["--seed", str(text.seed)] if text.seed else []
     return " ".join(["sleb apply", findings.plan_argument, *map(shlex.quote, words)])
 
 
@@ -106,10 +88,9 @@ def on_lines(command: str, width: int = 76) -> str:
             options[-1] += f" {quoted}"
         else:
             options.append(quoted)
-    lines, line = [], ""
-    for option in options:
-        if line and len(line) + len(option) > width:
-            lines.append(line)
-            line = "   "
-        line = f"{line} {option}" if line else option
-    return " \\\n".join([*lines, line])
+    lines = [options[0]]
+    for option in options[1:]:
+        if len(lines[-1]) + len(option) > width:
+            lines.append("   ")
+        lines[-1] += f" {option}"
+    return " \\\n".join(lines)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class Outlet:
-    """A standard stream whose reader may go away while we work: a closed terminal, or the end of `| head -1`.
+    """A standard stream that outlives its reader, such as a closed terminal or `| head -1`.
 
-    From then on, what is written goes nowhere, and the work goes on: its result may go to a file. Any other error is
-    one only for a stream that holds the result.
+    Then output is discarded and work continues, since its result may go to a file. Other errors matter only on the
+    stream that holds the result.
 
     Attributes:
         is_gone: whether the reader has gone.
@@ -41,22 +41,22 @@ class Outlet:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text, if somebody reads it."""
-        with self._as_long_as_it_is_read():
+        """Write text, or discard it if the reader has gone."""
+        with self._discarding():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Write what is held back."""
-        with self._as_long_as_it_is_read():
+        """Write buffered text."""
+        with self._discarding():
             self._stream.flush()
 
     @contextmanager
-    def _as_long_as_it_is_read(self) -> Iterator[None]:
+    def _discarding(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._lead_nowhere()
+            self._discard()
             if error.errno in (errno.EPIPE, errno.EIO):
                 self.is_gone = True
             elif self._holds_result:
@@ -65,8 +65,8 @@ class Outlet:
                     hint="Free some space, or let stdout go elsewhere.",
                 ) from error
 
-    def _lead_nowhere(self) -> None:
-        """Let the stream end in nothing, so that neither what it still holds nor libraries fail again."""
+    def _discard(self) -> None:
+        """Point the stream at /dev/null, so that neither its buffer nor libraries fail again."""
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, self._stream.fileno())
         os.close(nothing)
@@ -78,17 +78,17 @@ _OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\
 
 
 class InertConsole(Console):
-    """A console on which text does nothing but appear: what a terminal would obey is shown by its number."""
+    """A console that shows control characters as escapes, so that a terminal does not obey them."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield what the renderable consists of, with its text inert."""
+        """Render with control characters escaped."""
         for segment in super().render(renderable, options):
             inert = segment.control or not _OBEYED.search(segment.text)
             yield segment if inert else segment._replace(text=inert_text(segment.text))
 
 
 def inert_text(text: str) -> str:
-    """Return a text with what a terminal obeys as numbers: \\x1b, \\u202e."""
+    """Return a text with control characters as escapes: \\x1b, \\u202e."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -106,7 +106,7 @@ def _in_ascii(error: UnicodeError) -> tuple[str, int]:
 
 
 def speak_any_encoding() -> None:
-    """Let no character be an error on streams that are not UTF-8."""
+    """Make every character printable on streams that are not UTF-8."""
     codecs.register_error("sleb", _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and not _is_utf8(stream):

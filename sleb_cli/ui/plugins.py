@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from rich.markup import escape
-
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.ui.console import print_json, print_note, print_warning, stdout
-from sleb_cli.ui.tables import FittingTable
+from sleb_cli.tables.table import Table
+from sleb_cli.ui.console import print_json, print_note, print_warning
+from sleb_cli.ui.tables import show_table
 from sleb_plugins import FamilyAdapter
 
 
@@ -21,23 +20,17 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
     if as_json:
         print_json(_as_data(registry))
         return
-    columns = ("kind", "name", "what", "package", "version")
-    table = FittingTable(header_style="bold")
-    table.optional = ("version", "package")
-    for column in columns:
-        table.add_column(column, no_wrap=column != "what")
-    for row in _as_data(registry)["offers"]:
-        shown = row | {"name": _usage(row)}
-        table.add_row(*(escape(shown[key]) for key in columns))
-    stdout().print(table)
+    rows = [[row["kind"], _usage(row), row["what"], row["package"], row["version"]] for row in _offers(registry)]
+    columns = ["kind", "name", "what", "package", "version"]
+    show_table(Table("", columns, rows, words=columns, optional=["version", "package"]), title=False)
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")
     for collision in registry.collisions:
         print_warning(collision)
 
 
-def _as_data(registry: Registry) -> dict[str, Any]:
-    offers = [
+def _offers(registry: Registry) -> list[dict[str, str]]:
+    return [
         {
             "kind": offer.kind,
             "name": offer.name,
@@ -48,6 +41,9 @@ def _as_data(registry: Registry) -> dict[str, Any]:
         }
         for offer in registry.offers
     ]
+
+
+def _as_data(registry: Registry) -> dict[str, Any]:
     failures = [
         {
             "plugin": failure.plugin.module,
@@ -57,15 +53,15 @@ def _as_data(registry: Registry) -> dict[str, Any]:
         }
         for failure in registry.failures
     ]
-    return {"offers": offers, "failures": failures, "collisions": list(registry.collisions)}
+    return {"offers": _offers(registry), "failures": failures, "collisions": list(registry.collisions)}
 
 
-def _usage(offer: dict[str, Any]) -> str:
+def _usage(offer: dict[str, str]) -> str:
     """Return the name with its argument, if it takes one: random[:SEED], task:TASK."""
     name, argument = offer["name"], offer["argument"]
     if argument.startswith("["):
         return f"{name}[:{argument[1:]}"
-    return f"{name}:{argument}" if argument else f"{name}"
+    return f"{name}:{argument}" if argument else name
 
 
 def _family(adapter: FamilyAdapter) -> str:

@@ -17,10 +17,10 @@ from rich.progress import (
     SpinnerColumn,
     Task,
     TaskID,
+    TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.progress_bar import ProgressBar
 from rich.table import Column
 from rich.text import Text
 
@@ -69,8 +69,8 @@ def _only_warnings(event: Event) -> None:
 def _progress(console: Console) -> Progress:
     return _Bars(
         SpinnerColumn(finished_text="[green]✓[/]"),
-        _Description(console),
-        _Bar(console),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(_bar_width(console), table_column=Column(no_wrap=True)),
         _Done(),
         TimeElapsedColumn(table_column=Column(no_wrap=True)),
         _Remaining(compact=True, table_column=Column(no_wrap=True)),
@@ -93,33 +93,10 @@ def _bar_width(console: Console) -> int:
     return max(4, min(24, (console.width - 40) // 5))
 
 
-class _Description(ProgressColumn):
-    """What a task does, with the names of files alone, in the width that the other columns leave."""
-
-    # The spinner, "123456/1234567", two durations, and the space between six columns.
-    OTHERS = 1 + 14 + 2 * 7 + 5
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(Column(no_wrap=True))
-        self._console = console
-
-    def render(self, task: Task) -> Text:
-        """Render the description; if it is too long, without its middle."""
-        room = self._console.width - _bar_width(self._console) - self.OTHERS
-        return Text(elide(short_name(task.description), max(8, room)))
-
-
-class _Bar(BarColumn):
-    """A bar that is shorter on a narrow screen."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self._console = console
-
-    def render(self, task: Task) -> ProgressBar:
-        """Render the bar in the width for the console's."""
-        self.bar_width = _bar_width(self._console)
-        return super().render(task)
+def _description(task: str, console: Console) -> str:
+    """Return what a task does, with the names of files alone, in the width that the other columns leave."""
+    others = 1 + 14 + 2 * 7 + 5  # the spinner, "123456/1234567", two durations, and the space between six columns
+    return elide(short_name(task), max(8, console.width - _bar_width(console) - others))
 
 
 class _Done(ProgressColumn):
@@ -236,7 +213,6 @@ class _Listener:
         self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="", forecast=None)
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
-        self._notes: dict[str, str] = {}
         self._search: _SearchProgress | None = None
 
     def __call__(self, event: Event) -> None:
@@ -250,12 +226,11 @@ class _Listener:
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._progress.update(self._tasks[task], advance=done, note=note or self._notes.get(task, ""))
+                self._advance(task, done, note)
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
                 note = f"KL {divergence:.3f}, on deciding text {deciding:.3f}"
-                self._notes[HEAL_TASK] = note
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted():
                 self._search = _SearchProgress(event)
@@ -288,7 +263,13 @@ class _Listener:
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
-        self._tasks[task] = self._progress.add_task(task, total=total, unit=unit, note="", forecast=forecast)
+        description = _description(task, self._progress.console)
+        self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="", forecast=forecast)
+
+    def _advance(self, task: str, done: int, note: str) -> None:
+        self._progress.update(self._tasks[task], advance=done)
+        if note:
+            self._progress.update(self._tasks[task], note=note)
 
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1

@@ -3,112 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from sleb_cli.ui.chart import Line, draw_lines
 from sleb_cli.ui.console import print_prose, stdout
 from sleb_cli.ui.names import short_name
-from sleb_cli.ui.tables import new_table, print_line, print_title, print_to_copy, relative_change, spans
-from sleb_cli.units import format_bytes, format_count, format_perplexity
+from sleb_cli.ui.tables import print_line, print_title, print_to_copy, show_table
+from sleb_cli.units import format_bytes, format_count, format_perplexity, spans
 
 if TYPE_CHECKING:
-    from sleb_cli.plan import Plan, SampleGeneration, TargetRecord
+    from sleb_cli.plan import Plan, TargetRecord
     from sleb_cli.results import CompareResult
-
 
 # The plan has the full sample.
 SAMPLE_CHARACTERS = 160
 # With fewer, the table says it all.
 CHART_STEPS = 3
 CHART_WIDTH = 80
-# One for each kind of block, and again from the first if there are more.
-REMOVED_MARKS = "·○×+~"
 
 
 def show_plan(plan: Plan, output: Path) -> None:
     """Show the steps of a search, the removed blocks, and the plan's path."""
-    search = plan.search
-    console = stdout()
-    print_title(console, f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed")
-    console.print(_steps(plan))
+    from sleb_cli.tables import search as tables  # pydantic, so here
+
+    search, console = plan.search, stdout()
+    print_title(f"{short_name(plan.model.id)}: {search.remove} of {plan.model.blocks} blocks removed")
+    show_table(tables.steps(plan), title=False)
     if len(plan.steps) >= CHART_STEPS:
         console.print(perplexity_chart(plan, min(console.width, CHART_WIDTH)))
-    console.print(block_strip(plan.model.blocks, _removed_kinds(plan), console.width))
+    strip = Text("\n".join(tables.block_strip(plan.model.blocks, tables.removed_kinds(plan), console.width)))
+    strip.highlight_regex("█+( kept)?", "green")
+    strip.highlight_regex(f"[{tables.REMOVED_MARKS}]+( .*removed)?", "red")
+    console.print(strip)
     for swap in plan.steps[-1].swaps:
         print_line(
             f"swapped: {spans(swap.restored)} restored, {spans(swap.removed)} removed; "
             f"{search.metric} {swap.before:.4f} -> {swap.after:.4f}"
         )
-    held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
-    print_line(
-        f"calibrated on {plan.calibration}{held_out}, {search.precision} on {search.device}, "
-        f"{plan.environment.seconds:.0f} s"
-    )
     if search.fast:
         print_line(race_summary(plan))
     if search.target is not None:
         print_line(target_summary(search.target, plan))
     if search.engine_reason:
         print_line(f"engine {search.engine}: {search.engine_reason}")
-    if plan.sample_generation:
-        _print_sample(console, plan.sample_generation)
+    if sample := plan.sample_generation:
+        print_line(f'both models continue "{sample.prompt}"')
+        for name, repeated, text in tables.said(sample):
+            line = shorten(" ".join(text.split()), SAMPLE_CHARACTERS, placeholder=" …")
+            print_line(f"  {name:6} ({repeated}): {line}")
+        for warning in tables.collapse(sample):
+            print_prose(console, f"[yellow]{warning}[/]")
     print_to_copy(f"wrote {output}; next: sleb apply {output}")
-
-
-def _steps(plan: Plan) -> Table:
-    """Return a table of the dense model and each step, also on the held-out sequences, if any."""
-    metric, dense = plan.search.metric, plan.dense
-    kinds = plan.nested and any(step.kind for step in plan.steps)
-    first = ["step", "block" if plan.nested else "blocks", *(["kind"] if kinds else []), escape(metric)]
-    # The loss says the same as the perplexity.
-    optional = (*(["nll"] if metric == "nll" else []), "change", "kind")
-    table = new_table(
-        *first, "perplexity", "change", *(["held out", "change"] if dense.held_out else []), optional=optional
-    )
-    table.columns[1].no_wrap = plan.nested
-    loss = f"{dense.loss:.4f}" if metric == "nll" else ""
-    table.add_row(
-        "dense", *([""] * (1 + kinds)), loss, f"{dense.perplexity:.2f}", "",
-        *([f"{dense.held_out.perplexity:.2f}", ""] if dense.held_out else []),
-    )  # fmt: skip
-    for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
-        blocks = str(step.block) if plan.nested else spans(removals)
-        kind = [escape(step.kind)] if kinds else []
-        cells = []
-        if dense.held_out and (held_out := step.held_out):
-            change = relative_change(dense.held_out.perplexity, held_out.perplexity)
-            cells = [f"{held_out.perplexity:.2f}", f"[yellow]{change}[/]" if held_out.overfits else change]
-        table.add_row(
-            str(number), blocks, *kind, f"{step.score:.4f}",
-            f"{step.perplexity:.2f}", relative_change(dense.perplexity, step.perplexity), *cells,
-        )  # fmt: skip
-    return table
-
-
-def _print_sample(console: Console, sample: SampleGeneration) -> None:
-    """Print the texts of both models, and a warning if the pruned one repeats itself."""
-    print_line(f'both models continue "{sample.prompt}"')
-    samples = {
-        "dense": (sample.dense, sample.dense_repetition),
-        "pruned": (sample.pruned, sample.pruned_repetition),
-    }
-    for name, (text, share) in samples.items():
-        line = shorten(" ".join(text.split()), SAMPLE_CHARACTERS, placeholder=" …")
-        print_line(f"  {name:6} ({share:.0%} repeated): {line}")
-    if sample.is_repetitive:
-        print_prose(
-            console,
-            f"[yellow]The pruned model repeats itself: {sample.pruned_repetition:.0%} of its text, against "
-            f"{sample.dense_repetition:.0%} of the dense model's. It may have collapsed, whatever its perplexity.[/]",
-        )
 
 
 def perplexity_chart(plan: Plan, width: int) -> Text:
@@ -124,32 +73,6 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
     low, high = min(known), max(known)
     lowest, middle, highest = (format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high))
     return Text("\n").join([legend, draw_lines(lines, (lowest, middle, highest), width)])
-
-
-def _removed_kinds(plan: Plan) -> dict[int, str]:
-    """Return the removed blocks, each with its kind, or "" if it is not known."""
-    kinds = {step.block: step.kind for step in plan.steps}
-    return {block: kinds.get(block, "") if plan.nested else "" for block in plan.removals}
-
-
-def block_strip(blocks: int, removed: Mapping[int, str], width: int) -> Text:
-    """Draw the blocks in order above a ruler: a bar for each kept block, a mark by its kind for each removed one."""
-    kinds = sorted(set(removed.values()))
-    marks = {kind: REMOVED_MARKS[number % len(REMOVED_MARKS)] for number, kind in enumerate(kinds)}
-    # Rows of whole tens, indented.
-    per_row = max(10, (width - 2) // 10 * 10)
-    rows = []
-    for start in range(0, blocks, per_row):
-        row = range(start, min(start + per_row, blocks))
-        strip = Text("  ")
-        for block in row:
-            strip.append(*((marks[removed[block]], "red") if block in removed else ("█", "green")))
-        ruler = "".join(str(block).ljust(10) for block in row if block % 10 == 0)
-        rows += [strip, Text(f"  {ruler.rstrip()}", style="dim")]
-    legend = Text("  █ kept", "green")
-    for kind, mark in marks.items():
-        legend.append(f"   {mark} {f'{kind} ' if kind else ''}removed", "red")
-    return Text("\n").join([*rows, legend])
 
 
 def race_summary(plan: Plan) -> str:
@@ -171,30 +94,12 @@ def race_summary(plan: Plan) -> str:
 
 def show_comparison(result: CompareResult, output: Path) -> None:
     """Show the result of each search, and which was best."""
-    console, removed = stdout(), len(result.compared[0].removals)
-    print_title(console, f"{short_name(result.model.id)}: {removed} of {result.model.blocks} blocks removed")
-    held_out = result.dense_held_out_perplexity is not None
-    held_out_column = ["held out"] if held_out else []
-    columns = ("metric", "strategy", "blocks", "perplexity", "change", *held_out_column, "seconds")
-    table = new_table(*columns, optional=("seconds", "change"))
-    table.columns[1].justify = table.columns[2].justify = "left"
-    table.columns[0].no_wrap, table.columns[2].no_wrap = True, False
+    from sleb_cli.tables import search as tables
 
-    def cells(perplexity: float | None) -> list[str]:
-        return [] if perplexity is None else [f"{perplexity:.2f}"]
-
-    dense, dense_cells = result.dense_perplexity, cells(result.dense_held_out_perplexity)
-    table.add_row("dense", "", "", f"{dense:.2f}", "", *dense_cells, "")
-    for each in result.compared:
-        best = f"{each.metric}@{each.strategy}" == result.best
-        table.add_row(
-            escape(each.metric), each.strategy, spans(each.removals), f"{each.perplexity:.2f}",
-            relative_change(dense, each.perplexity), *cells(each.held_out_perplexity), f"{each.seconds:.0f}",
-            style="bold green" if best else None,
-        )  # fmt: skip
-    console.print(table)
-    print_line(f"calibrated on {result.calibration}, {result.dtype} on {result.device}")
-    text = "the held-out sequences" if held_out else "the calibration text"
+    removed = len(result.compared[0].removals)
+    print_title(f"{short_name(result.model.id)}: {removed} of {result.model.blocks} blocks removed")
+    show_table(tables.comparison(result), title=False)
+    text = "the calibration text" if result.dense_held_out_perplexity is None else "the held-out sequences"
     print_to_copy(f"wrote {output}: the plan of {result.best}, best on {text}")
 
 

@@ -45,7 +45,7 @@ def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
     assert per_block == 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
     assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
     assert data["dense"]["load_seconds"] > 0
-    for words in ("generation: 2 x 8 prompt tokens, 4 new tokens each", "tokens/s", "peak memory", "95 %", "bound"):
+    for words in ("generation 2x8+4", "speedup", "Peak memory", "95%", "bound"):
         assert words in result.stdout
     assert "smaller than the paper's setting" in result.stderr
 
@@ -115,7 +115,8 @@ def test_all_sizes_in_one_run(run_sleb, tiny_llama, without_memory, monkeypatch,
     assert [size["blocks"] for size in data["pruned"]] == [4, 2]
     tables = [line for line in result.stdout.splitlines() if line[:1] in "┏┃┡│└├"]
     assert all(len(line) <= 80 for line in tables)
-    assert sum(line.startswith(("│ dense ", "│ -2 ", "│ -4 ")) for line in tables) == 3 * 3
+    for model in ("dense", "-2", "-4"):
+        assert sum(f" {model} " in line for line in result.stdout.splitlines()) >= 3
     assert "…" not in result.stdout
 
 

@@ -1,6 +1,7 @@
 """The model card: what it inherits, what was measured, and how it is brought up to date."""
 
 import json
+import math
 import re
 import shutil
 
@@ -16,22 +17,50 @@ from sleb_cli.engine.output.card_metadata import with_results
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import read_plan
 from sleb_cli.results import EvalResult
-from sleb_cli.units import format_perplexity
+from sleb_cli.units import format_change, format_perplexity
 
 
-def card_of(folder):
-    """Return a card that huggingface_hub reads and writes back as it is."""
-    text = (folder / "README.md").read_text()
-    card = ModelCard(text)
-    again = ModelCard(str(card))
-    assert again.data.to_dict() == card.data.to_dict() == yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.S)[1])
-    return card
+class Checkpoint:
+    """A checkpoint in the folder `out`, and its card."""
+
+    def __init__(self, run_sleb, text_file, tmp_path):
+        self.run, self.text_file, self.folder = run_sleb, text_file, tmp_path / "out"
+        self.readme = self.folder / "README.md"
+
+    def apply(self, subject, *options):
+        result = self.run("apply", subject, "-o", "out", "--no-verify", *options)
+        assert result.exit_code == 0, result.stderr
+
+    def evaluate(self):
+        options = ["--perplexity", self.text_file, "--sequence-length", 32, "--max-windows", 4]
+        result = self.run("eval", "out", *options)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    @property
+    def text(self):
+        return self.readme.read_text()
+
+    @property
+    def data(self):
+        """What huggingface_hub reads and writes back as it is."""
+        card = ModelCard(self.text)
+        yaml_text = re.match(r"---\n(.*?)\n---\n", self.text, re.S)[1]
+        assert ModelCard(str(card)).data.to_dict() == card.data.to_dict() == yaml.safe_load(yaml_text)
+        return card.data
+
+    @property
+    def results(self):
+        return self.text.partition(BEGIN)[2].partition(END)[0].strip()
+
+    def row(self, *words):
+        """Return the first row of the results that begins with these cells."""
+        return next(line for line in self.results.splitlines() if line.startswith(f"| {' | '.join(words)} |"))
 
 
-def applied(run_sleb, subject, *options):
-    result = run_sleb("apply", subject, "-o", "out", "--no-verify", *options)
-    assert result.exit_code == 0, result.stderr
-    return result
+@pytest.fixture
+def out(run_sleb, text_file, tmp_path):
+    return Checkpoint(run_sleb, text_file, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -54,43 +83,39 @@ def applied(run_sleb, subject, *options):
         ("just words\n", {"tags": ["sleb", "pruned"], "pipeline_tag": "text-generation"}),
     ],
 )  # fmt: skip
-def test_what_the_base_model_s_card_says_of_licence_and_language_stays_true(
-    run_sleb, tmp_path, front_matter, inherited
-):
+def test_licence_and_language_of_the_base_model_stay(out, tmp_path, front_matter, inherited):
     folder = save_model(tmp_path / "base", llama_config(4))
     (folder / "README.md").write_text(f"---\n{front_matter}---\n# Base\n---\nlicense: mit\n---\n")
-    applied(run_sleb, folder, "--blocks", "1")
-    assert card_of(tmp_path / "out").data.to_dict() == {"library_name": "transformers"} | inherited
+    out.apply(folder, "--blocks", "1")
+    assert out.data.to_dict() == {"library_name": "transformers"} | inherited
 
 
-def test_a_gguf_file_says_its_licence_and_languages_too(run_sleb, tmp_path):
-    applied(run_sleb, write_llama_gguf(tmp_path / "tiny.gguf"), "--blocks", "1")
-    data = card_of(tmp_path / "out").data
-    assert (data.license, data.language) == ("apache-2.0", ["en", "no"])
+def test_a_gguf_file_says_its_licence_and_languages_too(out, tmp_path):
+    out.apply(write_llama_gguf(tmp_path / "tiny.gguf"), "--blocks", "1")
+    assert (out.data.license, out.data.language) == ("apache-2.0", ["en", "no"])
 
 
-def test_a_card_without_a_front_matter_or_outside_the_folder_gives_nothing(run_sleb, tmp_path):
+@pytest.mark.parametrize("what", ["a link out of the folder", "not text"])
+def test_a_card_that_cannot_be_read_gives_nothing(out, tmp_path, what):
     folder = save_model(tmp_path / "base", llama_config(4))
-    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sleb", "pruned"]}
     (tmp_path / "private.md").write_text("---\nlicense: mit\n---\n")
-    (folder / "README.md").symlink_to(tmp_path / "private.md")
-    applied(run_sleb, folder, "--blocks", "1")
-    assert card_of(tmp_path / "out").data.to_dict() == expected
-    (folder / "README.md").unlink()
-    (folder / "README.md").write_bytes(b"\xff\xfe")
-    applied(run_sleb, folder, "--blocks", "1", "--force")
-    assert card_of(tmp_path / "out").data.to_dict() == expected
+    if what == "not text":
+        (folder / "README.md").write_bytes(b"\xff\xfe")
+    else:
+        (folder / "README.md").symlink_to(tmp_path / "private.md")
+    out.apply(folder, "--blocks", "1")
+    expected = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sleb", "pruned"]}
+    assert out.data.to_dict() == expected
 
 
-def test_a_model_of_the_hub_is_named_with_its_relation(run_sleb, tiny_llama, tmp_path, monkeypatch):
+def test_a_model_of_the_hub_is_named_with_its_relation(out, tiny_llama, tmp_path, monkeypatch):
     from sleb_cli.engine.model import source
 
     snapshot = tmp_path / "snapshots" / ("a" * 40)
     shutil.copytree(tiny_llama, snapshot)
     monkeypatch.setattr(source, "snapshot_download", lambda *arguments, **options: str(snapshot))
-    applied(run_sleb, "org/tiny", "--blocks", "1")
-    data = card_of(tmp_path / "out").data
-    assert (data.base_model, data.base_model_relation) == ("org/tiny", "finetune")
+    out.apply("org/tiny", "--blocks", "1")
+    assert (out.data.base_model, out.data.base_model_relation) == ("org/tiny", "finetune")
 
 
 @pytest.fixture
@@ -106,174 +131,137 @@ def measured(llama_plan, text_file):
     return llama_plan, evaluation, benchmark
 
 
-def section(folder):
-    return (folder / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
-
-
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_card_shows_what_was_measured_of_this_size_beside_the_base_model(
-    run_sleb, measured, tmp_path, text_file, size
-):
+def test_the_card_shows_what_was_measured_of_this_size(out, measured, size):
     plan, evaluation, benchmark = measured
-    applied(run_sleb, plan, "--remove", size)
-    text, shown = evaluation.texts[0], section(tmp_path / "out")
-    row = next(line for line in shown.splitlines() if line.startswith("| prose.txt |"))
-    assert format_perplexity(text.dense.perplexity) in row
-    assert format_perplexity(text.pruned[size - 1].perplexity) in row
-    assert f"{text.pruned[size - 1].log_ratio:+.4f} [" in row
-    task = evaluation.tasks[0]
-    row = next(line for line in shown.splitlines() if line.startswith("| piqa |"))
-    assert f"| {task.dense.value:.4f} | {task.pruned[size - 1].value:.4f} [" in row
-    timing = benchmark.workloads[1].pruned[size - 1]
-    assert f"| {timing.output_throughput:,.1f} | {timing.speedup:.2f}x [" in shown
-    values = {
-        (entry.dataset_name, entry.metric_type): entry.metric_value
-        for entry in card_of(tmp_path / "out").data.eval_results
-    }
-    assert values == {
-        **{
-            (name, "perplexity"): round(text.pruned[size - 1].perplexity, 4)
-            for name, text in zip(("prose.txt", "wikitext2", "org/words:plain:test"), evaluation.texts, strict=True)
-        },
-        **{(task.task, "acc"): round(task.pruned[size - 1].value, 4) for task in evaluation.tasks},
-    }
-    assert str(text_file.parent) not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.[jm][sd]*"))
-
-
-def test_data_sets_have_names_that_the_hub_takes(run_sleb, measured, tmp_path):
-    applied(run_sleb, measured[0])
-    found = [
-        (entry.dataset_type, entry.dataset_config, entry.dataset_split)
-        for entry in card_of(tmp_path / "out").data.eval_results
+    out.apply(plan, "--remove", size)
+    text, task, timing = evaluation.texts[0], evaluation.tasks[0], benchmark.workloads[1].pruned[size - 1]
+    before, after = (format_perplexity(scores.perplexity) for scores in (text.dense, text.pruned[size - 1]))
+    name = "prose.txt, 24 windows of 2048 tokens, bfloat16 on cpu"
+    out.row(name, "base model", before)
+    out.row(name, "this model", after, format_change(math.expm1(text.pruned[size - 1].log_ratio)))
+    out.row("piqa, acc, bfloat16 on cpu", "base model", f"{task.dense.value:.4f}")
+    row = out.row("piqa, acc, bfloat16 on cpu", "this model", f"{task.pruned[size - 1].value:.4f}")
+    assert f"| {task.pruned[size - 1].difference:+.4f} |" in row
+    row = out.row("generation 1x64+32, bfloat16 on cpu", "this model")
+    assert f"| {timing.output_throughput:,.1f} | {timing.speedup:.2f}x |" in row
+    values = [(entry.metric_type, entry.metric_value) for entry in out.data.eval_results]
+    assert values == [
+        *(("perplexity", round(text.pruned[size - 1].perplexity, 4)) for text in evaluation.texts),
+        *(("acc", round(task.pruned[size - 1].value, 4)) for task in evaluation.tasks),
     ]
-    assert found == [
+    files = out.folder.glob("*.[jm][sd]*")
+    assert str(out.text_file.parent) not in "".join(path.read_text() for path in files)
+
+
+def test_names_and_commands_are_those_of_the_hub_and_settings(out, measured):
+    out.apply(measured[0])
+    names = ["prose.txt", "wikitext2", "org/words:plain:test", "piqa", "arc_easy"]
+    assert [entry.dataset_name for entry in out.data.eval_results] == names
+    assert [
+        (entry.dataset_type, entry.dataset_config, entry.dataset_split) for entry in out.data.eval_results
+    ] == [
         ("prose.txt", None, None), ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
         ("org/words", "plain", "test"), ("piqa", None, None), ("arc_easy", None, None),
     ]  # fmt: skip
-    assert all(re.fullmatch(r"([\w-]+/)?[\w.-]+", name) for name, _, _ in found)
-
-
-def test_the_commands_that_check_the_results_are_those_of_their_settings(run_sleb, measured, tmp_path):
-    applied(run_sleb, measured[0])
-    commands = section(tmp_path / "out").partition("```bash\n")[2].partition("```")[0].splitlines()
     machine = "--dtype bfloat16 --device cpu"
-    names = "prose.txt,wikitext2,org/words:plain:test"
-    assert commands == [
-        f"sleb eval FOLDER --perplexity {names} --sequence-length 2048 --max-windows 24 {machine}",
+    assert out.results.partition("```bash\n")[2].partition("```")[0].splitlines() == [
+        f"sleb eval FOLDER --sequence-length 2048 --max-windows 24 {machine} --perplexity {','.join(names[:3])}",
         "lm-eval run --model hf --model_args pretrained=FOLDER,dtype=bfloat16 --device cpu --num_fewshot 0 "
         "--limit 400 --tasks piqa,arc_easy",
+        f"sleb bench FOLDER --prompt --batch-size 1 --prompt-length 512 {machine}",
         f"sleb bench FOLDER --generation --batch-size 1 --prompt-length 64 --new-tokens 32 {machine}",
         f"sleb bench FOLDER --generation --batch-size 8 --prompt-length 64 --new-tokens 32 {machine}",
-        f"sleb bench FOLDER --prompt --batch-size 1 --prompt-length 512 {machine}",
     ]
 
 
-def test_a_recovered_checkpoint_claims_no_number_of_the_weights_as_they_were(run_sleb, measured, text_file, tmp_path):
-    options = ["--recover", "--calibration", text_file, "--samples", 12, "--sequence-length", 32]
-    applied(run_sleb, measured[0], *options)
-    assert "model-index" not in card_of(tmp_path / "out").data.to_dict()
-    assert "perplexity on the calibration text" in (tmp_path / "out" / "README.md").read_text()
-    assert section(tmp_path / "out").strip() == ""
-    assert not list((tmp_path / "out").glob("sleb_plan.*.json"))
+def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured):
+    out.apply(measured[0], "--recover", "--calibration", out.text_file, "--samples", 12, "--sequence-length", 32)
+    assert "model-index" not in out.data.to_dict()
+    assert "The steps of the search" in out.text
+    assert out.results == ""
+    assert not list(out.folder.glob("sleb_plan.*.json"))
     # Nor does one whose plan is measured later.
-    measured[1].write(beside_plan(tmp_path / "out" / "sleb_plan.json", "eval"))
-    update_card(tmp_path / "out")
-    assert section(tmp_path / "out").strip() == ""
+    measured[1].write(beside_plan(out.folder / "sleb_plan.json", "eval"))
+    update_card(out.folder)
+    assert out.results == ""
 
 
-def test_another_model_with_the_same_plan_has_not_been_measured(run_sleb, measured, tmp_path):
+def test_another_model_with_the_same_plan_has_not_been_measured(out, measured, tmp_path):
     other = save_model(tmp_path / "other", llama_config(), seed=1)
-    applied(run_sleb, measured[0], "--model", other, "--any-model")
-    assert section(tmp_path / "out").strip() == ""
+    out.apply(measured[0], "--model", other, "--any-model")
+    assert out.results == ""
 
 
-def test_eval_and_bench_of_a_checkpoint_bring_its_card_up_to_date(
-    run_sleb, llama_plan, text_file, tmp_path, without_memory
-):
-    applied(run_sleb, llama_plan)
-    path = tmp_path / "out" / "README.md"
-    own = path.read_text().replace("library_name", "widget: mine # by hand\nlibrary_name")
-    path.write_text(own.replace(BEGIN, f"My words.\n\n{BEGIN}") + "\nMore of mine.\n")
-    measuring = ["--perplexity", text_file, "--sequence-length", 32, "--max-windows", 4]
-    assert run_sleb("eval", "out", *measuring).exit_code == 0
-    result = EvalResult.model_validate_json((tmp_path / "out" / "sleb_eval.json").read_text())
+def test_eval_and_bench_update_the_card(out, llama_plan, without_memory):
+    out.apply(llama_plan)
+    own = out.text.replace("library_name", "widget: mine # by hand\nlibrary_name")
+    out.readme.write_text(own.replace(BEGIN, f"My words.\n\n{BEGIN}") + "\nMore of mine.\n")
+    out.evaluate()
+    result = EvalResult.model_validate_json((out.folder / "sleb_eval.json").read_text())
     perplexity = result.texts[0].dense.perplexity
-    (entry,) = card_of(tmp_path / "out").data.eval_results
+    (entry,) = out.data.eval_results
     assert (entry.dataset_name, entry.metric_value) == ("prose.txt", round(perplexity, 4))
-    card = path.read_text()
-    row = f"| prose.txt | 4 windows of 32 tokens | float32 on cpu | {format_perplexity(perplexity)} |"
-    assert row in card
-    assert "| text | windows | in | this model |" in card
-    assert "widget: mine # by hand\n" in card
-    assert "My words.\n\n<!--" in card
-    assert card.endswith("\nMore of mine.\n")
-    assert str(text_file) not in card
+    own = "prose.txt, 4 windows of 32 tokens, float32 on cpu", "this model", format_perplexity(perplexity)
+    row = out.row(*own)
+    assert "base model |" not in out.results
+    assert all(words in out.text for words in ("widget: mine # by hand\n", "My words.\n\n<!--"))
+    assert out.text.endswith("\nMore of mine.\n")
+    assert str(out.text_file) not in out.text
     bench = ["--prompt", "--prompt-length", 8, "--batch-size", 1, "--iterations", 2, "--warmup", 1]
-    result = run_sleb("bench", "out", *bench)
-    assert result.exit_code == 0, result.stderr
-    assert row in path.read_text()
-    assert "| 1 x 8 prompt tokens | float32 on cpu |" in path.read_text()
+    assert out.run("bench", "out", *bench).exit_code == 0
+    out.row("prompt 1x8, float32 on cpu", "this model")
     # The same again changes nothing.
-    before = path.read_text()
-    assert run_sleb("eval", "out", *measuring).exit_code == 0
-    assert path.read_text() == before
+    before = out.text
+    out.evaluate()
+    assert out.row(*own) == row
+    assert out.text == before
 
 
 @pytest.mark.parametrize("changed", ["weights", "generation settings"])
-def test_results_of_another_model_are_not_shown(run_sleb, llama_plan, text_file, tmp_path, changed):
-    applied(run_sleb, llama_plan)
-    measuring = ["--perplexity", text_file, "--sequence-length", 32, "--max-windows", 4]
-    assert run_sleb("eval", "out", *measuring).exit_code == 0
-    kept = tmp_path / "out" / "sleb_eval.json"
+def test_results_of_another_model_are_not_shown(out, llama_plan, changed):
+    out.apply(llama_plan)
+    out.evaluate()
+    kept = out.folder / "sleb_eval.json"
     data = json.loads(kept.read_text())
     if changed == "weights":
         kept.write_text(json.dumps(data | {"model": data["model"] | {"fingerprint": "f" * 64}}))
     else:
-        (tmp_path / "out" / "generation_config.json").write_text('{"repetition_penalty": 5.0}')
-    assert "model-index" in card_of(tmp_path / "out").data.to_dict()
-    update_card(tmp_path / "out")
-    assert section(tmp_path / "out").strip() == ""
-    assert "model-index" not in card_of(tmp_path / "out").data.to_dict()
+        (out.folder / "generation_config.json").write_text('{"repetition_penalty": 5.0}')
+    assert "model-index" in out.data.to_dict()
+    update_card(out.folder)
+    assert out.results == ""
+    assert "model-index" not in out.data.to_dict()
 
 
-def test_results_of_others_in_the_front_matter_stay_and_ours_are_replaced(run_sleb, measured, tmp_path):
-    applied(run_sleb, measured[0])
-    card = (tmp_path / "out" / "README.md").read_text()
-    ours = card_of(tmp_path / "out").data.eval_results
+def test_results_of_others_stay_and_ours_are_replaced(out, measured):
+    out.apply(measured[0])
+    ours = out.data.eval_results
     theirs = type(ours[0])(
         task_type="text-generation", dataset_type="gsm8k", dataset_name="GSM8K", metric_type="acc", metric_value=0.1
     )
     changed = [type(ours[0])(**(vars(entry) | {"metric_value": 0.5})) for entry in ours]
-    data = ModelCard(with_results(with_results(card, "x", [theirs]), "x", changed)).data
+    data = ModelCard(with_results(with_results(out.text, "x", [theirs]), "x", changed)).data
     assert [entry.metric_value for entry in data.eval_results] == [0.1, *[0.5] * len(ours)]
     assert data.model_name == "tiny-llama-sleb-4-blocks"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "is_updated", "message"),
     [
-        (lambda card: card.replace(BEGIN, ""), None),
-        (lambda card: "Mine.", None),
-        (lambda card: card.replace("library_name: transformers", "library_name: [\n"), "is not brought up to date"),
-        (lambda card: card.replace("---\n", "", 1), None),
+        (lambda card: card.replace(BEGIN, ""), False, ""),
+        (lambda card: "Mine.", False, ""),
+        (lambda card: card.replace("library_name: transformers", "library_name: [\n"), False, "Cannot update"),
+        (lambda card: card.replace("---\n", "", 1), True, ""),
     ],
 )
-def test_a_card_that_cannot_be_brought_up_to_date_costs_no_result(
-    run_sleb, llama_plan, text_file, tmp_path, change, message
-):
-    applied(run_sleb, llama_plan)
-    path = tmp_path / "out" / "README.md"
-    path.write_text(change(path.read_text()))
-    before = path.read_text()
-    result = run_sleb("eval", "out", "--perplexity", text_file, "--sequence-length", 32, "--max-windows", 4)
-    assert result.exit_code == 0
-    assert (tmp_path / "out" / "sleb_eval.json").exists()
-    if message:
-        assert message in result.stderr
-    if message or BEGIN not in before:
-        assert path.read_text() == before
-    else:
-        assert "| prose.txt |" in path.read_text()
-    path.unlink()
-    update_card(tmp_path / "out")
-    assert not path.exists()
+def test_a_card_that_cannot_be_updated_costs_no_result(out, llama_plan, change, is_updated, message):
+    out.apply(llama_plan)
+    out.readme.write_text(change(out.text))
+    before = out.text
+    assert message in out.evaluate().stderr
+    assert (out.folder / "sleb_eval.json").exists()
+    assert (out.text != before) == ("| prose.txt, " in out.text) == is_updated
+    out.readme.unlink()
+    update_card(out.folder)
+    assert not out.readme.exists()

@@ -67,7 +67,7 @@ def test_the_plan_beside_you_and_several_texts(run_sleb, llama_plan, test_text, 
 def test_a_model_alone_is_measured_alone(run_sleb, tiny_llama, test_text):
     result = run_sleb("eval", tiny_llama, "--perplexity", test_text)
     assert result.exit_code == 0
-    assert "ln ratio" not in result.stdout
+    assert "change" not in result.stdout
     assert "KL" not in result.stdout
 
 
@@ -406,7 +406,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(run_sleb, tiny_llama,
     options = ["--perplexity", "a[bold]b[ end].txt", "--sequence-length", 32, "-o", "r[x].json"]
     result = run_sleb("eval", tiny_llama, *options)
     assert result.exit_code == 0, result.stderr
-    assert "perplexity on a[bold]b[ end].txt: " in result.stdout
+    assert "a[bold]b[ end].txt" in result.stdout
     assert "wrote r[x].json" in result.stdout
     options = ["--remove", 1, "--calibration", "a[bold]b[ end].txt", "--samples", 2, "--sequence-length", 16]
     result = run_sleb("search", tiny_llama, *options, "-o", "p[bold].json")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import sleb_plugins as sleb
 from conftest import llama_config, save_model
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
+from sleb_cli import exporters
 from sleb_cli.exporters import checkpoint
 
 

@@ -389,6 +389,7 @@ def test_a_model_with_code_of_its_own_runs_only_where_that_is_trusted(run_sleb, 
     assert result.exit_code == 4
     assert "--trust-remote-code" in result.stderr
     result = run_sleb("search", folder, *settings, "--trust-remote-code")
+    assert "sleb was never tested with" in result.stderr
     assert result.exit_code == 0, result.stderr
     assert run_sleb("apply", "-o", "out").exit_code == 4
     result = run_sleb("apply", "-o", "out", "--trust-remote-code")

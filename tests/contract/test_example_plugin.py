@@ -53,7 +53,6 @@ def test_its_family_and_its_metric_search(sleb_with_plugin, tiny_gpt2, text_file
     options = ["--remove", 2, "--metric", "next-token-error", *calibration(text_file), "--json"]
     result = sleb_with_plugin("search", tiny_gpt2, *options, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "by structure" not in result.stderr
     plan = json.loads(result.stdout)
     assert plan["model"]["family"] == "gpt2"
     assert plan["search"]["engine"] == "model"

@@ -31,36 +31,32 @@ def search_progress(*evaluations, done=0):
     return _SearchProgress(SearchStarted(30, done + len(evaluations), done, evaluations))
 
 
-def test_at_an_even_pace_the_remaining_time_is_right_from_the_start(clock):
+def advance(search, clock, seconds, evaluations):
+    clock[0] += seconds
+    search.advanced(evaluations, from_journal=False)
+
+
+def test_at_an_even_pace_the_remaining_time_is_right_at_once(clock):
     search = search_progress(280, 270)
     for _ in range(28):
-        clock[0] += 1
-        search.advanced(10, from_journal=False)
+        advance(search, clock, 1, 10)
     assert search.remaining() == pytest.approx(27)
     assert (search.done, search.expected) == (280, 550)
 
 
-def test_later_steps_that_are_known_to_be_faster_are_expected_to_be(clock):
+def test_the_pace_is_that_of_the_kind_of_step(clock):
     search = search_progress(100, 100, 100)
-    clock[0] += 10
-    search.advanced(10, from_journal=False)
+    advance(search, clock, 10, 10)
     assert search.remaining() == pytest.approx(290)
-    search.forecast(0.5)
+    search.forecast(0.5)  # of later steps, which are known to be faster
     assert search.remaining() == pytest.approx(90 + 100)
-
-
-def test_after_the_first_step_only_the_pace_of_the_later_ones_counts(clock):
-    search = search_progress(100, 100, 100)
-    clock[0] += 100
-    search.advanced(100, from_journal=False)
+    advance(search, clock, 90, 90)
     search.removed()
     assert search.remaining() is None
-    clock[0] += 5
-    search.advanced(10, from_journal=False)
-    search.forecast(0.5)
+    advance(search, clock, 5, 10)
+    search.forecast(0.5)  # says nothing after the first step
     assert search.remaining() == pytest.approx(95)
-    search.advanced(90, from_journal=False)
-    clock[0] += 45
+    advance(search, clock, 45, 90)
     search.removed()
     assert search.remaining() == pytest.approx(50)
 
@@ -69,15 +65,13 @@ def test_what_a_journal_had_says_nothing_about_the_pace(clock):
     search = search_progress(100)
     search.advanced(60, from_journal=True)
     assert search.remaining() is None
-    clock[0] += 10
-    search.advanced(20, from_journal=False)
+    advance(search, clock, 10, 20)
     assert search.remaining() == pytest.approx(10)
 
 
 def test_a_race_that_narrows_makes_all_steps_shorter(clock):
     search = search_progress(1000, 900)
-    clock[0] += 10
-    search.advanced(100, from_journal=False)
+    advance(search, clock, 10, 100)
     search.scored(7, 3.5)
     search.narrowed(5, 800)
     assert search.expected == pytest.approx(200 + 180)
@@ -87,9 +81,9 @@ def test_a_race_that_narrows_makes_all_steps_shorter(clock):
     assert search.done == 200
 
 
-def test_at_the_end_nothing_is_left_whatever_the_parts_add_up_to(clock):
+def test_at_the_end_nothing_is_left(clock):
     search = search_progress(3, done=2)
-    for _ in range(30):
+    for _ in range(30):  # whatever the parts add up to
         search.advanced(0.1, from_journal=False)
     search.removed()
     assert search.steps_left == 0

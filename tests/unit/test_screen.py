@@ -7,10 +7,11 @@ from itertools import pairwise
 import pytest
 from rich.console import Console
 
+from sleb_cli.tables.search import block_strip
+from sleb_cli.tables.table import Table, to_markdown, to_text
 from sleb_cli.ui.chart import ROWS, Line, draw_lines
 from sleb_cli.ui.names import elide, short_name
-from sleb_cli.ui.search import block_strip
-from sleb_cli.ui.tables import new_table
+from sleb_cli.ui.tables import fitting
 
 
 def shown(renderable, width):
@@ -19,7 +20,7 @@ def shown(renderable, width):
     return console.file.getvalue().splitlines()
 
 
-def test_a_chart_has_the_highest_value_on_top_and_a_mark_for_each_step():
+def test_a_chart_has_the_highest_value_on_top():
     rows = shown(draw_lines([Line("●", "", [1.0, 2.0, 4.0])], ("1", "2.5", "4"), 80), 80)
     assert len(rows) == ROWS + 1
     assert rows[0] == "  4 ┤                   ·●"
@@ -29,87 +30,94 @@ def test_a_chart_has_the_highest_value_on_top_and_a_mark_for_each_step():
     assert "".join(rows).count("●") == 3
     # The middle value stands a third of the way up.
     assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"
+    equal = shown(draw_lines([Line("●", "", [2.0] * 4)], ("2", "2", "2"), 80), 80)
+    assert [row.count("●") for row in equal].count(4) == 1
 
 
 @pytest.mark.parametrize("steps", [4, 30, 126])
 @pytest.mark.parametrize("width", [40, 80])
-def test_a_chart_is_as_wide_as_asked_however_many_steps_there_are(steps, width):
+def test_a_chart_is_as_wide_as_asked(steps, width):
     values = [math.log(step + 2) for step in range(steps)]
     rows = shown(draw_lines([Line("●", "", values)], ("2.00", "60.00", "128.00"), width), width + 40)
     assert max(map(len, rows)) <= width
-    numbers = rows[-1].split()
-    assert numbers[0] == "0"
-    strides = {int(after) - int(before) for before, after in pairwise(numbers)}
-    assert len(strides) == 1
+    numbers = list(map(int, rows[-1].split()))
+    assert numbers[0] == 0
+    assert len({after - before for before, after in pairwise(numbers)}) == 1
 
 
-def test_where_lines_meet_the_first_is_on_top_and_a_missing_value_leaves_a_gap():
+def test_where_lines_meet_the_first_is_on_top():
     lines = [Line("●", "", [1.0, 2.0, 3.0]), Line("○", "", [1.0, None, 3.0])]
     rows = "".join(shown(draw_lines(lines, ("1", "2", "3"), 80), 80))
     assert (rows.count("●"), rows.count("○")) == (3, 0)
     assert "○" in "".join(shown(draw_lines(lines[::-1], ("1", "2", "3"), 80), 80))
 
 
-def test_equal_values_are_a_flat_line():
-    rows = shown(draw_lines([Line("●", "", [2.0] * 4)], ("2", "2", "2"), 80), 80)
-    assert [row.count("●") for row in rows].count(4) == 1
-
-
-def test_a_strip_of_many_blocks_takes_several_rows_with_their_numbers():
-    rows = shown(block_strip(126, {3: "", 77: "", 125: ""}, 80), 80)
-    assert [row.strip() for row in rows if "█ kept" not in row][1::2] == [
+def test_a_strip_of_many_blocks_takes_several_rows():
+    *rows, legend = block_strip(126, {3: "", 77: "", 125: ""}, 80)
+    assert [row.strip() for row in rows[1::2]] == [
         "0         10        20        30        40        50        60",
         "70        80        90        100       110       120",
     ]
-    marks = "".join(row.strip() for row in rows[:4:2])
+    marks = "".join(row.strip() for row in rows[::2])
     assert [block for block, mark in enumerate(marks) if mark == "·"] == [3, 77, 125]
-    assert rows[-1].split("   ") == ["  █ kept", "· removed"]
+    assert legend == "  █ kept   · removed"
 
 
 def test_kinds_have_their_own_marks_in_the_legend():
-    strip, _, legend = shown(block_strip(6, {1: "full_attention", 2: "linear_attention", 5: "full_attention"}, 80), 80)
+    strip, _, legend = block_strip(6, {1: "full_attention", 2: "linear_attention", 5: "full_attention"}, 80)
     assert strip == "  █·○██·"
     assert legend == "  █ kept   · full_attention removed   ○ linear_attention removed"
 
 
-def wide_table():
-    table = new_table(
-        "step", "block", "kind", "nll", "perplexity", "change", "held out", "change", optional=("nll", "change", "kind")
-    )
-    for step in range(3):
-        table.add_row(
-            str(step), "112", "linear_attention", "12.3456", "12345.67", "+1234.5%", "23456.78", "+1234.5%",
-            end_section=step == 0,
-        )  # fmt: skip
-    return table
+COLUMNS = ["step", "block", "kind", "nll", "perplexity", "change", "held out", "change"]
+ROW = ["112", "linear_attention", "12.3456", "12345.67", "+1234.5%", "23456.78", "+1234.5%"]
+WIDE = Table(
+    "", COLUMNS, [[str(step), *ROW] for step in range(3)], words={"kind"}, optional=["nll", "change", "kind"]
+)  # fmt: skip
+DRAWN = {"screen": lambda width: shown(fitting(WIDE, width), width), "text": lambda width: to_text(WIDE, width)}
 
 
+@pytest.mark.parametrize("medium", DRAWN)
 @pytest.mark.parametrize(
     ("width", "gone"),
-    [(100, set()), (80, set()), (79, {"nll"}), (60, {"nll", "change"}), (45, {"nll", "change", "kind"})],
+    [(100, set()), (80, set()), (79, {"nll"}), (70, {"nll", "change"}), (50, {"nll", "change", "kind"})],
 )
-def test_a_narrow_screen_costs_lines_and_optional_columns_but_breaks_no_cell(width, gone):
-    rows = shown(wide_table(), width)
+def test_a_narrow_medium_costs_columns_but_breaks_no_cell(medium, width, gone):
+    rows = DRAWN[medium](width)
     assert max(map(len, rows)) <= width
-    assert "…" not in "".join(rows)
-    words = {word for row in rows for word in row.replace("│", " ").replace("┃", " ").split()}
+    words = {word for row in rows for word in row.replace("│", " ").split()}
     there = {"nll": "12.3456", "change": "+1234.5%", "kind": "linear_attention"}
     assert {name for name, value in there.items() if value not in words} == gone
     assert {"12345.67", "23456.78"} <= words
+    assert "…" not in "".join(rows)
 
 
 def test_on_a_screen_too_narrow_for_all_cells_nothing_is_lost():
-    rows = shown(wide_table(), 24)
+    rows = shown(fitting(WIDE, 24), 24)
     assert max(map(len, rows)) <= 24
     assert "".join(rows).count("2") >= 3 * "112 12345.67 23456.78".count("2")
 
 
 def test_text_wraps_between_words_before_a_column_goes():
-    table = new_table("what", "number", optional=("number",))
-    table.add_row("the quick brown fox jumps over the lazy dog", "12345")
-    rows = shown(table, 30)
+    table = Table(
+        "", ["what", "number"], [["the quick brown fox jumps over the lazy dog", "12345"]], optional=["number"]
+    )
+    rows = shown(fitting(table, 30), 30)
     assert any("12345" in row for row in rows)
     assert " ".join(row.strip("│ ").partition("│")[0].strip() for row in rows[3:-1]).endswith("over the lazy dog")
+
+
+def test_what_several_rows_are_about_stands_in_the_first():
+    rows = [["a", "1", ""], ["a", "2", ""], ["b", "3", ""]]
+    table = Table("", ["x", "y", "empty"], rows).filled()
+    assert [row.split() for row in shown(fitting(table, 80), 80) if row.startswith("│")] == [
+        ["│", "a", "│", "1", "│"], ["│", "│", "2", "│"], ["│", "b", "│", "3", "│"],
+    ]  # fmt: skip
+
+
+def test_markdown_shows_names_as_they_are():
+    table = Table("", ["text", "perplexity"], [["a|b*[c]\n`d`", "1.5"]])
+    assert to_markdown(table) == ["| text | perplexity |", "| --- | ---: |", r"| a\|b\*\[c\] 'd' | 1.5 |"]
 
 
 @pytest.mark.parametrize(

@@ -2,32 +2,19 @@
 
 import pytest
 
-from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count
+from sleb_cli.units import format_bytes, format_change, format_count, parse_bytes, parse_count
 from sleb_plugins import UsageError
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("5GB", 5 * 10**9),
-        ("8GiB", 8 << 30),
-        ("512MiB", 1 << 29),
-        ("5Gi", 5 << 30),
-        ("2G", 2 * 10**9),
-        ("1.5kb", 1500),
-        ("1.5 GB", 1_500_000_000),
-        ("500 MB", 500_000_000),
-        ("7", 7),
+        ("5GB", 5 * 10**9), ("8GiB", 8 << 30), ("512MiB", 1 << 29), ("5Gi", 5 << 30), ("2G", 2 * 10**9),
+        ("1.5kb", 1500), ("1.5 GB", 1_500_000_000), ("500 MB", 500_000_000), ("7", 7),
     ],
-)
+)  # fmt: skip
 def test_sizes(text, count):
     assert parse_bytes(text, "--memory") == count
-
-
-@pytest.mark.parametrize("text", ["", "much", "0", "-1GB", "5XB", "GB", "3 apples", "5GB or so", "5i"])
-def test_what_is_no_size(text):
-    with pytest.raises(UsageError, match=r"--max-shard-size .*is not a size"):
-        parse_bytes(text, "--max-shard-size")
 
 
 @pytest.mark.parametrize(("text", "count"), [("1.2B", 1.2e9), ("600m", 6e8), ("70k", 7e4), ("135000000", 1.35e8)])
@@ -35,12 +22,20 @@ def test_numbers_of_parameters(text, count):
     assert parse_count(text, "--target-params") == count
 
 
-@pytest.mark.parametrize("text", ["", "B", "-1B", "0", "nan", "inf", "1.2GiB", "many"])
-def test_what_is_no_number_of_parameters(text):
-    with pytest.raises(UsageError, match=r"--target-params .*is not a number of parameters"):
-        parse_count(text, "--target-params")
+@pytest.mark.parametrize(
+    ("parse", "what", "texts"),
+    [
+        (parse_bytes, "size", ["", "much", "0", "-1GB", "5XB", "GB", "3 apples", "5GB or so", "5i"]),
+        (parse_count, "number of parameters", ["", "B", "-1B", "0", "nan", "inf", "1.2GiB", "many"]),
+    ],
+)
+def test_what_is_no_quantity(parse, what, texts):
+    for text in texts:
+        with pytest.raises(UsageError, match=rf"--option .*is not a {what}"):
+            parse(text, "--option")
 
 
 def test_what_people_read():
     assert [format_count(n) for n in (512, 134_515_008, 1_190_000_000)] == ["512", "134.5M", "1.19B"]
     assert [format_bytes(n) for n in (12, 1500, 98_362_432, 2.38e9)] == ["12 B", "1.5 kB", "98.4 MB", "2.38 GB"]
+    assert [format_change(share) for share in (0.39, -0.021, 13.3)] == ["+39.0%", "-2.1%", "14.3x"]

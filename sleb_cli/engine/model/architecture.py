@@ -224,12 +224,13 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     skeleton = _skeleton(config, source)
     if adapter is None:
         adapter = _read_structure(config, skeleton)
-        notify(
-            Notice(
-                f"No family claims {config.model_type}; found its {text.num_hidden_layers} blocks by structure, "
-                f"at {adapter.blocks_path}."
+        if config.model_type not in CONFIG_MAPPING:
+            notify(
+                Notice(
+                    f"sleb was never tested with {config.model_type}, which transformers does not know. "
+                    f"It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."
+                )
             )
-        )
     architecture = Architecture(source, config, adapter, skeleton)
     count = _configured_count(text, adapter)
     if count != architecture.block_count:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import yaml
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.output.card_metadata import front_matter, with_results
-from sleb_cli.engine.output.card_results import (
-    Measured,
-    hub_results,
-    in_code,
-    in_markdown,
-    measured_in,
-    results_section,
-)
+from sleb_cli.engine.output.card_results import Measured, card_table, hub_results, measured_in, results_section
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, Warned, ignore
-from sleb_cli.plan import CHECKPOINT_PLAN, LossesRecord, Plan, RecoveryRecord, read_plan
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, read_plan
 from sleb_cli.records import Check, Proof, without_folders
+from sleb_cli.tables import search
+from sleb_cli.tables.table import in_markdown
 from sleb_cli.version import __version__
 from sleb_plugins import SlebError
 
@@ -36,9 +30,9 @@ def checkpoint_name(base: str, blocks: int) -> str:
 
 
 def update_card(folder: Path, notify: Notify = ignore) -> None:
-    """Bring the results in a checkpoint's card up to date with what it holds; a card that has no place for them stays.
+    """Update the results in a checkpoint's card, unless its author removed their place.
 
-    The listener is told if that is not possible: what was measured is kept anyway.
+    A card that cannot be updated is a warning: the results are kept anyway.
     """
     path = folder / CARD
     try:
@@ -56,7 +50,7 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
         return
     except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
         reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
-        notify(Warned(f"{path} is not brought up to date: {reason.rstrip('.')}."))
+        notify(Warned(f"Cannot update {path}: {reason.rstrip('.')}."))
 
 
 def _results(measured: Measured) -> str:
@@ -80,7 +74,7 @@ def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, 
         "",
         # The card may be published, so it does not show the path of a local folder.
         "- Base model: "
-        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else in_code(source.name)),
+        + (f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)),
         f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
         + ("no training" if recovery is None else "the others given new weights"),
@@ -100,17 +94,9 @@ def _search(subject: Subject) -> list[str]:
         return ["- The blocks were chosen by hand."]
     plan = subject.plan.published()
     return [
-        f"- Found by {plan.search.strategy} search: metric {in_markdown(plan.search.metric)}, calibrated on "
-        f"{in_markdown(str(plan.calibration))}, "
-        f"{plan.search.dtype} (`sleb_plan.json` has every score)",
-        "",
-        "| removed | perplexity on the calibration text |",
-        "|---|---|",
-        f"| none | {plan.dense.perplexity:.2f} |",
-        *(
-            f"| {', '.join(map(str, removals))} | {step.perplexity:.2f} |"
-            for removals, step in zip(plan.by_size, plan.steps, strict=True)
-        ),
+        f"- Found by {plan.search.strategy} search: metric {in_markdown(plan.search.metric)} (`{CHECKPOINT_PLAN}` has "
+        "every score)",
+        *card_table(search.steps(plan)),
     ]
 
 
@@ -119,19 +105,16 @@ def _sample_generation(plan: Plan | None) -> list[str]:
     sample = plan.sample_generation if plan else None
     if sample is None:
         return []
-    said = (
-        ("base model", sample.dense, sample.dense_repetition),
-        ("pruned", sample.pruned, sample.pruned_repetition),
-    )
-    warning = "**The pruned model repeats itself much more than the base model.** " if sample.is_repetitive else ""
+    said = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in search.said(sample)]
     return [
+        *(line for warning in search.collapse(sample) for line in ("", f"**{warning}**")),
         "",
-        f'{warning}At the end of the search, both models continued "{sample.prompt}" greedily as follows; "repeated" '
-        "is the share of runs of 4 tokens that occurred before:",
+        f'At the end of the search, both models continued "{sample.prompt}" greedily as follows; "repeated" is the '
+        "share of runs of 4 tokens that occurred before:",
         "",
         "```text",
         # Without backticks, so that no text can close the fence.
-        *(f"{name} ({share:.0%} repeated): {' '.join(text.split())}".replace("`", "'") for name, text, share in said),
+        *(line.replace("`", "'") for line in said),
         "```",
     ]
 
@@ -139,23 +122,12 @@ def _sample_generation(plan: Plan | None) -> list[str]:
 def _recovery(recovery: RecoveryRecord | None) -> list[str]:
     if recovery is None:
         return []
-    text, healed = recovery.text, recovery.heal
-
-    def row(what: str, losses: LossesRecord) -> str:
-        return f"| {what} | {math.exp(losses.loss):.2f} | {losses.divergence:.4f} |"
-
+    published = recovery.published()
     return [
         "",
-        f"The remaining blocks were given new weights on {in_markdown(text.title)} ({text.sequences} x "
-        f"{text.sequence_length} tokens), to bring the model closer to the base model. On "
-        f"{recovery.report_text.sequences} other sequences, which decided nothing, {recovery.summary}:",
-        "",
-        "| | perplexity | KL to the base model, nats per token |",
-        "|---|---|---|",
-        row("base model", recovery.dense),
-        row("pruned", recovery.pruned),
-        *([row("recovered in closed form", recovery.closed_form_losses)] if recovery.closed_form_losses else []),
-        *([row(f"healed: distilled for {healed.tokens} tokens", healed.losses)] if healed else []),
+        f"The remaining blocks were given new weights on {in_markdown(str(published.text))}, to bring the model closer "
+        "to the base model.",
+        *card_table(search.recovery(published)),
     ]
 
 

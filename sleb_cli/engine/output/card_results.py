@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from huggingface_hub import EvalResult as HubResult
 
-from sleb_cli.atomic import to_json
 from sleb_cli.canaries import CANARIES
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card_metadata import BY_US
@@ -24,10 +22,6 @@ from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
 from sleb_cli.results import (
     BenchResult,
     EvalResult,
-    Interval,
-    PrunedTaskScores,
-    PrunedTextScores,
-    PrunedTiming,
     TaskResult,
     TaskScores,
     TextResult,
@@ -35,7 +29,8 @@ from sleb_cli.results import (
     Timing,
     WorkloadResult,
 )
-from sleb_cli.units import format_perplexity
+from sleb_cli.tables import quality, speed
+from sleb_cli.tables.table import Table, in_markdown, to_markdown
 
 M = TypeVar("M", TextResult, TaskResult, WorkloadResult)
 S = TypeVar("S", TextScores, TaskScores, Timing)
@@ -49,14 +44,9 @@ HERE = "FOLDER"
 
 @dataclass(frozen=True)
 class Row(Generic[M, S]):
-    """One measurement of the checkpoint, in this data type on this kind of device, and the base model's beside it.
+    """One measurement of the checkpoint, and the base model's, which is missing if it was measured alone."""
 
-    `version` is that of sleb. The base model has none if the checkpoint was measured alone.
-    """
-
-    version: str
-    dtype: str
-    device: str
+    result: EvalResult | BenchResult
     measured: M
     base: S | None
     own: S
@@ -64,7 +54,12 @@ class Row(Generic[M, S]):
     @property
     def setting(self) -> str:
         """The data type and the device."""
-        return f"{self.dtype} on {self.device}"
+        return f"{self.result.dtype} on {self.result.device}"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options for the same data type and device."""
+        return ("--dtype", self.result.dtype, "--device", self.result.device)
 
 
 @dataclass(frozen=True)
@@ -74,10 +69,6 @@ class Measured:
     texts: Sequence[Row[TextResult, TextScores]] = ()
     tasks: Sequence[Row[TaskResult, TaskScores]] = ()
     workloads: Sequence[Row[WorkloadResult, Timing]] = ()
-    versions: Sequence[str] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.texts or self.tasks or self.workloads)
 
 
 def measured_in(folder: Path, plan: Plan | None, notify: Notify = ignore) -> Measured:
@@ -86,58 +77,45 @@ def measured_in(folder: Path, plan: Plan | None, notify: Notify = ignore) -> Mea
     Results of the plan are those of the weights as they were, so they say nothing of a recovered checkpoint. Results of
     itself count only while it has the weights that were measured.
     """
-    removed = None if plan is None or plan.recovery is not None else frozenset(plan.removals)
-    evaluations = [
-        *_of_plan(EvalResult, "eval", folder, plan, removed),
-        *_of_itself(EvalResult, "eval", folder, notify),
-    ]
-    benchmarks = [
-        *_of_plan(BenchResult, "bench", folder, plan, removed),
-        *_of_itself(BenchResult, "bench", folder, notify),
-    ]
-    texts = [row for result, size in evaluations for row in _rows(result, result.texts, size)]
-    tasks = [row for result, size in evaluations for row in _rows(result, result.tasks, size)]
-    workloads = [row for result, size in benchmarks for row in _rows(result, result.workloads, size)]
+    evaluations = [*_results(EvalResult, IN_CHECKPOINT["eval"], folder, plan, notify)]
+    benchmarks = [*_results(BenchResult, IN_CHECKPOINT["bench"], folder, plan, notify)]
+    texts = (row for result, size in evaluations for row in _rows(result, result.texts, size))
+    tasks = (row for result, size in evaluations for row in _rows(result, result.tasks, size))
+    workloads = (row for result, size in benchmarks for row in _rows(result, result.workloads, size))
     return Measured(
         _first(texts, lambda row: (public_name(row.measured.text), *row.measured.key[1:], row.setting)),
         _first(tasks, lambda row: (*row.measured.key, row.setting)),
         _first(workloads, lambda row: (*row.measured.workload.identity, row.setting)),
-        list(
-            dict.fromkeys([*(_versions(each) for each, _ in evaluations), *(_versions(each) for each, _ in benchmarks)])
-        ),
     )
 
 
-def _of_plan(
-    kind: type[R], name: Literal["eval", "bench"], folder: Path, plan: Plan | None, removed: frozenset[int] | None
-) -> list[tuple[R, frozenset[int] | None]]:
-    data = measured_of_plan(folder / CHECKPOINT_PLAN, plan, name, ignore) if plan and removed else None
-    return [(kind.model_validate_json(to_json(data)), removed)] if data else []
-
-
-def _of_itself(
-    kind: type[R], name: Literal["eval", "bench"], folder: Path, notify: Notify
-) -> list[tuple[R, frozenset[int] | None]]:
-    found = read_kept(kind, folder / IN_CHECKPOINT[name], notify)
-    if found is None:
-        return []
-    now = ModelSource(folder.name, folder, trust_remote_code=found.model.code is not None)
-    same = (found.model.fingerprint, found.model.code) == (now.fingerprint, now.code)
-    if isinstance(found, EvalResult) and found.behavior is not None:
-        same = same and found.behavior == now.behavior
-    return [(found, None)] if same else []
+def _results(
+    kind: type[R], own: str, folder: Path, plan: Plan | None, notify: Notify
+) -> Iterator[tuple[R, frozenset[int] | None]]:
+    """Yield the results of the plan with its removals, and those of the checkpoint as a model of its own."""
+    if plan is not None and plan.recovery is None and plan.removals:
+        of_plan = measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore)
+        if of_plan is not None:
+            yield of_plan, frozenset(plan.removals)
+    found = read_kept(kind, folder / own, notify)
+    if found is not None:
+        now = ModelSource(folder.name, folder, trust_remote_code=found.model.code is not None)
+        behavior = found.behavior if isinstance(found, EvalResult) else None
+        same = (found.model.fingerprint, found.model.code) == (now.fingerprint, now.code)
+        if same and behavior in (None, now.behavior):
+            yield found, None
 
 
 def _rows(
     result: EvalResult | BenchResult, measured: Iterable[M], removed: frozenset[int] | None
-) -> Iterable[Row[M, Any]]:
+) -> Iterator[Row[M, Any]]:
     """Yield what was measured of the base model without the `removed` blocks, or of the checkpoint as its own model."""
     for each in measured:
         if removed is None:
-            yield Row(result.sleb_version, result.dtype, result.device, each, None, each.dense)
+            yield Row(result, each, None, each.dense)
         for pruned in each.pruned:
             if frozenset(pruned.removals) == removed:
-                yield Row(result.sleb_version, result.dtype, result.device, each, each.dense, pruned)
+                yield Row(result, each, each.dense, pruned)
 
 
 def _first(rows: Iterable[Row[M, S]], key: Callable[[Row[M, S]], object]) -> list[Row[M, S]]:
@@ -146,10 +124,6 @@ def _first(rows: Iterable[Row[M, S]], key: Callable[[Row[M, S]], object]) -> lis
     for row in rows:
         found.setdefault(key(row), row)
     return list(found.values())
-
-
-def _versions(result: EvalResult | BenchResult) -> str:
-    return f"sleb {result.sleb_version}, torch {result.torch}, transformers {result.transformers}; {result.processor}"
 
 
 def hub_results(measured: Measured) -> list[HubResult]:
@@ -161,7 +135,8 @@ def _hub_text(row: Row[TextResult, TextScores]) -> HubResult:
     text = row.measured
     preset = EVALUATION_PRESETS.get(text.text)
     name = public_name(text.text)
-    path, config, split = [*(name.split(":") if _is_dataset(name) else [_NO_NAME.sub("-", name)]), "", ""][:3]
+    is_dataset = "/" in name.partition(":")[0]
+    path, config, split = [*(name.split(":") if is_dataset else [_NO_NAME.sub("-", name)]), "", ""][:3]
     return HubResult(
         task_type="text-generation",
         task_name="Text Generation",
@@ -170,203 +145,115 @@ def _hub_text(row: Row[TextResult, TextScores]) -> HubResult:
         dataset_config=(preset.config if preset else config) or None,
         dataset_split=(preset.split if preset else split) or None,
         metric_type="perplexity",
-        metric_name=f"perplexity, {_windows(text)}",
+        metric_name=f"perplexity, {quality.windows_of(text)}",
         metric_value=round(row.own.perplexity, 4),
-        metric_args={BY_US: row.version, "dtype": row.dtype, "bos": text.bos},
+        metric_args={BY_US: row.result.sleb_version, "dtype": row.result.dtype, "bos": text.bos},
     )
 
 
 def _hub_task(row: Row[TaskResult, TaskScores]) -> HubResult:
     task = row.measured
+    items = {"items": len(task.doc_ids)} if task.doc_ids else {}
     return HubResult(
         task_type="text-generation",
         task_name="Text Generation",
         dataset_type=_NO_NAME.sub("-", task.task),
         dataset_name=task.task,
         metric_type=task.metric,
-        metric_name=_metric(task),
+        metric_name=task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})",
         metric_value=round(row.own.value, 4),
         metric_args={
-            BY_US: row.version,
-            "dtype": row.dtype,
-            "num_fewshot": task.num_fewshot,
-            **({"items": len(task.doc_ids)} if task.doc_ids else {}),
+            BY_US: row.result.sleb_version, "dtype": row.result.dtype, "num_fewshot": task.num_fewshot, **items
         },
-    )
-
-
-def _is_dataset(text: str) -> bool:
-    return "/" in text.partition(":")[0]
-
-
-def _windows(text: TextResult) -> str:
-    stride = f", stride {text.stride}" if text.stride else ""
-    return f"{text.windows} windows of {text.sequence_length} tokens{stride}"
-
-
-def _metric(task: TaskResult) -> str:
-    return task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})"
+    )  # fmt: skip
 
 
 def results_section(measured: Measured) -> list[str]:
     """Return the lines of the card that show what was measured, and how to check it."""
-    if not measured:
+    rows: list[Row[Any, Any]] = [*measured.texts, *measured.tasks, *measured.workloads]
+    if not rows:
         return []
+    texts = _by_model(measured.texts, lambda text: f"{public_name(text.text)}, {quality.windows_of(text)}")
+    tasks = [(row.measured, *found) for row in measured.tasks for found in _by_model([row], quality.task_name)]
+    timed = _by_model(measured.workloads, lambda result: speed.workload_name(result.workload))
+    tables = [
+        quality.perplexities(texts),
+        quality.tasks(tasks),
+        speed.speeds(timed, rows[-1].result.model.blocks),
+    ]
+    made = dict.fromkeys(
+        (row.result.sleb_version, row.result.torch, row.result.transformers, row.result.processor) for row in rows
+    )
     return [
         "",
         "## Results",
-        *_table(
-            ("text", "windows", "in", "base model", "this model", "ln ratio"),
-            [
-                (
-                    in_markdown(public_name(row.measured.text)), _windows(row.measured), row.setting,
-                    format_perplexity(row.base.perplexity) if row.base else "",
-                    format_perplexity(row.own.perplexity), _log_ratio(row.own),
-                )
-                for row in measured.texts
-            ],
-            "Perplexity; the ratio of both is in nats per token, with its 95 % interval.",
-        ),
-        *_table(
-            ("task", "metric", "items", "in", "base model", "this model", "difference"),
-            [
-                (
-                    in_markdown(row.measured.task),
-                    f"{in_markdown(_metric(row.measured))}, {row.measured.num_fewshot}-shot",
-                    str(len(row.measured.doc_ids) or ""), row.setting, f"{row.base.value:.4f}" if row.base else "",
-                    f"{row.own.value:.4f}{_between(row.own.interval)}", _difference(row.own),
-                )
-                for row in measured.tasks
-            ],
-            "Tasks of lm-eval; brackets hold 95 % intervals, which for the difference are those of the same items.",
-        ),
-        *_table(
-            ("workload", "in", "base model", "this model", "speedup"),
-            [
-                (
-                    in_markdown(str(row.measured.workload)), f"{row.setting}{_engine(row.measured)}",
-                    _rate(row.base) if row.base else "", _rate(row.own), _speedup(row.own),
-                )
-                for row in measured.workloads
-            ],
-            "Tokens per second, from the median time; the speedup has a 95 % interval.",
-        ),
+        *(line for table in tables for line in card_table(table)),
         "",
-        *(f"Measured with {versions}." for versions in measured.versions),
-        *_reproduce(measured),
-    ]  # fmt: skip
+        *(f"Measured with sleb {sleb}, torch {torch}, transformers {hf}; {where}." for sleb, torch, hf, where in made),
+        "",
+        "## Reproduce",
+        "",
+        f"With this checkpoint in {HERE}:",
+        "",
+        "```bash",
+        *_commands(measured),
+        "```",
+    ]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> list[str]:
-    """Return a table in Markdown, without its empty columns; nothing without rows."""
-    if not rows:
+def card_table(table: Table) -> list[str]:
+    """Return the lines of a table under its title, with its notes; nothing without rows."""
+    if not table.rows:
         return []
-    shown = [number for number in range(len(columns)) if any(row[number] for row in rows)]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["", caption, "", *("| " + " | ".join(line[number] for number in shown) + " |" for line in lines)]
-
-
-def in_code(name: str) -> str:
-    """Return a name as code in Markdown, on one line."""
-    one_line = " ".join(name.split()).replace("`", "'")
-    return f"`{one_line}`"
-
-
-def in_markdown(name: str) -> str:
-    """Return a name on one line, so that Markdown shows it as it is, in a table, too."""
-    one_line = " ".join(name.split()).replace("`", "'")
-    return re.sub(r"([\\*\[\]<>|])", r"\\\1", one_line)
-
-
-def _between(interval: Interval | None, digits: int = 3) -> str:
-    return f" [{interval.low:.{digits}f}, {interval.high:.{digits}f}]" if interval else ""
-
-
-def _log_ratio(scores: TextScores) -> str:
-    return f"{scores.log_ratio:+.4f}{_between(scores.interval, 4)}" if isinstance(scores, PrunedTextScores) else ""
-
-
-def _difference(scores: TaskScores) -> str:
-    if not isinstance(scores, PrunedTaskScores):
-        return ""
-    return f"{scores.difference:+.4f}{_between(scores.difference_interval, 4)}"
-
-
-def _rate(timing: Timing) -> str:
-    return f"{timing.output_throughput or timing.total_token_throughput:,.1f}"
-
-
-def _speedup(timing: Timing) -> str:
-    return f"{timing.speedup:.2f}x{_between(timing.interval, 2)}" if isinstance(timing, PrunedTiming) else ""
-
-
-def _engine(measured: WorkloadResult) -> str:
-    engine = measured.workload.engine
-    return "" if engine == "transformers" else f", {engine} {measured.engine_version or ''}".rstrip()
-
-
-def _reproduce(measured: Measured) -> list[str]:
-    commands = [*_text_commands(measured.texts), *_task_commands(measured.tasks), *_bench_commands(measured.workloads)]
-    return ["", "## Reproduce", "", f"With this checkpoint in {HERE}:", "", "```bash", *commands, "```"]
-
-
-def _text_commands(rows: Sequence[Row[TextResult, TextScores]]) -> list[str]:
-    def options(row: Row[TextResult, TextScores]) -> list[str]:
-        text = row.measured
-        stride = ["--stride", str(text.stride)] if text.stride else []
-        bos = ["--bos"] if text.bos == "windows" else []
-        length = ["--sequence-length", str(text.sequence_length), "--max-windows", str(text.windows)]
-        return [*length, *stride, *bos, *_machine(row)]
-
     return [
-        _command(
-            "sleb", "eval", HERE, "--perplexity", ",".join(public_name(row.measured.text) for row in alike), *words
-        )
-        for words, alike in _alike(rows, options)
+        "",
+        f"**{table.title}**",
+        "",
+        *to_markdown(table),
+        *(line for note in table.notes for line in ("", in_markdown(note))),
     ]
 
 
-def _task_commands(rows: Sequence[Row[TaskResult, TaskScores]]) -> list[str]:
-    """Return a command for each setting: of lm-eval itself, or of sleb for tasks that lm-eval does not have."""
-
-    def options(row: Row[TaskResult, TaskScores]) -> list[str]:
-        task = row.measured
-        limit = ["--limit", str(len(task.doc_ids))] if task.doc_ids else []
-        if task.task in CANARIES:
-            return ["sleb", "eval", HERE, *_machine(row), *limit, "--tasks"]
-        model = ["--model", "hf", "--model_args", f"pretrained={HERE},dtype={row.dtype}", "--device", row.device]
-        return ["lm-eval", "run", *model, "--num_fewshot", str(task.num_fewshot), *limit, "--tasks"]
-
-    return [
-        _command(*words, ",".join(dict.fromkeys(row.measured.task for row in alike)))
-        for words, alike in _alike(rows, options)
-    ]
+def _by_model(rows: Iterable[Row[M, S]], name: Callable[[M], str]) -> Iterator[tuple[str, str, S]]:
+    """Yield the scores of both models, with the names of what was measured and of the model."""
+    for row in rows:
+        label = f"{name(row.measured)}, {row.setting}"
+        if row.base is not None:
+            yield label, "base model", row.base
+        yield label, "this model", row.own
 
 
-def _bench_commands(rows: Sequence[Row[WorkloadResult, Timing]]) -> list[str]:
-    def options(row: Row[WorkloadResult, Timing]) -> list[str]:
-        workload = row.measured.workload
-        engine = [] if workload.engine == "transformers" else ["--engine", workload.engine]
-        new = ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []
-        sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length), *new]
-        flags = {"--compile": workload.compiled, "--static-cache": workload.static_cache}
-        given = [flag for flag, is_set in flags.items() if is_set]
-        return [f"--{workload.name}", *sizes, *engine, *given, *_machine(row)]
-
-    return [_command("sleb", "bench", HERE, *words) for words, _ in _alike(rows, options)]
+def _commands(measured: Measured) -> list[str]:
+    """Return a command for each setting: of lm-eval itself for its own tasks, else of sleb."""
+    commands: dict[tuple[str, ...], dict[str, None]] = {}
+    for words, name in (*map(_eval, measured.texts), *map(_task, measured.tasks), *map(_bench, measured.workloads)):
+        commands.setdefault(words, {})[name] = None
+    return [shlex.join([*words, *filter(None, [",".join(names)])]) for words, names in commands.items()]
 
 
-def _machine(row: Row[Any, Any]) -> list[str]:
-    return ["--dtype", row.dtype, "--device", row.device]
+def _eval(row: Row[TextResult, TextScores]) -> tuple[tuple[str, ...], str]:
+    """Return a command but for the last word, and that: the text."""
+    text = row.measured
+    stride = ("--stride", str(text.stride)) if text.stride else ()
+    bos = ("--bos",) if text.bos == "windows" else ()
+    length = ("--sequence-length", str(text.sequence_length), "--max-windows", str(text.windows))
+    return ("sleb", "eval", HERE, *length, *stride, *bos, *row.options, "--perplexity"), public_name(text.text)
 
 
-def _alike(
-    rows: Sequence[Row[M, S]], options: Callable[[Row[M, S]], list[str]]
-) -> list[tuple[list[str], list[Row[M, S]]]]:
-    """Return the rows by the options of the command that measures them."""
-    ordered = sorted(rows, key=options)
-    return [(words, list(alike)) for words, alike in groupby(ordered, key=options)]
+def _task(row: Row[TaskResult, TaskScores]) -> tuple[tuple[str, ...], str]:
+    task, result = row.measured, row.result
+    limit = ("--limit", str(len(task.doc_ids))) if task.doc_ids else ()
+    if task.task in CANARIES:
+        return ("sleb", "eval", HERE, *row.options, *limit, "--tasks"), task.task
+    model = ("--model", "hf", "--model_args", f"pretrained={HERE},dtype={result.dtype}", "--device", result.device)
+    return ("lm-eval", "run", *model, "--num_fewshot", str(task.num_fewshot), *limit, "--tasks"), task.task
 
 
-def _command(*words: str) -> str:
-    return shlex.join(words)
+def _bench(row: Row[WorkloadResult, Timing]) -> tuple[tuple[str, ...], str]:
+    workload = row.measured.workload
+    engine = () if workload.engine == "transformers" else ("--engine", workload.engine)
+    new = ("--new-tokens", str(workload.new_tokens)) if workload.new_tokens else ()
+    sizes = ("--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length), *new)
+    flags = {"--compile": workload.compiled, "--static-cache": workload.static_cache}
+    given = (flag for flag, is_set in flags.items() if is_set)
+    return ("sleb", "bench", HERE, f"--{workload.name}", *sizes, *engine, *given, *row.options), ""

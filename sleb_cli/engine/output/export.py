@@ -94,11 +94,13 @@ def _pruning_of_plan(request: ExportRequest, to: str, notify: Notify) -> Pruning
 
 def _measured(file: Path, plan: Plan, notify: Notify) -> dict[str, Any]:
     """Return the fields for the plan and what was measured of it, all fit to be published."""
+    evaluation = measured_of_plan(EvalResult, file, plan, notify)
+    benchmark = measured_of_plan(BenchResult, file, plan, notify)
     return {
         "plan_file": file,
         "plan": plan.published().to_data(),
-        "evaluation": measured_of_plan(file, plan, "eval", notify),
-        "benchmark": measured_of_plan(file, plan, "bench", notify),
+        "evaluation": evaluation and evaluation.to_data(),
+        "benchmark": benchmark and benchmark.to_data(),
     }
 
 

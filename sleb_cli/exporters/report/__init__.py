@@ -1,6 +1,5 @@
 """A report that a person can look at, and its pictures."""
 
-from sleb_cli.exporters.report.figures import Figures
-from sleb_cli.exporters.report.report import Report
+from sleb_cli.exporters.report.report import Figures, Report
 
 __all__ = ["Figures", "Report"]

@@ -2,247 +2,181 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from sleb_cli.exporters.findings import (
-    Data,
-    Estimate,
-    Findings,
-    estimate,
-    of_size,
-    perplexity_change,
-    workload_label,
-)
-from sleb_cli.exporters.headline import speedup
+from sleb_cli.exporters.findings import Estimate, Findings
 from sleb_cli.exporters.report.drawing import (
     DENSE,
     GREEN,
     INK,
     MARKERS,
     MUTED,
-    PAPER,
     PRUNED,
     PURPLE,
     SERIES,
-    Canvas,
     Plot,
-    set_logarithmic,
-    style_legend,
+    errors,
+    plain_ticks,
     whole_ticks,
 )
-from sleb_cli.units import format_share, plural
+from sleb_cli.results import PrunedTaskScores, TaskResult, WorkloadResult
+from sleb_cli.tables import quality
+from sleb_cli.tables.speed import workload_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MOST_TASKS = 24
 _MOST_TEXTS = 4
 _MOST_LABELS = 8
 _TITLE = 32
 """Characters of a panel's title in a line, where three stand side by side."""
+_LARGE_CHANGE = 300
 
-Line = tuple[str, list[tuple[int, Estimate]]]
+Line = tuple[str, dict[int, Estimate]]
 """A name, and a value for each number of removed blocks."""
+
+
+def perplexity_lines(findings: Findings) -> list[Line]:
+    """Return the change of perplexity of each text by the number of removed blocks."""
+    return [
+        (name, {len(scores.removals): quality.perplexity_change(scores) for scores in text.pruned})
+        for name, text in list(zip(findings.text_names, findings.texts, strict=True))[:_MOST_TEXTS]
+        if text.pruned
+    ]
 
 
 def pareto_plots(findings: Findings) -> Iterator[Plot]:
     """Yield quality against measured speed, for each kind of workload."""
-    kinds = _kinds_of_quality(findings)
+    kept = {len(size): value for size in findings.plan.by_size if (value := findings.retention(size))}
+    kinds = {"perplexity": perplexity_lines(findings), "accuracy": [("accuracy", kept)]}
     for result in findings.main_workloads:
-        speeds = {size: speedup(entry) for size in findings.by_size if (entry := of_size(result, size))}
-        shown = {kind: [_at(line, {len(size) for size in speeds}) for line in lines] for kind, lines in kinds.items()}
-        shown = {kind: [line for line in lines if line[1]] for kind, lines in shown.items()}
-        shown = {kind: lines for kind, lines in shown.items() if lines}
+        speeds: dict[int, Estimate] = {len(each.removals): (each.speedup, each.interval) for each in result.pruned}
+        shown = {kind: lines for kind, lines in kinds.items() if any(speeds.keys() & values for _, values in lines)}
         if shown:
-            yield _pareto(findings, result, {len(size): value for size, value in speeds.items()}, shown)
+            yield _pareto(result, speeds, shown)
 
 
-def _at(line: Line, counts: set[int]) -> Line:
-    return line[0], [(count, value) for count, value in line[1] if count in counts]
+def _pareto(result: WorkloadResult, speeds: dict[int, Estimate], kinds: dict[str, list[Line]]) -> Plot:
+    name = result.workload.name
 
-
-def _kinds_of_quality(findings: Findings) -> dict[str, list[Line]]:
-    """Return the kinds of quality that were measured, each with its lines over sizes."""
-    kept = [(len(size), value) for size in findings.by_size if (value := findings.retention(size))]
-    return {"perplexity": _perplexity_lines(findings), "accuracy": [("accuracy", kept)] if kept else []}
-
-
-def _perplexity_lines(findings: Findings) -> list[Line]:
-    return [
-        (
-            findings.text_name(text),
-            [(len(size), perplexity_change(entry)) for size in findings.by_size if (entry := of_size(text, size))],
-        )
-        for text in findings.texts[:_MOST_TEXTS]
-    ]
-
-
-_NAMES = {"generation": "Generation", "prompt": "Prompt processing"}
-_AXES = {"perplexity": "change of perplexity, %", "accuracy": "accuracy kept, %"}
-
-
-def _pareto(findings: Findings, result: Data, speeds: dict[int, Estimate], kinds: dict[str, list[Line]]) -> Plot:
-    name = result["workload"]["name"]
-    points = [
-        f"{plural(count, 'block')} removed: {speeds[count].value:.2f} times as fast, "
-        + ", ".join(
-            f"{line} {format_share(value.value, signed=kind == 'perplexity')}"
-            for kind, lines in kinds.items()
-            for line, values in lines
-            for at, value in values
-            if at == count
-        )
-        for count in speeds
-    ]
-
-    def draw(canvas: Canvas) -> None:
-        for axis, (kind, lines) in zip(canvas.panels(len(kinds), 290), kinds.items(), strict=True):
+    def draw(figure: Figure) -> None:
+        (axes,) = figure.subplots(1, len(kinds), squeeze=False)
+        for axis, (kind, lines) in zip(axes, kinds.items(), strict=True):
             _draw_pareto(axis, kind, lines, speeds)
-            axis.set_xlabel(f"speed-up, {workload_label(result['workload'])}")
+            axis.set_xlabel(f"speedup, {workload_name(result.workload)}")
 
     return Plot(
         f"quality-and-speed-{name}",
-        f"{_NAMES[name]}: quality against measured speed",
-        f"{'. '.join(points)}. Bars are 95 % intervals.",
+        f"{'Generation' if name == 'generation' else 'Prompt processing'}: quality against measured speed",
+        "Each point is a size, named by the blocks removed; bars are 95% intervals.",
+        290,
         draw,
     )
 
 
 def _draw_pareto(axis: Axes, kind: str, lines: list[Line], speeds: dict[int, Estimate]) -> None:
-    start = 0.0 if kind == "perplexity" else 100.0
+    is_change = kind == "perplexity"
+    start = 0.0 if is_change else 100.0
     for number, (name, values) in enumerate(lines):
-        colour, marker = SERIES[number % len(SERIES)], MARKERS[number % len(MARKERS)]
-        across = [1.0, *(speeds[count].value for count, _ in values)]
-        up = [start, *(100 * value.value for _, value in values)]
-        axis.plot(across, up, "-", color=colour, linewidth=1.2, alpha=0.6)
+        counts = [count for count in values if count in speeds]
+        gains, changes = [speeds[count] for count in counts], [values[count] for count in counts]
+        across, up = [gain for gain, _ in gains], [100 * change for change, _ in changes]
+        axis.plot([1.0, *across], [start, *up], "-", color=SERIES[number], linewidth=1.2, alpha=0.6)
         axis.errorbar(
-            across[1:], up[1:], color=colour, marker=marker, linestyle="", capsize=2.5, elinewidth=1.2, label=name,
-            xerr=_errors([speeds[count] for count, _ in values], 1), yerr=_errors([value for _, value in values], 100),
+            across, up, yerr=errors(changes, 100), xerr=errors(gains, 1), color=SERIES[number],
+            marker=MARKERS[number], linestyle="", capsize=2.5, elinewidth=1.2, label=name,
         )  # fmt: skip
         if number == 0:
-            points = list(zip((count for count, _ in values), across[1:], up[1:], strict=True))
+            points = list(zip(counts, across, up, strict=True))
             for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS)]:
                 # On the outer side of the curve, where no line runs.
-                place = (7, -13) if kind == "perplexity" else (7, 6)
+                place = (7, -13) if is_change else (7, 6)
                 axis.annotate(f"−{count}", (x, y), place, textcoords="offset points", fontsize=10)
     axis.plot([1.0], [start], "*", color=INK, markersize=11, label="dense")
-    axis.set_ylabel(_AXES[kind])
+    axis.set_ylabel("change of perplexity, %" if is_change else "accuracy kept, %")
     axis.margins(0.1)
-    if kind == "perplexity":
+    if is_change:
         _spread_large_changes(axis, lines)
     axis.grid()
-    style_legend(axis, loc="upper left" if kind == "perplexity" else "lower left")
-
-
-def _errors(values: Sequence[Estimate], scale: float) -> list[list[float]]:
-    return [[scale * value.errors[side] for value in values] for side in (0, 1)]
+    axis.legend(loc="upper left" if is_change else "lower left")
 
 
 def text_plots(findings: Findings) -> Iterator[Plot]:
     """Yield the change of perplexity and the divergence by size."""
-    lines = [line for line in _perplexity_lines(findings) if line[1]]
+    lines = perplexity_lines(findings)
     if not lines:
         return
-    if any(len(values) > 1 for _, values in lines):
-        words = [
-            f"{name}: "
-            + ", ".join(f"{format_share(value.value, signed=True)} with {at} removed" for at, value in values)
-            for name, values in lines
-        ]
-        yield Plot(
-            "perplexity",
-            "Change of perplexity over blocks removed",
-            f"{'; '.join(words)}. Bars are 95 % intervals of the paired difference.",
-            lambda canvas: _draw_lines(canvas, lines),
-        )
-    texts = [text for text in findings.texts if any(of_size(text, size) for size in findings.by_size)]
+    scored = list(quality.texts_by_model(findings.texts, findings.text_names))
+    title = "Perplexity on text that was not searched on" if findings.is_independent else "Perplexity on text"
+    yield Plot(
+        "perplexity",
+        "Change of perplexity over blocks removed",
+        "Both models read the same tokens, so bars are 95% intervals of the paired difference.",
+        260,
+        lambda figure: _draw_lines(figure, lines),
+        quality.perplexities(scored, title),
+    )
     yield Plot(
         "divergence",
         "Divergence from the dense model",
-        _describe_divergence(findings, texts),
-        _divergence(findings, texts),
+        "How far predictions moved from the dense model's, at half, 90% and 99% of the positions.",
+        260,
+        lambda figure: _draw_divergence(figure, findings),
+        quality.divergences(scored),
     )
 
 
-def _draw_lines(canvas: Canvas, lines: list[Line]) -> None:
-    canvas.height(260)
-    axis = canvas.figure.add_subplot()
+def _draw_lines(figure: Figure, lines: list[Line]) -> None:
+    axis = figure.add_subplot()
     for number, (name, values) in enumerate(lines):
-        counts, estimates = [0, *(at for at, _ in values)], [Estimate(0.0, 0.0, 0.0), *(value for _, value in values)]
+        estimates = [(0.0, None), *values.values()]
         axis.errorbar(
-            counts, [100 * value.value for value in estimates], yerr=_errors(estimates, 100), capsize=2.5,
+            [0, *values], [100 * value for value, _ in estimates], yerr=errors(estimates, 100), capsize=2.5,
             color=SERIES[number], marker=MARKERS[number], label=name, elinewidth=1.2,
         )  # fmt: skip
-    axis.set(xlabel="blocks removed", ylabel=_AXES["perplexity"])
-    whole_ticks(axis, range(0, max(at for _, values in lines for at, _ in values) + 1), 8 if canvas.narrow else 20)
+    axis.set(xlabel="blocks removed", ylabel="change of perplexity, %")
+    whole_ticks(axis, range(max(at for _, values in lines for at in values) + 1))
     _spread_large_changes(axis, lines)
     axis.grid()
-    style_legend(axis, loc="upper left")
+    axis.legend(loc="upper left")
 
 
 def _spread_large_changes(axis: Axes, lines: list[Line]) -> None:
-    """Use a logarithmic axis of the perplexity itself where some sizes are several times worse than others."""
-    import numpy as np
-
-    most = 100 * max(value.value for _, values in lines for _, value in values)
-    if most < _LARGE_CHANGE:
-        return
-    axis.set_yscale(
-        "function",
-        functions=(
-            lambda change: np.log(np.maximum(1 + np.asarray(change, float) / 100, 1e-6)),
-            lambda log: 100 * np.expm1(np.asarray(log, float)),
-        ),
-    )
-    axis.set_ylim(-12, 1.2 * most)
-    ticks = [0, 20, 50, *(step * 10**decade for decade in range(2, 12) for step in (1, 2, 5))]
-    shown = [tick for tick in ticks if tick <= most]
-    axis.set_yticks(shown[:: -(-len(shown) // 10)])
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    """Use a logarithmic axis where some sizes are several times worse than others."""
+    most = 100 * max(value for _, values in lines for value, _ in values.values())
+    if most >= _LARGE_CHANGE:
+        axis.set_yscale("symlog", linthresh=100)
+        axis.set_ylim(bottom=-20)
+        axis.yaxis.set_major_formatter("{x:,.0f}")
 
 
-_LARGE_CHANGE = 300
-_SHARES = (
-    ("median", "median", "^", GREEN),
-    ("mean", "mean", "o", PRUNED),
-    ("p90", "90 %", "s", DENSE),
-    ("p99", "99 %", "D", PURPLE),
-)
-
-
-def _divergence(findings: Findings, texts: list[Data]) -> Callable[[Canvas], None]:
-    def draw(canvas: Canvas) -> None:
-        shown = texts[: 4 if canvas.narrow else 3]
-        for axis, text in zip(canvas.panels(len(shown), 260), shown, strict=True):
-            entries = [entry for size in findings.by_size if (entry := of_size(text, size))]
-            counts = [len(entry["removals"]) for entry in entries]
-            for key, label, marker, colour in _SHARES:
-                values = [max(entry["divergence"][key], 1e-6) for entry in entries]
-                axis.plot(counts, values, marker=marker, color=colour, label=label, linewidth=1.2)
-            axis.set(
-                xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(findings.text_name(text), _TITLE)
-            )
-            set_logarithmic(axis)
-            axis.set_xticks(counts if len(counts) < 12 else counts[:: -(-len(counts) // 10)])
-            axis.margins(x=0.15)
-            axis.grid(axis="y")
-        style_legend(canvas.figure.axes[0], columns=2, loc="best")
-
-    return draw
-
-
-def _describe_divergence(findings: Findings, texts: list[Data]) -> str:
-    words = []
-    for text in texts:
-        if entry := of_size(text, findings.removals):
-            kl = entry["divergence"]
-            words.append(
-                f"{findings.text_name(text)}: median {kl['median']:.3g}, mean {kl['mean']:.3g}, 90 % {kl['p90']:.3g}, "
-                f"99 % {kl['p99']:.3g} nats; the same first choice at {format_share(kl['same_top'])} of the positions"
-            )
-    return f"With {plural(len(findings.removals), 'block')} removed, on {'; '.join(words)}." if words else ""
+def _draw_divergence(figure: Figure, findings: Findings) -> None:
+    shown = [found for found in zip(findings.text_names, findings.texts, strict=True) if found[1].pruned][:3]
+    (axes,) = figure.subplots(1, len(shown), squeeze=False)
+    for axis, (name, text) in zip(axes, shown, strict=True):
+        counts = [len(entry.removals) for entry in text.pruned]
+        kls = [entry.divergence for entry in text.pruned]
+        for label, marker, colour, values in (
+            ("median", "^", GREEN, [kl.median for kl in kls]),
+            ("mean", "o", PRUNED, [kl.mean for kl in kls]),
+            ("90%", "s", DENSE, [kl.p90 for kl in kls]),
+            ("99%", "D", PURPLE, [kl.p99 for kl in kls]),
+        ):
+            above = [max(value, 1e-6) for value in values]
+            axis.plot(counts, above, marker=marker, color=colour, label=label, linewidth=1.2)
+        axis.set(xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(name, _TITLE))
+        axis.set_yscale("log")
+        ticks = plain_ticks(*axis.get_ylim())
+        axis.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axis.yaxis.minorticks_off()
+        axis.set_xticks(counts if len(counts) < 12 else counts[:: -(-len(counts) // 10)])
+        axis.margins(x=0.15)
+        axis.grid(axis="y")
+    axes[0].legend(ncols=2, loc="best")
 
 
 def task_plots(findings: Findings) -> Iterator[Plot]:
@@ -250,77 +184,64 @@ def task_plots(findings: Findings) -> Iterator[Plot]:
     tasks = findings.main_tasks[:_MOST_TASKS]
     if not tasks:
         return
-    entries = [entry for task in tasks if (entry := of_size(task, findings.removals))]
-    words = [
-        f"{task['task']}: {100 * task['dense']['value']:.1f} dense, {100 * entry['value']:.1f} pruned"
-        for task, entry in zip(tasks, entries, strict=True)
-    ]
     yield Plot(
         "tasks",
         "Tasks, dense and pruned",
-        f"In percent, {'; '.join(words)}. Bars end in 95 % intervals.",
-        lambda canvas: _draw_bars(canvas, tasks, entries),
+        "Bars end in 95% intervals of each accuracy.",
+        80 + 40 * len(tasks),
+        lambda figure: _draw_bars(figure, tasks),
     )
-    words = [
-        f"{task['task']}: {100 * entry['difference']:+.1f} points{_flips(entry)}"
-        for task, entry in zip(tasks, entries, strict=True)
-    ]
     yield Plot(
         "differences",
         "Paired differences on the same items",
-        f"{'; '.join(words)}. Bars are 95 % intervals.",
-        lambda canvas: _draw_differences(canvas, tasks, entries),
+        "Both models answer the same items: lost ones went from right to wrong, gained ones the other way.",
+        60 + 36 * len(tasks),
+        lambda figure: _draw_differences(figure, tasks),
+        quality.tasks(quality.tasks_by_model(findings.tasks)),
     )
 
 
-def _flips(entry: Data) -> str:
-    return "" if entry["lost"] is None else f", {entry['lost']} lost and {entry['gained']} gained"
+def _flips(entry: PrunedTaskScores, before: str) -> str:
+    return "" if entry.lost is None else f"{before}{entry.lost} lost, {entry.gained} gained"
 
 
-def _draw_bars(canvas: Canvas, tasks: list[Data], entries: list[Data]) -> None:
-    canvas.height(80 + 40 * len(tasks))
-    axis = canvas.figure.add_subplot()
-    for offset, label, colour, hatch, models in (
-        (-0.19, "dense", DENSE, "", [task["dense"] for task in tasks]),
-        (0.19, "pruned", PRUNED, "////", entries),
-    ):
-        values = [estimate(model["value"], model["interval"]) for model in models]
-        axis.barh(
-            [row + offset for row in range(len(tasks))], [100 * value.value for value in values], 0.36, color=colour,
-            label=label, hatch=hatch, edgecolor=PAPER, linewidth=0, xerr=_errors(values, 100),
-            error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5},
-        )  # fmt: skip
-    axis.set_yticks(range(len(tasks)), [_label(task) for task in tasks])
-    axis.set(xlabel="%", xlim=(0, 100), ylim=(len(tasks) - 0.45, -0.55))
+def _name_rows(axis: Axes, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> None:
+    labels = [fill(f"{task.task}\n{task.metric}", 24, max_lines=2, replace_whitespace=False) for task, _ in tasks]
+    axis.set_yticks(range(len(tasks)), labels)
+    axis.set_ylim(len(tasks) - 0.45, -0.55)
     axis.tick_params(axis="y", length=0)
     axis.grid(axis="x")
-    canvas.figure.legend(loc="outside upper left", ncols=2)
 
 
-def _label(task: Data) -> str:
-    name = task["task"]
-    return f"{name}\n{task['metric']}" if len(name) < 24 else f"{name[:23]}…\n{task['metric']}"
+def _draw_bars(figure: Figure, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> None:
+    axis = figure.add_subplot()
+    for offset, label, colour, hatch, models in (
+        (-0.19, "dense", DENSE, "", [task.dense for task, _ in tasks]),
+        (0.19, "pruned", PRUNED, "////", [entry for _, entry in tasks]),
+    ):
+        values = [(model.value, model.interval) for model in models]
+        axis.barh(
+            [row + offset for row in range(len(tasks))], [100 * value for value, _ in values], 0.36, color=colour,
+            label=label, hatch=hatch, edgecolor="white", linewidth=0, xerr=errors(values, 100),
+            error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5},
+        )  # fmt: skip
+    axis.set(xlabel="%", xlim=(0, 100))
+    _name_rows(axis, tasks)
+    figure.legend(loc="outside upper left", ncols=2)
 
 
-def _draw_differences(canvas: Canvas, tasks: list[Data], entries: list[Data]) -> None:
-    canvas.height(60 + 36 * len(tasks))
-    axis = canvas.figure.add_subplot()
-    values = [estimate(entry["difference"], entry["difference_interval"]) for entry in entries]
+def _draw_differences(figure: Figure, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> None:
+    axis = figure.add_subplot()
+    values = [(entry.difference, entry.difference_interval) for _, entry in tasks]
     rows = range(len(tasks))
     axis.axvline(0, color=INK, linewidth=1)
     axis.errorbar(
-        [100 * value.value for value in values], rows, xerr=_errors(values, 100), linestyle="", marker="o", capsize=3,
+        [100 * value for value, _ in values], rows, xerr=errors(values, 100), linestyle="", marker="o", capsize=3,
         color=PRUNED, elinewidth=1.6,
     )  # fmt: skip
-    axis.set_yticks(rows, [_label(task) for task in tasks])
-    axis.set(xlabel="pruned − dense, points", ylim=(len(tasks) - 0.45, -0.55))
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x")
-    if any(entry["lost"] is not None for entry in entries):
-        right = axis.secondary_yaxis("right")
-        flips = [
-            "" if entry["lost"] is None else f"{entry['lost']} lost\n{entry['gained']} gained" for entry in entries
-        ]
-        right.set_yticks(rows, flips, fontsize=9.5)
-        right.tick_params(length=0, labelcolor=MUTED)
-        right.spines["right"].set_visible(False)
+    axis.set_xlabel("pruned − dense, points")
+    _name_rows(axis, tasks)
+    right = axis.secondary_yaxis("right")
+    right.set_yticks(rows, [_flips(entry, "") for _, entry in tasks], fontsize=9.5)
+    right.tick_params(length=0, labelcolor=MUTED)
+    right.spines["right"].set_visible(False)

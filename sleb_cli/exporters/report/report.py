@@ -8,11 +8,17 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from sleb_cli.exporters.findings import Estimate, Findings, gap_lines, of_size, perplexity_change, workload_label
-from sleb_cli.exporters.headline import between, sentences, speedup, warnings
-from sleb_cli.exporters.report.drawing import NARROW, WIDE, Inlined, missing_extra, need_matplotlib
-from sleb_cli.exporters.report.sections import plots_of, sections
+from sleb_cli.exporters.findings import Findings, gap_lines, read_findings
+from sleb_cli.exporters.headline import sentences, warnings
+from sleb_cli.exporters.report.drawing import need_extra, picture
+from sleb_cli.exporters.report.sections import flips, plots_of, sections
+from sleb_cli.exporters.reproduce import commands, on_lines
+from sleb_cli.tables.quality import perplexity_change
+from sleb_cli.tables.search import said
+from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.table import between
 from sleb_cli.units import format_change, format_count, format_perplexity, format_share, plural
 from sleb_plugins.exporter import ArtifactWriter, FileExporter, Pruning
 
@@ -35,88 +41,84 @@ class Report(FileExporter):
         Raises:
             MachineError: the extra `report` is not installed.
         """
-        findings = Findings(pruning)
-        page = render_report(findings)
+        need_extra()
+        page = _render(read_findings(pruning), pruning)
         file = writer.write_file(page.encode(), output, ".report.html")
         return [*gap_lines(pruning), f"look at it: {file.resolve().as_uri()}"]
 
 
-def render_report(findings: Findings) -> str:
-    """Return the page as HTML.
+class Figures(FileExporter):
+    """A folder with every picture of the report as SVG and PNG, for papers and slides."""
 
-    Raises:
-        MachineError: the extra `report` is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        missing_extra("jinja2", error)
-    need_matplotlib()
+    name = "figures"
+    description = "the report's pictures, as SVG and PNG"
+    needs_model = False
+
+    def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
+        """Write the folder.
+
+        Raises:
+            MachineError: the extra `report` is not installed.
+        """
+        need_extra()
+        plots = plots_of(sections(read_findings(pruning)))
+        pictures = {f"{plot.name}.{kind}": picture(plot, kind) for plot in plots for kind in ("svg", "png")}
+        writer.write_folder(pictures, output, ".figures")
+        return [f"{plural(len(plots), 'picture')}: {', '.join(plot.name for plot in plots)}", *gap_lines(pruning)]
+
+
+def _render(findings: Findings, pruning: Pruning) -> str:
+    import jinja2
+
     place = files("sleb_cli.exporters.report")
     texts = {name: (place / name).read_text(encoding="utf-8") for name in ("page.html.j2", "style.css", "script.js")}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader({"page": texts["page.html.j2"]}),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["typeset"] = typeset
-    parts, inlined = sections(findings), Inlined()
-    pictures = {
-        (plot.name, width): inlined.svg(plot, width, title_id=f"{plot.name}-title")
-        for plot in plots_of(parts)
-        for width in (WIDE, NARROW)
-    }
-    page: str = environment.get_template("page").render(
+    parts, sample = sections(findings), findings.plan.sample_generation
+    page: str = environment.from_string(texts["page.html.j2"]).render(
+        plan=findings.plan,
         findings=findings,
         cards=cards(findings),
         sentences=sentences(findings),
         warnings=warnings(findings),
         sections=parts,
-        pictures=pictures,
-        style=texts["style.css"] + inlined.css,
+        # Shorter than in base64; what has a meaning in an attribute or an address is escaped.
+        pictures={plot.name: quote(picture(plot, "svg"), safe=" !$()*+,/:;=?@[]^{|}~") for plot in plots_of(parts)},
+        said=said(sample) if sample else [],
+        flips=flips(findings),
+        commands="\n".join(map(on_lines, commands(findings))),
+        style=texts["style.css"],
         script=texts["script.js"],
-        wide=WIDE,
-        narrow=NARROW,
-        data=embedded(findings.pruning),
+        data=embedded(pruning),
     )
     return page
 
 
 def typeset(text: str) -> str:
-    """Return numbers as printers set them: with a minus sign, and never parted from their per cent."""
-    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text).replace(" %", "\N{NO-BREAK SPACE}%")
+    """Return numbers as printers set them: with a minus sign."""
+    return re.sub(r"(?<!\w)-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def cards(findings: Findings) -> list[tuple[str, str, str]]:
     """Return the few numbers to remember: what, how much, and beside what."""
-    kept = findings.blocks - len(findings.removals)
-    found = [("blocks", f"{kept} of {findings.blocks}", f"{len(findings.removals)} removed")]
-    dense, pruned = findings.size(()), findings.size(findings.removals)
-    if dense and pruned:
-        change = pruned["parameters"] / dense["parameters"] - 1
-        found.append(("parameters", format_count(pruned["parameters"]), format_share(change, signed=True)))
+    count, blocks = len(findings.plan.removals), findings.plan.model.blocks
+    found = [("blocks", f"{blocks - count} of {blocks}", f"{count} removed")]
+    if findings.sizes:
+        dense, pruned = (size.parameters for size in findings.sizes)
+        found.append(("parameters", format_count(pruned), format_share(pruned / dense - 1, signed=True)))
     for result in findings.main_workloads:
-        if entry := of_size(result, findings.removals):
-            measured = speedup(entry)
-            name = f"{workload_label(result['workload'])}, times as fast"
-            found.append((name, f"{measured.value:.2f}×", between(measured) or plural(len(entry["e2els"]), "run")))
-    for text in findings.texts[:2]:
-        if entry := of_size(text, findings.removals):
-            change = perplexity_change(entry)
-            name = f"perplexity, {findings.text_name(text)}"
-            both = f"{format_perplexity(text['dense']['perplexity'])} → {format_perplexity(entry['perplexity'])}"
-            found.append((name, format_change(change.value), both))
-    if value := findings.retention(findings.removals):
-        found.append(("accuracy kept", format_share(value.value), _between(value)))
+        if entry := findings.own(result.pruned):
+            ends = between(entry.interval, "{:.2f}".format) or plural(len(entry.e2els), "run")
+            found.append((f"{workload_name(result.workload)}, times as fast", f"{entry.speedup:.2f}×", ends))
+    for name, text in list(zip(findings.text_names, findings.texts, strict=True))[:2]:
+        if scores := findings.own(text.pruned):
+            both = f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
+            found.append((f"perplexity, {name}", format_change(perplexity_change(scores)[0]), both))
+    if kept := findings.retention(findings.plan.removals):
+        found.append(("accuracy kept", format_share(kept[0]), between(kept[1], format_share)))
     return found
-
-
-def _between(value: Estimate) -> str:
-    if value.low is None or value.high is None:
-        return ""
-    return f"{format_share(value.low)} to {format_share(value.high)}"
 
 
 def embedded(pruning: Pruning) -> str:
@@ -125,14 +127,7 @@ def embedded(pruning: Pruning) -> str:
     text = _compact(_without(data, _LEFT_OUT))
     if len(text) > _LARGE:
         text = _compact(_without(data, _LEFT_OUT_OF_LARGE))
-    escapes: dict[str, str | int | None] = {
-        "<": "\\u003c",
-        ">": "\\u003e",
-        "&": "\\u0026",
-        "\u2028": "\\u2028",
-        "\u2029": "\\u2029",
-    }
-    return text.translate(str.maketrans(escapes))
+    return text.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
 
 
 def _compact(data: Any) -> str:

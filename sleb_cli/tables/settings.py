@@ -1,0 +1,72 @@
+"""What the numbers depend on: how a search was run, and where evaluations and benchmarks were."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sleb_cli.plan import Plan
+from sleb_cli.results import BenchResult, EvalResult
+from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.table import Table
+from sleb_cli.units import format_seconds, format_share, spans
+
+
+def search_settings(plan: Plan) -> Table:
+    """Return how a search was run."""
+    model, search, text, environment = plan.model, plan.search, plan.calibration, plan.environment
+    protected = f"{search.protect_first} at the start, {search.protect_last} at the end"
+    held_out = f" ({search.held_out} held out)" if search.held_out else ""
+    rows = [
+        ("model", model.id),
+        ("revision", model.revision),
+        ("fingerprint", model.fingerprint[:16]),
+        ("family", f"{model.family} ({model.model_type}), {model.blocks} blocks"),
+        ("removed, in order", ", ".join(map(str, plan.removals))),
+        ("metric", search.metric),
+        ("strategy", search.strategy + (f", width {search.beam_width}" if search.beam_width else "")),
+        ("candidates raced", "yes" if search.fast else "no"),
+        ("protected blocks", protected + (f", and {spans(search.protect)}" if search.protect else "")),
+        ("calibration", f"{text}{held_out}"),
+        ("seed", str(text.seed)),
+        ("BOS before each sequence", "yes" if text.bos else "no"),
+        ("hash of the tokens", text.tokens_sha256[:16]),
+        ("data type and device", f"{search.precision} on {search.device}, batch {search.batch_size}"),
+        ("engine", search.engine + (f": {search.engine_reason}" if search.engine_reason else "")),
+        ("started", environment.started),
+        ("took", format_seconds(environment.seconds)),
+        (
+            "versions",
+            f"sleb {plan.sleb_version}, Python {environment.python}, torch {environment.torch}, transformers "
+            f"{environment.transformers}",
+        ),
+        ("machine", f"{environment.processor}; {environment.platform}"),
+    ]
+    return _pairs("Search", rows)
+
+
+def result_settings(result: EvalResult | BenchResult) -> Table:
+    """Return where an evaluation or a benchmark was made, and how each workload of a benchmark was timed."""
+    versions = f"sleb {result.sleb_version}, torch {result.torch}, transformers {result.transformers}"
+    rows: list[tuple[str, str | None]] = [
+        ("data type and device", f"{result.dtype} on {result.device}, {result.processor}"),
+        ("versions", versions),
+    ]
+    if isinstance(result, EvalResult):
+        return _pairs("Evaluation", rows)
+    rows += [("threads", str(result.threads)), ("clock governor", result.governor)]
+    for measured in result.workloads:
+        workload, warmup = measured.workload, measured.warmup
+        deviation = "" if warmup.deviation is None else f", last deviation {format_share(warmup.deviation)}"
+        unstable = ", not enough for stable times" if warmup.stable is False else ""
+        details = [
+            f"{workload.iterations} runs of each after {warmup.runs} to warm up{deviation}{unstable}",
+            f"{workload.engine} {measured.engine_version or ''}".strip(),
+            f"{measured.attention} attention" if measured.attention else "",
+            f"{workload.cooldown:g} s pause" if workload.cooldown else "",
+        ]
+        rows.append((workload_name(workload), ", ".join(filter(None, details))))
+    return _pairs("Benchmark", rows)
+
+
+def _pairs(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
+    return Table(title, ["setting", "value"], [[name, value] for name, value in rows if value], words={"value"})

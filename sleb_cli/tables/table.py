@@ -1,0 +1,92 @@
+"""One table, and how Markdown and plain text draw it; `ui/tables.py` and the report's page draw it, too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sleb_cli.results import Interval
+
+_LEAST_NAME = 20
+"""Characters of the first column, below which optional columns are left out instead."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a title.
+
+    Attributes:
+        words: the columns, besides the first, that hold words. All others hold numbers.
+        optional: the columns to leave out where space is short, from the first to the last.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    words: Collection[str] = ()
+    optional: Sequence[str] = ()
+
+    def filled(self) -> Table:
+        """Return the table without empty columns."""
+        return self._only([number for number in range(len(self.columns)) if any(row[number] for row in self.rows)])
+
+    def variants(self) -> Iterator[Table]:
+        """Yield the table, and then the same without more and more of its optional columns."""
+        for count in range(len(self.optional) + 1):
+            left_out = self.optional[:count]
+            yield self._only([number for number, column in enumerate(self.columns) if column not in left_out])
+
+    def _only(self, numbers: Sequence[int]) -> Table:
+        rows = [[row[number] for number in numbers] for row in self.rows]
+        return replace(self, columns=[self.columns[number] for number in numbers], rows=rows)
+
+    def is_words(self, number: int) -> bool:
+        """Whether a column holds words."""
+        return number == 0 or self.columns[number] in self.words
+
+
+def between(interval: Interval | None, form: Callable[[float], str]) -> str:
+    """Return the ends of an interval in some format: 1.19 to 1.23."""
+    return f"{form(interval.low)} to {form(interval.high)}" if interval else ""
+
+
+def number(value: float | None, form: str) -> str:
+    """Return a number in a format, or nothing if there is none."""
+    return "" if value is None else format(value, form)
+
+
+def in_markdown(text: str) -> str:
+    """Return a text on one line, so that Markdown shows it as it is, even in a table."""
+    one_line = " ".join(text.split()).replace("`", "'")
+    return re.sub(r"([\\*\[\]<>|])", r"\\\1", one_line)
+
+
+def to_markdown(table: Table) -> list[str]:
+    """Return the lines of a table in Markdown."""
+    rule = ["---" if table.is_words(number) else "---:" for number in range(len(table.columns))]
+    rows = [[in_markdown(cell) for cell in row] for row in (table.columns, *table.rows)]
+    return [f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])]
+
+
+def to_text(table: Table, width: int) -> list[str]:
+    """Return the lines of a table in plain text; where they are too long, names in the first column are shortened."""
+    for variant in table.variants():
+        rows = [variant.columns, *variant.rows]
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        room = width - sum(others) - 2 * len(others)
+        if room >= min(first, _LEAST_NAME):
+            break
+    first = min(first, max(8, room))
+    lines = []
+    for row in rows:
+        name = row[0] if len(row[0]) <= first else f"{row[0][: first - 1]}…"
+        cells = [
+            cell.ljust(size) if variant.is_words(number) else cell.rjust(size)
+            for number, (cell, size) in enumerate(zip(row[1:], others, strict=True), start=1)
+        ]
+        lines.append("  ".join([name.ljust(first), *cells]).rstrip())
+    return lines
