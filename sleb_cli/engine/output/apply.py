@@ -39,7 +39,7 @@ from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import Proof, without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
-from sleb_cli.results import ApplyResult
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import OutputError
@@ -189,13 +189,12 @@ def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
     plan, file = subject.plan, subject.file
     if plan is None or file is None or plan.model.fingerprint != subject.architecture.record.fingerprint:
         return
-    kinds: tuple[Literal["eval", "bench"], ...] = ("eval", "bench")
-    for kind in kinds:
-        data = measured_of_plan(file, plan, kind, notify)
-        if data is not None:
-            # Files of lm-eval are not copied.
-            without_files = data | ({"lm_eval": []} if "lm_eval" in data else {})
-            beside_plan(folder / CHECKPOINT_PLAN, kind).write_text(to_json(without_files), encoding="utf-8")
+    copy = folder / CHECKPOINT_PLAN
+    if evaluation := measured_of_plan(EvalResult, file, plan, notify):
+        # Files of lm-eval are not copied.
+        evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(copy, "eval"))
+    if benchmark := measured_of_plan(BenchResult, file, plan, notify):
+        benchmark.write(beside_plan(copy, "bench"))
 
 
 def kept_tensors(

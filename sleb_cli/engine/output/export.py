@@ -20,7 +20,7 @@ from sleb_cli.events import Notify
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_PLAN, ExportRequest
-from sleb_cli.results import ApplyResult, ExportResult, GgufResult
+from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
 from sleb_plugins import Exporter, OutputError, PluginError, Pruning, UsageError
 
