@@ -42,7 +42,8 @@ from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.quality.tasks import Tasks
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
+from sleb_cli.engine.quality.tasks import load_requested
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.calibration import draw
@@ -154,13 +155,13 @@ class Bench:
         return {name: windows[draw(len(windows), count, seed=0)] for name, windows in cut.items()}
 
     @cached_property
-    def tasks(self) -> Tasks:
+    def tasks(self) -> tuple[LoadedTask, ...]:
         folder = self.work.folder / "tasks"
         subprocess.run([sys.executable, self.options.data / "make_tasks.py", folder], check=True)
         request = EvalRequest(
             tasks=tuple(TASKS), limit=self.options.items, include_path=folder, batch_size=self.options.task_batch
         )
-        return Tasks(request)
+        return load_requested(request)
 
     def search(self, name: str, seed: int, size: int) -> None:
         """Search with one method through the command line; resume an interrupted search."""
@@ -192,8 +193,8 @@ class Bench:
 
     def accuracies(self, key: str, model: Any) -> None:
         found = {}
-        for name in self.tasks.names:
-            scores = self.tasks.run(name, model, self.tokenizer, key, quiet)["results"][name]
+        for task in self.tasks:
+            name, scores = task.name, task.run(model, self.tokenizer, key, quiet)["results"][task.name]
             found[name] = [scores["acc,none"], scores["acc_stderr,none"]]
         self.work.model(key)["tasks"] = found
         self.work.save()

@@ -1,4 +1,4 @@
-"""The dense and the pruned models of an evaluation, loaded when something is measured that is not cached."""
+"""The dense and the pruned models of an evaluation, loaded only if something is not in the cache."""
 
 from __future__ import annotations
 

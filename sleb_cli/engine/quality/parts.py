@@ -1,7 +1,7 @@
-"""Finished parts of evaluations, kept in the cache under everything that their numbers depend on.
+"""Finished parts of evaluations, cached under everything that their numbers depend on.
 
-An evaluation that was interrupted, or is asked for again, finds what it measured before. A part is the scores of one
-model on a few windows of a text, or on a task.
+An evaluation that was interrupted, or is repeated, finds what it measured before. A part is the scores of one model on
+a few windows of a text, or on a task.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
 from sleb_cli.version import __version__
 
-# Raise it when the same key would name other numbers, between two versions of sleb.
+# Raise it when the numbers change but the key does not, between two versions of sleb.
 VERSION = 1
 
 FOLDER = "evaluations"
@@ -85,10 +85,10 @@ class Parts:
         return None if self._fresh else self._files.read(self._common | dict(key))
 
     def _write(self, key: Mapping[str, Any], content: bytes) -> None:
-        """Write a part, if the cache can be written; the evaluation does not depend on it.
+        """Write a part if the cache can be written; the evaluation does not depend on it.
 
         Raises:
-            ModelError: the model's files have changed, so that the part may not be theirs.
+            ModelError: the model's files have changed, so the part may not be theirs.
         """
         self._watch.require_unchanged()
         self._files.write(self._common | dict(key), content)

@@ -65,7 +65,7 @@ class TaskError(ModelMetric):
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""
         task = self._loaded
-        found = task.run(model, tokenizer, device=sequences.device)["results"].get(task.name, {})
+        found = task.run(model, tokenizer)["results"].get(task.name, {})
         for measure in ("acc_norm,none", "acc,none"):
             if measure in found:
                 return 1.0 - float(found[measure])

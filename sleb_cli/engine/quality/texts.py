@@ -13,15 +13,16 @@ from torch import Tensor
 from sleb_cli.engine.device import CPU, in_smaller_pieces
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.predictions import Predictions, predict, predict_together
+from sleb_cli.engine.forward.predictions import predict, predict_together
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.process_group import ProcessGroup, deal
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.parts import Parts
 from sleb_cli.engine.quality.token_scores import (
-    TokenScores,
+    Scores,
     divergence_record,
     expected_calibration_error,
+    joined,
     mean_loss,
     paired_loss,
     score_tokens,
@@ -29,7 +30,6 @@ from sleb_cli.engine.quality.token_scores import (
 )
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.plan import Engine
 from sleb_cli.results import PrunedTextScores, TextResult, TextScores
 from sleb_plugins import ModelError
 
@@ -71,8 +71,10 @@ def measure_text(
         pruned=tuple(
             PrunedTextScores(
                 **_summary(scores, windows, removals),
-                **vars(paired_loss(scores, dense, counted, clusters)),
                 removals=removals,
+                log_ratio=(change := paired_loss(scores, dense, counted, clusters)).mean,
+                standard_error=change.standard_error,
+                interval=change.interval,
                 divergence=divergence_record(scores, dense, counted, clusters),
             )
             for removals, scores in zip(models.sizes[1:], pruned, strict=True)
@@ -80,7 +82,7 @@ def measure_text(
     )
 
 
-def _summary(scores: TokenScores, windows: EvaluationWindows, removals: tuple[int, ...]) -> dict[str, Any]:
+def _summary(scores: Scores, windows: EvaluationWindows, removals: tuple[int, ...]) -> dict[str, Any]:
     counted, loss = windows.counted, mean_loss(scores, windows.counted)
     if not math.isfinite(loss) or loss > math.log(1e300):
         what = "dense model" if not removals else f"model without blocks {', '.join(map(str, removals))}"
@@ -107,7 +109,7 @@ def _score_windows(
     batch_size: int | None,
     group: ProcessGroup,
     notify: Notify,
-) -> list[TokenScores]:
+) -> list[Scores]:
     """Return the scores of each size, the dense model first; what is in the cache is not measured again."""
     per_part = max(1, TOKENS_OF_A_PART // windows.ids.shape[1])
     size = max(1, per_part // (batch_size or 1)) * (batch_size or 1)
@@ -119,14 +121,16 @@ def _score_windows(
         ]
 
     found = group.from_main(cached)
-    missing = {number: gaps for number, known in enumerate(found) if (gaps := _gaps(known))}
-    with (
-        _Scorer(models, batch_size, group, notify) as scorer,
-        task(notify, what, len(windows.ids), "windows") as advance,
-    ):
+    missing = {
+        number: gaps
+        for number, known in enumerate(found)
+        if (gaps := [removals for removals, tensors in known.items() if tensors is None])
+    }
+    with ExitStack() as loaded, task(notify, what, len(windows.ids), "windows") as advance:
         for number, known in enumerate(found):
             if number not in missing:
                 advance(len(stretches[number]), _note(known))
+        scorer = _Scorer(models, batch_size, group, notify, loaded)
         together = scorer.prepare(stretches[min(missing)], missing[min(missing)]) if missing else 1
         numbers = list(missing)
         runs = [numbers[first : first + together] for first in range(0, len(numbers), together)]
@@ -139,24 +143,20 @@ def _score_windows(
                 advance(len(stretches[number]), _note(found[number]))
     if not missing:
         notify(Notice(f"{what}: cached; --fresh measures again."))
-    return [TokenScores.joined([TokenScores(**(known[size] or {})) for known in found]) for size in models.sizes]
+    return [joined([known[removals] or {} for known in found]) for removals in models.sizes]
 
 
-_Found = dict[tuple[int, ...], dict[str, Tensor] | None]
-"""The tensors of token scores of each size on some windows; None where they are not known yet."""
+_Found = dict[tuple[int, ...], Scores | None]
+"""The scores of each size on some windows; None if they are not known yet."""
 
 
-def _gaps(known: _Found) -> list[tuple[int, ...]]:
-    return [removals for removals, tensors in known.items() if tensors is None]
-
-
-def _key(group: Tensor, removals: tuple[int, ...], batch_size: int | None) -> dict[str, Any]:
-    return {"removals": _name(removals), "tokens": tokens_sha256(group), "batch_size": batch_size}
-
-
-def _name(removals: tuple[int, ...]) -> str:
-    """Name a model; the order of removal does not matter."""
-    return ",".join(map(str, sorted(removals)))
+def _key(ids: Tensor, removals: tuple[int, ...], batch_size: int | None) -> dict[str, Any]:
+    # The order of removal does not matter.
+    return {
+        "removals": ",".join(map(str, sorted(removals))),
+        "tokens": tokens_sha256(ids),
+        "batch_size": batch_size,
+    }
 
 
 def _note(known: _Found) -> str:
@@ -164,24 +164,22 @@ def _note(known: _Found) -> str:
     return f"dense: {math.exp(min(float(dense['nll'].double().mean()), 700)):.2f} in the last windows"
 
 
+_Loaded = tuple[SkippableModel, tuple[int, ...]]
+"""A model, and the blocks to skip in it."""
+
+
 class _Scorer:
-    """Runs the dense and the pruned models on the same windows; they are loaded for the first of them."""
+    """Runs the dense and the pruned models on the same windows; they are loaded when first needed."""
 
-    def __init__(self, models: Models, batch_size: int | None, group: ProcessGroup, notify: Notify) -> None:
+    def __init__(
+        self, models: Models, batch_size: int | None, group: ProcessGroup, notify: Notify, loaded: ExitStack
+    ) -> None:
         self._models, self._asked, self._group, self._notify = models, batch_size, group, notify
-        self._stack = ExitStack()
+        self._loaded = loaded
         self._skippable: dict[tuple[int, ...], SkippableModel] = {}
-        self._engine: Engine = "fork"
-        self._size = self._positions = 0
-
-    def __enter__(self) -> _Scorer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     def prepare(self, ids: Tensor, sizes: Sequence[tuple[int, ...]]) -> int:
-        """Load the dense model and these sizes, and choose how many of these windows are scored at once.
+        """Load the dense model and these sizes, and choose how many windows a batch has.
 
         Return how many parts are scored together: if blocks are streamed, as many as there is memory for.
         """
@@ -209,57 +207,43 @@ class _Scorer:
         parts: Sequence[Tensor],
         missing: Mapping[int, Sequence[tuple[int, ...]]],
         numbers: Sequence[int],
-    ) -> Iterator[tuple[int, dict[tuple[int, ...], dict[str, Tensor]]]]:
-        """Yield the number of each of these parts, and the tensors of token scores of the sizes that it lacks."""
+    ) -> Iterator[tuple[int, _Found]]:
+        """Yield the number of each of these parts, and the scores of the sizes that it lacks."""
         sizes = [(), *dict.fromkeys(size for number in numbers for size in missing[number] if size)]
         models = [self._model(removals) for removals in sizes]
         windows = [parts[number].to(models[0][0].device) for number in numbers]
-        found = in_smaller_pieces(lambda size: self._score(windows, models, size), self._size, self._reduced)
-        for number, batches in zip(numbers, found, strict=True):
-            scored = [TokenScores.joined(of_size).tensors() for of_size in zip(*batches, strict=True)]
-            yield (
-                number,
-                {size: tensors for size, tensors in zip(sizes, scored, strict=True) if size in missing[number]},
+
+        def of_each_part(size: int) -> list[list[list[Scores]]]:
+            batches = [torch.split(ids, size) for ids in windows]
+            scored = self._score([batch for of_part in batches for batch in of_part], models)
+            return [[next(scored) for _ in of_part] for of_part in batches]
+
+        for number, batches in zip(numbers, in_smaller_pieces(of_each_part, self._size, self._reduced), strict=True):
+            scores = [joined(of_size) for of_size in zip(*batches, strict=True)]
+            yield number, {size: own for size, own in zip(sizes, scores, strict=True) if size in missing[number]}
+
+    def _score(self, batches: Sequence[Tensor], models: Sequence[_Loaded]) -> Iterator[list[Scores]]:
+        """Yield the scores of each model on one batch after another."""
+        dense = models[0][0]
+        if dense.weights.resident:
+            predicted = (
+                [predict(skippable, batch, removed, self._engine) for skippable, removed in models] for batch in batches
             )
-
-    def _score(
-        self, windows: Sequence[Tensor], models: Sequence[tuple[SkippableModel, tuple[int, ...]]], size: int
-    ) -> list[list[list[TokenScores]]]:
-        """Return the scores of each model on each batch of each part."""
-        batches = [torch.split(ids, size) for ids in windows]
-        predicted = self._predictions([batch for of_part in batches for batch in of_part], models)
-        return [[self._score_batch(batch, next(predicted)) for batch in of_part] for of_part in batches]
-
-    def _predictions(
-        self, batches: Sequence[Tensor], models: Sequence[tuple[SkippableModel, tuple[int, ...]]]
-    ) -> Iterator[list[Predictions]]:
-        """Yield the predictions of each model on one batch after another."""
-        dense, removals = models[0][0], [removed for _, removed in models]
-        if not dense.weights.resident:
-            with sequences_fit(batches[0].shape, dense.device):
-                yield from predict_together(dense, batches, removals)
-            return
+        else:
+            predicted = predict_together(dense, batches, [removed for _, removed in models])
         for batch in batches:
             with sequences_fit(batch.shape, batch.device):
-                predicted = [predict(skippable, batch, removed, self._engine) for skippable, removed in models]
-            yield predicted
-
-    def _score_batch(self, batch: Tensor, predicted: Sequence[Predictions]) -> list[TokenScores]:
-        with sequences_fit(batch.shape, batch.device):
-            dense, others = score_tokens(batch, predicted[0], predicted[1:], self._positions)
-        return [dense, *others]
+                scores = score_tokens(batch, next(predicted), self._positions)
+            yield scores
 
     def _reduced(self, size: int) -> None:
         self._size = size
         device = self._models.placement.device
         self._notify(Notice(f"Out of memory on {device}; continuing with {size} windows at once."))
 
-    def _model(self, removals: tuple[int, ...]) -> tuple[SkippableModel, tuple[int, ...]]:
-        """Return a model and the blocks to skip in it.
-
-        If models do not share weights, two may not fit into memory, so blocks are skipped in the dense one.
-        """
+    def _model(self, removals: tuple[int, ...]) -> _Loaded:
+        """Load a model, or if two may not fit into memory, the dense one, whose blocks are then skipped."""
         skipped = removals if self._models.is_single else ()
         if (loaded := () if skipped else removals) not in self._skippable:
-            self._skippable[loaded] = self._stack.enter_context(self._models.without(loaded))
+            self._skippable[loaded] = self._loaded.enter_context(self._models.without(loaded))
         return self._skippable[loaded], skipped

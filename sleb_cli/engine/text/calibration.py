@@ -39,7 +39,7 @@ from sleb_cli.engine.text.windows import (
     tokens_sha256,
 )
 from sleb_cli.engine.third_party import our_code
-from sleb_cli.events import Advance, Notice, Notify, ignore, task
+from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord, SkippedRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
@@ -57,6 +57,8 @@ from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
+
+_GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
 # A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
@@ -197,45 +199,29 @@ def calibrate_splits(
 ) -> list[Calibration]:
     """Return the sequences for each of several splits of the same text; only the first needs some of every source.
 
-    What the model generates is generated for all splits at once, and is as good as divided by document: each sequence
-    is one. Raises what `calibrate` raises.
+    The model generates its text for all splits at once; each sequence is a document of its own. Raises what `calibrate`
+    raises.
     """
     first = splits[0]
     if first.chat is not None:
         require_template(tokenizer)
     bos = adds_bos(tokenizer) and first.parts[0].source not in REFERENCE_PRESETS
-    drafts = [
-        _read_parts(settings, tokenizer, bos=bos, notify=notify if settings is first else ignore) for settings in splits
-    ]
+    drafts = [_read_parts(each, tokenizer, bos=bos, notify=notify if each is first else ignore) for each in splits]
     for number in generated_parts(first):
-        counts = [draft.settings.counts[number] for draft in drafts]
+        counts = [settings.counts[number] for settings, _ in drafts]
         own = replace(first, samples=sum(counts))
         written = generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify)
-        for draft, sequences in zip(drafts, torch.split(written, counts), strict=True):
-            draft.rows[number] = (sequences, None)
-    return [_assemble(draft, tokenizer, bos=bos) for draft in drafts]
+        for (_, rows), sequences in zip(drafts, torch.split(written, counts), strict=True):
+            rows[number] = (sequences, None)
+    return [_assemble(settings, rows, tokenizer, bos=bos) for settings, rows in drafts]
 
 
 def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
     """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
     bos = adds_bos(tokenizer) and splits[0].parts[0].source not in REFERENCE_PRESETS
     drafts = [_read_parts(settings, tokenizer, bos=bos, notify=ignore) for settings in splits]
-    return tokens_sha256(
-        torch.cat(
-            [
-                torch.zeros(0, dtype=torch.int64),
-                *(sequences.flatten() for draft in drafts for _, (sequences, _) in sorted(draft.rows.items())),
-            ]
-        )
-    )
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """Settings with as many samples as the texts provide, and the rows of each part by its number in the mixture."""
-
-    settings: CalibrationSettings
-    rows: dict[int, _Rows]
+    read = [sequences.flatten() for _, rows in drafts for _, (sequences, _) in sorted(rows.items())]
+    return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
 def generated_parts(settings: CalibrationSettings) -> list[int]:
@@ -243,9 +229,10 @@ def generated_parts(settings: CalibrationSettings) -> list[int]:
     return [n for n, part in enumerate(settings.parts) if part.source == SELF and settings.chat is None]
 
 
-def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
-    settings, found = draft.settings, [rows for _, rows in sorted(draft.rows.items())]
-    sources = [settings.parts[number].source for number, (rows, _) in sorted(draft.rows.items()) for _ in rows]
+def _assemble(settings: CalibrationSettings, rows: dict[int, _Rows], tokenizer: Any, *, bos: bool) -> Calibration:
+    """Interleave the rows of each part, by its number in the mixture."""
+    found = [rows[number] for number in sorted(rows)]
+    sources = [settings.parts[number].source for number in sorted(rows) for _ in rows[number][0]]
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
     masks = [loss_mask for _, loss_mask in found if loss_mask is not None]
@@ -262,17 +249,33 @@ def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
     return Calibration(sequences, record, torch.cat(masks)[order] if masks else None, origins)
 
 
-def _read_parts(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> _Draft:
-    """Read the parts that are texts, before any text is generated, since they may be missing or too short."""
-    generated, read = generated_parts(settings), dict[int, _Rows]()
+def _read_parts(
+    settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
+) -> tuple[CalibrationSettings, dict[int, _Rows]]:
+    """Read the parts that are texts, before any text is generated, since they may be missing or too short.
+
+    Return the settings with as many samples as the texts provide, and the rows of each part by its number.
+    """
+    generated, read, is_mixture = generated_parts(settings), dict[int, _Rows](), len(settings.parts) > 1
     for number, (part, count) in enumerate(zip(settings.parts, settings.counts, strict=True)):
-        if number not in generated and count:
-            with task(notify, f"Reading {part.source}"):
-                read[number] = _read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify)
-    if len(settings.parts) > 1:
+        if number in generated or not count:
+            continue
+        with task(notify, f"Reading {part.source}"):
+            windows, loss_mask = read_windows(part.source, count, settings, tokenizer, bos=bos)
+            if len(windows) < count and not is_mixture and part.source not in REFERENCE_PRESETS:
+                notify(
+                    Notice(
+                        f"{part.source} has text for only {len(windows)} sequences of {settings.sequence_length} "
+                        "tokens; using all of them."
+                    )
+                )
+        # A reference preset counts rows of text, and all of their windows are used.
+        every = part.source in REFERENCE_PRESETS and settings.chat is None
+        read[number] = _draw_rows(windows, loss_mask, len(windows) if every else count, settings.seed)
+    if is_mixture:
         settings = limit_to_texts(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
         read = {number: _draw_rows(*rows, settings.counts[number], settings.seed) for number, rows in read.items()}
-    return _Draft(settings, read)
+    return settings, read
 
 
 def limit_to_texts(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
@@ -301,19 +304,6 @@ def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: in
     return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
-def _read_sequences(
-    source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
-) -> _Rows:
-    """Cut sequences from a text: all of a reference preset, else `samples` of them, drawn by the seed."""
-    windows, loss_mask = read_windows(source, samples, settings, tokenizer, bos=bos)
-    if source in REFERENCE_PRESETS and settings.chat is None:
-        return windows, loss_mask
-    if len(windows) < samples and len(settings.parts) == 1:
-        length = settings.sequence_length
-        notify(Notice(f"{source} has text for only {len(windows)} sequences of {length} tokens; using all of them."))
-    return _draw_rows(windows, loss_mask, samples, settings.seed)
-
-
 def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool) -> _Rows:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed = settings.sequence_length, settings.seed
@@ -338,14 +328,14 @@ def draw(found: int, count: int, seed: int) -> list[int]:
 
 
 def require_given_text(settings: CalibrationSettings) -> None:
-    """Check that a model that is streamed does not write its text.
+    """Check that a streamed model does not have to write its text.
 
     Raises:
-        UsageError: it does.
+        UsageError: it has to.
     """
     if SELF in (part.source for part in settings.parts):
         raise UsageError(
-            "A model that is streamed does not write its own text: each token would read all of it.",
+            "A streamed model cannot write its own text: each token would read all of its weights.",
             hint="Use --calibration wikitext2, or a file.",
         )
 
@@ -365,7 +355,7 @@ def generate_own_text(
     if start is None:
         raise ModelError(
             "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.",
-            hint="Calibrate on a file or a data set: --calibration FILE.",
+            hint=_GIVE_TEXT,
         )
     count, length = settings.samples, settings.sequence_length
     new = length - 1 if bos else length
@@ -415,11 +405,25 @@ def _write(
     batch_size: int,
     notify: Notify,
 ) -> Tensor:
-    """Generate the sequences, `new` tokens after `start`, by the seed and by how many there are at once."""
-    count, length = settings.samples, settings.sequence_length
+    """Generate the sequences, `new` tokens after `start`; they depend on the seed and the batch size."""
+    count, length, device = settings.samples, settings.sequence_length, input_device(model)
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
+
+    def refused(words: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{model.config.model_type} cannot generate text: {words}.", hint=_GIVE_TEXT)
+
+    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        """Report each token as it is generated; never stop."""
+        with our_code():
+            advance(len(ids))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    each_token = {
+        "logits_processor": LogitsProcessorList([sampler]),
+        "stopping_criteria": StoppingCriteriaList([report]),
+    }
     written: list[Tensor] = []
     # MPS cannot tell the state of its random number generator by device.
-    device = input_device(model)
     devices = [] if device.type in ("cpu", "mps") else [device]
     with (
         task(notify, "Generating calibration text", count * new, "tokens") as advance,
@@ -429,27 +433,6 @@ def _write(
         torch.manual_seed(settings.seed)
         for first in range(0, count, batch_size):
             prompt = torch.full((min(batch_size, count - first), 1), start, device=device)
-            written.append(_generate(model, prompt, new, sampler, advance)[:, -length:].cpu())
+            ids: Tensor = generate(model, prompt, greedy, refused, **each_token)
+            written.append(ids[:, -length:].cpu())
     return torch.cat(written).clone()
-
-
-def _generate(model: Any, prompt: Tensor, new: int, sampler: Sampler, advance: Advance) -> Tensor:
-    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-        """Report each token as it is generated; never stop."""
-        with our_code():
-            advance(len(ids))
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    def refused(words: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{model.config.model_type} cannot generate text: {words}.",
-            hint="Calibrate on a file or a data set: --calibration FILE.",
-        )
-
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
-    each_token = {
-        "logits_processor": LogitsProcessorList([sampler]),
-        "stopping_criteria": StoppingCriteriaList([report]),
-    }
-    ids: Tensor = generate(model, prompt, greedy, refused, **each_token)
-    return ids
