@@ -23,7 +23,7 @@ from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.parts import Parts
 from sleb_cli.engine.quality.tasks import compare_task, fitting, load_requested, versions_behind_lm_eval
-from sleb_cli.engine.quality.texts import measure_text
+from sleb_cli.engine.quality.texts import measure_texts
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.overlap import is_known
@@ -73,7 +73,7 @@ def evaluate_subject(
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size = None if request.items_per_batch == AUTO else int(request.items_per_batch)
-    measured = tuple(measure_text(windows, models, parts, batch_size, group, notify) for windows in texts)
+    measured = measure_texts(texts, models, parts, batch_size, group, notify)
     found = _run_tasks(tasks, models, parts, tokenizer, group, notify)
     result = EvalResult(
         schema_version=1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +21,7 @@ from sleb_cli.engine.device import choose_device, choose_dtype
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject, resolve_subject
-from sleb_cli.events import Advance, Event, Notice, Warned
+from sleb_cli.events import Event, Notice, Notify, Warned, task
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import AUTO, OneSizeRequest
 from sleb_plugins import UsageError
@@ -41,7 +41,8 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         tokenizer: its tokenizer.
         device: where tokens go in; if the model is spread over devices, that may not be where its first weight is.
         batch_size: how many requests a batch has, or "auto".
-        observe: is told how many requests follow; the function that it yields is called after each.
+        name: what progress is reported under.
+        notify: the listener for events.
         group: the processes.
     """
 
@@ -51,11 +52,12 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         tokenizer: Any,
         device: torch.device,
         batch_size: int | str,
-        observe: Callable[[int], AbstractContextManager[Advance]],
+        name: str,
+        notify: Notify,
         group: ProcessGroup,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._device, self._observe, self._group = device, observe, group
+        self._device, self._name, self._notify, self._group = device, name, notify, group
         self._batches, self._is_probing = 0, False
 
     def loglikelihood(self, requests: Sequence[Any], **options: Any) -> Any:
@@ -75,7 +77,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
     @contextmanager
     def _reported(self, requests: int) -> Iterator[None]:
-        with self._observe(requests) as advance:
+        with task(self._notify, self._name, requests, "requests") as advance:
             # lm-eval tells each answer to its cache.
             self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
             yield

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from itertools import islice
@@ -22,7 +22,7 @@ from sleb_cli.engine.device import in_smaller_pieces, input_device
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.events import Advance, Notice, Notify, ignore, task
+from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.requests import AUTO
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
 
@@ -126,14 +126,12 @@ class LoadedTask:
             size = CPU_WRITING_BATCH if all(map(_writes, self.tasks.values())) else CPU_BATCH
         largest = LARGEST_BATCH if isinstance(size, str) else size
 
-        def observe(requests: int) -> AbstractContextManager[Advance]:
-            return task(notify, f"{self.name}, {what}", requests, "requests")
-
         def run(requests: int) -> dict[str, Any]:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 
-            batch_size = size if requests == largest else requests
-            return self._evaluate(LoadedModel(model, tokenizer, device, batch_size, observe, group or ProcessGroup()))
+            batch_size, name = size if requests == largest else requests, f"{self.name}, {what}"
+            lm = LoadedModel(model, tokenizer, device, batch_size, name, notify, group or ProcessGroup())
+            return self._evaluate(lm)
 
         def reduced(requests: int) -> None:
             notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at once."))

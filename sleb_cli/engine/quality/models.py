@@ -14,7 +14,7 @@ from sleb_cli.events import Notify
 
 
 class Models:
-    """The dense model and one for each surgery, which share its weights if they can."""
+    """The dense model and one for each surgery; they share weights if they can."""
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,20 +41,28 @@ CHECKED_TOKENS = 128
 TOKENS_OF_A_PART = 16_384
 
 
-def measure_text(
-    windows: EvaluationWindows,
+def measure_texts(
+    texts: Sequence[EvaluationWindows],
     models: Models,
     parts: Parts,
     batch_size: int | None,
     group: ProcessGroup,
     notify: Notify,
-) -> TextResult:
-    """Measure the dense model and each size on a text, whose parts the processes share out.
+) -> tuple[TextResult, ...]:
+    """Measure the dense model and each size on texts, which processes share out.
+
+    If `batch_size` is None, a batch has as many windows as suit the device.
 
     Raises:
         ModelError: a loss is not finite.
     """
-    dense, *pruned = _score_windows(windows, models, parts, batch_size, group, notify)
+    with ExitStack() as loaded:
+        scorer = _Scorer(models, parts, batch_size, group, notify, loaded)
+        return tuple(_measure(windows, scorer) for windows in texts)
+
+
+def _measure(windows: EvaluationWindows, scorer: _Scorer) -> TextResult:
+    dense, *pruned = scorer.scores(windows)
     counted, clusters = windows.counted, windows.clusters
     return TextResult(
         text=windows.text.source,
@@ -77,7 +86,7 @@ def measure_text(
                 interval=change.interval,
                 divergence=divergence_record(scores, dense, counted, clusters),
             )
-            for removals, scores in zip(models.sizes[1:], pruned, strict=True)
+            for removals, scores in zip(scorer.models.sizes[1:], pruned, strict=True)
         ),
     )
 
@@ -102,61 +111,8 @@ def _summary(scores: Scores, windows: EvaluationWindows, removals: tuple[int, ..
     }
 
 
-def _score_windows(
-    windows: EvaluationWindows,
-    models: Models,
-    parts: Parts,
-    batch_size: int | None,
-    group: ProcessGroup,
-    notify: Notify,
-) -> list[Scores]:
-    """Return the scores of each size, the dense model first; what is in the cache is not measured again."""
-    per_part = max(1, TOKENS_OF_A_PART // windows.ids.shape[1])
-    size = max(1, per_part // (batch_size or 1)) * (batch_size or 1)
-    stretches, what = torch.split(windows.ids, size), f"Perplexity on {windows.text.source}"
-
-    def cached() -> list[_Found]:
-        return [
-            {removals: parts.tensors(_key(ids, removals, batch_size)) for removals in models.sizes} for ids in stretches
-        ]
-
-    found = group.from_main(cached)
-    missing = {
-        number: gaps
-        for number, known in enumerate(found)
-        if (gaps := [removals for removals, tensors in known.items() if tensors is None])
-    }
-    with ExitStack() as loaded, task(notify, what, len(windows.ids), "windows") as advance:
-        for number, known in enumerate(found):
-            if number not in missing:
-                advance(len(stretches[number]), _note(known))
-        scorer = _Scorer(models, batch_size, group, notify, loaded)
-        together = scorer.prepare(stretches[min(missing)], missing[min(missing)]) if missing else 1
-        numbers = list(missing)
-        runs = [numbers[first : first + together] for first in range(0, len(numbers), together)]
-        for turn in deal(runs, group.size):
-            mine = (scored for run in turn[group.rank] for scored in scorer.score(stretches, missing, run))
-            for _, (number, scores) in group.in_turn(mine):
-                for removals, tensors in scores.items():
-                    parts.keep_tensors(_key(stretches[number], removals, batch_size), tensors)
-                found[number] |= scores
-                advance(len(stretches[number]), _note(found[number]))
-    if not missing:
-        notify(Notice(f"{what}: cached; --fresh measures again."))
-    return [joined([known[removals] or {} for known in found]) for removals in models.sizes]
-
-
 _Found = dict[tuple[int, ...], Scores | None]
 """The scores of each size on some windows; None if they are not known yet."""
-
-
-def _key(ids: Tensor, removals: tuple[int, ...], batch_size: int | None) -> dict[str, Any]:
-    # The order of removal does not matter.
-    return {
-        "removals": ",".join(map(str, sorted(removals))),
-        "tokens": tokens_sha256(ids),
-        "batch_size": batch_size,
-    }
 
 
 def _note(known: _Found) -> str:
@@ -168,57 +124,96 @@ _Loaded = tuple[SkippableModel, tuple[int, ...]]
 """A model, and the blocks to skip in it."""
 
 
+@dataclass
 class _Scorer:
     """Runs the dense and the pruned models on the same windows; they are loaded when first needed."""
 
-    def __init__(
-        self, models: Models, batch_size: int | None, group: ProcessGroup, notify: Notify, loaded: ExitStack
-    ) -> None:
-        self._models, self._asked, self._group, self._notify = models, batch_size, group, notify
-        self._loaded = loaded
-        self._skippable: dict[tuple[int, ...], SkippableModel] = {}
+    models: Models
+    parts: Parts
+    batch_size: int | None
+    group: ProcessGroup
+    notify: Notify
+    loaded: ExitStack
+    skippable: dict[tuple[int, ...], SkippableModel] = field(default_factory=dict)
 
-    def prepare(self, ids: Tensor, sizes: Sequence[tuple[int, ...]]) -> int:
+    def scores(self, windows: EvaluationWindows) -> list[Scores]:
+        """Return the scores of each size, the dense model first; what is in the cache is not measured again."""
+        per_part, batch = max(1, TOKENS_OF_A_PART // windows.ids.shape[1]), self.batch_size or 1
+        stretches = torch.split(windows.ids, max(1, per_part // batch) * batch)
+        what = f"Perplexity on {windows.text.source}"
+        found = self.group.from_main(lambda: list(map(self._cached, stretches)))
+        missing = {
+            number: gaps
+            for number, known in enumerate(found)
+            if (gaps := [removals for removals, scores in known.items() if scores is None])
+        }
+        with task(self.notify, what, len(windows.ids), "windows") as advance:
+            for number, known in enumerate(found):
+                if number not in missing:
+                    advance(len(stretches[number]), _note(known))
+            together = self._prepare(stretches[min(missing)], missing[min(missing)]) if missing else 1
+            numbers = list(missing)
+            runs = [numbers[first : first + together] for first in range(0, len(numbers), together)]
+            for turn in deal(runs, self.group.size):
+                mine = (scored for run in turn[self.group.rank] for scored in self._measured(stretches, missing, run))
+                for _, (number, scores) in self.group.in_turn(mine):
+                    for removals, own in scores.items():
+                        self.parts.keep_tensors(self._key(stretches[number], removals), own)
+                    found[number] |= scores
+                    advance(len(stretches[number]), _note(found[number]))
+        if not missing:
+            self.notify(Notice(f"{what}: cached; --fresh measures again."))
+        return [joined([known[removals] or {} for known in found]) for removals in self.models.sizes]
+
+    def _cached(self, ids: Tensor) -> _Found:
+        return {removals: self.parts.tensors(self._key(ids, removals)) for removals in self.models.sizes}
+
+    def _key(self, ids: Tensor, removals: tuple[int, ...]) -> dict[str, Any]:
+        # The order of removal does not matter.
+        name = ",".join(map(str, sorted(removals)))
+        return {"removals": name, "tokens": tokens_sha256(ids), "batch_size": self.batch_size}
+
+    def _prepare(self, ids: Tensor, sizes: Sequence[tuple[int, ...]]) -> int:
         """Load the dense model and these sizes, and choose how many windows a batch has.
 
-        Return how many parts are scored together: if blocks are streamed, as many as there is memory for.
+        Return how many stretches are scored together: if blocks are streamed, as many as there is memory for.
         """
         dense, *_ = [self._model(removals)[0] for removals in ((), *sizes)]
         # The same in all processes, so that they have the same batches.
-        memory = min(self._group.gather(min(available_memory(place, None) for place in dense.devices)))
+        memory = min(self.group.gather(min(available_memory(place, None) for place in dense.devices)))
         passes, _ = prepare_passes(
             dense,
             ids.to(dense.device),
-            self._notify,
+            self.notify,
             memory=str(memory),
-            batch_size=self._asked,
+            batch_size=self.batch_size,
             checked=CHECKED_TOKENS,
         )
         self._engine, self._size, self._positions = passes.engine, passes.budget.sequences, passes.budget.positions
         if dense.weights.resident:
             return 1
-        width: int = self._models.architecture.text_config.hidden_size
-        needed = ids.numel() * width * self._models.placement.dtype.itemsize * (len(self._models.sizes) + 1)
-        return max(1, min(self._group.gather(available_memory(CPU, None))) // needed)
+        width: int = self.models.architecture.text_config.hidden_size
+        needed = ids.numel() * width * self.models.placement.dtype.itemsize * (len(self.models.sizes) + 1)
+        return max(1, min(self.group.gather(available_memory(CPU, None))) // needed)
 
     @torch.inference_mode()
-    def score(
+    def _measured(
         self,
-        parts: Sequence[Tensor],
+        stretches: Sequence[Tensor],
         missing: Mapping[int, Sequence[tuple[int, ...]]],
         numbers: Sequence[int],
     ) -> Iterator[tuple[int, _Found]]:
-        """Yield the number of each of these parts, and the scores of the sizes that it lacks."""
+        """Yield the number of each of these stretches, and the scores of the sizes that it lacks."""
         sizes = [(), *dict.fromkeys(size for number in numbers for size in missing[number] if size)]
         models = [self._model(removals) for removals in sizes]
-        windows = [parts[number].to(models[0][0].device) for number in numbers]
+        windows = [stretches[number].to(models[0][0].device) for number in numbers]
 
-        def of_each_part(size: int) -> list[list[list[Scores]]]:
+        def of_each(size: int) -> list[list[list[Scores]]]:
             batches = [torch.split(ids, size) for ids in windows]
             scored = self._score([batch for of_part in batches for batch in of_part], models)
             return [[next(scored) for _ in of_part] for of_part in batches]
 
-        for number, batches in zip(numbers, in_smaller_pieces(of_each_part, self._size, self._reduced), strict=True):
+        for number, batches in zip(numbers, in_smaller_pieces(of_each, self._size, self._reduced), strict=True):
             scores = [joined(of_size) for of_size in zip(*batches, strict=True)]
             yield number, {size: own for size, own in zip(sizes, scores, strict=True) if size in missing[number]}
 
@@ -238,12 +233,12 @@ class _Scorer:
 
     def _reduced(self, size: int) -> None:
         self._size = size
-        device = self._models.placement.device
-        self._notify(Notice(f"Out of memory on {device}; continuing with {size} windows at once."))
+        device = self.models.placement.device
+        self.notify(Notice(f"Out of memory on {device}; continuing with {size} windows at once."))
 
     def _model(self, removals: tuple[int, ...]) -> _Loaded:
         """Load a model, or if two may not fit into memory, the dense one, whose blocks are then skipped."""
-        skipped = removals if self._models.is_single else ()
-        if (loaded := () if skipped else removals) not in self._skippable:
-            self._skippable[loaded] = self._loaded.enter_context(self._models.without(loaded))
-        return self._skippable[loaded], skipped
+        skipped = removals if self.models.is_single else ()
+        if (loaded := () if skipped else removals) not in self.skippable:
+            self.skippable[loaded] = self.loaded.enter_context(self.models.without(loaded))
+        return self.skippable[loaded], skipped

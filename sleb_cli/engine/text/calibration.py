@@ -388,7 +388,7 @@ def generate_own_text(
 
 
 def _kept_text(content: bytes | None, count: int, length: int) -> Tensor | None:
-    """Return the sequences in a file of the cache, [count, length]; None if there is none, or it is broken."""
+    """Return the cached sequences, [count, length]; None if there are none, or the file is broken."""
     try:
         tokens = load(content)["tokens"] if content is not None else torch.empty(0)
     except (SafetensorError, KeyError):

@@ -29,7 +29,7 @@ def require_template(tokenizer: Any) -> None:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            "--chat needs a chat template, and the tokenizer has none.", hint="Leave out --chat, or name a chat model."
+            "--chat does not work: the tokenizer has no chat template.", hint="Leave out --chat, or name a chat model."
         )
 
 

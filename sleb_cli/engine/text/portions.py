@@ -1,4 +1,4 @@
-"""A text in portions, for a training that goes on until its time is up."""
+"""A text in portions, for a training that lasts until its time is up."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2
-"""How often a sequence that the model wrote is trained on, since writing takes longer than training. Others are used
-once: text that was seen before teaches less."""
+"""How often a sequence that the model wrote is trained on, because writing takes longer than training. Others are used
+once, because repeated text teaches less."""
 
 
 @dataclass(frozen=True)

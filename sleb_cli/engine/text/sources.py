@@ -123,13 +123,14 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
-    characters = tokens * CHARACTERS_PER_TOKEN
-    if source == "wikitext2":
-        return Text(split.of(source), PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN, split)))
-    if is_file(source):
+    if source != "wikitext2" and is_file(source):
         return _file_text(source, split)
-    dataset = C4_TRAIN if source == "c4" else _parse_dataset(source)
-    return Text(split.of(source), PARAGRAPHS.join(_enough(_documents(dataset, split, shuffle_seed=seed), characters)))
+    dataset = CALIBRATION_PRESETS.get(source) or _parse_dataset(source)
+    if source == "wikitext2":
+        documents = _documents(dataset, split)
+    else:
+        documents = _enough(_documents(dataset, split, shuffle_seed=seed), tokens * CHARACTERS_PER_TOKEN)
+    return Text(split.of(source), PARAGRAPHS.join(documents))
 
 
 def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
@@ -138,8 +139,8 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
     Raises:
         DataError: the data set cannot be loaded.
     """
-    dataset, separator = (WIKITEXT2_TRAIN, PARAGRAPHS) if source.startswith("wikitext2") else (C4_TRAIN, " ")
-    return Text(source, separator.join(islice(_documents(dataset, split, shuffle_seed=seed), rows)))
+    separator = PARAGRAPHS if source.startswith("wikitext2") else " "
+    return Text(source, separator.join(islice(_documents(CALIBRATION_PRESETS[source], split, shuffle_seed=seed), rows)))
 
 
 def evaluation_text(source: str) -> Text:
@@ -337,7 +338,7 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
     path, *parts = source.split(":")
     if "/" not in path or len(parts) > 3:
         raise DataError(
-            f"There is no text source {source!r}.",
+            f"Unknown text source: {source!r}.",
             hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
         )
     config, split, named = [*parts, "", "", ""][:3]
