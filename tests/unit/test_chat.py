@@ -54,6 +54,8 @@ def test_all_tokens_of_the_template_count():
     sequences, loss_mask = cut(PLAIN, [CONVERSATION], len(ids), answers=False)
     assert sequences.tolist() == [ids]
     assert loss_mask.all()
+    # The template may even rewrite the beginning.
+    assert cut("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
 
 
 @pytest.mark.parametrize("has_offsets", [True, False])
@@ -97,10 +99,6 @@ LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "conte
 def test_conversations_that_cannot_be_cut_are_refused(template, conversation, length, options, message):
     with pytest.raises(DataError, match=message):
         cut(template, [conversation], length, **{"answers": False} | options)
-
-
-def test_a_template_may_rewrite_the_beginning_if_all_tokens_count():
-    assert cut("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
 
 
 def test_a_tokenizer_without_a_template_is_refused():

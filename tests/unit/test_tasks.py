@@ -125,10 +125,11 @@ def test_small_and_equal_results(before, after, expected):
     assert (pruned.standard_error is None) == (len(before) == 1)
 
 
-def test_scores_that_are_shares_have_a_paired_error_but_no_flips():
+def test_scores_that_are_shares_have_an_error_but_no_flips():
     before, after = (0.5, 0.25, 1.0, 0.75), (0.25, 0.25, 0.5, 0.5)
-    result, pruned = one_pruned(binary(*before), binary(*after), show_flips=3)
+    result, pruned = one_pruned(binary(*before, higher_is_better=False), binary(*after), show_flips=3)
     expected = paired_difference(before, after)
+    assert result.higher_is_better is False
     assert (pruned.difference, pruned.standard_error) == (expected.mean, expected.standard_error)
     assert pruned.difference_interval == expected.interval
     assert (pruned.lost, pruned.gained, pruned.mcnemar_p, pruned.flips) == (None, None, None, ())
@@ -140,7 +141,7 @@ def test_scores_that_are_shares_have_a_paired_error_but_no_flips():
 @pytest.mark.parametrize("score", [[-3.0, 4], 0.7, "text"])
 def test_what_is_no_mean_of_its_items_has_a_difference_alone(score):
     values = [{"bleu,none": value, "bleu_stderr,none": "N/A"} for value in (20.0, 15.0)]
-    dense, pruned = (results_of([sample(0, score, metric="bleu")] * 1, value, metric="bleu") for value in values)
+    dense, pruned = (results_of([sample(0, score, metric="bleu")], value, metric="bleu") for value in values)
     result, scores = one_pruned(dense, pruned)
     assert (result.dense.items, scores.items) == ((), ())
     assert (result.dense.stderr, result.dense.interval) == (None, None)
@@ -155,12 +156,6 @@ def test_each_filter_has_its_own_items():
     found = {result.filter: result for result in compare_task(results, [])}
     assert {name: result.dense.items for name, result in found.items()} == scores
     assert all(result.doc_ids == (0, 1) for result in found.values())
-
-
-@pytest.mark.parametrize(("told", "expected"), [(True, True), (False, False), (None, True)])
-def test_whether_higher_is_better(told, expected):
-    (result,) = compare_task(binary(1.0, 0.0, higher_is_better=told), [])
-    assert result.higher_is_better is expected
 
 
 def test_an_infinite_metric_is_refused():
@@ -184,7 +179,7 @@ def group(children, value, tasks):
 @pytest.mark.parametrize(
     "children", [{"climate": ["rain", "sun"]}, {"climate": ["inner", "sun"], "inner": ["rain"]}], ids=["flat", "nested"]
 )
-def test_the_difference_of_a_group_has_the_error_of_its_tasks(by_size, children):
+def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
     scores = {
         "dense": {"rain": (1.0, 1.0, 0.0, 1.0, 1.0, 0.0), "sun": (1.0, 0.0, 1.0)},
         "pruned": {"rain": (0.0, 1.0, 0.0, 0.0, 1.0, 1.0), "sun": (0.0, 0.0, 1.0)},
@@ -205,7 +200,7 @@ def test_the_difference_of_a_group_has_the_error_of_its_tasks(by_size, children)
     assert pruned.lost is None
 
 
-def test_a_group_that_is_no_mean_of_its_tasks_has_a_difference_alone():
+def test_a_group_that_is_no_mean_has_a_difference_alone():
     children = {"climate": ["rain", "sun"]}
     dense, pruned = (
         group(children, value, [binary(1.0, 0.0, task="rain"), binary(0.0, task="sun")]) for value in (0.9, 0.3)
@@ -307,12 +302,6 @@ def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name,
     assert task.run(*loaded)["samples"] == result["samples"]
 
 
-def test_examples_in_the_prompt(folder, loaded):
-    results = task_of(folder, num_fewshot=2).run(*loaded)
-    assert results["n-shot"]["own_chosen"] == 2
-    assert results["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
-
-
 def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
     alone = task_of(folder).run(*loaded)["results"]["own_chosen"]["acc,none"]
     results = task_of(folder, "own_both").run(*loaded)
@@ -321,7 +310,7 @@ def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
     assert found["own_both"].pruned[0].standard_error == 0
 
 
-def test_the_chat_template_is_applied_where_there_is_one(folder, loaded):
+def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
     model, tokenizer = loaded
     task = task_of(folder, apply_chat_template=True, limit=2)
     with pytest.raises(UsageError, match="no chat template"):
@@ -331,6 +320,9 @@ def test_the_chat_template_is_applied_where_there_is_one(folder, loaded):
     results = task.run(model, talking)
     assert results["samples"]["own_chosen"][0]["arguments"][0][0].startswith("<user>")
     assert results["chat_template"] == talking.chat_template
+    examples = task_of(folder, num_fewshot=2).run(*loaded)
+    assert examples["n-shot"]["own_chosen"] == 2
+    assert examples["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
 
 
 def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, monkeypatch):
@@ -358,26 +350,11 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, mon
         )
         changed.append(task_of(moved).fingerprint() + versions_behind_lm_eval())
     assert packages not in changed[-1]
+    changed.append(task_of(moved, "own_both").fingerprint())
+    group = (moved / "both.yaml").read_text()
+    (moved / "both.yaml").write_text(group.replace("weight_by_size: true", "weight_by_size: false"))
+    changed.append(task_of(moved, "own_both").fingerprint())
     assert len({first, *changed}) == len(changed) + 1
-
-
-def test_the_fingerprint_of_a_group_changes_with_its_weights(folder):
-    first = [task_of(folder, "own_both").fingerprint() for _ in range(2)]
-    text = (folder / "both.yaml").read_text()
-    (folder / "both.yaml").write_text(text.replace("weight_by_size: true", "weight_by_size: false"))
-    assert first[0] == first[1] != task_of(folder, "own_both").fingerprint()
-
-
-@pytest.mark.parametrize("batch_size", ["none", "0", "-1", "1.5", 0])
-def test_a_batch_size_is_a_number_or_auto(batch_size):
-    with pytest.raises(UsageError, match="--batch-size"):
-        EvalRequest(None, batch_size=batch_size).windows_per_batch  # noqa: B018
-
-
-@pytest.mark.parametrize(("batch_size", "expected"), [("auto", (1, "auto")), ("8", (8, 8)), (3, (3, 3))])
-def test_batches_of_windows_and_of_requests(batch_size, expected):
-    request = EvalRequest(None, batch_size=batch_size)
-    assert (request.windows_per_batch, request.items_per_batch) == expected
 
 
 def test_a_name_that_is_close_to_a_preset():

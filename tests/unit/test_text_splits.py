@@ -11,9 +11,10 @@ import torch
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.recovery.run import DECIDING, FITTED, REPORTED
-from sleb_cli.engine.text import calibration
-from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, generate_own_text, texts_sha256
+from sleb_cli.engine.text import calibration, own_text
+from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import WHOLE, TextSplit, calibration_text, reference_calibration_text
 from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError
@@ -113,8 +114,8 @@ OWN = ((20, (14, 4, 2)), (10, (7, 2, 1)))
 
 def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
     model, events = random_model(llama_config(2)), []
-    write = Mock(side_effect=calibration._write)
-    monkeypatch.setattr(calibration, "_write", write)
+    write = Mock(side_effect=own_text._write)
+    monkeypatch.setattr(own_text, "_write", write)
     (own,) = settings("self", 4, (4, 0, 0))[:1]
 
     def texts(**changes):

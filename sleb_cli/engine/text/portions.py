@@ -13,11 +13,11 @@ from torch import Tensor
 from sleb_cli.engine.text.calibration import (
     CalibrationSettings,
     draw,
-    generate_own_text,
     generated_parts,
     limit_to_texts,
     read_windows,
 )
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import is_read_whole
 from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.events import Notify
