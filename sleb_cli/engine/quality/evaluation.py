@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from sleb_cli.atomic import to_json
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.placement import Placement, device_of, resolve_device_map
@@ -127,12 +129,12 @@ def _run_tasks(
         found[removals] = []
         for task in tasks:
             key = {"removals": ",".join(map(str, sorted(removals))), "task": fingerprints[task.name]}
-            results = group.from_main(partial(parts.document, key))
+            results = group.from_main(partial(parts.read, key, json.loads))
             if results is None:
                 model = models.without(removals).model
                 with as_transformers_loads([model]):
                     results = task.run(model, tokenizer, what, notify, group)
-                parts.keep_document(key, results)
+                parts.write(key, to_json(results).encode())
                 measured.add(task.name)
             found[removals].append(results)
     if cached := [task.name for task in tasks if task.name not in measured]:

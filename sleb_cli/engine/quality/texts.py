@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU, in_smaller_pieces
@@ -158,7 +159,8 @@ class _Scorer:
                 mine = (scored for run in turn[self.group.rank] for scored in self._measured(stretches, missing, run))
                 for _, (number, scores) in self.group.in_turn(mine):
                     for removals, own in scores.items():
-                        self.parts.keep_tensors(self._key(stretches[number], removals), own)
+                        content = save({name: tensor.contiguous() for name, tensor in (own or {}).items()})
+                        self.parts.write(self._key(stretches[number], removals), content)
                     found[number] |= scores
                     advance(len(stretches[number]), _note(found[number]))
         if not missing:
@@ -166,7 +168,7 @@ class _Scorer:
         return [joined([known[removals] or {} for known in found]) for removals in self.models.sizes]
 
     def _cached(self, ids: Tensor) -> _Found:
-        return {removals: self.parts.tensors(self._key(ids, removals)) for removals in self.models.sizes}
+        return {removals: self.parts.read(self._key(ids, removals), load) for removals in self.models.sizes}
 
     def _key(self, ids: Tensor, removals: tuple[int, ...]) -> dict[str, Any]:
         # The order of removal does not matter.
