@@ -15,7 +15,7 @@ from torch import Tensor
 from sleb_cli.engine.device import CPU, in_smaller_pieces
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.predictions import predict, predict_together
+from sleb_cli.engine.forward.predictions import Predictions, predict, predict_together
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.process_group import ProcessGroup, deal
 from sleb_cli.engine.quality.models import Models
@@ -222,6 +222,7 @@ class _Scorer:
     def _score(self, batches: Sequence[Tensor], models: Sequence[_Loaded]) -> Iterator[list[Scores]]:
         """Yield the scores of each model on one batch after another."""
         dense = models[0][0]
+        predicted: Iterator[list[Predictions]]
         if dense.weights.resident:
             predicted = (
                 [predict(skippable, batch, removed, self._engine) for skippable, removed in models] for batch in batches
