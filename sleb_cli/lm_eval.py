@@ -1,4 +1,4 @@
-"""lm-eval's own command, which knows `--model sleb` from here: `python -m sleb_cli.lm_eval run --model sleb …`.
+"""lm-eval's own command with `--model sleb`: `python -m sleb_cli.lm_eval run --model sleb …`.
 
 Versions after 0.4.13 find it by themselves, through the entry point `lm_eval.models`.
 """

@@ -612,12 +612,6 @@ class EvalRequest(SizesRequest):
             raise UsageError(f"--batch-size {size} is not a number of 1 to 999,999,999,999.", hint="Use 8, or auto.")
         return int(size)
 
-    @property
-    def windows_per_batch(self) -> int:
-        """The windows of text per forward pass. Raises like `items_per_batch`."""
-        size = self.items_per_batch
-        return 1 if isinstance(size, str) else size
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(SizesRequest):

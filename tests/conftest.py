@@ -12,6 +12,7 @@ os.environ["COLUMNS"] = "120"
 
 import atexit
 import gc
+import json
 import math
 import random
 import shutil
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -300,6 +302,27 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def slow(value: Any) -> Any:
     """Return a parameter of a test that runs with the slow ones."""
     return pytest.param(value, marks=pytest.mark.slow)
+
+
+def write_task(folder: Path, name: str, rows: Iterable[dict[str, Any]], **settings: Any) -> Path:
+    """Write a task file and its items as lm-eval reads them; by default, multiple choice of q, choices and gold."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    } | settings
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in task.items() if value is not None}, sort_keys=False))
+    return file
 
 
 def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:

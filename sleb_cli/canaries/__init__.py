@@ -1,7 +1,7 @@
-"""Tasks for lm-eval of what depth pruning breaks first, with items of our own; `--tasks canaries` runs them.
+"""Our own lm-eval tasks for what depth pruning breaks first; `--tasks canaries` runs them.
 
-Perplexity and multiple choice hide that a model without some of its blocks no longer adds, closes brackets, copies or
-writes at length: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:2607.13124. Also for lm-eval's own command:
+A model without some of its blocks may no longer add, close brackets, copy or write at length. Perplexity and multiple
+choice hide that: Shrestha et al., arXiv:2602.01997; ShortOPD, arXiv:2607.13124. lm-eval's own command runs them, too:
 `lm-eval run --include_path FOLDER --tasks sleb_canaries`.
 """
 

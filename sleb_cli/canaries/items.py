@@ -1,4 +1,4 @@
-"""Items and graders of the canaries: drawn by a fixed seed, in need of no data set and no network."""
+"""Items and graders of the canaries; they are drawn by a fixed seed and need neither data set nor network."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def counting(items: int, **_: Any) -> dict[str, Any]:
 
 
 def repeating(items: int, sentences: int, **_: Any) -> dict[str, Any]:
-    """Return a sentence, so many others, and the beginning of the first again, which is to be completed."""
+    """Return a sentence, others after it, and its beginning again, to be completed."""
     others = BETWEEN.split(". ")
 
     def draw(rng: random.Random) -> Item:
@@ -128,7 +128,7 @@ def repeating(items: int, sentences: int, **_: Any) -> dict[str, Any]:
 
 
 def writing(**_: Any) -> dict[str, Any]:
-    """Return beginnings of texts, to be continued; there is no right answer."""
+    """Return beginnings of texts, to be continued; no answer is right."""
     from datasets import Dataset
 
     return {"test": Dataset.from_list([{"question": start, "answer": ""} for start in STARTS])}

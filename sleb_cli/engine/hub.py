@@ -14,9 +14,9 @@ _UNREACHABLE = {"ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProt
 
 @contextmanager
 def offline_if_unreachable() -> Iterator[str | None]:
-    """Run calls of the Hub's client on its cache alone if the Hub cannot be reached; yield why, or None.
+    """Let the Hub's client use only its cache if the Hub cannot be reached; yield why, or None.
 
-    Left to itself, the client repeats each request for half a minute or more, with two warnings each time.
+    By itself, the client repeats each request for half a minute or more, with two warnings each time.
     """
     from huggingface_hub import constants
 
@@ -32,11 +32,11 @@ def offline_if_unreachable() -> Iterator[str | None]:
 
 
 def _why_unreachable(endpoint: str, timeout: float) -> str | None:
-    """Return why no connection can be made; any answer at all, even an error, counts as one, and so does a slow one."""
+    """Return why no connection can be made; a connection counts even if the answer is an error or slow."""
     from huggingface_hub import get_session
     from huggingface_hub.errors import HfHubHTTPError
 
-    # Those of the HTTP library, which depends on the client's version.
+    # The HTTP library and its errors depend on the client's version.
     failures: tuple[type[BaseException], ...] = HfHubHTTPError.__bases__
     reason = None
     # A name server may fail once, so ask again, but not after a timeout.

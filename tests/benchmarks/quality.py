@@ -131,13 +131,13 @@ class QualityBench(Bench):
         return self.drawn_windows(lambda text: cut_running_text(self.tokenizer, text, self.options.window_length))
 
     @cached_property
-    def tasks(self) -> Tasks:
+    def tasks(self) -> tuple[LoadedTask, ...]:
         folder = self.work.folder / "tasks"
         subprocess.run([sys.executable, self.options.data / "make_tasks.py", folder], check=True)
         request = EvalRequest(
             tasks=tuple(TASKS), limit=self.options.items, include_path=folder, batch_size=self.options.task_batch
         )
-        return Tasks(request)
+        return load_requested(request)
 
     def search(self, name: str, seed: int, size: int) -> None:
         """Search with one method through the command line; resume an interrupted search."""

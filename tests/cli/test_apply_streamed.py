@@ -100,7 +100,7 @@ def test_hidden_states_wait_in_host_memory(recover, llama_plan, tmp_path, monkey
     ("options", "words"),
     [
         (["--heal"], "--heal trains the model, so all of it must be in memory"),
-        (["--recover", "--calibration", "self"], "does not write its own text: each token would read all of it"),
+        (["--recover", "--calibration", "self"], "A streamed model cannot write its own text"),
     ],
 )
 def test_what_needs_all_of_it_is_refused(run_sleb, llama_plan, options, words):

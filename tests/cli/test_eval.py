@@ -4,13 +4,14 @@ import json
 import math
 import os
 import shutil
+from unittest.mock import Mock
 
 import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from conftest import WORDS, calibration, llama_config, prose, save_model
+from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
 from reference import plain_loss
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
@@ -38,7 +39,7 @@ def plain_perplexity(folder, text, length, skipped=()):
 
 
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt"])
-def test_perplexity_is_that_of_the_literature_dense_beside_pruned(run_sleb, request, model, test_text, tmp_path):
+def test_perplexity_is_that_of_the_literature(run_sleb, request, model, test_text, tmp_path):
     folder = request.getfixturevalue(model)
     options = ["--perplexity", test_text, "--sequence-length", 64, "--batch-size", 3]
     result = run_sleb("eval", folder, "--blocks", "3,1", *options, "-o", "r.json")
@@ -55,7 +56,7 @@ def test_perplexity_is_that_of_the_literature_dense_beside_pruned(run_sleb, requ
     assert f"{pruned['perplexity']:.2f}" in result.stdout
 
 
-def test_the_plan_beside_you_and_several_texts(run_sleb, llama_plan, test_text, text_file, tmp_path):
+def test_the_default_plan_and_several_texts(run_sleb, llama_plan, test_text, text_file, tmp_path):
     llama_plan.rename(tmp_path / "plan.json")
     result = run_sleb("eval", "--perplexity", f"{test_text},{text_file}", "--json", "-q")
     data = json.loads(result.stdout)
@@ -64,73 +65,45 @@ def test_the_plan_beside_you_and_several_texts(run_sleb, llama_plan, test_text, 
     assert result.stderr == ""
 
 
-def test_a_model_alone_is_measured_alone(run_sleb, tiny_llama, test_text):
+def test_a_model_alone_and_a_bos_in_every_window(run_sleb, tiny_llama, test_text):
     result = run_sleb("eval", tiny_llama, "--perplexity", test_text)
     assert result.exit_code == 0
     assert "change" not in result.stdout
     assert "KL" not in result.stdout
-
-
-def test_a_bos_in_every_window(run_sleb, tiny_llama, test_text):
-    without, with_bos = (
-        json.loads(run_sleb("eval", tiny_llama, "--perplexity", test_text, "--json", *options).stdout)
+    (without,), (with_bos,) = (
+        json.loads(run_sleb("eval", tiny_llama, "--perplexity", test_text, "--json", *options).stdout)["texts"]
         for options in ([], ["--bos"])
     )
-    assert without["texts"][0]["bos"] == "none"
-    assert with_bos["texts"][0]["bos"] == "windows"
-    assert without["texts"][0]["tokens_sha256"] != with_bos["texts"][0]["tokens_sha256"]
+    assert (without["bos"], with_bos["bos"]) == ("none", "windows")
+    assert without["tokens_sha256"] != with_bos["tokens_sha256"]
 
 
 @pytest.fixture
 def task_folder(tmp_path):
-    """A multiple-choice task of our own, as lm-eval reads it."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    items = [
-        {"q": f"The {word} is", "choices": [f" {first}.", f" {second}."], "gold": n % 2}
-        for n, (word, first, second) in enumerate(zip(WORDS, WORDS[9:], WORDS[20:], strict=False))
-    ]
-    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (folder / "weather.yaml").write_text(
-        f"""
-task: own_weather
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path / "items.jsonl"}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
-    )
-    return folder
+    return write_task(tmp_path / "tasks", "own_weather", ITEMS).parent
 
 
-def plain_accuracy(folder, tmp_path, limit):
+ITEMS = [
+    {"q": f"The {word} is", "choices": [f" {first}.", f" {second}."], "gold": n % 2}
+    for n, (word, first, second) in enumerate(zip(WORDS, WORDS[9:], WORDS[20:], strict=False))
+]
+
+
+@torch.no_grad()
+def plain_accuracy(folder, limit):
     """Choose the continuation with the larger summed log-probability."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
-    right = 0
-    for line in (tmp_path / "items.jsonl").read_text().splitlines()[:limit]:
-        item = json.loads(line)
-        scores = []
-        for choice in item["choices"]:
-            context, ids = (tokenizer(text).input_ids for text in (item["q"], item["q"] + choice))
-            with torch.no_grad():
-                logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            scores.append(sum(float(logprobs[n - 1, ids[n]]) for n in range(len(context), len(ids))))
-        right += scores.index(max(scores)) == item["gold"]
-    return right / limit
+
+    def likelihood(question, choice):
+        given, ids = len(tokenizer(question).input_ids), tokenizer(question + choice).input_ids
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return sum(float(logprobs[n - 1, ids[n]]) for n in range(given, len(ids)))
+
+    scores = [[likelihood(item["q"], choice) for choice in item["choices"]] for item in ITEMS[:limit]]
+    return sum(of.index(max(of)) == item["gold"] for of, item in zip(scores, ITEMS, strict=False)) / limit
 
 
-def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
+def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder):
     options = ["--tasks", "own_weather", "--include-path", task_folder, "--limit", 5]
     result = run_sleb("eval", tiny_llama, "--blocks", "2", *options, "--json")
     assert result.exit_code == 0, result.stderr
@@ -138,7 +111,7 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
     (task,) = data["tasks"]
     assert (task["task"], task["metric"], task["num_fewshot"]) == ("own_weather", "acc", 0)
     assert task["doc_ids"] == [0, 1, 2, 3, 4]
-    assert task["dense"]["value"] == pytest.approx(plain_accuracy(tiny_llama, tmp_path, 5))
+    assert task["dense"]["value"] == pytest.approx(plain_accuracy(tiny_llama, 5))
     (pruned,) = task["pruned"]
     pairs = list(zip(task["dense"]["items"], pruned["items"], strict=True))
     assert pruned["lost"] == sum(before > after for before, after in pairs)
@@ -196,23 +169,14 @@ def test_an_evaluation_runs_once(run_sleb, tiny_llama, test_text, task_folder, m
     assert passes
 
 
-WRITTEN = """
-task: own_answers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {items}}}}}
-output_type: generate_until
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "{{{{choices[0]}}}}"
-generation_kwargs: {{do_sample: false, max_gen_toks: 8, until: []}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-"""
-
-
-def test_a_change_of_generation_settings_is_measured_anew(run_sleb, tiny_llama, task_folder, tmp_path):
+def test_new_generation_settings_are_measured_anew(run_sleb, tiny_llama, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    (task_folder / "written.yaml").write_text(WRITTEN.format(items=tmp_path / "items.jsonl"))
-    options = ["--tasks", "own_answers", "--include-path", task_folder, "--limit", 3, "-q", "--force", "-o", "r.json"]
+    write_task(
+        tmp_path / "tasks", "own_answers", ITEMS[:3], output_type="generate_until", doc_to_choice=None,
+        doc_to_target="{{choices[0]}}", generation_kwargs={"do_sample": False, "max_gen_toks": 8, "until": []},
+        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    )  # fmt: skip
+    options = ["--tasks", "own_answers", "--include-path", "tasks", "-q", "--force", "-o", "r.json"]
 
     def written():
         assert run_sleb("eval", folder, *options).exit_code == 0
@@ -230,7 +194,7 @@ def test_a_change_of_generation_settings_is_measured_anew(run_sleb, tiny_llama, 
     assert written() == changed
 
 
-def test_packed_weights_are_measured_without_a_second_copy(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
+def test_packed_weights_need_no_second_copy(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
     options = ["--perplexity", test_text, "--sequence-length", 64, "--tasks", "own_weather", "--json", "--fresh"]
     options += ["--include-path", task_folder, "--blocks", "3,1", "--every", 1]
     expected = json.loads(run_sleb("eval", tiny_llama, *options).stdout)
@@ -355,22 +319,26 @@ def test_flips_are_shown_on_request(run_sleb, tiny_llama, task_folder):
         (("--perplexity", "t.txt", "--blocks", "1,2,3", "--remove", "0,2"), 2, "Cannot remove 0 blocks"),
         (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
         (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
+        (("--perplexity", "org/none"), 5, "The data set org/none:train:text cannot be loaded"),
         (("--tasks", "piqa"), 5, "piqa"),
+        (("--tasks", "bad", "--include-path", "."), 5, "lm-eval cannot load bad"),
+        (("--tasks", "canaries"), 5, "No task fits the model's 128 positions"),
         (("--remove", "1"), 2, "No blocks given"),
+        (("--tasks", "canaries", "--stream"), 2, "--tasks needs the whole model in memory"),
     ],
 )
 def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code, message):
     (tmp_path / "t.txt").write_text(prose(60))
     (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "bad.yaml").write_text("task: bad\n")
     result = run_sleb("eval", tiny_llama, *options)
     assert result.exit_code == code, result.stderr
     assert message in result.stderr
+    assert "Loading" not in result.stderr
     assert result.stdout == ""
 
 
-def test_out_of_memory_windows_and_items_come_in_smaller_batches(
-    run_sleb, tiny_llama, task_folder, text_file, monkeypatch
-):
+def test_out_of_memory_batches_are_smaller(run_sleb, tiny_llama, task_folder, text_file, monkeypatch):
     options = ["--tasks", "own_weather", "--include-path", task_folder, "--batch-size", 4, "--json"]
     options += ["--perplexity", text_file, "--sequence-length", 64]
     expected = json.loads(run_sleb("eval", tiny_llama, *options, "--fresh").stdout)
@@ -392,16 +360,7 @@ def test_out_of_memory_windows_and_items_come_in_smaller_batches(
     assert found["texts"][0]["dense"]["losses"] == pytest.approx(expected["texts"][0]["dense"]["losses"], rel=1e-5)
 
 
-def test_a_task_file_that_lm_eval_refuses(run_sleb, tiny_llama, tmp_path):
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "bad.yaml").write_text("task: bad\n")
-    result = run_sleb("eval", tiny_llama, "--tasks", "bad", "--include-path", tmp_path / "tasks")
-    assert result.exit_code == 5
-    assert "lm-eval cannot load bad" in result.stderr
-    assert "Loading" not in result.stderr
-
-
-def test_names_that_look_like_markup_are_shown_as_they_are(run_sleb, tiny_llama, tmp_path):
+def test_names_that_look_like_markup_are_shown_as_is(run_sleb, tiny_llama, tmp_path):
     (tmp_path / "a[bold]b[ end].txt").write_text(prose(60))
     options = ["--perplexity", "a[bold]b[ end].txt", "--sequence-length", 32, "-o", "r[x].json"]
     result = run_sleb("eval", tiny_llama, *options)
@@ -440,9 +399,7 @@ SHORT = ["--sequence-length", 32, "--json"]
         (("train",), "train"),
     ],
 )
-def test_a_data_set_without_a_named_split_is_measured_on_the_least_known_one(
-    run_sleb, tiny_llama, corpus, splits, chosen
-):
+def test_the_split_is_the_least_known_one_by_default(run_sleb, tiny_llama, corpus, splits, chosen):
     result = run_sleb("eval", tiny_llama, "--perplexity", corpus(*splits), *SHORT)
     assert result.exit_code == 0, result.stderr
     assert f"No split was named, so perplexity is measured on org/corpus::{chosen}." in result.stderr
@@ -464,14 +421,11 @@ def test_a_data_set_without_a_named_split_is_measured_on_the_least_known_one(
     ],
 )
 def test_splits_by_other_names(monkeypatch, splits, chosen):
-    rows = datasets.Dataset.from_dict({"text": ["a river"]})
-    asked = []
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config: splits)
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *names, split, data_files: asked.append((*names, split)) or rows
-    )
+    load = Mock(return_value=datasets.Dataset.from_dict({"text": ["a river"]}))
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert evaluation_text("org/name:cfg").source == f"org/name:cfg:{chosen}"
-    assert asked == [("org/name", "cfg", chosen)]
+    load.assert_called_once_with("org/name", "cfg", split=chosen, data_files=None)
 
 
 def test_a_named_split_and_column_count(run_sleb, tiny_llama, corpus):
@@ -481,12 +435,6 @@ def test_a_named_split_and_column_count(run_sleb, tiny_llama, corpus):
     measured = json.loads(result.stdout)["texts"]
     assert [part["text"] for part in measured] == ["org/corpus::train", "org/corpus::test:text"]
     assert measured[0]["tokens_sha256"] != measured[1]["tokens_sha256"]
-
-
-def test_a_data_set_whose_splits_are_unknown(run_sleb, tiny_llama):
-    result = run_sleb("eval", tiny_llama, "--perplexity", "org/none", *SHORT)
-    assert result.exit_code == 5
-    assert "The data set org/none:train:text cannot be loaded" in result.stderr
 
 
 def search_on(run_sleb, model, text):
@@ -500,9 +448,7 @@ def flattered(run_sleb, subject, text):
     return [line for line in result.stderr.splitlines() if "may flatter" in line]
 
 
-def test_the_text_that_the_plan_was_calibrated_on_is_said_to_flatter(
-    run_sleb, tiny_llama, text_file, test_text, corpus, tmp_path
-):
+def test_the_calibration_text_flatters(run_sleb, tiny_llama, text_file, test_text, corpus, tmp_path):
     corpus("train", "test")
     search_on(run_sleb, tiny_llama, f"{text_file}:1/2,org/corpus::train:1/2")
     for text in (text_file, os.path.relpath(text_file), "org/corpus::train", "org/corpus::train:text"):
@@ -513,7 +459,7 @@ def test_the_text_that_the_plan_was_calibrated_on_is_said_to_flatter(
     assert flattered(run_sleb, tiny_llama, text_file) == []
 
 
-def test_the_same_tokens_under_another_name_are_said_to_flatter(run_sleb, tiny_llama, text_file, tmp_path):
+def test_the_same_tokens_flatter_under_another_name(run_sleb, tiny_llama, text_file, tmp_path):
     (tmp_path / "copy.txt").write_bytes(text_file.read_bytes())
     windows = run_sleb("eval", tiny_llama, "--perplexity", "copy.txt", *SHORT)
     count = json.loads(windows.stdout)["texts"][0]["windows"]
@@ -522,7 +468,7 @@ def test_the_same_tokens_under_another_name_are_said_to_flatter(run_sleb, tiny_l
     assert len(flattered(run_sleb, "plan.json", "copy.txt")) == 1
 
 
-def test_a_checkpoint_knows_the_texts_that_it_was_made_on(run_sleb, tiny_llama, text_file, test_text, tmp_path):
+def test_a_checkpoint_knows_the_texts_it_was_made_on(run_sleb, tiny_llama, text_file, test_text, tmp_path):
     search_on(run_sleb, tiny_llama, text_file)
     recovering = ["--recover", "--calibration", test_text, "--samples", 10, "--sequence-length", 32]
     assert run_sleb("apply", "found.json", *recovering, "-o", "out", "--no-verify", "-q").exit_code == 0

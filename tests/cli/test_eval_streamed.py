@@ -61,9 +61,3 @@ def test_a_model_that_does_not_fit_is_streamed_with_a_notice(run_sleb, tiny_llam
     result, found = measured(run_sleb, tiny_llama, text_file)
     assert found == expected
     assert "are free on cpu: its blocks are streamed from its files (--stream)" in result.stderr
-
-
-def test_tasks_are_refused(run_sleb, tiny_llama):
-    result = run_sleb("eval", tiny_llama, "--blocks", "1", "--tasks", "canaries", "--stream")
-    assert result.exit_code == 2
-    assert "--tasks needs all of the model in memory" in result.stderr

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import prose
+from conftest import prose, write_task
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.quality.lm_eval_model import SlebLM
-from sleb_cli.engine.quality.tasks import Tasks
+from sleb_cli.engine.quality.tasks import load_requested
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.events import ignore
 from sleb_cli.lm_eval import main
@@ -26,19 +26,9 @@ ITEMS = 8
 
 @pytest.fixture
 def folder(tmp_path):
-    """A multiple-choice task with files of its own."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
     words = [line.split() for line in prose(ITEMS).replace("\n", " ").split(". ")]
     rows = [{"q": " ".join(line[:3]), "choices": [f" {line[3]}", " mill"], "gold": 0} for line in words]
-    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own.yaml").write_text(
-        f"task: own_words\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'items.jsonl'}\n"
-        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\n'
-        'doc_to_target: "{{gold}}"\ntarget_delimiter: ""\n'
-        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\nmetadata:\n  version: 1.0\n"
-    )
-    return folder
+    return write_task(tmp_path / "tasks", "own_words", rows, target_delimiter="").parent
 
 
 def run_lm_eval(program, model, args, folder, out):
@@ -63,9 +53,9 @@ def items_of(samples):
 @pytest.mark.slow
 def test_lm_evals_own_command_agrees_with_ours_item_by_item(run_sleb, llama_plan, folder, tmp_path):
     assert run_sleb("apply", llama_plan, "-o", "applied", "-q").exit_code == 0
-    ours = Tasks(EvalRequest(None, tasks=("own_words",), include_path=folder, batch_size=1))
+    (ours,) = load_requested(EvalRequest(None, tasks=("own_words",), include_path=folder, batch_size=1))
     model = SlebLM(plan=str(llama_plan), device="cpu")
-    results = ours.run("own_words", model.model, model.tokenizer, "pruned", ignore)
+    results = ours.run(model.model, model.tokenizer)
     doc_ids, hashes, right, scores = items_of(results["samples"]["own_words"])
     assert (doc_ids, sum(right) > 0) == (list(range(ITEMS)), True)
     lm_eval = [sys.executable, "-m", "lm_eval"]

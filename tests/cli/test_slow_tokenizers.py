@@ -34,7 +34,7 @@ def plain_perplexity(folder, text):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).exp().item()
 
 
-def test_it_goes_from_plan_to_checkpoint_and_its_numbers_are_plain(run_sleb, bytes_alone, text_file, tmp_path):
+def test_a_slow_tokenizer_goes_from_plan_to_checkpoint(run_sleb, bytes_alone, text_file, tmp_path):
     search = run_sleb("search", bytes_alone, "--remove", 2, *calibration(text_file), "--sample-tokens", 20)
     assert search.exit_code == 0, search.stderr
     assert read_plan(tmp_path / "plan.json").sample_generation
@@ -47,7 +47,7 @@ def test_it_goes_from_plan_to_checkpoint_and_its_numbers_are_plain(run_sleb, byt
         assert measured["dense"]["perplexity"] == pytest.approx(plain_perplexity(folder, text_file.read_text()))
 
 
-def test_without_a_token_that_ends_a_text_no_task_is_written(run_sleb, tmp_path):
+def test_tasks_that_write_need_a_token_that_ends_a_text(run_sleb, tmp_path):
     vocabulary = {"<unk>": 0} | {letter: n for n, letter in enumerate(string.printable.strip(), 1)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
@@ -55,4 +55,4 @@ def test_without_a_token_that_ends_a_text_no_task_is_written(run_sleb, tmp_path)
     folder = with_tokenizer(save_model(tmp_path / "letters", llama_config(3)), letters)
     result = run_sleb("eval", folder, "--tasks", "sleb_brackets", "--limit", 2)
     assert result.exit_code == 2
-    assert "sleb_brackets has models write text, and this one's tokenizer has no EOS token" in result.stderr
+    assert "sleb_brackets has the model write text, but the tokenizer has no EOS token" in result.stderr

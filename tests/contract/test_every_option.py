@@ -174,7 +174,7 @@ REFUSED: dict[str, Sequence[Refused]] = {
     "eval": (
         Refused("subject=MODEL", "sizes=--remove.*", "No blocks given"),
         Refused("subject=MODEL", "sizes=--every.*", "needs a plan or --blocks"),
-        Refused("quality=.*--tasks.*", "stream=--stream", "--tasks needs all of the model in memory"),
+        Refused("quality=.*--tasks.*", "stream=--stream", "--tasks needs the whole model in memory"),
         Refused("stream=--stream", "map=.+", "--stream"),
         Refused("device=.+", "map=.+", "--device-map names the devices"),
     ),

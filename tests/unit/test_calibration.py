@@ -1,15 +1,18 @@
 """Sequences of tokens: where they are cut, what begins them, and which are drawn."""
 
+import hashlib
 import json
+import struct
+from fractions import Fraction
 
 import datasets
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.text import sources
 from sleb_cli.engine.text.calibration import calibrate, draw, resolve_calibration
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.sources import calibration_text, evaluation_text, reference_calibration_text
@@ -25,25 +28,17 @@ def tokenizers():
     return {bos: train_tokenizer(bos=bos) for bos in (False, True)}
 
 
-def test_windows_are_the_text_with_a_bos_before_each_only_where_the_tokenizer_adds_one(tokenizers):
+def test_windows_are_the_text_with_the_tokenizers_bos(tokenizers):
     text = prose(30)
     ids = tokenizers[False](text).input_ids
-    assert not adds_bos(tokenizers[False])
-    assert adds_bos(tokenizers[True])
+    assert (adds_bos(tokenizers[False]), adds_bos(tokenizers[True])) == (False, True)
     plain = cut_windows(tokenizers[False], text, 16, bos=False)
     assert plain.flatten().tolist() == ids[: len(ids) // 16 * 16]
     after_bos = cut_windows(tokenizers[True], text, 16, bos=True)
     assert after_bos[:, 0].tolist() == [0] * len(after_bos)
     assert after_bos[:, 1:].flatten().tolist() == ids[: len(ids) // 15 * 15]
-
-
-def test_running_text_has_one_bos_at_most(tokenizers):
-    windows = cut_running_text(tokenizers[True], prose(30), 16)
-    assert windows[0, 0] == 0
-    assert (windows == 0).sum() == 1
-
-
-def test_too_short_a_text_gives_no_window(tokenizers):
+    running = cut_running_text(tokenizers[True], text, 16)
+    assert (running[0, 0], (running == 0).sum()) == (0, 1)
     assert cut_windows(tokenizers[True], "river", 16, bos=True).shape == (0, 16)
 
 
@@ -56,9 +51,6 @@ def test_drawing_follows_the_seed_and_keeps_the_texts_order():
 
 
 def test_the_hash_is_over_little_endian_int64():
-    import hashlib
-    import struct
-
     assert tokens_sha256(torch.tensor([[1, 2]])) == hashlib.sha256(struct.pack("<2q", 1, 2)).hexdigest()
 
 
@@ -76,29 +68,40 @@ def hub(monkeypatch):
     return asked, rows
 
 
-def test_what_is_asked_of_the_hub(hub):
+WIKITEXT2, C4 = ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("allenai/c4", None, "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "train", "test"),
+    [
+        ("wikitext2", (*WIKITEXT2, "train", None), (*WIKITEXT2, "test", None)),
+        ("c4", (*C4, "en/c4-train.00000-of-01024.json.gz"), (*C4, "en/c4-validation.00000-of-00008.json.gz")),
+        ("org/name", ("org/name", None, "train", None), None),
+        ("org/name:cfg", ("org/name", "cfg", "train", None), None),
+        ("org/name:cfg:test", ("org/name", "cfg", "test", None), ("org/name", "cfg", "test", None)),
+        ("org/name::test:title", ("org/name", None, "test", None), ("org/name", None, "test", None)),
+    ],
+)  # fmt: skip
+def test_what_is_asked_of_the_hub(hub, source, train, test):
     asked, _ = hub
-    for source in ("wikitext2", "c4", "org/name", "org/name:cfg", "org/name:cfg:test", "org/name::test:title"):
-        calibration_text(source, tokens=10, seed=0)
-    evaluation_text("wikitext2")
-    evaluation_text("c4")
-    assert asked == [
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
-        ("allenai/c4", None, "train", "en/c4-train.00000-of-01024.json.gz"),
-        ("org/name", None, "train", None),
-        ("org/name", "cfg", "train", None),
-        ("org/name", "cfg", "test", None),
-        ("org/name", None, "test", None),
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
-        ("allenai/c4", None, "train", "en/c4-validation.00000-of-00008.json.gz"),
-    ]
+    calibration_text(source, tokens=10, seed=0)
+    if test:
+        evaluation_text(source)
+    assert asked == [train, *([test] if test else [])]
 
 
-def test_the_presets_draw_as_the_reference_does(hub):
+def test_texts_follow_their_protocols(hub):
     _, rows = hub
     shuffled = rows.shuffle(seed=0)["text"][:128]
     assert reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content == "\n\n".join(shuffled)
     assert reference_calibration_text("c4-sleb", rows=128, seed=0).content == " ".join(shuffled)
+    assert evaluation_text("wikitext2").content == "\n\n".join(rows["text"])
+    c4 = evaluation_text("c4")
+    assert (c4.content, c4.limit) == (" ".join(rows["text"][:1100]), 256)
+    # Documents are taken until there is enough.
+    content = calibration_text("c4", tokens=100, seed=0).content
+    assert 800 <= len(content) < 800 + 400
+    assert content != calibration_text("c4", tokens=100, seed=1).content
 
 
 @pytest.fixture
@@ -121,28 +124,11 @@ def test_a_preset_calibrates_on_every_window_of_its_text(hub, tokenizers, calibr
     assert calibration.record.bos is False
 
 
-def test_documents_are_taken_until_there_is_enough(hub):
-    content = calibration_text("c4", tokens=100, seed=0).content
-    assert 800 <= len(content) < 800 + 400
-    assert content != calibration_text("c4", tokens=100, seed=1).content
-
-
-def test_evaluation_texts_follow_the_protocol(hub):
-    _, rows = hub
-    assert evaluation_text("wikitext2").content == "\n\n".join(rows["text"])
-    c4 = evaluation_text("c4")
-    assert c4.content == " ".join(rows["text"][:1100])
-    assert c4.limit == 256
-
-
-def test_a_missing_column_is_named_with_those_there_are(hub):
-    with pytest.raises(DataError) as error:
+def test_a_data_set_or_column_that_does_not_exist_is_named(hub, monkeypatch):
+    with pytest.raises(DataError, match="no column 'body'") as error:
         calibration_text("org/name:::body", tokens=10, seed=0)
-    assert "no column 'body'" in error.value.message
     assert "text, title" in error.value.hint
-
-
-def test_a_data_set_out_of_reach(monkeypatch):
+    monkeypatch.undo()
     with pytest.raises(DataError, match="org/none"):
         calibration_text("org/none", tokens=10, seed=0)
 
@@ -151,14 +137,13 @@ def test_a_local_file_before_a_data_set_of_that_name(tmp_path):
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").write_text("some text")
     assert calibration_text("org/name", tokens=1, seed=0).content == "some text"
-
-
-def test_documents_of_a_jsonl_file_are_joined_by_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one", "two")))
-    assert sources.calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"
+    assert calibration_text("a.jsonl", tokens=1, seed=0).content == "one\n\ntwo"
+    (tmp_path / "a:0.5,b:0.5").write_text("some text")
+    assert [part.source for part in parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]
 
 
-def test_a_mixture_holds_what_each_source_gives_alone_spread_evenly(tmp_path, calibrated):
+def test_a_mixture_interleaves_what_each_source_gives_alone(tmp_path, calibrated):
     (tmp_path / "a.txt").write_text(prose(300, seed=1))
     (tmp_path / "b.txt").write_text(prose(300, seed=2))
     mixed = calibrated("a.txt:0.75,b.txt:0.25", 8)
@@ -166,12 +151,9 @@ def test_a_mixture_holds_what_each_source_gives_alone_spread_evenly(tmp_path, ca
     assert torch.equal(mixed.sequences, torch.stack([a[0], a[1], a[2], b[0], a[3], a[4], a[5], b[1]]))
     assert mixed.record.source == "a.txt:0.75,b.txt:0.25"
     assert mixed.record.tokens_sha256 == tokens_sha256(mixed.sequences)
-    assert mixed.record == calibrated("a.txt:0.75,b.txt:0.25", 8).record
 
 
 def test_the_model_writes_its_part_of_a_mixture(tiny_llama, text_file, calibrated):
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     mixed = calibrated(f"self:0.5,{text_file}:0.5", 4, bos=True, load_model=lambda: model)
     own = calibrated("self", 2, bos=True, load_model=lambda: model).sequences
@@ -190,15 +172,8 @@ def test_the_model_writes_its_part_of_a_mixture(tiny_llama, text_file, calibrate
         ("/a/b.txt:1/3,c:1/3,d:1/3", [("/a/b.txt", "1/3"), ("c", "1/3"), ("d", "1/3")]),
     ],
 )
-def test_a_share_is_taken_off_the_end_of_a_source(source, parts):
-    from fractions import Fraction
-
+def test_a_share_is_at_the_end_of_a_source(source, parts):
     assert [(part.source, part.share) for part in parse_mixture(source)] == [(s, Fraction(f)) for s, f in parts]
-
-
-def test_a_file_whose_name_looks_like_a_mixture_is_a_file(tmp_path):
-    (tmp_path / "a:0.5,b:0.5").write_text("some text")
-    assert [part.source for part in parse_mixture("a:0.5,b:0.5")] == ["a:0.5,b:0.5"]
 
 
 @pytest.mark.parametrize(
@@ -216,29 +191,23 @@ def test_a_file_whose_name_looks_like_a_mixture_is_a_file(tmp_path):
         ("c4:0.9,self:0.1", 2, "none would be from self"),
     ],
 )
-def test_a_mixture_that_is_none_is_refused(calibrated, source, samples, message):
+def test_an_invalid_mixture_is_refused(calibrated, source, samples, message):
     with pytest.raises(UsageError, match=message):
         calibrated(source, samples)
 
 
-def test_a_mixture_is_as_long_as_its_scarcest_source_lets_it_be_where_nobody_said_how_long(tmp_path, calibrated):
+def test_the_scarcest_source_limits_a_mixture_by_default(tmp_path, calibrated):
     (tmp_path / "a.txt").write_text(prose(300, seed=1))
     (tmp_path / "b.txt").write_text(prose(20, seed=2))
-    there = len(calibrated("b.txt").sequences)
-    assert 1 < there < 8
+    count = len(calibrated("b.txt").sequences)
+    assert 1 < count < 8
     events = []
     mixed = calibrated("a.txt:0.5,b.txt:0.5", notify=events.append)
-    assert torch.equal(mixed.sequences, calibrated("a.txt:0.5,b.txt:0.5", 2 * there + 1).sequences)
+    assert torch.equal(mixed.sequences, calibrated("a.txt:0.5,b.txt:0.5", 2 * count + 1).sequences)
     (notice,) = [event.text for event in events if isinstance(event, Notice)]
-    mixed = f"so the mixture has {2 * there + 1} sequences, not 16."
-    assert notice == f"b.txt has text for only {there} sequences of 64 tokens, {mixed}"
-    with pytest.raises(DataError, match=rf"b\.txt has text for {there} sequences of 64 tokens, not for 8"):
+    assert f"b.txt has text for only {count} sequences of 64 tokens" in notice
+    assert f"{2 * count + 1} sequences, not 16" in notice
+    with pytest.raises(DataError, match=rf"b\.txt has text for {count} sequences of 64 tokens, not for 8"):
         calibrated("a.txt:0.5,b.txt:0.5", 16)
-
-
-def test_a_mixture_that_would_lack_a_source_is_refused(tmp_path, calibrated):
-    (tmp_path / "a.txt").write_text(prose(300))
-    (tmp_path / "b.txt").write_text(prose(3))
-    assert len(calibrated("b.txt").sequences) == 1
     with pytest.raises(UsageError, match=r"none would be from a\.txt"):
-        calibrated("a.txt:1/10,b.txt:9/10")
+        calibrated("a.txt:1/100,b.txt:99/100")

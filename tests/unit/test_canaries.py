@@ -4,15 +4,13 @@ import json
 import logging
 
 import pytest
-import yaml
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.canaries import CANARIES, FOLDER, items
-from sleb_cli.engine.quality.tasks import Tasks, compare_task
-from sleb_cli.events import ignore
+from sleb_cli.engine.quality.tasks import compare_task, load_requested
 from sleb_cli.requests import EvalRequest
 
 GRADED = [name for name in CANARIES if name != "sleb_repetition"]
@@ -56,28 +54,22 @@ def values(loaded, answer):
     }
 
 
-def test_the_group_has_all_canaries_and_none_else(loaded, manager):
-    assert tuple(loaded["tasks"]) == CANARIES
-    assert set(manager.all_subtasks) == set(CANARIES)
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [(" {}\n\nand more", 1), ("", 0), ("\n", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)],
+)
+def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score):
+    found = values(loaded, lambda doc: answer.format(doc["answer"]))
+    assert {name: set(found[name].values()) for name in GRADED} == {name: {score} for name in GRADED}
 
 
-def test_a_perfect_answer_scores_one(loaded):
-    found = values(loaded, lambda doc: f" {doc['answer']}\n\nand more")
-    for name in GRADED:
-        assert set(found[name].values()) == {1.0}, name
-
-
-@pytest.mark.parametrize("answer", ["", "\n", "nonsense", "0 0 0 0 0 0 0 0 0 0"])
-def test_a_wrong_answer_scores_zero(loaded, answer):
-    found = values(loaded, lambda doc: answer)
-    for name in GRADED:
-        assert set(found[name].values()) == {0.0}, name
-
-
-def test_an_answer_that_is_right_once_in_eight_times_passes():
-    doc = {"question": "2 + 2 =", "answer": "4"}
-    assert items.grade_samples(doc, [[" 4", *["5"] * 7]]) == {"pass@1": 1 / 8, "pass@8": 1.0}
-    assert items.grade_samples(doc, [["44", "4 4", " 4."] * 2 + ["", "four"]]) == {"pass@1": 0.0, "pass@8": 0.0}
+@pytest.mark.parametrize(
+    ("answers", "once", "any_of_eight"),
+    [([" 4", *["5"] * 7], 1 / 8, 1), (["44", "4 4", " 4."] * 2 + ["", "four"], 0, 0)],
+)
+def test_an_answer_that_is_right_once_in_eight_times_passes(answers, once, any_of_eight):
+    found = items.grade_samples({"question": "2 + 2 =", "answer": "4"}, [answers])
+    assert found == {"pass@1": once, "pass@8": any_of_eight}
 
 
 @pytest.mark.parametrize(
@@ -97,13 +89,24 @@ def test_words_count_where_they_are_right_and_in_their_place(answer, share):
 
 
 @pytest.mark.parametrize(
-    ("text", "share"), [("one two three four five", 0.0), ("a b c d a b c d", 1 / 5), ("x y " * 50, 95 / 97), ("", 0.0)]
+    ("text", "share"),
+    [
+        ("", 0),
+        ("a b c", 0),
+        ("a b c d", 0),
+        ("one two three four five", 0),
+        ("7 " * 48, 1 - 1 / 45),
+        ("a b c d a b c d", 1 / 5),
+        ("a b c d e a b c d e", 1 - 5 / 7),
+        ("a b c d i a b c d", 1 / 6),
+        ("x y " * 50, 95 / 97),
+    ],
 )
 def test_repetition_is_the_share_of_runs_that_occurred_before(text, share):
     assert items.grade_repetition({}, [text]) == {"repetition": pytest.approx(share)}
 
 
-def test_the_items_are_the_same_every_time_and_differ_from_each_other(loaded, manager):
+def test_items_are_always_the_same_and_all_different(loaded, manager):
     again = manager.load(["sleb_canaries"])["tasks"]
     for name, task in loaded["tasks"].items():
         rows = list(task.eval_docs)
@@ -145,37 +148,34 @@ def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
         assert longest <= task.config.generation_kwargs["max_gen_toks"], name
 
 
-def test_prompts_begin_with_the_same_examples_and_end_with_the_question(loaded):
+def test_prompts_share_examples_and_end_with_the_question(loaded):
     for name in GRADED:
         task = loaded["tasks"][name]
         task.set_fewshot_seed(seed=0)
         task.build_all_requests(limit=3)
-        prompts = [request.args[0] for request in task.instances]
+        questions, prompts = [row["question"] for row in task.eval_docs], [each.args[0] for each in task.instances]
         assert len(prompts) >= 3
-        shots = task.config.num_fewshot
-        for row, prompt in zip(task.eval_docs, prompts, strict=False):
-            assert prompt.endswith(row["question"])
-        if shots:
-            heads = {prompt.removesuffix(row["question"]) for row, prompt in zip(task.eval_docs, prompts, strict=False)}
-            assert len(heads) == 1
+        pairs = list(zip(questions, prompts, strict=False))
+        assert all(prompt.endswith(question) for question, prompt in pairs)
+        heads = {prompt.removesuffix(question) for question, prompt in pairs}
+        assert len(heads) == 1 or not task.config.num_fewshot
 
 
-def test_they_are_part_of_the_package():
+def test_the_group_has_all_canaries_and_none_else(loaded, manager):
+    assert tuple(loaded["tasks"]) == CANARIES
+    assert set(manager.all_subtasks) == set(CANARIES)
     assert {file.name for file in FOLDER.glob("*.yaml")} == {f"{name}.yaml" for name in (*CANARIES, "sleb_canaries")}
-    group = yaml.safe_load((FOLDER / "sleb_canaries.yaml").read_text())
-    assert tuple(group["task"]) == CANARIES
 
 
 @pytest.mark.slow
 def test_they_run_on_a_model_that_knows_nothing(tiny_llama):
-    tasks = Tasks(EvalRequest(None, tasks=("canaries",), limit=2))
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_llama).eval(),
         AutoTokenizer.from_pretrained(tiny_llama),
     )
     model.config.max_position_embeddings = 4096  # rotary, so it computes at any length
-    for name in tasks.names:
-        results = tasks.run(name, model, tokenizer, "dense", ignore)
+    for task in load_requested(EvalRequest(None, tasks=("canaries",), limit=2)):
+        results = task.run(model, tokenizer)
         found = compare_task(json.loads(json.dumps(results)), [((1,), results)], show_flips=2)
         assert all(len(result.dense.items) == 2 for result in found)
         assert all(result.pruned[0].difference == 0 for result in found)

@@ -2,11 +2,17 @@
 
 import json
 
+import datasets
 import pytest
 
 from conftest import train_tokenizer
+from sleb_cli.engine.model.architecture import read_architecture
+from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
 from sleb_cli.engine.text.chat import cut_conversations, require_template
 from sleb_cli.engine.text.sources import Conversations, calibration_conversations
+from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest
 from sleb_plugins import DataError, UsageError
 
 TEMPLATE = (
@@ -48,10 +54,14 @@ def test_all_tokens_of_the_template_count():
     sequences, loss_mask = cut(PLAIN, [CONVERSATION], len(ids), answers=False)
     assert sequences.tolist() == [ids]
     assert loss_mask.all()
+    # The template may even rewrite the beginning.
+    assert cut("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
 
 
+@pytest.mark.parametrize("has_offsets", [True, False])
 @pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["by prompts", "by the template's own marks"])
-def test_the_answers_count_up_to_the_token_that_ends_them(template):
+def test_answers_count_up_to_the_token_that_ends_them(template, has_offsets, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", has_offsets)
     tokenizer = tokenizer_with(template)
     ids = written(tokenizer, CONVERSATION)
     sequences, loss_mask = cut(template, [CONVERSATION], len(ids), answers=True)
@@ -60,14 +70,7 @@ def test_the_answers_count_up_to_the_token_that_ends_them(template):
     assert tokenizer.decode(sequences[0][~loss_mask[0]]).count("<s>assistant\n") == 2
 
 
-def test_a_tokenizer_that_knows_no_offsets_finds_the_answers_too(monkeypatch):
-    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", False)
-    tokenizer = tokenizer_with(MARKED)
-    sequences, loss_mask = cut(MARKED, [CONVERSATION], len(written(tokenizer, CONVERSATION)), answers=True)
-    assert tokenizer.decode(sequences[0][loss_mask[0]]) == "bridge town</s>field winter spring</s>"
-
-
-def test_each_sequence_begins_where_a_conversation_begins_and_has_an_answer():
+def test_each_sequence_begins_a_conversation_and_has_an_answer():
     tokenizer = tokenizer_with(PLAIN)
     short = [{"role": "user", "content": "snow"}, {"role": "assistant", "content": "water"}]
     long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
@@ -80,28 +83,22 @@ def test_each_sequence_begins_where_a_conversation_begins_and_has_an_answer():
     assert only_questions.tolist() == [written(tokenizer, CONVERSATION)[:60]]
 
 
-def test_too_few_conversations_are_refused_by_what_there_is():
-    long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
-    with pytest.raises(DataError, match="too few for a sequence of 40 with an answer in it"):
-        cut(PLAIN, [long], 40, answers=True)
-    with pytest.raises(DataError, match=r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"):
-        cut(PLAIN, [long], 4000, answers=False)
-    with pytest.raises(DataError, match="text for 1 sequences of 40 tokens, not for 2"):
-        cut(PLAIN, [long], 40, answers=False, asked=2)
+LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
 
 
-def test_what_a_template_refuses_is_said_in_its_words():
-    template = "{{ raise_exception('after user comes assistant') }}"
-    with pytest.raises(DataError, match=r"conversation of chat\.jsonl: after user comes assistant"):
-        cut(template, [CONVERSATION], 40, answers=False)
-
-
-def test_a_template_that_rewrites_the_beginning_is_refused_for_answers_only():
-    template = "{{ messages | length }}" + PLAIN
-    with pytest.raises(DataError, match="so its answers cannot be found") as error:
-        cut(template, [CONVERSATION], 40, answers=True)
-    assert "--chat all" in error.value.hint
-    assert cut(template, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
+@pytest.mark.parametrize(
+    ("template", "conversation", "length", "options", "message"),
+    [
+        (PLAIN, LONG, 40, {"answers": True}, "too few for a sequence of 40 with an answer in it"),
+        (PLAIN, LONG, 4000, {}, r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"),
+        (PLAIN, LONG, 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
+        ("{{ raise_exception('no user') }}", CONVERSATION, 40, {}, r"conversation of chat\.jsonl: no user"),
+        ("{{ messages | length }}" + PLAIN, CONVERSATION, 40, {"answers": True}, "so its answers cannot be found"),
+    ],
+)
+def test_conversations_that_cannot_be_cut_are_refused(template, conversation, length, options, message):
+    with pytest.raises(DataError, match=message):
+        cut(template, [conversation], length, **{"answers": False} | options)
 
 
 def test_a_tokenizer_without_a_template_is_refused():
@@ -118,6 +115,8 @@ def test_plain_text_is_no_conversation(source):
 @pytest.mark.parametrize(
     "line",
     [
+        "{",
+        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
         '{"text": "a"}',
         '{"messages": "a"}',
         '{"messages": []}',
@@ -130,40 +129,29 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
         calibration_conversations("chat.jsonl", tokens=10, seed=0)
-
-
-def test_an_empty_file_of_conversations(tmp_path):
     (tmp_path / "chat.jsonl").write_text("\n")
     with pytest.raises(DataError, match="is empty"):
         calibration_conversations("chat.jsonl", tokens=10, seed=0)
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):
-    import datasets
-
     rows = datasets.Dataset.from_dict({"messages": [CONVERSATION] * 50, "other": [[]] * 50})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
     found = calibration_conversations("org/chat", tokens=30, seed=0).content
     characters = sum(len(message["content"]) for message in CONVERSATION)
     assert found == [CONVERSATION] * -(-30 * 8 // characters)
-    with pytest.raises(DataError, match="are not a list"):
+    with pytest.raises(DataError, match="A row of org/chat:train:other cannot be read: messages"):
         calibration_conversations("org/chat:::other", tokens=30, seed=0)
 
 
-def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_llama, tmp_path):
-    from sleb_cli.engine.model.architecture import read_architecture
-    from sleb_cli.engine.model.source import locate_model
-    from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
-    from sleb_cli.plugin_manager import load_plugins
-    from sleb_cli.requests import CalibrationRequest
-
+def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
     tokenizer = tokenizer_with(PLAIN)
     for name, word in (("a.jsonl", "river"), ("b.jsonl", "snow")):
-        lines = []
-        for number in range(40):
-            turns = [{"role": "user", "content": "mill " * (number % 5)}, {"role": "assistant", "content": word}]
-            lines.append(json.dumps({"messages": turns}))
-        (tmp_path / name).write_text("\n".join(lines))
+        turns = [
+            [{"role": "user", "content": "mill " * (number % 5)}, {"role": "assistant", "content": word}]
+            for number in range(40)
+        ]
+        (tmp_path / name).write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
     request = CalibrationRequest(calibration="a.jsonl:0.5,b.jsonl:0.5", samples=6, sequence_length=48, seed=0)
     settings = resolve_calibration(request, architecture, chat="answers")
@@ -171,9 +159,9 @@ def test_the_mask_stays_with_its_sequences_through_mixing_and_shuffling(tiny_lla
     words = [tokenizer.decode(ids[own]) for ids, own in zip(calibration.sequences, calibration.loss_mask, strict=True)]
     assert [word.split("</s>")[0] for word in words] == ["river", "snow"] * 3
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
-    mixed = calibration.shuffled()
     before, after = (
-        list(zip(each.sequences.tolist(), each.loss_mask.tolist(), strict=True)) for each in (calibration, mixed)
+        list(zip(each.sequences.tolist(), each.loss_mask.tolist(), strict=True))
+        for each in (calibration, calibration.shuffled())
     )
     assert len({str(mask) for _, mask in before}) > 2
     assert after != before

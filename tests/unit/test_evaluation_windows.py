@@ -1,5 +1,6 @@
 """How a text is cut for evaluation: which predictions count, and which document each belongs to."""
 
+import json
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 
@@ -37,29 +38,23 @@ def test_windows_without_a_stride_are_those_of_the_literature(tokenizer, bos):
     assert windows.bos == ("windows" if bos else "none")
 
 
-def test_a_tokenizer_may_begin_the_text_with_bos(tokenizer):
-    windows = cut_for_evaluation(train_tokenizer(bos=True), Text("t", prose(30)), 16)
-    plain = tokenizer(prose(30)).input_ids
+def test_the_tokenizers_bos_begins_the_text_or_each_window(tokenizer):
+    other, plain, text = train_tokenizer(bos=True), tokenizer(prose(30)).input_ids, Text("t", prose(30))
+    windows = cut_for_evaluation(other, text, 16)
     assert windows.bos == "text"
-    assert windows.ids[0].tolist() == [tokenizer.bos_token_id, *plain[:15]]
-    assert windows.ids[1].tolist() == plain[15:31]
-
-
-def test_windows_begin_with_the_models_bos_once_if_it_has_one(tokenizer):
-    other, plain = train_tokenizer(bos=True), tokenizer(prose(30)).input_ids
-    other.bos_token = "</s>"
-    windows = cut_for_evaluation(other, Text("t", prose(30)), 16, bos=True)
-    for ids in (windows.ids, cut_windows(other, prose(30), 16, bos=True)):
+    assert windows.ids[:2].tolist() == [[tokenizer.bos_token_id, *plain[:15]], plain[15:31]]
+    other.bos_token = "</s>"  # now the model's BOS is not what the tokenizer adds
+    for ids in (cut_for_evaluation(other, text, 16, bos=True).ids, cut_windows(other, prose(30), 16, bos=True)):
         assert ids[:2].tolist() == [[1, *plain[:15]], [1, *plain[15:30]]]
     other.bos_token = None
-    assert cut_for_evaluation(other, Text("t", prose(30)), 16).bos == "none"
+    assert cut_for_evaluation(other, text, 16).bos == "none"
     with pytest.raises(UsageError, match="the tokenizer has no BOS token"):
-        cut_for_evaluation(other, Text("t", prose(30)), 16, bos=True)
+        cut_for_evaluation(other, text, 16, bos=True)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("stride", [1, 5, 12, 15])
-def test_with_a_stride_each_token_counts_once_with_enough_context(tokenizer, bos, stride):
+def test_a_stride_counts_each_token_once_with_enough_context(tokenizer, bos, stride):
     text = prose(20)
     ids = tokenizer(text).input_ids
     windows = cut_for_evaluation(tokenizer, Text("t", text), 16, bos=bos, stride=stride)
@@ -93,14 +88,10 @@ def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
 
 
 def test_documents_of_a_file_are_its_lines(tokenizer, tmp_path):
-    import json
-
     documents = [prose(5, seed=seed) for seed in range(4)]
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     text = evaluation_text(str(tmp_path / "d.jsonl"))
-    assert [text.content[start:].startswith(part) for start, part in zip(text.documents, documents, strict=True)] == [
-        True
-    ] * 4
+    assert all(text.content[start:].startswith(part) for start, part in zip(text.documents, documents, strict=True))
     assert len(cut_for_evaluation(tokenizer, text, 8).clusters.unique()) == 4
 
 
@@ -194,9 +185,8 @@ def test_what_does_not_fit_is_refused(tokenizer):
     ],
 )
 def test_the_length_is_what_is_asked_for_or_what_the_model_has(asked, limit, expected):
-    assert choose_length(asked, SimpleNamespace(longest_sequence=limit)) == expected
-
-
-def test_a_length_that_is_too_long_is_refused():
-    with pytest.raises(UsageError, match="exceeds the 64 positions of m"):
-        choose_length(65, SimpleNamespace(longest_sequence=64, source=SimpleNamespace(id="m")))
+    model = SimpleNamespace(longest_sequence=limit, source=SimpleNamespace(id="m"))
+    assert choose_length(asked, model) == expected
+    if limit:
+        with pytest.raises(UsageError, match=f"exceeds the {limit} positions of m"):
+            choose_length(limit + 1, model)

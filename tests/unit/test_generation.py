@@ -6,8 +6,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from conftest import llama_config, random_model, train_tokenizer
 from sleb_cli.engine.model.generation import end_tokens, generate
-from sleb_cli.engine.text.calibration import CalibrationSettings, generate_own_text
+from sleb_cli.engine.text.calibration import CalibrationSettings
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_plugins import UnsupportedModelError
 
 PENALISED = GenerationConfig(repetition_penalty=5.0, top_p=0.1, temperature=0.2, eos_token_id=[1, 7], do_sample=True)

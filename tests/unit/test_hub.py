@@ -16,12 +16,21 @@ NOBODY = "http://127.0.0.1:9"
 
 
 @pytest.fixture
-def endpoint(monkeypatch):
-    """Name the Hub's address, which nobody here forbids to ask."""
+def why(monkeypatch):
+    """Return why the Hub at an address counts as out of reach, if it does."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("sleb_cli.engine.hub.time.sleep", lambda seconds: None)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     close_session()
-    yield lambda address: monkeypatch.setattr(constants, "ENDPOINT", address)
+
+    def why(address):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        with offline_if_unreachable() as unreachable:
+            assert constants.is_offline_mode() == (unreachable is not None)
+        assert not constants.is_offline_mode()
+        return unreachable
+
+    yield why
     close_session()
 
 
@@ -48,55 +57,37 @@ def server(status):
 
 
 @pytest.mark.parametrize("status", [200, 404, 503])
-def test_whoever_answers_is_reached(endpoint, status):
+def test_whoever_answers_is_reached(why, status):
     with server(status) as (address, asked):
-        endpoint(address)
-        with offline_if_unreachable() as unreachable:
-            assert unreachable is None
-            assert not constants.is_offline_mode()
+        assert why(address) is None
     assert asked == ["/"]
 
 
-def test_a_proxy_may_be_the_only_way(endpoint, monkeypatch):
+def test_a_proxy_may_be_the_only_way(why, monkeypatch):
     with server(200) as (address, asked):
         monkeypatch.setenv("HTTP_PROXY", address)
-        endpoint("http://hub.invalid")
-        with offline_if_unreachable() as unreachable:
-            assert unreachable is None
+        assert why("http://hub.invalid") is None
     assert asked == ["http://hub.invalid/"]
 
 
-def test_nobody_answers_only_inside_is_it_offline(endpoint):
-    endpoint(NOBODY)
-    with pytest.raises(KeyError), offline_if_unreachable() as unreachable:
-        assert unreachable == f"{NOBODY} is out of reach (Connection refused)"
-        assert constants.is_offline_mode()
+def test_it_is_offline_only_inside_even_after_an_error(why):
+    assert why(NOBODY) == f"{NOBODY} is out of reach (Connection refused)"
+    with pytest.raises(KeyError), offline_if_unreachable():
         raise KeyError
     assert not constants.is_offline_mode()
 
 
-def test_packets_that_vanish_are_waited_for_once(endpoint, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
-    with socket.socket() as full, socket.socket() as waiting:
-        full.bind(("127.0.0.1", 0))
-        full.listen(0)  # one connection fits into the queue, and nobody takes it out
-        waiting.connect(full.getsockname())
-        endpoint("http://{}:{}".format(*full.getsockname()))
-        with offline_if_unreachable() as unreachable:
-            assert unreachable.endswith("is out of reach (timed out)")
-
-
-def test_a_slow_answer_is_one(endpoint, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
-    with socket.socket() as silent:
+@pytest.mark.parametrize(("queue", "reason"), [(0, "timed out"), (5, None)], ids=["no connection", "slow answer"])
+def test_only_a_slow_connection_is_out_of_reach(why, queue, reason):
+    with socket.socket() as silent, socket.socket() as waiting:
         silent.bind(("127.0.0.1", 0))
-        silent.listen(5)
-        endpoint("http://{}:{}".format(*silent.getsockname()))
-        with offline_if_unreachable() as unreachable:
-            assert unreachable is None
+        silent.listen(queue)  # one connection fits into an empty queue, and nobody takes it out
+        waiting.connect(silent.getsockname())
+        found = why("http://{}:{}".format(*silent.getsockname()))
+    assert found is None if reason is None else found.endswith(f"is out of reach ({reason})")
 
 
-def test_a_data_set_in_the_cache_needs_no_hub(endpoint, tmp_path, monkeypatch):
+def test_a_data_set_in_the_cache_needs_no_hub(why, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"text": "river"}\n{"text": "stone"}\n')
     cache = tmp_path / "datasets"
     datasets.load_dataset("json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(cache))
@@ -106,5 +97,5 @@ def test_a_data_set_in_the_cache_needs_no_hub(endpoint, tmp_path, monkeypatch):
     rows.parents[2].rename(cache / "json" / "default")
     (cache / "json").rename(cache / "org___words")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    endpoint(NOBODY)
+    assert why(NOBODY)
     assert evaluation_text("org/words").content == "river\n\nstone"

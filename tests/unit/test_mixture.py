@@ -19,11 +19,11 @@ from sleb_cli.engine.text.mixture import divide, interleave
         (3, ["0.9", "0.1"], [3, 0]),
     ],
 )
-def test_what_is_left_goes_to_the_largest_remainders(count, shares, expected):
+def test_the_rest_goes_to_the_largest_remainders(count, shares, expected):
     assert divide(count, [Fraction(share) for share in shares]) == expected
 
 
-def test_divided_parts_sum_to_the_whole_and_miss_their_share_by_less_than_one():
+def test_parts_sum_to_the_whole_and_are_near_their_shares():
     rng = Random(0)
     for _ in range(200):
         weights = [rng.randint(1, 9) for _ in range(rng.randint(1, 5))]
@@ -34,7 +34,7 @@ def test_divided_parts_sum_to_the_whole_and_miss_their_share_by_less_than_one():
         assert all(abs(part - count * share) < 1 for part, share in zip(parts, shares, strict=True))
 
 
-def test_any_stretch_of_a_mixture_has_about_its_share_of_each_source_and_the_end_has_all():
+def test_any_stretch_has_about_its_share_of_each_source():
     rng = Random(0)
     for _ in range(200):
         counts = [rng.randint(1, 12) for _ in range(rng.randint(1, 4))]
@@ -48,7 +48,3 @@ def test_any_stretch_of_a_mixture_has_about_its_share_of_each_source_and_the_end
                 share = stop * count / len(order)
                 assert abs(sum(owner[row] == part for row in order[:stop]) - share) < len(counts)
         assert {owner[row] for row in order[-len(counts) :]} == set(range(len(counts)))
-
-
-def test_one_source_keeps_its_order():
-    assert interleave([5]) == [0, 1, 2, 3, 4]

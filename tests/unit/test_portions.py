@@ -12,6 +12,7 @@ from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.sources import Text, TextSplit
+from sleb_cli.events import ignore
 
 LENGTH = 32
 tokenizer = train_tokenizer(bos=False)
@@ -37,11 +38,7 @@ def used(portion):
     return [tuple(portion.sequences[row].tolist()) for row in portion.order]
 
 
-def ignore(event):
-    pass
-
-
-def test_all_windows_of_a_file_come_once_before_any_comes_again_and_the_fitted_ones_last(tmp_path):
+def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path):
     (tmp_path / "text.txt").write_text(prose(300))
     fitted = settings(tmp_path / "text.txt")
     seen = {tuple(row.tolist()) for row in calibrate(fitted, tokenizer, lambda: None, ignore).sequences}
@@ -71,7 +68,7 @@ def test_a_file_is_read_once(text, monkeypatch):
     assert reads == [1]
 
 
-def test_what_the_model_writes_is_used_twice_far_apart_and_shares_are_those_of_the_uses(text, model):
+def test_what_the_model_writes_is_used_twice_far_apart(text, model):
     source = settings(f"{text}:0.75,self:0.25", samples=8)
     portion = Portions(source, 32, tokenizer, lambda: model).draw(0, ignore)
     assert sorted(Counter(used(portion)).values()) == [1] * 24 + [2] * 4
@@ -87,7 +84,7 @@ def test_all_of_it_may_be_the_models_own(model):
     assert not set(used(portion)) & set(used(other))
 
 
-def test_a_text_with_fewer_windows_than_a_portion_is_used_as_a_whole_and_keeps_the_shares(tmp_path, model):
+def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path, model):
     (tmp_path / "short.txt").write_text(prose(60))
     draws = Portions(settings(tmp_path / "short.txt"), 10_000, tokenizer, lambda: None)
     portion = draws.draw(0, ignore)
@@ -97,7 +94,7 @@ def test_a_text_with_fewer_windows_than_a_portion_is_used_as_a_whole_and_keeps_t
     assert Counter(row < given for row in mixed.draw(0, ignore).order) == {True: given, False: given + given % 2}
 
 
-def test_data_sets_are_shuffled_by_the_number_of_the_portion(monkeypatch):
+def test_data_sets_are_shuffled_by_the_portions_number(monkeypatch):
     seeds = []
 
     def text_of(source, *, tokens, seed, split):

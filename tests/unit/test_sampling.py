@@ -5,8 +5,9 @@ import torch
 
 from conftest import llama_config, random_model, train_tokenizer
 from sleb_cli.engine.model.sampling import Sampler, sample
-from sleb_cli.engine.text.calibration import CalibrationSettings, generate_own_text
+from sleb_cli.engine.text.calibration import CalibrationSettings
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_plugins import UnsupportedModelError
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -13,11 +14,14 @@ from sleb_cli.engine.recovery.settings import DECIDING, FITTED, REPORTED
 from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, generate_own_text, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import WHOLE, TextSplit, calibration_text, reference_calibration_text
+from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError
 from sleb_plugins.errors import OutOfMemory
 
 SPLITS = (FITTED, DECIDING, REPORTED)
+TOKENIZER, MODEL = train_tokenizer(bos=False), random_model(llama_config(2))
 
 
 def read(source, split, seed=0, tokens=10**6):
@@ -45,21 +49,19 @@ def test_a_running_text_is_divided_between_its_paragraphs(tmp_path):
     assert len(parts[0]) / len(parts[2]) == pytest.approx(7, rel=0.2)
 
 
-def test_documents_of_a_file_stay_whole(tmp_path):
-    documents = [f"{number}: " + "\n\n".join([prose(1, number)] * 5) for number in range(20)]
+@pytest.mark.parametrize("count", [20, 2])
+def test_documents_of_a_file_stay_whole_unless_few(tmp_path, count):
+    documents = [f"{number}: " + "\n\n".join([prose(12, number)] * 5) for number in range(count)]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
-    assert parts == ["\n\n".join(documents[:14]), "\n\n".join(documents[14:18]), "\n\n".join(documents[18:])]
+    if count == 20:
+        assert parts == ["\n\n".join(documents[:14]), "\n\n".join(documents[14:18]), "\n\n".join(documents[18:])]
+    else:
+        assert all(parts)
+        assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
 
 
-def test_a_file_of_few_documents_is_divided_all_the_same(tmp_path):
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": prose(60, n)}) for n in range(2)))
-    parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
-    assert all(parts)
-    assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
-
-
-def test_documents_of_a_data_set_are_in_the_same_part_whatever_the_seed(hub):
+def test_no_seed_moves_a_document_to_another_part(hub):
     seen = {split: set() for split in SPLITS}
     for split in SPLITS:
         for seed in range(5):
@@ -80,7 +82,7 @@ def test_lines_of_a_running_data_set_are_divided_in_their_order(hub):
 def test_a_part_without_text_is_named(tmp_path):
     (tmp_path / "text.txt").write_text("word " * 90)
     with pytest.raises(DataError, match=r"text.txt from \d+% to \d+% has \d+ tokens, less than one sequence of 32"):
-        calibrate_splits(settings(tmp_path / "text.txt", 5, (1, 1, 1)), train_tokenizer(bos=False), lambda: None, print)
+        calibrate_splits(settings(tmp_path / "text.txt", 5, (1, 1, 1)), TOKENIZER, lambda: None, print)
 
 
 def settings(source, samples, counts, length=32):
@@ -88,89 +90,76 @@ def settings(source, samples, counts, length=32):
     return [replace(own, samples=count, split=split) for count, split in zip(counts, SPLITS, strict=True)]
 
 
-def test_a_mixture_is_generated_once_for_all_parts_and_its_texts_are_hashed(tmp_path, monkeypatch):
+def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(prose(400))
-    model, tokenizer = random_model(llama_config(2)), train_tokenizer(bos=False)
-    asked = []
-    written = calibration.generate_own_text
-    monkeypatch.setattr(
-        calibration,
-        "generate_own_text",
-        lambda model, tokenizer, own, **options: asked.append(own.samples) or written(model, tokenizer, own, **options),
-    )
+    generate = Mock(side_effect=calibration.generate_own_text)
+    monkeypatch.setattr(calibration, "generate_own_text", generate)
     splits = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", 20, (14, 4, 2))
-    parts = calibrate_splits(splits, tokenizer, lambda: model, lambda event: None)
+    parts = calibrate_splits(splits, TOKENIZER, lambda: MODEL, ignore)
     # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the largest remainder.
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
-    assert asked == [sum(part.settings.counts[1] for part in map(Draft, splits))]
+    assert [call.args[2].samples for call in generate.mock_calls] == [sum(split.counts[1] for split in splits)]
     rows = [tuple(row.tolist()) for part in parts for row in part.sequences]
     assert len(set(rows)) == 20
-    found = texts_sha256(splits, tokenizer)
-    assert found == texts_sha256(splits, tokenizer)
+    found = texts_sha256(splits, TOKENIZER)
+    assert found == texts_sha256(splits, TOKENIZER)
     (tmp_path / "text.txt").write_text(prose(400, seed=1))
-    assert texts_sha256(splits, tokenizer) != found
-    assert texts_sha256(settings("self", 20, (14, 4, 2)), tokenizer) == texts_sha256(
-        settings("self", 10, (7, 2, 1)), tokenizer
-    )
+    assert texts_sha256(splits, TOKENIZER) != found
+    alone = [texts_sha256(settings("self", samples, counts), TOKENIZER) for samples, counts in OWN]
+    assert alone[0] == alone[1]
 
 
-def test_what_the_model_wrote_is_found_in_the_cache_under_all_that_it_depends_on(monkeypatch):
-    model, tokenizer = random_model(llama_config(2)), train_tokenizer(bos=False)
-    written, events = [], []
-    write = calibration._write
-    monkeypatch.setattr(calibration, "_write", lambda *arguments: written.append(1) or write(*arguments))
+OWN = ((20, (14, 4, 2)), (10, (7, 2, 1)))
+
+
+def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
+    model, events = random_model(llama_config(2)), []
+    write = Mock(side_effect=own_text._write)
+    monkeypatch.setattr(own_text, "_write", write)
     (own,) = settings("self", 4, (4, 0, 0))[:1]
 
     def texts(**changes):
-        return generate_own_text(model, tokenizer, replace(own, **changes), bos=False, notify=events.append)
+        return generate_own_text(model, TOKENIZER, replace(own, **changes), bos=False, notify=events.append)
 
     uncached = texts()
     assert torch.equal(texts(), uncached)
-    assert len(written) == 2
-    first = texts(writer="one")
-    assert torch.equal(texts(writer="one"), first)
-    assert torch.equal(first, uncached)
-    assert first.dtype is uncached.dtype
-    assert len(written) == 3
-    assert [event.text for event in events if hasattr(event, "text")] == [
+    assert write.call_count == 2
+    found = [texts(writer="one") for _ in range(2)]
+    assert all(torch.equal(each, uncached) and each.dtype is uncached.dtype for each in found)
+    assert write.call_count == 3
+    assert [event.text for event in events if isinstance(event, Notice)] == [
         "Using 4 sequences that the model wrote before, from the cache."
     ]
     for other in ({"writer": "two"}, {"seed": 1}, {"samples": 3}, {"sequence_length": 31}):
         texts(**{"writer": "one"} | other)
     model.to(torch.bfloat16)
     texts(writer="one")
-    assert len(written) == 8
+    assert write.call_count == 8
     for path in (cache_root() / "texts").iterdir():
         path.write_bytes(b"broken")
     texts(writer="one")
-    assert len(written) == 9
+    assert write.call_count == 9
 
 
-class Draft:
-    def __init__(self, settings):
-        self.settings = settings
-
-
-def test_out_of_memory_fewer_sequences_are_generated_at_once(monkeypatch):
-    model, tokenizer = random_model(llama_config(2)), train_tokenizer(bos=False)
-    forward, events = model.forward, []
+def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
+    model, events = random_model(llama_config(2)), []
+    forward = model.forward
 
     def short_of_memory(*args, **kwargs):
-        if len(kwargs["input_ids"]) > 2:
+        if len(kwargs["input_ids"]) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", short_of_memory)
     (own,) = settings("self", 8, (8, 0, 0))[:1]
-    found = generate_own_text(model, tokenizer, own, bos=False, notify=events.append)
-    assert found.shape == (8, 32)
-    told = [event.text for event in events if hasattr(event, "text")]
+    limit = 2
+    assert generate_own_text(model, TOKENIZER, own, bos=False, notify=events.append).shape == (8, 32)
+    told = [event.text for event in events if isinstance(event, Notice)]
     assert told == [f"Out of memory on cpu; generating {count} sequences at once." for count in (4, 2)]
-    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: short_of_memory(input_ids=range(9)))
+    limit = 0
     with pytest.raises((torch.OutOfMemoryError, OutOfMemory)):
-        generate_own_text(model, tokenizer, own, bos=False, notify=events.append)
+        generate_own_text(model, TOKENIZER, own, bos=False, notify=events.append)
 
 
-def test_a_split_knows_its_rows_and_its_name():
-    assert TextSplit(0.5, 1).of("c4") == "c4 from 50% to 100%"
-    assert WHOLE.of("c4") == "c4"
+def test_a_split_knows_its_name():
+    assert (TextSplit(0.5, 1).of("c4"), WHOLE.of("c4")) == ("c4 from 50% to 100%", "c4")

@@ -10,7 +10,6 @@ from conftest import llama_config, random_model
 from sleb_cli.engine.forward.predictions import predict
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.quality.token_scores import (
-    TokenScores,
     divergence_record,
     expected_calibration_error,
     mean_loss,
@@ -19,90 +18,88 @@ from sleb_cli.engine.quality.token_scores import (
     window_losses,
 )
 
+IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
+
 
 @pytest.fixture(scope="module")
 def scored():
     """A model and the same without block 2 on random tokens: logits, and the scores of both."""
     model = random_model(llama_config())
-    ids = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        logits = [skippable.logits(ids, removed) for removed in ((), (2,))]
-        views = [predict(skippable, ids, removed, "fork") for removed in ((), (2,))]
-        dense, (pruned,) = score_tokens(ids, views[0], views[1:], positions=7)
-    return ids, logits, dense, pruned
+        logits = [skippable.logits(IDS, removed) for removed in ((), (2,))]
+    return logits, *scores_of((), (2,), positions=7)
 
 
 def test_each_score_is_that_of_whole_logits(scored):
-    ids, logits, *scores = scored
+    logits, *scores = scored
     for whole, found in zip(logits, scores, strict=True):
-        log_p, targets = whole[:, :-1].log_softmax(-1), ids[:, 1:]
-        torch.testing.assert_close(found.nll, -log_p.gather(-1, targets[..., None])[..., 0])
-        torch.testing.assert_close(found.confidence, log_p.exp().amax(-1))
-        assert torch.equal(found.right, whole[:, :-1].argmax(-1) == targets)
+        log_p, targets = whole[:, :-1].log_softmax(-1), IDS[:, 1:]
+        torch.testing.assert_close(found["nll"], -log_p.gather(-1, targets[..., None])[..., 0])
+        torch.testing.assert_close(found["confidence"], log_p.exp().amax(-1))
+        assert torch.equal(found["right"], whole[:, :-1].argmax(-1) == targets)
     p, q = (whole[:, :-1].log_softmax(-1) for whole in logits)
-    torch.testing.assert_close(scores[1].divergence, kl_div(q, p, log_target=True, reduction="none").sum(-1))
-    assert torch.equal(scores[1].same_top, p.argmax(-1) == q.argmax(-1))
-    assert scores[0].divergence is None
+    torch.testing.assert_close(scores[1]["divergence"], kl_div(q, p, log_target=True, reduction="none").sum(-1))
+    assert torch.equal(scores[1]["same_top"], p.argmax(-1) == q.argmax(-1))
+    assert "divergence" not in scores[0]
+
+
+def scores_of(*models, engine="fork", positions=1000):
+    model = random_model(llama_config())
+    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
+        return score_tokens(IDS, [predict(skippable, IDS, removed, engine) for removed in models], positions)
 
 
 def test_the_plain_engine_has_the_same_scores(scored):
-    ids, _, dense, pruned = scored
-    model = random_model(llama_config())
-    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        views = [predict(skippable, ids, removed, "plain") for removed in ((), (2,))]
-        plain, (without,) = score_tokens(ids, views[0], views[1:], positions=1000)
-    torch.testing.assert_close(plain.nll, dense.nll)
-    torch.testing.assert_close(without.divergence, pruned.divergence, atol=1e-5, rtol=1e-4)
+    _, dense, pruned = scored
+    plain, without = scores_of((), (2,), engine="plain")
+    torch.testing.assert_close(plain["nll"], dense["nll"])
+    torch.testing.assert_close(without["divergence"], pruned["divergence"], atol=1e-5, rtol=1e-4)
 
 
 def test_losses_count_only_what_is_counted(scored):
-    ids, logits, dense, _ = scored
+    logits, dense, _ = scored
     counted = torch.ones(3, 19, dtype=torch.bool)
     counted[1:, :9] = False
     losses = window_losses(dense, counted)
     for row in range(3):
         start = 9 if row else 0
-        expected = cross_entropy(logits[0][row, start:-1], ids[row, 1 + start :])
+        expected = cross_entropy(logits[0][row, start:-1], IDS[row, 1 + start :])
         assert losses[row] == pytest.approx(float(expected), rel=1e-5)
     assert mean_loss(dense, counted) == pytest.approx((losses[0] * 19 + losses[1] * 10 + losses[2] * 10) / 39)
 
 
 def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
-    _, _, dense, pruned = scored
+    _, dense, pruned = scored
     counted = torch.ones(3, 19, dtype=torch.bool)
     clusters = torch.arange(3)[:, None].expand(3, 19)
     found = divergence_record(pruned, dense, counted, clusters)
-    values = pruned.divergence.flatten().double()
+    values = pruned["divergence"].flatten().double()
     assert found.mean == pytest.approx(float(values.mean()))
     assert found.median == pytest.approx(float(values.quantile(0.5)))
     assert found.p90 == pytest.approx(float(values.quantile(0.9)))
     assert found.maximum == float(values.max())
-    change = (-pruned.nll).exp() - (-dense.nll).exp()
+    change = (-pruned["nll"]).exp() - (-dense["nll"]).exp()
     assert found.probability_change_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
-    assert found.same_top == pytest.approx(float(pruned.same_top.float().mean()))
+    assert found.same_top == pytest.approx(float(pruned["same_top"].float().mean()))
     paired = paired_loss(pruned, dense, counted, clusters)
-    assert paired.log_ratio == pytest.approx(mean_loss(pruned, counted) - mean_loss(dense, counted))
+    assert paired.mean == pytest.approx(mean_loss(pruned, counted) - mean_loss(dense, counted))
     # Three observations of equal size: the ordinary standard error of three means.
-    means = (pruned.nll - dense.nll).double().mean(1)
+    means = (pruned["nll"] - dense["nll"]).double().mean(1)
     assert paired.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))
 
 
-def test_a_model_differs_from_itself_by_nothing(scored):
-    ids, _, _, _ = scored
-    model = random_model(llama_config())
-    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        views = [predict(skippable, ids, (), "fork") for _ in range(2)]
-        dense, (same,) = score_tokens(ids, views[0], views[1:], positions=100)
+def test_a_model_differs_from_itself_by_nothing():
+    dense, same = scores_of((), ())
     counted, clusters = torch.ones(3, 19, dtype=torch.bool), torch.arange(3)[:, None].expand(3, 19)
     found = divergence_record(same, dense, counted, clusters)
     assert (found.mean, found.maximum, found.same_top, found.probability_change_rms) == (0, 0, 1, 0)
     paired = paired_loss(same, dense, counted, clusters)
-    assert (paired.log_ratio, paired.standard_error) == (0, 0)
+    assert (paired.mean, paired.standard_error) == (0, 0)
 
 
 def test_calibration_error_of_known_confidences():
     def scores(confidence, right):
-        return TokenScores(torch.zeros(1, len(right)), torch.tensor([confidence]), torch.tensor([right]))
+        return {"confidence": torch.tensor([confidence]), "right": torch.tensor([right])}
 
     everything = torch.ones(1, 4, dtype=torch.bool)
     assert expected_calibration_error(scores([0.5] * 4, [True, False] * 2), everything) == 0

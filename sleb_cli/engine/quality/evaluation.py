@@ -1,8 +1,9 @@
-"""`sleb eval`: texts and tasks, on the dense model and on those that `apply` writes, with paired statistics."""
+"""`sleb eval`: texts and tasks on the dense model and on those that `apply` writes, with paired statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from sleb_cli.atomic import to_json
 from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.placement import Placement, device_of, resolve_device_map
@@ -18,11 +20,12 @@ from sleb_cli.engine.forward.streaming import choose_to_stream
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.quality.lm_eval_tasks import merge_results, write_lm_eval_results
+from sleb_cli.engine.quality.lm_eval_files import merge_results, write_lm_eval_results
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.parts import Parts
-from sleb_cli.engine.quality.tasks import Tasks, compare_task
-from sleb_cli.engine.quality.texts import measure_text
+from sleb_cli.engine.quality.tasks import compare_task, fitting, load_requested, versions_behind_lm_eval
+from sleb_cli.engine.quality.texts import measure_texts
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.overlap import is_known
@@ -37,7 +40,7 @@ from sleb_cli.version import __version__
 from sleb_plugins import PlanError, UsageError
 
 LmEvalResults = dict[tuple[int, ...], list[dict[str, Any]]]
-"""For each size, lm-eval's own results, one for each task or group that was asked for."""
+"""For each size, lm-eval's own results for each task or group."""
 
 
 def evaluate_subject(
@@ -48,26 +51,32 @@ def evaluate_subject(
     Raises:
         DataError: a text or a task is missing or too small.
         ModelError: a loss is not finite.
-        UsageError: a number is out of range.
+        UsageError: a number is out of range, or a streamed model is to run tasks.
     """
+    if request.stream and request.tasks:
+        raise UsageError(
+            "--tasks needs the whole model in memory: with --stream, each batch of requests would read it again.",
+            hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
+        )
     architecture = subject.architecture
     device_map = resolve_device_map(request, architecture)
     device = device_of(device_map, request.device)
     dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
-    stream = device_map is None and _stream(request, architecture, dtype, device, notify)
-    placement = Placement(device, dtype, stream, device_map)
-    models = Models(architecture, subject.sizes(request), placement, notify)
+    asked = False if request.tasks else request.stream
+    stream = device_map is None and choose_to_stream(architecture, dtype, device, asked, notify)
+    models = Models(architecture, subject.sizes(request), Placement(device, dtype, stream, device_map), notify)
     group = group or ProcessGroup()
     parts = Parts(architecture, dtype, device, notify, fresh=request.fresh, can_write=group.is_main)
     # Read before any model, so that a missing text or a broken task file is reported early.
-    tasks = Tasks(request) if request.tasks else None
+    tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
+    tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
     texts = group.one_first(lambda: read_texts(request, architecture, tokenizer))
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size = None if request.items_per_batch == AUTO else int(request.items_per_batch)
-    measured = tuple(measure_text(windows, models, parts, batch_size, group, notify) for windows in texts)
-    found = _run_tasks(tasks, models, parts, tokenizer, group, notify) if tasks else {}
+    measured = measure_texts(texts, models, parts, batch_size, group, notify)
+    found = _run_tasks(tasks, models, parts, tokenizer, group, notify)
     result = EvalResult(
         schema_version=1,
         sleb_version=__version__,
@@ -84,23 +93,6 @@ def evaluate_subject(
         tasks=tuple(_compare_tasks(found, request.show_flips or 0)),
     )
     return result, found
-
-
-def _stream(
-    request: EvalRequest, architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify
-) -> bool:
-    """Whether to stream the model.
-
-    Raises:
-        UsageError: it is to be streamed and to answer tasks.
-    """
-    if request.stream and request.tasks:
-        raise UsageError(
-            "--tasks needs all of the model in memory: streamed, it would be read once for each batch of requests.",
-            hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
-        )
-    asked = False if request.tasks else request.stream
-    return choose_to_stream(architecture, dtype, device, asked, notify)
 
 
 def _compare_tasks(found: LmEvalResults, show_flips: int) -> Iterator[TaskResult]:
@@ -125,33 +117,33 @@ def read_texts(request: EvalRequest, architecture: Architecture, tokenizer: Any)
 
 
 def _run_tasks(
-    tasks: Tasks, models: Models, parts: Parts, tokenizer: Any, group: ProcessGroup, notify: Notify
+    tasks: Sequence[LoadedTask], models: Models, parts: Parts, tokenizer: Any, group: ProcessGroup, notify: Notify
 ) -> LmEvalResults:
-    """Run each task on each size, one size after another; what is in the cache is not run again."""
-    names = tasks.fitting(tokenizer, models.architecture.longest_sequence, notify)
-    fingerprints = {name: tasks.fingerprint(name) for name in names}
+    """Run each task on each size, one size after another, unless the results are in the cache."""
+    versions = versions_behind_lm_eval() if tasks else ""
+    fingerprints = {task.name: f"{task.fingerprint()}, packages {versions}" for task in tasks}
     found: LmEvalResults = {}
     measured = set()
     for removals in models.sizes:
         what = "dense" if not removals else f"{len(removals)} removed"
         found[removals] = []
-        for name in names:
-            key = {"removals": ",".join(map(str, sorted(removals))), "task": fingerprints[name]}
-            results = group.from_main(partial(parts.document, key))
+        for task in tasks:
+            key = {"removals": ",".join(map(str, sorted(removals))), "task": fingerprints[task.name]}
+            results = group.from_main(partial(parts.read, key, json.loads))
             if results is None:
                 model = models.without(removals).model
                 with as_transformers_loads([model]):
-                    results = tasks.run(name, model, tokenizer, what, notify, group)
-                parts.keep_document(key, results)
-                measured.add(name)
+                    results = task.run(model, tokenizer, what, notify, group)
+                parts.write(key, to_json(results).encode())
+                measured.add(task.name)
             found[removals].append(results)
-    if cached := [name for name in names if name not in measured]:
+    if cached := [task.name for task in tasks if task.name not in measured]:
         notify(Notice(f"{', '.join(cached)}: cached; --fresh measures again."))
     return found
 
 
 def write_by_lm_eval(beside: Path, found: LmEvalResults, subject: Subject) -> tuple[str, ...]:
-    """Write what lm-eval's own command would, into a folder beside this file; return the names of the files.
+    """Write what lm-eval's own command would, into a folder next to this file; return the names of the files.
 
     Raises:
         OutputError: they cannot be written.
@@ -174,7 +166,7 @@ def _model_args(removals: tuple[int, ...], subject: Subject) -> dict[str, Any]:
 
 
 def _remarks(texts: list[EvaluationWindows], subject: Subject) -> Iterator[str]:
-    """Yield what to know about the texts: which split was chosen, and which the pruned model was made on."""
+    """Yield what the user should know about the texts, such as a split that was chosen for them."""
     for windows in texts:
         text = windows.text
         if text.split is not None:
@@ -184,8 +176,8 @@ def _remarks(texts: list[EvaluationWindows], subject: Subject) -> Iterator[str]:
                 yield f"{what} on {record.title}, so perplexity on {text.source} may flatter the pruned model."
     if any(windows.bos == "text" for windows in texts):
         yield (
-            "This tokenizer begins a text with BOS, and only the first window has it, as in the literature. If the "
-            "model needs it, measure with --bos."
+            "This tokenizer begins a text with BOS. As in the literature, only the first window has it; if the model "
+            "needs BOS in every window, use --bos."
         )
 
 

@@ -1,23 +1,135 @@
-"""A plan's model as a model type of lm-eval: `lm-eval run --model sleb --model_args plan=plan.json --tasks piqa`."""
+"""Models of lm-eval: one in memory for `sleb eval`, and a plan's for lm-eval's own command.
+
+lm-eval run --model sleb --model_args plan=plan.json --tasks piqa
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
 
 from sleb_cli.engine.device import choose_device, choose_dtype
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject, resolve_subject
-from sleb_cli.events import Event, Notice, Warned
+from sleb_cli.events import Event, Notice, Notify, Warned, task
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import AUTO, OneSizeRequest
 from sleb_plugins import UsageError
+from sleb_plugins.errors import is_out_of_memory
 
 _log = logging.getLogger("lm_eval.sleb")
+
+
+class LoadedModel(HFLM):  # type: ignore[misc]
+    """A model in memory, which reports its progress and shares batches between processes.
+
+    Each process goes through all batches but computes only its own, so that the batches, and with them the last bits,
+    do not depend on the number of processes. What it leaves to others gets NaN as its likelihood, or an empty text.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        device: where tokens go in; if the model is spread over devices, that may not be where its first weight is.
+        batch_size: how many requests a batch has, or "auto".
+        name: what progress is reported under.
+        notify: the listener for events.
+        group: the processes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        device: torch.device,
+        batch_size: int | str,
+        name: str,
+        notify: Notify,
+        group: ProcessGroup,
+    ) -> None:
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._device, self._name, self._notify, self._group = device, name, notify, group
+        self._batches, self._is_probing = 0, False
+
+    def loglikelihood(self, requests: Sequence[Any], **options: Any) -> Any:
+        """Return the likelihood of each continuation, and whether it is the most likely one."""
+        with self._reported(len(requests)):
+            return super().loglikelihood(requests, **options)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **options: Any) -> Any:
+        """Return the likelihood of each text."""
+        with self._reported(len(requests)):
+            return super().loglikelihood_rolling(requests, **options)
+
+    def generate_until(self, requests: Sequence[Any], **options: Any) -> Any:
+        """Return what the model writes after each prompt."""
+        with self._reported(len(requests)):
+            return self._together(lambda: HFLM.generate_until(self, requests, **options))
+
+    @contextmanager
+    def _reported(self, requests: int) -> Iterator[None]:
+        with task(self._notify, self._name, requests, "requests") as advance:
+            # lm-eval tells each answer to its cache.
+            self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
+            yield
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
+        return self._together(lambda: HFLM._loglikelihood_tokens(self, requests, **options))
+
+    def _together(self, answer: Callable[[], list[Any]]) -> list[Any]:
+        """Return all answers, each from the process that computed it.
+
+        Raises:
+            MemoryError: one of several processes is out of memory, so all have to take smaller batches.
+        """
+        if self._group.size == 1:
+            return answer()
+        try:
+            own: list[Any] | None = answer()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            own = None
+        parts = [part for part in self._group.gather(own) if part is not None]
+        if len(parts) < self._group.size:
+            raise MemoryError("out of memory")
+        return [next(filter(_is_computed, answers), answers[0]) for answers in zip(*parts, strict=True)]
+
+    def _is_own_batch(self) -> bool:
+        if self._is_probing:
+            return True
+        self._batches += 1
+        return self._batches % self._group.size == self._group.rank
+
+    def _model_call(self, inps: Tensor, *rest: Any, **options: Any) -> Any:
+        if self._is_own_batch():
+            return super()._model_call(inps, *rest, **options)
+        nothing = torch.full((1,), math.nan, dtype=self.model.dtype, device=inps.device)
+        return nothing.expand(*inps.shape, self.model.config.get_text_config().vocab_size)
+
+    def _model_generate(self, context: Tensor, *rest: Any, **options: Any) -> Any:
+        # Sampled tokens depend on all that were sampled before, so one process writes them all.
+        is_own = self._group.is_main if options.get("do_sample") else self._is_own_batch()
+        return super()._model_generate(context, *rest, **options) if is_own else context
+
+    def _detect_batch_size(self, *rest: Any, **options: Any) -> int:
+        self._is_probing = True
+        found = super()._detect_batch_size(*rest, **options)
+        self._is_probing = False
+        return min(self._group.gather(int(found)))
+
+
+def _is_computed(answer: Any) -> bool:
+    return answer != "" if isinstance(answer, str) else not math.isnan(answer[0])
 
 
 @register_model("sleb")
@@ -27,13 +139,13 @@ class SlebLM(HFLM):  # type: ignore[misc]
     Args:
         plan: a plan's file.
         model: a model, dense without `blocks`; with `plan`, where its model is now.
-        blocks: the blocks to remove from `model`, joined by `+`, since lm-eval reads a comma as its own: 5+4+9.
-        remove: remove only the first so many.
+        blocks: the blocks to remove from `model`, joined by `+` because lm-eval splits at commas: 5+4+9.
+        remove: how many of the plan's removals to apply.
         revision: a branch, tag or commit of a model on the Hub.
         dtype: float32, bfloat16, float16, or auto.
-        device: as for `sleb eval`; where there is no CUDA, lm-eval's default is this machine's own.
+        device: as for `sleb eval`; lm-eval's default, cuda, falls back to what this machine has.
         trust_remote_code: run Python code that comes with the model.
-        options: those of lm-eval's model type `hf` that concern no loading, such as `batch_size` and `max_length`.
+        options: those of lm-eval's model type `hf` that have nothing to do with loading: `batch_size`, `max_length`.
 
     Raises:
         SlebError: the plan or the model cannot be read, or does not fit into memory.

@@ -1,4 +1,4 @@
-"""The dense and the pruned models of an evaluation, loaded when something is measured that is not cached."""
+"""The dense and the pruned models of an evaluation, loaded only if something is not in the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sleb_cli.events import Notify
 
 
 class Models:
-    """The dense model and one for each surgery, which share its weights if they can."""
+    """The dense model and one for each surgery; they share weights if they can."""
 
     def __init__(
         self,
@@ -23,20 +23,13 @@ class Models:
         placement: Placement,
         notify: Notify,
     ) -> None:
-        self.architecture, self.surgeries, self.placement = architecture, surgeries, placement
-        self._notify = notify
-        self._loaded: dict[tuple[int, ...], SkippableModel] = {}
-
-    @property
-    def is_single(self) -> bool:
+        self.architecture, self.placement, self._notify = architecture, placement, notify
+        self._surgeries = {surgery.removals: surgery for surgery in surgeries}
+        self.sizes: list[tuple[int, ...]] = [(), *self._surgeries]
+        """The removals of each model; the dense one is first, and has none."""
+        self.is_single = architecture.is_quantized or placement.device_map is not None or placement.stream
         """Whether only one model is open at a time: no other can share packed, spread or streamed weights with it."""
-        place = self.placement
-        return self.architecture.is_quantized or place.device_map is not None or place.stream
-
-    @property
-    def sizes(self) -> list[tuple[int, ...]]:
-        """The removals of each model, none for the dense one, which is first."""
-        return [(), *(surgery.removals for surgery in self.surgeries)]
+        self._loaded: dict[tuple[int, ...], SkippableModel] = {}
 
     def without(self, removals: tuple[int, ...]) -> SkippableModel:
         """Return the model without these blocks, one of `sizes`.
@@ -53,7 +46,7 @@ class Models:
     def _load(self, removals: tuple[int, ...]) -> SkippableModel:
         if not removals:
             return open_dense(self.architecture, self.placement, self._notify)
-        surgery, place = next(surgery for surgery in self.surgeries if surgery.removals == removals), self.placement
+        surgery, place = self._surgeries[removals], self.placement
         dense = None if self.is_single else self.without(()).model
         model = load_pruned(surgery, place.dtype, place.device, self._notify, dense=dense, device_map=place.device_map)
         return SkippableModel(model, self.architecture.blocks_of(model))

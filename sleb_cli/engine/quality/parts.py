@@ -1,22 +1,18 @@
-"""Finished parts of evaluations, kept in the cache under everything that their numbers depend on.
+"""Finished parts of evaluations, cached under everything that their numbers depend on.
 
-An evaluation that was interrupted, or is asked for again, finds what it measured before. A part is the scores of one
-model on a few windows of a text, or on a task.
+An evaluation that was interrupted, or is repeated, finds what it measured before. A part is the scores of one model on
+a few windows of a text, or on a task.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
-from sleb_cli.atomic import to_json
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import chip_name
 from sleb_cli.engine.files.cache import KeptFiles
@@ -24,7 +20,9 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.events import Notify
 from sleb_cli.version import __version__
 
-# Raise it when the same key would name other numbers, between two versions of sleb.
+T = TypeVar("T")
+
+# Raise it when the numbers change but the key does not, between two versions of sleb.
 VERSION = 1
 
 FOLDER = "evaluations"
@@ -57,38 +55,19 @@ class Parts:
         self._watch, self._fresh = architecture.source.watch, fresh
         self._files = KeptFiles(FOLDER, "Results are", notify, can_write=can_write)
 
-    def tensors(self, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """Return the tensors kept under this key, if any."""
-        content = self._read(key)
+    def read(self, key: Mapping[str, Any], load: Callable[[bytes], T]) -> T | None:
+        """Return the part that is kept under this key, if it is there and whole."""
+        content = None if self._fresh else self._files.read(self._common | dict(key))
         try:
             return None if content is None else load(content)
-        except SafetensorError:
+        except (SafetensorError, ValueError):
             return None
 
-    def keep_tensors(self, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keep tensors under this key."""
-        self._write(key, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
-
-    def document(self, key: Mapping[str, Any]) -> Any:
-        """Return the data kept under this key, or None."""
-        content = self._read(key)
-        try:
-            return None if content is None else json.loads(content)
-        except ValueError:
-            return None
-
-    def keep_document(self, key: Mapping[str, Any], document: Any) -> None:
-        """Keep data for JSON under this key."""
-        self._write(key, to_json(document).encode())
-
-    def _read(self, key: Mapping[str, Any]) -> bytes | None:
-        return None if self._fresh else self._files.read(self._common | dict(key))
-
-    def _write(self, key: Mapping[str, Any], content: bytes) -> None:
-        """Write a part, if the cache can be written; the evaluation does not depend on it.
+    def write(self, key: Mapping[str, Any], content: bytes) -> None:
+        """Write a part if the cache can be written; the evaluation does not depend on it.
 
         Raises:
-            ModelError: the model's files have changed, so that the part may not be theirs.
+            ModelError: the model's files have changed, so the part may not be theirs.
         """
         self._watch.require_unchanged()
         self._files.write(self._common | dict(key), content)

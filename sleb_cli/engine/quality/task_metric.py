@@ -28,8 +28,8 @@ class TaskError(ModelMetric):
     """1 - accuracy on the first items of an lm-eval task, from 0 to 1: `task:piqa`, `task:piqa:500`, `task:my.yaml`.
 
     The accuracy is `acc_norm` (likelihoods normalized by the answers' lengths) if the task has it, else `acc`. It is
-    coarse: with 100 items, the default, it moves in steps of 0.01, of which chance explains up to 5. The calibration
-    tokens are not used, and the model runs once for each candidate.
+    coarse: with the default of 100 items, it moves in steps of 0.01, and chance explains up to 5 of them. The
+    calibration tokens are not used, and the model runs once for each candidate.
     """
 
     name = "task"
@@ -45,7 +45,7 @@ class TaskError(ModelMetric):
         """Return the metric for this task, after loading its data.
 
         Raises:
-            DataError: there is no such task, or its file or data cannot be read.
+            DataError: the task is unknown, or its file or data cannot be read.
             UsageError: the number of items is invalid.
         """
         named, _, items = argument.rpartition(":")
@@ -65,7 +65,7 @@ class TaskError(ModelMetric):
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""
         task = self._loaded
-        found = task.run(model, tokenizer, device=sequences.device)["results"].get(task.name, {})
+        found = task.run(model, tokenizer)["results"].get(task.name, {})
         for measure in ("acc_norm,none", "acc,none"):
             if measure in found:
                 return 1.0 - float(found[measure])

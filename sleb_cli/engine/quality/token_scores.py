@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,66 +11,46 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.quality.statistics import clustered_mean
-from sleb_cli.results import DivergenceRecord, Interval
+from sleb_cli.engine.statistics import Estimate, clustered_mean
+from sleb_cli.results import DivergenceRecord
 
 CALIBRATION_BINS = 15
 LEAST_LOG_PROBABILITY = -1e4
 
 
-@dataclass(frozen=True)
-class TokenScores:
-    """One value for each prediction; all tensors are [windows, positions] on the CPU.
+Scores = Mapping[str, Tensor]
+"""One value for each prediction, by name; all tensors are [windows, positions] on the CPU.
 
-    Attributes:
-        nll: the negative log-likelihood of the right token, in nats.
-        confidence: the probability of the first choice.
-        right: whether the first choice is the right token.
-        divergence: KL(dense || this model), in nats; None for the dense model.
-        same_top: whether the first choice is the dense model's; None for the dense model.
-    """
-
-    nll: Tensor
-    confidence: Tensor
-    right: Tensor
-    divergence: Tensor | None = None
-    same_top: Tensor | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    @classmethod
-    def joined(cls, parts: Sequence[TokenScores], dim: int = 0) -> TokenScores:
-        """Join the scores of several groups of windows, or of positions (`dim` 1)."""
-        names = parts[0].tensors()
-        return cls(**{name: torch.cat([part.tensors()[name] for part in parts], dim) for name in names})
+- `nll`: the negative log-likelihood of the right token, in nats.
+- `confidence`: the probability of the first choice.
+- `right`: whether the first choice is the right token.
+- `divergence`: KL(dense || this model), in nats; not of the dense model.
+- `same_top`: whether the first choice is the dense model's; not of the dense model.
+"""
 
 
-def score_tokens(
-    ids: Tensor, dense: Predictions, pruned: Sequence[Predictions], positions: int
-) -> tuple[TokenScores, list[TokenScores]]:
-    """Score the dense model and pruned ones on a batch, [batch, positions], a slice of logits at a time."""
-    gathered: list[list[TokenScores]] = [[] for _ in range(1 + len(pruned))]
-    for part in position_slices(ids, positions):
-        targets = ids[:, 1:][:, part]
-        logits = [dense[part], *(model[part] for model in pruned)]
-        for number, found in enumerate(_score_slice(logits, targets)):
-            gathered[number].append(found)
-    scores = [TokenScores.joined(parts, dim=1) for parts in gathered]
-    return scores[0], scores[1:]
+def joined(parts: Sequence[Scores], dim: int = 0) -> Scores:
+    """Join the scores of several groups of windows, or of positions (`dim` 1)."""
+    return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
 
 
-def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[TokenScores]:
+def score_tokens(ids: Tensor, models: Sequence[Predictions], positions: int) -> list[Scores]:
+    """Score the dense model, which is first, and others on a batch, [batch, positions], a slice of logits at a time."""
+    slices = [
+        _score_slice([model[part] for model in models], ids[:, 1:][:, part]) for part in position_slices(ids, positions)
+    ]
+    return [joined(of_model, dim=1) for of_model in zip(*slices, strict=True)]
+
+
+def _score_slice(logits: Sequence[Tensor], targets: Tensor) -> list[Scores]:
     """Score logits of the dense and the other models, each [batch, positions, vocabulary], widened in small slices."""
     flat, flat_targets = [model.flatten(0, 1) for model in logits], targets.flatten()
     rows = [_score_rows([model[part] for model in flat], flat_targets[part]) for part in float32_slices(flat[0])]
-    whole = [TokenScores.joined(parts) for parts in zip(*rows, strict=True)]
-    return [TokenScores(**{k: values.view(targets.shape).cpu() for k, values in s.tensors().items()}) for s in whole]
+    whole = [joined(parts) for parts in zip(*rows, strict=True)]
+    return [{name: values.view(targets.shape).cpu() for name, values in scores.items()} for scores in whole]
 
 
-def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[TokenScores]:
+def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
     """Score logits, [rows, vocabulary], of the dense model and the others; yield them in that order."""
     log_p = _log_probabilities(logits[0])
     dense_best = log_p.argmax(-1)
@@ -82,67 +61,55 @@ def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[TokenScor
         for model in logits[1:]:
             log_q = _log_probabilities(model)
             best = log_q.argmax(-1)
-            # Rounding may make nothing a little less.
+            # Rounding may leave a little less than zero.
             divergence = (own - torch.linalg.vecdot(p, log_q)).clamp_(min=0)
-            yield replace(_scores(log_q, best, targets), divergence=divergence, same_top=best == dense_best)
+            yield {**_scores(log_q, best, targets), "divergence": divergence, "same_top": best == dense_best}
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    """Widen logits; where a family masks a token, its logarithm is -inf, and 0 times that is no number."""
+    """Widen logits; families that mask tokens give them -inf, and 0 times that is NaN."""
     return logits.float().log_softmax(-1).clamp_(min=LEAST_LOG_PROBABILITY)
 
 
-def _scores(log_q: Tensor, best: Tensor, targets: Tensor) -> TokenScores:
-    return TokenScores(
-        nll=-log_q.gather(-1, targets[:, None])[:, 0],
-        confidence=log_q.gather(-1, best[:, None])[:, 0].exp(),
-        right=best == targets,
-    )
+def _scores(log_q: Tensor, best: Tensor, targets: Tensor) -> Scores:
+    return {
+        "nll": -log_q.gather(-1, targets[:, None])[:, 0],
+        "confidence": log_q.gather(-1, best[:, None])[:, 0].exp(),
+        "right": best == targets,
+    }
 
 
-def expected_calibration_error(scores: TokenScores, counted: Tensor) -> float:
+def expected_calibration_error(scores: Scores, counted: Tensor) -> float:
     """Return the mean distance between confidence and accuracy of first choices, over 15 bins of confidence, 0 to 1.
 
     Source: Guo et al., ICML 2017, arXiv 1706.04599, equation 3.
     """
-    confidence, right = scores.confidence[counted].double(), scores.right[counted].double()
+    confidence, right = scores["confidence"][counted].double(), scores["right"][counted].double()
     bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
     # What a bin adds is the size of its sum of differences.
     return float(torch.zeros(CALIBRATION_BINS).double().index_add(0, bins, confidence - right).abs().sum() / len(bins))
 
 
-def window_losses(scores: TokenScores, counted: Tensor) -> tuple[float, ...]:
+def window_losses(scores: Scores, counted: Tensor) -> tuple[float, ...]:
     """Return the mean loss over the counted tokens of each window, in nats per token."""
-    losses = scores.nll.double().where(counted, 0.0).sum(1) / counted.sum(1)
+    losses = scores["nll"].double().where(counted, 0.0).sum(1) / counted.sum(1)
     return tuple(losses.tolist())
 
 
-def mean_loss(scores: TokenScores, counted: Tensor) -> float:
+def mean_loss(scores: Scores, counted: Tensor) -> float:
     """Return the mean loss over all counted tokens, in nats per token."""
-    return float(scores.nll[counted].double().mean())
+    return float(scores["nll"][counted].double().mean())
 
 
-@dataclass(frozen=True)
-class PairedLoss:
-    """The difference of two mean losses on the same tokens, in nats per token: ln of the ratio of perplexities."""
-
-    log_ratio: float
-    standard_error: float | None
-    interval: Interval | None
+def paired_loss(pruned: Scores, dense: Scores, counted: Tensor, clusters: Tensor) -> Estimate:
+    """Estimate the difference of two mean losses on the same tokens; the tokens of a cluster are one observation."""
+    return clustered_mean((pruned["nll"].double() - dense["nll"].double())[counted], clusters[counted])
 
 
-def paired_loss(pruned: TokenScores, dense: TokenScores, counted: Tensor, clusters: Tensor) -> PairedLoss:
-    """Compare two models token by token; the tokens of a cluster are one observation."""
-    found = clustered_mean((pruned.nll.double() - dense.nll.double())[counted], clusters[counted])
-    return PairedLoss(found.mean, found.standard_error, found.interval)
-
-
-def divergence_record(pruned: TokenScores, dense: TokenScores, counted: Tensor, clusters: Tensor) -> DivergenceRecord:
+def divergence_record(pruned: Scores, dense: Scores, counted: Tensor, clusters: Tensor) -> DivergenceRecord:
     """Summarize the divergence from the dense model, as `llama-perplexity --kl-divergence` does."""
-    assert pruned.divergence is not None
-    assert pruned.same_top is not None
-    divergence = pruned.divergence[counted].double()
-    change = pruned.nll[counted].double().neg().exp() - dense.nll[counted].double().neg().exp()
+    divergence = pruned["divergence"][counted].double()
+    change = pruned["nll"][counted].double().neg().exp() - dense["nll"][counted].double().neg().exp()
     mean = clustered_mean(divergence, clusters[counted])
     middle, p90, p99 = (_quantile(divergence, share) for share in (0.5, 0.9, 0.99))
     return DivergenceRecord(
@@ -153,7 +120,7 @@ def divergence_record(pruned: TokenScores, dense: TokenScores, counted: Tensor, 
         p99=p99,
         maximum=float(divergence.max()),
         probability_change_rms=math.sqrt(float(change.square().mean())),
-        same_top=float(pruned.same_top[counted].double().mean()),
+        same_top=float(pruned["same_top"][counted].double().mean()),
     )
 
 

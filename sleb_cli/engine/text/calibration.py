@@ -8,20 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from sleb_cli.engine.device import in_smaller_pieces, input_device
-from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.model.generation import generate
-from sleb_cli.engine.model.sampling import Sampler
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
 from sleb_cli.engine.text.mixture import Part, divide, interleave, parse_mixture
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import (
     REFERENCE_ROWS,
     WHOLE,
@@ -38,8 +31,7 @@ from sleb_cli.engine.text.windows import (
     require_windows,
     tokens_sha256,
 )
-from sleb_cli.engine.third_party import our_code
-from sleb_cli.events import Advance, Notice, Notify, ignore, task
+from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import CalibrationRecord, SkippedRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
@@ -51,15 +43,10 @@ from sleb_cli.requests import (
     CalibrationRequest,
     Chat,
 )
-from sleb_cli.units import plural
-from sleb_cli.version import __version__
-from sleb_plugins import ModelError, UnsupportedModelError, UsageError
+from sleb_plugins import UsageError
 
 SELF = "self"
 REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
-
-# A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
-_MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 
 @dataclass(frozen=True)
@@ -197,45 +184,29 @@ def calibrate_splits(
 ) -> list[Calibration]:
     """Return the sequences for each of several splits of the same text; only the first needs some of every source.
 
-    What the model generates is generated for all splits at once, and is as good as divided by document: each sequence
-    is one. Raises what `calibrate` raises.
+    The model generates its text for all splits at once; each sequence is a document of its own. Raises what `calibrate`
+    raises.
     """
     first = splits[0]
     if first.chat is not None:
         require_template(tokenizer)
     bos = adds_bos(tokenizer) and first.parts[0].source not in REFERENCE_PRESETS
-    drafts = [
-        _read_parts(settings, tokenizer, bos=bos, notify=notify if settings is first else ignore) for settings in splits
-    ]
+    drafts = [_read_parts(each, tokenizer, bos=bos, notify=notify if each is first else ignore) for each in splits]
     for number in generated_parts(first):
-        counts = [draft.settings.counts[number] for draft in drafts]
+        counts = [settings.counts[number] for settings, _ in drafts]
         own = replace(first, samples=sum(counts))
         written = generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify)
-        for draft, sequences in zip(drafts, torch.split(written, counts), strict=True):
-            draft.rows[number] = (sequences, None)
-    return [_assemble(draft, tokenizer, bos=bos) for draft in drafts]
+        for (_, rows), sequences in zip(drafts, torch.split(written, counts), strict=True):
+            rows[number] = (sequences, None)
+    return [_assemble(settings, rows, tokenizer, bos=bos) for settings, rows in drafts]
 
 
 def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
     """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
     bos = adds_bos(tokenizer) and splits[0].parts[0].source not in REFERENCE_PRESETS
     drafts = [_read_parts(settings, tokenizer, bos=bos, notify=ignore) for settings in splits]
-    return tokens_sha256(
-        torch.cat(
-            [
-                torch.zeros(0, dtype=torch.int64),
-                *(sequences.flatten() for draft in drafts for _, (sequences, _) in sorted(draft.rows.items())),
-            ]
-        )
-    )
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """Settings with as many samples as the texts provide, and the rows of each part by its number in the mixture."""
-
-    settings: CalibrationSettings
-    rows: dict[int, _Rows]
+    read = [sequences.flatten() for _, rows in drafts for _, (sequences, _) in sorted(rows.items())]
+    return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
 def generated_parts(settings: CalibrationSettings) -> list[int]:
@@ -243,9 +214,10 @@ def generated_parts(settings: CalibrationSettings) -> list[int]:
     return [n for n, part in enumerate(settings.parts) if part.source == SELF and settings.chat is None]
 
 
-def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
-    settings, found = draft.settings, [rows for _, rows in sorted(draft.rows.items())]
-    sources = [settings.parts[number].source for number, (rows, _) in sorted(draft.rows.items()) for _ in rows]
+def _assemble(settings: CalibrationSettings, rows: dict[int, _Rows], tokenizer: Any, *, bos: bool) -> Calibration:
+    """Interleave the rows of each part, by its number in the mixture."""
+    found = [rows[number] for number in sorted(rows)]
+    sources = [settings.parts[number].source for number in sorted(rows) for _ in rows[number][0]]
     order = interleave([len(sequences) for sequences, _ in found])
     sequences = torch.cat([sequences for sequences, _ in found])[order]
     masks = [loss_mask for _, loss_mask in found if loss_mask is not None]
@@ -262,17 +234,33 @@ def _assemble(draft: _Draft, tokenizer: Any, *, bos: bool) -> Calibration:
     return Calibration(sequences, record, torch.cat(masks)[order] if masks else None, origins)
 
 
-def _read_parts(settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify) -> _Draft:
-    """Read the parts that are texts, before any text is generated, since they may be missing or too short."""
-    generated, read = generated_parts(settings), dict[int, _Rows]()
+def _read_parts(
+    settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
+) -> tuple[CalibrationSettings, dict[int, _Rows]]:
+    """Read the parts that are texts, before any text is generated, since they may be missing or too short.
+
+    Return the settings with as many samples as the texts provide, and the rows of each part by its number.
+    """
+    generated, read, is_mixture = generated_parts(settings), dict[int, _Rows](), len(settings.parts) > 1
     for number, (part, count) in enumerate(zip(settings.parts, settings.counts, strict=True)):
-        if number not in generated and count:
-            with task(notify, f"Reading {part.source}"):
-                read[number] = _read_sequences(part.source, count, settings, tokenizer, bos=bos, notify=notify)
-    if len(settings.parts) > 1:
+        if number in generated or not count:
+            continue
+        with task(notify, f"Reading {part.source}"):
+            windows, loss_mask = read_windows(part.source, count, settings, tokenizer, bos=bos)
+            if len(windows) < count and not is_mixture and part.source not in REFERENCE_PRESETS:
+                notify(
+                    Notice(
+                        f"{part.source} has text for only {len(windows)} sequences of {settings.sequence_length} "
+                        "tokens; using all of them."
+                    )
+                )
+        # A reference preset counts rows of text, and all of their windows are used.
+        every = part.source in REFERENCE_PRESETS and settings.chat is None
+        read[number] = _draw_rows(windows, loss_mask, len(windows) if every else count, settings.seed)
+    if is_mixture:
         settings = limit_to_texts(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
         read = {number: _draw_rows(*rows, settings.counts[number], settings.seed) for number, rows in read.items()}
-    return _Draft(settings, read)
+    return settings, read
 
 
 def limit_to_texts(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
@@ -301,19 +289,6 @@ def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: in
     return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
-def _read_sequences(
-    source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
-) -> _Rows:
-    """Cut sequences from a text: all of a reference preset, else `samples` of them, drawn by the seed."""
-    windows, loss_mask = read_windows(source, samples, settings, tokenizer, bos=bos)
-    if source in REFERENCE_PRESETS and settings.chat is None:
-        return windows, loss_mask
-    if len(windows) < samples and len(settings.parts) == 1:
-        length = settings.sequence_length
-        notify(Notice(f"{source} has text for only {len(windows)} sequences of {length} tokens; using all of them."))
-    return _draw_rows(windows, loss_mask, samples, settings.seed)
-
-
 def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool) -> _Rows:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed = settings.sequence_length, settings.seed
@@ -338,118 +313,13 @@ def draw(found: int, count: int, seed: int) -> list[int]:
 
 
 def require_given_text(settings: CalibrationSettings) -> None:
-    """Check that a model that is streamed does not write its text.
+    """Check that a streamed model does not have to write its text.
 
     Raises:
-        UsageError: it does.
+        UsageError: it has to.
     """
     if SELF in (part.source for part in settings.parts):
         raise UsageError(
-            "A model that is streamed does not write its own text: each token would read all of it.",
+            "A streamed model cannot write its own text: each token would read all of its weights.",
             hint="Use --calibration wikitext2, or a file.",
         )
-
-
-def generate_own_text(
-    model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify
-) -> Tensor:
-    """Let the model generate the sequences, sampled from its own distribution after BOS, or find them in the cache.
-
-    The sequences include the BOS token only if the tokenizer adds it to every text.
-
-    Raises:
-        ModelError: the tokenizer has no token to start with.
-        UnsupportedModelError: the model cannot generate text.
-    """
-    start = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
-    if start is None:
-        raise ModelError(
-            "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.",
-            hint="Calibrate on a file or a data set: --calibration FILE.",
-        )
-    count, length = settings.samples, settings.sequence_length
-    new = length - 1 if bos else length
-    sampler = Sampler({tokenizer.eos_token_id} - {None})  # every sequence is one text
-    batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
-    key = {
-        "model": settings.writer,
-        "start": start,
-        "shape": [count, length],
-        "bos": bos,
-        "forbidden": sampler.forbidden,
-        "seed": settings.seed,
-        "batch": batch_size,
-        "dtype": str(model.dtype),
-        "quantization": str(getattr(model.config, "quantization_config", None)),
-        "device": input_device(model).type,
-        "versions": [__version__, str(torch.__version__), transformers.__version__],
-    }
-    kept = KeptFiles("texts", "The text that the model wrote is", notify, can_write=settings.writer is not None)
-    if (found := _kept_text(kept.read(key), count, length)) is not None:
-        notify(Notice(f"Using {plural(count, 'sequence')} that the model wrote before, from the cache."))
-        return found
-    written = in_smaller_pieces(
-        lambda size: _write(model, start, new, settings, sampler, size, notify),
-        batch_size,
-        lambda size: notify(Notice(f"Out of memory on {input_device(model)}; generating {size} sequences at once.")),
-    )
-    kept.write(key, save({"tokens": written.to(torch.int32)}))
-    return written
-
-
-def _kept_text(content: bytes | None, count: int, length: int) -> Tensor | None:
-    """Return the sequences in a file of the cache, [count, length]; None if there is none, or it is broken."""
-    try:
-        tokens = load(content)["tokens"] if content is not None else torch.empty(0)
-    except (SafetensorError, KeyError):
-        return None
-    return tokens.to(torch.int64) if tokens.shape == (count, length) and tokens.dtype is torch.int32 else None
-
-
-def _write(
-    model: Any,
-    start: int,
-    new: int,
-    settings: CalibrationSettings,
-    sampler: Sampler,
-    batch_size: int,
-    notify: Notify,
-) -> Tensor:
-    """Generate the sequences, `new` tokens after `start`, by the seed and by how many there are at once."""
-    count, length = settings.samples, settings.sequence_length
-    written: list[Tensor] = []
-    # MPS cannot tell the state of its random number generator by device.
-    device = input_device(model)
-    devices = [] if device.type in ("cpu", "mps") else [device]
-    with (
-        task(notify, "Generating calibration text", count * new, "tokens") as advance,
-        torch.random.fork_rng(devices=devices, device_type=device.type),
-        torch.inference_mode(),
-    ):
-        torch.manual_seed(settings.seed)
-        for first in range(0, count, batch_size):
-            prompt = torch.full((min(batch_size, count - first), 1), start, device=device)
-            written.append(_generate(model, prompt, new, sampler, advance)[:, -length:].cpu())
-    return torch.cat(written).clone()
-
-
-def _generate(model: Any, prompt: Tensor, new: int, sampler: Sampler, advance: Advance) -> Tensor:
-    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-        """Report each token as it is generated; never stop."""
-        with our_code():
-            advance(len(ids))
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    def refused(words: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{model.config.model_type} cannot generate text: {words}.",
-            hint="Calibrate on a file or a data set: --calibration FILE.",
-        )
-
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
-    each_token = {
-        "logits_processor": LogitsProcessorList([sampler]),
-        "stopping_criteria": StoppingCriteriaList([report]),
-    }
-    ids: Tensor = generate(model, prompt, greedy, refused, **each_token)
-    return ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,24 +11,14 @@ from torch import Tensor
 
 from sleb_cli.engine.text.sources import Conversation, Conversations
 from sleb_cli.engine.text.windows import require_enough
-from sleb_cli.engine.third_party import time_limit, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
 
 # The tag with which a template marks what the model writes.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# A template is a program that came with the model. It takes milliseconds, unless it never ends.
-_TEMPLATE_SECONDS = 5
-_MOST_ADDED = 1_000_000
-_AS_TEXT = {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """The tokens of a conversation, and which of them count in the loss."""
-
-    ids: list[int]
-    loss_mask: list[bool]
+Tokens = list[tuple[int, bool]]
+"""Tokens, and whether each counts in the loss."""
 
 
 def require_template(tokenizer: Any) -> None:
@@ -40,8 +29,7 @@ def require_template(tokenizer: Any) -> None:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            "The tokenizer has no chat template, which --chat needs.",
-            hint="Leave out --chat, or name a chat model.",
+            "--chat does not work: the tokenizer has no chat template.", hint="Leave out --chat, or name a chat model."
         )
 
 
@@ -56,92 +44,64 @@ def cut_conversations(
     Raises:
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
-    renderer = _Renderer(tokenizer, text.source)
-    rendered = [renderer.render(conversation, answers=answers) for conversation in text.content]
-    sequences = [pack for pack in _packs(rendered, length) if any(pack.loss_mask[1:])]
+    rendered = [_render(tokenizer, conversation, text.source, answers=answers) for conversation in text.content]
+    sequences = [sequence for sequence in _packs(rendered, length) if any(counts for _, counts in sequence[1:])]
     if not sequences:
-        tokens = sum(len(conversation.ids) for conversation in rendered)
+        tokens = sum(map(len, rendered))
         raise DataError(
             f"The conversations of {text.source} have {tokens} tokens, too few for a sequence of {length} "
             + ("with an answer in it." if answers else "tokens."),
             hint="Use more conversations, or another --sequence-length.",
         )
     require_enough(len(sequences), text.source, length, asked)
-    return torch.tensor([pack.ids for pack in sequences]), torch.tensor([pack.loss_mask for pack in sequences])
+    found = torch.tensor(sequences, dtype=torch.int64)
+    return found[..., 0].contiguous(), found[..., 1].bool()
 
 
-def _packs(rendered: Iterable[Rendered], length: int) -> Iterator[Rendered]:
+def _packs(rendered: Iterable[Tokens], length: int) -> Iterator[Tokens]:
     """Yield sequences of exactly `length` tokens, each starting with a conversation."""
-    ids: list[int] = []
-    loss_mask: list[bool] = []
+    sequence: Tokens = []
     for conversation in rendered:
-        ids, loss_mask = ids + conversation.ids, loss_mask + conversation.loss_mask
-        if len(ids) >= length:
-            yield Rendered(ids[:length], loss_mask[:length])
-            ids, loss_mask = [], []
+        sequence = sequence + conversation
+        if len(sequence) >= length:
+            yield sequence[:length]
+            sequence = []
 
 
-@dataclass(frozen=True)
-class _Renderer:
-    """Renders the conversations of a source with a tokenizer's chat template."""
+def _render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
+    """Return a conversation as tokens, including a BOS if the template adds one."""
 
-    tokenizer: Any
-    source: str
-
-    def render(self, conversation: Conversation, *, answers: bool) -> Rendered:
-        """Return a conversation as tokens, including a BOS if the template adds one."""
-        if not answers:
-            ids = self._template(conversation, return_dict=True)["input_ids"]
-            return Rendered(ids, [True] * len(ids))
-        if self.tokenizer.is_fast and _GENERATION.search(str(self.tokenizer.chat_template)):
-            written = self._template(conversation, return_dict=True, return_assistant_tokens_mask=True)
-            return Rendered(written["input_ids"], [bool(own) for own in written["assistant_masks"]])
-        return self._find_answers(conversation)
-
-    def _find_answers(self, conversation: Conversation) -> Rendered:
-        """Find each answer as the text that it adds to the prompt before it, up to its end token.
-
-        Prompt and answer are tokenized separately, as in generation.
-
-        Raises:
-            DataError: the template changes earlier messages when more follow.
-        """
-        whole = self._template(conversation, tokenize=False)
-        pieces: list[tuple[str, bool]] = []
-        done = 0
-        for turn, message in enumerate(conversation):
-            if message["role"] != "assistant" or turn == 0:
-                continue
-            prompt = self._template(conversation[:turn], tokenize=False, add_generation_prompt=True)
-            answered = self._template(conversation[: turn + 1], tokenize=False).rstrip()
-            if not (whole.startswith(answered) and answered.startswith(prompt)):
-                raise DataError(
-                    f"The chat template changes earlier messages of a conversation of {self.source} when more follow, "
-                    "so its answers cannot be found.",
-                    hint="Use --chat all, or conversations with one question and one answer.",
-                )
-            pieces += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
-            done = len(answered)
-        pieces.append((whole[done:], False))
-        tokens = [(self.tokenizer(piece, add_special_tokens=False).input_ids, own) for piece, own in pieces if piece]
-        return Rendered([t for ids, _ in tokens for t in ids], [own for ids, own in tokens for _ in ids])
-
-    def _template(self, conversation: Conversation, **options: Any) -> Any:
-        """Apply the template.
-
-        Raises:
-            DataError: it refuses the conversation, does not end, or writes too much.
-        """
-        longest = _MOST_ADDED + 10 * sum(len(str(message)) for message in conversation)
-        with translate_errors(self._refused), time_limit(_TEMPLATE_SECONDS):
-            text = self.tokenizer.apply_chat_template(conversation, **options | _AS_TEXT)
-        if len(text) > longest:  # a tokenizer would take hours, or all memory
-            raise self._refused(f"it makes {len(text):,} characters of it")
-        with translate_errors(self._refused), time_limit(_TEMPLATE_SECONDS):
-            return self.tokenizer.apply_chat_template(conversation, **options)
-
-    def _refused(self, words: str) -> DataError:
+    def refused(words: str) -> DataError:
         return DataError(
-            f"The chat template refuses a conversation of {self.source}: {words}.",
+            f"The chat template refuses a conversation of {source}: {words}.",
             hint="Leave that conversation out; many templates need user and assistant in turn.",
         )
+
+    def template(messages: Conversation, **options: Any) -> Any:
+        with translate_errors(refused):
+            return tokenizer.apply_chat_template(messages, **options)
+
+    if not answers:
+        return [(token, True) for token in template(conversation, return_dict=True)["input_ids"]]
+    if tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):
+        written = template(conversation, return_dict=True, return_assistant_tokens_mask=True)
+        return [(token, bool(own)) for token, own in zip(written["input_ids"], written["assistant_masks"], strict=True)]
+    # Each answer is the text that it adds to the prompt before it, up to its end token. Prompt and answer are tokenized
+    # separately, as in generation.
+    whole, pieces, done = template(conversation, tokenize=False), list[tuple[str, bool]](), 0
+    for turn, message in enumerate(conversation):
+        if message["role"] != "assistant" or turn == 0:
+            continue
+        prompt = template(conversation[:turn], tokenize=False, add_generation_prompt=True)
+        answered = template(conversation[: turn + 1], tokenize=False).rstrip()
+        if not (whole.startswith(answered) and answered.startswith(prompt)):
+            raise DataError(
+                f"The chat template changes earlier messages of a conversation of {source} when more follow, so its "
+                "answers cannot be found.",
+                hint="Use --chat all, or conversations with one question and one answer.",
+            )
+        pieces += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
+        done = len(answered)
+    pieces.append((whole[done:], False))
+    tokens = ((tokenizer(piece, add_special_tokens=False).input_ids, own) for piece, own in pieces if piece)
+    return [(token, own) for ids, own in tokens for token in ids]

@@ -1,4 +1,4 @@
-"""A text in portions, for a training that goes on until its time is up."""
+"""A text in portions, for a training that lasts until its time is up."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from sleb_cli.engine.text.calibration import (
     CalibrationSettings,
     draw,
-    generate_own_text,
     generated_parts,
     limit_to_texts,
     read_windows,
 )
+from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import is_read_whole
 from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2
-"""How often a sequence that the model wrote is trained on, since writing takes longer than training. Others are used
-once: text that was seen before teaches less."""
+"""How often a sequence that the model wrote is trained on, because writing takes longer than training. Others are used
+once, because repeated text teaches less."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
-from sleb_cli.records import why_not_read
+from sleb_cli.records import first_fault, why_not_read
 from sleb_cli.units import format_bytes
 from sleb_plugins import DataError, UsageError
 
@@ -31,9 +33,8 @@ _TITLE = re.compile(r"= [^=](.*[^=])? =")
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
 
-# How much memory a byte of text takes, as bytes, as characters and as tokens of the libraries, about.
+# About how much memory a byte of text takes, as bytes, characters and tokens: a text is tokenized as a whole.
 MEMORY_PER_BYTE = 250
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ MIN_DOCUMENTS = 10
 # Documents of a data set are divided in this order, whatever the seed that they are drawn by.
 SPLIT_SEED = 0
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, Any]]
 """A list of messages, each with a `role` and its `content`."""
 
 
@@ -122,13 +123,14 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
-    characters = tokens * CHARACTERS_PER_TOKEN
-    if source == "wikitext2":
-        return Text(split.of(source), PARAGRAPHS.join(_documents(WIKITEXT2_TRAIN, split)))
-    if is_file(source):
+    if source != "wikitext2" and is_file(source):
         return _file_text(source, split)
-    dataset = C4_TRAIN if source == "c4" else _parse_dataset(source)
-    return Text(split.of(source), PARAGRAPHS.join(_enough(_documents(dataset, split, shuffle_seed=seed), characters)))
+    dataset = CALIBRATION_PRESETS.get(source) or _parse_dataset(source)
+    if source == "wikitext2":
+        documents = _documents(dataset, split)
+    else:
+        documents = _enough(_documents(dataset, split, shuffle_seed=seed), tokens * CHARACTERS_PER_TOKEN)
+    return Text(split.of(source), PARAGRAPHS.join(documents))
 
 
 def reference_calibration_text(source: str, *, rows: int, seed: int, split: TextSplit = WHOLE) -> Text:
@@ -137,8 +139,8 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
     Raises:
         DataError: the data set cannot be loaded.
     """
-    dataset, separator = (WIKITEXT2_TRAIN, PARAGRAPHS) if source.startswith("wikitext2") else (C4_TRAIN, " ")
-    return Text(source, separator.join(_first(_documents(dataset, split, shuffle_seed=seed), rows)))
+    separator = PARAGRAPHS if source.startswith("wikitext2") else " "
+    return Text(source, separator.join(islice(_documents(CALIBRATION_PRESETS[source], split, shuffle_seed=seed), rows)))
 
 
 def evaluation_text(source: str) -> Text:
@@ -152,7 +154,7 @@ def evaluation_text(source: str) -> Text:
     if source == "wikitext2":  # its rows are lines; an article begins with its title
         return _joined(source, _documents(WIKITEXT2_TEST), begins=lambda line: bool(_TITLE.fullmatch(line.strip())))
     if source == "c4":
-        documents = _first(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
+        documents = islice(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
         return _joined(source, documents, " ", limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
         return _file_text(source)
@@ -200,8 +202,7 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> Convers
         DataError: it is missing or unreadable, or does not hold conversations.
     """
     if is_file(source) and Path(source).suffix == ".jsonl":
-        lines = _json_lines(source, _read_file(source), "messages")
-        found = [_conversation(value, f"line {number} of {source}") for number, value in lines]
+        found = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
     elif is_file(source) or "/" not in source:
         raise UsageError(
             f"{source} is plain text, but --chat needs conversations.",
@@ -209,26 +210,12 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> Convers
         )
     else:
         dataset = _parse_dataset(source, column="messages")
-        rows = (_conversation(row, f"a row of {dataset}") for row in _values(dataset, shuffle_seed=seed))
-        found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, size=_characters))
+        with _naming_faults(f"A row of {dataset}"):
+            rows = (_Messages(messages=row).conversation for row in _values(dataset, shuffle_seed=seed))
+            found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, size=_characters))
     if not found:
         raise DataError(f"{source} is empty.", hint="Name a file that holds conversations.")
     return Conversations(source, found)
-
-
-def _conversation(value: Any, where: str) -> Conversation:
-    whole = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    )
-    if not (whole and value):
-        raise DataError(
-            f'The "messages" in {where} are not a list of {{"role": …, "content": …}} with strings.',
-            hint="Correct them.",
-        )
-    for message in value:
-        _require_characters(message["role"] + message["content"], where)
-    return list(value)
 
 
 def _characters(conversation: Conversation) -> int:
@@ -249,7 +236,7 @@ def is_read_whole(source: str) -> bool:
 def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
     named, content = split.of(source), _read_file(source)
     if Path(source).suffix == ".jsonl":
-        documents = list(_json_texts(source, content))
+        documents = [line.text for line in _json_lines(source, content, _Text)]
         if len(documents) >= MIN_DOCUMENTS:
             documents = [documents[row] for row in split.rows(len(documents))]
             split = WHOLE
@@ -284,69 +271,66 @@ def _read_file(source: str) -> str:
         if reason := why_not_read(path):
             hint = "Name a .txt or .jsonl file in it." if path.is_dir() else "Write its text to a file, and name that."
             raise DataError(f"{source} cannot be read: {reason}.", hint=hint)
-        _require_memory(source, path.stat().st_size)
+        if (size := path.stat().st_size) * MEMORY_PER_BYTE > (free := free_bytes(CPU)):
+            raise DataError(
+                f"{source} has {format_bytes(size)} of text, and memory is free for about "
+                f"{format_bytes(free / MEMORY_PER_BYTE)}.",
+                hint="Name a part of it: `head -c 100M FILE > PART`.",
+            )
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise DataError(f"There is no file {source}.", hint="Check the path.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{source} is not UTF-8 text.", hint="Convert it, for example with iconv.") from error
-    except PermissionError as error:
-        raise DataError(f"You may not read {source}.", hint="Change its permissions.") from error
     except OSError as error:
         raise DataError(
-            f"{source} cannot be read: {error.strerror or error}.", hint="Check the path and the disk."
+            f"{source} cannot be read: {error.strerror or error}.", hint="Check the path and its permissions."
         ) from error
 
 
-def _require_memory(source: str, size: int) -> None:
-    """Make sure that a text fits into memory, with its tokens: it is tokenized as a whole.
+class _Text(BaseModel):
+    """A line of a .jsonl file."""
 
-    Raises:
-        DataError: it does not.
-    """
-    free = free_bytes(CPU)
-    if size * MEMORY_PER_BYTE > free:
-        raise DataError(
-            f"{source} has {format_bytes(size)} of text, and memory is free for about "
-            f"{format_bytes(free / MEMORY_PER_BYTE)}.",
-            hint="Name a part of it: `head -c 100M FILE > PART`.",
-        )
+    text: str
 
 
-def _json_texts(source: str, content: str) -> Iterator[str]:
-    for number, text in _json_lines(source, content, "text"):
-        if not isinstance(text, str):
-            raise DataError(f'The field "text" in line {number} of {source} is not a string.', hint="Correct it.")
-        _require_characters(text, f"line {number} of {source}")
-        yield text
+class _Message(BaseModel, extra="allow"):
+    role: str
+    content: str
 
 
-def _require_characters(text: str, where: str) -> None:
-    """Refuse halves of surrogate pairs, which JSON can name, but no text can hold.
+class _Messages(BaseModel):
+    """A line of a .jsonl file, or a row of a data set, with --chat."""
 
-    Raises:
-        DataError: there are some.
-    """
-    if _HALF.search(text):
-        raise DataError(
-            f"The text in {where} holds half of a surrogate pair, \\ud800 to \\udfff, which is no character.",
-            hint="Correct or remove it.",
-        )
+    messages: Annotated[list[_Message], Field(min_length=1)]
+
+    @property
+    def conversation(self) -> Conversation:
+        return [message.model_dump() for message in self.messages]
 
 
-def _json_lines(source: str, content: str, field: str) -> Iterator[tuple[int, Any]]:
-    """Yield the number (from 1) and the `field` of each line that is not blank."""
-    # Not by `splitlines`: the strings of JSON may hold what else ends a line elsewhere.
+_Line = TypeVar("_Line", bound=BaseModel)
+
+
+def _json_lines(source: str, content: str, form: type[_Line]) -> Iterator[_Line]:
+    """Yield the lines that are not blank."""
+    # Not by `splitlines`: strings in JSON may hold other line separators.
     for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)[field]
-        except (ValueError, RecursionError, KeyError, TypeError) as error:  # ValueError: a number has too many digits
-            raise DataError(
-                f'Line {number} of {source} is not an object with a field "{field}".',
-                hint='Each line of a .jsonl file is a {"text": "…"}, or with --chat a {"messages": […]}.',
-            ) from error
+        if line.strip():
+            with _naming_faults(f"Line {number} of {source}"):
+                found = form.model_validate_json(line)
+            yield found
+
+
+@contextmanager
+def _naming_faults(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise DataError(
+            f"{where} cannot be read: {first_fault(error, 'JSON')}.",
+            hint='Texts need {"text": "…"}; --chat needs {"messages": [{"role": "…", "content": "…"}]}.',
+        ) from error
 
 
 def _parse_dataset(source: str, column: str = "text") -> Dataset:
@@ -421,8 +405,3 @@ def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = 
         found += size(document)
         if found >= characters:
             return
-
-
-def _first(documents: Iterable[str], count: int) -> Iterator[str]:
-    for _, document in zip(range(count), documents, strict=False):
-        yield document

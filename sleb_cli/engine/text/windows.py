@@ -16,7 +16,7 @@ from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_cli.results import Bos
 from sleb_plugins import DataError, UsageError
 
-# At the start of what it decodes, a tokenizer may drop a space, or the rest of a character that began before.
+# A tokenizer may drop a space, or the rest of a character, at the start of what it decodes.
 CONTEXT_TOKENS = 8
 
 
@@ -227,10 +227,10 @@ def require_windows(windows: Tensor, text: Text, tokenizer: Any, length: int, as
 
 
 def require_enough(found: int, source: str, length: int, asked: int | None) -> None:
-    """Refuse a source with text for fewer sequences than asked for.
+    """Check that a source has text for the sequences asked for.
 
     Raises:
-        DataError: it does.
+        DataError: it has less.
     """
     if asked is not None and found < asked:
         raise DataError(
