@@ -51,7 +51,8 @@ from saved_work import (
 
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.forward.logits import score_logits
-from sleb_cli.engine.quality.tasks import Tasks
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
+from sleb_cli.engine.quality.tasks import load_requested
 from sleb_cli.engine.surgery.loading import load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.windows import cut_running_text

@@ -183,8 +183,6 @@ class Both(sleb.FileExporter):
 
 
 def test_a_plugin_may_write_a_folder_and_a_file(export, tmp_path, monkeypatch):
-    from sleb_cli import exporters
-
     offered = [*exporters.sleb_exporters(), Both()]
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6)
