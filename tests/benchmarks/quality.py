@@ -177,8 +177,8 @@ class QualityBench(Bench):
                 self.work.save()
             say("  " + ", ".join(f"{name} {perplexity(losses):.2f}" for name, losses in have["losses"].items()))
             if tasks_missing:
-                for name in self.tasks.names:
-                    scores = self.tasks.run(name, model, self.tokenizer, key, ignore)["results"][name]
+                for task in self.tasks:
+                    name, scores = task.name, task.run(model, self.tokenizer, key, ignore)["results"][task.name]
                     have["tasks"][name] = [scores["acc,none"], scores["acc_stderr,none"]]
                 self.work.save()
                 say("  " + ", ".join(f"{TASKS[task]} {value:.3f}" for task, (value, _) in have["tasks"].items()))

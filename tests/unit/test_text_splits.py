@@ -11,8 +11,8 @@ import torch
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.recovery.settings import DECIDING, FITTED, REPORTED
-from sleb_cli.engine.text import calibration
-from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, generate_own_text, texts_sha256
+from sleb_cli.engine.text import calibration, own_text
+from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import WHOLE, TextSplit, calibration_text, reference_calibration_text
