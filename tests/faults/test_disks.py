@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from faults.conftest import counts
-from faults.place import COMMANDS, TIMES, is_leftover
+from faults.place import COMMANDS, Place
 from faults.program import SHORT, STOP, Call, Calls, Fault
 
 FULL, DEAD = "full from then on", "dead from then on"
@@ -146,10 +145,10 @@ def is_kept(file: Path) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 3 MB, where the user may mount one."""
+    """A disk of 8 MB, where the user may mount one."""
     folder = tmp_path / "mounted"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted: {mounted.stderr.strip()}")
     yield folder
@@ -160,28 +159,14 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     "name", ["apply", *(pytest.param(name, marks=pytest.mark.faults) for name in ("apply gguf", "search"))]
 )
-def test_a_disk_that_others_fill_meanwhile(place, small_disk, name, count, tried):
-    command, work, cache = COMMANDS[name], small_disk / "work", small_disk / "cache"
-    words = [place.folder / word[3:] if str(word).startswith("../") else word for word in map(str, command.words)]
-    here = {"cwd": work, "environment": {"SLEB_CACHE": str(cache)}}
-
-    def begin():
-        for folder in (work, cache):
-            shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(place.folder / "begin", work)
-
-    def files():
-        found = (path for path in small_disk.rglob("*") if path.is_file())
-        return {str(path.relative_to(small_disk)): TIMES.sub(b"", path.read_bytes()) for path in found}
-
-    begin()
-    start = files()
-    done = place.run(*words, fault=Fault(small_disk, calls=Calls.CHANGES), **here)
-    whole = files()
-    writes = [at for at, call in enumerate(done.calls, start=1) if call.sort in Calls.WRITE | Calls.MAKE]
-    for at in random.Random(name).sample(writes, min(count, len(writes))):
-        begin()
-        running = place.program.start(*words, fault=Fault(small_disk, at, STOP, Calls.CHANGES), **here)
+def test_a_disk_that_others_fill_meanwhile(program, small_disk, name, count, tried):
+    place = Place(program, small_disk)
+    calls, _ = place.undisturbed(name)
+    writes = [at for at, call in enumerate(calls, start=1) if call.sort in Calls.WRITE | Calls.MAKE]
+    chosen = random.Random(name).sample(writes, min(count, len(writes)))
+    for at in chosen:
+        place.reset()
+        (running,) = place.launch(COMMANDS[name], fault=Fault(small_disk, at, STOP))
         running.wait_until_stopped()
         with contextlib.suppress(OSError), (small_disk / "of others").open("wb", buffering=0) as others:
             while others.write(bytes(4096)):
@@ -189,14 +174,7 @@ def test_a_disk_that_others_fill_meanwhile(place, small_disk, name, count, tried
         running.send(signal.SIGCONT)
         finished = running.wait().require((0, OUTPUT))
         (small_disk / "of others").unlink()
-        if finished.exit_code:
-            assert re.search("^error: .*(full|no space)", finished.stderr, re.MULTILINE | re.IGNORECASE), (
-                finished.stderr
-            )
-            left = files()
-            assert all(left.get(path) == content for path, content in start.items())
-            assert not [path for path in left.keys() - start.keys() if not path.endswith(".journal")]
-            place.run(*words, *command.again, **here)
-        assert files() == whole, done.calls[at - 1]
-        assert not list(filter(is_leftover, files()))
-    tried("disks that others fill", min(count, len(writes)))
+        assert list(place.wrong(name, done=finished.exit_code == 0, may_leave=False)) == [], finished.stderr
+        assert not finished.exit_code or re.search("(?im)^error: .*(full|no space)", finished.stderr), finished.stderr
+        place.again(name, calls[at - 1])
+    tried("disks that others fill", len(chosen))

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from conftest import prose
-from faults.hostile import FOLDER, PIPE, Case, Link, Sparse, require_well, run_cases
+from faults.hostile import FOLDER, PIPE, PLACE, Case, Link, Sparse, require_well, run_cases
 from faults.lies import (
     ARRAY,
     FLOAT32,
@@ -26,11 +26,15 @@ from faults.lies import (
     twice,
     weight_file,
 )
-from faults.test_hostile import CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, RESUME, ROWS, SEARCH, SUMMARY
+from faults.test_hostile import CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, PLANNED, RESUME, ROWS, SEARCH, SUMMARY
 
 MODEL, DATA, PLAN, OUTPUT, ANY = (4,), (5,), (3,), (8,), range(2, 10)
-SPECIAL = {"a pipe": PIPE, "a device": Link("/dev/zero"), "a folder": FOLDER, "a loop": Link("loop")}
 DIGITS = int("9" * 4000)
+
+
+def special(file):
+    """Return what is no file, by its kind."""
+    return {"a pipe": PIPE, "a device": Link("/dev/zero"), "a folder": FOLDER, "a loop": Link(file)}.items()
 
 
 def put(file, content):
@@ -204,6 +208,19 @@ CHANGED_PLANS = {
     "a step without what is held out": lambda plan: {"steps": [step | {"held_out": None} for step in plan["steps"]]},
     "a perplexity of 0": lambda plan: {"dense": {"loss": 1.0, "perplexity": 0.0}},
 }
+
+
+def elsewhere(plan):
+    place = f"{PLACE}/outside"
+    return {
+        "sleb_version": f"{place}/version",
+        "calibration": plan["calibration"] | {"source": f"{place}/text.txt"},
+        "search": plan["search"] | {"metric": f"task:{place}/task.yaml", "device": place},
+        "environment": plan["environment"] | {"plugins": {f"{place}/plugin.py": place}},
+        "model": plan["model"] | {"family": f"{place}/family.py", "revision": None},
+    }
+
+
 SHOWN = {
     "\x1b[31mred\x1b]0;title\x07": r"\x1b[31mred\x1b]0;title", "\x9b2J": r"\x9b2J", "[/]": "[/]",
     "[bold red]markup[/]": "[bold red]markup[/]", "\u202eevil": r"\u202eevil", "a\x00b": r"a\x00b",
@@ -224,7 +241,7 @@ TEXTS = {
     "latin.txt": "\xe9".encode("latin-1") * 100,
     "surrogate.txt": b"\xed\xa0\x80" * 100,
     "packed.jsonl": b"\x1f\x8b\x08\0" + b"\0" * 100,
-    "pipe.txt": PIPE, "device.txt": Link("/dev/zero"), "folder.txt": FOLDER, "loop.jsonl": Link("loop.jsonl"),
+    **{f"{name[2:]}.txt": content for name, content in special("loop.txt")},
     "gigabyte.txt": Sparse(b"word " * 1000, 1 << 30), "gigabyte.jsonl": Sparse(b'{"text": "', 1 << 30),
 }  # fmt: skip
 LINES = ["\u2028".join(row["text"].split(" ", 3)) + "\x85" for row in ROWS]
@@ -261,23 +278,24 @@ def ggufs():
         yield f"a GGUF file of {data}", "files", CUT_GGUF, put("whole.gguf", data), MODEL, "whole.gguf"
     for name, head in TERABYTES.items():
         yield name, "files", CUT_GGUF, put("whole.gguf", Sparse(head, 1 << 41)), MODEL, "whole.gguf"
-    for (name, content), words in product(SPECIAL.items(), (CUT_GGUF, ("eval", "whole.gguf"))):
+    for (name, content), words in product(special("whole.gguf"), (CUT_GGUF, ("eval", "whole.gguf"))):
         make = put("whole.gguf", content)
         yield f"{words[0]}: a GGUF file that is {name}", "files", words, make, (2, 4), "whole.gguf"
 
 
 def records():
-    for name, content in (PLANS | SPECIAL | {"a terabyte": Sparse(b"", 1 << 40)}).items():
+    for name, content in (*PLANS.items(), *special("plan.json"), ("a terabyte", Sparse(b"", 1 << 40))):
         yield f"a plan: {name}", "files", SUMMARY, put("plan.json", content), PLAN, "plan.json"
-        if not isinstance(content, bytes):  # beside a plan, they are left out
-            beside = dict.fromkeys(("plan.eval.json", "plan.bench.json"), content)
-            yield f"results: {name}", "files", SUMMARY, lambda base, beside=beside: beside, (0,), "plan.eval.json"
+    for kind, (name, content) in product(("eval", "bench"), special("x")):  # beside a plan, they are left out
+        yield f"{kind}: {name}", "files", SUMMARY, put(f"plan.{kind}.json", content), (0,), ""
     for name, change in CHANGED_PLANS.items():
         yield f"a plan: {name}", "files", SUMMARY, changed("plan.json", change), PLAN, "plan.json"
     for (words, shown), command in product(SHOWN.items(), (("apply",), ("export", "--to", "indices"), SUMMARY)):
         make = changed("plan.json", lambda plan, words=words: {"model": plan["model"] | {"id": f"/x/{words}"}})
-        codes = (0,) if command is SUMMARY else MODEL
-        yield f"{command[-1]}: {shown} on the screen", "files", command, make, codes, re.escape(shown)
+        codes, said = ((0,), shown.rpartition("/")[2]) if command is SUMMARY else (MODEL, shown)
+        yield f"{command[-1]}: {shown} on the screen", "files", command, make, codes, re.escape(said)
+    for words in PLANNED:  # whatever a plan names, what a command writes lies where it was started
+        yield f"{words[0]}: a plan that names places", "planned", words, changed("plan.json", elsewhere), range(10), ""
     for target, more in product(("note.txt", "new"), ((), ("--resume",), ("--force",))):
         for file, command in (("out.json.journal", SEARCH), (".out.recovery", HEAL)):
             link = Link("outside" if command is HEAL and target == "note.txt" else f"outside/{target}")
