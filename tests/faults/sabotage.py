@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from faults.lies import UINT32, Gguf, gguf_of, parse, weight_file
+from faults.lies import UINT32, Gguf, gguf_of, parse, to_text, weight_file
 
 BLOCK = re.compile(r"(.*layers\.)(\d+)\.(.*)")
 INDEX = "model.safetensors.index.json"
@@ -229,7 +229,9 @@ def header(change):
         path = max(made.shards(), key=lambda shard: len(load_file(shard)))
         entries, data = parse(path.read_bytes())
         own = {name: each for name, each in entries.items() if name != "__metadata__"}
-        anew(path).write_bytes(weight_file(entries, change(own, data) or data))
+        data = change(own, data) or data
+        text = to_text(entries)
+        anew(path).write_bytes(weight_file(text + b" " * (-len(text) % 8), data))
 
     return do
 
@@ -398,7 +400,7 @@ HF = [
          (LLAMA, GEMMA, OPT, SHARDED)),
     quiet("a norm differs by the last bit of one value", r"bytes of \S*norm", norm(last_bit)),
     Kind("the final norm is that of a block", r"bytes of \S*norm", take(
-        r"^(?!.*layers).*norm\.weight", lambda name, made: made.tensors()[made.pick("layer_?norm.weight")])),
+        r"^(?!.*layers).*norm\.weight", lambda name, made: made.tensors()[made.pick(r"layers\..*layer_?norm\.weight")])),
     Kind("a bias is negated", NOT_ITS + "bias", edit(block_of("(v_proj|out_proj|fc1|fc2).bias", r"\d+"),
          lambda values, made: -values), (OPT,)),
     Kind("a bias is left out", r"missing, such as \S*bias", tensors(lambda held, made: {
@@ -436,7 +438,7 @@ HF = [
     Kind("a tensor is there that no model has", "1 tensors are unexpected", tensors(
         lambda held, made: held | {numbered(made.pick("q_proj.weight"), 17): torch.ones(3)})),
     Kind("a tensor has its old number", "1 tensors are missing", rename(
-        lambda name, made: re.sub(r"layers\.3\.(.*(?:v_proj|fc1)\.weight)", r"layers.5.\1", name))),
+        lambda name, made: re.sub(r"layers\.3\.(.*v_proj\.weight)", r"layers.5.\1", name))),
     Kind("all tensors have their old numbers", "tensors are missing", rename(old_number)),
     quiet("names lack their first part, as those of a base model do", "tensors are missing",
           rename(lambda name, made: name.removeprefix("model."))),

@@ -101,12 +101,6 @@ def bases(program, tmp_path_factory):
     return {path.name: path for path in top.iterdir()}
 
 
-def outcomes_of(program, cases, tmp_path):
-    outcomes = run_cases(program, cases, tmp_path)
-    require_well(outcomes)
-    return outcomes
-
-
 MODEL_COMMANDS = {"cut": CUT, "estimate": ESTIMATE, "apply": APPLY, "search": SEARCH, "chat": CHAT, "eval": EVAL}
 HARMLESS = {
     **{f"{words[0]} of a plan": ("planned", words) for words in PLANNED},
@@ -370,7 +364,9 @@ HOSTILE = {
 def test_files_that_lie(program, bases, tmp_path, kind, count, tried):
     *many, taken, refused, strategy = HOSTILE[kind]
     cases = drawn(strategy(bases), many[count])
-    codes = Counter(outcome.code == 0 for outcome in outcomes_of(program, cases, tmp_path))
+    outcomes = run_cases(program, cases, tmp_path)
+    require_well(outcomes)
+    codes = Counter(outcome.code == 0 for outcome in outcomes)
     assert codes[True] >= taken * len(cases), codes  # or nothing behind the first check was ever reached
     assert codes[False] >= refused * len(cases), codes
     tried(f"hostile {kind}", len(cases))

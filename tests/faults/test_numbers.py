@@ -219,7 +219,7 @@ def test_too_few_sequences_that_are_left_are_an_error(search, tmp_path, broken, 
     tokenizer, path = AutoTokenizer.from_pretrained(broken), tmp_path / "bad.txt"
     (token,) = tokenizer(RARE).input_ids
     (good_tokens,) = tokenizer([prose(10)]).input_ids
-    windows = [[token] * LENGTH] * 4 + [good_tokens[:LENGTH]] * good
+    windows = [[token] * LENGTH] * 4 + [good_tokens[: LENGTH + 4]] * good
     path.write_text(tokenizer.decode([token for window in windows for token in window]))
     result = search(broken, path, "--samples", len(windows), SKIP, *options, code=code)
     if code:
