@@ -400,7 +400,7 @@ HF = [
          (LLAMA, GEMMA, OPT, SHARDED)),
     quiet("a norm differs by the last bit of one value", r"bytes of \S*norm", norm(last_bit)),
     Kind("the final norm is that of a block", r"bytes of \S*norm", take(
-        r"^(?!.*layers).*norm\.weight", lambda name, made: made.tensors()[made.pick(r"layers\..*layer_?norm\.weight")])),
+        r"^(?!.*layers).*norm\.weight", lambda name, made: made.tensors()[made.pick(r"layers\..*layer_?norm\.w")])),
     Kind("a bias is negated", NOT_ITS + "bias", edit(block_of("(v_proj|out_proj|fc1|fc2).bias", r"\d+"),
          lambda values, made: -values), (OPT,)),
     Kind("a bias is left out", r"missing, such as \S*bias", tensors(lambda held, made: {
