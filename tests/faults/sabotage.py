@@ -22,7 +22,7 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from faults.lies import UINT32, Gguf, gguf_of, parse, to_text, weight_file
+from faults.lies import UINT32, gguf_of, parse, to_text, weight_file
 
 BLOCK = re.compile(r"(.*layers\.)(\d+)\.(.*)")
 INDEX = "model.safetensors.index.json"
@@ -626,14 +626,22 @@ def without(*endings):
     return entries(lambda found: [each for each in found if not each[0].endswith(endings)])
 
 
+def spans(path):
+    """Return where each tensor's bytes are."""
+    found = GGUFReader(path).tensors
+    return {each.name: slice(int(each.data_offset), int(each.data_offset + each.n_bytes)) for each in found}
+
+
 def places(new):
     """Take the bytes of each tensor from another one."""
 
-    def change(file: Gguf):
-        offsets = {name.decode(): offset for name, _, _, offset in file.tensors}
-        return [(name, shape, type_, offsets[new(name.decode())]) for name, shape, type_, _ in file.tensors]
+    def change(data, made):
+        where, found = spans(made.path), bytearray(data)
+        for name, span in where.items():
+            found[span] = data[where[new(name)]]
+        return found
 
-    return of_gguf(lambda file: replace(file, tensors=tuple(change(file))))
+    return of_bytes(change)
 
 
 def named(new):
@@ -654,20 +662,18 @@ def tensor_of(pattern, **changes):
 def values(pattern, change):
     """Change the bytes of the tensors in whose names this pattern is found."""
 
-    def do(made):
-        data = bytearray(made.path.read_bytes())
-        for tensor in GGUFReader(made.path).tensors:
-            if re.search(pattern, tensor.name):
-                where = slice(int(tensor.data_offset), int(tensor.data_offset + tensor.n_bytes))
-                data[where] = change(bytes(data[where]), tensor.name, made)
-        made.path.write_bytes(data)
+    def do(data, made):
+        found = bytearray(data)
+        for name, span in spans(made.path).items():
+            if re.search(pattern, name):
+                found[span] = change(data[span], name, made)
+        return found
 
-    return do
+    return of_bytes(do)
 
 
 def in_dense(data, name, made):
-    found = next(tensor for tensor in GGUFReader(made.dense).tensors if tensor.name == name)
-    return found.data.tobytes()
+    return made.dense.read_bytes()[spans(made.dense)[name]]
 
 
 def doubled(data, name, made):
@@ -700,7 +706,7 @@ def renumber(new):
 
 
 def one_further(data, made):
-    start = min(int(tensor.data_offset) for tensor in GGUFReader(made.path).tensors)
+    start = min(span.start for span in spans(made.path).values())
     return data[:start] + data[start + 4 :] + bytes(4)
 
 

@@ -138,7 +138,8 @@ def require_refused(run_sleb, monkeypatch, other, cache_folder, tried):
         if as_planned:
             nothing_planned(monkeypatch)
         output = "out" if dense.is_dir() else "out.gguf"
-        result = run_sleb("apply", "--source", dense, "--blocks", "1,4", "-o", output, *options)
+        source = [dense] if dense.is_dir() else ["--source", dense]
+        result = run_sleb("apply", *source, "--blocks", "1,4", "-o", output, *options)
         assert len(done) == 1, result.stderr
         assert (result.exit_code, result.stdout) == (9, ""), result.stderr
         assert re.search(says, result.stderr), result.stderr
