@@ -281,27 +281,27 @@ def real_gguf(bases):
 
 HOSTILE = {
     # How many in every run and with `-m faults`, and which share of them must be taken and refused at least.
-    "weight files": (150, 1500, 0.05, 0.3, weights),
-    "indices": (60, 700, 0.01, 0.3, indices),
-    "configs": (100, 1500, 0.05, 0.2, configs),
-    "tokenizers and settings": (60, 1000, 0.1, 0.1, tokenizers),
-    "pickles": (40, 400, 0, 0.3, pickles),
-    "links, pipes and folders": (50, 400, 0.05, 0.3, links),
-    "GGUF files": (250, 2500, 0.05, 0.3, gguf),
+    "weight files": (40, 1500, 0.02, 0.3, weights),
+    "indices": (25, 700, 0, 0.3, indices),
+    "configs": (40, 1500, 0.02, 0.2, configs),
+    "tokenizers and settings": (25, 1000, 0.04, 0.1, tokenizers),
+    "pickles": (15, 400, 0, 0.3, pickles),
+    "links, pipes and folders": (20, 400, 0.05, 0.3, links),
+    "GGUF files": (60, 2500, 0.03, 0.3, gguf),
     "GGUF files of whole models": (8, 100, 0, 0.3, real_gguf),
-    "plans": (120, 1000, 0.02, 0.5, record("files", "plan.json", SUMMARY)),
+    "plans": (30, 1000, 0.02, 0.5, record("files", "plan.json", SUMMARY)),
     "plans of whole models": (8, 80, 0, 0.3, record("planned", "plan.json", *PLANNED)),
-    "evaluations": (40, 400, 1, 0, record("files", "plan.eval.json", SUMMARY)),
-    "benchmarks": (40, 400, 1, 0, record("files", "plan.bench.json", SUMMARY)),
-    "journals": (50, 500, 0.1, 0.1, journals),
-    "states of healing": (50, 500, 0, 0.5, saved("healing", ".out.recovery/healing.safetensors", *HEAL, "--resume")),
+    "evaluations": (12, 400, 1, 0, record("files", "plan.eval.json", SUMMARY)),
+    "benchmarks": (12, 400, 1, 0, record("files", "plan.bench.json", SUMMARY)),
+    "journals": (15, 500, 0.06, 0.1, journals),
+    "states of healing": (15, 500, 0, 0.5, saved("healing", ".out.recovery/healing.safetensors", *HEAL, "--resume")),
     # It only costs the time that it would have saved.
-    "saved walks": (30, 300, 1, 0, saved("walk", "out.json.journal.walk.0", *STREAM)),
-    "texts": (60, 500, 0.02, 0.1, lambda bases: replaced(
+    "saved walks": (8, 300, 1, 0, saved("walk", "out.json.journal.walk.0", *STREAM)),
+    "texts": (20, 500, 0.02, 0.1, lambda bases: replaced(
         bases["llama"], "text.txt", texts(prose(40).encode()), SEARCH, EVAL)),
-    "rows": (60, 500, 0.02, 0.25, lambda bases: replaced(
+    "rows": (20, 500, 0.02, 0.25, lambda bases: replaced(
         bases["files"], "rows.jsonl", rows(ROWS), (*SEARCH, "--calibration", "rows.jsonl"))),
-    "chats": (60, 500, 0.02, 0.25, lambda bases: replaced(
+    "chats": (20, 500, 0.02, 0.25, lambda bases: replaced(
         bases["chat"], "chat.jsonl", rows([{"messages": TALK}] * 6), CHAT)),
 }  # fmt: skip
 
