@@ -1,13 +1,19 @@
-"""What tests of faults share: the program in a process of its own, and the sizes in which they run."""
+"""What tests of faults share: the program in a process of its own, a place for its commands, and how much is tried."""
 
 import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from faults.bases import make_bases
+from faults.place import Place
 from faults.program import Program
+from hub import Hub
 
 
-def counts(few: int, many: int) -> pytest.MarkDecorator:
+def counts(few: float, many: int) -> pytest.MarkDecorator:
     """Parametrize a test by how much it tries: few in every run, and many of them with `pytest -m faults`."""
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.faults)])
 
@@ -18,3 +24,26 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
     if sys.platform != "linux":
         pytest.skip("faults are injected on Linux only")
     return Program(tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="session")
+def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A folder in which commands run and are disturbed."""
+    return Place(program, tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="session")
+def bases(program: Program, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Honest folders by name."""
+    return make_bases(program, tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A hub on this machine."""
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

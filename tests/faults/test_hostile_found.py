@@ -1,0 +1,335 @@
+"""Lies that have a name, most of which once ended in a traceback or a hang: each ends well, or with a sentence."""
+
+import json
+import re
+import struct
+from dataclasses import replace
+from itertools import product
+
+import pytest
+
+from conftest import prose
+from faults.bases import CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, PLANNED, RESUME, ROWS, SEARCH, SUMMARY
+from faults.hostile import FOLDER, PIPE, PLACE, Case, Link, Sparse, require_well, run_cases
+from faults.lies import (
+    ARRAY,
+    FLOAT32,
+    INT32,
+    STRING,
+    UINT32,
+    UINT64,
+    array,
+    gguf_of,
+    nested,
+    parse,
+    text,
+    to_text,
+    twice,
+    weight_file,
+)
+
+MODEL, DATA, PLAN, OUTPUT, ANY = (4,), (5,), (3,), (8,), range(2, 10)
+DIGITS = int("9" * 4000)
+
+
+def special(file):
+    """Return what is no file, by its kind."""
+    return {"a pipe": PIPE, "a device": Link("/dev/zero"), "a folder": FOLDER, "a loop": Link(file)}.items()
+
+
+def put(file, content):
+    return lambda base: {file: content}
+
+
+def changed(file, change):
+    """Return a function that changes a document of JSON."""
+
+    def make(base):
+        data = json.loads((base / file).read_text())
+        return {file: to_text(data | change(data))}
+
+    return make
+
+
+def config(**changes):
+    return lambda base: {
+        "model/config.json": to_text(json.loads((base / "model" / "config.json").read_text()) | changes)
+    }
+
+
+def weights(change):
+    """Return a function that makes a weight file with another header."""
+
+    def make(base):
+        header, body = parse((base / "model" / "model.safetensors").read_bytes())
+        return {"model/model.safetensors": weight_file(change(header), body)}
+
+    return make
+
+
+def entry(**changes):
+    return weights(lambda header: header | {"model.norm.weight": header["model.norm.weight"] | changes})
+
+
+def renamed(header):
+    return header | {"model.layers.\x1b[2J\u202e\n.weight": header.pop("model.norm.weight")}
+
+
+MODELS = {
+    "end tokens that are lists": (SEARCH, put("model/generation_config.json", b'{"eos_token_id": [[]]}'), (0,), ""),
+    "no blocks": (CUT, config(num_hidden_layers=0), MODEL, "llama"),
+    "a billion blocks": (CUT, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
+    "a billion labels": (CUT, config(num_labels=10**9), MODEL, "num_labels"),
+    "a billion blocks, no weights": (ESTIMATE, config(num_hidden_layers=10**9), MODEL, "num_hidden_layers"),
+    "more blocks than a float can hold": (CUT, config(n_layers=DIGITS), MODEL, "n_layers"),
+    "a number of 4000 digits": (CUT, config(hidden_size=[DIGITS]), MODEL, "config"),
+    "a long name of a type": (CUT, config(model_type="x" * 10**6), MODEL, "xxx"),
+    "a shape of texts": (CUT, entry(shape=["16"]), MODEL, "model.safetensors"),
+    "a shape of truths": (CUT, entry(shape=[True] * 4 + [16]), MODEL, "model.safetensors"),
+    "a shape whose product takes hours": (CUT, entry(dtype="X", shape=[2**62] * 400_000), MODEL, "model.safetensors"),
+    "a name twice": (CUT, weights(lambda header: twice(header, "model.norm.weight")), MODEL, "model.safetensors"),
+    "commands for a terminal": (CUT, weights(renamed), MODEL, "missing"),
+    "a config by a link": (CUT, put("model/config.json", Link("../outside/config.json")), MODEL, "link"),
+    "a tokenizer by a link": (CUT, put("model/tokenizer.json", Link("../outside/tokenizer.json")), MODEL, "link"),
+    "weights by a link": (CUT, put("model/model.safetensors", Link("../outside/model.safetensors")), MODEL, "link"),
+    "templates by a link": (CHAT, put("model/additional_chat_templates", Link("../outside")), MODEL, "link"),
+    "a config that is a pipe": (CUT, put("model/config.json", PIPE), MODEL, "config.json"),
+    "a config without end": (CUT, put("model/config.json", Sparse(b"{", 2**40)), MODEL, "config.json"),
+    "a config of lists": (
+        CUT,
+        put("model/config.json", b'{"a": [' + b"[]," * 5_000_000 + b"0]}"),
+        MODEL,
+        "config.json",
+    ),
+}
+TEMPLATES = [
+    "{{ messages.__class__ }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '../x' %}", "{{ 1/0 }}",
+    "{{ cycler.__init__.__globals__.os.system('touch ../outside/x') }}", "{{ self.__init__ }}", "{% raw %}", "{{", "x",
+    "{% import 'os' as os %}{{ os.system('id') }}", "{{ lipsum.__globals__ }}", "{{ ''|attr('__class__') }}", "\ud800",
+    "{{ raise_exception('\x1b[2Jno') }}", "{% if %}", "{{ messages[99].content }}", "{{ {}.update.__globals__ }}", "\0",
+    "{{ messages.clear() }}", "{{ messages.append(1) }}", "{% set x = namespace() %}{{ x }}", "{{ '(' * 100000 }}", "",
+    "{% generation %}x{% endgeneration %}", "{{" + "(" * 5000 + ")" * 5000 + "}}", "{{ [1]|sum(start=[])}}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ strftime_now('%Y' * 10**6) }}",
+]  # fmt: skip
+
+
+def key(name, type_, data):
+    """Return a function that gives a GGUF file this key."""
+    name = name.encode()
+    return lambda file: replace(
+        file, entries=(*(each for each in file.entries if each[0] != name), (name, type_, data))
+    )
+
+
+def number(name, type_, code, value):
+    return key(name, type_, struct.pack(code, value))
+
+
+def tensor(**changes):
+    """Return a function that changes the first tensor of a GGUF file."""
+
+    def make(file):
+        first = dict(zip(("name", "shape", "type", "offset"), file.tensors[0], strict=True)) | changes
+        return replace(file, tensors=(tuple(first.values()), *file.tensors[1:]))
+
+    return make
+
+
+GGUFS = {
+    "arrays in arrays, deep": key("x", ARRAY, nested(100_000)),
+    "a string of 2^63 bytes": number("x", STRING, "<Q", 1 << 63),
+    "an array of 2^63 strings": key("x", ARRAY, array(STRING, 1 << 63, b"")),
+    "an array of 2^63 numbers": key("x", ARRAY, array(UINT64, 1 << 63, b"")),
+    **{f"an alignment of {size}": number("general.alignment", UINT32, "<I", size) for size in (0, 12, 1 << 31)},
+    "an alignment of 2^63": number("general.alignment", UINT64, "<Q", 1 << 63),
+    "an alignment in words": key("general.alignment", STRING, text(b"many")),
+    "an architecture that is a list": key("general.architecture", ARRAY, nested(1)),
+    "an architecture of 100 kB": key("general.architecture", STRING, text(b"x" * 100_000)),
+    "2^64 - 1 keys": lambda file: replace(file, more_entries=1 << 64),
+    "2^64 - 1 tensors": lambda file: replace(file, more_tensors=1 << 64),
+    "2^31 - 1 blocks": number("llama.block_count", UINT32, "<I", (1 << 31) - 1),
+    "2^63 blocks": number("llama.block_count", UINT64, "<Q", 1 << 63),
+    "NaN blocks": number("llama.block_count", FLOAT32, "<f", float("nan")),
+    "blocks in words": key("llama.block_count", STRING, text(b"many")),
+    "-5 blocks that predict": number("llama.nextn_predict_layers", INT32, "<i", -5),
+    "2^63 leading blocks": number("llama.leading_dense_block_count", UINT64, "<Q", 1 << 63),
+    "2^63 deepstack blocks": number("llama.n_deepstack_layers", UINT64, "<Q", 1 << 63),
+    "a period in words": key("llama.full_attention_interval", STRING, text(b"x")),
+    "a split in words": key("split.count", STRING, text(b"3")),
+    "a split in a list": key("split.count", ARRAY, array(UINT32, 1, b"abcd")),
+    "removed blocks in words": key("sleb.removed_blocks", STRING, text(b"3")),
+    "removed blocks below 0": key("sleb.removed_blocks", ARRAY, array(INT32, 1, b"\xff" * 4)),
+    "a block removed twice": key("sleb.removed_blocks", ARRAY, array(INT32, 2, bytes(8))),
+    "a key twice": lambda file: replace(file, entries=(*file.entries, file.entries[0])),
+    "a tensor twice": lambda file: replace(file, tensors=(*file.tensors, file.tensors[0])),
+    "a number of 5000 digits": tensor(name=b"blk." + b"9" * 5000 + b".x"),
+    "digits of another script": tensor(name="blk.٣.attn_q.weight".encode()),
+    "block 10^9": tensor(name=b"blk.999999999.attn_q.weight"),
+    "2^256 values": tensor(shape=(1 << 63,) * 4),
+    "a million dimensions": tensor(shape=((1 << 64) - 1,) * 1_000_000),
+    "an offset of 2^63": tensor(offset=1 << 63),
+    "an offset that is not aligned": tensor(offset=1),
+    "an offset in another tensor": lambda file: tensor(offset=file.tensors[1][3])(file),
+    "a type that nobody knows": tensor(type=4_000_000_000),
+    "a part of a block of Q4_0": tensor(shape=(3,), type=2),
+    "version 1": lambda file: replace(file, version=1),
+    "version 2^32 - 1": lambda file: replace(file, version=(1 << 32) - 1),
+}
+HARMLESS = {"2^63 leading blocks", "digits of another script"}
+"""Read as they are: all blocks are leading ones, and a name that is not a block's."""
+TERABYTES = {
+    "zeros as keys": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 63),
+    "zeros as tensors": struct.pack("<4sIQQ", b"GGUF", 3, 1 << 63, 0),
+    "one string": struct.pack("<4sIQQQIQ", b"GGUF", 3, 0, 1, 0, STRING, 1 << 40),
+    **{f"zeros as 2^{power} of type {type_}": struct.pack("<4sIQQQIIQ", b"GGUF", 3, 0, 1, 0, ARRAY, type_, 1 << power)
+       for type_, power in ((STRING, 40), (STRING, 22), (0, 40), (UINT64, 22))},
+}  # fmt: skip
+PLANS = {
+    "deep lists": b"[" * 1_000_000,
+    "a deep version": b'{"schema_version": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a version of 5000 digits": b'{"schema_version": ' + b"9" * 5000 + b"}",
+    "a version that is true": b'{"schema_version": true}',
+    "half of a surrogate pair": b'{"schema_version": 1, "\\ud800": 1}',
+    "a version in words": b'{"schema_version": "1"}',
+    "no object": b"[1]",
+    "NaN": b"NaN",
+    "nothing": b"",
+    "spaces": b" " * 1_000_000,
+    "5 million lists": b"[" + b"[]," * 5_000_000 + b"[]]",
+    "500,000 objects": b'{"schema_version": 1, "x": [' + b"{}," * 500_000 + b"{}]}",
+    "2 million words": b'{"schema_version": 1, "removals": [' + b'"",' * 2_000_000 + b"1]}",
+    "500,000 unknown keys": b'{"schema_version": 1' + b"".join(b',"%x":1' % key for key in range(500_000)) + b"}",
+    "a key of 10 MB": b'{"schema_version": 1, "' + b"k" * 10_000_000 + b'": 1}',
+}
+CHANGED_PLANS = {
+    "a string of 10 MB": lambda plan: {"sleb_version": ["k" * 10_000_000]},
+    "100,000 steps": lambda plan: {"steps": plan["steps"][:1] * 100_000},
+    "10^9 blocks": lambda plan: {"model": plan["model"] | {"blocks": 10**9}},
+    "a step without what is held out": lambda plan: {"steps": [step | {"held_out": None} for step in plan["steps"]]},
+    "a perplexity of 0": lambda plan: {"dense": {"loss": 1.0, "perplexity": 0.0}},
+}
+
+
+def elsewhere(plan):
+    place = f"{PLACE}/outside"
+    return {
+        "sleb_version": f"{place}/version",
+        "calibration": plan["calibration"] | {"source": f"{place}/text.txt"},
+        "search": plan["search"] | {"metric": f"task:{place}/task.yaml", "device": place},
+        "environment": plan["environment"] | {"plugins": {f"{place}/plugin.py": place}},
+        "model": plan["model"] | {"family": f"{place}/family.py", "revision": None},
+    }
+
+
+SHOWN = {
+    "\x1b[31mred\x1b]0;title\x07": r"\x1b[31mred\x1b]0;title", "\x9b2J": r"\x9b2J", "[/]": "[/]",
+    "[bold red]markup[/]": "[bold red]markup[/]", "\u202eevil": r"\u202eevil", "a\x00b": r"a\x00b",
+}  # fmt: skip
+TEXTS = {
+    "deep.jsonl": b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}",
+    "half.jsonl": b'{"text": "\\ud800"}',
+    "list.jsonl": b"[1]",
+    "number.jsonl": b"NaN",
+    "null.jsonl": b'{"text": null}',
+    "object.jsonl": b'{"text": {}}',
+    "blank.jsonl": b"\n \n\n",
+    "empty.txt": b"",
+    "spaces.txt": b" \n\t" * 10_000,
+    "mark.txt": b"\xef\xbb\xbf",
+    "utf-16.txt": prose(40).encode("utf-16"),
+    "latin.txt": "\xe9".encode("latin-1") * 100,
+    "surrogate.txt": b"\xed\xa0\x80" * 100,
+    "packed.jsonl": b"\x1f\x8b\x08\0" + b"\0" * 100,
+    **{f"{name[2:]}.txt": content for name, content in special("loop.txt")},
+    "gigabyte.txt": Sparse(b"word " * 1000, 1 << 30), "gigabyte.jsonl": Sparse(b'{"text": "', 1 << 30),
+}  # fmt: skip
+LINES = ["\u2028".join(row["text"].split(" ", 3)) + "\x85" for row in ROWS]
+TASKS = {
+    "bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    + "task: x\n",
+    "code": "task: x\ndoc_to_text: !!python/object/apply:os.system ['touch outside/ran']\n",
+    "no data": "task: x\ndataset_path: outside\noutput_type: loglikelihood\n",
+}
+
+
+def made(make):
+    return lambda base: {"whole.gguf": make(gguf_of(base / "whole.gguf")).to_bytes()}
+
+
+# Cases: the name, the base, the command, what makes its files, the exit codes, and a pattern that is said.
+
+
+def models():
+    for name, (words, make, codes, says) in MODELS.items():
+        yield name, "llama", words, make, codes, says
+    for template in TEMPLATES:
+        data = template.encode("utf-8", "surrogatepass")
+        yield f"template {template[:40]!r}", "llama", CHAT, put("model/chat_template.jinja", data), range(10), ""
+    for name, data in (("R", b"R"), ("half", b"\x80\x02}q")):
+        yield f"a pickle of {name}", "pickle", CUT, put("model/pytorch_model.bin", data), MODEL, "safe"
+
+
+def ggufs():
+    for name, make in GGUFS.items():
+        yield name, "files", CUT_GGUF, made(make), (0,) if name in HARMLESS else ANY, ""
+    for data in (b"", b"GGUF", b"GGUF\3\0\0\0\1"):
+        yield f"a GGUF file of {data}", "files", CUT_GGUF, put("whole.gguf", data), MODEL, "whole.gguf"
+    for name, head in TERABYTES.items():
+        yield name, "files", CUT_GGUF, put("whole.gguf", Sparse(head, 1 << 41)), MODEL, "whole.gguf"
+    for (name, content), words in product(special("whole.gguf"), (CUT_GGUF, ("eval", "whole.gguf"))):
+        make = put("whole.gguf", content)
+        yield f"{words[0]}: a GGUF file that is {name}", "files", words, make, (2, 4), "whole.gguf"
+
+
+def records():
+    for name, content in (*PLANS.items(), *special("plan.json"), ("a terabyte", Sparse(b"", 1 << 40))):
+        yield f"a plan: {name}", "files", SUMMARY, put("plan.json", content), PLAN, "plan.json"
+    for kind, (name, content) in product(("eval", "bench"), special("x")):  # beside a plan, they are left out
+        yield f"{kind}: {name}", "files", SUMMARY, put(f"plan.{kind}.json", content), (0,), ""
+    for name, change in CHANGED_PLANS.items():
+        yield f"a plan: {name}", "files", SUMMARY, changed("plan.json", change), PLAN, "plan.json"
+    for (words, shown), command in product(SHOWN.items(), (("apply",), ("export", "--to", "indices"), SUMMARY)):
+        make = changed("plan.json", lambda plan, words=words: {"model": plan["model"] | {"id": f"/x/{words}"}})
+        codes, said = ((0,), shown.rpartition("/")[2]) if command is SUMMARY else (MODEL, shown)
+        yield f"{command[-1]}: {shown} on the screen", "files", command, make, codes, re.escape(said)
+    for words in PLANNED:  # whatever a plan names, what a command writes lies where it was started
+        yield f"{words[0]}: a plan that names places", "planned", words, changed("plan.json", elsewhere), range(10), ""
+    for target, more in product(("note.txt", "new"), ((), ("--resume",), ("--force",))):
+        for file, command in (("out.json.journal", SEARCH), (".out.recovery", HEAL)):
+            link = Link("outside" if command is HEAL and target == "note.txt" else f"outside/{target}")
+            yield f"{file} leads to {target} {more}", "llama", (*command, *more), put(file, link), OUTPUT, ""
+    endless = put("out.json.journal", Sparse(b"00000000 ", 1 << 40))
+    yield "a journal of one line without end", "llama", RESUME, endless, PLAN, "out.json.journal"
+
+
+def texts():
+    for name, content in TEXTS.items():
+        yield f"search on {name}", "llama", (*SEARCH, "--calibration", name), put(name, content), DATA, name
+        if not isinstance(content, bytes):
+            yield f"eval on {name}", "llama", ("eval", "model", "--perplexity", name), put(name, content), DATA, name
+    lines = "\r\n".join(json.dumps({"text": line}, ensure_ascii=False) for line in LINES)
+    words, rows = (*SEARCH, "--calibration", "rows.jsonl"), put("rows.jsonl", b"\xef\xbb\xbf" + lines.encode())
+    yield "what ends a line elsewhere ends none", "llama", words, rows, (0,), ""
+    for name, content in TASKS.items():
+        words = ("eval", "model", "--tasks", "x", "--include-path", "tasks", "--limit", "2", "-o", "out.json")
+        yield f"a task: {name}", "llama", words, put("tasks/x.yaml", content.encode()), DATA, ""
+
+
+NAMED = {name: rest for name, *rest in (*models(), *ggufs(), *records(), *texts())}
+
+
+@pytest.fixture(scope="session")
+def outcomes(program, bases, tmp_path_factory):
+    """How all cases ended, which run together: a process for each would take most of the time."""
+    cases = []
+    for base, words, make, codes, says in NAMED.values():
+        seconds = 60 if "--tasks" in words else 10  # lm-eval reads all its own tasks, too
+        cases.append(Case(words, make(bases[base]), bases[base], codes, says, seconds))
+    return dict(zip(NAMED, run_cases(program, cases, tmp_path_factory.mktemp("named")), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMED, ids=ascii)
+def test_each_lie_that_has_a_name_ends_well(outcomes, name):
+    require_well([outcomes[name]])
