@@ -1,12 +1,10 @@
 """Files that appear whole or not at all; shards; fingerprints."""
 
 import errno
-import gc
 import hashlib
 import json
 import os
 import random
-import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 
 from sleb_cli import atomic
 from sleb_cli.atomic import (
-    claim,
+    held,
     new_file,
     new_folder,
     remove_leftovers,
@@ -32,74 +30,126 @@ from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import HEAD_BYTES, Watch, fingerprint_files
 from sleb_cli.engine.files.weights import find_weights, read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.third_party import disk_error, errors_of_the_disk
+from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving
 from sleb_plugins import ModelError, OutputError, ProofError
 
 
 def test_a_file_is_written_whole_and_alone(tmp_path):
-    write_text(tmp_path / "a", "one")
-    write_text(tmp_path / "a", "two")
-    assert (tmp_path / "a").read_text() == "two"
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    write_text(tmp_path / "a", "one")
+    (tmp_path / "b").write_text("one")
+    for text in ("one", "two"):
+        write_text(tmp_path / "a", text)
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "a", "\ud800")
-    assert (tmp_path / "a").read_text() == "one"
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
-    write_text(tmp_path / "a", "one")
-    (tmp_path / "b").write_text("one")
+    assert (tmp_path / "a").read_text() == "two"
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
-
-
-@pytest.mark.parametrize(
-    ("place", "message"), [("no/a", "folder does not exist"), ("file/a", "not a folder"), (".", "is a folder")]
-)
-def test_a_place_that_cannot_be_written(tmp_path, place, message):
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=message):
-        require_new_file(tmp_path / place, force=False)
-
-
-def test_a_folder_that_fails_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a") as aside:
-        (aside / "x").touch()
-        raise ZeroDivisionError
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
     for text in ("one", "two"):
         with new_folder(tmp_path / "a", replace=True) as aside:
             (aside / "x").write_text(text)
-    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a", replace=True):
-        raise ZeroDivisionError
+    for name in ("a", "b"):
+        with pytest.raises(ZeroDivisionError), new_folder(tmp_path / name, replace=True) as aside:
+            (aside / "x").touch()
+            raise ZeroDivisionError
     assert (tmp_path / "a" / "x").read_text() == "two"
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_scratch_folder_that_another_process_takes_for_a_leftover_is_made_anew(tmp_path, monkeypatch):
-    """`mkdir` finds the folder, and the other process removes it before anything else looks at it."""
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("no/a", "folder does not exist"),
+        ("file/a", "not a directory"),
+        (".", "is a folder"),
+        ("file", "already exists"),
+    ],
+)
+def test_a_place_that_cannot_be_written(tmp_path, place, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=message):
+        require_new_file(tmp_path / place, force=False)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_appears_meanwhile_is_not_overwritten_unasked(tmp_path):
+    with pytest.raises(OutputError, match="already exists"), new_file(tmp_path / "a", replace=False) as aside:
+        aside.write_text("new")
+        (tmp_path / "a").write_text("of someone else")
+    assert (tmp_path / "a").read_text() == "of someone else"
+    with pytest.raises(OutputError, match="already exists"), new_folder(tmp_path / "b") as aside:
+        (tmp_path / "b").mkdir()
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """What a process leaves that is killed while it writes `a`."""
+    folder = tmp_path / ".a.partial"
+    (folder / "a").mkdir(parents=True)
+    (folder / ".a.partial.lock").touch()
+    (folder / "a" / "half").write_text("half")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "clean_up", [lambda path: write_text(path, "new"), remove_leftovers_of, lambda path: remove_leftovers(path.parent)]
+)
+def test_what_a_killed_process_left_is_removed(tmp_path, killed, clean_up):
+    (tmp_path / ".a.b.partial").mkdir()  # killed before it had a lock
+    clean_up(tmp_path / "a")
+    remove_leftovers(tmp_path, "a.*")
+    assert os.listdir(tmp_path) in (["a"], [])
+
+
+def test_what_a_killed_process_was_replacing_is_put_back(tmp_path, killed):
+    (killed / ".a.partial.old").mkdir()
+    (killed / ".a.partial.old" / "x").write_text("one")
+    remove_leftovers(tmp_path)
+    assert (tmp_path / "a" / "x").read_text() == "one"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_what_another_is_writing_is_left_alone_and_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "PATIENCE", 0.0)
+    with held(tmp_path / "a") as folder:
+        (folder / "a").write_text("half")
+        remove_leftovers(tmp_path)
+        for write in (lambda path: write_text(path, "new"), lambda path: require_new_file(path, force=True)):
+            with pytest.raises(OutputError, match="Another sleb is writing"):
+                write(tmp_path / "a")
+        assert (folder / "a").read_text() == "half"
+    assert os.listdir(tmp_path) == []
+
+
+def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / ".a.partial.lock").touch()
+    (tmp_path / ".a.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / ".b.partial").mkdir()
+    (tmp_path / ".b.partial" / "of another program").touch()
+    remove_leftovers(tmp_path)
+    with pytest.raises(OutputError, match=r"\.a\.partial is a link"):
+        write_text(tmp_path / "a", "new")
+    assert os.listdir(tmp_path / "precious") == [".a.partial.lock"]
+    assert os.listdir(tmp_path / ".b.partial") == ["of another program"]
+
+
+def test_a_folder_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
     removed, mkdir = [], os.mkdir
 
-    def remove_what_is_there(path, *mode):
-        try:
-            mkdir(path, *mode)
-        except FileExistsError:
-            if not removed:
-                removed.append(Path(path))
-                removed[0].rmdir()
-            raise
+    def make_and_lose(path, *mode):
+        mkdir(path, *mode)
+        if not removed:
+            removed.append(Path(path))
+            removed[0].rmdir()
 
-    monkeypatch.setattr(os, "mkdir", remove_what_is_there)
+    monkeypatch.setattr(os, "mkdir", make_and_lose)
     with scratch_folder(tmp_path, "work") as folder:
-        assert removed
-        (folder / "file").write_text("")
+        assert removed == [folder]
+        (folder / "file").touch()
+    assert os.listdir(tmp_path) == []
 
 
 def test_json_is_readable_and_equal():
@@ -365,102 +415,9 @@ def test_other_errors_are_not_blamed_on_the_disk(tmp_path, error):
         raise error
 
 
-def test_a_library_that_meets_an_error_of_the_disk_says_so_in_words(tmp_path):
-    (tmp_path / "there").touch()
-    said = {
-        errno.ENOSPC: SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        errno.EIO: RuntimeError("unable to open file </a> in read-only mode: Input/output error (5)"),
-        errno.EACCES: ValueError("Permission denied (os error 13)"),
-    }
-    for number, error in said.items():
-        with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught, errors_of_the_disk():
-            raise error
-        assert caught.value.errno == number
-    assert disk_error(FileNotFoundError(f"No such file or directory: {tmp_path / 'there'}")).errno == errno.EIO
-    assert disk_error(FileNotFoundError(f"No such file or directory: {tmp_path / 'gone'}")) is None
-    assert disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
-    with pytest.raises(KeyError), errors_of_the_disk():
-        raise KeyError("a bug")
-
-
-class TestClaims:
-    """What a killed process left is told apart from what another one is writing."""
-
-    @pytest.fixture
-    def killed(self, tmp_path):
-        """Leave what a process leaves that is killed while it writes `a`."""
-        folder = tmp_path / ".a.partial"
-        (folder / "a").mkdir(parents=True)
-        (folder / ".a.partial.lock").touch()
-        (folder / "a" / "half").write_text("half")
-        return folder
-
-    @pytest.mark.parametrize("write", [lambda path: write_text(path, "new"), remove_leftovers_of])
-    def test_what_a_killed_process_left_is_removed(self, tmp_path, killed, write):
-        write(tmp_path / "a")
-        assert not killed.exists()
-
-    def test_an_empty_folder_that_has_no_lock_yet_or_no_longer_is_removed(self, tmp_path):
-        (tmp_path / ".a.partial").mkdir()
-        remove_leftovers(tmp_path)
-        assert os.listdir(tmp_path) == []
-
-    def test_what_it_was_replacing_is_put_back(self, tmp_path, killed):
-        (killed / ".a.partial.old").mkdir()
-        (killed / ".a.partial.old" / "x").write_text("one")
-        remove_leftovers(tmp_path)
-        assert (tmp_path / "a" / "x").read_text() == "one"
-        assert os.listdir(tmp_path) == ["a"]
-
-    def test_what_another_is_writing_is_left_alone_and_refused(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(atomic, "PATIENCE", 0.0)
-        with claim(tmp_path / "a") as folder:
-            (folder / "a").write_text("half")
-            remove_leftovers_of(tmp_path / "a")
-            with pytest.raises(OutputError, match="Another sleb is writing"):
-                write_text(tmp_path / "a", "new")
-            with pytest.raises(OutputError, match="Another sleb is writing"):
-                require_new_file(tmp_path / "a", force=True)
-            assert (folder / "a").read_text() == "half"
-        assert os.listdir(tmp_path) == []
-
-    def test_without_locks_or_an_exchange_of_names_all_goes_as_before(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(atomic, "fcntl", None)
-        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
-        for text in ("one", "two"):
-            write_text(tmp_path / "file", text)
-            with new_folder(tmp_path / "folder", replace=True) as aside:
-                (aside / "x").write_text(text)
-        assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "x").read_text() == "two"
-        assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
-
-    def test_folders_that_are_not_ours_and_links_are_never_emptied(self, tmp_path):
-        (tmp_path / "precious").mkdir()
-        (tmp_path / "precious" / ".a.partial.lock").touch()
-        (tmp_path / "precious" / "photo").touch()
-        (tmp_path / ".a.partial").symlink_to(tmp_path / "precious")
-        (tmp_path / ".b.partial").mkdir()
-        (tmp_path / ".b.partial" / "of another program").touch()
-        remove_leftovers(tmp_path)
-        write_text(tmp_path / "a", "new")
-        assert (tmp_path / "precious" / "photo").exists()
-        assert (tmp_path / ".b.partial" / "of another program").exists()
-
-    def test_a_copy_of_the_process_does_not_remove_what_it_uses(self, tmp_path):
-        with claim(tmp_path / "a") as folder:
-            child = os.fork()
-            if not child:
-                gc.collect()
-                atomic._remove(folder, None, os.getppid())
-                os._exit(0)
-            os.waitpid(child, 0)
-            assert folder.is_dir()
-
-    def test_what_appears_meanwhile_is_not_overwritten_unasked(self, tmp_path):
-        with pytest.raises(OutputError, match="already exists"), new_file(tmp_path / "a", replace=False) as aside:
-            aside.write_text("new")
-            (tmp_path / "a").write_text("of someone else")
-        assert (tmp_path / "a").read_text() == "of someone else"
-        with pytest.raises(OutputError, match="already exists"), new_folder(tmp_path / "b") as aside:
-            (tmp_path / "b").mkdir()
-        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+def test_an_error_of_the_disk_is_found_behind_a_verdict_and_a_missing_file_is_none():
+    for number, raised in ((errno.EIO, OSError), (errno.ENOENT, ProofError)):
+        with pytest.raises(raised), no_verdict_by_the_disk(ProofError):
+            raise ProofError("It does not run.", hint="") from OSError(number, os.strerror(number))
+    with pytest.raises(OutputError, match=r"Cannot write a: No space left \(os error 28\)\."), saving(Path("a")):
+        raise SafetensorError("No space left (os error 28)")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import leads_out, reading
-from sleb_cli.engine.third_party import errors_of_the_disk, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -275,7 +275,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
         held = load_pickle(path)
         yield from (held[name] for name in names)
         return
-    with reading(path), errors_of_the_disk():
+    with reading(path):
         try:
             opened = safe_open(path, framework="pt")
         except SafetensorError as error:

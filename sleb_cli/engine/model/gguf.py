@@ -19,10 +19,10 @@ from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.surgery import require_blocks
-from sleb_cli.engine.third_party import errors_of_the_disk, translate_transformers_errors
+from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_cli.units import format_bytes
-from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
 # Raise it when the same file would become another folder.
 CONVERSION = 1
@@ -75,10 +75,14 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
             )
         advance()
         _forget_quantization(model)
-        with errors_of_the_disk():
+        with translate_errors(lambda words: _not_written(folder, words)):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         _write_card(path, folder)
+
+
+def _not_written(folder: Path, words: str) -> OutputError:
+    return OutputError(f"Cannot write {folder}: {words}.", hint="Free some space on this disk.")
 
 
 def _write_card(path: Path, folder: Path) -> None:

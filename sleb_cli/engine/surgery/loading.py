@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,20 @@ def load_pretrained(
     loader: Any, folder: Path | None, what: str, device: torch.device, device_map: DeviceMap | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Return what transformers loads, each weight to the device or where a device map says, and how that went."""
-    # For weights that stay on disk in another form than in the files; the folder goes when the model does.
-    offloaded = None if device_map is None else scratch_in_cache("offload")
-    with translate_transformers_errors(what), warnings.catch_warnings():
-        # accelerate warns of the names of weights beside modules, which it takes and puts there itself.
-        warnings.filterwarnings("ignore", message="The following device_map keys")
-        model, info = loader.from_pretrained(
-            folder,
-            device_map={"": device} if device_map is None else device_map,
-            offload_folder=offloaded and offloaded.folder,
-            output_loading_info=True,
-            **options,
-        )
-    model.offload_folder = offloaded
+    with ExitStack() as stack:
+        # For weights that stay on disk in another form than in the files; the folder goes when the model does.
+        offloaded = None if device_map is None else stack.enter_context(scratch_in_cache("offload"))
+        with translate_transformers_errors(what), warnings.catch_warnings():
+            # accelerate warns of the names of tensors that belong to no submodule.
+            warnings.filterwarnings("ignore", message="The following device_map keys")
+            model, info = loader.from_pretrained(
+                folder,
+                device_map={"": device} if device_map is None else device_map,
+                offload_folder=offloaded,
+                output_loading_info=True,
+                **options,
+            )
+        weakref.finalize(model, stack.pop_all().close)
     return model, info
 
 

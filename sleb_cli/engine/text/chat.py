@@ -12,14 +12,12 @@ from torch import Tensor
 
 from sleb_cli.engine.text.sources import Conversation, Conversations
 from sleb_cli.engine.text.windows import require_enough
-from sleb_cli.engine.third_party import time_limit, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
 
 # The tag with which a template marks what the model writes.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# A template is a program that came with the model. It takes milliseconds, unless it never ends.
-_TEMPLATE_SECONDS = 5
 _MOST_ADDED = 1_000_000
 _AS_TEXT = {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
 
@@ -130,14 +128,14 @@ class _Renderer:
         """Apply the template.
 
         Raises:
-            DataError: it refuses the conversation, does not end, or writes too much.
+            DataError: it refuses the conversation or writes too much.
         """
         longest = _MOST_ADDED + 10 * sum(len(str(message)) for message in conversation)
-        with translate_errors(self._refused), time_limit(_TEMPLATE_SECONDS):
+        with translate_errors(self._refused):
             text = self.tokenizer.apply_chat_template(conversation, **options | _AS_TEXT)
         if len(text) > longest:  # a tokenizer would take hours, or all memory
             raise self._refused(f"it makes {len(text):,} characters of it")
-        with translate_errors(self._refused), time_limit(_TEMPLATE_SECONDS):
+        with translate_errors(self._refused):
             return self.tokenizer.apply_chat_template(conversation, **options)
 
     def _refused(self, words: str) -> DataError:
