@@ -47,10 +47,11 @@ def require_new_file(path: Path, *, force: bool) -> None:
     Raises:
         OutputError: it exists, cannot be written, or another process is writing it.
     """
-    if path.is_dir():
-        raise OutputError(f"Cannot write {path}: it is a folder.", hint="Name a file.")
-    with writing(path), held(path):
-        _require_absent(path, replace=force)
+    with writing(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with held(path):
+            _require_absent(path, replace=force)
 
 
 def _require_absent(path: Path, *, replace: bool) -> None:

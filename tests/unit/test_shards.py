@@ -363,7 +363,6 @@ WHOLE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         spoiled(header={"a": WHOLE, "b": WHOLE}, data=b"12345678"),
         spoiled(header={"a": WHOLE, "__metadata__": 5}),
         spoiled(header={"a": WHOLE, "__metadata__": {"format": 5}}),
-        spoiled(raw=b'{"a": %b, "a": %b}' % (json.dumps(WHOLE).encode(), json.dumps(WHOLE).encode())),
         (100_000).to_bytes(8, "little") + b"[" * 100_000,
     ],
 )

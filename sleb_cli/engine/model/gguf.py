@@ -18,6 +18,7 @@ from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.llama_cpp import plain_name
 from sleb_cli.engine.gguf.surgery import require_blocks
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
@@ -104,17 +105,12 @@ def transformers_knows(architecture: str) -> bool:
     """Whether transformers reads GGUF files of this architecture, in whatever spelling."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    return _plain(architecture) in map(_plain, GGUF_SUPPORTED_ARCHITECTURES)
-
-
-def _plain(name: str) -> str:
-    """Return one spelling for "gpt-oss" and "gpt_oss"."""
-    return name.replace("-", "").replace("_", "")
+    return plain_name(architecture) in map(plain_name, GGUF_SUPPORTED_ARCHITECTURES)
 
 
 def _inspect(path: Path) -> torch.dtype:
     """Check that the file is complete, of a known architecture, and fits into memory; return its data type."""
-    file = read_gguf(path)  # the gguf package takes seconds for a vocabulary
+    file = read_gguf(path)
     if not transformers_knows(file.architecture):
         raise UnsupportedModelError(
             f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",

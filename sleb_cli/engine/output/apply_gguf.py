@@ -15,7 +15,7 @@ import torch
 from sleb_cli.atomic import new_file, require_new_file, require_space
 from sleb_cli.engine.device import free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.gguf.file import GgufFile, Tensor, gguf_size, read_gguf, write_gguf
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 from sleb_cli.engine.model.architecture import read_architecture
@@ -214,7 +214,7 @@ def _place(request: ApplyRequest, file: GgufFile, removals: tuple[int, ...]) -> 
     return request.output or Path(f"{file.path.stem}-sleb-{block_count(file) - len(removals)}-blocks.gguf")
 
 
-def _repacked(file: GgufFile, packed: Iterable[Tensor]) -> tuple[RepackedTensors, ...]:
+def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTensors, ...]:
     """Return how many tensors with new values there are, and their bytes, for each type before and now."""
     before = {tensor.name: tensor.type for tensor in file.tensors}
     sizes: dict[tuple[int, int], list[int]] = {}
@@ -350,7 +350,7 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
     return None if found.entries == expected.entries else "their order is another"
 
 
-def _is_the_same(found: gguf.ReaderTensor, expected: Tensor) -> bool:
+def _is_the_same(found: gguf.ReaderTensor, expected: GgufTensor) -> bool:
     return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
 
 

@@ -19,9 +19,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+from sleb_cli.engine.files.copying import read_range
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.gguf.file import GgufFile, pieces
-from sleb_cli.engine.gguf.file import Tensor as StoredTensor
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.recovery.file_tensors import block_number, weights_at
 from sleb_plugins import UnsupportedModelError
 
@@ -50,7 +50,7 @@ class _Place:
     The parameter is the tensor plus `offset`, transposed or not, and its row `i` is row `rows[i]` of that.
     """
 
-    tensor: StoredTensor
+    tensor: GgufTensor
     offset: float = 0.0
     is_transposed: bool = False
     rows: Tensor | None = None
@@ -87,7 +87,7 @@ class GgufTensors:
                 f"{file.path} is big-endian, and new values are packed in little-endian order only.", hint=_ELSEWHERE
             )
         self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
-        self._written: dict[str, StoredTensor] = {}
+        self._written: dict[str, GgufTensor] = {}
         self._places: dict[str, list[_Place]] = {}
         self._unpacked: dict[str, Tensor] = {}
 
@@ -120,7 +120,7 @@ class GgufTensors:
         return found
 
     @property
-    def written(self) -> Mapping[str, StoredTensor]:
+    def written(self) -> Mapping[str, GgufTensor]:
         """The tensors that hold new values, by their names in the file."""
         return self._written
 
@@ -148,7 +148,7 @@ class GgufTensors:
             )
         return self._places[name]
 
-    def _near(self, name: str, size: int) -> list[StoredTensor]:
+    def _near(self, name: str, size: int) -> list[GgufTensor]:
         """Return the tensors that may hold a parameter: those of its block, or those outside of the blocks."""
         block = block_number(self._blocks_path, name)
         return [
@@ -158,13 +158,13 @@ class GgufTensors:
             and math.prod(tensor.shape) == size
         ]
 
-    def _read(self, tensor: StoredTensor) -> Tensor:
+    def _read(self, tensor: GgufTensor) -> Tensor:
         """Return the values of a tensor; those of the same block are kept, since several parameters look for them."""
         if tensor.name not in self._unpacked:
             if any(_block_of(name) != _block_of(tensor.name) for name in self._unpacked):
                 self._unpacked.clear()
             with self._file.path.open("rb", buffering=0) as source:
-                packed = np.frombuffer(b"".join(pieces(source, tensor)), np.uint8)
+                packed = np.frombuffer(b"".join(read_range(source, tensor.start, tensor.size)), np.uint8)
             self._unpacked[tensor.name] = _unpacked(packed, tensor.type, tensor.shape[::-1])
         return self._unpacked[tensor.name]
 
@@ -179,7 +179,7 @@ def _unpacked(packed: np.ndarray[Any, Any], type_: int, shape: tuple[int, ...]) 
     return torch.from_numpy(dequantize(rows, GGMLQuantizationType(type_)).astype(np.float32).reshape(shape))
 
 
-def _place_of(own: Tensor, tensor: StoredTensor, stored: Tensor) -> _Place | None:
+def _place_of(own: Tensor, tensor: GgufTensor, stored: Tensor) -> _Place | None:
     """Return how a tensor holds a parameter, or None if it holds other values."""
     if own.dim() == 1:
         places = [_Place(tensor, offset) for offset in _OFFSETS]

@@ -18,8 +18,7 @@ from sleb_cli.engine.files.cache import existing_cache
 from sleb_cli.engine.forward.placement import Placement, device_of, open_dense, resolve_device_map
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import choose_to_stream, streamed_bytes
-from sleb_cli.engine.gguf.file import GgufFile
-from sleb_cli.engine.gguf.file import Tensor as PackedTensor
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes, recover_in_closed_form
@@ -97,7 +96,7 @@ class Recovered:
     parameters: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
     record: RecoveryRecord
-    packed: Mapping[str, PackedTensor]
+    packed: Mapping[str, GgufTensor]
 
 
 @dataclass(frozen=True)
