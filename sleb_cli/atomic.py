@@ -172,7 +172,7 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
             continue
         except Timeout as error:
             raise OutputError(
-                f"Another sleb is writing {target}.", hint="Wait until it ends, or choose another name with -o."
+                f"Another sleb process is writing {target}.", hint="Wait for it, or choose another name with -o."
             ) from error
     try:
         _clear(folder)

@@ -91,12 +91,12 @@ def test_weights_that_are_no_file_of_the_folder_are_named(run_sleb, tmp_path):
     path.symlink_to("/proc/self/mem")
     result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
     assert result.exit_code == 4
-    assert "model.safetensors is a link out of the model's folder" in result.stderr
+    assert "model.safetensors links to a file outside the model's folder" in result.stderr
     path.unlink()
     os.mkfifo(path)
     result = run_sleb("apply", folder, "--blocks", "1", "-o", "out")
     assert result.exit_code == 4
-    assert "model.safetensors is not a file, but a pipe or a device" in result.stderr
+    assert "model.safetensors is a pipe or a device, not a file" in result.stderr
 
 
 def test_without_room_nothing_is_written(run_sleb, tiny_llama, tmp_path, monkeypatch):

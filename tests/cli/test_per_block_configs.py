@@ -96,7 +96,7 @@ def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_pat
     assert 3 not in read_plan(tmp_path / "plan.json").steps[0].scores
     assert run_sleb("apply").exit_code == 0
     result = run_sleb("apply", folder, "--blocks", "3", "-o", "out")
-    assert (result.exit_code, "cannot go without block 3" in result.stderr) == (4, True)
+    assert (result.exit_code, "Cannot remove block 3 from" in result.stderr) == (4, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -117,7 +117,7 @@ def test_what_another_is_writing_is_left_alone_and_refused(tmp_path, monkeypatch
         (folder / "a").write_text("half")
         remove_leftovers(tmp_path)
         for write in (lambda path: write_text(path, "new"), lambda path: require_new_file(path, force=True)):
-            with pytest.raises(OutputError, match="Another sleb is writing"):
+            with pytest.raises(OutputError, match="Another sleb process is writing"):
                 write(tmp_path / "a")
         assert (folder / "a").read_text() == "half"
     assert os.listdir(tmp_path) == []

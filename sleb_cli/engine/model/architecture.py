@@ -226,7 +226,7 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
         raise UnsupportedModelError(
             f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model has "
             f"{architecture.block_count} at {adapter.blocks_path}.",
-            hint="sleb removes blocks only if the two agree.",
+            hint="Correct config.json, or download the model again.",
         )
     if not count:
         raise _refused(source, config, "it has none")
@@ -266,7 +266,7 @@ def _read_config(source: ModelSource) -> Any:
         text = _text_config(config)
     if not isinstance(text, PreTrainedConfig):
         raise ModelError(
-            f"The config of {source.id} ({model_type}) has a text_config that {model_type} does not have.",
+            f"The config of {source.id} has a text_config, but {model_type} models have none.",
             hint="Copy or download the model again.",
         )
     if config.is_encoder_decoder:
@@ -278,7 +278,7 @@ def _read_config(source: ModelSource) -> Any:
     if encoder_only or not (needs_code or _auto_class(config)):
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is not a decoder-only language model.",
-            hint="sleb needs a model that predicts the next token and that AutoModelForCausalLM can load.",
+            hint="sleb needs a model that AutoModelForCausalLM can load.",
         )
     return config
 
@@ -294,7 +294,7 @@ def _require_countable(source: ModelSource, settings: dict[str, Any]) -> None:
             _require_countable(source, value)
         elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _LARGEST_COUNT:
             raise ModelError(
-                f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}, which no model has.",
+                f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}.",
                 hint="Copy or download the model again.",
             )
 
@@ -349,7 +349,7 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
     count = getattr(text, "num_hidden_layers", None)
     if not isinstance(count, int):
         raise UnsupportedModelError(
-            f"The config of {config.model_type} does not give the number of blocks as one number.",
+            f"The config of {config.model_type} does not set num_hidden_layers to a number.",
             hint=_WHAT_WORKS,
         )
     lists = {

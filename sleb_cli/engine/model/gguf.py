@@ -122,8 +122,7 @@ def _inspect(path: Path) -> torch.dtype:
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
     if needed > free:
         raise MachineError(
-            f"{path} must be unpacked whole, which takes {format_bytes(needed)} of memory, and {format_bytes(free)} "
-            "are free.",
+            f"Unpacking {path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} are free.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )
     return dtype
