@@ -75,7 +75,7 @@ def test_removing_nothing_changes_nothing(key):
     assert prune(value, everything) == value
 
 
-def test_every_second_block_has_experts_becomes_a_list_of_those_that_have_none():
+def test_a_period_of_experts_becomes_a_list():
     config = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
     # Of 0..5, the odd ones have experts, but 3 is listed as dense: 1 and 5. Of these, 5 stays, as number 3.
     assert KEY_REWRITERS["decoder_sparse_step"](config, KEPT) == {

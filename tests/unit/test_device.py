@@ -43,7 +43,7 @@ def test_auto_is_the_cpu_where_there_is_no_accelerator(monkeypatch):
         choose_device("cuda")
 
 
-def test_any_accelerator_of_torch_is_chosen_and_its_devices_are_counted(xpu):
+def test_any_accelerator_is_chosen_and_its_devices_counted(xpu):
     assert choose_device("auto") == ACCELERATOR
     assert choose_device("xpu:1") == torch.device("xpu:1")
     with pytest.raises(MachineError, match=r"no xpu:2: this machine has 2 xpu devices"):

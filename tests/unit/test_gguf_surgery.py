@@ -239,8 +239,8 @@ def test_every_way_to_cut_off_or_damage_a_file_is_a_sentence(tmp_path):
     for place, value, message in (
         (0, b"X", "not a GGUF file"),
         (4, b"\x09", "of version 9"),
-        (8, b"\xff\xff", "truncated"),
-        (16, b"\xff\xff\xff\xff", "truncated"),
+        (8, b"\xff\xff", r"truncated|has type \d+"),
+        (16, b"\xff\xff\xff\xff", r"truncated|has type \d+"),
         (type_, b"\xe7\x03\x00\x00", "has type 999"),
     ):
         path.write_bytes(whole[:place] + value + whole[place + len(value) :])

@@ -19,7 +19,7 @@ def test_each_token_is_drawn_as_often_as_its_probability_says(vocabulary):
     assert ((found - probabilities).abs() <= 5 * error + 1e-4).all()
 
 
-def test_a_token_of_one_in_a_million_is_drawn_among_a_quarter_of_a_million():
+def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     torch.manual_seed(0)
     probabilities = torch.full((262_144,), 1e-6)
     probabilities[7] = 1 - probabilities[8:].sum() - 7e-6

@@ -49,7 +49,7 @@ def test_a_block_of_two_attentions_counts_these():
     assert changes(Block(4), Block(2)) == []
 
 
-def test_around_the_blocks_counts_and_lists_may_shrink_and_parts_may_not():
+def test_outside_the_blocks_lists_may_shrink_and_parts_may_not():
     def outer(blocks, kinds, parts):
         model = nn.Module()
         model.layers = nn.ModuleList(Block(number) for number in range(blocks))
