@@ -29,14 +29,10 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     assert len(set(drawn.tolist())) > rare * 0.95
 
 
-def test_rows_are_drawn_independently():
+def test_rows_are_independent_and_forbidden_tokens_never_drawn():
     torch.manual_seed(0)
     first, second = sample(torch.full((2, 10_000), 1e-4)).tolist()
     assert first != second
-
-
-def test_a_forbidden_token_is_never_drawn():
-    torch.manual_seed(0)
     scores = torch.zeros(2_000, 3)
     scores[:, 1] = 30.0
     left = Sampler({1})(torch.zeros(2_000, 1), scores)
