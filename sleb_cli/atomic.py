@@ -147,9 +147,9 @@ def remove_leftovers_of(path: Path) -> None:
 
 @contextmanager
 def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
-    """Yield an empty hidden folder beside `path` that no other process uses meanwhile, and delete it at the end.
+    """Yield an empty hidden folder next to `path` that no other process uses, and delete it at the end.
 
-    It holds a lock, which is free once this process ends in whatever way. `patience` is how many seconds to wait for
+    A lock in it is released when this process ends, even if it is killed. `patience` is how many seconds to wait for
     another process.
 
     Raises:

@@ -1,7 +1,7 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-No tensor is decoded, so any data type is copied, even an unknown one, and memory holds one buffer whatever the model's
-size. Only a cast, a new value or a pickle needs a whole tensor at a time.
+No tensor is decoded, so any data type can be copied, even an unknown one, and one buffer of memory is enough. Only a
+cast, a new value or a pickle needs a whole tensor at a time.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _write_tensors(source: Path, tensors: Iterable[NewTensor], target: BinaryIO,
     with original:
         for tensor in tensors:
             stored = tensor.stored
-            value = pickled.get(stored.name) if tensor.value is None else tensor.value
+            value = pickled[stored.name] if pickled and tensor.value is None else tensor.value
             if value is None and tensor.is_copy:
                 copy_range(original, stored.start or 0, stored.size, target, report)
                 continue

@@ -217,7 +217,7 @@ def read_gguf(path: Path) -> GgufFile:
             hint="Convert the model again with a current llama.cpp.",
         )
     tensor_count, entry_count = cursor.number("Q"), cursor.number("Q")
-    # Names are different, so a count that lies ends soon, whatever the file holds.
+    # Names must differ, so a false count fails soon, even in a file of zeros.
     entries = _by_name(cursor, (_entry(cursor) for _ in range(entry_count)), lambda entry: entry.key)
     tensors = _by_name(cursor, (_tensor(cursor) for _ in range(tensor_count)), lambda tensor: tensor.name)
     header = GgufFile(path, cursor.order, version, entries, ())

@@ -102,7 +102,7 @@ def _write_card(path: Path, folder: Path) -> None:
 
 
 def transformers_knows(architecture: str) -> bool:
-    """Whether transformers reads GGUF files of this architecture, in whatever spelling."""
+    """Whether transformers reads GGUF files of this architecture, however it is spelled."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     return plain_name(architecture) in map(plain_name, GGUF_SUPPORTED_ARCHITECTURES)
@@ -116,7 +116,7 @@ def _inspect(path: Path) -> torch.dtype:
             f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",
             hint="Name the original checkpoint (a Hub id or a folder) instead.",
         )
-    require_blocks(file)  # transformers would build whatever number of blocks the file says
+    require_blocks(file)  # transformers trusts the file's number of blocks
     types = {tensor.type for tensor in file.tensors if len(tensor.shape) > 1}
     dtype = _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)

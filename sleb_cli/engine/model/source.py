@@ -223,7 +223,7 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
     """Download a Hub model with its safetensors, or with its pickles if it has none; or only its config and code."""
     try:
         with task(notify, f"Looking for {model} on the Hub") as advance, offline_if_unreachable() as unreachable:
-            options = {"revision": revision, "tqdm_class": _silent_bar(advance)}
+            options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
             if config_only:
                 return Path(snapshot_download(model, allow_patterns=["config.json", "*.py"], **options))
             folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))

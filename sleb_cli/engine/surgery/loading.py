@@ -77,7 +77,7 @@ def load_dense(
 ) -> Any:
     """Load the dense model, its weights straight to the device, or to the places that a device map names.
 
-    With `load_in`, they are packed into so many bits on the way.
+    With `load_in`, they are quantized to that number of bits.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
@@ -214,7 +214,7 @@ def fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Abstr
 def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
     """Return a clause on the first of `kinds` of weights in transformers' loading info, or None if there are none.
 
-    The kinds are "missing" (initialized anew), "unexpected" (not used) and "mismatched" (of another shape).
+    The kinds are "missing" (initialized at random), "unexpected" (not used) and "mismatched" (of another shape).
     """
     for kind in kinds:
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])

@@ -68,9 +68,9 @@ def resolve_subject(
     """
     quiet_libraries()
     model, revision, removals = request.subject or str(DEFAULT_PLAN), request.revision, request.blocks
-    plan, path = None, Path(model)
-    if is_plan(model):
-        plan = read_named_plan(path, request)
+    path = Path(model)
+    plan = read_named_plan(path, request) if is_plan(model) else None
+    if plan:
         removals = plan.removals
         if request.model is None:
             _require_located(path, plan.model)
