@@ -160,7 +160,8 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
 
     target = _named(path)
     folder = target.with_name(f".{target.name}{SUFFIX}")
-    lock = FileLock(_lock_file(folder), timeout=PATIENCE if patience is None else patience)
+    timeout = PATIENCE if patience is None else patience
+    lock = FileLock(_lock_file(folder), timeout, thread_local=False)
     while not lock.is_locked:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
