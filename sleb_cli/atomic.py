@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -165,11 +166,12 @@ def held(path: Path, *, patience: float | None = None) -> Iterator[Path]:
     while not lock.is_locked:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        if folder.is_symlink():
-            raise FileExistsError(errno.EEXIST, f"{folder.name} is a link")
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(folder.lstat().st_mode):  # a link may lead anywhere
+                raise FileExistsError(errno.EEXIST, f"{folder.name} is not a folder")
         try:
             lock.acquire()
-        except FileNotFoundError:  # the process that held the folder has just removed it
+        except (FileNotFoundError, FileExistsError):  # another process has just removed the folder
             continue
         except Timeout as error:
             raise OutputError(

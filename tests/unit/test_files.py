@@ -130,7 +130,7 @@ def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
     (tmp_path / ".b.partial").mkdir()
     (tmp_path / ".b.partial" / "of another program").touch()
     remove_leftovers(tmp_path)
-    with pytest.raises(OutputError, match=r"\.a\.partial is a link"):
+    with pytest.raises(OutputError, match=r"\.a\.partial is not a folder"):
         write_text(tmp_path / "a", "new")
     assert os.listdir(tmp_path / "precious") == [".a.partial.lock"]
     assert os.listdir(tmp_path / ".b.partial") == ["of another program"]
@@ -139,16 +139,19 @@ def test_links_and_folders_of_other_programs_are_never_emptied(tmp_path):
 def test_a_folder_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
     removed, mkdir = [], os.mkdir
 
-    def make_and_lose(path, *mode):
-        mkdir(path, *mode)
-        if not removed:
-            removed.append(Path(path))
-            removed[0].rmdir()
+    def lose(path, *mode):
+        try:
+            mkdir(path, *mode)
+        finally:
+            if len(removed) < 2:  # once after it was made, and once after it was found
+                removed.append(Path(path))
+                removed[-1].rmdir()
 
-    monkeypatch.setattr(os, "mkdir", make_and_lose)
-    with scratch_folder(tmp_path, "work") as folder:
-        assert removed == [folder]
-        (folder / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", lose)
+        with scratch_folder(tmp_path, "work") as folder:
+            assert removed == [folder] * 2
+            (folder / "file").touch()
     assert os.listdir(tmp_path) == []
 
 
