@@ -157,8 +157,8 @@ OWN = {"AutoConfig": "x.C"}
         (config(num_hidden_layers=10**9), 4, "sets num_hidden_layers to more than 4,096"),
         (config(num_labels=10**9), 4, "sets num_labels to more than 4,096"),
         (config(num_hidden_layers=-1), 4, "says -1 blocks"),
+        (config(num_hidden_layers=6), 4, "do not keep 6 blocks under model.layers"),
         (config(num_hidden_layers=4), 4, "do not keep 4 blocks under model.layers"),
-        (config(num_hidden_layers=2), 4, "do not keep 2 blocks"),
         (config(vocab_size=-3), 4, "negative dimension"),
         (config(text_config={"num_hidden_layers": 3}), 4, "has a text_config, but llama models have none"),
         (config(text_config=1.5), 4, "has a text_config, but llama models have none"),
@@ -168,7 +168,7 @@ OWN = {"AutoConfig": "x.C"}
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(run_sleb, tmp_path, spoil, code, message):
-    folder = save_model(tmp_path / "odd", llama_config(3))
+    folder = save_model(tmp_path / "odd", llama_config(5))
     spoil(folder)
     refused(run_sleb, folder, code, message)
 
