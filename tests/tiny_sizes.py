@@ -36,7 +36,6 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.files.fingerprint": {"HEAD_BYTES": 100},  # behind it, only samples are read
     "sleb_cli.engine.output.proof": {"LARGEST_SHARD_BYTES": 10_000},
     "sleb_cli.requests": {"DEFAULT_SHARD_SIZE": "10kB"},
-    "sleb_cli.engine.gguf.file": {"_PIECE_BYTES": 64},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.
     "sleb_cli.engine.forward.engines": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
     "sleb_cli.engine.forward.holding": {"MOST_SHARED": 1},

@@ -45,12 +45,12 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "flo
 
 
 def wider_range(dtype: torch.dtype) -> str:
-    """Return what may help where numbers in a data type are not finite, as a hint."""
+    """Return a hint for when results in a data type are not finite."""
     if dtype == torch.float16:
-        return "float16 ends at 65,504: use --dtype bfloat16, which goes as far as float32, or --dtype float32."
+        return "float16 overflows at 65,504: use --dtype bfloat16 or --dtype float32."
     if dtype == torch.bfloat16:
         return "A more precise data type may help: --dtype float32."
-    return "The weights may be damaged: get the model again."
+    return "The weights may be damaged: download the model again."
 
 
 def choose_device(name: str) -> torch.device:

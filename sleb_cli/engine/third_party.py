@@ -1,16 +1,13 @@
 """Calls into other people's code on a user's files, whose exceptions tell the user something about those files."""
 
 import errno
-import os
-import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from sleb_plugins import MachineError, ModelError, SlebError
+from safetensors import SafetensorError
+
+from sleb_plugins import MachineError, ModelError, OutputError, SlebError
 from sleb_plugins.errors import is_out_of_memory, without_secrets
 
 
@@ -62,20 +59,23 @@ def translate_errors(sentence: Callable[[str], SlebError]) -> Iterator[None]:
 
 
 @contextmanager
-def errors_of_the_disk() -> Iterator[None]:
-    """Raise what the disk tells other people's code as the `OSError` that it is; it may be in words of their own."""
+def saving(path: Path) -> Iterator[None]:
+    """Turn what safetensors cannot write into an `OutputError`: it puts the system's errors into words of its own.
+
+    Raises:
+        OutputError: it cannot write.
+    """
     try:
         yield
-    except Exception as error:
-        found = disk_error(error)
-        if found is None or found is error:
-            raise
-        raise found from error
+    except SafetensorError as error:
+        raise OutputError(
+            f"Cannot write {path}: {first_line(error)}.", hint="Free some space, or choose another place."
+        ) from error
 
 
 @contextmanager
 def no_verdict_by_the_disk(verdict: type[SlebError]) -> Iterator[None]:
-    """Raise the error of the disk that a verdict on a model fell for, instead of the verdict."""
+    """Raise the error of the disk that led to a verdict on a model, instead of the verdict."""
     try:
         yield
     except verdict as error:
@@ -84,33 +84,17 @@ def no_verdict_by_the_disk(verdict: type[SlebError]) -> Iterator[None]:
         raise
 
 
-# What libraries ask for and do without says nothing about the disk.
-_OF_NAMES = {None, 0, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+# Libraries probe for files that may be missing.
+_NO_FAILURE = {None, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
     """Return the error of the disk that an exception is, or was raised for; None if there is none."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno not in _OF_NAMES and not isinstance(error, ConnectionError):
+        if isinstance(error, OSError) and error.errno not in _NO_FAILURE and not isinstance(error, ConnectionError):
             return error
-        if (number := _number_in_words(error)) not in _OF_NAMES:
-            return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
     return None
-
-
-def _number_in_words(error: BaseException) -> int:
-    """Return the number of the system's error that a library puts into words, or 0.
-
-    Rust says "Input/output error (os error 5)" and torch "unable to open file <…>: Input/output error (5)". safetensors
-    takes every file that it cannot open for a missing one.
-    """
-    said = str(error)
-    if found := re.search(r"\(os error (\d+)\)|unable to open file .* \((\d+)\)", said):
-        return int(found[1] or found[2])
-    if isinstance(error, FileNotFoundError) and error.errno is None and Path(said.partition(": ")[2]).is_file():
-        return errno.EIO
-    return 0
 
 
 @contextmanager
@@ -130,28 +114,6 @@ def translate_transformers_errors(what: str) -> Iterator[None]:
                 f"transformers needs another package for {what}: {first_line(error)}.",
                 hint="Install it, then try again.",
             ) from error
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in the body once it has computed for so long; in the main thread only, which gets signals.
-
-    Time is that of the processor, so that a busy machine is no reason.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: Any) -> None:
-        raise TimeoutError(f"it has not ended after {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGVTALRM, end)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def first_line(error: BaseException) -> str:

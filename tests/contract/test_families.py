@@ -98,7 +98,7 @@ def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, archite
         assert step["score"] == step["scores"][str(step["block"])]
 
 
-def test_a_family_whose_blocks_cannot_be_forked_is_searched_by_whole_passes(run_sleb, tmp_path, text_file):
+def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text_file):
     """XLNet swaps sequences and positions before its blocks."""
     folder = save_model(tmp_path / "xlnet", tiny_config("xlnet"))
     result = run_sleb("search", folder, "--remove", 2, *calibration(text_file))

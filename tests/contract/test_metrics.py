@@ -151,7 +151,7 @@ def whole_backward(model, sequences):
     }
 
 
-def test_taylor_is_what_one_backward_pass_through_the_whole_model_gives(search, model, sequences):
+def test_taylor_equals_one_backward_pass_of_the_whole_model(search, model, sequences):
     plan = plan_of(search("taylor", "--batch-size", 3))
     expected = whole_backward(model, sequences)
     assert plan["search"]["engine"] == "weights"
@@ -162,7 +162,7 @@ def test_taylor_is_what_one_backward_pass_through_the_whole_model_gives(search, 
     assert plan["steps"][1]["scores"] == pytest.approx({n: expected[n] for n in plan["steps"][1]["scores"]}, rel=1e-4)
 
 
-def test_out_of_memory_gradients_come_in_smaller_batches_and_give_the_same_scores(search, monkeypatch):
+def test_out_of_memory_gradients_come_in_smaller_batches(search, monkeypatch):
     expected, refused = plan_of(search("taylor")), []
     backpropagate = gradients._backpropagate
 
@@ -180,7 +180,7 @@ def test_out_of_memory_gradients_come_in_smaller_batches_and_give_the_same_score
 
 
 @pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(model, sequences, engine):
+def test_gradients_of_one_block_at_a_time_where_possible(model, sequences, engine):
     loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
     with SkippableModel(model, model.model.layers) as skippable:
         budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
@@ -287,7 +287,7 @@ def test_a_sum_is_the_sum_of_its_metrics(search, text, kind):
     assert plan["search"]["metric"] == text.replace("1e-3", "0.001")
 
 
-def test_a_sum_of_logit_metrics_races_and_its_survivors_score_as_without(search):
+def test_a_sum_of_logit_metrics_races_with_the_same_scores(search):
     settings = ["--samples", 16, "--strategy", "refine", "--batch-size", 1]
     exact = plan_of(search("nll + 0.5*kl", *settings))
     raced = plan_of(search("nll+0.5*kl", *settings, "--fast"))

@@ -42,9 +42,7 @@ def test_recovery_pays_and_its_checkpoint_is_proven(run_sleb, model_type, tmp_pa
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("options", [(), ("--stream",)])
 @torch.inference_mode()
-def test_experts_that_lie_apart_in_files_and_together_in_memory_are_measured_as_they_compute(
-    run_sleb, text_file, tmp_path, model_type, options
-):
+def test_experts_merged_in_memory_are_measured_as_they_compute(run_sleb, text_file, tmp_path, model_type, options):
     folder = save_model(tmp_path / "model", tiny_config(model_type))
     result = run_sleb("eval", folder, "--blocks", "2,3", *evaluation(text_file), *options, "--json")
     assert result.exit_code == 0, result.stderr

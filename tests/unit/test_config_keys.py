@@ -58,42 +58,32 @@ def test_pruners(prune, value, pruned):
 
 
 @pytest.mark.parametrize("key", KEY_PRUNERS)
-@pytest.mark.parametrize("value", ["x", 1.5])
-def test_a_value_of_another_type_stays(key, value):
-    assert KEY_PRUNERS[key](value, KEPT) == value
-
-
-@pytest.mark.parametrize("key", KEY_PRUNERS)
-def test_removing_nothing_changes_nothing(key):
-    everything = Kept(tuple(range(6)), 6)
-    prune = KEY_PRUNERS[key]
+def test_values_of_other_types_and_whole_models_stay(key):
+    prune, everything = KEY_PRUNERS[key], Kept(tuple(range(6)), 6)
     values = {
         by_block: list("abcdef"), by_letter: "abcdef", block_numbers: [1, 4], keyed_by_block: {"2": "x"},
         numbers_from_one: {"kda_layers": [1, 6]},
     }  # fmt: skip
-    value = values.get(prune, 3)
-    assert prune(value, everything) == value
+    assert prune("x", KEPT) == "x"
+    assert prune(1.5, KEPT) == 1.5
+    assert prune(values.get(prune, 3), everything) == values.get(prune, 3)
 
 
-def test_every_second_block_has_experts_becomes_a_list_of_those_that_have_none():
-    config = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
-    # Of 0..5, the odd ones have experts, but 3 is listed as dense: 1 and 5. Of these, 5 stays, as number 3.
-    assert KEY_REWRITERS["decoder_sparse_step"](config, KEPT) == {
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [0, 1, 2],
-    }
+KINDS = ["global", "global", "local", "local"]
 
 
-def test_runs_and_cycles_of_kinds_are_written_out():
-    config = {"attention_layers": ["global", "local"] * 3, "block_types": ["r", "r", "a"]}
-    kinds = ["global", "global", "local", "local"]
-    assert KEY_REWRITERS["attention_types"](config, KEPT) == {"attention_types": [[kinds, 1]]}
-    assert KEY_REWRITERS["block_types"](config, KEPT) == {"block_types": ["r", "a", "r", "a"]}
-
-
-def test_minicpm_keeps_its_factor():
-    scale = KEY_REWRITERS["scale_depth"]({"scale_depth": 1.4}, KEPT)["scale_depth"]
-    assert scale / 4**0.5 == pytest.approx(1.4 / 6**0.5, rel=1e-15)
+@pytest.mark.parametrize(
+    ("key", "config", "expected"),
+    [
+        # Of 0..5, the odd ones have experts, but 3 is listed as dense: 1 and 5. Of these, 5 stays, as number 3.
+        ("decoder_sparse_step", {"mlp_only_layers": [3]}, {"decoder_sparse_step": 1, "mlp_only_layers": [0, 1, 2]}),
+        ("attention_types", {"attention_layers": ["global", "local"] * 3}, {"attention_types": [[KINDS, 1]]}),
+        ("block_types", {"block_types": ["r", "r", "a"]}, {"block_types": ["r", "a", "r", "a"]}),
+        ("scale_depth", {"scale_depth": 1.5**0.5}, {"scale_depth": pytest.approx(1.0, rel=1e-15)}),
+    ],
+)
+def test_periods_runs_cycles_and_factors_are_written_out(key, config, expected):
+    assert KEY_REWRITERS[key]({"decoder_sparse_step": 2} | config, KEPT) == expected
 
 
 @pytest.mark.parametrize(

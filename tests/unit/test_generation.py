@@ -23,26 +23,20 @@ def refused(words):
     return UnsupportedModelError(words, hint="")
 
 
-def test_what_the_model_sets_itself_does_not_change_what_is_generated(model):
-    prompt, settings = (
-        torch.tensor([[5, 6, 5, 6]]),
-        GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=1),
-    )
+def test_generation_ignores_the_models_own_settings(model, monkeypatch):
+    prompt, settings = torch.tensor([[5, 6, 5, 6]]), GenerationConfig(max_new_tokens=12, pad_token_id=1)
     expected = generate(model, prompt, settings, refused)
     model.generation_config = PENALISED
     assert torch.equal(generate(model, prompt, settings, refused), expected)
     assert model.generation_config is PENALISED
 
-
-def test_its_settings_are_back_after_an_error(model, monkeypatch):
     def broken(*args, **kwargs):
         raise ValueError("cannot generate here")
 
     monkeypatch.setattr(model, "forward", broken)
-    own = model.generation_config
     with pytest.raises(UnsupportedModelError, match="cannot generate here"):
-        generate(model, torch.tensor([[5]]), GenerationConfig(max_new_tokens=2, pad_token_id=1), refused)
-    assert model.generation_config is own
+        generate(model, prompt, settings, refused)
+    assert model.generation_config is PENALISED
 
 
 def test_its_own_text_is_drawn_from_its_own_distribution(model):

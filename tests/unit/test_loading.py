@@ -31,7 +31,7 @@ def load_both(surgery, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gemma3_text", "gpt2", "opt", "mamba", "falcon_h1"])
-def test_the_pruned_model_shares_the_dense_ones_weights_and_equals_that_from_the_files(tmp_path, model_type):
+def test_the_pruned_model_shares_weights_and_equals_the_files(tmp_path, model_type):
     surgery = surgery_of(save_model(tmp_path / "model", tiny_config(model_type)))
     dense, pruned = load_both(surgery)
     from_files = load_pruned(surgery, torch.float32, CPU, lambda event: None)
@@ -46,7 +46,7 @@ def test_the_pruned_model_shares_the_dense_ones_weights_and_equals_that_from_the
         assert torch.equal(pruned(ids, use_cache=False).logits, from_files(ids, use_cache=False).logits)
 
 
-def test_where_transformers_would_change_its_own_tensors_they_come_from_the_files(tmp_path, monkeypatch):
+def test_tensors_that_transformers_changes_come_from_the_files(tmp_path, monkeypatch):
     surgery = surgery_of(save_model(tmp_path / "model", llama_config(5)))
     read, seen = loading._with_tensors, []
 

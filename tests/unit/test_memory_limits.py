@@ -50,10 +50,7 @@ def test_without_groups_or_limits_nothing_is_limited(linux):
     assert left_under_limits() == UNLIMITED
     version_2(folder / "unified" / "job", "max", 700)
     assert left_under_limits() == UNLIMITED
-
-
-def test_a_container_sees_its_own_group_as_the_root_and_the_page_cache_gives_way(linux):
-    version_2(linux("0::/\n", CGROUP_2) / "unified", "1000", 700)
+    version_2(linux("0::/\n", CGROUP_2) / "unified", "1000", 700)  # a container, whose page cache gives way
     assert left_under_limits() == 500
 
 

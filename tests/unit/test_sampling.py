@@ -20,7 +20,7 @@ def test_each_token_is_drawn_as_often_as_its_probability_says(vocabulary):
     assert ((found - probabilities).abs() <= 5 * error + 1e-4).all()
 
 
-def test_a_token_of_one_in_a_million_is_drawn_among_a_quarter_of_a_million():
+def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     torch.manual_seed(0)
     probabilities = torch.full((262_144,), 1e-6)
     probabilities[7] = 1 - probabilities[8:].sum() - 7e-6
@@ -30,14 +30,10 @@ def test_a_token_of_one_in_a_million_is_drawn_among_a_quarter_of_a_million():
     assert len(set(drawn.tolist())) > rare * 0.95
 
 
-def test_rows_are_drawn_independently():
+def test_rows_are_independent_and_forbidden_tokens_never_drawn():
     torch.manual_seed(0)
     first, second = sample(torch.full((2, 10_000), 1e-4)).tolist()
     assert first != second
-
-
-def test_a_forbidden_token_is_never_drawn():
-    torch.manual_seed(0)
     scores = torch.zeros(2_000, 3)
     scores[:, 1] = 30.0
     left = Sampler({1})(torch.zeros(2_000, 1), scores)

@@ -4,15 +4,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from platformdirs import user_cache_path
 
 from sleb_cli.atomic import (
-    Claim,
-    claim,
+    held,
     new_file,
     publish,
     remove_leftovers,
@@ -44,14 +44,17 @@ def existing_cache() -> Path:
     return root
 
 
-def scratch_in_cache(name: str) -> Claim:
-    """Return a hidden folder in the cache, for temporary files as large as models.
+@contextmanager
+def scratch_in_cache(name: str) -> Iterator[Path]:
+    """Yield a hidden folder in the cache, for temporary files as large as models.
 
     Raises:
         OutputError: it cannot be made.
     """
-    with writing(root := existing_cache(), hint=_ELSEWHERE):
-        return scratch_folder(root, name)
+    with ExitStack() as stack:
+        with writing(root := existing_cache(), hint=_ELSEWHERE):
+            folder = stack.enter_context(scratch_folder(root, name))
+        yield folder
 
 
 def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
@@ -61,8 +64,7 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
     if not folder.is_dir():
         with writing(folder, hint=_ELSEWHERE):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # What another process is filling is waited for.
-            with claim(folder, patience=math.inf) as place:
+            with held(folder, patience=math.inf) as place:
                 if not folder.is_dir():
                     aside = place / name
                     aside.mkdir()

@@ -29,6 +29,8 @@ def reading(path: Path) -> Iterator[None]:
     """Turn errors of the file system into a `ModelError` that names `path`."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
     except PermissionError as error:
         raise ModelError(f"You may not read {path}.", hint="Change its permissions.") from error
     except OSError as error:

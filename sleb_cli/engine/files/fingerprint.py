@@ -21,7 +21,7 @@ _VOLATILE = ("_name_or_path", "transformers_version")
 def fingerprint_files(paths: Iterable[Path], config: dict[str, object] | None = None, *, header: int = 0) -> str:
     """Return a SHA-256 over the config and each file's name, size, first MiB and samples of the rest.
 
-    A `header` of so many bytes is read whole.
+    The first `header` bytes are read whole.
 
     The start of a safetensors file lists every tensor and its offset. The 256 samples of 4 KiB at even distances change
     with any training, but may miss an edit of single weights.
@@ -95,9 +95,9 @@ class Watch:
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Return what tells a file from another of the same name, and from itself before an edit; None if it is missing.
+    """Return what changes if a file is edited or replaced; None if it is missing.
 
-    Not its number, which some file systems over a network give anew.
+    The inode is not used, because some network file systems change it.
     """
     try:
         found = path.stat()

@@ -1,7 +1,7 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-No tensor is decoded, so any data type is copied, even an unknown one, and memory holds one buffer whatever the model's
-size. Only a cast, a new value or a pickle needs a whole tensor at a time.
+No tensor is decoded, so any data type can be copied, even an unknown one, and one buffer of memory is enough. Only a
+cast, a new value or a pickle needs a whole tensor at a time.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
     with path.open("xb", buffering=0) as target:
         write_all(target, _header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
-            _write_tensors(source, list(group), target, report)
+            _write_tensors(source, group, target, report)
 
 
 def _width(tensor: NewTensor) -> int:
@@ -220,62 +220,44 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
-    """Append tensors that come from one file."""
-    if source.suffix != ".safetensors" or not all(tensor.is_copy for tensor in tensors):
-        for part in _contents(source, tensors):
-            write_all(target, part)
-            report(len(part))
-        return
-    with reading(source):
-        original = source.open("rb", buffering=0)
-    with original:
-        for start, count in _byte_ranges(tensors):
-            copy_range(original, start, count, target, report)
-
-
-def _byte_ranges(tensors: Sequence[NewTensor]) -> list[tuple[int, int]]:
-    """Return the byte ranges of the tensors as (start, count), with adjacent ones merged."""
-    ranges: list[tuple[int, int]] = []
-    for tensor in tensors:
-        start, before = tensor.stored.start or 0, ranges[-1] if ranges else None
-        if before and sum(before) == start:
-            ranges[-1] = (before[0], before[1] + tensor.size)
-        else:
-            ranges.append((start, tensor.size))
-    return ranges
-
-
-def _contents(source: Path, tensors: Sequence[NewTensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of these tensors, which come from one file, in the new checkpoint.
+def _write_tensors(source: Path, tensors: Iterable[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
+    """Append tensors that come from one file.
 
     Raises:
         ModelError: the file cannot be read.
     """
-    if source.suffix != ".safetensors":
-        pickled = load_pickle(source)
-        for tensor in tensors:
-            whole = pickled[tensor.stored.name] if tensor.value is None else tensor.value
-            yield _bytes_of(tensor.cut.of_tensor(whole) if tensor.cut else whole, TORCH_DTYPES[tensor.dtype])
-        return
+    pickled = {} if source.suffix == ".safetensors" else load_pickle(source)
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
-            if tensor.value is not None:
-                value = tensor.cut.of_tensor(tensor.value) if tensor.cut else tensor.value
-                yield _bytes_of(value, TORCH_DTYPES[tensor.dtype])
+            stored = tensor.stored
+            value = pickled[stored.name] if pickled and tensor.value is None else tensor.value
+            if value is None and tensor.is_copy:
+                copy_range(original, stored.start or 0, stored.size, target, report)
                 continue
-            parts: Iterable[bytes | memoryview] = read_range(original, tensor.stored.start or 0, tensor.stored.size)
-            if tensor.cut and tensor.size:
-                parts = tensor.cut.of_bytes(parts, tensor.stored.shape, tensor.stored.size)
-            if not tensor.cast or not tensor.size:
-                yield from parts
-                continue
-            raw = bytearray()
-            for part in parts:
-                raw += part
-            yield _bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.stored.dtype]), tensor.cast)
+            for part in _read(original, tensor) if value is None else _converted(value, tensor):
+                write_all(target, part)
+                report(len(part))
+
+
+def _read(original: BinaryIO, tensor: NewTensor) -> Iterator[bytes | memoryview]:
+    """Yield the bytes of a tensor that is cut or cast, of which only a cast needs all at once."""
+    stored = tensor.stored
+    parts: Iterable[bytes | memoryview] = read_range(original, stored.start or 0, stored.size)
+    if tensor.cut and tensor.size:
+        parts = tensor.cut.of_bytes(parts, stored.shape, stored.size)
+    if not tensor.cast or not tensor.size:
+        yield from parts
+        return
+    raw = bytearray()
+    for part in parts:
+        raw += part
+    yield _bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[stored.dtype]), tensor.cast)
+
+
+def _converted(value: torch.Tensor, tensor: NewTensor) -> Iterator[memoryview]:
+    yield _bytes_of(tensor.cut.of_tensor(value) if tensor.cut else value, TORCH_DTYPES[tensor.dtype])
 
 
 def _bytes_of(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Container, Iterator, Sequence
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sleb_cli.engine.files.copying import leads_out, reading
-from sleb_cli.engine.third_party import errors_of_the_disk, translate_errors
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import ModelError
 
 SAFETENSORS = "model.safetensors"
@@ -37,6 +38,7 @@ _LONGEST_JSON = 100_000_000
 # Lists and objects, of which a header of a million tensors has three each; each takes some 100 bytes of memory.
 _MOST_PARTS = 4_000_000
 _LARGEST_NUMBER = 2**63 - 1
+_MOST_DIMENSIONS = 64
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,13 +48,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing, cannot be read, or is not a JSON object.
     """
     try:
-        with path.open("rb") as file:
+        with reading(path), path.open("rb") as file:
             value = _parse_json(file.read(_LONGEST_JSON + 1))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
-    except OSError as error:
-        with reading(path):
-            raise error
     except ValueError as error:
         raise ModelError(f"{path} is not readable JSON.", hint="Copy or download the model again.") from error
     if not isinstance(value, dict):
@@ -60,8 +57,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse_json(raw: bytes, *, unique: bool = False) -> Any:
-    """Parse JSON that may be hostile; with `unique`, no object may hold a name twice.
+def _parse_json(raw: bytes) -> Any:
+    """Parse JSON that may be hostile.
 
     Raises:
         ValueError: it is not JSON in UTF-8, too long or too deep, or holds too large a number for Python.
@@ -69,16 +66,9 @@ def _parse_json(raw: bytes, *, unique: bool = False) -> Any:
     if len(raw) > _LONGEST_JSON or raw.count(b"[") + raw.count(b"{") > _MOST_PARTS:
         raise ValueError("too long")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique if unique else None)
+        return json.loads(raw.decode("utf-8"))
     except (RecursionError, MemoryError) as error:
         raise ValueError("too deep or too long") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands there twice")
-    return found
 
 
 @dataclass(frozen=True)
@@ -187,7 +177,7 @@ def _files_in(index: Path) -> tuple[str, ...]:
     if not names:
         raise ModelError(f"{index} lists no weight files.", hint=hint)
     with reading(index):
-        outside = [name for name in names if _is_outside(folder, name)]
+        outside = [name for name in names if "\0" in name or leads_out(folder / name, folder)]
         missing = [name for name in names if not (folder / name).is_file()]
     if outside:
         raise ModelError(f"{index} names a weight file outside its folder: {outside[0]!r}.", hint=hint)
@@ -196,12 +186,6 @@ def _files_in(index: Path) -> tuple[str, ...]:
             f"{folder} lacks {len(missing)} of its {len(names)} weight files, such as {missing[0]}.", hint=hint
         )
     return names
-
-
-def _is_outside(folder: Path, name: str) -> bool:
-    """Whether the name of a weight file leads out of the folder, by itself or by a link."""
-    path = Path(name)
-    return path.is_absolute() or ".." in path.parts or "\0" in name or leads_out(folder / path, folder)
 
 
 def read_header(path: Path) -> Header:
@@ -213,26 +197,22 @@ def read_header(path: Path) -> Header:
     if path.suffix != ".safetensors":
         return Header(path, tuple(_pickled(path)), {})
     with reading(path), path.open("rb") as file:
-        available = os.fstat(file.fileno()).st_size - 8
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        raw = file.read(length) if length <= min(available, _LONGEST_JSON) else b""
+        raw = file.read(length) if length <= min(size - 8, _LONGEST_JSON) else b""
+    end = 8 + length
     try:
-        entries = _parse_json(raw, unique=True)
+        entries = _parse_json(raw)
         metadata = entries.pop("__metadata__", None) or {}
         _require(all(isinstance(text, str) for text in metadata.values()))
-        tensors = sorted(
-            (_stored(path, name, entry, 8 + length) for name, entry in entries.items()),
-            key=lambda tensor: (tensor.start, tensor.size),
-        )
+        tensors = [_stored(path, name, entry, end) for name, entry in entries.items()]
+        tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
+        for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
+            _require(tensor.start == end)
+            end += tensor.size
+        _require(end == size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise _broken(path) from error
-    end = 8 + length
-    for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor
-        if tensor.start != end:
-            raise _broken(path)
-        end += tensor.size
-    if end != available + 8:
-        raise _broken(path)
     return Header(path, tuple(tensors), metadata)
 
 
@@ -243,14 +223,10 @@ def _stored(path: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
         ValueError, TypeError, KeyError: it does not describe one.
     """
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    _require(isinstance(dtype, str) and isinstance(shape, list) and begin <= end)
+    _require(isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS and begin <= end)
     _require(all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in (*shape, begin, end)))
-    count = 0 if 0 in shape else 1
-    for length in shape:
-        count *= length
-        _require(count <= _LARGEST_NUMBER)  # now, since the product of a million such numbers takes hours
     known = TORCH_DTYPES.get(dtype)
-    _require(known is None or count * known.itemsize == end - begin)
+    _require(known is None or math.prod(shape) * known.itemsize == end - begin)
     return StoredTensor(name, dtype, tuple(shape), end - begin, path, start + begin)
 
 
@@ -275,7 +251,7 @@ def read_tensors(path: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
         held = load_pickle(path)
         yield from (held[name] for name in names)
         return
-    with reading(path), errors_of_the_disk():
+    with reading(path):
         try:
             opened = safe_open(path, framework="pt")
         except SafetensorError as error:
@@ -303,13 +279,10 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
         ModelError: it is truncated, or holds more than tensors.
     """
     with translate_errors(lambda words: _unsafe(path)):
-        try:
-            # `weights_only` refuses a pickle that would run code.
-            mapped = values and zipfile.is_zipfile(path)
+        # `weights_only` refuses a pickle that would run code.
+        mapped = values and zipfile.is_zipfile(path)
+        with reading(path):
             tensors = torch.load(path, map_location="cpu" if values else "meta", weights_only=True, mmap=mapped)
-        except OSError as error:
-            with reading(path):
-                raise error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and not (values and tensor.is_meta)
         for name, tensor in tensors.items()

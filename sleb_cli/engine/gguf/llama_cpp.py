@@ -101,7 +101,7 @@ _ANY_ARCHITECTURE = (
 
 
 def _deepseek2_form(file: GgufFile, blocks: int) -> str:
-    vocabulary = file.own("vocab_size") or file.length("tokenizer.ggml.tokens")
+    vocabulary = file.own("vocab_size") or len(file.get("tokenizer.ggml.tokens") or [])
     if blocks in (26, 27) or (blocks == 48 and vocabulary == 128256):
         return "without low-rank queries"
     gates = file.own("expert_gating_func")
@@ -183,12 +183,13 @@ def holds_model_type(architecture: str, model_type: str) -> bool | None:
     model_type = model_type.removesuffix("_text")
     if model_type in _NAMES:
         return architecture in _NAMES[model_type]
-    if _plain(model_type) == _plain(architecture):
+    if plain_name(model_type) == plain_name(architecture):
         return True
-    return False if _plain(model_type) in map(_plain, MODEL_ARCH_NAMES.values()) else None
+    return False if plain_name(model_type) in map(plain_name, MODEL_ARCH_NAMES.values()) else None
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """Return one spelling for "gpt-oss" and "gpt_oss"."""
     return name.replace("-", "").replace("_", "")
 
 

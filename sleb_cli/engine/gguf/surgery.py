@@ -8,15 +8,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, Tensor, entry_of_integers, with_items, with_value
+from sleb_cli.engine.gguf.file import ARRAY, Entry, GgufFile, GgufTensor, entry_of_integers, with_items, with_value
 from sleb_cli.engine.gguf.llama_cpp import LEADING, NOT_PER_BLOCK, PER_BLOCK_PREFIX, require_same_kinds
 from sleb_plugins.config_keys import Kept, kept_blocks, require_removable
 from sleb_plugins.errors import ModelError, UnsupportedModelError
 
 PROVENANCE = "sleb.removed_blocks"
 """The key that records the removed blocks in order, numbered as in the model before any removal."""
-
-_MOST_REMOVED = 1 << 16
 
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})(\..+)")
 
@@ -38,7 +36,7 @@ class GgufSurgery:
         """The kept blocks, including those for multi-token prediction, which come last."""
         return kept_blocks(stored_block_count(self.file), self.removals)
 
-    def pruned(self, repacked: Mapping[str, Tensor] | None = None) -> GgufFile:
+    def pruned(self, repacked: Mapping[str, GgufTensor] | None = None) -> GgufFile:
         """Return the header of the pruned file; the offsets of its tensors are those in `file`.
 
         `repacked` are tensors with new values, by their names in `file`.
@@ -47,7 +45,7 @@ class GgufSurgery:
         if not (self.removals or repacked):
             return self.file
         new_number = {old: new for new, old in enumerate(self.kept.blocks)}
-        tensors: list[Tensor] = []
+        tensors: list[GgufTensor] = []
         for tensor in (repacked.get(tensor.name, tensor) for tensor in self.file.tensors):
             place = _BLOCK.fullmatch(tensor.name)
             if place is None:
@@ -61,25 +59,18 @@ class GgufSurgery:
     @property
     def all_removals(self) -> list[int]:
         """The removed blocks, those of earlier removals first, numbered as in the model before any removal."""
-        count = stored_block_count(self.file)
-        earlier = self._earlier_removals(count)
-        gone = set(earlier)
-        still_there = [block for block in range(count + len(earlier)) if block not in gone]
-        return earlier + [still_there[block] for block in self.removals]
-
-    def _earlier_removals(self, count: int) -> list[int]:
         said: Any = self.file.get(PROVENANCE)
         if said is None:
-            return []
-        blocks: list[Any] = said if isinstance(said, list) and len(said) <= _MOST_REMOVED else [None]
-        if not all(type(block) is int and 0 <= block < count + len(blocks) for block in blocks) or (
-            len(set(blocks)) < len(blocks)
-        ):
+            return list(self.removals)
+        count = stored_block_count(self.file)
+        earlier = said if isinstance(said, list) and all(type(block) is int for block in said) else [-1]
+        remaining = sorted(set(range(count + len(earlier))).difference(earlier))
+        if len(remaining) != count:  # a block is named twice or never existed
             raise ModelError(
-                f"{self.file.path} does not say in {PROVENANCE} which blocks were removed.",
+                f"{PROVENANCE} of {self.file.path} is not a list of removed blocks.",
                 hint="Prune the original model instead.",
             )
-        return blocks
+        return [*earlier, *(remaining[block] for block in self.removals)]
 
     def _entry(self, entry: Entry) -> Entry:
         """Return an entry as in the pruned file."""
@@ -92,7 +83,7 @@ class GgufSurgery:
         if own in LEADING:
             return with_value(entry, self.kept.below(file.count(own) or 0), file.order)
         if entry.type == ARRAY and own not in NOT_PER_BLOCK:
-            length = file.length(entry.key) or 0
+            length = len(file.get(entry.key))
             # Some lists leave out the blocks for multi-token prediction at the end.
             if length in (count, block_count(file)):
                 return with_items(entry, [block for block in self.kept.blocks if block < length], file.order)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -30,7 +27,7 @@ from sleb_cli.atomic import scratch_folder, writing
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
-from sleb_cli.engine.third_party import no_verdict_by_the_disk, translate_transformers_errors
+from sleb_cli.engine.third_party import translate_transformers_errors
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord
@@ -47,8 +44,6 @@ _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
 """Config keys of which transformers makes as many modules, or entries of a list."""
 
 _LARGEST_COUNT = 4096
-_MOST_MODULES = 300_000
-"""Three times those of the largest models, whose experts are a module each."""
 _ELSEWHERE = "Free some space, or choose another place for temporary files with the environment variable TMPDIR."
 
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
@@ -100,7 +95,7 @@ class Architecture:
         temporary = Path(gettempdir())
         with writing(temporary, hint=_ELSEWHERE), scratch_folder(temporary, "sleb-config") as folder:
             (folder / "config.json").write_text(json.dumps(raw))
-            with no_verdict_by_the_disk(ModelError), translate_transformers_errors("the pruned config"):
+            with translate_transformers_errors("the pruned config"):
                 config = type(self.config).from_pretrained(folder)
         config.name_or_path = self.config.name_or_path
         return config
@@ -113,10 +108,14 @@ class Architecture:
         """
         try:
             blocks = model.get_submodule(self.adapter.blocks_path)
-        except AttributeError as error:
-            raise self._no_blocks() from error
+        except AttributeError:
+            blocks = None
         if not isinstance(blocks, nn.ModuleList):
-            raise self._no_blocks()
+            raise UnsupportedModelError(
+                f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
+                f"{self.adapter.blocks_path}, but there is no list there.",
+                hint="Tell the author of the plugin; `sleb plugins` names it.",
+            )
         return blocks
 
     @cached_property
@@ -198,13 +197,6 @@ class Architecture:
         limit = getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
-    def _no_blocks(self) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
-            f"{self.adapter.blocks_path}, but there is no list there.",
-            hint="Tell the author of the plugin; `sleb plugins` names it.",
-        )
-
 
 def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -> Architecture:
     """Read the config, choose the family, and find the blocks. No weights are read.
@@ -232,12 +224,12 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
                 )
             )
     architecture = Architecture(source, config, adapter, skeleton)
-    count = _configured_count(text, adapter)
+    count = getattr(text, adapter.count_key, None)
     if count != architecture.block_count:
         raise UnsupportedModelError(
             f"The config of {source.id} says {count} blocks ({adapter.count_key}), but the model has "
             f"{architecture.block_count} at {adapter.blocks_path}.",
-            hint="sleb removes blocks only if the two agree.",
+            hint="Correct config.json, or download the model again.",
         )
     if not count:
         raise _refused(source, config, "it has none")
@@ -277,7 +269,7 @@ def _read_config(source: ModelSource) -> Any:
         text = _text_config(config)
     if not isinstance(text, PreTrainedConfig):
         raise ModelError(
-            f"The config of {source.id} ({model_type}) has a text_config that {model_type} does not have.",
+            f"The config of {source.id} has a text_config, but {model_type} models have none.",
             hint="Copy or download the model again.",
         )
     if config.is_encoder_decoder:
@@ -289,7 +281,7 @@ def _read_config(source: ModelSource) -> Any:
     if encoder_only or not (needs_code or _auto_class(config)):
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is not a decoder-only language model.",
-            hint="sleb needs a model that predicts the next token and that AutoModelForCausalLM can load.",
+            hint="sleb needs a model that AutoModelForCausalLM can load.",
         )
     return config
 
@@ -305,30 +297,9 @@ def _require_countable(source: ModelSource, settings: dict[str, Any]) -> None:
             _require_countable(source, value)
         elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _LARGEST_COUNT:
             raise ModelError(
-                f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}, which no model has.",
+                f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}.",
                 hint="Copy or download the model again.",
             )
-
-
-@contextmanager
-def _few_modules(source: ModelSource) -> Iterator[None]:
-    """Stop building a model that never ends."""
-    made = 0
-
-    def count(*_: Any) -> None:
-        nonlocal made
-        made += 1
-        if made > _MOST_MODULES:
-            raise ModelError(
-                f"The config of {source.id} asks for more than {_MOST_MODULES:,} modules.",
-                hint="Copy or download the model again.",
-            )
-
-    counting = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        counting.remove()
 
 
 def untrusted_code(source: ModelSource) -> ModelError:
@@ -368,16 +339,11 @@ def _auto_class(config: Any) -> Any:
 def _skeleton(config: Any, source: ModelSource, dtype: torch.dtype | None = None) -> nn.Module:
     options = {"dtype": dtype} if dtype else {}
     what = f"the config of {source.id}"
-    with translate_transformers_errors(what), torch.device("meta"), _few_modules(source):
+    with translate_transformers_errors(what), torch.device("meta"):
         model: nn.Module = _auto_class(config).from_config(
             config, trust_remote_code=source.trust_remote_code, **options
         )
     return model
-
-
-def _configured_count(config: Any, adapter: FamilyAdapter) -> int | None:
-    count = getattr(config, adapter.count_key, None)
-    return count if isinstance(count, int) else None
 
 
 def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
@@ -386,16 +352,19 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
     count = getattr(text, "num_hidden_layers", None)
     if not isinstance(count, int):
         raise UnsupportedModelError(
-            f"The config of {config.model_type} does not give the number of blocks as one number.",
+            f"The config of {config.model_type} does not set num_hidden_layers to a number.",
             hint=_WHAT_WORKS,
         )
     lists = {
-        path: sum(p.numel() for p in module.parameters())
+        module: path
         for path, module in skeleton.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and _are_called(module)
+        if isinstance(module, nn.ModuleList)
+        and len(module) == count
+        and all(type(block).forward is not nn.Module.forward for block in module)
     }
-    inner = set(_decoder(skeleton).modules())
-    lists = {path: size for path, size in lists.items() if skeleton.get_submodule(path) in inner} or lists
+    # In a multimodal model, those of the language model, if transformers says which it is.
+    decoder = getattr(skeleton, "get_decoder", lambda: None)()
+    inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
     if not lists:
         raise UnsupportedModelError(
             f"{config.model_type} has no list of {count} blocks to remove from.", hint=_WHAT_WORKS
@@ -403,17 +372,6 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
     return FamilyAdapter(
         name=BY_STRUCTURE,
         model_types=frozenset({config.model_type}),
-        blocks_path=max(lists, key=lambda path: lists[path]),
+        blocks_path=lists[max(inner or lists, key=lambda module: sum(p.numel() for p in module.parameters()))],
         count_key=text.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )
-
-
-def _decoder(model: nn.Module) -> nn.Module:
-    """Return the language model inside a multimodal model if transformers says which it is, else the whole model."""
-    find = getattr(model, "get_decoder", None)
-    found = find() if find else None
-    return found if isinstance(found, nn.Module) else model
-
-
-def _are_called(blocks: nn.ModuleList) -> bool:
-    return all(type(block).forward is not nn.Module.forward for block in blocks)

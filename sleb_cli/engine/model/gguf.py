@@ -18,11 +18,12 @@ from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.llama_cpp import plain_name
 from sleb_cli.engine.gguf.surgery import require_blocks
-from sleb_cli.engine.third_party import errors_of_the_disk, translate_transformers_errors
+from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
 from sleb_cli.events import Notify, task
 from sleb_cli.units import format_bytes
-from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
 # Raise it when the same file would become another folder.
 CONVERSION = 1
@@ -75,10 +76,14 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
             )
         advance()
         _forget_quantization(model)
-        with errors_of_the_disk():
+        with translate_errors(lambda words: _not_written(folder, words)):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         _write_card(path, folder)
+
+
+def _not_written(folder: Path, words: str) -> OutputError:
+    return OutputError(f"Cannot write {folder}: {words}.", hint="Free some space on this disk.")
 
 
 def _write_card(path: Path, folder: Path) -> None:
@@ -97,33 +102,27 @@ def _write_card(path: Path, folder: Path) -> None:
 
 
 def transformers_knows(architecture: str) -> bool:
-    """Whether transformers reads GGUF files of this architecture, in whatever spelling."""
+    """Whether transformers reads GGUF files of this architecture, however it is spelled."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    return _plain(architecture) in map(_plain, GGUF_SUPPORTED_ARCHITECTURES)
-
-
-def _plain(name: str) -> str:
-    """Return one spelling for "gpt-oss" and "gpt_oss"."""
-    return name.replace("-", "").replace("_", "")
+    return plain_name(architecture) in map(plain_name, GGUF_SUPPORTED_ARCHITECTURES)
 
 
 def _inspect(path: Path) -> torch.dtype:
     """Check that the file is complete, of a known architecture, and fits into memory; return its data type."""
-    file = read_gguf(path)  # the gguf package takes seconds for a vocabulary
+    file = read_gguf(path)
     if not transformers_knows(file.architecture):
         raise UnsupportedModelError(
             f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",
             hint="Name the original checkpoint (a Hub id or a folder) instead.",
         )
-    require_blocks(file)  # transformers would build whatever number of blocks the file says
+    require_blocks(file)  # transformers trusts the file's number of blocks
     types = {tensor.type for tensor in file.tensors if len(tensor.shape) > 1}
     dtype = _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
     if needed > free:
         raise MachineError(
-            f"{path} must be unpacked whole, which takes {format_bytes(needed)} of memory, and {format_bytes(free)} "
-            "are free.",
+            f"Unpacking {path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} are free.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )
     return dtype

@@ -127,8 +127,8 @@ class ModelSource:
             if elsewhere := re.search(r'"([^"]*?)--', named):
                 raise ModelError(
                     f"{self.id} names Python code of another repository, {elsewhere[1]}, which may change at any time.",
-                    hint="Copy that code into a local copy of the model, and name it under `auto_map` "
-                    f"in {name} without '{elsewhere[1]}--'.",
+                    hint=f"Copy that code into a local copy of the model, and remove '{elsewhere[1]}--' from "
+                    f"`auto_map` in {name}.",
                 )
 
 
@@ -158,7 +158,9 @@ def locate_model(
 
         source = ModelSource(DEMO, demo_folder(notify))
     elif model.endswith(".gguf") and not path.is_dir():
-        source = ModelSource(str(path.absolute()), _gguf(path, notify))
+        from sleb_cli.engine.model.gguf import gguf_folder
+
+        source = ModelSource(str(path.absolute()), gguf_folder(path, notify))
     elif path.is_dir():
         folder = path.resolve()
         source = ModelSource(require_text(str(folder)), folder, trust_remote_code=trust_remote_code)
@@ -199,12 +201,12 @@ def _require_own_files(folder: Path) -> None:
             continue
         if leads_out(path, folder):
             raise ModelError(
-                f"{path} is a link out of the model's folder, which is not followed.",
-                hint="Copy the file into the folder, or name the folder that holds all of the model's own files.",
+                f"{path} links to a file outside the model's folder.",
+                hint="Copy that file into the folder, or name the folder that holds all of the model's files.",
             )
         with reading(path):
             if path.exists() and not path.is_file() and not path.is_dir():
-                raise ModelError(f"{path} is not a file, but a pipe or a device.", hint="Put the file in its place.")
+                raise ModelError(f"{path} is a pipe or a device, not a file.", hint="Replace it with the file.")
 
 
 def _require_whole_model(source: ModelSource) -> None:
@@ -217,23 +219,17 @@ def _require_whole_model(source: ModelSource) -> None:
         )
 
 
-def _gguf(path: Path, notify: Notify) -> Path:
-    from sleb_cli.engine.model.gguf import gguf_folder
-
-    if not path.is_file():
-        raise ModelError(f"There is no file {path}.", hint="Check the path.")
-    return gguf_folder(path, notify)
-
-
 def _download(model: str, revision: str | None, notify: Notify, *, config_only: bool) -> Path:
-    """Download a snapshot of a Hub model, or its config alone with the code that it may need."""
+    """Download a Hub model with its safetensors, or with its pickles if it has none; or only its config and code."""
     try:
         with task(notify, f"Looking for {model} on the Hub") as advance, offline_if_unreachable() as unreachable:
-            bar = _silent_bar(advance)
+            options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
             if config_only:
-                only = ["config.json", "*.py"]
-                return Path(snapshot_download(model, revision=revision, allow_patterns=only, tqdm_class=bar))
-            return _snapshot(model, revision, bar)
+                return Path(snapshot_download(model, allow_patterns=["config.json", "*.py"], **options))
+            folder = Path(snapshot_download(model, ignore_patterns=[*_NOT_DOWNLOADED, "*.bin"], **options))
+            if any(folder.glob("*.safetensors")):
+                return folder
+            return Path(snapshot_download(model, ignore_patterns=_NOT_DOWNLOADED, **options))
     except GatedRepoError as error:
         raise ModelError(
             f"{model} is gated: its owner grants access on request.",
@@ -243,7 +239,7 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
         raise ModelError(f"{model} has no revision {revision!r}.", hint="Check --revision.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"There is no folder {model} here, and no such model on the Hub.",
+            f"There is no folder {model} here and no such model on the Hub.",
             hint="Check the name. For a private model, log in with `hf auth login`.",
         ) from error
     except HfHubHTTPError as error:
@@ -253,15 +249,6 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
             f"There is no folder {model} here, the cache lacks the model, and {unreachable or first_line(error)}.",
             hint="Check the name and the network, or name a local folder.",
         ) from error
-
-
-def _snapshot(model: str, revision: str | None, bar: type[tqdm]) -> Path:
-    """Download the model with its safetensors, or with its pickles if it has none."""
-    safe = [*_NOT_DOWNLOADED, "*.bin"]
-    folder = Path(snapshot_download(model, revision=revision, ignore_patterns=safe, tqdm_class=bar))
-    if any(folder.glob("*.safetensors")):
-        return folder
-    return Path(snapshot_download(model, revision=revision, ignore_patterns=_NOT_DOWNLOADED, tqdm_class=bar))
 
 
 def _silent_bar(advance: Advance) -> type[tqdm]:

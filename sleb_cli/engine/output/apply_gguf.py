@@ -16,8 +16,7 @@ import numpy as np
 from sleb_cli.atomic import new_file, require_new_file, require_space
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.gguf.file import GgufFile, gguf_size, read_gguf, write_gguf
-from sleb_cli.engine.gguf.file import Tensor as GgufTensor
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import holds_model_type
 from sleb_cli.engine.gguf.surgery import GgufSurgery, block_count, plan_gguf_surgery
 from sleb_cli.engine.model.architecture import read_architecture

@@ -47,7 +47,7 @@ from sleb_cli.engine.surgery.loading import (
     prune_device_map,
 )
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.third_party import errors_of_the_disk, no_verdict_by_the_disk, translate_errors
+from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, task
 from sleb_cli.records import Check, Proof, differences
 from sleb_cli.units import format_bytes
@@ -310,10 +310,7 @@ def _complete(folder: Path, planned: Planned) -> CheckResult:
 
 def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None:
     """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    with (
-        translate_errors(lambda words: _failed(f"its tokenizer cannot be loaded: {words}")),
-        errors_of_the_disk(),
-    ):
+    with translate_errors(lambda words: _failed(f"its tokenizer cannot be loaded: {words}")):
         ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
         raise _failed("its tokenizer is not the dense model's")
@@ -458,7 +455,7 @@ def _saves_again(models: list[Any], surgery: Surgery, folder: Path, settings: Pr
     with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as place:
         with (
             translate_errors(lambda words: _failed(f"transformers does not save it again: {words}")),
-            errors_of_the_disk(),
+            saving(Path(place)),
             warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
         ):
             # A shard of an offloaded model is held in memory while it is written.

@@ -19,9 +19,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
+from sleb_cli.engine.files.copying import read_range
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.gguf.file import GgufFile, pieces
-from sleb_cli.engine.gguf.file import Tensor as GgufTensor
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.recovery.file_tensors import block_number, weights_at
 from sleb_plugins import UnsupportedModelError
 
@@ -156,7 +156,7 @@ class GgufTensors:
             if any(_block_of(name) != _block_of(tensor.name) for name in self._unpacked):
                 self._unpacked.clear()
             with self._file.path.open("rb", buffering=0) as source:
-                packed = np.frombuffer(b"".join(pieces(source, tensor)), np.uint8)
+                packed = np.frombuffer(b"".join(read_range(source, tensor.start, tensor.size)), np.uint8)
             self._unpacked[tensor.name] = _unpacked(packed, tensor.type, tensor.shape[::-1])
         return self._unpacked[tensor.name]
 

@@ -17,8 +17,7 @@ from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import existing_cache
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.gguf.file import GgufFile
-from sleb_cli.engine.gguf.file import Tensor as GgufTensor
+from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors

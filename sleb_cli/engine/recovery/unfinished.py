@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb_cli.atomic import new_file, writing
-from sleb_cli.engine.third_party import errors_of_the_disk
+from sleb_cli.engine.third_party import saving
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import FitRecord
 from sleb_cli.records import require_same_work
@@ -217,7 +217,7 @@ def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
     if not file.is_file():
         raise _broken(file)
     try:
-        with errors_of_the_disk(), safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="pt") as opened:
             return opened.metadata()[_KEY], {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except OSError as error:
         raise PlanError(
@@ -228,7 +228,7 @@ def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _write(file: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
-    with new_file(file) as aside, errors_of_the_disk():
+    with new_file(file) as aside, saving(file):
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata={_KEY: text})
 
 

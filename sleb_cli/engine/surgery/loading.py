@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def load_dense(
 ) -> Any:
     """Load the dense model, its weights straight to the device, or to the places that a device map names.
 
-    With `load_in`, they are packed into so many bits on the way.
+    With `load_in`, they are quantized to that number of bits.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
@@ -103,19 +104,20 @@ def load_pretrained(
     loader: Any, folder: Path | None, what: str, device: torch.device, device_map: DeviceMap | None, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """Return what transformers loads, each weight to the device or where a device map says, and how that went."""
-    # For weights that stay on disk in another form than in the files; the folder goes when the model does.
-    offloaded = None if device_map is None else scratch_in_cache("offload")
-    with translate_transformers_errors(what), warnings.catch_warnings():
-        # accelerate warns of the names of weights beside modules, which it takes and puts there itself.
-        warnings.filterwarnings("ignore", message="The following device_map keys")
-        model, info = loader.from_pretrained(
-            folder,
-            device_map={"": device} if device_map is None else device_map,
-            offload_folder=offloaded and offloaded.folder,
-            output_loading_info=True,
-            **options,
-        )
-    model.offload_folder = offloaded
+    with ExitStack() as stack:
+        # For weights that stay on disk in another form than in the files; the folder goes when the model does.
+        offloaded = None if device_map is None else stack.enter_context(scratch_in_cache("offload"))
+        with translate_transformers_errors(what), warnings.catch_warnings():
+            # accelerate warns of the names of tensors that belong to no submodule.
+            warnings.filterwarnings("ignore", message="The following device_map keys")
+            model, info = loader.from_pretrained(
+                folder,
+                device_map={"": device} if device_map is None else device_map,
+                offload_folder=offloaded,
+                output_loading_info=True,
+                **options,
+            )
+        weakref.finalize(model, stack.pop_all().close)
     return model, info
 
 
@@ -212,7 +214,7 @@ def fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Abstr
 def loading_problem(info: dict[str, Any], *kinds: str) -> str | None:
     """Return a clause on the first of `kinds` of weights in transformers' loading info, or None if there are none.
 
-    The kinds are "missing" (initialized anew), "unexpected" (not used) and "mismatched" (of another shape).
+    The kinds are "missing" (initialized at random), "unexpected" (not used) and "mismatched" (of another shape).
     """
     for kind in kinds:
         keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info[f"{kind}_keys"])

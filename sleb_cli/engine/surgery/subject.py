@@ -14,7 +14,7 @@ from sleb_cli.events import Notify
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, differences
-from sleb_cli.requests import DEFAULT_PLAN, OneSizeRequest, SizesRequest, SubjectRequest
+from sleb_cli.requests import DEFAULT_PLAN, OneSizeRequest, SizesRequest
 from sleb_plugins import PlanError, UsageError
 
 
@@ -37,24 +37,19 @@ class Subject:
         Raises:
             UsageError: there is no such size.
         """
-        most = len(self.surgery.removals)
-        if request.every is not None:
-            _require_every(request.every, most, with_remove=bool(request.remove))
+        most, every = len(self.surgery.removals), request.every
+        hint = "Use --every 2, or --remove 2,4,6."
+        if every is not None and request.remove:
+            raise UsageError(f"--every {every} does not go with --remove.", hint=hint)
+        if every is not None and not most:
+            raise UsageError(f"--every {every} needs a plan or --blocks.", hint=hint)
         if not most:
             return ()
-        counts = set(request.remove) or {most, *range(request.every or most, most, request.every or most)}
+        counts = set(request.remove) or {most, *range(every or most, most, every or most)}
         if min(counts) < 1:
             raise UsageError(f"Cannot remove {min(counts)} blocks.", hint=f"Use --remove 1 to {most}.")
         by_size = self.plan.by_size if self.plan else [self.surgery.removals[:size] for size in range(1, most + 1)]
         return tuple(plan_surgery(self.architecture, by_size[count - 1]) for count in sorted(counts))
-
-
-def _require_every(every: int, most: int, *, with_remove: bool) -> None:
-    hint = "Use --every 2, or --remove 2,4,6."
-    if with_remove:
-        raise UsageError(f"--every {every} does not go with --remove.", hint=hint)
-    if not most:
-        raise UsageError(f"--every {every} needs a plan or --blocks.", hint=hint)
 
 
 def resolve_subject(
@@ -72,18 +67,31 @@ def resolve_subject(
         UsageError: the blocks or their number do not fit, or none are given although some are needed.
     """
     quiet_libraries()
-    named = request.subject or str(DEFAULT_PLAN)
-    if is_plan(named):
-        return _from_plan(Path(named), request, registry, notify, config_only=config_only)
-    if request.model is not None:
-        raise UsageError(f"--model applies to a plan, and {named} is a model.", hint="Leave out --model.")
-    removals: tuple[int, ...] = ()
-    if request.blocks is not None:
-        removals = first_removals(request.blocks, request.most_removals, "--blocks")
+    model, revision, removals = request.subject or str(DEFAULT_PLAN), request.revision, request.blocks
+    path = Path(model)
+    plan = read_named_plan(path, request) if is_plan(model) else None
+    if plan:
+        removals = plan.removals
+        if request.model is None:
+            _require_located(path, plan.model)
+            model, revision = plan.model.id, revision or plan.model.revision
+        else:
+            model = request.model
+    elif request.model is not None:
+        raise UsageError(f"--model applies to a plan, and {model} is a model.", hint="Leave out --model.")
+    elif removals is not None:
+        removals = first_removals(removals, request.most_removals, "--blocks")
     elif needs_removals or (request.most_removals is not None and not config_only):
-        raise UsageError(f"No blocks given for {named}.", hint="Name a plan, or use --blocks 5,4,9.")
-    source = _locate(named, request.revision, request, notify, config_only=config_only)
-    return Subject(plan_surgery(read_architecture(source, registry, notify), removals), None)
+        raise UsageError(f"No blocks given for {model}.", hint="Name a plan, or use --blocks 5,4,9.")
+    source = locate_model(
+        model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only
+    )
+    if plan and not request.any_model:
+        require_same_code(path, plan, source)  # before any of it runs
+    architecture = read_architecture(source, registry, notify)
+    if plan and not request.any_model:
+        require_same_model(path, plan, architecture)
+    return Subject(plan_surgery(architecture, removals or ()), plan, path if plan else None)
 
 
 def is_plan(named: str) -> bool:
@@ -106,23 +114,6 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
     return first_of_plan(read_plan(path), request.most_removals, path)
 
 
-def _from_plan(
-    path: Path, request: OneSizeRequest | SizesRequest, registry: Registry, notify: Notify, *, config_only: bool
-) -> Subject:
-    plan = read_named_plan(path, request)
-    if request.model is None:
-        _require_located(path, plan.model)
-    revision = request.revision or (plan.model.revision if request.model is None else None)
-    model = request.model or plan.model.id
-    source = _locate(model, revision, request, notify, config_only=config_only)
-    if not request.any_model:
-        require_same_code(path, plan, source)  # before any of it runs
-    architecture = read_architecture(source, registry, notify)
-    if not request.any_model:
-        require_same_model(path, plan, architecture)
-    return Subject(plan_surgery(architecture, plan.removals), plan, path)
-
-
 def _require_located(path: Path, model: ModelRecord) -> None:
     """Make sure that a plan from a checkpoint, which has only the name of a local model, does not lead to the Hub.
 
@@ -133,14 +124,6 @@ def _require_located(path: Path, model: ModelRecord) -> None:
         raise PlanError(
             f"{path} was made for {model.id}, and does not say where that is.", hint="Name its folder with --model."
         )
-
-
-def _locate(
-    model: str, revision: str | None, request: SubjectRequest, notify: Notify, *, config_only: bool
-) -> ModelSource:
-    return locate_model(
-        model, notify, revision=revision, trust_remote_code=request.trust_remote_code, config_only=config_only
-    )
 
 
 def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
@@ -197,13 +180,12 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
     planned, found = plan.model, architecture.record
     if architecture.source.config_only:  # its fingerprint is that of the config
         found = found.model_copy(update={"fingerprint": planned.fingerprint})
-    if differing := differences(_identity(found), _identity(planned)):
+
+    def identity(model: ModelRecord) -> dict[str, Any]:
+        return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}
+
+    if differing := differences(identity(found), identity(planned)):
         raise PlanError(
             f"{path} was made for {planned.id}, and {found.id} is a different model ({differing}).",
             hint="Name the plan's model with --model, or use the plan on this one with --any-model.",
         )
-
-
-def _identity(model: ModelRecord) -> dict[str, Any]:
-    """Return what identifies a model, wherever it is stored."""
-    return {"model_type": model.model_type, "blocks": model.blocks, "fingerprint": model.fingerprint[:12]}

@@ -165,7 +165,7 @@ def plan_surgery(architecture: Architecture, removals: Iterable[int]) -> Surgery
     if blocks and (obstacle := surgery.obstacle()):
         names = f"block {blocks[0]}" if len(blocks) == 1 else f"blocks {', '.join(map(str, sorted(blocks)))}"
         raise UnsupportedModelError(
-            f"{architecture.source.id} ({architecture.config.model_type}) cannot go without {names}: {obstacle}.",
-            hint="Remove other blocks; docs/reference/families.md says what each family allows.",
+            f"Cannot remove {names} from {architecture.source.id} ({architecture.config.model_type}): {obstacle}.",
+            hint="Remove other blocks. docs/reference/families.md says what each family allows.",
         )
     return surgery
