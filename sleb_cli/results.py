@@ -523,25 +523,20 @@ class BenchResult(ResultRecord):
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.
 
-        A workload that was run again replaces the earlier one, with all its sizes, since it has a dense model's runs of
-        its own; unless it has fewer iterations.
+        A workload that was run again replaces the earlier one with all its sizes, since each run times the dense model
+        anew; but runs with fewer iterations replace nothing.
         """
         if self.setting != previous.setting:
             return self
-        outdone = {new.workload.identity for new, _ in self.outdone_by(previous)}
-        ours = [result for result in self.workloads if result.workload.identity not in outdone]
-        again = {result.workload.identity for result in ours}
-        workloads = (*(result for result in previous.workloads if result.workload.identity not in again), *ours)
-        used = {timing.removals for result in workloads for timing in result.pruned}
+        found = {result.workload.identity: result for result in previous.workloads}
+        for new in self.workloads:
+            earlier = found.get(new.workload.identity)
+            if earlier is None or earlier.workload.iterations <= new.workload.iterations:
+                found[new.workload.identity] = new
+        used = {timing.removals for result in found.values() for timing in result.pruned}
         sizes = {size.removals: size for size in (*previous.pruned, *self.pruned) if size.removals in used}
         ordered = tuple(sorted(sizes.values(), key=lambda size: len(size.removals)))
-        return self.model_copy(update={"pruned": ordered, "workloads": workloads})
-
-    def outdone_by(self, other: BenchResult) -> list[tuple[WorkloadResult, WorkloadResult]]:
-        """Return the workloads that the other result has with more iterations, each beside that."""
-        theirs = {result.workload.identity: result for result in other.workloads}
-        pairs = [(ours, theirs.get(ours.workload.identity)) for ours in self.workloads]
-        return [(ours, more) for ours, more in pairs if more and more.workload.iterations > ours.workload.iterations]
+        return self.model_copy(update={"pruned": ordered, "workloads": tuple(found.values())})
 
 
 class EstimatedTiming(Record):

@@ -186,7 +186,7 @@ def test_results_are_kept_beside_the_plan(run_sleb, llama_plan, tmp_path, withou
     third = run_sleb("bench", llama_plan, "--prompt", *QUICK)
     assert third.exit_code == 0
     kept = BenchResult.model_validate_json(llama_plan.with_suffix(".bench.json").read_text())
-    assert [measured.workload.name for measured in kept.workloads] == ["generation", "prompt"]
+    assert [measured.workload.name for measured in kept.workloads] == ["prompt", "generation"]
 
 
 def instantly(workload, models, notify, meter):
