@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from sleb_cli.engine.quality.statistics import clustered_mean
+from sleb_cli.engine.statistics import clustered_mean
 
 
 def test_clusters_of_one_give_the_ordinary_standard_error():

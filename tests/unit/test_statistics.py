@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sleb_cli.engine.quality.statistics import (
+from sleb_cli.engine.statistics import (
     items_needed,
     mcnemar,
     normal_interval,

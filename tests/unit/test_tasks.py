@@ -22,8 +22,8 @@ from sleb_cli.engine.quality.lm_eval_tasks import (
     task_manager,
     write_lm_eval_results,
 )
-from sleb_cli.engine.quality.statistics import mcnemar, paired_difference, wilson_interval
 from sleb_cli.engine.quality.tasks import PRESETS, Tasks, compare_task
+from sleb_cli.engine.statistics import mcnemar, paired_difference, wilson_interval
 from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
 from sleb_plugins import DataError, ModelError, OutputError, UsageError

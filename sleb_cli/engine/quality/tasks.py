@@ -18,7 +18,7 @@ from sleb_cli.canaries import CANARIES, FOLDER
 from sleb_cli.engine.device import input_device
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_tasks import TaskSettings, load_tasks
-from sleb_cli.engine.quality.statistics import (
+from sleb_cli.engine.statistics import (
     Estimate,
     items_needed,
     mcnemar,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.forward.predictions import Predictions
-from sleb_cli.engine.quality.statistics import clustered_mean
+from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.results import DivergenceRecord, Interval
 
 CALIBRATION_BINS = 15

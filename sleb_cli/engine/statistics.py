@@ -1,4 +1,4 @@
-"""Errors and intervals of proportions, means and paired differences: pure functions of numbers."""
+"""Errors and intervals of proportions, means and paired differences: plain arithmetic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Estimate:
 
 
 def wilson_interval(right: int, count: int) -> Interval:
-    """Return the interval of a proportion: Wilson's score interval (J. Am. Stat. Assoc. 22, 1927), also for 0 and 1."""
+    """Return Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927), which also suits 0 and 1."""
     found = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(low=float(found.low), high=float(found.high))
 
@@ -39,8 +39,13 @@ def normal_interval(value: float, standard_error: float) -> Interval:
     return Interval(low=value - _QUANTILE * standard_error, high=value + _QUANTILE * standard_error)
 
 
+def _student(mean: float, error: float, count: int) -> Estimate:
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    return Estimate(mean, error, Interval(low=mean - reach, high=mean + reach))
+
+
 def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estimate:
-    """Estimate the mean of `after - before` over the same items; the interval is Student's.
+    """Estimate the mean of `after - before` over the same items, with Student's interval.
 
     Source: Miller, arXiv 2411.00640, section 4.2.
     """
@@ -48,13 +53,11 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> Estima
     mean, count = fmean(differences), len(differences)
     if count < 2:
         return Estimate(mean, None, None)
-    error = stdev(differences) / math.sqrt(count)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
-    return Estimate(mean, error, Interval(low=mean - reach, high=mean + reach))
+    return _student(mean, stdev(differences) / math.sqrt(count), count)
 
 
 def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
-    """Estimate the mean of values, [n], those of a cluster being one observation; the interval is Student's.
+    """Estimate the mean of values, [n], with Student's interval; each cluster is one observation.
 
     Source of the clustered error: Miller, arXiv 2411.00640, section 2.2.
     """
@@ -65,16 +68,14 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
     count = len(residuals)
     if count < 2:
         return Estimate(mean, None, None)
-    error = math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values)
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
-    return Estimate(mean, error, Interval(low=mean - reach, high=mean + reach))
+    return _student(mean, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values), count)
 
 
 def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
     """Return the interval of the difference of two proportions of the same items, `(gained - lost) / count`.
 
-    That is the Wald interval after one more item has been lost and one gained (Bonett and Price, J. Educ. Behav. Stat.
-    37, 2012). Without them, models that answer alike on a few items would seem to do so on all.
+    This is the Wald interval with one more lost and one more gained item (Bonett and Price, J. Educ. Behav. Stat. 37,
+    2012). Without them, models that agree on a few items would seem to agree on all.
     """
     gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     difference = gains - losses
@@ -83,7 +84,7 @@ def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the p-value of the exact McNemar test: that so uneven a split of the flips is chance.
+    """Return the p-value of the exact McNemar test: how likely chance splits the flips this unevenly.
 
     Source: McNemar, Psychometrika 12, 1947, with the binomial distribution instead of its approximation.
     """
