@@ -190,14 +190,13 @@ def _benchmark(
 ) -> BenchResult:
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
-    from sleb_cli.engine.speed.other_engines import benchmark_engine
 
     if engine is None:
         if request.source is not None:
             raise UsageError("--source requires --engine.", hint="Use both, or neither: --engine llama.cpp.")
         return benchmark(subject, request, notify)
     with engine_files(subject, engine, request, registry, notify) as write_files:
-        return benchmark_engine(subject, engine, write_files, request, notify)
+        return benchmark(subject, request, notify, (engine, write_files))
 
 
 def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -695,6 +696,18 @@ class BenchRequest(SizesRequest):
             most=_MOST_PER_SECOND,
         ),
     ] = None
+
+    def refuse(self, names: Iterable[str], option: str) -> None:
+        """Check that these fields have their defaults.
+
+        Raises:
+            UsageError: one does not; the message says that it does not apply to `option`.
+        """
+        unset = BenchRequest()
+        for name in names:
+            if getattr(self, name) != getattr(unset, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} does not apply to {option}.", hint=f"Leave out {flag}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -564,40 +564,26 @@ class EstimatedSize(Record):
     timings: tuple[EstimatedTiming, ...]
 
 
-class RateRecord(Record):
-    """How fast matrices of a model's blocks, and its head, read the tokens of a phase on a device.
-
-    The overheads are the seconds of one call of an average block, and of all that is outside the blocks, besides.
-    """
-
-    blocks_flops_per_second: float
-    blocks_bytes_per_second: float
-    outside_flops_per_second: float
-    outside_bytes_per_second: float
-    block_overhead_seconds: float
-    outside_overhead_seconds: float
-
-
 class EstimatedWorkload(Record):
-    """A workload whose speed is predicted, and the rates in its two phases; `decode` is null without new tokens."""
+    """A workload whose speed is predicted; without new tokens, only the prompt is processed."""
 
     name: WorkloadName
     batch_size: int
     prompt_length: int
     new_tokens: int
-    prefill: RateRecord
-    decode: RateRecord | None
 
 
 class EstimateResult(ResultRecord):
     """The size of a model and its predicted speed, from its config: of the dense one, and of sizes of the pruned one.
 
-    `device` is that on which rates were measured, or "described" if they were given. The fingerprint is that of the
-    config alone.
+    Speed follows from the operations and bytes per second of the device, measured on this one or given by the user, in
+    which case `device` is "described". The fingerprint is that of the config alone.
     """
 
     kind: Literal["estimate"]
     processor: str | None
+    flops_per_second: float
+    bytes_per_second: float
     workloads: tuple[EstimatedWorkload, ...]
     dense: EstimatedSize
     pruned: tuple[EstimatedSize, ...]

@@ -13,7 +13,7 @@ from sleb_cli.ui.tables import new_table, print_line, print_title, print_written
 from sleb_cli.units import format_bytes, format_count
 
 if TYPE_CHECKING:
-    from sleb_cli.results import EstimatedSize, EstimatedWorkload, EstimateResult, RateRecord
+    from sleb_cli.results import EstimatedSize, EstimatedWorkload, EstimateResult
 
 BESIDE_SIZES = 2
 """How many speedups fit into 80 columns beside the sizes; a sweep may have more, in a table of their own."""
@@ -60,35 +60,18 @@ def _speedups(size: EstimatedSize, numbers: Sequence[int]) -> list[str]:
 
 def _show_basis(result: EstimateResult) -> None:
     if result.device == "described":
-        rate = result.workloads[0].prefill
-        print_line(
-            f"predicted for {result.dtype} on a device of {rate.blocks_flops_per_second / 1e12:.4g} TFLOP/s and "
-            f"{rate.blocks_bytes_per_second / 1e12:.4g} TB/s"
-        )
+        flops, read = f"{result.flops_per_second / 1e12:.4g} TFLOP/s", f"{result.bytes_per_second / 1e12:.4g} TB/s"
+        print_line(f"predicted for {result.dtype} on a device of {flops} and {read}")
     else:
-        print_line(f"predicted for {setting(result)}, {result.processor}")
+        flops, read = f"{result.flops_per_second / 1e9:,.4g} GFLOP/s", f"{result.bytes_per_second / 1e9:,.3g} GB/s"
+        print_line(f"predicted for {setting(result)}, {result.processor}: {flops} and {read} measured here")
     for number, workload in enumerate(result.workloads):
         dense = duration(result.dense.timings[number].seconds)
-        print_line(f"{_described(workload)}: dense {dense}{_measured(result, workload)}")
+        print_line(f"{_described(workload)}: dense {dense}")
     if any(size.removals is None for size in result.pruned):
-        print_line("the blocks that go are taken to be average ones")
+        print_line("the removed blocks are assumed to be average")
 
 
 def _described(workload: EstimatedWorkload) -> str:
     new = f", {workload.new_tokens} new tokens each" if workload.new_tokens else ""
     return f"{workload.name}, {workload.batch_size} x {workload.prompt_length} prompt tokens{new}"
-
-
-def _measured(result: EstimateResult, workload: EstimatedWorkload) -> str:
-    if result.device == "described":
-        return ""
-    phases = [_flops(workload.prefill), *([_bandwidth(workload.decode)] if workload.decode else [])]
-    return f", from {' and '.join(phases)} measured here"
-
-
-def _flops(rate: RateRecord) -> str:
-    return f"{rate.blocks_flops_per_second / 1e9:,.4g} GFLOP/s"
-
-
-def _bandwidth(rate: RateRecord) -> str:
-    return f"{rate.blocks_bytes_per_second / 1e9:,.3g} GB/s"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleb_cli.engine.speed.statistics import latency_statistics
+from sleb_cli.engine.speed.timing import latency_statistics
 from sleb_cli.kept_results import beside_plan, keep_result, read_kept
 from sleb_cli.records import ModelRecord
 from sleb_cli.results import (
