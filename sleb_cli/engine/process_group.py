@@ -119,7 +119,8 @@ class _Launched(ProcessGroup):
     def from_main(self, compute: Callable[[], T]) -> T:
         found: list[Any] = [compute() if self.is_main else None]
         _exchange(dist.broadcast_object_list, found)
-        return found[0]
+        received: T = found[0]
+        return received
 
     def mean(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()

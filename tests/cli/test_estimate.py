@@ -153,10 +153,12 @@ def test_of_a_hub_model_only_the_config_is_downloaded(run_sleb, config_only, mon
     assert data["model"]["id"] == "org/tiny"
 
 
-def test_without_weights_all_else_refuses(run_sleb, config_only):
+def test_without_weights_all_else_refuses(run_sleb, config_only, tiny_llama):
     for command in (["bench"], ["apply", "--blocks", "1", "-o", "out"]):
         result = run_sleb(command[0], config_only, *command[1:])
         assert result.exit_code == 4, result.stderr
+    result = run_sleb("bench", tiny_llama, *H100)
+    assert (result.exit_code, "--device-flops requires --estimate" in result.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -180,11 +182,6 @@ def test_what_cannot_be_is_refused(run_sleb, config_only, options, message):
     result = run_sleb("bench", config_only, "--estimate", *options)
     assert result.exit_code == 2, result.stderr
     assert message in result.stderr
-
-
-def test_figures_of_a_device_without_an_estimate(run_sleb, tiny_llama):
-    result = run_sleb("bench", tiny_llama, *H100)
-    assert (result.exit_code, "--device-flops requires --estimate" in result.stderr) == (2, True)
 
 
 def test_the_slower_of_operations_and_bytes_counts():

@@ -209,22 +209,21 @@ def refuse():
     raise DataError("The text has vanished.", hint="Bring it back.")
 
 
-def test_an_error_in_one_of_them_is_told_by_the_main_one(search, together, tmp_path):
-    with at_unit(2, 4, refuse):
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (refuse, DataError.exit_code, ["error: In process 1 of 3: The text has vanished.", "rerun with --resume"]),
+        (lambda: [][0], 1, ["IndexError: list index out of range", "test_processes.py"]),  # a bug keeps its traceback
+    ],
+    ids=["an error", "a bug"],
+)
+def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, fault, code, words):
+    with at_unit(1, 4, fault):
         main, *others = together(3, *search)
-    assert main.code == DataError.exit_code
-    assert main.stderr.count("error: ") == main.stderr.count("In process 2 of 3: The text has vanished.") == 1
-    assert "rerun with --resume" in main.stderr
-    assert all(each.code > 0 and not each.stdout + each.stderr for each in others)
-
-
-def test_a_bug_in_one_of_them_keeps_its_traceback(search, together):
-    with at_unit(1, 4, lambda: [][0]):
-        main, other = together(2, *search)
-    assert main.code == 1
-    assert "IndexError: list index out of range" in main.stderr
-    assert "test_processes.py" in main.stderr
-    assert (other.code, other.stderr) == (1, "")
+    assert main.code == code
+    assert [main.stderr.count(each) > 0 for each in words] == [True] * len(words)
+    assert main.stderr.count("error: ") <= 1
+    assert [(each.code, each.stdout + each.stderr) for each in others] == [(1, "")] * 2
 
 
 @pytest.mark.parametrize(

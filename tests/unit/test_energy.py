@@ -63,15 +63,12 @@ def nvml(monkeypatch):
     return driver
 
 
-def test_a_gpu_is_asked_by_its_own_number(nvml):
-    meter = find_meter(torch.device("cuda:0"))
-    assert (meter.source, meter.joules()) == ("NVML", 5)
-
-
-def test_a_gpu_without_a_counter_is_said_so(nvml, monkeypatch):
+def test_a_gpu_is_asked_by_its_own_number(nvml, monkeypatch):
     def unsupported(handle):
         raise NVMLError("Not Supported")
 
+    meter = find_meter(torch.device("cuda:0"))
+    assert (meter.source, meter.joules()) == ("NVML", 5)
     nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
     with pytest.raises(MachineError, match="NVML reports Not Supported"):
         find_meter(torch.device("cuda:0"))

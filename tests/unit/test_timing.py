@@ -169,7 +169,7 @@ def test_a_real_speedup_is_told_from_none():
     assert all(found.low > 1 for found in intervals)
 
 
-def test_the_same_samples_give_the_same_interval_and_too_few_none():
+def test_an_interval_is_reproducible_and_needs_enough_rounds():
     # With so many rounds, other resamples would give another interval.
     dense, pruned = rounds("spikes", 20, np.random.default_rng(0))
     found = [median_ratio_interval(dense, pruned) for _ in range(4)]

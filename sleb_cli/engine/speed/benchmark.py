@@ -41,7 +41,7 @@ def benchmark(
     """
     if engine:
         gguf = ["dtype"] if engine[0].reads == "gguf" else []
-        request.refuse(["device", "compile", "static_cache", *gguf], f"--engine {engine[0].name}")
+        request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine[0].name}")
     architecture = subject.architecture
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)

@@ -145,9 +145,9 @@ def _is_described(request: BenchRequest) -> bool:
         raise UsageError(
             f"{missing[0]} is missing.", hint="Give both: --device-flops 989e12 --device-bandwidth 3.35e12 (an H100)."
         )
-    request.refuse(_TIMING, "--estimate")
+    request.refuse(_TIMING, "does not apply to --estimate")
     if not missing:
-        request.refuse(("device", "threads"), "--device-flops")
+        request.refuse(("device", "threads"), "does not apply to --device-flops")
     return not missing
 
 
