@@ -58,12 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        console.print_warning("Interrupted. Nothing half-written was left.")
+        console.print_warning("Interrupted. No half-written files were left.")
     return code if isinstance(code, int) else 0
 
 
 def _require_names(arguments: Sequence[str]) -> None:
-    """Check that plans and results, which are UTF-8, can hold all names.
+    """Check that plans and results, which are UTF-8, can store all names.
 
     Raises:
         UsageError: one is not text, or the current folder is gone.
@@ -83,7 +83,7 @@ def _command(error: typer.TyperException) -> str:
 
 
 def run() -> None:
-    """Run as the program `sleb`: a request to end cleans up like Ctrl-C, and a reader that goes away ends nothing."""
+    """Run as the program `sleb`: signals clean up like Ctrl-C, and a closed pipe does not end the work."""
     from sleb_cli.ui.console import Outlet
 
     _open_standard_streams()
@@ -104,7 +104,7 @@ def run() -> None:
 
 
 def _open_standard_streams() -> None:
-    """Let streams that were closed for us end in nothing, so that no file that we open is taken for one of them."""
+    """Connect closed standard streams to nothing, so that no file we open takes their place."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             place = os.open(os.devnull, os.O_RDWR)
@@ -115,7 +115,7 @@ def _open_standard_streams() -> None:
 
 
 def _hear_signals() -> None:
-    """Clean up when asked to end; a second Ctrl-C ends at once, and what it leaves is removed by the next run."""
+    """Clean up on a request to end; a second Ctrl-C ends at once, and the next run removes what it leaves."""
     if process_count() > 1:  # both the terminal and the launcher send it
         signal.signal(signal.SIGINT, _ending(KeyboardInterrupt()))
     elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell leaves it for what runs in the background

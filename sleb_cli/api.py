@@ -49,7 +49,7 @@ _BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or 
 
 @contextmanager
 def _names_memory(hint: str) -> Iterator[None]:
-    """Turn an out-of-memory error that nothing below could say more about into one with a hint."""
+    """Turn an out-of-memory error that nothing below explains into one with a hint."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -65,14 +65,14 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
-        SlebError: of the class that fits. What was measured stays in a journal beside the plan, for `resume`.
+        SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
     """
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.journal import Journal, journal_of
     from sleb_cli.engine.search.run import find_removals
 
     if request.compare:
-        raise UsageError("A search compares nothing.", hint="Call `compare` with this request.")
+        raise UsageError("`search` does not compare.", hint="Call `compare` with this request.")
     with join_processes() as group:
         plan = find_removals(request, _registry(notify), notify, group)
         _leave_to_main()
@@ -87,7 +87,7 @@ def compare(request: SearchRequest, notify: Notify = ignore) -> CompareResult:
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
-        SlebError: of the class that fits.
+        SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.search.compare import compare_removals, delete_journals
@@ -106,7 +106,7 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
 
     Raises:
         WorkerFinished: this process only helped to recover; the main one writes the checkpoint.
-        SlebError: of the class that fits.
+        SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.output.resolve import apply_request
     from sleb_cli.engine.process_group import join_processes
@@ -119,11 +119,11 @@ def apply(request: ApplyRequest, notify: Notify = ignore) -> ApplyResult | GgufR
 
 @_names_memory(_EVALUATE)
 def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
-    """Measure the quality of a model, dense beside pruned: perplexity and lm-eval tasks.
+    """Measure the quality of a model, dense and pruned: perplexity and lm-eval tasks.
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the result.
-        SlebError: of the class that fits.
+        SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.quality.evaluation import evaluate_subject, write_by_lm_eval
@@ -151,17 +151,14 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     """Measure speed, memory and energy of a model, dense and pruned in turn.
 
     Raises:
-        SlebError: of the class that fits.
+        SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _leave_to_main()
     if request.estimate:
-        raise UsageError("A benchmark predicts nothing.", hint="Call `estimate` with this request.")
-    for option in ("device_flops", "device_bandwidth"):
-        if getattr(request, option) is not None:
-            flag = f"--{option.replace('_', '-')}"
-            raise UsageError(f"{flag} requires --estimate.", hint="Use both, or neither.")
+        raise UsageError("`bench` does not predict.", hint="Call `estimate` with this request.")
+    request.refuse(("device_flops", "device_bandwidth"), "requires --estimate")
     _require_result_file(request)
     registry = _registry(notify)
     engine = None if request.engine == TRANSFORMERS else registry.engine(request.engine)
@@ -182,21 +179,19 @@ def _benchmark(
 ) -> BenchResult:
     from sleb_cli.engine.output.engine_files import engine_files
     from sleb_cli.engine.speed.benchmark import benchmark
-    from sleb_cli.engine.speed.other_engines import benchmark_engine
 
     if engine is None:
-        if request.source is not None:
-            raise UsageError("--source requires --engine.", hint="Use both, or neither: --engine llama.cpp.")
+        request.refuse(["source"], "requires --engine")
         return benchmark(subject, request, notify)
     with engine_files(subject, engine, request, registry, notify) as write_files:
-        return benchmark_engine(subject, engine, write_files, request, notify)
+        return benchmark(subject, request, notify, (engine, write_files))
 
 
 def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
     """Predict the speed and memory of a model, dense and pruned, from its config.
 
     Raises:
-        SlebError: of the class that fits.
+        SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.speed.estimate import estimate_speed
     from sleb_cli.engine.surgery.subject import resolve_subject
@@ -214,7 +209,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """Export the pruned model for another tool, as files or as text.
 
     Raises:
-        SlebError: of the class that fits.
+        SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.output.export import export_request
 
@@ -223,7 +218,7 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:
-    """Return where results are kept: beside their plan, or in the checkpoint of ours that is measured; else nowhere."""
+    """Return where results are kept: next to their plan, or in the measured checkpoint if sleb wrote it."""
     from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan
     from sleb_cli.plan import CHECKPOINT_PLAN
 
@@ -236,7 +231,7 @@ def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None
 
 
 def _keep(result: R, place: Path, notify: Notify) -> None:
-    """Keep a result for reports; in a checkpoint, its model card shows it, too."""
+    """Keep a result for reports, and in a checkpoint also for its model card."""
     from sleb_cli.engine.output.card import update_card
     from sleb_cli.engine.output.measured import without_local_folders
     from sleb_cli.kept_results import IN_CHECKPOINT, keep_result
@@ -249,7 +244,7 @@ def _keep(result: R, place: Path, notify: Notify) -> None:
 
 
 def _leave_to_main() -> None:
-    """Let the main process of several go on alone.
+    """Let the main process continue alone.
 
     Raises:
         WorkerFinished: this is another one.
@@ -259,12 +254,12 @@ def _leave_to_main() -> None:
 
 
 def _registry(notify: Notify) -> Registry:
-    """Load the plugins, naming other packages before their code runs, and warn of each that fails."""
+    """Load the plugins: name other packages before their code runs, and warn about each that fails."""
     if others := named_before_loading():
         notify(Notice(others))
     registry = load_plugins()
     for failure in registry.failures:
-        notify(Warned(f"The plugin {failure.plugin} failed to load and is left out: {failure.reason}."))
+        notify(Warned(f"The plugin {failure.plugin} failed to load and is disabled: {failure.reason}."))
     return registry
 
 

@@ -1,4 +1,4 @@
-"""Results that stay beside what was measured, so that a report finds what several runs of `eval` and `bench` said."""
+"""Results of `eval` and `bench`, collected next to the plan or in the checkpoint, where reports find them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,24 @@ from sleb_plugins import OutputError
 R = TypeVar("R", EvalResult, BenchResult)
 
 IN_CHECKPOINT: dict[Literal["eval", "bench"], str] = {"eval": "sleb_eval.json", "bench": "sleb_bench.json"}
-"""The files in a checkpoint that hold what was measured of it."""
+"""The files in a checkpoint that hold its results."""
 
 
 def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
-    """Return where the results for a plan are kept: plan.eval.json, plan.bench.json."""
+    """Return the file for results of a plan: plan.eval.json or plan.bench.json."""
     return plan.with_suffix(f".{kind}.json")
 
 
 def keep_result(result: R, file: Path, notify: Notify) -> R:
-    """Write a result to its place, together with what was measured before on the same model; return both.
+    """Add a result to those in `file`, and return all of them together.
 
-    A file that cannot be read or written is no reason to lose the result: the listener is told. What another version of
-    sleb wrote, or was measured on another model or in another setting, is moved aside; what cannot be read now is not
-    overwritten, because it may be read later.
+    Results that cannot be merged are moved aside: those of another model, setting or version of sleb, and those that
+    cannot be read. If the file cannot be written, the listener is told and the result is still returned.
     """
     merged = result
     try:
-        with new_file(file) as aside:  # read only now, so that nothing is lost of what another process adds
-            try:
-                previous = read_kept(type(result), file, notify)
-            except OSError as error:
-                raise OutputError(f"{file} cannot be read: {error.strerror}.", hint="Check the disk.") from error
+        with new_file(file) as aside:  # read only now, so that nothing another process adds is lost
+            previous = read_kept(type(result), file, notify)
             merged = result if previous is None else result.merged_with(previous)
             if merged is result and file.is_file():
                 if previous is not None:
@@ -53,39 +49,32 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
 
 
 def _name_outdone(result: BenchResult, merged: BenchResult, file: Path, notify: Notify) -> None:
-    for new, kept in result.outdone_by(merged):
-        runs, more = new.workload.iterations, kept.workload.iterations
-        notify(
-            Notice(
-                f"{file} keeps the earlier {more} runs of {kept.workload.label}, which say more than {runs}; "
-                f"--iterations {more} or more replaces them."
+    kept = {one.workload.identity: one.workload for one in merged.workloads}
+    for new in (one.workload for one in result.workloads):
+        runs, more = new.iterations, kept[new.identity].iterations
+        if more > runs:
+            notify(
+                Notice(
+                    f"{file} keeps the earlier {more} runs of {new.label}, which are more reliable than {runs}. "
+                    f"To replace them, use --iterations {more} or more."
+                )
             )
-        )
 
 
 def _move_aside(file: Path, notify: Notify) -> None:
     aside = file.with_name(f"{file.name}.old")
-    with suppress(OSError):  # then the new file cannot be written, either, which is said
+    with suppress(OSError):  # writing the new file will fail, too, and that is reported
         file.replace(aside)
         notify(Notice(f"{file} is now {aside.name}."))
 
 
 def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:
-    """Return the result kept in a file; None, with a notice if there is a file that cannot be read as one.
-
-    Raises:
-        OSError: the disk does not give the file.
-    """
+    """Return the result in a file; None if there is none, with a notice if the file cannot be read."""
     try:
         return kind.model_validate_json(read_text(file))
     except FileNotFoundError:
         return None
-    except UnreadableRecord as error:
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None
-        notify(Notice(f"{file} holds no result of this version of sleb, and is left out."))
-        return None
-    except ValidationError as error:
-        why = first_fault(error, "the result")
-        notify(Notice(f"{file} holds no result of this version of sleb ({why}), and is left out."))
+    except (UnreadableRecord, ValidationError) as error:
+        why = first_fault(error, "the result") if isinstance(error, ValidationError) else error
+        notify(Notice(f"{file} is skipped: it cannot be read by this version of sleb ({why})."))
         return None

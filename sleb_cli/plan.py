@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
-from pydantic_core import from_json
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sleb_cli.records import (
     ModelRecord,
@@ -34,12 +31,8 @@ MAX_ADDED_REPETITION = 0.2
 
 Block = Annotated[int, Field(ge=0)]
 
-
-Engine = Literal["fork", "plain", "weights", "model", "prefix", "hidden-states"]
-"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models.
-
-The last two are engines of earlier versions: passes that began where candidates differ, and one pass for all of them.
-"""
+Engine = Literal["fork", "plain", "weights", "model"]
+"""How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
 
 _FILE = re.compile(r"\.(txt|jsonl|md|json)$")
 _SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
@@ -475,89 +468,33 @@ def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
     return text.model_copy(update={"source": text.title})
 
 
-def read_plan(path: Path) -> Plan:
-    """Read a plan and check that it is complete, consistent, and of a version that this sleb reads.
+class _Versioned(BaseModel):
+    schema_version: Annotated[int, Field(strict=True)]
 
-    What earlier versions wrote is read in today's words: see docs/reference/plan.md.
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan and check that it is complete and consistent.
 
     Raises:
-        PlanError: the file is missing, unreadable, truncated, from a newer sleb, or contradicts itself.
+        PlanError: the file is missing, cannot be read, is not a plan, or was written by another version of sleb.
     """
     try:
         text = read_text(path)
+        version = _Versioned.model_validate_json(text).schema_version
+        if version == SCHEMA_VERSION:
+            return Plan.model_validate_json(text)
     except FileNotFoundError as error:
         raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
     except UnreadableRecord as error:
         raise PlanError(
             f"Cannot read the plan {path}: {error}.", hint="Name a plan that `sleb search` wrote."
         ) from error
-    try:
-        data = from_json(text)
-    except ValueError as error:  # with limits to depth and to the digits of a number
-        raise PlanError(
-            f"The plan {path} is not valid JSON: {error}.",
-            hint="It may be truncated: copy it again, or search again.",
-        ) from error
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool):
-        raise PlanError(f"{path} is not a sleb plan: it has no schema_version.", hint="`sleb search` writes plans.")
-    if version > SCHEMA_VERSION:
-        raise PlanError(
-            f"The plan {path} has schema_version {str(version)[:20]}; this sleb reads up to {SCHEMA_VERSION}.",
-            hint="Upgrade with `pip install --upgrade sleb`.",
-        )
-    if _is_recovered_otherwise(data):
-        raise PlanError(
-            f"An earlier version of sleb wrote {path}, and recorded its recovery in a form that is no longer read.",
-            hint="Use the plan of its search, and recover again with `sleb apply PLAN --recover`.",
-        )
-    if _rename(data):
-        text = json.dumps(data)
-    del data
-    try:
-        return Plan.model_validate_json(text)
     except ValidationError as error:
         raise PlanError(
             f"The plan {path} is invalid: {first_fault(error, 'the plan')}.",
-            hint="If a newer sleb wrote it, upgrade. If you edited it by hand, undo that; otherwise search again.",
+            hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
         ) from error
-
-
-def _is_recovered_otherwise(plan: Mapping[str, Any]) -> bool:
-    """Whether fits were chosen by their loss, on part of the text that is reported on: numbers of another meaning."""
-    recovery = plan.get("recovery")
-    return isinstance(recovery, dict) and "held_out" in recovery and "deciding_text" not in recovery
-
-
-def _rename(plan: dict[str, Any]) -> bool:
-    """Give what earlier versions called otherwise its name of today; return whether there was any."""
-    search, dense, proof = (_objects(plan.get(name)) for name in ("search", "dense", "proof"))
-    steps = _objects(plan.get("steps"))
-    held_out = [found for record in (*dense, *steps) for found in _objects(record.get("held_out"))]
-    renamed = [
-        _rename_key(record, old, new)
-        for records, names in (
-            ([plan], {"canary": "sample_generation"}),
-            (search, {"algorithm": "strategy"}),
-            (steps, {"exchanges": "swaps"}),
-            (held_out, {"excess": "generalization_gap", "error": "standard_error", "parted": "overfits"}),
-        )
-        for record in records
-        for old, new in names.items()
-    ]
-    gated = [record for record in proof if record.get("reference") == "gated"]
-    for record in gated:
-        record["reference"] = "dense"
-    return any(renamed) or bool(gated)
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list, or an object alone."""
-    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, dict)]
-
-
-def _rename_key(record: dict[str, Any], old: str, new: str) -> bool:
-    if old not in record or new in record:
-        return False
-    record[new] = record.pop(old)
-    return True
+    raise PlanError(
+        f"The plan {path} has schema_version {str(version)[:20]}; this sleb reads {SCHEMA_VERSION}.",
+        hint="Upgrade with `pip install --upgrade sleb`.",
+    )

@@ -13,32 +13,30 @@ from sleb_cli.atomic import to_json, write_text
 from sleb_cli.units import format_bytes
 from sleb_plugins.errors import PlanError
 
-LARGEST, MOST_PARTS, MOST_ITEMS = 64 << 20, 1 << 19, 1 << 21
-"""The most bytes of a record that are read, and the most lists, objects and keys in them, and items.
+LARGEST = 64 << 20
+"""The largest record that is read, in bytes."""
 
-A list takes hundreds of bytes of memory and may be written in three; and of each wrong item, an error is kept.
-"""
-
-_MOST_FAULTS = 1000
+# A list of three bytes takes hundreds in memory, and pydantic keeps an error for each wrong item.
+MOST_ITEMS = 1 << 21
+MOST_FAULTS = 1000
 
 MOST_BLOCKS = 4096
 """More than any model has."""
-
 
 Perplexity = Annotated[float, Field(gt=0)]
 
 
 class UnreadableRecord(ValueError):
-    """What lies where a record is expected is none, for this reason."""
+    """A file is not a record; the message says why."""
 
 
 def why_not_read(path: Path, most: int | None = None) -> str | None:
-    """Return why this is no file of at most `most` bytes: "it is a folder"; None if it is one.
+    """Return why a path should not be opened ("it is a folder"); None if it is a file of at most `most` bytes.
 
-    To open a pipe may take forever, and a device may have no end, so neither is opened.
+    Opening a pipe can block, and a device can be endless.
 
     Raises:
-        OSError: there is no such file, or it cannot be reached.
+        OSError: the file is missing or out of reach.
     """
     found = path.stat()
     if stat.S_ISDIR(found.st_mode):
@@ -46,16 +44,16 @@ def why_not_read(path: Path, most: int | None = None) -> str | None:
     if not stat.S_ISREG(found.st_mode):
         return "it is a pipe or a device, not a file"
     if most is not None and found.st_size > most:
-        return f"it has {format_bytes(found.st_size)}, and at most {format_bytes(most)} are read"
+        return f"it has {format_bytes(found.st_size)}, more than the limit of {format_bytes(most)}"
     return None
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a record that anyone may have written.
+    """Return the text of a record, which may come from anyone.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableRecord: it cannot be read, is no text, or is too large.
+        FileNotFoundError: the file is missing.
+        UnreadableRecord: the file cannot be read, is not text, or is too large.
     """
     try:
         if reason := why_not_read(path, LARGEST):
@@ -67,14 +65,14 @@ def read_text(path: Path) -> str:
         raise UnreadableRecord(error.strerror or "it cannot be opened") from error
     except UnicodeDecodeError as error:
         raise UnreadableRecord("it is not text") from error
-    if sum(map(text.count, ("{", "[", '":'))) > MOST_PARTS or text.count(",") > MOST_ITEMS:
-        raise UnreadableRecord("it has millions of parts, more than any record")
+    if text.count(",") > MOST_ITEMS:
+        raise UnreadableRecord("it has millions of items, more than any record")
     return text
 
 
 def first_fault(error: ValidationError, whole: str) -> str:
-    """Return where and how data first differs from a record, in a few words; `whole` names the data itself."""
-    if error.error_count() > _MOST_FAULTS:  # they are listed only all at once
+    """Return the first fault and its place in a few words; `whole` names the data itself."""
+    if error.error_count() > MOST_FAULTS:  # pydantic lists all errors or none
         return f"{whole} has {error.error_count():,} faults"
     first = error.errors(include_url=False, include_input=False)[0]
     place = [str(part) if len(str(part)) <= 40 else f"{str(part)[:40]}…" for part in first["loc"]]
@@ -82,7 +80,7 @@ def first_fault(error: ValidationError, whole: str) -> str:
 
 
 def without_folders(name: str) -> str:
-    """Return the last part of a local path, and any other name, such as a Hub id, unchanged."""
+    """Return the last part of a local path; other names, such as Hub ids, stay as they are."""
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     return name.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if is_path else name
 
@@ -161,17 +159,14 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_same_work(path: Path, work: str, found: Mapping[str, Any], expected: Mapping[str, Any], same: str) -> None:
-    """Check that what `path` holds is unfinished work of the kind that is expected, in the `format` that is expected.
+    """Check that unfinished work can be continued: it has the expected `format` and describes the same work.
 
     Raises:
-        PlanError: another version of sleb began it, or it is other work; the message names the differences, and the
-            hint what must be the `same`.
+        PlanError: another version of sleb began it, or it is other work.
     """
-    theirs, ours = found.get("format"), expected["format"]
-    if theirs != ours:
-        newer = isinstance(theirs, int) and theirs > ours
+    if found.get("format") != expected["format"]:
         raise PlanError(
-            f"{path} holds a {work} that {'a newer' if newer else 'an earlier'} version of sleb began.",
+            f"Another version of sleb began the {work} in {path}.",
             hint="Finish it with that version, or start over with --force.",
         )
     if differing := differences(expected, found):

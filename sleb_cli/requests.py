@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
@@ -59,11 +60,11 @@ DEFAULT_TEXT = "wikitext2"
 DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_HEAL_MINUTES = 10.0
 RECOVERY_TOKENS = 131_072
-"""Recovery takes more text than a search: it fits weights to it."""
+"""Recovery fits weights to the text, so it takes more than a search."""
 RECOVERY_SELF_TOKENS = 32_768
-"""Where the model writes all of it: writing a token takes as long as fitting several."""
+"""If the model writes all the text: writing a token takes as long as fitting several."""
 RECOVERY_LENGTH = 256
-"""Shorter than in a search: the same number of tokens costs less, and recovers as much."""
+"""Shorter than in a search: the same number of tokens costs less and recovers as much."""
 
 _MOST_SEED = 2**63 - 1
 _MOST_THREADS = 4096
@@ -91,25 +92,25 @@ _ESTIMATE = "Prediction without weights"
 
 
 def require_text(name: str) -> str:
-    """Return a name that plans and results, which are UTF-8, can hold.
+    """Return a name that plans and results, which are UTF-8, can store.
 
     Raises:
-        UsageError: the name of a file is not text in the encoding of this system.
+        UsageError: the name is not text in the encoding of this system.
     """
     try:
         name.encode()
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
         raise UsageError(
-            f"{name!a} is not {encoding}, which file names are here, so that no plan could hold it.",
-            hint="Rename it, or reach it by a link with another name. If it is text elsewhere, set LC_ALL=C.UTF-8.",
+            f"{name!a} is not valid {encoding}, so a plan cannot store it.",
+            hint="Rename it, or use a link with another name. If it is valid elsewhere, set LC_ALL=C.UTF-8.",
         ) from error
     return name
 
 
 @dataclass(frozen=True)
 class Doc:
-    """What help says about a field, and how the command line spells it.
+    """The help of a field, and its spelling on the command line.
 
     Attributes:
         help: one sentence.
@@ -121,7 +122,7 @@ class Doc:
         argument: it is a positional argument.
         repeated: the option may be given more than once; other tuples are lists with commas.
         least: the smallest number that it may be.
-        most: the largest one; by default, one that nobody could wait for.
+        most: the largest one; by default, more than anyone could wait for.
     """
 
     help: str
@@ -139,7 +140,7 @@ class Doc:
         """Check a value of the field.
 
         Raises:
-            UsageError: it is NaN, or out of range, as infinity always is.
+            UsageError: it is NaN or out of range.
         """
         shown = f"{number:g}" if isinstance(number, float) else number
         if not number >= self.least:
@@ -157,7 +158,7 @@ Device = Annotated[str, Doc("cpu, cuda, cuda:1, mps, xpu, npu, or auto.", panel=
 Stream = Annotated[
     bool | None,
     Doc(
-        "Read one block's weights at a time from the files, for a model larger than memory.",
+        "Read the weights from disk block by block, for a model larger than memory.",
         default="if it does not fit",
         flag="--stream/--no-stream",
         panel=_MACHINE,
@@ -180,7 +181,7 @@ ResultFile = Annotated[Path | None, Doc("Write the result to this JSON file.", s
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What all requests share: each number is in the range of its field.
+    """A request, whose numbers are all in the range of their fields.
 
     Raises:
         UsageError: one is not.
@@ -278,7 +279,7 @@ class CalibrationRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest(CalibrationRequest, TargetRequest):
-    """Everything that decides a search."""
+    """Which blocks to search for, and how."""
 
     model: Annotated[str, Doc("A Hub id, a folder, a .gguf file, or demo.", metavar="MODEL", argument=True)] = field(
         kw_only=False
@@ -328,19 +329,19 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     holdout: Annotated[
         float | None,
         Doc(
-            "Share of the sequences to keep out of the search, to show overfitting: 0.2.",
+            "Share of the sequences to hold out of the search, to detect overfitting: 0.2.",
             default=0,
             panel=_CALIBRATION,
         ),
     ] = None
     skip_bad_sequences: Annotated[
         bool,
-        Doc("Leave out sequences on which the dense model computes NaN or infinity.", panel=_CALIBRATION),
+        Doc("Skip sequences on which the dense model computes NaN or infinity.", panel=_CALIBRATION),
     ] = False
     sample_tokens: Annotated[
         int | None,
         Doc(
-            "Tokens that both models write at the end, to show a collapse; 0 writes none.",
+            "Tokens that both models generate at the end, to reveal a collapse; 0 for none.",
             default=DEFAULT_SAMPLE_TOKENS,
             panel=_CALIBRATION,
         ),
@@ -352,7 +353,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         int | None, Doc("Protect this many blocks at the end.", default=DEFAULT_PROTECTED, panel=_PROTECTION)
     ] = None
     protect: Annotated[
-        tuple[int, ...] | None, Doc("Protect these blocks, too: 5,11.", metavar="LIST", panel=_PROTECTION)
+        tuple[int, ...] | None, Doc("Also protect these blocks: 5,11.", metavar="LIST", panel=_PROTECTION)
     ] = None
     protect_kinds: Annotated[
         tuple[str, ...],
@@ -368,7 +369,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     device: Device = AUTO
     memory: Annotated[
         str | int | None,
-        Doc("Memory for the search beside the model: 8GiB.", default="a share of what is free", panel=_MACHINE),
+        Doc("Memory for the search, besides the model: 8GiB.", default="a share of what is free", panel=_MACHINE),
     ] = None
     batch_size: Annotated[
         int | None, Doc("Sequences per forward pass.", default="by device", panel=_MACHINE, least=1)
@@ -394,13 +395,13 @@ class SearchRequest(CalibrationRequest, TargetRequest):
 
     @property
     def plan_file(self) -> Path:
-        """Where the plan is written; an extended plan holds all that the old one did, so it may replace it."""
+        """Where the plan is written; an extended plan may replace the old one, which it contains."""
         return self.output or self.extend or DEFAULT_PLAN
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectRequest(Request):
-    """What to work on: a plan, or a model and the blocks to remove from it."""
+    """A plan, or a model and the blocks to remove from it."""
 
     subject: Annotated[
         str | None,
@@ -422,13 +423,11 @@ class SubjectRequest(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class OneSizeRequest(SubjectRequest):
-    """One size of the pruned model: that with all removals by default."""
+    """One size of the pruned model, by default the smallest."""
 
     remove: Annotated[
         int | None,
-        Doc(
-            "Remove only N blocks: those of the plan's step N, or the first N of --blocks.", metavar="N", panel=_SUBJECT
-        ),
+        Doc("Remove only N blocks: the plan's step N, or the first N of --blocks.", metavar="N", panel=_SUBJECT),
     ] = None
 
     @property
@@ -439,12 +438,12 @@ class OneSizeRequest(SubjectRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class SizesRequest(SubjectRequest):
-    """Sizes of the pruned model that are measured beside the dense one: the smallest by default."""
+    """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
     remove: Annotated[
         tuple[int, ...],
         Doc(
-            "Measure these sizes, each without N blocks of the plan or the first N of --blocks: 2,4,6.",
+            "Measure these sizes, each without N blocks: the plan's step N, or the first N of --blocks: 2,4,6.",
             metavar="LIST",
             panel=_SUBJECT,
         ),
@@ -465,7 +464,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
 
     source: Annotated[
         Path | None,
-        Doc("Remove the blocks from this GGUF file of the model, quantised or not.", metavar="GGUF", panel=_CHECKPOINT),
+        Doc("Remove the blocks from this GGUF file of the model, quantized or not.", metavar="GGUF", panel=_CHECKPOINT),
     ] = None
     dtype: Annotated[str | None, Doc("Cast the weights: float32, bfloat16, float16.", panel=_CHECKPOINT)] = None
     max_shard_size: Annotated[
@@ -473,7 +472,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     ] = None
     no_verify: Annotated[bool, Doc("Skip the proof after saving.", panel=_CHECKPOINT)] = False
     keep_failed: Annotated[
-        Path | None, Doc("If the proof fails, keep what was written in this folder.", metavar="DIR", panel=_CHECKPOINT)
+        Path | None, Doc("If the proof fails, keep the output in this folder.", metavar="DIR", panel=_CHECKPOINT)
     ] = None
     recover: Annotated[
         bool, Doc("Refit the blocks around each gap to the dense model, in closed form.", panel=_RECOVERY)
@@ -485,7 +484,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         float | None, Doc("Stop healing after this time.", default=f"{DEFAULT_HEAL_MINUTES:g}", panel=_RECOVERY)
     ] = None
     heal_tokens: Annotated[
-        int | None, Doc("Stop healing after this many tokens instead, which is reproducible.", panel=_RECOVERY, least=1)
+        int | None, Doc("Stop healing after this many tokens instead, reproducibly.", panel=_RECOVERY, least=1)
     ] = None
     resume: Annotated[bool, Doc("Continue an interrupted healing.", panel=_RECOVERY)] = False
     calibration: Annotated[
@@ -499,7 +498,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     samples: Annotated[
         int | None,
         Doc(
-            "Number of sequences; a fifth of them decide, and a tenth are reported on.",
+            "Number of sequences; a fifth of them choose the fits, and a tenth are for the report.",
             default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
             panel=_RECOVERY,
             least=1,
@@ -562,7 +561,7 @@ class EvalRequest(SizesRequest):
     ] = ()
     limit: Annotated[int | None, Doc("Use only the first items of each task.", panel=_QUALITY, least=1)] = None
     num_fewshot: Annotated[int | None, Doc("Examples in the prompt.", default="the task's own", panel=_QUALITY)] = None
-    apply_chat_template: Annotated[bool, Doc("Put tasks into the chat template.", panel=_QUALITY)] = False
+    apply_chat_template: Annotated[bool, Doc("Format tasks with the chat template.", panel=_QUALITY)] = False
     include_path: Annotated[Path | None, Doc("Folder with your own task files.", panel=_QUALITY)] = None
     show_flips: Annotated[
         int | None, Doc("Show up to N items of each task that only one model gets right.", metavar="N", panel=_QUALITY)
@@ -588,9 +587,9 @@ class EvalRequest(SizesRequest):
     bos: Annotated[bool, Doc("Begin every perplexity window with the BOS token.", panel=_QUALITY)] = False
     batch_size: Annotated[
         str | int,
-        Doc("Windows or requests of tasks per forward pass; auto is what suits the device.", panel=_QUALITY),
+        Doc("Text windows or task requests per forward pass; auto suits the device.", panel=_QUALITY),
     ] = AUTO
-    fresh: Annotated[bool, Doc("Measure again what is in the cache.", panel=_QUALITY)] = False
+    fresh: Annotated[bool, Doc("Measure again instead of reading the cache.", panel=_QUALITY)] = False
     dtype: Dtype = None
     device: Device = AUTO
     stream: Stream = None
@@ -615,7 +614,7 @@ class EvalRequest(SizesRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRequest(SizesRequest):
-    """What to time; numbers that are None follow from the workload and the device."""
+    """What to time, or to predict."""
 
     prompt: Annotated[bool, Doc("Time prompt processing (prefill).", panel=_WORKLOAD)] = False
     generation: Annotated[bool, Doc("Time generation (prefill and decode).", default="both", panel=_WORKLOAD)] = False
@@ -661,11 +660,11 @@ class BenchRequest(SizesRequest):
     ] = TRANSFORMERS
     source: Annotated[
         Path | None,
-        Doc("A GGUF file of the model, for engines that read such files.", metavar="GGUF", panel=_MACHINE),
+        Doc("A GGUF file of the model, for engines that read GGUF.", metavar="GGUF", panel=_MACHINE),
     ] = None
     estimate: Annotated[
         bool,
-        Doc("Time nothing: predict speed and memory from the model's config; no weights are read.", panel=_ESTIMATE),
+        Doc("Predict speed and memory from the model's config, without weights.", panel=_ESTIMATE),
     ] = False
     device_flops: Annotated[
         float | None,
@@ -681,7 +680,7 @@ class BenchRequest(SizesRequest):
     device_bandwidth: Annotated[
         float | None,
         Doc(
-            "With --estimate: bytes per second that its memory delivers, such as 3.35e12.",
+            "With --estimate: bytes per second of its memory, such as 3.35e12.",
             default="measured here",
             metavar="NUMBER",
             panel=_ESTIMATE,
@@ -689,6 +688,18 @@ class BenchRequest(SizesRequest):
             most=_MOST_PER_SECOND,
         ),
     ] = None
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Check that these fields have their defaults.
+
+        Raises:
+            UsageError: one does not; `why` ends the message: "requires --engine".
+        """
+        unset = BenchRequest()
+        for name in names:
+            if getattr(self, name) != getattr(unset, name):
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} {why}.", hint=f"Leave out {flag}.")
 
 
 @dataclass(frozen=True, kw_only=True)

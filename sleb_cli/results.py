@@ -523,25 +523,20 @@ class BenchResult(ResultRecord):
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.
 
-        A workload that was run again replaces the earlier one, with all its sizes, since it has a dense model's runs of
-        its own; unless it has fewer iterations.
+        A workload that was run again replaces the earlier one with all its sizes, since each run times the dense model
+        anew; but runs with fewer iterations replace nothing.
         """
         if self.setting != previous.setting:
             return self
-        outdone = {new.workload.identity for new, _ in self.outdone_by(previous)}
-        ours = [result for result in self.workloads if result.workload.identity not in outdone]
-        again = {result.workload.identity for result in ours}
-        workloads = (*(result for result in previous.workloads if result.workload.identity not in again), *ours)
-        used = {timing.removals for result in workloads for timing in result.pruned}
+        found = {result.workload.identity: result for result in previous.workloads}
+        for new in self.workloads:
+            earlier = found.get(new.workload.identity)
+            if earlier is None or earlier.workload.iterations <= new.workload.iterations:
+                found[new.workload.identity] = new
+        used = {timing.removals for result in found.values() for timing in result.pruned}
         sizes = {size.removals: size for size in (*previous.pruned, *self.pruned) if size.removals in used}
         ordered = tuple(sorted(sizes.values(), key=lambda size: len(size.removals)))
-        return self.model_copy(update={"pruned": ordered, "workloads": workloads})
-
-    def outdone_by(self, other: BenchResult) -> list[tuple[WorkloadResult, WorkloadResult]]:
-        """Return the workloads that the other result has with more iterations, each beside that."""
-        theirs = {result.workload.identity: result for result in other.workloads}
-        pairs = [(ours, theirs.get(ours.workload.identity)) for ours in self.workloads]
-        return [(ours, more) for ours, more in pairs if more and more.workload.iterations > ours.workload.iterations]
+        return self.model_copy(update={"pruned": ordered, "workloads": tuple(found.values())})
 
 
 class EstimatedTiming(Record):
@@ -569,40 +564,26 @@ class EstimatedSize(Record):
     timings: tuple[EstimatedTiming, ...]
 
 
-class RateRecord(Record):
-    """How fast matrices of a model's blocks, and its head, read the tokens of a phase on a device.
-
-    The overheads are the seconds of one call of an average block, and of all that is outside the blocks, besides.
-    """
-
-    blocks_flops_per_second: float
-    blocks_bytes_per_second: float
-    outside_flops_per_second: float
-    outside_bytes_per_second: float
-    block_overhead_seconds: float
-    outside_overhead_seconds: float
-
-
 class EstimatedWorkload(Record):
-    """A workload whose speed is predicted, and the rates in its two phases; `decode` is null without new tokens."""
+    """A workload whose speed is predicted; without new tokens, only the prompt is processed."""
 
     name: WorkloadName
     batch_size: int
     prompt_length: int
     new_tokens: int
-    prefill: RateRecord
-    decode: RateRecord | None
 
 
 class EstimateResult(ResultRecord):
     """The size of a model and its predicted speed, from its config: of the dense one, and of sizes of the pruned one.
 
-    `device` is that on which rates were measured, or "described" if they were given. The fingerprint is that of the
-    config alone.
+    Speed follows from the operations and bytes per second of the device, measured on this one or given by the user, in
+    which case `device` is "described". The fingerprint is that of the config alone.
     """
 
     kind: Literal["estimate"]
     processor: str | None
+    flops_per_second: float
+    bytes_per_second: float
     workloads: tuple[EstimatedWorkload, ...]
     dense: EstimatedSize
     pruned: tuple[EstimatedSize, ...]

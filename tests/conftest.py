@@ -46,7 +46,6 @@ from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
-from sleb_cli.engine.speed.peak_memory import AloneResult
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
 
@@ -295,8 +294,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
-    nothing = AloneResult(None, (None,) * 99)
-    monkeypatch.setattr(benchmark, "measure_alone", lambda alone, workloads, notify: nothing)
+    monkeypatch.setattr(benchmark, "measure_alone", lambda alone, workloads, notify: (None, [None] * 99))
 
 
 def slow(value: Any) -> Any:

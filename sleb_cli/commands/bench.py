@@ -10,17 +10,19 @@ from sleb_cli.requests import BenchRequest
 from sleb_cli.ui.bench import show_benchmark, show_estimate, show_markdown
 from sleb_cli.ui.console import show
 from sleb_cli.ui.progress import show_progress
+from sleb_plugins import UsageError
 
-MarkdownOption = Annotated[
-    bool, typer.Option("--markdown", help="Print the result as a Markdown table like llama-bench's, and nothing else.")
-]
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print only a Markdown table like llama-bench's.")]
 
 
 @takes(BenchRequest)
 def bench(
     request: BenchRequest, markdown: MarkdownOption = False, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
-    """Measure speed, memory and energy, dense and pruned in turn; or predict them."""
+    """Measure or predict the speed, memory and energy of the dense and the pruned model."""
+    for option, given in (("--json", json), ("--estimate", request.estimate)):
+        if markdown and given:
+            raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")
     if request.estimate:
         with show_progress(quiet=quiet) as notify:
             predicted = api.estimate(request, notify)

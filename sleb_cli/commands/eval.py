@@ -10,7 +10,7 @@ from sleb_cli.ui.progress import show_progress
 
 @takes(EvalRequest)
 def eval_(request: EvalRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Measure quality, dense beside pruned: perplexity and lm-eval tasks."""
+    """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
     with show_progress(quiet=quiet) as notify:
         result = api.evaluate(request, notify)
     show(result, lambda: show_evaluation(result, request.output), as_json=json)

@@ -14,7 +14,7 @@ from sleb_cli.requests import Doc
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
 
 
@@ -47,7 +47,7 @@ def _options(request_type: type[Any]) -> Iterator[_Option]:
 
 
 class _Option:
-    """One field on the command line."""
+    """A field of a request on the command line."""
 
     def __init__(self, field: Field[Any], kind: Any, doc: Doc) -> None:
         self.field, self.doc = field, doc

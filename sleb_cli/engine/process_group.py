@@ -1,17 +1,14 @@
 """The processes that a launcher started together: what they tell each other, and how they end together.
 
-Objects and tensors go through `torch.distributed`. Beside it, each process watches a *board*, a key-value store of
-torch's, so that it learns within moments that another one has failed, whatever it is doing.
+Objects and tensors go through `torch.distributed`. If a process ends, the exchanges of the others fail, and the
+launcher stops them. A process that fails leaves its error in the launcher's key-value store for the main one.
 """
 
 from __future__ import annotations
 
-import _thread
-import os
 import pickle
 import signal
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from sleb_cli.engine.third_party import translate_errors
@@ -30,14 +26,11 @@ from sleb_plugins import MachineError, SlebError
 
 T = TypeVar("T")
 
-# No step takes longer; a process that fails is noticed at once.
+# No step takes longer; a process that ends is noticed at once.
 LONGEST_STEP = timedelta(hours=24)
-# How long a process that is alive takes to answer, even if the machine is busy.
-ROLL_CALL_SECONDS = 3.0
-POLL_SECONDS = 0.0005
 STARTING_TIME = timedelta(minutes=10)
 
-_RERUN = "Rerun the command, a search or a healing with --resume: nothing is measured again."
+_FAILURE = "sleb/failure"
 
 Turn = list[list[T]]
 """What each process does before they exchange what they found."""
@@ -51,7 +44,7 @@ def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
 
 
 class PeerLost(Exception):
-    """The connection to another process broke, or another process has failed."""
+    """Another process has ended."""
 
 
 class ProcessGroup:
@@ -61,10 +54,6 @@ class ProcessGroup:
     """
 
     rank, size = 0, 1
-
-    def __init__(self) -> None:
-        self.sent_bytes = 0
-        """How many bytes of objects this process has sent."""
 
     @property
     def is_main(self) -> bool:
@@ -90,7 +79,7 @@ class ProcessGroup:
     def in_turn(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
         """Yield the items of all processes, each with its process's rank, in the order of ranks.
 
-        The main process has its own as they come, and nobody has those of the others before all are done.
+        The main process gets its own as they come; nobody gets those of the others before all are done.
         """
         own = []
         for item in items:
@@ -102,7 +91,7 @@ class ProcessGroup:
                 yield from ((rank, item) for item in found)
 
     def one_first(self, do: Callable[[], T]) -> T:
-        """Call `do` in one process of each machine before the others, which find in the cache what it put there."""
+        """Call `do` in one process of each machine before the others, which find its work in the cache."""
         if local_rank():
             self.gather(None)
             return do()
@@ -115,106 +104,76 @@ class _Launched(ProcessGroup):
     """Several processes. Objects go through the CPU, whatever device the tensors are on."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.rank, self.size = process_rank(), process_count()
         with translate_errors(_cannot_connect):
-            self._board = _Board(self.rank, self.size)
+            self._store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
             dist.init_process_group(
-                _backends(), store=self._board.store, rank=self.rank, world_size=self.size, timeout=LONGEST_STEP
+                _backends(), store=self._store, rank=self.rank, world_size=self.size, timeout=LONGEST_STEP
             )
 
     def gather(self, item: T) -> list[T]:
-        own, sizes = self._pickled(item)
-        padded = [torch.empty(max(sizes), dtype=torch.uint8) for _ in sizes]
-        self._run(dist.all_gather, padded, _padded(own, max(sizes)))
-        return [_unpickled(found, size) for found, size in zip(padded, sizes, strict=True)]
+        found: list[Any] = [None] * self.size
+        _exchange(dist.all_gather_object, found, item)
+        return found
 
     def from_main(self, compute: Callable[[], T]) -> T:
-        if not self.is_main:
-            size = torch.empty(1, dtype=torch.int64)
-            self._run(dist.broadcast, size, 0)
-            content = torch.empty(int(size), dtype=torch.uint8)
-            self._run(dist.broadcast, content, 0)
-            received: T = _unpickled(content, len(content))
-            return received
-        found = compute()
-        content = _as_bytes(found)
-        self._run(dist.broadcast, torch.tensor([len(content)]), 0)
-        self._run(dist.broadcast, content, 0)
-        self.sent_bytes += len(content)
-        return found
+        found: list[Any] = [compute() if self.is_main else None]
+        _exchange(dist.broadcast_object_list, found)
+        received: T = found[0]
+        return received
 
     def mean(self, tensor: Tensor) -> Tensor:
         total = tensor.clone()
-        self._run(dist.all_reduce, total)
+        _exchange(dist.all_reduce, total)
         return total / self.size
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        self._run(dist.broadcast, tensor, source)
+        _exchange(dist.broadcast, tensor, source)
         return tensor
 
-    def _pickled(self, item: Any) -> tuple[Tensor, list[int]]:
-        """Return an object as bytes, and the sizes of those of all processes."""
-        own = _as_bytes(item)
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        self._run(dist.all_gather, sizes, torch.tensor([len(own)]))
-        self.sent_bytes += len(own)
-        return own, [int(size) for size in sizes]
-
-    def _run(self, collective: Callable[..., Any], *arguments: Any) -> None:
-        """Run a collective operation, and wait for it in a way that leaves room for signals and failures.
-
-        Raises:
-            PeerLost: another process has failed.
-        """
-        try:
-            work = collective(*arguments, async_op=True)
-            while not work.is_completed():
-                if self._board.is_over.is_set():
-                    raise PeerLost
-                time.sleep(POLL_SECONDS)
-            work.wait()
-        except RuntimeError as error:
-            raise PeerLost from error
-
     def end_with(self, error: BaseException) -> BaseException:
-        """Have all processes end, and return what this one ends with: the main one with the cause."""
+        """Return what this process ends with: the main one with the cause, the others quietly."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this process says why it ends
+        is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
+        with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
+            if is_cause and not self.is_main:
+                self._store.set(_FAILURE, pickle.dumps(self._sent(error)))
+            if not is_cause and self.is_main and self._store.check([_FAILURE]):
+                failure: BaseException = pickle.loads(self._store.get(_FAILURE))
+                return failure
+        if isinstance(error, PeerLost | SystemExit) and self.is_main:
+            return MachineError(
+                f"One of the {self.size} processes has died or was stopped.",
+                hint="Memory may have run out. Rerun a search or a healing with --resume: nothing is measured again.",
+            )
+        return error if self.is_main or not isinstance(error, Exception) else WorkerFinished(1)
+
+    def _sent(self, error: BaseException) -> BaseException:
+        """Return the error as the main process raises it, or one that says the same if it cannot be sent."""
+        if isinstance(error, SlebError):
+            error.message = f"In process {self.rank} of {self.size}: {error.message}"
+        else:
+            error.add_note("".join(traceback.format_exception(error)))
         try:
-            self._board.post(error)
-            if self.is_main:
-                return self._cause(error)
-        except RuntimeError:  # the store is gone, and with it whoever kept it
-            if self.is_main and isinstance(error, PeerLost | SystemExit):
-                return MachineError("The connection to the other processes broke.", hint=_RERUN)
-        if self.is_main or not isinstance(error, Exception):
-            return error
-        return WorkerFinished(1)
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RuntimeError("".join(traceback.format_exception(error)))
+        return error
 
-    def _cause(self, error: BaseException) -> BaseException:
-        """Return why all processes end: an error of this one, that of another, or the death of another."""
-        if _explains(error):
-            return error
-        rank, posted = self._board.failure()
-        if _explains(posted):
-            return _named(posted, rank, self.size)
-        if lost := self._board.missing():
-            which = " and ".join(map(str, lost))
-            what = f"Process {which} of {self.size} has" if len(lost) == 1 else f"Processes {which} of {self.size} have"
-            return MachineError(f"{what} died.", hint=f"Memory may have run out. {_RERUN}")
-        return posted if isinstance(error, PeerLost) and error.__cause__ is None else error.__cause__ or error
 
-    def close(self) -> None:
-        """Leave the group."""
-        self._board.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def _exchange(collective: Callable[..., Any], *arguments: Any) -> None:
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        raise PeerLost from error
 
 
 @contextmanager
 def join_processes() -> Iterator[ProcessGroup]:
     """Yield the processes that a launcher started together with this one, or this one alone.
 
-    If one fails or dies, all end: the others are stopped like by a request to terminate.
+    If one fails or dies, all end.
 
     Raises:
         WorkerFinished: the body failed in another process than the main one, which says so.
@@ -229,98 +188,12 @@ def join_processes() -> Iterator[ProcessGroup]:
     except WorkerFinished:
         raise
     except BaseException as error:
-        ended = _uninterrupted(group, error)
+        ended = group.end_with(error)
         if ended is error:
             raise
         raise ended from None
     finally:
-        group.close()
-
-
-def _uninterrupted(group: _Launched, error: BaseException) -> BaseException:
-    try:
-        return group.end_with(error)
-    except SystemExit:  # what another process failed with came while this one was ending by itself
-        return group.end_with(error)
-
-
-class _Board:
-    """Where processes say that they have failed, and answer whether they are alive.
-
-    A thread waits for such news and interrupts what this process is doing. The store is that of the launcher, or where
-    it has none, of the main process.
-    """
-
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-        self.store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
-        self._client, self._watched = _connect(), _connect()
-        self.is_over = threading.Event()
-        self._is_closing = False
-        self._dead: list[int] = []
-        self._wait_for_all()
-        self._thread = threading.Thread(target=self._watch, name="sleb-processes", daemon=True)
-        self._thread.start()
-
-    def _wait_for_all(self) -> None:
-        """Wait for all processes here, where signals are heard, and not inside of torch."""
-        self._client.set(f"started/{self._rank}", "")
-        deadline = time.monotonic() + STARTING_TIME.total_seconds()
-        while not self._client.check([f"started/{rank}" for rank in range(self._size)]):
-            if time.monotonic() > deadline:
-                raise MachineError(
-                    f"Not all {self._size} processes have started.", hint="Check the launcher's settings."
-                )
-            time.sleep(0.02)
-
-    def _watch(self) -> None:
-        with suppress(RuntimeError):  # the store is gone
-            self._watched.wait([f"over/{self._rank}"], timedelta(days=365))
-        if self._is_closing:
-            return
-        with suppress(RuntimeError):
-            self._watched.set(f"alive/{self._rank}", "")
-        self.is_over.set()
-        # The handler that `run` sets, if any; without it, the next exchange ends this process.
-        _thread.interrupt_main(signal.SIGTERM)
-
-    def post(self, error: BaseException) -> None:
-        """Tell all processes to end; only the first error that is posted counts."""
-        self._is_closing = True
-        if self._client.add("failures", 1) == 1:
-            self._client.set("failure", pickle.dumps((self._rank, _picklable(error))))  # type: ignore[arg-type]
-        self._client.set(f"alive/{self._rank}", "")
-        for rank in range(self._size):
-            self._client.set(f"over/{rank}", "")
-
-    def failure(self) -> tuple[int, BaseException]:
-        """Return the rank of the process that failed first, and its error."""
-        rank, error = pickle.loads(self._client.get("failure"))
-        return rank, error
-
-    def missing(self) -> list[int]:
-        """Return the ranks of the processes that do not answer."""
-        self._dead = self._without("alive", range(self._size))
-        return self._dead
-
-    def _without(self, key: str, ranks: Iterable[int]) -> list[int]:
-        """Wait for a key of each of these processes, and return the ranks of those that do not set it."""
-        deadline, missing = time.monotonic() + ROLL_CALL_SECONDS, list(ranks)
-        while missing and time.monotonic() < deadline:
-            missing = [rank for rank in missing if not self._client.check([f"{key}/{rank}"])]
-            time.sleep(0.02 if missing else 0)
-        return missing
-
-    def close(self) -> None:
-        """End the thread; from now on, this process counts as alive. The main one may keep the store, so it is last."""
-        self._is_closing = True
-        with suppress(RuntimeError):
-            self._client.set(f"alive/{self._rank}", "")
-            self._client.set(f"over/{self._rank}", "")
-            self._thread.join(1)
-            self._client.set(f"left/{self._rank}", "")
-            if self._rank == 0:
-                self._without("left", set(range(self._size)) - set(self._dead))
+        dist.destroy_process_group()
 
 
 def _cannot_connect(words: str) -> MachineError:
@@ -330,50 +203,8 @@ def _cannot_connect(words: str) -> MachineError:
     )
 
 
-def _connect() -> Store:
-    """Return a client of the store; each is for one thread."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    client = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return PrefixStore(f"sleb/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", client)
-
-
 def _backends() -> str:
     """Return the backend of each kind of device on this machine."""
     known = dist.Backend.default_device_backend_map
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return f"cpu:gloo,{found.type}:{known[found.type]}" if found and found.type in known else "gloo"
-
-
-def _explains(error: BaseException) -> bool:
-    """Whether an error is the cause of an end, and not a consequence or a request."""
-    return isinstance(error, Exception) and not isinstance(error, PeerLost)
-
-
-def _named(error: BaseException, rank: int, size: int) -> BaseException:
-    """Say in which process an error was raised."""
-    if isinstance(error, SlebError):
-        error.message = f"In process {rank} of {size}: {error.message}"
-    return error
-
-
-def _picklable(error: BaseException) -> BaseException:
-    """Return the error, or one that says the same if it cannot be sent; one of ours needs no traceback."""
-    if not isinstance(error, SlebError):
-        error.add_note("".join(traceback.format_exception(error)))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
-
-
-def _as_bytes(item: Any) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(item)), dtype=torch.uint8)
-
-
-def _padded(content: Tensor, size: int) -> Tensor:
-    return torch.cat([content, content.new_zeros(size - len(content))])
-
-
-def _unpickled(content: Tensor, size: int) -> Any:
-    return pickle.loads(content[:size].numpy().tobytes())

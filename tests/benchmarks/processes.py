@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -114,14 +115,17 @@ def work(options: argparse.Namespace, group: ProcessGroup) -> None:
         scoring = Scoring(passes, Journal(), None, ignore, group=group)
         scoring.loss(())  # warms up
         group.gather(None)
-        start, sent, known = time.perf_counter(), group.sent_bytes, len(scoring.journal)
+        sizes: list[int] = []
+        gather = group.gather
+        setattr(group, "gather", lambda item: sizes.append(len(pickle.dumps(item))) or gather(item))  # noqa: B010
+        start, sent, known = time.perf_counter(), 0, len(scoring.journal)
         candidates = partial(Protection(1, 1).candidates, len(blocks))
         for choice in greedy(Problem(scoring.scorer(NegativeLogLikelihood())[0], candidates, options.steps)):
             measured["seconds"].append(time.perf_counter() - start)
-            measured["bytes"].append(group.sent_bytes - sent)
+            measured["bytes"].append(sum(sizes) - sent)
             measured["scores"].append((len(scoring.journal) - known) * len(passes.batches[0]))
             measured["removals"].append(choice.block)
-            start, sent, known = time.perf_counter(), group.sent_bytes, len(scoring.journal)
+            start, sent, known = time.perf_counter(), sum(sizes), len(scoring.journal)
     payload = b"x" * (measured["bytes"][0] or 1)
     start = time.perf_counter()
     for _ in range(100):

@@ -53,7 +53,7 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.recovery.closed_form import RIDGES
-from sleb_cli.engine.speed.rates import fastest
+from sleb_cli.engine.speed.estimate import measure_rate
 from sleb_cli.engine.speed.work import count_work
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
@@ -174,8 +174,7 @@ def flops_per_second(options: argparse.Namespace, tokens: int) -> float:
 
 def doubles_per_second() -> float:
     """Return the operations per second of a product in float64."""
-    matrix = torch.full((2048, 2048), 0.01, dtype=torch.float64)
-    return 2 * 2048**3 / fastest(lambda: matrix @ matrix, CPU)
+    return measure_rate(torch.float64, CPU).flops_per_second
 
 
 def seconds_to_read(folder: Path) -> float:

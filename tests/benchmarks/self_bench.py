@@ -16,8 +16,8 @@ from sleb_cli.engine.device import choose_device, choose_dtype
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn
-from sleb_cli.engine.speed.statistics import speedup_interval
 from sleb_cli.engine.speed.workloads import resolve_workload
+from sleb_cli.engine.statistics import median_ratio_interval
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -72,7 +72,7 @@ def tell(event: object) -> None:
 def compare(seconds: dict[str, list[float]]) -> Interval:
     """Print the speedup of the second model over the first, and return its interval."""
     first, second = seconds.values()
-    found = speedup_interval(first, second)
+    found = median_ratio_interval(first, second)
     if found is None:
         raise SystemExit("Use more --iterations: so few give no interval.")
     ratio = statistics.median(first) / statistics.median(second)

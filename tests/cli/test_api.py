@@ -48,7 +48,7 @@ def test_a_request_says_what_is_wrong_with_it(request_for):
     for request, words in (
         (request_for(), "No target given"),
         (request_for(ratio=0.2, remove=1), "different targets"),
-        (request_for(ratio=0.2, compare=("nll", "kl")), "compares nothing"),
+        (request_for(ratio=0.2, compare=("nll", "kl")), "does not compare"),
     ):
         with pytest.raises(UsageError, match=words):
             sleb.search(request)

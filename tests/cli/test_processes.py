@@ -19,7 +19,6 @@ from test_interrupted import plan_bytes
 
 from conftest import WORDS, calibration, llama_config, save_model, weight_bytes_of
 from sleb_cli import __main__ as program
-from sleb_cli.engine import process_group
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts
 from sleb_cli.engine.recovery import closed_form
@@ -182,13 +181,12 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, together, tmp_path, monkeypatch):
+def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, together, tmp_path):
     expected = whole()
-    monkeypatch.setattr(process_group, "ROLL_CALL_SECONDS", 0.5)
     with at_unit(1, 8, die):
         main, victim = together(2, *search)
     assert (main.code, victim.code) == (7, -signal.SIGKILL)
-    assert "error: Process 1 of 2 has died." in main.stderr
+    assert "error: One of the 2 processes has died or was stopped." in main.stderr
     assert "plan.json.journal: rerun with --resume to continue" in main.stderr
     assert "Traceback" not in main.stderr
     kept = len(journal_of(tmp_path / "plan.json").read_bytes().splitlines()) - 1
@@ -211,22 +209,21 @@ def refuse():
     raise DataError("The text has vanished.", hint="Bring it back.")
 
 
-def test_an_error_in_one_of_them_is_told_by_the_main_one(search, together, tmp_path):
-    with at_unit(2, 4, refuse):
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (refuse, DataError.exit_code, ["error: In process 1 of 3: The text has vanished.", "rerun with --resume"]),
+        (lambda: [][0], 1, ["IndexError: list index out of range", "test_processes.py"]),  # a bug keeps its traceback
+    ],
+    ids=["an error", "a bug"],
+)
+def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, fault, code, words):
+    with at_unit(1, 4, fault):
         main, *others = together(3, *search)
-    assert main.code == DataError.exit_code
-    assert main.stderr.count("error: ") == main.stderr.count("In process 2 of 3: The text has vanished.") == 1
-    assert "rerun with --resume" in main.stderr
-    assert all(each.code > 0 and not each.stdout + each.stderr for each in others)
-
-
-def test_a_bug_in_one_of_them_keeps_its_traceback(search, together):
-    with at_unit(1, 4, lambda: [][0]):
-        main, other = together(2, *search)
-    assert main.code == 1
-    assert "IndexError: list index out of range" in main.stderr
-    assert "test_processes.py" in main.stderr
-    assert (other.code, other.stderr) == (1, "")
+    assert main.code == code
+    assert [main.stderr.count(each) > 0 for each in words] == [True] * len(words)
+    assert main.stderr.count("error: ") <= 1
+    assert [(each.code, each.stdout + each.stderr) for each in others] == [(1, "")] * 2
 
 
 @pytest.mark.parametrize(
@@ -341,7 +338,7 @@ def processes_of(launcher):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize(("victim", "words"), [(1, "error: Process 1 of 2 has died."), (0, "")])
+@pytest.mark.parametrize(("victim", "words"), [(1, "error: One of the 2 processes has died"), (0, "")])
 def test_killed_under_a_launcher_all_end_and_three_go_on(search, run_sleb, text_file, launch, tmp_path, victim, words):
     longer = [*search, *calibration(text_file, samples=40, length=128)]
     assert run_sleb(*longer, "-o", "whole.json", "-q").exit_code == 0

@@ -6,8 +6,6 @@ import pytest
 
 from conftest import prose, save_model
 from families import tiny_config
-from sleb_cli.engine.speed import benchmark
-from sleb_cli.engine.speed.peak_memory import AloneResult
 
 
 @pytest.fixture
@@ -44,10 +42,8 @@ def run_bench(run_sleb, model, *options):
     return data
 
 
-def test_both_workloads_are_timed_on_both_models(run_sleb, simulate, tiny_llama, monkeypatch):
+def test_both_workloads_are_timed_on_both_models(run_sleb, simulate, tiny_llama, without_memory):
     simulate(float64=False)
-    nothing = AloneResult(None, (None, None))
-    monkeypatch.setattr(benchmark, "measure_alone", lambda *arguments: nothing)
     data = run_bench(run_sleb, tiny_llama, "--blocks", "1,2", "--new-tokens", 2)
     assert [measured["workload"]["name"] for measured in data["workloads"]] == ["prompt", "generation"]
     for measured in data["workloads"]:

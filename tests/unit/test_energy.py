@@ -38,9 +38,9 @@ def test_why_there_is_none_is_said(powercap, tmp_path):
     with pytest.raises(MachineError, match=f"the processor has no counter in {tmp_path / 'nowhere'}"):
         find_meter(CPU, tmp_path / "nowhere")
     (powercap / "intel-rapl:0" / "energy_uj").unlink()
-    with pytest.raises(MachineError, match="energy_uj is not readable by this user"):
+    with pytest.raises(MachineError, match=r"this user cannot read .*energy_uj"):
         find_meter(CPU, powercap)
-    with pytest.raises(MachineError, match="mps has no counter"):
+    with pytest.raises(MachineError, match="no energy counter for mps"):
         find_meter(torch.device("mps"), powercap)
 
 
@@ -63,17 +63,14 @@ def nvml(monkeypatch):
     return driver
 
 
-def test_a_gpu_is_asked_by_its_own_number(nvml):
-    meter = find_meter(torch.device("cuda:0"))
-    assert (meter.source, meter.joules()) == ("NVML", 5)
-
-
-def test_a_gpu_without_a_counter_is_said_so(nvml, monkeypatch):
+def test_a_gpu_is_asked_by_its_own_number(nvml, monkeypatch):
     def unsupported(handle):
         raise NVMLError("Not Supported")
 
+    meter = find_meter(torch.device("cuda:0"))
+    assert (meter.source, meter.joules()) == ("NVML", 5)
     nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported
-    with pytest.raises(MachineError, match="NVML says Not Supported"):
+    with pytest.raises(MachineError, match="NVML reports Not Supported"):
         find_meter(torch.device("cuda:0"))
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(MachineError, match="nvidia-ml-py is not installed"):

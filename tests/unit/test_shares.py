@@ -41,6 +41,8 @@ def test_batches_go_to_the_same_processes_in_every_step():
     assert [[share[0][0] for share in turn] for turn in turns[:2]] == [[0, 1, 2], [3, 4, 5]]
     assert [batch for share in turns[2] for batch, _ in share] == [6, 6, 6]
     assert list(deal([4, 5, 6], 2)) == [[[4], [5]], [[6], []]]
+    # More processes than candidates leave some idle.
+    assert split([(0, [1, 2])], 4, EQUAL_COSTS) == [[(0, [1])], [(0, [2])], [], []]
 
 
 @pytest.mark.parametrize(("batches", "processes"), [(1, 2), (1, 3), (2, 3), (4, 8), (5, 8)])
@@ -53,10 +55,6 @@ def test_what_is_left_is_split_evenly(batches, processes, costs):
     # In the order of the units, so that all processes record the same.
     flat = [(batch, block) for share in shares for batch, blocks in share for block in blocks]
     assert flat == [(batch, block) for batch, blocks in units for block in blocks]
-
-
-def test_more_processes_than_candidates_leave_some_idle():
-    assert split([(0, [1, 2])], 4, EQUAL_COSTS) == [[(0, [1])], [(0, [2])], [], []]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40))
@@ -82,7 +80,6 @@ def test_alone_a_process_exchanges_nothing():
     assert group.gather("x") == ["x"]
     assert group.from_main(lambda: 3) == group.one_first(lambda: 3) == 3
     assert list(group.in_turn(iter("ab"))) == [(0, "a"), (0, "b")]
-    assert group.sent_bytes == 0
 
 
 def test_each_process_takes_an_accelerator_of_its_own(simulate, monkeypatch):

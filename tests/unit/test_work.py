@@ -71,7 +71,7 @@ def test_of_the_experts_only_those_that_are_chosen_count(architecture):
     assert work.decode.flops.blocks[0] < 2 * (2 * expert + others) * 1.2
 
 
-def test_a_family_that_the_counter_cannot_run_gets_two_operations_per_weight(architecture, monkeypatch):
+def test_what_the_counter_cannot_run_takes_two_per_weight(architecture, monkeypatch):
     read = architecture(llama_config(3))
     monkeypatch.setattr("sleb_cli.engine.speed.work._counted_flops", lambda *given, all_logits: None)
     work = count_work(read, 2, 16, 0, torch.float32)

@@ -33,7 +33,7 @@ from sleb_plugins import OutputError, PlanError
 _KEY = "sleb"
 
 # Raise it when the same state would mean something else.
-FORMAT = 3
+FORMAT = 1
 
 SUFFIX = ".recovery"
 """How the names of the hidden folders end."""

@@ -1,4 +1,4 @@
-"""Counters of energy: NVML on NVIDIA's GPUs, RAPL in the processor, where the system lets us read them."""
+"""Energy counters: NVML on NVIDIA GPUs, RAPL in the processor, where the system lets us read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Meter(Protocol):
-    """A counter of energy that never goes back."""
+    """A counter of energy that only grows."""
 
     source: EnergySource
 
@@ -32,7 +32,9 @@ def find_meter(device: torch.device, powercap: Path = POWERCAP) -> Meter:
         return RaplMeter(powercap)
     if device.type == "cuda" and torch.version.cuda:
         return NvmlMeter(device)
-    raise MachineError(f"Energy is not measured: {device.type} has no counter that sleb knows.", hint="Use --device.")
+    raise MachineError(
+        f"Energy is not measured: sleb knows no energy counter for {device.type}.", hint="Use another --device."
+    )
 
 
 class RaplMeter:
@@ -52,32 +54,22 @@ class RaplMeter:
                 f"Energy is not measured: the processor has no counter in {powercap}.", hint="Use another machine."
             )
         try:
-            self._counters = [_Counter(zone) for zone in zones]
+            self._ranges = {zone / "energy_uj": int((zone / "max_energy_range_uj").read_text()) for zone in zones}
+            self._last = {file: int(file.read_text()) for file in self._ranges}
         except (OSError, ValueError) as error:
             raise MachineError(
-                f"Energy is not measured: {zones[0] / 'energy_uj'} is not readable by this user.",
-                hint="Let this user read it, or run as root.",
+                f"Energy is not measured: this user cannot read {zones[0] / 'energy_uj'}.",
+                hint="Give this user read access, or run as root.",
             ) from error
+        self._total = 0
 
     def joules(self) -> float:
-        """Return the energy since the meter was made."""
-        return sum(counter.microjoules() for counter in self._counters) / 1e6
-
-
-class _Counter:
-    """The counter of one package, which starts again at 0 when it is full."""
-
-    def __init__(self, zone: Path) -> None:
-        self._file, self._total = zone / "energy_uj", 0
-        self._range = int((zone / "max_energy_range_uj").read_text())
-        self._last = int(self._file.read_text())
-
-    def microjoules(self) -> int:
-        """Return the energy since the counter was first read."""
-        now = int(self._file.read_text())
-        self._total += now - self._last if now >= self._last else now + self._range - self._last
-        self._last = now
-        return self._total
+        """Return the energy since the meter was made; a full counter starts again at 0."""
+        for file, full in self._ranges.items():
+            now = int(file.read_text())
+            self._total += now - self._last[file] + (full if now < self._last[file] else 0)
+            self._last[file] = now
+        return self._total / 1e6
 
 
 class NvmlMeter:
@@ -104,7 +96,7 @@ class NvmlMeter:
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
             self.joules()
         except pynvml.NVMLError as error:
-            raise MachineError(f"Energy is not measured: NVML says {error}.", hint="Update the driver.") from error
+            raise MachineError(f"Energy is not measured: NVML reports {error}.", hint="Update the driver.") from error
 
     def joules(self) -> float:
         """Return the energy since the driver was loaded."""

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name
+from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, synchronize
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters
 from sleb_cli.engine.speed.benchmark import threads
-from sleb_cli.engine.speed.rates import Rate, Rates, measure_overhead, measure_rate
+from sleb_cli.engine.speed.bound import speedup_bound
 from sleb_cli.engine.speed.work import Cost, Work, count_work
 from sleb_cli.engine.speed.workloads import resolve_workloads
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.requests import AUTO, TRANSFORMERS, BenchRequest
-from sleb_cli.results import (
-    EstimatedSize,
-    EstimatedTiming,
-    EstimatedWorkload,
-    EstimateResult,
-    RateRecord,
-    Workload,
-    WorkRecord,
-)
+from sleb_cli.requests import AUTO, BenchRequest
+from sleb_cli.results import EstimatedSize, EstimatedTiming, EstimatedWorkload, EstimateResult, Workload
 from sleb_cli.version import __version__
 from sleb_plugins import UsageError
 
@@ -37,32 +30,51 @@ ROWS = 10
 DESCRIBED = torch.device("meta")
 """Stands for a device that is described by its figures."""
 
+_TIMING = ("engine", "source", "compile", "static_cache", "iterations", "warmup", "cooldown")
+
 
 @dataclass(frozen=True)
-class _Removal:
-    """The removal of `count` blocks: these, or average ones."""
+class Rate:
+    """How fast a device computes, and how fast it reads memory."""
 
-    count: int
-    blocks: tuple[int, ...] | None
+    flops_per_second: float
+    bytes_per_second: float
 
-    def of(self, sizes: Sizes) -> float:
-        """Return the quantity in the model after the removal."""
-        if self.blocks is not None:
-            return sizes.without(self.blocks)
-        return sizes.outside + sum(sizes.blocks) * (1 - self.count / len(sizes.blocks))
+    def seconds(self, flops: float, read: float) -> float:
+        """Return the time of these operations or of reading these bytes, whichever is longer."""
+        return max(flops / self.flops_per_second, read / self.bytes_per_second)
 
 
-_NOTHING = _Removal(0, ())
+@torch.inference_mode()
+def measure_rate(dtype: torch.dtype, device: torch.device) -> Rate:
+    """Time one product of square matrices and one copy of memory."""
+    side, size = (1024, 2**27) if device.type == "cpu" else (8192, 2**30)
+    matrix = torch.full((side, side), 0.01, dtype=dtype, device=device)
+    memory = torch.zeros(size, dtype=torch.uint8, device=device)
+    copy = torch.empty_like(memory)
+    product = _fastest(lambda: matrix @ matrix, device)
+    copying = _fastest(lambda: copy.copy_(memory), device)
+    return Rate(2 * side**3 / product, 2 * size / copying)  # each byte is read and written
+
+
+def _fastest(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of five runs, which other programs disturb least."""
+    run()
+    found = []
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 @dataclass(frozen=True)
 class _Predicted:
-    """A workload: its work, the rates of its phases, and the seconds of each part of the model."""
+    """The work of a workload, and the seconds of each part of the model."""
 
-    workload: Workload
     work: Work
-    prefill: Rates
-    decode: Rates | None
     seconds: Sizes
 
 
@@ -73,22 +85,42 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
         UsageError: an option does not apply, or a number is out of range.
         UnsupportedModelError: the size of the KV cache is unknown.
     """
-    _require_applicable(request)
+    described = _is_described(request)
     architecture = subject.architecture
-    described = request.device_flops is not None
-    device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, DESCRIBED if described else device)
+    device = DESCRIBED if described else choose_device(request.device)
+    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
     if architecture.is_quantized:
         notify(Notice(f"The weights are quantized; they are counted in {dtype_name(dtype)}."))
-    removals = _removals(subject, request)
-    workloads = resolve_workloads(request, subject, DESCRIBED if described else device, notify)
+    known, removals = bool(subject.surgery.removals), _removals(subject, request)
+    workloads = resolve_workloads(request, subject, device, notify)
     with threads(request.threads), task(notify, "Predicting the speed", len(workloads)) as advance:
+        if request.device_flops and request.device_bandwidth:
+            rate = Rate(request.device_flops, request.device_bandwidth)
+        else:
+            rate = measure_rate(dtype, device)
         predicted = []
         for workload in workloads:
-            predicted.append(_predict(architecture, workload, dtype, None if described else device, request))
+            shape = workload.batch_size, workload.prompt_length, workload.new_tokens
+            work = count_work(architecture, *shape, dtype)
+            seconds = _seconds(work, rate)
+            predicted.append(_Predicted(work, seconds) if known else _Predicted(_even_work(work), _even(seconds)))
             advance()
-    cache = _cache(architecture, workloads, dtype)
-    dense, *pruned = (_size(architecture, removal, predicted, cache, dtype) for removal in (_NOTHING, *removals))
+        processor = None if described else processor_name(device)
+    parameters, cache = count_parameters(architecture), _cache(architecture, workloads, dtype)
+    if not known:
+        parameters, cache = _even(parameters), cache and _even(cache)
+
+    def size(removed: tuple[int, ...]) -> EstimatedSize:
+        return EstimatedSize(
+            removed=len(removed),
+            removals=removed if known or not removed else None,
+            blocks=architecture.block_count - len(removed),
+            parameters=round(parameters.without(removed)),
+            weights_bytes=round(parameters.without(removed) * dtype.itemsize),
+            kv_cache_bytes=round(cache.without(removed)) if cache else None,
+            timings=tuple(_timing(one, removed) for one in predicted),
+        )
+
     return EstimateResult(
         schema_version=1,
         sleb_version=__version__,
@@ -96,84 +128,67 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
         model=architecture.record,
         dtype=dtype_name(dtype),
         device="described" if described else device.type,
-        processor=None if described else processor_name(device),
-        workloads=tuple(_workload(one) for one in predicted),
-        dense=dense,
-        pruned=tuple(pruned),
+        processor=processor,
+        flops_per_second=rate.flops_per_second,
+        bytes_per_second=rate.bytes_per_second,
+        workloads=tuple(map(_workload, workloads)),
+        dense=size(()),
+        pruned=tuple(map(size, removals)),
     )
 
 
-def _require_applicable(request: BenchRequest) -> None:
+def _is_described(request: BenchRequest) -> bool:
+    """Whether the request gives the figures of a device; check that all its options apply."""
     figures = {"--device-flops": request.device_flops, "--device-bandwidth": request.device_bandwidth}
-    for option, figure in figures.items():
-        if figure is None and any(figures.values()):
-            raise UsageError(
-                f"{option} is missing.", hint="Give both: --device-flops 989e12 --device-bandwidth 3.35e12 (an H100)."
-            )
-    given = {
-        "--engine": request.engine != TRANSFORMERS,
-        "--source": request.source is not None,
-        "--compile": request.compile,
-        "--static-cache": request.static_cache,
-    }
-    for option in (option for option, is_given in given.items() if is_given):
-        raise UsageError(f"{option} does not apply to --estimate.", hint=f"Leave out {option}.")
+    missing = [option for option, figure in figures.items() if figure is None]
+    if len(missing) == 1:
+        raise UsageError(
+            f"{missing[0]} is missing.", hint="Give both: --device-flops 989e12 --device-bandwidth 3.35e12 (an H100)."
+        )
+    request.refuse(_TIMING, "does not apply to --estimate")
+    if not missing:
+        request.refuse(("device", "threads"), "does not apply to --device-flops")
+    return not missing
 
 
-def _removals(subject: Subject, request: BenchRequest) -> list[_Removal]:
-    """Return the sizes that are asked for: of the plan or the named blocks, or else with average blocks."""
+def _removals(subject: Subject, request: BenchRequest) -> list[tuple[int, ...]]:
+    """Return the sizes that are asked for: of the plan or of --blocks, or else any blocks, which are average ones."""
     if subject.surgery.removals:
         every = None if request.remove else request.every or 1
-        surgeries = subject.sizes(replace(request, every=every))
-        return [_Removal(len(surgery.removals), surgery.removals) for surgery in surgeries]
+        return [surgery.removals for surgery in subject.sizes(replace(request, every=every))]
     blocks = subject.architecture.block_count
-    step = max(1, math.ceil(blocks // 2 / ROWS)) if request.every is None else request.every
-    asked = (*request.remove, *([] if request.every is None else [step]))
-    for count in asked:
+    step = request.every or max(1, math.ceil(blocks // 2 / ROWS))
+    for count in (*request.remove, *([request.every] if request.every else [])):
         if not 1 <= count < blocks:
             raise UsageError(f"Cannot remove {count} of {blocks} blocks.", hint=f"Name 1 to {blocks - 1}.")
     counts = sorted(set(request.remove)) or range(step, blocks // 2 + 1, step)
-    return [_Removal(count, None) for count in counts]
+    return [tuple(range(count)) for count in counts]
 
 
-def _predict(
-    architecture: Architecture,
-    workload: Workload,
-    dtype: torch.dtype,
-    device: torch.device | None,
-    request: BenchRequest,
-) -> _Predicted:
-    batch, prompt, new = workload.batch_size, workload.prompt_length, workload.new_tokens
-    work = count_work(architecture, batch, prompt, new, dtype)
-    if device is None:
-        rate = Rate(request.device_flops or 1, request.device_bandwidth or 1)
-        prefill = decode = Rates(rate, rate, Sizes(0, (0,) * architecture.block_count))
-    else:
-        overhead = measure_overhead(architecture, batch, dtype, device, generates=bool(new))
-
-        def measured(tokens: int, head_tokens: int) -> Rates:
-            return Rates(
-                measure_rate(architecture, "block", tokens, dtype, device),
-                measure_rate(architecture, "head", head_tokens, dtype, device),
-                overhead,
-            )
-
-        prefill = measured(batch * prompt, batch if new else batch * prompt)
-        decode = measured(batch, batch) if work.decode else prefill
-    seconds = _seconds(work.prefill, prefill, 1)
-    if work.decode:
-        seconds += _seconds(work.decode, decode, new - 1)
-    return _Predicted(workload, work, prefill, decode if work.decode else None, seconds)
+def _even(sizes: Sizes) -> Sizes:
+    """Return the same total with all blocks alike."""
+    count = len(sizes.blocks)
+    return Sizes(sizes.outside, (sum(sizes.blocks) / count,) * count)
 
 
-def _seconds(cost: Cost, rates: Rates, calls: int) -> Sizes:
-    """Return the seconds of each part in so many calls."""
-    outside = rates.outside.seconds(cost.flops.outside, cost.bytes.outside)
-    blocks = zip(cost.flops.blocks, cost.bytes.blocks, strict=True)
-    return Sizes(outside, tuple(rates.blocks.seconds(*block) for block in blocks)) + rates.overhead * calls
+def _even_work(work: Work) -> Work:
+    prefill, *decode = (
+        Cost(_even(cost.flops), _even(cost.bytes)) for cost in (work.prefill, work.decode) if cost is not None
+    )
+    return Work(prefill, decode[0] if decode else None)
+
+
+def _seconds(work: Work, rate: Rate) -> Sizes:
+    found = Sizes(0, (0,) * len(work.prefill.flops.blocks))
+    for cost in filter(None, (work.prefill, work.decode)):
+        blocks = zip(cost.flops.blocks, cost.bytes.blocks, strict=True)
+        outside = rate.seconds(cost.flops.outside, cost.bytes.outside)
+        found += Sizes(outside, tuple(rate.seconds(*block) for block in blocks))
+    return found
 
 
 def _cache(architecture: Architecture, workloads: Sequence[Workload], dtype: torch.dtype) -> Sizes | None:
+    """Return the KV cache at its largest in the last workload that has one."""
     generating = [workload for workload in workloads if workload.new_tokens]
     if not generating:
         return None
@@ -181,59 +196,20 @@ def _cache(architecture: Architecture, workloads: Sequence[Workload], dtype: tor
     return cache_bytes(architecture, dtype, length=last.prompt_length + last.new_tokens, batch=last.batch_size)
 
 
-def _size(
-    architecture: Architecture,
-    removal: _Removal,
-    predicted: Sequence[_Predicted],
-    cache: Sizes | None,
-    dtype: torch.dtype,
-) -> EstimatedSize:
-    parameters = removal.of(count_parameters(architecture))
-    return EstimatedSize(
-        removed=removal.count,
-        removals=removal.blocks,
-        blocks=architecture.block_count - removal.count,
-        parameters=round(parameters),
-        weights_bytes=round(parameters * dtype.itemsize),
-        kv_cache_bytes=round(removal.of(cache)) if cache else None,
-        timings=tuple(_timing(one, removal) for one in predicted),
-    )
-
-
-def _timing(predicted: _Predicted, removal: _Removal) -> EstimatedTiming:
-    prefill, decode, seconds = predicted.work.prefill, predicted.work.decode, removal.of(predicted.seconds)
-    terms = [term for cost in (prefill, decode) if cost for term in (cost.flops, cost.bytes)]
+def _timing(predicted: _Predicted, removed: tuple[int, ...]) -> EstimatedTiming:
+    seconds = predicted.seconds.without(removed)
     return EstimatedTiming(
-        work=WorkRecord(
-            prefill_flops=removal.of(prefill.flops),
-            prefill_bytes=removal.of(prefill.bytes),
-            decode_flops=removal.of(decode.flops) if decode else 0.0,
-            decode_bytes=removal.of(decode.bytes) if decode else 0.0,
-        ),
+        work=predicted.work.record(removed),
         seconds=seconds,
-        speedup=_NOTHING.of(predicted.seconds) / seconds,
-        bound=max(_NOTHING.of(term) / removal.of(term) for term in terms),
+        speedup=predicted.seconds.without(()) / seconds,
+        bound=speedup_bound(predicted.work, removed),
     )
 
 
-def _workload(predicted: _Predicted) -> EstimatedWorkload:
-    workload = predicted.workload
+def _workload(workload: Workload) -> EstimatedWorkload:
     return EstimatedWorkload(
         name=workload.name,
         batch_size=workload.batch_size,
         prompt_length=workload.prompt_length,
         new_tokens=workload.new_tokens,
-        prefill=_rates(predicted.prefill),
-        decode=_rates(predicted.decode) if predicted.decode else None,
-    )
-
-
-def _rates(rates: Rates) -> RateRecord:
-    return RateRecord(
-        blocks_flops_per_second=rates.blocks.flops_per_second,
-        blocks_bytes_per_second=rates.blocks.bytes_per_second,
-        outside_flops_per_second=rates.outside.flops_per_second,
-        outside_bytes_per_second=rates.outside.bytes_per_second,
-        block_overhead_seconds=sum(rates.overhead.blocks) / len(rates.overhead.blocks),
-        outside_overhead_seconds=rates.overhead.outside,
     )

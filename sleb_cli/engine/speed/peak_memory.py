@@ -15,14 +15,13 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from sleb_cli.engine.device import free_memory, synchronize
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.speed.in_turn import draw_prompts
-from sleb_cli.engine.speed.transformers_model import TransformersModel
+from sleb_cli.engine.speed.timing import draw_prompts
+from sleb_cli.engine.speed.transformers_model import TransformersModel, weights_bytes
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
@@ -43,19 +42,13 @@ class Alone:
     threads: int
 
 
-@dataclass(frozen=True)
-class AloneResult:
-    """How long the model took to load, and the memory of each workload; None where that could not be measured."""
+def measure_alone(
+    alone: Alone, workloads: Sequence[Workload], notify: Notify
+) -> tuple[float | None, list[MemoryRecord | None]]:
+    """Load the model in a process of its own and run each workload once; return the seconds and the memory of each.
 
-    load_seconds: float | None
-    memory: tuple[MemoryRecord | None, ...]
-
-
-def measure_alone(alone: Alone, workloads: Sequence[Workload], notify: Notify) -> AloneResult:
-    """Load the model in a process of its own, and run each workload once.
-
-    If the system kills the process for its memory, the remaining workloads run in a new one. An accelerator that does
-    not tell its peak (MPS) has no memory in the result.
+    If the system kills the process for its memory, the remaining workloads run in a new one. A memory is None if it
+    could not be measured, as on an accelerator that does not report its peak (MPS).
     """
     which = f"without {len(alone.removals)} blocks" if alone.removals else "of the dense model"
     load_seconds: float | None = None
@@ -70,10 +63,10 @@ def measure_alone(alone: Alone, workloads: Sequence[Workload], notify: Notify) -
                         advance()
                 except BrokenProcessPool:
                     lost = workloads[len(memory)].label
-                    notify(Notice(f"The peak memory {which} in {lost} could not be measured: the process was killed."))
+                    notify(Notice(f"The peak memory {which} in {lost} is unknown: the process was killed."))
                     memory.append(None)
                     advance()
-    return AloneResult(load_seconds, tuple(memory))
+    return load_seconds, memory
 
 
 @contextmanager
@@ -90,8 +83,8 @@ def _process() -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-_loaded: tuple[Any, Alone] | None = None
-"""What this process measures, if it is one that `measure_alone` started."""
+_loaded: tuple[Any, torch.device] | None = None
+"""The model in this process, if `measure_alone` started it."""
 
 
 def _load(alone: Alone) -> float:
@@ -107,22 +100,22 @@ def _load(alone: Alone) -> float:
     else:
         model = load_dense(architecture, alone.dtype, alone.device, ignore)
     synchronize(alone.device)
-    _loaded = model, alone
+    _loaded = model, alone.device
     return time.perf_counter() - start
 
 
 def _measure(workload: Workload) -> MemoryRecord | None:
     """Return the memory of one run of the loaded model."""
     assert _loaded is not None
-    model, alone = _loaded
+    model, device = _loaded
     runner = TransformersModel(model, workload)
     prompts = draw_prompts(workload, model.config.get_text_config().vocab_size, 0)
     if workload.compiled:
         runner.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
     free_memory()
-    with as_transformers_loads([model]), _watch(alone.device) as peak:
+    with as_transformers_loads([model]), _watch(device) as peak:
         cache = runner.run_for_cache(prompts, workload.new_tokens)
-        synchronize(alone.device)
+        synchronize(device)
     found, weights = peak(), weights_bytes(model)
     if found is None:
         return None
@@ -130,29 +123,16 @@ def _measure(workload: Workload) -> MemoryRecord | None:
     return MemoryRecord(peak_bytes=found, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
 
 
-def weights_bytes(model: Any) -> int:
-    """Return the bytes of all that is stored of a model, each tensor once; packed weights are buffers."""
-    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
-    return sum(tensor.nbytes for tensor in stored.values())
-
-
 @contextmanager
 def _watch(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """Watch memory while the body runs; the yielded function returns the peak, or None if it is unknown."""
-    if device.type == "cpu":
-        with _watch_resident_bytes() as peak:
-            yield peak
+    if device.type != "cpu":
+        backend = torch.get_device_module(device.type)
+        known = hasattr(backend, "max_memory_allocated")
+        if known:
+            backend.reset_peak_memory_stats(device)
+        yield lambda: int(backend.max_memory_allocated(device)) if known else None
         return
-    backend = torch.get_device_module(device.type)
-    known = hasattr(backend, "max_memory_allocated")
-    if known:
-        backend.reset_peak_memory_stats(device)
-    yield lambda: int(backend.max_memory_allocated(device)) if known else None
-
-
-@contextmanager
-def _watch_resident_bytes() -> Iterator[Callable[[], int]]:
-    """Sample this process's resident memory while the body runs; the yielded function returns the peak."""
     process = psutil.Process()
     samples = [process.memory_info().rss]
     done = threading.Event()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,18 +13,19 @@ from transformers import CompileConfig, GenerationConfig
 from transformers.generation import BaseStreamer
 
 from sleb_cli.engine.device import synchronize
-from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.model.generation import as_transformers_loads, generate
 from sleb_cli.engine.model.sizes import cache_layers, layer_tensors
 from sleb_cli.engine.third_party import translate_errors
 from sleb_cli.results import Workload
 from sleb_plugins import MachineError, SlebError, UnsupportedModelError
-from sleb_plugins.engine import LoadedModel, TimedRun
+from sleb_plugins.engine import TimedRun
 
+# After eight models, torch would run the others without compiling them.
 MOST_COMPILED = 256
 
 
-class TransformersModel(LoadedModel):
-    """A model of transformers with the settings of a workload."""
+class TransformersModel:
+    """A transformers model with the settings of a workload."""
 
     def __init__(self, model: Any, workload: Workload) -> None:
         self._model, self._workload = model, workload
@@ -36,7 +37,7 @@ class TransformersModel(LoadedModel):
 
         Raises:
             MachineError: the model cannot be compiled here.
-            UnsupportedModelError: it cannot generate.
+            UnsupportedModelError: the model cannot generate text.
         """
         ids, clock = self._on_device(prompts), _TokenClock()
         synchronize(ids.device)
@@ -58,9 +59,6 @@ class TransformersModel(LoadedModel):
             return 0
         output = self._generate(ids, new_tokens, return_dict_in_generate=True)
         return sum(tensor.nbytes for layer in cache_layers(output) for tensor in layer_tensors(layer))
-
-    def close(self) -> None:
-        """Do nothing: the model belongs to the caller."""
 
     def _on_device(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(prompts, device=self._model.device)
@@ -87,29 +85,38 @@ class TransformersModel(LoadedModel):
 
 
 class _TokenClock(BaseStreamer):  # type: ignore[misc]
-    """Notes when each step's tokens arrive on the host, for which transformers waits for the device; prompts first."""
+    """Notes when the tokens of each step reach the host, the prompts first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Note the time."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Do nothing: the time of the end is taken outside."""
+        pass
+
+
+def weights_bytes(model: Any) -> int:
+    """Return the bytes of all tensors stored in a model, each once; packed weights are buffers."""
+    stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
+    return sum(tensor.nbytes for tensor in stored.values())
 
 
 @contextmanager
-def compiled_anew() -> Iterator[None]:
-    """Forget what was compiled before, and compile all models: after eight, torch would run the others as they are."""
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED):
-        yield
+def as_timed(models: Iterable[Any], workload: Workload) -> Iterator[None]:
+    """Let models run as transformers loads them, and compile each anew if the workload asks for it."""
+    with as_transformers_loads(models):
+        if not workload.compiled:
+            yield
+            return
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED):
+            yield
 
 
 def _compile_everywhere() -> CompileConfig:
-    """Return settings that let transformers compile the decoding on a CPU, too."""
+    """Let transformers compile the decoding on a CPU, too."""
     config = CompileConfig()
     config._compile_all_devices = True
     return config

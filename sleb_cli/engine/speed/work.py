@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import ConditionsHold, Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.third_party import translate_errors
+from sleb_cli.results import WorkRecord
 from sleb_plugins import UnsupportedModelError
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_layer")
@@ -40,6 +41,16 @@ class Work:
 
     prefill: Cost
     decode: Cost | None
+
+    def record(self, removed: Collection[int]) -> WorkRecord:
+        """Return the work of the model without these blocks."""
+        prefill, decode = self.prefill, self.decode
+        return WorkRecord(
+            prefill_flops=prefill.flops.without(removed),
+            prefill_bytes=prefill.bytes.without(removed),
+            decode_flops=decode.flops.without(removed) if decode else 0.0,
+            decode_bytes=decode.bytes.without(removed) if decode else 0.0,
+        )
 
 
 def count_work(architecture: Architecture, batch: int, prompt_length: int, new_tokens: int, dtype: torch.dtype) -> Work:

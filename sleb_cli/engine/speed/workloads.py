@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify
-from sleb_cli.requests import TRANSFORMERS, BenchRequest, WorkloadName
+from sleb_cli.requests import BenchRequest, WorkloadName
 from sleb_cli.results import Workload
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
@@ -20,52 +20,38 @@ SEED = 0
 _SWEPT = {"batch": "batch_size", "prompt": "prompt_length", "new": "new_tokens"}
 """What a sweep can vary, and the option for one value of it."""
 
-
-@dataclass(frozen=True)
-class _Defaults:
-    batch_size: int
-    prompt_length: int
-    new_tokens: int
-    iterations: int
-
+_Defaults = dict[str, int]
 
 # Accelerators use the settings of the paper (Song et al., ICML 2024, section 4.3); CPUs, settings that take minutes.
 _ON_ACCELERATOR: dict[WorkloadName, _Defaults] = {
-    "prompt": _Defaults(batch_size=1, prompt_length=2048, new_tokens=0, iterations=50),
-    "generation": _Defaults(batch_size=64, prompt_length=64, new_tokens=128, iterations=10),
+    "prompt": {"batch_size": 1, "prompt_length": 2048, "new_tokens": 0, "iterations": 50},
+    "generation": {"batch_size": 64, "prompt_length": 64, "new_tokens": 128, "iterations": 10},
 }
 _ON_CPU: dict[WorkloadName, _Defaults] = {
-    "prompt": _Defaults(batch_size=1, prompt_length=512, new_tokens=0, iterations=10),
-    "generation": _Defaults(batch_size=4, prompt_length=64, new_tokens=32, iterations=10),
+    "prompt": {"batch_size": 1, "prompt_length": 512, "new_tokens": 0, "iterations": 10},
+    "generation": {"batch_size": 4, "prompt_length": 64, "new_tokens": 32, "iterations": 10},
 }
 
 
 def resolve_workloads(
     request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
 ) -> tuple[Workload, ...]:
-    """Return all workloads that the request names: prompt and generation by default, and every point of its sweep.
+    """Return all workloads of a request: prompt and generation by default, and every point of its sweep.
 
     Raises:
-        UsageError: a number is out of range, the sweep says nothing sensible, or a text exceeds the model's positions.
+        UsageError: a number is out of range, the sweep is malformed, or a text exceeds the model's positions.
     """
-    points = sweep_requests(request)
-    found = [resolve_workload(name, point, subject, device, notify) for name in _names(request) for point in points]
+    names: tuple[WorkloadName, ...] = ("prompt", "generation")
+    if request.prompt != request.generation:
+        names = ("prompt",) if request.prompt else ("generation",)
+    points = _sweep_points(request)
+    found = [resolve_workload(name, point, subject, device, notify) for name in names for point in points]
     # Several points are the same prompt workload if only their new tokens differ.
     return tuple(dict.fromkeys(found))
 
 
-def _names(request: BenchRequest) -> tuple[WorkloadName, ...]:
-    if request.prompt == request.generation:
-        return ("prompt", "generation")
-    return ("prompt",) if request.prompt else ("generation",)
-
-
-def sweep_requests(request: BenchRequest) -> list[BenchRequest]:
-    """Return a request for each combination of the sweep's values; without a sweep, the request itself.
-
-    Raises:
-        UsageError: a part is not like batch=1,8,32, or sweeps what another part or option sets.
-    """
+def _sweep_points(request: BenchRequest) -> list[BenchRequest]:
+    """Return a request for each combination of the sweep's values; without a sweep, the request itself."""
     values: dict[str, list[Any]] = {}
     for part in " ".join(request.sweep).split():
         name, _, numbers = part.partition("=")
@@ -74,48 +60,40 @@ def sweep_requests(request: BenchRequest) -> list[BenchRequest]:
             raise UsageError(f"--sweep cannot vary {name!r}.", hint=hint)
         field = _SWEPT[name]
         if field in values or getattr(request, field) is not None:
-            other = "twice" if field in values else f"and --{field.replace('_', '-')}, too"
+            other = "twice" if field in values else f"and so does --{field.replace('_', '-')}"
             raise UsageError(f"--sweep sets {name} {other}.", hint=f"Set it once: {name}=1,8.")
-        values[field] = _read_numbers(part, numbers)
-    combinations = product(*values.values())
-    return [replace(request, **dict(zip(values, point, strict=True))) for point in combinations]
-
-
-def _read_numbers(part: str, numbers: str) -> list[int]:
-    try:
-        read = [int(number) for number in numbers.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"--sweep {part!r} is not a name with a list of numbers.", hint="Write it like batch=1,8,32."
-        ) from error
-    return list(dict.fromkeys(read))
+        try:
+            values[field] = list(dict.fromkeys(map(int, numbers.split(","))))
+        except ValueError as error:
+            raise UsageError(
+                f"--sweep {part!r} is not a name and a list of numbers.", hint="Write it like batch=1,8,32."
+            ) from error
+    return [replace(request, **dict(zip(values, point, strict=True))) for point in product(*values.values())]
 
 
 def resolve_workload(
     name: WorkloadName, request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
 ) -> Workload:
-    """Fill unset options with the defaults, with a notice if a CPU runs less than the paper's setting.
+    """Fill in the defaults, with a notice if a CPU runs less than the paper's setting.
 
     Raises:
         UsageError: a number is out of range, or the text exceeds the model's positions.
     """
-    standard = (_ON_CPU if device.type == "cpu" else _ON_ACCELERATOR)[name]
-
-    def pick(field: str) -> int:
-        asked: int | None = getattr(request, field)
-        value: int = getattr(standard, field) if asked is None else asked
-        return value
-
+    paper = _ON_ACCELERATOR[name]
+    defaults = _ON_CPU[name] if device.type == "cpu" else paper
+    asked = {field: getattr(request, field) for field in defaults if name == "generation" or field != "new_tokens"}
+    chosen = defaults | {field: value for field, value in asked.items() if value is not None}
     if request.compile and request.warmup == 0:
         raise UsageError("--warmup 0 is too small: the compilation would be timed.", hint="Use 1 or more.")
-    new_tokens = pick("new_tokens") if name == "generation" else 0
+    if request.prompt_length is None and (limit := subject.architecture.longest_sequence):
+        chosen["prompt_length"] = max(1, min(chosen["prompt_length"], limit - chosen["new_tokens"]))
     workload = Workload(
         name=name,
-        engine=TRANSFORMERS,
-        batch_size=pick("batch_size"),
-        prompt_length=_fitting(pick("prompt_length"), new_tokens, request, subject),
-        new_tokens=new_tokens,
-        iterations=pick("iterations"),
+        engine=request.engine,
+        batch_size=chosen["batch_size"],
+        prompt_length=chosen["prompt_length"],
+        new_tokens=chosen["new_tokens"],
+        iterations=chosen["iterations"],
         warmup=request.warmup,
         cooldown=request.cooldown,
         seed=SEED,
@@ -123,25 +101,22 @@ def resolve_workload(
         # transformers compiles the decoding only with such a cache.
         static_cache=name == "generation" and (request.static_cache or request.compile),
     )
-    if device.type == "cpu" and _is_smaller(workload, _ON_ACCELERATOR[name]) and not request.sweep:
-        notify(Notice(f"{name}: {workload}, smaller than the paper's setting because this is a CPU."))
+    _require_positions(workload, subject)
+    if device.type == "cpu" and _tokens(chosen) < _tokens(paper) and not request.sweep:
+        notify(Notice(f"{name}: {workload}, less than the paper's setting because this is a CPU."))
     return workload
 
 
-def _fitting(length: int, new_tokens: int, request: BenchRequest, subject: Subject) -> int:
-    """Return the length of the prompt if the model has positions for all; a default is cut to what it has."""
+def _require_positions(workload: Workload, subject: Subject) -> None:
     limit = subject.architecture.longest_sequence
-    if request.prompt_length is None and limit:
-        length = max(1, min(length, limit - new_tokens))
-    if limit and length + new_tokens > limit:
-        new = f" and {new_tokens} new ones" if new_tokens else ""
+    if limit and workload.prompt_length + workload.new_tokens > limit:
+        new = f" and {workload.new_tokens} new ones" if workload.new_tokens else ""
         raise UsageError(
-            f"A prompt of {length} tokens{new} exceeds the {limit} positions of {subject.architecture.source.id}.",
+            f"A prompt of {workload.prompt_length} tokens{new} exceeds the {limit} positions of "
+            f"{subject.architecture.source.id}.",
             hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
         )
-    return length
 
 
-def _is_smaller(workload: Workload, paper: _Defaults) -> bool:
-    ours = workload.batch_size * (workload.prompt_length + workload.new_tokens)
-    return ours < paper.batch_size * (paper.prompt_length + paper.new_tokens)
+def _tokens(settings: _Defaults) -> int:
+    return settings["batch_size"] * (settings["prompt_length"] + settings["new_tokens"])

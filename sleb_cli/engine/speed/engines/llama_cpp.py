@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -42,8 +41,8 @@ class LlamaCpp(PackagedEngine):
         """Load a GGUF file, onto the GPU if this build of llama.cpp uses one.
 
         Raises:
-            MachineError: llama-cpp-python is not installed, or the memory is short.
-            UnsupportedModelError: llama.cpp does not read this file.
+            MachineError: llama-cpp-python is not installed, or memory is too small.
+            UnsupportedModelError: llama.cpp cannot read this file.
         """
         return _LoadedGguf(self.imported(), model, settings)
 
@@ -60,11 +59,17 @@ class _LoadedGguf(LoadedModel):
                     f"llama.cpp cannot load {file.name}{_because(errors)}.",
                     hint="Upgrade llama-cpp-python, or use another engine.",
                 )
-            self._context = llama.llama_init_from_model(self._model, _context_settings(llama, settings))
+            # Each sequence takes a multiple of 256 tokens.
+            options = llama.llama_context_default_params()
+            options.n_ctx = settings.batch_size * 256 * math.ceil(settings.sequence_length / 256)
+            options.n_seq_max = settings.batch_size
+            options.n_batch = _BATCH_TOKENS
+            options.n_threads = options.n_threads_batch = settings.threads
+            self._context = llama.llama_init_from_model(self._model, options)
             if not self._context:
                 self.close()
                 raise MachineError(
-                    f"llama.cpp has no memory for {settings.batch_size} x {settings.sequence_length} tokens of "
+                    f"llama.cpp ran out of memory for {settings.batch_size} x {settings.sequence_length} tokens of "
                     f"{file.name}{_because(errors)}.",
                     hint="Use a smaller --batch-size or --prompt-length.",
                 )
@@ -72,18 +77,18 @@ class _LoadedGguf(LoadedModel):
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Process the prompts as llama-bench does, in batches of up to 2,048 tokens, then decode token by token."""
-        llama = self._llama
-        llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         entries = [
             _Entry(token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
             for position, token in enumerate(prompt)
         ]
         chunks = [entries[start : start + _BATCH_TOKENS] for start in range(0, len(entries), _BATCH_TOKENS)]
-        with _batches(llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
+        with _batches(self._llama, [*chunks, entries[: len(prompts)]]) as (*prepared, step):
             start = time.perf_counter()
-            read = (self._decode(batch, chunk) for batch, chunk in zip(prepared, chunks, strict=True))
-            chosen = list(itertools.chain.from_iterable(read))
+            chosen = [
+                token for batch, chunk in zip(prepared, chunks, strict=True) for token in self._decode(batch, chunk)
+            ]
             arrivals = [time.perf_counter() - start]
             for made in range(new_tokens - 1):
                 rows = [_Entry(chosen[n], len(prompt) + made, n, True) for n, prompt in enumerate(prompts)]
@@ -117,16 +122,6 @@ class _LoadedGguf(LoadedModel):
         self._context = self._model = None
 
 
-def _context_settings(llama: Any, settings: EngineSettings) -> Any:
-    """Return the settings of a context that holds all sequences, each in a multiple of 256 tokens."""
-    found = llama.llama_context_default_params()
-    found.n_ctx = settings.batch_size * 256 * math.ceil(settings.sequence_length / 256)
-    found.n_seq_max = settings.batch_size
-    found.n_batch = _BATCH_TOKENS
-    found.n_threads = found.n_threads_batch = settings.threads
-    return found
-
-
 @contextmanager
 def _batches(llama: Any, chunks: Sequence[Sequence[_Entry]]) -> Iterator[list[Any]]:
     """Prepare batches outside the timed part."""
@@ -152,7 +147,7 @@ def _fill(batch: Any, entries: Sequence[_Entry]) -> None:
 
 @contextmanager
 def _quiet(llama: Any) -> Iterator[list[str]]:
-    """Collect the errors that llama.cpp would print, and drop all else that it says, now and later."""
+    """Collect the errors that llama.cpp would print, and silence everything else, now and later."""
     errors: list[str] = []
 
     def listen(level: int, text: bytes, _: Any) -> None:

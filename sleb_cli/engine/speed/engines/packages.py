@@ -24,13 +24,14 @@ class PackagedEngine(Engine):
     extra: ClassVar[str]
 
     def version(self) -> str:
-        """Return the package and its version.
+        """Return the distribution and its version; builds for CPUs have names of their own.
 
         Raises:
             MachineError: it is not installed.
         """
         self.imported()
-        return package_version(self.module)
+        names = packages_distributions().get(self.module)
+        return f"{names[0]} {version(names[0])}" if names else self.module
 
     def imported(self) -> Any:
         """Return the module.
@@ -38,33 +39,15 @@ class PackagedEngine(Engine):
         Raises:
             MachineError: it is not installed, or does not load on this machine.
         """
-        return import_engine(self.module, self.title, self.extra)
-
-
-def import_engine(module: str, name: str, extra: str) -> Any:
-    """Import an engine's module.
-
-    Raises:
-        MachineError: it is not installed, or does not load on this machine.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise _broken(name, error) from error
-        raise MachineError(f"{name} is not installed.", hint=f"Run `pip install 'sleb[{extra}]'`.") from error
-    except (ImportError, OSError, RuntimeError) as error:  # a library that it needs is missing, or for another machine
-        raise _broken(name, error) from error
-
-
-def package_version(module: str) -> str:
-    """Return the distribution that a module comes from, with its version: builds for CPUs have names of their own."""
-    names = packages_distributions().get(module)
-    return f"{names[0]} {version(names[0])}" if names else module
-
-
-def _broken(name: str, error: Exception) -> MachineError:
-    words = str(error).splitlines() or [type(error).__name__]
-    return MachineError(
-        f"{name} is installed, but does not load: {words[0].rstrip('.')}.", hint="Install it again for this machine."
-    )
+        try:
+            return importlib.import_module(self.module)
+        except (ImportError, OSError, RuntimeError) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name == self.module:
+                raise MachineError(
+                    f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`."
+                ) from error
+            words = str(error).splitlines() or [type(error).__name__]
+            raise MachineError(
+                f"{self.title} is installed, but does not load: {words[0].rstrip('.')}.",
+                hint="Reinstall it for this machine.",
+            ) from error

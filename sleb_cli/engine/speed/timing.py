@@ -1,0 +1,256 @@
+"""Time models in turn, whatever runs them, and report the times as `vllm bench serve` does."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any
+
+import numpy as np
+
+from sleb_cli.engine.speed.bound import speedup_bound
+from sleb_cli.engine.speed.energy import Meter
+from sleb_cli.engine.speed.work import Work
+from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
+from sleb_cli.events import Advance, Notice, Notify, task
+from sleb_cli.results import (
+    EnergyRecord,
+    EnergySource,
+    MemoryRecord,
+    PrunedTiming,
+    Timing,
+    WarmupRecord,
+    Workload,
+    WorkloadResult,
+)
+from sleb_plugins.engine import TimedRun
+
+Removals = tuple[int, ...]
+Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
+"""Process the prompts together, and generate this many new tokens for each."""
+
+WARMUP_LIMIT = 10
+"""The most untimed runs of each model, unless the user asks for a number."""
+
+STABLE_DEVIATION = 0.02
+STABLE_RUNS = 3
+"""Times are stable once the relative standard deviation of the last three is below 2 %."""
+
+
+def model_name(removals: Removals) -> str:
+    """Return the name of a model among those timed together."""
+    return f"{len(removals)} blocks fewer" if removals else "dense"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The timed runs of one model, round by round, and the joules of each if there is a meter."""
+
+    runs: tuple[TimedRun, ...]
+    joules: tuple[float, ...] = ()
+
+    def __add__(self, other: Sample) -> Sample:
+        return Sample(self.runs + other.runs, self.joules + other.joules)
+
+    @property
+    def seconds(self) -> list[float]:
+        """How long each run took."""
+        return [run.seconds for run in self.runs]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The samples of models that were timed in the same rounds, by name."""
+
+    warmup: WarmupRecord
+    samples: dict[str, Sample]
+    energy_source: EnergySource | None = None
+
+
+def measure(
+    models: Mapping[str, Run], workload: Workload, vocabulary: int, notify: Notify, meter: Meter | None = None
+) -> Measured:
+    """Time the models in turn, after warming up until times are stable.
+
+    Every other round runs them in reverse order (ABBA), so a machine that slows down affects all alike. All models get
+    the same prompts, and each round has its own, so nothing is answered from a cache.
+    """
+    limit = WARMUP_LIMIT if workload.warmup is None else workload.warmup
+    total = (limit + workload.iterations) * len(models)
+    with task(notify, f"Timing {workload.label}", total, "runs") as advance, _without_garbage_collection():
+        rounds = _rounds(models, workload, vocabulary, meter, advance)
+        warmup = _warm_up(rounds, limit, asked=workload.warmup is not None)
+        advance(done=(limit - warmup.runs) * len(models))
+        timed = list(islice(rounds, workload.iterations))
+    if warmup.stable is False:
+        notify(
+            Notice(
+                f"{workload.label}: times still vary by {warmup.deviation:.1%} after {warmup.runs} warm-up runs. "
+                "Something else may be using this machine."
+            )
+        )
+    samples = {
+        name: Sample(tuple(done[name][0] for done in timed), tuple(done[name][1] for done in timed) if meter else ())
+        for name in models
+    }
+    return Measured(warmup, samples, meter.source if meter else None)
+
+
+_Round = dict[str, tuple[TimedRun, float]]
+"""The run of each model and its joules."""
+
+
+def _rounds(
+    models: Mapping[str, Run], workload: Workload, vocabulary: int, meter: Meter | None, advance: Advance
+) -> Iterator[_Round]:
+    for number in count():
+        prompts, names = draw_prompts(workload, vocabulary, number), list(models)
+        done: _Round = {}
+        for name in names[::-1] if number % 2 else names:
+            if workload.cooldown:
+                time.sleep(workload.cooldown)
+            before = meter.joules() if meter else 0.0
+            run = models[name](prompts, workload.new_tokens)
+            done[name] = run, meter.joules() - before if meter else 0.0
+            advance(note=f"{name}: {run.seconds:.3f} s")
+        yield done
+
+
+def draw_prompts(workload: Workload, vocabulary: int, number: int) -> list[list[int]]:
+    """Return the prompts of a round: random tokens."""
+    generator = np.random.default_rng([workload.seed, number])
+    prompts: list[list[int]] = generator.integers(
+        vocabulary, size=(workload.batch_size, workload.prompt_length)
+    ).tolist()
+    return prompts
+
+
+def _warm_up(rounds: Iterator[_Round], limit: int, *, asked: bool) -> WarmupRecord:
+    """Run up to `limit` rounds, until times are stable; if the user asked for this number, all of them."""
+    done: list[_Round] = []
+    deviation: float | None = None
+    while len(done) < limit and (asked or deviation is None or deviation >= STABLE_DEVIATION):
+        done.append(next(rounds))
+        last = done[-STABLE_RUNS:]
+        if len(last) == STABLE_RUNS:
+            deviation = max(relative_deviation([one[name][0].seconds for one in last]) for name in done[0])
+    stable = None if asked or deviation is None else deviation < STABLE_DEVIATION
+    return WarmupRecord(runs=len(done), deviation=deviation, stable=stable)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def workload_result(
+    workload: Workload,
+    measured: Sequence[Measured],
+    sizes: Sequence[Removals],
+    *,
+    memory: Mapping[Removals, MemoryRecord | None] | None = None,
+    work: Work | None = None,
+    engine_version: str | None = None,
+    attention: str | None = None,
+) -> WorkloadResult:
+    """Return the result for models timed together, or each size in turn with the dense model.
+
+    A speedup compares a size with the dense model's runs in the same rounds.
+    """
+    memory, source = memory or {}, measured[0].energy_source
+    dense = Sample((), ())
+    for one in measured:
+        dense += one.samples[model_name(())]
+
+    def timing(sample: Sample, removals: Removals) -> dict[str, Any]:
+        return {
+            **latency_statistics(workload, sample.runs),
+            "memory": memory.get(removals),
+            "energy": _energy(workload, sample, source) if source else None,
+            "work": work.record(removals) if work else None,
+        }
+
+    def pruned(removals: Removals) -> PrunedTiming:
+        (samples,) = (one.samples for one in measured if model_name(removals) in one.samples)
+        sample, beside = samples[model_name(removals)], samples[model_name(())].seconds
+        return PrunedTiming(
+            **timing(sample, removals),
+            removals=removals,
+            speedup=statistics.median(beside) / statistics.median(sample.seconds),
+            interval=median_ratio_interval(beside, sample.seconds),
+            bound=speedup_bound(work, removals) if work else None,
+        )
+
+    return WorkloadResult(
+        workload=workload,
+        engine_version=engine_version,
+        attention=attention,
+        warmup=_worst([one.warmup for one in measured]),
+        dense=Timing(**timing(dense, ())),
+        pruned=tuple(map(pruned, sizes)),
+    )
+
+
+def _worst(warmups: Sequence[WarmupRecord]) -> WarmupRecord:
+    deviations = [warmup.deviation for warmup in warmups if warmup.deviation is not None]
+    stable = [warmup.stable for warmup in warmups if warmup.stable is not None]
+    return WarmupRecord(
+        runs=max(warmup.runs for warmup in warmups),
+        deviation=max(deviations, default=None),
+        stable=all(stable) if stable else None,
+    )
+
+
+def _energy(workload: Workload, sample: Sample, source: EnergySource) -> EnergyRecord:
+    mean = sum(sample.joules) / len(sample.joules)
+    tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length)
+    return EnergyRecord(source=source, joules=sample.joules, joules_per_iteration=mean, joules_per_token=mean / tokens)
+
+
+def latency_statistics(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:
+    """Return the fields of a `Timing` that follow from its runs."""
+    e2els = [run.seconds for run in runs]
+    ttfts = [run.token_seconds[0] if run.token_seconds else run.seconds for run in runs]
+    itls = [tuple(np.diff(run.token_seconds).tolist()) for run in runs if len(run.token_seconds) > 1]
+    tpots = [sum(steps) / len(steps) for steps in itls]
+    prompts, duration = workload.batch_size * len(runs), sum(e2els)
+    read, written = prompts * workload.prompt_length, prompts * workload.new_tokens
+    return {
+        "duration": duration,
+        "completed": prompts,
+        "total_input_tokens": read,
+        "total_output_tokens": written,
+        "request_throughput": prompts / duration,
+        "output_throughput": written / duration,
+        "total_token_throughput": (read + written) / duration,
+        **_milliseconds("ttft", ttfts),
+        **_milliseconds("tpot", tpots),
+        **_milliseconds("itl", [seconds for steps in itls for seconds in steps]),
+        **_milliseconds("e2el", e2els),
+        "ttfts": tuple(ttfts),
+        "itls": tuple(itls),
+        "e2els": tuple(e2els),
+        "outliers": count_outliers(e2els),
+    }
+
+
+def _milliseconds(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
+    """Return mean, median, standard deviation and percentiles; all None without samples."""
+    names = ("mean", "median", "std", "p50", "p90", "p99")
+    if not seconds:
+        return {f"{statistic}_{name}_ms": None for statistic in names}
+    sample = np.asarray(seconds) * 1000
+    values = (sample.mean(), np.median(sample), sample.std(), *np.percentile(sample, (50, 90, 99)))
+    return {f"{statistic}_{name}_ms": float(value) for statistic, value in zip(names, values, strict=True)}

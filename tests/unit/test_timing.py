@@ -1,0 +1,199 @@
+"""Timing models in turn, vLLM's statistics of the runs, and intervals that hold what they promise."""
+
+import time
+
+import numpy as np
+import pytest
+
+from sleb_cli.engine import statistics
+from sleb_cli.engine.speed.timing import (
+    WARMUP_LIMIT,
+    Measured,
+    Sample,
+    draw_prompts,
+    latency_statistics,
+    measure,
+    workload_result,
+)
+from sleb_cli.engine.statistics import FEWEST_ROUNDS, count_outliers, median_ratio_interval
+from sleb_cli.events import Notice
+from sleb_cli.results import WarmupRecord, Workload
+from sleb_plugins.engine import TimedRun
+
+
+def workload(**changes):
+    given = {
+        "name": "generation", "engine": "transformers", "batch_size": 2, "prompt_length": 8, "new_tokens": 4,
+        "iterations": 4, "warmup": 0, "cooldown": 0.0, "seed": 0, "compiled": False, "static_cache": False,
+    }  # fmt: skip
+    return Workload(**(given | changes))
+
+
+class Machine:
+    """Runs models in no time, notes what it ran, and says that each run took the next of `seconds`."""
+
+    def __init__(self, *seconds, names=("dense", "pruned")):
+        self.runs, self.prompts, self._seconds = [], [], seconds
+        self.models = {name: self._runner(name) for name in names}
+
+    def _runner(self, name):
+        def run(prompts, new_tokens):
+            assert new_tokens == 4
+            self.prompts.append(prompts)
+            self.runs.append(name)
+            number = self.runs.count(name) - 1
+            return TimedRun(self._seconds[min(number, len(self._seconds) - 1)])
+
+        return run
+
+
+class Meter:
+    """Counts 3 J in each run."""
+
+    source = "NVML"
+
+    def __init__(self):
+        self.total = 0
+
+    def joules(self):
+        self.total += 3
+        return self.total
+
+
+def test_every_other_round_is_reversed_and_has_its_own_prompts():
+    machine = Machine(1.0, names="abc")
+    measured = measure(machine.models, workload(iterations=3), 1000, [].append, Meter())
+    assert "".join(machine.runs) == "abc" + "cba" + "abc"
+    assert measured.samples == {name: Sample((TimedRun(1.0),) * 3, (3, 3, 3)) for name in "abc"}
+    assert measured.energy_source == "NVML"
+    first, *others = machine.prompts[::3], machine.prompts[1::3], machine.prompts[2::3]
+    assert others == [first, first]
+    assert len({str(prompts) for prompts in first}) == 3
+    assert [len(prompts) for prompts in first[0]] == [8, 8]
+    assert all(0 <= token < 1000 for prompts in first for prompt in prompts for token in prompt)
+    assert draw_prompts(workload(seed=1), 1000, 0) != first[0] == draw_prompts(workload(), 1000, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "asked", "runs", "stable"),
+    [
+        ((1.0,), None, 3, True),
+        ((9.0, 5.0, 1.0, 1.0, 1.01), None, 5, True),
+        ((1.0, 1.1) * 20, None, WARMUP_LIMIT, False),
+        ((1.0, 2.0, 1.0), 5, 5, None),
+    ],
+)
+def test_it_warms_up_until_times_are_stable_or_as_often_as_asked(seconds, asked, runs, stable):
+    machine, heard = Machine(*seconds), []
+    measured = measure(machine.models, workload(warmup=asked), 10, heard.append)
+    assert (measured.warmup.runs, measured.warmup.stable) == (runs, stable)
+    assert len(machine.runs) == 2 * (runs + 4)
+    assert len(measured.samples["dense"].runs) == 4
+    told = [event.text for event in heard if isinstance(event, Notice)]
+    assert len(told) == (stable is False)
+    assert all("times still vary by 4.4% after 10 warm-up runs" in text for text in told)
+
+
+def test_it_pauses_before_each_run_only_if_asked(monkeypatch):
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    measure(Machine(1.0).models, workload(), 10, [].append)
+    assert pauses == []
+    measure(Machine(1.0).models, workload(cooldown=0.5), 10, [].append)
+    assert pauses == [0.5] * 8
+
+
+def test_the_statistics_have_known_answers():
+    runs = [TimedRun(1.0, (0.4, 0.5, 0.7, 0.9)), TimedRun(2.0, (0.8, 1.0, 1.4, 1.8))]
+    found = latency_statistics(workload(), runs)
+    expected = {
+        "duration": 3, "completed": 4, "total_input_tokens": 32, "total_output_tokens": 16,
+        "request_throughput": 4 / 3, "output_throughput": 16 / 3, "total_token_throughput": 48 / 3,
+        "ttfts": (0.4, 0.8), "mean_ttft_ms": 600, "median_ttft_ms": 600, "p50_ttft_ms": 600, "std_ttft_ms": 200,
+        "mean_tpot_ms": 250, "median_itl_ms": 200, "p90_itl_ms": 400, "p99_e2el_ms": 1990,
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == {name: pytest.approx(value) for name, value in expected.items()}
+    assert found["itls"] == (pytest.approx((0.1, 0.2, 0.2)), pytest.approx((0.2, 0.4, 0.4)))
+
+
+def test_the_first_token_of_a_prompt_is_its_end():
+    found = latency_statistics(workload(name="prompt", new_tokens=0), [TimedRun(1.0), TimedRun(3.0)])
+    assert found["ttfts"] == found["e2els"] == (1.0, 3.0)
+    assert found["itls"] == ()
+    assert found["mean_itl_ms"] is found["p99_tpot_ms"] is None
+    assert (found["output_throughput"], found["total_token_throughput"]) == (0, 2 * 2 * 8 / 4)
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"), [([1, 2, 3, 4, 5], 0), ([1, 1, 1, 1, 9], 1), ([0, 10, 10.1, 10.2, 10.3, 30], 2), ([3], 0)]
+)
+def test_outliers_lie_beyond_the_fences(sample, expected):
+    assert count_outliers(sample) == expected
+
+
+def noise(kind, runs, rng):
+    """Return the noise of consecutive runs, in log time."""
+    if kind == "a slow drift":
+        return np.linspace(0, 0.1, runs) + rng.normal(size=runs) * 0.01
+    if kind == "spikes":
+        return rng.normal(size=runs) * 0.005 + (rng.random(runs) < 0.08) * 0.3
+    correlation = {"independent": 0.0, "correlated": 0.5, "long phases": 0.9}[kind]
+    values = [rng.normal()]
+    for _ in range(runs - 1):
+        values.append(correlation * values[-1] + rng.normal() * np.sqrt(1 - correlation**2))
+    return np.array(values) * 0.03
+
+
+def rounds(kind, count, rng, ratio=1.0):
+    """Return the times of two models in `count` rounds, to and fro."""
+    times = np.exp(noise(kind, 2 * count, rng)).reshape(count, 2)
+    times[1::2] = times[1::2, ::-1]
+    return times[:, 0] * ratio, times[:, 1]
+
+
+@pytest.mark.parametrize("kind", ["independent", "correlated", "long phases", "a slow drift", "spikes"])
+@pytest.mark.parametrize("count", [10, 20])
+def test_a_model_is_as_fast_as_itself_in_19_of_20_intervals(kind, count, monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 999)
+    rng = np.random.default_rng(0)
+    intervals = [median_ratio_interval(*rounds(kind, count, rng)) for _ in range(100)]
+    assert sum(found.low <= 1 <= found.high for found in intervals) >= 93
+    pairs = zip(intervals[::2], intervals[1::2], strict=True)
+    assert sum(a.low <= b.high and b.low <= a.high for a, b in pairs) >= 49
+
+
+def test_a_real_speedup_is_told_from_none():
+    rng = np.random.default_rng(0)
+    intervals = [median_ratio_interval(*rounds("correlated", 10, rng, ratio=1.2)) for _ in range(50)]
+    assert sum(found.low <= 1.2 <= found.high for found in intervals) >= 46
+    assert all(found.low > 1 for found in intervals)
+
+
+def test_an_interval_is_reproducible_and_needs_enough_rounds():
+    # With so many rounds, other resamples would give another interval.
+    dense, pruned = rounds("spikes", 20, np.random.default_rng(0))
+    found = [median_ratio_interval(dense, pruned) for _ in range(4)]
+    assert found == found[:1] * 4
+    assert median_ratio_interval(dense[:FEWEST_ROUNDS], pruned[:FEWEST_ROUNDS]) is not None
+    assert median_ratio_interval(dense[: FEWEST_ROUNDS - 1], pruned[: FEWEST_ROUNDS - 1]) is None
+
+
+def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():
+    def measured(warmup, **seconds):
+        samples = {
+            name.replace("_", " "): Sample(tuple(map(TimedRun, times)), tuple(10 * value for value in times))
+            for name, times in seconds.items()
+        }
+        return Measured(WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), samples, "RAPL")
+
+    pairs = [
+        measured(3, dense=(2, 2), **{"1_blocks_fewer": (1, 1)}),
+        measured(9, dense=(6, 6), **{"2_blocks_fewer": (2, 2)}),
+    ]
+    found = workload_result(workload(name="prompt", new_tokens=0), pairs, [(3,), (3, 4)])
+    assert found.dense.e2els == (2, 2, 6, 6)
+    assert [(timing.removals, timing.speedup) for timing in found.pruned] == [((3,), 2), ((3, 4), 3)]
+    assert (found.warmup.runs, found.warmup.deviation, found.warmup.stable) == (9, 0.09, False)
+    assert found.dense.energy.joules_per_iteration == 40
+    assert found.dense.energy.joules_per_token == 40 / 16
+    assert found.pruned[0].interval is found.pruned[0].bound is found.dense.memory is None
