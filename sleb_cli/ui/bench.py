@@ -10,7 +10,7 @@ from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
 
 if TYPE_CHECKING:
-    from sleb_cli.results import BenchResult, EstimateResult, RateRecord
+    from sleb_cli.results import BenchResult, EstimateResult
 
 
 def show_benchmark(result: BenchResult, output: Path | None) -> None:
@@ -42,18 +42,13 @@ def show_estimate(result: EstimateResult, output: Path | None) -> None:
     print_title(short_name(result.model.id))
     show_table(speed.estimated_sizes(result))
     show_table(speed.estimated_speeds(result))
+    flops, read = f"{result.flops_per_second / 1e9:,.4g} GFLOP/s", f"{result.bytes_per_second / 1e9:,.3g} GB/s"
     if result.device == "described":
-        rate = result.workloads[0].prefill
-        print_line(f"predicted for {result.dtype} on a device of {_rates(rate, 1e12, 'T')}")
+        print_line(f"predicted for {result.dtype} on a device of {flops} and {read}")
     else:
-        print_line(f"predicted for {result.dtype} on {result.device}, {result.processor}, from rates measured here:")
-        for workload in result.workloads:
-            print_line(f"{workload.name}: {_rates(workload.decode or workload.prefill, 1e9, 'G')}")
+        print_line(
+            f"predicted for {result.dtype} on {result.device}, {result.processor}: {flops} and {read} measured here"
+        )
     if any(size.removals is None for size in result.pruned):
         print_line("Assumes that the removed blocks are average ones.")
     print_written(output)
-
-
-def _rates(rate: RateRecord, unit: float, prefix: str) -> str:
-    flops, bandwidth = rate.blocks_flops_per_second / unit, rate.blocks_bytes_per_second / unit
-    return f"{flops:,.4g} {prefix}FLOP/s and {bandwidth:,.4g} {prefix}B/s"
