@@ -111,12 +111,12 @@ def work(options: argparse.Namespace, group: ProcessGroup) -> None:
     with SkippableModel(model, blocks) as skippable:
         passes, reason = prepare_passes(skippable, sequences, ignore, memory="2GB")
         assert reason is None, reason
-        scoring = Scoring(passes, Journal(), None, ignore, group=group)
-        scoring.loss(())  # warms up
+        scoring = Scoring(NegativeLogLikelihood(), passes, Journal(), None, ignore, group=group)
+        scoring.losses(())  # warms up
         group.gather(None)
         start, sent, known = time.perf_counter(), group.sent_bytes, len(scoring.journal)
         candidates = partial(Protection(1, 1).candidates, len(blocks))
-        for choice in greedy(Problem(scoring.scorer(NegativeLogLikelihood())[0], candidates, options.steps)):
+        for choice in greedy(Problem(scoring.score, candidates, options.steps)):
             measured["seconds"].append(time.perf_counter() - start)
             measured["bytes"].append(group.sent_bytes - sent)
             measured["scores"].append((len(scoring.journal) - known) * len(passes.batches[0]))

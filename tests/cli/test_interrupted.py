@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import sys
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
 
@@ -13,7 +14,8 @@ import pytest
 
 from conftest import calibration, slow
 from sleb_cli import plugin_manager
-from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.search import journal as journals
+from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.plan import read_plan
 from sleb_plugins import PluginError
 
@@ -28,6 +30,14 @@ def plan_bytes(path):
     kept = [line for line in lines if not line.strip().startswith((b'"started"', b'"seconds"'))]
     assert len(lines) == len(kept) + 2
     return kept
+
+
+@contextmanager
+def journals_stay():
+    """Let searches leave their journals, as if each were killed once its plan was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journals, "delete_journal", lambda *of: None)
+        yield
 
 
 SEARCHES = {
@@ -53,8 +63,7 @@ def options(request, text_file):
 @pytest.fixture
 def whole(run_sleb, tiny_llama, options, tmp_path):
     """The plan of a search that nobody interrupted, and its journal."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
+    with journals_stay():
         assert run_sleb("search", tiny_llama, *options, "-o", "whole.json", "-q").exit_code == 0
     return plan_bytes(tmp_path / "whole.json"), journal_of(tmp_path / "whole.json").read_bytes()
 
@@ -91,6 +100,19 @@ def test_resuming_where_nothing_is_begins_at_the_beginning(run_sleb, tiny_llama,
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
+@pytest.fixture
+def left(run_sleb, tiny_llama, text_file, tmp_path):
+    """The journal of a search of a copy of the model, and that search again."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+
+    def again(*changes, model=folder):
+        with journals_stay():
+            return run_sleb("search", model, *LONG, *calibration(text_file), *changes, "--force")
+
+    assert again("-q").exit_code == 0
+    return journal_of(tmp_path / "plan.json"), again
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
@@ -104,59 +126,37 @@ def test_resuming_where_nothing_is_begins_at_the_beginning(run_sleb, tiny_llama,
         (["--samples", "3"], "calibration.sequences: 3, not 4"),
     ],
 )
-def test_a_journal_of_another_search_is_refused_by_the_difference(
-    run_sleb, tiny_llama, text_file, tmp_path, changes, difference
-):
-    options = [*LONG, *calibration(text_file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", tiny_llama, *options, "-q")
-    journal = journal_of(tmp_path / "plan.json")
+def test_a_journal_of_another_search_is_refused(left, changes, difference):
+    journal, again = left
     before = journal.read_bytes()
-    result = run_sleb("search", tiny_llama, *options, *changes, "--resume", "--force")
-    assert result.exit_code == 3
-    assert difference in result.stderr
+    result = again(*changes, "--resume")
+    assert (result.exit_code, difference in result.stderr) == (3, True)
     assert journal.read_bytes() == before
 
 
-def test_a_journal_of_another_model_is_refused(run_sleb, tiny_llama, tiny_gpt2, text_file, tmp_path):
-    options = [*LONG, *calibration(text_file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", tiny_llama, *options, "-q")
-    result = run_sleb("search", tiny_gpt2, *options, "--resume", "--force")
+def test_a_journal_of_another_model_or_tokenizer_is_refused(left, tiny_gpt2, tmp_path):
+    _, again = left
+    result = again("--resume", model=tiny_gpt2)
     assert result.exit_code == 3
     assert "model.fingerprint" in result.stderr
     assert "model.model_type: gpt2, not llama" in result.stderr
-
-
-def test_a_journal_of_another_tokenizer_is_refused(run_sleb, tiny_llama, text_file, tmp_path):
-    folder, options = shutil.copytree(tiny_llama, tmp_path / "model"), [*LONG, *calibration(text_file), "-q"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", folder, *options)
-    (folder / "README.md").write_text("changes nothing")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        assert run_sleb("search", folder, *options, "--resume", "--force").exit_code == 0
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    result = run_sleb("search", folder, *options, "--resume", "--force")
+    (tmp_path / "model" / "README.md").write_text("changes nothing")
+    assert again("--resume").exit_code == 0
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    result = again("--resume")
     assert result.exit_code == 3
     assert "belongs to another search (behavior: " in result.stderr
 
 
-def test_how_many_blocks_go_may_change_on_the_way(run_sleb, tiny_llama, text_file, tmp_path):
+def test_how_many_blocks_go_may_change_on_the_way(left, tmp_path):
     """What was measured does not depend on where the search will end."""
-    settings = ["--batch-size", "1", *calibration(text_file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", tiny_llama, *settings, "--remove", 3, "-q")
-    removals = json.loads((tmp_path / "plan.json").read_text())["removals"]
-    result = run_sleb("search", tiny_llama, *settings, "--remove", 2, "--resume", "--force", "--json")
-    assert json.loads(result.stdout)["removals"] == removals[:2]
+    _, again = left
+    removals = read_plan(tmp_path / "plan.json").removals
+    result = again("--remove", 2, "--resume", "--json")
+    assert tuple(json.loads(result.stdout)["removals"]) == removals[:2]
 
 
-def test_a_search_that_fails_before_anything_is_measured_leaves_nothing(run_sleb, tiny_llama, text_file, tmp_path):
+def test_a_search_that_measures_nothing_leaves_nothing(run_sleb, tiny_llama, text_file, tmp_path):
     result = run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--memory", "1kB")
     assert result.exit_code == 7
     assert os.listdir(tmp_path) == []
@@ -209,8 +209,7 @@ class TestMetricThatChanges:
     ):
         acme(data="words 1")
         options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", metric, "-q"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
+        with journals_stay():
             assert run_sleb(*options).exit_code == 0
         journal, plan = journal_of(tmp_path / "plan.json").read_bytes(), (tmp_path / "plan.json").read_bytes()
         acme(**{"data": "words 1", **change})
@@ -228,15 +227,14 @@ class TestMetricThatChanges:
     def test_one_that_does_not_change_goes_on(self, run_sleb, tiny_llama, text_file, tmp_path, acme):
         acme()
         options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", "acme", "-q"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
+        with journals_stay():
             assert run_sleb(*options).exit_code == 0
         acme()
         assert run_sleb(*options, "--resume", "--force").exit_code == 0
         assert read_plan(tmp_path / "plan.json").search.metrics["acme"].package == "sleb-acme"
         assert run_sleb("search", tiny_llama, "--extend", "plan.json", *FOUR, "-q").exit_code == 0
 
-    def test_another_version_of_sleb_extends_a_plan_of_its_own_metrics(self, run_sleb, tiny_llama, text_file, tmp_path):
+    def test_another_version_of_sleb_extends_its_plans(self, run_sleb, tiny_llama, text_file, tmp_path):
         assert run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "-q").exit_code == 0
         plan = json.loads((tmp_path / "plan.json").read_text())
         plan["search"]["metrics"]["nll"] |= {"version": "0.0.1", "code": "another"}
@@ -274,8 +272,7 @@ class TestExtend:
         assert sorted(os.listdir(tmp_path)) == ["two.json"]
 
     def test_nothing_that_was_searched_is_searched_again(self, run_sleb, tiny_llama, tmp_path):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
+        with journals_stay():
             run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3)
         lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
         removals = json.loads((tmp_path / "two.json").read_text())["removals"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import calibration
 from reference import plain_loss
-from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows
 from sleb_cli.plan import read_plan
@@ -75,7 +75,7 @@ def test_an_extended_plan_keeps_what_it_held_out(run_sleb, tiny_llama, text_file
 
 def test_resumed_it_measures_nothing_twice(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     settings = [*calibration(text_file, samples=8), "--holdout", "0.25", "--remove", 2, "--batch-size", 2]
-    monkeypatch.setattr(Journal, "delete", lambda self, notify=None: None)
+    monkeypatch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
     assert run_sleb("search", tiny_llama, *settings, "-q").exit_code == 0
     journal = journal_of(tmp_path / "plan.json")
     before = journal.read_bytes()

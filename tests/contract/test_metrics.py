@@ -21,7 +21,6 @@ from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.search.journal import Journal
 from sleb_cli.plan import read_plan
 from sleb_plugins import MachineError, UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
@@ -369,7 +368,7 @@ class TestTask:
     def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch, change):
         task, items = tmp_path / "mine.yaml", tmp_path / "items.jsonl"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
+            patch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
             plan_of(search("task:mine.yaml:9", "--remove", 1))
         if change == "a setting":
             task.write_text(task.read_text().replace("{{q}}", "Q: {{q}}"))

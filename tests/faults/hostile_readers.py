@@ -85,19 +85,15 @@ JOURNAL = {"format": 1} | SEARCH
 
 def read_journal(path: Path, own: Path) -> None:
     """Continue a journal, and then what was added to it."""
-    from sleb_cli.engine.search.journal import Journal
+    from sleb_cli.engine.search.journal import open_journal
 
-    journal = Journal(path)
-    journal.open(SEARCH, resume=True)
-    known = dict(journal.known)
-    assert all(isinstance(score, int | float) for scores in known.values() for score in scores)
-    sum(score for scores in known.values() for score in scores)
-    journal.add([1.0], [1], 2, 3)
-    journal.close()
-    again = Journal(path)
-    again.open(SEARCH, resume=True)
-    assert again.known == known | {((1,), 2, 3): [1.0]}
-    again.close()
+    with open_journal(path, SEARCH, resume=True) as journal:
+        known = dict(journal._known)
+        assert all(isinstance(score, int | float) for scores in known.values() for score in scores)
+        sum(score for scores in known.values() for score in scores)
+        journal.add([1.0], [1], 2, 3)
+    with open_journal(path, SEARCH, resume=True) as again:
+        assert again._known == known | {((1,), 2, 3): [1.0]}
 
 
 IDENTITY = {"model": "abc", "removals": [2, 3]}
