@@ -1,6 +1,5 @@
 """The journal without a model: whatever stops the program, what was measured before is there."""
 
-import errno
 import json
 import random
 import zlib
@@ -9,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from sleb_cli.engine.search import journal as module
-from sleb_cli.engine.search.journal import Journal, journal_of, open_journal, require_no_journal
+from sleb_cli.engine.search.journal import Journal, journal_of, open_journal
 from sleb_plugins import OutputError, PlanError
 
 SEARCH = {"model": {"fingerprint": "abc"}, "search": {"metric": "nll", "seed": 0}}
@@ -122,16 +121,6 @@ def test_two_searches_do_not_write_one_journal(written):
     assert kept(written) == 20
 
 
-def test_a_journal_of_another_search_is_refused(written):
-    other = {"model": {"fingerprint": "abd"}, "search": {"metric": "kl", "seed": 0, "fast": True}}
-    with pytest.raises(PlanError) as caught, resumed(written, other):
-        pass
-    for words in ("model.fingerprint: abd, not abc", "search.metric: kl, not nll", "search.fast: True, not None"):
-        assert words in caught.value.message
-    assert "seed" not in caught.value.message
-    assert kept(written) == 20
-
-
 @pytest.mark.parametrize(("found", "words"), [(0, "an earlier"), (2, "a newer")])
 def test_a_journal_of_another_format_says_of_which_side(path, monkeypatch, found, words):
     with monkeypatch.context() as patch:
@@ -140,16 +129,6 @@ def test_a_journal_of_another_format_says_of_which_side(path, monkeypatch, found
             journal.add([1.0], [3])
     with pytest.raises(PlanError, match=f"{words} version of sleb began"):
         kept(path)
-
-
-def test_an_unfinished_search_is_not_overwritten_unasked(written):
-    with pytest.raises(OutputError, match="holds an unfinished search"):
-        require_no_journal(written, resume=False, force=False)
-    require_no_journal(written, resume=True, force=False)
-    require_no_journal(written, resume=False, force=True)
-    with open_journal(written, SEARCH) as journal:
-        assert len(journal) == 0
-    assert not written.exists()  # nothing was measured
 
 
 @pytest.mark.parametrize("content", [None, b""])
@@ -161,29 +140,14 @@ def test_nothing_to_resume_begins_anew(path, content):
     assert kept(path) == 1
 
 
+def test_a_new_search_drops_the_old_and_keeps_nothing_empty(written):
+    with open_journal(written, SEARCH) as journal:
+        assert len(journal) == 0
+    assert not written.exists()
+
+
 def test_without_a_file_it_only_remembers(tmp_path):
     journal = Journal()
     journal.add([float("nan")], [], block=2)
     assert journal.find([], block=2) == [float("inf")]
     assert list(tmp_path.iterdir()) == []
-
-
-class Full:
-    """A file on a disk that is full."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_full_disk_is_named_and_what_is_kept_is_told(written):
-    told = []
-    with pytest.raises(OutputError, match="the disk is full"), resumed(written, notify=told.append) as journal:
-        journal._file._file = Full(journal._file._file)
-        journal.add([1.0], [])
-    assert [event.text.split()[0] for event in told] == ["Continuing", "All"]

@@ -58,14 +58,28 @@ def compare_removals(
         require_new_file(request.plan_file, force=request.force)
     requests = [_request_for(request, entry, registry) for entry in entries]
     resolved = group.one_first(lambda: [resolve_search(each, registry, notify_once) for each in requests])
-    inputs, found = load_inputs(resolved[0], group, notify), list[tuple[Entry, Plan, float]]()
+    inputs = load_inputs(resolved[0], group, notify)
+    compared: list[ComparedRecord] = []
+    plans: list[Plan] = []
     for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):
         notify(Notice(f"{number} of {len(entries)}: {entry}"))
         free_memory()  # each search takes a share of what is free, which the last one's states are not yet
         started = time.monotonic()
         plan = run_search(search, inputs, group, notify_once, started)
-        found.append((entry, plan, time.monotonic() - started))
-    best_entry, best, _ = min(found, key=lambda each: _deciding_perplexity(each[1]))
+        last = plan.steps[-1]
+        plans.append(plan)
+        compared.append(
+            ComparedRecord(
+                metric=entry.metric,
+                strategy=entry.strategy,
+                removals=plan.removals,
+                perplexity=last.perplexity,
+                held_out_perplexity=last.held_out.perplexity if last.held_out else None,
+                seconds=time.monotonic() - started,
+            )
+        )
+    number = min(range(len(plans)), key=lambda n: compared[n].held_out_perplexity or compared[n].perplexity)
+    best = plans[number]
     result = CompareResult(
         schema_version=1,
         sleb_version=__version__,
@@ -76,8 +90,8 @@ def compare_removals(
         device=best.search.device,
         dense_perplexity=best.dense.perplexity,
         dense_held_out_perplexity=best.dense.held_out.perplexity if best.dense.held_out else None,
-        compared=tuple(_record(entry, plan, seconds) for entry, plan, seconds in found),
-        best=str(best_entry),
+        compared=tuple(compared),
+        best=str(entries[number]),
     )
     return result, best
 
@@ -123,24 +137,6 @@ def _request_for(request: SearchRequest, entry: Entry, registry: Registry) -> Se
         fast=request.fast if races else False,
         output=entry.plan_path(request.plan_file),
         compare=(),
-    )
-
-
-def _deciding_perplexity(plan: Plan) -> float:
-    """Return the perplexity on the held-out sequences, or on the calibration text if none are held out."""
-    step = plan.steps[-1]
-    return step.held_out.perplexity if step.held_out else step.perplexity
-
-
-def _record(entry: Entry, plan: Plan, seconds: float) -> ComparedRecord:
-    held_out = plan.steps[-1].held_out
-    return ComparedRecord(
-        metric=entry.metric,
-        strategy=entry.strategy,
-        removals=plan.removals,
-        perplexity=plan.steps[-1].perplexity,
-        held_out_perplexity=held_out.perplexity if held_out else None,
-        seconds=seconds,
     )
 
 

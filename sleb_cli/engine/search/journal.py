@@ -14,8 +14,9 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, BinaryIO
 
 from pydantic import Field, ValidationError
@@ -78,32 +79,56 @@ def delete_journal(path: Path, notify: Notify) -> None:
         notify(Warned(f"{path} is no longer needed, but cannot be deleted: {error.strerror}."))
 
 
+class _Measurement(Record):
+    """A line of the file; a score that was not a finite number is null."""
+
+    removed: tuple[int, ...]
+    block: int | None
+    batch: int | None
+    scores: Annotated[tuple[float | None, ...], Field(min_length=1)]
+
+
 class Journal:
     """The one home of a search's scores: those of a candidate on a batch, and losses, by what was measured.
 
     The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does which block is the
-    candidate: 3 after 5 and 5 after 3 are the same model.
+    candidate: 3 after 5 and 5 after 3 are the same model. Without a path, measurements are only in memory.
 
     Args:
-        known: what was measured before.
-        file: where measurements are added; without it, they are only in memory.
+        path: the file.
+        search: what identifies the search.
+        resume: whether to continue what the file holds.
+        group: the processes that search together; the main one writes the file, and all have what it holds.
         whole_models: whether scores are of the model without all these blocks, rather than of the candidate.
         require_valid: raises if what is about to be recorded is not what it says.
     """
 
     def __init__(
         self,
-        known: Iterable[tuple[Name, Sequence[float]]] = (),
-        file: _File | None = None,
+        path: Path | None = None,
+        search: Mapping[str, Any] = MappingProxyType({}),
         *,
+        resume: bool = False,
+        group: ProcessGroup | None = None,
         whole_models: bool = False,
         require_valid: Callable[[], object] = lambda: None,
     ) -> None:
-        self._file, self._whole_models, self._require_valid = file, whole_models, require_valid
-        self._known = {self._key(*name): list(scores) for name, scores in known}
+        self._path, self._whole_models, self._require_valid = path, whole_models, require_valid
+        self._known: dict[Name, list[float]] = {}
+        self._file: BinaryIO | None = None
+        self._synced = 0.0
+        group = group or ProcessGroup()
+        if path is not None and group.is_main:
+            self._open(path, {"format": FORMAT} | dict(search), resume=resume)
+        self._known = group.from_main(lambda: self._known)
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether this process has written measurements to the file."""
+        return self._file is not None and bool(self._known)
 
     def find(self, removed: Sequence[int], block: int | None = None, batch: int | None = None) -> list[float] | None:
         """Return the measurement without `removed` and `block` on this batch, if there is one."""
@@ -124,9 +149,10 @@ class Journal:
         """
         self._require_valid()
         self._known[self._key(removed, block, batch)] = [comparable(score) for score in scores]
-        if self._file is not None:
-            written = [score if math.isfinite(score) else None for score in scores]
-            self._file.append({"removed": list(removed), "block": block, "batch": batch, "scores": written})
+        written = [score if math.isfinite(score) else None for score in scores]
+        self._append({"removed": list(removed), "block": block, "batch": batch, "scores": written})
+        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
+            self.sync()
 
     def forget(self) -> None:
         """Drop all measurements, which turned out to be worthless."""
@@ -134,8 +160,19 @@ class Journal:
 
     def sync(self) -> None:
         """Flush the journal to disk."""
-        if self._file is not None:
-            self._file.sync()
+        if self._file is not None and self._path is not None:
+            with writing(self._path):
+                os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Close the file, and delete it if it holds no measurement."""
+        if self._file is not None and self._path is not None:
+            self.sync()
+            with writing(self._path):
+                self._file.close()
+            if not self._known:
+                delete_journal(self._path, ignore)
 
     def _key(self, removed: Sequence[int], block: int | None, batch: int | None) -> Name:
         gone = sorted(removed)
@@ -143,140 +180,89 @@ class Journal:
             *gone, block = sorted([*removed, block])
         return tuple(gone), block, batch
 
+    def _open(self, path: Path, search: Mapping[str, Any], *, resume: bool) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OutputError(
+                f"{path} is a link, a folder, a pipe or a device, not a journal.",
+                hint="Remove it, or choose another plan with -o.",
+            )
+        with ExitStack() as on_error:
+            with writing(path):
+                file = on_error.enter_context(path.open("a+b"))
+                _lock(file, path)
+            whole = self._read(file, path, search) if resume else 0
+            with writing(path):
+                file.truncate(whole)
+            on_error.pop_all()
+        self._file = file
+        if not resume:
+            SavedWalk(_walk_path(path)).delete()
+        if not whole:
+            self._append(search)
+            self.sync()
+
+    def _read(self, file: BinaryIO, path: Path, search: Mapping[str, Any]) -> int:
+        """Read the complete lines, up to the first that is damaged, and return their length in bytes."""
+        try:
+            file.seek(0)
+            line = file.readline(LONGEST_LINE)
+            if not line:
+                return 0
+            begun = from_json(_content(line) or b"")
+            if not isinstance(begun, dict):
+                raise ValueError
+            require_same_work(path, "search", begun, search, "model, data, metric and settings")
+            whole = len(line)
+            while (content := _content(line := file.readline(LONGEST_LINE))) is not None:
+                try:
+                    found = _Measurement.model_validate_json(content)
+                except ValidationError:
+                    break
+                scores = [math.inf if score is None else score for score in found.scores]
+                self._known[self._key(found.removed, found.block, found.batch)] = scores
+                whole += len(line)
+            return whole
+        except ValueError as error:
+            raise PlanError(
+                f"{path} is not a sleb journal, or its first line is damaged.",
+                hint="Delete it, or start over with --force.",
+            ) from error
+        except OSError as error:
+            raise PlanError(
+                f"The journal {path} cannot be read: {error.strerror}.",
+                hint="Check the disk that it is on, or start over with --force.",
+            ) from error
+
+    def _append(self, document: Mapping[str, Any]) -> None:
+        if self._file is not None and self._path is not None:
+            text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+            with writing(self._path):
+                self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+                self._file.flush()
+
 
 @contextmanager
 def open_journal(
-    path: Path,
-    search: Mapping[str, Any],
-    notify: Notify = ignore,
-    *,
-    resume: bool = False,
-    group: ProcessGroup | None = None,
-    whole_models: bool = False,
-    require_valid: Callable[[], object] = lambda: None,
+    path: Path, search: Mapping[str, Any], notify: Notify = ignore, *, resume: bool = False, **options: Any
 ) -> Iterator[Journal]:
-    """Start a journal for `search`, or with `resume`, continue it. The main process writes it; all have what it holds.
-
-    A journal without measurements is deleted in the end. For the other options, see `Journal`.
+    """Start a journal for `search`, or with `resume`, continue it; for `options`, see `Journal`.
 
     Raises:
         OutputError: the file cannot be written, is none of its own, or another search is writing it.
         PlanError: the existing journal cannot be read, belongs to another search, or another version of sleb began
             it; the message names the differences.
     """
-    group, file = group or ProcessGroup(), None
-    if group.is_main:
-        file = _File(path, {"format": FORMAT} | dict(search), resume=resume)
-        if not resume:
-            SavedWalk(_walk_path(path)).delete()
-    known = group.from_main(lambda: file.measured if file else [])
-    journal = Journal(known, file, whole_models=whole_models, require_valid=require_valid)
-    if len(journal) and file:
+    journal = Journal(path, search, resume=resume, **options)
+    if journal.is_kept:
         notify(Notice(f"Continuing with the {len(journal)} measurements in {path}."))
     try:
         yield journal
     except BaseException:
-        if len(journal) and file:
+        if journal.is_kept:
             notify(Notice(f"All measurements are kept in {path}: rerun with --resume to continue."))
         raise
     finally:
-        if file:
-            file.close()
-            if not len(journal):
-                delete_journal(path, notify)
-
-
-class _Measurement(Record):
-    """A line of the file; a score that was not a finite number is null."""
-
-    removed: tuple[int, ...]
-    block: int | None
-    batch: int | None
-    scores: Annotated[tuple[float | None, ...], Field(min_length=1)]
-
-
-class _File:
-    """The file of a journal, open and locked; `measured` is what it held.
-
-    Raises:
-        OutputError: it cannot be written, is none of its own, or another search is writing it.
-        PlanError: it cannot be read, belongs to another search, or another version of sleb began it.
-    """
-
-    def __init__(self, path: Path, search: Mapping[str, Any], *, resume: bool) -> None:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise OutputError(
-                f"{path} is a link, a folder, a pipe or a device, not a journal.",
-                hint="Remove it, or choose another plan with -o.",
-            )
-        self.path, self.measured, self._synced = path, list[tuple[Name, list[float]]](), 0.0
-        with writing(path):
-            self._file = path.open("a+b")
-        try:
-            with writing(path):
-                _lock(self._file, path)
-            whole = self._read(search) if resume else 0
-            with writing(path):
-                self._file.truncate(whole)
-        except BaseException:
-            self._file.close()
-            raise
-        if not whole:
-            self._write(json.dumps(search, separators=(",", ":"), allow_nan=False))
-            self.sync()
-
-    def _read(self, search: Mapping[str, Any]) -> int:
-        """Read the complete lines, up to the first that is damaged, and return their length in bytes."""
-        try:
-            self._file.seek(0)
-            header = self._file.readline(LONGEST_LINE)
-            if not header:
-                return 0
-            found = _content(header)
-            if found is None or not isinstance(begun := from_json(found), dict):
-                raise ValueError
-            require_same_work(self.path, "search", begun, search, "model, data, metric and settings")
-            whole = len(header)
-            while (found := _content(line := self._file.readline(LONGEST_LINE))) is not None:
-                try:
-                    of = _Measurement.model_validate_json(found)
-                except ValidationError:
-                    break
-                scores = [math.inf if score is None else score for score in of.scores]
-                self.measured.append(((of.removed, of.block, of.batch), scores))
-                whole += len(line)
-            return whole
-        except ValueError as error:
-            raise PlanError(
-                f"{self.path} is not a sleb journal, or its first line is damaged.",
-                hint="Delete it, or start over with --force.",
-            ) from error
-        except OSError as error:
-            raise PlanError(
-                f"The journal {self.path} cannot be read: {error.strerror}.",
-                hint="Check the disk that it is on, or start over with --force.",
-            ) from error
-
-    def append(self, measurement: Mapping[str, Any]) -> None:
-        self._write(json.dumps(measurement, separators=(",", ":"), allow_nan=False))
-        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
-            self.sync()
-
-    def _write(self, document: str) -> None:
-        text = document.encode()
-        with writing(self.path):
-            self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
-            self._file.flush()
-
-    def sync(self) -> None:
-        with writing(self.path):
-            os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
-
-    def close(self) -> None:
-        self.sync()
-        with writing(self.path):
-            self._file.close()
+        journal.close()
 
 
 def _content(line: bytes) -> bytes | None:

@@ -262,14 +262,10 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
             f"--holdout {request.holdout:g} is not a share from 0 to below 1.",
             hint="0.2 holds out a fifth of the sequences.",
         )
-    if request.fast and not isinstance(metric, LogitMetric):
+    if request.fast and not can_race(metric, strategy):
+        unfit = f"--strategy {strategy}" if isinstance(metric, LogitMetric) else metric.name
         raise UsageError(
-            f"--fast does not apply to {metric.name}, which does not score sequence by sequence.",
-            hint="Leave out --fast.",
-        )
-    if request.fast and not STRATEGIES[strategy].races:
-        raise UsageError(
-            f"--fast does not apply to --strategy {strategy}, which does not look for a single best candidate.",
+            f"--fast does not apply to {unfit}, which does not compare candidates sequence by sequence.",
             hint="Leave out --fast.",
         )
     if STRATEGIES[strategy].needs_sets and not isinstance(metric, LogitMetric | ModelMetric):

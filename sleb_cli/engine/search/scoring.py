@@ -108,17 +108,11 @@ class Scoring:
         first: int,
         advance: Callable[[int], object] = lambda done: None,
     ) -> list[float]:
-        metric, batches = NegativeLogLikelihood(), range(first, first + len(passes.batches))
-
-        def measure(share: Sequence[Name]) -> Iterator[Scores]:
-            units: list[Unit] = [(batch - first, ()) for _, _, batch in share if batch is not None]
-            for batch, _, losses in passes.score_units(metric, removed, units):
-                yield (removed, None, first + batch), losses
-
         def tell(name: Name, losses: Sequence[float], **how: bool) -> None:
             advance(len(losses))
 
-        self._measure([(removed, None, batch) for batch in batches], self._deal, measure, tell)
+        batches = range(first, first + len(passes.batches))
+        self._score_tokens(passes, NegativeLogLikelihood(), removed, (), batches, tell, first)
         return self.journal.scores(removed, None, batches)
 
     def _measure(
@@ -235,7 +229,7 @@ class Scoring:
         race, sizes = Race(candidates, self.sequences, self.winners), [len(batch) for batch in self.passes.batches]
         few = not self.skippable.weights.resident
         for batches in rounds(sizes, few=few) if self.fast else [range(len(sizes))]:
-            self._score_round(metric, removed, race.contenders, batches)
+            self._score_tokens(self.passes, metric, removed, race.contenders, batches, self._tell)
             for batch in batches if self.fast else ():
                 expected, seen = race.evaluations, range(batch + 1)
                 race.drop_beaten({block: self.journal.scores(removed, block, seen) for block in race.contenders})
@@ -244,27 +238,37 @@ class Scoring:
         self.passes.ranking = ranking(means)
         return race.outcome(means) if self.fast else Outcome(means)
 
-    def _score_round(
-        self, metric: LogitMetric, removed: tuple[int, ...], contenders: Sequence[int], batches: Iterable[int]
+    def _score_tokens(
+        self,
+        passes: Passes,
+        metric: LogitMetric,
+        removed: tuple[int, ...],
+        candidates: Sequence[int],
+        batches: Iterable[int],
+        tell: Callable[..., None],
+        first: int = 0,
     ) -> None:
-        """Score the contenders on these batches."""
+        """Score the model without each candidate, or without candidates, as it stands.
+
+        `first` is the number in the journal of the first batch of `passes`.
+        """
 
         def share_out(missing: list[Name]) -> Iterator[Turn[Unit]]:
             units: list[Unit] = [
-                (batch, [block for _, block, _ in names if block is not None])
-                for batch, names in groupby(missing, key=lambda name: name[2])
-                if batch is not None
+                (batch - first, [block for _, block, _ in names if block is not None])
+                for batch, names in groupby(missing, key=lambda name: name[2] or 0)
             ]
             return deal_units(units, self.group.size, self._costs)
 
         def measure(mine: Sequence[Unit]) -> Iterator[Scores]:
-            self.passes.ranking = ranking(self._means(removed, contenders)) or self.passes.ranking
-            self.notify(LaterStepsForecast(self.passes.share_of_later_steps(contenders)))
-            for batch, block, scores in self.passes.score_units(metric, removed, mine):
-                yield (removed, block, batch), scores
+            if candidates:
+                passes.ranking = ranking(self._means(removed, candidates)) or passes.ranking
+                self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates)))
+            for batch, block, scores in passes.score_units(metric, removed, mine):
+                yield (removed, block if candidates else None, first + batch), scores
 
-        wanted = [(removed, block, batch) for batch in batches for block in contenders]
-        self._measure(wanted, share_out, measure, self._tell)
+        wanted = [(removed, block, batch) for batch in batches for block in candidates or [None]]
+        self._measure(wanted, share_out, measure, tell)
 
     @cached_property
     def _costs(self) -> Costs:
