@@ -341,8 +341,8 @@ class TestTask:
         self.items = items
 
     @torch.no_grad()
-    def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama):
-        result, plan = search("task:mine.yaml:9", "--remove", 1), read_plan("plan.json")
+    def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama, tmp_path):
+        result, plan = search("task:mine.yaml:9", "--remove", 1), read_plan(tmp_path / "plan.json")
         assert (plan.search.metric, plan.search.engine) == ("task:mine.yaml:9", "model")
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 

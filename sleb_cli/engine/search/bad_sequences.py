@@ -77,8 +77,8 @@ def leave_out(calibration: Calibration, bad: Sequence[SkippedRecord], least: int
         )
     notify(
         Notice(
-            f"Left out {len(bad)} of {count} calibration sequences, on which the model computes numbers that are not "
-            f"finite: {_list(bad)}."
+            f"Left out {len(bad)} of {count} calibration sequences, on which the model computes NaN or infinity: "
+            f"{_list(bad)}."
         )
     )
     return calibration.without(bad)

@@ -138,8 +138,8 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     if differing:
         raise PlanError(
             f"This search cannot continue from {request.extend} ({differing}).",
-            hint="Leave out these options, so that the plan sets them, name the text it was calibrated on, and use the "
-            "same version of the metric.",
+            hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
+            "version of the metric.",
         )
 
 
@@ -412,7 +412,7 @@ def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
         perplexity = math.inf
     if not math.isfinite(perplexity):
         raise ModelError(
-            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, and the perplexity is not "
+            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is not "
             "finite.",
             hint=wider_range(dtype),
         )
