@@ -267,7 +267,8 @@ class Scoring:
             for batch, block, scores in passes.score_units(metric, removed, mine):
                 yield (removed, block if candidates else None, first + batch), scores
 
-        wanted = [(removed, block, batch) for batch in batches for block in candidates or [None]]
+        blocks: Sequence[int | None] = candidates or [None]
+        wanted = [(removed, block, batch) for batch in batches for block in blocks]
         self._measure(wanted, share_out, measure, tell)
 
     @cached_property
