@@ -68,7 +68,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         SlebError: something failed. A journal next to the plan keeps what was measured, for `resume`.
     """
     from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.search.journal import Journal, journal_of
+    from sleb_cli.engine.search.journal import delete_journal, journal_of
     from sleb_cli.engine.search.run import find_removals
 
     if request.compare:
@@ -77,7 +77,7 @@ def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
         plan = find_removals(request, _registry(notify), notify, group)
         _leave_to_main()
     _save(plan, request.plan_file)
-    Journal(journal_of(request.plan_file)).delete(notify)
+    delete_journal(journal_of(request.plan_file), notify)
     return plan
 
 

@@ -48,6 +48,7 @@ from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import cut_windows, tokens_sha256
+from sleb_cli.plan import Plan, read_plan
 
 logging.disable_progress_bar()
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
@@ -113,6 +114,31 @@ def run_sleb(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
         captured = capfd.readouterr()
         assert "Traceback" not in captured.err
         return Result(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def search(run_sleb: Callable[..., Result], tiny_llama: Path, text_file: Path) -> Callable[..., Result]:
+    """Search a tiny model on a short text, and require an exit code."""
+
+    def run(
+        *options: object, model: Path = tiny_llama, text: object = text_file, samples: int = 4, code: int = 0
+    ) -> Result:
+        result = run_sleb("search", model, *calibration(text, samples), *options)
+        assert result.exit_code == code, result.stderr
+        return result
+
+    return run
+
+
+@pytest.fixture
+def found(search: Callable[..., Result], tmp_path: Path) -> Callable[..., Plan]:
+    """Search, and return the plan."""
+
+    def run(*options: object, **how: Any) -> Plan:
+        search("--force", *options, **how)
+        return read_plan(tmp_path / "plan.json")
 
     return run
 
@@ -323,7 +349,7 @@ def write_task(folder: Path, name: str, rows: Iterable[dict[str, Any]], **settin
     return file
 
 
-def calibration(text: Path, samples: int = 4, length: int = 32) -> list[object]:
+def calibration(text: object, samples: int = 4, length: int = 32) -> list[object]:
     """Return options for a calibration that takes no time."""
     return ["--calibration", text, "--samples", samples, "--sequence-length", length]
 

@@ -135,7 +135,7 @@ class _SearchProgress:
         self._search = search
         self._number = search.done + 1
         self._steps = [float(evaluations) for evaluations in search.evaluations]
-        self._best: dict[int, float] = {}
+        self._leader: tuple[int, float] | None = None
         self._racing: int | None = None
         # Evaluations in earlier steps, in the current step, and in the interval that determines the pace.
         self._done_before = self._done_in_step = self._timed = 0.0
@@ -169,12 +169,13 @@ class _SearchProgress:
         self._done_before += self._steps.pop(0)
         self._done_in_step = 0.0
         self._number += 1
-        self._best.clear()
+        self._leader = None
         self._racing = None
 
     def scored(self, block: int, score: float) -> None:
-        """Set a candidate's score so far."""
-        self._best[block] = score
+        """Note a candidate's score so far; only the leader's is kept."""
+        if self._leader is None or block == self._leader[0] or score < self._leader[1]:
+            self._leader = block, score
 
     def forecast(self, share: float) -> None:
         """Set the expected share of the first step's time per evaluation in later steps."""
@@ -197,11 +198,9 @@ class _SearchProgress:
 
     def note(self) -> str:
         """Return a short status line."""
-        best = min(self._best, key=lambda block: self._best[block])
+        best = f", best so far: block {self._leader[0]} ({self._leader[1]:.4f})" if self._leader else ""
         racing = f", {self._racing} still racing" if self._racing else ""
-        return (
-            f"step {self._number} of {self._search.remove}, best so far: block {best} ({self._best[best]:.4f}){racing}"
-        )
+        return f"step {self._number} of {self._search.remove}{best}{racing}"
 
 
 class _Listener:

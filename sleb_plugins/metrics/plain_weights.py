@@ -17,12 +17,9 @@ def require_plain_weights(metric: str, block: nn.Module) -> None:
         UsageError: one is, so what `metric` would compute means nothing.
     """
     for name, tensor in block.state_dict().items():
-        if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not _is_plain(tensor.dtype):
+        is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+        if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
             raise UsageError(
                 f"{metric} reads the weights, and {name} is packed ({tensor.dtype}).",
                 hint="Use a metric of what the model computes, such as nll, or search the model it was quantized from.",
             )
-
-
-def _is_plain(dtype: object) -> bool:
-    return str(dtype) in ("torch.float32", "torch.float64", "torch.bfloat16", "torch.float16")

@@ -5,22 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sleb_plugins.errors import PluginError, UsageError
 from sleb_plugins.metric import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-M = TypeVar("M", bound=Metric)
-
-_LOOKS_AT: dict[type[Metric], str] = {
-    LogitMetric: "logits",
-    HiddenStateMetric: "hidden states",
-    WeightMetric: "weights",
-    ModelMetric: "the whole model",
-}
 
 
 @dataclass(frozen=True)
@@ -61,11 +52,11 @@ def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
     """
     if len(terms) == 1 and terms[0][0] == 1:
         return terms[0][1]
-    for kind, made in _SUMS.items():
+    for kind, (_, made) in _SUMS.items():
         if all(isinstance(metric, kind) for _, metric in terms):
             sum_of_kind: Metric = made(terms)
             return sum_of_kind
-    seen = [(metric.name, what) for _, metric in terms for kind, what in _LOOKS_AT.items() if isinstance(metric, kind)]
+    seen = [(metric.name, what) for _, metric in terms for kind, (what, _) in _SUMS.items() if isinstance(metric, kind)]
     raise UsageError(
         f"{' and '.join(name for name, _ in seen)} do not add up: "
         f"{', '.join(f'{name} looks at {what}' for name, what in seen)}.",
@@ -147,9 +138,10 @@ class _ModelSum(_Sum, ModelMetric):
         return math.fsum(weight * metric.score_model(model, tokenizer, sequences) for weight, metric in self.terms)
 
 
-_SUMS: dict[type[Metric], Any] = {
-    LogitMetric: _LogitSum,
-    HiddenStateMetric: _HiddenStateSum,
-    WeightMetric: _WeightSum,
-    ModelMetric: _ModelSum,
+_SUMS: dict[type[Metric], tuple[str, Any]] = {
+    LogitMetric: ("logits", _LogitSum),
+    HiddenStateMetric: ("hidden states", _HiddenStateSum),
+    WeightMetric: ("weights", _WeightSum),
+    ModelMetric: ("the whole model", _ModelSum),
 }
+"""What each kind of metric looks at, and its sums."""

@@ -73,7 +73,7 @@ def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: in
     start = time.perf_counter()
     with SkippableModel(model, model.model.layers) as skippable:
         passes, _ = prepare_passes(skippable, ids, lambda event: None)
-        score, _ = Scoring(passes, Journal(), None, lambda event: None).scorer(NegativeLogLikelihood())
+        score = Scoring(NegativeLogLikelihood(), passes, Journal(), None, lambda event: None).score
         ours = [c.block for c in greedy(Problem(score, partial(Protection(1, 1).candidates, blocks), remove))]
     middle = time.perf_counter()
     plain, _ = plain_search(model, model.model.layers, ids, remove)

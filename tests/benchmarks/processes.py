@@ -112,15 +112,15 @@ def work(options: argparse.Namespace, group: ProcessGroup) -> None:
     with SkippableModel(model, blocks) as skippable:
         passes, reason = prepare_passes(skippable, sequences, ignore, memory="2GB")
         assert reason is None, reason
-        scoring = Scoring(passes, Journal(), None, ignore, group=group)
-        scoring.loss(())  # warms up
+        scoring = Scoring(NegativeLogLikelihood(), passes, Journal(), None, ignore, group=group)
+        scoring.losses(())  # warms up
         group.gather(None)
         sizes: list[int] = []
         gather = group.gather
         setattr(group, "gather", lambda item: sizes.append(len(pickle.dumps(item))) or gather(item))  # noqa: B010
         start, sent, known = time.perf_counter(), 0, len(scoring.journal)
         candidates = partial(Protection(1, 1).candidates, len(blocks))
-        for choice in greedy(Problem(scoring.scorer(NegativeLogLikelihood())[0], candidates, options.steps)):
+        for choice in greedy(Problem(scoring.score, candidates, options.steps)):
             measured["seconds"].append(time.perf_counter() - start)
             measured["bytes"].append(sum(sizes) - sent)
             measured["scores"].append((len(scoring.journal) - known) * len(passes.batches[0]))

@@ -88,7 +88,7 @@ def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -
     journal, steps, removed = Journal(), [], []
     with SkippableModel(model, blocks) as skippable:
         passes, _ = prepare_passes(skippable, sequences, _ignore)
-        score, _ = Scoring(passes, journal, None, _ignore).scorer(NegativeLogLikelihood())
+        score = Scoring(NegativeLogLikelihood(), passes, journal, None, _ignore).score
         for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
             batches = range(len(passes.batches))
             steps.append(
@@ -106,13 +106,12 @@ def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
     found = []
     size = max(1, len(order) // LOOKS)
     for matrix in steps:
-        step = Race(len(order), {block: [] for block in matrix})
+        step = Race(list(matrix), len(order))
         for start in range(0, len(order), size):
-            for block in step.contenders:
-                step.add(block, [matrix[block][index] for index in order[start : start + size]])
-            step.drop_beaten()
+            seen = order[: start + size]
+            step.drop_beaten({block: [matrix[block][index] for index in seen] for block in step.contenders})
         losses = {block: statistics.fmean(scores) for block, scores in matrix.items()}
-        cost = losses[step.ranking()[0]] - min(losses.values())
+        cost = min(losses[block] for block in step.contenders) - min(losses.values())
         found.append((step.evaluations / (len(order) * len(matrix)), cost))
     return found
 

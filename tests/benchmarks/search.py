@@ -127,7 +127,7 @@ def search(model: Any, blocks: Any, calibration: Calibration, remove: int, *, fa
         sequences = (calibration.shuffled() if fast else calibration).sequences
         passes, reason = prepare_passes(skippable, sequences, _ignore, min_batches=LOOKS if fast else 1)
         assert reason is None, reason
-        score, _ = Scoring(passes, Journal(), None, _ignore, fast=fast).scorer(NegativeLogLikelihood())
+        score = Scoring(NegativeLogLikelihood(), passes, Journal(), None, _ignore, fast=fast).score
         removals = []
         for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
             removals.append(choice.block)

@@ -6,14 +6,16 @@ import os
 import random
 import shutil
 import sys
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
 
 import pytest
 
-from conftest import calibration, slow
+from conftest import slow
 from sleb_cli import plugin_manager
-from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.search import journal as journals
+from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.plan import read_plan
 from sleb_plugins import PluginError
 
@@ -28,6 +30,14 @@ def plan_bytes(path):
     kept = [line for line in lines if not line.strip().startswith((b'"started"', b'"seconds"'))]
     assert len(lines) == len(kept) + 2
     return kept
+
+
+@contextmanager
+def journals_stay():
+    """Let searches leave their journals, as if each were killed once its plan was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journals, "delete_journal", lambda *of: None)
+        yield
 
 
 SEARCHES = {
@@ -45,50 +55,41 @@ SEARCHES = {
 }
 
 
-@pytest.fixture(params=SEARCHES)
-def options(request, text_file):
-    return [*LONG, *SEARCHES[request.param], *map(str, calibration(text_file, samples=8))]
-
-
 @pytest.fixture
-def whole(run_sleb, tiny_llama, options, tmp_path):
-    """The plan of a search that nobody interrupted, and its journal."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        assert run_sleb("search", tiny_llama, *options, "-o", "whole.json", "-q").exit_code == 0
-    return plan_bytes(tmp_path / "whole.json"), journal_of(tmp_path / "whole.json").read_bytes()
+def leave(search):
+    """Search, and leave the journal."""
+
+    def run(*options, **how):
+        with journals_stay():
+            return search(*options, **how)
+
+    return run
 
 
 @pytest.mark.parametrize("points", [4, slow(50)])  # tests/faults kills the program at many more
-def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(run_sleb, tiny_llama, options, whole, tmp_path, points):
-    plan, journal = whole
+@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
+def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(search, leave, tmp_path, options, points):
+    options, path = [*LONG, *options, "-q"], tmp_path / "plan.json"
+    leave(*options, samples=8)
+    plan, journal = plan_bytes(path), journal_of(path).read_bytes()
     header = journal.index(b"\n") + 1
     assert len(journal) > header + points
-    path = tmp_path / "plan.json"
     for cut in random.Random(1).sample(range(header, len(journal)), points):
         journal_of(path).write_bytes(journal[:cut])
-        result = run_sleb("search", tiny_llama, *options, "--resume", "--force", "-q")
-        assert result.exit_code == 0, result.stderr
+        search(*options, "--resume", "--force", samples=8)
         assert plan_bytes(path) == plan
         assert not journal_of(path).exists()
 
 
-def test_an_unfinished_search_is_not_overwritten_unasked(run_sleb, tiny_llama, text_file, tmp_path):
-    options = [*LONG, *calibration(text_file)]
+def test_an_unfinished_search_is_not_overwritten_unasked(search, tmp_path):
     journal = journal_of(tmp_path / "plan.json")
     journal.write_text("measured")
-    result = run_sleb("search", tiny_llama, *options)
-    assert result.exit_code == 8
-    assert "plan.json.journal holds an unfinished search" in result.stderr
-    assert "--resume" in result.stderr
+    refused = search(*LONG, code=8).stderr
+    assert "plan.json.journal holds an unfinished search" in refused
+    assert "--resume" in refused
     assert journal.read_text() == "measured"
-    assert run_sleb("search", tiny_llama, *options, "--force").exit_code == 0
+    search(*LONG, "--force")
     assert not journal.exists()
-
-
-def test_resuming_where_nothing_is_begins_at_the_beginning(run_sleb, tiny_llama, text_file, tmp_path):
-    assert run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--resume").exit_code == 0
-    assert os.listdir(tmp_path) == ["plan.json"]
 
 
 @pytest.mark.parametrize(
@@ -104,62 +105,32 @@ def test_resuming_where_nothing_is_begins_at_the_beginning(run_sleb, tiny_llama,
         (["--samples", "3"], "calibration.sequences: 3, not 4"),
     ],
 )
-def test_a_journal_of_another_search_is_refused_by_the_difference(
-    run_sleb, tiny_llama, text_file, tmp_path, changes, difference
-):
-    options = [*LONG, *calibration(text_file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", tiny_llama, *options, "-q")
+def test_a_journal_of_another_search_is_refused(search, leave, tmp_path, changes, difference):
+    leave(*LONG, "-q")
     journal = journal_of(tmp_path / "plan.json")
     before = journal.read_bytes()
-    result = run_sleb("search", tiny_llama, *options, *changes, "--resume", "--force")
-    assert result.exit_code == 3
-    assert difference in result.stderr
+    assert difference in search(*LONG, *changes, "--resume", "--force", code=3).stderr
     assert journal.read_bytes() == before
 
 
-def test_a_journal_of_another_model_is_refused(run_sleb, tiny_llama, tiny_gpt2, text_file, tmp_path):
-    options = [*LONG, *calibration(text_file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", tiny_llama, *options, "-q")
-    result = run_sleb("search", tiny_gpt2, *options, "--resume", "--force")
-    assert result.exit_code == 3
-    assert "model.fingerprint" in result.stderr
-    assert "model.model_type: gpt2, not llama" in result.stderr
-
-
-def test_a_journal_of_another_tokenizer_is_refused(run_sleb, tiny_llama, text_file, tmp_path):
-    folder, options = shutil.copytree(tiny_llama, tmp_path / "model"), [*LONG, *calibration(text_file), "-q"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", folder, *options)
+def test_a_journal_of_another_model_or_tokenizer_is_refused(search, leave, tiny_llama, tiny_gpt2, tmp_path):
+    folder, again = shutil.copytree(tiny_llama, tmp_path / "model"), [*LONG, "--resume", "--force"]
+    leave(*LONG, "-q", model=folder)
+    refused = search(*again, model=tiny_gpt2, code=3).stderr
+    assert "model.fingerprint" in refused
+    assert "model.model_type: gpt2, not llama" in refused
     (folder / "README.md").write_text("changes nothing")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        assert run_sleb("search", folder, *options, "--resume", "--force").exit_code == 0
+    leave(*again, model=folder)
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    result = run_sleb("search", folder, *options, "--resume", "--force")
-    assert result.exit_code == 3
-    assert "belongs to another search (behavior: " in result.stderr
+    assert "belongs to another search (behavior: " in search(*again, model=folder, code=3).stderr
 
 
-def test_how_many_blocks_go_may_change_on_the_way(run_sleb, tiny_llama, text_file, tmp_path):
+def test_how_many_blocks_go_may_change_on_the_way(search, leave, tmp_path):
     """What was measured does not depend on where the search will end."""
-    settings = ["--batch-size", "1", *calibration(text_file)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Journal, "delete", lambda self, notify=None: None)
-        run_sleb("search", tiny_llama, *settings, "--remove", 3, "-q")
-    removals = json.loads((tmp_path / "plan.json").read_text())["removals"]
-    result = run_sleb("search", tiny_llama, *settings, "--remove", 2, "--resume", "--force", "--json")
-    assert json.loads(result.stdout)["removals"] == removals[:2]
-
-
-def test_a_search_that_fails_before_anything_is_measured_leaves_nothing(run_sleb, tiny_llama, text_file, tmp_path):
-    result = run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--memory", "1kB")
-    assert result.exit_code == 7
-    assert os.listdir(tmp_path) == []
+    leave(*LONG, "-q")
+    removals = read_plan(tmp_path / "plan.json").removals
+    search(*LONG, "--remove", 2, "--resume", "--force")
+    assert read_plan(tmp_path / "plan.json").removals == removals[:2]
 
 
 @pytest.fixture
@@ -202,84 +173,65 @@ class TestMetricThatChanges:
             ({"factor": -1}, "search.metrics.acme.code: "),
             ({"version": "0.2"}, "search.metrics.acme.version: 0.2, not 0.1"),
             ({"data": "words 2"}, "search.metrics.acme.fingerprint: words 2, not words 1"),
+            ({}, None),
         ],
     )
-    def test_neither_resumed_nor_extended(
-        self, run_sleb, tiny_llama, text_file, tmp_path, acme, metric, change, message
-    ):
+    def test_a_changed_metric_neither_resumes_nor_extends(self, leave, tmp_path, acme, metric, change, message):
+        options, extend = [*LONG, "--metric", metric, "-q"], ["--extend", "plan.json", *FOUR, "--force"]
         acme(data="words 1")
-        options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", metric, "-q"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
-            assert run_sleb(*options).exit_code == 0
-        journal, plan = journal_of(tmp_path / "plan.json").read_bytes(), (tmp_path / "plan.json").read_bytes()
+        leave(*options)
+        paths = (tmp_path / "plan.json", journal_of(tmp_path / "plan.json"))
+        before = [path.read_bytes() for path in paths]
+        assert read_plan(paths[0]).search.metrics["acme"].package == "sleb-acme"
         acme(**{"data": "words 1", **change})
-        for command in (
-            [*options, "--resume", "--force"],
-            ["search", tiny_llama, "--extend", "plan.json", *FOUR, "--force"],
-        ):
-            result = run_sleb(*command)
-            assert result.exit_code == 3, result.stderr
-            assert message in result.stderr
-            assert "seed" not in result.stderr
-        assert journal_of(tmp_path / "plan.json").read_bytes() == journal
-        assert (tmp_path / "plan.json").read_bytes() == plan
+        for command in ([*options, "--resume", "--force"], extend):
+            refused = leave(*command, code=3 if message else 0).stderr
+            assert (message or "") in refused
+            assert "seed" not in refused
+        assert not message or [path.read_bytes() for path in paths] == before
 
-    def test_one_that_does_not_change_goes_on(self, run_sleb, tiny_llama, text_file, tmp_path, acme):
-        acme()
-        options = ["search", tiny_llama, *LONG, *calibration(text_file), "--metric", "acme", "-q"]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
-            assert run_sleb(*options).exit_code == 0
-        acme()
-        assert run_sleb(*options, "--resume", "--force").exit_code == 0
-        assert read_plan(tmp_path / "plan.json").search.metrics["acme"].package == "sleb-acme"
-        assert run_sleb("search", tiny_llama, "--extend", "plan.json", *FOUR, "-q").exit_code == 0
-
-    def test_another_version_of_sleb_extends_a_plan_of_its_own_metrics(self, run_sleb, tiny_llama, text_file, tmp_path):
-        assert run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "-q").exit_code == 0
+    def test_another_version_of_sleb_extends_its_plans(self, search, tmp_path):
+        search(*LONG, "-q")
         plan = json.loads((tmp_path / "plan.json").read_text())
         plan["search"]["metrics"]["nll"] |= {"version": "0.0.1", "code": "another"}
         (tmp_path / "plan.json").write_text(json.dumps(plan))
-        assert run_sleb("search", tiny_llama, "--extend", "plan.json", *FOUR, "-q").exit_code == 0
+        search("--extend", "plan.json", *FOUR, "-q")
 
-    def test_a_fingerprint_that_is_no_text_is_the_plugins_fault(self, run_sleb, tiny_llama, text_file, acme):
+    def test_a_fingerprint_that_is_no_text_is_the_plugins_fault(self, search, acme):
         acme(data=7)
-        result = run_sleb("search", tiny_llama, *LONG, *calibration(text_file), "--metric", "acme")
-        assert result.exit_code == PluginError.exit_code
-        assert "The fingerprint of the metric 'acme' is 7, which is not a text" in result.stderr
+        refused = search(*LONG, "--metric", "acme", code=PluginError.exit_code).stderr
+        assert "The fingerprint of the metric 'acme' is 7, which is not a text" in refused
 
 
 class TestExtend:
     @pytest.fixture(autouse=True)
-    def _plan(self, run_sleb, tiny_llama, text_file):
-        self.settings = [*calibration(text_file), "--seed", 3, "--protect-first", 0]
-        assert run_sleb("search", tiny_llama, *self.settings, "--remove", 2, "-o", "two.json").exit_code == 0
+    def _plan(self, search):
+        self.settings = ["--seed", 3, "--protect-first", 0]
+        search(*self.settings, "--remove", 2, "-o", "two.json")
 
-    def test_it_goes_on_where_the_plan_ended_with_its_settings(self, run_sleb, tiny_llama, tmp_path):
-        assert run_sleb("search", tiny_llama, *self.settings, "--remove", 4, "-o", "four.json").exit_code == 0
-        result = run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 4, "-o", "more.json")
-        assert result.exit_code == 0, result.stderr
-        assert "4 of 6 blocks, 2 of them already removed" in result.stderr
+    @pytest.fixture
+    def extend(self, run_sleb, tiny_llama):
+        def run(*options, model=tiny_llama, plan="two.json", code=0):
+            result = run_sleb("search", model, "--extend", plan, *options)
+            assert result.exit_code == code, result.stderr
+            return result.stderr
+
+        return run
+
+    def test_it_goes_on_where_the_plan_ended_with_its_settings(self, search, extend, tmp_path):
+        search(*self.settings, "--remove", 4, "-o", "four.json")
+        assert "4 of 6 blocks, 2 of them already removed" in extend("--remove", 4, "-o", "more.json")
         assert plan_bytes(tmp_path / "more.json") == plan_bytes(tmp_path / "four.json")
 
-    def test_without_an_output_the_plan_itself_grows(self, run_sleb, tiny_llama, tmp_path):
-        two = json.loads((tmp_path / "two.json").read_text())
-        result = run_sleb("search", tiny_llama, "--extend", "two.json", "--ratio", "0.5")
-        assert result.exit_code == 0, result.stderr
-        three = json.loads((tmp_path / "two.json").read_text())
-        assert three["removals"][:2] == two["removals"]
-        assert three["steps"][:2] == two["steps"]
-        assert len(three["removals"]) == 3
-        assert sorted(os.listdir(tmp_path)) == ["two.json"]
-
-    def test_nothing_that_was_searched_is_searched_again(self, run_sleb, tiny_llama, tmp_path):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
-            run_sleb("search", tiny_llama, "--extend", "two.json", "--remove", 3)
+    def test_the_plan_itself_grows_and_nothing_is_measured_again(self, extend, tmp_path):
+        two = read_plan(tmp_path / "two.json")
+        with journals_stay():
+            extend("--ratio", "0.5")
+        three = read_plan(tmp_path / "two.json")
+        assert (three.removals[:2], three.steps[:2], len(three.removals)) == (two.removals, two.steps, 3)
+        assert sorted(os.listdir(tmp_path)) == ["two.json", "two.json.journal"]
         lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
-        removals = json.loads((tmp_path / "two.json").read_text())["removals"]
-        assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {tuple(removals[:2])}
+        assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {two.removals}
 
     @pytest.mark.parametrize(
         ("changes", "code", "message"),
@@ -291,23 +243,15 @@ class TestExtend:
             (["--remove", 3, "--dtype", "bf16"], 3, "search.dtype: bfloat16, not float32"),
         ],
     )
-    def test_what_does_not_go_on_is_refused(self, run_sleb, tiny_llama, tmp_path, changes, code, message):
+    def test_what_does_not_go_on_is_refused(self, extend, tmp_path, changes, code, message):
         before = (tmp_path / "two.json").read_bytes()
-        result = run_sleb("search", tiny_llama, "--extend", "two.json", *changes)
-        assert result.exit_code == code, result.stderr
-        assert message in result.stderr
+        assert message in extend(*changes, code=code)
         assert (tmp_path / "two.json").read_bytes() == before
         assert os.listdir(tmp_path) == ["two.json"]
 
-    def test_a_text_that_has_changed_is_noticed(self, run_sleb, tiny_llama, tmp_path):
+    def test_another_text_or_model_is_refused(self, search, extend, tiny_gpt2, tmp_path):
         (tmp_path / "t.txt").write_text("river mountain snow water stone " * 400)
-        run_sleb("search", tiny_llama, "--remove", 1, *calibration("t.txt"), "-o", "one.json")
+        search("--remove", 1, "--calibration", "t.txt", "-o", "one.json")
         (tmp_path / "t.txt").write_text("snow water mountain river lamp " * 400)
-        result = run_sleb("search", tiny_llama, "--extend", "one.json", "--remove", 2)
-        assert result.exit_code == 3
-        assert "calibration.tokens_sha256" in result.stderr
-
-    def test_another_model_is_refused(self, run_sleb, tiny_gpt2):
-        result = run_sleb("search", tiny_gpt2, "--extend", "two.json", "--remove", 3)
-        assert result.exit_code == 3
-        assert "is a different model" in result.stderr
+        assert "calibration.tokens_sha256" in extend("--remove", 2, plan="one.json", code=3)
+        assert "is a different model" in extend("--remove", 3, model=tiny_gpt2, code=3)

@@ -1,21 +1,16 @@
 """What the pruned model says is shown where a search ends, and in the model card."""
 
-import json
-
 import pytest
 
-from conftest import calibration
+from conftest import gpt2_config, save_model
 from sleb_cli.engine.quality.sample_generation import PROMPT
 from sleb_cli.plan import read_plan
 
 
 @pytest.fixture
-def searched(run_sleb, shared_data, text_file):
+def searched(search, shared_data):
     """Search for all but the protected blocks of a trained model, which then only stutters."""
-    model = shared_data / "models" / "stories260K"
-    result = run_sleb("search", model, *calibration(text_file), "--remove", 3, "--sample-tokens", 48)
-    assert result.exit_code == 0, result.stderr
-    return result
+    return search("--remove", 3, "--sample-tokens", 48, model=shared_data / "models" / "stories260K")
 
 
 def test_a_collapse_is_shown_and_warned_of(searched, tmp_path):
@@ -40,19 +35,13 @@ def test_the_model_card_lets_both_speak(searched, run_sleb, tmp_path):
     assert PROMPT not in (tmp_path / "one" / "README.md").read_text()
 
 
-def test_it_is_the_same_each_time_and_stands_in_json(run_sleb, tiny_llama, text_file):
-    options = [*calibration(text_file), "--remove", 2, "--json", "-q", "--force"]
-    first, second = (run_sleb("search", tiny_llama, *options) for _ in range(2))
-    assert first.stderr == ""
-    assert json.loads(first.stdout)["sample_generation"] == json.loads(second.stdout)["sample_generation"]
-    assert json.loads(first.stdout)["sample_generation"]["new_tokens"] == 6
+def test_it_is_the_same_each_time(found):
+    first, second = (found("--remove", 2).sample_generation for _ in range(2))
+    assert first == second
+    assert first.new_tokens == 6
 
 
-def test_a_model_with_few_positions_is_searched_without_it(run_sleb, tmp_path, text_file):
-    from conftest import gpt2_config, save_model
-
+def test_a_model_with_few_positions_is_searched_without_it(search, tmp_path):
     folder = save_model(tmp_path / "short", gpt2_config(3, n_positions=16))
-    result = run_sleb("search", folder, *calibration(text_file, length=16), "--remove", 1)
-    assert result.exit_code == 0, result.stderr
-    assert "No sample text is shown" in result.stderr
+    assert "No sample text is shown" in search("--remove", 1, "--sequence-length", 16, model=folder).stderr
     assert read_plan(tmp_path / "plan.json").sample_generation is None

@@ -139,7 +139,7 @@ def test_what_needs_the_whole_model_is_refused(run_sleb, tiny_llama, text_file, 
     assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
 
 
-def test_a_search_that_ends_in_the_middle_of_a_walk_goes_on_from_there(search, tiny_llama, visits, monkeypatch):
+def test_a_search_that_ends_within_a_walk_goes_on_from_there(search, tiny_llama, visits, monkeypatch):
     monkeypatch.setattr(saved_walk, "FEWEST_SECONDS", 0.0)
     monkeypatch.setattr(saved_walk, "SHARE", 1e9)
     run_block, calls = SkippableModel.run_block, []

@@ -21,7 +21,7 @@ from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.search.journal import Journal
+from sleb_cli.engine.quality.task_metric import TaskError
 from sleb_cli.plan import read_plan
 from sleb_plugins import MachineError, UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
@@ -34,8 +34,7 @@ class Loss(sleb.ModelMetric):
 
     def score_model(self, model, tokenizer, sequences):
         assert tokenizer("river").input_ids
-        logits = model(input_ids=sequences).logits[:, :-1]
-        return nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).item()
+        return loss_of(model(input_ids=sequences).logits, sequences).item()
 
 
 class Nothing(sleb.ModelMetric):
@@ -89,10 +88,16 @@ def _this_module_is_a_plugin(monkeypatch):
 
 
 @pytest.fixture
-def search(run_sleb, tiny_llama, text_file):
-    def run(metric, *options):
-        settings = [*calibration(text_file), "--metric", metric, "--remove", 2, "--json", "--force"]
-        return run_sleb("search", tiny_llama, *settings, *options)
+def search(search):
+    """Search with a metric for two blocks."""
+    return lambda metric, *options, code=0: search("--force", "--metric", metric, "--remove", 2, *options, code=code)
+
+
+@pytest.fixture
+def found(search, tmp_path):
+    def run(*words):
+        search(*words)
+        return read_plan(tmp_path / "plan.json")
 
     return run
 
@@ -107,63 +112,87 @@ def sequences(tiny_llama, text_file):
     return calibration_sequences(tiny_llama, text_file)
 
 
-def plan_of(result):
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
+def skip(model, block):
+    return model.model.layers[block].register_forward_hook(lambda module, args, output: args[0])
 
 
-def test_a_model_metric_that_computes_the_loss_finds_what_nll_finds(search):
-    slow, fast = plan_of(search("loss")), plan_of(search("nll"))
-    assert slow["removals"] == fast["removals"]
-    for theirs, ours in zip(slow["steps"], fast["steps"], strict=True):
-        assert theirs["scores"] == pytest.approx(ours["scores"], abs=1e-5)
-        assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-5)
+def loss_of(logits, sequences):
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), sequences[:, 1:].flatten())
+
+
+def test_a_model_metric_of_the_loss_finds_what_nll_finds(found):
+    slow, fast = found("loss"), found("nll")
+    assert slow.removals == fast.removals
+    for theirs, ours in zip(slow.steps, fast.steps, strict=True):
+        assert theirs.scores == pytest.approx(ours.scores, abs=1e-5)
+        assert theirs.perplexity == pytest.approx(ours.perplexity, rel=1e-5)
 
 
 @torch.no_grad()
-def test_kl_is_the_divergence_from_the_dense_model(search, model, sequences):
-    plan = plan_of(search("kl"))
+def test_kl_is_the_divergence_from_the_dense_model(found, model, sequences):
+    plan = found("kl")
     dense = model(sequences).logits[:, :-1].log_softmax(-1)
-    block = plan["removals"][0]
-    handle = model.model.layers[block].register_forward_hook(lambda module, args, output: args[0])
+    skip(model, plan.removals[0])
     pruned = model(sequences, use_cache=False).logits[:, :-1].log_softmax(-1)
-    handle.remove()
     expected = (dense.exp() * (dense - pruned)).sum(-1).mean()
-    assert plan["steps"][0]["score"] == pytest.approx(float(expected), abs=1e-5)
-    assert plan["search"]["engine"] == "fork"
+    assert plan.steps[0].score == pytest.approx(float(expected), abs=1e-5)
+    assert plan.search.engine == "fork"
 
 
-def test_magnitude_is_the_sum_of_absolute_weights(search, model):
-    plan = plan_of(search("magnitude"))
-    expected = {str(n): sum(p.abs().sum().item() for p in model.model.layers[n].parameters()) for n in range(1, 5)}
-    assert plan["steps"][0]["scores"] == pytest.approx(expected, rel=1e-5)
+@torch.no_grad()
+def test_magnitude_is_the_sum_of_absolute_weights(found, model):
+    expected = {n: sum(p.abs().sum().item() for p in model.model.layers[n].parameters()) for n in range(1, 5)}
+    assert found("magnitude").steps[0].scores == pytest.approx(expected, rel=1e-5)
+
+
+STATE_METRICS = {
+    "cosine": lambda cosine: 1 - cosine,
+    "angular": lambda cosine: cosine.arccos() / math.pi,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("metric", STATE_METRICS)
+def test_metrics_of_states_are_what_they_say_at_each_step(found, model, sequences, metric):
+    plan, seen = found(metric), {}
+    for step, gone in zip(plan.steps, [(), *plan.by_size], strict=False):
+        for block in gone:
+            skip(model, block)
+        hooks = [
+            layer.register_forward_hook(lambda module, args, output, n=n: seen.update({n: (args[0], output)}))
+            for n, layer in enumerate(model.model.layers)
+        ]
+        model(sequences, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        cosines = {
+            n: nn.functional.cosine_similarity(*(x.double() for x in seen[n]), dim=-1) for n in {1, 2, 3, 4} - set(gone)
+        }
+        expected = {n: float(STATE_METRICS[metric](cosine).mean()) for n, cosine in cosines.items()}
+        assert step.scores == pytest.approx(expected, abs=1e-5)
 
 
 def whole_backward(model, sequences):
     """Sum |w dL/dw| of each block, from one backward pass through the whole model."""
     model.zero_grad()
-    logits = model(sequences, use_cache=False).logits[:, :-1]
-    nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).backward()
+    loss_of(model(sequences, use_cache=False).logits, sequences).backward()
     return {
-        str(n): sum((p * p.grad).abs().sum().item() for p in layer.parameters())
+        n: sum((p * p.grad).abs().sum().item() for p in layer.parameters() if p.grad is not None)
         for n, layer in enumerate(model.model.layers)
-        if any(p.grad is not None for p in layer.parameters())
     }
 
 
-def test_taylor_equals_one_backward_pass_of_the_whole_model(search, model, sequences):
-    plan = plan_of(search("taylor", "--batch-size", 3))
-    expected = whole_backward(model, sequences)
-    assert plan["search"]["engine"] == "weights"
-    assert plan["steps"][0]["scores"] == pytest.approx({n: expected[n] for n in "1234"}, rel=1e-4)
-    removed = plan["removals"][0]
-    model.model.layers[removed].register_forward_hook(lambda module, args, output: args[0])
-    expected = whole_backward(model, sequences)
-    assert plan["steps"][1]["scores"] == pytest.approx({n: expected[n] for n in plan["steps"][1]["scores"]}, rel=1e-4)
+def test_taylor_is_what_one_backward_pass_gives(found, model, sequences):
+    plan = found("taylor", "--batch-size", 3)
+    assert plan.search.engine == "weights"
+    for step in plan.steps:
+        expected = whole_backward(model, sequences)
+        assert step.scores == pytest.approx({n: expected[n] for n in step.scores}, rel=1e-4)
+        skip(model, step.block)
 
 
-def test_out_of_memory_gradients_come_in_smaller_batches(search, monkeypatch):
-    expected, refused = plan_of(search("taylor")), []
+def test_gradients_take_smaller_batches_if_memory_is_short(found, monkeypatch):
+    expected, refused = found("taylor"), []
     backpropagate = gradients._backpropagate
 
     def short_of_memory(skippable, call, hidden, *rest):
@@ -173,30 +202,33 @@ def test_out_of_memory_gradients_come_in_smaller_batches(search, monkeypatch):
         return backpropagate(skippable, call, hidden, *rest)
 
     monkeypatch.setattr(gradients, "_backpropagate", short_of_memory)
-    found = plan_of(search("taylor"))
+    for ours, theirs in zip(found("taylor").steps, expected.steps, strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, rel=1e-4)
     assert refused[:2] == [(5, 4), (5, 2)]
-    for ours, theirs in zip(found["steps"], expected["steps"], strict=True):
-        assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-4)
+
+
+def gradients_of(model, sequences, blocks, engine="fork", loss_mask=None, **options):
+    """Return the gradients of each block; with the fork, only those of one exist at a time."""
+    found, batches = {}, (sequences[:2], sequences[2:])
+    masks = None if loss_mask is None else (loss_mask[:2], loss_mask[2:])
+    with SkippableModel(model, model.model.layers) as skippable:
+        budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
+        passes = Passes(skippable, batches, budget, lambda event: None, engine, loss_mask=masks, **options)
+        for block in blocks_with_gradients(passes, (2,), blocks):
+            layers = list(enumerate(model.model.layers))
+            having = {n for n, layer in layers for p in layer.parameters() if p.grad is not None}
+            assert engine != "fork" or having == {block}
+            found[block] = {name: p.grad.clone() for name, p in model.model.layers[block].named_parameters()}
+        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    return found
 
 
 @pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_gradients_of_one_block_at_a_time_where_possible(model, sequences, engine):
+def test_gradients_are_those_of_the_masked_loss(model, sequences, engine):
     loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
-    with SkippableModel(model, model.model.layers) as skippable:
-        budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
-        batches = (sequences[:2], sequences[2:])
-        passes = Passes(
-            skippable, batches, budget, lambda event: None, engine, loss_mask=(loss_mask[:2], loss_mask[2:])
-        )
-        found = {}
-        for block in blocks_with_gradients(passes, (2,), [1, 3, 4]):
-            if engine == "fork":
-                layers = enumerate(model.model.layers)
-                assert {n for n, layer in layers for p in layer.parameters() if p.grad is not None} == {block}
-            found[block] = {name: p.grad.clone() for name, p in model.model.layers[block].named_parameters()}
-        assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+    found = gradients_of(model, sequences, [1, 3, 4], engine, loss_mask)
     model.requires_grad_(True)
-    model.model.layers[2].register_forward_hook(lambda module, args, output: args[0])
+    skip(model, 2)
     logits = model(sequences, use_cache=False).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none")
     targets = loss_mask[:, 1:]
@@ -210,38 +242,14 @@ def test_gradients_of_one_block_at_a_time_where_possible(model, sequences, engin
 @pytest.mark.parametrize("depths", [5, 6, 7])
 def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
     """States of fewer depths are kept, and those between are computed again."""
-
-    def gradients_within(available):
-        with SkippableModel(model, model.model.layers) as skippable:
-            budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
-            batches = (sequences[:2], sequences[2:])
-            passes = Passes(skippable, batches, budget, lambda event: None, "fork", available=available)
-            return {
-                block: [p.grad.clone() for p in model.model.layers[block].parameters()]
-                for block in blocks_with_gradients(passes, (2,), [0, 1, 3, 4, 5])
-            }
-
-    one_depth = sequences.numel() * 32 * 4
+    available, blocks = depths * sequences.numel() * 32 * 4, [0, 1, 3, 4, 5]
     if depths == 5:
         with pytest.raises(MachineError, match=r"Gradients need .* beside the model, but may take only"):
-            gradients_within(depths * one_depth)
+            gradients_of(model, sequences, blocks, available=available)
         return
-    expected, found = gradients_within(2**63), gradients_within(depths * one_depth)
+    expected, found = (gradients_of(model, sequences, blocks, available=most) for most in (2**63, available))
     for block, parameters in expected.items():
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[block], parameters, strict=True))
-
-
-@torch.no_grad()
-def test_angular_is_the_angle_in_half_turns(search, model, sequences):
-    plan = plan_of(search("angular"))
-    seen = {}
-    for n, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(lambda module, args, output, n=n: seen.update({n: (args[0], output)}))
-    model(sequences, use_cache=False)
-    assert set(plan["steps"][0]["scores"]) == set("1234")
-    for n, score in plan["steps"][0]["scores"].items():
-        cosine = nn.functional.cosine_similarity(*(x.double() for x in seen[int(n)]), dim=-1)
-        assert score == pytest.approx(float((cosine.arccos() / math.pi).mean()), abs=1e-6)
+        assert all(torch.equal(found[block][name], gradient) for name, gradient in parameters.items())
 
 
 def test_angular_sees_small_angles_and_opposite_directions():
@@ -253,48 +261,39 @@ def test_angular_sees_small_angles_and_opposite_directions():
     assert angular.score_tokens(x, -x).item() == pytest.approx(1.0)
 
 
-def test_kl_is_zero_for_the_same_predictions_and_bears_masked_tokens():
-    kl = metrics.KlDivergence()
+def test_kl_is_zero_for_the_same_and_bears_masked_tokens():
+    kl, targets = metrics.KlDivergence(), torch.zeros(5, dtype=torch.long)
     logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
     logits[:, 4] = -math.inf
-    assert kl.score_tokens(logits, torch.zeros(5, dtype=torch.long), logits.clone()).abs().max() < 1e-6
-    other = logits.roll(1, 0)
-    assert (kl.score_tokens(other, torch.zeros(5, dtype=torch.long), logits) > 0).all()
+    assert kl.score_tokens(logits, targets, logits.clone()).abs().max() < 1e-6
+    assert (kl.score_tokens(logits.roll(1, 0), targets, logits) > 0).all()
 
 
-def test_random_depends_on_the_seed_and_the_number_alone(search):
-    plans = {metric: plan_of(search(metric)) for metric in ("random", "random:0", "random:7", "magnitude+random:7")}
-    assert plans["random"]["steps"] == plans["random:0"]["steps"] != plans["random:7"]["steps"]
-    for number in (1, 2, 3, 4):
-        lot = plans["random:7"]["steps"][0]["scores"][str(number)]
-        assert lot == metrics.RandomScore(7).score_block(None, number)
-        assert 0 <= lot < 1
-    assert plans["random:7"]["search"]["metric"] == "random:7"
+def test_random_depends_on_the_seed_and_the_number_alone(found):
+    plans = {metric: found(metric) for metric in ("random", "random:0", "random:7", "magnitude+random:7")}
+    assert plans["random"].steps == plans["random:0"].steps != plans["random:7"].steps
+    for number, score in plans["random:7"].steps[0].scores.items():
+        assert 0 <= score == metrics.RandomScore(7).score_block(None, number) < 1
+    assert plans["random:7"].search.metric == "random:7"
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("nll+0.5*kl", "fork"), ("2*cosine+angular", "fork"), ("taylor+1e-3*magnitude", "weights")]
+    ("text", "engine"), [("nll+0.5*kl", "fork"), ("2*cosine+angular", "fork"), ("taylor+1e-3*magnitude", "weights")]
 )
-def test_a_sum_is_the_sum_of_its_metrics(search, text, kind):
-    plan = plan_of(search(text))
-    parts = [plan_of(search(name))["steps"][0]["scores"] for name in sorted(set(re.findall("[a-z]{2,}", text)))]
-    weights = dict(zip(sorted(set(re.findall("[a-z]{2,}", text))), parts, strict=True))
-    assert set(plan["steps"][0]["scores"]) == set("1234")
-    for block, score in plan["steps"][0]["scores"].items():
-        expected = sum(term.weight * weights[term.name][block] for term in parse_terms(text))
-        assert score == pytest.approx(expected, rel=1e-4)
-    assert plan["search"]["engine"] == kind
-    assert plan["search"]["metric"] == text.replace("1e-3", "0.001")
+def test_a_sum_is_the_sum_of_its_metrics(found, text, engine):
+    plan, terms = found(text), [(term.weight, found(term.name).steps[0].scores) for term in parse_terms(text)]
+    expected = {block: sum(weight * scores[block] for weight, scores in terms) for block in (1, 2, 3, 4)}
+    assert plan.steps[0].scores == pytest.approx(expected, rel=1e-4)
+    assert (plan.search.engine, plan.search.metric) == (engine, text.replace("1e-3", "0.001"))
 
 
-def test_a_sum_of_logit_metrics_races_with_the_same_scores(search):
+def test_a_sum_of_logit_metrics_races(found):
     settings = ["--samples", 16, "--strategy", "refine", "--batch-size", 1]
-    exact = plan_of(search("nll + 0.5*kl", *settings))
-    raced = plan_of(search("nll+0.5*kl", *settings, "--fast"))
-    assert exact["removals"] == raced["removals"]
-    assert any(step["race"]["dropped"] for step in raced["steps"])
-    for step, other in zip(raced["steps"], exact["steps"], strict=True):
-        assert step["score"] == pytest.approx(other["score"], abs=1e-5)
+    exact, raced = found("nll + 0.5*kl", *settings), found("nll+0.5*kl", *settings, "--fast")
+    assert exact.removals == raced.removals
+    assert any(step.race.dropped for step in raced.steps)
+    for step, other in zip(raced.steps, exact.steps, strict=True):
+        assert step.score == pytest.approx(other.score, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -314,9 +313,7 @@ def test_a_sum_of_logit_metrics_races_with_the_same_scores(search):
     ],
 )
 def test_a_metric_that_cannot_be_read_is_refused(search, tmp_path, text, message):
-    result = search(text)
-    assert result.exit_code == 2
-    assert message in result.stderr
+    assert message in search(text, code=2).stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -344,11 +341,9 @@ class TestTask:
         self.items = items
 
     @torch.no_grad()
-    def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama):
-        result = search("task:mine.yaml:9", "--remove", 1)
-        plan = plan_of(result)
-        assert plan["search"]["metric"] == "task:mine.yaml:9"
-        assert plan["search"]["engine"] == "model"
+    def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama, tmp_path):
+        result, plan = search("task:mine.yaml:9", "--remove", 1), read_plan(tmp_path / "plan.json")
+        assert (plan.search.metric, plan.search.engine) == ("task:mine.yaml:9", "model")
         tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
 
         def likelihood(question, answer):
@@ -358,9 +353,9 @@ class TestTask:
             return float(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum()) / len(answer)
 
         layers = list(model.model.layers)
-        assert set(plan["steps"][0]["scores"]) == set("1234")
-        for block, score in plan["steps"][0]["scores"].items():
-            model.model.layers = nn.ModuleList(layers[: int(block)] + layers[int(block) + 1 :])
+        assert set(plan.steps[0].scores) == {1, 2, 3, 4}
+        for block, score in plan.steps[0].scores.items():
+            model.model.layers = nn.ModuleList(layers[:block] + layers[block + 1 :])
             wrong = [likelihood(i["q"], i["a"][1]) <= likelihood(i["q"], i["a"][0]) for i in self.items[:9]]
             assert score == pytest.approx(sum(wrong) / 9)
         assert "%|" not in result.stderr
@@ -369,8 +364,8 @@ class TestTask:
     def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch, change):
         task, items = tmp_path / "mine.yaml", tmp_path / "items.jsonl"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Journal, "delete", lambda self, notify=None: None)
-            plan_of(search("task:mine.yaml:9", "--remove", 1))
+            patch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
+            search("task:mine.yaml:9", "--remove", 1)
         if change == "a setting":
             task.write_text(task.read_text().replace("{{q}}", "Q: {{q}}"))
         elif change == "an item":
@@ -380,11 +375,10 @@ class TestTask:
             monkeypatch.setattr(
                 "importlib.metadata.version", lambda name: "9.9" if name == "lm_eval" else version(name)
             )
-        result = search("task:mine.yaml:9", "--remove", 1, "--resume")
+        result = search("task:mine.yaml:9", "--remove", 1, "--resume", code=0 if change == "nothing" else 3)
         if change == "nothing":
             assert "Continuing with the" in result.stderr
             return
-        assert result.exit_code == 3, result.stderr
         told = re.search(r"search.metrics.task:mine.yaml:9.fingerprint: (.*), not (.*)\)", result.stderr)
         parts = [text.split(", ") for text in told.groups()]
         differing = [new.split()[0] for new, old in zip(*parts, strict=True) if new != old]
@@ -392,7 +386,7 @@ class TestTask:
 
     def test_an_item_that_is_not_run_may_change(self, tmp_path):
         def fingerprint(items):
-            return metrics.TaskError().with_argument(f"{tmp_path / 'mine.yaml'}:{items}").fingerprint()
+            return TaskError().with_argument(f"{tmp_path / 'mine.yaml'}:{items}").fingerprint()
 
         before = fingerprint(9), fingerprint(12)
         *lines, last = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
@@ -410,42 +404,24 @@ class TestTask:
             ("task:items.yaml", "names no task"),
         ],
     )
-    def test_a_task_that_is_not_there_is_said_before_the_model_is_loaded(self, search, tmp_path, metric, message):
+    def test_a_missing_task_is_named_before_the_model_is_loaded(self, search, tmp_path, metric, message):
         (tmp_path / "items.yaml").write_text("dataset_path: json\n")
-        result = search(metric)
-        assert result.exit_code == 5
+        result = search(metric, code=5)
         assert message in result.stderr
         assert "tiny-llama …" not in result.stderr
 
 
-@torch.no_grad()
-def test_cosine_is_what_it_says_after_a_removal_too(search, model, sequences):
-    plan = plan_of(search("cosine"))
-    removed = plan["removals"][0]
-    seen = {}
-    layers = model.model.layers
-    skip = layers[removed].register_forward_hook(lambda module, args, output: args[0])
-    for n in range(1, 5):
-        if n != removed:
-            layers[n].register_forward_hook(lambda module, args, output, n=n: seen.update({n: (args[0], output)}))
-    model(sequences, use_cache=False)
-    skip.remove()
-    expected = {str(n): float(1 - nn.functional.cosine_similarity(*pair, dim=-1).mean()) for n, pair in seen.items()}
-    assert plan["steps"][1]["scores"] == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_metric_that_returns_no_number_is_named(search, tmp_path):
-    result = search("nothing")
-    assert result.exit_code == 6
-    assert "'nothing' returned None" in result.stderr
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("nothing", "'nothing' returned None"),
+        ("one-for-all", "'one-for-all' returned scores of shape"),
+        ("one-for-all-states", "'one-for-all-states' returned scores of shape"),
+    ],
+)
+def test_a_metric_that_returns_something_else_is_named(search, tmp_path, metric, message):
+    assert message in search(metric, code=6).stderr
     assert not (tmp_path / "plan.json").exists()
-
-
-@pytest.mark.parametrize("metric", ["one-for-all", "one-for-all-states"])
-def test_scores_of_another_shape_are_refused(search, metric):
-    result = search(metric)
-    assert result.exit_code == 6
-    assert f"'{metric}' returned scores of shape" in result.stderr
 
 
 def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_file):
@@ -457,9 +433,7 @@ def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_f
 
 
 def test_a_score_that_is_nan_is_named_and_never_chosen(search, tmp_path):
-    result = search("nan")
-    assert result.exit_code == 0, result.stderr
-    assert "Without block 3, scores are not finite numbers" in result.stderr
+    assert "Without block 3, scores are not finite numbers" in search("nan").stderr
     step = read_plan(tmp_path / "plan.json").steps[0]
     assert (step.block, step.scores) == (1, {1: 1.0, 2: 1.0, 3: None, 4: 1.0})
 

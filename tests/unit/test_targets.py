@@ -9,83 +9,85 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from conftest import llama_config, save_model
 from families import tiny_config
+from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.context import SearchContext
-from sleb_cli.engine.search.speedup import SpeedupTimer
+from sleb_cli.engine.search.removable import Removable
+from sleb_cli.engine.search.speedup import SpeedupTimer, fit_slope
 from sleb_cli.engine.search.targets import (
+    LossTarget,
     SizeTarget,
     chosen_target,
-    fit_slope,
+    count_to_remove,
     longest_run,
-    loss_target,
     parse_number,
+    parse_ratio,
+    resolve_target,
 )
+from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import TargetRequest
 from sleb_plugins import UnsupportedModelError, UsageError
 
-
-def at_most(most, blocks, outside=100.0):
-    return SizeTarget(
-        "target_params", "as asked", Sizes(outside, blocks), most, lambda amount: f"{amount:g} parameters"
-    )
+CPU = Placement(torch.device("cpu"), torch.float32)
+EQUAL, UNEQUAL = (10.0,) * 10, (10.0, 1.0, 20.0, 2.0, 10.0)
 
 
-def test_equal_blocks_are_counted_exactly():
-    target = at_most(170, (10.0,) * 10)
-    assert target.removals(range(1, 9)) == 3
-    assert not target.met({1, 2})
-    assert target.met({1, 2, 3})
-    assert target.allows(9.0)
-    assert at_most(171, (10.0,) * 10).removals(range(1, 9)) == 3
-    assert at_most(169, (10.0,) * 10).removals(range(1, 9)) == 4
+def at_most(most, blocks):
+    return SizeTarget("target_params", "as asked", Sizes(100, blocks), most, lambda amount: f"{amount:g} parameters")
 
 
-def test_of_unequal_blocks_as_many_as_it_takes_if_the_small_ones_go():
-    target = at_most(130, (10.0, 1.0, 20.0, 2.0, 10.0))
-    assert target.removals([1, 2, 3]) == 3
-    assert not target.met({1, 3})
-    assert target.met({2})
+@pytest.mark.parametrize(
+    ("most", "blocks", "candidates", "removed", "count"),
+    [
+        (170, EQUAL, range(1, 9), (), 3),
+        (171, EQUAL, range(1, 9), (), 3),
+        (169, EQUAL, range(1, 9), (), 4),
+        (130, UNEQUAL, [1, 2, 3], (), 3),  # as many as it takes if the small ones go
+        (170, EQUAL, range(1, 9), (4, 5), 3),
+        # Without block 1, the smallest: 2 and 20 must go for 120, and block 1 does not go twice.
+        (130, UNEQUAL, [1, 2, 3], (1,), 3),
+        (
+            170,
+            EQUAL,
+            range(1, 9),
+            (4, 5, 6),
+            "already at 170 parameters without the 3 removed blocks; the target is 170",
+        ),
+        (200, EQUAL, range(1, 9), (), "The model is already at 200 parameters; the target is 200"),
+        (119, EQUAL, range(1, 9), (), "still at 120 parameters with 8 blocks removed, the maximum; the target is 119"),
+        (100, EQUAL, range(10), (), "with 9 blocks removed"),  # one always stays
+    ],
+)
+def test_how_many_removals_meet_a_size(most, blocks, candidates, removed, count):
+    target = at_most(most, blocks)
+    if isinstance(count, int):
+        assert target.removals(candidates, removed) == count
+        return
+    with pytest.raises(UsageError, match=count):
+        target.removals(candidates, removed)
 
 
-def test_blocks_that_are_gone_count():
-    assert at_most(170, (10.0,) * 10).removals(range(1, 9), removed=(4, 5)) == 3
-    # Without block 1, the smallest: 2 and 20 must go for 120, and block 1 does not go twice.
-    assert at_most(130, (10.0, 1.0, 20.0, 2.0, 10.0)).removals([1, 2, 3], removed=(1,)) == 3
-    with pytest.raises(UsageError, match="already at 170 parameters without the 3 removed blocks; the target is 170"):
-        at_most(170, (10.0,) * 10).removals(range(1, 9), removed=(4, 5, 6))
+def test_a_size_is_met_by_the_blocks_that_went():
+    assert [at_most(130, UNEQUAL).met(removed) for removed in ({1, 3}, {2})] == [False, True]
+    assert [at_most(170, EQUAL).met(removed) for removed in ({1, 2}, {1, 2, 3})] == [False, True]
+    assert at_most(170, EQUAL).allows(9.0)
 
 
-def test_what_is_met_already_or_cannot_be_is_refused_with_the_nearest():
-    with pytest.raises(UsageError, match="The model is already at 200 parameters; the target is 200"):
-        at_most(200, (10.0,) * 10).removals(range(1, 9))
-    with pytest.raises(
-        UsageError, match="still at 120 parameters with 8 blocks removed, the maximum; the target is 119"
-    ):
-        at_most(119, (10.0,) * 10).removals(range(1, 9))
-    with pytest.raises(UsageError, match="with 9 blocks removed"):  # one always stays
-        at_most(100, (10.0,) * 10).removals(range(10))
-
-
-def test_a_perplexity_ratio_is_a_loss():
-    ratio = loss_target(TargetRequest(max_perplexity_ratio="1.2"), "max_perplexity_ratio")
-    assert ratio.most == math.log(1.2)
-    assert ratio.allows(0.18)
-    assert not ratio.allows(0.19)
-    assert loss_target(TargetRequest(max_loss_increase="0"), "max_loss_increase").allows(0)
-    assert ratio.removals([1, 2, 3], (4,)) == 4
-
-
-def test_what_a_loss_reached_is_recorded_in_the_unit_that_was_asked_for():
-    ratio = loss_target(TargetRequest(max_perplexity_ratio="1.2"), "max_perplexity_ratio").record(math.log(1.1), 900)
+def test_a_perplexity_ratio_is_a_loss_and_recorded_as_a_ratio():
+    target = LossTarget("max_perplexity_ratio", "1.2", 1.2)
+    assert target.most == math.log(1.2)
+    assert [target.allows(increase) for increase in (0.18, 0.19)] == [True, False]
+    assert target.removals([1, 2, 3], (4,)) == 4
+    ratio = target.record(math.log(1.1), 900)
     assert (ratio.limit, ratio.dense) == (1.2, 1)
     assert (ratio.reached, ratio.next) == pytest.approx((1.1, math.exp(700)))
-    loss = loss_target(TargetRequest(max_loss_increase="0.2"), "max_loss_increase").record(0.1, None)
+    loss = LossTarget("max_loss_increase", "0.2", 0.2).record(0.1, None)
     assert (loss.limit, loss.dense, loss.reached, loss.next) == (0.2, 0, 0.1, None)
+    assert LossTarget("max_loss_increase", "0", 0).allows(0)
 
 
 @pytest.mark.parametrize("text", ["0.9", "nan", "inf", "-2", "x", "fast"])
@@ -109,6 +111,47 @@ def test_one_way_to_say_how_far(request_, message):
         chosen_target(request_)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "blocks", "count"),
+    [
+        ("0.2", 35, 7),
+        ("0.2", 30, 6),
+        ("0.1", 30, 3),
+        ("0.3", 10, 3),
+        ("0.21", 30, 7),
+        ("0.07", 100, 7),
+        ("1/3", 30, 10),
+    ],
+)
+def test_the_ratio_is_exact(ratio, blocks, count):
+    assert count_to_remove(blocks, Protection(1, 1), ratio=parse_ratio(ratio), remove=None) == count
+
+
+@pytest.mark.parametrize("text", ["0", "1", "1.2", "-0.1", "nan", "inf", "x", "", "1/0"])
+def test_a_ratio_outside_of_0_to_1_is_refused(text):
+    with pytest.raises(UsageError, match="not between 0 and 1"):
+        parse_ratio(text)
+
+
+@pytest.mark.parametrize(
+    ("protection", "remove", "message"),
+    [
+        (Protection(1, 1), 4, None),
+        (Protection(1, 1), 5, "Cannot remove 5 of 6 blocks: only 4 can be removed"),
+        (Protection(0, 1), 5, None),
+        (Protection(0, 0), 6, "Cannot remove 6 of 6 blocks: only 5 can be removed"),
+        (Protection(1, 1, (2, 4)), 3, "Cannot remove 3 of 6 blocks: only 2 can be removed, .*and 2 by name"),
+        (Protection(1, 1), 0, "Cannot remove 0 blocks"),
+    ],
+)
+def test_no_more_go_than_are_free(protection, remove, message):
+    if message is None:
+        assert count_to_remove(6, protection, ratio=None, remove=remove) == remove
+        return
+    with pytest.raises(UsageError, match=message):
+        count_to_remove(6, protection, ratio=None, remove=remove)
+
+
 def test_a_slope_is_fitted_through_the_dense_model():
     assert fit_slope([2, 4], [0.9, 0.8]) == pytest.approx(0.05)
     removed, share = [1, 5, 9], [0.97, 0.8, 0.7]
@@ -117,8 +160,13 @@ def test_a_slope_is_fitted_through_the_dense_model():
     assert fit_slope(removed, share) == pytest.approx(slopes[errors.index(min(errors))], abs=1e-4)
 
 
+def test_the_longest_run_is_the_first_of_equals():
+    assert longest_run([1, 2, 4, 5, 6, 8, 9, 10]) == [4, 5, 6]
+    assert longest_run([3]) == [3]
+
+
 def architecture(folder):
-    return read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
+    return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -156,66 +204,48 @@ def test_a_window_holds_no_more_than_the_window(tmp_path):
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], bos_token_id=0, eos_token_id=1,
         pad_token_id=1,
     )  # fmt: skip
-    blocks = caches(save_model(tmp_path / "g", config), 100).blocks
-    a_token = 2 * 2 * 2 * 8
+    blocks, a_token = caches(save_model(tmp_path / "g", config), 100).blocks, 2 * 2 * 2 * 8
     assert blocks[1] == 100 * a_token
-    assert blocks[0] == blocks[2]
-    assert 15 * a_token <= blocks[0] <= 16 * a_token
+    assert 15 * a_token <= blocks[0] == blocks[2] <= 16 * a_token
 
 
 def test_a_family_whose_cache_cannot_be_told_is_refused(tmp_path):
-    config = tiny_config("openai-gpt")
-    folder = save_model(tmp_path / "old", config)
+    folder = save_model(tmp_path / "old", tiny_config("openai-gpt"))
     with pytest.raises(UnsupportedModelError, match="size of the KV cache of openai-gpt is unknown: it is not kept"):
         caches(folder, 16)
 
 
-def context(folder, notify):
-    return SearchContext(architecture(folder), Protection(1, 1), torch.float32, torch.device("cpu"), notify)
-
-
-def test_a_quantized_checkpoint_is_counted_as_packed_or_as_it_will_be_served(tmp_path):
+def test_a_quantized_checkpoint_counts_as_packed_or_as_served(tmp_path):
     folder = save_model(tmp_path / "m", llama_config(4, dtype="bfloat16"))
     config = json.loads((folder / "config.json").read_text())
     packed = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packed}))
-    notes = []
-    target = context(folder, notes.append).target(TargetRequest(target_memory="1kB", serve_length=10))
-    parameters, a_cache = count_parameters(architecture(folder)), 2 * 2 * 8 * 10 * 4 * 4
-    assert target.sizes.without(()) == stored_bytes(architecture(folder)).without(()) + a_cache
-    assert "weights packed as in the checkpoint" in notes[0].text
-    served = TargetRequest(target_memory="1kB", serve_length=10, serve_dtype="float32")
-    assert context(folder, notes.append).target(served).sizes.without(()) == 4 * parameters.without(()) + a_cache
-    assert "weights in float32" in notes[1].text
-
-
-def test_the_longest_run_is_the_first_of_equals():
-    assert longest_run([1, 2, 4, 5, 6, 8, 9, 10]) == [4, 5, 6]
-    assert longest_run([3]) == [3]
-
-
-class Told(SpeedupTimer):
-    """A stopwatch that is told what it would measure: a twentieth of the time for each block."""
-
-    def share(self, removals):
-        timed.append(tuple(removals))
-        return 1 - 0.05 * len(removals)
-
-
-timed = []
+    model, notes = architecture(folder), []
+    a_cache = 2 * 2 * 8 * 10 * 4 * 4
+    weights = {None: stored_bytes(model).without(()), "float32": 4 * count_parameters(model).without(())}
+    for dtype, words in ((None, "weights packed as in the checkpoint"), ("float32", "weights in float32")):
+        request = TargetRequest(target_memory="1kB", serve_length=10, serve_dtype=dtype)
+        target = resolve_target(request, model, Protection(1, 1), CPU, notes.append)
+        assert target.sizes.without(()) == weights[dtype] + a_cache
+        assert words in notes[-1].text
 
 
 @pytest.mark.parametrize("most", [4, 2])
-def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, most):
+def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, monkeypatch, most):
+    timed, removable = [], Removable(architecture(tiny_llama), Protection(1, 1), ignore)
+
     def candidates(removed):
         if len(removed) == most:
             raise UnsupportedModelError("No more.", hint="Fewer.")
         return [block for block in (1, 2, 3, 4) if block not in removed]
 
-    timed.clear()
-    request = TargetRequest(target_speedup="1.1", target_workload="prompt")
-    timer = Told(context(tiny_llama, lambda event: None), lambda: None, request, ProcessGroup())
-    target = timer.target(candidates)
+    def share(self, removals):
+        timed.append(tuple(removals))
+        return 1 - 0.05 * len(removals)
+
+    monkeypatch.setattr(removable, "candidates", candidates)
+    monkeypatch.setattr(SpeedupTimer, "share", share)
+    target = SpeedupTimer(removable, CPU, None, "prompt", ProcessGroup(), ignore).target("1.1")
     assert [len(removals) for removals in timed] == [1, 2]
     assert timed[1][:1] == timed[0] == (3,)
     assert target.sizes.without({1, 2}) == pytest.approx(0.9)

@@ -6,26 +6,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sleb_cli.plan import RaceRecord
+from sleb_cli.plan import RaceRecord, SwapRecord
 from sleb_plugins import ModelError
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The score of each candidate of a step; if they raced, of each survivor. The worst is infinite."""
+    """The score of each candidate of a step; if they raced, of each survivor.
+
+    A score that is not a finite number becomes infinite: worse than any that is.
+    """
 
     scores: Mapping[int, float]
     race: RaceRecord | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scores", {block: comparable(score) for block, score in self.scores.items()})
 
-@dataclass(frozen=True)
-class Swap:
-    """Blocks restored to the model and those removed in their place, with the score before and after."""
-
-    restored: tuple[int, ...]
-    removed: tuple[int, ...]
-    before: float
-    after: float
+    @property
+    def best(self) -> int:
+        """The candidate with the lowest score; ties go to the lower block."""
+        return ranking(self.scores)[0]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Choice:
 
     removals: tuple[int, ...]
     outcome: Outcome
-    swaps: tuple[Swap, ...] = ()
+    swaps: tuple[SwapRecord, ...] = ()
 
     @property
     def block(self) -> int:
@@ -67,10 +68,9 @@ class Protection:
         remaining = [block for block in range(count) if block not in removed]
         return [b for b in remaining[self.first : len(remaining) - self.last] if b not in self.blocks]
 
-
-def best_of(outcome: Outcome) -> int:
-    """Return the candidate with the lowest score; ties go to the lower block."""
-    return min(outcome.scores, key=lambda block: (outcome.scores[block], block))
+    def most(self, count: int) -> int:
+        """Return how many of `count` blocks may be removed; at least one always stays."""
+        return min(len(self.candidates(count, ())), count - 1)
 
 
 def comparable(score: float) -> float:
@@ -78,18 +78,23 @@ def comparable(score: float) -> float:
     return score if math.isfinite(score) else math.inf
 
 
+def ranking(scores: Mapping[int, float]) -> list[int]:
+    """Return the blocks by score, the lowest first; ties go to the lower block."""
+    return sorted(scores, key=lambda block: (scores[block], block))
+
+
 def require_choice(outcome: Outcome, removed: Sequence[int]) -> Outcome:
-    """Return the outcome with comparable scores, if a candidate can be chosen from them.
+    """Return the outcome, if a candidate can be chosen from it.
 
     Raises:
         ModelError: no score is finite; the message names the blocks.
     """
-    scores = {block: comparable(score) for block, score in outcome.scores.items()}
+    scores = outcome.scores
     if scores and min(scores.values()) == math.inf:
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
-        blocks = f"block {', '.join(map(str, sorted(scores)))}" if len(scores) == 1 else "any one of the candidates"
+        blocks = f"block {min(scores)}" if len(scores) == 1 else "any one of the candidates"
         raise ModelError(
             f"Without {blocks}{without}, the model computes numbers that are not finite.",
             hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was written.",
         )
-    return Outcome(scores, outcome.race)
+    return outcome

@@ -10,9 +10,9 @@ from pathlib import Path
 from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import delete_journal, journal_of
 from sleb_cli.engine.search.resolve import can_race, resolve_search
-from sleb_cli.engine.search.run import SearchInputs, run_search
+from sleb_cli.engine.search.run import load_inputs, run_search
 from sleb_cli.engine.search.strategies import strategy_name
 from sleb_cli.engine.search.targets import chosen_target
 from sleb_cli.events import Event, Notice, Notify
@@ -51,23 +51,35 @@ def compare_removals(
     Raises:
         UsageError: the entries cannot be compared. Raised before any work.
     """
-    notify_once = _NoticeOnce(notify)
+    notify_once = _each_notice_once(notify)
     entries = parse_entries(request)
     group = group or ProcessGroup()
     if group.is_main:
         require_new_file(request.plan_file, force=request.force)
     requests = [_request_for(request, entry, registry) for entry in entries]
     resolved = group.one_first(lambda: [resolve_search(each, registry, notify_once) for each in requests])
-    inputs, found = SearchInputs(group), list[tuple[Entry, Plan, float]]()
-    _, model, _ = inputs.load(resolved[0], notify)
-    model()  # loaded now, so that the first search's time does not include it
+    inputs = load_inputs(resolved[0], group, notify)
+    compared: list[ComparedRecord] = []
+    plans: list[Plan] = []
     for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):
         notify(Notice(f"{number} of {len(entries)}: {entry}"))
         free_memory()  # each search takes a share of what is free, which the last one's states are not yet
         started = time.monotonic()
-        plan = run_search(search, inputs, registry, notify_once)
-        found.append((entry, plan, time.monotonic() - started))
-    best_entry, best, _ = min(found, key=lambda each: _deciding_perplexity(each[1]))
+        plan = run_search(search, inputs, group, notify_once, started)
+        last = plan.steps[-1]
+        plans.append(plan)
+        compared.append(
+            ComparedRecord(
+                metric=entry.metric,
+                strategy=entry.strategy,
+                removals=plan.removals,
+                perplexity=last.perplexity,
+                held_out_perplexity=last.held_out.perplexity if last.held_out else None,
+                seconds=time.monotonic() - started,
+            )
+        )
+    number = min(range(len(plans)), key=lambda n: compared[n].held_out_perplexity or compared[n].perplexity)
+    best = plans[number]
     result = CompareResult(
         schema_version=1,
         sleb_version=__version__,
@@ -78,8 +90,8 @@ def compare_removals(
         device=best.search.device,
         dense_perplexity=best.dense.perplexity,
         dense_held_out_perplexity=best.dense.held_out.perplexity if best.dense.held_out else None,
-        compared=tuple(_record(entry, plan, seconds) for entry, plan, seconds in found),
-        best=str(best_entry),
+        compared=tuple(compared),
+        best=str(entries[number]),
     )
     return result, best
 
@@ -128,40 +140,21 @@ def _request_for(request: SearchRequest, entry: Entry, registry: Registry) -> Se
     )
 
 
-def _deciding_perplexity(plan: Plan) -> float:
-    """Return the perplexity on the held-out sequences, or on the calibration text if none are held out."""
-    step = plan.steps[-1]
-    return step.held_out.perplexity if step.held_out else step.perplexity
-
-
-def _record(entry: Entry, plan: Plan, seconds: float) -> ComparedRecord:
-    held_out = plan.steps[-1].held_out
-    return ComparedRecord(
-        metric=entry.metric,
-        strategy=entry.strategy,
-        removals=plan.removals,
-        perplexity=plan.steps[-1].perplexity,
-        held_out_perplexity=held_out.perplexity if held_out else None,
-        seconds=seconds,
-    )
-
-
 def delete_journals(result: CompareResult, output: Path, notify: Notify) -> None:
     """Delete the journals of all compared searches."""
     for compared in result.compared:
-        Journal(journal_of(Entry(compared.metric, strategy_name(compared.strategy)).plan_path(output))).delete(notify)
+        entry = Entry(compared.metric, strategy_name(compared.strategy))
+        delete_journal(journal_of(entry.plan_path(output)), notify)
 
 
-class _NoticeOnce:
+def _each_notice_once(notify: Notify) -> Notify:
     """Forward events, but each notice only once: every search repeats those about the model."""
+    seen = set()
 
-    def __init__(self, notify: Notify) -> None:
-        self._notify = notify
-        self._seen: set[Event] = set()
-
-    def __call__(self, event: Event) -> None:
+    def tell(event: Event) -> None:
+        if event not in seen:
+            notify(event)
         if isinstance(event, Notice):
-            if event in self._seen:
-                return
-            self._seen.add(event)
-        self._notify(event)
+            seen.add(event)
+
+    return tell

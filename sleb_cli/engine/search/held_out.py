@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from statistics import fmean
 
 from sleb_cli.engine.search.race import student_quantile
 from sleb_cli.engine.text.calibration import Calibration
@@ -42,36 +41,27 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
     return calibration.part(slice(0, kept)), calibration.part(slice(kept, None))
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Compare, step by step, how the loss grows on the searched and on the held-out sequences.
+def compare_with_held_out(
+    searched: Losses, held_out: Losses, removed: Sequence[int], perplexity: Callable[[float], float], steps: int
+) -> HeldOutRecord:
+    """Measure the held-out sequences without these blocks, and whether a search of so many steps overfits.
 
-    `steps` is the number of comparisons.
+    Without removed blocks, there is nothing to compare yet.
     """
-
-    searched: Losses
-    held_out: Losses
-    steps: int
-
-    def dense(self, perplexity: Callable[[float], float]) -> HeldOutRecord:
-        """Measure the dense model."""
-        loss = statistics.fmean(self.held_out(()))
+    losses = held_out(removed)
+    loss = fmean(losses)
+    if not removed:
         return HeldOutRecord(loss=loss, perplexity=perplexity(loss))
-
-    def compare(self, removed: Sequence[int], perplexity: Callable[[float], float]) -> HeldOutRecord:
-        """Measure the model without the removed blocks, and whether the search overfits."""
-        losses = self.held_out(removed)
-        generalization_gap, error, overfits = compare_growth(
-            _growth(self.searched(()), self.searched(removed)), _growth(self.held_out(()), losses), ERROR / self.steps
-        )
-        loss = statistics.fmean(losses)
-        return HeldOutRecord(
-            loss=loss,
-            perplexity=perplexity(loss),
-            generalization_gap=generalization_gap,
-            standard_error=error,
-            overfits=overfits,
-        )
+    generalization_gap, error, overfits = compare_growth(
+        _growth(searched(()), searched(removed)), _growth(held_out(()), losses), ERROR / steps
+    )
+    return HeldOutRecord(
+        loss=loss,
+        perplexity=perplexity(loss),
+        generalization_gap=generalization_gap,
+        standard_error=error,
+        overfits=overfits,
+    )
 
 
 def overfitting_note(steps: Sequence[Step]) -> str | None:
@@ -104,14 +94,11 @@ def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: f
         held_out: the same for each held-out sequence.
         tail: the allowed probability of a false positive.
     """
-    generalization_gap = statistics.fmean(held_out) - statistics.fmean(searched)
+    generalization_gap = fmean(held_out) - fmean(searched)
     freedom = len(searched) + len(held_out) - 2
     if freedom < 1:
         return generalization_gap, 0.0, False
-    squares = sum(sum((value - statistics.fmean(part)) ** 2 for value in part) for part in (searched, held_out))
+    squares = sum(sum((value - fmean(part)) ** 2 for value in part) for part in (searched, held_out))
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
-    return (
-        generalization_gap,
-        error,
-        freedom >= MIN_DEGREES_OF_FREEDOM and generalization_gap > student_quantile(tail, freedom) * error,
-    )
+    limit = student_quantile(tail, freedom) * error
+    return generalization_gap, error, freedom >= MIN_DEGREES_OF_FREEDOM and generalization_gap > limit

@@ -11,19 +11,23 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Annotated, Any, BinaryIO
+
+from pydantic import Field, ValidationError
+from pydantic_core import from_json
 
 from sleb_cli.atomic import writing
 from sleb_cli.engine.forward.saved_walk import SavedWalk
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import comparable
-from sleb_cli.events import Notify, Warned, ignore
-from sleb_cli.records import require_same_work
+from sleb_cli.events import Notice, Notify, Warned, ignore
+from sleb_cli.records import Record, require_same_work
 from sleb_plugins.errors import OutputError, PlanError
 
 # A crash of the program loses nothing; a crash of the machine loses at most this many seconds.
@@ -32,11 +36,11 @@ SECONDS_BETWEEN_SYNCS = 5.0
 # Raise it when the same document would mean something else.
 FORMAT = 1
 
-# No batch has so many sequences that its scores take more.
+# No batch has enough sequences for its scores to take more.
 LONGEST_LINE = 16 << 20
 
-Removed = Sequence[int]
-Key = tuple[tuple[int, ...], int | None, int | None]
+Name = tuple[tuple[int, ...], int | None, int | None]
+"""What was measured: the removed blocks, the candidate, and the batch."""
 
 
 def journal_of(plan: Path) -> Path:
@@ -54,81 +58,88 @@ def _walk_path(journal: Path, rank: int = 0) -> Path:
     return journal.with_name(f"{journal.name}.walk.{rank}")
 
 
+def require_no_journal(path: Path, *, resume: bool, force: bool) -> None:
+    """Refuse, before any work, to overwrite an unfinished search.
+
+    Raises:
+        OutputError: there is one, and neither `resume` nor `force` is set.
+    """
+    if path.exists() and not (resume or force):
+        raise OutputError(
+            f"{path} holds an unfinished search.", hint="Continue it with --resume, or start over with --force."
+        )
+
+
+def delete_journal(path: Path, notify: Notify) -> None:
+    """Delete a journal, and the walks beside it, once the plan is written; the listener is told if that fails."""
+    try:
+        SavedWalk(_walk_path(path)).delete()
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        notify(Warned(f"{path} is no longer needed, but cannot be deleted: {error.strerror}."))
+
+
+class _Measurement(Record):
+    """A line of the file; a score that was not a finite number is null."""
+
+    removed: tuple[int, ...]
+    block: int | None
+    batch: int | None
+    scores: Annotated[tuple[float | None, ...], Field(min_length=1)]
+
+
 class Journal:
-    """The measurements of a search: scores of one candidate on one batch, or losses. Without a path, only in memory.
+    """The one home of a search's scores: those of a candidate on a batch, and losses, by what was measured.
 
-    The order of removed blocks has no meaning. If scores are `of_sets`, neither does which block is the candidate:
-    3 after 5 and 5 after 3 are the same model.
+    The order of removed blocks has no meaning. If a metric scores `whole_models`, neither does which block is the
+    candidate: 3 after 5 and 5 after 3 are the same model. Without a path, measurements are only in memory.
 
-    `require_valid` raises if what is about to be recorded is not what it says.
+    Args:
+        path: the file.
+        search: what identifies the search.
+        resume: whether to continue what the file holds.
+        group: the processes that search together; the main one writes the file, and all have what it holds.
+        whole_models: whether scores are of the model without all these blocks, rather than of the candidate.
+        require_valid: raises if what is about to be recorded is not what it says.
     """
 
-    def __init__(self, path: Path | None = None, require_valid: Callable[[], object] = lambda: None) -> None:
-        self.path = path
-        self._require_valid = require_valid
-        self.of_sets = False
-        self.known: dict[Key, list[float]] = {}
-        """The measurements by what was measured."""
+    def __init__(
+        self,
+        path: Path | None = None,
+        search: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        resume: bool = False,
+        group: ProcessGroup | None = None,
+        whole_models: bool = False,
+        require_valid: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._path, self._whole_models, self._require_valid = path, whole_models, require_valid
+        self._known: dict[Name, list[float]] = {}
         self._file: BinaryIO | None = None
         self._synced = 0.0
+        group = group or ProcessGroup()
+        if path is not None and group.is_main:
+            self._open(path, {"format": FORMAT} | dict(search), resume=resume)
+        self._known = group.from_main(lambda: self._known)
 
     def __len__(self) -> int:
-        return len(self.known)
+        return len(self._known)
 
-    def require(self, *, resume: bool, force: bool) -> None:
-        """Refuse, before any work, to overwrite an unfinished search.
+    @property
+    def is_kept(self) -> bool:
+        """Whether this process has written measurements to the file."""
+        return self._file is not None and bool(self._known)
 
-        Raises:
-            OutputError: there is one, and neither `resume` nor `force` is set.
-        """
-        if self.path is not None and self.path.exists() and not (resume or force):
-            raise OutputError(
-                f"{self.path} holds an unfinished search.",
-                hint="Continue it with --resume, or start over with --force.",
-            )
-
-    def open(self, search: Mapping[str, Any], *, resume: bool) -> None:
-        """Start a journal for `search`; with `resume`, continue an existing one.
-
-        Raises:
-            OutputError: the file cannot be written, is none of its own, or another search is writing it.
-            PlanError: the existing journal cannot be read, belongs to another search, or another version of sleb began
-                it; the message names the differences.
-        """
-        if self.path is None:
-            return
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_file()):
-            raise OutputError(
-                f"{self.path} is a link, a folder, a pipe or a device, and no journal.",
-                hint="Remove it, or choose another plan with -o.",
-            )
-        search = {"format": FORMAT} | dict(search)
-        with writing(self.path):
-            file = self.path.open("a+b")
-        try:
-            with writing(self.path):
-                _lock(file, self.path)
-            whole = 0
-            if resume:
-                with _reading(self.path):
-                    file.seek(0)
-                    whole = self._read(file, search)
-            with writing(self.path):
-                file.truncate(whole)
-        except BaseException:
-            file.close()
-            raise
-        self._file = file
-        if not whole:
-            self._append(search)
-            self.sync()
-
-    def find(self, removed: Removed, block: int | None = None, batch: int | None = None) -> list[float] | None:
+    def find(self, removed: Sequence[int], block: int | None = None, batch: int | None = None) -> list[float] | None:
         """Return the measurement without `removed` and `block` on this batch, if there is one."""
-        return self.known.get(self._key(removed, block, batch))
+        return self._known.get(self._key(removed, block, batch))
+
+    def scores(self, removed: Sequence[int], block: int | None, batches: Iterable[int | None]) -> list[float]:
+        """Return the scores on these batches, one after the other, as far as they were measured."""
+        return [score for batch in batches for score in self.find(removed, block, batch) or ()]
 
     def add(
-        self, scores: Sequence[float], removed: Removed, block: int | None = None, batch: int | None = None
+        self, scores: Sequence[float], removed: Sequence[int], block: int | None = None, batch: int | None = None
     ) -> None:
         """Record a measurement; what is not a finite number is null in the file, and infinite when it is found.
 
@@ -137,81 +148,127 @@ class Journal:
             SlebError: what `require_valid` raises.
         """
         self._require_valid()
-        self.known[self._key(removed, block, batch)] = [comparable(score) for score in scores]
+        self._known[self._key(removed, block, batch)] = [comparable(score) for score in scores]
         written = [score if math.isfinite(score) else None for score in scores]
         self._append({"removed": list(removed), "block": block, "batch": batch, "scores": written})
         if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
             self.sync()
 
+    def forget(self) -> None:
+        """Drop all measurements, which turned out to be worthless."""
+        self._known.clear()
+
     def sync(self) -> None:
         """Flush the journal to disk."""
-        if self._file is not None and self.path is not None:
-            with writing(self.path):
+        if self._file is not None and self._path is not None:
+            with writing(self._path):
                 os.fsync(self._file.fileno())
             self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the file, and delete it if it holds no measurement."""
-        self.sync()
-        file, self._file = self._file, None
-        if file is not None and self.path is not None:
-            with writing(self.path):
-                file.close()
-            if not self.known:
-                self.delete()
+        if self._file is not None and self._path is not None:
+            self.sync()
+            with writing(self._path):
+                self._file.close()
+            if not self._known:
+                delete_journal(self._path, ignore)
 
-    def delete(self, notify: Notify = ignore) -> None:
-        """Delete the file, and the walks beside it, once its plan is written; the listener is told if that fails."""
-        if self.path is not None:
-            try:
-                SavedWalk(_walk_path(self.path)).delete()
-                self.path.unlink(missing_ok=True)
-            except OSError as error:
-                notify(Warned(f"{self.path} is no longer needed, but cannot be deleted: {error.strerror}."))
-
-    def _key(self, removed: Removed, block: int | None, batch: int | None) -> Key:
+    def _key(self, removed: Sequence[int], block: int | None, batch: int | None) -> Name:
         gone = sorted(removed)
-        if self.of_sets and block is not None:
+        if self._whole_models and block is not None:
             *gone, block = sorted([*removed, block])
         return tuple(gone), block, batch
 
-    def _append(self, document: dict[str, Any]) -> None:
-        if self._file is not None and self.path is not None:
+    def _open(self, path: Path, search: Mapping[str, Any], *, resume: bool) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise OutputError(
+                f"{path} is a link, a folder, a pipe or a device, not a journal.",
+                hint="Remove it, or choose another plan with -o.",
+            )
+        with ExitStack() as on_error:
+            with writing(path):
+                file = on_error.enter_context(path.open("a+b"))
+                _lock(file, path)
+            whole = self._read(file, path, search) if resume else 0
+            with writing(path):
+                file.truncate(whole)
+            on_error.pop_all()
+        self._file = file
+        if not resume:
+            SavedWalk(_walk_path(path)).delete()
+        if not whole:
+            self._append(search)
+            self.sync()
+
+    def _read(self, file: BinaryIO, path: Path, search: Mapping[str, Any]) -> int:
+        """Read the complete lines, up to the first that is damaged, and return their length in bytes."""
+        try:
+            file.seek(0)
+            line = file.readline(LONGEST_LINE)
+            if not line:
+                return 0
+            begun = from_json(_content(line) or b"")
+            if not isinstance(begun, dict):
+                raise ValueError
+            require_same_work(path, "search", begun, search, "model, data, metric and settings")
+            whole = len(line)
+            while (content := _content(line := file.readline(LONGEST_LINE))) is not None:
+                try:
+                    found = _Measurement.model_validate_json(content)
+                except ValidationError:
+                    break
+                scores = [math.inf if score is None else score for score in found.scores]
+                self._known[self._key(found.removed, found.block, found.batch)] = scores
+                whole += len(line)
+            return whole
+        except ValueError as error:
+            raise PlanError(
+                f"{path} is not a sleb journal, or its first line is damaged.",
+                hint="Delete it, or start over with --force.",
+            ) from error
+        except OSError as error:
+            raise PlanError(
+                f"The journal {path} cannot be read: {error.strerror}.",
+                hint="Check the disk that it is on, or start over with --force.",
+            ) from error
+
+    def _append(self, document: Mapping[str, Any]) -> None:
+        if self._file is not None and self._path is not None:
             text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
-            with writing(self.path):
+            with writing(self._path):
                 self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
                 self._file.flush()
 
-    def _read(self, file: BinaryIO, search: Mapping[str, Any]) -> int:
-        """Load the complete lines, up to the first that is damaged, and return their length in bytes."""
-        whole, line = 0, b""
-        while line := file.readline(LONGEST_LINE):
-            document = _parse(line)
-            if document is None or (whole and not _is_measurement(document)):
-                break
-            if self.path is not None and whole == 0:
-                require_same_work(self.path, "search", document, search, "model, data, metric and settings")
-            else:
-                key = self._key(document["removed"], document["block"], document["batch"])
-                self.known[key] = [math.inf if score is None else score for score in document["scores"]]
-            whole += len(line)
-        if line and not whole:
-            raise PlanError(
-                f"{self.path} is not a sleb journal, or its first line is damaged.",
-                hint="Delete it, or start over with --force.",
-            )
-        return whole
-
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def open_journal(
+    path: Path, search: Mapping[str, Any], notify: Notify = ignore, *, resume: bool = False, **options: Any
+) -> Iterator[Journal]:
+    """Start a journal for `search`, or with `resume`, continue it; for `options`, see `Journal`.
+
+    Raises:
+        OutputError: the file cannot be written, is none of its own, or another search is writing it.
+        PlanError: the existing journal cannot be read, belongs to another search, or another version of sleb began
+            it; the message names the differences.
+    """
+    journal = Journal(path, search, resume=resume, **options)
+    if journal.is_kept:
+        notify(Notice(f"Continuing with the {len(journal)} measurements in {path}."))
     try:
-        yield
-    except OSError as error:
-        raise PlanError(
-            f"The journal {path} cannot be read: {error.strerror}.",
-            hint="Check the disk that it is on, or start over with --force.",
-        ) from error
+        yield journal
+    except BaseException:
+        if journal.is_kept:
+            notify(Notice(f"All measurements are kept in {path}: rerun with --resume to continue."))
+        raise
+    finally:
+        journal.close()
+
+
+def _content(line: bytes) -> bytes | None:
+    """Return what a line holds, if it is whole and its checksum right."""
+    checksum, _, text = line.rstrip(b"\n").partition(b" ")
+    return text if line.endswith(b"\n") and checksum == b"%08x" % zlib.crc32(text) else None
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
@@ -226,31 +283,3 @@ def _lock(file: BinaryIO, path: Path) -> None:
         raise OutputError(
             f"Another search is writing {path}.", hint="Wait until it ends, or choose another plan with -o."
         ) from error
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    checksum, _, text = line.rstrip(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
-        return None
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def _is_measurement(document: Mapping[str, Any]) -> bool:
-    """Whether a line says what was measured, and scores that are finite numbers, or null where they were not."""
-    removed, scores = document.get("removed"), document.get("scores")
-    return (
-        isinstance(removed, list)
-        and all(type(block) is int for block in removed)
-        and all(name in document and type(document[name]) in (int, type(None)) for name in ("block", "batch"))
-        and isinstance(scores, list)
-        and len(scores) > 0
-        and all(_is_finite(score) for score in scores if score is not None)
-    )
-
-
-def _is_finite(score: Any) -> bool:
-    return type(score) in (int, float) and abs(score) <= sys.float_info.max

@@ -7,7 +7,7 @@ independent. The estimate is from the pair's own variance, so candidates may sca
 looks and pairs, a step drops a true winner with a probability of at most `ERROR`.
 
 Two things are not exact: each look counts only the pairs still in the race, and real differences are not normal. In
-simulation `ERROR` holds all the same, with tails as heavy as those of Student's t with 3 degrees of freedom, because no
+simulation `ERROR` still holds, with tails as heavy as those of Student's t with 3 degrees of freedom, because no
 look comes after half of the sequences: later, one outlier among those left can decide. It does not hold if differences
 are so skewed that a few sequences decide, or come in coarse steps.
 """
@@ -15,14 +15,15 @@ are so skewed that a few sequences decide, or come in coarse steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import fmean
 
 import numpy as np
 from scipy.special import stdtrit
 
-from sleb_cli.engine.search.choices import Outcome, comparable
+from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.plan import DropRecord, RaceRecord
 
 ERROR = 0.05
@@ -38,55 +39,46 @@ GROWTH = 1.25
 
 @dataclass
 class Race:
-    """The candidates of one step, and the scores of each so far, one per sequence and in the same order.
+    """Which of a step's candidates are still scored.
 
     Attributes:
+        candidates: all of them, in the order of the blocks.
         sequences: how many sequences there are.
-        scores: the scores of each candidate.
-        dropped: the candidates that dropped out.
         winners: how many winners the step needs.
+        dropped: the candidates that dropped out.
     """
 
+    candidates: Sequence[int]
     sequences: int
-    scores: dict[int, list[float]]
-    dropped: dict[int, DropRecord] = field(default_factory=dict)
     winners: int = 1
+    dropped: dict[int, DropRecord] = field(default_factory=dict)
     _looked: int = field(default=0, init=False)
 
     @property
     def contenders(self) -> list[int]:
         """The candidates still in the race, in the order of the blocks."""
-        return [block for block in self.scores if block not in self.dropped]
+        return [block for block in self.candidates if block not in self.dropped]
 
     @property
     def evaluations(self) -> int:
         """How many evaluations of one candidate on one sequence this step takes if no other candidate drops out."""
-        return sum(self.dropped[block].sequences if block in self.dropped else self.sequences for block in self.scores)
+        return sum(drop.sequences for drop in self.dropped.values()) + self.sequences * len(self.contenders)
 
-    def add(self, block: int, scores: Sequence[float]) -> None:
-        """Add a contender's scores on the next sequences."""
-        self.scores[block] += map(comparable, scores)
+    def drop_beaten(self, scores: Mapping[int, Sequence[float]]) -> None:
+        """Drop each contender behind as many others as there are winners, by more than chance explains.
 
-    def ranking(self) -> list[int]:
-        """Return the contenders, best first."""
-        return sorted(self.contenders, key=lambda block: (self.mean(block), block))
-
-    def mean(self, block: int) -> float:
-        """Return the mean score so far."""
-        return math.fsum(self.scores[block]) / len(self.scores[block])
-
-    def drop_beaten(self) -> None:
-        """Drop each contender behind as many others as there are winners, by more than chance explains."""
-        blocks = [block for block in self.contenders if self.mean(block) < math.inf]  # differences must be numbers
+        `scores` holds those of each contender so far, one per sequence and in the same order.
+        """
+        blocks = [block for block in self.contenders if fmean(scores[block]) < math.inf]  # differences must be numbers
         if not blocks:
             return
-        seen, rivals = len(self.scores[blocks[0]]), len(blocks) - self.winners
+        seen, rivals = len(scores[blocks[0]]), len(blocks) - self.winners
         looks = look_schedule(self.sequences)
         due = [look for look in looks if self._looked < look <= seen]
         if not due or rivals < 1 or 2 * seen >= self.sequences:
             return
         self._looked = seen
-        behind, errors = self._compare(blocks)
+        behind, errors = self._compare(np.array([scores[block] for block in blocks]))
         limit = student_quantile(ERROR * len(due) / len(looks) / (self.winners * rivals), seen - 1)
         for block, leads, distances in zip(blocks, behind, errors, strict=True):
             last = np.argsort(-distances)[self.winners - 1]
@@ -94,21 +86,17 @@ class Race:
                 distance = min(float(distances[last]), 1e9)
                 self.dropped[block] = DropRecord(sequences=seen, behind=float(leads[last]), errors=distance)
 
-    def _compare(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return how far each block is behind each other one: the mean difference, also in standard errors."""
-        scores = np.array([self.scores[block] for block in blocks])
+    def _compare(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return how far each row is behind each other one: the mean difference, also in standard errors."""
         differences = scores[:, None] - scores
         behind = differences.mean(-1)
         error = np.sqrt(differences.var(-1, ddof=1) * (1 / scores.shape[1] - 1 / self.sequences))
         certain = np.where(behind > 0, np.inf, 0.0)
         return behind, np.divide(behind, error, out=certain, where=error > 0)
 
-    def outcome(self, *, fast: bool) -> Outcome:
-        """Return the result, after all contenders were scored on all sequences."""
-        scores = {block: self.mean(block) for block in self.contenders}
-        if not fast:
-            return Outcome(scores)
-        best, *others = self.ranking()
+    def outcome(self, scores: Mapping[int, float]) -> Outcome:
+        """Return the result, given the score of each survivor over all sequences."""
+        best, *others = ranking(scores)
         margin = scores[others[0]] - scores[best] if others and scores[others[0]] < math.inf else None
         return Outcome(scores, RaceRecord(margin=margin, dropped=self.dropped))
 

@@ -22,21 +22,26 @@ class Removable:
         self.architecture, self.protection, self.notify = architecture, protection, notify
         self._known: dict[tuple[int, ...], list[int]] = {}
 
+    @property
+    def most(self) -> int:
+        """How many blocks are not protected; at least one always stays."""
+        return self.protection.most(self.architecture.block_count)
+
     def candidates(self, removed: Sequence[int]) -> list[int]:
         """Return the blocks that may be removed after `removed`, in order; the result is cached.
 
         Raises:
-            UnsupportedModelError: there is none; the message says why.
+            UnsupportedModelError: none may; the message says why.
         """
-        found = tuple(sorted(removed))
-        if found not in self._known:
-            self._known[found] = self._try(removed)
-        return self._known[found]
+        gone = tuple(sorted(removed))
+        if gone not in self._known:
+            self._known[gone] = self._try(removed)
+        return self._known[gone]
 
     def _try(self, removed: Sequence[int]) -> list[int]:
         architecture = self.architecture
         after = f" after {', '.join(map(str, removed))}" if removed else ""
-        fewer = f"Remove {len(removed)} blocks: with --resume, nothing is measured again."
+        fewer = f"Remove {len(removed)} blocks. With --resume, nothing is measured again."
         free = self.protection.candidates(architecture.block_count, removed)
         if not free:
             raise UnsupportedModelError(

@@ -15,11 +15,18 @@ from sleb_cli.engine.forward.streaming import choose_to_stream
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.context import SearchContext
-from sleb_cli.engine.search.journal import Journal, journal_of
+from sleb_cli.engine.search.journal import journal_of, require_no_journal
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
-from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, chosen_target, longest_run, option_of
+from sleb_cli.engine.search.targets import (
+    LossTarget,
+    SizeTarget,
+    Target,
+    chosen_target,
+    longest_run,
+    option_of,
+    resolve_target,
+)
 from sleb_cli.engine.surgery.fewer_bits import require_fewer_bits
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.subject import require_same_code, require_same_model
@@ -60,7 +67,7 @@ from sleb_plugins.errors import did_you_mean
 
 @dataclass(frozen=True)
 class ResolvedSearch:
-    """A request after every check that needs no weights."""
+    """A search after every check that needs no weights; `request` has every option set that has a default."""
 
     request: SearchRequest
     extended: Plan | None
@@ -69,9 +76,10 @@ class ResolvedSearch:
     metrics: dict[str, MetricRecord]
     strategy_name: StrategyName
     calibration: CalibrationSettings
-    context: SearchContext
     placement: Placement
     removable: Removable
+    plugins: Mapping[str, str]
+    """The versions of other packages that offer plugins."""
     target: Target | None
     """How far to search; None for --target-speedup until the model is timed."""
     remove: int = 0
@@ -90,17 +98,13 @@ class ResolvedSearch:
     @property
     def beam_width(self) -> int:
         """How many sets of blocks a beam keeps at each size; 1 for other strategies."""
-        if self.strategy_name != "beam":
-            return 1
-        return DEFAULT_BEAM_WIDTH if self.request.beam_width is None else self.request.beam_width
+        return (self.request.beam_width or DEFAULT_BEAM_WIDTH) if self.strategy_name == "beam" else 1
 
     @property
     def sample_tokens(self) -> int:
         """How many tokens both models generate at the end."""
-        asked = self.request.sample_tokens
-        if asked is None:
-            return 0 if self.placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
-        return asked
+        usual = 0 if self.placement.stream else DEFAULT_SAMPLE_TOKENS  # each token would read the whole model
+        return usual if self.request.sample_tokens is None else self.request.sample_tokens
 
 
 def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
@@ -110,7 +114,7 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         SlebError: a subclass that fits, if the request is impossible.
     """
     quiet_libraries()
-    _require_valid(request)
+    chosen_target(request)
     extended = read_plan(request.extend) if request.extend is not None else None
     request = _fill_gaps(request, extended)
     metric, strategy = registry.metric(str(request.metric)), strategy_name(str(request.strategy))
@@ -122,20 +126,12 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         _require_place(request)
     choose_device(request.device)  # a device that is not there is reported before the model is looked for
     architecture = _read_architecture(request, extended, registry, notify)
-    device_map = resolve_device_map(request, architecture)
-    device = device_of(device_map, request.device)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
-    dtype = choose_dtype(str(request.dtype), architecture.dtype, device)
-    context = SearchContext(architecture, protection, dtype, device, notify)
+    placement = _place(request, metric, architecture, notify)
     calibration = resolve_calibration(request, architecture, chat=request.chat)
-    bits = _bits(request, metric, architecture)
-    stream = (
-        device_map is None and bits is None and choose_to_stream(architecture, dtype, device, request.stream, notify)
-    )
-    if stream:
-        _require_streamable(request, metric, calibration)
-    target = context.target(request)
-    removable = Removable(architecture, protection, notify)
+    if placement.stream:
+        require_given_text(calibration)
+    target = resolve_target(request, architecture, protection, placement, notify)
     resolved = ResolvedSearch(
         request=request,
         extended=extended,
@@ -144,15 +140,15 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
         metrics=registry.metric_records(str(request.metric), metric),
         strategy_name=strategy,
         calibration=calibration,
-        context=context,
-        placement=Placement(device, dtype, stream, device_map, bits),
-        removable=removable,
+        placement=placement,
+        removable=Removable(architecture, protection, notify),
+        plugins=registry.third_party(),
         target=target,
     )
     resolved = with_target(resolved, target, notify) if target is not None else resolved
-    removable.candidates(resolved.gone)  # raises now if no block can be removed
+    resolved.removable.candidates(resolved.gone)  # raises now if no block can be removed
     if strategy == "contiguous":
-        free_spans(removable.candidates, resolved.remove or 1)
+        free_spans(resolved.removable.candidates, resolved.remove or 1)
     return resolved
 
 
@@ -179,22 +175,6 @@ def _read_architecture(
     return architecture
 
 
-def _require_valid(request: SearchRequest) -> None:
-    """Check that the values of a request are in range.
-
-    Raises:
-        UsageError: one is not.
-    """
-    chosen_target(request)
-    if request.memory is not None:
-        parse_bytes(str(request.memory), "--memory")
-    if request.holdout is not None and request.holdout >= 1:
-        raise UsageError(
-            f"--holdout {request.holdout:g} is not a share from 0 to below 1.",
-            hint="0.2 holds out a fifth of the sequences.",
-        )
-
-
 def _require_place(request: SearchRequest) -> None:
     """Check, before any work, that the plan can be written and overwrites nothing.
 
@@ -205,7 +185,7 @@ def _require_place(request: SearchRequest) -> None:
     # An unfinished search was allowed to write the plan, and may have been killed just after it did.
     replaces = request.plan_file == request.extend or (request.resume and journal.exists())
     require_new_file(request.plan_file, force=request.force or replaces)
-    Journal(journal).require(resume=request.resume, force=request.force)
+    require_no_journal(journal, resume=request.resume, force=request.force)
 
 
 def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> ResolvedSearch:
@@ -220,7 +200,8 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
             f"{resolved.request.extend} already has {len(resolved.gone)} removals, and the target is {asked}.",
             hint="Ask for more. For fewer, `sleb apply --remove N` uses the first N.",
         )
-    candidates = resolved.context.protection.candidates(resolved.architecture.block_count, ())
+    blocks = resolved.architecture.block_count
+    candidates = resolved.removable.protection.candidates(blocks, ())
     if resolved.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.has_equal_blocks:
         raise UsageError(
             f"--strategy refine swaps blocks, and those of this model differ in size, so it may miss "
@@ -229,23 +210,81 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
         )
     if resolved.strategy_name == "contiguous" and isinstance(target, LossTarget):
         candidates = longest_run(candidates)
-    most = min(target.removals(candidates, resolved.gone), resolved.architecture.block_count - 1)
+    most = min(target.removals(candidates, resolved.gone), blocks - 1)
     if isinstance(target, LossTarget):
         limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
         notify(Notice(f"The search removes up to {most} blocks, and stops before {limit}."))
     return replace(resolved, target=target, remove=most)
 
 
-def _bits(request: SearchRequest, metric: Metric, architecture: Architecture) -> int | None:
-    """Return in how many bits weights are held, if fewer than in their data type.
+def _place(request: SearchRequest, metric: Metric, architecture: Architecture, notify: Notify) -> Placement:
+    """Choose where the weights are, and in which form.
 
     Raises:
-        UsageError: this does not go with other options.
-        MachineError: a package is missing.
+        UsageError: options contradict each other, or the metric needs more than one block at a time.
+        MachineError: the model is streamed because there is too little memory, and the metric needs more; or a package
+            is missing.
         UnsupportedModelError: the weights are packed already.
     """
-    if request.load_in is None:
-        return None
+    device_map = resolve_device_map(request, architecture)
+    device = device_of(device_map, request.device)
+    dtype = choose_dtype(str(request.dtype), architecture.dtype, device)
+    if request.load_in is not None:
+        require_fewer_bits(architecture)
+        return Placement(device, dtype, device_map=device_map, load_in=int(request.load_in.removesuffix("bit")))
+    if device_map is not None or not choose_to_stream(architecture, dtype, device, request.stream, notify):
+        return Placement(device, dtype, device_map=device_map)
+    error, hint = UsageError if request.stream else MachineError, "Use a machine with more memory, or --device-map."
+    if isinstance(metric, ModelMetric):
+        raise error(f"{metric.name} runs the whole model, but it is streamed block by block.", hint=hint)
+    if isinstance(metric, WeightMetric) and metric.needs_gradients:
+        raise error(f"{metric.name} needs gradients of the whole model, but it is streamed block by block.", hint=hint)
+    if request.target_speedup is not None:
+        raise error("--target-speedup times the whole model, but it is streamed block by block.", hint="Use --ratio.")
+    return Placement(device, dtype, stream=True)
+
+
+def can_race(metric: Metric, strategy: StrategyName) -> bool:
+    """Whether candidates can be compared sequence by sequence until one wins."""
+    return isinstance(metric, LogitMetric) and STRATEGIES[strategy].races
+
+
+def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
+    """Check that options are in range, and that they, the metric and the strategy fit together.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if request.memory is not None:
+        parse_bytes(str(request.memory), "--memory")
+    if request.holdout is not None and request.holdout >= 1:
+        raise UsageError(
+            f"--holdout {request.holdout:g} is not a share from 0 to below 1.",
+            hint="0.2 holds out a fifth of the sequences.",
+        )
+    if request.fast and not can_race(metric, strategy):
+        unfit = f"--strategy {strategy}" if isinstance(metric, LogitMetric) else metric.name
+        raise UsageError(
+            f"--fast does not apply to {unfit}, which does not compare candidates sequence by sequence.",
+            hint="Leave out --fast.",
+        )
+    if STRATEGIES[strategy].needs_sets and not isinstance(metric, LogitMetric | ModelMetric):
+        raise UsageError(
+            f"--strategy {strategy} compares sets of blocks, and {metric.name} scores single blocks.",
+            hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
+        )
+    if request.beam_width is not None and strategy != "beam":
+        raise UsageError(f"--beam-width does not apply to --strategy {strategy}.", hint="Leave it out.")
+    if request.extend is not None and strategy != "greedy":
+        raise UsageError(
+            f"--extend works with --strategy greedy only, not with {strategy}.",
+            hint="Search again for the number of blocks you want.",
+        )
+    if request.load_in is not None:
+        _require_packable(request, metric)
+
+
+def _require_packable(request: SearchRequest, metric: Metric) -> None:
     if request.load_in not in get_args(LoadIn):
         raise UsageError(f"--load-in {request.load_in} is unknown.", hint=f"Use {' or '.join(get_args(LoadIn))}.")
     if request.stream:
@@ -263,61 +302,6 @@ def _bits(request: SearchRequest, metric: Metric, architecture: Architecture) ->
             "--target-speedup times the model as it will run, and --load-in packs its weights.",
             hint="Use another target, such as --ratio.",
         )
-    require_fewer_bits(architecture)
-    return int(request.load_in.removesuffix("bit"))
-
-
-def can_race(metric: Metric, strategy: StrategyName) -> bool:
-    """Whether candidates can be compared sequence by sequence until one wins."""
-    return isinstance(metric, LogitMetric) and STRATEGIES[strategy].races
-
-
-def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyName) -> None:
-    """Check that metric, strategy and their options fit together.
-
-    Raises:
-        UsageError: they do not.
-    """
-    if request.fast and not isinstance(metric, LogitMetric):
-        raise UsageError(
-            f"--fast does not apply to {metric.name}, which does not score sequence by sequence.",
-            hint="Leave out --fast.",
-        )
-    if request.fast and not STRATEGIES[strategy].races:
-        raise UsageError(
-            f"--fast does not apply to --strategy {strategy}, which does not look for a single best candidate.",
-            hint="Leave out --fast.",
-        )
-    if STRATEGIES[strategy].needs_sets and not isinstance(metric, LogitMetric | ModelMetric):
-        raise UsageError(
-            f"--strategy {strategy} compares sets of blocks, and {metric.name} scores single blocks.",
-            hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
-        )
-    if request.beam_width is not None and strategy != "beam":
-        raise UsageError(f"--beam-width does not apply to --strategy {strategy}.", hint="Leave it out.")
-    if request.extend is not None and strategy != "greedy":
-        raise UsageError(
-            f"--extend works with --strategy greedy only, not with {strategy}.",
-            hint="Search again for the number of blocks you want.",
-        )
-
-
-def _require_streamable(request: SearchRequest, metric: Metric, calibration: CalibrationSettings) -> None:
-    """Check that the search needs no more than one block at a time.
-
-    Raises:
-        UsageError: it does.
-        MachineError: it does, and is streamed because there is too little memory.
-    """
-    error = UsageError if request.stream else MachineError
-    hint = "Use a machine with more memory, or --device-map."
-    if isinstance(metric, ModelMetric):
-        raise error(f"{metric.name} runs the whole model, which is streamed block by block.", hint=hint)
-    if isinstance(metric, WeightMetric) and metric.needs_gradients:
-        raise error(f"{metric.name} needs memory for gradients through the whole model, which is streamed.", hint=hint)
-    if request.target_speedup is not None:
-        raise error("--target-speedup times the whole model, which is streamed.", hint="Use --ratio.")
-    require_given_text(calibration)
 
 
 def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from statistics import fmean
 from typing import Any
 
 import torch
 import transformers
 
-from sleb_cli.engine.device import dtype_name, wider_range
+from sleb_cli.engine.device import CPU, dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
@@ -20,16 +22,16 @@ from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
-from sleb_cli.engine.search.bad_sequences import leave_out_bad, require_sound
+from sleb_cli.engine.search.bad_sequences import find_bad, leave_out, unsound
 from sleb_cli.engine.search.choices import Choice
-from sleb_cli.engine.search.held_out import HeldOut, hold_out, overfitting_note
-from sleb_cli.engine.search.journal import Journal, journal_of, saved_walk_of
+from sleb_cli.engine.search.held_out import compare_with_held_out, hold_out, overfitting_note
+from sleb_cli.engine.search.journal import journal_of, open_journal, saved_walk_of
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_target
-from sleb_cli.engine.search.scoring import Scoring
+from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.strategies import Problem
-from sleb_cli.engine.search.targets import LossTarget, option_of
+from sleb_cli.engine.search.targets import LossTarget, Target, option_of
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import (
@@ -44,13 +46,12 @@ from sleb_cli.events import (
 )
 from sleb_cli.plan import (
     DenseRecord,
-    Engine,
+    HeldOutRecord,
     MetricRecord,
     Plan,
     SampleGeneration,
     SearchRecord,
     Step,
-    SwapRecord,
     TargetRecord,
 )
 from sleb_cli.plugin_manager import Registry
@@ -68,26 +69,13 @@ from sleb_plugins import (
 )
 
 
+@dataclass(frozen=True)
 class SearchInputs:
-    """What all searches of one model on one text share: tokenizer, model and text, loaded once."""
+    """What all searches of one model on one text share, loaded once."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self.group = group
-        self._loaded: tuple[Any, Callable[[], SkippableModel], Calibration] | None = None
-
-    def load(self, resolved: ResolvedSearch, notify: Notify) -> tuple[Any, Callable[[], SkippableModel], Calibration]:
-        """Return the tokenizer, a function that returns the model, and the calibration sequences."""
-        if self._loaded is None:
-            tokenizer = load_tokenizer(resolved.architecture.source)
-            # Loaded at first use, so that a missing text is reported before gigabytes are read.
-            model = cache(partial(open_dense, resolved.architecture, resolved.placement, notify))
-            calibration = self.group.from_main(
-                lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify)
-            )
-            if resolved.request.skip_bad_sequences:
-                calibration = leave_out_bad(resolved.request, calibration, model, self.group, notify)
-            self._loaded = tokenizer, model, calibration
-        return self._loaded
+    tokenizer: Any
+    model: SkippableModel
+    calibration: Calibration
 
 
 def find_removals(
@@ -102,46 +90,31 @@ def find_removals(
     """
     group = group or ProcessGroup()
     resolved = group.one_first(lambda: resolve_search(request, registry, notify))
-    return run_search(resolved, SearchInputs(group), registry, notify)
+    started = time.monotonic()
+    return run_search(resolved, load_inputs(resolved, group, notify), group, notify, started)
 
 
-def run_search(resolved: ResolvedSearch, inputs: SearchInputs, registry: Registry, notify: Notify) -> Plan:
-    """Run a resolved search on inputs that it may share with others of the same model and text.
+def load_inputs(resolved: ResolvedSearch, group: ProcessGroup, notify: Notify) -> SearchInputs:
+    """Load the tokenizer, the text and the model.
 
     Raises:
-        SlebError: a subclass that fits, for problems that only show once the model and the text are read.
+        SlebError: a subclass that fits, for problems that only show once they are read.
     """
-    started, request, group = time.monotonic(), resolved.request, inputs.group
-    tokenizer, model, calibration = inputs.load(resolved, notify)
+    request = resolved.request
+    tokenizer = load_tokenizer(resolved.architecture.source)
+    # Loaded at first use, so that a missing text is reported before gigabytes are read.
+    model = cache(partial(open_dense, resolved.architecture, resolved.placement, notify))
+    calibration = group.from_main(lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify))
+
+    def find() -> Any:
+        with model() as skippable, task(notify, "Looking for bad sequences"):
+            whole = calibration.to(skippable.device)
+            return find_bad(_prepare(skippable, whole, request, ProcessGroup(), notify)[0])
+
+    if request.skip_bad_sequences:
+        calibration = leave_out(calibration, group.from_main(find), 2 if request.holdout else 1, notify)
     _require_continuation(resolved, calibration)
-    watch = resolved.architecture.source.watch
-    journal = Journal(journal_of(request.plan_file) if group.is_main else None, watch.require_unchanged)
-    speedup_timer = SpeedupTimer(resolved.context, lambda: model().model, request, group)
-    if resolved.target is None:
-        resolved = with_target(resolved, speedup_timer.target(resolved.removable.candidates), notify)
-    try:
-        with watch.unchanged():
-            dense, trace, search = _search(resolved, model(), tokenizer, calibration, journal, group, notify)
-        target = _target_record(resolved, dense, trace, speedup_timer)
-        search = search.model_copy(update={"remove": len(trace.removals), "target": target})
-    except BaseException:
-        if len(journal) and journal.path:
-            notify(Notice(f"All measurements are kept in {journal.path}: rerun with --resume to continue."))
-        raise
-    finally:
-        journal.close()
-    return Plan(
-        schema_version=1,
-        sleb_version=__version__,
-        model=resolved.architecture.record,
-        calibration=calibration.record,
-        search=search,
-        dense=dense,
-        removals=trace.removals,
-        steps=tuple(trace.steps),
-        sample_generation=trace.sample_generation,
-        environment=environment_record(registry.third_party(), resolved.context.device, time.monotonic() - started),
-    )
+    return SearchInputs(tokenizer, model(), calibration)
 
 
 def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) -> None:
@@ -155,12 +128,9 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
         return
     names = ("metric", "strategy", "protect_first", "protect_last", "fast", "holdout", "load_in")
     found: dict[str, Any] = {name: getattr(request, name) for name in names}
-    found |= {"dtype": dtype_name(resolved.context.dtype), "protect": resolved.context.protection.blocks}
+    found |= {"dtype": dtype_name(resolved.placement.dtype), "protect": resolved.removable.protection.blocks}
     expected = {name: getattr(plan.search, name) for name in found}
     found["metrics"], expected["metrics"] = _across_versions(resolved.metrics), _across_versions(plan.search.metrics)
-    if not plan.search.metrics:
-        # Earlier versions recorded no metrics. The names of sleb's own have always been theirs alone.
-        found["metrics"] = {name: record for name, record in found["metrics"].items() if not _is_own(record)}
     differing = differences(
         {"search": found, "calibration": calibration.record.to_data()},
         {"search": expected, "calibration": plan.calibration.to_data()},
@@ -168,8 +138,8 @@ def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) ->
     if differing:
         raise PlanError(
             f"This search cannot continue from {request.extend} ({differing}).",
-            hint="Leave out these options, so that the plan sets them, name the text it was calibrated on, and use the "
-            "same version of the metric.",
+            hint="Leave out these options so that the plan sets them. Use the text it was calibrated on, and the same "
+            "version of the metric.",
         )
 
 
@@ -181,92 +151,70 @@ def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
     }
 
 
-def _is_own(record: Mapping[str, Any]) -> bool:
-    """Whether a metric is one of sleb's own, and depends on nothing that it would have named."""
-    return bool(record["package"] == "sleb" and not record["fingerprint"])
+def run_search(
+    resolved: ResolvedSearch, inputs: SearchInputs, group: ProcessGroup, notify: Notify, started: float
+) -> Plan:
+    """Run a resolved search that began at `started`, on inputs that it may share with others.
 
-
-def _search(
-    resolved: ResolvedSearch,
-    dense_model: SkippableModel,
-    tokenizer: Any,
-    calibration: Calibration,
-    journal: Journal,
-    group: ProcessGroup,
-    notify: Notify,
-) -> tuple[DenseRecord, SearchTrace, SearchRecord]:
-    architecture, request, metric = resolved.architecture, resolved.request, resolved.metric
-    searched, kept = hold_out(calibration.to(dense_model.device), request.holdout or 0)
-    if request.fast:
-        searched = searched.shuffled()
-    with dense_model as skippable:
-        passes, reason = _prepare(skippable, resolved, searched, group, notify)
-        held_out = passes.over(kept.sequences, kept.loss_mask) if kept else None
-        scoring = Scoring(
-            passes,
-            journal,
-            tokenizer,
-            notify,
-            fast=bool(request.fast),
-            winners=resolved.beam_width,
-            held_out=held_out,
-            group=group,
-            require_sound=cache(
-                partial(require_sound, architecture.source.id, calibration, tokenizer, passes, journal, group)
-            ),
-        )
-        _, engine = scoring.scorer(metric)
-        record = _search_record(resolved, scoring, engine, reason)
-        journal.of_sets = isinstance(metric, LogitMetric | ModelMetric)
-        identity = _identity(resolved, calibration, record)
-        journal.open(identity, resume=request.resume)
-        passes.saved_walk = saved_walk_of(request.plan_file, identity, group.rank)
-        if not request.resume and group.is_main:
-            passes.saved_walk.delete()
-        journal.known = group.from_main(lambda: journal.known)
-        if len(journal) and journal.path:
-            notify(Notice(f"Continuing with the {len(journal)} measurements in {journal.path}."))
-        dense = resolved.extended.dense if resolved.extended else _measure_dense(scoring, resolved)
-        trace = _search_to_target(resolved, dense, scoring, notify)
-        if warning := overfitting_note(trace.steps):
-            notify(Notice(warning))
-        if resolved.sample_tokens:
-            limit = architecture.longest_sequence
-            trace.sample_generation = group.from_main(
-                lambda: generate_sample(skippable, tokenizer, trace.removals, resolved.sample_tokens, limit, notify)
-            )
-    return dense, trace, record
+    Raises:
+        SlebError: a subclass that fits, for problems that only show once the model runs.
+    """
+    request, placement, model = resolved.request, resolved.placement, inputs.model
+    timer = SpeedupTimer(resolved.removable, placement, model.model, request.target_workload, group, notify)
+    if resolved.target is None:
+        resolved = with_target(resolved, timer.target(str(request.target_speedup)), notify)
+    unchanged = resolved.architecture.source.watch.unchanged
+    searched, kept = hold_out(inputs.calibration.to(model.device), request.holdout or 0)
+    with unchanged(), model, task(notify, "Checking the engine"):
+        passes, reason = _prepare(model, searched.shuffled() if request.fast else searched, request, group, notify)
+    held_out = passes.over(kept.sequences, kept.loss_mask) if kept else None
+    record = _search_record(resolved, passes, held_out, reason)
+    with _scoring(resolved, inputs, passes, held_out, record, group, notify) as scoring, unchanged():
+        with model:
+            dense = resolved.extended.dense if resolved.extended else _measure_dense(scoring, resolved)
+            trace = _search_to_target(resolved, dense, scoring, notify)
+            if warning := overfitting_note(trace.steps):
+                notify(Notice(warning))
+            sample = _sample(resolved, inputs, trace.removals, group, notify)
+        target = _target_record(resolved.target, dense, trace, timer)
+    return Plan(
+        schema_version=1,
+        sleb_version=__version__,
+        model=resolved.architecture.record,
+        calibration=inputs.calibration.record,
+        search=record.model_copy(update={"remove": len(trace.removals), "target": target}),
+        dense=dense,
+        removals=trace.removals,
+        steps=tuple(trace.steps),
+        sample_generation=sample,
+        environment=environment_record(dict(resolved.plugins), placement.device, time.monotonic() - started),
+    )
 
 
 def _prepare(
-    skippable: SkippableModel,
-    resolved: ResolvedSearch,
-    calibration: Calibration,
-    group: ProcessGroup,
-    notify: Notify,
+    model: SkippableModel, calibration: Calibration, request: SearchRequest, group: ProcessGroup, notify: Notify
 ) -> tuple[Passes, str | None]:
-    request = resolved.request
     asked = None if request.memory is None else str(request.memory)
     # The same in all processes, so that they have the same batches.
-    memory, host_memory = (
-        min(group.gather(available_memory(device, asked))) for device in (skippable.device, torch.device("cpu"))
+    memory, host_memory = (min(group.gather(available_memory(device, asked))) for device in (model.device, CPU))
+    return prepare_passes(
+        model,
+        calibration.sequences,
+        notify,
+        loss_mask=calibration.loss_mask,
+        memory=str(memory),
+        batch_size=request.batch_size,
+        min_batches=LOOKS if request.fast else 1,
+        host_memory=str(host_memory),
+        spill_to=request.plan_file.absolute().parent,
     )
-    with task(notify, "Checking the engine"):
-        return prepare_passes(
-            skippable,
-            calibration.sequences,
-            notify,
-            loss_mask=calibration.loss_mask,
-            memory=str(memory),
-            batch_size=request.batch_size,
-            min_batches=LOOKS if request.fast else 1,
-            host_memory=str(host_memory),
-            spill_to=request.plan_file.absolute().parent,
-        )
 
 
-def _search_record(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, reason: str | None) -> SearchRecord:
-    request, metric = resolved.request, resolved.metric
+def _search_record(
+    resolved: ResolvedSearch, passes: Passes, held_out: Passes | None, reason: str | None
+) -> SearchRecord:
+    request, metric, placement = resolved.request, resolved.metric, resolved.placement
+    protection = resolved.removable.protection
     return SearchRecord(
         strategy=resolved.strategy_name,
         beam_width=resolved.beam_width if resolved.strategy_name == "beam" else None,
@@ -274,18 +222,85 @@ def _search_record(resolved: ResolvedSearch, scoring: Scoring, engine: Engine, r
         metrics=resolved.metrics,
         remove=resolved.remove,
         ratio=None if request.ratio is None else str(request.ratio),
-        protect_first=resolved.context.protection.first,
-        protect_last=resolved.context.protection.last,
-        protect=resolved.context.protection.blocks,
-        dtype=dtype_name(resolved.context.dtype),
-        device=resolved.context.device.type,
+        protect_first=protection.first,
+        protect_last=protection.last,
+        protect=protection.blocks,
+        dtype=dtype_name(placement.dtype),
+        device=placement.device.type,
         load_in=request.load_in,
-        batch_size=scoring.passes.budget.sequences,
+        batch_size=passes.budget.sequences,
         fast=bool(request.fast),
         holdout=request.holdout or 0.0,
-        held_out=sum(map(len, scoring.held_out.batches)) if scoring.held_out else 0,
-        engine=engine,
+        held_out=sum(map(len, held_out.batches)) if held_out else 0,
+        engine=engine_of(metric, passes),
         engine_reason=reason if isinstance(metric, LogitMetric | HiddenStateMetric) else None,
+    )
+
+
+@contextmanager
+def _scoring(
+    resolved: ResolvedSearch,
+    inputs: SearchInputs,
+    passes: Passes,
+    held_out: Passes | None,
+    record: SearchRecord,
+    group: ProcessGroup,
+    notify: Notify,
+) -> Iterator[Scoring]:
+    """Open the journal of this search, and yield what scores its candidates."""
+    request, source = resolved.request, resolved.architecture.source
+    # All that measurements depend on; the number of removals is not part of it.
+    identity = {
+        "sleb": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": resolved.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
+        "behavior": source.behavior,
+        "calibration": inputs.calibration.record.to_data(),
+        "search": record.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
+    }
+    with open_journal(
+        journal_of(request.plan_file),
+        identity,
+        notify,
+        resume=request.resume,
+        group=group,
+        whole_models=isinstance(resolved.metric, LogitMetric | ModelMetric),
+        require_valid=source.watch.require_unchanged,
+    ) as journal:
+
+        @cache
+        def require_sound() -> None:
+            whole = inputs.calibration.to(inputs.model.device)
+            bad = group.from_main(lambda: find_bad(passes.over(whole.sequences, whole.loss_mask)))
+            if bad:
+                journal.forget()
+                raise unsound(source.id, resolved.placement.dtype, inputs.calibration, inputs.tokenizer, bad)
+
+        yield Scoring(
+            resolved.metric,
+            replace(passes, saved_walk=saved_walk_of(request.plan_file, identity, group.rank)),
+            journal,
+            inputs.tokenizer,
+            notify,
+            fast=bool(request.fast),
+            winners=resolved.beam_width,
+            held_out=held_out,
+            group=group,
+            require_sound=require_sound,
+        )
+
+
+def _measure_dense(scoring: Scoring, resolved: ResolvedSearch) -> DenseRecord:
+    with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
+        losses = scoring.losses((), advance)
+    if not all(map(math.isfinite, (*losses, *scoring.held_out_losses(())))):
+        scoring.require_sound()
+    what, loss = f"In {resolved.architecture.source.id}", fmean(losses)
+    return DenseRecord(
+        loss=loss,
+        perplexity=_perplexity(loss, what, resolved.placement.dtype),
+        held_out=_held_out(scoring, resolved, (), what),
     )
 
 
@@ -299,7 +314,6 @@ class SearchTrace:
     steps: list[Step]
     removals: tuple[int, ...]
     next_increase: float | None = None
-    sample_generation: SampleGeneration | None = None
 
 
 def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, notify: Notify) -> SearchTrace:
@@ -326,34 +340,28 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
 
 
 def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, notify: Notify) -> SearchTrace:
-    metric, target = resolved.metric, resolved.target
-    trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
+    target, remove, width = resolved.target, resolved.remove, resolved.beam_width
     assert target is not None
-    compared = _comparison(resolved, scoring)
-    notify(
-        SearchStarted(
-            resolved.architecture.block_count, resolved.remove, len(trace.steps), _evaluations(resolved, scoring)
-        )
-    )
+    trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
+    candidates = len(resolved.removable.candidates(resolved.gone))
+    sets = resolved.strategy.evaluations(candidates, remove - len(resolved.gone), width)
+    evaluations = tuple(count * scoring.sequences for count in sets)
+    notify(SearchStarted(resolved.architecture.block_count, remove, len(trace.steps), evaluations))
     problem = Problem(
-        scoring.scorer(metric)[0],
+        scoring.score,
         resolved.removable.candidates,
-        resolved.remove,
+        remove,
         removed=resolved.gone,
-        score_spans=scoring.span_scorer(metric, resolved.remove),
-        width=resolved.beam_width,
-        swapped=lambda e: notify(BlocksSwapped(e.restored, e.removed, e.before, e.after)),
+        score_spans=scoring.span_scorer(remove),
+        width=width,
+        swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
     for choice in _choices(resolved, problem, notify):
-        loss = scoring.loss(choice.removals, scores_are_losses=metric.name == "nll")
+        loss = fmean(scoring.losses(choice.removals))
         if not target.allows(loss - dense.loss):
             trace.next_increase = loss - dense.loss
             break
-        perplexity = partial(_perplexity, what=f"Without block {choice.block}", dtype=resolved.context.dtype)
-        step = _step(choice, trace.removals, perplexity(loss), resolved.architecture.kinds)
-        if compared:
-            there = compared.compare(choice.removals, perplexity)
-            step = step.model_copy(update={"held_out": there})
+        step = _step(choice, trace.removals, loss, resolved, scoring)
         trace.steps.append(step)
         trace.removals = choice.removals
         scoring.journal.sync()
@@ -366,84 +374,35 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, n
 
 def _choices(resolved: ResolvedSearch, problem: Problem, notify: Notify) -> Iterator[Choice]:
     """Yield one size after another; with a limit on the loss, running out of candidates ends the search."""
-    choices = resolved.strategy.search(problem)
-    if not isinstance(resolved.target, LossTarget):
-        yield from choices
-        return
     try:
-        yield from choices
+        yield from resolved.strategy.search(problem)
     except UnsupportedModelError as error:
+        if not isinstance(resolved.target, LossTarget):
+            raise
         notify(Notice(f"The search stops here: {error.message}"))
 
 
-def _target_record(
-    resolved: ResolvedSearch, dense: DenseRecord, trace: SearchTrace, speedup_timer: SpeedupTimer
-) -> TargetRecord | None:
-    """Return the target and what was reached; time a speedup again, without the removed blocks."""
-    request, target = resolved.request, resolved.target
-    assert target is not None
-    if isinstance(target, LossTarget):
-        increase = math.log(trace.steps[-1].perplexity) - dense.loss
-        return target.record(increase, trace.next_increase)
-    if target.counts_blocks:
-        return None
-    if target.name == "target_speedup":
-        return speedup_timer.record(target, trace.removals)
-    serving = resolved.context.serving(request) if target.name == "target_memory" else None
-    return target.record(trace.removals, serving)
-
-
-def _step(choice: Choice, before: tuple[int, ...], perplexity: float, kinds: Sequence[str]) -> Step:
+def _step(choice: Choice, before: tuple[int, ...], loss: float, resolved: ResolvedSearch, scoring: Scoring) -> Step:
     """Return the record of a choice, `before` being the blocks removed at the previous size."""
+    what = f"Without block {choice.block}"
     return Step(
         block=choice.block,
-        kind=kinds[choice.block],
+        kind=resolved.architecture.kinds[choice.block],
         score=choice.score,
-        perplexity=perplexity,
+        perplexity=_perplexity(loss, what, resolved.placement.dtype),
         scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
+        held_out=_held_out(scoring, resolved, choice.removals, what),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
-        swaps=tuple(SwapRecord(**vars(swap)) for swap in choice.swaps),
+        swaps=choice.swaps,
     )
 
 
-def _identity(resolved: ResolvedSearch, calibration: Calibration, search: SearchRecord) -> dict[str, Any]:
-    """Return all that a journal's measurements depend on; the number of removals is not part of it."""
-    return {
-        "sleb": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "model": resolved.architecture.record.model_dump(mode="json", exclude={"id", "revision"}),
-        "behavior": resolved.architecture.source.behavior,
-        "calibration": calibration.record.to_data(),
-        "search": search.model_dump(mode="json", exclude={"remove", "ratio", "target"}),
-    }
-
-
-def _measure_dense(scoring: Scoring, resolved: ResolvedSearch) -> DenseRecord:
-    with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
-        loss = scoring.loss((), advanced=advance)
-    held_out = scoring.held_out_losses(()) if scoring.held_out else []
-    if not all(map(math.isfinite, (loss, *held_out))):
-        scoring.require_sound()
-    perplexity = partial(_perplexity, what=f"In {resolved.architecture.source.id}", dtype=resolved.context.dtype)
-    compared = _comparison(resolved, scoring)
-    return DenseRecord(
-        loss=loss, perplexity=perplexity(loss), held_out=compared.dense(perplexity) if compared else None
-    )
-
-
-def _comparison(resolved: ResolvedSearch, scoring: Scoring) -> HeldOut | None:
-    """Return the comparison with the held-out sequences; None if none are held out."""
-    losses = partial(scoring.losses, scores_are_losses=resolved.metric.name == "nll")
-    return HeldOut(losses, scoring.held_out_losses, resolved.remove) if scoring.held_out else None
-
-
-def _evaluations(resolved: ResolvedSearch, scoring: Scoring) -> tuple[int, ...]:
-    removed = resolved.extended.removals if resolved.extended else ()
-    candidates = len(resolved.removable.candidates(removed))
-    sets = resolved.strategy.evaluations(candidates, resolved.remove - len(removed), resolved.beam_width)
-    return tuple(count * scoring.sequences for count in sets)
+def _held_out(scoring: Scoring, resolved: ResolvedSearch, removed: tuple[int, ...], what: str) -> HeldOutRecord | None:
+    if scoring.held_out is None:
+        return None
+    perplexity = partial(_perplexity, what=what, dtype=resolved.placement.dtype)
+    return compare_with_held_out(scoring.losses, scoring.held_out_losses, removed, perplexity, resolved.remove)
 
 
 def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
@@ -453,8 +412,30 @@ def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
         perplexity = math.inf
     if not math.isfinite(perplexity):
         raise ModelError(
-            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, and the perplexity is not "
+            f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is not "
             "finite.",
             hint=wider_range(dtype),
         )
     return perplexity
+
+
+def _sample(
+    resolved: ResolvedSearch, inputs: SearchInputs, removals: tuple[int, ...], group: ProcessGroup, notify: Notify
+) -> SampleGeneration | None:
+    if not resolved.sample_tokens:
+        return None
+    tokens, longest = resolved.sample_tokens, resolved.architecture.longest_sequence
+    return group.from_main(lambda: generate_sample(inputs.model, inputs.tokenizer, removals, tokens, longest, notify))
+
+
+def _target_record(
+    target: Target | None, dense: DenseRecord, trace: SearchTrace, timer: SpeedupTimer
+) -> TargetRecord | None:
+    """Return the target and what was reached; time a speedup again, without the removed blocks."""
+    assert target is not None
+    if isinstance(target, LossTarget):
+        increase = math.log(trace.steps[-1].perplexity) - dense.loss
+        return target.record(increase, trace.next_increase)
+    if target.counts_blocks:
+        return None
+    return timer.record(target, trace.removals) if target.name == "target_speedup" else target.record(trace.removals)

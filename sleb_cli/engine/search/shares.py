@@ -48,8 +48,8 @@ def at_once(turns: Iterable[Turn[T]]) -> list[Turn[T]]:
 
 
 def deal_units(units: Sequence[Unit], processes: int, costs: Costs) -> Iterator[Turn[Unit]]:
-    """Deal whole units in turns; those that are left, fewer than there are processes, are split by candidates."""
-    whole = len(units) - len(units) % processes
+    """Deal whole units in turns; those that are left, fewer than there are processes, are split by their candidates."""
+    whole = len(units) - (len(units) % processes if all(candidates for _, candidates in units) else 0)
     yield from deal(units[:whole], processes)
     if whole < len(units):
         yield split(units[whole:], processes, costs)

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 from sleb_cli.engine.device import free_memory
+from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.context import LEAST_SPEEDUP, SearchContext
-from sleb_cli.engine.search.targets import (
-    SizeTarget,
-    fit_slope,
-    parse_number,
-)
+from sleb_cli.engine.search.removable import Removable
+from sleb_cli.engine.search.targets import LEAST, SizeTarget, parse_number
 from sleb_cli.engine.speed.benchmark import time_in_turn
 from sleb_cli.engine.speed.workloads import resolve_workload
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice
+from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
-from sleb_cli.requests import DEFAULT_WORKLOAD, BenchRequest, TargetRequest
+from sleb_cli.requests import DEFAULT_WORKLOAD, BenchRequest, WorkloadName
 from sleb_cli.results import Workload
 from sleb_plugins import UnsupportedModelError, UsageError
 
@@ -33,30 +30,31 @@ from sleb_plugins import UnsupportedModelError, UsageError
 class SpeedupTimer:
     """Time pruned models in alternation with the dense one, as `bench` does."""
 
-    context: SearchContext
-    model: Callable[[], Any]
-    request: TargetRequest
+    removable: Removable
+    placement: Placement
+    model: Any
+    workload_name: WorkloadName | None
     group: ProcessGroup
+    notify: Notify
 
     @cached_property
     def workload(self) -> Workload:
         """The timed workload; generation by default."""
-        dense = Subject(Surgery(self.context.architecture, ()), None)
-        name = self.request.target_workload or DEFAULT_WORKLOAD
-        return resolve_workload(name, BenchRequest(), dense, self.context.device, self.context.notify)
+        dense = Subject(Surgery(self.removable.architecture, ()), None)
+        name = self.workload_name or DEFAULT_WORKLOAD
+        return resolve_workload(name, BenchRequest(), dense, self.placement.device, self.notify)
 
     def share(self, removals: Sequence[int]) -> float:
         """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""
         return self.group.from_main(lambda: self._share(removals))
 
     def _share(self, removals: Sequence[int]) -> float:
-        context = self.context
-        surgery, dense = Surgery(context.architecture, tuple(removals)), self.model()
-        pruned = load_pruned(surgery, context.dtype, context.device, context.notify, dense=dense)
-        seconds = time_in_turn(self.workload, {"dense": dense, "pruned": pruned}, context.notify)
+        surgery, dense = Surgery(self.removable.architecture, tuple(removals)), self.model
+        pruned = load_pruned(surgery, self.placement.dtype, self.placement.device, self.notify, dense=dense)
+        seconds = time_in_turn(self.workload, {"dense": dense, "pruned": pruned}, self.notify)
         del pruned
         free_memory()
-        return statistics.median(seconds["pruned"]) / statistics.median(seconds["dense"])
+        return median(seconds["pruned"]) / median(seconds["dense"])
 
     def record(self, target: SizeTarget, removals: Sequence[int]) -> TargetRecord:
         """Return the speedup reached, timed again without the blocks that the search removed."""
@@ -71,19 +69,19 @@ class SpeedupTimer:
             workload=self.workload.name,
         )
 
-    def target(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> SizeTarget:
+    def target(self, asked: str) -> SizeTarget:
         """Time the model at two depths, and estimate the time per block.
 
         Raises:
             UsageError: the model does not get faster with fewer blocks.
         """
-        gone = self._removable_sample(candidates)
+        gone = self._removable_sample()
         depths = sorted({max(1, len(gone) // 2), len(gone)})
         shares = [self.share(gone[:depth]) for depth in depths]
         slope = fit_slope(depths, shares)
-        blocks, workload = self.context.architecture.block_count, self.workload.name
+        blocks, workload = self.removable.architecture.block_count, self.workload.name
         timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
-        self.context.notify(
+        self.notify(
             Notice(f"With fewer blocks, {workload} takes {timed} of the dense model's time: {slope:.1%} per block.")
         )
         if slope <= 0:
@@ -91,20 +89,28 @@ class SpeedupTimer:
                 f"On this machine, {workload} does not get faster with fewer blocks.",
                 hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
             )
-        asked = str(self.request.target_speedup)
-        speedup = parse_number(asked, "target_speedup", least=LEAST_SPEEDUP)
+        speedup = parse_number(asked, "target_speedup", least=LEAST["target_speedup"])
         seconds = Sizes(1 - slope * blocks, (slope,) * blocks)
         return SizeTarget("target_speedup", asked, seconds, 1 / speedup, lambda share: f"{1 / share:.2f}x the speed")
 
-    def _removable_sample(self, candidates: Callable[[Sequence[int]], Sequence[int]]) -> list[int]:
+    def _removable_sample(self) -> list[int]:
         """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
         gone: list[int] = []
-        while len(gone) < max(1, self.context.free * 2 // 3):
+        while len(gone) < max(1, self.removable.most * 2 // 3):
             try:
-                free = candidates(tuple(gone))
+                free = self.removable.candidates(tuple(gone))
             except UnsupportedModelError:
                 if not gone:
                     raise
                 break
             gone.append(free[len(free) // 2])
         return gone
+
+
+def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:
+    """Return the share of the dense model's time that one block takes: a least-squares fit through the dense model.
+
+    `share` holds the pruned model's time as a share of the dense model's for each number of `removed` blocks, modelled
+    as 1 - slope x removed.
+    """
+    return sum(n * (1 - s) for n, s in zip(removed, share, strict=True)) / sum(n * n for n in removed)

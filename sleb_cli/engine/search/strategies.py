@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, Swap, best_of, comparable, require_choice
+from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, ranking, require_choice
+from sleb_cli.plan import SwapRecord
 from sleb_cli.requests import DEFAULT_BEAM_WIDTH, StrategyName
 from sleb_plugins import UnsupportedModelError, UsageError
 from sleb_plugins.errors import did_you_mean
@@ -44,7 +45,7 @@ class Problem:
     removed: tuple[int, ...] = ()
     score_spans: ScoreSpans | None = None
     width: int = DEFAULT_BEAM_WIDTH
-    swapped: Callable[[Swap], None] = lambda swap: None
+    swapped: Callable[[SwapRecord], None] = lambda swap: None
 
 
 def greedy(problem: Problem) -> Iterator[Choice]:
@@ -59,7 +60,7 @@ def greedy(problem: Problem) -> Iterator[Choice]:
     gone = list(problem.removed)
     while len(gone) < problem.remove:
         outcome = require_choice(problem.score(tuple(gone), problem.candidates(tuple(gone))), gone)
-        gone.append(best_of(outcome))
+        gone.append(outcome.best)
         yield Choice(tuple(gone), outcome)
 
 
@@ -74,7 +75,7 @@ def oneshot(problem: Problem) -> Iterator[Choice]:
             raise UsageError(
                 f"No scored block can be removed after {', '.join(map(str, gone))}.", hint="Use --strategy greedy."
             )
-        gone.append(best_of(left))
+        gone.append(left.best)
         yield Choice(tuple(gone), left)
 
 
@@ -83,7 +84,7 @@ def contiguous(problem: Problem) -> Iterator[Choice]:
     score_spans = problem.score_spans or (lambda spans: _without_each(problem.score, spans))
     for size in range(1, problem.remove + 1):
         outcome = require_choice(score_spans(free_spans(problem.candidates, size)), ())
-        end = best_of(outcome)
+        end = outcome.best
         yield Choice(tuple(range(end - size + 1, end + 1)), outcome)
 
 
@@ -156,7 +157,7 @@ class _Refinement:
 
     def _swap_pairs(self) -> bool:
         """Try pairs of near misses in place of each removed pair; return whether any was swapped."""
-        near = sorted(sorted(self.closest, key=lambda block: (self.closest[block], block))[:NEAR_MISSES])
+        near = sorted(ranking(self.closest)[:NEAR_MISSES])
         before = self.choice
         for back in combinations(sorted(before.removals), 2):
             stay = _without(before.removals, *back)
@@ -170,11 +171,11 @@ class _Refinement:
 
     def _take(self, back: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome) -> None:
         """Make the swap with the lowest score, if it lowers the current one."""
-        block = best_of(outcome) if outcome.scores else None
+        block = outcome.best if outcome.scores else None
         if block is None or block in self.choice.removals or not outcome.scores[block] < self.choice.score:
             return
         new = tuple(b for b in (*stay, block) if b not in self.choice.removals)
-        swap = Swap(back, new, self.choice.score, outcome.scores[block])
+        swap = SwapRecord(restored=back, removed=new, before=self.choice.score, after=outcome.scores[block])
         self.choice = Choice((*stay, block), outcome, (*self.choice.swaps, swap))
         self.problem.swapped(swap)
 
@@ -216,8 +217,7 @@ def _score_next(problem: Problem, removed: tuple[int, ...], among: Sequence[int]
     """Score the candidates after `removed`; only those in `among`, if given."""
     allowed = _allowed(problem.candidates, removed)
     candidates = [block for block in allowed if among is None or block in among]
-    outcome = problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
-    return Outcome({block: comparable(score) for block, score in outcome.scores.items()}, outcome.race)
+    return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
 
 
 @dataclass(frozen=True)

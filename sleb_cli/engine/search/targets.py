@@ -1,6 +1,6 @@
 """When a search stops: at a number of blocks, once the model is small or fast enough, or before it loses too much.
 
-Pure arithmetic: how much each block takes (`Sizes`), in parameters, bytes or seconds, is measured elsewhere.
+How much each block takes (`Sizes`), in parameters, bytes or seconds, is measured elsewhere.
 """
 
 from __future__ import annotations
@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
-from sleb_cli.engine.model.sizes import Sizes
+from sleb_cli.engine.device import choose_dtype, dtype_name
+from sleb_cli.engine.forward.placement import Placement
+from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.text.windows import choose_length
+from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
-from sleb_cli.requests import TARGET_NAMES, TargetName, TargetRequest
+from sleb_cli.requests import DEFAULT_SERVE_BATCH, DEFAULT_SERVE_LENGTH, TARGET_NAMES, TargetName, TargetRequest
+from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count
 from sleb_plugins import UsageError
 
 _NEEDS: Mapping[str, TargetName] = {
@@ -24,6 +30,10 @@ _NEEDS: Mapping[str, TargetName] = {
     "target_workload": "target_speedup",
 }
 """Options that refine one target, and that target."""
+
+
+LEAST: Mapping[TargetName, float] = {"target_speedup": 1.01, "max_loss_increase": 0, "max_perplexity_ratio": 1}
+"""The smallest numbers that make sense."""
 
 
 def chosen_target(request: TargetRequest) -> TargetName:
@@ -64,6 +74,7 @@ class SizeTarget:
         sizes: the size of each block, in the target's unit.
         most: the size that may remain.
         describe: formats a size: "1.19B parameters".
+        serving: how the model will be served, if its memory is the target.
     """
 
     name: TargetName
@@ -71,6 +82,7 @@ class SizeTarget:
     sizes: Sizes
     most: float
     describe: Callable[[float], str]
+    serving: ServingRecord | None = None
 
     @property
     def counts_blocks(self) -> bool:
@@ -115,11 +127,11 @@ class SizeTarget:
             )
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
 
-    def record(self, removed: Collection[int], serving: ServingRecord | None = None) -> TargetRecord:
+    def record(self, removed: Collection[int]) -> TargetRecord:
         """Return what was reached without these blocks."""
         dense, reached = self.sizes.without(()), self.sizes.without(removed)
         return TargetRecord(
-            name=self.name, asked=self.asked, limit=self.most, dense=dense, reached=reached, serving=serving
+            name=self.name, asked=self.asked, limit=self.most, dense=dense, reached=reached, serving=self.serving
         )
 
     def _fits(self, amount: float) -> bool:
@@ -177,14 +189,51 @@ class LossTarget:
 Target = SizeTarget | LossTarget
 
 
-def loss_target(request: TargetRequest, name: TargetName) -> LossTarget:
-    """Read --max-loss-increase or --max-perplexity-ratio.
+def resolve_target(
+    request: TargetRequest, architecture: Architecture, protection: Protection, placement: Placement, notify: Notify
+) -> Target | None:
+    """Return the target, or None for --target-speedup, which must be timed first.
 
     Raises:
-        UsageError: the value is not a number, or the loss would have to fall.
+        UsageError: there is not exactly one target, it is not a number, or too few blocks can be removed.
+        UnsupportedModelError: the size of the KV cache is unknown.
     """
+    name = chosen_target(request)
     asked = str(getattr(request, name))
-    return LossTarget(name, asked, parse_number(asked, name, least=0 if name == "max_loss_increase" else 1))
+    if name in ("ratio", "remove"):
+        blocks = architecture.block_count
+        ratio = parse_ratio(asked) if name == "ratio" else None
+        remove = count_to_remove(blocks, protection, ratio=ratio, remove=request.remove)
+        return SizeTarget(name, asked, Sizes(0, (1,) * blocks), blocks - remove, lambda n: f"{n:g} blocks")
+    if name == "target_params":
+        most = parse_count(asked, option_of(name))
+        sizes = count_parameters(architecture)
+        return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
+    if name == "target_memory":
+        return _memory_target(request, architecture, placement, notify)
+    number = parse_number(asked, name, least=LEAST[name])
+    return None if name == "target_speedup" else LossTarget(name, asked, number)
+
+
+def _memory_target(
+    request: TargetRequest, architecture: Architecture, placement: Placement, notify: Notify
+) -> SizeTarget:
+    """Count the weights and the KV cache as served: by default, one sequence of up to 4,096 tokens."""
+    most, named = parse_bytes(str(request.target_memory), "--target-memory"), request.serve_dtype
+    dtype = choose_dtype(named, architecture.dtype, placement.device) if named else placement.dtype
+    length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
+    serving = ServingRecord(dtype=dtype_name(dtype), length=length, batch=request.serve_batch or DEFAULT_SERVE_BATCH)
+    packed = architecture.is_quantized and named is None
+    weights = stored_bytes(architecture) if packed else count_parameters(architecture) * dtype.itemsize
+    cache = cache_bytes(architecture, dtype, length=length, batch=serving.batch)
+    form = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
+    notify(
+        Notice(
+            f"Memory counts the weights {form} ({format_bytes(weights.without(()))}) and a KV cache in "
+            f"{serving.dtype} for {serving.batch} x {length} tokens ({format_bytes(cache.without(()))})."
+        )
+    )
+    return SizeTarget("target_memory", str(request.target_memory), weights + cache, most, format_bytes, serving)
 
 
 def parse_number(text: str, name: str, *, least: float) -> float:
@@ -212,15 +261,6 @@ def longest_run(blocks: Sequence[int]) -> list[int]:
     return max(runs, key=len)
 
 
-def fit_slope(removed: Sequence[int], share: Sequence[float]) -> float:
-    """Return the share of the dense model's time that one block takes: a least-squares fit through the dense model.
-
-    `share` holds the pruned model's time as a share of the dense model's for each number of `removed` blocks, modelled
-    as 1 - slope x removed.
-    """
-    return sum(n * (1 - s) for n, s in zip(removed, share, strict=True)) / sum(n * n for n in removed)
-
-
 def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | None, remove: int | None) -> int:
     """Return how many blocks to remove: `remove`, or ceil(ratio x blocks).
 
@@ -228,7 +268,7 @@ def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | No
         UsageError: the number is below 1, or above what the protected blocks leave.
     """
     count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
-    available = min(len(protection.candidates(blocks, ())), blocks - 1)  # one always stays
+    available = protection.most(blocks)
     if count < 1:
         raise UsageError(f"Cannot remove {count} blocks.", hint="Remove at least 1.")
     if count > available:
