@@ -179,18 +179,16 @@ def test_out_of_memory_gradients_come_in_smaller_batches_and_give_the_same_score
         assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(model, sequences, engine):
+@pytest.mark.parametrize("forks", [True, False], ids=["fork", "whole passes"])
+def test_gradients_are_those_of_one_block_at_a_time_where_the_family_allows_it(model, sequences, forks):
     loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(0)) < 0.7
     with SkippableModel(model, model.model.layers) as skippable:
         budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
         batches = (sequences[:2], sequences[2:])
-        passes = Passes(
-            skippable, batches, budget, lambda event: None, engine, loss_mask=(loss_mask[:2], loss_mask[2:])
-        )
+        passes = Passes(skippable, batches, budget, lambda event: None, forks, loss_mask=(loss_mask[:2], loss_mask[2:]))
         found = {}
         for block in blocks_with_gradients(passes, (2,), [1, 3, 4]):
-            if engine == "fork":
+            if forks:
                 layers = enumerate(model.model.layers)
                 assert {n for n, layer in layers for p in layer.parameters() if p.grad is not None} == {block}
             found[block] = {name: p.grad.clone() for name, p in model.model.layers[block].named_parameters()}
@@ -215,7 +213,7 @@ def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
         with SkippableModel(model, model.model.layers) as skippable:
             budget = MemoryBudget(sequences=2, positions=16, branches=1, kept=0)
             batches = (sequences[:2], sequences[2:])
-            passes = Passes(skippable, batches, budget, lambda event: None, "fork", available=available)
+            passes = Passes(skippable, batches, budget, lambda event: None, available=available)
             return {
                 block: [p.grad.clone() for p in model.model.layers[block].parameters()]
                 for block in blocks_with_gradients(passes, (2,), [0, 1, 3, 4, 5])

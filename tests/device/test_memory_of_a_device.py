@@ -9,7 +9,7 @@ import torch
 
 from conftest import calibration, llama_config, random_model, slow
 from sleb_cli.engine.device import OutOfMemory
-from sleb_cli.engine.forward.engines import choose_engine
+from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.skipping import SkippableModel
 
 SMALLEST = 2**18
@@ -85,7 +85,7 @@ def test_wherever_the_check_of_the_engine_runs_out_of_memory_the_error_is_ours(s
             gc.collect()
             backend.settings = replace(backend.settings, memory=backend.memory_allocated() + free)
             try:
-                outcomes.add(choose_engine(skippable, ids)[0])
+                outcomes.add(why_not_fork(skippable, ids) or "fork")
             except OutOfMemory:
                 outcomes.add("out of memory")
     assert outcomes == {"fork", "out of memory"}

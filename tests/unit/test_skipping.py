@@ -46,7 +46,7 @@ def test_a_pass_that_starts_at_a_block_is_bitwise_the_whole_pass(model, ids):
             assert set(whole) == set(range(len(blocks))) - set(removed)
             for block in whole:
                 seen = {}
-                skippable.watch(
+                skippable.run_with_hook(
                     ids, removed, lambda n, *states, at=seen: at.update({n: states[0]}), (block, whole[block])
                 )
                 assert list(seen) == [n for n in whole if n >= block]
@@ -153,7 +153,7 @@ def test_a_bug_of_a_listener_is_not_blamed_on_the_family(ids, monkeypatch):
     monkeypatch.setattr(model.model, "forward", catches_everything)
     with SkippableModel(model, model.model.layers) as skippable:
         with pytest.raises(ValueError, match="a bug of ours") as raised:
-            skippable.watch(ids, (), fails)
+            skippable.run_with_hook(ids, (), fails)
         assert raised.traceback[-1].name == "fails"
         assert raised.value.__cause__ is raised.value.__context__ is None
         skippable.switches[1]._forward = fails
@@ -168,4 +168,4 @@ def test_a_listener_that_runs_out_of_memory_is_said_to(ids):
 
     model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
     with SkippableModel(model, model.model.layers) as skippable, pytest.raises(OutOfMemory, match="do not fit"):
-        skippable.watch(ids, (), too_large)
+        skippable.run_with_hook(ids, (), too_large)

@@ -27,7 +27,7 @@ def scored():
     ids = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
         logits = [skippable.logits(ids, removed) for removed in ((), (2,))]
-        views = [predict(skippable, ids, removed, "fork") for removed in ((), (2,))]
+        views = [predict(skippable, ids, removed, forks=True) for removed in ((), (2,))]
         dense, (pruned,) = score_tokens(ids, views[0], views[1:], positions=7)
     return ids, logits, dense, pruned
 
@@ -49,7 +49,7 @@ def test_the_plain_engine_has_the_same_scores(scored):
     ids, _, dense, pruned = scored
     model = random_model(llama_config())
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        views = [predict(skippable, ids, removed, "plain") for removed in ((), (2,))]
+        views = [predict(skippable, ids, removed, forks=False) for removed in ((), (2,))]
         plain, (without,) = score_tokens(ids, views[0], views[1:], positions=1000)
     torch.testing.assert_close(plain.nll, dense.nll)
     torch.testing.assert_close(without.divergence, pruned.divergence, atol=1e-5, rtol=1e-4)
@@ -91,7 +91,7 @@ def test_a_model_differs_from_itself_by_nothing(scored):
     ids, _, _, _ = scored
     model = random_model(llama_config())
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        views = [predict(skippable, ids, (), "fork") for _ in range(2)]
+        views = [predict(skippable, ids, (), forks=True) for _ in range(2)]
         dense, (same,) = score_tokens(ids, views[0], views[1:], positions=100)
     counted, clusters = torch.ones(3, 19, dtype=torch.bool), torch.arange(3)[:, None].expand(3, 19)
     found = divergence_record(same, dense, counted, clusters)

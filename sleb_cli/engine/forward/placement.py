@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from sleb_cli.engine.device import choose_device
+from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
-from sleb_cli.engine.forward.skipping import BlockWeights, SkippableModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import stream_dense
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import DeviceMap, load_dense

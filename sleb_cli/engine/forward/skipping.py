@@ -7,18 +7,18 @@ whatever the model looks up by index (masks, rotary tables, layer types) stays r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import input_device, translate_out_of_memory
-from sleb_cli.engine.forward.offload import align_parameters, execution_device
+from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, execution_device
 from sleb_cli.engine.third_party import our_code, translate_errors
 from sleb_plugins import UnsupportedModelError
 
@@ -47,7 +47,7 @@ class BlockSwitch:
         self.block = block
         self.skip = False
         self.inject: Tensor | None = None
-        self.watch: Callable[[Tensor, Tensor], None] | None = None
+        self.hook: Callable[[Tensor, Tensor], None] | None = None
         self.record: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.fetch: Callable[[], None] | None = None
         self.wrap: Callable[[Tensor], Any] | None = None
@@ -81,10 +81,10 @@ class BlockSwitch:
                     self.fetch()
             output = self._forward(*args, **kwargs)
             self.wrap = _wrapper_like(output)
-        if self.watch is not None:
+        if self.hook is not None:
             leaving = _hidden_states(output)
             with our_code():
-                self.watch(entering, leaving)
+                self.hook(entering, leaving)
         return output
 
     def run(self, hidden: Tensor, call: Call) -> Tensor:
@@ -136,41 +136,6 @@ def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextMan
     )
 
 
-class BlockWeights(Protocol):
-    """Where the weights of blocks are while they are not needed.
-
-    `resident` says that all are in place, always.
-    """
-
-    resident: bool
-
-    def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks one by one, each with its weights in place until the next is asked for."""
-
-    def align(self) -> None:
-        """Have weights that come into place lie at multiples of 64 bytes."""
-
-    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Give parameters that come into place while the context is open these values, by the model's names."""
-
-
-class InMemory:
-    """All blocks have their weights in place, always."""
-
-    resident = True
-
-    def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks."""
-        yield from blocks
-
-    def align(self) -> None:
-        """Do nothing: no weight ever comes into place."""
-
-    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Do nothing: no parameter ever comes into place."""
-        return nullcontext()
-
-
 class SkippableModel:
     """A model whose blocks can be skipped; leaving the context restores it.
 
@@ -191,7 +156,7 @@ class SkippableModel:
         self.model = model
         self.device: torch.device = device or input_device(model)
         """Where its tokens go in, and its logits come out."""
-        self.weights = weights or InMemory()
+        self.weights = weights or BlockWeights()
         self.switches = [BlockSwitch(block) for block in blocks]
         self.places = [execution_device(switch.block) or self.device for switch in self.switches]
         """Where each block computes."""
@@ -231,7 +196,7 @@ class SkippableModel:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip = index in removed
-            switch.inject = switch.watch = switch.record = switch.fetch = None
+            switch.inject = switch.hook = switch.record = switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks.
@@ -241,17 +206,17 @@ class SkippableModel:
         self.skip(removed)
         return self._forward(ids, last=last)
 
-    def watch(
+    def run_with_hook(
         self,
         ids: Tensor,
         removed: Collection[int],
-        listen: Callable[[int, Tensor, Tensor], None],
+        hook: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
     ) -> None:
-        """Run the model without the removed blocks; pass to `listen` each other block and what enters and leaves it.
+        """Run the model without the removed blocks; call `hook` with each other block and what enters and leaves it.
 
         `start` is a block and the hidden states that enter it: the blocks before it are not run. With a device map, all
-        states are passed on the model's device. An exception raised by `listen` is raised unchanged.
+        states are passed on the model's device. An exception raised by `hook` is raised unchanged.
         """
         first = start[0] if start else 0
         self.skip({*removed, *range(first)})
@@ -259,7 +224,7 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.watch = lambda entering, leaving, block=index: listen(
+                switch.hook = lambda entering, leaving, block=index: hook(
                     block, entering.to(self.device), leaving.to(self.device)
                 )
         self._forward(ids, last=1)
@@ -283,7 +248,7 @@ class SkippableModel:
             raise _Enough
 
         self.skip(range(block))
-        self.switches[block].watch = end
+        self.switches[block].hook = end
         with suppress(_Enough):
             self._forward(ids, last=1)
 
@@ -314,8 +279,8 @@ class SkippableModel:
         align_parameters(self.model)
 
     @contextmanager
-    def in_place(self, block: int) -> Iterator[None]:
-        """Have the weights of a block in place while the context is open."""
+    def loaded(self, block: int) -> Iterator[None]:
+        """Have the weights of a block loaded while the context is open."""
         with closing(self.weights.visit([block])) as here:
             next(here)
             yield
@@ -376,7 +341,7 @@ class SkippableModel:
         def keep(block: int, entering: Tensor, leaving: Tensor) -> None:
             states[block] = entering
 
-        self.watch(ids, removed, keep)
+        self.run_with_hook(ids, removed, keep)
         return states
 
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
@@ -389,7 +354,7 @@ class SkippableModel:
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:
-        """While the model runs, put the weights of each block in place before it is called."""
+        """While the model runs, load the weights of each block before it is called."""
         if self.weights.resident:
             yield
             return

@@ -30,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from sleb_cli.engine.device import CPU, dtype_name, free_bytes, synchronize
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
+from sleb_cli.engine.forward.block_weights import ALIGNED, BlockWeights
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import fits, loading_problem
@@ -41,9 +42,6 @@ from sleb_plugins.config_keys import kept_blocks
 
 PAGE = 4096
 """Files are mapped at multiples of this many bytes, and read past the page cache in such pieces."""
-
-ALIGNED = 64
-"""Other weights lie at multiples of this many bytes, the width of the widest vectors."""
 
 WITH_STREAMS = ("cuda", "xpu")
 """Devices to which a thread copies beside the work of others, out of pinned memory."""
@@ -140,20 +138,18 @@ def stream_dense(
     return skippable
 
 
-class StreamedBlocks:
+class StreamedBlocks(BlockWeights):
     """The blocks of a model in its files. Its parameters are on the meta device, except of the block that is visited.
 
     Attributes:
         model: the model.
         modules: its blocks.
-        bytes_read: how many bytes of weights of blocks were read so far.
     """
 
     resident = False
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self._architecture, self._device = architecture, device
-        self.bytes_read = 0
         self.model: Any = architecture.build(architecture.config, dtype)
         self.modules = architecture.blocks_of(self.model)
         self._by_block, outside = _divide(architecture)
@@ -220,7 +216,6 @@ class StreamedBlocks:
         """Read a block and put its weights in place; runs in the thread."""
         stored = self._by_block[block]
         tensors = self._buffers[number % 2].read(stored)
-        self.bytes_read += sum(tensor.size for tensor in stored)
         self._place(tensors)
         self.modules[block].requires_grad_(False)
         empty = [name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta]

@@ -29,7 +29,6 @@ from sleb_cli.engine.quality.token_scores import (
 )
 from sleb_cli.engine.text.windows import EvaluationWindows, tokens_sha256
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.plan import Engine
 from sleb_cli.results import PrunedTextScores, TextResult, TextScores
 from sleb_plugins import ModelError
 
@@ -171,7 +170,7 @@ class _Scorer:
         self._models, self._asked, self._group, self._notify = models, batch_size, group, notify
         self._stack = ExitStack()
         self._skippable: dict[tuple[int, ...], SkippableModel] = {}
-        self._engine: Engine = "fork"
+        self._forks = True
         self._size = self._positions = 0
 
     def __enter__(self) -> _Scorer:
@@ -196,7 +195,7 @@ class _Scorer:
             batch_size=self._asked,
             checked=CHECKED_TOKENS,
         )
-        self._engine, self._size, self._positions = passes.engine, passes.budget.sequences, passes.budget.positions
+        self._forks, self._size, self._positions = passes.forks, passes.budget.sequences, passes.budget.positions
         if dense.weights.resident:
             return 1
         width: int = self._models.architecture.text_config.hidden_size
@@ -241,7 +240,7 @@ class _Scorer:
             return
         for batch in batches:
             with sequences_fit(batch.shape, batch.device):
-                predicted = [predict(skippable, batch, removed, self._engine) for skippable, removed in models]
+                predicted = [predict(skippable, batch, removed, forks=self._forks) for skippable, removed in models]
             yield predicted
 
     def _score_batch(self, batch: Tensor, predicted: Sequence[Predictions]) -> list[TokenScores]:

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import CPU, as_float64, in_smaller_pieces, translate_out_of_memory
-from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
+from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import SharedInputs, SpillFile
-from sleb_cli.engine.forward.offload import in_place
+from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, ridge_bytes
@@ -119,8 +119,7 @@ def recover_in_closed_form(
     device, length = skippable.device, deciding.shape[1]
     place = CPU if in_host_memory else None
     with torch.inference_mode():
-        engine, reason = choose_engine(skippable, deciding[:CHECKED_SEQUENCES].to(device))
-        if engine != "fork":
+        if reason := why_not_fork(skippable, deciding[:CHECKED_SEQUENCES].to(device)):
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )
@@ -231,7 +230,8 @@ class _ClosedFormFit:
         return next((depth for depth in range(block + 1, self.count) if depth not in self.removed), self.count)
 
     def _calls(self, ids: Tensor) -> list[Call]:
-        return self.shared.of(self.skippable.calls(ids), lambda branch, hidden: self._held(hidden))
+        calls = self.skippable.calls(ids)
+        return self.shared.of(calls, self._held(calls[0].entering))
 
     def _held(self, tensor: Tensor) -> Tensor:
         """Return a tensor where it stays until it is needed; by default, where it is."""
@@ -283,7 +283,7 @@ class _ClosedFormFit:
                     Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
                 )
             return False
-        with self.skippable.in_place(block):
+        with self.skippable.loaded(block):
             fit = self._fit_block(block, projections)
         self._keep_if_better(block, gap, projections, fit)
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
@@ -334,7 +334,7 @@ class _ClosedFormFit:
         """Return the block's residual projections, which the main process finds."""
 
         def find() -> list[ResidualProjection]:
-            with self.skippable.in_place(block), self.skippable.replaced(self.values):
+            with self.skippable.loaded(block), self.skippable.replaced(self.values):
                 found = find_residual_projections(self.skippable, self.calls[0][block], self.pruned[0])
             return [_in_modules(projection, lambda name: _ELSEWHERE) for projection in found]
 
@@ -354,7 +354,7 @@ class _ClosedFormFit:
         if found is not None:
             norm = _in_modules(found, self.skippable.model.get_submodule)
             rows = partial(self._rows_of_norm, norm=norm)
-            with in_place(norm.module):
+            with loaded(norm.module):
                 self._keep_if_better(None, 0, [norm], self._best_fit(rows, [norm], self.values))
 
     def _keep_if_better(
@@ -465,7 +465,7 @@ class _ClosedFormFit:
     def _kept(self, value: Tensor) -> Tensor:
         """Return a new value where it stays until the end."""
         folder = self.settings.spill_to
-        return self._held(value) if folder is None else SpillFile(folder, 1, value.nbytes).hold(0, 0, value)
+        return self._held(value) if folder is None else SpillFile(folder, 1, value.nbytes).hold(0, value)
 
     def _batches(self, which: Sequence[int]) -> Iterator[tuple[list[Call], Tensor, Tensor]]:
         return ((self.calls[batch], self.dense[batch], self.pruned[batch]) for batch in which)

@@ -42,7 +42,7 @@ def find_bad(passes: Passes) -> tuple[SkippedRecord, ...]:
         return listen
 
     batches = range(len(passes.batches))
-    states = passes.watch_together(batches, (), blocks, start)
+    states = passes.score_states(batches, (), blocks, start)
     units = [(batch, ()) for batch in batches]
     losses = {batch: scores for batch, _, scores in passes.score_units(NegativeLogLikelihood(), (), units)}
     bad: list[SkippedRecord] = []

@@ -220,9 +220,10 @@ def _search(
         journal.of_sets = isinstance(metric, LogitMetric | ModelMetric)
         identity = _identity(resolved, calibration, record)
         journal.open(identity, resume=request.resume)
-        passes.saved_walk = saved_walk_of(request.plan_file, identity, group.rank)
+        saved_walk = saved_walk_of(request.plan_file, identity, group.rank)
         if not request.resume and group.is_main:
-            passes.saved_walk.delete()
+            saved_walk.delete()
+        scoring = replace(scoring, passes=replace(passes, saved_walk=saved_walk))
         journal.known = group.from_main(lambda: journal.known)
         if len(journal) and journal.path:
             notify(Notice(f"Continuing with the {len(journal)} measurements in {journal.path}."))

@@ -161,10 +161,10 @@ class Scoring:
         return Outcome(scores, outcome.race)
 
     def _scorer(self, metric: Metric) -> tuple[Score, Engine]:
+        engine: Engine = "fork" if self.passes.forks else "plain"
         if isinstance(metric, LogitMetric):
-            return lambda removed, candidates: self._score_logits(metric, removed, candidates), self.passes.engine
+            return lambda removed, candidates: self._score_logits(metric, removed, candidates), engine
         if isinstance(metric, HiddenStateMetric):
-            engine: Engine = "fork" if self.passes.engine == "fork" else "plain"
             return lambda removed, candidates: self._score_states(metric, removed, candidates), engine
         if isinstance(metric, WeightMetric):
             return lambda removed, candidates: self._score_weights(metric, removed, candidates), "weights"
@@ -232,7 +232,7 @@ class Scoring:
 
     @cached_property
     def _costs(self) -> Costs:
-        if self.passes.engine != "fork":
+        if not self.passes.forks:
             return EQUAL_COSTS
         return costs_of_fork(len(self.skippable.switches), self.skippable.head_blocks)
 
@@ -244,7 +244,7 @@ class Scoring:
             yield block, _mean_over_tokens(metric, entering, leaving)
 
         def measure(mine: Sequence[int]) -> Iterator[tuple[int, int, list[float]]]:
-            watched = self.passes.watch_together(mine, removed, candidates, lambda: listen)
+            watched = self.passes.score_states(mine, removed, candidates, lambda: listen)
             return ((batch, block, found) for batch, scores in watched.items() for block, found in scores.items())
 
         progress, missing = _Progress(self.notify, len(removed) + 1), []
@@ -298,7 +298,7 @@ class Scoring:
 
             return listen
 
-        return self.passes.watch_together(batches, (), blocks, start, remembered=longest)
+        return self.passes.score_states(batches, (), blocks, start, remembered=longest)
 
     def _sum_over_spans(
         self, metric: WeightMetric, spans: Sequence[tuple[int, ...]], known: dict[int, float]
