@@ -49,7 +49,7 @@ def test_without_the_memory_for_all_of_it_it_is_streamed_with_a_notice(
     monkeypatch.setattr(proof, "free_bytes", lambda device: 260_000)
     result = run_sleb(*options, "-o", "streamed")
     assert result.exit_code == 0, result.stderr
-    assert "are free on cpu: its blocks are streamed from its files (--stream)" in result.stderr
+    assert "are free on cpu. Streaming its blocks from disk (--stream)" in result.stderr
     assert "For the proof, blocks stay on the disk" in result.stderr
     files, proven, plan = written(tmp_path / "streamed")
     expected, _, planned = written(tmp_path / "there")

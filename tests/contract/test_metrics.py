@@ -221,7 +221,7 @@ def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
 
     one_depth = sequences.numel() * 32 * 4
     if depths == 5:
-        with pytest.raises(MachineError, match=r"Gradients need .* beside the model, but may take only"):
+        with pytest.raises(MachineError, match=r"Gradients need .* in addition to the model, but only"):
             gradients_within(depths * one_depth)
         return
     expected, found = gradients_within(2**63), gradients_within(depths * one_depth)

@@ -223,7 +223,7 @@ def test_the_gains_of_the_final_norm_equal_a_direct_computation(monkeypatch):
 def scale_of(skippable, block, ids, name):
     with skippable, torch.inference_mode():
         calls = skippable.calls(ids)
-        hidden = skippable.entering_states(ids, ())[block]
+        hidden = list(skippable.run_blocks(calls, calls[0].entering))[block]
         found = find_residual_projections(skippable, calls[block], hidden)
     return next(projection.scale for projection in found if projection.name == name)
 

@@ -56,8 +56,8 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
         away = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
         if away and not _offloading(module):
             raise ModelError(
-                f"{path}.{away[0]} has no values: accelerate left it on the meta device for good.",
-                hint="Give its module a device of its own in a JSON file, or leave out --device-map.",
+                f"accelerate left {path}.{away[0]} on the meta device, without values.",
+                hint="Give its module its own device in a JSON file, or leave out --device-map.",
             )
     hooks = [hook for module in model.modules() if (hook := _offloading(module))]
     if not hooks:

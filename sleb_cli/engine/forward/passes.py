@@ -29,12 +29,12 @@ from sleb_cli.engine.forward.memory_budget import (
     working_bytes,
 )
 from sleb_cli.engine.forward.saved_walk import SavedWalk
-from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.forward.skipping import Call, SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.units import format_bytes
 from sleb_plugins import LogitMetric, OutputError, UnsupportedModelError
-from sleb_plugins.errors import OutOfMemory, is_out_of_memory
+from sleb_plugins.errors import OutOfMemory
 
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
@@ -152,40 +152,28 @@ class Passes:
         Raises:
             OutOfMemory: the pieces are as small as they can be.
         """
+        shape = self.batches[0][: self.budget.sequences].shape
         try:
-            yield
-        except (OutOfMemory, RuntimeError, MemoryError) as error:
+            with sequences_fit(shape, self.skippable.device):
+                yield
+        except OutOfMemory:
             less = self.budget.halved()
-            if not is_out_of_memory(error):
-                raise
             if less is None:
-                raise self._no_smaller(error) from error
-            self._reduce(less)
+                raise
+            self.budget = less
+            self._states.clear()
+            self._dense.clear()
+            self.notify(
+                Notice(
+                    f"Out of memory on {self.skippable.device}; continuing with {less.branches} candidates, "
+                    f"{less.sequences} sequences and {less.positions} positions at once."
+                )
+            )
 
     def _free_after_error(self, budget: MemoryBudget) -> None:
-        """Free memory if it ran out with this budget: only behind the error are the tensors of its frames gone."""
+        """Free memory if it ran out with this budget: only after the error are the tensors of its frames gone."""
         if self.budget is not budget:
             free_memory()
-
-    def _no_smaller(self, error: Exception) -> OutOfMemory:
-        if isinstance(error, OutOfMemory):
-            return error
-        device, length = self.skippable.device, self.batches[0].shape[1]
-        return OutOfMemory(
-            f"A sequence of {length} tokens does not fit into the memory of {device}.",
-            hint="Use a smaller --sequence-length, a narrower --dtype, or --device cpu.",
-        )
-
-    def _reduce(self, less: MemoryBudget) -> None:
-        self.budget = less
-        self._states.clear()
-        self._dense.clear()
-        self.notify(
-            Notice(
-                f"Out of memory on {self.skippable.device}; continuing with {less.branches} candidates, "
-                f"{less.sequences} sequences and {less.positions} positions at once."
-            )
-        )
 
     def _parts(self, batches: Iterable[int]) -> list[_Part]:
         """Return the parts of these batches that pass through the model on their own, in order."""
@@ -481,7 +469,9 @@ def _hold_all(passes: Passes, footprint: Footprint, host_memory: str | None, spi
     budget = replace(passes.budget, branches=count, kept=0)
     states = format_bytes((count + BESIDE_CANDIDATES) * of_branch)
     place = spill_to.absolute()
-    passes.notify(Notice(f"The hidden states of a step take up to {states}; they wait in a file in {place}."))
+    passes.notify(
+        Notice(f"Hidden states need up to {states}, more than fits into memory; sleb keeps them in a file in {place}.")
+    )
     return replace(passes, holding=Holding(CPU, spill_to, largest * footprint.branch), budget=budget)
 
 
@@ -493,12 +483,14 @@ def _width(module: nn.Module) -> int:
 
 def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     """Measure what a few tokens take; what a block itself needs is estimated from its widest weight."""
-    entering = skippable.entering_states(ids, range(1, len(skippable.switches)))
+    entering: list[Tensor] = []
+    others = range(1, len(skippable.switches))
+    skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
     if not entering:
         raise UnsupportedModelError(
             f"{skippable.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
         )
-    hidden = next(iter(entering.values()))
+    hidden = entering[0]
     logits = skippable.logits(ids, range(len(skippable.switches)))
     width = hidden.shape[-1]
     widest = max([width, *(_width(part) for switch in skippable.switches for part in switch.block.modules())])

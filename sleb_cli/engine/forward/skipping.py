@@ -122,14 +122,14 @@ def _computed(output: Tensor, what: str) -> Tensor:
     """Return what was computed, and not only its shape: that is what weights on the meta device give."""
     if output.is_meta:
         raise UnsupportedModelError(
-            f"Of what {what} returns there is only the shape: some of its weights stayed on the meta device.",
-            hint="Give it a device of its own in a JSON file, or leave out --device-map.",
+            f"{what.capitalize()} returns a shape without values: some of its weights stayed on the meta device.",
+            hint="Give it its own device in a JSON file, or leave out --device-map.",
         )
     return output
 
 
 def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
-    """Say what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
+    """Name what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
     return translate_out_of_memory(
         f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {device}.",
         "Use a smaller --batch-size or --sequence-length, or --device cpu.",
@@ -334,16 +334,6 @@ class SkippableModel:
         with self._translate_errors(states.shape, "backwards"):
             torch.autograd.backward(states, gradient)
 
-    def entering_states(self, ids: Tensor, removed: Collection[int]) -> dict[int, Tensor]:
-        """Return the hidden states that enter each block that is not removed."""
-        states: dict[int, Tensor] = {}
-
-        def keep(block: int, entering: Tensor, leaving: Tensor) -> None:
-            states[block] = entering
-
-        self.run_with_hook(ids, removed, keep)
-        return states
-
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
         options = {"logits_to_keep": last} if last and self._takes_logits_to_keep else {}
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
@@ -364,7 +354,7 @@ class SkippableModel:
             if next(here, None) != block:
                 raise UnsupportedModelError(
                     f"{self.model.config.model_type} does not call its blocks once each, in order.",
-                    hint="It cannot be streamed; use a machine with more memory.",
+                    hint="sleb cannot stream it. Use a machine with more memory.",
                 )
 
         for index, switch in enumerate(self.switches):
@@ -379,7 +369,7 @@ class SkippableModel:
         def does_not_run(words: str) -> UnsupportedModelError:
             return UnsupportedModelError(
                 f"{self.model.config.model_type} does not run{what and ' ' + what}: {words}.",
-                hint="If it runs whole in transformers, report the family to us.",
+                hint="If the whole model runs in transformers, report the family to us.",
             )
 
         with translate_errors(does_not_run), sequences_fit(shape, self.device):

@@ -71,8 +71,8 @@ def choose_to_stream(
     if asked is None and needed > free:
         notify(
             Notice(
-                f"{architecture.source.id} needs {format_bytes(needed)} of memory in {dtype_name(dtype)}, and "
-                f"{format_bytes(free)} are free on {device}: its blocks are streamed from its files (--stream)."
+                f"{architecture.source.id} needs {format_bytes(needed)} of memory in {dtype_name(dtype)}, but only "
+                f"{format_bytes(free)} are free on {device}. Streaming its blocks from disk (--stream)."
             )
         )
         return True
@@ -87,8 +87,8 @@ def require_streamable(architecture: Architecture) -> None:
     """
     if architecture.is_quantized:
         raise UnsupportedModelError(
-            f"{architecture.source.id} is quantized, and its packed weights cannot be read block by block.",
-            hint="Stream the model it was quantized from, or leave out --stream.",
+            f"{architecture.source.id} is quantized, so its weights cannot be streamed block by block.",
+            hint="Stream the original model instead, or leave out --stream.",
         )
 
 
@@ -356,7 +356,8 @@ class _Buffer:
         dtype = TORCH_DTYPES.get(tensor.dtype)
         if dtype is None:
             raise UnsupportedModelError(
-                f"{tensor.name} is stored as {tensor.dtype}, which torch does not have.", hint=""
+                f"{tensor.name} is stored as {tensor.dtype}, which torch does not support.",
+                hint="Convert the weights to a data type of torch.",
             )
         part = self._there[begin : begin + tensor.size]
         if begin % dtype.itemsize:
@@ -391,5 +392,5 @@ def _read_into(file: int, target: Tensor, tensor: StoredTensor, lead: int) -> No
     while done < wanted:
         count = os.preadv(file, [view[done:]], first + done)
         if not count:
-            raise ModelError(f"{tensor.path} has become shorter while it was read.", hint="Copy or download it again.")
+            raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
         done += count
