@@ -6,7 +6,8 @@ import pytest
 
 from conftest import calibration, save_model
 from families import tiny_config
-from sleb_cli.engine.forward import holding
+from sleb_cli.engine.device import CPU
+from sleb_cli.engine.forward.holding import Holding
 from sleb_cli.engine.search import run
 from sleb_cli.engine.search.journal import journal_of
 
@@ -45,17 +46,14 @@ def search(run_sleb, text_file, tmp_path):
     (tmp_path / "prose.txt").symlink_to(text_file)
     write_task(tmp_path)
 
-    def run_search(model, device, *options, name=None, code=0):
-        given = ["--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--calibration", text_file]
-        remove = [] if "--remove" in options else ["--remove", 2]
-        path = tmp_path / f"{name or device.partition(':')[0]}.json"
-        command = ["search", model, *remove, *given, *options, "--device", device, "-o", path, "-q"]
-        result = run_sleb(*command)
+    def run_search(model, device, *options, code=0):
+        given = ["--remove", 2, "--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--force", "-q"]
+        result = run_sleb("search", model, *given, "--calibration", text_file, *options, "--device", device)
         assert result.exit_code == code, result.stderr
         if code:
             return None
         assert result.stderr == ""
-        plan = json.loads(path.read_text())
+        plan = json.loads((tmp_path / "plan.json").read_text())
         assert plan["search"].pop("device") == device.partition(":")[0]
         del plan["environment"]
         return plan
@@ -74,30 +72,24 @@ def write_task(folder):
     )
 
 
-@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
-def test_the_plan_is_the_cpus(search, simulate, tiny_llama, options):
-    expected = search(tiny_llama, "cpu", *options)
-    simulate(float64=False)
-    assert search(tiny_llama, "sim:1", *options) == expected
+WITH_FLOAT64 = ["nll", "kl", "cosine", "taylor", "fast", "held out"]
+CASES = [(name, False) for name in SEARCHES] + [(name, True) for name in WITH_FLOAT64]
 
 
-@pytest.mark.parametrize("name", ["nll", "kl", "cosine", "taylor", "fast", "held out"])
-def test_the_plan_is_the_cpus_where_the_device_has_float64(search, simulate, tiny_llama, name):
+@pytest.mark.parametrize(("name", "float64"), CASES)
+def test_the_plan_is_the_cpus(search, simulate, tiny_llama, name, float64):
     expected = search(tiny_llama, "cpu", *SEARCHES[name])
-    simulate(float64=True)
-    assert search(tiny_llama, "sim", *SEARCHES[name]) == expected
+    simulate(float64=float64)
+    assert search(tiny_llama, "sim:1", *SEARCHES[name]) == expected
 
 
-FAMILIES = ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"]  # the last is searched by whole passes
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family):
+@pytest.mark.parametrize("metric", ["nll", "taylor"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"])  # the last by whole passes
+def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family, metric):
     model = save_model(tmp_path / family, tiny_config(family))
-    metrics = {metric: ("--metric", metric, "--remove", 1, "--force") for metric in ("nll", "taylor")}
-    expected = {metric: search(model, "cpu", *options) for metric, options in metrics.items()}
+    expected = search(model, "cpu", "--metric", metric, "--remove", 1)
     simulate(float64=False)
-    assert {metric: search(model, "sim:1", *options) for metric, options in metrics.items()} == expected
+    assert search(model, "sim:1", "--metric", metric, "--remove", 1) == expected
 
 
 def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):
@@ -106,6 +98,9 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
     assert result.exit_code == 0, result.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (plan["search"]["device"], plan["environment"]["processor"]) == ("sim", "Simulated device")
+    result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2")
+    assert result.exit_code == 7
+    assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--fast",)])
@@ -113,35 +108,26 @@ def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llam
     options = [*options, "--batch-size", 1]
     expected = search(tiny_llama, "cpu", *options)
     simulate(float64=False)
-    path = tmp_path / "stopped.json"
-    stops = iter([None, KeyboardInterrupt()])
+    journal, real, steps = journal_of(tmp_path / "plan.json"), run._step, []
 
     def step(*arguments):
-        if stop := next(stops):
-            raise stop
+        steps.append(arguments)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
         return real(*arguments)
 
-    real = run._step
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_step", step)
-        assert search(tiny_llama, "sim:1", *options, name="stopped", code=130) is None
-    assert journal_of(path).stat().st_size > 1000
-    assert search(tiny_llama, "sim:1", *options, "--resume", name="stopped") == expected
-    assert not journal_of(path).exists()
+    monkeypatch.setattr(run, "_step", step)
+    assert search(tiny_llama, "sim:1", *options, code=130) is None
+    assert journal.stat().st_size > 1000
+    assert search(tiny_llama, "sim:1", *options, "--resume") == expected
+    assert not journal.exists()
 
 
-def test_a_device_that_is_not_there(run_sleb, simulate, tiny_llama):
-    simulate()
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2")
-    assert result.exit_code == 7
-    assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
-
-
-def test_hidden_states_wait_in_host_memory_where_the_device_has_too_little(search, simulate, tiny_llama, monkeypatch):
+def test_hidden_states_wait_in_host_memory_if_need_be(search, simulate, tiny_llama, monkeypatch):
     options = ("--stream", "--batch-size", 1, "--samples", 24)
     expected = search(tiny_llama, "cpu", *options)
-    held, hold = [], holding.in_host_memory
-    monkeypatch.setattr(holding, "in_host_memory", lambda *state: held.append(state[0]) or hold(*state))
+    places, opened = [], Holding.open
+    monkeypatch.setattr(Holding, "open", lambda self, slots: places.append(self.device) or opened(self, slots))
     simulate(memory=600_000)
     assert search(tiny_llama, "sim", *options) == expected
-    assert held
+    assert CPU in places

@@ -255,7 +255,7 @@ class Passes:
         try:
             self.saved_walk.save(depth, removed, walks)
         except OutputError as error:
-            self.notify(Notice(f"{error.message} A step that is interrupted will start again from its first block."))
+            self.notify(Notice(f"{error.message} If this step is interrupted, it starts again from its first block."))
             self.saved_walk = SavedWalk()
 
     def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> list[float]:
