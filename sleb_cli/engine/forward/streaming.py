@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -315,12 +315,11 @@ class _Buffer:
                 held = load_pickle(path)
                 found |= {tensor.name: held[tensor.name] for tensor in here}
                 continue
-            direct = self._direct and self.as_mapped
-            with reading(path), _opened(path, direct=direct) as (file, lead):
+            with reading(path), _opened(path, direct=self._direct and self.as_mapped) as file:
                 read_to = None
                 for tensor in sorted(here, key=lambda tensor: tensor.start or 0):
                     begin = self._after(end, tensor, follows=tensor.start == read_to)
-                    _read_into(file, self._host[begin - lead(tensor) :], tensor, lead(tensor))
+                    self._read_into(file, begin, tensor)
                     places[tensor.name], end = (begin, tensor), begin + tensor.size
                     read_to = (tensor.start or 0) + tensor.size
         self._hand_over(end)
@@ -340,6 +339,19 @@ class _Buffer:
         start = tensor.start or 0
         begin = end + (start - place) % PAGE
         return begin if begin - start % PAGE >= end else begin + PAGE
+
+    def _read_into(self, file: int, begin: int, tensor: StoredTensor) -> None:
+        """Read a stored tensor to the place where it begins; in whole pages, if it lies there as in a mapped file."""
+        start = tensor.start or 0
+        lead = start % PAGE if self.as_mapped else 0
+        wanted, done = lead + tensor.size, 0
+        whole = -(-wanted // PAGE) * PAGE if self.as_mapped else wanted
+        view = memoryview(self._host[begin - lead :][:whole].numpy().data)
+        while done < wanted:
+            count = os.preadv(file, [view[done:]], start - lead + done)
+            if not count:
+                raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
+            done += count
 
     def _hand_over(self, size: int) -> None:
         """Copy what was read to the device, beside what it computes where it can do both."""
@@ -365,32 +377,15 @@ class _Buffer:
         return part.view(dtype).view(tensor.shape)
 
 
-Lead = Callable[[StoredTensor], int]
-"""How many bytes before a tensor are read with it."""
-
-
 @contextmanager
-def _opened(path: Path, *, direct: bool) -> Iterator[tuple[int, Lead]]:
-    """Open a file, past the page cache if asked and if its file system can; what is read then begins with a page."""
+def _opened(path: Path, *, direct: bool) -> Iterator[int]:
+    """Open a file, past the page cache if asked and if its file system can; it is then read in whole pages."""
     file = None
     if direct and hasattr(os, "O_DIRECT"):
         with suppress(OSError):
             file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    past_the_cache = file is not None
     file = os.open(path, os.O_RDONLY) if file is None else file
     try:
-        yield file, lambda tensor: (tensor.start or 0) % PAGE if past_the_cache else 0
+        yield file
     finally:
         os.close(file)
-
-
-def _read_into(file: int, target: Tensor, tensor: StoredTensor, lead: int) -> None:
-    """Fill `target` with so many bytes before a stored tensor, and with its own; with a lead, in whole pages."""
-    wanted, first, done = lead + tensor.size, (tensor.start or 0) - lead, 0
-    whole = -(-wanted // PAGE) * PAGE if first % PAGE == 0 else wanted
-    view = memoryview(target[:whole].numpy().data)
-    while done < wanted:
-        count = os.preadv(file, [view[done:]], first + done)
-        if not count:
-            raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
-        done += count
