@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import calibration, save_model
+from conftest import calibration, save_model, slow
 from families import tiny_config
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.holding import Holding
@@ -46,15 +46,15 @@ def search(run_sleb, text_file, tmp_path):
     (tmp_path / "prose.txt").symlink_to(text_file)
     write_task(tmp_path)
 
-    def run_search(model, device, *options, code=0):
+    def run_search(model, *options, code=0):
         given = ["--remove", 2, "--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--force", "-q"]
-        result = run_sleb("search", model, *given, "--calibration", text_file, *options, "--device", device)
+        result = run_sleb("search", model, *given, "--calibration", text_file, *options)
         assert result.exit_code == code, result.stderr
         if code:
             return None
         assert result.stderr == ""
         plan = json.loads((tmp_path / "plan.json").read_text())
-        assert plan["search"].pop("device") == device.partition(":")[0]
+        assert plan["search"].pop("device") == ("cpu" if "cpu" in options else "sim")
         del plan["environment"]
         return plan
 
@@ -73,23 +73,51 @@ def write_task(folder):
 
 
 WITH_FLOAT64 = ["nll", "kl", "cosine", "taylor", "fast", "held out"]
-CASES = [(name, False) for name in SEARCHES] + [(name, True) for name in WITH_FLOAT64]
+SPREAD = ["nll", "cosine", "taylor", *map(slow, ["kl", "magnitude", "contiguous", "contiguous cosine", "own text"])]
+ON_ONE = ["--device", "sim:1"]
 
 
-@pytest.mark.parametrize(("name", "float64"), CASES)
-def test_the_plan_is_the_cpus(search, simulate, tiny_llama, name, float64):
-    expected = search(tiny_llama, "cpu", *SEARCHES[name])
-    simulate(float64=float64)
-    assert search(tiny_llama, "sim:1", *SEARCHES[name]) == expected
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_plan_is_the_cpus(search, simulate, tiny_llama, name):
+    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
+    simulate(float64=False)
+    assert search(tiny_llama, *SEARCHES[name], *ON_ONE) == expected
+
+
+@pytest.mark.parametrize("name", WITH_FLOAT64)
+def test_so_it_is_if_the_device_has_float64(search, simulate, tiny_llama, name):
+    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
+    simulate(float64=True)
+    assert search(tiny_llama, *SEARCHES[name], *ON_ONE) == expected
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_so_it_is_if_the_model_is_spread_out(search, simulate, tiny_llama, spread, name):
+    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
+    simulate()
+    others = {"model.norm": 1, "lm_head": 0}
+    assert search(tiny_llama, *SEARCHES[name], *spread(**others)) == expected
+
+
+PATHS = {"opt": "model.decoder.layers", "xlnet": "transformer.layer"}  # the last is searched by whole passes
+FAMILIES = ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"]
 
 
 @pytest.mark.parametrize("metric", ["nll", "taylor"])
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"])  # the last by whole passes
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family, metric):
     model = save_model(tmp_path / family, tiny_config(family))
-    expected = search(model, "cpu", "--metric", metric, "--remove", 1)
+    expected = search(model, "--metric", metric, "--remove", 1, "--device", "cpu")
     simulate(float64=False)
-    assert search(model, "sim:1", "--metric", metric, "--remove", 1) == expected
+    assert search(model, "--metric", metric, "--remove", 1, *ON_ONE) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", *map(slow, ["mixtral", "opt", "xlnet"])])
+def test_so_it_is_if_other_families_are_spread_out(search, simulate, tmp_path, spread, family):
+    model = save_model(tmp_path / family, tiny_config(family))
+    expected = search(model, "--remove", 1, "--device", "cpu")
+    simulate()
+    assert search(model, "--remove", 1, *spread(PATHS.get(family, "model.layers"))) == expected
 
 
 def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):
@@ -106,7 +134,7 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
 @pytest.mark.parametrize("options", [(), ("--fast",)])
 def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llama, tmp_path, monkeypatch, options):
     options = [*options, "--batch-size", 1]
-    expected = search(tiny_llama, "cpu", *options)
+    expected = search(tiny_llama, *options, "--device", "cpu")
     simulate(float64=False)
     journal, real, steps = journal_of(tmp_path / "plan.json"), run._step, []
 
@@ -117,17 +145,17 @@ def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llam
         return real(*arguments)
 
     monkeypatch.setattr(run, "_step", step)
-    assert search(tiny_llama, "sim:1", *options, code=130) is None
+    assert search(tiny_llama, *options, *ON_ONE, code=130) is None
     assert journal.stat().st_size > 1000
-    assert search(tiny_llama, "sim:1", *options, "--resume") == expected
+    assert search(tiny_llama, *options, *ON_ONE, "--resume") == expected
     assert not journal.exists()
 
 
 def test_hidden_states_wait_in_host_memory_if_need_be(search, simulate, tiny_llama, monkeypatch):
     options = ("--stream", "--batch-size", 1, "--samples", 24)
-    expected = search(tiny_llama, "cpu", *options)
+    expected = search(tiny_llama, *options, "--device", "cpu")
     places, opened = [], Holding.open
     monkeypatch.setattr(Holding, "open", lambda self, slots: places.append(self.device) or opened(self, slots))
     simulate(memory=600_000)
-    assert search(tiny_llama, "sim", *options) == expected
+    assert search(tiny_llama, *options, "--device", "sim") == expected
     assert CPU in places
