@@ -66,7 +66,7 @@ class Walk:
     def advance(self, block: int) -> None:
         """Run `block` on every branch of the walk, except the branch that leaves it out.
 
-        Where `keep` names its depth, keep so many of the lowest branches that are about to enter it.
+        If `keep` names this depth, first keep that many of the lowest branches that are about to enter it.
         """
         if block in self.keep:
             lowest = sorted(self.branches)[: self.keep[block]]

@@ -1,6 +1,6 @@
 """Gradients of the calibration loss with respect to blocks' weights, for one block at a time.
 
-One forward pass keeps what enters each block, or every few blocks where memory is short. Then the blocks are taken from
+One forward pass keeps what enters each block, or every few blocks if memory is short. Then the blocks are taken from
 the last to the first: for each batch, the gradient of a block's output is backpropagated through that block, on the
 kept input, to its weights and to its input, which is the output of the block below. So at most one block's gradients
 exist at a time, and the graph of one block on one batch. Gradients in float16 are scaled from block to block.
@@ -160,7 +160,7 @@ class _Sums:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Let the parameters hold the sums, and their own values in float32 beside them: a gradient has their type."""
+        """Let the parameters hold the sums in `.grad`, and their own values in float32, since a gradient has their type."""
         own = {parameter: parameter.data for parameter in self.totals}
         try:
             for parameter, total in self.totals.items():

@@ -144,7 +144,7 @@ def resolve_memory_budget(
 
 
 def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, positions: int) -> int:
-    """Return the bytes in use while a block or the head runs on a batch of so many tokens."""
+    """Return the bytes in use while a block or the head runs on a batch of this many tokens."""
     # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
     scored = min(positions * footprint.scored, COPIES_WIDENED * settings.widened_bytes)
     return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored

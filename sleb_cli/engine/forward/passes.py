@@ -39,7 +39,7 @@ from sleb_plugins.errors import OutOfMemory
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
 
-# The hidden states that a streamed step holds beside the candidates': what enters the first block, the base where the
+# The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base where the
 # next group starts, the base, and the dense model's or one that is kept.
 BESIDE_CANDIDATES = 4
 
@@ -84,7 +84,7 @@ class Passes:
     loss_mask: Sequence[Tensor] | None = None
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
     available: int = 2**63
-    """The bytes that may be taken beside the model."""
+    """The bytes that may be used in addition to the model."""
     holding: Holding = field(default_factory=Holding)
     """Where the hidden states of streamed walks wait."""
     saved_walk: SavedWalk = field(default_factory=SavedWalk)
@@ -394,7 +394,7 @@ def prepare_passes(
         sequences: tokens on its device, [sequences, positions].
         notify: the listener for events.
         loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
-        memory: how much memory the user allows beside the model; None takes a share of what is free.
+        memory: how much memory the user allows in addition to the model; None takes a share of what is free.
         batch_size: sequences in a batch; None chooses it by the device.
         min_batches: how many batches to make at least, if there are enough sequences.
         checked: on how many tokens of a sequence the fork is checked; None for all.

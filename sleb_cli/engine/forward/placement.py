@@ -82,7 +82,7 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
 def resolve_device_map(
     request: SearchRequest | ApplyRequest | EvalRequest, architecture: Architecture
 ) -> DeviceMap | None:
-    """Return the places of the model's modules that a request asks for, if any: each block and all beside them.
+    """Return the places of the model's modules that a request asks for, if any: each block, and everything outside them.
 
     Raises:
         UsageError: the file is no device map of this model, or the option does not go with others.
@@ -208,7 +208,7 @@ def _placed(architecture: Architecture) -> Iterator[str]:
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if tensors and not any(module.children()):
             yield name
-        else:  # weights beside its children, whose places may differ
+        else:  # its own weights, whose places may differ from those of its children
             yield from (f"{name}.{tensor}" if name else tensor for tensor, _ in tensors)
 
 

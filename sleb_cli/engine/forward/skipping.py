@@ -29,7 +29,7 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a model passes to one block: hidden states, and the masks, rotary tables and other inputs beside them."""
+    """What a model passes to one block: hidden states, and other inputs such as masks and rotary tables."""
 
     block: int
     entering: Tensor
@@ -40,7 +40,8 @@ class Call:
 class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
 
-    `fetch` is called before the block runs, and `wrap` turns hidden states into what the block would return.
+    `pre_hook` is called with what enters and the other inputs, `hook` with what enters and leaves. `wrap` turns hidden
+    states into what the block would return.
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -48,8 +49,7 @@ class BlockSwitch:
         self.skip = False
         self.inject: Tensor | None = None
         self.hook: Callable[[Tensor, Tensor], None] | None = None
-        self.record: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self.fetch: Callable[[], None] | None = None
+        self.pre_hook: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.wrap: Callable[[Tensor], Any] | None = None
         self._forward = block.forward
         self._own_forward = vars(block).get("forward")
@@ -67,18 +67,15 @@ class BlockSwitch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the block's own arguments, and return what it would return."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self.record is not None:
+        if self.pre_hook is not None:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             with our_code():
-                self.record(entering, args[1:], others)
+                self.pre_hook(entering, args[1:], others)
         if self.skip:
             if self.wrap is None:
                 self.wrap = _wrapper_like(self._forward(*args, **kwargs))
             output = self.wrap(entering if self.inject is None else self.inject)
         else:
-            if self.fetch is not None:
-                with our_code():
-                    self.fetch()
             output = self._forward(*args, **kwargs)
             self.wrap = _wrapper_like(output)
         if self.hook is not None:
@@ -196,7 +193,7 @@ class SkippableModel:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip = index in removed
-            switch.inject = switch.hook = switch.record = switch.fetch = None
+            switch.inject = switch.pre_hook = switch.hook = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks.
@@ -261,7 +258,7 @@ class SkippableModel:
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
-            switch.record = lambda entering, args, kwargs, block=index: calls.append(
+            switch.pre_hook = lambda entering, args, kwargs, block=index: calls.append(
                 Call(block, entering, args, kwargs)
             )
         self._forward(ids, last=1)
@@ -350,7 +347,7 @@ class SkippableModel:
             return
         here = self.weights.visit(index for index, switch in enumerate(self.switches) if not switch.skip)
 
-        def fetch(block: int) -> None:
+        def fetch(block: int, *inputs: object) -> None:
             if next(here, None) != block:
                 raise UnsupportedModelError(
                     f"{self.model.config.model_type} does not call its blocks once each, in order.",
@@ -358,7 +355,8 @@ class SkippableModel:
                 )
 
         for index, switch in enumerate(self.switches):
-            switch.fetch = partial(fetch, index)
+            if not switch.skip:
+                switch.pre_hook = partial(fetch, index)
         with closing(here):
             yield
 

@@ -44,7 +44,7 @@ PAGE = 4096
 """Files are mapped at multiples of this many bytes, and read past the page cache in such pieces."""
 
 WITH_STREAMS = ("cuda", "xpu")
-"""Devices to which a thread copies beside the work of others, out of pinned memory."""
+"""Devices to which a thread copies from pinned memory while others compute."""
 
 
 def choose_to_stream(
@@ -354,7 +354,7 @@ class _Buffer:
             done += count
 
     def _hand_over(self, size: int) -> None:
-        """Copy what was read to the device, beside what it computes where it can do both."""
+        """Copy what was read to the device, while it computes if it can do both."""
         if self._copies:
             module = torch.get_device_module(self._device.type)
             stream = module.Stream(self._device)
