@@ -160,7 +160,7 @@ class _Sums:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Let the parameters hold the sums in `.grad`, and their own values in float32, since a gradient has their type."""
+        """Let the parameters hold the sums in `.grad`, and their values in float32, since a gradient has their type."""
         own = {parameter: parameter.data for parameter in self.totals}
         try:
             for parameter, total in self.totals.items():

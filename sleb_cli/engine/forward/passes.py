@@ -39,8 +39,8 @@ from sleb_plugins.errors import OutOfMemory
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
 
-# The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base where the
-# next group starts, the base, and the dense model's or one that is kept.
+# The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base
+# where the next group starts, the base, and the dense model's or one that is kept.
 BESIDE_CANDIDATES = 4
 
 # About what share of a candidate's evaluation the blocks take, and the head does not; only progress depends on it.

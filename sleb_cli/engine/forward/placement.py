@@ -82,7 +82,7 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
 def resolve_device_map(
     request: SearchRequest | ApplyRequest | EvalRequest, architecture: Architecture
 ) -> DeviceMap | None:
-    """Return the places of the model's modules that a request asks for, if any: each block, and everything outside them.
+    """Return the places of the model's modules that a request asks for, if any: blocks, and all outside them.
 
     Raises:
         UsageError: the file is no device map of this model, or the option does not go with others.

@@ -43,7 +43,7 @@ class SavedWalk:
 
     Attributes:
         path: the file, whose name ends in the number of this process. Those of all processes are read.
-        identity: what the hidden states depend on, apart from the removed blocks; a walk of another identity is ignored.
+        identity: what hidden states depend on, except for the removed blocks; walks of another identity are ignored.
     """
 
     path: Path | None = None
