@@ -40,9 +40,7 @@ def test_it_is_recovered_to_the_same_bytes(run_sleb, model_type, text_file, tmp_
     assert (proven["partial"], proven["logits_difference"], proven["new_tokens"]) == (None, 0.0, 2)
 
 
-def test_without_the_memory_for_all_of_it_it_is_streamed_with_a_notice(
-    run_sleb, llama_plan, text_file, tmp_path, monkeypatch
-):
+def test_a_model_that_does_not_fit_is_streamed(run_sleb, llama_plan, text_file, tmp_path, monkeypatch):
     options = ["apply", llama_plan, "--recover", *calibration(text_file, 20)]
     assert run_sleb(*options, "-o", "there").exit_code == 0
     monkeypatch.setattr(streaming, "free_bytes", lambda device: 260_000)
@@ -69,9 +67,7 @@ def test_more_batches_take_no_more_reads(run_sleb, llama_plan, text_file, visits
     assert few <= 40
 
 
-def test_hidden_states_are_in_host_memory_if_the_device_has_too_little(
-    run_sleb, llama_plan, text_file, tmp_path, monkeypatch, simulate
-):
+def test_hidden_states_wait_in_host_memory_if_need_be(run_sleb, llama_plan, text_file, tmp_path, monkeypatch, simulate):
     simulate()
     options = ["apply", llama_plan, "--recover", "--device", "sim", "--stream", *calibration(text_file, 20)]
     assert run_sleb(*options, "--no-verify", "-o", "device").exit_code == 0

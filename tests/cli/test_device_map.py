@@ -44,7 +44,7 @@ def test_blocks_on_disk_give_the_same_plan(run_sleb, tiny_llama, text_file, metr
     assert not left_in_cache()
 
 
-def test_a_model_that_is_all_on_disk_writes_text_and_is_measured_on_a_task(run_sleb, tiny_llama, text_file, tmp_path):
+def test_a_model_that_is_all_on_disk_writes_its_own_text(run_sleb, tiny_llama, text_file, tmp_path):
     options = ("--calibration", "self:0.5,prose.txt:0.5", "--samples", 4, "--sequence-length", 16)
     (tmp_path / "prose.txt").symlink_to(text_file)
     expected = search(run_sleb, tiny_llama, text_file, *options)
@@ -52,7 +52,7 @@ def test_a_model_that_is_all_on_disk_writes_text_and_is_measured_on_a_task(run_s
 
 
 @pytest.mark.slow
-def test_weights_that_transformers_converts_are_kept_on_disk_and_removed_at_the_end(run_sleb, text_file, tmp_path):
+def test_weights_that_transformers_converts_do_not_stay_on_disk(run_sleb, text_file, tmp_path):
     model = save_model(tmp_path / "mixtral", tiny_config("mixtral"))
     remove = ("--remove", 1)
     expected = search(run_sleb, model, text_file, *remove)

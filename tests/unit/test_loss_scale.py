@@ -61,7 +61,7 @@ def test_an_overflow_lowers_the_scale_until_there_is_none():
     assert leaf.grad.tolist() == [30 * 2.0**10, 2.0**10]
 
 
-def test_numbers_that_are_not_finite_at_any_scale_are_left_to_be_found():
+def test_numbers_that_no_scale_makes_finite_are_left_as_they_are():
     leaf = torch.zeros(1, dtype=torch.float16, requires_grad=True)
 
     def backward(scale):

@@ -43,7 +43,7 @@ def test_with_plenty_all_candidates_share_a_walk(shape, sequences):
     assert found.kept > 1000
 
 
-def test_with_less_candidates_give_way_then_positions_then_the_batch():
+def test_candidates_give_way_first_then_positions_then_the_batch():
     found = fit(70_000_000)
     assert (found.sequences, found.positions, found.kept) == (4, 256, 0)
     assert 1 < found.branches < 30
@@ -51,7 +51,7 @@ def test_with_less_candidates_give_way_then_positions_then_the_batch():
     assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
 
 
-def test_what_a_metric_widens_counts_up_to_what_is_widened_at_a_time():
+def test_what_a_metric_widens_at_a_time_counts():
     settings = replace(settings_for(CPU), widened_bytes=4 << 20)
     scored = replace(FOOTPRINT, scored=1_000_000)
     # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
