@@ -12,6 +12,7 @@ os.environ["COLUMNS"] = "120"
 
 import atexit
 import gc
+import json
 import math
 import random
 import shutil
