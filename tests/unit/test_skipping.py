@@ -126,6 +126,8 @@ def test_what_a_block_raises_is_translated(small, ids, forward, error, words):
 
 
 def test_an_error_of_a_hook_is_not_blamed_on_the_family(small, ids, monkeypatch):
+    with pytest.raises(OutOfMemory, match="do not fit"):
+        small.run_with_hook(ids, (), ends_memory)
     forward = small.model.model.forward
 
     def catches_everything(*args, **kwargs):
@@ -135,8 +137,6 @@ def test_an_error_of_a_hook_is_not_blamed_on_the_family(small, ids, monkeypatch)
             raise RuntimeError("the family failed") from error
 
     monkeypatch.setattr(small.model.model, "forward", catches_everything)
-    with pytest.raises(OutOfMemory, match="do not fit"):
-        small.run_with_hook(ids, (), ends_memory)
     with pytest.raises(ValueError, match="no top-k indices") as raised:
         small.run_with_hook(ids, (), fails)
     assert raised.traceback[-1].name == "fails"
