@@ -127,23 +127,15 @@ class Passes:
             budget = self.budget
             with self._smaller_pieces():
                 score = self._score_by_fork if self.forks else self._score_one_by_one
-                for batch, block, scores in score(metric, removed, self._next_group(left)):
+                for batch, block, scores in score(metric, removed, {b: tuple(blocks) for b, blocks in left.items()}):
                     left[batch].remove(block)
                     yield batch, block, scores
             self._free_after_error(budget)
-            for batch, candidates in units:
-                if batch in left and not left[batch]:
-                    del left[batch]
-                    self._shrink(batch, candidates)
+            left = {batch: blocks for batch, blocks in left.items() if blocks}
 
-    def _next_group(self, left: Mapping[int, Sequence[int]]) -> dict[int, Sequence[int]]:
-        """Return the batches of the next walk, and as many of their candidates as fit into it."""
-        most = self.budget.branches if self.forks else None
-        return {batch: left[batch][:most] for batch in self._together(left)}
-
-    def _together(self, batches: Iterable[int]) -> list[int]:
-        """Return which of these batches walk together: all if blocks are streamed, or else the first."""
-        return list(batches)[: 1 if self.skippable.weights.resident else None]
+    def _together(self, parts: Sequence[_Part]) -> list[Sequence[_Part]]:
+        """Divide parts into those that walk together: all if blocks are streamed, or else each on its own."""
+        return [[part] for part in parts] if self.skippable.weights.resident else [parts]
 
     @contextmanager
     def _smaller_pieces(self) -> Iterator[None]:
@@ -187,16 +179,26 @@ class Passes:
     def _score_by_fork(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
     ) -> Iterator[tuple[int, int, list[float]]]:
-        """Score batches without each of their candidates in one walk."""
+        """Score batches without each of their candidates, in walks of as many as fit into memory."""
         parts = self._parts(group)
-        walks = self._walk(parts, removed, group, with_dense=metric.needs_dense_logits)
-        for batch, blocks in group.items():
-            for block in blocks:
-                found: list[float] = []
-                for part in (part for part in parts if part.key[0] == batch):
-                    found += self._score_final(metric, part, walks[part.key].branches.pop(block))
-                    self._tell_progress(part, 1 - BLOCKS_SHARE * bool(walks[part.key].block_branches), group)
-                yield batch, block, found
+        ends = {part.key[0]: part for part in parts}
+        found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        for together in self._together(parts):
+            most = self.budget.branches
+            for first in range(0, max(len(group[part.key[0]]) for part in together), most):
+                chunk = {part.key[0]: group[part.key[0]][first : first + most] for part in together}
+                here = [part for part in together if chunk[part.key[0]]]
+                walks = self._walk(here, removed, chunk, with_dense=metric.needs_dense_logits)
+                for part in here:
+                    batch = part.key[0]
+                    for block in chunk[batch]:
+                        found[batch, block] += self._score_final(metric, part, walks[part.key].branches.pop(block))
+                        self._tell_progress(part, 1 - BLOCKS_SHARE * bool(walks[part.key].block_branches), chunk)
+                        if part is ends[batch]:
+                            yield batch, block, found[batch, block]
+                del walks  # before the next ones are made
+            for part in together:
+                self._shrink(part.key, group[part.key[0]])
 
     def _walk(
         self, parts: Sequence[_Part], removed: Sequence[int], group: Mapping[int, Sequence[int]], *, with_dense: bool
@@ -232,17 +234,16 @@ class Passes:
         if BASE not in group[part.key[0]]:
             self.notify(SearchAdvanced(share * len(part.ids)))
 
-    def _depths(self, key: tuple[int, int], candidates: Sequence[int]) -> dict[int, int]:
+    def _depths(self, key: tuple[int, int], blocks: Sequence[int]) -> dict[int, int]:
         kept = self.budget.kept - (key in self._dense)
-        return depths_to_keep(self.ranking, candidates, kept, KEPT_DEPTHS)
+        return depths_to_keep(self.ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
 
-    def _shrink(self, batch: int, candidates: Sequence[int]) -> None:
-        """Forget what the next step does not need of a batch, or has no memory for."""
-        for key in [key for key in self._states if key[0] == batch]:
-            depths = self._depths(key, candidates)
-            self._states[key].shrink(self.budget.kept - (key in self._dense), list(depths))
-            if not self.budget.kept:
-                self._dense.pop(key, None)
+    def _shrink(self, key: tuple[int, int], blocks: Sequence[int]) -> None:
+        """Forget what the next step does not need of a part, or has no memory for."""
+        depths = self._depths(key, blocks)
+        self._states[key].shrink(self.budget.kept - (key in self._dense), list(depths))
+        if not self.budget.kept:
+            self._dense.pop(key, None)
 
     def _resume_walks(self, removed: Sequence[int], parts: Sequence[_Part]) -> None:
         model = self.skippable.model
@@ -333,7 +334,9 @@ class Passes:
         while left := [batch for batch in batches if batch not in found]:
             budget = self.budget
             with self._smaller_pieces():
-                found |= self._score_states(self._together(left), removed, candidates, start, remembered)
+                found |= self._score_states(
+                    left[: 1 if self.skippable.weights.resident else None], removed, candidates, start, remembered
+                )
             self._free_after_error(budget)
         return found
 
@@ -359,18 +362,20 @@ class Passes:
             for number, part in enumerate(parts):
                 self.skippable.run_with_hook(part.ids, removed, partial(score, number))
             return found
-        hold, shared = self.holding.open((remembered + 2) * len(parts)), SharedInputs()
-        walks = []
-        for part in parts:
-            calls = self._calls(part, hold, shared)[: candidates[-1] + 1]
-            rotating = in_rotation(hold, remembered + 1)
-            walks.append(Walk(self.skippable, calls, States(), removed, (), hold=rotating))
-        entering = [walk.calls[0].entering for walk in walks]
-        for block in walk_together(self.skippable, walks):
-            for number, walk in enumerate(walks):
-                leaving = walk.branches[BASE]
-                score(number, block, entering[number], leaving)
-                entering[number] = leaving
+        numbers = {part.key: number for number, part in enumerate(parts)}
+        for together in self._together(parts):
+            hold, shared = self.holding.open((remembered + 2) * len(together)), SharedInputs()
+            walks: dict[int, Walk] = {}
+            for part in together:
+                calls = self._calls(part, hold, shared)[: candidates[-1] + 1]
+                rotating = in_rotation(hold, remembered + 1)
+                walks[numbers[part.key]] = Walk(self.skippable, calls, States(), removed, (), hold=rotating)
+            entering = {number: walk.calls[0].entering for number, walk in walks.items()}
+            for block in walk_together(self.skippable, list(walks.values())):
+                for number, walk in walks.items():
+                    leaving = walk.branches[BASE]
+                    score(number, block, entering[number], leaving)
+                    entering[number] = leaving
         return found
 
 
