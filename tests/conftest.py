@@ -44,6 +44,7 @@ import tiny_sizes  # before what it changes
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.forward.streaming import StreamedBlocks
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
 from sleb_cli.engine.text.calibration import draw
@@ -158,6 +159,36 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 
         yield start
     engine_device._has_float64.cache_clear()
+
+
+SPREAD = {"": 0, "{blocks}.1": 1, "{blocks}.2": 1, "{blocks}.3": "cpu", "{blocks}.4": "disk"}
+
+
+@pytest.fixture
+def spread(tmp_path: Path) -> Callable[..., list[object]]:
+    """Return options that spread a model over two devices, CPU memory and disk."""
+
+    def options(blocks: str = "model.layers", **others: int) -> list[object]:
+        places = {name.format(blocks=blocks): place for name, place in SPREAD.items()} | others
+        (tmp_path / "places.json").write_text(json.dumps(places))
+        return ["--device-map", tmp_path / "places.json"]
+
+    return options
+
+
+@pytest.fixture
+def visits(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The blocks of each walk or pass through the weights of a streamed model."""
+    visited: list[list[int]] = []
+    visit = StreamedBlocks.visit
+
+    def counted(self: StreamedBlocks, blocks: Iterable[int]) -> Iterator[int]:
+        blocks = list(blocks)
+        visited.extend([blocks] if blocks else [])
+        return visit(self, blocks)
+
+    monkeypatch.setattr(StreamedBlocks, "visit", counted)
+    return visited
 
 
 def prose(sentences: int, seed: int = 0) -> str:

@@ -37,7 +37,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.output.proof": {"LARGEST_SHARD_BYTES": 10_000},
     "sleb_cli.requests": {"DEFAULT_SHARD_SIZE": "10kB"},
     # Forward passes: sequences in a batch, positions and rows of logits at a time, what is kept and checked.
-    "sleb_cli.engine.forward.engines": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
+    "sleb_cli.engine.forward.fork_check": {"CHECKED_CANDIDATES": 2, "CHECKED_SEQUENCES": 1, "CHECKED_POSITIONS": 6},
     "sleb_cli.engine.forward.holding": {"MOST_SHARED": 1},
     "sleb_cli.engine.forward.memory_budget": {
         "CPU_SETTINGS": _OF_A_DEVICE, "MPS_SETTINGS": _OF_A_DEVICE, "ACCELERATOR_SETTINGS": _OF_A_DEVICE,

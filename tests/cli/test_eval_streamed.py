@@ -8,11 +8,13 @@ import torch
 from conftest import save_model
 from families import tiny_config
 from sleb_cli.engine.forward import streaming
+from sleb_cli.engine.quality import texts
 
 
 def measured(run_sleb, model, text_file, *options):
-    arguments = ["--blocks", "1,3", "--remove", "1,2", "--perplexity", text_file, "--sequence-length", 32]
-    result = run_sleb("eval", model, *arguments, "--max-windows", 12, "--json", "--fresh", *options)
+    sizes = [] if "--blocks" in options else ["--blocks", "1,3", "--remove", "1,2", "--max-windows", 12]
+    text = ["--perplexity", text_file, "--sequence-length", 32]
+    result = run_sleb("eval", model, *sizes, *text, "--json", "--fresh", *options)
     assert result.exit_code == 0, result.stderr
     return result, json.loads(result.stdout)
 
@@ -29,30 +31,15 @@ def test_texts_are_measured_the_same(run_sleb, text_file, tmp_path, model_type):
     assert "without its blocks" in result.stderr
 
 
-def test_all_parts_and_sizes_together_read_the_weights_once(run_sleb, tiny_llama, text_file, monkeypatch):
-    from sleb_cli.engine.quality import texts
-
-    visits = []
-    visit = streaming.StreamedBlocks.visit
-    monkeypatch.setattr(streaming.StreamedBlocks, "visit", lambda self, blocks: visit(self, record(visits, blocks)))
+def test_all_parts_and_sizes_read_the_weights_once(run_sleb, tiny_llama, text_file, visits, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 64)
     measured(run_sleb, tiny_llama, text_file, "--stream")
     before = len(visits)
     assert visits[-1] == list(range(6))
     # Parts of twice as many windows, and their sizes, take no other read.
     visits.clear()
-    result = run_sleb(
-        "eval", tiny_llama, "--blocks", "1,3,2", "--every", 1, "--perplexity", text_file, "--sequence-length", 32,
-        "--max-windows", 24, "--fresh", "--stream",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.stderr
+    measured(run_sleb, tiny_llama, text_file, "--blocks", "1,3,2", "--every", 1, "--max-windows", 24, "--stream")
     assert len(visits) == before
-
-
-def record(visits, blocks):
-    read = list(blocks)
-    visits.extend([read] if read else [])
-    return read
 
 
 def test_a_model_that_does_not_fit_is_streamed_with_a_notice(run_sleb, tiny_llama, text_file, monkeypatch):

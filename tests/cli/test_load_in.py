@@ -33,7 +33,7 @@ def test_what_transformers_is_asked_for():
     assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.bfloat16)
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(run_sleb, tiny_llama, text_file, installed):
+def test_a_missing_package_is_named_with_its_install_command(run_sleb, tiny_llama, text_file, installed):
     installed(False)
     result = run_sleb("search", tiny_llama, "--remove", 1, "--load-in", "8bit", *calibration(text_file))
     assert result.exit_code == 7

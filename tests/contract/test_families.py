@@ -121,7 +121,7 @@ def test_little_memory_forces_slices_and_finds_the_same(run_sleb, folder, text_f
     plenty = json.loads(run_sleb("search", folder, *options).stdout)
     refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
     assert refused.exit_code == 7, refused.stderr
-    needed = re.search(r"need ([\d.]+ .B) beside the model, but may take only 1 kB", refused.stderr)[1]
+    needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused.stderr)[1]
 
     budgets = []
     resolve_search = passes.resolve_memory_budget

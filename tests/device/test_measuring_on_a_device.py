@@ -12,25 +12,25 @@ from families import tiny_config
 def evaluate(run_sleb, tmp_path):
     (tmp_path / "test.txt").write_text(prose(60, seed=5))
 
-    def run(model, device, *options):
+    def run(model, *options):
         text = ["--perplexity", tmp_path / "test.txt", "--sequence-length", 32, "--batch-size", 3]
-        result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--device", device, "--json", "-q")
+        result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--fresh", "--json", "-q")
         assert (result.exit_code, result.stderr) == (0, "")
         data = json.loads(result.stdout)
-        assert data.pop("device") == device.partition(":")[0]
+        assert data.pop("device") == ("cpu" if "cpu" in options else "sim")
         assert data.pop("processor")
         return data
 
     return run
 
 
-@pytest.mark.parametrize("float64", [True, False])
+@pytest.mark.parametrize("where", ["float64", "no float64", "spread out"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
-def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, family, float64):
+def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread, family, where):
     model = save_model(tmp_path / "dense", tiny_config(family))
-    expected = evaluate(model, "cpu")
-    simulate(float64=float64)
-    assert evaluate(model, "sim:1") == expected
+    expected = evaluate(model, "--device", "cpu")
+    simulate(float64=where != "no float64")
+    assert evaluate(model, *(spread() if where == "spread out" else ["--device", "sim:1"])) == expected
 
 
 def run_bench(run_sleb, model, *options):

@@ -9,7 +9,7 @@ import torch
 
 from conftest import calibration, llama_config, random_model, slow
 from sleb_cli.engine.device import OutOfMemory
-from sleb_cli.engine.forward.engines import choose_engine
+from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.skipping import SkippableModel
 
 SMALLEST = 2**18
@@ -49,7 +49,7 @@ def needed(search, simulate):
 
 
 @pytest.mark.parametrize("share", [0.7, 0.5])
-def test_out_of_memory_it_goes_on_with_smaller_pieces_to_the_same_plan(search, needed, share):
+def test_smaller_pieces_lead_to_the_same_plan(search, needed, share):
     plan, limit = needed
     limit(share)
     result, found = search("sim", "--memory", "1GB", "--batch-size", 8)
@@ -75,7 +75,7 @@ def test_whatever_the_memory_it_is_the_same_plan_or_one_sentence(search, simulat
     assert codes[-1] == 7
 
 
-def test_wherever_the_check_of_the_engine_runs_out_of_memory_the_error_is_ours(simulate):
+def test_an_error_of_memory_in_the_check_of_the_fork_is_ours(simulate):
     backend = simulate()
     model = random_model(llama_config()).to("sim")
     ids = torch.arange(2, 130, device="sim").reshape(2, 64)
@@ -85,7 +85,7 @@ def test_wherever_the_check_of_the_engine_runs_out_of_memory_the_error_is_ours(s
             gc.collect()
             backend.settings = replace(backend.settings, memory=backend.memory_allocated() + free)
             try:
-                outcomes.add(choose_engine(skippable, ids)[0])
+                outcomes.add(why_not_fork(skippable, ids) or "fork")
             except OutOfMemory:
                 outcomes.add("out of memory")
     assert outcomes == {"fork", "out of memory"}

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from conftest import calibration, save_model
+from conftest import calibration, save_model, slow
 from families import tiny_config
-from sleb_cli.engine.forward import holding
+from sleb_cli.engine.device import CPU
+from sleb_cli.engine.forward.holding import Holding
 from sleb_cli.engine.search import run
 from sleb_cli.engine.search.journal import journal_of
 
@@ -45,18 +46,15 @@ def search(run_sleb, text_file, tmp_path):
     (tmp_path / "prose.txt").symlink_to(text_file)
     write_task(tmp_path)
 
-    def run_search(model, device, *options, name=None, code=0):
-        given = ["--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--calibration", text_file]
-        remove = [] if "--remove" in options else ["--remove", 2]
-        path = tmp_path / f"{name or device.partition(':')[0]}.json"
-        command = ["search", model, *remove, *given, *options, "--device", device, "-o", path, "-q"]
-        result = run_sleb(*command)
+    def run_search(model, *options, code=0):
+        given = ["--remove", 2, "--sample-tokens", 1, "--samples", 4, "--sequence-length", 16, "--force", "-q"]
+        result = run_sleb("search", model, *given, "--calibration", text_file, *options)
         assert result.exit_code == code, result.stderr
         if code:
             return None
         assert result.stderr == ""
-        plan = json.loads(path.read_text())
-        assert plan["search"].pop("device") == device.partition(":")[0]
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        assert plan["search"].pop("device") == ("cpu" if "cpu" in options else "sim")
         del plan["environment"]
         return plan
 
@@ -74,30 +72,52 @@ def write_task(folder):
     )
 
 
-@pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
-def test_the_plan_is_the_cpus(search, simulate, tiny_llama, options):
-    expected = search(tiny_llama, "cpu", *options)
+WITH_FLOAT64 = ["nll", "kl", "cosine", "taylor", "fast", "held out"]
+SPREAD = ["nll", "cosine", "taylor", *map(slow, ["kl", "magnitude", "contiguous", "contiguous cosine", "own text"])]
+ON_ONE = ["--device", "sim:1"]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_plan_is_the_cpus(search, simulate, tiny_llama, name):
+    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
     simulate(float64=False)
-    assert search(tiny_llama, "sim:1", *options) == expected
+    assert search(tiny_llama, *SEARCHES[name], *ON_ONE) == expected
 
 
-@pytest.mark.parametrize("name", ["nll", "kl", "cosine", "taylor", "fast", "held out"])
-def test_the_plan_is_the_cpus_where_the_device_has_float64(search, simulate, tiny_llama, name):
-    expected = search(tiny_llama, "cpu", *SEARCHES[name])
+@pytest.mark.parametrize("name", WITH_FLOAT64)
+def test_so_it_is_if_the_device_has_float64(search, simulate, tiny_llama, name):
+    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
     simulate(float64=True)
-    assert search(tiny_llama, "sim", *SEARCHES[name]) == expected
+    assert search(tiny_llama, *SEARCHES[name], *ON_ONE) == expected
 
 
-FAMILIES = ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"]  # the last is searched by whole passes
+@pytest.mark.parametrize("name", SPREAD)
+def test_so_it_is_if_the_model_is_spread_out(search, simulate, tiny_llama, spread, name):
+    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
+    simulate()
+    others = {"model.norm": 1, "lm_head": 0}
+    assert search(tiny_llama, *SEARCHES[name], *spread(**others)) == expected
 
 
+PATHS = {"opt": "model.decoder.layers", "xlnet": "transformer.layer"}  # the last is searched by whole passes
+FAMILIES = ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"]
+
+
+@pytest.mark.parametrize("metric", ["nll", "taylor"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family):
+def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family, metric):
     model = save_model(tmp_path / family, tiny_config(family))
-    metrics = {metric: ("--metric", metric, "--remove", 1, "--force") for metric in ("nll", "taylor")}
-    expected = {metric: search(model, "cpu", *options) for metric, options in metrics.items()}
+    expected = search(model, "--metric", metric, "--remove", 1, "--device", "cpu")
     simulate(float64=False)
-    assert {metric: search(model, "sim:1", *options) for metric, options in metrics.items()} == expected
+    assert search(model, "--metric", metric, "--remove", 1, *ON_ONE) == expected
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", *map(slow, ["mixtral", "opt", "xlnet"])])
+def test_so_it_is_if_other_families_are_spread_out(search, simulate, tmp_path, spread, family):
+    model = save_model(tmp_path / family, tiny_config(family))
+    expected = search(model, "--remove", 1, "--device", "cpu")
+    simulate()
+    assert search(model, "--remove", 1, *spread(PATHS.get(family, "model.layers"))) == expected
 
 
 def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):
@@ -106,42 +126,36 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
     assert result.exit_code == 0, result.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (plan["search"]["device"], plan["environment"]["processor"]) == ("sim", "Simulated device")
-
-
-@pytest.mark.parametrize("options", [(), ("--fast",)])
-def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llama, tmp_path, monkeypatch, options):
-    options = [*options, "--batch-size", 1]
-    expected = search(tiny_llama, "cpu", *options)
-    simulate(float64=False)
-    path = tmp_path / "stopped.json"
-    stops = iter([None, KeyboardInterrupt()])
-
-    def step(*arguments):
-        if stop := next(stops):
-            raise stop
-        return real(*arguments)
-
-    real = run._step
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_step", step)
-        assert search(tiny_llama, "sim:1", *options, name="stopped", code=130) is None
-    assert journal_of(path).stat().st_size > 1000
-    assert search(tiny_llama, "sim:1", *options, "--resume", name="stopped") == expected
-    assert not journal_of(path).exists()
-
-
-def test_a_device_that_is_not_there(run_sleb, simulate, tiny_llama):
-    simulate()
     result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2")
     assert result.exit_code == 7
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
 
 
-def test_hidden_states_wait_in_host_memory_where_the_device_has_too_little(search, simulate, tiny_llama, monkeypatch):
+@pytest.mark.parametrize("options", [(), ("--fast",)])
+def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llama, tmp_path, monkeypatch, options):
+    options = [*options, "--batch-size", 1]
+    expected = search(tiny_llama, *options, "--device", "cpu")
+    simulate(float64=False)
+    journal, real, steps = journal_of(tmp_path / "plan.json"), run._step, []
+
+    def step(*arguments):
+        steps.append(arguments)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "_step", step)
+    assert search(tiny_llama, *options, *ON_ONE, code=130) is None
+    assert journal.stat().st_size > 1000
+    assert search(tiny_llama, *options, *ON_ONE, "--resume") == expected
+    assert not journal.exists()
+
+
+def test_hidden_states_wait_in_host_memory_if_need_be(search, simulate, tiny_llama, monkeypatch):
     options = ("--stream", "--batch-size", 1, "--samples", 24)
-    expected = search(tiny_llama, "cpu", *options)
-    held, hold = [], holding.in_host_memory
-    monkeypatch.setattr(holding, "in_host_memory", lambda *state: held.append(state[0]) or hold(*state))
+    expected = search(tiny_llama, *options, "--device", "cpu")
+    places, opened = [], Holding.open
+    monkeypatch.setattr(Holding, "open", lambda self, slots: places.append(self.device) or opened(self, slots))
     simulate(memory=600_000)
-    assert search(tiny_llama, "sim", *options) == expected
-    assert held
+    assert search(tiny_llama, *options, "--device", "sim") == expected
+    assert CPU in places

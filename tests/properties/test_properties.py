@@ -110,7 +110,8 @@ def all_about(surgery: Surgery, dtype: torch.dtype, device: torch.device, ids: t
     ids = ids.to(device)
     with torch.inference_mode(), SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
         passes, _ = prepare_passes(skippable, ids, lambda event: None, memory="1GB")
-        scores = dict(passes.scores(NegativeLogLikelihood(), 0, (), list(range(BLOCKS))))
+        found = passes.score_units(NegativeLogLikelihood(), (), [(0, list(range(BLOCKS)))])
+        scores = {block: scores for _, block, scores in found}
         compared = losses(Variant(skippable, surgery.removals), Variant(skippable), ids)
         logits = pruned(input_ids=ids, use_cache=False).logits.cpu()
     return [logits, torch.tensor(compared), torch.tensor([scores[block] for block in range(BLOCKS)])]

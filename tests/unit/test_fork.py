@@ -1,13 +1,11 @@
 """The forking forward on real blocks: bit for bit one-at-a-time skipping, for half of the work."""
 
-from collections import Counter
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
-from sleb_cli.engine.forward.fork import Walk, fork
+from sleb_cli.engine.forward.fork import Walk, fork, walk_together
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 from sleb_plugins import UnsupportedModelError
@@ -34,134 +32,106 @@ def ids():
     return torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def count_calls(skippable, monkeypatch):
-    calls = Counter()
-    run = skippable.run_block
+@pytest.fixture
+def ran(skippable, monkeypatch):
+    """The blocks that run on their own, in order."""
+    blocks, run = [], skippable.run_block
+    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: blocks.append(call.block) or run(call, hidden))
+    return blocks
 
-    def counted(call, hidden):
-        calls[call.block] += 1
-        return run(call, hidden)
 
-    monkeypatch.setattr(skippable, "run_block", counted)
-    return calls
+def walk(skippable, ids, removed, candidates, states=None, **options):
+    """Walk through all blocks; return the walk."""
+    found = Walk(skippable, skippable.calls(ids), states or States(), removed, candidates, **options)
+    assert list(walk_together(skippable, [found])) == list(range(found.start, len(skippable.switches)))
+    return found
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(hidden, expected[branch]) for branch, hidden in found.items())
 
 
 @pytest.mark.parametrize("removed", [(), (2,), (3, 1)])
-@pytest.mark.parametrize("per_walk", [None, 1, 2])
-def test_each_branch_is_bitwise_the_model_without_its_block(skippable, ids, removed, per_walk):
-    candidates = [block for block in range(len(skippable.switches)) if block not in removed]
-    found = list(fork(skippable, ids, removed, candidates, States(), per_walk=per_walk))
-    assert [block for block, _ in found] == candidates
-    for block, hidden in found:
-        assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {*removed, block}))
+@pytest.mark.parametrize("size", [9, 1, 2])
+def test_each_branch_is_bitwise_the_model_without_its_block(skippable, ids, removed, size):
+    candidates, states = [block for block in range(len(skippable.switches)) if block not in removed], States()
+    for first in range(0, len(candidates), size):
+        group = candidates[first : first + size]
+        branches = walk(skippable, ids, removed, group, states).branches
+        assert list(branches) == group
+        for block, hidden in branches.items():
+            assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {*removed, block}))
 
 
-def test_without_the_last_block_that_is_left_nothing_runs(skippable, ids):
-    others, told = [0, 1, 3, 4], []
-    ((block, hidden),) = fork(skippable, ids, others, [2], States(), advanced=lambda done, of: told.append(done / of))
-    assert (block, sum(told)) == (2, 1)
-    assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, range(5)))
+def test_without_the_last_block_that_is_left_nothing_runs(skippable, ids, ran):
+    count = len(skippable.switches)
+    found = walk(skippable, ids, {*range(count)} - {2}, [2])
+    assert (found.block_branches, ran) == (0, [])
+    assert torch.equal(skippable.head(found.branches[2], ids), skippable.logits(ids, range(count)))
 
 
 def test_without_candidates_it_is_the_model_as_it_stands(skippable, ids):
-    ((branch, hidden),) = fork(skippable, ids, (1,), (), States())
-    assert branch == BASE
-    assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {1}))
+    found = fork(skippable, ids, (1,), ())
+    assert list(found) == [BASE]
+    assert torch.equal(skippable.head(found[BASE], ids), skippable.logits(ids, {1}))
 
 
 def test_a_slice_of_positions_has_the_logits_of_the_whole(skippable, ids):
-    ((_, hidden),) = fork(skippable, ids, (), (), States())
-    whole = skippable.logits(ids, ())
+    hidden = fork(skippable, ids, (), ())[BASE]
     parts = [skippable.head(hidden[:, part], ids[:, part]) for part in (slice(0, 5), slice(5, 24))]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(parts, dim=1), skippable.logits(ids, ()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("per_walk", [None, 2])
-def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, monkeypatch, per_walk):
-    count = len(skippable.switches)
-    calls = count_calls(skippable, monkeypatch)
-    told = []
+@pytest.mark.parametrize("size", [9, 2])
+def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, size):
+    count, states, told = len(skippable.switches), States(), 0
     candidates = list(range(1, count - 1))
-    finals = fork(
-        skippable, ids, (), candidates, States(), per_walk=per_walk, advanced=lambda done, of: told.append(done)
-    )
-    assert [block for block, _ in finals] == candidates
+    for first in range(0, len(candidates), size):
+        told += walk(skippable, ids, (), candidates[first : first + size], states).block_branches
     # Above the last candidate only the candidates' branches continue; below it, so does the base.
-    below = {block: 1 + sum(other < block for other in candidates) for block in range(count - 2)}
-    above = {count - 2: len(candidates) - 1, count - 1: len(candidates)}
-    assert calls == below | above
-    assert sum(told) == sum(calls.values())
+    below = [block for block in range(count - 2) for _ in range(1 + sum(other < block for other in candidates))]
+    above = [count - 2] * (len(candidates) - 1) + [count - 1] * len(candidates)
+    assert sorted(ran) == below + above
+    assert told == len(ran)
 
 
-def test_the_walk_knows_its_work_beforehand(skippable, ids, monkeypatch):
+@pytest.mark.parametrize(
+    ("first", "keep", "removed", "candidates", "counts"),
+    [
+        pytest.param([0, 1, 2, 3], {1: 9, 3: 9}, (3,), [0, 1, 2], [0, 0, 0, 0], id="all are known"),
+        pytest.param([1, 2], {1: 9, 2: 9, 3: 9}, (), [0, 1, 2, 3], None, id="a new one forks off where the base is"),
+        pytest.param([0, 1, 2, 3], {0: 1, 3: 2}, (), [0, 1, 2], [1, 1, 1, 3], id="some are known"),
+        pytest.param([1, 2, 3], {2: 9}, (2,), [1, 3], None, id="the removed one is the base"),
+        pytest.param([1, 2, 3], {2: 9}, (2,), [3], None, id="one from the new base"),
+        pytest.param([1, 2, 3], {2: 9}, (2,), [1], None, id="one that is known"),
+        pytest.param([1, 2, 3], {2: 9}, (2,), [], None, id="the model as it stands"),
+    ],
+)
+def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, first, keep, removed, candidates, counts):
     states = States()
-    list(fork(skippable, ids, (), [1, 2, 3], states, keep={2: 9}))
-    states.after_removal(2)
-    for candidates in ([1, 3], [3], [1], []):
-        walk = Walk(skippable, skippable.calls(ids), states, (2,), candidates)
-        expected = walk.block_branches
-        calls = count_calls(skippable, monkeypatch)
-        for block in range(walk.start, len(skippable.switches)):
-            walk.advance(block)
-        assert sum(calls.values()) == expected
+    walk(skippable, ids, (), first, states, keep=keep)
+    for block in removed:
+        states.after_removal(block)
+    fresh = walk(skippable, ids, removed, candidates)
+    ran.clear()
+    found = walk(skippable, ids, removed, candidates, states)
+    assert len(ran) == found.block_branches <= fresh.block_branches
+    assert_same(found.branches, fresh.branches)
+    if counts:
+        assert [ran.count(block) for block in range(4)] == counts
 
 
-def test_what_a_step_knows_saves_the_next_one_work_and_changes_no_bit(skippable, ids, monkeypatch):
-    states = States()
-    candidates = list(range(len(skippable.switches)))
-    list(fork(skippable, ids, (), candidates, states, keep={1: 9, 3: 9}))
-    states.after_removal(3)
-    candidates.remove(3)
-    fresh = dict(fork(skippable, ids, (3,), candidates, States()))
-    calls = count_calls(skippable, monkeypatch)
-    found = dict(fork(skippable, ids, (3,), candidates, states))
-    assert list(found) == list(fresh) == candidates
-    assert all(torch.equal(found[block], fresh[block]) for block in candidates)
-    assert all(calls[block] == 0 for block in range(4))
+def test_blocks_may_be_the_outer_loop_and_states_lie_anywhere(skippable):
+    def elsewhere(name, hidden):
+        return torch.from_numpy(hidden.numpy().copy())
 
-
-def test_a_candidate_that_is_not_known_forks_off_where_the_base_is(skippable, ids):
-    states = States()
-    list(fork(skippable, ids, (), [1, 2], states, keep={1: 9, 2: 9, 3: 9}))
-    fresh = dict(fork(skippable, ids, (), [0, 1, 2, 3], States()))
-    found = dict(fork(skippable, ids, (), [0, 1, 2, 3], states))
-    assert list(found) == list(fresh) == [0, 1, 2, 3]
-    assert all(torch.equal(found[block], fresh[block]) for block in fresh)
-
-
-def test_a_part_of_the_branches_may_be_known(skippable, ids, monkeypatch):
-    states = States()
-    list(fork(skippable, ids, (), [0, 1, 2, 3], states, keep={0: 1, 3: 2}))
-    assert set(states.at[3]) == {BASE, 0}
-    fresh = dict(fork(skippable, ids, (), [0, 1, 2], States()))
-    calls = count_calls(skippable, monkeypatch)
-    found = dict(fork(skippable, ids, (), [0, 1, 2], states))
-    assert list(found) == list(fresh) == [0, 1, 2]
-    assert all(torch.equal(found[block], fresh[block]) for block in fresh)
-    assert [calls[block] for block in range(4)] == [1, 1, 1, 3]
-
-
-def test_blocks_may_be_the_outer_loop(skippable):
     batches = [torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    walks = [Walk(skippable, skippable.calls(ids), States(), (1,), [0, 2, 3]) for ids in batches]
-    for block in range(len(skippable.switches)):
-        for walk in walks:
-            walk.advance(block)
-    for walk, ids in zip(walks, batches, strict=True):
-        alone = dict(fork(skippable, ids, (1,), [0, 2, 3], States()))
-        assert list(alone) == [0, 2, 3]
-        assert all(torch.equal(walk.branches[block], hidden) for block, hidden in alone.items())
-
-
-def test_hidden_states_may_lie_anywhere_in_between(skippable, ids):
-    """Branches are plain tensors in a dictionary, which may be moved elsewhere and back."""
-    walk = Walk(skippable, skippable.calls(ids), States(), (), [1, 2])
-    for block in range(len(skippable.switches)):
-        walk.advance(block)
-        walk.branches = {branch: torch.from_numpy(hidden.numpy().copy()) for branch, hidden in walk.branches.items()}
-    in_place = dict(fork(skippable, ids, (), [1, 2], States()))
-    assert list(in_place) == [1, 2]
-    assert all(torch.equal(walk.branches[block], hidden) for block, hidden in in_place.items())
+    walks = [Walk(skippable, skippable.calls(ids), States(), (1,), [0, 2, 3], hold=elsewhere) for ids in batches]
+    for _ in walk_together(skippable, walks):
+        pass
+    for together, ids in zip(walks, batches, strict=True):
+        assert_same(together.branches, fork(skippable, ids, (1,), [0, 2, 3]))
 
 
 def test_a_model_that_calls_a_block_twice_is_refused(ids):

@@ -34,7 +34,7 @@ class InMemory:
     def __init__(self, model):
         self.model = model
 
-    def in_place(self, block):
+    def loaded(self, block):
         return torch.no_grad()
 
 

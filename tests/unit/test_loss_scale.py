@@ -13,12 +13,12 @@ from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 
 
-def gradients(model, sequences, engine):
+def gradients(model, sequences, forks):
     """Return all gradients of each block, and what a metric sees beside them."""
     found, dtypes = {}, set()
     with SkippableModel(model, model.model.layers) as skippable:
         budget = MemoryBudget(sequences=8, positions=256, branches=1, kept=0)
-        passes = Passes(skippable, torch.split(sequences, 8), budget, lambda event: None, engine)
+        passes = Passes(skippable, torch.split(sequences, 8), budget, lambda event: None, forks)
         for block in blocks_with_gradients(passes, (2,), [1, 3, 4]):
             parameters = list(model.model.layers[block].parameters())
             dtypes |= {p.dtype for p in parameters} | {p.grad.dtype for p in parameters}
@@ -26,14 +26,14 @@ def gradients(model, sequences, engine):
     return found, dtypes
 
 
-@pytest.mark.parametrize("engine", ["fork", "plain"])
+@pytest.mark.parametrize("forks", [True, False], ids=["fork", "whole passes"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_mean_over_many_tokens_has_the_gradient_of_float32(engine, dtype):
+def test_a_mean_over_many_tokens_has_the_gradient_of_float32(forks, dtype):
     model = random_model(llama_config(6)).to(dtype)
     exact = copy.deepcopy(model).float()
     sequences = torch.randint(2, 300, (64, 96), generator=torch.Generator().manual_seed(0))
-    found, dtypes = gradients(model, sequences, engine)
-    expected, _ = gradients(exact, sequences, engine)
+    found, dtypes = gradients(model, sequences, forks)
+    expected, _ = gradients(exact, sequences, forks)
     assert dtypes == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {dtype}
     for block, gradient in found.items():
@@ -61,7 +61,7 @@ def test_an_overflow_lowers_the_scale_until_there_is_none():
     assert leaf.grad.tolist() == [30 * 2.0**10, 2.0**10]
 
 
-def test_numbers_that_are_not_finite_at_any_scale_are_left_to_be_found():
+def test_numbers_that_no_scale_makes_finite_are_left_as_they_are():
     leaf = torch.zeros(1, dtype=torch.float16, requires_grad=True)
 
     def backward(scale):

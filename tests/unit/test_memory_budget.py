@@ -16,81 +16,72 @@ from sleb_cli.engine.forward.memory_budget import (
 from sleb_plugins import MachineError
 
 FOOTPRINT = Footprint(branch=1_000, block=10_000, logits=100_000, scored=0)
+CPU = torch.device("cpu")
+PLENTY = 10**12
 
 
-def fit(available, batch=None, sequences=16, length=512, min_batches=1):
-    shape = {"candidates": 30, "sequences": sequences, "length": length, "batch": batch}
-    shape |= {"min_batches": min_batches}
-    return resolve_memory_budget(available, FOOTPRINT, settings_for(torch.device("cpu")), **shape)
+def fit(available, *, footprint=FOOTPRINT, settings=None, **shape):
+    shape = {"candidates": 30, "sequences": 16, "length": 512, "batch": None} | shape
+    return resolve_memory_budget(available, footprint, settings or settings_for(CPU), **shape)
 
 
-def test_with_plenty_a_batch_fills_the_device_and_all_candidates_share_a_walk():
-    found = fit(10**12)
-    assert (found.sequences, found.positions, found.branches) == (4, 256, 30)
+@pytest.mark.parametrize(
+    ("shape", "sequences"),
+    [
+        pytest.param({}, 4, id="fills the device"),
+        pytest.param({"length": 4096}, 1, id="at least one"),
+        pytest.param({"length": 8, "sequences": 3}, 3, id="at most all"),
+        pytest.param({"batch": 5}, 5, id="as the user chose"),
+        pytest.param({"sequences": 128, "length": 256, "min_batches": 32}, 4, id="many batches for a race"),
+        pytest.param({"sequences": 24, "length": 64, "min_batches": 32}, 4, id="but none too small for the device"),
+        pytest.param({"sequences": 16, "length": 2048, "min_batches": 32}, 1, id="or with less than a sequence"),
+    ],
+)
+def test_with_plenty_all_candidates_share_a_walk(shape, sequences):
+    found = fit(PLENTY, **shape)
+    assert (found.sequences, found.positions, found.branches) == (sequences, 256, 30)
     assert found.kept > 1000
 
 
-def test_a_batch_holds_at_least_one_sequence_and_at_most_all():
-    assert fit(10**12, length=4096).sequences == 1
-    assert fit(10**12, length=8, sequences=3).sequences == 3
-
-
-def test_a_race_has_many_batches_but_none_too_small_for_the_device():
-    assert fit(10**12, sequences=128, length=256, min_batches=32).sequences == 4
-    assert fit(10**12, sequences=24, length=64, min_batches=32).sequences == 4
-    assert fit(10**12, sequences=16, length=2048, min_batches=32).sequences == 1
-
-
-def test_with_less_fewer_candidates_share_a_walk_but_the_batch_is_the_same():
+def test_candidates_give_way_first_then_positions_then_the_batch():
     found = fit(70_000_000)
-    assert (found.sequences, found.positions) == (4, 256)
+    assert (found.sequences, found.positions, found.kept) == (4, 256, 0)
     assert 1 < found.branches < 30
-    assert found.kept == 0
-
-
-def test_with_little_the_head_and_then_the_batch_give_way():
     assert fit(16_000_000) == MemoryBudget(sequences=2, positions=16, branches=2, kept=0)
     assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
 
 
-def test_what_a_metric_widens_counts_up_to_what_is_widened_at_a_time():
-    settings = replace(settings_for(torch.device("cpu")), widened_bytes=4 << 20)
-    shape = {"candidates": 30, "sequences": 16, "length": 512, "batch": None}
+def test_what_a_metric_widens_at_a_time_counts():
+    settings = replace(settings_for(CPU), widened_bytes=4 << 20)
     scored = replace(FOOTPRINT, scored=1_000_000)
     # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
-    assert resolve_memory_budget(40_000_000, FOOTPRINT, settings, **shape).positions == 128
-    assert resolve_memory_budget(40_000_000, scored, settings, **shape).sequences == 2
-    assert resolve_memory_budget(10**12, scored, settings, **shape).positions == 256
+    assert fit(40_000_000, settings=settings).positions == 128
+    assert fit(40_000_000, footprint=scored, settings=settings).sequences == 2
+    assert fit(PLENTY, footprint=scored, settings=settings).positions == 256
 
 
-def test_what_cannot_fit_is_said_before_any_work():
-    with pytest.raises(
-        MachineError, match=r"1 sequences of 512 tokens need 8\.\d+ MB beside the model, but may take only 5 MB"
-    ):
-        fit(5_000_000)
+@pytest.mark.parametrize(
+    ("available", "batch", "words"),
+    [
+        (5_000_000, None, r"1 sequences of 512 tokens need 8\.\d+ MB in addition to the model, but only 5 MB may"),
+        (9_000_000, 2, "2 sequences of 512 tokens need .* but only 9 MB"),
+    ],
+)
+def test_what_cannot_fit_is_said_before_any_work(available, batch, words):
+    with pytest.raises(MachineError, match=words):
+        fit(available, batch=batch)
 
 
-def test_a_batch_that_the_user_chose_is_kept_or_refused():
-    assert fit(10**12, batch=5).sequences == 5
-    with pytest.raises(MachineError, match=r"2 sequences of 512 tokens need .* may take only 9 MB"):
-        fit(9_000_000, batch=2)
-
-
-def test_when_memory_ends_the_least_costly_goes_first_until_nothing_is_left():
+def test_when_memory_runs_out_the_least_costly_goes_first():
     found = MemoryBudget(sequences=2, positions=32, branches=4, kept=50)
     seen = []
     while (found := found.halved()) is not None:
-        seen.append(found)
-    assert seen == [
-        MemoryBudget(2, 32, 2, 0), MemoryBudget(2, 32, 1, 0), MemoryBudget(2, 16, 1, 0), MemoryBudget(1, 16, 1, 0),
-    ]  # fmt: skip
+        seen.append((found.sequences, found.positions, found.branches, found.kept))
+    assert seen == [(2, 32, 2, 0), (2, 32, 1, 0), (2, 16, 1, 0), (1, 16, 1, 0)]
 
 
-def test_what_the_user_said_counts():
-    assert available_memory(torch.device("cpu"), "1.5 GB") == 1_500_000_000
-
-
-def test_a_cpu_is_never_filled(monkeypatch):
+def test_what_the_user_said_counts_and_a_cpu_is_never_filled(monkeypatch):
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     monkeypatch.setattr(device, "left_under_limits", lambda: 600)
-    assert available_memory(torch.device("cpu"), None) == 300
+    assert available_memory(CPU, "1.5 GB") == 1_500_000_000
+    assert available_memory(CPU, None) == 300

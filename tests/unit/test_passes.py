@@ -1,4 +1,8 @@
-"""Passes over batches: what they cost in memory, and what happens when the device runs out of it."""
+"""Passes over batches: their scores, what they cost in memory, and what happens when memory runs out."""
+
+import re
+from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +11,7 @@ from transformers import LlamaForCausalLM
 from conftest import llama_config, random_model
 from families import tiny_config
 from reference import plain_loss
-from sleb_cli.engine.forward.engines import choose_engine
+from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -20,6 +24,8 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept=100)
 CANDIDATES = [1, 2, 3, 4]
+
+both_ways = pytest.mark.parametrize("forks", [True, False], ids=["fork", "whole passes"])
 
 
 @pytest.fixture
@@ -34,79 +40,45 @@ def sequences():
     return torch.randint(2, 300, (8, 24), generator=torch.Generator().manual_seed(1))
 
 
-def passes_of(skippable, sequences, budget=PLENTY, engine="fork"):
+def passes_of(skippable, sequences, *budget, **options):
     events = []
-    return Passes(skippable, torch.split(sequences, budget.sequences), budget, events.append, engine), events
+    budget = MemoryBudget(*budget) if budget else PLENTY
+    return Passes(skippable, torch.split(sequences, budget.sequences), budget, events.append, **options), events
 
 
 def score(passes, removed=(), candidates=CANDIDATES, metric=None):
-    found = {block: [] for block in candidates or [BASE]}
-    for batch in range(len(passes.batches)):
-        for block, scores in passes.scores(metric or NegativeLogLikelihood(), batch, removed, candidates):
-            found[block] += scores
-    return found
+    found = defaultdict(list)
+    units = [(batch, candidates) for batch in range(len(passes.batches))]
+    for _, block, scores in passes.score_units(metric or NegativeLogLikelihood(), removed, units):
+        found[block] += scores
+    return dict(found)
 
 
-def test_both_engines_give_the_same_numbers(skippable, sequences):
-    by_fork, plain = (
-        score(passes_of(skippable, sequences, engine=engine)[0], removed=(2,), candidates=[1, 3, 4])
-        for engine in ("fork", "plain")
-    )
-    for block in (1, 3, 4):
-        assert by_fork[block] == pytest.approx(plain[block], abs=1e-5)
+def losses(skippable, sequences, removed, loss_mask):
+    """Return the loss of each sequence over the tokens that count, from whole logits."""
+    logits = skippable.logits(sequences, removed)[:, :-1]
+    every = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none")
+    return [float(row[mask].mean()) for row, mask in zip(every, loss_mask[:, 1:], strict=True)]
 
 
-@pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_without_candidates_it_scores_the_model_as_it_stands(skippable, sequences, engine):
-    passes, events = passes_of(skippable, sequences, engine=engine)
-    logits = skippable.logits(sequences, {3})[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequences[:, 1:], reduction="none").mean(1)
-    assert score(passes, removed=(3,), candidates=())[BASE] == pytest.approx(expected.tolist(), abs=1e-5)
-    assert sum(event.evaluations for event in events if isinstance(event, SearchAdvanced)) == 0
+@both_ways
+@pytest.mark.parametrize("share", [1.0, 0.3], ids=["all tokens count", "some tokens count"])
+@pytest.mark.parametrize("candidates", [(), (1, 3, 4)], ids=["as it stands", "candidates"])
+def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, forks, share):
+    loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(2)) < share
+    passes, events = passes_of(skippable, sequences, forks=forks, loss_mask=torch.split(loss_mask, 4))
+    found = score(passes, (2,), candidates)
+    assert list(found) == list(candidates or [BASE])
+    for block, scores in found.items():
+        assert scores == pytest.approx(losses(skippable, sequences, {2, block}, loss_mask), abs=1e-5)
+    advanced = sum(event.evaluations for event in events if isinstance(event, SearchAdvanced))
+    assert advanced == pytest.approx(len(candidates) * len(sequences))
 
 
-@pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_tokens_that_do_not_count_have_no_part_in_a_score(skippable, sequences, engine):
-    loss_mask = torch.rand(sequences.shape, generator=torch.Generator().manual_seed(2)) < 0.3
-    for candidates, removed in (((), (3,)), ((2,), (3,))):
-        passes, _ = passes_of(skippable, sequences, engine=engine)
-        passes.loss_mask = torch.split(loss_mask, 4)
-        found = score(passes, removed, candidates)[candidates[0] if candidates else BASE]
-        logits = skippable.logits(sequences, {*removed, *candidates})
-        for branch, ids in enumerate(sequences.tolist()):
-            losses = [
-                -logits[branch, position].log_softmax(-1)[ids[position + 1]].item()
-                for position in range(len(ids) - 1)
-                if loss_mask[branch, position + 1]
-            ]
-            assert found[branch] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
-
-
-def test_where_all_tokens_count_no_digit_changes(skippable, sequences):
-    passes, _ = passes_of(skippable, sequences)
-    plain = score(passes)
-    masked, _ = passes_of(skippable, sequences)
-    masked.loss_mask = torch.split(torch.ones_like(sequences, dtype=torch.bool), 4)
-    assert score(masked) == plain
-
-
-@pytest.mark.parametrize("engine", ["fork", "plain"])
-def test_progress_adds_up_to_candidates_times_sequences(skippable, sequences, engine):
-    passes, events = passes_of(skippable, sequences, engine=engine)
-    score(passes)
-    assert sum(event.evaluations for event in events) == pytest.approx(len(CANDIDATES) * len(sequences))
-
-
-@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
-@torch.inference_mode()
-def test_no_more_logits_exist_than_a_chunk(sequences, metric):
-    model = Counting(llama_config(6)).eval()
-    with SkippableModel(model, model.model.layers) as skippable:
-        passes, _ = prepare_passes(skippable, sequences, lambda event: None, batch_size=4)
-        passes.budget = MemoryBudget(sequences=4, positions=12, branches=6, kept=100)
-        model.counts.clear()
-        score(passes, metric=metric)
-    assert max(model.counts) == 12
+def test_a_mask_of_all_tokens_changes_no_digit(skippable, sequences):
+    everything = torch.split(torch.ones_like(sequences, dtype=torch.bool), 4)
+    expected = score(passes_of(skippable, sequences)[0])
+    assert score(passes_of(skippable, sequences, loss_mask=everything)[0]) == expected
 
 
 class Counting(LlamaForCausalLM):
@@ -120,6 +92,15 @@ class Counting(LlamaForCausalLM):
         output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
         self.counts.append(output.logits.shape[:2].numel())
         return output
+
+
+@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
+@torch.inference_mode()
+def test_no_more_logits_exist_than_the_budget_allows(sequences, metric):
+    model = Counting(llama_config(6)).eval()
+    with SkippableModel(model, model.model.layers) as skippable:
+        score(passes_of(skippable, sequences, 4, 12, 6, 100)[0], metric=metric)
+    assert max(model.counts) == 12
 
 
 class WithoutLogitsToKeep(LlamaForCausalLM):
@@ -140,8 +121,7 @@ def test_a_model_without_logits_to_keep_has_the_same_scores(skippable, sequences
 
 def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
     """Run out of memory at these calls of a block, or at all of them."""
-    calls = []
-    switch = skippable.switches[5]
+    calls, switch = [], skippable.switches[5]
     forward = switch._forward
 
     def failing(*args, **kwargs):
@@ -154,9 +134,9 @@ def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_out_of_memory_it_continues_with_less_and_scores_nothing_twice(skippable, sequences, monkeypatch, error):
+def test_after_an_error_of_memory_nothing_is_scored_twice(skippable, sequences, monkeypatch, error):
     expected = score(passes_of(skippable, sequences)[0])
-    passes, events = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=1000, branches=2, kept=100))
+    passes, events = passes_of(skippable, sequences, 4, 1000, 2, 100)
     # The second walk of the first batch: two candidates have their scores.
     fail_at(skippable, monkeypatch, 3, error=error)
     assert score(passes) == expected
@@ -164,144 +144,129 @@ def test_out_of_memory_it_continues_with_less_and_scores_nothing_twice(skippable
     assert notices == ["Out of memory on cpu; continuing with 1 candidates, 4 sequences and 1000 positions at once."]
 
 
-def test_in_the_end_it_halves_batches_and_the_scores_are_the_same_sequences(skippable, sequences, monkeypatch):
-    expected = score(passes_of(skippable, sequences)[0])
-    passes, _ = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=16, branches=1, kept=0))
+def norms(block, entering, leaving):
+    yield block, (leaving - entering).norm(dim=-1).mean(-1).tolist()
+
+
+@pytest.mark.parametrize("how", [score, lambda passes: passes.score_states([1], (2,), [3, 5], lambda: norms)[1]])
+def test_in_the_end_batches_are_halved_and_scores_are_the_same(skippable, sequences, monkeypatch, how):
+    expected = how(passes_of(skippable, sequences)[0])
+    passes, events = passes_of(skippable, sequences, 4, 16, 1, 0)
     fail_at(skippable, monkeypatch, 1, 2)
-    found = score(passes)
+    found = how(passes)
     assert passes.budget == MemoryBudget(sequences=1, positions=16, branches=1, kept=0)
-    for block in CANDIDATES:
-        assert found[block] == pytest.approx(expected[block], abs=1e-5)
+    assert len([event for event in events if isinstance(event, Notice)]) == 2
+    assert found.keys() == expected.keys()
+    for block, scores in found.items():
+        assert scores == pytest.approx(expected[block], rel=1e-5)
 
 
-def test_where_nothing_smaller_is_left_the_error_says_so(skippable, sequences, monkeypatch):
-    passes, _ = passes_of(skippable, sequences)
+def test_if_nothing_can_be_smaller_the_error_says_so(skippable, sequences, monkeypatch):
     fail_at(skippable, monkeypatch)
     with pytest.raises(MachineError, match="1 sequences of 24 tokens do not fit into the memory of cpu"):
-        score(passes)
+        score(passes_of(skippable, sequences)[0])
 
 
 def test_another_error_is_not_taken_for_one_of_memory(skippable, sequences, monkeypatch):
-    passes, _ = passes_of(skippable, sequences)
-    monkeypatch.setattr("sleb_cli.engine.forward.passes.score_hidden_states", _broken)
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr("sleb_cli.engine.forward.passes.score_hidden_states", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        score(passes)
+        score(passes_of(skippable, sequences)[0])
 
 
-def _broken(*args, **kwargs):
-    raise RuntimeError("shapes cannot be multiplied")
+@pytest.fixture
+def run_blocks(skippable, monkeypatch):
+    """The blocks that run on their own, in order."""
+    blocks, run = [], skippable.run_block
+    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: blocks.append(call.block) or run(call, hidden))
+    return blocks
 
 
-def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences, monkeypatch):
-    branches = []
-    run = skippable.run_block
-    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: branches.append(call.block) or run(call, hidden))
-    passes, _ = passes_of(skippable, sequences)
-    passes.ranking = [3, 2, 1, 4]
+def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences, run_blocks):
+    passes, _ = passes_of(skippable, sequences, ranking=[3, 2, 1, 4])
     score(passes)
-    branches.clear()
-    remembered = score(passes, removed=(3,), candidates=[1, 2, 4])
+    run_blocks.clear()
+    remembered = score(passes, (3,), [1, 2, 4])
     # Up to block 3 all is known, for 2 batches: then come branches 1 and 2, and the base for 4 to fork off from.
-    assert branches == [4, 4, 5, 5, 5] * 2
-    fresh, _ = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=1000, branches=6, kept=0))
-    assert score(fresh, removed=(3,), candidates=[1, 2, 4]) == remembered
-
-
-def test_later_steps_are_forecast_from_the_leader(skippable, sequences):
-    passes, _ = passes_of(skippable, sequences)
-    block = sum(weight.numel() for weight in skippable.switches[3].block.parameters())
-    head = skippable.model.lm_head.weight.numel() / block
-    passes.ranking = [3, 1]
-    # Branches from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
-    assert passes.share_of_later_steps(CANDIDATES) == pytest.approx(1 - 6 / (20 + 4 * head))
-    passes.budget = MemoryBudget(sequences=4, positions=1000, branches=6, kept=0)
-    assert passes.share_of_later_steps(CANDIDATES) == 1
-
-
-def test_what_enters_and_leaves_blocks_comes_out_of_less_than_one_pass(skippable, sequences, monkeypatch):
-    calls = []
-    run = skippable.run_block
-    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: calls.append(call.block) or run(call, hidden))
-    seen = {}
-    for engine in ("fork", "plain"):
-        passes, _ = passes_of(skippable, sequences, engine=engine)
-        seen[engine] = {}
-        passes.watch(1, (2,), [1, 3, 4], lambda here=seen[engine]: lambda block, *states: keep(here, block, states))
-    assert calls == [0, 1, 3, 4]  # and the last block not at all
-    assert list(seen["fork"]) == list(seen["plain"]) == [1, 3, 4]
-    for block in (1, 3, 4):
-        for ours, theirs in zip(seen["fork"][block], seen["plain"][block], strict=True):
-            assert torch.equal(ours, theirs)
-
-
-def keep(seen, block, states):
-    seen[block] = states
-    return [(block, [0.0])]
-
-
-def test_out_of_memory_states_are_seen_in_smaller_parts_and_give_the_same_scores(skippable, sequences, monkeypatch):
-    def size(block, entering, leaving):
-        yield block, (leaving - entering).norm(dim=-1).mean(-1).tolist()
-
-    expected = passes_of(skippable, sequences)[0].watch(1, (2,), [3, 5], lambda: size)
-    passes, events = passes_of(skippable, sequences, MemoryBudget(sequences=4, positions=16, branches=1, kept=0))
-    fail_at(skippable, monkeypatch, 1, 3)
-    found = passes.watch(1, (2,), [3, 5], lambda: size)
-    assert passes.budget.sequences == 1
-    assert len([event for event in events if isinstance(event, Notice)]) == 2
-    for block in (3, 5):
-        assert found[block] == pytest.approx(expected[block], rel=1e-5)
+    assert run_blocks == [4, 4, 5, 5, 5] * 2
+    assert score(passes_of(skippable, sequences, 4, 1000, 6, 0)[0], (3,), [1, 2, 4]) == remembered
 
 
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
-    passes, _ = passes_of(skippable, sequences)
-    passes.ranking = [3]
-    score(passes, removed=(1,), candidates=[2, 3, 4])
-    fresh = score(passes_of(skippable, sequences)[0], removed=(4,), candidates=[1, 2, 3])
-    assert score(passes, removed=(4,), candidates=[1, 2, 3]) == fresh
+    passes, _ = passes_of(skippable, sequences, ranking=[3])
+    score(passes, (1,), [2, 3, 4])
+    assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
 
 
-def test_the_self_check_gives_the_reason_in_words(skippable, sequences, monkeypatch):
-    assert choose_engine(skippable, sequences[:2]) == ("fork", None)
-    run = skippable.run_block
-    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: run(call, hidden) * 1.001)
-    engine, reason = choose_engine(skippable, sequences[:2])
-    assert engine == "plain"
-    assert reason == "without block 0, the fork's logits differ from those of the whole model"
+def test_later_steps_are_forecast_from_the_leader(skippable, sequences):
+    passes, _ = passes_of(skippable, sequences, ranking=[3, 1])
+    block = sum(weight.numel() for weight in skippable.switches[3].block.parameters())
+    head = skippable.model.lm_head.weight.numel() / block
+    # Branches from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
+    assert passes.share_of_later_steps(CANDIDATES) == pytest.approx(1 - 6 / (20 + 4 * head))
+    assert passes_of(skippable, sequences, 4, 1000, 6, 0)[0].share_of_later_steps(CANDIDATES) == 1
 
 
-def test_the_self_check_survives_a_fork_that_raises(skippable, sequences, monkeypatch):
-    def broken(hidden, call):
-        raise ValueError("the mask has another size")
+def test_states_are_scored_in_less_than_one_pass(skippable, sequences, run_blocks):
+    seen = {True: {}, False: {}}
 
-    monkeypatch.setattr(skippable.switches[2], "run", broken)
-    engine, reason = choose_engine(skippable, sequences[:2])
-    assert engine == "plain"
-    assert reason == "llama does not run block 2 alone: the mask has another size"
+    def keep(here, block, *states):
+        here[block] = states
+        return [(block, [0.0])]
+
+    for forks, here in seen.items():
+        passes, _ = passes_of(skippable, sequences, forks=forks)
+        passes.score_states([1], (2,), [1, 3, 4], lambda here=here: partial(keep, here))
+    assert run_blocks == [0, 1, 3, 4]  # and the last block not at all
+    assert list(seen[True]) == list(seen[False]) == [1, 3, 4]
+    for block in (1, 3, 4):
+        assert all(map(torch.equal, seen[True][block], seen[False][block]))
 
 
-def test_out_of_memory_in_the_self_check_does_not_choose_an_engine(skippable, sequences, monkeypatch):
+def fails(hidden, call):
+    raise ValueError("the mask has another size")
+
+
+@pytest.mark.parametrize(
+    ("block", "run", "reason"),
+    [
+        (2, None, None),
+        (0, lambda run: lambda *args: run(*args) * 1.001, "without block 1, the fork's logits differ from those of"),
+        (2, lambda run: fails, "llama does not run block 2 alone: the mask has another size"),
+    ],
+)
+def test_the_fork_is_checked_and_the_reason_is_in_words(skippable, sequences, monkeypatch, block, run, reason):
+    if run:
+        monkeypatch.setattr(skippable.switches[block], "run", run(skippable.switches[block].run))
+    found = why_not_fork(skippable, sequences[:2])
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_an_error_of_memory_says_nothing_about_the_fork(skippable, sequences, monkeypatch):
     fail_at(skippable, monkeypatch)
     with pytest.raises(OutOfMemory):
-        choose_engine(skippable, sequences[:2])
+        why_not_fork(skippable, sequences[:2])
 
 
 @pytest.mark.parametrize(
     ("model_type", "path", "reason"),
     [
-        ("prophetnet", "prophetnet.decoder.layers", "[2, 24] tokens become [2, 72] states"),
+        ("prophetnet", "prophetnet.decoder.layers", r"\[2, 24\] tokens become \[2, 72\] states"),
         ("xlm", "transformer.ffns", "the fork's logits differ from those of the whole model"),
-        ("xlnet", "transformer.layer", "[2, 24] tokens become [24, 2] states"),
+        ("xlnet", "transformer.layer", r"\[2, 24\] tokens become \[24, 2\] states"),
     ],
 )
 @torch.inference_mode()
-def test_families_whose_blocks_cannot_be_forked_are_run_whole(sequences, model_type, path, reason):
+def test_families_whose_blocks_cannot_be_forked_run_whole(sequences, model_type, path, reason):
     """ProphetNet carries several streams of predictions, XLM works between its blocks, XLNet swaps two dimensions."""
     model = random_model(tiny_config(model_type))
     blocks = model.get_submodule(path)
     with SkippableModel(model, blocks) as skippable:
         passes, why = prepare_passes(skippable, sequences, print, batch_size=2)
-        found = score(passes, removed=(1,), candidates=[2, 4])
-    assert (passes.engine, reason in why) == ("plain", True)
+        found = score(passes, (1,), [2, 4])
+    assert not passes.forks
+    assert re.search(reason, why)
     for block, scores in found.items():
         assert sum(scores) / len(scores) == pytest.approx(plain_loss(model, blocks, sequences, {1, block}), abs=1e-5)

@@ -8,7 +8,7 @@ from conftest import gpt2_config, llama_config, opt_config, random_model
 from reference import plain_loss
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -16,10 +16,19 @@ PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transf
 
 
 @pytest.fixture(params=[llama_config, opt_config, gpt2_config], ids=PATHS)
-def model(request):
+def skippable(request):
     config = request.param()
     model = random_model(config)
-    return model, model.get_submodule(PATHS[config.model_type])
+    with torch.inference_mode():
+        yield SkippableModel(model, model.get_submodule(PATHS[config.model_type]))
+
+
+@pytest.fixture
+def small():
+    """A Llama of three blocks, which can be skipped."""
+    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
+    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
+        yield skippable
 
 
 @pytest.fixture
@@ -27,76 +36,62 @@ def ids():
     return torch.randint(2, 300, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-@torch.inference_mode()
-def test_skipping_equals_the_plain_reference(model, ids):
-    model, blocks = model
-    with SkippableModel(model, blocks) as skippable:
-        for removed in (set(), {1}, {0, 3}, {len(blocks) - 1}):
-            found = float(score_logits(NegativeLogLikelihood(), skippable.logits(ids, removed), ids).mean())
+def test_skipping_equals_the_plain_reference(skippable, ids):
+    blocks = [switch.block for switch in skippable.switches]
+    with skippable:
+        for removed in ({1, 2}, set(), {1}, {0, 3}, {len(blocks) - 1}):  # the first before any block has run
+            logits = skippable.logits(ids, removed)
+            assert torch.equal(logits, skippable.logits(ids, removed))
+            found = float(score_logits(NegativeLogLikelihood(), logits, ids).mean())
             skippable.skip(())
-            assert found == pytest.approx(plain_loss(model, blocks, ids, removed), abs=1e-5)
+            assert found == pytest.approx(plain_loss(skippable.model, blocks, ids, removed), abs=1e-5)
 
 
-@torch.inference_mode()
-def test_a_pass_that_starts_at_a_block_is_bitwise_the_whole_pass(model, ids):
-    model, blocks = model
-    with SkippableModel(model, blocks) as skippable:
-        for removed in ((), (2,)):
-            whole = skippable.entering_states(ids, removed)
-            assert set(whole) == set(range(len(blocks))) - set(removed)
-            for block in whole:
-                seen = {}
-                skippable.watch(
-                    ids, removed, lambda n, *states, at=seen: at.update({n: states[0]}), (block, whole[block])
-                )
-                assert list(seen) == [n for n in whole if n >= block]
-                assert all(torch.equal(entering, whole[n]) for n, entering in seen.items())
+@pytest.mark.parametrize("removed", [(), (2,)])
+def test_a_pass_that_starts_at_a_block_is_bitwise_the_whole(skippable, ids, removed):
+    def entering(start=None):
+        found = {}
+        skippable.run_with_hook(ids, removed, lambda block, *states: found.update({block: states[0]}), start)
+        return found
+
+    with skippable:
+        whole = entering()
+        assert list(whole) == [block for block in range(len(skippable.switches)) if block not in removed]
+        for start in whole.items():
+            seen = entering(start)
+            assert list(seen) == [block for block in whole if block >= start[0]]
+            assert all(torch.equal(states, whole[block]) for block, states in seen.items())
 
 
-@torch.inference_mode()
-def test_the_head_gets_the_last_positions_in_one_piece(model, ids):
+def test_the_head_gets_the_last_positions_in_one_piece(skippable, ids):
     """As a slice, they take bfloat16 on a CPU hundreds of times as long."""
-    model, blocks = model
-    seen = []
-    with SkippableModel(model, blocks) as skippable:
-        handle = model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    head, seen = skippable.model.lm_head, []
+    with skippable:
+        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         skippable.logits(ids, (), last=2)
         skippable.calls(ids)
         skippable.logits(ids[:1], (), last=1)
         handle.remove()
-    width = model.config.hidden_size
-    assert [(len(states), states.stride()) for states in seen] == [
-        (3, (2 * width, width, 1)),
-        (3, (width, width, 1)),
-        (1, (width, width, 1)),
-    ]
-    assert not model.lm_head._forward_pre_hooks
+    width = skippable.model.config.hidden_size
+    strides = [(2 * width, width, 1), (width, width, 1), (width, width, 1)]
+    assert [(len(states), states.stride()) for states in seen] == list(zip([3, 3, 1], strides, strict=True))
+    assert not head._forward_pre_hooks
 
 
-@torch.inference_mode()
-def test_a_block_never_seen_running_can_be_skipped_at_once(model, ids):
-    model, blocks = model
-    with SkippableModel(model, blocks) as skippable:
-        first = skippable.logits(ids, {1, 2})
-        assert torch.equal(first, skippable.logits(ids, {1, 2}))
-
-
-@torch.inference_mode()
-def test_everything_is_put_back_after_an_error(model, ids):
-    model, blocks = model
-    before = model(ids).logits
-    use_cache = model.config.use_cache
-    with pytest.raises(ZeroDivisionError), SkippableModel(model, blocks) as skippable:
+def test_everything_is_put_back_after_an_error(skippable, ids):
+    model = skippable.model
+    before, use_cache = model(ids).logits, model.config.use_cache
+    with pytest.raises(ZeroDivisionError), skippable:
         skippable.skip({1})
         assert not model.config.use_cache
         raise ZeroDivisionError
-    assert all("forward" not in vars(block) for block in blocks)
+    assert all("forward" not in vars(switch.block) for switch in skippable.switches)
     assert model.config.use_cache == use_cache
     assert torch.equal(model(ids).logits, before)
 
 
 @torch.inference_mode()
-def test_a_forward_that_somebody_set_on_the_instance_is_called_and_put_back(ids):
+def test_a_forward_set_on_the_instance_is_called_and_put_back(ids):
     model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
     block, calls = model.model.layers[1], []
     inner = block.forward
@@ -108,41 +103,32 @@ def test_a_forward_that_somebody_set_on_the_instance_is_called_and_put_back(ids)
     assert block.forward is outer
 
 
-@torch.inference_mode()
-def test_a_family_that_does_not_run_without_a_block_is_named(ids):
-    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
-
-    def needs_what_block_1_did(*args, **kwargs):
-        raise ValueError("no top-k indices from a previous block")
-
-    with SkippableModel(model, model.model.layers) as skippable:
-        skippable.logits(ids, ())
-        skippable.switches[2]._forward = needs_what_block_1_did
-        with pytest.raises(UnsupportedModelError, match=r"llama does not run without blocks \[1\]: no top-k indices"):
-            skippable.logits(ids, {1})
+def fails(*args, **kwargs):
+    raise ValueError("no top-k indices")
 
 
-@torch.inference_mode()
-def test_out_of_memory_is_said(ids):
-    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
-
-    def too_large(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with SkippableModel(model, model.model.layers) as skippable:
-        skippable.switches[0]._forward = too_large
-        with pytest.raises(MachineError, match="3 sequences of 24 tokens do not fit into the memory of cpu"):
-            skippable.logits(ids, ())
+def ends_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def fails(*states):
-    raise ValueError("a bug of ours")
+@pytest.mark.parametrize(
+    ("forward", "error", "words"),
+    [
+        (fails, UnsupportedModelError, r"llama does not run without blocks \[1\]: no top-k indices"),
+        (ends_memory, OutOfMemory, "3 sequences of 24 tokens do not fit into the memory of cpu"),
+    ],
+)
+def test_what_a_block_raises_is_translated(small, ids, forward, error, words):
+    small.logits(ids, ())
+    small.switches[2]._forward = forward
+    with pytest.raises(error, match=words):
+        small.logits(ids, {1})
 
 
-@torch.inference_mode()
-def test_a_bug_of_a_listener_is_not_blamed_on_the_family(ids, monkeypatch):
-    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
-    forward = model.model.forward
+def test_an_error_of_a_hook_is_not_blamed_on_the_family(small, ids, monkeypatch):
+    with pytest.raises(OutOfMemory, match="do not fit"):
+        small.run_with_hook(ids, (), ends_memory)
+    forward = small.model.model.forward
 
     def catches_everything(*args, **kwargs):
         try:
@@ -150,22 +136,11 @@ def test_a_bug_of_a_listener_is_not_blamed_on_the_family(ids, monkeypatch):
         except Exception as error:
             raise RuntimeError("the family failed") from error
 
-    monkeypatch.setattr(model.model, "forward", catches_everything)
-    with SkippableModel(model, model.model.layers) as skippable:
-        with pytest.raises(ValueError, match="a bug of ours") as raised:
-            skippable.watch(ids, (), fails)
-        assert raised.traceback[-1].name == "fails"
-        assert raised.value.__cause__ is raised.value.__context__ is None
-        skippable.switches[1]._forward = fails
-        with pytest.raises(UnsupportedModelError, match="llama does not run: the family failed"):
-            skippable.logits(ids, ())
-
-
-@torch.inference_mode()
-def test_a_listener_that_runs_out_of_memory_is_said_to(ids):
-    def too_large(*states):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
-    with SkippableModel(model, model.model.layers) as skippable, pytest.raises(OutOfMemory, match="do not fit"):
-        skippable.watch(ids, (), too_large)
+    monkeypatch.setattr(small.model.model, "forward", catches_everything)
+    with pytest.raises(ValueError, match="no top-k indices") as raised:
+        small.run_with_hook(ids, (), fails)
+    assert raised.traceback[-1].name == "fails"
+    assert raised.value.__cause__ is raised.value.__context__ is None
+    small.switches[1]._forward = fails
+    with pytest.raises(UnsupportedModelError, match="llama does not run: the family failed"):
+        small.logits(ids, ())

@@ -14,13 +14,14 @@ fills the device's matrix units.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 from types import MappingProxyType
 
 from torch import Tensor
 
-from sleb_cli.engine.forward.holding import Hold, in_place
+from sleb_cli.engine.forward.holding import Hold, as_computed
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
@@ -28,8 +29,8 @@ from sleb_cli.engine.forward.states import BASE, States
 class Walk:
     """One batch on its way through the blocks: the base branch, and the candidates' branches that forked off from it.
 
-    Call `advance` for each block from `start` on, in order: all blocks for one batch, or all batches for one block,
-    whose weights are then needed only once (`walk_together`). Without candidates, the base goes through all blocks.
+    Call `advance` for each block from `start` on, in order (`walk_together` does). Without candidates, the base goes
+    through all blocks that have a call.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class Walk:
         candidates: Sequence[int],
         *,
         keep: Mapping[int, int] = MappingProxyType({}),
-        hold: Hold = in_place,
+        hold: Hold = as_computed,
     ) -> None:
         self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
-        self.keep, self.hold = keep, hold
+        self.keep, self._hold = keep, hold
         self.branches: dict[int, Tensor] = {}
         known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
         self.forks = [branch for branch, depth in known.items() if depth is None]
@@ -54,7 +55,7 @@ class Walk:
             self.enters[BASE] = states.deepest(BASE, min(self.forks, default=len(calls))) or 0
         self.start = min(self.enters.values())
 
-    @property
+    @cached_property
     def block_branches(self) -> int:
         """How many times a branch goes through a block on the whole walk."""
         stays = [block for block in range(len(self.calls)) if block not in self.removed]
@@ -65,7 +66,7 @@ class Walk:
     def advance(self, block: int) -> None:
         """Run `block` on every branch of the walk, except the branch that leaves it out.
 
-        Where `keep` names its depth, keep so many of the lowest branches that are about to enter it.
+        If `keep` names this depth, first keep that many of the lowest branches that are about to enter it.
         """
         if block in self.keep:
             lowest = sorted(self.branches)[: self.keep[block]]
@@ -79,6 +80,10 @@ class Walk:
             for branch in [branch for branch in self.branches if branch != block]:
                 leaving = self.skippable.run_block(self.calls[block], self.branches[branch])
                 self.branches[branch] = self.hold(branch, leaving)
+
+    def hold(self, branch: int, hidden: Tensor) -> Tensor:
+        """Let the hidden states of a branch wait for the next block."""
+        return self._hold((id(self), branch), hidden)
 
     def enter(self, depth: int) -> None:
         """Take up the branches whose kept states enter the block at `depth`, or lie behind the last block."""
@@ -100,17 +105,15 @@ class Walk:
 
 
 def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[int]:
-    """Advance walks to the end, block by block, and yield each block after all of them.
+    """Advance walks to the end, block by block, and yield each block after all of them have run it.
 
     So the weights of a block are needed once, for all walks.
     """
-    end = len(skippable.switches)
-    start = min((walk.start for walk in walks), default=end)
+    start, end = min(walk.start for walk in walks), len(walks[0].calls)
     wanted = [
         block for block in range(start, end) if any(block >= walk.start and block not in walk.removed for walk in walks)
     ]
-    here = skippable.weights.visit(wanted)
-    with closing(here):
+    with closing(skippable.weights.visit(wanted)) as here:
         for block in range(start, end):
             if block in wanted:
                 next(here)
@@ -123,38 +126,17 @@ def walk_together(skippable: SkippableModel, walks: Sequence[Walk]) -> Iterator[
 
 
 def fork(
-    skippable: SkippableModel,
-    ids: Tensor,
-    removed: Collection[int],
-    candidates: Sequence[int],
-    states: States,
-    *,
-    keep: Mapping[int, int] = MappingProxyType({}),
-    per_walk: int | None = None,
-    advanced: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield what leaves the last block without each candidate; without candidates, in the model as it stands (BASE).
+    skippable: SkippableModel, ids: Tensor, removed: Collection[int], candidates: Sequence[int]
+) -> dict[int, Tensor]:
+    """Return what leaves the last block without each candidate; without candidates, in the model as it stands (BASE).
 
     Args:
         skippable: the model.
         ids: tokens, [batch, positions].
         removed: the removed blocks.
-        candidates: in ascending order, in which their states are yielded, each [batch, positions, hidden size].
-        states: the kept states of this batch; what `keep` asks for is added.
-        keep: the depths at which to keep branches, and how many at each.
-        per_walk: how many candidates share a walk; the next walk continues where the base ended.
-        advanced: called after each block with the number of branches that went through it, and that of the whole walk.
+        candidates: in ascending order.
     """
-    calls = skippable.calls(ids)
-    size = per_walk or len(candidates) or 1
-    for first in range(0, len(candidates) or 1, size):
-        group = candidates[first : first + size]
-        walk = Walk(skippable, calls, states, removed, group, keep=keep)
-        total = walk.block_branches
-        if not total:  # without the candidate, no block is left to run
-            advanced(1, 1)
-        for block in walk_together(skippable, [walk]):
-            if total:
-                advanced(walk.ran(block), total)
-        for branch in group or [BASE]:
-            yield branch, walk.branches.pop(branch)
+    walk = Walk(skippable, skippable.calls(ids), States(), removed, candidates)
+    for _ in walk_together(skippable, [walk]):
+        pass
+    return walk.branches

@@ -1,6 +1,6 @@
 """Gradients of the calibration loss with respect to blocks' weights, for one block at a time.
 
-One forward pass keeps what enters each block, or every few blocks where memory is short. Then the blocks are taken from
+One forward pass keeps what enters each block, or every few blocks if memory is short. Then the blocks are taken from
 the last to the first: for each batch, the gradient of a block's output is backpropagated through that block, on the
 kept input, to its weights and to its input, which is the output of the block below. So at most one block's gradients
 exist at a time, and the graph of one block on one batch. Gradients in float16 are scaled from block to block.
@@ -36,7 +36,7 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
     """
     model = passes.skippable.model
     model.requires_grad_(False)
-    yield_blocks = _one_by_one if passes.engine == "fork" else _all_together
+    yield_blocks = _one_by_one if passes.forks else _all_together
     message = f"Gradients do not fit into the memory of {passes.skippable.device}."
     try:
         with translate_out_of_memory(message, "Use a smaller --batch-size, fewer --samples, or --device cpu."):
@@ -49,7 +49,7 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
 def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
     skippable = passes.skippable
     sums = {block: _Sums(_weights(skippable, block)) for block in blocks}
-    _require_in_place(skippable, sums)
+    _require_loaded(skippable, sums)
     parameters = [parameter for of_block in sums.values() for parameter in of_block.totals]
     scale = starting_scale(skippable.model.dtype, passes.batches[0].shape[1] * _sequences(passes))
     for batch, ids in enumerate(passes.batches):
@@ -130,9 +130,9 @@ def _stride(depths: int, one_depth: int, available: int) -> int:
     fitting = [stride for stride, size in needed.items() if size <= available]
     if not fitting:
         raise MachineError(
-            f"Gradients need {format_bytes(min(needed.values()))} beside the model, "
-            f"but may take only {format_bytes(available)}.",
-            hint="Use fewer --samples or a smaller --sequence-length, or raise --memory.",
+            f"Gradients need {format_bytes(min(needed.values()))} in addition to the model, "
+            f"but only {format_bytes(available)} may be used.",
+            hint="Use fewer --samples, a smaller --sequence-length, or a larger --memory.",
         )
     return fitting[0]
 
@@ -160,7 +160,7 @@ class _Sums:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Let the parameters hold the sums, and their own values in float32 beside them: a gradient has their type."""
+        """Let the parameters hold the sums in `.grad`, and their values in float32, since a gradient has their type."""
         own = {parameter: parameter.data for parameter in self.totals}
         try:
             for parameter, total in self.totals.items():
@@ -211,11 +211,11 @@ def _weights(skippable: SkippableModel, block: int) -> list[Tensor]:
     return [p for p in skippable.switches[block].block.parameters() if p.is_floating_point()]
 
 
-def _require_in_place(skippable: SkippableModel, sums: Mapping[int, _Sums]) -> None:
+def _require_loaded(skippable: SkippableModel, sums: Mapping[int, _Sums]) -> None:
     if away := [block for block, of_block in sums.items() if any(p.is_meta for p in of_block.totals)]:
         raise UnsupportedModelError(
-            f"The blocks of {skippable.model.config.model_type} cannot be run alone, so all of them need their weights "
-            f"for gradients, and those of block {away[0]} are offloaded.",
+            f"{skippable.model.config.model_type} only runs whole, so gradients need all weights in memory, but block "
+            f"{away[0]} is offloaded.",
             hint="Use another metric, or a device map without cpu and disk.",
         )
 

@@ -1,4 +1,4 @@
-"""How much memory a search may take beside the model, and what follows from it.
+"""How much memory a search may use in addition to the model, and what follows from it.
 
 How many branches share a walk and how many states are kept changes no digit. Fewer sequences in a batch, or fewer
 positions at once, can change the last bits, so they come last.
@@ -47,7 +47,7 @@ ACCELERATOR_SETTINGS = DeviceSettings(
 )
 
 FEWEST_POSITIONS = 16
-"""Where memory is short, no fewer positions' logits exist at once: sequences are fewer instead."""
+"""If memory is short, logits of at least this many positions exist at once; the number of sequences drops instead."""
 
 COPIES_OF_LOGITS = 3
 """Logits of a position that exist at once in the model's data type: the model's, the dense one's, and a copy."""
@@ -129,9 +129,9 @@ def resolve_memory_budget(
             size //= 2
     if needed(size, positions) > available:
         raise MachineError(
-            f"{size} sequences of {length} tokens need {format_bytes(needed(size, positions))} beside the model, "
-            f"but may take only {format_bytes(available)}.",
-            hint="Use a smaller --batch-size or --sequence-length, or a narrower --dtype, or raise --memory.",
+            f"{size} sequences of {length} tokens need {format_bytes(needed(size, positions))} in addition to the "
+            f"model, but only {format_bytes(available)} may be used.",
+            hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a larger --memory.",
         )
     branch = size * length * footprint.branch
     spare = (available - needed(size, positions)) // branch
@@ -144,14 +144,14 @@ def resolve_memory_budget(
 
 
 def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, positions: int) -> int:
-    """Return the bytes in use while a block or the head runs on a batch of so many tokens."""
+    """Return the bytes in use while a block or the head runs on a batch of this many tokens."""
     # The base, a candidate's branch and its next states; the inside of a block; a slice of logits, and its scores.
     scored = min(positions * footprint.scored, COPIES_WIDENED * settings.widened_bytes)
     return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
 
 
 def available_memory(device: torch.device, asked: str | None) -> int:
-    """Return the bytes that a search may take beside the model: `asked`, or else a share of what is free.
+    """Return the bytes that a search may use in addition to the model: `asked`, or else a share of what is free.
 
     Raises:
         UsageError: `asked` is not an amount of memory.

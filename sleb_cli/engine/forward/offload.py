@@ -9,9 +9,9 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, aligned
 from sleb_plugins import ModelError
 
 
@@ -39,22 +39,11 @@ class OffloadedValues(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def aligned(value: Tensor) -> Tensor:
-    """Return a tensor at a multiple of 64 bytes, because fast kernels may round differently at other addresses."""
-    return value.clone() if value.data_ptr() % 64 else value
-
-
 def align(model: Any) -> None:
     """Align the weights of a model of transformers, because fast kernels may round differently at other addresses."""
     if offloaded := offloaded_values(model):
         offloaded.align = True
     align_parameters(model)
-
-
-def align_parameters(model: Any) -> None:
-    """Align the weights that are in place."""
-    for parameter in model.parameters():
-        parameter.data = aligned(parameter.data)
 
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
@@ -67,8 +56,8 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
         away = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
         if away and not _offloading(module):
             raise ModelError(
-                f"{path}.{away[0]} has no values: accelerate left it on the meta device for good.",
-                hint="Give its module a device of its own in a JSON file, or leave out --device-map.",
+                f"accelerate left {path}.{away[0]} on the meta device, without values.",
+                hint="Give its module its own device in a JSON file, or leave out --device-map.",
             )
     hooks = [hook for module in model.modules() if (hook := _offloading(module))]
     if not hooks:
@@ -80,33 +69,25 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
     return values
 
 
-def execution_device(module: nn.Module) -> torch.device | None:
-    """Return where a module that accelerate placed is computed; None for others."""
-    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return None if place is None else torch.device(place)
-
-
-class Offloaded:
+class Offloaded(BlockWeights):
     """Some blocks have their weights in place only while they are visited; accelerate gives them theirs to run."""
-
-    resident = True
 
     def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
         self._model, self._blocks = model, blocks
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks one by one, each with its weights in place until the next is asked for."""
+        """Yield these blocks, each with its weights where it computes."""
         for block in blocks:
-            with in_place(self._blocks[block]):
+            with loaded(self._blocks[block]):
                 yield block
 
     def align(self) -> None:
-        """Have weights lie at multiples of 64 bytes when they are in place."""
+        """Align what is loaded."""
         align(self._model)
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let modules with offloaded weights run with new values, by name, while the context is open."""
+        """Let modules run with new values, by name, while the context is open."""
         offloaded = offloaded_values(self._model)
         assert offloaded is not None
         before = offloaded.new
@@ -118,7 +99,7 @@ class Offloaded:
 
 
 @contextmanager
-def in_place(module: nn.Module) -> Iterator[None]:
+def loaded(module: nn.Module) -> Iterator[None]:
     """Put the offloaded weights of a module where it runs, and leave them there while the context is open."""
     placed: list[tuple[nn.Module, Any]] = []
     try:

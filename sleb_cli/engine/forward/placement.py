@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from sleb_cli.engine.device import choose_device
+from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
-from sleb_cli.engine.forward.skipping import BlockWeights, SkippableModel
+from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import stream_dense
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import DeviceMap, load_dense
@@ -72,8 +73,8 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
     for name, place in getattr(model, "hf_device_map", {}).items():
         if name.startswith(f"{path}.") and name.removeprefix(f"{path}.").count("."):
             raise UnsupportedModelError(
-                f"accelerate would spread a block over several devices: {name} is alone on {place}.",
-                hint=f"Name the places yourself in a JSON file. {_EXAMPLE}",
+                f"accelerate would split a block across devices: it puts {name} alone on {place}.",
+                hint=f"Choose the devices in a JSON file. {_EXAMPLE}",
             )
     return Offloaded(model, list(architecture.blocks_of(model))) if offloaded_values(model) else None
 
@@ -81,7 +82,7 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
 def resolve_device_map(
     request: SearchRequest | ApplyRequest | EvalRequest, architecture: Architecture
 ) -> DeviceMap | None:
-    """Return the places of the model's modules that a request asks for, if any: each block and all beside them.
+    """Return the places of the model's modules that a request asks for, if any: blocks, and all outside them.
 
     Raises:
         UsageError: the file is no device map of this model, or the option does not go with others.
@@ -127,47 +128,56 @@ def blocks_on_disk(architecture: Architecture, device: torch.device) -> DeviceMa
 
 
 def _require_alone(request: SearchRequest | ApplyRequest | EvalRequest) -> None:
-    if request.stream:
-        raise UsageError(
+    refused = [
+        (
+            request.stream,
             "--device-map and --stream are two ways to run a model that does not fit.",
-            hint="Use one of them: --stream reads each block once a step, a device map once a pass.",
-        )
-    if request.device not in (None, AUTO):
-        raise UsageError("--device-map names the devices, so --device does not apply.", hint="Leave out one of them.")
-    if isinstance(request, ApplyRequest) and request.heal:
-        raise UsageError(
-            "--heal trains, so it needs all weights on its device, and --device-map spreads them out.",
-            hint="Leave out --device-map and heal on a device with memory for the model and its training, "
-            "or recover without training: --recover.",
-        )
-    if isinstance(request, SearchRequest) and request.target_speedup is not None:
-        raise UsageError(
-            "--target-speedup times models that are whole on one device, and --device-map spreads them out.",
-            hint="Use another target, such as --ratio.",
-        )
+            "Use one of them: --stream reads each block once a step, a device map once a pass.",
+        ),
+        (
+            request.device not in (None, AUTO),
+            "--device-map names the devices, so --device does not apply.",
+            "Leave out one of them.",
+        ),
+        (
+            isinstance(request, ApplyRequest) and request.heal,
+            "--heal trains, so it needs all weights on its device, but --device-map spreads them out.",
+            "Leave out --device-map and heal on a device with enough memory, or recover without training: --recover.",
+        ),
+        (
+            isinstance(request, SearchRequest) and request.target_speedup is not None,
+            "--target-speedup times the whole model on one device, but --device-map spreads it out.",
+            "Use another target, such as --ratio.",
+        ),
+    ]
+    for given, message, hint in refused:
+        if given:
+            raise UsageError(message, hint=hint)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    choices = f"Use {', '.join(CHOSEN_BY_ACCELERATE)}, or a JSON file. {_EXAMPLE}"
     try:
         places = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"There is no device map {path}: {error.strerror}.", hint=choices) from error
+        raise UsageError(
+            f"Cannot read the device map {path}: {error.strerror}.",
+            hint=f"Use {', '.join(CHOSEN_BY_ACCELERATE)}, or a JSON file. {_EXAMPLE}",
+        ) from error
     except ValueError as error:
         raise UsageError(f"The device map {path} is not valid JSON: {error}.", hint=_EXAMPLE) from error
     if not isinstance(places, dict) or not places:
-        raise UsageError(f"The device map {path} is no object from module names to devices.", hint=_EXAMPLE)
+        raise UsageError(f"The device map {path} must be an object that maps modules to devices.", hint=_EXAMPLE)
     return places
 
 
 def _require_module(path: str, name: str, known: set[str], blocks_path: str) -> None:
     if name not in known:
         raise UsageError(
-            f"{path} names {name!r}, which the model does not have.", hint=did_you_mean(name, sorted(known))
+            f"{path} names {name!r}, but the model has no such module.", hint=did_you_mean(name, sorted(known))
         )
     if name.startswith(f"{blocks_path}.") and "." in name.removeprefix(f"{blocks_path}."):
         raise UsageError(
-            f"{path} names {name}, a part of a block, and a block stays whole.",
+            f"{path} names {name}, which is part of a block, but a block cannot be split.",
             hint="Name the block: " + ".".join(name.split(".")[: blocks_path.count(".") + 2]) + ".",
         )
 
@@ -177,14 +187,14 @@ def _require_device(path: str, name: str, place: object) -> None:
         return
     if not isinstance(place, int) or isinstance(place, bool) or place < 0:
         raise UsageError(
-            f"{path} puts {name!r} on {place!r}, which is no device.",
-            hint='Devices are "cpu", "disk", and the numbers of accelerators from 0.',
+            f"{path} puts {name!r} on {place!r}, which is not a device.",
+            hint='Use "cpu", "disk", or the number of an accelerator, from 0.',
         )
     count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     if place >= count:
         raise MachineError(
-            f"{path} puts {name!r} on accelerator {place}, and this machine has {count or 'none'}.",
-            hint='Number them from 0, or use "cpu" and "disk".',
+            f"{path} puts {name!r} on accelerator {place}, but this machine has {count or 'none'}.",
+            hint='Number accelerators from 0, or use "cpu" and "disk".',
         )
 
 
@@ -198,7 +208,7 @@ def _placed(architecture: Architecture) -> Iterator[str]:
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if tensors and not any(module.children()):
             yield name
-        else:  # weights beside its children, whose places may differ
+        else:  # its own weights, whose places may differ from those of its children
             yield from (f"{name}.{tensor}" if name else tensor for tensor, _ in tensors)
 
 
@@ -208,7 +218,7 @@ def _place(path: str, name: str, places: Mapping[str, int | str]) -> int | str:
     while around and around not in places:
         around = around.rpartition(".")[0]
     if around not in places:
-        raise UsageError(f"{path} names no device for {name}.", hint='Name one for all the rest: {"": 0, ...}.')
+        raise UsageError(f"{path} names no device for {name}.", hint='Name one for everything else: {"": 0, ...}.')
     return places[around]
 
 
@@ -218,6 +228,6 @@ def _require_tied_together(path: str, found: Mapping[str, int | str], architectu
         left, right = one.rpartition(".")[0], other.rpartition(".")[0]
         if found.get(left) != found.get(right):
             raise UsageError(
-                f"{path} puts {left} on {found.get(left)} and {right} on {found.get(right)}, and they share a weight.",
+                f"{path} puts {left} on {found.get(left)} and {right} on {found.get(right)}, but they share a weight.",
                 hint="Put both on the same device.",
             )

@@ -8,17 +8,15 @@ from torch import Tensor
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork import Walk, fork, walk_together
-from sleb_cli.engine.forward.holding import SharedInputs, in_host_memory, in_place
+from sleb_cli.engine.forward.holding import Holding, SharedInputs
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
-from sleb_cli.plan import Engine
 
 
 class Predictions:
     """The logits of a batch, a slice of positions at a time.
 
-    They are computed from what leaves the last block; with the engine `plain`, which runs whole passes, all exist at
-    once.
+    They are computed from what leaves the last block; of a model that only runs whole, all exist at once.
     """
 
     def __init__(
@@ -34,10 +32,10 @@ class Predictions:
         return self._skippable.head(self._hidden[:, part].to(self._skippable.device), self._ids[:, part])
 
 
-def predict(skippable: SkippableModel, ids: Tensor, removed: Sequence[int], engine: Engine) -> Predictions:
-    """Return what the model predicts without these blocks."""
-    if engine == "fork":
-        return Predictions(skippable, ids, hidden=next(fork(skippable, ids, removed, (), States()))[1])
+def predict(skippable: SkippableModel, ids: Tensor, removed: Sequence[int], *, forks: bool) -> Predictions:
+    """Return what the model predicts without these blocks; `forks` tells whether blocks can run on their own."""
+    if forks:
+        return Predictions(skippable, ids, hidden=fork(skippable, ids, removed, ())[BASE])
     return Predictions(skippable, ids, logits=skippable.logits(ids, removed))
 
 
@@ -48,10 +46,11 @@ def predict_together(
 
     Its weights are read once for all of them, and the hidden states of all are in host memory meanwhile.
     """
-    shared, hold = SharedInputs(), in_place if skippable.device == CPU else in_host_memory
+    shared, hold = SharedInputs(), Holding(CPU).open(0)
     walks = []
     for ids in batches:
-        calls = shared.of(skippable.calls(ids), hold)
+        calls = skippable.calls(ids)
+        calls = shared.of(calls, hold(None, calls[0].entering))
         walks.append([Walk(skippable, calls, States(), removed, (), hold=hold) for removed in sizes])
     for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
         pass

@@ -43,7 +43,7 @@ class SavedWalk:
 
     Attributes:
         path: the file, whose name ends in the number of this process. Those of all processes are read.
-        identity: what the hidden states depend on beside the removed blocks; a walk of another identity is ignored.
+        identity: what hidden states depend on, except for the removed blocks; walks of another identity are ignored.
     """
 
     path: Path | None = None
@@ -79,7 +79,7 @@ class SavedWalk:
     ) -> None:
         """Add what a saved walk without these blocks had reached to the states from which a walk starts.
 
-        Hidden states of other shapes or data types are left where they are.
+        Hidden states of other shapes or data types are ignored.
         """
         expected = self._metadata(removed)
         for path in self._files():

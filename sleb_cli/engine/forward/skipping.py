@@ -7,18 +7,18 @@ whatever the model looks up by index (masks, rotary tables, layer types) stays r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import input_device, translate_out_of_memory
-from sleb_cli.engine.forward.offload import align_parameters, execution_device
+from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, execution_device
 from sleb_cli.engine.third_party import our_code, translate_errors
 from sleb_plugins import UnsupportedModelError
 
@@ -29,7 +29,7 @@ class _Enough(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """What a model passes to one block: hidden states, and the masks, rotary tables and other inputs beside them."""
+    """What a model passes to one block: hidden states, and other inputs such as masks and rotary tables."""
 
     block: int
     entering: Tensor
@@ -40,16 +40,16 @@ class Call:
 class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
 
-    `fetch` is called before the block runs, and `wrap` turns hidden states into what the block would return.
+    `pre_hook` is called with what enters and the other inputs, `hook` with what enters and leaves. `wrap` turns hidden
+    states into what the block would return.
     """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.skip = False
         self.inject: Tensor | None = None
-        self.watch: Callable[[Tensor, Tensor], None] | None = None
-        self.record: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self.fetch: Callable[[], None] | None = None
+        self.hook: Callable[[Tensor, Tensor], None] | None = None
+        self.pre_hook: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
         self.wrap: Callable[[Tensor], Any] | None = None
         self._forward = block.forward
         self._own_forward = vars(block).get("forward")
@@ -67,24 +67,21 @@ class BlockSwitch:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Take the block's own arguments, and return what it would return."""
         entering: Tensor = args[0] if args else kwargs["hidden_states"]
-        if self.record is not None:
+        if self.pre_hook is not None:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             with our_code():
-                self.record(entering, args[1:], others)
+                self.pre_hook(entering, args[1:], others)
         if self.skip:
             if self.wrap is None:
                 self.wrap = _wrapper_like(self._forward(*args, **kwargs))
             output = self.wrap(entering if self.inject is None else self.inject)
         else:
-            if self.fetch is not None:
-                with our_code():
-                    self.fetch()
             output = self._forward(*args, **kwargs)
             self.wrap = _wrapper_like(output)
-        if self.watch is not None:
+        if self.hook is not None:
             leaving = _hidden_states(output)
             with our_code():
-                self.watch(entering, leaving)
+                self.hook(entering, leaving)
         return output
 
     def run(self, hidden: Tensor, call: Call) -> Tensor:
@@ -122,53 +119,18 @@ def _computed(output: Tensor, what: str) -> Tensor:
     """Return what was computed, and not only its shape: that is what weights on the meta device give."""
     if output.is_meta:
         raise UnsupportedModelError(
-            f"Of what {what} returns there is only the shape: some of its weights stayed on the meta device.",
-            hint="Give it a device of its own in a JSON file, or leave out --device-map.",
+            f"{what.capitalize()} returns a shape without values: some of its weights stayed on the meta device.",
+            hint="Give it its own device in a JSON file, or leave out --device-map.",
         )
     return output
 
 
 def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
-    """Say what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
+    """Name what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
     return translate_out_of_memory(
         f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {device}.",
         "Use a smaller --batch-size or --sequence-length, or --device cpu.",
     )
-
-
-class BlockWeights(Protocol):
-    """Where the weights of blocks are while they are not needed.
-
-    `resident` says that all are in place, always.
-    """
-
-    resident: bool
-
-    def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks one by one, each with its weights in place until the next is asked for."""
-
-    def align(self) -> None:
-        """Have weights that come into place lie at multiples of 64 bytes."""
-
-    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Give parameters that come into place while the context is open these values, by the model's names."""
-
-
-class InMemory:
-    """All blocks have their weights in place, always."""
-
-    resident = True
-
-    def visit(self, blocks: Iterable[int]) -> Generator[int]:
-        """Yield these blocks."""
-        yield from blocks
-
-    def align(self) -> None:
-        """Do nothing: no weight ever comes into place."""
-
-    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Do nothing: no parameter ever comes into place."""
-        return nullcontext()
 
 
 class SkippableModel:
@@ -191,7 +153,7 @@ class SkippableModel:
         self.model = model
         self.device: torch.device = device or input_device(model)
         """Where its tokens go in, and its logits come out."""
-        self.weights = weights or InMemory()
+        self.weights = weights or BlockWeights()
         self.switches = [BlockSwitch(block) for block in blocks]
         self.places = [execution_device(switch.block) or self.device for switch in self.switches]
         """Where each block computes."""
@@ -231,7 +193,7 @@ class SkippableModel:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip = index in removed
-            switch.inject = switch.watch = switch.record = switch.fetch = None
+            switch.inject = switch.pre_hook = switch.hook = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks.
@@ -241,17 +203,17 @@ class SkippableModel:
         self.skip(removed)
         return self._forward(ids, last=last)
 
-    def watch(
+    def run_with_hook(
         self,
         ids: Tensor,
         removed: Collection[int],
-        listen: Callable[[int, Tensor, Tensor], None],
+        hook: Callable[[int, Tensor, Tensor], None],
         start: tuple[int, Tensor] | None = None,
     ) -> None:
-        """Run the model without the removed blocks; pass to `listen` each other block and what enters and leaves it.
+        """Run the model without the removed blocks; call `hook` with each other block and what enters and leaves it.
 
         `start` is a block and the hidden states that enter it: the blocks before it are not run. With a device map, all
-        states are passed on the model's device. An exception raised by `listen` is raised unchanged.
+        states are passed on the model's device. An exception raised by `hook` is raised unchanged.
         """
         first = start[0] if start else 0
         self.skip({*removed, *range(first)})
@@ -259,7 +221,7 @@ class SkippableModel:
             self.switches[first - 1].inject = start[1]
         for index, switch in enumerate(self.switches):
             if index not in removed and index >= first:
-                switch.watch = lambda entering, leaving, block=index: listen(
+                switch.hook = lambda entering, leaving, block=index: hook(
                     block, entering.to(self.device), leaving.to(self.device)
                 )
         self._forward(ids, last=1)
@@ -283,7 +245,7 @@ class SkippableModel:
             raise _Enough
 
         self.skip(range(block))
-        self.switches[block].watch = end
+        self.switches[block].hook = end
         with suppress(_Enough):
             self._forward(ids, last=1)
 
@@ -296,7 +258,7 @@ class SkippableModel:
         self.skip(range(len(self.switches)))
         calls: list[Call] = []
         for index, switch in enumerate(self.switches):
-            switch.record = lambda entering, args, kwargs, block=index: calls.append(
+            switch.pre_hook = lambda entering, args, kwargs, block=index: calls.append(
                 Call(block, entering, args, kwargs)
             )
         self._forward(ids, last=1)
@@ -314,8 +276,8 @@ class SkippableModel:
         align_parameters(self.model)
 
     @contextmanager
-    def in_place(self, block: int) -> Iterator[None]:
-        """Have the weights of a block in place while the context is open."""
+    def loaded(self, block: int) -> Iterator[None]:
+        """Have the weights of a block loaded while the context is open."""
         with closing(self.weights.visit([block])) as here:
             next(here)
             yield
@@ -369,16 +331,6 @@ class SkippableModel:
         with self._translate_errors(states.shape, "backwards"):
             torch.autograd.backward(states, gradient)
 
-    def entering_states(self, ids: Tensor, removed: Collection[int]) -> dict[int, Tensor]:
-        """Return the hidden states that enter each block that is not removed."""
-        states: dict[int, Tensor] = {}
-
-        def keep(block: int, entering: Tensor, leaving: Tensor) -> None:
-            states[block] = entering
-
-        self.watch(ids, removed, keep)
-        return states
-
     def _forward(self, ids: Tensor, *, last: int = 0) -> Tensor:
         options = {"logits_to_keep": last} if last and self._takes_logits_to_keep else {}
         skipped = [index for index, switch in enumerate(self.switches) if switch.skip]
@@ -389,21 +341,22 @@ class SkippableModel:
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:
-        """While the model runs, put the weights of each block in place before it is called."""
+        """While the model runs, load the weights of each block before it is called."""
         if self.weights.resident:
             yield
             return
         here = self.weights.visit(index for index, switch in enumerate(self.switches) if not switch.skip)
 
-        def fetch(block: int) -> None:
+        def fetch(block: int, *inputs: object) -> None:
             if next(here, None) != block:
                 raise UnsupportedModelError(
                     f"{self.model.config.model_type} does not call its blocks once each, in order.",
-                    hint="It cannot be streamed; use a machine with more memory.",
+                    hint="sleb cannot stream it. Use a machine with more memory.",
                 )
 
         for index, switch in enumerate(self.switches):
-            switch.fetch = partial(fetch, index)
+            if not switch.skip:
+                switch.pre_hook = partial(fetch, index)
         with closing(here):
             yield
 
@@ -414,7 +367,7 @@ class SkippableModel:
         def does_not_run(words: str) -> UnsupportedModelError:
             return UnsupportedModelError(
                 f"{self.model.config.model_type} does not run{what and ' ' + what}: {words}.",
-                hint="If it runs whole in transformers, report the family to us.",
+                hint="If the whole model runs in transformers, report the family to us.",
             )
 
         with translate_errors(does_not_run), sequences_fit(shape, self.device):

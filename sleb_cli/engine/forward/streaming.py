@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import pairwise
@@ -30,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from sleb_cli.engine.device import CPU, dtype_name, free_bytes, synchronize
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
+from sleb_cli.engine.forward.block_weights import ALIGNED, BlockWeights
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import fits, loading_problem
@@ -42,11 +43,8 @@ from sleb_plugins.config_keys import kept_blocks
 PAGE = 4096
 """Files are mapped at multiples of this many bytes, and read past the page cache in such pieces."""
 
-ALIGNED = 64
-"""Other weights lie at multiples of this many bytes, the width of the widest vectors."""
-
 WITH_STREAMS = ("cuda", "xpu")
-"""Devices to which a thread copies beside the work of others, out of pinned memory."""
+"""Devices to which a thread copies from pinned memory while others compute."""
 
 
 def choose_to_stream(
@@ -73,8 +71,8 @@ def choose_to_stream(
     if asked is None and needed > free:
         notify(
             Notice(
-                f"{architecture.source.id} needs {format_bytes(needed)} of memory in {dtype_name(dtype)}, and "
-                f"{format_bytes(free)} are free on {device}: its blocks are streamed from its files (--stream)."
+                f"{architecture.source.id} needs {format_bytes(needed)} of memory in {dtype_name(dtype)}, but only "
+                f"{format_bytes(free)} are free on {device}. Streaming its blocks from disk (--stream)."
             )
         )
         return True
@@ -89,8 +87,8 @@ def require_streamable(architecture: Architecture) -> None:
     """
     if architecture.is_quantized:
         raise UnsupportedModelError(
-            f"{architecture.source.id} is quantized, and its packed weights cannot be read block by block.",
-            hint="Stream the model it was quantized from, or leave out --stream.",
+            f"{architecture.source.id} is quantized, so its weights cannot be streamed block by block.",
+            hint="Stream the original model instead, or leave out --stream.",
         )
 
 
@@ -140,20 +138,18 @@ def stream_dense(
     return skippable
 
 
-class StreamedBlocks:
+class StreamedBlocks(BlockWeights):
     """The blocks of a model in its files. Its parameters are on the meta device, except of the block that is visited.
 
     Attributes:
         model: the model.
         modules: its blocks.
-        bytes_read: how many bytes of weights of blocks were read so far.
     """
 
     resident = False
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self._architecture, self._device = architecture, device
-        self.bytes_read = 0
         self.model: Any = architecture.build(architecture.config, dtype)
         self.modules = architecture.blocks_of(self.model)
         self._by_block, outside = _divide(architecture)
@@ -220,7 +216,6 @@ class StreamedBlocks:
         """Read a block and put its weights in place; runs in the thread."""
         stored = self._by_block[block]
         tensors = self._buffers[number % 2].read(stored)
-        self.bytes_read += sum(tensor.size for tensor in stored)
         self._place(tensors)
         self.modules[block].requires_grad_(False)
         empty = [name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta]
@@ -320,12 +315,11 @@ class _Buffer:
                 held = load_pickle(path)
                 found |= {tensor.name: held[tensor.name] for tensor in here}
                 continue
-            direct = self._direct and self.as_mapped
-            with reading(path), _opened(path, direct=direct) as (file, lead):
+            with reading(path), _opened(path, direct=self._direct and self.as_mapped) as file:
                 read_to = None
                 for tensor in sorted(here, key=lambda tensor: tensor.start or 0):
                     begin = self._after(end, tensor, follows=tensor.start == read_to)
-                    _read_into(file, self._host[begin - lead(tensor) :], tensor, lead(tensor))
+                    self._read_into(file, begin, tensor)
                     places[tensor.name], end = (begin, tensor), begin + tensor.size
                     read_to = (tensor.start or 0) + tensor.size
         self._hand_over(end)
@@ -346,8 +340,21 @@ class _Buffer:
         begin = end + (start - place) % PAGE
         return begin if begin - start % PAGE >= end else begin + PAGE
 
+    def _read_into(self, file: int, begin: int, tensor: StoredTensor) -> None:
+        """Read a stored tensor to the place where it begins; in whole pages, if it lies there as in a mapped file."""
+        start = tensor.start or 0
+        lead = start % PAGE if self.as_mapped else 0
+        wanted, done = lead + tensor.size, 0
+        whole = -(-wanted // PAGE) * PAGE if self.as_mapped else wanted
+        view = memoryview(self._host[begin - lead :][:whole].numpy().data)
+        while done < wanted:
+            count = os.preadv(file, [view[done:]], start - lead + done)
+            if not count:
+                raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
+            done += count
+
     def _hand_over(self, size: int) -> None:
-        """Copy what was read to the device, beside what it computes where it can do both."""
+        """Copy what was read to the device, while it computes if it can do both."""
         if self._copies:
             module = torch.get_device_module(self._device.type)
             stream = module.Stream(self._device)
@@ -361,7 +368,8 @@ class _Buffer:
         dtype = TORCH_DTYPES.get(tensor.dtype)
         if dtype is None:
             raise UnsupportedModelError(
-                f"{tensor.name} is stored as {tensor.dtype}, which torch does not have.", hint=""
+                f"{tensor.name} is stored as {tensor.dtype}, which torch does not support.",
+                hint="Convert the weights to a data type of torch.",
             )
         part = self._there[begin : begin + tensor.size]
         if begin % dtype.itemsize:
@@ -369,32 +377,15 @@ class _Buffer:
         return part.view(dtype).view(tensor.shape)
 
 
-Lead = Callable[[StoredTensor], int]
-"""How many bytes before a tensor are read with it."""
-
-
 @contextmanager
-def _opened(path: Path, *, direct: bool) -> Iterator[tuple[int, Lead]]:
-    """Open a file, past the page cache if asked and if its file system can; what is read then begins with a page."""
+def _opened(path: Path, *, direct: bool) -> Iterator[int]:
+    """Open a file, past the page cache if asked and if its file system can; it is then read in whole pages."""
     file = None
     if direct and hasattr(os, "O_DIRECT"):
         with suppress(OSError):
             file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    past_the_cache = file is not None
     file = os.open(path, os.O_RDONLY) if file is None else file
     try:
-        yield file, lambda tensor: (tensor.start or 0) % PAGE if past_the_cache else 0
+        yield file
     finally:
         os.close(file)
-
-
-def _read_into(file: int, target: Tensor, tensor: StoredTensor, lead: int) -> None:
-    """Fill `target` with so many bytes before a stored tensor, and with its own; with a lead, in whole pages."""
-    wanted, first, done = lead + tensor.size, (tensor.start or 0) - lead, 0
-    whole = -(-wanted // PAGE) * PAGE if first % PAGE == 0 else wanted
-    view = memoryview(target[:whole].numpy().data)
-    while done < wanted:
-        count = os.preadv(file, [view[done:]], first + done)
-        if not count:
-            raise ModelError(f"{tensor.path} has become shorter while it was read.", hint="Copy or download it again.")
-        done += count

@@ -418,7 +418,7 @@ def _runs(
 def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
     """Return the hidden states that enter and leave each block but the removed ones, on the CPU."""
     found: list[tuple[Tensor, Tensor]] = []
-    model.watch(ids, removed, lambda block, entering, leaving: found.append((entering.cpu(), leaving.cpu())))
+    model.run_with_hook(ids, removed, lambda block, entering, leaving: found.append((entering.cpu(), leaving.cpu())))
     return found
 
 

@@ -191,7 +191,7 @@ class _Scorer:
             batch_size=self.batch_size,
             checked=CHECKED_TOKENS,
         )
-        self._engine, self._size, self._positions = passes.engine, passes.budget.sequences, passes.budget.positions
+        self._forks, self._size, self._positions = passes.forks, passes.budget.sequences, passes.budget.positions
         if dense.weights.resident:
             return 1
         width: int = self.models.architecture.text_config.hidden_size

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import CPU, as_float64, in_smaller_pieces, translate_out_of_memory
-from sleb_cli.engine.forward.engines import CHECKED_SEQUENCES, choose_engine
+from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import SharedInputs, SpillFile
-from sleb_cli.engine.forward.offload import in_place
+from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.least_squares import Gains, Ridge, Sums, best_ridge, ridge_bytes
@@ -111,8 +111,7 @@ def recover_in_closed_form(
     """
     device, group = skippable.device, group or ProcessGroup()
     with torch.inference_mode():
-        engine, reason = choose_engine(skippable, deciding[:CHECKED_SEQUENCES].to(device))
-        if engine != "fork":
+        if reason := why_not_fork(skippable, deciding[:CHECKED_SEQUENCES].to(device)):
             raise UnsupportedModelError(
                 f"{skippable.model.config.model_type} cannot be recovered: {reason}.", hint="Leave out --recover."
             )

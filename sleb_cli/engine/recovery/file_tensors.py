@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, WeightFiles
-from sleb_cli.engine.forward.offload import in_place
+from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins import UnsupportedModelError
@@ -68,8 +68,8 @@ def weights_at(skippable: SkippableModel, blocks_path: str, name: str) -> Abstra
     """
     block = block_number(blocks_path, name)
     if block is not None:
-        return skippable.in_place(block)
-    return in_place(skippable.model.get_submodule(name.rpartition(".")[0]))
+        return skippable.loaded(block)
+    return loaded(skippable.model.get_submodule(name.rpartition(".")[0]))
 
 
 def block_number(blocks_path: str, name: str) -> int | None:

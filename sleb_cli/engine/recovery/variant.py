@@ -53,7 +53,7 @@ class Variant:
                 found["final"] = leaving
 
         with self.skippable.replaced(self.parameters):
-            self.skippable.watch(ids, self.removed, listen, start)
+            self.skippable.run_with_hook(ids, self.removed, listen, start)
         return found.get("entering", found["final"]), found["final"]
 
     def logits(self, states: Tensor, ids: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ class Scoring:
 
     @cached_property
     def _costs(self) -> Costs:
-        if self.passes.engine != "fork":
+        if not self.passes.forks:
             return EQUAL_COSTS
         return costs_of_fork(len(self.skippable.switches), self.skippable.head_blocks)
 

@@ -1,4 +1,4 @@
-"""Which way of skipping blocks gives the right numbers: the fork if it agrees with passes of the whole model."""
+"""Whether the fork gives the numbers of whole passes of this model; if not, candidates are scored one by one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.fork import fork
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
-from sleb_cli.engine.forward.states import States
-from sleb_cli.plan import Engine
 from sleb_plugins import UnsupportedModelError
 
 # How many candidates, sequences and positions of each are compared before a search.
@@ -17,41 +15,34 @@ CHECKED_SEQUENCES = 2
 CHECKED_POSITIONS = 64
 
 
-def choose_engine(skippable: SkippableModel, ids: Tensor) -> tuple[Engine, str | None]:
-    """Return the fastest engine with the numbers of one-at-a-time skipping, and the reason if it is not the fork.
+def why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
+    """Compare the logits of the fork with those of whole passes, on a few candidates; return how they differ, if so.
 
     Args:
         skippable: the model.
         ids: a few sequences, [batch, positions].
     """
-    reason = _why_not_fork(skippable, ids)
-    return ("plain", reason) if reason else ("fork", None)
-
-
-def _why_not_fork(skippable: SkippableModel, ids: Tensor) -> str | None:
-    """Compare the logits of the fork with those of whole passes, on a few candidates."""
     count = len(skippable.switches)
     blocks = sorted({round(part * (count - 1) / (CHECKED_CANDIDATES - 1)) for part in range(CHECKED_CANDIDATES)})
     blocks = list(range(count)) if count <= 2 * CHECKED_CANDIDATES else blocks
     if not skippable.weights.resident:
         blocks = [count // 2]  # each whole pass reads all weights
-    checked = min(CHECKED_POSITIONS, ids.shape[1])
-    parts = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
     try:
         with sequences_fit(ids.shape, ids.device):
-            return _difference(skippable, ids, blocks, parts)
+            return _difference(skippable, ids, blocks)
     except UnsupportedModelError as error:
         return error.message.rstrip(".")
 
 
-def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int], parts: list[slice]) -> str | None:
-    """Return where the logits of the fork, on these parts of the last positions, are not those of whole passes."""
-    for block, hidden in fork(skippable, ids, (), blocks, States()):
+def _difference(skippable: SkippableModel, ids: Tensor, blocks: list[int]) -> str | None:
+    checked = min(CHECKED_POSITIONS, ids.shape[1])
+    for block, hidden in fork(skippable, ids, (), blocks).items():
         if hidden.shape[:2] != ids.shape:
             return f"{list(ids.shape)} tokens become {list(hidden.shape[:-1])} states"
+        parts = [slice(-checked, -checked // 2), slice(-checked // 2, None)]
         forked = torch.cat([skippable.head(hidden[:, part], ids[:, part]) for part in parts], dim=1)
-        plain = skippable.logits(ids, {block}, last=CHECKED_POSITIONS)
-        if not same_numbers(plain[:, -CHECKED_POSITIONS:], forked):
+        plain = skippable.logits(ids, {block}, last=checked)
+        if not same_numbers(plain[:, -checked:], forked):
             return f"without block {block}, the fork's logits differ from those of the whole model"
     return None
 

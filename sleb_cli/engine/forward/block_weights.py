@@ -1,0 +1,50 @@
+"""Where the weights of blocks are while they are not needed, and how they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALIGNED = 64
+"""Aligned weights lie at multiples of this many bytes, the width of the widest vectors."""
+
+
+class BlockWeights:
+    """Where the weights of blocks are while they are not needed: here, all are in memory.
+
+    `resident` says that a block can run without being visited.
+    """
+
+    resident = True
+
+    def visit(self, blocks: Iterable[int]) -> Generator[int]:
+        """Yield these blocks one by one, each with its weights loaded until the next is asked for."""
+        yield from blocks
+
+    def align(self) -> None:
+        """Have weights that are loaded later be aligned."""
+
+    def replaced(self, values: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Load these values of parameters, by the model's names, while the context is open."""
+        return nullcontext()
+
+
+def aligned(value: Tensor) -> Tensor:
+    """Return an aligned tensor, because fast kernels may round differently at other addresses."""
+    return value.clone() if value.data_ptr() % ALIGNED else value
+
+
+def align_parameters(model: Any) -> None:
+    """Align the weights that are in memory."""
+    for parameter in model.parameters():
+        parameter.data = aligned(parameter.data)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Return where a module that accelerate placed is computed; None for others."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if place is None else torch.device(place)
