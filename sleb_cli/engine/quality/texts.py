@@ -225,7 +225,8 @@ class _Scorer:
         predicted: Iterator[list[Predictions]]
         if dense.weights.resident:
             predicted = (
-                [predict(skippable, batch, removed, self._engine) for skippable, removed in models] for batch in batches
+                [predict(skippable, batch, removed, forks=self._forks) for skippable, removed in models]
+                for batch in batches
             )
         else:
             predicted = predict_together(dense, batches, [removed for _, removed in models])

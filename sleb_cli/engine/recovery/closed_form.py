@@ -149,7 +149,8 @@ class _States:
         self.decides = slice(len(self.ids), None)
         self.deciding = self._take(deciding, batch)
         shared = SharedInputs()
-        self.calls = [shared.of(skippable.calls(ids), lambda branch, hidden: self.held(hidden)) for ids in self.ids]
+        calls = [skippable.calls(ids) for ids in self.ids]
+        self.calls = [shared.of(of_batch, self.held(of_batch[0].entering)) for of_batch in calls]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
@@ -310,13 +311,13 @@ class _Recovery:
                         Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
                     )
                 return False
-            with self.skippable.in_place(block):
+            with self.skippable.loaded(block):
                 fit = fit_block(projections, partial(self._fit, block))
             self._keep_if_better(block, gap, projections, fit)
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
     def _find(self, block: int) -> list[ResidualProjection]:
-        with self.skippable.in_place(block), self.skippable.replaced(self.values):
+        with self.skippable.loaded(block), self.skippable.replaced(self.values):
             return find_residual_projections(self.skippable, self.states.calls[0][block], self.states.pruned[0])
 
     def _refit_norm(self) -> None:
@@ -328,7 +329,7 @@ class _Recovery:
             lambda: final_norm(self.skippable, states.pruned[0].to(self.skippable.device), states.ids[0])
         )
         if norm is not None:
-            with in_place(model.get_submodule(norm.name)):
+            with loaded(model.get_submodule(norm.name)):
                 rows = partial(states.rows_of_norm, norm=norm)
                 self._keep_if_better(None, 0, [norm], self._best_fit(rows, model, [norm], self.values))
 
@@ -376,7 +377,7 @@ class _Recovery:
         """Return a new value where it stays until the end."""
         if self.spill_to is None:
             return self.states.held(value)
-        return SpillFile(self.spill_to, 1, value.nbytes).hold(0, 0, value)
+        return SpillFile(self.spill_to, 1, value.nbytes).hold(0, value)
 
     def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values

@@ -37,7 +37,7 @@ def find_bad(passes: Passes) -> tuple[SkippedRecord, ...]:
     def start() -> Listener[int]:
         return listen
 
-    states = passes.watch_together(batches, (), blocks, start)
+    states = passes.score_states(batches, (), blocks, start)
     units = [(batch, ()) for batch in batches]
     losses = {batch: scores for batch, _, scores in passes.score_units(NegativeLogLikelihood(), (), units)}
     bad: list[SkippedRecord] = []

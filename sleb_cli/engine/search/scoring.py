@@ -43,7 +43,7 @@ def engine_of(metric: Metric, passes: Passes) -> Engine:
     """Return how candidates are scored by this metric."""
     if isinstance(metric, WeightMetric):
         return "weights"
-    return "model" if isinstance(metric, ModelMetric) else passes.engine
+    return "model" if isinstance(metric, ModelMetric) else "fork" if passes.forks else "plain"
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class Scoring:
             return deal([*batches], self.group.size)
 
         def measure(mine: Sequence[int]) -> Iterator[Scores]:
-            watched = self.passes.watch_together(mine, removed, blocks, start, remembered=longest)
+            watched = self.passes.score_states(mine, removed, blocks, start, remembered=longest)
             for batch, scores in watched.items():
                 for (first, last), found in scores.items():
                     yield ((*removed, *range(first, last)), last, batch), found
