@@ -54,7 +54,7 @@ class CalibrationRecord(Record):
     """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
 
     `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations.
-    `skipped` are sequences that were drawn and left out, if any; all else is that of the sequences used.
+    `skipped` lists the drawn sequences that were left out; everything else describes those that were used.
     """
 
     source: str

@@ -17,8 +17,7 @@ LARGEST = 64 << 20
 """The largest record that is read, in bytes."""
 
 # A list of three bytes takes hundreds in memory, and pydantic keeps an error for each wrong item.
-MOST_ITEMS = 1 << 21
-MOST_FAULTS = 1000
+MOST_PARTS, MOST_ITEMS, MOST_FAULTS = 1 << 19, 1 << 21, 1000
 
 MOST_BLOCKS = 4096
 """More than any model has."""
@@ -65,8 +64,8 @@ def read_text(path: Path) -> str:
         raise UnreadableRecord(error.strerror or "it cannot be opened") from error
     except UnicodeDecodeError as error:
         raise UnreadableRecord("it is not text") from error
-    if text.count(",") > MOST_ITEMS:
-        raise UnreadableRecord("it has millions of items, more than any record")
+    if sum(map(text.count, ("{", "[", '":'))) > MOST_PARTS or text.count(",") > MOST_ITEMS:
+        raise UnreadableRecord("it has millions of parts, more than any record")
     return text
 
 

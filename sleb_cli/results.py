@@ -159,8 +159,8 @@ class DivergenceRecord(Record):
 class PrunedTextScores(TextScores):
     """The scores without `removals`, and how they differ from the dense model's on the same tokens.
 
-    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token; its error takes what belongs together,
-    documents or windows, as one observation.
+    `log_ratio` is ln(pruned perplexity / dense perplexity), in nats per token; its standard error takes a document or a
+    window as one observation.
     """
 
     removals: tuple[int, ...]
@@ -173,8 +173,8 @@ class PrunedTextScores(TextScores):
 class TextResult(Record):
     """One text on the dense and each pruned model. Windows overlap if `stride` is set, and each token counts once.
 
-    `tokens`, `words` and `bytes` count what is predicted. `clusters` are the observations behind each standard error:
-    so many of `clustered_by`.
+    `tokens`, `words` and `bytes` count what is predicted. `clusters` counts the observations behind each standard
+    error, which are `clustered_by` documents or windows.
     """
 
     text: str
@@ -282,7 +282,7 @@ class EvalResult(ResultRecord):
 
     @property
     def setting(self) -> tuple[object, ...]:
-        """What results share that can stand beside each other."""
+        """What two results must share to be merged."""
         model = (self.model.fingerprint, self.model.code, self.behavior)
         return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
 
@@ -345,7 +345,7 @@ class Workload(Record):
 
     @property
     def identity(self) -> tuple[object, ...]:
-        """What makes it the same workload again, however often it is run."""
+        """What identifies the workload, however often it is run."""
         return (
             self.name, self.engine, self.batch_size, self.prompt_length, self.new_tokens, self.compiled,
             self.static_cache,
@@ -370,8 +370,7 @@ class WarmupRecord(Record):
 class MemoryRecord(Record):
     """The peak memory of a process that runs nothing else: the weights, the KV cache at its largest, and the rest.
 
-    On a CPU it is what is resident in memory, so the rest holds the program, too; on an accelerator, what torch
-    allocates.
+    On a CPU, this is resident memory, so the rest includes the program; on an accelerator, it is what torch allocates.
     """
 
     peak_bytes: int
@@ -384,7 +383,7 @@ EnergySource = Literal["NVML", "RAPL"]
 
 
 class EnergyRecord(Record):
-    """The energy of each iteration, and its means; `source` counts that of the whole GPU or processor package.
+    """The energy of each iteration, and its means; `source` measures the whole GPU or processor package.
 
     A token is a generated one, or one of the prompt if none is generated.
     """
@@ -460,8 +459,8 @@ class PrunedTiming(Timing):
     """The timing without `removals`; `speedup` is dense over pruned, of the medians from end to end.
 
     `interval` is its 95 % bootstrap interval over rounds; null if there are too few for one. `bound` is the speedup
-    that the work of the two models allows; null if the work is unknown. Where time goes to starting operations rather
-    than to the work, the ratio of the blocks is the bound instead.
+    that the work of the two models allows; null if the work is unknown. If starting operations takes longer than
+    the work itself, the ratio of the blocks is the bound instead.
     """
 
     removals: tuple[int, ...]
@@ -473,8 +472,8 @@ class PrunedTiming(Timing):
 class WorkloadResult(Record):
     """One workload on the dense and each pruned model, run in turn, and in every other round in reverse.
 
-    `attention` is the implementation that transformers uses; null for other engines. Models that do not fit together
-    are timed in pairs, each size with the dense model, whose runs are then all in `dense`.
+    `attention` is the implementation that transformers uses; null for other engines. Models that share no weights are
+    timed in pairs, each size with the dense model, and `dense` then has the dense runs of all pairs.
     """
 
     workload: Workload
@@ -516,7 +515,7 @@ class BenchResult(ResultRecord):
 
     @property
     def setting(self) -> tuple[object, ...]:
-        """What results share that can stand beside each other."""
+        """What two results must share to be merged."""
         model = (self.model.fingerprint, self.model.code)
         return (*model, self.dtype, self.device, self.processor, self.threads, self.torch, self.transformers)
 

@@ -82,7 +82,7 @@ def compare(rng: random.Random, request: BenchRequest) -> dict[str, float]:
         surgery = plan_surgery(architecture, removals)
         subject = Subject(surgery, None)
         start = time.perf_counter()
-        estimate = estimate_speed(subject, replace(request, every=blocks), ignore)
+        estimate = estimate_speed(subject, replace(request, every=blocks, iterations=None), ignore)
         took = time.perf_counter() - start
         on = choose_device(request.device)
         kind = choose_dtype(str(request.dtype), None, on)

@@ -103,7 +103,7 @@ def test_an_invalid_plan_is_refused(llama_plan, changes, message):
     ("content", "message"),
     [
         (b"", "Invalid JSON"), (b"{", "Invalid JSON"), (b"[]", "Input should be an object"),
-        (b"\xff\xfe\x00", "it is not text"), (b"[" + b"1," * (1 << 22) + b"1]", "it has millions of items"),
+        (b"\xff\xfe\x00", "it is not text"), (b"[" + b"1," * (1 << 22) + b"1]", "it has millions of parts"),
     ],
     ids=["nothing", "cut off", "a list", "bytes", "millions of items"],
 )  # fmt: skip

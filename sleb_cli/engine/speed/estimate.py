@@ -70,14 +70,6 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
     return min(found)
 
 
-@dataclass(frozen=True)
-class _Predicted:
-    """The work of a workload, and the seconds of each part of the model."""
-
-    work: Work
-    seconds: Sizes
-
-
 def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> EstimateResult:
     """Predict the speed of each workload and the memory of each size. No weights are read.
 
@@ -98,12 +90,12 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
             rate = Rate(request.device_flops, request.device_bandwidth)
         else:
             rate = measure_rate(dtype, device)
-        predicted = []
+        predicted: list[tuple[Work, Sizes]] = []
         for workload in workloads:
             shape = workload.batch_size, workload.prompt_length, workload.new_tokens
             work = count_work(architecture, *shape, dtype)
             seconds = _seconds(work, rate)
-            predicted.append(_Predicted(work, seconds) if known else _Predicted(_even_work(work), _even(seconds)))
+            predicted.append((work, seconds) if known else (_even_work(work), _even(seconds)))
             advance()
         processor = None if described else processor_name(device)
     parameters, cache = count_parameters(architecture), _cache(architecture, workloads, dtype)
@@ -118,7 +110,15 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
             parameters=round(parameters.without(removed)),
             weights_bytes=round(parameters.without(removed) * dtype.itemsize),
             kv_cache_bytes=round(cache.without(removed)) if cache else None,
-            timings=tuple(_timing(one, removed) for one in predicted),
+            timings=tuple(
+                EstimatedTiming(
+                    work=work.record(removed),
+                    seconds=seconds.without(removed),
+                    speedup=seconds.without(()) / seconds.without(removed),
+                    bound=speedup_bound(work, removed),
+                )
+                for work, seconds in predicted
+            ),
         )
 
     return EstimateResult(
@@ -131,7 +131,10 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
         processor=processor,
         flops_per_second=rate.flops_per_second,
         bytes_per_second=rate.bytes_per_second,
-        workloads=tuple(map(_workload, workloads)),
+        workloads=tuple(
+            EstimatedWorkload(**workload.model_dump(include=set(EstimatedWorkload.model_fields)))
+            for workload in workloads
+        ),
         dense=size(()),
         pruned=tuple(map(size, removals)),
     )
@@ -194,22 +197,3 @@ def _cache(architecture: Architecture, workloads: Sequence[Workload], dtype: tor
         return None
     last = generating[-1]
     return cache_bytes(architecture, dtype, length=last.prompt_length + last.new_tokens, batch=last.batch_size)
-
-
-def _timing(predicted: _Predicted, removed: tuple[int, ...]) -> EstimatedTiming:
-    seconds = predicted.seconds.without(removed)
-    return EstimatedTiming(
-        work=predicted.work.record(removed),
-        seconds=seconds,
-        speedup=predicted.seconds.without(()) / seconds,
-        bound=speedup_bound(predicted.work, removed),
-    )
-
-
-def _workload(workload: Workload) -> EstimatedWorkload:
-    return EstimatedWorkload(
-        name=workload.name,
-        batch_size=workload.batch_size,
-        prompt_length=workload.prompt_length,
-        new_tokens=workload.new_tokens,
-    )
