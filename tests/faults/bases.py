@@ -70,7 +70,7 @@ def make_bases(program: Program, top: Path) -> dict[str, Path]:
     write_gguf(top / "files" / "whole.gguf", "llama", 4, keys)
     convert_llama(top / "llama" / "model", top / "files" / "real.gguf")
     (top / "files" / "rows.jsonl").write_bytes(b"\n".join(map(to_text, ROWS)))
-    program.run(*SEARCH, "-o", "plan.json", cwd=top / "planned")
+    program.run(*SEARCH, "--protect-first", 0, "-o", "plan.json", cwd=top / "planned")
     # Killed as it gives something its name, a command leaves what it had saved.
     for name, command, at in (("journal", RESUME, 1), ("walk", STREAM, 2), ("healing", HEAL, 3)):
         fault = Fault(top / name, at, KILL, Calls.RENAME)

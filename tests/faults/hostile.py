@@ -261,7 +261,8 @@ def _touched(folder: Path) -> Iterator[Any]:
             while data := os.read(fd, 65536):
                 while data:
                     mask, length = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
-                    found.add(f"{data[16 : 16 + length].rstrip(bytes(1)).decode()} ({mask:#x})")
+                    if name := data[16 : 16 + length].rstrip(bytes(1)).decode():  # what lies there, not the list of it
+                        found.add(f"{name} ({mask:#x})")
                     data = data[16 + length :]
         return found
 

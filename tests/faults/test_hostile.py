@@ -289,7 +289,7 @@ HOSTILE = {
     "links, pipes and folders": (20, 400, 0.05, 0.3, links),
     "GGUF files": (60, 2500, 0.03, 0.3, gguf),
     "GGUF files of whole models": (8, 100, 0, 0.3, real_gguf),
-    "plans": (30, 1000, 0.02, 0.5, record("files", "plan.json", SUMMARY)),
+    "plans": (30, 1000, 0, 0.5, record("files", "plan.json", SUMMARY)),
     "plans of whole models": (8, 80, 0, 0.3, record("planned", "plan.json", *PLANNED)),
     "evaluations": (12, 400, 1, 0, record("files", "plan.eval.json", SUMMARY)),
     "benchmarks": (12, 400, 1, 0, record("files", "plan.bench.json", SUMMARY)),

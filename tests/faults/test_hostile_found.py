@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from conftest import prose
-from faults.bases import CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, PLANNED, RESUME, ROWS, SEARCH, SUMMARY
+from faults.bases import APPLY, CHAT, CUT, CUT_GGUF, ESTIMATE, HEAL, PLANNED, RESUME, ROWS, SEARCH, SUMMARY
 from faults.hostile import FOLDER, PIPE, PLACE, Case, Link, Sparse, require_well, run_cases
 from faults.lies import (
     ARRAY,
@@ -88,7 +88,7 @@ MODELS = {
     "a shape of truths": (CUT, entry(shape=[True] * 4 + [16]), MODEL, "model.safetensors"),
     "a shape whose product takes hours": (CUT, entry(dtype="X", shape=[2**62] * 400_000), MODEL, "model.safetensors"),
     "a name twice": (CUT, weights(lambda header: twice(header, "model.norm.weight")), MODEL, "model.safetensors"),
-    "commands for a terminal": (CUT, weights(renamed), MODEL, "missing"),
+    "commands for a terminal": (APPLY, weights(renamed), MODEL, "missing"),
     "a config by a link": (CUT, put("model/config.json", Link("../outside/config.json")), MODEL, "link"),
     "a tokenizer by a link": (CUT, put("model/tokenizer.json", Link("../outside/tokenizer.json")), MODEL, "link"),
     "weights by a link": (CUT, put("model/model.safetensors", Link("../outside/model.safetensors")), MODEL, "link"),
@@ -250,7 +250,7 @@ TASKS = {
     + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     + "task: x\n",
     "code": "task: x\ndoc_to_text: !!python/object/apply:os.system ['touch outside/ran']\n",
-    "no data": "task: x\ndataset_path: outside\noutput_type: loglikelihood\n",
+    "no data": "task: x\ndataset_path: nowhere\noutput_type: loglikelihood\n",
 }
 
 
@@ -280,7 +280,7 @@ def ggufs():
         yield name, "files", CUT_GGUF, put("whole.gguf", Sparse(head, 1 << 41)), MODEL, "whole.gguf"
     for (name, content), words in product(special("whole.gguf"), (CUT_GGUF, ("eval", "whole.gguf"))):
         make = put("whole.gguf", content)
-        yield f"{words[0]}: a GGUF file that is {name}", "files", words, make, (2, 4), "whole.gguf"
+        yield f"{words[0]}: a GGUF file that is {name}", "files", words, make, (2, 4), ""
 
 
 def records():
@@ -291,7 +291,9 @@ def records():
     for name, change in CHANGED_PLANS.items():
         yield f"a plan: {name}", "files", SUMMARY, changed("plan.json", change), PLAN, "plan.json"
     for (words, shown), command in product(SHOWN.items(), (("apply",), ("export", "--to", "indices"), SUMMARY)):
-        make = changed("plan.json", lambda plan, words=words: {"model": plan["model"] | {"id": f"/x/{words}"}})
+        make = changed(
+            "plan.json", lambda plan, words=words: {"model": plan["model"] | {"id": f"/x/{words}", "revision": None}}
+        )
         codes, said = ((0,), shown.rpartition("/")[2]) if command is SUMMARY else (MODEL, shown)
         yield f"{command[-1]}: {shown} on the screen", "files", command, make, codes, re.escape(said)
     for words in PLANNED:  # whatever a plan names, what a command writes lies where it was started
