@@ -329,7 +329,7 @@ class HealRecord(Record):
 
 
 class RecoveryRecord(Record):
-    """How the kept blocks were recovered, on which text, and the losses on text that decided nothing.
+    """How the kept blocks were recovered, on which text, and the losses on held-out text.
 
     Values were fitted to `text`; `deciding_text` chose ridges, fits and the point that is kept; `dense`, `pruned`,
     `closed_form_losses` and `heal.losses` are measured on `report_text`. No document is in two of them. Stages that

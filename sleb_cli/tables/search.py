@@ -68,7 +68,7 @@ def comparison(result: CompareResult) -> Table:
 
 
 def recovery(record: RecoveryRecord) -> Table:
-    """Return the losses of a recovered model on text that decided nothing."""
+    """Return the losses of a recovered model on held-out text."""
     stages = {"dense": record.dense, "pruned": record.pruned, "recovered in closed form": record.closed_form_losses}
     if record.heal:
         stages[f"healed on {record.heal.tokens:,} tokens"] = record.heal.losses
@@ -78,7 +78,7 @@ def recovery(record: RecoveryRecord) -> Table:
         if losses
     ]
     text = record.report_text
-    notes = [f"{record.summary}, measured on {text} that decided nothing"]
+    notes = [f"{record.summary}, measured on {text}, held out"]
     return Table("Recovery", ["model", "perplexity", "loss, nats", "KL from dense, nats"], rows, notes)
 
 
