@@ -42,13 +42,12 @@ def show_estimate(result: EstimateResult, output: Path | None) -> None:
     print_title(short_name(result.model.id))
     show_table(speed.estimated_sizes(result))
     show_table(speed.estimated_speeds(result))
-    flops, read = f"{result.flops_per_second / 1e9:,.4g} GFLOP/s", f"{result.bytes_per_second / 1e9:,.3g} GB/s"
+    flops, read = result.flops_per_second, result.bytes_per_second
     if result.device == "described":
-        print_line(f"predicted for {result.dtype} on a device of {flops} and {read}")
+        print_line(f"predicted for {result.dtype} on a device of {flops / 1e12:.4g} TFLOP/s and {read / 1e12:.4g} TB/s")
     else:
-        print_line(
-            f"predicted for {result.dtype} on {result.device}, {result.processor}: {flops} and {read} measured here"
-        )
+        print_line(f"predicted for {result.dtype} on {result.device}, {result.processor}")
+        print_line(f"measured here: {flops / 1e9:,.4g} GFLOP/s and {read / 1e9:,.3g} GB/s")
     if any(size.removals is None for size in result.pruned):
         print_line("Assumes that the removed blocks are average ones.")
     print_written(output)

@@ -47,4 +47,4 @@ def test_a_model_that_does_not_fit_is_streamed_with_a_notice(run_sleb, tiny_llam
     monkeypatch.setattr(streaming, "free_bytes", lambda device: 150_000)
     result, found = measured(run_sleb, tiny_llama, text_file)
     assert found == expected
-    assert "are free on cpu: its blocks are streamed from its files (--stream)" in result.stderr
+    assert "are free on cpu. Streaming its blocks from disk (--stream)" in result.stderr

@@ -105,7 +105,7 @@ def test_when_no_more_can_go_the_search_says_how_many_did(run_sleb, text_file, t
     result = search(run_sleb, folder, text_file, "--remove", 3, *options)
     assert result.exit_code == 4, result.stderr
     assert "can be removed after " in result.stderr
-    assert "Remove 2 blocks: with --resume, nothing is measured again" in result.stderr
+    assert "Remove 2 blocks. With --resume, nothing is measured again" in result.stderr
     result = search(run_sleb, folder, text_file, "--remove", 2, *options, "--resume")
     assert result.exit_code == 0, result.stderr
     assert set(read_plan(tmp_path / "plan.json").removals) == {2, 3}

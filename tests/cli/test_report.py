@@ -478,7 +478,7 @@ def test_an_exporter_that_needs_no_model_gets_none(exported, tmp_path, monkeypat
     offered = [*exporters.sleb_exporters(), Greedy()]
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     write_measured(tmp_path, make_plan(6, 1))
-    assert "says that it needs none" in exported("wants-more", code=6).stderr
+    assert "declares that it needs none" in exported("wants-more", code=6).stderr
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_conversations_are_scored_on_their_answers(search, run_sleb, tmp_path):
     assert plans[0].dense.loss != plans[1].dense.loss
     assert run_sleb("search", folder, "--extend", "plan.json", "--remove", 3).exit_code == 0
     assert read_plan(tmp_path / "plan.json").steps[:2] == plans[1].steps
-    assert "with --chat" in search("--remove", 1, "--force", code=5, **of_chat).stderr
+    assert "--chat needs" in search("--remove", 1, "--force", code=5, **of_chat).stderr
 
 
 def test_cosine_needs_one_pass_and_still_gives_the_perplexity(found):

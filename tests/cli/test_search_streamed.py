@@ -109,6 +109,12 @@ def test_a_search_that_ends_within_a_walk_goes_on_from_there(search, tiny_llama,
     monkeypatch.setattr(saved_walk, "SHARE", 1e9)
 
 
+@pytest.fixture
+def saved_after_each_block(monkeypatch):
+    monkeypatch.setattr(saved_walk, "FEWEST_SECONDS", 0.0)
+    monkeypatch.setattr(saved_walk, "SHARE", 1e9)
+
+
 @pytest.mark.usefixtures("saved_after_each_block")
 def test_if_the_disk_is_full_the_search_continues(run_sleb, tiny_llama, text_file, monkeypatch):
     def full(path):

@@ -244,7 +244,7 @@ def test_gradients_with_less_memory_are_the_same(model, sequences, depths):
     """States of fewer depths are kept, and those between are computed again."""
     available, blocks = depths * sequences.numel() * 32 * 4, [0, 1, 3, 4, 5]
     if depths == 5:
-        with pytest.raises(MachineError, match=r"Gradients need .* beside the model, but may take only"):
+        with pytest.raises(MachineError, match=r"Gradients need .* in addition to the model, but only"):
             gradients_of(model, sequences, blocks, available=available)
         return
     expected, found = (gradients_of(model, sequences, blocks, available=most) for most in (2**63, available))

@@ -126,7 +126,7 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
     assert result.exit_code == 0, result.stderr
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert (plan["search"]["device"], plan["environment"]["processor"]) == ("sim", "Simulated device")
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2")
+    result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2", "-o", "other.json")
     assert result.exit_code == 7
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
 

@@ -87,7 +87,6 @@ MODELS = {
     "a shape of texts": (CUT, entry(shape=["16"]), MODEL, "model.safetensors"),
     "a shape of truths": (CUT, entry(shape=[True] * 4 + [16]), MODEL, "model.safetensors"),
     "a shape whose product takes hours": (CUT, entry(dtype="X", shape=[2**62] * 400_000), MODEL, "model.safetensors"),
-    "a name twice": (CUT, weights(lambda header: twice(header, "model.norm.weight")), MODEL, "model.safetensors"),
     "commands for a terminal": (APPLY, weights(renamed), MODEL, "missing"),
     "a config by a link": (CUT, put("model/config.json", Link("../outside/config.json")), MODEL, "link"),
     "a tokenizer by a link": (CUT, put("model/tokenizer.json", Link("../outside/tokenizer.json")), MODEL, "link"),
@@ -109,7 +108,7 @@ TEMPLATES = [
     "{{ raise_exception('\x1b[2Jno') }}", "{% if %}", "{{ messages[99].content }}", "{{ {}.update.__globals__ }}", "\0",
     "{{ messages.clear() }}", "{{ messages.append(1) }}", "{% set x = namespace() %}{{ x }}", "{{ '(' * 100000 }}", "",
     "{% generation %}x{% endgeneration %}", "{{" + "(" * 5000 + ")" * 5000 + "}}", "{{ [1]|sum(start=[])}}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ strftime_now('%Y' * 10**6) }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 ]  # fmt: skip
 
 

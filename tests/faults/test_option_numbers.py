@@ -60,7 +60,7 @@ def words_of(verb, name, flag, model, plan, text):
             return (plan, "--sequence-length", 16, "--max-windows", 2, *texts)
         case "bench":
             shape = () if flag == "--sweep" else ("--batch-size", 1, "--prompt-length", 4, "--new-tokens", 2)
-            return (plan, *shape, "--iterations", 1, "--warmup", 0)
+            return (plan, *shape, *(() if name.startswith("device_") else ("--iterations", 1, "--warmup", 0)))
     return (plan, "--to", "indices")
 
 
@@ -73,7 +73,8 @@ def test_a_number_out_of_reason_works_or_is_refused_in_a_sentence(
     for value in (*NEVER, *PERHAPS):
         result = run_sleb(*words, shape.format(value))
         refused = result.exit_code == 2
-        assert refused or (value in PERHAPS and result.exit_code == 0), (value[:40], result.stderr)
+        # 5: no task fits into the tiny model
+        assert refused or (value in PERHAPS and result.exit_code in (0, 5)), (value[:40], result.stderr)
         assert not refused or re.search(r"error: \S.*[.?]|Invalid value", result.stderr), (value[:40], result.stderr)
 
 

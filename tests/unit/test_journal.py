@@ -121,13 +121,13 @@ def test_two_searches_do_not_write_one_journal(written):
     assert kept(written) == 20
 
 
-@pytest.mark.parametrize(("found", "words"), [(0, "an earlier"), (2, "a newer")])
-def test_a_journal_of_another_format_says_of_which_side(path, monkeypatch, found, words):
+@pytest.mark.parametrize("found", [0, 2])
+def test_a_journal_of_another_format_is_refused(path, monkeypatch, found):
     with monkeypatch.context() as patch:
         patch.setattr(module, "FORMAT", found)
         with open_journal(path, SEARCH) as journal:
             journal.add([1.0], [3])
-    with pytest.raises(PlanError, match=f"{words} version of sleb began"):
+    with pytest.raises(PlanError, match="Another version of sleb began"):
         kept(path)
 
 

@@ -43,15 +43,15 @@ def test_each_score_is_that_of_whole_logits(scored):
     assert "divergence" not in scores[0]
 
 
-def scores_of(*models, engine="fork", positions=1000):
+def scores_of(*models, forks=True, positions=1000):
     model = random_model(llama_config())
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        return score_tokens(IDS, [predict(skippable, IDS, removed, engine) for removed in models], positions)
+        return score_tokens(IDS, [predict(skippable, IDS, removed, forks=forks) for removed in models], positions)
 
 
 def test_the_plain_engine_has_the_same_scores(scored):
     _, dense, pruned = scored
-    plain, without = scores_of((), (2,), engine="plain")
+    plain, without = scores_of((), (2,), forks=False)
     torch.testing.assert_close(plain["nll"], dense["nll"])
     torch.testing.assert_close(without["divergence"], pruned["divergence"], atol=1e-5, rtol=1e-4)
 

@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
 from sleb_plugins.errors import DataError, UsageError
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import Metric, ModelMetric
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 
 DEFAULT_ITEMS = 100
 BATCH_SIZE = 8
@@ -48,6 +49,8 @@ class TaskError(ModelMetric):
             DataError: the task is unknown, or its file or data cannot be read.
             UsageError: the number of items is invalid.
         """
+        from sleb_cli.engine.quality.lm_eval_tasks import TaskSettings, load_tasks  # torch, so here
+
         named, _, items = argument.rpartition(":")
         if not named:
             named, items = argument, str(DEFAULT_ITEMS)
