@@ -24,7 +24,6 @@ from faults.lies import (
     parse,
     text,
     to_text,
-    twice,
     weight_file,
 )
 
