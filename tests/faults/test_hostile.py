@@ -301,7 +301,7 @@ HOSTILE = {
         bases["llama"], "text.txt", texts(prose(40).encode()), SEARCH, EVAL)),
     "rows": (20, 500, 0.02, 0.25, lambda bases: replaced(
         bases["files"], "rows.jsonl", rows(ROWS), (*SEARCH, "--calibration", "rows.jsonl"))),
-    "chats": (20, 500, 0, 0.25, lambda bases: replaced(
+    "chats": (20, 500, 0.02, 0.25, lambda bases: replaced(
         bases["chat"], "chat.jsonl", rows([{"messages": TALK}] * 6), CHAT)),
 }  # fmt: skip
 
