@@ -27,7 +27,7 @@ def test_the_model_card_lets_both_speak(searched, run_sleb, tmp_path):
     assert run_sleb("apply", "-o", "three").exit_code == 0
     card = (tmp_path / "three" / "README.md").read_text()
     said = read_plan(tmp_path / "plan.json").sample_generation
-    assert "**The pruned model repeats itself much more than the base model.**" in card
+    assert "**The pruned model repeats itself: " in card
     for text in (said.dense, said.pruned):
         assert " ".join(text.split()).replace("`", "'") in card
     # Of a model that was not heard, nothing is said.
