@@ -112,11 +112,8 @@ def target_summary(target: TargetRecord, plan: Plan) -> str:
             return f"target: {target.asked} parameters; {remain}; {cost}"
         case "target_memory":
             serving = target.serving
-            cache = (
-                f"a KV cache in {serving.dtype} for {serving.batch} x {serving.length} tokens"
-                if serving
-                else "a KV cache"
-            )
+            assert serving is not None
+            cache = f"a KV cache in {serving.dtype} for {serving.batch} x {serving.length} tokens"
             needs = f"weights and {cache} take {format_bytes(target.reached)}, not {format_bytes(target.dense)}"
             return f"target: {target.asked}; {needs}; {cost}"
         case "target_speedup":

@@ -10,52 +10,55 @@ from hypothesis import strategies as st
 
 from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.forward import memory_budget
-from sleb_cli.engine.process_group import ProcessGroup, deal
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.race import look_schedule, rounds
-from sleb_cli.engine.search.shares import EQUAL_COSTS, costs_of_fork, deal_units, split
+from sleb_cli.engine.search.shares import deal_jobs, split
 from sleb_plugins import MachineError, OutputError
 
-COSTS = costs_of_fork(12, head=2.0)
+
+def fork_cost(block):
+    return 12 - block + 2.0
 
 
-def cost(share, costs=COSTS):
-    return sum(costs.base(candidates[-1]) + sum(map(costs.branch, candidates)) for _, candidates in share)
+def equal_cost(block):
+    return 1.0
 
 
-def work(turns):
-    return sorted((batch, block) for turn in turns for share in turn for batch, blocks in share for block in blocks)
+def time_of(share, cost):
+    """In the time of a block: the base up to the last candidate of each batch, and each candidate's branch above it."""
+    return sum(
+        (blocks[-1] if cost is fork_cost else 0) + sum(cost(block) - (cost is fork_cost) for block in blocks)
+        for _, blocks in share
+    )
+
+
+def scored(turns):
+    return [(batch, block) for turn in turns for share in turn for batch, blocks in share for block in blocks]
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 11))
 def test_every_candidate_of_every_batch_is_scored_once(batches, processes, candidates):
-    units = [(batch, list(range(candidates))) for batch in range(batches)]
-    turns = list(deal_units(units, processes, COSTS))
+    work = [(batch, list(range(candidates))) for batch in range(batches)]
+    turns = list(deal_jobs(work, processes, fork_cost))
     assert all(len(turn) == processes for turn in turns)
-    assert work(turns) == [(batch, block) for batch in range(batches) for block in range(candidates)]
+    # In the order of the batches, so that all processes record the same.
+    assert scored(turns) == [(batch, block) for batch in range(batches) for block in range(candidates)]
     for turn in turns[:-1]:
         assert all(len(share) == 1 for share in turn)
 
 
 def test_batches_go_to_the_same_processes_in_every_step():
-    units = [(batch, [1, 2, 3]) for batch in range(7)]
-    turns = list(deal_units(units, 3, COSTS))
-    assert [[share[0][0] for share in turn] for turn in turns[:2]] == [[0, 1, 2], [3, 4, 5]]
-    assert [batch for share in turns[2] for batch, _ in share] == [6, 6, 6]
-    assert list(deal([4, 5, 6], 2)) == [[[4], [5]], [[6], []]]
-    # More processes than candidates leave some idle.
-    assert split([(0, [1, 2])], 4, EQUAL_COSTS) == [[(0, [1])], [(0, [2])], [], []]
+    turns = list(deal_jobs([(batch, [1, 2, 3]) for batch in range(7)], 3, fork_cost))
+    assert [[share[0][0] for share in turn] for turn in turns] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
 
 
-@pytest.mark.parametrize(("batches", "processes"), [(1, 2), (1, 3), (2, 3), (4, 8), (5, 8)])
-@pytest.mark.parametrize("costs", [COSTS, EQUAL_COSTS])
-def test_what_is_left_is_split_evenly(batches, processes, costs):
-    units = [(batch, list(range(1, 11))) for batch in range(batches)]
-    shares = split(units, processes, costs)
-    most = max(costs.base(10) + costs.branch(1), max(map(costs.branch, range(1, 11))))
-    assert max(cost(share, costs) for share in shares) <= cost(units, costs) / processes + most
-    # In the order of the units, so that all processes record the same.
-    flat = [(batch, block) for share in shares for batch, blocks in share for block in blocks]
-    assert flat == [(batch, block) for batch, blocks in units for block in blocks]
+@pytest.mark.parametrize(("batches", "processes"), [(1, 2), (1, 3), (2, 3), (4, 8), (5, 8), (1, 12)])
+@pytest.mark.parametrize(("cost", "most"), [(fork_cost, 10 + 12), (equal_cost, 1)])
+def test_what_is_left_is_split_evenly(batches, processes, cost, most):
+    """The longest base and branch more than an even share, at most."""
+    work = [(batch, list(range(1, 11))) for batch in range(batches)]
+    longest = max(time_of(share, cost) for share in split(work, processes, cost))
+    assert longest <= time_of(work, cost) / processes + most
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40))

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sleb_cli.engine.search.choices import Outcome, Protection
-from sleb_cli.engine.search.strategies import STRATEGIES, Problem, free_spans, strategy_name
+from sleb_cli.engine.search.strategies import STRATEGIES, Problem, free_spans
 from sleb_plugins import ModelError, UnsupportedModelError, UsageError
 
 SEEDS = pytest.mark.parametrize("seed", range(20))
@@ -18,8 +18,15 @@ def candidates(blocks, first=1, last=1, kept=()):
     return lambda removed: Protection(first, last, kept).candidates(blocks, removed)
 
 
+def problem_of(score, candidates, remove, **options):
+    def score_spans(spans):
+        return Outcome({span[-1]: score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
+
+    return Problem(score, candidates, remove, score_spans=score_spans, **options)
+
+
 def search(strategy, score, candidates, remove, **options):
-    choices = list(STRATEGIES[strategy].search(Problem(score, candidates, remove, **options)))
+    choices = list(STRATEGIES[strategy].search(problem_of(score, candidates, remove, **options)))
     for choice in choices:
         assert len(set(choice.removals)) == len(choice.removals)
         assert choice.outcome.scores[choice.block] == choice.score
@@ -74,10 +81,6 @@ def test_greedy_removes_the_cheapest_that_is_not_protected(costs, protected, rem
     assert [choice.removals for choice in later] == [removals[:size] for size in range(2, len(removals) + 1)]
 
 
-def test_only_survivors_of_a_race_can_win():
-    assert search("greedy", lambda r, c: Outcome({3: 1.0, 2: 1.0}), candidates(6), 1)[0].block == 2
-
-
 @SEEDS
 def test_a_wide_beam_finds_the_best_of_every_size(seed):
     costs = Costs(7, seed)
@@ -118,23 +121,6 @@ def test_refine_finds_what_only_a_swap_of_two_finds():
     assert sum(sorted(choice.removals) == list(best) for choice, best in found) > 45
 
 
-def test_pairs_are_tried_of_the_four_nearest_misses():
-    checked = 0
-    for seed in range(20):
-        costs = Costs(12, seed, pairs=0.3)
-        (end,) = costs.search("refine", 3)[-1:]
-        if end.swaps:
-            continue
-        gone = frozenset(end.removals)
-        closest = {block: min(costs.of(gone - {back} | {block}) for back in gone) for block in set(range(1, 11)) - gone}
-        near = sorted(closest, key=closest.__getitem__)[:4]
-        pairs = itertools.product(itertools.combinations(gone, 2), itertools.combinations(near, 2))
-        expected = {gone - set(back) | set(pair) for back, pair in pairs}
-        assert {asked for asked in costs.asked if len(asked) == 3 and len(asked - gone) == 2} == expected
-        checked += 1
-    assert checked > 5
-
-
 def test_refine_has_nothing_to_swap_at_either_end():
     assert Costs(6, 0).search("refine", 1)[0].swaps == ()
     assert sorted(Costs(6, 0).search("refine", 4)[-1].removals) == [1, 2, 3, 4]
@@ -158,18 +144,6 @@ def test_contiguous_finds_the_best_span_of_each_size(seed):
         spans = [tuple(range(start, start + size)) for start in range(1, 9 - size)]
         assert choice.removals == min(spans, key=costs.of)
         assert len(choice.outcome.scores) == len(spans)
-
-
-def test_contiguous_scores_spans_as_it_is_told():
-    asked = []
-
-    def score_spans(spans):
-        asked.append(spans)
-        return Outcome({span[-1]: abs(span[0] - 2) for span in spans})
-
-    choices = Costs(7, 0).search("contiguous", 2, score_spans=score_spans)
-    assert [choice.removals for choice in choices] == [(2,), (2, 3)]
-    assert asked == [[(b,) for b in range(1, 6)], [(b, b + 1) for b in range(1, 5)]]
 
 
 @pytest.mark.parametrize(
@@ -233,7 +207,7 @@ def test_ties_go_to_the_lowest_blocks(strategy):
 @EACH
 def test_a_strategy_may_be_stopped_early(strategy):
     costs = Costs(12, 0)
-    assert len(next(STRATEGIES[strategy].search(Problem(costs.score, candidates(12), 5))).removals) == 1
+    assert len(next(STRATEGIES[strategy].search(problem_of(costs.score, candidates(12), 5))).removals) == 1
     assert len(costs.asked) <= 10
 
 
@@ -241,10 +215,4 @@ def test_a_strategy_may_be_stopped_early(strategy):
 def test_as_many_sets_are_scored_as_progress_expects(strategy):
     costs = Costs(12, 0)
     costs.search(strategy, 4, width=3)
-    assert len(costs.asked) == sum(STRATEGIES[strategy].evaluations(10, 4, 3))
-
-
-def test_a_strategy_nobody_knows():
-    with pytest.raises(UsageError) as error:
-        strategy_name("gredy")
-    assert error.value.hint == "Did you mean 'greedy'?"
+    assert len(costs.asked) == sum(STRATEGIES[strategy].evaluations(10, 4, 3 if strategy == "beam" else 1))

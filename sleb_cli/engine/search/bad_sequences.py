@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name, wider_range
-from sleb_cli.engine.forward.passes import Listener, Passes
+from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import SkippedRecord
@@ -21,31 +21,26 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 QUOTED_TOKENS, QUOTED_CHARACTERS = 16, 40
 NAMED = 5
 
-_BEFORE_BLOCKS = -1
-
 
 @torch.inference_mode()
 def find_bad(passes: Passes) -> tuple[SkippedRecord, ...]:
     """Return the sequences whose hidden states or losses in the dense model are not all finite, in their order."""
     blocks, batches = range(len(passes.skippable.switches)), range(len(passes.batches))
 
-    def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[int, list[float]]]:
+    def listen(block: int, entering: Tensor, leaving: Tensor) -> Iterable[tuple[str, list[float]]]:
         if block == 0:
-            yield _BEFORE_BLOCKS, _are_finite(entering)
-        yield block, _are_finite(leaving)
+            yield "the embeddings", _are_finite(entering)
+        yield f"block {block}", _are_finite(leaving)
 
-    def start() -> Listener[int]:
-        return listen
-
-    states = passes.score_states(batches, (), blocks, start)
-    units = [(batch, ()) for batch in batches]
-    losses = {batch: scores for batch, _, scores in passes.score_units(NegativeLogLikelihood(), (), units)}
-    bad: list[SkippedRecord] = []
-    rows = [(batch, row) for batch in batches for row in range(len(losses[batch]))]
-    for number, (of, row) in enumerate(rows, start=1):
-        first = next((place for place in (_BEFORE_BLOCKS, *blocks) if not states[of][place][row]), None)
-        if first is not None or not math.isfinite(losses[of][row]):
-            bad.append(SkippedRecord(sequence=number, first=_place(first)))
+    found = passes.score_states(batches, (), blocks, lambda: listen)
+    for batch, _, losses in passes.score_units(NegativeLogLikelihood(), (), [(batch, ()) for batch in batches]):
+        found[batch]["the head"] = [float(math.isfinite(loss)) for loss in losses]
+    bad = []
+    rows = [(batch, row) for batch in batches for row in range(len(passes.batches[batch]))]
+    for number, (batch, row) in enumerate(rows, start=1):
+        first = next((place for place, finite in found[batch].items() if not finite[row]), None)
+        if first:
+            bad.append(SkippedRecord(sequence=number, first=first))
     return tuple(bad)
 
 
@@ -53,10 +48,6 @@ def _are_finite(states: Tensor) -> list[float]:
     """Return 1 for each sequence whose hidden states, [batch, positions, hidden size], are all finite, else 0."""
     finite: list[float] = states.isfinite().flatten(1).all(1).float().tolist()
     return finite
-
-
-def _place(block: int | None) -> str:
-    return "the head" if block is None else "the embeddings" if block == _BEFORE_BLOCKS else f"block {block}"
 
 
 def leave_out(calibration: Calibration, bad: Sequence[SkippedRecord], least: int, notify: Notify) -> Calibration:

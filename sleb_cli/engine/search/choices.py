@@ -68,10 +68,6 @@ class Protection:
         remaining = [block for block in range(count) if block not in removed]
         return [b for b in remaining[self.first : len(remaining) - self.last] if b not in self.blocks]
 
-    def most(self, count: int) -> int:
-        """Return how many of `count` blocks may be removed; at least one always stays."""
-        return min(len(self.candidates(count, ())), count - 1)
-
 
 def comparable(score: float) -> float:
     """Return a score that can be compared: what is not a finite number is worse than any that is."""
@@ -83,18 +79,18 @@ def ranking(scores: Mapping[int, float]) -> list[int]:
     return sorted(scores, key=lambda block: (scores[block], block))
 
 
-def require_choice(outcome: Outcome, removed: Sequence[int]) -> Outcome:
-    """Return the outcome, if a candidate can be chosen from it.
+def require_best(outcome: Outcome, removed: Sequence[int]) -> int:
+    """Return the candidate with the lowest score.
 
     Raises:
         ModelError: no score is finite; the message names the blocks.
     """
-    scores = outcome.scores
-    if scores and min(scores.values()) == math.inf:
+    best = outcome.best
+    if outcome.scores[best] == math.inf:
         without = f" (with {', '.join(map(str, removed))} already removed)" if removed else ""
-        blocks = f"block {min(scores)}" if len(scores) == 1 else "any one of the candidates"
+        blocks = f"block {best}" if len(outcome.scores) == 1 else "any one of the candidates"
         raise ModelError(
             f"Without {blocks}{without}, the model computes numbers that are not finite.",
             hint="Use a data type with a wider range: --dtype bfloat16 or float32. No plan was written.",
         )
-    return outcome
+    return best

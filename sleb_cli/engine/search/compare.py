@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from sleb_cli.atomic import require_new_file
@@ -15,7 +16,7 @@ from sleb_cli.engine.search.resolve import can_race, resolve_search
 from sleb_cli.engine.search.run import load_inputs, run_search
 from sleb_cli.engine.search.strategies import strategy_name
 from sleb_cli.engine.search.targets import chosen_target
-from sleb_cli.events import Event, Notice, Notify
+from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import Plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_STRATEGY, SearchRequest, StrategyName
@@ -24,24 +25,8 @@ from sleb_cli.version import __version__
 from sleb_plugins import UsageError
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A metric and the strategy to search with."""
-
-    metric: str
-    strategy: StrategyName
-
-    def __str__(self) -> str:
-        return f"{self.metric}@{self.strategy}"
-
-    def plan_path(self, output: Path) -> Path:
-        """Return the plan path that names this entry's journal; no plan is written there."""
-        name = re.sub(r"[^\w.+@-]", "-", str(self))  # task:piqa
-        return output.with_name(f"{output.name}.{name}")
-
-
 def compare_removals(
-    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup | None = None
+    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> tuple[CompareResult, Plan]:
     """Search once for each entry of `request.compare`; return all results and the best plan.
 
@@ -51,27 +36,26 @@ def compare_removals(
     Raises:
         UsageError: the entries cannot be compared. Raised before any work.
     """
-    notify_once = _each_notice_once(notify)
+    notify = _each_notice_once(notify)
     entries = parse_entries(request)
-    group = group or ProcessGroup()
     if group.is_main:
         require_new_file(request.plan_file, force=request.force)
-    requests = [_request_for(request, entry, registry) for entry in entries]
-    resolved = group.one_first(lambda: [resolve_search(each, registry, notify_once) for each in requests])
+    requests = [_request_for(request, metric, strategy, registry) for metric, strategy in entries]
+    resolved = group.one_first(lambda: [resolve_search(each, registry, notify) for each in requests])
     inputs = load_inputs(resolved[0], group, notify)
     compared: list[ComparedRecord] = []
     plans: list[Plan] = []
-    for number, (entry, search) in enumerate(zip(entries, resolved, strict=True), start=1):
-        notify(Notice(f"{number} of {len(entries)}: {entry}"))
+    for number, ((metric, strategy), search) in enumerate(zip(entries, resolved, strict=True), start=1):
+        notify(Notice(f"{number} of {len(entries)}: {metric}@{strategy}"))
         free_memory()  # each search takes a share of what is free, which the last one's states are not yet
         started = time.monotonic()
-        plan = run_search(search, inputs, group, notify_once, started)
+        plan = run_search(search, inputs, started)
         last = plan.steps[-1]
         plans.append(plan)
         compared.append(
             ComparedRecord(
-                metric=entry.metric,
-                strategy=entry.strategy,
+                metric=metric,
+                strategy=strategy,
                 removals=plan.removals,
                 perplexity=last.perplexity,
                 held_out_perplexity=last.held_out.perplexity if last.held_out else None,
@@ -91,13 +75,13 @@ def compare_removals(
         dense_perplexity=best.dense.perplexity,
         dense_held_out_perplexity=best.dense.held_out.perplexity if best.dense.held_out else None,
         compared=tuple(compared),
-        best=str(entries[number]),
+        best="@".join(entries[number]),
     )
     return result, best
 
 
-def parse_entries(request: SearchRequest) -> tuple[Entry, ...]:
-    """Read the entries of `--compare`.
+def parse_entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:
+    """Read the entries of `--compare`: a metric, and the strategy to search with.
 
     Raises:
         UsageError: a strategy is unknown, an entry is alone or a duplicate, or the plans would differ in size.
@@ -112,49 +96,46 @@ def parse_entries(request: SearchRequest) -> tuple[Entry, ...]:
             "--compare compares metrics at the same size, and a loss or a speedup does not fix the size.",
             hint="Use --remove, --ratio, --target-params or --target-memory.",
         )
-    usual = request.strategy or DEFAULT_STRATEGY
     entries = []
     for text in request.compare:
         metric, at, strategy = text.rpartition("@")
-        entries.append(Entry(metric, strategy_name(strategy)) if at else Entry(text, strategy_name(usual)))
+        usual = request.strategy or DEFAULT_STRATEGY
+        entries.append((metric, strategy_name(strategy)) if at else (text, strategy_name(usual)))
     if len(entries) < 2 or len(set(entries)) < len(entries):
         problem = "names an entry twice" if len(entries) > 1 else "needs at least two entries"
         raise UsageError(
             f"--compare {','.join(request.compare)} {problem}.",
             hint="For example: --compare nll,cosine,angular@contiguous.",
         )
-    return tuple(entries)
+    return entries
 
 
-def _request_for(request: SearchRequest, entry: Entry, registry: Registry) -> SearchRequest:
+def _request_for(request: SearchRequest, metric: str, strategy: StrategyName, registry: Registry) -> SearchRequest:
     """Return the request for one search, with `--fast` only where candidates can race."""
-    races = can_race(registry.metric(entry.metric), entry.strategy)
     return replace(
         request,
-        metric=entry.metric,
-        strategy=entry.strategy,
-        beam_width=request.beam_width if entry.strategy == "beam" else None,
-        fast=request.fast if races else False,
-        output=entry.plan_path(request.plan_file),
+        metric=metric,
+        strategy=strategy,
+        beam_width=request.beam_width if strategy == "beam" else None,
+        fast=request.fast if can_race(registry.metric(metric), strategy) else False,
+        output=_plan_path(request.plan_file, metric, strategy),
         compare=(),
     )
+
+
+def _plan_path(output: Path, metric: str, strategy: str) -> Path:
+    """Return the plan path that names the journal of one search; no plan is written there."""
+    name = re.sub(r"[^\w.+@-]", "-", f"{metric}@{strategy}")  # task:piqa
+    return output.with_name(f"{output.name}.{name}")
 
 
 def delete_journals(result: CompareResult, output: Path, notify: Notify) -> None:
     """Delete the journals of all compared searches."""
     for compared in result.compared:
-        entry = Entry(compared.metric, strategy_name(compared.strategy))
-        delete_journal(journal_of(entry.plan_path(output)), notify)
+        delete_journal(journal_of(_plan_path(output, compared.metric, compared.strategy)), notify)
 
 
 def _each_notice_once(notify: Notify) -> Notify:
     """Forward events, but each notice only once: every search repeats those about the model."""
-    seen = set()
-
-    def tell(event: Event) -> None:
-        if event not in seen:
-            notify(event)
-        if isinstance(event, Notice):
-            seen.add(event)
-
-    return tell
+    once = cache(notify)
+    return lambda event: once(event) if isinstance(event, Notice) else notify(event)

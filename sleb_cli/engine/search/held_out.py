@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from sleb_cli.engine.search.race import student_quantile
 from sleb_cli.engine.text.calibration import Calibration
-from sleb_cli.plan import HeldOutRecord, Step
+from sleb_cli.plan import Step
 from sleb_plugins import UsageError
 
 ERROR = 0.05
@@ -16,9 +16,6 @@ ERROR = 0.05
 
 # With fewer degrees of freedom, the standard error is too uncertain to conclude anything.
 MIN_DEGREES_OF_FREEDOM = 3
-
-Losses = Callable[[Sequence[int]], Sequence[float]]
-"""Takes the removed blocks; returns the loss of each sequence, in nats per token."""
 
 
 def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calibration | None]:
@@ -41,29 +38,6 @@ def hold_out(calibration: Calibration, share: float) -> tuple[Calibration, Calib
     return calibration.part(slice(0, kept)), calibration.part(slice(kept, None))
 
 
-def compare_with_held_out(
-    searched: Losses, held_out: Losses, removed: Sequence[int], perplexity: Callable[[float], float], steps: int
-) -> HeldOutRecord:
-    """Measure the held-out sequences without these blocks, and whether a search of so many steps overfits.
-
-    Without removed blocks, there is nothing to compare yet.
-    """
-    losses = held_out(removed)
-    loss = fmean(losses)
-    if not removed:
-        return HeldOutRecord(loss=loss, perplexity=perplexity(loss))
-    generalization_gap, error, overfits = compare_growth(
-        _growth(searched(()), searched(removed)), _growth(held_out(()), losses), ERROR / steps
-    )
-    return HeldOutRecord(
-        loss=loss,
-        perplexity=perplexity(loss),
-        generalization_gap=generalization_gap,
-        standard_error=error,
-        overfits=overfits,
-    )
-
-
 def overfitting_note(steps: Sequence[Step]) -> str | None:
     """Return a warning that names the first step that overfits, if any does."""
     for number, step in enumerate(steps, start=1):
@@ -76,10 +50,6 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
                 "More or other calibration text may help."
             )
     return None
-
-
-def _growth(before: Sequence[float], after: Sequence[float]) -> list[float]:
-    return [new - old for old, new in zip(before, after, strict=True)]
 
 
 def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: float) -> tuple[float, float, bool]:

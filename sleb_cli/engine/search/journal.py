@@ -58,18 +58,6 @@ def _walk_path(journal: Path, rank: int = 0) -> Path:
     return journal.with_name(f"{journal.name}.walk.{rank}")
 
 
-def require_no_journal(path: Path, *, resume: bool, force: bool) -> None:
-    """Refuse, before any work, to overwrite an unfinished search.
-
-    Raises:
-        OutputError: there is one, and neither `resume` nor `force` is set.
-    """
-    if path.exists() and not (resume or force):
-        raise OutputError(
-            f"{path} holds an unfinished search.", hint="Continue it with --resume, or start over with --force."
-        )
-
-
 def delete_journal(path: Path, notify: Notify) -> None:
     """Delete a journal, and the walks beside it, once the plan is written; the listener is told if that fails."""
     try:

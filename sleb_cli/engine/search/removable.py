@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.search.choices import Protection
@@ -21,11 +21,6 @@ class Removable:
     def __init__(self, architecture: Architecture, protection: Protection, notify: Notify) -> None:
         self.architecture, self.protection, self.notify = architecture, protection, notify
         self._known: dict[tuple[int, ...], list[int]] = {}
-
-    @property
-    def most(self) -> int:
-        """How many blocks are not protected; at least one always stays."""
-        return self.protection.most(self.architecture.block_count)
 
     def candidates(self, removed: Sequence[int]) -> list[int]:
         """Return the blocks that may be removed after `removed`, in order; the result is cached.
@@ -50,7 +45,14 @@ class Removable:
         is_uniform = not any(architecture.kinds)
         if is_uniform and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free
-        stay = {block: why for block, why in zip(free, self._obstacles(removed, free), strict=True) if why}
+        stay = {}
+        # The first step takes some seconds on a deep model.
+        notify = ignore if removed else self.notify
+        with task(notify, "Checking which blocks can be removed", len(free), "blocks") as advance:
+            for block in free:
+                if why := self._obstacle(removed, block):
+                    stay[block] = why
+                advance()
         if len(stay) == len(free):
             raise UnsupportedModelError(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can be removed{after}: "
@@ -62,14 +64,6 @@ class Removable:
             names = f"Block {block} stays" if len(stay) == 1 else f"Blocks {', '.join(map(str, stay))} stay"
             self.notify(Notice(f"{names}: without block {block}, {why}."))
         return [block for block in free if block not in stay]
-
-    def _obstacles(self, removed: Sequence[int], free: Sequence[int]) -> Iterator[str | None]:
-        """Try each block; report progress in the first step, which takes some seconds on a deep model."""
-        notify = ignore if removed else self.notify
-        with task(notify, "Checking which blocks can be removed", len(free), "blocks") as advance:
-            for block in free:
-                yield self._obstacle(removed, block)
-                advance()
 
     def _obstacle(self, removed: Sequence[int], block: int) -> str | None:
         return Surgery(self.architecture, (*removed, block)).obstacle()

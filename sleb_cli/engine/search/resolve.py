@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, get_args
 
 from sleb_cli.atomic import require_new_file
@@ -15,15 +16,13 @@ from sleb_cli.engine.forward.streaming import choose_to_stream
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.journal import journal_of, require_no_journal
+from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
 from sleb_cli.engine.search.targets import (
-    LossTarget,
     SizeTarget,
     Target,
     chosen_target,
-    longest_run,
     option_of,
     resolve_target,
 )
@@ -57,6 +56,7 @@ from sleb_plugins import (
     MachineError,
     Metric,
     ModelMetric,
+    OutputError,
     PlanError,
     UnsupportedModelError,
     UsageError,
@@ -131,7 +131,7 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
     calibration = resolve_calibration(request, architecture, chat=request.chat)
     if placement.stream:
         require_given_text(calibration)
-    target = resolve_target(request, architecture, protection, placement, notify)
+    target = resolve_target(request, architecture, placement, notify)
     resolved = ResolvedSearch(
         request=request,
         extended=extended,
@@ -185,7 +185,10 @@ def _require_place(request: SearchRequest) -> None:
     # An unfinished search was allowed to write the plan, and may have been killed just after it did.
     replaces = request.plan_file == request.extend or (request.resume and journal.exists())
     require_new_file(request.plan_file, force=request.force or replaces)
-    require_no_journal(journal, resume=request.resume, force=request.force)
+    if journal.exists() and not (request.resume or request.force):
+        raise OutputError(
+            f"{journal} holds an unfinished search.", hint="Continue it with --resume, or start over with --force."
+        )
 
 
 def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> ResolvedSearch:
@@ -194,27 +197,29 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
     Raises:
         UsageError: the target is already met, cannot be met, or does not fit the strategy.
     """
-    if isinstance(target, SizeTarget) and target.counts_blocks and resolved.gone and target.met(resolved.gone):
-        asked = len(target.sizes.blocks) - int(target.most)
-        raise UsageError(
-            f"{resolved.request.extend} already has {len(resolved.gone)} removals, and the target is {asked}.",
-            hint="Ask for more. For fewer, `sleb apply --remove N` uses the first N.",
-        )
-    blocks = resolved.architecture.block_count
+    blocks, gone = resolved.architecture.block_count, resolved.gone
     candidates = resolved.removable.protection.candidates(blocks, ())
-    if resolved.strategy_name == "refine" and isinstance(target, SizeTarget) and not target.has_equal_blocks:
-        raise UsageError(
-            f"--strategy refine swaps blocks, and those of this model differ in size, so it may miss "
-            f"{option_of(target.name)}.",
-            hint="Use --strategy greedy, or --remove.",
-        )
-    if resolved.strategy_name == "contiguous" and isinstance(target, LossTarget):
+    if isinstance(target, SizeTarget):
+        if resolved.strategy_name == "refine" and len(set(target.sizes.blocks)) > 1:
+            raise UsageError(
+                f"--strategy refine swaps blocks, and those of this model differ in size, so it may miss "
+                f"{option_of(target.name)}.",
+                hint="Use --strategy greedy, or --remove.",
+            )
+        return replace(resolved, target=target, remove=target.removals(candidates, gone))
+    if resolved.strategy_name == "contiguous":
         candidates = longest_run(candidates)
-    most = min(target.removals(candidates, resolved.gone), blocks - 1)
-    if isinstance(target, LossTarget):
-        limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
-        notify(Notice(f"The search removes up to {most} blocks, and stops before {limit}."))
+    most = min(len({*candidates, *gone}), blocks - 1)
+    limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
+    notify(Notice(f"The search removes up to {most} blocks, and stops before {limit}."))
     return replace(resolved, target=target, remove=most)
+
+
+def longest_run(blocks: Sequence[int]) -> list[int]:
+    """Return the longest run of consecutive blocks; the first one if several are equally long."""
+    # As long as blocks are consecutive, they are as far ahead of their place in the list.
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
+    return max(runs, key=len, default=[])
 
 
 def _place(request: SearchRequest, metric: Metric, architecture: Architecture, notify: Notify) -> Placement:
@@ -331,44 +336,33 @@ def _protected(request: SearchRequest, architecture: Architecture) -> tuple[int,
 
 
 def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
-    """Fill unset options from the extended plan, or from the defaults."""
-    defaults: dict[str, Any] = {
+    """Fill unset options from the extended plan, or from the defaults.
+
+    Raises:
+        PlanError: the plan names a task file to be loaded, which can name Python code, which would run.
+    """
+    values: dict[str, Any] = {
         "metric": DEFAULT_METRIC,
         "strategy": DEFAULT_STRATEGY,
         "protect_first": DEFAULT_PROTECTED,
         "protect_last": DEFAULT_PROTECTED,
         "dtype": AUTO,
         "holdout": 0.0,
+        "seed": 0,
     }
-    if extended is None:
-        return _fill(request, defaults | {"seed": 0})
-    search, text = extended.search, extended.calibration
-    if request.metric is None:
-        _require_no_task_file(search.metric)
-    planned = {name: getattr(search, name) for name in (*defaults, "batch_size", "fast", "protect", "load_in")}
-    planned |= {"calibration": text.source, "chat": text.chat, "seed": text.seed}
-    planned |= {"sequence_length": text.sequence_length}
-    if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
-        planned["samples"] = text.drawn
-    if text.skipped:
-        request = replace(request, skip_bad_sequences=True)
-    return _fill(request, planned)
-
-
-def _require_no_task_file(metric: str) -> None:
-    """Make sure that a plan names no task file to be loaded, since such a file can name Python code, which would run.
-
-    Raises:
-        PlanError: it does.
-    """
-    if re.search(r"\.ya?ml(?=[:+]|$)", metric):
-        raise PlanError(
-            f"The plan's metric is {metric}, and a task file may run code.",
-            hint=f"If you trust that file, name it yourself: --metric {shlex.quote(metric)}.",
-        )
-
-
-def _fill(request: SearchRequest, values: Mapping[str, Any]) -> SearchRequest:
-    """Set the fields that are unset."""
-    left_open = [name for name in values if getattr(request, name) is None]
-    return replace(request, **{name: values[name] for name in left_open})
+    if extended is not None:
+        search, text = extended.search, extended.calibration
+        if request.metric is None and re.search(r"\.ya?ml(?=[:+]|$)", search.metric):
+            raise PlanError(
+                f"The plan's metric is {search.metric}, and a task file may run code.",
+                hint=f"If you trust that file, name it yourself: --metric {shlex.quote(search.metric)}.",
+            )
+        of_search = {*values, "batch_size", "fast", "protect", "load_in"} - {"seed"}
+        values = {name: getattr(search, name) for name in of_search}
+        values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
+        values["calibration"] = text.source
+        if text.source not in REFERENCE_PRESETS:  # their samples count rows of text, not sequences
+            values["samples"] = text.drawn
+        if text.skipped:
+            request = replace(request, skip_bad_sequences=True)
+    return replace(request, **{name: value for name, value in values.items() if getattr(request, name) is None})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,14 +25,14 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, leave_out, unsound
 from sleb_cli.engine.search.choices import Choice
-from sleb_cli.engine.search.held_out import compare_with_held_out, hold_out, overfitting_note
+from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out, overfitting_note
 from sleb_cli.engine.search.journal import journal_of, open_journal, saved_walk_of
 from sleb_cli.engine.search.race import LOOKS
 from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_target
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.strategies import Problem
-from sleb_cli.engine.search.targets import LossTarget, Target, option_of
+from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, option_of
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import (
@@ -68,19 +69,22 @@ from sleb_plugins import (
     UsageError,
 )
 
+LARGEST_LOSS = math.log(sys.float_info.max)
+"""In nats per token; the perplexity of a larger one is no finite number."""
+
 
 @dataclass(frozen=True)
 class SearchInputs:
-    """What all searches of one model on one text share, loaded once."""
+    """What all searches of one model on one text share, loaded once; the processes, and the listener for events."""
 
     tokenizer: Any
     model: SkippableModel
     calibration: Calibration
+    group: ProcessGroup
+    notify: Notify
 
 
-def find_removals(
-    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup | None = None
-) -> Plan:
+def find_removals(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> Plan:
     """Search for the blocks that the model can best do without, alone or together with other processes.
 
     Measurements are kept in a journal next to `request.plan_file`; delete it once the plan is written.
@@ -88,10 +92,9 @@ def find_removals(
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    group = group or ProcessGroup()
     resolved = group.one_first(lambda: resolve_search(request, registry, notify))
     started = time.monotonic()
-    return run_search(resolved, load_inputs(resolved, group, notify), group, notify, started)
+    return run_search(resolved, load_inputs(resolved, group, notify), started)
 
 
 def load_inputs(resolved: ResolvedSearch, group: ProcessGroup, notify: Notify) -> SearchInputs:
@@ -107,14 +110,14 @@ def load_inputs(resolved: ResolvedSearch, group: ProcessGroup, notify: Notify) -
     calibration = group.from_main(lambda: calibrate(resolved.calibration, tokenizer, lambda: model().model, notify))
 
     def find() -> Any:
-        with model() as skippable, task(notify, "Looking for bad sequences"):
-            whole = calibration.to(skippable.device)
-            return find_bad(_prepare(skippable, whole, request, ProcessGroup(), notify)[0])
+        alone = SearchInputs(tokenizer, model(), calibration, ProcessGroup(), notify)
+        with alone.model as skippable, task(notify, "Looking for bad sequences"):
+            return find_bad(_prepare(alone, calibration.to(skippable.device), request)[0])
 
     if request.skip_bad_sequences:
         calibration = leave_out(calibration, group.from_main(find), 2 if request.holdout else 1, notify)
     _require_continuation(resolved, calibration)
-    return SearchInputs(tokenizer, model(), calibration)
+    return SearchInputs(tokenizer, model(), calibration, group, notify)
 
 
 def _require_continuation(resolved: ResolvedSearch, calibration: Calibration) -> None:
@@ -151,31 +154,31 @@ def _across_versions(metrics: Mapping[str, MetricRecord]) -> dict[str, Any]:
     }
 
 
-def run_search(
-    resolved: ResolvedSearch, inputs: SearchInputs, group: ProcessGroup, notify: Notify, started: float
-) -> Plan:
+def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -> Plan:
     """Run a resolved search that began at `started`, on inputs that it may share with others.
 
     Raises:
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
-    request, placement, model = resolved.request, resolved.placement, inputs.model
-    timer = SpeedupTimer(resolved.removable, placement, model.model, request.target_workload, group, notify)
+    request, model, notify = resolved.request, inputs.model, inputs.notify
+    timer = SpeedupTimer(
+        resolved.removable, resolved.placement, model.model, request.target_workload, inputs.group, notify
+    )
     if resolved.target is None:
         resolved = with_target(resolved, timer.target(str(request.target_speedup)), notify)
     unchanged = resolved.architecture.source.watch.unchanged
     searched, kept = hold_out(inputs.calibration.to(model.device), request.holdout or 0)
     with unchanged(), model, task(notify, "Checking the engine"):
-        passes, reason = _prepare(model, searched.shuffled() if request.fast else searched, request, group, notify)
+        passes, reason = _prepare(inputs, searched.shuffled() if request.fast else searched, request)
     held_out = passes.over(kept.sequences, kept.loss_mask) if kept else None
     record = _search_record(resolved, passes, held_out, reason)
-    with _scoring(resolved, inputs, passes, held_out, record, group, notify) as scoring, unchanged():
+    with _scoring(resolved, inputs, passes, held_out, record) as scoring, unchanged():
         with model:
-            dense = resolved.extended.dense if resolved.extended else _measure_dense(scoring, resolved)
-            trace = _search_to_target(resolved, dense, scoring, notify)
+            dense = resolved.extended.dense if resolved.extended else _measure_dense(resolved, scoring)
+            trace = _search_to_target(resolved, dense, scoring)
             if warning := overfitting_note(trace.steps):
                 notify(Notice(warning))
-            sample = _sample(resolved, inputs, trace.removals, group, notify)
+            sample = _sample(resolved, scoring, trace.removals)
         target = _target_record(resolved.target, dense, trace, timer)
     return Plan(
         schema_version=1,
@@ -187,20 +190,20 @@ def run_search(
         removals=trace.removals,
         steps=tuple(trace.steps),
         sample_generation=sample,
-        environment=environment_record(dict(resolved.plugins), placement.device, time.monotonic() - started),
+        environment=environment_record(dict(resolved.plugins), resolved.placement.device, time.monotonic() - started),
     )
 
 
-def _prepare(
-    model: SkippableModel, calibration: Calibration, request: SearchRequest, group: ProcessGroup, notify: Notify
-) -> tuple[Passes, str | None]:
+def _prepare(inputs: SearchInputs, calibration: Calibration, request: SearchRequest) -> tuple[Passes, str | None]:
     asked = None if request.memory is None else str(request.memory)
     # The same in all processes, so that they have the same batches.
-    memory, host_memory = (min(group.gather(available_memory(device, asked))) for device in (model.device, CPU))
+    memory, host_memory = (
+        min(inputs.group.gather(available_memory(device, asked))) for device in (inputs.model.device, CPU)
+    )
     return prepare_passes(
-        model,
+        inputs.model,
         calibration.sequences,
-        notify,
+        inputs.notify,
         loss_mask=calibration.loss_mask,
         memory=str(memory),
         batch_size=request.batch_size,
@@ -239,16 +242,10 @@ def _search_record(
 
 @contextmanager
 def _scoring(
-    resolved: ResolvedSearch,
-    inputs: SearchInputs,
-    passes: Passes,
-    held_out: Passes | None,
-    record: SearchRecord,
-    group: ProcessGroup,
-    notify: Notify,
+    resolved: ResolvedSearch, inputs: SearchInputs, passes: Passes, held_out: Passes | None, record: SearchRecord
 ) -> Iterator[Scoring]:
     """Open the journal of this search, and yield what scores its candidates."""
-    request, source = resolved.request, resolved.architecture.source
+    request, source, group = resolved.request, resolved.architecture.source, inputs.group
     # All that measurements depend on; the number of removals is not part of it.
     identity = {
         "sleb": __version__,
@@ -262,7 +259,7 @@ def _scoring(
     with open_journal(
         journal_of(request.plan_file),
         identity,
-        notify,
+        inputs.notify,
         resume=request.resume,
         group=group,
         whole_models=isinstance(resolved.metric, LogitMetric | ModelMetric),
@@ -282,7 +279,7 @@ def _scoring(
             replace(passes, saved_walk=saved_walk_of(request.plan_file, identity, group.rank)),
             journal,
             inputs.tokenizer,
-            notify,
+            inputs.notify,
             fast=bool(request.fast),
             winners=resolved.beam_width,
             held_out=held_out,
@@ -291,16 +288,17 @@ def _scoring(
         )
 
 
-def _measure_dense(scoring: Scoring, resolved: ResolvedSearch) -> DenseRecord:
+def _measure_dense(resolved: ResolvedSearch, scoring: Scoring) -> DenseRecord:
     with task(scoring.notify, "Measuring the dense model", scoring.sequences, "sequences") as advance:
-        losses = scoring.losses((), advance)
-    if not all(map(math.isfinite, (*losses, *scoring.held_out_losses(())))):
+        losses = scoring.losses((), advance=advance)
+    held_out = scoring.losses((), held_out=True) if scoring.held_out else []
+    if not all(map(math.isfinite, (*losses, *held_out))):
         scoring.require_sound()
     what, loss = f"In {resolved.architecture.source.id}", fmean(losses)
     return DenseRecord(
         loss=loss,
         perplexity=_perplexity(loss, what, resolved.placement.dtype),
-        held_out=_held_out(scoring, resolved, (), what),
+        held_out=_held_out(resolved, scoring, (), what),
     )
 
 
@@ -316,32 +314,30 @@ class SearchTrace:
     next_increase: float | None = None
 
 
-def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, notify: Notify) -> SearchTrace:
+def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
     """Search until the target is met, or until the next removal would exceed it.
 
     Raises:
         UsageError: not even one removal is within the target.
     """
-    if resolved.strategy_name == "refine" and isinstance(resolved.target, LossTarget):
+    target = resolved.target
+    if resolved.strategy_name == "refine" and isinstance(target, LossTarget):
         # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
-        greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring, notify)
-        refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring, notify)
+        greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring)
+        refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring)
         return replace(refined, next_increase=greedy.next_increase)
-    trace = _run_steps(resolved, dense, scoring, notify)
-    if len(trace.removals) == len(resolved.gone):
-        assert isinstance(resolved.target, LossTarget)
-        assert trace.next_increase is not None
+    trace = _run_steps(resolved, dense, scoring)
+    if isinstance(target, LossTarget) and len(trace.removals) == len(resolved.gone):
         raise UsageError(
             f"The {'next' if resolved.gone else 'first'} removal would raise the loss {trace.next_increase:.4f} nats "
-            f"per token above the dense model's; the limit is {resolved.target.most:.4f}.",
-            hint=f"Increase {option_of(resolved.target.name)}. With --resume, nothing is measured again.",
+            f"per token above the dense model's; the limit is {target.most:.4f}.",
+            hint=f"Increase {option_of(target.name)}. With --resume, nothing is measured again.",
         )
     return trace
 
 
-def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, notify: Notify) -> SearchTrace:
-    target, remove, width = resolved.target, resolved.remove, resolved.beam_width
-    assert target is not None
+def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
+    target, remove, width, notify = resolved.target, resolved.remove, resolved.beam_width, scoring.notify
     trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
     candidates = len(resolved.removable.candidates(resolved.gone))
     sets = resolved.strategy.evaluations(candidates, remove - len(resolved.gone), width)
@@ -352,34 +348,29 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring, n
         resolved.removable.candidates,
         remove,
         removed=resolved.gone,
-        score_spans=scoring.span_scorer(remove),
+        score_spans=partial(scoring.score_spans, longest=remove),
         width=width,
         swapped=lambda swap: notify(BlocksSwapped(**dict(swap))),
     )
-    for choice in _choices(resolved, problem, notify):
-        loss = fmean(scoring.losses(choice.removals))
-        if not target.allows(loss - dense.loss):
-            trace.next_increase = loss - dense.loss
-            break
-        step = _step(choice, trace.removals, loss, resolved, scoring)
-        trace.steps.append(step)
-        trace.removals = choice.removals
-        scoring.journal.sync()
-        notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
-        if target.met(trace.removals):
-            break
-    notify(TaskFinished(SEARCH_TASK))
-    return trace
-
-
-def _choices(resolved: ResolvedSearch, problem: Problem, notify: Notify) -> Iterator[Choice]:
-    """Yield one size after another; with a limit on the loss, running out of candidates ends the search."""
     try:
-        yield from resolved.strategy.search(problem)
+        for choice in resolved.strategy.search(problem):
+            loss = fmean(scoring.losses(choice.removals))
+            if isinstance(target, LossTarget) and loss - dense.loss > target.most:
+                trace.next_increase = loss - dense.loss
+                break
+            step = _step(choice, trace.removals, loss, resolved, scoring)
+            trace.steps.append(step)
+            trace.removals = choice.removals
+            scoring.journal.sync()
+            notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
+            if isinstance(target, SizeTarget) and target.met(trace.removals):
+                break
     except UnsupportedModelError as error:
-        if not isinstance(resolved.target, LossTarget):
+        if not isinstance(target, LossTarget):
             raise
         notify(Notice(f"The search stops here: {error.message}"))
+    notify(TaskFinished(SEARCH_TASK))
+    return trace
 
 
 def _step(choice: Choice, before: tuple[int, ...], loss: float, resolved: ResolvedSearch, scoring: Scoring) -> Step:
@@ -392,50 +383,58 @@ def _step(choice: Choice, before: tuple[int, ...], loss: float, resolved: Resolv
         perplexity=_perplexity(loss, what, resolved.placement.dtype),
         scores={block: score if score < math.inf else None for block, score in choice.outcome.scores.items()},
         race=choice.outcome.race,
-        held_out=_held_out(scoring, resolved, choice.removals, what),
+        held_out=_held_out(resolved, scoring, choice.removals, what),
         removals=None if choice.removals == (*before, choice.block) else choice.removals,
         swaps=choice.swaps,
     )
 
 
-def _held_out(scoring: Scoring, resolved: ResolvedSearch, removed: tuple[int, ...], what: str) -> HeldOutRecord | None:
+def _held_out(resolved: ResolvedSearch, scoring: Scoring, removed: tuple[int, ...], what: str) -> HeldOutRecord | None:
     if scoring.held_out is None:
         return None
-    perplexity = partial(_perplexity, what=what, dtype=resolved.placement.dtype)
-    return compare_with_held_out(scoring.losses, scoring.held_out_losses, removed, perplexity, resolved.remove)
+    loss = fmean(scoring.losses(removed, held_out=True))
+    record = HeldOutRecord(loss=loss, perplexity=_perplexity(loss, what, resolved.placement.dtype))
+    if not removed:
+        return record
+    searched, held_out = (
+        [new - old for old, new in zip(losses(()), losses(removed), strict=True)]
+        for losses in (scoring.losses, partial(scoring.losses, held_out=True))
+    )
+    gap, error, overfits = compare_growth(searched, held_out, ERROR / resolved.remove)
+    return record.model_copy(update={"generalization_gap": gap, "standard_error": error, "overfits": overfits})
 
 
 def _perplexity(loss: float, what: str, dtype: torch.dtype) -> float:
-    try:
-        perplexity = math.exp(loss)
-    except OverflowError:
-        perplexity = math.inf
-    if not math.isfinite(perplexity):
+    if not loss < LARGEST_LOSS:
         raise ModelError(
             f"{what}, the calibration loss is {loss} nats per token in {dtype_name(dtype)}, so the perplexity is not "
             "finite.",
             hint=wider_range(dtype),
         )
-    return perplexity
+    return math.exp(loss)
 
 
-def _sample(
-    resolved: ResolvedSearch, inputs: SearchInputs, removals: tuple[int, ...], group: ProcessGroup, notify: Notify
-) -> SampleGeneration | None:
+def _sample(resolved: ResolvedSearch, scoring: Scoring, removals: tuple[int, ...]) -> SampleGeneration | None:
     if not resolved.sample_tokens:
         return None
-    tokens, longest = resolved.sample_tokens, resolved.architecture.longest_sequence
-    return group.from_main(lambda: generate_sample(inputs.model, inputs.tokenizer, removals, tokens, longest, notify))
+    return scoring.group.from_main(
+        lambda: generate_sample(
+            scoring.skippable,
+            scoring.tokenizer,
+            removals,
+            resolved.sample_tokens,
+            resolved.architecture.longest_sequence,
+            scoring.notify,
+        )
+    )
 
 
 def _target_record(
     target: Target | None, dense: DenseRecord, trace: SearchTrace, timer: SpeedupTimer
 ) -> TargetRecord | None:
     """Return the target and what was reached; time a speedup again, without the removed blocks."""
-    assert target is not None
     if isinstance(target, LossTarget):
-        increase = math.log(trace.steps[-1].perplexity) - dense.loss
-        return target.record(increase, trace.next_increase)
-    if target.counts_blocks:
+        return target.record(math.log(trace.steps[-1].perplexity) - dense.loss, trace.next_increase)
+    if target is None or target.name in ("ratio", "remove"):
         return None
     return timer.record(target, trace.removals) if target.name == "target_speedup" else target.record(trace.removals)

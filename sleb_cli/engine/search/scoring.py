@@ -7,9 +7,8 @@ measurements in their journals, so they decide alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from statistics import fmean
 from typing import Any, TypeVar
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64, in_smaller_pieces
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.passes import Listener, Passes, Unit
+from sleb_cli.engine.forward.passes import Listener, Passes
+from sleb_cli.engine.forward.passes import Unit as Job
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
 from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.race import Race, rounds
-from sleb_cli.engine.search.shares import EQUAL_COSTS, Costs, at_once, costs_of_fork, deal_units
-from sleb_cli.engine.search.strategies import ScoreSpans
+from sleb_cli.engine.search.shares import at_once, deal_jobs
 from sleb_cli.events import CandidateScored, LaterStepsForecast, Notice, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.plan import Engine
 from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
@@ -73,6 +72,7 @@ class Scoring:
     held_out: Passes | None = None
     group: ProcessGroup = field(default_factory=ProcessGroup)
     require_sound: Callable[[], None] = lambda: None
+    _of_weights: dict[int, float] = field(default_factory=dict, init=False)
 
     @property
     def skippable(self) -> SkippableModel:
@@ -84,30 +84,28 @@ class Scoring:
         """The number of calibration sequences."""
         return sum(len(batch) for batch in self.passes.batches)
 
-    def losses(self, removed: Sequence[int], advance: Callable[[int], object] = lambda done: None) -> list[float]:
+    def losses(
+        self,
+        removed: Sequence[int],
+        *,
+        held_out: bool = False,
+        advance: Callable[[int], object] = lambda done: None,
+    ) -> list[float]:
         """Return the negative log-likelihood of each sequence without these blocks, in nats per token.
 
-        If the metric is that, the scores of the last removed block are taken.
+        If the metric is that, the scores of the last removed block are taken. In the journal, the batches of held-out
+        sequences follow the calibration batches.
         """
         removed = tuple(removed)
-        if removed and self.metric.name == "nll":
+        if removed and self.metric.name == "nll" and not held_out:
             scores = self.journal.scores(removed[:-1], removed[-1], self._batches)
             if len(scores) == self.sequences:
                 return scores
-        return self._losses(self.passes, removed, 0, advance)
+        passes, first = self.passes, 0
+        if held_out:
+            assert self.held_out is not None
+            passes, first = self.held_out, len(self.passes.batches)
 
-    def held_out_losses(self, removed: Sequence[int]) -> list[float]:
-        """Return the loss of each held-out sequence; in the journal, their batches follow the calibration batches."""
-        return self._losses(self.held_out, tuple(removed), len(self.passes.batches)) if self.held_out else []
-
-    @torch.inference_mode()
-    def _losses(
-        self,
-        passes: Passes,
-        removed: tuple[int, ...],
-        first: int,
-        advance: Callable[[int], object] = lambda done: None,
-    ) -> list[float]:
         def tell(name: Name, losses: Sequence[float], **how: bool) -> None:
             advance(len(losses))
 
@@ -143,23 +141,15 @@ class Scoring:
                 if name in fresh:
                     tell(name, scores, own=rank == self.group.rank)
 
-    def _deal(self, names: Sequence[Name]) -> Iterator[Turn[Name]]:
-        return deal(names, self.group.size)
-
     @property
     def _batches(self) -> Sequence[int | None]:
         """The batches by which the journal has the scores of a candidate."""
         return [None] if isinstance(self.metric, ModelMetric) else range(len(self.passes.batches))
 
-    def _mean(self, removed: Sequence[int], block: int) -> float | None:
-        """Return the mean score of a candidate so far."""
-        scores = self.journal.scores(removed, block, self._batches)
-        return fmean(scores) if scores else None
-
     def _means(self, removed: Sequence[int], blocks: Sequence[int]) -> dict[int, float]:
         """Return the mean scores so far, of the candidates that have any."""
-        means = {block: self._mean(removed, block) for block in blocks}
-        return {block: mean for block, mean in means.items() if mean is not None}
+        found = {block: self.journal.scores(removed, block, self._batches) for block in blocks}
+        return {block: fmean(scores) for block, scores in found.items() if scores}
 
     def _tell(self, name: Name, scores: Sequence[float], *, from_journal: bool = False, own: bool = False) -> None:
         """Tell of a candidate's scores; while a process scores tokens, its passes tell how far its own have come."""
@@ -168,9 +158,7 @@ class Scoring:
         if not (own and isinstance(self.metric, LogitMetric)):
             evaluations = self.sequences if batch is None else len(scores)
             self.notify(SearchAdvanced(evaluations, from_journal=from_journal))
-        mean = self._mean(removed, block)
-        assert mean is not None
-        self.notify(CandidateScored(len(removed) + 1, block, mean))
+        self.notify(CandidateScored(len(removed) + 1, block, self._means(removed, [block])[block]))
 
     def score(self, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
         """Return the score of each candidate after these removals, or after a race, of each survivor.
@@ -178,41 +166,33 @@ class Scoring:
         Raises:
             ModelError: the dense model computes numbers that are not finite.
         """
-        removed = tuple(removed)
-        if isinstance(self.metric, LogitMetric):
-            outcome = self._score_logits(self.metric, removed, candidates)
-        elif isinstance(self.metric, HiddenStateMetric):
-            outcome = self._score_states(self.metric, removed, [(block,) for block in candidates], candidates, 1)
-        elif isinstance(self.metric, WeightMetric):
-            outcome = self._score_weights(self.metric, removed, candidates)
+        removed, metric = tuple(removed), self.metric
+        if isinstance(metric, LogitMetric):
+            outcome = self._score_logits(metric, removed, candidates)
+        elif isinstance(metric, HiddenStateMetric):
+            outcome = self._score_states(metric, removed, [(block,) for block in candidates], 1)
+        elif isinstance(metric, WeightMetric):
+            outcome = Outcome(self._score_weights(metric, removed, candidates))
         else:
-            assert isinstance(self.metric, ModelMetric)
-            outcome = self._score_models(self.metric, removed, candidates)
+            assert isinstance(metric, ModelMetric)
+            outcome = self._score_models(metric, removed, candidates)
         return self._judged(outcome, removed)
 
-    def span_scorer(self, longest: int) -> ScoreSpans | None:
-        """Choose how to score spans of up to `longest` blocks by a metric of single blocks.
+    def score_spans(self, spans: Sequence[tuple[int, ...]], longest: int) -> Outcome:
+        """Return the score of the model without each span of blocks, which will have up to `longest`.
 
-        None if the metric sees the whole model: then the score of a span is that of the model without it.
+        A metric of hidden states scores what enters and leaves a span; the scores of weights are added up.
         """
-        metric, of_weights = self.metric, dict[int, float]()
-
-        def score_states(spans: Sequence[tuple[int, ...]]) -> Outcome:
-            assert isinstance(metric, HiddenStateMetric)
-            blocks = range(spans[0][0], spans[-1][-1] + 1)
-            return self._judged(self._score_states(metric, (), spans, blocks, longest), ())
-
-        def add_up(spans: Sequence[tuple[int, ...]]) -> Outcome:
-            assert isinstance(metric, WeightMetric)
-            blocks = sorted({block for span in spans for block in span} - of_weights.keys())
-            if blocks:  # each block is scored once, in the dense model
-                of_weights.update(self._score_weights(metric, (), blocks).scores)
-            sums = {span[-1]: math.fsum(of_weights[block] for block in span) for span in spans}
-            return self._judged(Outcome(sums), ())
-
+        metric = self.metric
         if isinstance(metric, HiddenStateMetric):
-            return score_states
-        return add_up if isinstance(metric, WeightMetric) else None
+            outcome = self._score_states(metric, (), spans, longest)
+        elif isinstance(metric, WeightMetric):
+            if new := sorted({block for span in spans for block in span} - self._of_weights.keys()):
+                self._of_weights.update(Outcome(self._score_weights(metric, (), new)).scores)
+            outcome = Outcome({span[-1]: math.fsum(self._of_weights[block] for block in span) for span in spans})
+        else:
+            return Outcome({span[-1]: self.score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
+        return self._judged(outcome, ())
 
     def _judged(self, outcome: Outcome, removed: Sequence[int]) -> Outcome:
         """Let a score that is not finite count as the worst, if it is the removal that makes it so."""
@@ -238,6 +218,7 @@ class Scoring:
         self.passes.ranking = ranking(means)
         return race.outcome(means) if self.fast else Outcome(means)
 
+    @torch.inference_mode()
     def _score_tokens(
         self,
         passes: Passes,
@@ -252,15 +233,17 @@ class Scoring:
 
         `first` is the number in the journal of the first batch of `passes`.
         """
+        depth = len(self.skippable.switches) + self.skippable.head_blocks
 
-        def share_out(missing: list[Name]) -> Iterator[Turn[Unit]]:
-            units: list[Unit] = [
+        def share_out(missing: list[Name]) -> Iterator[Turn[Job]]:
+            jobs: list[Job] = [
                 (batch - first, [block for _, block, _ in names if block is not None])
                 for batch, names in groupby(missing, key=lambda name: name[2] or 0)
             ]
-            return deal_units(units, self.group.size, self._costs)
+            # About how many blocks a candidate runs, of those it shares with others only what the last one did not.
+            return deal_jobs(jobs, self.group.size, lambda block: depth - block if passes.forks else 1.0)
 
-        def measure(mine: Sequence[Unit]) -> Iterator[Scores]:
+        def measure(mine: Sequence[Job]) -> Iterator[Scores]:
             if candidates:
                 passes.ranking = ranking(self._means(removed, candidates)) or passes.ranking
                 self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates)))
@@ -271,25 +254,15 @@ class Scoring:
         wanted = [(removed, block, batch) for batch in batches for block in blocks]
         self._measure(wanted, share_out, measure, tell)
 
-    @cached_property
-    def _costs(self) -> Costs:
-        if not self.passes.forks:
-            return EQUAL_COSTS
-        return costs_of_fork(len(self.skippable.switches), self.skippable.head_blocks)
-
     @torch.inference_mode()
     def _score_states(
-        self,
-        metric: HiddenStateMetric,
-        removed: tuple[int, ...],
-        spans: Sequence[tuple[int, ...]],
-        blocks: Sequence[int],
-        longest: int,
+        self, metric: HiddenStateMetric, removed: tuple[int, ...], spans: Sequence[tuple[int, ...]], longest: int
     ) -> Outcome:
         """Score spans by what enters their first block and leaves their last, in one run of the model as it stands.
 
         All spans of up to `longest` of these blocks are measured, and at most `longest` states exist at once.
         """
+        blocks = sorted({block for span in spans for block in span})
 
         def start() -> Listener[tuple[int, int]]:
             entered: dict[int, Tensor] = {}
@@ -316,9 +289,11 @@ class Scoring:
         gone = {span[-1]: (*removed, *span[:-1]) for span in spans}
         wanted = [(gone[last], last, batch) for batch in self._batches for last in gone]
         self._measure(wanted, share_out, measure, self._tell)
-        return Outcome({last: fmean(self.journal.scores(gone[last], last, self._batches)) for last in gone})
+        return Outcome({last: self._means(gone[last], [last])[last] for last in gone})
 
-    def _score_weights(self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]) -> Outcome:
+    def _score_weights(
+        self, metric: WeightMetric, removed: Sequence[int], candidates: Sequence[int]
+    ) -> Mapping[int, float]:
         """Score each block's parameters, and their gradients if the metric needs them, in batches that fit.
 
         Gradients are sums over all batches, whose order changes the last bits, so the main process computes them.
@@ -337,9 +312,9 @@ class Scoring:
                 self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
                 self.notify(SearchAdvanced(self.sequences))
 
-        def compute() -> Outcome:
+        def compute() -> Mapping[int, float]:
             in_smaller_pieces(score, self.passes.budget.sequences if metric.needs_gradients else 1, lambda size: None)
-            return Outcome({block: scores[block] for block in candidates})
+            return {block: scores[block] for block in candidates}
 
         return self.group.from_main(compute)
 
@@ -357,7 +332,8 @@ class Scoring:
                     [_number(metric, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
                 )
 
-        self._measure([(removed, block, None) for block in candidates], self._deal, measure, self._tell)
+        wanted = [(removed, block, None) for block in candidates]
+        self._measure(wanted, lambda missing: deal(missing, self.group.size), measure, self._tell)
         return Outcome(self._means(removed, candidates))
 
 

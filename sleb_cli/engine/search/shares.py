@@ -7,38 +7,12 @@ single process, and only whole batches, or the candidates of one, are shared out
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
-from sleb_cli.engine.forward.passes import Unit
+from sleb_cli.engine.forward.passes import Unit as Job
 from sleb_cli.engine.process_group import Turn, deal
 
 T = TypeVar("T")
-
-# Halvings of the interval in which the cost of the largest share lies.
-PRECISION = 20
-
-
-@dataclass(frozen=True)
-class Costs:
-    """About how long a walk takes, in the time of one block: what all candidates share, and what each adds.
-
-    Attributes:
-        base: takes the last candidate.
-        branch: takes a candidate.
-    """
-
-    base: Callable[[int], float]
-    branch: Callable[[int], float]
-
-
-def costs_of_fork(blocks: int, head: float) -> Costs:
-    """Return the costs in a model of so many blocks, whose head takes the time of `head` blocks."""
-    return Costs(base=float, branch=lambda block: blocks - block - 1 + head)
-
-
-EQUAL_COSTS = Costs(base=lambda block: 0.0, branch=lambda block: 1.0)
-"""Where each candidate takes a pass of its own."""
 
 
 def at_once(turns: Iterable[Turn[T]]) -> list[Turn[T]]:
@@ -47,48 +21,24 @@ def at_once(turns: Iterable[Turn[T]]) -> list[Turn[T]]:
     return [joined] if joined else []
 
 
-def deal_units(units: Sequence[Unit], processes: int, costs: Costs) -> Iterator[Turn[Unit]]:
-    """Deal whole units in turns; those that are left, fewer than there are processes, are split by their candidates."""
-    whole = len(units) - (len(units) % processes if all(candidates for _, candidates in units) else 0)
-    yield from deal(units[:whole], processes)
-    if whole < len(units):
-        yield split(units[whole:], processes, costs)
+def deal_jobs(jobs: Sequence[Job], processes: int, cost: Callable[[int], float]) -> Iterator[Turn[Job]]:
+    """Deal whole batches in turns; those that are left, fewer than there are processes, are split by candidates."""
+    whole = len(jobs) - (len(jobs) % processes if all(candidates for _, candidates in jobs) else 0)
+    yield from deal(jobs[:whole], processes)
+    if whole < len(jobs):
+        yield split(jobs[whole:], processes, cost)
 
 
-def split(units: Sequence[Unit], processes: int, costs: Costs) -> Turn[Unit]:
-    """Cut units into one share for each process, so that the largest share is as small as it can be.
+def split(jobs: Sequence[Job], processes: int, cost: Callable[[int], float]) -> Turn[Job]:
+    """Cut batches with candidates into one share for each process, in their order, each of about the same cost.
 
-    Shares are contiguous and in the order of the units, so a process may have the end of one and the start of the next.
+    `cost` takes a candidate. A process may get the last candidates of one batch and the first of the next.
     """
-    fits, low = _fill(units, float("inf"), costs), 0.0
-    high = sum(_cost(candidates, costs) for _, candidates in units)
-    for _ in range(PRECISION):
-        middle = (low + high) / 2
-        shares = _fill(units, middle, costs)
-        if len(shares) <= processes:
-            fits, high = shares, middle
-        else:
-            low = middle
-    return [*fits, *([] for _ in range(processes - len(fits)))]
-
-
-def _cost(candidates: Sequence[int], costs: Costs) -> float:
-    return costs.base(candidates[-1]) + sum(map(costs.branch, candidates))
-
-
-def _fill(units: Sequence[Unit], limit: float, costs: Costs) -> list[list[Unit]]:
-    """Fill one share after another up to the limit; each has at least one candidate."""
-    shares: list[list[Unit]] = [[]]
-    full = 0.0
-    for batch, candidates in units:
-        group: list[int] = []
+    total, done = sum(cost(block) for _, candidates in jobs for block in candidates), 0.0
+    shares: list[dict[int, list[int]]] = [{} for _ in range(processes)]
+    for batch, candidates in jobs:
         for block in candidates:
-            if (group or shares[-1]) and full + costs.base(block) + costs.branch(block) > limit:
-                shares[-1] += [(batch, group)] if group else []
-                shares.append([])
-                group, full = [], 0.0
-            group.append(block)
-            full += costs.branch(block)
-        shares[-1].append((batch, group))
-        full += costs.base(candidates[-1])
-    return shares
+            share = shares[int((done + cost(block) / 2) / total * processes)]
+            share.setdefault(batch, []).append(block)
+            done += cost(block)
+    return [list(share.items()) for share in shares]

@@ -13,7 +13,7 @@ from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.removable import Removable
-from sleb_cli.engine.search.targets import LEAST, SizeTarget, parse_number
+from sleb_cli.engine.search.targets import SizeTarget, parse_number
 from sleb_cli.engine.speed.benchmark import time_in_turn
 from sleb_cli.engine.speed.workloads import resolve_workload
 from sleb_cli.engine.surgery.loading import load_pruned
@@ -46,15 +46,16 @@ class SpeedupTimer:
 
     def share(self, removals: Sequence[int]) -> float:
         """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""
-        return self.group.from_main(lambda: self._share(removals))
 
-    def _share(self, removals: Sequence[int]) -> float:
-        surgery, dense = Surgery(self.removable.architecture, tuple(removals)), self.model
-        pruned = load_pruned(surgery, self.placement.dtype, self.placement.device, self.notify, dense=dense)
-        seconds = time_in_turn(self.workload, {"dense": dense, "pruned": pruned}, self.notify)
-        del pruned
-        free_memory()
-        return median(seconds["pruned"]) / median(seconds["dense"])
+        def measure() -> float:
+            surgery, dense = Surgery(self.removable.architecture, tuple(removals)), self.model
+            pruned = load_pruned(surgery, self.placement.dtype, self.placement.device, self.notify, dense=dense)
+            seconds = time_in_turn(self.workload, {"dense": dense, "pruned": pruned}, self.notify)
+            del pruned
+            free_memory()
+            return median(seconds["pruned"]) / median(seconds["dense"])
+
+        return self.group.from_main(measure)
 
     def record(self, target: SizeTarget, removals: Sequence[int]) -> TargetRecord:
         """Return the speedup reached, timed again without the blocks that the search removed."""
@@ -89,21 +90,19 @@ class SpeedupTimer:
                 f"On this machine, {workload} does not get faster with fewer blocks.",
                 hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
             )
-        speedup = parse_number(asked, "target_speedup", least=LEAST["target_speedup"])
-        seconds = Sizes(1 - slope * blocks, (slope,) * blocks)
-        return SizeTarget("target_speedup", asked, seconds, 1 / speedup, lambda share: f"{1 / share:.2f}x the speed")
+        seconds, most = Sizes(1 - slope * blocks, (slope,) * blocks), 1 / parse_number(asked, "target_speedup")
+        return SizeTarget("target_speedup", asked, seconds, most, lambda share: f"{1 / share:.2f}x the speed")
 
     def _removable_sample(self) -> list[int]:
         """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
-        gone: list[int] = []
-        while len(gone) < max(1, self.removable.most * 2 // 3):
+        free, gone = self.removable.candidates(()), list[int]()
+        most = max(1, len(free) * 2 // 3)
+        while len(gone) < most:
+            gone.append(free[len(free) // 2])
             try:
                 free = self.removable.candidates(tuple(gone))
             except UnsupportedModelError:
-                if not gone:
-                    raise
                 break
-            gone.append(free[len(free) // 2])
         return gone
 
 

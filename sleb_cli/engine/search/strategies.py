@@ -7,12 +7,12 @@ the candidates before it scores them; the order of removed blocks has no meaning
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, ranking, require_choice
+from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, ranking, require_best
 from sleb_cli.plan import SwapRecord
 from sleb_cli.requests import DEFAULT_BEAM_WIDTH, StrategyName
 from sleb_plugins import UnsupportedModelError, UsageError
@@ -34,7 +34,7 @@ class Problem:
         candidates: returns the blocks that may be removed after given removals.
         remove: the number of blocks to remove.
         removed: the blocks removed before the search; only `greedy` can start with any.
-        score_spans: scores spans; if None, `score` scores the model without each span.
+        score_spans: scores the model without each span; only `contiguous` needs it.
         width: how many sets of blocks a beam keeps.
         swapped: called with each swap as it is made.
     """
@@ -57,45 +57,44 @@ def greedy(problem: Problem) -> Iterator[Choice]:
     Raises:
         ModelError: no candidate's score is finite.
     """
-    gone = list(problem.removed)
+    gone = problem.removed
     while len(gone) < problem.remove:
-        outcome = require_choice(problem.score(tuple(gone), problem.candidates(tuple(gone))), gone)
-        gone.append(outcome.best)
-        yield Choice(tuple(gone), outcome)
+        outcome = problem.score(gone, problem.candidates(gone))
+        gone = (*gone, require_best(outcome, gone))
+        yield Choice(gone, outcome)
 
 
 def oneshot(problem: Problem) -> Iterator[Choice]:
     """Score every block once, on the dense model, and remove those with the lowest scores."""
-    outcome = require_choice(problem.score((), problem.candidates(())), ())
-    gone: list[int] = []
+    outcome = problem.score((), problem.candidates(()))
+    gone: tuple[int, ...] = ()
     while len(gone) < problem.remove:
-        allowed = problem.candidates(tuple(gone))
+        allowed = problem.candidates(gone)
         left = Outcome({block: score for block, score in outcome.scores.items() if block in allowed})
         if not left.scores:
             raise UsageError(
                 f"No scored block can be removed after {', '.join(map(str, gone))}.", hint="Use --strategy greedy."
             )
-        gone.append(left.best)
-        yield Choice(tuple(gone), left)
+        gone = (*gone, require_best(left, gone))
+        yield Choice(gone, left)
 
 
 def contiguous(problem: Problem) -> Iterator[Choice]:
     """For each size, remove the span of consecutive blocks with the lowest score."""
-    score_spans = problem.score_spans or (lambda spans: _without_each(problem.score, spans))
+    assert problem.score_spans is not None
     for size in range(1, problem.remove + 1):
-        outcome = require_choice(score_spans(free_spans(problem.candidates, size)), ())
-        end = outcome.best
+        outcome = problem.score_spans(free_spans(problem.candidates, size))
+        end = require_best(outcome, ())
         yield Choice(tuple(range(end - size + 1, end + 1)), outcome)
 
 
 def last(problem: Problem) -> Iterator[Choice]:
     """Repeatedly remove the last candidate, whatever its score. A baseline."""
-    gone: list[int] = []
+    gone: tuple[int, ...] = ()
     while len(gone) < problem.remove:
-        block = problem.candidates(tuple(gone))[-1]
-        outcome = require_choice(problem.score(tuple(gone), [block]), gone)
-        gone.append(block)
-        yield Choice(tuple(gone), outcome)
+        outcome = problem.score(gone, problem.candidates(gone)[-1:])
+        gone = (*gone, require_best(outcome, gone))
+        yield Choice(gone, outcome)
 
 
 def beam(problem: Problem) -> Iterator[Choice]:
@@ -110,10 +109,10 @@ def beam(problem: Problem) -> Iterator[Choice]:
         ranked = sorted(found.values(), key=lambda entry: (entry[0], sorted(entry[1])))[: problem.width]
         if not ranked:
             problem.candidates(kept[0])  # raises an error that says why
-        require_choice(ranked[0][2], ranked[0][1][:-1])
-        ranked = [entry for entry in ranked if entry[0] < math.inf]
-        kept = [removals for _, removals, _ in ranked]
-        yield Choice(kept[0], ranked[0][2])
+        _, best, outcome = ranked[0]
+        require_best(outcome, best[:-1])
+        kept = [removals for score, removals, _ in ranked if score < math.inf]
+        yield Choice(best, outcome)
 
 
 def refine(problem: Problem) -> Iterator[Choice]:
@@ -123,69 +122,52 @@ def refine(problem: Problem) -> Iterator[Choice]:
     pair was swapped, start over. This terminates, since every swap lowers the score.
     """
     for choice in greedy(problem):
-        if len(choice.removals) == problem.remove:
-            choice = _Refinement(problem, choice).run()
-        yield choice
+        yield choice if len(choice.removals) < problem.remove else _swap(problem, choice)
 
 
-class _Refinement:
-    """Swaps that lead from one set of removed blocks to a better one."""
-
-    def __init__(self, problem: Problem, choice: Choice) -> None:
-        self.problem, self.choice = problem, choice
-        self.closest: dict[int, float] = {}
-
-    def run(self) -> Choice:
-        """Swap blocks until no swap lowers the score."""
-        while True:
-            while self._swap_single_blocks():
-                pass
-            if not self._swap_pairs():
-                return self.choice
-
-    def _swap_single_blocks(self) -> bool:
-        """Try every kept block in place of each removed one; return whether any was swapped."""
-        before, self.closest = self.choice, {}
+def _swap(problem: Problem, choice: Choice) -> Choice:
+    """Swap blocks until no swap lowers the score: every kept block in place of each removed one, then pairs."""
+    before: Choice | None = None
+    while choice is not before:
+        before, closest = choice, dict[int, float]()
         for back in before.removals:
-            stay = _without(self.choice.removals, back)
-            outcome = _score_next(self.problem, stay)
+            stay = _without(choice.removals, back)
+            outcome = _score_next(problem, stay)
             for block, score in outcome.scores.items():
-                if block not in self.choice.removals:
-                    self.closest[block] = min(score, self.closest.get(block, score))
-            self._take((back,), stay, outcome)
-        return self.choice is not before
+                if block not in choice.removals:
+                    closest[block] = min(score, closest.get(block, score))
+            choice = _better(problem, choice, (back,), stay, outcome)
+        if choice is before:
+            choice = _swap_pair(problem, choice, sorted(ranking(closest)[:NEAR_MISSES]))
+    return choice
 
-    def _swap_pairs(self) -> bool:
-        """Try pairs of near misses in place of each removed pair; return whether any was swapped."""
-        near = sorted(ranking(self.closest)[:NEAR_MISSES])
-        before = self.choice
-        for back in combinations(sorted(before.removals), 2):
-            stay = _without(before.removals, *back)
-            for number, block in enumerate(near[:-1]):
-                if block in _allowed(self.problem.candidates, stay):
-                    pair = (*stay, block)
-                    self._take(back, pair, _score_next(self.problem, pair, among=near[number + 1 :]))
-                if self.choice is not before:
-                    return True
-        return False
 
-    def _take(self, back: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome) -> None:
-        """Make the swap with the lowest score, if it lowers the current one."""
-        block = outcome.best if outcome.scores else None
-        if block is None or block in self.choice.removals or not outcome.scores[block] < self.choice.score:
-            return
-        new = tuple(b for b in (*stay, block) if b not in self.choice.removals)
-        swap = SwapRecord(restored=back, removed=new, before=self.choice.score, after=outcome.scores[block])
-        self.choice = Choice((*stay, block), outcome, (*self.choice.swaps, swap))
-        self.problem.swapped(swap)
+def _swap_pair(problem: Problem, choice: Choice, near: Sequence[int]) -> Choice:
+    """Try pairs of near misses in place of each removed pair; return the first better choice, or the same one."""
+    for back in combinations(sorted(choice.removals), 2):
+        stay = _without(choice.removals, *back)
+        for number, block in enumerate(near[:-1]):
+            if block in _allowed(problem.candidates, stay):
+                pair = (*stay, block)
+                outcome = _score_next(problem, pair, among=near[number + 1 :])
+                if (better := _better(problem, choice, back, pair, outcome)) is not choice:
+                    return better
+    return choice
+
+
+def _better(problem: Problem, choice: Choice, back: tuple[int, ...], stay: tuple[int, ...], outcome: Outcome) -> Choice:
+    """Make the swap with the lowest score, if it lowers the current one."""
+    block = outcome.best if outcome.scores else None
+    if block is None or block in choice.removals or not outcome.scores[block] < choice.score:
+        return choice
+    new = tuple(b for b in (*stay, block) if b not in choice.removals)
+    swap = SwapRecord(restored=back, removed=new, before=choice.score, after=outcome.scores[block])
+    problem.swapped(swap)
+    return Choice((*stay, block), outcome, (*choice.swaps, swap))
 
 
 def _without(removals: tuple[int, ...], *blocks: int) -> tuple[int, ...]:
     return tuple(block for block in removals if block not in blocks)
-
-
-def _without_each(score: Score, spans: Sequence[tuple[int, ...]]) -> Outcome:
-    return Outcome({span[-1]: score(span[:-1], [span[-1]]).scores[span[-1]] for span in spans})
 
 
 def free_spans(candidates: Candidates, size: int) -> list[tuple[int, ...]]:
@@ -213,11 +195,23 @@ def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
         return []
 
 
-def _score_next(problem: Problem, removed: tuple[int, ...], among: Sequence[int] | None = None) -> Outcome:
+def _score_next(problem: Problem, removed: tuple[int, ...], among: Container[int] | None = None) -> Outcome:
     """Score the candidates after `removed`; only those in `among`, if given."""
     allowed = _allowed(problem.candidates, removed)
     candidates = [block for block in allowed if among is None or block in among]
     return problem.score(tuple(sorted(removed)), candidates) if candidates else Outcome({})
+
+
+def _each_size(candidates: int, remove: int, width: int) -> list[int]:
+    return [(candidates - gone) * (width if gone else 1) for gone in range(remove)]
+
+
+def _with_swaps(candidates: int, remove: int, width: int) -> list[int]:
+    """Count two rounds of single swaps and one of pairs."""
+    *steps, end = _each_size(candidates, remove, 1)
+    one = remove * (candidates - remove)
+    two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
+    return [*steps, end + 2 * one + two]
 
 
 @dataclass(frozen=True)
@@ -226,45 +220,26 @@ class Strategy:
 
     Attributes:
         search: yields one size after another.
-        evaluations: takes the number of candidates of the dense model, of removals, and the beam's width; returns the
-            number of sets scored for each size, or an upper bound.
+        evaluations: takes the number of candidates of the dense model, of removals, and the beam's width (1 without a
+            beam); returns the number of sets scored for each size, or an upper bound.
         races: whether the scores of the surviving candidates of a race suffice.
         needs_sets: whether it compares sets of blocks, which a metric of single blocks cannot score.
     """
 
     search: Callable[[Problem], Iterator[Choice]]
-    evaluations: Callable[[int, int, int], Sequence[int]]
+    evaluations: Callable[[int, int, int], Sequence[int]] = _each_size
     races: bool = False
     needs_sets: bool = False
 
 
-def _each_step(candidates: int, remove: int, width: int) -> list[int]:
-    return [candidates - gone for gone in range(remove)]
-
-
-def _with_swaps(candidates: int, remove: int, width: int) -> list[int]:
-    """Count two rounds of single swaps and one of pairs."""
-    *steps, end = _each_step(candidates, remove, width)
-    one = remove * (candidates - remove)
-    two = remove * (remove - 1) // 2 * min(NEAR_MISSES, candidates - remove) * (NEAR_MISSES - 1) // 2
-    return [*steps, end + 2 * one + two]
-
-
 STRATEGIES: Mapping[StrategyName, Strategy] = MappingProxyType(
     {
-        "greedy": Strategy(greedy, _each_step, races=True),
+        "greedy": Strategy(greedy, races=True),
         "oneshot": Strategy(oneshot, lambda candidates, remove, width: [candidates] + [0] * (remove - 1)),
-        "contiguous": Strategy(contiguous, _each_step),
+        "contiguous": Strategy(contiguous),
         "last": Strategy(last, lambda candidates, remove, width: [1] * remove),
         "refine": Strategy(refine, _with_swaps, races=True, needs_sets=True),
-        "beam": Strategy(
-            beam,
-            lambda candidates, remove, width: [
-                (candidates - gone) * (1 if gone == 0 else width) for gone in range(remove)
-            ],
-            races=True,
-            needs_sets=True,
-        ),
+        "beam": Strategy(beam, races=True, needs_sets=True),
     }
 )
 

@@ -15,7 +15,6 @@ from sleb_cli.engine.device import choose_dtype, dtype_name
 from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
-from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
@@ -32,7 +31,7 @@ _NEEDS: Mapping[str, TargetName] = {
 """Options that refine one target, and that target."""
 
 
-LEAST: Mapping[TargetName, float] = {"target_speedup": 1.01, "max_loss_increase": 0, "max_perplexity_ratio": 1}
+_LEAST: Mapping[TargetName, float] = {"target_speedup": 1.01, "max_loss_increase": 0, "max_perplexity_ratio": 1}
 """The smallest numbers that make sense."""
 
 
@@ -45,10 +44,12 @@ def chosen_target(request: TargetRequest) -> TargetName:
     given = [name for name in TARGET_NAMES if getattr(request, name) is not None]
     if not given:
         raise UsageError(
-            f"No target given: one of {_options(TARGET_NAMES, ', ')} is needed.", hint="For example: --ratio 0.2."
+            f"No target given: one of {', '.join(map(option_of, TARGET_NAMES))} is needed.",
+            hint="For example: --ratio 0.2.",
         )
     if len(given) > 1:
-        raise UsageError(f"{_options(given, ' and ')} are different targets.", hint="Give only one of them.")
+        options = " and ".join(map(option_of, given))
+        raise UsageError(f"{options} are different targets.", hint="Give only one of them.")
     for name, target in _NEEDS.items():
         if getattr(request, name) is not None and given[0] != target:
             raise UsageError(f"{option_of(name)} requires {option_of(target)}.", hint=f"Leave out {option_of(name)}.")
@@ -58,10 +59,6 @@ def chosen_target(request: TargetRequest) -> TargetName:
 def option_of(name: str) -> str:
     """Return the command-line option of a field: --target-params."""
     return "--" + name.replace("_", "-")
-
-
-def _options(names: Sequence[str], between: str) -> str:
-    return between.join(map(option_of, names))
 
 
 @dataclass(frozen=True)
@@ -84,23 +81,9 @@ class SizeTarget:
     describe: Callable[[float], str]
     serving: ServingRecord | None = None
 
-    @property
-    def counts_blocks(self) -> bool:
-        """Whether the target is a number of blocks."""
-        return self.name in ("ratio", "remove")
-
-    @property
-    def has_equal_blocks(self) -> bool:
-        """Whether all blocks have the same size."""
-        return len(set(self.sizes.blocks)) == 1
-
     def met(self, removed: Collection[int]) -> bool:
         """Whether the model is small enough without these blocks."""
         return self._fits(self.sizes.without(removed))
-
-    def allows(self, increase: float) -> bool:
-        """Whether the loss may be this far above the dense model's, in nats per token: always."""
-        return True
 
     def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
         """Return how many removals meet the target whichever candidates are removed, including those in `removed`.
@@ -121,8 +104,8 @@ class SizeTarget:
         left = list(accumulate(free, lambda rest, block: rest - block, initial=size))
         if not self._fits(left[-1]):
             raise UsageError(
-                f"The model is still at {self.describe(left[-1])} with {len(removed) + len(free)} blocks removed, the "
-                f"maximum; the target is {goal}.",
+                f"At most {len(removed) + len(free)} blocks can be removed, which leaves the model at "
+                f"{self.describe(left[-1])}; the target is {goal}.",
                 hint="Choose a target that can be met, or protect fewer blocks.",
             )
         return len(removed) + next(count for count, rest in enumerate(left) if self._fits(rest))
@@ -157,18 +140,6 @@ class LossTarget:
         """The largest allowed increase of the loss over the dense model's, in nats per token."""
         return math.log(self.limit) if self.name == "max_perplexity_ratio" else self.limit
 
-    def met(self, removed: Collection[int]) -> bool:
-        """Whether the search stops here: never, since only the next removal can exceed the limit."""
-        return False
-
-    def allows(self, increase: float) -> bool:
-        """Whether the loss may be this far above the dense model's, in nats per token."""
-        return increase <= self.most
-
-    def removals(self, candidates: Sequence[int], removed: Collection[int] = ()) -> int:
-        """Return the largest number of removals, including those in `removed`; the caller keeps one block."""
-        return len({*candidates, *removed})
-
     def record(self, increase: float, next_increase: float | None) -> TargetRecord:
         """Return what was reached, in the unit of the target: nats per token, or a ratio of perplexities."""
         is_ratio = self.name == "max_perplexity_ratio"
@@ -190,28 +161,28 @@ Target = SizeTarget | LossTarget
 
 
 def resolve_target(
-    request: TargetRequest, architecture: Architecture, protection: Protection, placement: Placement, notify: Notify
+    request: TargetRequest, architecture: Architecture, placement: Placement, notify: Notify
 ) -> Target | None:
     """Return the target, or None for --target-speedup, which must be timed first.
 
     Raises:
-        UsageError: there is not exactly one target, it is not a number, or too few blocks can be removed.
+        UsageError: there is not exactly one target, or it is not a number.
         UnsupportedModelError: the size of the KV cache is unknown.
     """
     name = chosen_target(request)
     asked = str(getattr(request, name))
     if name in ("ratio", "remove"):
         blocks = architecture.block_count
-        ratio = parse_ratio(asked) if name == "ratio" else None
-        remove = count_to_remove(blocks, protection, ratio=ratio, remove=request.remove)
-        return SizeTarget(name, asked, Sizes(0, (1,) * blocks), blocks - remove, lambda n: f"{n:g} blocks")
+        remove = math.ceil(parse_ratio(asked) * blocks) if name == "ratio" else int(asked)
+        count = Sizes(0, (1,) * blocks)
+        return SizeTarget(name, asked, count, max(0, blocks - remove), lambda n: f"{n:g} of {blocks} blocks")
     if name == "target_params":
         most = parse_count(asked, option_of(name))
         sizes = count_parameters(architecture)
         return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
         return _memory_target(request, architecture, placement, notify)
-    number = parse_number(asked, name, least=LEAST[name])
+    number = parse_number(asked, name)
     return None if name == "target_speedup" else LossTarget(name, asked, number)
 
 
@@ -236,49 +207,20 @@ def _memory_target(
     return SizeTarget("target_memory", str(request.target_memory), weights + cache, most, format_bytes, serving)
 
 
-def parse_number(text: str, name: str, *, least: float) -> float:
-    """Read a number of at least `least`; "1.25x" is 1.25.
+def parse_number(text: str, name: TargetName) -> float:
+    """Read the number of a target; "1.25x" is 1.25.
 
     Raises:
-        UsageError: the text is not a number, or is below `least`.
+        UsageError: the text is not a number, or is below the least that makes sense.
     """
     try:
         number = float(text.lower().removesuffix("x"))
     except ValueError:
         number = math.nan
+    least = _LEAST[name]
     if not (least <= number < math.inf):
         raise UsageError(f"{option_of(name)} {text} is not a number of {least:g} or more.", hint="For example: 1.25.")
     return number
-
-
-def longest_run(blocks: Sequence[int]) -> list[int]:
-    """Return the longest run of consecutive blocks; the first one if several are equally long."""
-    runs: list[list[int]] = [[]]
-    for block in blocks:
-        if runs[-1] and block != runs[-1][-1] + 1:
-            runs.append([])
-        runs[-1].append(block)
-    return max(runs, key=len)
-
-
-def count_to_remove(blocks: int, protection: Protection, *, ratio: Fraction | None, remove: int | None) -> int:
-    """Return how many blocks to remove: `remove`, or ceil(ratio x blocks).
-
-    Raises:
-        UsageError: the number is below 1, or above what the protected blocks leave.
-    """
-    count = math.ceil(ratio * blocks) if ratio is not None else remove or 0
-    available = protection.most(blocks)
-    if count < 1:
-        raise UsageError(f"Cannot remove {count} blocks.", hint="Remove at least 1.")
-    if count > available:
-        named = f", and {len(protection.blocks)} by name" if protection.blocks else ""
-        raise UsageError(
-            f"Cannot remove {count} of {blocks} blocks: only {available} can be removed, "
-            f"with {protection.first} protected at the start and {protection.last} at the end{named}.",
-            hint=f"Remove {available} or fewer, or protect fewer." if available else "Protect fewer blocks.",
-        )
-    return count
 
 
 def parse_ratio(text: str) -> Fraction:
