@@ -13,7 +13,7 @@ from conftest import calibration
 from sleb_cli.events import TaskStarted
 from sleb_cli.plan import read_plan
 from sleb_cli.requests import Doc
-from sleb_plugins import OutputError, UsageError
+from sleb_plugins import UsageError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "example.py"
 
@@ -52,22 +52,6 @@ def test_a_request_says_what_is_wrong_with_it(request_for):
     ):
         with pytest.raises(UsageError, match=words):
             sleb.search(request)
-
-
-def test_a_comparison(request_for):
-    result = sleb.compare(request_for(remove=1, compare=("nll", "cosine")))
-    assert [each.metric for each in result.compared] == ["nll", "cosine"]
-    assert read_plan(Path("plan.json")).removals == min(result.compared, key=lambda each: each.perplexity).removals
-
-
-def test_a_result_that_cannot_be_saved_comes_with_the_error(request_for, monkeypatch):
-    def full(record, path):
-        raise OutputError("Cannot write.", hint="Free some space.")
-
-    monkeypatch.setattr("sleb_cli.plan.Plan.write", full)
-    with pytest.raises(OutputError) as caught:
-        sleb.search(request_for(remove=1))
-    assert len(caught.value.unsaved["removals"]) == 1
 
 
 @pytest.mark.slow

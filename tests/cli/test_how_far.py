@@ -5,7 +5,8 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM
 
-from conftest import llama_config, save_model
+from conftest import calibration, llama_config, save_model
+from sleb_cli.__main__ import main
 from sleb_cli.engine.search import speedup
 from sleb_cli.plan import ServingRecord, read_plan
 
@@ -13,11 +14,13 @@ BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
 OUTSIDE = 2 * 320 * 32 + 32
 
 
-@pytest.fixture
-def full(search, tmp_path):
+@pytest.fixture(scope="module")
+def full(tiny_llama, text_file, tmp_path_factory):
     """All four removals of the tiny Llama."""
-    search("--remove", 4, "-o", "full.json")
-    return read_plan(tmp_path / "full.json")
+    plan = tmp_path_factory.mktemp("full") / "full.json"
+    words = ["search", tiny_llama, "--remove", 4, *calibration(text_file), "--sample-tokens", 0, "-o", plan, "-q"]
+    assert main([str(word) for word in words]) == 0
+    return read_plan(plan)
 
 
 def increases(plan):
@@ -35,7 +38,7 @@ def test_parameters_are_those_of_the_checkpoint(search, run_sleb, tmp_path, full
     assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("out").parameters()) == OUTSIDE + 4 * BLOCK
 
 
-def test_memory_is_weights_and_cache_as_served(found):
+def test_memory_is_weights_and_cache_as_served(search, found):
     a_cache = 2 * 2 * 2 * 8 * 100 * 3
     most = 2 * (OUTSIDE + 3 * BLOCK) + 3 * a_cache
     served = ["--serve-dtype", "bfloat16", "--serve-length", 100, "--serve-batch", 3]
@@ -43,15 +46,12 @@ def test_memory_is_weights_and_cache_as_served(found):
     assert (len(three.removals), len(four.removals)) == (3, 4)
     assert three.search.target.reached == most
     assert three.search.target.serving == ServingRecord(dtype="bfloat16", length=100, batch=3)
-
-
-def test_what_is_assumed_of_serving_is_on_screen(search):
-    result = search("--target-memory", "300kB")
+    result = search("--target-memory", "300kB", "--force")
     assert "weights in float32 (305 kB) and a KV cache in float32 for 1 x 128 tokens (98.3 kB)" in result.stderr
     assert "a KV cache in float32 for 1 x 128 tokens take" in result.stdout
 
 
-@pytest.mark.parametrize("strategy", ["greedy", "beam", "refine", "oneshot", "last", "contiguous"])
+@pytest.mark.parametrize("strategy", ["beam", "refine", "contiguous"])
 def test_a_loss_is_kept_within_by_every_strategy(search, tmp_path, strategy):
     settings = ["--strategy", strategy, "--protect-first", 0]
     search("--remove", 4, *settings, "-o", "all.json")
@@ -81,12 +81,6 @@ def test_a_perplexity_ratio_says_what_one_more_would_cost(search, tmp_path, full
     assert f"one more removal: {target.next:.4f}" in result.stdout
 
 
-def test_all_may_go_where_the_loss_allows_it(search):
-    result = search("--max-loss-increase", 99)
-    assert "no other block can be removed" in result.stdout
-    assert "The search removes up to 4 blocks" in result.stderr
-
-
 def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
     own = ["--calibration", "self", "--sequence-length", 64, "--samples", 16]  # so that each removal costs something
     search("--remove", 4, *own, "-o", "full.json")
@@ -94,8 +88,10 @@ def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
     least = increases(full)[0]
     assert f"{least:.4f} nats" in search("--max-loss-increase", least / 2, *own, code=2).stderr
     assert (tmp_path / "plan.json.journal").exists()
-    search("--max-loss-increase", 99, *own, "--resume")
+    result = search("--max-loss-increase", 99, *own, "--resume")
     assert read_plan(tmp_path / "plan.json").removals == full.removals
+    assert "no other block can be removed" in result.stdout
+    assert "The search removes up to 4 blocks" in result.stderr
 
 
 def test_a_plan_is_extended_to_a_target(search, run_sleb, tiny_llama, tmp_path, full):
@@ -104,8 +100,7 @@ def test_a_plan_is_extended_to_a_target(search, run_sleb, tiny_llama, tmp_path, 
     assert run_sleb("search", tiny_llama, "--extend", "plan.json", *params).exit_code == 0
     assert read_plan(tmp_path / "plan.json").removals == full.removals[:3]
     again = run_sleb("search", tiny_llama, "--extend", "plan.json", *params)
-    assert again.exit_code == 2
-    assert "The model is already at 48.3" in again.stderr
+    assert (again.exit_code, "The model is already at 48.3" in again.stderr) == (2, True)
 
 
 def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, full, monkeypatch):
@@ -126,10 +121,7 @@ def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, f
     search("--target-speedup", 1.3, "-o", "more.json")
     assert read_plan(tmp_path / "more.json").removals == full.removals[:3]
     beyond = search("--target-speedup", 1.7, "-o", "most.json", code=2)
-    assert "The model is still at 1.67x the speed with 4 blocks removed, the maximum" in beyond.stderr
-
-
-def test_a_model_that_gets_no_faster_is_refused(search, monkeypatch):
+    assert "At most 4 blocks can be removed, which leaves the model at 1.67x the speed" in beyond.stderr
     monkeypatch.setattr(speedup, "time_in_turn", lambda workload, models, notify: {name: [1.0] for name in models})
     assert "generation does not get faster" in search("--target-speedup", 1.1, code=2).stderr
 

@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 
 from conftest import calibration_sequences
 from reference import plain_loss
-from sleb_cli.engine.search.journal import journal_of
 from sleb_cli.plan import read_plan
 
 
@@ -44,12 +43,6 @@ def test_what_is_held_out_decides_nothing(found, text_file, tmp_path):
     assert steps[0] == steps[1]
 
 
-def test_without_it_no_number_speaks_of_it(found):
-    plan = found("--remove", 1)
-    assert (plan.search.holdout, plan.search.held_out) == (0.0, 0)
-    assert plan.dense.held_out is plan.steps[0].held_out is None
-
-
 def test_an_extended_plan_keeps_what_it_held_out(search, run_sleb, tiny_llama, tmp_path):
     for remove, name in ((2, "two"), (3, "three")):
         search("--holdout", "0.2", "--remove", remove, "-o", f"{name}.json", samples=10)
@@ -59,16 +52,6 @@ def test_an_extended_plan_keeps_what_it_held_out(search, run_sleb, tiny_llama, t
     assert [step.held_out.loss for step in extended.steps] == [step.held_out.loss for step in three.steps]
     other = run_sleb("search", tiny_llama, "--extend", "three.json", "--remove", 4, "--holdout", "0.5")
     assert (other.exit_code, "search.holdout: 0.5, not 0.2" in other.stderr) == (3, True)
-
-
-def test_resumed_it_measures_nothing_twice(search, tmp_path, monkeypatch):
-    settings = ["--holdout", "0.25", "--remove", 2, "--batch-size", 2]
-    monkeypatch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
-    search(*settings, samples=8)
-    journal = journal_of(tmp_path / "plan.json")
-    before = journal.read_bytes()
-    search(*settings, "--resume", "--force", samples=8)
-    assert journal.read_bytes() == before
 
 
 def test_where_the_losses_part_the_search_warns(search, shared_data, tmp_path):
