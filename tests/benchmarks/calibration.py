@@ -13,8 +13,6 @@ paired over the windows, is within two standard errors of the best in its column
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import statistics
@@ -23,19 +21,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import saved_work
 import torch
+from saved_work import markdown, paired, resumed, run_sleb, say
 
-from sleb_cli.__main__ import main as sleb
-from sleb_cli.atomic import to_json, write_text
-from sleb_cli.engine.device import choose_dtype
+from sleb_cli.atomic import write_text
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate, resolve_calibration
+from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest, Chat
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -43,23 +39,16 @@ ANSWER_TOKENS = 64
 BATCH = 8
 
 
-class Bench:
+class Bench(saved_work.Bench):
     """The model, the texts, and the results so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.work = options, options.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        self.architecture = read_architecture(locate_model(options.model, quiet), load_plugins(), quiet)
-        self.tokenizer = load_tokenizer(self.architecture.source)
-        found = self.work / "results.json"
-        self.losses: dict[str, dict[str, list[float]]] = json.loads(found.read_text()) if found.exists() else {}
+        setting = {"length": options.length, "tests": options.tests, "samples": options.samples}
+        super().__init__(options, "results", setting, ("losses",))
 
     @cached_property
     def model(self) -> Any:
-        device = torch.device("cpu")
-        return load_dense(
-            self.architecture, choose_dtype("auto", self.architecture.config.dtype, device), device, quiet
-        )
+        return self.load(self.architecture)
 
     def texts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, CalibrationSettings]]:
         """Return the options of each search, and the texts to test on."""
@@ -98,7 +87,7 @@ class Bench:
 
     def _chat(self, path: Path) -> tuple[Path, Path]:
         """Let the model answer one set of questions for the search and another for the test."""
-        places = self.work / "chat_search.jsonl", self.work / "chat_test.jsonl"
+        places = self.work.folder / "chat_search.jsonl", self.work.folder / "chat_test.jsonl"
         count = 3 * self.options.samples
         asked = [json.loads(line)["query"].removeprefix("Question: ") for line in path.read_text().splitlines()]
         for place, questions in zip(places, (asked[:count], asked[count : 2 * count]), strict=True):
@@ -131,27 +120,26 @@ class Bench:
         return answers
 
     def _write(self, name: str, lines: list[str]) -> Path:
-        write_text(self.work / name, "".join(lines))
-        return self.work / name
+        write_text(self.work.folder / name, "".join(lines))
+        return self.work.folder / name
 
     def search(self, name: str, text: tuple[str, ...]) -> tuple[int, ...]:
         """Return the blocks that a search on this text removes; search only if there is no plan yet."""
-        options, plan = self.options, self.work / f"{name.replace(' ', '-')}.json"
+        options, plan = self.options, self.work.folder / f"{name.replace(' ', '-')}.json"
         if not plan.exists():
             setting = ["--remove", options.remove, "--samples", options.samples, "--sequence-length", options.length]
-            arguments = [options.model, *text, *setting, *(["--fast"] if options.fast else []), "-o", plan, "--resume"]
-            with contextlib.redirect_stdout(io.StringIO()):
-                code = sleb(["search", *map(str, arguments), "--sample-tokens", "0", "-q"])
-            if code != 0:
-                raise SystemExit(f"The search on {name} failed.")
+            fast = ["--fast"] if options.fast else []
+            run_sleb(
+                "search", options.model, *text, *setting, *fast, "-o", plan, *resumed(plan), "--sample-tokens", 0, "-q"
+            )
         return read_plan(plan).removals
 
     @torch.inference_mode()
     def test(self, removed: tuple[int, ...], name: str, settings: CalibrationSettings) -> list[float]:
         """Return the loss of each test window without these blocks; measure only what is missing."""
-        known = self.losses.setdefault(",".join(map(str, sorted(removed))) or "dense", {})
+        known = self.work.data["losses"].setdefault(",".join(map(str, sorted(removed))) or "dense", {})
         if name not in known:
-            text = calibrate(settings, self.tokenizer, lambda: self.model, quiet)
+            text = calibrate(settings, self.tokenizer, lambda: self.model, ignore)
             losses: list[float] = []
             with SkippableModel(self.model, self.architecture.blocks_of(self.model)) as skippable:
                 for start in range(0, len(text.sequences), BATCH):
@@ -160,16 +148,13 @@ class Bench:
                     scores = score_logits(NegativeLogLikelihood(), logits, part.sequences, loss_mask=part.loss_mask)
                     losses += scores.tolist()
             known[name] = losses
-            write_text(self.work / "results.json", to_json(self.losses))
-        return known[name]
+            self.work.save()
+        found: list[float] = known[name]
+        return found
 
 
 def question(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
-
-
-def quiet(event: object) -> None:
-    """Drop progress events."""
 
 
 def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[float]]]) -> str:
@@ -183,18 +168,11 @@ def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[f
     def cell(name: str, test: str) -> str:
         found = losses[name][test]
         perplexity = f"{math.exp(statistics.fmean(found)):.2f}"
-        behind = [ours - theirs for ours, theirs in zip(found, best[test], strict=True)]
-        error = statistics.stdev(behind) / math.sqrt(len(behind))
-        return f"**{perplexity}**" if name != "dense" and statistics.fmean(behind) <= 2 * error else perplexity
+        behind, error = paired(found, best[test])
+        return f"**{perplexity}**" if name != "dense" and behind <= 2 * error else perplexity
 
-    lines = [
-        "| searched on | " + " | ".join(f"tested on {test}" for test in tests) + " | blocks |",
-        "|---|" + "---|" * (len(tests) + 1),
-    ]
-    for name in losses:
-        removed = ", ".join(map(str, blocks.get(name, ())))
-        lines.append(f"| {name} | " + " | ".join(cell(name, test) for test in tests) + f" | {removed} |")
-    return "\n".join(lines)
+    rows = [[name, *(cell(name, test) for test in tests), ", ".join(map(str, blocks.get(name, ())))] for name in losses]
+    return markdown(["searched on", *(f"tested on {test}" for test in tests), "blocks"], rows)
 
 
 def main() -> None:
@@ -209,6 +187,7 @@ def main() -> None:
     parser.add_argument("--only", help="searches to run now, separated by semicolons")
     parser.add_argument("--fast", action="store_true")
     parser.add_argument("--chat", action="store_true", help="also search and test on the model's own answers")
+    parser.set_defaults(dtype="auto", device="cpu")
     options = parser.parse_args()
 
     quiet_libraries()
@@ -220,7 +199,7 @@ def main() -> None:
         name: {test: bench.test(removed, test, settings) for test, settings in tests.items()}
         for name, removed in {"dense": (), **blocks}.items()
     }
-    print(table(blocks, losses))
+    say(table(blocks, losses))
     print(
         f"{options.samples} x {options.length} tokens searched on, {options.tests} windows tested on", file=sys.stderr
     )

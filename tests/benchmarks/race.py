@@ -14,29 +14,16 @@ import random
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from saved_work import calibrated, greedy_search
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.search.choices import Protection
 from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import LOOKS, Race
-from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.engine.search.strategies import Problem, greedy
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
-from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import CalibrationRequest
-from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_cli.events import ignore
 
 Matrix = dict[int, list[float]]
 
@@ -52,20 +39,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    quiet_libraries()
-    device = torch.device("cpu")
-    architecture = read_architecture(locate_model(options.model, _ignore), load_plugins(), print)
-    tokenizer = load_tokenizer(architecture.source)
-    model = load_dense(architecture, choose_dtype("auto", architecture.config.dtype, device), device, _ignore)
     print("| calibration | searches | equal | steps | equal | evaluations | another pick costs |")
     print("|---|---|---|---|---|---|---|")
     for text in options.texts:
-        request = CalibrationRequest(
-            calibration=text, samples=options.samples, sequence_length=options.length, seed=options.seed
-        )
-        sequences = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, _ignore).sequences
+        model, blocks, calibration = calibrated(options, text, "auto")
+        sequences = calibration.sequences
         start = time.perf_counter()
-        steps = exact_steps(model, architecture.blocks_of(model), sequences, options.remove)
+        steps = exact_steps(SkippableModel(model, blocks), sequences, options.remove)
         seconds = time.perf_counter() - start
         searches = [
             race(steps, random.Random(order).sample(range(len(sequences)), len(sequences)))
@@ -83,21 +63,15 @@ def main() -> None:
         print(f"exact: {[min(step, key=lambda b: sum(step[b])) for step in steps]}, {seconds:.0f} s", file=sys.stderr)
 
 
-def exact_steps(model: Any, blocks: Any, sequences: torch.Tensor, remove: int) -> list[Matrix]:
+def exact_steps(model: SkippableModel, sequences: Any, remove: int) -> list[Matrix]:
     """Return the loss of each candidate on each sequence, for each step of the exact search."""
-    journal, steps, removed = Journal(), [], []
-    with SkippableModel(model, blocks) as skippable:
-        passes, _ = prepare_passes(skippable, sequences, _ignore)
-        score = Scoring(NegativeLogLikelihood(), passes, journal, None, _ignore).score
-        for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
-            batches = range(len(passes.batches))
-            steps.append(
-                {
-                    block: [x for batch in batches for x in journal.find(removed, block, batch) or []]
-                    for block in choice.outcome.scores
-                }
-            )
-            removed.append(choice.block)
+    journal, steps, removed = Journal(), [], ()
+    with model as skippable:
+        passes, _ = prepare_passes(skippable, sequences, ignore)
+        batches = range(len(passes.batches))
+        for choice in greedy_search(passes, remove, journal=journal):
+            steps.append({block: journal.scores(removed, block, batches) for block in choice.outcome.scores})
+            removed = choice.removals
     return steps
 
 
@@ -114,10 +88,6 @@ def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
         cost = min(losses[block] for block in step.contenders) - min(losses.values())
         found.append((step.evaluations / (len(order) * len(matrix)), cost))
     return found
-
-
-def _ignore(event: object) -> None:
-    """Drop progress events."""
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import platform
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,20 @@ from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
 from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer
-from sleb_cli.engine.text.calibration import draw
+from sleb_cli.engine.search.choices import Choice, Protection
+from sleb_cli.engine.search.journal import Journal
+from sleb_cli.engine.search.scoring import Scoring
+from sleb_cli.engine.search.strategies import Problem, greedy
+from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
+from sleb_cli.engine.text.calibration import Calibration, calibrate, draw, resolve_calibration
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.requests import CalibrationRequest
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 TRAIN = "text/enwiki_train.txt"
 TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
@@ -85,6 +92,28 @@ class Bench:
         """Return windows of each text, drawn at random positions."""
         cuts = {name: cut(evaluation_text(str(self.options.data / place)).content) for name, place in TEXTS.items()}
         return {name: windows[draw(len(windows), self.options.windows, seed=0)] for name, windows in cuts.items()}
+
+
+def greedy_search(
+    passes: Passes, remove: int, *, journal: Journal | None = None, fast: bool = False
+) -> Iterator[Choice]:
+    """Search greedily by the loss, with the first and the last block protected."""
+    score = Scoring(NegativeLogLikelihood(), passes, journal or Journal(), None, ignore, fast=fast).score
+    candidates = partial(Protection(1, 1).candidates, len(passes.skippable.switches))
+    return greedy(Problem(score, candidates, remove))
+
+
+def calibrated(options: argparse.Namespace, text: str, dtype: str) -> tuple[Any, Any, Calibration]:
+    """Load the model of a benchmark and its blocks, and cut `text` as its options say."""
+    quiet_libraries()
+    architecture, device = architecture_of(options.model), torch.device("cpu")
+    model = load_dense(architecture, choose_dtype(dtype, architecture.config.dtype, device), device, ignore)
+    request = CalibrationRequest(
+        calibration=text, samples=options.samples, sequence_length=options.length, seed=options.seed
+    )
+    tokenizer = load_tokenizer(architecture.source)
+    calibration = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, ignore)
+    return model, architecture.blocks_of(model), calibration
 
 
 def architecture_of(model: object) -> Architecture:

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from saved_work import calibrated, greedy_search
+
 from reference import plain_search
-from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.journal import Journal
 from sleb_cli.engine.search.race import LOOKS
-from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.engine.search.strategies import Problem, greedy
-from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
-from sleb_cli.engine.text.calibration import Calibration, calibrate, resolve_calibration
-from sleb_cli.plugin_manager import load_plugins
-from sleb_cli.requests import CalibrationRequest
-from sleb_plugins.metrics.nll import NegativeLogLikelihood
+from sleb_cli.engine.text.calibration import Calibration
+from sleb_cli.events import ignore
 
 
 class Side:
@@ -69,16 +60,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
 
-    quiet_libraries()
-    device = torch.device("cpu")
-    architecture = read_architecture(locate_model(options.model, _ignore), load_plugins(), print)
-    tokenizer = load_tokenizer(architecture.source)
-    model = load_dense(architecture, choose_dtype(options.dtype, architecture.config.dtype, device), device, _ignore)
-    blocks = architecture.blocks_of(model)
-    request = CalibrationRequest(
-        calibration=options.text, samples=options.samples, sequence_length=options.length, seed=options.seed
-    )
-    calibration = calibrate(resolve_calibration(request, architecture), tokenizer, lambda: model, _ignore)
+    model, blocks, calibration = calibrated(options, options.text, options.dtype)
     sequences = calibration.sequences
     count, steps = len(blocks), options.remove
     print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {options.dtype}", flush=True)
@@ -125,11 +107,10 @@ def search(model: Any, blocks: Any, calibration: Calibration, remove: int, *, fa
         count_passes(skippable, side, calibration.sequences.shape[1])
         start = time.perf_counter()
         sequences = (calibration.shuffled() if fast else calibration).sequences
-        passes, reason = prepare_passes(skippable, sequences, _ignore, min_batches=LOOKS if fast else 1)
+        passes, reason = prepare_passes(skippable, sequences, ignore, min_batches=LOOKS if fast else 1)
         assert reason is None, reason
-        score = Scoring(NegativeLogLikelihood(), passes, Journal(), None, _ignore, fast=fast).score
         removals = []
-        for choice in greedy(Problem(score, partial(Protection(1, 1).candidates, len(blocks)), remove)):
+        for choice in greedy_search(passes, remove, fast=fast):
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
@@ -185,10 +166,6 @@ def show(name: str, side: Side, removals: list[int]) -> None:
 
 def agree(ours: list[int], theirs: list[int]) -> None:
     print(f"        removals {'agree' if ours == theirs else 'DIFFER'}", flush=True)
-
-
-def _ignore(event: object) -> None:
-    """Drop progress events."""
 
 
 if __name__ == "__main__":
