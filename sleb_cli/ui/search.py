@@ -77,17 +77,16 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
 
 def race_summary(plan: Plan) -> str:
     """Return the share of evaluations made in races, and the step with the closest lead."""
-    raced = [(number, step) for number, step in enumerate(plan.steps, start=1) if step.race is not None]
     sequences = plan.calibration.sequences - plan.search.held_out
     done = whole = 0
     leads: list[tuple[float, int]] = []
-    for number, step in raced:
-        dropped = step.race.dropped.values() if step.race else []
-        done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
-        whole += (len(step.scores) + len(dropped)) * sequences
-        others = (score for block, score in step.scores.items() if block != step.block)
-        behind = [score - step.score for score in others if score is not None]
-        leads.append((min([*behind, *(drop.behind for drop in dropped)], default=math.inf), number))
+    for number, step in enumerate(plan.steps, start=1):
+        if step.race is not None:
+            dropped = step.race.dropped.values()
+            done += len(step.scores) * sequences + sum(drop.sequences for drop in dropped)
+            whole += (len(step.scores) + len(dropped)) * sequences
+            margins = (step.race.margin, *(drop.behind for drop in dropped))
+            leads.append((min((lead for lead in margins if lead is not None), default=math.inf), number))
     lead, number = min(leads)
     return f"raced: {done / whole:.0%} of the evaluations; the closest lead was {lead:.4f}, in step {number}"
 

@@ -15,8 +15,6 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.resolve import longest_run
 from sleb_cli.engine.search.speedup import SpeedupTimer, fit_slope
 from sleb_cli.engine.search.targets import LossTarget, SizeTarget, resolve_target
@@ -184,7 +182,7 @@ def test_a_quantized_checkpoint_counts_as_packed_or_as_served(tmp_path):
 
 @pytest.mark.parametrize("most", [4, 2])
 def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, monkeypatch, most):
-    timed, removable = [], Removable(architecture(tiny_llama), Protection(1, 1), ignore)
+    timed, model = [], architecture(tiny_llama)
 
     def candidates(removed):
         if len(removed) == most:
@@ -195,9 +193,14 @@ def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, monkeypatch, mo
         timed.append(tuple(removals))
         return 1 - 0.05 * len(removals)
 
-    monkeypatch.setattr(removable, "candidates", candidates)
     monkeypatch.setattr(SpeedupTimer, "share", share)
-    target = SpeedupTimer(removable, CPU, None, "prompt", ProcessGroup(), ignore).target("1.1")
+    resolved = SimpleNamespace(
+        architecture=model,
+        placement=CPU,
+        removable=SimpleNamespace(candidates=candidates),
+        request=TargetRequest(target_speedup="1.1", target_workload="prompt"),
+    )
+    target = SpeedupTimer(resolved, None, ProcessGroup(), ignore).target()
     assert [len(removals) for removals in timed] == [1, 2]
     assert timed[1][:1] == timed[0] == (3,)
     assert target.sizes.without({1, 2}) == pytest.approx(0.9)

@@ -43,25 +43,22 @@ def compare_removals(
     requests = [_request_for(request, metric, strategy, registry) for metric, strategy in entries]
     resolved = group.one_first(lambda: [resolve_search(each, registry, notify) for each in requests])
     inputs = load_inputs(resolved[0], group, notify)
-    compared: list[ComparedRecord] = []
     plans: list[Plan] = []
-    for number, ((metric, strategy), search) in enumerate(zip(entries, resolved, strict=True), start=1):
-        notify(Notice(f"{number} of {len(entries)}: {metric}@{strategy}"))
+    for number, search in enumerate(resolved):
+        notify(Notice(f"{number + 1} of {len(entries)}: {'@'.join(entries[number])}"))
         free_memory()  # each search takes a share of what is free, which the last one's states are not yet
-        started = time.monotonic()
-        plan = run_search(search, inputs, started)
-        last = plan.steps[-1]
-        plans.append(plan)
-        compared.append(
-            ComparedRecord(
-                metric=metric,
-                strategy=strategy,
-                removals=plan.removals,
-                perplexity=last.perplexity,
-                held_out_perplexity=last.held_out.perplexity if last.held_out else None,
-                seconds=time.monotonic() - started,
-            )
+        plans.append(run_search(search, inputs, time.monotonic()))
+    compared = [
+        ComparedRecord(
+            metric=metric,
+            strategy=strategy,
+            removals=plan.removals,
+            perplexity=plan.steps[-1].perplexity,
+            held_out_perplexity=held_out.perplexity if (held_out := plan.steps[-1].held_out) else None,
+            seconds=plan.environment.seconds,
         )
+        for (metric, strategy), plan in zip(entries, plans, strict=True)
+    ]
     number = min(range(len(plans)), key=lambda n: compared[n].held_out_perplexity or compared[n].perplexity)
     best = plans[number]
     result = CompareResult(

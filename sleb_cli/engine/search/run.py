@@ -161,11 +161,9 @@ def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -
         SlebError: a subclass that fits, for problems that only show once the model runs.
     """
     request, model, notify = resolved.request, inputs.model, inputs.notify
-    timer = SpeedupTimer(
-        resolved.removable, resolved.placement, model.model, request.target_workload, inputs.group, notify
-    )
+    timer = SpeedupTimer(resolved, model.model, inputs.group, notify)
     if resolved.target is None:
-        resolved = with_target(resolved, timer.target(str(request.target_speedup)), notify)
+        resolved = with_target(resolved, timer.target(), notify)
     unchanged = resolved.architecture.source.watch.unchanged
     searched, kept = hold_out(inputs.calibration.to(model.device), request.holdout or 0)
     with unchanged(), model, task(notify, "Checking the engine"):

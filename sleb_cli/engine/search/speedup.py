@@ -9,10 +9,9 @@ from statistics import median
 from typing import Any
 
 from sleb_cli.engine.device import free_memory
-from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.removable import Removable
+from sleb_cli.engine.search.resolve import ResolvedSearch
 from sleb_cli.engine.search.targets import SizeTarget, parse_number
 from sleb_cli.engine.speed.benchmark import time_in_turn
 from sleb_cli.engine.speed.workloads import resolve_workload
@@ -21,7 +20,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import TargetRecord
-from sleb_cli.requests import DEFAULT_WORKLOAD, BenchRequest, WorkloadName
+from sleb_cli.requests import DEFAULT_WORKLOAD, BenchRequest
 from sleb_cli.results import Workload
 from sleb_plugins import UnsupportedModelError, UsageError
 
@@ -30,27 +29,25 @@ from sleb_plugins import UnsupportedModelError, UsageError
 class SpeedupTimer:
     """Time pruned models in alternation with the dense one, as `bench` does."""
 
-    removable: Removable
-    placement: Placement
+    resolved: ResolvedSearch
     model: Any
-    workload_name: WorkloadName | None
     group: ProcessGroup
     notify: Notify
 
     @cached_property
     def workload(self) -> Workload:
         """The timed workload; generation by default."""
-        dense = Subject(Surgery(self.removable.architecture, ()), None)
-        name = self.workload_name or DEFAULT_WORKLOAD
-        return resolve_workload(name, BenchRequest(), dense, self.placement.device, self.notify)
+        dense = Subject(Surgery(self.resolved.architecture, ()), None)
+        name = self.resolved.request.target_workload or DEFAULT_WORKLOAD
+        return resolve_workload(name, BenchRequest(), dense, self.resolved.placement.device, self.notify)
 
     def share(self, removals: Sequence[int]) -> float:
         """Return the time of the model without these blocks, as a share of the dense model's, in the main process."""
 
         def measure() -> float:
-            surgery, dense = Surgery(self.removable.architecture, tuple(removals)), self.model
-            pruned = load_pruned(surgery, self.placement.dtype, self.placement.device, self.notify, dense=dense)
-            seconds = time_in_turn(self.workload, {"dense": dense, "pruned": pruned}, self.notify)
+            surgery, place = Surgery(self.resolved.architecture, tuple(removals)), self.resolved.placement
+            pruned = load_pruned(surgery, place.dtype, place.device, self.notify, dense=self.model)
+            seconds = time_in_turn(self.workload, {"dense": self.model, "pruned": pruned}, self.notify)
             del pruned
             free_memory()
             return median(seconds["pruned"]) / median(seconds["dense"])
@@ -70,7 +67,7 @@ class SpeedupTimer:
             workload=self.workload.name,
         )
 
-    def target(self, asked: str) -> SizeTarget:
+    def target(self) -> SizeTarget:
         """Time the model at two depths, and estimate the time per block.
 
         Raises:
@@ -80,7 +77,7 @@ class SpeedupTimer:
         depths = sorted({max(1, len(gone) // 2), len(gone)})
         shares = [self.share(gone[:depth]) for depth in depths]
         slope = fit_slope(depths, shares)
-        blocks, workload = self.removable.architecture.block_count, self.workload.name
+        blocks, workload = self.resolved.architecture.block_count, self.workload.name
         timed = ", ".join(f"{share:.0%} ({n} fewer)" for n, share in zip(depths, shares, strict=True))
         self.notify(
             Notice(f"With fewer blocks, {workload} takes {timed} of the dense model's time: {slope:.1%} per block.")
@@ -90,17 +87,19 @@ class SpeedupTimer:
                 f"On this machine, {workload} does not get faster with fewer blocks.",
                 hint="Try again when nothing else is running, or use --ratio and measure with `sleb bench`.",
             )
+        asked = str(self.resolved.request.target_speedup)
         seconds, most = Sizes(1 - slope * blocks, (slope,) * blocks), 1 / parse_number(asked, "target_speedup")
         return SizeTarget("target_speedup", asked, seconds, most, lambda share: f"{1 / share:.2f}x the speed")
 
     def _removable_sample(self) -> list[int]:
         """Return two thirds of the candidates, or as many as can go together; each is the middle one of those left."""
-        free, gone = self.removable.candidates(()), list[int]()
+        candidates, gone = self.resolved.removable.candidates, list[int]()
+        free = candidates(())
         most = max(1, len(free) * 2 // 3)
         while len(gone) < most:
             gone.append(free[len(free) // 2])
             try:
-                free = self.removable.candidates(tuple(gone))
+                free = candidates(gone)
             except UnsupportedModelError:
                 break
         return gone
