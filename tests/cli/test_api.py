@@ -3,7 +3,6 @@
 import json
 import runpy
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import sleb_cli as sleb
 from conftest import calibration
 from sleb_cli.events import TaskStarted
 from sleb_cli.plan import read_plan
-from sleb_cli.requests import Doc
 from sleb_plugins import UsageError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "example.py"
@@ -64,20 +62,3 @@ def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
     assert f"{6 - len(plan.removals)} blocks, checked: complete, same bytes, loads, same logits" in said
     assert "merge_method: passthrough" in said
     assert json.loads((tmp_path / "out" / "pruned" / "config.json").read_text())["num_hidden_layers"] == 4
-
-
-@pytest.mark.parametrize("name", ["SearchRequest", "ApplyRequest", "EvalRequest", "BenchRequest", "ExportRequest"])
-def test_every_field_of_a_request_is_an_option_with_help(run_sleb, name):
-    command = name.removesuffix("Request").lower()
-    shown = run_sleb(command, "--help").stdout
-    for field in fields(getattr(sleb, name)):
-        doc = next(part for part in _annotation(getattr(sleb, name), field.name) if isinstance(part, Doc))
-        spelled = doc.metavar if doc.argument else doc.flag or "--" + field.name.replace("_", "-")
-        assert all(word in shown for word in spelled.split("/"))
-        assert doc.help.endswith((".", ")"))
-
-
-def _annotation(request, name):
-    from typing import get_args, get_type_hints
-
-    return get_args(get_type_hints(request, include_extras=True)[name])

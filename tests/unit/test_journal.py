@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 
 from sleb_cli.engine.search import journal as module
-from sleb_cli.engine.search.journal import Journal, journal_of, open_journal
+from sleb_cli.engine.search.journal import journal_of, open_journal
 from sleb_plugins import OutputError, PlanError
 
 SEARCH = {"model": {"fingerprint": "abc"}, "search": {"metric": "nll", "seed": 0}}
@@ -86,23 +86,14 @@ GOOD = {"removed": [1], "block": 2, "batch": 0, "scores": [1.0, None]}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "count"),
-    [
-        ({}, 21),
-        ({"batch": ...}, 20),
-        ({"block": ...}, 20),
-        ({"removed": 1}, 20),
-        ({"scores": ["1"]}, 20),
-        ({"scores": []}, 20),
-        ({"block": True}, 20),
-    ],
+    "wrong", [{}, {"batch": ...}, {"block": ...}, {"removed": 1}, {"scores": ["1"]}, {"scores": []}, {"block": True}]
 )
-def test_a_line_that_is_no_measurement_ends_it_too(written, wrong, count):
+def test_a_line_that_is_no_measurement_ends_it_too(written, wrong):
     text = json.dumps({name: value for name, value in (GOOD | wrong).items() if value is not ...}).encode()
     whole = written.read_bytes()
     written.write_bytes(whole + b"%08x %s\n" % (zlib.crc32(text), text))
-    assert kept(written) == count
-    assert count > 20 or written.read_bytes() == whole
+    assert kept(written) == (20 if wrong else 21)
+    assert not wrong or written.read_bytes() == whole
 
 
 @pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe", b"%08x []\n" % zlib.crc32(b"[]")])
@@ -144,10 +135,3 @@ def test_a_new_search_drops_the_old_and_keeps_nothing_empty(written):
     with open_journal(written, SEARCH) as journal:
         assert len(journal) == 0
     assert not written.exists()
-
-
-def test_without_a_file_it_only_remembers(tmp_path):
-    journal = Journal()
-    journal.add([float("nan")], [], block=2)
-    assert journal.find([], block=2) == [float("inf")]
-    assert list(tmp_path.iterdir()) == []

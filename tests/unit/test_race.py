@@ -95,13 +95,6 @@ def test_a_leader_that_scatters_is_no_second_winner():
 
 
 @pytest.mark.parametrize(
-    ("sequences", "looks"), [(8, []), (9, [4]), (32, [4, 5, 6, 7, 9, 12, 15]), (38, [4, 5, 6, 7, 9, 12, 15])]
-)
-def test_looks_are_a_quarter_apart_and_end_before_half(sequences, looks):
-    assert look_schedule(sequences) == looks
-
-
-@pytest.mark.parametrize(
     ("matrix", "sequences", "drops"),
     [
         (draws({0: 0.0, 1: 3.0}, sequences=32), 64, []),  # the second half can still be unlike the first

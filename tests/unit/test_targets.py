@@ -141,12 +141,6 @@ def caches(folder, length, batch=1):
     return cache_bytes(architecture(folder), torch.bfloat16, length=length, batch=batch)
 
 
-def test_the_cache_is_keys_and_values_of_each_block(tmp_path, tiny_llama, tiny_gpt2):
-    # two bytes x keys and values x 2 key-value heads x head size 8 x length
-    assert caches(tiny_llama, 100, batch=3) == Sizes(0, (2 * 2 * 2 * 8 * 100 * 3,) * 6)
-    assert caches(tiny_gpt2, 50) == Sizes(0, (2 * 2 * 32 * 50,) * 5)
-
-
 def test_a_window_holds_no_more_than_the_window(tmp_path):
     config = Gemma3TextConfig(
         vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
