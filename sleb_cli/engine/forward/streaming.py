@@ -128,10 +128,7 @@ def stream_dense(
     source = architecture.source
     with task(notify, f"Loading {source.id} without its blocks"), fits(source, dtype, device):
         blocks = StreamedBlocks(architecture, dtype, device)
-    skippable = SkippableModel(blocks.model, blocks.modules, device=device, weights=blocks)
-    with skippable, torch.inference_mode():
-        skippable.learn_outputs()
-    return skippable
+    return SkippableModel(blocks.model, blocks.modules, device=device, weights=blocks)
 
 
 class StreamedBlocks(BlockWeights):
