@@ -6,10 +6,11 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from conftest import calibration, save_model
 from families import tiny_config
-from sleb_cli.engine.forward import holding, memory_budget, saved_walk, streaming
+from sleb_cli.engine.forward import memory_budget, saved_walk, streaming
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import OutputError
 
@@ -55,10 +56,10 @@ def test_the_plan_is_that_of_the_model_in_memory(search, tiny_llama, tmp_path, f
 
 @pytest.mark.parametrize("way", ["exact", "kl", "states", "spans"])
 def test_hidden_states_that_do_not_fit_wait_in_a_file(search, tiny_llama, way, monkeypatch):
-    opened, spill = [], holding.SpillFile
-    monkeypatch.setattr(holding, "SpillFile", lambda *place: opened.append(place) or spill(*place))
+    files, from_file = [], torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *given, **how: files.append(given) or from_file(*given, **how))
     spilled = search(tiny_llama, "--stream", *WAYS[way], *ONE_BY_ONE, "--memory", 300_000)
-    assert opened
+    assert files
     assert spilled == search(tiny_llama, *WAYS[way], *ONE_BY_ONE)
 
 

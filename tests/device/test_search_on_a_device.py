@@ -6,8 +6,7 @@ import pytest
 
 from conftest import calibration, save_model, slow
 from families import tiny_config
-from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.holding import Holding
+from sleb_cli.engine.forward import passes
 from sleb_cli.engine.search import run
 from sleb_cli.engine.search.journal import journal_of
 
@@ -154,8 +153,8 @@ def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llam
 def test_hidden_states_wait_in_host_memory_if_need_be(search, simulate, tiny_llama, monkeypatch):
     options = ("--stream", "--batch-size", 1, "--samples", 24)
     expected = search(tiny_llama, *options, "--device", "cpu")
-    places, opened = [], Holding.open
-    monkeypatch.setattr(Holding, "open", lambda self, slots: places.append(self.device) or opened(self, slots))
+    held = []
+    monkeypatch.setattr(passes, "on_host", lambda hidden: held.append(hidden.device.type) or hidden.cpu())
     simulate(memory=600_000)
     assert search(tiny_llama, *options, "--device", "sim") == expected
-    assert CPU in places
+    assert "sim" in held

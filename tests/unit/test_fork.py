@@ -123,7 +123,7 @@ def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, fi
 
 
 def test_blocks_may_be_the_outer_loop_and_states_lie_anywhere(skippable):
-    def elsewhere(name, hidden):
+    def elsewhere(hidden):
         return torch.from_numpy(hidden.numpy().copy())
 
     batches = [torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

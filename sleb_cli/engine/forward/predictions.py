@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork import Walk, fork, walk_together
-from sleb_cli.engine.forward.holding import Holding, SharedInputs
+from sleb_cli.engine.forward.holding import SharedInputs, on_host
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
@@ -46,12 +45,11 @@ def predict_together(
 
     Its weights are read once for all of them, and the hidden states of all are in host memory meanwhile.
     """
-    shared, hold = SharedInputs(), Holding(CPU).open(0)
-    walks = []
+    shared, walks = SharedInputs(), []
     for ids in batches:
         calls = skippable.calls(ids)
-        calls = shared.of(calls, hold(None, calls[0].entering))
-        walks.append([Walk(skippable, calls, States(), removed, (), hold=hold) for removed in sizes])
+        calls = shared.of(calls, on_host(calls[0].entering))
+        walks.append([Walk(skippable, calls, States(), removed, (), hold=on_host) for removed in sizes])
     for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
         pass
     for ids, of_batch in zip(batches, walks, strict=True):

@@ -308,7 +308,7 @@ class Scoring:
             return deal([*batches], self.group.size)
 
         def measure(mine: Sequence[int]) -> Iterator[Scores]:
-            watched = self.passes.score_states(mine, removed, blocks, start, remembered=longest)
+            watched = self.passes.score_states(mine, removed, blocks, start)
             for batch, scores in watched.items():
                 for (first, last), found in scores.items():
                     yield ((*removed, *range(first, last)), last, batch), found
