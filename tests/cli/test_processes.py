@@ -9,10 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from test_interrupted import plan_bytes
@@ -162,18 +160,18 @@ def test_a_speedup_is_timed_by_one_of_them(search, together, tmp_path, monkeypat
 
 
 @contextmanager
-def at_unit(rank, unit, do):
-    """Have a process do something when it is about to score its n-th unit of work."""
-    score_units, seen = Passes.score_units, []
+def at_job(rank, job, do):
+    """Have a process do something when it is about to score its n-th job."""
+    score, seen = Passes.score, []
 
-    def counted(self, metric, removed, units):
-        seen.extend(units)
-        if process_rank() == rank and len(seen) >= unit:
+    def counted(self, metric, removed, jobs):
+        seen.extend(jobs)
+        if process_rank() == rank and len(seen) >= job:
             do()
-        return score_units(self, metric, removed, units)
+        return score(self, metric, removed, jobs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Passes, "score_units", counted)
+        patch.setattr(Passes, "score", counted)
         yield
 
 
@@ -183,7 +181,7 @@ def die():
 
 def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, together, tmp_path):
     expected = whole()
-    with at_unit(1, 8, die):
+    with at_job(1, 8, die):
         main, victim = together(2, *search)
     assert (main.code, victim.code) == (7, -signal.SIGKILL)
     assert "error: One of the 2 processes has died or was stopped." in main.stderr
@@ -197,7 +195,7 @@ def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, togeth
 
 
 def test_if_the_main_one_dies_the_others_end_quietly(search, together, tmp_path):
-    with at_unit(0, 8, die):
+    with at_job(0, 8, die):
         main, *others = together(3, *search)
     assert main.code == -signal.SIGKILL
     assert all(each.code > 0 for each in others)
@@ -218,7 +216,7 @@ def refuse():
     ids=["an error", "a bug"],
 )
 def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, fault, code, words):
-    with at_unit(1, 4, fault):
+    with at_job(1, 4, fault):
         main, *others = together(3, *search)
     assert main.code == code
     assert [main.stderr.count(each) > 0 for each in words] == [True] * len(words)
@@ -320,43 +318,6 @@ def test_launchers_start_them(search, whole, launch, tmp_path, launcher):
     assert process.returncode == 0, stderr
     assert plan_bytes(tmp_path / "plan.json") == expected
     assert stdout.count("wrote plan.json") == stderr.count("step 1 of 3") == 1
-
-
-def processes_of(launcher):
-    """Return the ids of a launcher's processes, by their ranks."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            rank = [word for word in (folder / "environ").read_bytes().split(b"\0") if word.startswith(b"RANK=")]
-        except OSError:
-            continue
-        if parent == launcher and rank:
-            found[int(rank[0][5:])] = int(folder.name)
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-@pytest.mark.parametrize(("victim", "words"), [(1, "error: One of the 2 processes has died"), (0, "")])
-def test_killed_under_a_launcher_all_end_and_three_go_on(search, run_sleb, text_file, launch, tmp_path, victim, words):
-    longer = [*search, *calibration(text_file, samples=40, length=128)]
-    assert run_sleb(*longer, "-o", "whole.json", "-q").exit_code == 0
-    with launch("torchrun", 2, *longer) as process:
-        for line in process.stderr:
-            if line.startswith("step 1 of 3"):
-                os.kill(processes_of(process.pid)[victim], signal.SIGKILL)
-                break
-        killed = time.monotonic()
-        stderr = process.stderr.read()
-    assert time.monotonic() - killed < 60
-    assert process.returncode != 0
-    assert words in stderr
-    with launch("torchrun", 3, *longer, "--resume") as process:
-        _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
-    assert "Continuing with the" in stderr
-    assert plan_bytes(tmp_path / "plan.json") == plan_bytes(tmp_path / "whole.json")
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ from sleb_cli.engine.device import choose_device
 from sleb_cli.engine.forward import memory_budget
 from sleb_cli.engine.process_group import ProcessGroup, deal
 from sleb_cli.engine.search.race import look_schedule, rounds
-from sleb_cli.engine.search.shares import EQUAL_COSTS, costs_of_fork, deal_units, split
+from sleb_cli.engine.search.shares import EQUAL_COSTS, costs_of_fork, deal_jobs, split
 from sleb_plugins import MachineError, OutputError
 
 COSTS = costs_of_fork(12, head=2.0)
@@ -28,8 +28,8 @@ def work(turns):
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 11))
 def test_every_candidate_of_every_batch_is_scored_once(batches, processes, candidates):
-    units = [(batch, list(range(candidates))) for batch in range(batches)]
-    turns = list(deal_units(units, processes, COSTS))
+    jobs = [(batch, list(range(candidates))) for batch in range(batches)]
+    turns = list(deal_jobs(jobs, processes, COSTS))
     assert all(len(turn) == processes for turn in turns)
     assert work(turns) == [(batch, block) for batch in range(batches) for block in range(candidates)]
     for turn in turns[:-1]:
@@ -37,8 +37,8 @@ def test_every_candidate_of_every_batch_is_scored_once(batches, processes, candi
 
 
 def test_batches_go_to_the_same_processes_in_every_step():
-    units = [(batch, [1, 2, 3]) for batch in range(7)]
-    turns = list(deal_units(units, 3, COSTS))
+    jobs = [(batch, [1, 2, 3]) for batch in range(7)]
+    turns = list(deal_jobs(jobs, 3, COSTS))
     assert [[share[0][0] for share in turn] for turn in turns[:2]] == [[0, 1, 2], [3, 4, 5]]
     assert [batch for share in turns[2] for batch, _ in share] == [6, 6, 6]
     assert list(deal([4, 5, 6], 2)) == [[[4], [5]], [[6], []]]
@@ -49,13 +49,13 @@ def test_batches_go_to_the_same_processes_in_every_step():
 @pytest.mark.parametrize(("batches", "processes"), [(1, 2), (1, 3), (2, 3), (4, 8), (5, 8)])
 @pytest.mark.parametrize("costs", [COSTS, EQUAL_COSTS])
 def test_what_is_left_is_split_evenly(batches, processes, costs):
-    units = [(batch, list(range(1, 11))) for batch in range(batches)]
-    shares = split(units, processes, costs)
+    jobs = [(batch, list(range(1, 11))) for batch in range(batches)]
+    shares = split(jobs, processes, costs)
     most = max(costs.base(10) + costs.branch(1), max(map(costs.branch, range(1, 11))))
-    assert max(cost(share, costs) for share in shares) <= cost(units, costs) / processes + most
-    # In the order of the units, so that all processes record the same.
+    assert max(cost(share, costs) for share in shares) <= cost(jobs, costs) / processes + most
+    # In the order of the jobs, so that all processes record the same.
     flat = [(batch, block) for share in shares for batch, blocks in share for block in blocks]
-    assert flat == [(batch, block) for batch, blocks in units for block in blocks]
+    assert flat == [(batch, block) for batch, blocks in jobs for block in blocks]
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from sleb_cli.atomic import writing
 from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.skipping import Call
+from sleb_cli.engine.forward.skipping import Call, SkippableModel
 
 Hold = Callable[[Tensor], Tensor]
 """Takes hidden states, and returns them where they wait."""
@@ -56,12 +56,14 @@ def spilled(value: Tensor, folder: Path) -> Tensor:
 class SharedInputs:
     """What a model passes to its blocks with hidden states, held once where it is the same for several batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, skippable: SkippableModel, hold: Hold = as_computed) -> None:
+        self._skippable, self._hold = skippable, hold
         self._held: list[Tensor] = []
 
-    def of(self, calls: Sequence[Call], entering: Tensor) -> list[Call]:
-        """Return calls that start from `entering`, with tensors of earlier calls in place of equal ones."""
-        find = cache(self._find)
+    def calls(self, ids: Tensor) -> list[Call]:
+        """Record the calls of the blocks for these tokens, with tensors of earlier calls in place of equal ones."""
+        calls, find = self._skippable.calls(ids), cache(self._find)
+        entering = self._hold(calls[0].entering)
         return [
             replace(
                 call,

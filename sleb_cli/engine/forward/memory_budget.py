@@ -150,7 +150,7 @@ def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, p
     return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
 
 
-def available_memory(device: torch.device, asked: str | None) -> int:
+def available_memory(device: torch.device, asked: str | None = None) -> int:
     """Return the bytes that a search may use in addition to the model: `asked`, or else a share of what is free.
 
     Raises:

@@ -5,6 +5,7 @@ While it does not run, its parameters are on the meta device. What needs their v
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,28 +16,17 @@ from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters
 from sleb_plugins import ModelError
 
 
-class OffloadedValues(Mapping[str, Tensor]):
-    """The values of a model's offloaded weights by name, from which its modules take them.
+class OffloadedValues(ChainMap[str, Tensor]):
+    """The values of a model's offloaded weights by name, from which its modules take them; the stored ones come last.
 
-    Attributes:
-        align: whether all lie at multiples of 64 bytes; otherwise, those on disk lie as in their file.
-        new: values that come before the stored ones.
+    If `align` is set, all lie at multiples of 64 bytes; otherwise, those on disk lie as in their file.
     """
 
-    def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self.align = False
-        self.new: Mapping[str, Tensor] = {}
-        self._stored = stored
+    align = False
 
     def __getitem__(self, name: str) -> Tensor:
-        value = self.new[name] if name in self.new else self._stored[name]
+        value = super().__getitem__(name)
         return aligned(value) if self.align else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 def align(model: Any) -> None:
@@ -90,12 +80,11 @@ class Offloaded(BlockWeights):
         """Let modules run with new values, by name, while the context is open."""
         offloaded = offloaded_values(self._model)
         assert offloaded is not None
-        before = offloaded.new
-        offloaded.new = {**before, **values}
+        offloaded.maps.insert(0, dict(values))
         try:
             yield
         finally:
-            offloaded.new = before
+            del offloaded.maps[0]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sleb_cli.engine.device import CPU, free_memory, in_smaller_pieces
 from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import Hold, SharedInputs, as_computed, on_host, spilled
-from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
+from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import (
     COPIES_OF_LOGITS,
     COPIES_WIDENED,
@@ -27,8 +27,9 @@ from sleb_cli.engine.forward.memory_budget import (
     settings_for,
     working_bytes,
 )
+from sleb_cli.engine.forward.predictions import Predictions
 from sleb_cli.engine.forward.saved_walk import SavedWalk
-from sleb_cli.engine.forward.skipping import Call, SkippableModel, sequences_fit
+from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.units import format_bytes
@@ -42,14 +43,11 @@ KEPT_DEPTHS = 4
 # where the next group starts, the base, and the dense model's or one that is kept.
 BESIDE_CANDIDATES = 4
 
-# About what share of a candidate's evaluation the blocks take, and the head does not; only progress depends on it.
-BLOCKS_SHARE = 0.7
-
 
 K = TypeVar("K")
 T = TypeVar("T")
 
-Unit = tuple[int, Sequence[int]]
+Job = tuple[int, Sequence[int]]
 """A batch, and the candidates to score on it."""
 
 Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
@@ -126,8 +124,8 @@ class Passes:
         loss_mask = torch.cat(list(self.loss_mask)) if self.loss_mask else None
         return replace(self, budget=replace(self.budget, sequences=size)).over(torch.cat(list(self.batches)), loss_mask)
 
-    def score_units(
-        self, metric: LogitMetric, removed: Sequence[int], units: Sequence[Unit]
+    def score(
+        self, metric: LogitMetric, removed: Sequence[int], jobs: Sequence[Job]
     ) -> Iterator[tuple[int, int, list[float]]]:
         """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
 
@@ -137,11 +135,11 @@ class Passes:
             OutOfMemory: the pieces are as small as they can be.
         """
         self._drop_outdated(tuple(removed))
-        left = {batch: list(candidates) or [BASE] for batch, candidates in units}
-        score = self._score_by_fork if self.forks else self._score_one_by_one
+        left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
 
         def run() -> Iterator[tuple[int, int, list[float]]]:
             group = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
+            score = self._score_by_fork if self.forks else self._score_one_by_one
             for batch, block, scores in score(metric, removed, group):
                 left[batch].remove(block)
                 yield batch, block, scores
@@ -203,7 +201,8 @@ class Passes:
                 for part in here:
                     for block in chunk[part.batch]:
                         found[part.batch, block] += self._score_final(metric, part, walks[part.key].branches.pop(block))
-                        self._tell_progress(part, 1 - BLOCKS_SHARE * bool(walks[part.key].block_branches), chunk)
+                        if not walks[part.key].block_branches:
+                            self._tell_progress(part, 1, chunk)
                         if part.is_last:
                             yield part.batch, block, found[part.batch, block]
                 del walks  # before the next ones are made
@@ -216,11 +215,11 @@ class Passes:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
         if not self.skippable.weights.resident:
             self._resume_walks(removed, parts)
-        shared = SharedInputs()
+        shared = SharedInputs(self.skippable, self.hold)
         walks: dict[tuple[int, int], Walk] = {}
         dense: list[tuple[_Part, Walk]] = []
         for part in parts:
-            calls = self._calls(part, shared)
+            calls = shared.calls(part.ids)
             candidates = [block for block in group[part.batch] if block != BASE]
             keep = self._depths(part, candidates)
             walks[part.key] = Walk(self.skippable, calls, part.states, removed, candidates, keep=keep, hold=self.hold)
@@ -229,16 +228,12 @@ class Passes:
         for block in walk_together(self.skippable, [*walks.values(), *(walk for _, walk in dense)]):
             for part in parts:
                 share = walks[part.key].ran(block) / max(1, walks[part.key].block_branches)
-                self._tell_progress(part, BLOCKS_SHARE * share * len(group[part.batch]), group)
+                self._tell_progress(part, share * len(group[part.batch]), group)
             if not self.skippable.weights.resident:
                 self._save_walks(block + 1, removed, walks)
         for part, walk in dense:
             part.dense = walk.branches.pop(BASE)
         return walks
-
-    def _calls(self, part: _Part, shared: SharedInputs) -> list[Call]:
-        calls = self.skippable.calls(part.ids)
-        return shared.of(calls, self.hold(calls[0].entering))
 
     def _tell_progress(self, part: _Part, share: float, group: Mapping[int, Sequence[int]]) -> None:
         """Tell what share of a candidate's evaluation on this part is done; there is none of the model as it stands."""
@@ -272,13 +267,12 @@ class Passes:
 
     def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
-        place = self.skippable.places[-1]
-        scores = score_hidden_states(
+        dense = part.dense if metric.needs_dense_logits else None
+        scores = score_logits(
             metric,
-            self.skippable,
-            hidden.to(place),
+            Predictions(self.skippable, part.ids, hidden),
             part.ids,
-            part.dense.to(place) if metric.needs_dense_logits and part.dense is not None else None,
+            None if dense is None else Predictions(self.skippable, part.ids, dense),
             loss_mask=part.loss_mask,
             positions=self.budget.positions,
         )
@@ -373,10 +367,9 @@ class Passes:
             return
         near = self.skippable.device if self.skippable.weights.resident else None
         hold = self.hold if near is None else lambda hidden: hidden.to(near)
-        shared = SharedInputs()
+        shared = SharedInputs(self.skippable, self.hold)
         walks = [
-            Walk(self.skippable, self._calls(part, shared)[: last + 1], States(), removed, (), hold=hold)
-            for part in parts
+            Walk(self.skippable, shared.calls(part.ids)[: last + 1], States(), removed, (), hold=hold) for part in parts
         ]
         entering = [walk.calls[0].entering for walk in walks]
         for block in walk_together(self.skippable, walks):
@@ -391,11 +384,10 @@ def prepare_passes(
     notify: Notify,
     *,
     loss_mask: Tensor | None = None,
-    memory: str | None = None,
+    memory: Callable[[torch.device], int] = available_memory,
     batch_size: int | None = None,
     min_batches: int = 1,
     checked: int | None = None,
-    host_memory: str | None = None,
     spill_to: Path | None = None,
 ) -> tuple[Passes, str | None]:
     """Fit the passes over these sequences into memory; also return why candidates cannot share a walk, if so.
@@ -405,11 +397,10 @@ def prepare_passes(
         sequences: tokens on its device, [sequences, positions].
         notify: the listener for events.
         loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
-        memory: how much memory the user allows in addition to the model; None takes a share of what is free.
+        memory: how many bytes may be used on a device in addition to the model.
         batch_size: sequences in a batch; None chooses it by the device.
         min_batches: how many batches to make at least, if there are enough sequences.
         checked: on how many tokens of a sequence the fork is checked; None for all.
-        host_memory: as `memory`, of the CPU, where hidden states wait if the device has too little.
         spill_to: the folder of a file for hidden states that do not fit into memory, while blocks are streamed; None
             if states of few sequences exist at a time.
 
@@ -418,7 +409,7 @@ def prepare_passes(
     """
     with torch.inference_mode():
         footprint = _footprint(skippable, sequences[:1, :2])
-        available = min(available_memory(device, memory) for device in skippable.devices)
+        available = min(map(memory, skippable.devices))
         budget = resolve_memory_budget(
             available,
             footprint,
@@ -453,10 +444,10 @@ def prepare_passes(
         raise UnsupportedModelError(
             f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
         )
-    return passes if spill_to is None else _hold_all(passes, footprint, host_memory or memory, spill_to), reason
+    return passes if spill_to is None else _hold_all(passes, footprint, memory, spill_to), reason
 
 
-def _hold_all(passes: Passes, footprint: Footprint, host_memory: str | None, spill_to: Path) -> Passes:
+def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int], spill_to: Path) -> Passes:
     """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
 
     If those of all candidates do not fit into memory, a step either goes through the model with a group of them at a
@@ -469,7 +460,7 @@ def _hold_all(passes: Passes, footprint: Footprint, host_memory: str | None, spi
     room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
     hold = on_host if device != CPU and room < (count + BESIDE_CANDIDATES) * of_branch else as_computed
     if hold is on_host:
-        room = available_memory(CPU, host_memory)
+        room = memory(CPU)
     branches = max(0, room // of_branch - BESIDE_CANDIDATES)
     kept = 1 + (branches - count) // 2 if branches >= count else 0
     weights = sum(weight.nbytes for switch in skippable.switches for weight in switch.block.parameters())

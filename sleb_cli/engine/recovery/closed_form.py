@@ -148,9 +148,8 @@ class _States:
         self.train = self._take(train, batch)
         self.decides = slice(len(self.ids), None)
         self.deciding = self._take(deciding, batch)
-        shared = SharedInputs()
-        calls = [skippable.calls(ids) for ids in self.ids]
-        self.calls = [shared.of(of_batch, self.held(of_batch[0].entering)) for of_batch in calls]
+        shared = SharedInputs(skippable, self.held)
+        self.calls = [shared.calls(ids) for ids in self.ids]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))

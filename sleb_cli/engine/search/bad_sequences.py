@@ -38,8 +38,8 @@ def find_bad(passes: Passes) -> tuple[SkippedRecord, ...]:
         return listen
 
     states = passes.score_states(batches, (), blocks, start)
-    units = [(batch, ()) for batch in batches]
-    losses = {batch: scores for batch, _, scores in passes.score_units(NegativeLogLikelihood(), (), units)}
+    jobs = [(batch, ()) for batch in batches]
+    losses = {batch: scores for batch, _, scores in passes.score(NegativeLogLikelihood(), (), jobs)}
     bad: list[SkippedRecord] = []
     rows = [(batch, row) for batch in batches for row in range(len(losses[batch]))]
     for number, (of, row) in enumerate(rows, start=1):

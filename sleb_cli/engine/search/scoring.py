@@ -19,13 +19,13 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64, in_smaller_pieces
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.passes import Listener, Passes, Unit
+from sleb_cli.engine.forward.passes import Job, Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
 from sleb_cli.engine.search.choices import Outcome, ranking
 from sleb_cli.engine.search.journal import Journal, Name
 from sleb_cli.engine.search.race import Race, rounds
-from sleb_cli.engine.search.shares import EQUAL_COSTS, Costs, at_once, costs_of_fork, deal_units
+from sleb_cli.engine.search.shares import EQUAL_COSTS, Costs, at_once, costs_of_fork, deal_jobs
 from sleb_cli.engine.search.strategies import ScoreSpans
 from sleb_cli.events import CandidateScored, LaterStepsForecast, Notice, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.plan import Engine
@@ -253,18 +253,18 @@ class Scoring:
         `first` is the number in the journal of the first batch of `passes`.
         """
 
-        def share_out(missing: list[Name]) -> Iterator[Turn[Unit]]:
-            units: list[Unit] = [
+        def share_out(missing: list[Name]) -> Iterator[Turn[Job]]:
+            jobs: list[Job] = [
                 (batch - first, [block for _, block, _ in names if block is not None])
                 for batch, names in groupby(missing, key=lambda name: name[2] or 0)
             ]
-            return deal_units(units, self.group.size, self._costs)
+            return deal_jobs(jobs, self.group.size, self._costs)
 
-        def measure(mine: Sequence[Unit]) -> Iterator[Scores]:
+        def measure(mine: Sequence[Job]) -> Iterator[Scores]:
             if candidates:
                 passes.ranking = ranking(self._means(removed, candidates)) or passes.ranking
                 self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates)))
-            for batch, block, scores in passes.score_units(metric, removed, mine):
+            for batch, block, scores in passes.score(metric, removed, mine):
                 yield (removed, block if candidates else None, first + batch), scores
 
         blocks: Sequence[int | None] = candidates or [None]

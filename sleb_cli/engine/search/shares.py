@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sleb_cli.engine.forward.passes import Unit
+from sleb_cli.engine.forward.passes import Job
 from sleb_cli.engine.process_group import Turn, deal
 
 T = TypeVar("T")
@@ -47,24 +47,24 @@ def at_once(turns: Iterable[Turn[T]]) -> list[Turn[T]]:
     return [joined] if joined else []
 
 
-def deal_units(units: Sequence[Unit], processes: int, costs: Costs) -> Iterator[Turn[Unit]]:
-    """Deal whole units in turns; those that are left, fewer than there are processes, are split by their candidates."""
-    whole = len(units) - (len(units) % processes if all(candidates for _, candidates in units) else 0)
-    yield from deal(units[:whole], processes)
-    if whole < len(units):
-        yield split(units[whole:], processes, costs)
+def deal_jobs(jobs: Sequence[Job], processes: int, costs: Costs) -> Iterator[Turn[Job]]:
+    """Deal whole jobs in turns; those that are left, fewer than there are processes, are split by their candidates."""
+    whole = len(jobs) - (len(jobs) % processes if all(candidates for _, candidates in jobs) else 0)
+    yield from deal(jobs[:whole], processes)
+    if whole < len(jobs):
+        yield split(jobs[whole:], processes, costs)
 
 
-def split(units: Sequence[Unit], processes: int, costs: Costs) -> Turn[Unit]:
-    """Cut units into one share for each process, so that the largest share is as small as it can be.
+def split(jobs: Sequence[Job], processes: int, costs: Costs) -> Turn[Job]:
+    """Cut jobs into one share for each process, so that the largest share is as small as it can be.
 
-    Shares are contiguous and in the order of the units, so a process may have the end of one and the start of the next.
+    Shares are contiguous and in the order of the jobs, so a process may have the end of one and the start of the next.
     """
-    fits, low = _fill(units, float("inf"), costs), 0.0
-    high = sum(_cost(candidates, costs) for _, candidates in units)
+    fits, low = _fill(jobs, float("inf"), costs), 0.0
+    high = sum(_cost(candidates, costs) for _, candidates in jobs)
     for _ in range(PRECISION):
         middle = (low + high) / 2
-        shares = _fill(units, middle, costs)
+        shares = _fill(jobs, middle, costs)
         if len(shares) <= processes:
             fits, high = shares, middle
         else:
@@ -76,11 +76,11 @@ def _cost(candidates: Sequence[int], costs: Costs) -> float:
     return costs.base(candidates[-1]) + sum(map(costs.branch, candidates))
 
 
-def _fill(units: Sequence[Unit], limit: float, costs: Costs) -> list[list[Unit]]:
+def _fill(jobs: Sequence[Job], limit: float, costs: Costs) -> list[list[Job]]:
     """Fill one share after another up to the limit; each has at least one candidate."""
-    shares: list[list[Unit]] = [[]]
+    shares: list[list[Job]] = [[]]
     full = 0.0
-    for batch, candidates in units:
+    for batch, candidates in jobs:
         group: list[int] = []
         for block in candidates:
             if (group or shares[-1]) and full + costs.base(block) + costs.branch(block) > limit:
