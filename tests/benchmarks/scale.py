@@ -2,13 +2,12 @@
 
     python tests/benchmarks/scale.py [PART …] [--work FOLDER] [--gib 12] [--limit 4GiB] [--samples 4] [--length 64]
 
-The parts, by default all but the last two, in this order:
+The parts, by default all but the last, in this order:
 
     search     two removals by nll, and two by cosine, which does little but read
     apply      the checkpoint without these blocks, proven
     recover    the same with --recover
     crossover  --model (default: demo) in memory and with --stream, by turns: the plans must be equal
-    project    large models on other machines, by arithmetic alone
 
 The model is a Llama of random bfloat16 weights, made under --work once (default: a new folder, deleted afterwards;
 three times the size must be free). `sleb` runs under a hard limit of memory: a control group, else
@@ -24,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import shutil
@@ -48,7 +46,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.passes import BESIDE_CANDIDATES
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.model.source import locate_model
@@ -61,7 +58,7 @@ from sleb_cli.units import parse_bytes
 
 GOAL = 1.3
 CROSSOVER_GOAL = 1.1
-PARTS = ("search", "apply", "recover", "crossover", "project")
+PARTS = ("search", "apply", "recover", "crossover")
 SHARD_BYTES = 2**30
 CHUNK = 16 << 20
 PROOF_TOKENS = 64
@@ -74,8 +71,6 @@ def main() -> None:
         under_a_limit(parts, options)
     if "crossover" in options.parts:
         crossover(options)
-    if "project" in options.parts:
-        project()
 
 
 def under_a_limit(parts: Sequence[str], options: argparse.Namespace) -> None:
@@ -484,227 +479,6 @@ def differing(plans: list[dict[str, Any]]) -> str:
     """Name what differs between plans."""
     keys = [key for key in plans[0] if any(plan[key] != plans[0][key] for plan in plans)]
     return f"DIFFER in {', '.join(keys)}" if keys else ""
-
-
-# Other machines, by arithmetic
-
-SEQUENCES, LENGTH = 128, 2048
-UTILISATION = 0.4
-"""Of a device's published peak: what large products reach, with all that happens between them."""
-RACED = 0.21
-"""The share of evaluations in a race, as measured on SmolLM2-135M (docs/search.md)."""
-RACE_READS = 3
-"""How often a step of a race reads a streamed model (docs/scale.md)."""
-DEPTH = 0.7
-"""Where blocks are taken to go, relative to the model's depth."""
-
-
-@dataclass(frozen=True)
-class LargeModel:
-    """A published config; `inner` is the width of an MLP, or of one of its experts."""
-
-    name: str
-    blocks: int
-    hidden: int
-    heads: int
-    key_value_heads: int
-    inner: int
-    vocabulary: int
-    experts: int = 1
-    active_experts: int = 1
-    head_size: int = 128
-
-    def block_weights(self, experts: int) -> int:
-        attention = 2 * self.hidden * self.head_size * (self.heads + self.key_value_heads)
-        return attention + experts * 3 * self.hidden * self.inner
-
-    @property
-    def block_bytes(self) -> int:
-        return 2 * self.block_weights(self.experts)
-
-    @property
-    def outer_bytes(self) -> int:
-        """Embeddings and head."""
-        return 2 * 2 * self.vocabulary * self.hidden
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.blocks * self.block_bytes + self.outer_bytes
-
-    @property
-    def token_flops(self) -> float:
-        """Of a token in a block: two for each weight it meets, and causal attention to half of the positions."""
-        return 2 * self.block_weights(self.active_experts) + 2 * LENGTH * self.heads * self.head_size
-
-    @property
-    def branch_bytes(self) -> int:
-        """The hidden states of all tokens at one depth."""
-        return 2 * SEQUENCES * LENGTH * self.hidden
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Everything outside the blocks, two blocks, and one sequence inside a block."""
-        inside = LENGTH * (6 * self.hidden + 4 * (8 * self.hidden + 4 * self.inner))
-        return self.outer_bytes + 2 * self.block_bytes + inside
-
-    @property
-    def step_bytes(self) -> int:
-        """The hidden states of all branches of a step that keeps none from the step before."""
-        return (self.blocks + BESIDE_CANDIDATES) * self.branch_bytes
-
-    @property
-    def remove(self) -> int:
-        return math.ceil(self.blocks / 5)
-
-    def search(self, *, reuse: bool) -> Work:
-        """Return the work of the exact search by nll, whose steps may begin where the last removal was."""
-        removed: list[int] = []
-        passes = heads = 0
-        for _ in range(self.remove):
-            candidates = [block for block in range(1, self.blocks - 1) if block not in removed]
-            passes += sum(walk(self.blocks, removed, candidates, start=removed[-1] if removed and reuse else 0))
-            heads += len(candidates)
-            removed.append(min(candidates, key=lambda block: abs(block - DEPTH * self.blocks)))
-        return Work(passes, heads, self.remove)
-
-    def race(self, *, reuse: bool) -> Work:
-        """Return the work of a race, which does not spare the base branch."""
-        exact = self.search(reuse=reuse)
-        passes = RACED * exact.passes + (1 - RACED) * self.remove * self.blocks / 2
-        return Work(passes, RACED * exact.heads, RACE_READS * self.remove)
-
-    def cosine(self) -> Work:
-        """Return the work of a search by hidden states: each step one pass for the scores, another for the loss."""
-        return Work(2 * sum(self.blocks - step for step in range(self.remove)), self.remove, 2 * self.remove)
-
-    def flops(self, work: Work) -> float:
-        head = 2 * self.hidden * self.vocabulary
-        return SEQUENCES * LENGTH * (work.passes * self.token_flops + work.heads * head)
-
-
-@dataclass(frozen=True)
-class Work:
-    """How often all tokens go through a block and through the head, and how often a streamed model is read."""
-
-    passes: float
-    heads: float
-    reads: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """A machine, or several of 8 devices.
-
-    Attributes:
-        devices: how many.
-        peak: operations per second of each.
-        memory: bytes of each.
-        host: bytes of memory of the machine for each.
-        read: bytes per second that reach each: from its disk, or over its link if the page cache holds the weights.
-    """
-
-    name: str
-    devices: int
-    peak: float
-    memory: float
-    host: float
-    read: float
-
-
-LARGE = (
-    LargeModel("Llama-2-70B", 80, 8192, 64, 8, 28672, 32000),
-    LargeModel("Qwen3-235B-A22B", 94, 4096, 64, 4, 1536, 151936, experts=128, active_experts=8),
-    LargeModel("Llama-3.1-405B", 126, 16384, 128, 8, 53248, 128256),
-)
-PLACES = (
-    Place("laptop, NVMe", 1, 25e12, 32e9, 32e9, 5e9),
-    Place("one 24 GB GPU", 1, 165e12, 24e9, 64e9, 7e9),
-    Place("8 x 80 GB", 8, 989e12, 80e9, 256e9, 50e9),
-    Place("64 x 80 GB", 64, 989e12, 80e9, 256e9, 50e9),
-)
-
-
-def project() -> None:
-    """Print what large models need, and how long they take, as Markdown."""
-    tokens = SEQUENCES * LENGTH
-    print(f"{SEQUENCES} x {LENGTH} = {tokens:,} tokens, a fifth of the blocks removed, at {DEPTH:.0%} of the depth")
-    table("", "weights", "one block", "outside", "streamed, at least", "a branch", "a step")
-    for model in LARGE:
-        sizes = (model.weight_bytes, model.block_bytes, model.outer_bytes, model.streamed_bytes, model.branch_bytes)
-        row(model.name, *(f"{size / 1e9:.1f} GB" for size in sizes), f"{model.step_bytes / 1e9:,.0f} GB")
-    table("", "removed", "a pass of a block", "passes", "exact", "passes, reused", "exact", "`--fast`", "`cosine`")
-    for model in LARGE:
-        plain, reused = (model.search(reuse=reuse) for reuse in (False, True))
-        works = (plain, reused, model.race(reuse=True), model.cosine())
-        cells = [f"{model.flops(work):.1e} FLOP" for work in works]
-        cells = [f"{plain.passes:,}", cells[0], f"{reused.passes:,}", *cells[1:]]
-        row(model.name, f"{model.remove} of {model.blocks}", f"{tokens * model.token_flops:.1e} FLOP", *cells)
-    table("", "", "weights", "a step's states", "exact", "`--fast`", "`cosine`")
-    for model in LARGE:
-        for place in PLACES:
-            for way in ways(model, place):
-                works = (model.search(reuse=way.reuse), model.race(reuse=way.reuse), model.cosine())
-                rate = way.computing * UTILISATION * place.peak
-                moved = (model.remove * way.moving, RACED * model.remove * way.moving, 0)
-                seconds = [
-                    max(model.flops(work) / rate, work.reads * way.reading + more)
-                    for work, more in zip(works, moved, strict=True)
-                ]
-                row(model.name, place.name, way.weights, way.states, *map(duration, seconds))
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a model lies on a place, how many devices compute at a time, and the seconds to read it once.
-
-    `moving` is what an exact step takes beside that: reading again for each group, or spilling hidden states.
-    """
-
-    weights: str
-    states: str
-    reuse: bool
-    computing: int
-    reading: float = 0.0
-    moving: float = 0.0
-
-
-def ways(model: LargeModel, place: Place) -> Iterator[Way]:
-    each = math.ceil(model.weight_bytes / (0.8 * place.memory))
-    if each <= min(8, place.devices):
-        yield Way(f"spread over {each}", "of a batch", reuse=False, computing=place.devices // each)
-    if model.streamed_bytes <= place.memory:
-        # As `_hold_all` in sleb_cli/engine/forward/passes.py chooses.
-        branch, reading = model.branch_bytes / place.devices, model.weight_bytes / place.read
-        branches = max(0, int(place.host / 2 / branch) - BESIDE_CANDIDATES)
-        grouped = model.blocks / branches * reading / 2 if branches else math.inf
-        spilled = model.blocks**2 * branch / place.read
-        if branches >= model.blocks:
-            yield Way("streamed", "in memory", True, place.devices, reading)
-        elif grouped < spilled:
-            groups = math.ceil(model.blocks / branches)
-            yield Way("streamed", f"in {groups} groups", False, place.devices, reading, grouped)
-        else:
-            states = f"{model.blocks * branch / 1e9:,.0f} GB on disk"
-            yield Way("streamed", states, False, place.devices, reading, spilled)
-    else:
-        print(f"| {model.name} | {place.name} | too large, even streamed | | | | |")
-
-
-def table(*titles: str) -> None:
-    print()
-    row(*titles)
-    print("|---" * len(titles) + "|")
-
-
-def row(*cells: str) -> None:
-    print("".join(f"| {cell} ".replace("  ", " ") for cell in cells) + "|")
-
-
-def duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":
