@@ -146,7 +146,7 @@ def join_processes() -> Iterator[ProcessGroup]:
         dist.destroy_process_group()
 
 
-def _end(error: BaseException, group: ProcessGroup, store: dist.Store) -> BaseException:
+def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
     """Return what this process ends with: the main one with the cause, the others quietly."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this process says why it ends

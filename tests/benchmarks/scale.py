@@ -6,7 +6,6 @@ The parts, by default all but the last, in this order:
 
     search     two removals by nll, and two by cosine, which does little but read
     apply      the checkpoint without these blocks, proven
-    recover    the same with --recover
     crossover  --model (default: demo) in memory and with --stream, by turns: the plans must be equal
 
 The model is a Llama of random bfloat16 weights, made under --work once (default: a new folder, deleted afterwards;
@@ -14,9 +13,9 @@ three times the size must be free). `sleb` runs under a hard limit of memory: a 
 `ulimit -d`, which does not count the page cache. Nothing of the model is in the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
-and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step reads the
-files once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts at the
-removed block. `apply` writes what it writes, and reads both models once; recovery solves its fits in float64 besides.
+and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of a product in memory. A step reads the files
+once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts at the removed
+block. `apply` writes what it writes, and reads both models once.
 """
 
 from __future__ import annotations
@@ -42,14 +41,12 @@ from typing import Any
 import torch
 from made_models import compared, size_of, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers import PreTrainedTokenizerFast
 
 from sleb_cli.engine.device import CPU
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.recovery.closed_form import RIDGES
 from sleb_cli.engine.speed.estimate import measure_rate
 from sleb_cli.engine.speed.work import count_work
 from sleb_cli.events import ignore
@@ -58,7 +55,7 @@ from sleb_cli.units import parse_bytes
 
 GOAL = 1.3
 CROSSOVER_GOAL = 1.1
-PARTS = ("search", "apply", "recover", "crossover")
+PARTS = ("search", "apply", "crossover")
 SHARD_BYTES = 2**30
 CHUNK = 16 << 20
 PROOF_TOKENS = 64
@@ -67,7 +64,7 @@ WORDS = "river mountain snow water stone bridge town mill fish field winter spri
 
 def main() -> None:
     options = read_options()
-    if parts := [part for part in PARTS[:3] if part in options.parts]:
+    if parts := [part for part in PARTS[:2] if part in options.parts]:
         under_a_limit(parts, options)
     if "crossover" in options.parts:
         crossover(options)
@@ -94,7 +91,6 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--metrics", default="nll,cosine", help="searched by each; the first plan is applied")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--recover-samples", type=int, default=16)
     parser.add_argument(
         "--option", action="append", default=[], help="one more option of `sleb search`: --option=--fast"
     )
@@ -105,7 +101,7 @@ def read_options() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := [part for part in options.parts if part not in PARTS]:
         parser.error(f"there is no part {unknown[0]}; choose from {', '.join(PARTS)}")
-    options.parts = options.parts or list(PARTS[:3])
+    options.parts = options.parts or list(PARTS[:2])
     return options
 
 
@@ -139,37 +135,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # The machine
-
-
-def flops_per_second(options: argparse.Namespace, tokens: int) -> float:
-    """Return the operations per second of blocks in memory, on so many tokens: what streaming can reach at best.
-
-    Three blocks take turns, so that no cache holds their weights, as in a walk.
-    """
-    config = LlamaConfig(
-        hidden_size=options.hidden, intermediate_size=options.intermediate, num_attention_heads=options.hidden // 128
-    )
-    config._attn_implementation = "sdpa"
-    blocks = [LlamaDecoderLayer(config, 0).bfloat16().eval() for _ in range(3)]
-    hidden = torch.randn(-(-tokens // options.length), options.length, options.hidden).bfloat16()
-    tables = LlamaRotaryEmbedding(config)(hidden, torch.arange(options.length)[None])
-    times = []
-    with torch.inference_mode():
-        for turn in range(15):
-            start = time.perf_counter()
-            blocks[turn % 3](hidden, position_embeddings=tables)
-            times.append(time.perf_counter() - start)
-    weights = sum(weight.numel() for weight in blocks[0].parameters())
-    found = 2 * hidden.shape[:2].numel() * weights / statistics.median(times[3:])
-    print(
-        f"{tokens} tokens through a block: {found / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads", flush=True
-    )
-    return found
-
-
-def doubles_per_second() -> float:
-    """Return the operations per second of a product in float64."""
-    return measure_rate(torch.float64, CPU).flops_per_second
 
 
 def seconds_to_read(folder: Path) -> float:
@@ -238,15 +203,13 @@ class Run:
     marks: list[Mark] = field(default_factory=list)
     seconds: float = 0.0
     resident: int = 0
-    anonymous: int = 0
     read: int = 0
 
     def show(self, name: str, size: int) -> None:
         """Print what the process took, and what each of its tasks did."""
         print(
             f"\n{name}: {self.seconds:.1f} s; read {self.read / 1e9:.1f} GB from disk, {self.read / size:.2f} times "
-            f"the files\n  peak {self.resident / 2**30:.2f} GiB resident, "
-            f"{self.anonymous / 2**30:.2f} GiB of it not in files"
+            f"the files\n  peak {self.resident / 2**30:.2f} GiB resident"
         )
         for mark, after in pairwise([*self.tasks, Mark("", self.seconds, self.read)]):
             taken, read = after.seconds - mark.seconds, (after.read - mark.read) / 1e9
@@ -284,17 +247,12 @@ def run(arguments: Sequence[object], limit: Sequence[str] = ()) -> Run:
     ]
     for reader in readers:
         reader.start()
-    # Not waited for yet: a process that has ended still tells what it read.
-    while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        found.anonymous = max(found.anonymous, 1024 * proc_number(process.pid, "status", "RssAnon"))
-        time.sleep(0.02)
-    found.seconds = time.perf_counter() - start
-    found.read = proc_number(process.pid, "io", "read_bytes")
     _, code, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(code)
+    found.seconds = time.perf_counter() - start
     for reader in readers:
         reader.join()
-    found.resident = usage.ru_maxrss * 1024
+    found.resident, found.read = usage.ru_maxrss * 1024, usage.ru_inblock * 512
     if process.returncode:
         raise SystemExit(
             f"sleb {arguments[0]} ended with {process.returncode}:\n"
@@ -305,18 +263,16 @@ def run(arguments: Sequence[object], limit: Sequence[str] = ()) -> Run:
 
 def collect(found: Run, process: subprocess.Popen[str], start: float) -> None:
     for line in process.stderr:
-        found.marks.append(
-            Mark(line.strip(), time.perf_counter() - start, proc_number(process.pid, "io", "read_bytes"))
-        )
+        found.marks.append(Mark(line.strip(), time.perf_counter() - start, bytes_read(process.pid)))
 
 
-def proc_number(pid: int, file: str, name: str) -> int:
-    """Return a number from /proc/PID; 0 if the process is gone."""
+def bytes_read(pid: int) -> int:
+    """Return what a process has read from disk; 0 if it is gone."""
     try:
-        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes:")), 0)
 
 
 # What is measured
@@ -330,13 +286,9 @@ class Benchmark:
         self.size = size_of(folder)
         self.architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
         self.readings = [seconds_to_read(folder)]
-        self.rates: dict[int, float] = {}
+        self.rate = measure_rate(torch.bfloat16, CPU).flops_per_second
+        print(f"a product in bfloat16: {self.rate / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads", flush=True)
         self.text = ["--calibration", folder / "text.txt", "--sequence-length", options.length]
-
-    def rate(self, tokens: int) -> float:
-        if tokens not in self.rates:
-            self.rates[tokens] = flops_per_second(self.options, tokens)
-        return self.rates[tokens]
 
     @property
     def subject(self) -> tuple[object, ...]:
@@ -363,8 +315,7 @@ class Benchmark:
             names = ["Search:", "step 1 of 2", "step 2 of 2"]
             for step, (first, last) in enumerate(pairwise(names)):
                 seconds, read = found.between(first, last)
-                tokens = min(plan["search"]["batch_size"], self.options.samples) * self.options.length
-                computing = self.flops_of_step(plan, step, metric) / self.rate(tokens)
+                computing = self.flops_of_step(plan, step, metric) / self.rate
                 reading = statistics.mean(self.readings) * (1 if metric == "nll" else 2)
                 self.compare(f"step {step + 1}", seconds, read, reading, computing)
 
@@ -401,29 +352,10 @@ class Benchmark:
         print(f"proof: {', '.join(proof['checks'])}; {proof['partial'] or 'complete'}")
         self.compare("apply", found.working_seconds, found.read, self.writing("pruned"), self.seconds_of_proof())
 
-    def recover(self) -> None:
-        text = ["--recover", "--samples", self.options.recover_samples, *self.text, "-o", self.place / "recovered"]
-        found = self.run("apply --recover", "apply", *self.subject, "--stream", *text)
-        result = json.loads(found.output)
-        fits = result["recovery"]["closed_form"]["fits"]
-        print(f"fitted {[fit['block'] for fit in fits]}; proof: {', '.join(result['proof']['checks'])}")
-        passes = 2 * sum(self.flops_of_pass(self.options.recover_samples).blocks)
-        passes /= self.rate(self.options.recover_samples * self.options.length)
-        solving = sum(map(self.flops_of_fit, fits)) / doubles_per_second()
-        computing = passes + solving + self.seconds_of_proof()
-        print(f"arithmetic: {passes:.1f} s for one pass of both models, {solving:.1f} s to solve")
-        self.compare("apply --recover", found.working_seconds, found.read, self.writing("recovered"), computing)
-
-    def flops_of_fit(self, fit: dict[str, Any]) -> float:
-        """Return the operations to solve for each ridge of a fit, and to judge it, in float64."""
-        hidden, wide = self.options.hidden, self.options.intermediate
-        widths = [wide if "down_proj" in name else hidden for name in fit["weights"] if "proj" in name]
-        return sum(len(RIDGES) * (width**3 / 3 + 4 * width**2 * hidden) for width in widths)
-
     def seconds_of_proof(self) -> float:
         """Return the time of a prompt in both models."""
         flops = count_work(self.architecture, 1, PROOF_TOKENS, 0, torch.bfloat16).prefill.flops
-        return 2 * (sum(flops.blocks) + flops.outside) / self.rate(PROOF_TOKENS)
+        return 2 * (sum(flops.blocks) + flops.outside) / self.rate
 
     def writing(self, name: str) -> float:
         """Return the seconds to copy what was written of a checkpoint, and to read it and the model; delete it."""

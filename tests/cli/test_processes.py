@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import pytest
 from test_interrupted import plan_bytes
 
-from conftest import WORDS, calibration, llama_config, save_model, weight_bytes_of
+from conftest import calibration, llama_config, save_model, weight_bytes_of
 from sleb_cli import __main__ as program
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts
@@ -240,30 +240,6 @@ def test_what_cannot_be_is_said_once(together, options, code, words):
     assert not other.stdout + other.stderr
 
 
-@pytest.fixture
-def rivers(tmp_path):
-    """A multiple-choice task, some of whose choices are one token longer than what they share."""
-    items = [{"q": f"{word} {'snow ' * (n % 7)}", "choices": ["a", "b", "c mill"]} for n, word in enumerate(WORDS)]
-    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "rivers.yaml").write_text(
-        f"""
-task: rivers
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path / "items.jsonl"}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: 1
-metric_list:
-  - {{metric: acc, aggregation: mean, higher_is_better: true}}
-  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-"""
-    )
-    return tmp_path / "tasks"
-
-
 def test_texts_are_measured_alike_by_three_processes(run_sleb, together, tiny_llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
     command = ["eval", tiny_llama, "--blocks", "1,2", "--perplexity", text_file, "--sequence-length", 64, "-q"]
@@ -275,14 +251,14 @@ def test_texts_are_measured_alike_by_three_processes(run_sleb, together, tiny_ll
 
 
 @pytest.mark.slow
-def test_tasks_are_measured_alike_by_three_processes(run_sleb, together, rivers, tmp_path):
+def test_tasks_are_measured_alike_by_three_processes(run_sleb, together, tmp_path):
     model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
-    command = ["eval", model, "--blocks", "1,2", "--tasks", "rivers,sleb_lists,sleb_sums_sampled", "--fresh", "-q"]
-    command += ["--include-path", rivers, "--limit", 13, "--batch-size", 2]
+    command = ["eval", model, "--blocks", "1,2", "--tasks", "sleb_lists,sleb_sums_sampled", "--fresh", "-q"]
+    command += ["--limit", 13, "--batch-size", 2]
     assert run_sleb(*command, "-o", "one.json").exit_code == 0
     all_well(together(3, *command, "-o", "three.json"))
     one, three = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "three.json"))
-    assert len(one["lm_eval"]) == len(three["lm_eval"]) > 2
+    assert len(one["lm_eval"]) == len(three["lm_eval"]) > 1
     assert one | {"lm_eval": ()} == three | {"lm_eval": ()}
     assert merged_samples(tmp_path / "one.lm-eval") == merged_samples(tmp_path / "three.lm-eval")
 

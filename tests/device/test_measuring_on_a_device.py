@@ -13,7 +13,7 @@ def evaluate(run_sleb, tmp_path):
     (tmp_path / "test.txt").write_text(prose(60, seed=5))
 
     def run(model, *options):
-        text = ["--perplexity", tmp_path / "test.txt", "--sequence-length", 32, "--batch-size", 3]
+        text = ["--perplexity", tmp_path / "test.txt", "--sequence-length", 32, "--batch-size", 3, "--max-windows", 5]
         result = run_sleb("eval", model, "--blocks", "1,2", *text, *options, "--fresh", "--json", "-q")
         assert (result.exit_code, result.stderr) == (0, "")
         data = json.loads(result.stdout)
@@ -24,9 +24,8 @@ def evaluate(run_sleb, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
-def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread, family):
-    model = save_model(tmp_path / "dense", tiny_config(family))
+def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread):
+    model = save_model(tmp_path / "dense", tiny_config("gemma3_text"))
     expected = evaluate(model, "--device", "cpu")
     for float64 in (False, True):
         simulate(float64=float64)

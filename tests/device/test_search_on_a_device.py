@@ -63,6 +63,7 @@ def write_task(folder):
 
 
 ON_ONE = ["--device", "sim:1"]
+ONE_STEP = ["kl", "cosine", "taylor", "magnitude", "a task", "bfloat16"]
 EVERYWHERE = [(None, "nll"), (None, "kl"), (None, "cosine"), (None, "taylor"), ("gemma3_text", "nll")]
 # The last is searched by whole passes.
 FAMILIES = [("gemma2", "taylor"), ("mixtral", "nll"), ("opt", "taylor"), ("xlnet", "nll"), ("xlnet", "taylor")]
@@ -71,7 +72,7 @@ FAMILIES = [("gemma2", "taylor"), ("mixtral", "nll"), ("opt", "taylor"), ("xlnet
 @pytest.mark.parametrize(("family", "name"), [*((None, name) for name in SEARCHES), EVERYWHERE[-1], *FAMILIES])
 def test_the_plan_is_the_cpus(search, simulate, tiny_llama, tmp_path, spread, family, name):
     model = save_model(tmp_path / family, tiny_config(family)) if family else tiny_llama
-    options = [*SEARCHES[name], *(["--remove", 1] if family else [])]
+    options = [*SEARCHES[name], *(["--remove", 1] if family or name in ONE_STEP else [])]
     expected = search(model, *options, "--device", "cpu")
     simulate(float64=False)
     assert search(model, *options, *ON_ONE) == expected

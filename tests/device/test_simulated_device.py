@@ -71,15 +71,11 @@ def ones(device="sim"):
 
 
 MIXED = {
-    "a sum": lambda: ones() + ones("cpu"),
     "two devices": lambda: ones("sim:0") + ones("sim:1"),
     "a number of the device": lambda: ones("cpu") * ones().sum(),
-    "in place": lambda: ones("cpu").add_(ones()),
     "a list": lambda: torch.cat([ones(), ones("cpu")]),
-    "a lookup": lambda: nn.functional.embedding(torch.tensor([0]), ones()),
     "a linear layer": lambda: nn.Linear(4, 4).to("sim")(ones("cpu")),
     "indices of the device": lambda: ones("cpu")[torch.tensor([0], device="sim")],
-    "gather": lambda: ones().gather(1, torch.zeros(2, 1, dtype=torch.long)),
     "attention": lambda: nn.functional.scaled_dot_product_attention(ones()[None], ones()[None], ones("cpu")[None]),
     "a generator": lambda: torch.randn(2, device="sim", generator=torch.Generator()),
 }
@@ -92,11 +88,8 @@ def test_devices_do_not_mix(sim, mode, operation):
 
 
 FLOAT64 = {
-    "made": lambda: torch.zeros(2, dtype=torch.float64, device="sim"),
     "moved": lambda: torch.zeros(2, dtype=torch.float64).to("sim"),
-    "double": lambda: ones().double(),
     "summed": lambda: ones().sum(dtype=torch.float64),
-    "from numbers": lambda: torch.tensor([1.0], dtype=torch.float64, device="sim"),
 }
 
 

@@ -41,15 +41,15 @@ def on_host(hidden: Tensor) -> Tensor:
 def spilled(value: Tensor, folder: Path) -> Tensor:
     """Copy a tensor into a file that is mapped into memory: the system keeps what it can.
 
-    The file has no name by then, so its space is free when the tensor is gone, whatever ends the program.
+    The file has no name, so its space is free when the tensor is gone, whatever ends the program.
 
     Raises:
         OutputError: the disk has no room for it.
     """
     room = writing(folder, hint="Free some space, raise --memory, or use fewer --samples.")
-    with room, tempfile.NamedTemporaryFile(dir=folder) as file:
+    with room, tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, value.nbytes)
-        held = torch.from_file(file.name, shared=True, size=value.numel(), dtype=value.dtype)
+        held = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=value.numel(), dtype=value.dtype)
     return held.view(value.shape).copy_(value)
 
 

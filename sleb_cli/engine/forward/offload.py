@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, aligned
-from sleb_plugins import ModelError
 
 
 class OffloadedValues(ChainMap[str, Tensor]):
@@ -31,24 +30,13 @@ class OffloadedValues(ChainMap[str, Tensor]):
 
 def align(model: Any) -> None:
     """Align the weights of a model of transformers, because fast kernels may round differently at other addresses."""
-    if offloaded := offloaded_values(model):
+    if (offloaded := offloaded_values(model)) is not None:
         offloaded.align = True
     align_parameters(model)
 
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
-    """Return the values of a model's offloaded weights, which from then on go through here; None if it has none.
-
-    Raises:
-        ModelError: a weight is on the meta device, and accelerate has nothing to put in its place.
-    """
-    for path, module in model.named_modules():
-        away = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
-        if away and not _offloading(module):
-            raise ModelError(
-                f"accelerate left {path}.{away[0]} on the meta device, without values.",
-                hint="Give its module its own device in a JSON file, or leave out --device-map.",
-            )
+    """Return the values of a model's offloaded weights, which from then on go through here; None if it has none."""
     hooks = [hook for module in model.modules() if (hook := _offloading(module))]
     if not hooks:
         return None
@@ -62,8 +50,8 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
 class Offloaded(BlockWeights):
     """Some blocks have their weights in place only while they are visited; accelerate gives them theirs to run."""
 
-    def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
-        self._model, self._blocks = model, blocks
+    def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:
+        self._values, self._blocks = values, blocks
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
         """Yield these blocks, each with its weights where it computes."""
@@ -73,18 +61,16 @@ class Offloaded(BlockWeights):
 
     def align(self) -> None:
         """Align what is loaded."""
-        align(self._model)
+        self._values.align = True
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Let modules run with new values, by name, while the context is open."""
-        offloaded = offloaded_values(self._model)
-        assert offloaded is not None
-        offloaded.maps.insert(0, dict(values))
+        self._values.maps.insert(0, dict(values))
         try:
             yield
         finally:
-            del offloaded.maps[0]
+            del self._values.maps[0]
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class Passes:
     """The bytes that may be used in addition to the model."""
     hold: Hold = as_computed
     """Where the hidden states of walks wait."""
-    saved_walk: SavedWalk = field(default_factory=SavedWalk)
+    saved_walk: SavedWalk | None = None
     """Where a streamed walk is saved, and continues if the search before was interrupted."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
@@ -116,7 +116,7 @@ class Passes:
             loss_mask=None if loss_mask is None else torch.split(loss_mask, size),
             budget=replace(self.budget, kept=0),
             ranking=(),
-            saved_walk=SavedWalk(),
+            saved_walk=None,
         )
 
     def in_batches_of(self, size: int) -> Passes:
@@ -140,9 +140,12 @@ class Passes:
         def run() -> Iterator[tuple[int, int, list[float]]]:
             group = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
             score = self._score_by_fork if self.forks else self._score_one_by_one
-            for batch, block, scores in score(metric, removed, group):
-                left[batch].remove(block)
-                yield batch, block, scores
+            found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+            for part, block, scores in score(metric, removed, group):
+                found[part.batch, block] += scores
+                if part.is_last:
+                    left[part.batch].remove(block)
+                    yield part.batch, block, found[part.batch, block]
 
         return self._in_smaller_pieces(run)
 
@@ -189,9 +192,8 @@ class Passes:
 
     def _score_by_fork(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
-    ) -> Iterator[tuple[int, int, list[float]]]:
-        """Score batches without each of their candidates, in walks of as many as fit into memory."""
-        found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    ) -> Iterator[tuple[_Part, int, list[float]]]:
+        """Score the parts of batches without each of their candidates, in walks of as many as fit into memory."""
         for together in self._together(group):
             most = self.budget.branches
             for first in range(0, max(len(group[part.batch]) for part in together), most):
@@ -200,11 +202,10 @@ class Passes:
                 walks = self._walk(here, removed, chunk, with_dense=metric.needs_dense_logits)
                 for part in here:
                     for block in chunk[part.batch]:
-                        found[part.batch, block] += self._score_final(metric, part, walks[part.key].branches.pop(block))
+                        scores = self._score_final(metric, part, walks[part.key].branches.pop(block))
                         if not walks[part.key].block_branches:
                             self._tell_progress(part, 1, chunk)
-                        if part.is_last:
-                            yield part.batch, block, found[part.batch, block]
+                        yield part, block, scores
                 del walks  # before the next ones are made
             for part in together:
                 self._shrink(part, group[part.batch])
@@ -213,7 +214,8 @@ class Passes:
         self, parts: Sequence[_Part], removed: Sequence[int], group: Mapping[int, Sequence[int]], *, with_dense: bool
     ) -> dict[tuple[int, int], Walk]:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
-        if not self.skippable.weights.resident:
+        streamed = not self.skippable.weights.resident
+        if streamed:
             self._resume_walks(removed, parts)
         shared = SharedInputs(self.skippable, self.hold)
         walks: dict[tuple[int, int], Walk] = {}
@@ -229,7 +231,7 @@ class Passes:
             for part in parts:
                 share = walks[part.key].ran(block) / max(1, walks[part.key].block_branches)
                 self._tell_progress(part, share * len(group[part.batch]), group)
-            if not self.skippable.weights.resident:
+            if streamed:
                 self._save_walks(block + 1, removed, walks)
         for part, walk in dense:
             part.dense = walk.branches.pop(BASE)
@@ -251,19 +253,23 @@ class Passes:
             part.dense = None
 
     def _resume_walks(self, removed: Sequence[int], parts: Sequence[_Part]) -> None:
-        model = self.skippable.model
+        """Add what a saved walk had reached to what a walk starts from."""
+        model, by_key = self.skippable.model, {part.key: part for part in parts}
         width = model.config.get_text_config().hidden_size
-        shapes = {part.key: (*part.ids.shape, width) for part in parts}
-        states = {part.key: part.states for part in parts}
-        self.saved_walk.restore(removed, states, shapes, {model.dtype, torch.float32})
+        for key, depth, branch, hidden in self.saved_walk.restore(removed) if self.saved_walk else ():
+            part = by_key.get(key)
+            known = hidden.dtype in (model.dtype, torch.float32)
+            if part is not None and known and hidden.shape == (*part.ids.shape, width):
+                part.states.at[depth][branch] = hidden
 
     def _save_walks(self, depth: int, removed: Sequence[int], walks: Mapping[tuple[int, int], Walk]) -> None:
         """Save the walks between two blocks; if the disk is full, the search continues without saving."""
         try:
-            self.saved_walk.save(depth, removed, walks)
+            if self.saved_walk is not None:
+                self.saved_walk.save(depth, removed, walks)
         except OutputError as error:
             self.notify(Notice(f"{error.message} If this step is interrupted, it starts again from its first block."))
-            self.saved_walk = SavedWalk()
+            self.saved_walk = None
 
     def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
@@ -280,18 +286,15 @@ class Passes:
 
     def _score_one_by_one(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
-    ) -> Iterator[tuple[int, int, list[float]]]:
-        """Score batches without each of their candidates, by passes of the whole model."""
-        found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+    ) -> Iterator[tuple[_Part, int, list[float]]]:
+        """Score the parts of batches without each of their candidates, by passes of the whole model."""
         for part in (part for batch in group for part in self._parts_of(batch)):
             dense = self.skippable.logits(part.ids, ()) if metric.needs_dense_logits else None
             for block in group[part.batch]:
                 logits = self.skippable.logits(part.ids, {*removed, block})
                 scores = score_logits(metric, logits, part.ids, dense, loss_mask=part.loss_mask)
-                found[part.batch, block] += scores.tolist()
                 self._tell_progress(part, 1, group)
-                if part.is_last:
-                    yield part.batch, block, found[part.batch, block]
+                yield part, block, scores.tolist()
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
         """Drop the kept states that the latest removals change."""

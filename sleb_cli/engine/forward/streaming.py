@@ -14,7 +14,8 @@ import math
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +157,10 @@ class StreamedBlocks(BlockWeights):
         )
         self._load_outside(outside)
         self._new: Mapping[str, Tensor] = {}
-        self._empty = [_without_values(block) for block in self.modules]
+        self._empty = [
+            {name: _without_values(tensor) for name, tensor in block.state_dict(keep_vars=True).items()}
+            for block in self.modules
+        ]
         self._drop(*range(len(self.modules)))
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
@@ -225,7 +229,7 @@ class StreamedBlocks(BlockWeights):
         self._stream.synchronize()
         return found
 
-    def _read_tensor(self, file: BinaryIO, tensor: StoredTensor) -> Tensor:
+    def _read_tensor(self, file: BufferedReader, tensor: StoredTensor) -> Tensor:
         """Read a tensor to an address that is that of a mapped file, modulo a page, or else to one that is aligned."""
         dtype, start = TORCH_DTYPES.get(tensor.dtype), tensor.start or 0
         if dtype is None:
@@ -247,8 +251,9 @@ class StreamedBlocks(BlockWeights):
         """Take the weights of these blocks away, once the device is done with them."""
         synchronize(self._device)
         for block in blocks:
-            for module, name, tensor in self._empty[block]:
-                setattr(module, name, tensor)
+            for name, tensor in self._empty[block].items():
+                path, _, own = name.rpartition(".")
+                setattr(self.modules[block].get_submodule(path), own, tensor)
 
     def _place(self, tensors: Mapping[str, Tensor]) -> Any:
         """Let transformers make parameters of these tensors of the files; return its loading info."""
@@ -296,13 +301,6 @@ def _divide(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[
     return by_block, outside
 
 
-def _without_values(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Return what comes from files, by module and name, on the meta device; some families make it elsewhere."""
-    found: list[tuple[nn.Module, str, Tensor]] = []
-    for module in block.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            found.append((module, name, nn.Parameter(parameter.to("meta"), requires_grad=False)))
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found.append((module, name, buffer.to("meta")))
-    return found
+def _without_values(tensor: Tensor) -> Tensor:
+    there = tensor.to("meta")
+    return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
