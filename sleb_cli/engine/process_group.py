@@ -39,8 +39,7 @@ Turn = list[list[T]]
 def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
     """Deal one item to each process, turn after turn; the same items always go to the same processes."""
     for first in range(0, len(items), processes):
-        dealt = [[item] for item in items[first : first + processes]]
-        yield [*dealt, *([] for _ in range(processes - len(dealt)))]
+        yield [list(items[number : number + 1]) for number in range(first, first + processes)]
 
 
 class PeerLost(Exception):
@@ -108,12 +107,9 @@ class ProcessGroup:
 
     def one_first(self, do: Callable[[], T]) -> T:
         """Call `do` in one process of each machine before the others, which find its work in the cache."""
-        if local_rank():
-            self.gather(None)
-            return do()
-        found = do()
+        found = [] if local_rank() else [do()]
         self.gather(None)
-        return found
+        return found[0] if found else do()
 
 
 @contextmanager

@@ -30,11 +30,16 @@ def search(run_sleb, tiny_llama, text_file, tmp_path):
     return run
 
 
-def test_smaller_pieces_lead_to_the_same_plan(search, simulate):
+def test_the_same_plan_from_unused_memory_or_in_smaller_pieces(search, simulate):
     backend = simulate()
     _, plan = search("sim")
+    half = backend.max_memory_allocated() // 2
+    backend.settings = replace(backend.settings, memory=backend.memory_reserved())
+    assert backend.mem_get_info()[0] == 0
+    result, found = search("sim")
+    assert (result.exit_code, found["removals"]) == (0, plan["removals"])
     backend.empty_cache()
-    backend.settings = replace(backend.settings, memory=backend.max_memory_allocated() // 2)
+    backend.settings = replace(backend.settings, memory=half)
     result, found = search("sim", "--memory", "1GB", "--batch-size", 8)
     assert result.exit_code == 0, result.stderr
     assert "Out of memory on sim:0; continuing with" in result.stderr
@@ -77,12 +82,3 @@ def test_a_model_that_does_not_fit_is_one_sentence(run_sleb, simulate, tiny_llam
     assert result.stderr.count("error: ") == 1
     assert "memory" in result.stderr
     assert not (tmp_path / "plan.json").exists()
-
-
-def test_memory_that_torch_holds_unused_counts_as_free(search, simulate):
-    backend = simulate()
-    _, plan = search("sim")
-    backend.settings = replace(backend.settings, memory=backend.memory_reserved())
-    assert backend.mem_get_info()[0] == 0
-    result, found = search("sim")
-    assert (result.exit_code, found["removals"]) == (0, plan["removals"])
