@@ -9,8 +9,8 @@ The parts, by default all but the last, in this order:
     crossover  --model (default: demo) in memory and with --stream, by turns: the plans must be equal
 
 The model is a Llama of random bfloat16 weights, made under --work once (default: a new folder, deleted afterwards;
-three times the size must be free). `sleb` runs under a hard limit of memory: a control group, else
-`ulimit -d`, which does not count the page cache. Nothing of the model is in the page cache at the start.
+three times the size must be free). `sleb` runs under `ulimit -d`, which does not count the page cache. Nothing of the
+model is in the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
 and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of a product in memory. A step reads the files
@@ -31,8 +31,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -73,10 +72,10 @@ def main() -> None:
 def under_a_limit(parts: Sequence[str], options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
         folder = make_model(options.work or Path(place), options)
-        with limited_to(parse_bytes(options.limit, "--limit")) as limit:
-            benchmark = Benchmark(options, folder, Path(place), limit)
-            for part in parts:
-                getattr(benchmark, part)()
+        kibibytes = parse_bytes(options.limit, "--limit") // 1024
+        benchmark = Benchmark(options, folder, Path(place), ["sh", "-c", f'ulimit -d {kibibytes} && exec "$0" "$@"'])
+        for part in parts:
+            getattr(benchmark, part)()
 
 
 def read_options() -> argparse.Namespace:
@@ -157,30 +156,6 @@ def forget(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-# The limit
-
-
-@contextmanager
-def limited_to(size: int) -> Iterator[tuple[str, ...]]:
-    """Yield words that hold the command behind them to an amount of memory: by a control group, or else by ulimit."""
-    group = Path("/sys/fs/cgroup") / f"sleb-scale-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / "memory.max").write_text(str(size))
-        (group / "memory.swap.max").write_text("0")
-    except OSError:
-        if group.exists():
-            group.rmdir()
-        print("limit: ulimit -d, without the page cache", flush=True)
-        yield "sh", "-c", f'ulimit -d {size // 1024} && exec "$0" "$@"'
-        return
-    try:
-        print("limit: a control group", flush=True)
-        yield "sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")
-    finally:
-        group.rmdir()
 
 
 # A run
