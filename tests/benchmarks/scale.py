@@ -13,8 +13,8 @@ three times the size must be free). `sleb` runs under `ulimit -d`, which does no
 model is in the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
-and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of a product in memory. A step reads the files
-once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts at the removed
+and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step reads the
+files once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts at the removed
 block. `apply` writes what it writes, and reads both models once.
 """
 
@@ -33,6 +33,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,12 @@ from typing import Any
 import torch
 from made_models import compared, size_of, write_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleb_cli.engine.device import CPU
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.speed.estimate import measure_rate
 from sleb_cli.engine.speed.work import count_work
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
@@ -134,6 +134,30 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 # The machine
+
+
+def flops_per_second(options: argparse.Namespace, tokens: int) -> float:
+    """Return the operations per second of blocks in memory, on so many tokens: what streaming can reach at best.
+
+    Three blocks take turns, so that no cache holds their weights, as in a walk.
+    """
+    config = LlamaConfig(
+        hidden_size=options.hidden, intermediate_size=options.intermediate, num_attention_heads=options.hidden // 128
+    )
+    config._attn_implementation = "sdpa"
+    blocks = [LlamaDecoderLayer(config, 0).bfloat16().eval() for _ in range(3)]
+    hidden = torch.randn(-(-tokens // options.length), options.length, options.hidden).bfloat16()
+    tables = LlamaRotaryEmbedding(config)(hidden, torch.arange(options.length)[None])
+    times = []
+    with torch.inference_mode():
+        for turn in range(15):
+            start = time.perf_counter()
+            blocks[turn % 3](hidden, position_embeddings=tables)
+            times.append(time.perf_counter() - start)
+    weights = sum(weight.numel() for weight in blocks[0].parameters())
+    found = 2 * hidden.shape[:2].numel() * weights / statistics.median(times[3:])
+    print(f"{tokens} tokens through a block: {found / 1e9:.0f} GFLOP/s, {torch.get_num_threads()} threads", flush=True)
+    return found
 
 
 def seconds_to_read(folder: Path) -> float:
@@ -261,8 +285,7 @@ class Benchmark:
         self.size = size_of(folder)
         self.architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
         self.readings = [seconds_to_read(folder)]
-        self.rate = measure_rate(torch.bfloat16, CPU).flops_per_second
-        print(f"a product in bfloat16: {self.rate / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads", flush=True)
+        self.rate = cache(partial(flops_per_second, options))
         self.text = ["--calibration", folder / "text.txt", "--sequence-length", options.length]
 
     @property
@@ -290,7 +313,8 @@ class Benchmark:
             names = ["Search:", "step 1 of 2", "step 2 of 2"]
             for step, (first, last) in enumerate(pairwise(names)):
                 seconds, read = found.between(first, last)
-                computing = self.flops_of_step(plan, step, metric) / self.rate
+                tokens = min(plan["search"]["batch_size"], self.options.samples) * self.options.length
+                computing = self.flops_of_step(plan, step, metric) / self.rate(tokens)
                 reading = statistics.mean(self.readings) * (1 if metric == "nll" else 2)
                 self.compare(f"step {step + 1}", seconds, read, reading, computing)
 
@@ -330,7 +354,7 @@ class Benchmark:
     def seconds_of_proof(self) -> float:
         """Return the time of a prompt in both models."""
         flops = count_work(self.architecture, 1, PROOF_TOKENS, 0, torch.bfloat16).prefill.flops
-        return 2 * (sum(flops.blocks) + flops.outside) / self.rate
+        return 2 * (sum(flops.blocks) + flops.outside) / self.rate(PROOF_TOKENS)
 
     def writing(self, name: str) -> float:
         """Return the seconds to copy what was written of a checkpoint, and to read it and the model; delete it."""

@@ -10,12 +10,11 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import pytest
 from test_interrupted import plan_bytes
 
-from conftest import calibration, llama_config, save_model, weight_bytes_of
+from conftest import Result, calibration, llama_config, save_model, weight_bytes_of
 from sleb_cli import __main__ as program
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.quality import texts
@@ -45,15 +44,6 @@ def free_port():
         return place.getsockname()[1]
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How one of several processes ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-
 @pytest.fixture
 def together(tmp_path):
     """Run `sleb` in this many processes that are copies of this one, and tell how each ended."""
@@ -71,7 +61,7 @@ def together(tmp_path):
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         files = [tmp_path / f"rank{rank}" for rank in range(count)]
         return [
-            Ended(code, f.with_suffix(".out").read_text(), f.with_suffix(".err").read_text())
+            Result(code, f.with_suffix(".out").read_text(), f.with_suffix(".err").read_text())
             for code, f in zip(codes, files, strict=True)
         ]
 
@@ -117,7 +107,7 @@ def whole(run_sleb, search, tmp_path):
 
 
 def all_well(ended):
-    assert [(each.code, each.stderr if each.code else "") for each in ended] == [(0, "")] * len(ended)
+    assert [(each.exit_code, each.stderr if each.exit_code else "") for each in ended] == [(0, "")] * len(ended)
     assert [each.stdout + each.stderr for each in ended[1:]] == [""] * (len(ended) - 1)
     return ended[0]
 
@@ -183,7 +173,7 @@ def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, togeth
     expected = whole()
     with at_job(1, 8, die):
         main, victim = together(2, *search)
-    assert (main.code, victim.code) == (7, -signal.SIGKILL)
+    assert (main.exit_code, victim.exit_code) == (7, -signal.SIGKILL)
     assert "error: One of the 2 processes has died or was stopped." in main.stderr
     assert "plan.json.journal: rerun with --resume to continue" in main.stderr
     assert "Traceback" not in main.stderr
@@ -197,8 +187,8 @@ def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, togeth
 def test_if_the_main_one_dies_the_others_end_quietly(search, together, tmp_path):
     with at_job(0, 8, die):
         main, *others = together(3, *search)
-    assert main.code == -signal.SIGKILL
-    assert all(each.code > 0 for each in others)
+    assert main.exit_code == -signal.SIGKILL
+    assert all(each.exit_code > 0 for each in others)
     assert not any(each.stdout for each in others)
     assert journal_of(tmp_path / "plan.json").exists()
 
@@ -218,10 +208,10 @@ def refuse():
 def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, fault, code, words):
     with at_job(1, 4, fault):
         main, *others = together(3, *search)
-    assert main.code == code
+    assert main.exit_code == code
     assert [main.stderr.count(each) > 0 for each in words] == [True] * len(words)
     assert main.stderr.count("error: ") <= 1
-    assert [(each.code, each.stdout + each.stderr) for each in others] == [(1, "")] * 2
+    assert [(each.exit_code, each.stdout + each.stderr) for each in others] == [(1, "")] * 2
 
 
 @pytest.mark.parametrize(
@@ -235,7 +225,7 @@ def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, faul
 )
 def test_what_cannot_be_is_said_once(together, options, code, words):
     main, other = together(2, *options)
-    assert main.code == code
+    assert main.exit_code == code
     assert main.stderr.count(words) == main.stderr.count("error: ") == 1
     assert not other.stdout + other.stderr
 

@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
-from sleb_cli.engine.forward.fork import Walk, fork, walk_together
+from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.states import BASE, States
+from sleb_cli.engine.forward.states import States
 from sleb_plugins import UnsupportedModelError
 
 
@@ -69,12 +69,6 @@ def test_without_the_last_block_that_is_left_nothing_runs(skippable, ids, ran):
     found = walk(skippable, ids, {*range(count)} - {2}, [2])
     assert (found.block_branches, ran) == (0, [])
     assert torch.equal(skippable.head(found.branches[2], ids), skippable.logits(ids, range(count)))
-
-
-def test_without_candidates_it_is_the_model_as_it_stands(skippable, ids):
-    found = fork(skippable, ids, (1,), ())
-    assert list(found) == [BASE]
-    assert torch.equal(skippable.head(found[BASE], ids), skippable.logits(ids, {1}))
 
 
 @pytest.mark.parametrize("size", [9, 2])

@@ -41,7 +41,7 @@ KEPT_DEPTHS = 4
 
 # The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base
 # where the next group starts, the base, and the dense model's or one that is kept.
-BESIDE_CANDIDATES = 4
+OTHER_BRANCHES = 4
 
 
 K = TypeVar("K")
@@ -461,10 +461,10 @@ def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.devi
     of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
     largest = passes.batches[0].numel()
     room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
-    hold = on_host if device != CPU and room < (count + BESIDE_CANDIDATES) * of_branch else as_computed
+    hold = on_host if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else as_computed
     if hold is on_host:
         room = memory(CPU)
-    branches = max(0, room // of_branch - BESIDE_CANDIDATES)
+    branches = max(0, room // of_branch - OTHER_BRANCHES)
     kept = 1 + (branches - count) // 2 if branches >= count else 0
     weights = sum(weight.nbytes for switch in skippable.switches for weight in switch.block.parameters())
     # A group goes through half of the blocks on average; a spilled branch is read and written at each of half of them.
@@ -472,7 +472,7 @@ def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.devi
         budget = replace(passes.budget, branches=min(branches, count), kept=kept)
         return replace(passes, hold=hold, budget=budget)
     budget = replace(passes.budget, branches=count, kept=0)
-    states = format_bytes((count + BESIDE_CANDIDATES) * of_branch)
+    states = format_bytes((count + OTHER_BRANCHES) * of_branch)
     place = spill_to.absolute()
     passes.notify(
         Notice(f"Hidden states need up to {states}, more than fits into memory; sleb keeps them in a file in {place}.")
