@@ -14,8 +14,8 @@ model is in the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
 and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step reads the
-files once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts at the removed
-block. `apply` writes what it writes, and reads both models once.
+files once; by cosine twice, since the loss of the result is a pass of its own. A step after a removal starts at the
+removed block. `apply` writes what it writes, and reads both models once.
 """
 
 from __future__ import annotations
