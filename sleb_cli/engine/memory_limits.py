@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 PROC = Path("/proc/self")
+GROUPS = Path("/sys/fs/cgroup")
+"""Where systems mount the control groups: those of version 1 in a folder for each controller."""
 
 UNLIMITED = 2**63
 """More than any machine has."""
@@ -64,21 +66,13 @@ def _left_in(folder: Path, files: _Files) -> int:
 def _groups() -> Iterator[tuple[Path, _Files]]:
     """Yield the control groups of this process: its own, and all above it that can be seen from here."""
     try:
-        own = [line.split(":", 2)[1:] for line in (PROC / "cgroup").read_text().splitlines()]
-        mounts = [line.split() for line in (PROC / "mountinfo").read_text().splitlines()]
+        lines = (PROC / "cgroup").read_text().splitlines()
     except OSError:
         return
-    paths = {controller: path for controllers, path in own for controller in controllers.split(",")}
-    for mount in mounts:
-        root, place = mount[3:5]
-        kind, _, options = mount[mount.index("-") + 1 :]
-        if kind == "cgroup2":
-            path, files = paths.get(""), _VERSION_2
-        elif kind == "cgroup" and "memory" in options.split(","):
-            path, files = paths.get("memory"), _VERSION_1
-        else:
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
             continue
-        if path is not None:
-            # A container may see its own group as the root, under whatever name it has outside.
-            inside = PurePosixPath(path).relative_to(root) if PurePosixPath(path).is_relative_to(root) else Path()
-            yield from ((Path(place, above), files) for above in (inside, *inside.parents))
+        place, files = (GROUPS / "memory", _VERSION_1) if controllers else (GROUPS, _VERSION_2)
+        inside = Path(path.lstrip("/"))  # in a container, this may be the group's name outside, which is not found here
+        yield from ((place / above, files) for above in (inside, *inside.parents))

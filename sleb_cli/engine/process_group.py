@@ -39,8 +39,7 @@ Turn = list[list[T]]
 def deal(items: Sequence[T], processes: int) -> Iterator[Turn[T]]:
     """Deal one item to each process, turn after turn; the same items always go to the same processes."""
     for first in range(0, len(items), processes):
-        dealt = [[item] for item in items[first : first + processes]]
-        yield [*dealt, *([] for _ in range(processes - len(dealt)))]
+        yield [list(items[number : number + 1]) for number in range(first, first + processes)]
 
 
 class PeerLost(Exception):
@@ -50,10 +49,11 @@ class PeerLost(Exception):
 class ProcessGroup:
     """Communication between the processes. All of them must call the same methods in the same order.
 
-    Alone, a process exchanges nothing, and `torch.distributed` is not needed.
+    Objects go through the CPU, whatever device the tensors are on. Alone, a process exchanges nothing.
     """
 
-    rank, size = 0, 1
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
 
     @property
     def is_main(self) -> bool:
@@ -62,19 +62,34 @@ class ProcessGroup:
 
     def gather(self, item: T) -> list[T]:
         """Return the items of all processes, in the order of their ranks."""
-        return [item]
+        found = [item] * self.size
+        self._exchange(dist.all_gather_object, found, item)
+        return found
 
     def from_main(self, compute: Callable[[], T]) -> T:
         """Return what the main process computes; the others wait for it."""
-        return compute()
+        found: list[Any] = [compute() if self.is_main else None]
+        self._exchange(dist.broadcast_object_list, found)
+        received: T = found[0]
+        return received
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of all processes' tensors."""
-        return tensor
+        total = tensor.clone()
+        self._exchange(dist.all_reduce, total)
+        return total / self.size
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """Return the tensor of one process, by default the main one; those of the others are overwritten."""
+        self._exchange(dist.broadcast, tensor, source)
         return tensor
+
+    def _exchange(self, collective: Callable[..., Any], *arguments: Any) -> None:
+        if self.size > 1:
+            try:
+                collective(*arguments)
+            except RuntimeError as error:
+                raise PeerLost from error
 
     def in_turn(self, items: Iterable[T]) -> Iterator[tuple[int, T]]:
         """Yield the items of all processes, each with its process's rank, in the order of ranks.
@@ -92,81 +107,9 @@ class ProcessGroup:
 
     def one_first(self, do: Callable[[], T]) -> T:
         """Call `do` in one process of each machine before the others, which find its work in the cache."""
-        if local_rank():
-            self.gather(None)
-            return do()
-        found = do()
+        found = [] if local_rank() else [do()]
         self.gather(None)
-        return found
-
-
-class _Launched(ProcessGroup):
-    """Several processes. Objects go through the CPU, whatever device the tensors are on."""
-
-    def __init__(self) -> None:
-        self.rank, self.size = process_rank(), process_count()
-        with translate_errors(_cannot_connect):
-            self._store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
-            dist.init_process_group(
-                _backends(), store=self._store, rank=self.rank, world_size=self.size, timeout=LONGEST_STEP
-            )
-
-    def gather(self, item: T) -> list[T]:
-        found: list[Any] = [None] * self.size
-        _exchange(dist.all_gather_object, found, item)
-        return found
-
-    def from_main(self, compute: Callable[[], T]) -> T:
-        found: list[Any] = [compute() if self.is_main else None]
-        _exchange(dist.broadcast_object_list, found)
-        received: T = found[0]
-        return received
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        _exchange(dist.all_reduce, total)
-        return total / self.size
-
-    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
-        _exchange(dist.broadcast, tensor, source)
-        return tensor
-
-    def end_with(self, error: BaseException) -> BaseException:
-        """Return what this process ends with: the main one with the cause, the others quietly."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this process says why it ends
-        is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
-        with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
-            if is_cause and not self.is_main:
-                self._store.set(_FAILURE, pickle.dumps(self._sent(error)))
-            if not is_cause and self.is_main and self._store.check([_FAILURE]):
-                failure: BaseException = pickle.loads(self._store.get(_FAILURE))
-                return failure
-        if isinstance(error, PeerLost | SystemExit) and self.is_main:
-            return MachineError(
-                f"One of the {self.size} processes has died or was stopped.",
-                hint="Memory may have run out. Rerun a search or a healing with --resume: nothing is measured again.",
-            )
-        return error if self.is_main or not isinstance(error, Exception) else WorkerFinished(1)
-
-    def _sent(self, error: BaseException) -> BaseException:
-        """Return the error as the main process raises it, or one that says the same if it cannot be sent."""
-        if isinstance(error, SlebError):
-            error.message = f"In process {self.rank} of {self.size}: {error.message}"
-        else:
-            error.add_note("".join(traceback.format_exception(error)))
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return RuntimeError("".join(traceback.format_exception(error)))
-        return error
-
-
-def _exchange(collective: Callable[..., Any], *arguments: Any) -> None:
-    try:
-        collective(*arguments)
-    except RuntimeError as error:
-        raise PeerLost from error
+        return found[0] if found else do()
 
 
 @contextmanager
@@ -182,18 +125,53 @@ def join_processes() -> Iterator[ProcessGroup]:
     if process_count() == 1:
         yield ProcessGroup()
         return
-    group = _Launched()
+    group = ProcessGroup(process_rank(), process_count())
+    with translate_errors(_cannot_connect):
+        store = next(iter(rendezvous("env://", timeout=STARTING_TIME)))[0]
+        dist.init_process_group(_backends(), store=store, rank=group.rank, world_size=group.size, timeout=LONGEST_STEP)
     try:
         yield group
     except WorkerFinished:
         raise
     except BaseException as error:
-        ended = group.end_with(error)
+        ended = _end(error, group, store)
         if ended is error:
             raise
         raise ended from None
     finally:
         dist.destroy_process_group()
+
+
+def _end(error: BaseException, group: ProcessGroup, store: Any) -> BaseException:
+    """Return what this process ends with: the main one with the cause, the others quietly."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, while this process says why it ends
+    is_cause = isinstance(error, Exception) and not isinstance(error, PeerLost)
+    with suppress(RuntimeError):  # the store is gone, and with it the process that kept it
+        if is_cause and not group.is_main:
+            store.set(_FAILURE, pickle.dumps(_sent(error, group)))
+        if not is_cause and group.is_main and store.check([_FAILURE]):
+            failure: BaseException = pickle.loads(store.get(_FAILURE))
+            return failure
+    if isinstance(error, PeerLost | SystemExit) and group.is_main:
+        return MachineError(
+            f"One of the {group.size} processes has died or was stopped.",
+            hint="Memory may have run out. Rerun a search or a healing with --resume: nothing is measured again.",
+        )
+    return error if group.is_main or not isinstance(error, Exception) else WorkerFinished(1)
+
+
+def _sent(error: BaseException, group: ProcessGroup) -> BaseException:
+    """Return the error as the main process raises it, or one that says the same if it cannot be sent."""
+    if isinstance(error, SlebError):
+        error.message = f"In process {group.rank} of {group.size}: {error.message}"
+    else:
+        error.add_note("".join(traceback.format_exception(error)))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
 
 
 def _cannot_connect(words: str) -> MachineError:

@@ -26,7 +26,7 @@ import torch
 from sleb_cli import api
 from sleb_cli.engine.forward import placement
 from sleb_cli.plan import Plan
-from sleb_cli.requests import LoadIn, SearchRequest
+from sleb_cli.requests import SearchRequest
 
 
 def main() -> None:
@@ -38,36 +38,34 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--dequantize", action="store_true")
     options = parser.parse_args()
-    plain = search(options, None)
+    plain = search(options, remove=options.remove)
     print("| weights | removed | of them as in bfloat16 | same order | loss in bfloat16 | seconds |")
     print("|---|---|---|---|---|---|")
     show("bfloat16", plain, plain, plain.steps[-1].perplexity)
     for bits in ("8bit", "4bit"):
-        found = search(options, bits)
+        found = search(options, remove=options.remove, load_in=bits)
         same = set(found.removals) == set(plain.removals)
         show(bits, found, plain, plain.steps[-1].perplexity if same else perplexity_of(options, found))
 
 
-def search(options: argparse.Namespace, load_in: LoadIn | None) -> Plan:
+def search(options: argparse.Namespace, **settings: Any) -> Plan:
     """Search, with nothing printed."""
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(placement, "load_dense", partial(_load, placement.load_dense, dequantize=options.dequantize)),
     ):
-        return api.search(
-            SearchRequest(
-                options.model,
-                remove=options.remove,
-                calibration=options.text,
-                samples=options.samples,
-                sequence_length=options.length,
-                sample_tokens=0,
-                dtype="bfloat16",
-                fast=False,
-                load_in=load_in,
-                output=Path(folder) / "plan.json",
-            )
+        request = SearchRequest(
+            options.model,
+            calibration=options.text,
+            samples=options.samples,
+            sequence_length=options.length,
+            sample_tokens=0,
+            dtype="bfloat16",
+            fast=False,
+            output=Path(folder) / "plan.json",
+            **settings,
         )
+        return api.search(request)
 
 
 def _load(load_dense: Any, *given: Any, dequantize: bool, **options: Any) -> Any:
@@ -78,23 +76,7 @@ def _load(load_dense: Any, *given: Any, dequantize: bool, **options: Any) -> Any
 def perplexity_of(options: argparse.Namespace, found: Plan) -> float:
     """Return the perplexity in bfloat16 without these blocks: a search that has no other choice."""
     others = tuple(block for block in range(found.model.blocks) if block not in found.removals)
-    with tempfile.TemporaryDirectory() as folder:
-        plan = api.search(
-            SearchRequest(
-                options.model,
-                remove=len(found.removals),
-                protect=others,
-                protect_first=0,
-                protect_last=0,
-                calibration=options.text,
-                samples=options.samples,
-                sequence_length=options.length,
-                sample_tokens=0,
-                dtype="bfloat16",
-                fast=False,
-                output=Path(folder) / "plan.json",
-            )
-        )
+    plan = search(options, remove=len(found.removals), protect=others, protect_first=0, protect_last=0)
     return plan.steps[-1].perplexity
 
 

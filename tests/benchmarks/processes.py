@@ -4,14 +4,13 @@
 
 Efficiency is the time of a step in one process of two threads, over that in two processes of one thread. Both are the
 least over the rounds, in which they take turns; starting and loading do not count. Bytes are those of the pickled
-objects that a process sends. What 64 GPUs would exchange is projected from the bytes of a score, as is printed.
+objects that a process sends.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import pickle
 import subprocess
@@ -23,7 +22,6 @@ from typing import Any
 import torch
 
 from sleb_cli.engine.device import choose_dtype
-from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import read_architecture
@@ -40,10 +38,6 @@ from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-# What the projection is for, and what it assumes of a network.
-GPUS, SEQUENCES, LENGTH, BLOCKS = 64, 128, 2048, 80
-BYTES_PER_SECOND, SECONDS_PER_HOP = 1.25e9, 50e-6
-PARAMETERS, FLOPS = 70e9, 400e12
 MARK = "measured: "
 
 
@@ -76,7 +70,6 @@ def main() -> None:
     sent, scores = two[0]["bytes"], two[0]["scores"]
     print(f"a process sends {', '.join(map(str, sent))} bytes a step, {sum(sent) * 2 / sum(scores):.1f} for each score")
     print(f"an exchange of {two[0]['payload']} bytes takes {1e3 * two[0]['exchange']:.2f} ms")
-    project(sum(sent) * 2 / sum(scores))
 
 
 def run(processes: int, threads: int) -> dict[str, Any]:
@@ -110,7 +103,7 @@ def work(options: argparse.Namespace, group: ProcessGroup) -> None:
     blocks = architecture.blocks_of(model)
     measured: dict[str, list[Any]] = {"seconds": [], "bytes": [], "scores": [], "removals": []}
     with SkippableModel(model, blocks) as skippable:
-        passes, reason = prepare_passes(skippable, sequences, ignore, memory="2GB")
+        passes, reason = prepare_passes(skippable, sequences, ignore, memory=lambda device: 2 * 10**9)
         assert reason is None, reason
         scoring = Scoring(NegativeLogLikelihood(), passes, Journal(), None, ignore, group=group)
         scoring.losses(())  # warms up
@@ -133,27 +126,6 @@ def work(options: argparse.Namespace, group: ProcessGroup) -> None:
     exchange = (time.perf_counter() - start) / 100
     if group.is_main:
         print(MARK + json.dumps(measured | {"exchange": exchange, "payload": len(payload)}), flush=True)
-
-
-def project(bytes_of_score: float) -> None:
-    """Print what so many GPUs exchange in a step of a large search, and how long that takes."""
-    batch = settings_for(torch.device("cuda")).tokens_per_batch // LENGTH
-    candidates, batches = BLOCKS - 2, SEQUENCES // batch
-    turns = math.ceil(batches / GPUS)
-    sent = SEQUENCES * candidates * bytes_of_score / GPUS
-    # Each turn has two exchanges, of sizes and of scores, and in a ring each takes a hop for every other process.
-    seconds = turns * 2 * (GPUS - 1) * SECONDS_PER_HOP + sent * (GPUS - 1) / BYTES_PER_SECOND
-    flops = 2 * PARAMETERS * SEQUENCES * LENGTH * candidates / 2
-    computing = flops / FLOPS / GPUS
-    print(
-        f"projected to {GPUS} GPUs, {BLOCKS} blocks, {SEQUENCES} x {LENGTH} tokens, {candidates} candidates a step:\n"
-        f"  a process sends {SEQUENCES} x {candidates} x {bytes_of_score:.1f} / {GPUS} = {sent / 1e3:.1f} kB, and "
-        f"receives {sent * (GPUS - 1) / 1e3:.0f} kB\n"
-        f"  {turns} x 2 x {GPUS - 1} hops of {SECONDS_PER_HOP * 1e6:.0f} us and {BYTES_PER_SECOND / 1e9:.2f} GB/s: "
-        f"{seconds * 1e3:.1f} ms\n"
-        f"  computing 2 x {PARAMETERS:.0e} x {SEQUENCES * LENGTH} x {candidates} / 2 = {flops:.1e} FLOPs at "
-        f"{FLOPS / 1e12:.0f} TFLOPS each: {computing:.0f} s, of which the exchange is {seconds / computing:.3%}"
-    )
 
 
 if __name__ == "__main__":

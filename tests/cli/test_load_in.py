@@ -5,12 +5,10 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-import torch
 
 from conftest import calibration, llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.surgery import fewer_bits as packing
-from sleb_cli.engine.surgery.fewer_bits import fewer_bits
 
 needs_bitsandbytes = pytest.mark.skipif(
     util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed: pip install 'sleb[bitsandbytes]'"
@@ -25,12 +23,6 @@ def installed(monkeypatch):
         monkeypatch.setattr(packing, "find_spec", lambda name: object() if found else None)
 
     return let
-
-
-def test_what_transformers_is_asked_for():
-    eight, four = fewer_bits(8, torch.bfloat16), fewer_bits(4, torch.bfloat16)
-    assert (eight.load_in_8bit, eight.load_in_4bit) == (True, False)
-    assert (four.load_in_4bit, four.bnb_4bit_quant_type, four.bnb_4bit_compute_dtype) == (True, "nf4", torch.bfloat16)
 
 
 def test_a_missing_package_is_named_with_its_install_command(run_sleb, tiny_llama, text_file, installed):

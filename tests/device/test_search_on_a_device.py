@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from conftest import calibration, save_model, slow
+from conftest import calibration, save_model
 from families import tiny_config
-from sleb_cli.engine.device import CPU
-from sleb_cli.engine.forward.holding import Holding
+from sleb_cli.engine.forward import passes
 from sleb_cli.engine.search import run
 from sleb_cli.engine.search.journal import journal_of
 
@@ -15,28 +14,19 @@ SEARCHES = {
     "nll": (),
     "kl": ("--metric", "kl"),
     "cosine": ("--metric", "cosine"),
-    "angular": ("--metric", "angular"),
     "taylor": ("--metric", "taylor"),
     "magnitude": ("--metric", "magnitude"),
-    "a sum": ("--metric", "nll+0.5*kl"),
     "a task": ("--metric", "task:tales.yaml:2"),
-    "refine": ("--strategy", "refine"),
     "beam": ("--strategy", "beam", "--beam-width", 2),
-    "contiguous": ("--strategy", "contiguous"),
     "contiguous cosine": ("--strategy", "contiguous", "--metric", "cosine"),
-    "oneshot": ("--strategy", "oneshot"),
     "fast": ("--fast", "--batch-size", 1),
-    "held out": ("--holdout", 0.25),
     "held out, fast": ("--holdout", 0.25, "--fast", "--batch-size", 1),
     "own text": ("--calibration", "self:0.5,prose.txt:0.5"),
     "a sample": ("--sample-tokens", 6),
-    "streamed": ("--stream", "--fast", "--batch-size", 1),
     "streamed kl": ("--stream", "--metric", "kl"),
-    "streamed cosine": ("--stream", "--metric", "cosine"),
     "streamed spans": ("--stream", "--metric", "angular", "--strategy", "contiguous"),
     "streamed through a file": ("--stream", "--memory", "250kB", "--batch-size", 1, "--samples", 12),
     "bfloat16": ("--dtype", "bfloat16"),
-    "float16": ("--dtype", "float16"),
 }
 
 
@@ -72,52 +62,24 @@ def write_task(folder):
     )
 
 
-WITH_FLOAT64 = ["nll", "kl", "cosine", "taylor", "fast", "held out"]
-SPREAD = ["nll", "cosine", "taylor", *map(slow, ["kl", "magnitude", "contiguous", "contiguous cosine", "own text"])]
 ON_ONE = ["--device", "sim:1"]
+ONE_STEP = ["kl", "cosine", "taylor", "magnitude", "a task", "bfloat16"]
+EVERYWHERE = [(None, "nll"), (None, "kl"), (None, "cosine"), (None, "taylor"), ("gemma3_text", "nll")]
+# The last is searched by whole passes.
+FAMILIES = [("gemma2", "taylor"), ("mixtral", "nll"), ("opt", "taylor"), ("xlnet", "nll"), ("xlnet", "taylor")]
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_the_plan_is_the_cpus(search, simulate, tiny_llama, name):
-    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
+@pytest.mark.parametrize(("family", "name"), [*((None, name) for name in SEARCHES), EVERYWHERE[-1], *FAMILIES])
+def test_the_plan_is_the_cpus(search, simulate, tiny_llama, tmp_path, spread, family, name):
+    model = save_model(tmp_path / family, tiny_config(family)) if family else tiny_llama
+    options = [*SEARCHES[name], *(["--remove", 1] if family or name in ONE_STEP else [])]
+    expected = search(model, *options, "--device", "cpu")
     simulate(float64=False)
-    assert search(tiny_llama, *SEARCHES[name], *ON_ONE) == expected
-
-
-@pytest.mark.parametrize("name", WITH_FLOAT64)
-def test_so_it_is_if_the_device_has_float64(search, simulate, tiny_llama, name):
-    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
-    simulate(float64=True)
-    assert search(tiny_llama, *SEARCHES[name], *ON_ONE) == expected
-
-
-@pytest.mark.parametrize("name", SPREAD)
-def test_so_it_is_if_the_model_is_spread_out(search, simulate, tiny_llama, spread, name):
-    expected = search(tiny_llama, *SEARCHES[name], "--device", "cpu")
-    simulate()
-    others = {"model.norm": 1, "lm_head": 0}
-    assert search(tiny_llama, *SEARCHES[name], *spread(**others)) == expected
-
-
-PATHS = {"opt": "model.decoder.layers", "xlnet": "transformer.layer"}  # the last is searched by whole passes
-FAMILIES = ["gemma2", "gemma3_text", "mixtral", "opt", "xlnet"]
-
-
-@pytest.mark.parametrize("metric", ["nll", "taylor"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_plan_is_the_cpus_for_other_families(search, simulate, tmp_path, family, metric):
-    model = save_model(tmp_path / family, tiny_config(family))
-    expected = search(model, "--metric", metric, "--remove", 1, "--device", "cpu")
-    simulate(float64=False)
-    assert search(model, "--metric", metric, "--remove", 1, *ON_ONE) == expected
-
-
-@pytest.mark.parametrize("family", ["gemma3_text", *map(slow, ["mixtral", "opt", "xlnet"])])
-def test_so_it_is_if_other_families_are_spread_out(search, simulate, tmp_path, spread, family):
-    model = save_model(tmp_path / family, tiny_config(family))
-    expected = search(model, "--remove", 1, "--device", "cpu")
-    simulate()
-    assert search(model, "--remove", 1, *spread(PATHS.get(family, "model.layers"))) == expected
+    assert search(model, *options, *ON_ONE) == expected
+    if (family, name) in EVERYWHERE:
+        simulate(float64=True)
+        assert search(model, *options, *ON_ONE) == expected
+        assert search(model, *options, *spread()) == expected
 
 
 def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_path):
@@ -131,9 +93,8 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
 
 
-@pytest.mark.parametrize("options", [(), ("--fast",)])
-def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llama, tmp_path, monkeypatch, options):
-    options = [*options, "--batch-size", 1]
+def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llama, tmp_path, monkeypatch):
+    options = ["--fast", "--batch-size", 1]
     expected = search(tiny_llama, *options, "--device", "cpu")
     simulate(float64=False)
     journal, real, steps = journal_of(tmp_path / "plan.json"), run._step, []
@@ -154,8 +115,8 @@ def test_interrupted_and_resumed_it_is_the_same_plan(search, simulate, tiny_llam
 def test_hidden_states_wait_in_host_memory_if_need_be(search, simulate, tiny_llama, monkeypatch):
     options = ("--stream", "--batch-size", 1, "--samples", 24)
     expected = search(tiny_llama, *options, "--device", "cpu")
-    places, opened = [], Holding.open
-    monkeypatch.setattr(Holding, "open", lambda self, slots: places.append(self.device) or opened(self, slots))
+    held = []
+    monkeypatch.setattr(passes, "on_host", lambda hidden: held.append(hidden.device.type) or hidden.cpu())
     simulate(memory=600_000)
     assert search(tiny_llama, *options, "--device", "sim") == expected
-    assert CPU in places
+    assert "sim" in held

@@ -109,8 +109,8 @@ def all_about(surgery: Surgery, dtype: torch.dtype, device: torch.device, ids: t
     pruned = load_pruned(surgery, dtype, device, lambda event: None, dense=dense)
     ids = ids.to(device)
     with torch.inference_mode(), SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
-        passes, _ = prepare_passes(skippable, ids, lambda event: None, memory="1GB")
-        found = passes.score_units(NegativeLogLikelihood(), (), [(0, list(range(BLOCKS)))])
+        passes, _ = prepare_passes(skippable, ids, lambda event: None, memory=lambda device: 10**9)
+        found = passes.score(NegativeLogLikelihood(), (), [(0, list(range(BLOCKS)))])
         scores = {block: scores for _, block, scores in found}
         compared = losses(Variant(skippable, surgery.removals), Variant(skippable), ids)
         logits = pruned(input_ids=ids, use_cache=False).logits.cpu()

@@ -197,9 +197,10 @@ def test_the_fits_at_a_gap_equal_a_direct_computation(monkeypatch):
     weights = 1 / wanted.square().mean(-1, keepdim=True)
     block = model.model.layers[2]
     with skippable, torch.inference_mode():
-        calls = skippable.calls(text[:24])
-        hidden = list(skippable.run_blocks(calls, calls[0].entering))[2]
-        scales = {each.name: each.scale for each in find_residual_projections(skippable, calls[2], hidden)} | {DOWN: 1}
+        calls, entered = skippable.calls(text[:24]), {}
+        skippable.run_with_hook(text[:24], (), lambda block, entering, leaving: entered.update({block: entering}))
+        found = find_residual_projections(skippable, calls[2], entered[2])
+        scales = {each.name: each.scale for each in found} | {DOWN: 1}
     # Both together, then the one that makes up for how it responds to the other.
     for names in ((DOWN, OUT), (DOWN,)):
         with passing(block, names) as (entering, _):

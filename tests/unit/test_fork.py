@@ -5,9 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
-from sleb_cli.engine.forward.fork import Walk, fork, walk_together
+from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.states import BASE, States
+from sleb_cli.engine.forward.states import States
 from sleb_plugins import UnsupportedModelError
 
 
@@ -71,18 +71,6 @@ def test_without_the_last_block_that_is_left_nothing_runs(skippable, ids, ran):
     assert torch.equal(skippable.head(found.branches[2], ids), skippable.logits(ids, range(count)))
 
 
-def test_without_candidates_it_is_the_model_as_it_stands(skippable, ids):
-    found = fork(skippable, ids, (1,), ())
-    assert list(found) == [BASE]
-    assert torch.equal(skippable.head(found[BASE], ids), skippable.logits(ids, {1}))
-
-
-def test_a_slice_of_positions_has_the_logits_of_the_whole(skippable, ids):
-    hidden = fork(skippable, ids, (), ())[BASE]
-    parts = [skippable.head(hidden[:, part], ids[:, part]) for part in (slice(0, 5), slice(5, 24))]
-    torch.testing.assert_close(torch.cat(parts, dim=1), skippable.logits(ids, ()), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [9, 2])
 def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, size):
     count, states, told = len(skippable.switches), States(), 0
@@ -120,18 +108,6 @@ def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, fi
     assert_same(found.branches, fresh.branches)
     if counts:
         assert [ran.count(block) for block in range(4)] == counts
-
-
-def test_blocks_may_be_the_outer_loop_and_states_lie_anywhere(skippable):
-    def elsewhere(name, hidden):
-        return torch.from_numpy(hidden.numpy().copy())
-
-    batches = [torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    walks = [Walk(skippable, skippable.calls(ids), States(), (1,), [0, 2, 3], hold=elsewhere) for ids in batches]
-    for _ in walk_together(skippable, walks):
-        pass
-    for together, ids in zip(walks, batches, strict=True):
-        assert_same(together.branches, fork(skippable, ids, (1,), [0, 2, 3]))
 
 
 def test_a_model_that_calls_a_block_twice_is_refused(ids):

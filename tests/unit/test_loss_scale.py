@@ -7,7 +7,7 @@ import torch
 
 from conftest import llama_config, random_model
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.loss_scale import LOWEST, largest_in_range, starting_scale, without_overflow
+from sleb_cli.engine.forward.loss_scale import LOWEST, without_overflow
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -39,14 +39,6 @@ def test_a_mean_over_many_tokens_has_the_gradient_of_float32(forks, dtype):
     for block, gradient in found.items():
         assert torch.cosine_similarity(gradient, expected[block], dim=0) > 0.998, block
         assert float(gradient.norm() / expected[block].norm()) == pytest.approx(1, abs=0.03)
-
-
-def test_a_scale_is_a_power_of_two_and_only_float16_has_one():
-    assert starting_scale(torch.float16, 1000) == 1024
-    assert starting_scale(torch.float32, 1000) == starting_scale(torch.bfloat16, 1000) == 1
-    assert largest_in_range(torch.tensor([3e-5, -1e-6], dtype=torch.float16)) == 2.0**16
-    assert largest_in_range(torch.tensor([700.0], dtype=torch.float16)) == 2.0**-9
-    assert largest_in_range(torch.zeros(3, dtype=torch.float16)) == largest_in_range(torch.tensor([3e-5])) == 1
 
 
 def test_an_overflow_lowers_the_scale_until_there_is_none():

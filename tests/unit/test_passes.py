@@ -49,7 +49,7 @@ def passes_of(skippable, sequences, *budget, **options):
 def score(passes, removed=(), candidates=CANDIDATES, metric=None):
     found = defaultdict(list)
     units = [(batch, candidates) for batch in range(len(passes.batches))]
-    for _, block, scores in passes.score_units(metric or NegativeLogLikelihood(), removed, units):
+    for _, block, scores in passes.score(metric or NegativeLogLikelihood(), removed, units):
         found[block] += scores
     return dict(found)
 
@@ -75,12 +75,6 @@ def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, fork
     assert advanced == pytest.approx(len(candidates) * len(sequences))
 
 
-def test_a_mask_of_all_tokens_changes_no_digit(skippable, sequences):
-    everything = torch.split(torch.ones_like(sequences, dtype=torch.bool), 4)
-    expected = score(passes_of(skippable, sequences)[0])
-    assert score(passes_of(skippable, sequences, loss_mask=everything)[0]) == expected
-
-
 class Counting(LlamaForCausalLM):
     """Counts the positions whose logits each pass returns."""
 
@@ -101,22 +95,6 @@ def test_no_more_logits_exist_than_the_budget_allows(sequences, metric):
     with SkippableModel(model, model.model.layers) as skippable:
         score(passes_of(skippable, sequences, 4, 12, 6, 100)[0], metric=metric)
     assert max(model.counts) == 12
-
-
-class WithoutLogitsToKeep(LlamaForCausalLM):
-    """Returns the logits of all positions, whatever is asked."""
-
-    def forward(self, input_ids, use_cache=None):
-        return super().forward(input_ids, use_cache=use_cache)
-
-
-@torch.inference_mode()
-def test_a_model_without_logits_to_keep_has_the_same_scores(skippable, sequences):
-    expected = score(passes_of(skippable, sequences)[0])
-    model = WithoutLogitsToKeep(skippable.model.config).eval()
-    model.load_state_dict(skippable.model.state_dict())
-    with SkippableModel(model, model.model.layers) as whole:
-        assert score(passes_of(whole, sequences)[0]) == expected
 
 
 def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
@@ -167,15 +145,6 @@ def test_if_nothing_can_be_smaller_the_error_says_so(skippable, sequences, monke
         score(passes_of(skippable, sequences)[0])
 
 
-def test_another_error_is_not_taken_for_one_of_memory(skippable, sequences, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("shapes cannot be multiplied")
-
-    monkeypatch.setattr("sleb_cli.engine.forward.passes.score_hidden_states", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
-        score(passes_of(skippable, sequences)[0])
-
-
 @pytest.fixture
 def run_blocks(skippable, monkeypatch):
     """The blocks that run on their own, in order."""
@@ -198,15 +167,6 @@ def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequ
     passes, _ = passes_of(skippable, sequences, ranking=[3])
     score(passes, (1,), [2, 3, 4])
     assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
-
-
-def test_later_steps_are_forecast_from_the_leader(skippable, sequences):
-    passes, _ = passes_of(skippable, sequences, ranking=[3, 1])
-    block = sum(weight.numel() for weight in skippable.switches[3].block.parameters())
-    head = skippable.model.lm_head.weight.numel() / block
-    # Branches from their block on: 5 + 4 + 3 + 2 of 6 blocks, and 6 for the base; up to block 3, 2 + 1 + 3 are spared.
-    assert passes.share_of_later_steps(CANDIDATES) == pytest.approx(1 - 6 / (20 + 4 * head))
-    assert passes_of(skippable, sequences, 4, 1000, 6, 0)[0].share_of_later_steps(CANDIDATES) == 1
 
 
 def test_states_are_scored_in_less_than_one_pass(skippable, sequences, run_blocks):

@@ -90,19 +90,6 @@ def test_everything_is_put_back_after_an_error(skippable, ids):
     assert torch.equal(model(ids).logits, before)
 
 
-@torch.inference_mode()
-def test_a_forward_set_on_the_instance_is_called_and_put_back(ids):
-    model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
-    block, calls = model.model.layers[1], []
-    inner = block.forward
-    block.forward = lambda *args, **kwargs: calls.append(1) or inner(*args, **kwargs)
-    outer = block.forward
-    with SkippableModel(model, model.model.layers) as skippable:
-        skippable.logits(ids, ())
-    assert calls == [1]
-    assert block.forward is outer
-
-
 def fails(*args, **kwargs):
     raise ValueError("no top-k indices")
 
@@ -126,8 +113,6 @@ def test_what_a_block_raises_is_translated(small, ids, forward, error, words):
 
 
 def test_an_error_of_a_hook_is_not_blamed_on_the_family(small, ids, monkeypatch):
-    with pytest.raises(OutOfMemory, match="do not fit"):
-        small.run_with_hook(ids, (), ends_memory)
     forward = small.model.model.forward
 
     def catches_everything(*args, **kwargs):
@@ -141,6 +126,3 @@ def test_an_error_of_a_hook_is_not_blamed_on_the_family(small, ids, monkeypatch)
         small.run_with_hook(ids, (), fails)
     assert raised.traceback[-1].name == "fails"
     assert raised.value.__cause__ is raised.value.__context__ is None
-    small.switches[1]._forward = fails
-    with pytest.raises(UnsupportedModelError, match="llama does not run: the family failed"):
-        small.logits(ids, ())

@@ -27,11 +27,6 @@ def test_a_removal_leaves_what_lies_below_it_and_its_branch(removals, left):
     assert known.at == left
 
 
-@pytest.mark.parametrize(("branch", "limit", "depth"), [(BASE, 9, 3), (BASE, 2, 1), (1, 2, None), (7, 9, None)])
-def test_the_deepest_is_found(branch, limit, depth):
-    assert states({1: [BASE], 3: [BASE, 1]}).deepest(branch, limit) == depth
-
-
 @pytest.mark.parametrize(
     ("limit", "kept"), [(0, set()), (1, {1}), (3, {1, 9}), (4, {1, 4}), (6, {1, 4, 9}), (9, {1, 4, 6, 9})]
 )

@@ -45,7 +45,7 @@ class Walk:
         hold: Hold = as_computed,
     ) -> None:
         self.skippable, self.calls, self.states, self.removed = skippable, calls, states, removed
-        self.keep, self._hold = keep, hold
+        self.keep, self.hold = keep, hold
         self.branches: dict[int, Tensor] = {}
         known = {branch: states.deepest(branch, len(calls)) for branch in candidates}
         self.forks = [branch for branch, depth in known.items() if depth is None]
@@ -73,17 +73,12 @@ class Walk:
             self.states.at[block] |= {branch: self.branches[branch] for branch in lowest}
         self.enter(block)
         if block in self.forks:
-            self.branches[block] = self.hold(block, self.branches[BASE])
+            self.branches[block] = self.branches[BASE]
             if block == self.forks[-1]:  # no branch forks off later, so the base ends here
                 self.states.at[block][BASE] = self.branches.pop(BASE)
         if block not in self.removed:
             for branch in [branch for branch in self.branches if branch != block]:
-                leaving = self.skippable.run_block(self.calls[block], self.branches[branch])
-                self.branches[branch] = self.hold(branch, leaving)
-
-    def hold(self, branch: int, hidden: Tensor) -> Tensor:
-        """Let the hidden states of a branch wait for the next block."""
-        return self._hold((id(self), branch), hidden)
+                self.branches[branch] = self.hold(self.skippable.run_block(self.calls[block], self.branches[branch]))
 
     def enter(self, depth: int) -> None:
         """Take up the branches whose kept states enter the block at `depth`, or lie behind the last block."""

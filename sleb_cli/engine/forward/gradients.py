@@ -8,7 +8,7 @@ exist at a time, and the graph of one block on one batch. Gradients in float16 a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import translate_out_of_memory
+from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.logits import position_slices, score_logits, score_positions
 from sleb_cli.engine.forward.loss_scale import largest_in_range, starting_scale, without_overflow
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
+from sleb_cli.engine.forward.states import BASE, States
 from sleb_cli.units import format_bytes
-from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins import MachineError
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 
@@ -49,7 +51,6 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
 def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
     skippable = passes.skippable
     sums = {block: _Sums(_weights(skippable, block)) for block in blocks}
-    _require_loaded(skippable, sums)
     parameters = [parameter for of_block in sums.values() for parameter in of_block.totals]
     scale = starting_scale(skippable.model.dtype, passes.batches[0].shape[1] * _sequences(passes))
     for batch, ids in enumerate(passes.batches):
@@ -68,15 +69,15 @@ def _all_together(passes: Passes, removed: Collection[int], blocks: Sequence[int
 
 
 def _one_by_one(passes: Passes, removed: Collection[int], blocks: Sequence[int]) -> Iterator[int]:
-    skippable = passes.skippable
+    skippable, count = passes.skippable, len(passes.skippable.switches)
     inputs = _Inputs(passes, removed)
-    gradients = [_gradient_of_head(passes, batch, hidden) for batch, hidden in enumerate(inputs.final)]
-    calls = inputs.calls
-    kept = [block for block in range(min(blocks), len(skippable.switches)) if block not in removed]
+    gradients = [_gradient_of_head(passes, batch, hidden) for batch, hidden in enumerate(inputs.of(count))]
+    kept = [block for block in range(min(blocks), count) if block not in removed]
     for block in skippable.weights.visit(reversed(kept)):
         sums = _Sums(_weights(skippable, block) if block in blocks else [])
         for batch, hidden in enumerate(inputs.of(block)):
-            gradients[batch] = _backpropagate(skippable, calls[batch][block], hidden, gradients[batch], sums)
+            call = inputs.calls[batch][block]
+            gradients[batch] = _backpropagate(skippable, call, hidden, gradients[batch], sums)
         if block in blocks:
             with sums.shown():
                 yield block
@@ -94,34 +95,30 @@ class _Inputs:
     def __init__(self, passes: Passes, removed: Collection[int]) -> None:
         self._skippable, self._removed = passes.skippable, removed
         self.calls = [self._skippable.calls(ids) for ids in passes.batches]
+        self._states = [States() for _ in self.calls]
         depths = len(self._skippable.switches)
         one_depth = sum(calls[0].entering.nbytes for calls in self.calls)
         self._stride = _stride(depths, one_depth, passes.available)
-        self._kept: list[dict[int, Tensor]] = [{} for _ in self.calls]
-        self.final: list[Tensor] = []
-        self._segment: list[list[Tensor]] = []
-        self._start = depths
-        with torch.no_grad():
-            for calls, kept in zip(self.calls, self._kept, strict=True):
-                for depth, hidden in enumerate(self._skippable.run_blocks(calls, calls[0].entering, removed)):
-                    if depth % self._stride == 0 and depth < depths:
-                        kept[depth] = hidden
-                self.final.append(hidden)
+        self._run(depths, range(0, depths, self._stride))
 
-    def of(self, block: int) -> list[Tensor]:
-        """Return what enters a block; blocks are asked for from the last to the first."""
-        start = block - block % self._stride
-        if start != self._start:
-            self._start = start
-            self._segment = [
-                self._run(calls, kept.pop(start)) for calls, kept in zip(self.calls, self._kept, strict=True)
-            ]
-        return [states[block - start] for states in self._segment]
+    def of(self, depth: int) -> list[Tensor]:
+        """Return what enters the block at a depth, or leaves the last one; the deepest is asked for first."""
+        if BASE not in self._states[0].at[depth]:
+            self._run(depth, range(depth - depth % self._stride, depth))
+        return [states.at.pop(depth)[BASE] for states in self._states]
 
     @torch.no_grad()
-    def _run(self, calls: Sequence[Call], hidden: Tensor) -> list[Tensor]:
-        blocks = calls[self._start : self._start + self._stride - 1]
-        return list(self._skippable.run_blocks(blocks, hidden, self._removed))
+    def _run(self, end: int, keep: Iterable[int]) -> None:
+        """Run the blocks up to a depth from the deepest one that is known; keep what enters there, and at `keep`."""
+        depths = {depth: 1 for depth in keep if depth not in self._removed}
+        walks = [
+            Walk(self._skippable, calls[:end], states, self._removed, (), keep=depths)
+            for calls, states in zip(self.calls, self._states, strict=True)
+        ]
+        for _ in walk_together(self._skippable, walks):
+            pass
+        for walk in walks:
+            walk.states.at[end][BASE] = walk.branches[BASE]
 
 
 def _stride(depths: int, one_depth: int, available: int) -> int:
@@ -209,15 +206,6 @@ def _backpropagate(skippable: SkippableModel, call: Call, hidden: Tensor, gradie
 def _weights(skippable: SkippableModel, block: int) -> list[Tensor]:
     """Return the parameters of a block that can have a gradient."""
     return [p for p in skippable.switches[block].block.parameters() if p.is_floating_point()]
-
-
-def _require_loaded(skippable: SkippableModel, sums: Mapping[int, _Sums]) -> None:
-    if away := [block for block, of_block in sums.items() if any(p.is_meta for p in of_block.totals)]:
-        raise UnsupportedModelError(
-            f"{skippable.model.config.model_type} only runs whole, so gradients need all weights in memory, but block "
-            f"{away[0]} is offloaded.",
-            hint="Use another metric, or a device map without cpu and disk.",
-        )
 
 
 def _loss_mask(passes: Passes, batch: int) -> Tensor | None:

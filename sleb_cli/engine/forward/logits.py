@@ -1,4 +1,4 @@
-"""From hidden states or logits to a score for each sequence, with few logits in memory at a time."""
+"""From logits to a score for each sequence, with few logits in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.memory_budget import settings_for
-from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.predictions import Logits
 from sleb_plugins import LogitMetric
 from sleb_plugins.metrics.weighted import require_shape
 
@@ -29,47 +29,30 @@ def float32_slices(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def score_hidden_states(
+def score_logits(
     metric: LogitMetric,
-    skippable: SkippableModel,
-    hidden: Tensor,
+    logits: Logits,
     ids: Tensor,
-    dense_hidden: Tensor | None = None,
+    dense: Logits | None = None,
     *,
     loss_mask: Tensor | None = None,
-    positions: int,
+    positions: int | None = None,
 ) -> Tensor:
     """Return each sequence's mean score over the predicted tokens that count, float64 [batch].
 
     Args:
         metric: a metric of logits.
-        skippable: the model, whose head turns hidden states into logits.
-        hidden: what leaves the last block, [batch, positions, hidden size].
+        logits: of the model.
         ids: the tokens, [batch, positions].
-        dense_hidden: as `hidden`, of the dense model, if the metric needs its logits.
+        dense: the logits of the dense model, if the metric needs them.
         loss_mask: which tokens count as targets, bool [batch, positions]; None for all.
-        positions: how many positions' logits may exist at once, over all sequences.
+        positions: how many positions' logits may be computed at once, over all sequences; None for all.
     """
-    scores = []
-    for part in position_slices(ids, positions):
-        here = ids[:, part]
-        dense = None if dense_hidden is None else skippable.head(dense_hidden[:, part], here)
-        logits = skippable.head(hidden[:, part], here)
-        scores.append(score_positions(metric, logits, ids[:, 1:][:, part], dense))
+    scores, rows = [], slice(None)
+    for part in position_slices(ids, positions or ids.numel()):
+        of_dense = None if dense is None else dense[rows, part]
+        scores.append(score_positions(metric, logits[rows, part], ids[:, 1:][:, part], of_dense))
     return _mean(torch.cat(scores, dim=1), loss_mask)
-
-
-def score_logits(
-    metric: LogitMetric,
-    logits: Tensor,
-    ids: Tensor,
-    dense_logits: Tensor | None = None,
-    *,
-    loss_mask: Tensor | None = None,
-) -> Tensor:
-    """Return each sequence's mean score over the predicted tokens that count, float64 [batch], from all its logits."""
-    dense = None if dense_logits is None else dense_logits[:, :-1]
-    return _mean(score_positions(metric, logits[:, :-1], ids[:, 1:], dense), loss_mask)
 
 
 def _mean(scores: Tensor, loss_mask: Tensor | None) -> Tensor:

@@ -115,32 +115,23 @@ def resolve_memory_budget(
     Raises:
         MachineError: not even one candidate on one sequence fits.
     """
-    positions = settings.head_positions
     fewest, most = settings.min_tokens_per_batch // length, settings.tokens_per_batch // length
     size = min(batch or max(1, min(most, max(fewest, sequences // min_batches))), sequences)
-
-    def needed(size: int, positions: int) -> int:
-        return working_bytes(footprint, settings, size * length, positions)
-
-    while needed(size, positions) > available and (positions > FEWEST_POSITIONS or (size > 1 and batch is None)):
-        if positions > FEWEST_POSITIONS:
-            positions //= 2
-        else:
-            size //= 2
-    if needed(size, positions) > available:
-        raise MachineError(
-            f"{size} sequences of {length} tokens need {format_bytes(needed(size, positions))} in addition to the "
-            f"model, but only {format_bytes(available)} may be used.",
-            hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a larger --memory.",
-        )
-    branch = size * length * footprint.branch
-    spare = (available - needed(size, positions)) // branch
+    budget = MemoryBudget(size, settings.head_positions, branches=1, kept=0)
+    while (needed := working_bytes(footprint, settings, budget.sequences * length, budget.positions)) > available:
+        less = budget.halved()
+        if less is None or (batch is not None and less.sequences < size):
+            raise MachineError(
+                f"{budget.sequences} sequences of {length} tokens need {format_bytes(needed)} in addition to the "
+                f"model, but only {format_bytes(available)} may be used.",
+                hint="Use a smaller --batch-size or --sequence-length, a narrower --dtype, or a larger --memory.",
+            )
+        budget = less
+    spare = (available - needed) // (budget.sequences * length * footprint.branch)
     branches = max(1, min(candidates, 1 + spare))
-    batches = -(-sequences // size)
+    batches = -(-sequences // budget.sequences)
     # While a step's branches are computed, those of the step before are still there.
-    return MemoryBudget(
-        sequences=size, positions=positions, branches=branches, kept=(spare - branches + 1) // batches // 2
-    )
+    return dataclasses.replace(budget, branches=branches, kept=(spare - branches + 1) // batches // 2)
 
 
 def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, positions: int) -> int:
@@ -150,7 +141,7 @@ def working_bytes(footprint: Footprint, settings: DeviceSettings, tokens: int, p
     return tokens * (3 * footprint.branch + footprint.block) + positions * footprint.logits + scored
 
 
-def available_memory(device: torch.device, asked: str | None) -> int:
+def available_memory(device: torch.device, asked: str | None = None) -> int:
     """Return the bytes that a search may use in addition to the model: `asked`, or else a share of what is free.
 
     Raises:

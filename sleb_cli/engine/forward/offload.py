@@ -5,6 +5,7 @@ While it does not run, its parameters are on the meta device. What needs their v
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,53 +13,30 @@ from typing import Any
 from torch import Tensor, nn
 
 from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, aligned
-from sleb_plugins import ModelError
 
 
-class OffloadedValues(Mapping[str, Tensor]):
-    """The values of a model's offloaded weights by name, from which its modules take them.
+class OffloadedValues(ChainMap[str, Tensor]):
+    """The values of a model's offloaded weights by name, from which its modules take them; the stored ones come last.
 
-    Attributes:
-        align: whether all lie at multiples of 64 bytes; otherwise, those on disk lie as in their file.
-        new: values that come before the stored ones.
+    If `align` is set, all lie at multiples of 64 bytes; otherwise, those on disk lie as in their file.
     """
 
-    def __init__(self, stored: Mapping[str, Tensor]) -> None:
-        self.align = False
-        self.new: Mapping[str, Tensor] = {}
-        self._stored = stored
+    align = False
 
     def __getitem__(self, name: str) -> Tensor:
-        value = self.new[name] if name in self.new else self._stored[name]
+        value = super().__getitem__(name)
         return aligned(value) if self.align else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 def align(model: Any) -> None:
     """Align the weights of a model of transformers, because fast kernels may round differently at other addresses."""
-    if offloaded := offloaded_values(model):
+    if (offloaded := offloaded_values(model)) is not None:
         offloaded.align = True
     align_parameters(model)
 
 
 def offloaded_values(model: Any) -> OffloadedValues | None:
-    """Return the values of a model's offloaded weights, which from then on go through here; None if it has none.
-
-    Raises:
-        ModelError: a weight is on the meta device, and accelerate has nothing to put in its place.
-    """
-    for path, module in model.named_modules():
-        away = [name for name, parameter in module.named_parameters(recurse=False) if parameter.is_meta]
-        if away and not _offloading(module):
-            raise ModelError(
-                f"accelerate left {path}.{away[0]} on the meta device, without values.",
-                hint="Give its module its own device in a JSON file, or leave out --device-map.",
-            )
+    """Return the values of a model's offloaded weights, which from then on go through here; None if it has none."""
     hooks = [hook for module in model.modules() if (hook := _offloading(module))]
     if not hooks:
         return None
@@ -72,8 +50,8 @@ def offloaded_values(model: Any) -> OffloadedValues | None:
 class Offloaded(BlockWeights):
     """Some blocks have their weights in place only while they are visited; accelerate gives them theirs to run."""
 
-    def __init__(self, model: Any, blocks: Sequence[nn.Module]) -> None:
-        self._model, self._blocks = model, blocks
+    def __init__(self, values: OffloadedValues, blocks: Sequence[nn.Module]) -> None:
+        self._values, self._blocks = values, blocks
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
         """Yield these blocks, each with its weights where it computes."""
@@ -83,19 +61,16 @@ class Offloaded(BlockWeights):
 
     def align(self) -> None:
         """Align what is loaded."""
-        align(self._model)
+        self._values.align = True
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """Let modules run with new values, by name, while the context is open."""
-        offloaded = offloaded_values(self._model)
-        assert offloaded is not None
-        before = offloaded.new
-        offloaded.new = {**before, **values}
+        self._values.maps.insert(0, dict(values))
         try:
             yield
         finally:
-            offloaded.new = before
+            del self._values.maps[0]
 
 
 @contextmanager

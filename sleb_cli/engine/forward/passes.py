@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 from sleb_cli.engine.device import CPU, free_memory, in_smaller_pieces
 from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
-from sleb_cli.engine.forward.holding import Hold, Holding, SharedInputs, in_rotation
-from sleb_cli.engine.forward.logits import score_hidden_states, score_logits
+from sleb_cli.engine.forward.holding import Hold, SharedInputs, as_computed, on_host, spilled
+from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.memory_budget import (
     COPIES_OF_LOGITS,
     COPIES_WIDENED,
@@ -28,8 +27,9 @@ from sleb_cli.engine.forward.memory_budget import (
     settings_for,
     working_bytes,
 )
+from sleb_cli.engine.forward.predictions import Predictions
 from sleb_cli.engine.forward.saved_walk import SavedWalk
-from sleb_cli.engine.forward.skipping import Call, SkippableModel, sequences_fit
+from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.units import format_bytes
@@ -41,28 +41,42 @@ KEPT_DEPTHS = 4
 
 # The hidden states that a streamed step holds in addition to the candidates': what enters the first block, the base
 # where the next group starts, the base, and the dense model's or one that is kept.
-BESIDE_CANDIDATES = 4
-
-# About what share of a candidate's evaluation the blocks take, and the head does not; only progress depends on it.
-BLOCKS_SHARE = 0.7
+OTHER_BRANCHES = 4
 
 
 K = TypeVar("K")
+T = TypeVar("T")
 
-Unit = tuple[int, Sequence[int]]
+Job = tuple[int, Sequence[int]]
 """A batch, and the candidates to score on it."""
 
 Listener = Callable[[int, Tensor, Tensor], Iterable[tuple[K, list[float]]]]
 """Takes a block and what enters and leaves it, [sequences, positions, hidden size]; returns scores by key."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
-    """Sequences of a batch that pass through the model together, [sequences, positions], and which tokens count."""
+    """Sequences of a batch that pass through the model together, and what is kept of them from step to step.
+
+    Attributes:
+        key: the number of the batch, and of the part in it.
+        is_last: whether it is the last of its batch.
+        ids: the tokens, [sequences, positions].
+        loss_mask: which of them count as targets; None for all.
+        states: hidden states that the next step may begin with.
+        dense: what leaves the last block of the dense model, if a metric needs it.
+    """
 
     key: tuple[int, int]
+    is_last: bool
     ids: Tensor
     loss_mask: Tensor | None
+    states: States = field(default_factory=States)
+    dense: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.key[0]
 
 
 @dataclass
@@ -85,14 +99,13 @@ class Passes:
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
     available: int = 2**63
     """The bytes that may be used in addition to the model."""
-    holding: Holding = field(default_factory=Holding)
-    """Where the hidden states of streamed walks wait."""
-    saved_walk: SavedWalk = field(default_factory=SavedWalk)
+    hold: Hold = as_computed
+    """Where the hidden states of walks wait."""
+    saved_walk: SavedWalk | None = None
     """Where a streamed walk is saved, and continues if the search before was interrupted."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
-    _states: defaultdict[tuple[int, int], States] = field(default_factory=lambda: defaultdict(States), init=False)
-    _dense: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
+    _parts: dict[int, list[_Part]] = field(default_factory=dict, init=False)
 
     def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
         """Return passes over other sequences, in batches of the same size, that keep no states."""
@@ -103,7 +116,7 @@ class Passes:
             loss_mask=None if loss_mask is None else torch.split(loss_mask, size),
             budget=replace(self.budget, kept=0),
             ranking=(),
-            saved_walk=SavedWalk(),
+            saved_walk=None,
         )
 
     def in_batches_of(self, size: int) -> Passes:
@@ -111,8 +124,8 @@ class Passes:
         loss_mask = torch.cat(list(self.loss_mask)) if self.loss_mask else None
         return replace(self, budget=replace(self.budget, sequences=size)).over(torch.cat(list(self.batches)), loss_mask)
 
-    def score_units(
-        self, metric: LogitMetric, removed: Sequence[int], units: Sequence[Unit]
+    def score(
+        self, metric: LogitMetric, removed: Sequence[int], jobs: Sequence[Job]
     ) -> Iterator[tuple[int, int, list[float]]]:
         """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
 
@@ -122,39 +135,39 @@ class Passes:
             OutOfMemory: the pieces are as small as they can be.
         """
         self._drop_outdated(tuple(removed))
-        left = {batch: list(candidates) or [BASE] for batch, candidates in units}
-        while left:
-            budget = self.budget
-            with self._smaller_pieces():
-                score = self._score_by_fork if self.forks else self._score_one_by_one
-                for batch, block, scores in score(metric, removed, {b: tuple(blocks) for b, blocks in left.items()}):
-                    left[batch].remove(block)
-                    yield batch, block, scores
-            self._free_after_error(budget)
-            left = {batch: blocks for batch, blocks in left.items() if blocks}
+        left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
 
-    def _together(self, parts: Sequence[_Part]) -> list[Sequence[_Part]]:
-        """Divide parts into those that walk together: all if blocks are streamed, or else each on its own."""
-        return [[part] for part in parts] if self.skippable.weights.resident else [parts]
+        def run() -> Iterator[tuple[int, int, list[float]]]:
+            group = {batch: tuple(blocks) for batch, blocks in left.items() if blocks}
+            score = self._score_by_fork if self.forks else self._score_one_by_one
+            found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+            for part, block, scores in score(metric, removed, group):
+                found[part.batch, block] += scores
+                if part.is_last:
+                    left[part.batch].remove(block)
+                    yield part.batch, block, found[part.batch, block]
 
-    @contextmanager
-    def _smaller_pieces(self) -> Iterator[None]:
-        """If the body runs out of memory, end it and take smaller pieces from now on.
+        return self._in_smaller_pieces(run)
+
+    def _in_smaller_pieces(self, run: Callable[[], Iterator[T]]) -> Iterator[T]:
+        """Yield what `run` does; as often as it runs out of memory, call it again with a smaller budget.
 
         Raises:
             OutOfMemory: the pieces are as small as they can be.
         """
-        shape = self.batches[0][: self.budget.sequences].shape
-        try:
-            with sequences_fit(shape, self.skippable.device):
-                yield
-        except OutOfMemory:
-            less = self.budget.halved()
-            if less is None:
-                raise
-            self.budget = less
-            self._states.clear()
-            self._dense.clear()
+        while True:
+            shape = self.batches[0][: self.budget.sequences].shape
+            try:
+                with sequences_fit(shape, self.skippable.device):
+                    yield from run()
+                return
+            except OutOfMemory:
+                less = self.budget.halved()
+                if less is None:
+                    raise
+                self.budget = less
+                self._parts.clear()
+            free_memory()  # only here is the error gone, and with it the tensors of its frames
             self.notify(
                 Notice(
                     f"Out of memory on {self.skippable.device}; continuing with {less.branches} candidates, "
@@ -162,112 +175,110 @@ class Passes:
                 )
             )
 
-    def _free_after_error(self, budget: MemoryBudget) -> None:
-        """Free memory if it ran out with this budget: only after the error are the tensors of its frames gone."""
-        if self.budget is not budget:
-            free_memory()
+    def _together(self, batches: Iterable[int]) -> list[list[_Part]]:
+        """Return the parts of these batches that walk together: all if blocks are streamed, or else each on its own."""
+        parts = [part for batch in batches for part in self._parts_of(batch)]
+        return [[part] for part in parts] if self.skippable.weights.resident else [parts]
 
-    def _parts(self, batches: Iterable[int]) -> list[_Part]:
-        """Return the parts of these batches that pass through the model on their own, in order."""
-        found = []
-        for batch in batches:
+    def _parts_of(self, batch: int) -> list[_Part]:
+        if batch not in self._parts:
             parts = torch.split(self.batches[batch], self.budget.sequences)
             masks = torch.split(self.loss_mask[batch], self.budget.sequences) if self.loss_mask else [None] * len(parts)
-            found += [_Part((batch, n), ids, mask) for n, (ids, mask) in enumerate(zip(parts, masks, strict=True))]
-        return found
+            self._parts[batch] = [
+                _Part((batch, number), number == len(parts) - 1, ids, mask)
+                for number, (ids, mask) in enumerate(zip(parts, masks, strict=True))
+            ]
+        return self._parts[batch]
 
     def _score_by_fork(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
-    ) -> Iterator[tuple[int, int, list[float]]]:
-        """Score batches without each of their candidates, in walks of as many as fit into memory."""
-        parts = self._parts(group)
-        ends = {part.key[0]: part for part in parts}
-        found: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
-        for together in self._together(parts):
+    ) -> Iterator[tuple[_Part, int, list[float]]]:
+        """Score the parts of batches without each of their candidates, in walks of as many as fit into memory."""
+        for together in self._together(group):
             most = self.budget.branches
-            for first in range(0, max(len(group[part.key[0]]) for part in together), most):
-                chunk = {part.key[0]: group[part.key[0]][first : first + most] for part in together}
-                here = [part for part in together if chunk[part.key[0]]]
+            for first in range(0, max(len(group[part.batch]) for part in together), most):
+                chunk = {part.batch: group[part.batch][first : first + most] for part in together}
+                here = [part for part in together if chunk[part.batch]]
                 walks = self._walk(here, removed, chunk, with_dense=metric.needs_dense_logits)
                 for part in here:
-                    batch = part.key[0]
-                    for block in chunk[batch]:
-                        found[batch, block] += self._score_final(metric, part, walks[part.key].branches.pop(block))
-                        self._tell_progress(part, 1 - BLOCKS_SHARE * bool(walks[part.key].block_branches), chunk)
-                        if part is ends[batch]:
-                            yield batch, block, found[batch, block]
+                    for block in chunk[part.batch]:
+                        scores = self._score_final(metric, part, walks[part.key].branches.pop(block))
+                        if not walks[part.key].block_branches:
+                            self._tell_progress(part, 1, chunk)
+                        yield part, block, scores
                 del walks  # before the next ones are made
             for part in together:
-                self._shrink(part.key, group[part.key[0]])
+                self._shrink(part, group[part.batch])
 
     def _walk(
         self, parts: Sequence[_Part], removed: Sequence[int], group: Mapping[int, Sequence[int]], *, with_dense: bool
     ) -> dict[tuple[int, int], Walk]:
         """Run the walks of these parts to their ends, and the dense model with them where its states are not known."""
-        if not self.skippable.weights.resident:
+        streamed = not self.skippable.weights.resident
+        if streamed:
             self._resume_walks(removed, parts)
-        hold, shared = self.holding.open(sum(len(group[part.key[0]]) + 3 for part in parts)), SharedInputs()
+        shared = SharedInputs(self.skippable, self.hold)
         walks: dict[tuple[int, int], Walk] = {}
-        dense: dict[tuple[int, int], Walk] = {}
+        dense: list[tuple[_Part, Walk]] = []
         for part in parts:
-            key, calls = part.key, self._calls(part, hold, shared)
-            candidates = [block for block in group[key[0]] if block != BASE]
-            keep = self._depths(key, candidates)
-            walks[key] = Walk(self.skippable, calls, self._states[key], removed, candidates, keep=keep, hold=hold)
-            if with_dense and key not in self._dense:
-                dense[key] = Walk(self.skippable, calls, States(), (), (), hold=hold)
-        for block in walk_together(self.skippable, [*walks.values(), *dense.values()]):
+            calls = shared.calls(part.ids)
+            candidates = [block for block in group[part.batch] if block != BASE]
+            keep = self._depths(part, candidates)
+            walks[part.key] = Walk(self.skippable, calls, part.states, removed, candidates, keep=keep, hold=self.hold)
+            if with_dense and part.dense is None:
+                dense.append((part, Walk(self.skippable, calls, States(), (), (), hold=self.hold)))
+        for block in walk_together(self.skippable, [*walks.values(), *(walk for _, walk in dense)]):
             for part in parts:
                 share = walks[part.key].ran(block) / max(1, walks[part.key].block_branches)
-                self._tell_progress(part, BLOCKS_SHARE * share * len(group[part.key[0]]), group)
-            if not self.skippable.weights.resident:
+                self._tell_progress(part, share * len(group[part.batch]), group)
+            if streamed:
                 self._save_walks(block + 1, removed, walks)
-        self._dense |= {key: walk.branches.pop(BASE) for key, walk in dense.items()}
+        for part, walk in dense:
+            part.dense = walk.branches.pop(BASE)
         return walks
-
-    def _calls(self, part: _Part, hold: Hold, shared: SharedInputs) -> list[Call]:
-        calls = self.skippable.calls(part.ids)
-        return shared.of(calls, hold(part.key, calls[0].entering))
 
     def _tell_progress(self, part: _Part, share: float, group: Mapping[int, Sequence[int]]) -> None:
         """Tell what share of a candidate's evaluation on this part is done; there is none of the model as it stands."""
-        if BASE not in group[part.key[0]]:
+        if BASE not in group[part.batch]:
             self.notify(SearchAdvanced(share * len(part.ids)))
 
-    def _depths(self, key: tuple[int, int], blocks: Sequence[int]) -> dict[int, int]:
-        kept = self.budget.kept - (key in self._dense)
+    def _depths(self, part: _Part, blocks: Sequence[int]) -> dict[int, int]:
+        kept = self.budget.kept - (part.dense is not None)
         return depths_to_keep(self.ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
 
-    def _shrink(self, key: tuple[int, int], blocks: Sequence[int]) -> None:
+    def _shrink(self, part: _Part, blocks: Sequence[int]) -> None:
         """Forget what the next step does not need of a part, or has no memory for."""
-        depths = self._depths(key, blocks)
-        self._states[key].shrink(self.budget.kept - (key in self._dense), list(depths))
+        part.states.shrink(self.budget.kept - (part.dense is not None), list(self._depths(part, blocks)))
         if not self.budget.kept:
-            self._dense.pop(key, None)
+            part.dense = None
 
     def _resume_walks(self, removed: Sequence[int], parts: Sequence[_Part]) -> None:
-        model = self.skippable.model
+        """Add what a saved walk had reached to what a walk starts from."""
+        model, by_key = self.skippable.model, {part.key: part for part in parts}
         width = model.config.get_text_config().hidden_size
-        shapes = {part.key: (*part.ids.shape, width) for part in parts}
-        self.saved_walk.restore(removed, self._states, shapes, {model.dtype, torch.float32})
+        for key, depth, branch, hidden in self.saved_walk.restore(removed) if self.saved_walk else ():
+            part = by_key.get(key)
+            known = hidden.dtype in (model.dtype, torch.float32)
+            if part is not None and known and hidden.shape == (*part.ids.shape, width):
+                part.states.at[depth][branch] = hidden
 
     def _save_walks(self, depth: int, removed: Sequence[int], walks: Mapping[tuple[int, int], Walk]) -> None:
         """Save the walks between two blocks; if the disk is full, the search continues without saving."""
         try:
-            self.saved_walk.save(depth, removed, walks)
+            if self.saved_walk is not None:
+                self.saved_walk.save(depth, removed, walks)
         except OutputError as error:
             self.notify(Notice(f"{error.message} If this step is interrupted, it starts again from its first block."))
-            self.saved_walk = SavedWalk()
+            self.saved_walk = None
 
     def _score_final(self, metric: LogitMetric, part: _Part, hidden: Tensor) -> list[float]:
         """Return each sequence's score from what leaves the last block."""
-        place = self.skippable.places[-1]
-        scores = score_hidden_states(
+        dense = part.dense if metric.needs_dense_logits else None
+        scores = score_logits(
             metric,
-            self.skippable,
-            hidden.to(place),
+            Predictions(self.skippable, part.ids, hidden),
             part.ids,
-            self._dense[part.key].to(place) if metric.needs_dense_logits else None,
+            None if dense is None else Predictions(self.skippable, part.ids, dense),
             loss_mask=part.loss_mask,
             positions=self.budget.positions,
         )
@@ -275,28 +286,24 @@ class Passes:
 
     def _score_one_by_one(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]
-    ) -> Iterator[tuple[int, int, list[float]]]:
-        """Score batches without each of their candidates, by passes of the whole model."""
-        for batch, blocks in group.items():
-            found: defaultdict[int, list[float]] = defaultdict(list)
-            parts = self._parts([batch])
-            for part in parts:
-                dense = self.skippable.logits(part.ids, ()) if metric.needs_dense_logits else None
-                for block in blocks:
-                    logits = self.skippable.logits(part.ids, {*removed, block})
-                    found[block] += score_logits(metric, logits, part.ids, dense, loss_mask=part.loss_mask).tolist()
-                    self._tell_progress(part, 1, group)
-                    if part is parts[-1]:
-                        yield batch, block, found[block]
+    ) -> Iterator[tuple[_Part, int, list[float]]]:
+        """Score the parts of batches without each of their candidates, by passes of the whole model."""
+        for part in (part for batch in group for part in self._parts_of(batch)):
+            dense = self.skippable.logits(part.ids, ()) if metric.needs_dense_logits else None
+            for block in group[part.batch]:
+                logits = self.skippable.logits(part.ids, {*removed, block})
+                scores = score_logits(metric, logits, part.ids, dense, loss_mask=part.loss_mask)
+                self._tell_progress(part, 1, group)
+                yield part, block, scores.tolist()
 
     def _drop_outdated(self, removed: tuple[int, ...]) -> None:
         """Drop the kept states that the latest removals change."""
         known = len(self._removed) if removed[: len(self._removed)] == self._removed else None
-        for states in self._states.values():
+        for part in (part for parts in self._parts.values() for part in parts):
             if known is None:
-                states.at.clear()
+                part.states.at.clear()
             for block in removed[known:]:
-                states.after_removal(block)
+                part.states.after_removal(block)
         self._removed = removed
 
     def share_of_later_steps(self, candidates: Sequence[int]) -> float:
@@ -318,65 +325,60 @@ class Passes:
         removed: Sequence[int],
         candidates: Sequence[int],
         start: Callable[[], Listener[K]],
-        *,
-        remembered: int = 1,
     ) -> dict[int, dict[K, list[float]]]:
         """Run batches through the model as it stands, and return the scores of each batch's sequences by key.
 
         A listener is passed each candidate, and what enters and leaves it, and returns scores by keys of its choice.
-        `start` makes one for each part of a batch that passes through the model on its own. A listener may use what
-        entered the last `remembered` blocks. If memory runs out, batches are run again in smaller parts.
+        `start` makes one for each part of a batch that passes through the model on its own. If memory runs out, batches
+        are run again in smaller parts.
 
         Raises:
             OutOfMemory: the parts are as small as they can be.
         """
         found: dict[int, dict[K, list[float]]] = {}
-        while left := [batch for batch in batches if batch not in found]:
-            budget = self.budget
-            with self._smaller_pieces():
-                found |= self._score_states(
-                    left[: 1 if self.skippable.weights.resident else None], removed, candidates, start, remembered
-                )
-            self._free_after_error(budget)
+
+        def run() -> Iterator[None]:
+            scores: defaultdict[int, defaultdict[K, list[float]]] = defaultdict(lambda: defaultdict(list))
+            listeners: defaultdict[tuple[int, int], Listener[K]] = defaultdict(start)
+
+            def listen(part: _Part, block: int, entering: Tensor, leaving: Tensor) -> None:
+                if block in candidates:
+                    for key, each in listeners[part.key](block, entering, leaving):
+                        scores[part.batch][key] += each
+
+            for together in self._together(batch for batch in batches if batch not in found):
+                self._run_as_it_stands(together, removed, candidates[-1], listen)
+                found.update({part.batch: scores[part.batch] for part in together if part.is_last})
+                listeners.clear()  # which may remember states
+                yield
+
+        for _ in self._in_smaller_pieces(run):
+            pass
         return found
 
-    def _score_states(
+    def _run_as_it_stands(
         self,
-        batches: Sequence[int],
+        parts: Sequence[_Part],
         removed: Sequence[int],
-        candidates: Sequence[int],
-        start: Callable[[], Listener[K]],
-        remembered: int,
-    ) -> dict[int, dict[K, list[float]]]:
-        parts = self._parts(batches)
-        listeners = [start() for _ in parts]
-        found: dict[int, dict[K, list[float]]] = {batch: defaultdict(list) for batch in batches}
-        place = self.holding.device or self.skippable.device
-
-        def score(number: int, block: int, entering: Tensor, leaving: Tensor) -> None:
-            if block in candidates:
-                for key, scores in listeners[number](block, entering.to(place), leaving.to(place)):
-                    found[parts[number].key[0]][key] += scores
-
+        last: int,
+        listen: Callable[[_Part, int, Tensor, Tensor], None],
+    ) -> None:
+        """Run parts through the model up to a block, and tell of each block what enters and leaves it."""
         if not self.forks:
-            for number, part in enumerate(parts):
-                self.skippable.run_with_hook(part.ids, removed, partial(score, number))
-            return found
-        numbers = {part.key: number for number, part in enumerate(parts)}
-        for together in self._together(parts):
-            hold, shared = self.holding.open((remembered + 2) * len(together)), SharedInputs()
-            walks: dict[int, Walk] = {}
-            for part in together:
-                calls = self._calls(part, hold, shared)[: candidates[-1] + 1]
-                rotating = in_rotation(hold, remembered + 1)
-                walks[numbers[part.key]] = Walk(self.skippable, calls, States(), removed, (), hold=rotating)
-            entering = {number: walk.calls[0].entering for number, walk in walks.items()}
-            for block in walk_together(self.skippable, list(walks.values())):
-                for number, walk in walks.items():
-                    leaving = walk.branches[BASE]
-                    score(number, block, entering[number], leaving)
-                    entering[number] = leaving
-        return found
+            for part in parts:
+                self.skippable.run_with_hook(part.ids, removed, partial(listen, part))
+            return
+        near = self.skippable.device if self.skippable.weights.resident else None
+        hold = self.hold if near is None else lambda hidden: hidden.to(near)
+        shared = SharedInputs(self.skippable, self.hold)
+        walks = [
+            Walk(self.skippable, shared.calls(part.ids)[: last + 1], States(), removed, (), hold=hold) for part in parts
+        ]
+        entering = [walk.calls[0].entering for walk in walks]
+        for block in walk_together(self.skippable, walks):
+            for number, (part, walk) in enumerate(zip(parts, walks, strict=True)):
+                listen(part, block, entering[number], walk.branches[BASE])
+                entering[number] = walk.branches[BASE]
 
 
 def prepare_passes(
@@ -385,11 +387,10 @@ def prepare_passes(
     notify: Notify,
     *,
     loss_mask: Tensor | None = None,
-    memory: str | None = None,
+    memory: Callable[[torch.device], int] = available_memory,
     batch_size: int | None = None,
     min_batches: int = 1,
     checked: int | None = None,
-    host_memory: str | None = None,
     spill_to: Path | None = None,
 ) -> tuple[Passes, str | None]:
     """Fit the passes over these sequences into memory; also return why candidates cannot share a walk, if so.
@@ -399,11 +400,10 @@ def prepare_passes(
         sequences: tokens on its device, [sequences, positions].
         notify: the listener for events.
         loss_mask: which tokens count as targets, bool [sequences, positions]; None for all.
-        memory: how much memory the user allows in addition to the model; None takes a share of what is free.
+        memory: how many bytes may be used on a device in addition to the model.
         batch_size: sequences in a batch; None chooses it by the device.
         min_batches: how many batches to make at least, if there are enough sequences.
         checked: on how many tokens of a sequence the fork is checked; None for all.
-        host_memory: as `memory`, of the CPU, where hidden states wait if the device has too little.
         spill_to: the folder of a file for hidden states that do not fit into memory, while blocks are streamed; None
             if states of few sequences exist at a time.
 
@@ -412,7 +412,7 @@ def prepare_passes(
     """
     with torch.inference_mode():
         footprint = _footprint(skippable, sequences[:1, :2])
-        available = min(available_memory(device, memory) for device in skippable.devices)
+        available = min(map(memory, skippable.devices))
         budget = resolve_memory_budget(
             available,
             footprint,
@@ -447,10 +447,10 @@ def prepare_passes(
         raise UnsupportedModelError(
             f"{skippable.model.config.model_type} cannot be streamed: {reason}.", hint="Use a machine with more memory."
         )
-    return passes if spill_to is None else _hold_all(passes, footprint, host_memory or memory, spill_to), reason
+    return passes if spill_to is None else _hold_all(passes, footprint, memory, spill_to), reason
 
 
-def _hold_all(passes: Passes, footprint: Footprint, host_memory: str | None, spill_to: Path) -> Passes:
+def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.device], int], spill_to: Path) -> Passes:
     """Choose where the hidden states of all sequences and branches wait, and how many are kept between steps.
 
     If those of all candidates do not fit into memory, a step either goes through the model with a group of them at a
@@ -461,23 +461,23 @@ def _hold_all(passes: Passes, footprint: Footprint, host_memory: str | None, spi
     of_branch = sum(batch.numel() for batch in passes.batches) * footprint.branch
     largest = passes.batches[0].numel()
     room = passes.available - working_bytes(footprint, settings_for(device), largest, passes.budget.positions)
-    on_host = device != CPU and room < (count + BESIDE_CANDIDATES) * of_branch
-    if on_host:
-        room = available_memory(CPU, host_memory)
-    branches = max(0, room // of_branch - BESIDE_CANDIDATES)
+    hold = on_host if device != CPU and room < (count + OTHER_BRANCHES) * of_branch else as_computed
+    if hold is on_host:
+        room = memory(CPU)
+    branches = max(0, room // of_branch - OTHER_BRANCHES)
     kept = 1 + (branches - count) // 2 if branches >= count else 0
     weights = sum(weight.nbytes for switch in skippable.switches for weight in switch.block.parameters())
     # A group goes through half of the blocks on average; a spilled branch is read and written at each of half of them.
     if branches >= count or (branches and count / branches * weights / 2 < count**2 * of_branch):
         budget = replace(passes.budget, branches=min(branches, count), kept=kept)
-        return replace(passes, holding=Holding(CPU if on_host else None), budget=budget)
+        return replace(passes, hold=hold, budget=budget)
     budget = replace(passes.budget, branches=count, kept=0)
-    states = format_bytes((count + BESIDE_CANDIDATES) * of_branch)
+    states = format_bytes((count + OTHER_BRANCHES) * of_branch)
     place = spill_to.absolute()
     passes.notify(
         Notice(f"Hidden states need up to {states}, more than fits into memory; sleb keeps them in a file in {place}.")
     )
-    return replace(passes, holding=Holding(CPU, spill_to, largest * footprint.branch), budget=budget)
+    return replace(passes, hold=partial(spilled, folder=spill_to), budget=budget)
 
 
 def _width(module: nn.Module) -> int:

@@ -76,7 +76,8 @@ def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:
                 f"accelerate would split a block across devices: it puts {name} alone on {place}.",
                 hint=f"Choose the devices in a JSON file. {_EXAMPLE}",
             )
-    return Offloaded(model, list(architecture.blocks_of(model))) if offloaded_values(model) else None
+    values = offloaded_values(model)
+    return None if values is None else Offloaded(values, list(architecture.blocks_of(model)))
 
 
 def resolve_device_map(

@@ -6,53 +6,46 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from sleb_cli.engine.device import CPU
 from sleb_cli.engine.forward.fork import Walk, fork, walk_together
-from sleb_cli.engine.forward.holding import Holding, SharedInputs
+from sleb_cli.engine.forward.holding import SharedInputs, on_host
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE, States
 
 
 class Predictions:
-    """The logits of a batch, a slice of positions at a time.
+    """The logits of a batch, computed a slice of positions at a time from what leaves the last block."""
 
-    They are computed from what leaves the last block; of a model that only runs whole, all exist at once.
-    """
+    def __init__(self, skippable: SkippableModel, ids: Tensor, hidden: Tensor) -> None:
+        self._skippable, self._ids, self._hidden = skippable, ids, hidden
 
-    def __init__(
-        self, skippable: SkippableModel, ids: Tensor, *, hidden: Tensor | None = None, logits: Tensor | None = None
-    ) -> None:
-        self._skippable, self._ids, self._hidden, self._logits = skippable, ids, hidden, logits
-
-    def __getitem__(self, part: slice) -> Tensor:
-        """Return the logits at these positions, [batch, positions, vocabulary]."""
-        if self._hidden is None:
-            assert self._logits is not None
-            return self._logits[:, part]
-        return self._skippable.head(self._hidden[:, part].to(self._skippable.device), self._ids[:, part])
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        """Return logits by sequences and positions, as a tensor of all logits does."""
+        return self._skippable.head(self._hidden[where].to(self._skippable.places[-1]), self._ids[where])
 
 
-def predict(skippable: SkippableModel, ids: Tensor, removed: Sequence[int], *, forks: bool) -> Predictions:
+Logits = Tensor | Predictions
+"""The logits of a batch; a model that only runs whole has them all at once."""
+
+
+def predict(skippable: SkippableModel, ids: Tensor, removed: Sequence[int], *, forks: bool) -> Logits:
     """Return what the model predicts without these blocks; `forks` tells whether blocks can run on their own."""
     if forks:
-        return Predictions(skippable, ids, hidden=fork(skippable, ids, removed, ())[BASE])
-    return Predictions(skippable, ids, logits=skippable.logits(ids, removed))
+        return Predictions(skippable, ids, fork(skippable, ids, removed, ())[BASE])
+    return skippable.logits(ids, removed)
 
 
 def predict_together(
     skippable: SkippableModel, batches: Sequence[Tensor], sizes: Sequence[Sequence[int]]
-) -> Iterator[list[Predictions]]:
+) -> Iterator[list[Logits]]:
     """Yield, for each batch, what the model predicts without each of these sets of blocks.
 
     Its weights are read once for all of them, and the hidden states of all are in host memory meanwhile.
     """
-    shared, hold = SharedInputs(), Holding(CPU).open(0)
-    walks = []
+    shared, walks = SharedInputs(skippable, on_host), []
     for ids in batches:
-        calls = skippable.calls(ids)
-        calls = shared.of(calls, hold(None, calls[0].entering))
-        walks.append([Walk(skippable, calls, States(), removed, (), hold=hold) for removed in sizes])
+        calls = shared.calls(ids)
+        walks.append([Walk(skippable, calls, States(), removed, (), hold=on_host) for removed in sizes])
     for _ in walk_together(skippable, [walk for of_batch in walks for walk in of_batch]):
         pass
     for ids, of_batch in zip(batches, walks, strict=True):
-        yield [Predictions(skippable, ids, hidden=walk.branches.pop(BASE)) for walk in of_batch]
+        yield [Predictions(skippable, ids, walk.branches.pop(BASE)) for walk in of_batch]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from glob import escape
@@ -22,7 +22,6 @@ from torch import Tensor
 from sleb_cli.atomic import new_file, remove_leftovers
 from sleb_cli.engine.files.weights import DTYPE_NAMES
 from sleb_cli.engine.forward.fork import Walk
-from sleb_cli.engine.forward.states import States
 
 SHARE = 0.05
 """The largest share of the time that saving may take."""
@@ -39,14 +38,14 @@ Key = tuple[int, int]
 
 @dataclass
 class SavedWalk:
-    """The file that holds a walk; without a path, nothing is saved.
+    """The file that holds a walk.
 
     Attributes:
         path: the file, whose name ends in the number of this process. Those of all processes are read.
         identity: what hidden states depend on, except for the removed blocks; walks of another identity are ignored.
     """
 
-    path: Path | None = None
+    path: Path
     identity: str = ""
     _saved: float = field(default_factory=time.monotonic)
     _seconds: float | None = None
@@ -54,7 +53,7 @@ class SavedWalk:
     def save(self, depth: int, removed: Sequence[int], walks: Mapping[Key, Walk]) -> None:
         """Save walks that are about to enter the block at `depth`, if it is worth the time."""
         waited = time.monotonic() - self._saved
-        if self.path is None or waited < FEWEST_SECONDS:
+        if waited < FEWEST_SECONDS:
             return
         tensors = {
             f"{batch}.{part}.{at}.{branch}": hidden
@@ -70,31 +69,19 @@ class SavedWalk:
         self._saved = time.monotonic()
         self._seconds = self._saved - begun
 
-    def restore(
-        self,
-        removed: Sequence[int],
-        states: Mapping[Key, States],
-        shapes: Mapping[Key, tuple[int, ...]],
-        dtypes: Collection[torch.dtype],
-    ) -> None:
-        """Add what a saved walk without these blocks had reached to the states from which a walk starts.
-
-        Hidden states of other shapes or data types are ignored.
-        """
+    def restore(self, removed: Sequence[int]) -> Iterator[tuple[Key, int, int, Tensor]]:
+        """Yield what saved walks without these blocks had reached: batch and part, depth, branch and hidden states."""
         expected = self._metadata(removed)
         for path in self._files():
             # A file that is damaged, or is something else, only costs the time that it would have saved.
             with suppress(SafetensorError, ValueError, OSError), safe_open(path, framework="pt") as file:
                 for name in file.keys() if file.metadata() == expected else ():
                     batch, part, depth, branch = map(int, name.split("."))
-                    hidden = file.get_tensor(name)  # stays in the file, mapped
-                    if tuple(hidden.shape) == shapes.get((batch, part)) and hidden.dtype in dtypes:
-                        states[batch, part].at[depth][branch] = hidden
+                    yield (batch, part), depth, branch, file.get_tensor(name)  # which stays in the file, mapped
 
     def delete(self) -> None:
         """Delete the files, once their walk has ended."""
-        if self.path is not None:
-            remove_leftovers(self.path.parent, self._pattern(self.path))
+        remove_leftovers(self.path.parent, self._pattern)
         for path in self._files():
             path.unlink(missing_ok=True)
 
@@ -102,13 +89,12 @@ class SavedWalk:
         return {"format": FORMAT, "identity": self.identity, "removed": json.dumps(sorted(removed))}
 
     def _files(self) -> list[Path]:
-        if self.path is None:
-            return []
-        found = self.path.parent.glob(self._pattern(self.path))
+        found = self.path.parent.glob(self._pattern)
         return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
-    def _pattern(self, path: Path) -> str:
-        return f"{escape(path.stem)}.*[0-9]"
+    @property
+    def _pattern(self) -> str:
+        return f"{escape(self.path.stem)}.*[0-9]"
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -7,8 +7,8 @@ whatever the model looks up by index (masks, rotary tables, layer types) stays r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -21,10 +21,6 @@ from sleb_cli.engine.device import input_device, translate_out_of_memory
 from sleb_cli.engine.forward.block_weights import BlockWeights, align_parameters, execution_device
 from sleb_cli.engine.third_party import our_code, translate_errors
 from sleb_plugins import UnsupportedModelError
-
-
-class _Enough(Exception):
-    """Ends a pass whose rest nobody needs."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +36,19 @@ class Call:
 class BlockSwitch:
     """Replaces one block's `forward`: runs it, or returns its input, or returns the hidden states in `inject`.
 
-    `pre_hook` is called with what enters and the other inputs, `hook` with what enters and leaves. `wrap` turns hidden
-    states into what the block would return.
+    `pre_hook` is called with what enters and the other inputs, `hook` with what enters and leaves, and `fetch` before
+    the block runs. `wraps` has, by class, what turns hidden states into what such a block returns; the first block of a
+    class runs once even if it is skipped, to find out.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, wraps: dict[type[nn.Module], Callable[[Tensor], Any]]) -> None:
         self.block = block
         self.skip = False
         self.inject: Tensor | None = None
         self.hook: Callable[[Tensor, Tensor], None] | None = None
         self.pre_hook: Callable[[Tensor, tuple[Any, ...], dict[str, Any]], None] | None = None
-        self.wrap: Callable[[Tensor], Any] | None = None
+        self.fetch: Callable[[], object] | None = None
+        self.wraps = wraps
         self._forward = block.forward
         self._own_forward = vars(block).get("forward")
 
@@ -71,13 +69,15 @@ class BlockSwitch:
             others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             with our_code():
                 self.pre_hook(entering, args[1:], others)
-        if self.skip:
-            if self.wrap is None:
-                self.wrap = _wrapper_like(self._forward(*args, **kwargs))
-            output = self.wrap(entering if self.inject is None else self.inject)
-        else:
+        kind = type(self.block)
+        if not self.skip or kind not in self.wraps:
+            if self.fetch is not None:
+                with our_code():
+                    self.fetch()  # in order, or the family would not have passed the check
             output = self._forward(*args, **kwargs)
-            self.wrap = _wrapper_like(output)
+            self.wraps[kind] = _wrapper_like(output)
+        if self.skip:
+            output = self.wraps[kind](entering if self.inject is None else self.inject)
         if self.hook is not None:
             leaving = _hidden_states(output)
             with our_code():
@@ -154,7 +154,8 @@ class SkippableModel:
         self.device: torch.device = device or input_device(model)
         """Where its tokens go in, and its logits come out."""
         self.weights = weights or BlockWeights()
-        self.switches = [BlockSwitch(block) for block in blocks]
+        self._wraps: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
+        self.switches = [BlockSwitch(block, self._wraps) for block in blocks]
         self.places = [execution_device(switch.block) or self.device for switch in self.switches]
         """Where each block computes."""
         self._cache_settings = [
@@ -193,7 +194,7 @@ class SkippableModel:
         """Skip exactly these blocks until the next call of any method."""
         for index, switch in enumerate(self.switches):
             switch.skip = index in removed
-            switch.inject = switch.pre_hook = switch.hook = None
+            switch.inject = switch.pre_hook = switch.hook = switch.fetch = None
 
     def logits(self, ids: Tensor, removed: Collection[int], *, last: int = 0) -> Tensor:
         """Run the model without the removed blocks.
@@ -225,29 +226,6 @@ class SkippableModel:
                     block, entering.to(self.device), leaving.to(self.device)
                 )
         self._forward(ids, last=1)
-
-    def learn_outputs(self) -> None:
-        """Run a block of each class on a token, so that skipped blocks know what to return without their weights."""
-        ids = torch.zeros((1, 1), dtype=torch.long, device=self.device)
-        known: dict[type[nn.Module], Callable[[Tensor], Any]] = {}
-        for index, switch in enumerate(self.switches):
-            kind = type(switch.block)
-            if kind not in known:
-                self._run_until(index, ids)
-                assert switch.wrap is not None
-                known[kind] = switch.wrap
-            switch.wrap = known[kind]
-
-    def _run_until(self, block: int, ids: Tensor) -> None:
-        """Run only this block, in a pass that ends there."""
-
-        def end(entering: Tensor, leaving: Tensor) -> None:
-            raise _Enough
-
-        self.skip(range(block))
-        self.switches[block].hook = end
-        with suppress(_Enough):
-            self._forward(ids, last=1)
 
     def calls(self, ids: Tensor) -> list[Call]:
         """Record what the model passes to each block for these tokens; every block is skipped, so it costs little.
@@ -302,20 +280,6 @@ class SkippableModel:
         with self._translate_errors(call.entering.shape, f"block {call.block} alone"):
             return _computed(self.switches[call.block].run(hidden, call), f"block {call.block}")
 
-    def run_blocks(self, calls: Sequence[Call], hidden: Tensor, removed: Collection[int] = ()) -> Iterator[Tensor]:
-        """Run the blocks of these calls one after another, and yield `hidden` and what leaves each of them.
-
-        What leaves a removed block is what enters it.
-        """
-        yield hidden
-        here = self.weights.visit(call.block for call in calls if call.block not in removed)
-        with closing(here):
-            for call in calls:
-                if call.block not in removed:
-                    next(here)
-                    hidden = self.run_block(call, hidden)
-                yield hidden
-
     def head(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """Return the logits of hidden states that leave the last block: final norm, head, and the family's own steps.
 
@@ -341,22 +305,18 @@ class SkippableModel:
 
     @contextmanager
     def _fetching(self) -> Iterator[None]:
-        """While the model runs, load the weights of each block before it is called."""
+        """While the model runs, load the weights of each block before it runs."""
         if self.weights.resident:
             yield
             return
-        here = self.weights.visit(index for index, switch in enumerate(self.switches) if not switch.skip)
-
-        def fetch(block: int, *inputs: object) -> None:
-            if next(here, None) != block:
-                raise UnsupportedModelError(
-                    f"{self.model.config.model_type} does not call its blocks once each, in order.",
-                    hint="sleb cannot stream it. Use a machine with more memory.",
-                )
-
+        runs, known = [], set(self._wraps)
         for index, switch in enumerate(self.switches):
-            if not switch.skip:
-                switch.pre_hook = partial(fetch, index)
+            if not switch.skip or type(switch.block) not in known:
+                runs.append(index)
+                known.add(type(switch.block))
+        here = self.weights.visit(runs)
+        for index in runs:
+            self.switches[index].fetch = partial(next, here, None)
         with closing(here):
             yield
 

@@ -1,23 +1,20 @@
 """A model larger than memory: its blocks stay in the weight files, and are read one at a time as they are visited.
 
 Everything outside the blocks (embeddings, final norm, head) is in memory. While one block computes, a thread reads the
-next one into a second buffer, so there are never more than two blocks in memory. What the files hold becomes parameters
-by transformers' own loader, which knows how families rename, stack and cast them.
+next one, so there are never more than two blocks in memory. What the files hold becomes parameters by transformers' own
+loader, which knows how families rename, stack and cast them.
 
 Weights come to lie at the same addresses, modulo a page, as where transformers maps the files into memory, because fast
-kernels may round differently at others: so the numbers are those of the model in memory. If the files do not fit into
-the system's page cache, they are read past it, which leaves the CPU to the blocks.
+kernels may round differently at others: so the numbers are those of the model in memory.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from itertools import pairwise
-from pathlib import Path
+from contextlib import contextmanager
+from io import BufferedReader
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from sleb_cli.engine.device import CPU, dtype_name, free_bytes, synchronize
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
-from sleb_cli.engine.forward.block_weights import ALIGNED, BlockWeights
+from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import fits, loading_problem
@@ -41,7 +38,7 @@ from sleb_plugins import ModelError, UnsupportedModelError
 from sleb_plugins.config_keys import kept_blocks
 
 PAGE = 4096
-"""Files are mapped at multiples of this many bytes, and read past the page cache in such pieces."""
+"""Files are mapped at multiples of this many bytes."""
 
 WITH_STREAMS = ("cuda", "xpu")
 """Devices to which a thread copies from pinned memory while others compute."""
@@ -103,9 +100,9 @@ def streamed_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
     taken_as_is = not converted_bytes(architecture, dtype) and all(
         TORCH_DTYPES.get(tensor.dtype) is dtype for block in by_block for tensor in block
     )
-    buffer = max(map(_layout_bytes, by_block))
-    made = 0 if taken_as_is else max(sum(_bytes_as(dtype, tensor) for tensor in block) for block in by_block)
-    return sum(_bytes_as(dtype, tensor) for tensor in outside) + 2 * (buffer + made)
+    read = 0 if taken_as_is else max(sum(tensor.size for tensor in block) for block in by_block)
+    made = max(sum(_bytes_as(dtype, tensor) for tensor in block) for block in by_block)
+    return sum(_bytes_as(dtype, tensor) for tensor in outside) + 2 * made + read
 
 
 def converted_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -132,10 +129,7 @@ def stream_dense(
     source = architecture.source
     with task(notify, f"Loading {source.id} without its blocks"), fits(source, dtype, device):
         blocks = StreamedBlocks(architecture, dtype, device)
-    skippable = SkippableModel(blocks.model, blocks.modules, device=device, weights=blocks)
-    with skippable, torch.inference_mode():
-        skippable.learn_outputs()
-    return skippable
+    return SkippableModel(blocks.model, blocks.modules, device=device, weights=blocks)
 
 
 class StreamedBlocks(BlockWeights):
@@ -150,6 +144,8 @@ class StreamedBlocks(BlockWeights):
 
     def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
         self._architecture, self._device = architecture, device
+        self._stream = torch.get_device_module(device).Stream(device) if device.type in WITH_STREAMS else None
+        self._as_mapped = device == CPU
         self.model: Any = architecture.build(architecture.config, dtype)
         self.modules = architecture.blocks_of(self.model)
         self._by_block, outside = _divide(architecture)
@@ -161,11 +157,11 @@ class StreamedBlocks(BlockWeights):
         )
         self._load_outside(outside)
         self._new: Mapping[str, Tensor] = {}
-        self._empty = [_without_values(block) for block in self.modules]
+        self._empty = [
+            {name: _without_values(tensor) for name, tensor in block.state_dict(keep_vars=True).items()}
+            for block in self.modules
+        ]
         self._drop(*range(len(self.modules)))
-        largest = max(map(_layout_bytes, self._by_block))
-        direct = weight_bytes(architecture, dtype) > free_bytes(CPU)
-        self._buffers = [_Buffer(largest, device, direct=direct) for _ in range(2)]
 
     def visit(self, blocks: Iterable[int]) -> Generator[int]:
         """Yield these blocks one by one, each with its weights in place until the next is asked for.
@@ -174,26 +170,21 @@ class StreamedBlocks(BlockWeights):
             ModelError: the weights of a block do not fit the config, or cannot be read.
         """
         order = list(blocks)
-        with ThreadPoolExecutor(1) as reader:
-            coming = [reader.submit(self._load, block, n) for n, block in enumerate(order[:1])]
-            for n, block in enumerate(order):
-                coming.pop().result()
-                if n + 1 < len(order):
-                    coming.append(reader.submit(self._load, order[n + 1], n + 1))
-                self._renew(block)
-                try:
+        try:
+            with ThreadPoolExecutor(1) as reader:
+                coming = [reader.submit(self._load, block) for block in order[:1]]
+                for number, block in enumerate(order, start=1):
+                    coming.pop().result()
+                    coming = [reader.submit(self._load, following) for following in order[number : number + 1]]
+                    self._renew(block)
                     yield block
-                except GeneratorExit:
-                    for loading in coming:
-                        loading.exception()
-                    self._drop(*order[n : n + 2])
-                    raise
-                self._drop(block)
+                    self._drop(block)
+        finally:
+            self._drop(*order)
 
     def align(self) -> None:
-        """Have weights lie at multiples of 64 bytes from now on, and not as in their mapped file."""
-        for buffer in self._buffers:
-            buffer.as_mapped = False
+        """Align what is read from now on, rather than leave it as in a mapped file."""
+        self._as_mapped = False
 
     @contextmanager
     def replaced(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -212,22 +203,57 @@ class StreamedBlocks(BlockWeights):
                 parameter = self.model.get_parameter(name)
                 parameter.data = value.to(parameter.device, parameter.dtype)
 
-    def _load(self, block: int, number: int) -> None:
+    def _load(self, block: int) -> None:
         """Read a block and put its weights in place; runs in the thread."""
-        stored = self._by_block[block]
-        tensors = self._buffers[number % 2].read(stored)
-        self._place(tensors)
+        self._place(self._read(self._by_block[block]))
         self.modules[block].requires_grad_(False)
         empty = [name for name, tensor in self.modules[block].state_dict().items() if tensor.is_meta]
         if empty:
             raise self._misfit(f"block {block} has no {empty[0]}")
 
+    def _read(self, stored: Sequence[StoredTensor]) -> dict[str, Tensor]:
+        """Read tensors of weight files, and copy them to the device, while it computes if it can do both."""
+        found: dict[str, Tensor] = {}
+        for path in dict.fromkeys(tensor.path for tensor in stored):
+            here = [tensor for tensor in stored if tensor.path == path]
+            if path.suffix == ".safetensors":
+                with reading(path), path.open("rb") as file:
+                    found |= {tensor.name: self._read_tensor(file, tensor) for tensor in here}
+            else:
+                held = load_pickle(path)
+                found |= {tensor.name: held[tensor.name] for tensor in here}
+        if self._stream is None:
+            return {name: tensor.to(self._device) for name, tensor in found.items()}
+        with torch.get_device_module(self._device).stream(self._stream):
+            found = {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
+        self._stream.synchronize()
+        return found
+
+    def _read_tensor(self, file: BufferedReader, tensor: StoredTensor) -> Tensor:
+        """Read a tensor to an address that is that of a mapped file, modulo a page, or else to one that is aligned."""
+        dtype, start = TORCH_DTYPES.get(tensor.dtype), tensor.start or 0
+        if dtype is None:
+            raise UnsupportedModelError(
+                f"{tensor.name} is stored as {tensor.dtype}, which torch does not support.",
+                hint="Convert the weights to a data type of torch.",
+            )
+        room = PAGE if self._as_mapped else 0
+        memory = torch.empty(tensor.size + room, dtype=torch.uint8, pin_memory=self._stream is not None)
+        begin = (start - memory.data_ptr()) % room if room else 0
+        values = memory[begin : begin + tensor.size]
+        file.seek(start)
+        if file.readinto(values.numpy().data) < tensor.size:
+            raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
+        values = values.clone() if begin % dtype.itemsize else values
+        return values.view(dtype).view(tensor.shape)
+
     def _drop(self, *blocks: int) -> None:
         """Take the weights of these blocks away, once the device is done with them."""
         synchronize(self._device)
         for block in blocks:
-            for module, name, tensor in self._empty[block]:
-                setattr(module, name, tensor)
+            for name, tensor in self._empty[block].items():
+                path, _, own = name.rpartition(".")
+                setattr(self.modules[block].get_submodule(path), own, tensor)
 
     def _place(self, tensors: Mapping[str, Tensor]) -> Any:
         """Let transformers make parameters of these tensors of the files; return its loading info."""
@@ -240,7 +266,7 @@ class StreamedBlocks(BlockWeights):
 
     def _load_outside(self, stored: Sequence[StoredTensor]) -> None:
         """Put everything outside the blocks in place, and give the blocks the buffers that no file holds."""
-        info = self._place(_Buffer(_layout_bytes(stored), self._device).read(stored))
+        info = self._place(self._read(stored))
         inside = {f"{self._architecture.adapter.blocks_path}.{name}" for name in self.modules.state_dict()}
         info.missing_keys -= inside
         with translate_transformers_errors(f"the weights of {self._architecture.source.id}"):
@@ -275,117 +301,6 @@ def _divide(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[
     return by_block, outside
 
 
-def _without_values(block: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Return what comes from files, by module and name, on the meta device; some families make it elsewhere."""
-    found: list[tuple[nn.Module, str, Tensor]] = []
-    for module in block.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            found.append((module, name, nn.Parameter(parameter.to("meta"), requires_grad=False)))
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                found.append((module, name, buffer.to("meta")))
-    return found
-
-
-def _layout_bytes(stored: Sequence[StoredTensor]) -> int:
-    """Return the size of a buffer for these tensors, with room to align each."""
-    ordered = sorted(stored, key=lambda tensor: (str(tensor.path), tensor.start or 0))
-    gaps = sum(a.path != b.path or (a.start or 0) + a.size != b.start for a, b in pairwise(ordered))
-    return sum(tensor.size + ALIGNED for tensor in stored) + 3 * PAGE * (1 + gaps)
-
-
-class _Buffer:
-    """Memory on a device that tensors are read into, over and over; `direct` reads past the page cache."""
-
-    def __init__(self, size: int, device: torch.device, *, direct: bool = False) -> None:
-        self._copies = device.type in WITH_STREAMS
-        self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self._copies)
-        self._there = self._host if device == CPU else torch.empty(size, dtype=torch.uint8, device=device)
-        self._device, self._direct = device, direct
-        self.as_mapped = device == CPU
-
-    def read(self, stored: Sequence[StoredTensor]) -> dict[str, Tensor]:
-        """Read tensors of weight files; those of safetensors lie in this buffer, until it is read into again."""
-        found: dict[str, Tensor] = {}
-        places: dict[str, tuple[int, StoredTensor]] = {}
-        end = 0
-        for path in dict.fromkeys(tensor.path for tensor in stored):
-            here = [tensor for tensor in stored if tensor.path == path]
-            if path.suffix != ".safetensors":
-                held = load_pickle(path)
-                found |= {tensor.name: held[tensor.name] for tensor in here}
-                continue
-            with reading(path), _opened(path, direct=self._direct and self.as_mapped) as file:
-                read_to = None
-                for tensor in sorted(here, key=lambda tensor: tensor.start or 0):
-                    begin = self._after(end, tensor, follows=tensor.start == read_to)
-                    self._read_into(file, begin, tensor)
-                    places[tensor.name], end = (begin, tensor), begin + tensor.size
-                    read_to = (tensor.start or 0) + tensor.size
-        self._hand_over(end)
-        return found | {name: self._view(begin, tensor) for name, (begin, tensor) in places.items()}
-
-    def _after(self, end: int, tensor: StoredTensor, *, follows: bool) -> int:
-        """Return where a tensor begins: modulo a page, as in a mapped file, or else aligned.
-
-        The page in which it begins may be read whole, so it is not the last of another tensor, unless it `follows` that
-        in the file, too.
-        """
-        place = end + self._there.data_ptr()
-        if not self.as_mapped:
-            return end + -place % ALIGNED
-        if follows:
-            return end
-        start = tensor.start or 0
-        begin = end + (start - place) % PAGE
-        return begin if begin - start % PAGE >= end else begin + PAGE
-
-    def _read_into(self, file: int, begin: int, tensor: StoredTensor) -> None:
-        """Read a stored tensor to the place where it begins; in whole pages, if it lies there as in a mapped file."""
-        start = tensor.start or 0
-        lead = start % PAGE if self.as_mapped else 0
-        wanted, done = lead + tensor.size, 0
-        whole = -(-wanted // PAGE) * PAGE if self.as_mapped else wanted
-        view = memoryview(self._host[begin - lead :][:whole].numpy().data)
-        while done < wanted:
-            count = os.preadv(file, [view[done:]], start - lead + done)
-            if not count:
-                raise ModelError(f"{tensor.path} became shorter while sleb read it.", hint="Copy or download it again.")
-            done += count
-
-    def _hand_over(self, size: int) -> None:
-        """Copy what was read to the device, while it computes if it can do both."""
-        if self._copies:
-            module = torch.get_device_module(self._device.type)
-            stream = module.Stream(self._device)
-            with module.stream(stream):
-                self._there[:size].copy_(self._host[:size], non_blocking=True)
-            stream.synchronize()
-        elif self._there is not self._host:
-            self._there[:size].copy_(self._host[:size])
-
-    def _view(self, begin: int, tensor: StoredTensor) -> Tensor:
-        dtype = TORCH_DTYPES.get(tensor.dtype)
-        if dtype is None:
-            raise UnsupportedModelError(
-                f"{tensor.name} is stored as {tensor.dtype}, which torch does not support.",
-                hint="Convert the weights to a data type of torch.",
-            )
-        part = self._there[begin : begin + tensor.size]
-        if begin % dtype.itemsize:
-            part = part.clone()
-        return part.view(dtype).view(tensor.shape)
-
-
-@contextmanager
-def _opened(path: Path, *, direct: bool) -> Iterator[int]:
-    """Open a file, past the page cache if asked and if its file system can; it is then read in whole pages."""
-    file = None
-    if direct and hasattr(os, "O_DIRECT"):
-        with suppress(OSError):
-            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    file = os.open(path, os.O_RDONLY) if file is None else file
-    try:
-        yield file
-    finally:
-        os.close(file)
+def _without_values(tensor: Tensor) -> Tensor:
+    there = tensor.to("meta")
+    return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there

@@ -15,7 +15,7 @@ from torch import Tensor
 from sleb_cli.engine.device import CPU, in_smaller_pieces
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.predictions import Predictions, predict, predict_together
+from sleb_cli.engine.forward.predictions import Logits, predict, predict_together
 from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.process_group import ProcessGroup, deal
 from sleb_cli.engine.quality.models import Models
@@ -181,13 +181,11 @@ class _Scorer:
         Return how many stretches are scored together: if blocks are streamed, as many as there is memory for.
         """
         dense, *_ = [self._model(removals)[0] for removals in ((), *sizes)]
-        # The same in all processes, so that they have the same batches.
-        memory = min(self.group.gather(min(available_memory(place, None) for place in dense.devices)))
         passes, _ = prepare_passes(
             dense,
             ids.to(dense.device),
             self.notify,
-            memory=str(memory),
+            memory=self._memory,
             batch_size=self.batch_size,
             checked=CHECKED_TOKENS,
         )
@@ -196,7 +194,11 @@ class _Scorer:
             return 1
         width: int = self.models.architecture.text_config.hidden_size
         needed = ids.numel() * width * self.models.placement.dtype.itemsize * (len(self.models.sizes) + 1)
-        return max(1, min(self.group.gather(available_memory(CPU, None))) // needed)
+        return max(1, self._memory(CPU) // needed)
+
+    def _memory(self, device: torch.device) -> int:
+        """Return how much memory may be used: the same in all processes, so that they have the same batches."""
+        return min(self.group.gather(available_memory(device)))
 
     @torch.inference_mode()
     def _measured(
@@ -222,7 +224,7 @@ class _Scorer:
     def _score(self, batches: Sequence[Tensor], models: Sequence[_Loaded]) -> Iterator[list[Scores]]:
         """Yield the scores of each model on one batch after another."""
         dense = models[0][0]
-        predicted: Iterator[list[Predictions]]
+        predicted: Iterator[list[Logits]]
         if dense.weights.resident:
             predicted = (
                 [predict(skippable, batch, removed, forks=self._forks) for skippable, removed in models]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
-from sleb_cli.engine.forward.predictions import Predictions
+from sleb_cli.engine.forward.predictions import Logits
 from sleb_cli.engine.statistics import Estimate, clustered_mean
 from sleb_cli.results import DivergenceRecord
 
@@ -34,10 +34,11 @@ def joined(parts: Sequence[Scores], dim: int = 0) -> Scores:
     return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
 
 
-def score_tokens(ids: Tensor, models: Sequence[Predictions], positions: int) -> list[Scores]:
+def score_tokens(ids: Tensor, models: Sequence[Logits], positions: int) -> list[Scores]:
     """Score the dense model, which is first, and others on a batch, [batch, positions], a slice of logits at a time."""
     slices = [
-        _score_slice([model[part] for model in models], ids[:, 1:][:, part]) for part in position_slices(ids, positions)
+        _score_slice([model[:, part] for model in models], ids[:, 1:][:, part])
+        for part in position_slices(ids, positions)
     ]
     return [joined(of_model, dim=1) for of_model in zip(*slices, strict=True)]
 

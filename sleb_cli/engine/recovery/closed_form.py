@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sleb_cli.engine.device import CPU, as_float64, in_smaller_pieces, translate_out_of_memory
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
-from sleb_cli.engine.forward.holding import SharedInputs, SpillFile
+from sleb_cli.engine.forward.holding import SharedInputs, spilled
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
@@ -148,9 +148,8 @@ class _States:
         self.train = self._take(train, batch)
         self.decides = slice(len(self.ids), None)
         self.deciding = self._take(deciding, batch)
-        shared = SharedInputs()
-        calls = [skippable.calls(ids) for ids in self.ids]
-        self.calls = [shared.of(of_batch, self.held(of_batch[0].entering)) for of_batch in calls]
+        shared = SharedInputs(skippable, self.held)
+        self.calls = [shared.calls(ids) for ids in self.ids]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
@@ -375,9 +374,7 @@ class _Recovery:
 
     def _kept(self, value: Tensor) -> Tensor:
         """Return a new value where it stays until the end."""
-        if self.spill_to is None:
-            return self.states.held(value)
-        return SpillFile(self.spill_to, 1, value.nbytes).hold(0, value)
+        return self.states.held(value) if self.spill_to is None else spilled(value, self.spill_to)
 
     def _keep_if_better(self, block: int | None, gap: int, projections: Sequence[ResidualProjection], fit: Fit) -> None:
         values = self.values | fit.values

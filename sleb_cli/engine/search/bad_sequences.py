@@ -33,7 +33,7 @@ def find_bad(passes: Passes) -> tuple[SkippedRecord, ...]:
         yield f"block {block}", _are_finite(leaving)
 
     found = passes.score_states(batches, (), blocks, lambda: listen)
-    for batch, _, losses in passes.score_units(NegativeLogLikelihood(), (), [(batch, ()) for batch in batches]):
+    for batch, _, losses in passes.score(NegativeLogLikelihood(), (), [(batch, ()) for batch in batches]):
         found[batch]["the head"] = [float(math.isfinite(loss)) for loss in losses]
     bad = []
     rows = [(batch, row) for batch in batches for row in range(len(passes.batches[batch]))]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from sleb_cli.engine.device import CPU, dtype_name, wider_range
+from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
 from sleb_cli.engine.forward.memory_budget import available_memory
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
@@ -194,19 +194,19 @@ def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -
 
 def _prepare(inputs: SearchInputs, calibration: Calibration, request: SearchRequest) -> tuple[Passes, str | None]:
     asked = None if request.memory is None else str(request.memory)
-    # The same in all processes, so that they have the same batches.
-    memory, host_memory = (
-        min(inputs.group.gather(available_memory(device, asked))) for device in (inputs.model.device, CPU)
-    )
+
+    def memory(device: torch.device) -> int:
+        """The same in all processes, so that they have the same batches."""
+        return min(inputs.group.gather(available_memory(device, asked)))
+
     return prepare_passes(
         inputs.model,
         calibration.sequences,
         inputs.notify,
         loss_mask=calibration.loss_mask,
-        memory=str(memory),
+        memory=memory,
         batch_size=request.batch_size,
         min_batches=LOOKS if request.fast else 1,
-        host_memory=str(host_memory),
         spill_to=request.plan_file.absolute().parent,
     )
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from sleb_cli.engine.device import as_float64, in_smaller_pieces
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
-from sleb_cli.engine.forward.passes import Listener, Passes
-from sleb_cli.engine.forward.passes import Unit as Job
+from sleb_cli.engine.forward.passes import Job, Listener, Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, Turn, deal
 from sleb_cli.engine.search.choices import Outcome, ranking
@@ -247,7 +246,7 @@ class Scoring:
             if candidates:
                 passes.ranking = ranking(self._means(removed, candidates)) or passes.ranking
                 self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates)))
-            for batch, block, scores in passes.score_units(metric, removed, mine):
+            for batch, block, scores in passes.score(metric, removed, mine):
                 yield (removed, block if candidates else None, first + batch), scores
 
         blocks: Sequence[int | None] = candidates or [None]
@@ -281,7 +280,7 @@ class Scoring:
             return deal([*batches], self.group.size)
 
         def measure(mine: Sequence[int]) -> Iterator[Scores]:
-            watched = self.passes.score_states(mine, removed, blocks, start, remembered=longest)
+            watched = self.passes.score_states(mine, removed, blocks, start)
             for batch, scores in watched.items():
                 for (first, last), found in scores.items():
                     yield ((*removed, *range(first, last)), last, batch), found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from sleb_cli.engine.forward.passes import Unit as Job
+from sleb_cli.engine.forward.passes import Job
 from sleb_cli.engine.process_group import Turn, deal
 
 T = TypeVar("T")
