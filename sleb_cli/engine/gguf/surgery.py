@@ -53,7 +53,7 @@ class GgufSurgery:
             elif int(place[1]) in new_number:
                 tensors.append(replace(tensor, name=f"blk.{new_number[int(place[1])]}{place[2]}"))
         entries = [self._entry(entry) for entry in self.file.entries if entry.key != PROVENANCE]
-        entries.append(entry_of_integers(PROVENANCE, self.all_removals, self.file.order))
+        entries.append(entry_of_integers(PROVENANCE, self.all_removals))
         return replace(self.file, entries=tuple(entries), tensors=tuple(tensors))
 
     @property
@@ -79,14 +79,14 @@ class GgufSurgery:
         if own == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
             return entry
         if own == "block_count":
-            return with_value(entry, len(self.kept.blocks), file.order)
+            return with_value(entry, len(self.kept.blocks))
         if own in LEADING:
-            return with_value(entry, self.kept.below(file.count(own) or 0), file.order)
+            return with_value(entry, self.kept.below(file.count(own) or 0))
         if entry.type == ARRAY and own not in NOT_PER_BLOCK:
             length = len(file.get(entry.key))
             # Some lists leave out the blocks for multi-token prediction at the end.
             if length in (count, block_count(file)):
-                return with_items(entry, [block for block in self.kept.blocks if block < length], file.order)
+                return with_items(entry, [block for block in self.kept.blocks if block < length])
         return entry
 
 
