@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
 )
 
 from sleb_cli.atomic import scratch_folder, writing
@@ -44,6 +43,10 @@ _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
 """Config keys of which transformers makes as many modules, or entries of a list."""
 
 _LARGEST_COUNT = 4096
+
+_CODE = ("attn_implementation", "implementation_internal", "experts_implementation")
+"""Endings of config keys that may name a repository of compiled code, which transformers would download and run."""
+
 _ELSEWHERE = "Free some space, or choose another place for temporary files with the environment variable TMPDIR."
 
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
@@ -165,18 +168,14 @@ class Architecture:
         return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
-    def block_structures(self) -> list[Structure]:
-        """The structure of each block."""
-        return [structure_of(block) for block in self.blocks_of(self.skeleton)]
+    def structures(self) -> tuple[list[Structure], Structure]:
+        """The structure of each block, and that of the model outside the blocks."""
+        return self.structures_of(self.skeleton)
 
-    @cached_property
-    def outer_structure(self) -> Structure:
-        """The structure of the model outside the blocks."""
-        return self.outer_structure_of(self.skeleton)
-
-    def outer_structure_of(self, model: nn.Module) -> Structure:
-        """Return the structure of another model of this family outside its blocks."""
-        return structure_of(model, without=self.adapter.blocks_path)
+    def structures_of(self, model: nn.Module) -> tuple[list[Structure], Structure]:
+        """Return the same of another model of this family."""
+        blocks = [structure_of(block) for block in self.blocks_of(model)]
+        return blocks, structure_of(model, without=self.adapter.blocks_path)
 
     @cached_property
     def record(self) -> ModelRecord:
@@ -252,33 +251,21 @@ def _read_config(source: ModelSource) -> Any:
     raw = source.raw_config
     model_type = raw.get("model_type")
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    needs_code = "auto_map" in raw and not is_known
-    if needs_code and not source.trust_remote_code:
-        raise untrusted_code(source)
-    if source.trust_remote_code:
-        source.require_own_code()
-    _require_no_kernels(source, raw)
-    if not (is_known or needs_code):
+    if not is_known and "auto_map" not in raw:
         raise UnsupportedModelError(
             f"transformers has no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
-    _require_countable(source, raw)
+    if not is_known and not source.trust_remote_code:
+        raise untrusted_code(source)
+    if source.trust_remote_code:
+        source.require_own_code()
+    _require_harmless(source, raw)
     with translate_transformers_errors(f"the config of {source.id}"):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-        text = _text_config(config)
-    if not isinstance(text, PreTrainedConfig):
-        raise ModelError(
-            f"The config of {source.id} has a text_config, but {model_type} models have none.",
-            hint="Copy or download the model again.",
-        )
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{source.id} ({model_type}) is an encoder-decoder model.",
-            hint="sleb removes blocks from decoder-only language models.",
-        )
+        _text_config(config).to_dict()  # a text_config where the family has none is no config
     encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    if encoder_only or not (needs_code or _auto_class(config)):
+    if config.is_encoder_decoder or encoder_only or not _auto_class(config):
         raise UnsupportedModelError(
             f"{source.id} ({model_type}) is not a decoder-only language model.",
             hint="sleb needs a model that AutoModelForCausalLM can load.",
@@ -286,15 +273,21 @@ def _read_config(source: ModelSource) -> Any:
     return config
 
 
-def _require_countable(source: ModelSource, settings: dict[str, Any]) -> None:
-    """Make sure that a config, which transformers has yet to parse, asks for no billion of anything.
+def _require_harmless(source: ModelSource, settings: dict[str, Any]) -> None:
+    """Make sure that a config, which transformers has yet to parse, names no code, and asks for no billion of anything.
 
     Raises:
         ModelError: it does.
     """
     for key, value in settings.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        if key.endswith(_CODE) and (code := [name for name in named if "/" in str(name)]):
+            raise ModelError(
+                f"The config of {source.id} names code to be downloaded and run: {key} is {code[0]!r}.",
+                hint=f"Delete {key} from a local copy of its config.json.",
+            )
         if isinstance(value, dict):
-            _require_countable(source, value)
+            _require_harmless(source, value)
         elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _LARGEST_COUNT:
             raise ModelError(
                 f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}.",
@@ -310,23 +303,6 @@ def untrusted_code(source: ModelSource) -> ModelError:
     )
 
 
-def _require_no_kernels(source: ModelSource, config: Any) -> None:
-    """Make sure that a config names no repository of compiled code, which transformers would download and run.
-
-    Raises:
-        ModelError: it does.
-    """
-    for key, value in config.items() if isinstance(config, dict) else ():
-        if key.endswith(("attn_implementation", "implementation_internal", "experts_implementation")):
-            named = [name for name in (value.values() if isinstance(value, dict) else [value]) if "/" in str(name)]
-            if named:
-                raise ModelError(
-                    f"The config of {source.id} names code to be downloaded and run: {key} is {named[0]!r}.",
-                    hint=f"Delete {key} from a local copy of its config.json.",
-                )
-        _require_no_kernels(source, value)
-
-
 def _auto_class(config: Any) -> Any:
     """Return the auto class that loads the whole model, or None if transformers has no language model of its type."""
     if _text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -338,8 +314,7 @@ def _auto_class(config: Any) -> Any:
 
 def _skeleton(config: Any, source: ModelSource, dtype: torch.dtype | None = None) -> nn.Module:
     options = {"dtype": dtype} if dtype else {}
-    what = f"the config of {source.id}"
-    with translate_transformers_errors(what), torch.device("meta"):
+    with translate_transformers_errors(f"the config of {source.id}"), torch.device("meta"):
         model: nn.Module = _auto_class(config).from_config(
             config, trust_remote_code=source.trust_remote_code, **options
         )
@@ -350,11 +325,6 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
     """Find the list of the configured length that holds most of the language model's parameters."""
     text = _text_config(config)
     count = getattr(text, "num_hidden_layers", None)
-    if not isinstance(count, int):
-        raise UnsupportedModelError(
-            f"The config of {config.model_type} does not set num_hidden_layers to a number.",
-            hint=_WHAT_WORKS,
-        )
     lists = {
         module: path
         for path, module in skeleton.named_modules()
@@ -362,13 +332,13 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
         and len(module) == count
         and all(type(block).forward is not nn.Module.forward for block in module)
     }
-    # In a multimodal model, those of the language model, if transformers says which it is.
-    decoder = getattr(skeleton, "get_decoder", lambda: None)()
-    inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
     if not lists:
         raise UnsupportedModelError(
             f"{config.model_type} has no list of {count} blocks to remove from.", hint=_WHAT_WORKS
         )
+    # In a multimodal model, those of the language model, if transformers says which it is.
+    decoder = getattr(skeleton, "get_decoder", lambda: None)()
+    inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
     return FamilyAdapter(
         name=BY_STRUCTURE,
         model_types=frozenset({config.model_type}),
