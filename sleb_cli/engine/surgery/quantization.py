@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +33,8 @@ _GLOB = re.compile(r"[\w.*?-]*")
 _DOT = r"(?:\\\.|\[\.\]|\.)"
 _NOTHING = "(?!)"
 
-PatternSyntax = Callable[[str], Callable[[str], object]]
-"""A way to interpret a pattern: returns a function that is truthy for the names that it matches."""
+Matches = Callable[[str, str], object]
+"""A way to interpret a pattern, the first argument: truthy if it matches a name, the second one."""
 
 
 def prune_quantization(config: Mapping[str, Any], architecture: Architecture, names: BlockNames) -> dict[str, Any]:
@@ -43,12 +43,12 @@ def prune_quantization(config: Mapping[str, Any], architecture: Architecture, na
     Raises:
         UnsupportedModelError: a pattern names blocks in a way that cannot be renumbered exactly.
     """
-    pruned: dict[str, Any] = {}
+    pruned = dict(config)
     for key, value in config.items():
         if key in _KEYS:
             pruned[key] = prune_module_names(value, architecture, names)
-        else:
-            pruned[key] = prune_quantization(value, architecture, names) if isinstance(value, dict) else value
+        elif isinstance(value, dict):
+            pruned[key] = prune_quantization(value, architecture, names)
     return pruned
 
 
@@ -73,14 +73,10 @@ def _walk(value: Any, renaming: _Renaming) -> Any:
     result = {}
     for key, part in value.items():
         name, new = renaming.rename(key), _walk(part, renaming)
-        if name is not None and (new is not None or part is None) and not _lost_its_targets(part, new):
+        lost_its_targets = isinstance(part, dict) and part.get("targets") and not new.get("targets")
+        if name is not None and (new is not None or part is None) and not lost_its_targets:
             result[name] = new
     return result
-
-
-def _lost_its_targets(before: Any, after: Any) -> bool:
-    """Whether a group of modules had `targets` and has none left."""
-    return isinstance(before, dict) and bool(before.get("targets")) and not after.get("targets")
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,19 @@ class _Renaming:
         prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
         pattern = text.removeprefix(prefix)
         syntaxes = _syntaxes(pattern, prefix)
-        matched = {name for syntax in syntaxes for name in filter(syntax(pattern), self._modules)}
-        if matched.isdisjoint(self._block_modules) and not self._has_path(pattern):
+        names_blocks = any(matches(pattern, name) for matches in syntaxes for name in self._block_modules)
+        path = rf"(?<!\w){re.escape(self._path)}\.[\d(\[]"
+        if not names_blocks and not re.search(path, re.sub(_DOT, ".", pattern)):
             return text
         for find_numbers in (self._after_path, _between_dots):
             renumbered, removed = self._renumber(pattern, find_numbers)
-            if all(self._same_modules(pattern, renumbered, syntax) for syntax in syntaxes):
-                useless = removed and not any(self._any_module(renumbered, syntax) for syntax in syntaxes)
+            pairs = [
+                (bool(matches(pattern, name)), bool(matches(renumbered, new)))
+                for matches in syntaxes
+                for name, new in self._kept
+            ]
+            if all(before == after for before, after in pairs):
+                useless = removed and not any(after for _, after in pairs)
                 return None if useless else prefix + renumbered
         raise UnsupportedModelError(
             f"The quantization settings name blocks by {text!r}, which cannot be renumbered exactly.",
@@ -141,9 +143,6 @@ class _Renaming:
         """The names of the kept modules, before and after."""
         return [(name, new) for new, name in self.names.prune((name, name) for name in self._modules)]
 
-    def _has_path(self, pattern: str) -> bool:
-        return re.search(rf"(?<!\w){re.escape(self._path)}\.[\d(\[]", re.sub(_DOT, ".", pattern)) is not None
-
     def _after_path(self, pattern: str) -> Iterator[int]:
         """Yield the positions of numbers in a pattern that follow the name of the list of blocks."""
         tail = re.escape(self._path.rpartition(".")[2])
@@ -173,14 +172,6 @@ class _Renaming:
             return None
         return None if len(named) == len(blocks) or not (named or part.isdigit()) else named
 
-    def _same_modules(self, before: str, after: str, syntax: PatternSyntax) -> bool:
-        matches_before, matches_after = syntax(before), syntax(after)
-        return all(bool(matches_before(name)) == bool(matches_after(new)) for name, new in self._kept)
-
-    def _any_module(self, pattern: str, syntax: PatternSyntax) -> bool:
-        matches = syntax(pattern)
-        return any(matches(new) for _, new in self._kept)
-
 
 def _between_dots(pattern: str) -> Iterator[int]:
     """Yield the positions of numbers without the name of a list, as in GPTQ's `.*\\.18\\..*gate.*`."""
@@ -188,25 +179,17 @@ def _between_dots(pattern: str) -> Iterator[int]:
         yield found.end()
 
 
-def _syntaxes(pattern: str, prefix: str) -> list[PatternSyntax]:
+def _syntaxes(pattern: str, prefix: str) -> list[Matches]:
     """Return all the ways in which programs may interpret a pattern: as a regex, or as a glob."""
     try:
         re.compile(pattern)
     except re.error:  # "*.mlp"
         return [_as_glob]
-    return [_from_the_start, _anywhere, *([_as_glob] if not prefix and _GLOB.fullmatch(pattern) else [])]
+    return [re.match, re.search, *([_as_glob] if not prefix and _GLOB.fullmatch(pattern) else [])]
 
 
-def _from_the_start(pattern: str) -> Callable[[str], object]:
-    return re.compile(pattern).match
-
-
-def _anywhere(pattern: str) -> Callable[[str], object]:
-    return re.compile(pattern).search
-
-
-def _as_glob(pattern: str) -> Callable[[str], object]:
-    return re.compile(translate(pattern)).match
+def _as_glob(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern)
 
 
 def _end_of_number(pattern: str, start: int) -> int:

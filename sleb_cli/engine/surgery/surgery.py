@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import DynamicCache
 
@@ -29,8 +29,6 @@ from sleb_plugins.config_keys import (
     require_removable,
     sliced_axis,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
