@@ -12,7 +12,7 @@ their own, such as vLLM's fused `qkv_proj` and `gate_up_proj`, which no list of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -31,6 +31,10 @@ _PREFIXES = ("re:", "+:", "-:")
 _NAME = re.compile(r"[\w.-]*")
 _GLOB = re.compile(r"[\w.*?-]*")
 _DOT = r"(?:\\\.|\[\.\]|\.)"
+# What may match a number in a pattern: any text at the start, digits, classes, groups, repetitions.
+_NUMBER = r"(?:\.[*+])?(?:\d|\\d|[*+?]|\{[\d,]+\}|\[(?!\.\])[^\]]+\]|\((?:[^()]|\([^()]*\))*\))*"
+# Numbers without the name of a list, as in GPTQ's `.*\.18\..*gate.*`.
+_BETWEEN_DOTS = r"(?:\\\.|\[\.\])(?=[\d(\[])"
 _NOTHING = "(?!)"
 
 Matches = Callable[[str, str], object]
@@ -97,8 +101,9 @@ class _Renaming:
         path = rf"(?<!\w){re.escape(self._path)}\.[\d(\[]"
         if not names_blocks and not re.search(path, re.sub(_DOT, ".", pattern)):
             return text
-        for find_numbers in (self._after_path, _between_dots):
-            renumbered, removed = self._renumber(pattern, find_numbers)
+        after_path = rf"(?:(?<!\w)|(?<=\\b)){re.escape(self._path.rpartition('.')[2])}{_DOT}"
+        for before in (after_path, _BETWEEN_DOTS):
+            renumbered, removed = self._renumber(pattern, before)
             pairs = [
                 (bool(matches(pattern, name)), bool(matches(renumbered, new)))
                 for matches in syntaxes
@@ -136,32 +141,26 @@ class _Renaming:
 
     @cached_property
     def _block_modules(self) -> frozenset[str]:
-        return frozenset(name for name in self._modules if self.names.locate(name))
+        return frozenset(name for name in self._modules if self.names.block_of(name) is not None)
 
     @cached_property
     def _kept(self) -> list[tuple[str, str]]:
         """The names of the kept modules, before and after."""
         return [(name, new) for new, name in self.names.prune((name, name) for name in self._modules)]
 
-    def _after_path(self, pattern: str) -> Iterator[int]:
-        """Yield the positions of numbers in a pattern that follow the name of the list of blocks."""
-        tail = re.escape(self._path.rpartition(".")[2])
-        for found in re.finditer(rf"(?:(?<!\w)|(?<=\\b)){tail}{_DOT}", pattern):
-            yield found.end()
+    def _renumber(self, pattern: str, before: str) -> tuple[str, bool]:
+        """Return the pattern with new numbers of blocks after `before`, and whether it named removed blocks only."""
+        removed: list[bool] = []
 
-    def _renumber(self, pattern: str, find_numbers: Callable[[str], Iterator[int]]) -> tuple[str, bool]:
-        """Return the pattern with new numbers of blocks, and whether it named removed blocks only."""
-        done, parts, removed = 0, [], []
-        for start in find_numbers(pattern):
-            end = _end_of_number(pattern, start)
-            named = self._numbers(pattern[start:end])
-            if start < done or named is None:
-                continue
+        def renumber(found: re.Match[str]) -> str:
+            named = self._numbers(found[2])
+            if named is None:
+                return found[0]
             kept = [str(self.names.new_number[block]) for block in named if block in self.names.new_number]
-            parts += [pattern[done:start], kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})" if kept else _NOTHING]
             removed.append(not kept)
-            done = end
-        return "".join([*parts, pattern[done:]]), bool(removed) and all(removed)
+            return found[1] + (kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})" if kept else _NOTHING)
+
+        return re.sub(f"({before})({_NUMBER})", renumber, pattern), bool(removed) and all(removed)
 
     def _numbers(self, part: str) -> list[int] | None:
         """Return the blocks that a part of a pattern matches; None if it matches all, or no number."""
@@ -171,12 +170,6 @@ class _Renaming:
         except re.error:
             return None
         return None if len(named) == len(blocks) or not (named or part.isdigit()) else named
-
-
-def _between_dots(pattern: str) -> Iterator[int]:
-    """Yield the positions of numbers without the name of a list, as in GPTQ's `.*\\.18\\..*gate.*`."""
-    for found in re.finditer(r"(?:\\\.|\[\.\])(?=[\d(\[])", pattern):
-        yield found.end()
 
 
 def _syntaxes(pattern: str, prefix: str) -> list[Matches]:
@@ -190,20 +183,3 @@ def _syntaxes(pattern: str, prefix: str) -> list[Matches]:
 
 def _as_glob(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
-
-
-def _end_of_number(pattern: str, start: int) -> int:
-    """Return where the part that matches a number ends: before the next dot, or with its alternative or group."""
-    depth, here = 0, start
-    while here < len(pattern):
-        character, next_one = pattern[here], pattern[here + 1 : here + 2]
-        any_text = here == start and character == "." and next_one in ("*", "+")
-        if depth == 0 and (re.match(r"\\\.|\[\.\]|[|$)]", pattern[here:]) or (character == "." and not any_text)):
-            break
-        if character == "\\":
-            here += 1
-        elif character == "[":
-            here = max(here, pattern.find("]", here + 2))
-        depth += (character == "(") - (character == ")")
-        here += 1
-    return min(here, len(pattern))
