@@ -44,14 +44,13 @@ class GgufSurgery:
         repacked = repacked or {}
         if not (self.removals or repacked):
             return self.file
-        new_number = {old: new for new, old in enumerate(self.kept.blocks)}
         tensors: list[GgufTensor] = []
         for tensor in (repacked.get(tensor.name, tensor) for tensor in self.file.tensors):
             place = _BLOCK.fullmatch(tensor.name)
             if place is None:
                 tensors.append(tensor)
-            elif int(place[1]) in new_number:
-                tensors.append(replace(tensor, name=f"blk.{new_number[int(place[1])]}{place[2]}"))
+            elif (number := self.kept.new_number.get(int(place[1]))) is not None:
+                tensors.append(replace(tensor, name=f"blk.{number}{place[2]}"))
         entries = [self._entry(entry) for entry in self.file.entries if entry.key != PROVENANCE]
         entries.append(entry_of_integers(PROVENANCE, self.all_removals))
         return replace(self.file, entries=tuple(entries), tensors=tuple(tensors))

@@ -36,11 +36,6 @@ class BlockNames:
     numbering: BlockNumbering
     kept: Kept
 
-    @cached_property
-    def new_number(self) -> dict[int, int]:
-        """The number of each kept block in the pruned model, by its number in the original."""
-        return {old: new for new, old in enumerate(self.kept.blocks)}
-
     def block_of(self, name: str) -> int | None:
         """Return the block that a tensor or module belongs to by its name, or None for one outside the blocks."""
         found = self._of_block.fullmatch(name)
@@ -57,7 +52,7 @@ class BlockNames:
             found = self._of_block.fullmatch(name)
             if found is None or not removes:
                 yield name, value
-            elif (number := self.new_number.get(int(found[2]))) is not None:
+            elif (number := self.kept.new_number.get(int(found[2]))) is not None:
                 yield f"{found[1]}{number}{found[3]}", value
 
     @cached_property

@@ -65,16 +65,18 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
         file = read_gguf(path)
         dtype = _require_convertible(file)
         # The absolute path, because a file of the same name in the working directory would take precedence.
-        options: dict[str, Any] = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
+        options: dict[str, Any] = {"gguf_file": str(path.absolute())}
         advance()
         with translate_transformers_errors(f"the tokenizer in {path}"):
-            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **options)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
         advance()
         if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         # transformers draws a progress bar here that no setting turns off.
         with translate_transformers_errors(f"the weights in {path}"), redirect_stderr(StringIO()):
-            model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=dtype, trust_remote_code=False, **options
+            )
         advance()
         # Some versions of transformers refuse to save what was quantized.
         vars(model.config).pop("quantization_config", None)

@@ -125,7 +125,7 @@ class _Renaming:
         found = re.search(rf"\.{re.escape(self._path)}\.(\d+)(?=\.|$)", name)
         if found is None:
             return name
-        number = self.names.new_number.get(int(found[1]))
+        number = self.names.kept.new_number.get(int(found[1]))
         return None if number is None else f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
 
     @property
@@ -156,7 +156,8 @@ class _Renaming:
             named = self._numbers(found[2])
             if named is None:
                 return found[0]
-            kept = [str(self.names.new_number[block]) for block in named if block in self.names.new_number]
+            new_number = self.names.kept.new_number
+            kept = [str(new_number[block]) for block in named if block in new_number]
             removed.append(not kept)
             return found[1] + (kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})" if kept else _NOTHING)
 
