@@ -58,12 +58,10 @@ def test_nothing_one_step_or_two_give_the_same_file(tmp_path):
 @pytest.mark.parametrize("alignment", [4096, 8])
 def test_the_alignment_is_kept(tmp_path, alignment):
     source = write_gguf(tmp_path / "a.gguf", "llama", 5, alignment=alignment)
-    assert prune(source, (), tmp_path / "same.gguf").read_bytes() == source.read_bytes()
-    small = prune(source, (0, 3), tmp_path / "small.gguf")
-    reader = gguf.GGUFReader(small)
+    reader = gguf.GGUFReader(prune(source, (0, 3), tmp_path / "small.gguf"))
     assert reader.alignment == alignment
     assert {tensor.data_offset % alignment for tensor in reader.tensors} == {0}
-    assert tensors_of(small) == renamed(tensors_of(source), {0, 3}, 5)
+    assert tensors_of(tmp_path / "small.gguf") == renamed(tensors_of(source), {0, 3}, 5)
 
 
 BY_BLOCK = {
