@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
@@ -121,9 +121,8 @@ class ModelSource:
             ModelError: the config or the tokenizer names code of another repository.
         """
         for name in ("config.json", "tokenizer_config.json"):
-            if not (self.folder / name).is_file():
-                continue
-            named = json.dumps(read_json(self.folder / name).get("auto_map"))
+            path = self.folder / name
+            named = json.dumps(read_json(path).get("auto_map")) if path.is_file() else ""
             if elsewhere := re.search(r'"([^"]*?)--', named):
                 raise ModelError(
                     f"{self.id} names Python code of another repository, {elsewhere[1]}, which may change at any time.",
