@@ -269,12 +269,12 @@ def test_losses_are_those_of_what_the_file_gives_back(recovered, source, text_fi
 
 
 def test_an_interrupted_healing_goes_on_to_the_same_bytes(recovered, tmp_path, monkeypatch):
-    healing_options = ("--heal", "--heal-tokens", 4096)
+    healing_options = ("--heal", "--heal-tokens", 2048)
     recovered(*healing_options)
     whole = (tmp_path / "small.gguf").read_bytes()
     (tmp_path / "small.gguf").unlink()
     with monkeypatch.context() as patches:
-        interrupt_healing(patches, 3)
+        interrupt_healing(patches, 2)
         recovered(*healing_options, code=130)
     assert not (tmp_path / "small.gguf").exists()
     recovered(*healing_options, "--resume", "--source", tmp_path / "tiny.gguf")
