@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sleb_plugins.errors import UsageError
@@ -19,6 +20,11 @@ class Kept:
 
     blocks: tuple[int, ...]
     count: int
+
+    @cached_property
+    def new_number(self) -> dict[int, int]:
+        """The number of each kept block in the pruned model, by its number in the original."""
+        return {old: new for new, old in enumerate(self.blocks)}
 
     def below(self, block: int) -> int:
         """Return how many of the first `block` blocks are kept."""
@@ -53,14 +59,14 @@ KeyPruner = Callable[[Any, Kept], Any]
 
 
 def by_block(values: Any, kept: Kept) -> Any:
-    """Prune a list with one value per block. Values of another type or length are returned unchanged."""
-    whole = isinstance(values, list | tuple) and len(values) == kept.count
-    return [values[block] for block in kept.blocks] if whole else values
+    """Prune a list with one value per block, or a text with one letter per block, such as Nemotron-H's "M-M*-".
 
-
-def by_letter(text: Any, kept: Kept) -> Any:
-    """Prune a string with one letter per block, such as Nemotron-H's "M-M*-"."""
-    return "".join(by_block(list(text), kept)) if isinstance(text, str) and len(text) == kept.count else text
+    Values of another type or length are returned unchanged.
+    """
+    if not isinstance(values, list | tuple | str) or len(values) != kept.count:
+        return values
+    pruned = [values[block] for block in kept.blocks]
+    return "".join(pruned) if isinstance(values, str) else pruned
 
 
 def block_numbers(numbers: Any, kept: Kept) -> Any:
@@ -86,7 +92,7 @@ def keyed_by_block(values: Any, kept: Kept) -> Any:
     """Renumber the keys of a mapping from some blocks, as numbers or text, to their settings."""
     if not isinstance(values, dict):
         return values
-    new = {str(old): str(number) for number, old in enumerate(kept.blocks)}
+    new = {str(old): str(number) for old, number in kept.new_number.items()}
     return {new[str(key)]: value for key, value in values.items() if str(key) in new}
 
 
@@ -111,6 +117,7 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {
             "layer_types", "mlp_layer_types", "layers_block_type", "attention_layers", "no_rope_layers",
             "num_attention_heads_per_layer", "num_key_value_heads_per_layer", "layer_rope_theta",
             "activation_sparsity_pattern", "indexer_types", "block_configs", "ffn_multipliers",
+            "hybrid_override_pattern",
         ],
         by_block,
     ),
@@ -131,7 +138,6 @@ KEY_PRUNERS: Mapping[str, KeyPruner] = {
     **dict.fromkeys(["num_kv_shared_layers", "num_last_full_attention_layers"], trailing_blocks),
     "moe_layer_end_index": last_block,
     "per_layer_config": keyed_by_block,
-    "hybrid_override_pattern": by_letter,
     "linear_attn_config": numbers_from_one,
 }  # fmt: skip
 """The keys of transformers' configs that describe single blocks; a family's own `config_keys` take precedence."""

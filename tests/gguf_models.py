@@ -73,16 +73,10 @@ def convert_llama(folder: Path, path: Path, type_: Type = Type.F32, *, architect
 
 
 def write_gguf(
-    path: Path,
-    architecture: str,
-    blocks: int,
-    values: dict[str, Any] | None = None,
-    *,
-    alignment: int | None = None,
-    endianess: Any = gguf.GGUFEndian.LITTLE,
+    path: Path, architecture: str, blocks: int, values: dict[str, Any] | None = None, *, alignment: int | None = None
 ) -> Path:
     """Write a file of an architecture with two small tensors a block, and `values` under its own keys."""
-    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
+    writer = gguf.GGUFWriter(path, architecture)
     if alignment:
         writer.add_custom_alignment(alignment)
     writer.add_block_count(blocks)
@@ -92,10 +86,9 @@ def write_gguf(
          str: writer.add_string}[type(value)](own, value)  # fmt: skip
     writer.add_token_list([f"t{number}" for number in range(blocks)])
     rng = np.random.default_rng(0)
-    order = ">" if endianess == gguf.GGUFEndian.BIG else "<"
 
     def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, rng.standard_normal(shape).astype(f"{order}f4"), raw_dtype=Type.F32)
+        writer.add_tensor(name, rng.standard_normal(shape).astype(np.float32), raw_dtype=Type.F32)
 
     add("token_embd.weight", blocks, 3)
     for block in range(blocks):

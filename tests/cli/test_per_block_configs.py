@@ -16,7 +16,7 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from conftest import calibration, evaluation, llama_config, save_model, train_tokenizer, weights_of
+from conftest import calibration, evaluation, llama_config, save_model, slow, train_tokenizer, weights_of
 from families import ON_THE_HUB, tiny_config
 from reference import plain_loss
 from sleb_cli.engine.text.windows import cut_windows
@@ -34,15 +34,6 @@ def search(run_sleb, model, text_file, *options):
     return run_sleb("search", model, *calibration(text_file), *options)
 
 
-def test_the_table_of_steps_shows_the_kind(run_sleb, mixed, text_file, tmp_path):
-    result = search(run_sleb, mixed, text_file, "--remove", 2)
-    assert result.exit_code == 0, result.stderr
-    plan = read_plan(tmp_path / "plan.json")
-    assert [step.kind for step in plan.steps] == [MIXED[block] for block in plan.removals]
-    assert " kind " in result.stdout
-    assert plan.steps[0].kind in result.stdout
-
-
 def test_models_of_one_kind_show_none(run_sleb, tiny_llama, text_file, tmp_path):
     assert " kind " not in search(run_sleb, tiny_llama, text_file, "--remove", 1).stdout
     assert read_plan(tmp_path / "plan.json").steps[0].kind == ""
@@ -52,10 +43,13 @@ def test_models_of_one_kind_show_none(run_sleb, tiny_llama, text_file, tmp_path)
 
 def test_blocks_are_protected_by_kind_and_by_number(run_sleb, mixed, text_file, tmp_path):
     options = ["--protect-kind", "full_attention", "--protect", "2", "--remove", 1]
-    assert search(run_sleb, mixed, text_file, *options).exit_code == 0
+    result = search(run_sleb, mixed, text_file, *options)
+    assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "plan.json")
     assert plan.search.protect == (1, 2, 3, 5)
     assert list(plan.steps[0].scores) == [4]
+    assert plan.steps[0].kind == MIXED[4]
+    assert all(words in result.stdout for words in (" kind ", MIXED[4]))
     result = search(run_sleb, mixed, text_file, *options[:-1], 2, "--force")
     assert (result.exit_code, "only 1 can be removed, with 1 protected at the start" in result.stderr) == (2, True)
 
@@ -69,6 +63,9 @@ def test_an_extended_search_protects_the_same(run_sleb, mixed, text_file, tmp_pa
     assert longer.search.protect == (2, 3)
     assert longer.removals[0] == first.removals[0]
     assert set(longer.removals) == {1, 4}
+    assert run_sleb("apply", "-o", "one", "--no-verify").exit_code == 0
+    result = run_sleb("apply", "plan.json", "--model", "one", "-o", "two")
+    assert (result.exit_code, "different model (blocks: 4, not 6; fingerprint: " in result.stderr) == (3, True)
     result = run_sleb("search", mixed, "--extend", "plan.json", "--remove", 3, "--protect", "3", "-o", "other.json")
     assert (result.exit_code, "search.protect" in result.stderr) == (3, True)
 
@@ -134,16 +131,6 @@ def test_a_whole_period_of_blocks_can_be_removed(run_sleb, tmp_path):
     assert "bitwise equal" in result.stderr + result.stdout
 
 
-def test_weight_files_that_name_blocks_otherwise(run_sleb, text_file, tmp_path):
-    folder = save_model(tmp_path / "nemotron", tiny_config("nemotron_h"))
-    assert any(name.startswith("backbone.layers.") for name in weights_of(folder))
-    assert search(run_sleb, folder, text_file, "--remove", 1).exit_code == 0
-    result = run_sleb("apply", "-o", "out")
-    assert result.exit_code == 0, result.stderr
-    names = weights_of(tmp_path / "out")
-    assert {name.split(".")[2] for name in names if ".layers." in name} == set("01234")
-
-
 def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "glm", tiny_config("glm4_moe"))
     tensors = weights_of(folder)
@@ -160,7 +147,7 @@ def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_pat
     assert (result.exit_code, "do not keep 6 blocks" in result.stderr) == (4, True)
 
 
-@pytest.mark.parametrize("options", [[], ["--dtype", "bf16"], ["--max-shard-size", "60KB"], ["pickled"]])
+@pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--max-shard-size", "60KB"], ["pickled"]])
 def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp_path, options):
     folder = save_model(tmp_path / "gemma", tiny_config("gemma4_text"))
     dense = weights_of(folder)
@@ -168,6 +155,8 @@ def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp
         torch.save(dense, folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
         options = []
+        # The model in memory is cut by the same rule.
+        assert run_sleb("eval", folder, "--blocks", "1,2", "--perplexity", text_file).exit_code == 0
     result = run_sleb("apply", folder, "--blocks", "1,2", "-o", "out", *options)
     assert result.exit_code == 0, result.stderr
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
@@ -176,11 +165,9 @@ def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp
         expected = torch.cat([slices[block] for block in (0, 3, 4, 5)], axis)
         tensor = found[f"model.{name}.weight"]
         assert torch.equal(tensor, expected.to(tensor.dtype))
-    # The model in memory is cut by the same rule.
-    assert run_sleb("eval", folder, "--blocks", "1,2", "--perplexity", text_file).exit_code == 0
 
 
-TWICE = ["gemma3_text", "laguna", "qwen3_moe", "nemotron_h", "runs, gpt_neo", "a period, smollm3", "numbers, lfm2"]
+TWICE = ["gemma3_text", slow("laguna"), slow("qwen3_moe"), "nemotron_h", "runs, gpt_neo", "numbers, lfm2"]
 
 
 @pytest.mark.parametrize("name", TWICE)
@@ -197,15 +184,6 @@ def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(run_sleb, tmp_
     two, both = (weights_of(tmp_path / name) for name in ("two", "both"))
     assert two.keys() == both.keys()
     assert all(torch.equal(two[key], both[key]) for key in both)
-
-
-def test_a_plan_of_the_original_is_none_for_what_it_made(run_sleb, mixed, text_file, tmp_path):
-    assert search(run_sleb, mixed, text_file, "--remove", 1).exit_code == 0
-    assert run_sleb("apply", "-o", "one").exit_code == 0
-    result = run_sleb("apply", "plan.json", "--model", "one", "-o", "two")
-    assert result.exit_code == 3
-    assert "is a different model (blocks: 5, not 6; fingerprint: " in result.stderr
-    assert not (tmp_path / "two").exists()
 
 
 SHAPE = {
@@ -259,7 +237,6 @@ def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, 
     assert pruned["vision_config"] == raw["vision_config"]
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert len(again.model.language_model.layers) == 3
-    assert run_sleb("eval", folder, "--blocks", "1", "--perplexity", text_file, "--sequence-length", 64).exit_code == 0
 
 
 TIED = {
@@ -271,7 +248,7 @@ TIED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", [slow("qwen2_vl"), "llava, tied outside of the language model"])
 @torch.inference_mode()
 def test_a_model_that_sees_is_recovered_cast_and_measured(run_sleb, text_file, tmp_path, name):
     folder = seeing_model(tmp_path / "model", TIED[name](), torch.bfloat16)
@@ -304,23 +281,4 @@ def test_an_adapter_is_no_model(run_sleb, text_file, tmp_path):
     )
     save_file({"base_model.model.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
     result = search(run_sleb, folder, text_file, "--remove", 1)
-    assert result.exit_code == 4
-    assert "is a PEFT adapter for org/base, not a whole model" in result.stderr
-    assert "Merge it first" in result.stderr
-
-
-def test_a_family_of_a_plugin_reads_its_own_keys(run_sleb, text_file, tmp_path, monkeypatch):
-    """What the config says in a way that nobody else uses is a function in the adapter."""
-    from sleb_cli import plugin_manager
-    from sleb_plugins import FamilyAdapter
-
-    names = lambda text, kept: "".join(text[block] for block in kept.blocks)  # noqa: E731
-    mine = FamilyAdapter("mine", frozenset({"gpt2"}), "transformer.h", "n_layer", {"block_names": names})
-    found = plugin_manager.Registry.family
-    monkeypatch.setattr(plugin_manager.Registry, "family", lambda self, t: mine if t == "gpt2" else found(self, t))
-    folder = save_model(tmp_path / "gpt2", tiny_config("gpt2"))
-    config = json.loads((folder / "config.json").read_text()) | {"block_names": "abcdef"}
-    (folder / "config.json").write_text(json.dumps(config))
-    assert run_sleb("apply", folder, "--blocks", "1,4", "-o", "out").exit_code == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["block_names"] == "acdf"
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.n_layer == 4
+    assert (result.exit_code, "is a PEFT adapter for org/base, not a whole model" in result.stderr) == (4, True)

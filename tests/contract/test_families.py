@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     Cohere2Config,
     Gemma2Config,
@@ -28,7 +29,9 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.engine.text.calibration import draw
 from sleb_cli.engine.text.windows import adds_bos, cut_windows, tokens_sha256
+from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.units import parse_bytes
 
@@ -66,83 +69,72 @@ FAMILIES = {
     ),
 }
 CLAIMED = {"llama", "opt"}
+NIGHTLY = {"llama", "mistral-sliding", "qwen2", "qwen3", "gpt-neox-parallel", "phi-parallel-head-with-bias"}
+"""Those that other tests run too, or that differ little from another."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[slow(name) if name in NIGHTLY else name for name in FAMILIES])
 def folder(request, tmp_path_factory):
     bos = request.param in {"opt", "gemma2-mixed-layers-softcap"}
     return save_model(tmp_path_factory.mktemp("family") / request.param, FAMILIES[request.param](), bos=bos)
 
 
+def read(folder):
+    return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
+
+
 @pytest.fixture
 def architecture(folder):
-    return read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
+    return read(folder)
 
 
-def test_removals_and_losses_equal_the_plain_reference(run_sleb, folder, architecture, text_file, tmp_path):
-    options = ["--remove", 3, *calibration(text_file), "--batch-size", 2, "--json"]
-    result = run_sleb("search", folder, *options)
-    assert result.exit_code == 0, result.stderr
-    plan = json.loads(result.stdout)
-    assert (plan["model"]["family"] in CLAIMED) == (plan["model"]["model_type"] in CLAIMED)
-    assert "never tested" not in result.stderr
-    assert plan["search"]["engine"] == "fork"
-    assert plan["search"]["engine_reason"] is None
-
-    model = load_dense(architecture, torch.float32, torch.device("cpu"), lambda event: None)
-    sequences = sequences_of(plan, architecture, text_file)
-    removals, steps = plain_search(model, architecture.blocks_of(model), sequences, 3)
+def require_reference(plan, architecture, text_file):
+    """Search the slow way, and hold a plan against it."""
+    model = load_dense(architecture, torch.float32, torch.device("cpu"), ignore)
+    sequences, blocks = sequences_of(plan, architecture, text_file), architecture.blocks_of(model)
+    removals, steps = plain_search(model, blocks, sequences, len(plan["removals"]))
     assert plan["removals"] == removals
     for step, losses in zip(plan["steps"], steps, strict=True):
         assert step["scores"] == pytest.approx({str(block): loss for block, loss in losses.items()}, abs=1e-5)
         assert step["score"] == step["scores"][str(step["block"])]
 
 
-def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text_file):
-    """XLNet swaps sequences and positions before its blocks."""
-    folder = save_model(tmp_path / "xlnet", tiny_config("xlnet"))
-    result = run_sleb("search", folder, "--remove", 2, *calibration(text_file))
-    assert result.exit_code == 0, result.stderr
-    assert "engine plain: " in result.stdout
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["search"]["engine"] == "plain"
-    assert "[2, 32] tokens become [32, 2] states" in plan["search"]["engine_reason"]
-
-    architecture = read_architecture(locate_model(str(folder), lambda event: None), load_plugins(), lambda event: None)
-    model = load_dense(architecture, torch.float32, torch.device("cpu"), lambda event: None)
-    removals, steps = plain_search(model, architecture.blocks_of(model), sequences_of(plan, architecture, text_file), 2)
-    assert plan["removals"] == removals
-    assert plan["steps"][1]["scores"] == pytest.approx({str(b): loss for b, loss in steps[1].items()}, abs=1e-5)
-
-
-def test_little_memory_forces_slices_and_finds_the_same(run_sleb, folder, text_file, monkeypatch):
-    """One candidate a walk, nothing remembered, few logits at a time."""
+def test_searches_equal_the_plain_reference(run_sleb, folder, architecture, text_file, monkeypatch):
     options = ["--remove", 3, *calibration(text_file), "--batch-size", 2, "--json"]
-    plenty = json.loads(run_sleb("search", folder, *options).stdout)
+    result = run_sleb("search", folder, *options)
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert (plan["model"]["family"] in CLAIMED) == (plan["model"]["model_type"] in CLAIMED)
+    assert "never tested" not in result.stderr
+    assert (plan["search"]["engine"], plan["search"]["engine_reason"]) == ("fork", None)
+    require_reference(plan, architecture, text_file)
+
+    # In little memory: one candidate a walk, nothing remembered, few logits at a time.
     refused = run_sleb("search", folder, *options, "--force", "--memory", "1kB")
     assert refused.exit_code == 7, refused.stderr
     needed = re.search(r"need ([\d.]+ .B) in addition to the model, but only 1 kB", refused.stderr)[1]
-
-    budgets = []
-    resolve_search = passes.resolve_memory_budget
-    monkeypatch.setattr(
-        passes, "resolve_memory_budget", lambda *a, **k: budgets.append(resolve_search(*a, **k)) or budgets[-1]
-    )
-    squeezed = json.loads(
-        run_sleb("search", folder, *options, "--force", "--memory", parse_bytes(needed, "") + 500).stdout
-    )
+    resolve, budgets = passes.resolve_memory_budget, []
+    watched = lambda *a, **k: budgets.append(resolve(*a, **k)) or budgets[-1]  # noqa: E731
+    monkeypatch.setattr(passes, "resolve_memory_budget", watched)
+    least = parse_bytes(needed, "") + 500
+    squeezed = json.loads(run_sleb("search", folder, *options, "--force", "--memory", least).stdout)
     assert budgets == [MemoryBudget(sequences=2, positions=16, branches=1, kept=0)]
-    assert squeezed["removals"] == plenty["removals"]
-    for ours, theirs in zip(plenty["steps"], squeezed["steps"], strict=True):
-        assert theirs["scores"] == pytest.approx(ours["scores"], abs=1e-5)
+    require_reference(squeezed, architecture, text_file)
+
+
+def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text_file):
+    """XLNet swaps sequences and positions before its blocks."""
+    folder = save_model(tmp_path / "xlnet", tiny_config("xlnet"))
+    result = run_sleb("search", folder, "--remove", 2, *calibration(text_file), "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["search"]["engine"] == "plain"
+    assert "[2, 32] tokens become [32, 2] states" in plan["search"]["engine_reason"]
+    require_reference(plan, read(folder), text_file)
 
 
 def sequences_of(plan, architecture, text_file):
     """Cut the calibration text again, with the tokenizer alone, and check that the plan names just these tokens."""
-    from transformers import AutoTokenizer
-
-    from sleb_cli.engine.text.calibration import draw
-
     tokenizer = AutoTokenizer.from_pretrained(architecture.source.folder)
     bos = plan["calibration"]["bos"]
     assert bos == adds_bos(tokenizer)
@@ -153,23 +145,17 @@ def sequences_of(plan, architecture, text_file):
     return sequences
 
 
-@pytest.mark.parametrize("blocks", [slow("1"), "3,0", "2,4,1"])
-def test_the_checkpoint_proves_itself_bitwise(run_sleb, folder, tmp_path, blocks):
-    result = run_sleb("apply", folder, "--blocks", blocks, "-o", tmp_path / "out", "--json")
-    assert result.exit_code == 0, result.stderr
-    applied = json.loads(result.stdout)
-    assert applied["proof"]["logits_difference"] == 0
-    assert applied["proof"]["prompt"] == "text"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.config.num_hidden_layers == 5 - len(blocks.split(","))
-
-
+@pytest.mark.parametrize("blocks", [slow((1,)), slow((3, 0)), (2, 4, 1)])
 @torch.inference_mode()
-def test_the_model_in_memory_is_the_one_on_disk(run_sleb, folder, architecture, tmp_path):
-    assert run_sleb("apply", folder, "--blocks", "3,1", "-o", tmp_path / "out").exit_code == 0
+def test_the_checkpoint_is_proven_and_the_model_in_memory(run_sleb, folder, architecture, tmp_path, blocks):
+    named = ",".join(map(str, blocks))
+    result = run_sleb("apply", folder, "--blocks", named, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    proof = json.loads(result.stdout)["proof"]
+    assert (proof["logits_difference"], proof["prompt"]) == (0, "text")
     stored = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    surgery = plan_surgery(architecture, (3, 1))
-    built = load_pruned(surgery, torch.float32, torch.device("cpu"), lambda event: None)
+    assert stored.config.num_hidden_layers == 5 - len(blocks)
+    built = load_pruned(plan_surgery(architecture, blocks), torch.float32, torch.device("cpu"), ignore)
     theirs, ours = stored.state_dict(), built.state_dict()
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)

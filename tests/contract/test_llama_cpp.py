@@ -55,7 +55,7 @@ def generate_with_transformers(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kv_heads", "type_"), [(4, Type.F32), (2, Type.F32), (4, Type.Q8_0)])
-def test_it_generates_from_a_pruned_file_what_transformers_generates(run_sleb, llama_cpp, tmp_path, kv_heads, type_):
+def test_it_generates_what_transformers_generates(run_sleb, llama_cpp, tmp_path, kv_heads, type_):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_, kv_heads=kv_heads)
     assert run_sleb("apply", "--blocks", "4,1", "--source", source, "-o", "small.gguf").exit_code == 0
     assert run_sleb("apply", tmp_path / "origin", "--blocks", "4,1", "-o", "small").exit_code == 0

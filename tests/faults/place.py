@@ -88,7 +88,7 @@ COMMANDS = {
     ),
     "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
     "report": Command(("export", "plan.json", "--to", "report", "-o", "report.html"), "report.html"),
-    "demo": Command((), "../cache/demo-*", before=(fetching_the_demo, "../demo.whl", "../pip"), again=()),
+    "demo": Command((), "../cache/demo-[!g]*", before=(fetching_the_demo, "../demo.whl", "../pip"), again=()),
 }  # fmt: skip
 
 

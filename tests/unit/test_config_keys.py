@@ -8,7 +8,6 @@ from sleb_plugins.config_keys import (
     Kept,
     block_numbers,
     by_block,
-    by_letter,
     keyed_by_block,
     last_block,
     leading_blocks,
@@ -29,8 +28,8 @@ KEPT = Kept((0, 2, 3, 5), 6)  # without 1 and 4
         (by_block, 64, 64),
         (block_numbers, [0, 1, 3, 4, 5], [0, 2, 3]),
         (block_numbers, [], []),
-        (by_letter, "M-M*-E", "MM*E"),
-        (by_letter, "M-", "M-"),
+        (by_block, "M-M*-E", "MM*E"),
+        (by_block, "M-", "M-"),
         (numbers_from_one, {"kda_layers": [1, 2, 4, 5], "full_attn_layers": [3, 6], "head_dim": 8},
          {"kda_layers": [1, 3], "full_attn_layers": [2, 4], "head_dim": 8}),
         (keyed_by_block, {"1": "a", "2": "b", 5: "c"}, {"1": "b", "3": "c"}),
@@ -61,7 +60,7 @@ def test_pruners(prune, value, pruned):
 def test_values_of_other_types_and_whole_models_stay(key):
     prune, everything = KEY_PRUNERS[key], Kept(tuple(range(6)), 6)
     values = {
-        by_block: list("abcdef"), by_letter: "abcdef", block_numbers: [1, 4], keyed_by_block: {"2": "x"},
+        by_block: list("abcdef"), block_numbers: [1, 4], keyed_by_block: {"2": "x"},
         numbers_from_one: {"kda_layers": [1, 6]},
     }  # fmt: skip
     assert prune("x", KEPT) == "x"

@@ -34,7 +34,7 @@ def renamed(tensors, removals, blocks):
     return result
 
 
-@pytest.mark.parametrize("type_", [Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_1])
+@pytest.mark.parametrize("type_", [Type.F32, Type.BF16, Type.Q8_0, Type.Q4_1])
 def test_what_stays_is_the_same_byte_for_byte(tmp_path, type_):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, type_)
     small = prune(source, (4, 1), tmp_path / "small.gguf")
@@ -55,19 +55,13 @@ def test_nothing_one_step_or_two_give_the_same_file(tmp_path):
     assert twice.read_bytes() == once.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("alignment", "endianess"), [(4096, gguf.GGUFEndian.LITTLE), (8, gguf.GGUFEndian.LITTLE), (32, gguf.GGUFEndian.BIG)]
-)
-def test_alignment_and_byte_order_are_kept(tmp_path, alignment, endianess):
-    lists = {"attention.head_count_kv": [1, 0, 3, 4, 5]}
-    source = write_gguf(tmp_path / "a.gguf", "llama", 5, lists, alignment=alignment, endianess=endianess)
-    assert prune(source, (), tmp_path / "same.gguf").read_bytes() == source.read_bytes()
-    small = prune(source, (0, 3), tmp_path / "small.gguf")
-    reader = gguf.GGUFReader(small)
-    assert (reader.alignment, reader.endianess) == (alignment, endianess)
+@pytest.mark.parametrize("alignment", [4096, 8])
+def test_the_alignment_is_kept(tmp_path, alignment):
+    source = write_gguf(tmp_path / "a.gguf", "llama", 5, alignment=alignment)
+    reader = gguf.GGUFReader(prune(source, (0, 3), tmp_path / "small.gguf"))
+    assert reader.alignment == alignment
     assert {tensor.data_offset % alignment for tensor in reader.tensors} == {0}
-    assert tensors_of(small) == renamed(tensors_of(source), {0, 3}, 5)
-    assert metadata_of(small)["llama.attention.head_count_kv"] == [0, 3, 5]
+    assert tensors_of(tmp_path / "small.gguf") == renamed(tensors_of(source), {0, 3}, 5)
 
 
 BY_BLOCK = {
@@ -148,62 +142,54 @@ def test_a_removal_passes_exactly_if_every_block_keeps_its_kind(tmp_path, archit
     assert passed > 12
 
 
-@pytest.mark.parametrize(
-    ("architecture", "values", "removals"),
-    [
-        ("olmo2", {}, (1,)),
-        ("gemma3", {}, (1,)),
-        ("gemma3", {"attention.sliding_window": 64, "attention.sliding_window_pattern": [True] * 8}, (1,)),
-        ("gemma3", {"attention.sliding_window": 64, "attention.sliding_window_pattern": 3}, (1, 2, 0)),
-        ("qwen3next", {"attention.recurrent_layers": [True, True, True, False] * 2}, (1,)),
-        ("qwen3next", {"full_attention_interval": 2}, (1, 2)),
-        ("llama4", {"interleave_moe_layer_step": 1}, (1, 2, 3, 4)),
-        ("acme", {"moe_every_n_layers": 2}, (3, 4)),
-        ("minicpm", {"residual_scale": 0.2}, (1,)),
-        ("qwen3vl", {"n_deepstack_layers": 3}, (3,)),
-        ("rwkv7", {}, (1,)),
-        ("gemma4", {"attention.shared_kv_layers": 0}, (1,)),
-    ],
-)
-def test_blocks_can_go_if_the_file_lists_kinds_or_none_changes(tmp_path, architecture, values, removals):
-    source = write_gguf(tmp_path / "a.gguf", architecture, 8, values)
-    small = prune(source, removals, tmp_path / "small.gguf")
-    assert metadata_of(small)[f"{architecture}.block_count"] == 8 - len(removals)
-    assert tensors_of(small) == renamed(tensors_of(source), set(removals), 8)
+WINDOW = {"attention.sliding_window": 64}
+THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
 
 
 @pytest.mark.parametrize(
     ("architecture", "blocks", "values", "removals", "message"),
     [
-        ("gemma3", 8, {"attention.sliding_window": 64}, (1,), "the last of every 6 blocks has full attention"),
-        ("gemma3", 8, {"attention.sliding_window": 64, "attention.sliding_window_pattern": 3}, (1,), "every 3 blocks"),
-        ("smallthinker", 8, {"attention.sliding_window": 64}, (0,), "the first of every 4 .* block 1 .* block 0"),
+        # The file lists the kinds, or none changes.
+        ("olmo2", 8, {}, (1,), None),
+        ("gemma3", 8, {}, (1,), None),
+        ("gemma3", 8, WINDOW | {"attention.sliding_window_pattern": [True] * 8}, (1,), None),
+        ("gemma3", 8, THIRDS, (1, 2, 0), None),
+        ("qwen3next", 8, {"attention.recurrent_layers": [True, True, True, False] * 2}, (1,), None),
+        ("qwen3next", 8, {"full_attention_interval": 2}, (1, 2), None),
+        ("llama4", 8, {"interleave_moe_layer_step": 1}, (1, 2, 3, 4), None),
+        ("acme", 8, {"moe_every_n_layers": 2}, (3, 4), None),
+        ("minicpm", 8, {"residual_scale": 0.2}, (1,), None),
+        ("qwen3vl", 8, {"n_deepstack_layers": 3}, (3,), None),
+        ("rwkv7", 8, {}, (1,), None),
+        ("gemma4", 8, {"attention.shared_kv_layers": 0}, (1,), None),
+        # llama.cpp would misread the result.
+        ("gemma3", 8, WINDOW, (1,), "the last of every 6 blocks has full attention"),
+        ("gemma3", 8, THIRDS, (1,), "every 3 blocks"),
+        ("smallthinker", 8, WINDOW, (0,), "the first of every 4 .* block 1 .* block 0"),
         ("llama4", 8, {"interleave_moe_layer_step": 2}, (1, 2, 3), "full attention instead of a window, and block 6"),
         ("ernie4_5-moe", 8, {"interleave_moe_layer_step": 2}, (1,), "has experts, and block 2 would become block 1"),
         ("acme", 8, {"full_attention_interval": 4}, (7, 0), "one of every 4 blocks is of another kind"),
         ("qwen35", 8, {"full_attention_interval": 4}, (0,), "has full attention"),
         ("deepseek2", 27, {}, (1, 2), "and 25 means another one than 27"),
         ("command-r", 64, {}, (1,), "and 63 means another one than 64"),
-        ("exaone4", 64, {}, (1,), "and 63 means another"),
-        ("gemma3", 62, {}, (1,), "and 61 means another"),
         ("baichuan", 32, {}, (1,), "and 31 means another"),
         ("minicpm", 8, {}, (1,), "and 7 means another"),
-        ("minicpm3", 8, {}, (1,), "and 7 means another"),
         ("gemma3n", 8, {}, (1,), "share the keys and values"),
         ("gemma4", 8, {"attention.shared_kv_layers": 2}, (1,), "gemma4.attention.shared_kv_layers"),
-        ("acme", 8, {"embedding_length_per_layer_input": 16}, (1,), "one table of inputs"),
-        ("rwkv6", 8, {"rescale_every_n_layers": 6}, (1,), "scaled by the number"),
         ("rwkv7", 8, {}, (0,), "the values of its block 0"),
         ("qwen3vl", 8, {"n_deepstack_layers": 3}, (2,), "its first 3 blocks"),
-        ("t5", 8, {}, (1,), "it has an encoder"),
         ("llama", 8, {"general.type": "adapter"}, (1,), "general.type is 'adapter'"),
     ],
 )
 def test_what_llama_cpp_would_misread_is_refused(tmp_path, architecture, blocks, values, removals, message):
-    file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, blocks, values))
-    with pytest.raises(UnsupportedModelError, match=message) as caught:
-        plan_gguf_surgery(file, removals)
-    assert caught.value.hint
+    source = write_gguf(tmp_path / "a.gguf", architecture, blocks, values)
+    if message is None:
+        small = prune(source, removals, tmp_path / "small.gguf")
+        assert metadata_of(small)[f"{architecture}.block_count"] == blocks - len(removals)
+        assert tensors_of(small) == renamed(tensors_of(source), set(removals), blocks)
+    else:
+        with pytest.raises(UnsupportedModelError, match=message):
+            plan_gguf_surgery(read_gguf(source), removals)
 
 
 def test_the_tables_name_architectures_that_the_format_knows():
@@ -239,6 +225,7 @@ def test_every_way_to_cut_off_or_damage_a_file_is_a_sentence(tmp_path):
     for place, value, message in (
         (0, b"X", "not a GGUF file"),
         (4, b"\x09", "of version 9"),
+        (4, b"\0\0\0\x03", "little-endian"),
         (8, b"\xff\xff", r"truncated|has type \d+"),
         (16, b"\xff\xff\xff\xff", r"truncated|has type \d+"),
         (type_, b"\xe7\x03\x00\x00", "has type 999"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf import GGUFEndian, GGUFWriter
+from gguf import GGUFWriter
 from gguf.quants import dequantize, quantize
 from torch import nn
 
@@ -47,8 +47,8 @@ def model():
 def tensors(tmp_path, model):
     """Write a GGUF file with these arrays, and return where it holds the model's parameters."""
 
-    def write(arrays, type_=Type.F32, *, order=GGUFEndian.LITTLE):
-        writer = GGUFWriter(tmp_path / "one.gguf", "llama", endianess=order)
+    def write(arrays, type_=Type.F32):
+        writer = GGUFWriter(tmp_path / "one.gguf", "llama")
         writer.add_block_count(2)
         for name, array in arrays.items():
             kind = type_ if array.dim() > 1 else Type.F32
@@ -122,5 +122,3 @@ def test_what_the_file_lacks_or_holds_twice_is_refused(tensors, model):
     found.require(["blocks.0.weight"])
     with pytest.raises(UnsupportedModelError, match=r"twice, in blk.0.a.weight and in blk.0.b.weight"):
         found.store({"blocks.0.weight": weight})
-    with pytest.raises(UnsupportedModelError, match="big-endian"):
-        tensors({"blk.0.b.weight": weight}, order=GGUFEndian.BIG)

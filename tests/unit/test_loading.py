@@ -15,26 +15,27 @@ from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery import loading
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 
 CPU = torch.device("cpu")
 
 
 def surgery_of(folder, removals=(1, 3)):
-    source = locate_model(str(folder), lambda event: None)
-    return plan_surgery(read_architecture(source, load_plugins(), lambda event: None), removals)
+    source = locate_model(str(folder), ignore)
+    return plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
 
 
 def load_both(surgery, dtype=torch.float32):
-    dense = load_dense(surgery.architecture, dtype, CPU, lambda event: None)
-    return dense, load_pruned(surgery, dtype, CPU, lambda event: None, dense=dense)
+    dense = load_dense(surgery.architecture, dtype, CPU, ignore)
+    return dense, load_pruned(surgery, dtype, CPU, ignore, dense=dense)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gemma3_text", "gpt2", "opt", "mamba", "falcon_h1"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "falcon_h1"])
 def test_the_pruned_model_shares_weights_and_equals_the_files(tmp_path, model_type):
     surgery = surgery_of(save_model(tmp_path / "model", tiny_config(model_type)))
     dense, pruned = load_both(surgery)
-    from_files = load_pruned(surgery, torch.float32, CPU, lambda event: None)
+    from_files = load_pruned(surgery, torch.float32, CPU, ignore)
     places = {tensor.data_ptr() for tensor in dense.state_dict().values()}
     found, expected = pruned.state_dict(), from_files.state_dict()
     assert found.keys() == expected.keys()
@@ -63,7 +64,7 @@ def test_tensors_that_transformers_changes_come_from_the_files(tmp_path, monkeyp
     assert torch.equal(pruned.model.norm.weight, dense.model.norm.weight)
 
 
-def test_dense_pruned_and_checkpoint_generate_by_the_same_settings(run_sleb, tmp_path):
+def test_all_three_models_generate_by_the_same_settings(run_sleb, tmp_path):
     folder = save_model(tmp_path / "model", llama_config(5))
     own = {"eos_token_id": [1, 9], "repetition_penalty": 1.3, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(own))
@@ -73,7 +74,7 @@ def test_dense_pruned_and_checkpoint_generate_by_the_same_settings(run_sleb, tmp
         assert {key: getattr(model.generation_config, key) for key in own} == own
 
 
-def test_memory_that_ends_while_loading_is_no_verdict_about_the_files(run_sleb, tiny_llama, text_file, monkeypatch):
+def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text_file, monkeypatch):
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
@@ -93,9 +94,9 @@ def test_a_folder_without_generation_settings_needs_none(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_the_stored_dtype_processes_share_the_pages_of_the_file(tmp_path, dtype):
+def test_in_the_stored_dtype_processes_share_pages(tmp_path, dtype):
     folder = save_model(tmp_path / "model", llama_config(4, hidden_size=256, intermediate_size=512))
-    model = load_dense(surgery_of(folder).architecture, dtype, CPU, lambda event: None)
+    model = load_dense(surgery_of(folder).architecture, dtype, CPU, ignore)
     mapped = [
         range(*(int(bound, 16) for bound in line.split()[0].split("-")))
         for line in Path("/proc/self/maps").read_text().splitlines()

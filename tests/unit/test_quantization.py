@@ -43,6 +43,7 @@ def surgery(tmp_path_factory):
         (r"re:model\.layers\.12\.mlp\..*", None),
         (r"re:^model[.]layers[.]13[.]mlp", r"re:^model[.]layers[.]10[.]mlp"),
         (r"re:.*layers\.(1[0-9])\..*", r"re:.*layers\.(?:8|9|10|11|12|13|14|15|16)\..*"),
+        (r"re:.*layers\.1[0-9].*", r"re:.*layers\.(?:8|9|10|11|12|13|14|15|16).*"),
         (r"re:.*layers\.1[0-9]\.mlp", r"re:.*layers\.(?:8|9|10|11|12|13|14|15|16)\.mlp"),
         (r"re:.*layers\.(?:3|7)\..*", None),
         (r"re:.*layers\.[0-9]+\.mlp.*", r"re:.*layers\.[0-9]+\.mlp.*"),

@@ -5,32 +5,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from conftest import llama_config, save_model
 from sleb_cli.engine.files.slices import Cut
-from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
-from sleb_cli.engine.model.source import ModelSource, locate_model
-from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
-from sleb_cli.plugin_manager import load_plugins
-from sleb_plugins import FamilyAdapter, UnsupportedModelError, UsageError
+from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_plugins import FamilyAdapter
 from sleb_plugins.config_keys import Kept
 
 
-def surgery(
-    removals, blocks=4, path="model.layers", raw=None, config=None, prefix=None, extra=0, text_key="", **adapter
-):
+def surgery(removals, blocks=4, path="model.layers", raw=None, config=None, prefix=None, **adapter):
     source = ModelSource("x", Path())
     vars(source)["raw_config"] = raw or {"num_hidden_layers": blocks}
-    numbering = BlockNumbering(prefix or f"{path}.", extra)
+    numbering = BlockNumbering(prefix or f"{path}.")
     architecture = SimpleNamespace(
         block_count=blocks,
         adapter=FamilyAdapter("x", frozenset({"x"}), path, **adapter),
         numbering=numbering,
         block_names=lambda kept: BlockNames(path, numbering, kept),
         text_config=SimpleNamespace(attribute_map={}, to_dict=lambda: config or {}, **(config or {})),
-        text_key=text_key,
+        text_key="",
         source=source,
     )
     return Surgery(architecture, tuple(removals))
@@ -59,7 +53,6 @@ def test_tensors_are_dropped_and_renumbered(how, before, after):
         (["transformer.h"], "model.layers", "transformer.h."),
         (["vision.layers", "language_model.layers"], "model.language_model.layers", "language_model.layers."),
         (["visual.blocks", "model.layers"], "model.language_model.layers", "model.layers."),
-        (["model.layers.0.experts", "model.layers"], "model.layers", "model.layers."),
         (["model.layers.0.mlp.experts", "backbone.layers"], "model.layers", "backbone.layers."),
         (["something.else"], "model.layers", "something.else."),
     ],
@@ -77,22 +70,6 @@ def test_files_that_do_not_name_exactly_each_block(numbers, found):
     assert find_block_numbering([f"model.layers.{number}.w" for number in numbers], "model.layers", 3) == found
 
 
-def test_blocks_for_multi_token_prediction_go_with_any_other():
-    raw = {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
-    names = [f"model.layers.{number}.w" for number in range(4)]
-    cut = surgery([1], blocks=3, raw=raw, config=raw, extra=1)
-    assert dict(cut.names.prune((name, name) for name in names)) == {
-        "model.layers.0.w": "model.layers.0.w",
-        "model.layers.1.w": "model.layers.2.w",
-    }
-    assert cut.prune_config() == {"num_hidden_layers": 2, "num_nextn_predict_layers": 0}
-    # Files without them say nothing of them.
-    assert surgery([1], blocks=3, raw=raw, config=raw).prune_config() == raw | {"num_hidden_layers": 2}
-    whole = surgery([], blocks=3, raw=raw, config=raw, extra=1)
-    assert [name for name, _ in whole.names.prune((name, 0) for name in names)] == names
-    assert whole.prune_config() == raw
-
-
 def test_the_config_loses_the_count_and_the_blocks_own_values():
     raw = {"n_layer": 4, "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4], "novel": [5, 6, 7, 8]}
     config = {**raw, "attention_layers": [0, 1, 0, 1], "mine": "abcd"}
@@ -103,39 +80,6 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
         "novel": [5, 7], "mine": "ac",
     }  # fmt: skip
     assert raw["n_layer"] == 4
-
-
-def test_the_language_models_config_inside_of_another():
-    raw = {
-        "vision_config": {"num_hidden_layers": 4},
-        "text_config": {"num_hidden_layers": 4, "layer_types": list("abcd")},
-    }
-    pruned = surgery([0], raw=raw, config=raw["text_config"], text_key="text_config").prune_config()
-    assert pruned["vision_config"] == {"num_hidden_layers": 4}
-    assert pruned["text_config"] == {"num_hidden_layers": 3, "layer_types": ["b", "c", "d"]}
-
-
-@pytest.fixture
-def architecture(tiny_llama):
-    return read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "message"),
-    [([1, 1], "Block 1 is named twice"), ([6], "no block 6"), ([-1], "no block -1"), (range(6), "All 6 blocks")],
-)
-def test_blocks_that_cannot_go(architecture, blocks, message):
-    with pytest.raises(UsageError, match=message):
-        plan_surgery(architecture, blocks)
-
-
-def test_weight_files_that_do_not_name_every_block_are_refused(tmp_path, tiny_llama):
-    folder = save_model(tmp_path / "model", llama_config(3))
-    tensors = {n.replace("layers.2.", "layer_2."): t for n, t in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors")
-    found = read_architecture(locate_model(str(folder), print), load_plugins(), print)
-    with pytest.raises(UnsupportedModelError, match="do not keep 3 blocks under"):
-        plan_surgery(found, [1])
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -149,10 +93,3 @@ def test_slices_of_blocks_are_cut_in_memory_and_as_bytes(axis, part):
     raw = tensor.numpy().tobytes()
     parts = [memoryview(raw)[start : start + part] for start in range(0, len(raw), part)]
     assert b"".join(cut.of_bytes(parts, tensor.shape, len(raw))) == expected.contiguous().numpy().tobytes()
-
-
-def test_which_tensors_are_cut():
-    without = surgery([1])
-    assert without.cut("model.embed_tokens_per_layer.weight").axis == 1
-    assert without.cut("model.embed_tokens.weight") is None
-    assert surgery([]).cut("model.embed_tokens_per_layer.weight") is None

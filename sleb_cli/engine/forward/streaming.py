@@ -293,11 +293,11 @@ def _divide(architecture: Architecture) -> tuple[list[list[StoredTensor]], list[
     by_block: list[list[StoredTensor]] = [[] for _ in range(count)]
     outside = []
     for tensor in architecture.source.weights.stored:
-        place = names.locate(tensor.name)
-        if place is None:
+        block = names.block_of(tensor.name)
+        if block is None:
             outside.append(tensor)
-        elif place.block < count:  # those after the last block predict further tokens, and no model loads them
-            by_block[place.block].append(tensor)
+        elif block < count:  # those after the last block predict further tokens, and no model loads them
+            by_block[block].append(tensor)
     return by_block, outside
 
 

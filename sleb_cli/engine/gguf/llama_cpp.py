@@ -24,39 +24,36 @@ class Period:
         what: how that block differs, as in "the last of every 4 blocks has no rotary positions".
         period: llama.cpp's default; 1 (all blocks are alike) if only the file sets it.
         key: the architecture's own key for the period; if it holds a list, numbers do not matter.
-        place: which block of a period differs; "any" if unknown.
+        place: which block of a period differs; "one" if unknown.
         only_with: an own key without which (or with 0) all blocks are alike.
         unless: an own key that lists the kinds of all blocks instead.
     """
 
     what: str
     period: int = 1
-    key: str | None = None
-    place: Literal["last", "first", "any"] = "last"
-    only_with: str | None = None
-    unless: str | None = None
+    key: str = ""
+    place: Literal["the last", "the first", "one"] = "the last"
+    only_with: str = ""
+    unless: str = ""
 
-    def number(self, file: GgufFile) -> int | None:
-        """Return the period in this file, or None if numbers do not matter."""
-        if (self.only_with and not file.own(self.only_with)) or (self.unless and file.own(self.unless) is not None):
-            return None
-        said = file.own(self.key) if self.key else None
-        if isinstance(said, list):
-            return None
-        period = self.period if said is None or self.key is None else file.count(self.key) or 0
-        return period if period > 1 else None
+    def number(self, file: GgufFile) -> int:
+        """Return the period in this file; 1 if all blocks are alike, or numbers do not matter."""
+        said = file.own(self.key)
+        alike = self.only_with and not file.own(self.only_with)
+        if alike or isinstance(said, list) or file.own(self.unless) is not None:
+            return 1
+        return self.period if said is None else file.count(self.key) or 1
 
     def kind(self, block: int, period: int) -> int:
         """Return a number that is equal for two blocks if llama.cpp builds the same kind of block for both."""
-        if self.place == "any":
-            return block % period
-        return int(block % period == (period - 1 if self.place == "last" else 0))
+        place = block % period
+        return place if self.place == "one" else place == (0 if self.place == "the first" else period - 1)
 
 
 _WINDOW, _SPARSE = "attention.sliding_window", "interleave_moe_layer_step"
 
 
-def _window(period: int, place: Literal["last", "first"] = "last", only_with: str | None = None) -> Period:
+def _window(period: int, place: Literal["the last", "the first"] = "the last", only_with: str = "") -> Period:
     return Period("has full attention instead of a window", period, f"{_WINDOW}_pattern", place, only_with)
 
 
@@ -70,32 +67,32 @@ _EXPERTS = Period("has experts", 1, _SPARSE)
 PERIODS: Mapping[str, tuple[Period, ...]] = {
     "afmoe": (_window(4, only_with=_WINDOW), _NO_ROPE),
     "cohere2": (_window(4),),
-    "cohere2moe": (_window(4, "first"),),
+    "cohere2moe": (_window(4, "the first"),),
     "ernie4_5-moe": (_EXPERTS,),
     "exaone-moe": (_window(4),),
     "gemma-embedding": (_window(6),),
     "gemma2": (_window(2),),
     "gemma3": (_window(6, only_with=_WINDOW),),
     "gpt-oss": (_window(2),),
-    "laguna": (_window(4, "first", only_with=_WINDOW),),
+    "laguna": (_window(4, "the first", only_with=_WINDOW),),
     "llama4": (_window(4), _NO_ROPE, _EXPERTS),
     "mellum": (_window(4, only_with=_WINDOW),),
-    "modern-bert": (_window(3, "first"),),
+    "modern-bert": (_window(3, "the first"),),
     "muse-glimmer": (_window(4),),
     "olmo2": (_window(4, only_with=_WINDOW),),
     "plamo3": (_window(8, only_with=_WINDOW),),
     "qwen35": (_recurrent(),),
     "qwen35moe": (_recurrent(),),
     "qwen3next": (_recurrent(),),
-    "smallthinker": (_window(4, "first", only_with=_WINDOW),),
+    "smallthinker": (_window(4, "the first", only_with=_WINDOW),),
     "smollm3": (_NO_ROPE,),
 }
 
 _ANY_ARCHITECTURE = (
-    Period("is of another kind", 1, f"{_WINDOW}_pattern", "any"),
-    Period("is of another kind", 1, "full_attention_interval", "any", unless="attention.recurrent_layers"),
-    Period("is of another kind", 1, _SPARSE, "any"),
-    Period("is of another kind", 1, "moe_every_n_layers", "any"),
+    Period("is of another kind", 1, f"{_WINDOW}_pattern", "one"),
+    Period("is of another kind", 1, "full_attention_interval", "one", unless="attention.recurrent_layers"),
+    Period("is of another kind", 1, _SPARSE, "one"),
+    Period("is of another kind", 1, "moe_every_n_layers", "one"),
 )
 """The periods of architectures that are not in the table."""
 
@@ -121,10 +118,7 @@ BY_COUNT: Mapping[str, Callable[[GgufFile, int], object]] = {
 }
 """What llama.cpp derives from the number of blocks alone; it must be the same before and after a removal."""
 
-_FIRST_STAYS = {
-    "arwkv7": "the values of its block 0 are mixed into all later blocks",
-    "rwkv7": "the values of its block 0 are mixed into all later blocks",
-}
+_FIRST_STAYS = ("arwkv7", "rwkv7")
 
 _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), "it drafts for another model, whose blocks it names"),
@@ -206,38 +200,27 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
         if file.own(key):
             raise _refused(file, f"{reason} ({architecture}.{key})")
     if architecture in _FIRST_STAYS and kept[0] != 0:
-        raise _refused(file, _FIRST_STAYS[architecture], "Keep block 0.")
+        raise _refused(file, "the values of its block 0 are mixed into all later blocks", "Keep block 0.")
     fed = file.count(LEADING_STAY) or 0
     if kept[:fed] != tuple(range(min(fed, len(kept) + 1))):
         raise _refused(file, f"additional inputs enter its first {fed} blocks", f"Keep blocks 0 to {fed - 1}.")
-    _require_same_count(file, blocks, len(kept))
-    for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
-        _require_same_places(file, rule, kept)
-
-
-def _require_same_count(file: GgufFile, before: int, after: int) -> None:
-    form = BY_COUNT.get(file.architecture)
-    if form and form(file, before) != form(file, after):
+    after, form = len(kept), BY_COUNT.get(architecture)
+    if form and form(file, blocks) != form(file, after):
         raise _refused(
             file,
-            f"llama.cpp tells its variants apart by the number of blocks, and {after} means another one than {before}",
+            f"llama.cpp tells its variants apart by the number of blocks, and {after} means another one than {blocks}",
         )
-
-
-def _require_same_places(file: GgufFile, rule: Period, kept: tuple[int, ...]) -> None:
-    period = rule.number(file)
-    if period is None:
-        return
-    for new, old in enumerate(kept):
-        if rule.kind(old, period) != rule.kind(new, period):
-            which = {"last": "the last of every", "first": "the first of every", "any": "one of every"}[rule.place]
-            raise _refused(
-                file,
-                f"in llama.cpp, {which} {period} blocks {rule.what}, and block {old} would become block {new}, "
-                "which is of another kind",
-                f"Remove whole groups of {period} consecutive blocks, or write a checkpoint instead: "
-                "`sleb apply -o FOLDER`.",
-            )
+    for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
+        period = rule.number(file)
+        for new, old in enumerate(kept):
+            if rule.kind(old, period) != rule.kind(new, period):
+                raise _refused(
+                    file,
+                    f"in llama.cpp, {rule.place} of every {period} blocks {rule.what}, and block {old} would become "
+                    f"block {new}, which is of another kind",
+                    f"Remove whole groups of {period} consecutive blocks, or write a checkpoint instead: "
+                    "`sleb apply -o FOLDER`.",
+                )
 
 
 def _refused(file: GgufFile, reason: str, hint: str | None = None) -> UnsupportedModelError:

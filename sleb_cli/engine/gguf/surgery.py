@@ -44,16 +44,15 @@ class GgufSurgery:
         repacked = repacked or {}
         if not (self.removals or repacked):
             return self.file
-        new_number = {old: new for new, old in enumerate(self.kept.blocks)}
         tensors: list[GgufTensor] = []
         for tensor in (repacked.get(tensor.name, tensor) for tensor in self.file.tensors):
             place = _BLOCK.fullmatch(tensor.name)
             if place is None:
                 tensors.append(tensor)
-            elif int(place[1]) in new_number:
-                tensors.append(replace(tensor, name=f"blk.{new_number[int(place[1])]}{place[2]}"))
+            elif (number := self.kept.new_number.get(int(place[1]))) is not None:
+                tensors.append(replace(tensor, name=f"blk.{number}{place[2]}"))
         entries = [self._entry(entry) for entry in self.file.entries if entry.key != PROVENANCE]
-        entries.append(entry_of_integers(PROVENANCE, self.all_removals, self.file.order))
+        entries.append(entry_of_integers(PROVENANCE, self.all_removals))
         return replace(self.file, entries=tuple(entries), tensors=tuple(tensors))
 
     @property
@@ -79,14 +78,14 @@ class GgufSurgery:
         if own == entry.key and not entry.key.startswith(PER_BLOCK_PREFIX):
             return entry
         if own == "block_count":
-            return with_value(entry, len(self.kept.blocks), file.order)
+            return with_value(entry, len(self.kept.blocks))
         if own in LEADING:
-            return with_value(entry, self.kept.below(file.count(own) or 0), file.order)
+            return with_value(entry, self.kept.below(file.count(own) or 0))
         if entry.type == ARRAY and own not in NOT_PER_BLOCK:
             length = len(file.get(entry.key))
             # Some lists leave out the blocks for multi-token prediction at the end.
             if length in (count, block_count(file)):
-                return with_items(entry, [block for block in self.kept.blocks if block < length], file.order)
+                return with_items(entry, [block for block in self.kept.blocks if block < length])
         return entry
 
 

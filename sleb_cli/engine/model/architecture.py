@@ -20,7 +20,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    PreTrainedConfig,
 )
 
 from sleb_cli.atomic import scratch_folder, writing
@@ -44,6 +43,10 @@ _COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|blocks?|experts?|labels)|depth")
 """Config keys of which transformers makes as many modules, or entries of a list."""
 
 _LARGEST_COUNT = 4096
+
+_CODE = ("attn_implementation", "implementation_internal", "experts_implementation")
+"""Endings of config keys that may name a repository of compiled code, which transformers would download and run."""
+
 _ELSEWHERE = "Free some space, or choose another place for temporary files with the environment variable TMPDIR."
 
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
@@ -56,9 +59,18 @@ class Architecture:
 
     source: ModelSource
     config: Any
-    adapter: FamilyAdapter
-    skeleton: nn.Module
-    """The model without weights: every parameter is on the meta device."""
+    claimed_by: FamilyAdapter | None
+    """The family that claims the model's type, if any."""
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without weights: every parameter is on the meta device."""
+        return self.build(self.config)
+
+    @cached_property
+    def adapter(self) -> FamilyAdapter:
+        """The model's family: without one, what the structure shows."""
+        return self.claimed_by or _read_structure(self)
 
     @cached_property
     def block_count(self) -> int:
@@ -68,7 +80,7 @@ class Architecture:
     @property
     def text_config(self) -> Any:
         """The config of the language model: in multimodal models, a part of the whole config."""
-        return _text_config(self.config)
+        return self.config.get_text_config(decoder=True)
 
     @property
     def text_key(self) -> str:
@@ -78,12 +90,22 @@ class Architecture:
 
     @property
     def auto_class(self) -> Any:
-        """The auto class that loads this model."""
-        return _auto_class(self.config)
+        """The auto class that loads the whole model, or None if transformers has no language model of its type."""
+        kind = type(self.config)
+        if self.text_config is not self.config and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            return AutoModelForImageTextToText
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(self.config, "auto_map"):
+            return AutoModelForCausalLM
+        return None
 
     def build(self, config: Any, dtype: torch.dtype | None = None) -> nn.Module:
         """Build a model of this family on the meta device; in the config's data type by default."""
-        return _skeleton(config, self.source, dtype)
+        options = {"dtype": dtype} if dtype else {}
+        with translate_transformers_errors(f"the config of {self.source.id}"), torch.device("meta"):
+            model: nn.Module = self.auto_class.from_config(
+                config, trust_remote_code=self.source.trust_remote_code, **options
+            )
+        return model
 
     def read_config(self, raw: dict[str, Any]) -> Any:
         """Parse the contents of a `config.json` with transformers.
@@ -165,18 +187,14 @@ class Architecture:
         return refine_kinds(self.blocks_of(self.skeleton), kinds)
 
     @cached_property
-    def block_structures(self) -> list[Structure]:
-        """The structure of each block."""
-        return [structure_of(block) for block in self.blocks_of(self.skeleton)]
+    def structures(self) -> tuple[list[Structure], Structure]:
+        """The structure of each block, and that of the model outside the blocks."""
+        return self.structures_of(self.skeleton)
 
-    @cached_property
-    def outer_structure(self) -> Structure:
-        """The structure of the model outside the blocks."""
-        return self.outer_structure_of(self.skeleton)
-
-    def outer_structure_of(self, model: nn.Module) -> Structure:
-        """Return the structure of another model of this family outside its blocks."""
-        return structure_of(model, without=self.adapter.blocks_path)
+    def structures_of(self, model: nn.Module) -> tuple[list[Structure], Structure]:
+        """Return the same of another model of this family."""
+        blocks = [structure_of(block) for block in self.blocks_of(model)]
+        return blocks, structure_of(model, without=self.adapter.blocks_path)
 
     @cached_property
     def record(self) -> ModelRecord:
@@ -207,23 +225,25 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
         PluginError: two plugins claim its model_type.
     """
     config = _read_config(source)
-    text = _text_config(config)
-    adapter = registry.family(config.model_type)
-    inner = registry.family(text.model_type)
-    for claimed in (adapter, inner):
-        if claimed is not None and claimed.refusal:
-            raise _refused(source, config, claimed.refusal)
-    skeleton = _skeleton(config, source)
-    if adapter is None:
-        adapter = _read_structure(config, skeleton)
-        if config.model_type not in CONFIG_MAPPING:
-            notify(
-                Notice(
-                    f"sleb was never tested with {config.model_type}, which transformers does not know. "
-                    f"It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."
-                )
+    architecture = Architecture(source, config, registry.family(config.model_type))
+    encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
+    if config.is_encoder_decoder or encoder_only or not architecture.auto_class:
+        raise UnsupportedModelError(
+            f"{source.id} ({config.model_type}) is not a decoder-only language model.",
+            hint="sleb needs a model that AutoModelForCausalLM can load.",
+        )
+    text = architecture.text_config
+    for family in (architecture.claimed_by, registry.family(text.model_type)):
+        if family is not None and family.refusal:
+            raise _refused(architecture, family.refusal)
+    adapter = architecture.adapter
+    if architecture.claimed_by is None and config.model_type not in CONFIG_MAPPING:
+        notify(
+            Notice(
+                f"sleb was never tested with {config.model_type}, which transformers does not know. "
+                f"It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."
             )
-    architecture = Architecture(source, config, adapter, skeleton)
+        )
     count = getattr(text, adapter.count_key, None)
     if count != architecture.block_count:
         raise UnsupportedModelError(
@@ -232,19 +252,16 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
             hint="Correct config.json, or download the model again.",
         )
     if not count:
-        raise _refused(source, config, "it has none")
-    if shared_weights(architecture.blocks_of(skeleton)):
-        raise _refused(source, config, "its blocks share weights with one another")
+        raise _refused(architecture, "it has none")
+    if shared_weights(architecture.blocks_of(architecture.skeleton)):
+        raise _refused(architecture, "its blocks share weights with one another")
     return architecture
 
 
-def _text_config(config: Any) -> Any:
-    return config.get_text_config(decoder=True)
-
-
-def _refused(source: ModelSource, config: Any, why: str) -> UnsupportedModelError:
+def _refused(architecture: Architecture, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"No block can be removed from {source.id} ({config.model_type}), because {why}.", hint=_WHAT_WORKS
+        f"No block can be removed from {architecture.source.id} ({architecture.config.model_type}), because {why}.",
+        hint=_WHAT_WORKS,
     )
 
 
@@ -252,49 +269,37 @@ def _read_config(source: ModelSource) -> Any:
     raw = source.raw_config
     model_type = raw.get("model_type")
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
-    needs_code = "auto_map" in raw and not is_known
-    if needs_code and not source.trust_remote_code:
-        raise untrusted_code(source)
-    if source.trust_remote_code:
-        source.require_own_code()
-    _require_no_kernels(source, raw)
-    if not (is_known or needs_code):
+    if not is_known and "auto_map" not in raw:
         raise UnsupportedModelError(
             f"transformers has no model of type {model_type!r}.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
-    _require_countable(source, raw)
+    if not is_known and not source.trust_remote_code:
+        raise untrusted_code(source)
+    if source.trust_remote_code:
+        source.require_own_code()
+    _require_harmless(source, raw)
     with translate_transformers_errors(f"the config of {source.id}"):
         config: Any = AutoConfig.from_pretrained(source.folder, trust_remote_code=source.trust_remote_code)
-        text = _text_config(config)
-    if not isinstance(text, PreTrainedConfig):
-        raise ModelError(
-            f"The config of {source.id} has a text_config, but {model_type} models have none.",
-            hint="Copy or download the model again.",
-        )
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{source.id} ({model_type}) is an encoder-decoder model.",
-            hint="sleb removes blocks from decoder-only language models.",
-        )
-    encoder_only = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", True)
-    if encoder_only or not (needs_code or _auto_class(config)):
-        raise UnsupportedModelError(
-            f"{source.id} ({model_type}) is not a decoder-only language model.",
-            hint="sleb needs a model that AutoModelForCausalLM can load.",
-        )
+        config.get_text_config(decoder=True).to_dict()  # a text_config where the family has none is no config
     return config
 
 
-def _require_countable(source: ModelSource, settings: dict[str, Any]) -> None:
-    """Make sure that a config, which transformers has yet to parse, asks for no billion of anything.
+def _require_harmless(source: ModelSource, settings: dict[str, Any]) -> None:
+    """Make sure that a config, which transformers has yet to parse, names no code, and asks for no billion of anything.
 
     Raises:
         ModelError: it does.
     """
     for key, value in settings.items():
+        named = value.values() if isinstance(value, dict) else [value]
+        if key.endswith(_CODE) and (code := [name for name in named if "/" in str(name)]):
+            raise ModelError(
+                f"The config of {source.id} names code to be downloaded and run: {key} is {code[0]!r}.",
+                hint=f"Delete {key} from a local copy of its config.json.",
+            )
         if isinstance(value, dict):
-            _require_countable(source, value)
+            _require_harmless(source, value)
         elif _COUNTS.fullmatch(key) and isinstance(value, int | float) and value > _LARGEST_COUNT:
             raise ModelError(
                 f"The config of {source.id} sets {key} to more than {_LARGEST_COUNT:,}.",
@@ -310,51 +315,10 @@ def untrusted_code(source: ModelSource) -> ModelError:
     )
 
 
-def _require_no_kernels(source: ModelSource, config: Any) -> None:
-    """Make sure that a config names no repository of compiled code, which transformers would download and run.
-
-    Raises:
-        ModelError: it does.
-    """
-    for key, value in config.items() if isinstance(config, dict) else ():
-        if key.endswith(("attn_implementation", "implementation_internal", "experts_implementation")):
-            named = [name for name in (value.values() if isinstance(value, dict) else [value]) if "/" in str(name)]
-            if named:
-                raise ModelError(
-                    f"The config of {source.id} names code to be downloaded and run: {key} is {named[0]!r}.",
-                    hint=f"Delete {key} from a local copy of its config.json.",
-                )
-        _require_no_kernels(source, value)
-
-
-def _auto_class(config: Any) -> Any:
-    """Return the auto class that loads the whole model, or None if transformers has no language model of its type."""
-    if _text_config(config) is not config and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map"):
-        return AutoModelForCausalLM
-    return None
-
-
-def _skeleton(config: Any, source: ModelSource, dtype: torch.dtype | None = None) -> nn.Module:
-    options = {"dtype": dtype} if dtype else {}
-    what = f"the config of {source.id}"
-    with translate_transformers_errors(what), torch.device("meta"):
-        model: nn.Module = _auto_class(config).from_config(
-            config, trust_remote_code=source.trust_remote_code, **options
-        )
-    return model
-
-
-def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
+def _read_structure(architecture: Architecture) -> FamilyAdapter:
     """Find the list of the configured length that holds most of the language model's parameters."""
-    text = _text_config(config)
+    text, skeleton, model_type = architecture.text_config, architecture.skeleton, architecture.config.model_type
     count = getattr(text, "num_hidden_layers", None)
-    if not isinstance(count, int):
-        raise UnsupportedModelError(
-            f"The config of {config.model_type} does not set num_hidden_layers to a number.",
-            hint=_WHAT_WORKS,
-        )
     lists = {
         module: path
         for path, module in skeleton.named_modules()
@@ -362,16 +326,14 @@ def _read_structure(config: Any, skeleton: nn.Module) -> FamilyAdapter:
         and len(module) == count
         and all(type(block).forward is not nn.Module.forward for block in module)
     }
+    if not lists:
+        raise UnsupportedModelError(f"{model_type} has no list of {count} blocks to remove from.", hint=_WHAT_WORKS)
     # In a multimodal model, those of the language model, if transformers says which it is.
     decoder = getattr(skeleton, "get_decoder", lambda: None)()
     inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
-    if not lists:
-        raise UnsupportedModelError(
-            f"{config.model_type} has no list of {count} blocks to remove from.", hint=_WHAT_WORKS
-        )
     return FamilyAdapter(
         name=BY_STRUCTURE,
-        model_types=frozenset({config.model_type}),
+        model_types=frozenset({model_type}),
         blocks_path=lists[max(inner or lists, key=lambda module: sum(p.numel() for p in module.parameters()))],
         count_key=text.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )

@@ -23,15 +23,6 @@ class BlockNumbering:
 
 
 @dataclass(frozen=True)
-class TensorPlace:
-    """A tensor's name, split around the number of its block."""
-
-    prefix: str
-    block: int
-    suffix: str
-
-
-@dataclass(frozen=True)
 class BlockNames:
     """The names of a model's blocks in weight files, in memory and in settings, before and after a removal.
 
@@ -45,18 +36,10 @@ class BlockNames:
     numbering: BlockNumbering
     kept: Kept
 
-    @cached_property
-    def new_number(self) -> dict[int, int]:
-        """The number of each kept block in the pruned model, by its number in the original."""
-        return {old: new for new, old in enumerate(self.kept.blocks)}
-
-    def locate(self, name: str) -> TensorPlace | None:
-        """Return the block that a tensor belongs to by its name, or None for one outside the blocks."""
-        for prefix in self._prefixes:
-            number, dot, rest = name.removeprefix(prefix).partition(".")
-            if name.startswith(prefix) and number.isdigit():
-                return TensorPlace(prefix, int(number), dot + rest)
-        return None
+    def block_of(self, name: str) -> int | None:
+        """Return the block that a tensor or module belongs to by its name, or None for one outside the blocks."""
+        found = self._of_block.fullmatch(name)
+        return int(found[2]) if found else None
 
     def prune(self, named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
         """Drop what belongs to removed blocks, and rename the rest as in the pruned model.
@@ -66,16 +49,17 @@ class BlockNames:
         """
         removes = len(self.kept.blocks) < self.kept.count
         for name, value in named:
-            place = self.locate(name)
-            if place is None or not removes:
+            found = self._of_block.fullmatch(name)
+            if found is None or not removes:
                 yield name, value
-            elif place.block in self.new_number:
-                yield f"{place.prefix}{self.new_number[place.block]}{place.suffix}", value
+            elif (number := self.kept.new_number.get(int(found[2]))) is not None:
+                yield f"{found[1]}{number}{found[3]}", value
 
     @cached_property
-    def _prefixes(self) -> list[str]:
-        """The prefixes of block tensors: those of the files, and those of the model, which settings may use."""
-        return list(dict.fromkeys([self.numbering.prefix, *path_suffixes(self.blocks_path)]))
+    def _of_block(self) -> re.Pattern[str]:
+        """Splits a name around its block's number, after a prefix of the files or of the model, as settings have it."""
+        prefixes = map(re.escape, [self.numbering.prefix, *path_suffixes(self.blocks_path)])
+        return re.compile(rf"({'|'.join(prefixes)})(\d+)((?:\..*)?)", re.DOTALL)
 
 
 def find_block_numbering(names: Iterable[str], path: str, count: int) -> BlockNumbering | None:

@@ -25,16 +25,11 @@ def generate(
     Raises:
         SlebError: the one that `refused` makes of transformers' message.
     """
-    with translate_errors(refused), _without_own_settings(model):
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, **options)
-
-
-@contextmanager
-def _without_own_settings(model: Any) -> Iterator[None]:
     own = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        yield
+        with translate_errors(refused):
+            return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, **options)
     finally:
         model.generation_config = own
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
-from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.gguf.llama_cpp import plain_name
 from sleb_cli.engine.gguf.surgery import require_blocks
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
@@ -62,41 +62,38 @@ def _conversion(path: Path) -> str:
 def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     """Write the model in `path` to `folder`: in bfloat16 if it is quantized, else in its own data type."""
     with task(notify, f"Converting {path.name}", 4, "steps") as advance:
-        dtype = _inspect(path)
+        file = read_gguf(path)
+        dtype = _require_convertible(file)
         # The absolute path, because a file of the same name in the working directory would take precedence.
-        file = str(path.absolute())
+        options: dict[str, Any] = {"gguf_file": str(path.absolute())}
         advance()
         with translate_transformers_errors(f"the tokenizer in {path}"):
-            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=file, trust_remote_code=False)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
         advance()
+        if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         # transformers draws a progress bar here that no setting turns off.
         with translate_transformers_errors(f"the weights in {path}"), redirect_stderr(StringIO()):
             model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=file, dtype=dtype, trust_remote_code=False, **_as_plain_weights()
+                path.parent, dtype=dtype, trust_remote_code=False, **options
             )
         advance()
-        _forget_quantization(model)
-        with translate_errors(lambda words: _not_written(folder, words)):
+        # Some versions of transformers refuse to save what was quantized.
+        vars(model.config).pop("quantization_config", None)
+        for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+            vars(model).pop(attribute, None)
+        no_room = "Free some space on this disk."
+        with translate_errors(lambda words: OutputError(f"Cannot write {folder}: {words}.", hint=no_room)):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        _write_card(path, folder)
+        _write_card(file, folder)
 
 
-def _not_written(folder: Path, words: str) -> OutputError:
-    return OutputError(f"Cannot write {folder}: {words}.", hint="Free some space on this disk.")
-
-
-def _write_card(path: Path, folder: Path) -> None:
+def _write_card(file: GgufFile, folder: Path) -> None:
     """Write what the file says of its licence and languages as a model card, from which a pruned model inherits it."""
-    file = read_gguf(path)
-    keys = {
-        "license": "license",
-        "license.name": "license_name",
-        "license.link": "license_link",
-        "languages": "language",
-        "tags": "tags",
-    }
-    said = {name: file.get(f"general.{key}") for key, name in keys.items()}
+    said = {"language": file.get("general.languages")}
+    for key in ("license", "license.name", "license.link", "tags"):
+        said[key.replace(".", "_")] = file.get(f"general.{key}")
     data = yaml.safe_dump({name: value for name, value in said.items() if value}, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{data}---\n", encoding="utf-8")
 
@@ -108,9 +105,8 @@ def transformers_knows(architecture: str) -> bool:
     return plain_name(architecture) in map(plain_name, GGUF_SUPPORTED_ARCHITECTURES)
 
 
-def _inspect(path: Path) -> torch.dtype:
-    """Check that the file is complete, of a known architecture, and fits into memory; return its data type."""
-    file = read_gguf(path)
+def _require_convertible(file: GgufFile) -> torch.dtype:
+    """Check that the file is of a known architecture, complete, and fits into memory; return its data type."""
     if not transformers_knows(file.architecture):
         raise UnsupportedModelError(
             f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",
@@ -122,21 +118,7 @@ def _inspect(path: Path) -> torch.dtype:
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
     if needed > free:
         raise MachineError(
-            f"Unpacking {path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} are free.",
+            f"Unpacking {file.path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} are free.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )
     return dtype
-
-
-def _as_plain_weights() -> dict[str, Any]:
-    """Return the option for unpacked weights in versions of transformers that may leave them packed."""
-    if not hasattr(transformers, "GgufConfig"):
-        return {}
-    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
-
-
-def _forget_quantization(model: Any) -> None:
-    """Mark the weights as plain tensors, since some versions of transformers refuse to save quantized ones."""
-    vars(model.config).pop("quantization_config", None)
-    for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-        vars(model).pop(attribute, None)

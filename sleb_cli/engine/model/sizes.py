@@ -52,12 +52,12 @@ def _by_block(architecture: Architecture, sizes: Iterable[tuple[str, int]]) -> S
     names = architecture.block_names(kept_blocks(count, ()))
     found: dict[int | None, float] = defaultdict(float)
     for name, size in sizes:
-        place = names.locate(name)
-        if place is None and sliced_axis(name) is not None:
-            for block in range(count):
-                found[block] += size / count
+        block = names.block_of(name)
+        if block is None and sliced_axis(name) is not None:
+            for each in range(count):
+                found[each] += size / count
         else:
-            found[place.block if place else None] += size
+            found[block] += size
     # Blocks numbered after the last one, for multi-token prediction, are dropped with any removal.
     return Sizes(found[None], tuple(found[block] for block in range(count)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
@@ -45,7 +46,6 @@ _DECIDES = re.compile(
     r"(generation_config|adapter_config|special_tokens_map|added_tokens|emoji|normalizer|byte_maps|word_\w+)\.json"
     r"|.*(tokenizer|vocab|merges|chat_template|processor).*|dict\.txt|.*\.(jinja|model|tiktoken|codes)"
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # "runs" holds TensorBoard logs.
 _NOT_DOWNLOADED = [
     *(f"*.{suffix}" for suffix in other_formats.SUFFIXES),
@@ -121,9 +121,8 @@ class ModelSource:
             ModelError: the config or the tokenizer names code of another repository.
         """
         for name in ("config.json", "tokenizer_config.json"):
-            if not (self.folder / name).is_file():
-                continue
-            named = json.dumps(read_json(self.folder / name).get("auto_map"))
+            path = self.folder / name
+            named = json.dumps(read_json(path).get("auto_map")) if path.is_file() else ""
             if elsewhere := re.search(r'"([^"]*?)--', named):
                 raise ModelError(
                     f"{self.id} names Python code of another repository, {elsewhere[1]}, which may change at any time.",
@@ -148,30 +147,28 @@ def locate_model(
         MachineError: the demo model cannot be downloaded.
     """
     path = Path(model).expanduser()
-    is_local = model == DEMO or path.exists() or model.endswith(".gguf") or not _HUB_ID.fullmatch(model)
-    if revision and is_local:
+    is_gguf = model.endswith(".gguf") and not path.is_dir()
+    if revision and (model == DEMO or is_gguf or path.exists()):
         raise UsageError(
             f"--revision does not apply to {model}: only Hub models have revisions.", hint="Leave out --revision."
         )
     if model == DEMO:
         from sleb_cli.engine.model.demo import demo_folder
 
-        source = ModelSource(DEMO, demo_folder(notify))
-    elif model.endswith(".gguf") and not path.is_dir():
+        name, folder = DEMO, demo_folder(notify)
+    elif is_gguf:
         from sleb_cli.engine.model.gguf import gguf_folder
 
-        source = ModelSource(str(path.absolute()), gguf_folder(path, notify))
+        name, folder = str(path.absolute()), gguf_folder(path, notify)
     elif path.is_dir():
         folder = path.resolve()
-        source = ModelSource(require_text(str(folder)), folder, trust_remote_code=trust_remote_code)
+        name = require_text(str(folder))
     elif path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
-    elif is_local:
-        raise ModelError(f"There is no folder {model}.", hint="Name a folder, a .gguf file, a Hub id, or demo.")
     else:
         folder = _download(model, revision, notify, config_only=config_only)
-        source = ModelSource(model, folder, folder.name, trust_remote_code)
-    source = replace(source, config_only=config_only)
+        name, revision = model, folder.name
+    source = ModelSource(name, folder, revision, trust_remote_code, config_only)
     _require_own_files(source.folder)
     _require_whole_model(source)
     # Read both now, to report missing files before any long work.
@@ -193,10 +190,8 @@ def _require_own_files(folder: Path) -> None:
     What lies there would become part of a checkpoint that may be published.
     """
     with reading(folder):
-        entries = sorted(folder.iterdir())
-        templates = folder / _CHAT_TEMPLATES
-        entries += sorted(templates.iterdir()) if templates.is_dir() and not leads_out(templates, folder) else []
-    for path in entries:
+        entries = [*folder.iterdir(), *(folder / _CHAT_TEMPLATES).glob("*")]
+    for path in sorted(entries):
         if not _READ.fullmatch(path.name):
             continue
         if leads_out(path, folder):
@@ -222,6 +217,7 @@ def _require_whole_model(source: ModelSource) -> None:
 def _download(model: str, revision: str | None, notify: Notify, *, config_only: bool) -> Path:
     """Download a Hub model with its safetensors, or with its pickles if it has none; or only its config and code."""
     try:
+        validate_repo_id(model)  # before anything is asked of the network
         with task(notify, f"Looking for {model} on the Hub") as advance, offline_if_unreachable() as unreachable:
             options: dict[str, Any] = {"revision": revision, "tqdm_class": _silent_bar(advance)}
             if config_only:

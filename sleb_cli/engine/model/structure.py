@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +56,7 @@ def structure_of(module: nn.Module, without: str | None = None) -> Structure:
 
 def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> list[str]:
     """Return what differs in block `old` after the removal, one clause each."""
-    new = kept.blocks.index(old)
+    moved = kept.new_number[old] - old
 
     def same(name: str, a: Any, b: Any) -> bool:
         if _equal(a, b) or _same_list(a, b, kept):
@@ -64,13 +64,9 @@ def block_changes(before: Structure, after: Structure, old: int, kept: Kept) -> 
         if not _is_number(name, a, b):
             return False
         # A number relative to its own, the number of a block that it refers to, or the number of blocks.
-        if (
-            a - old == b - new
-            or (a in kept.blocks and kept.blocks.index(a) == b)
-            or (a, b) == (kept.count, len(kept.blocks))
-        ):
-            return True
-        return name.endswith("layer_idx") and a - 2 * old == b - 2 * new  # a block with two attentions counts these
+        expected = {a + moved, kept.new_number.get(a)} | ({len(kept.blocks)} if a == kept.count else set())
+        # A block with two attentions counts these.
+        return b in expected or (name.endswith("layer_idx") and b == a + 2 * moved)
 
     return [*_changes(before.parts, after.parts), *_changes(before.attributes, after.attributes, same)]
 
@@ -105,8 +101,7 @@ def outer_changes(before: Structure, after: Structure, kept: Kept) -> list[str]:
 
 def shared_weights(blocks: nn.ModuleList) -> bool:
     """Whether any parameter belongs to more than one block."""
-    owners = Counter(id(parameter) for block in blocks for parameter in set(block.parameters()))
-    return any(count > 1 for count in owners.values())
+    return sum(len(list(block.parameters())) for block in blocks) > len(list(blocks.parameters()))
 
 
 def refine_kinds(blocks: nn.ModuleList, kinds: Sequence[str]) -> list[str]:

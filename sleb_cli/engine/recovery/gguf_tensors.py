@@ -76,16 +76,9 @@ class GgufTensors:
         file: the file.
         skippable: the dense model, with its own values.
         blocks_path: the name of the list of blocks in it.
-
-    Raises:
-        UnsupportedModelError: the file is big-endian.
     """
 
     def __init__(self, file: GgufFile, skippable: SkippableModel, blocks_path: str) -> None:
-        if file.order != "<":
-            raise UnsupportedModelError(
-                f"{file.path} is big-endian, but sleb packs new values in little-endian order only.", hint=_ELSEWHERE
-            )
         self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
         self.written: dict[str, GgufTensor] = {}
         """The tensors that hold new values, by their names in the file."""

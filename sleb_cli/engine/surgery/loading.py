@@ -30,13 +30,8 @@ DeviceMap = str | Mapping[str, int | str]
 """Where the weights of each module are: the number of an accelerator, "cpu" or "disk"; or how to choose that."""
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"
+)  # fmt: skip
 
 
 def quiet_libraries() -> None:
@@ -150,20 +145,19 @@ def load_pruned(
             tensors = _prune(surgery, dense.state_dict().items())
             model = _with_tensors(surgery, tensors, dtype, device, None)
             loaded = model.state_dict()
-            if all(name in loaded and _is_same(loaded[name], tensor) for name, tensor in tensors.items()):
+            pairs = [(loaded.get(name), tensor) for name, tensor in tensors.items()]
+            if all(
+                new is not None and (new.data_ptr() == old.data_ptr() or torch.equal(new, old)) for new, old in pairs
+            ):
                 return model
             # transformers reads the files of this family in a way that it does not apply to its own tensors.
-            del model, tensors, loaded
+            del model, tensors, loaded, pairs
         return _with_tensors(surgery, _prune(surgery, source.weights.tensors()), dtype, device, device_map)
 
 
 def _prune(surgery: Surgery, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     pruned = surgery.names.prune(tensors)
     return {name: cut.of_tensor(tensor) if (cut := surgery.cut(name)) else tensor for name, tensor in pruned}
-
-
-def _is_same(loaded: Tensor, tensor: Tensor) -> bool:
-    return loaded.data_ptr() == tensor.data_ptr() or torch.equal(loaded, tensor)
 
 
 def prune_device_map(surgery: Surgery, device_map: DeviceMap | None) -> DeviceMap | None:

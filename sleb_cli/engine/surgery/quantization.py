@@ -12,9 +12,9 @@ their own, such as vLLM's fused `qkv_proj` and `gate_up_proj`, which no list of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import translate
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -31,10 +31,14 @@ _PREFIXES = ("re:", "+:", "-:")
 _NAME = re.compile(r"[\w.-]*")
 _GLOB = re.compile(r"[\w.*?-]*")
 _DOT = r"(?:\\\.|\[\.\]|\.)"
+# What may match a number in a pattern: any text at the start, digits, classes, groups, repetitions.
+_NUMBER = r"(?:\.[*+])?(?:\d|\\d|[*+?]|\{[\d,]+\}|\[(?!\.\])[^\]]+\]|\((?:[^()]|\([^()]*\))*\))*"
+# Numbers without the name of a list, as in GPTQ's `.*\.18\..*gate.*`.
+_BETWEEN_DOTS = r"(?:\\\.|\[\.\])(?=[\d(\[])"
 _NOTHING = "(?!)"
 
-PatternSyntax = Callable[[str], Callable[[str], object]]
-"""A way to interpret a pattern: returns a function that is truthy for the names that it matches."""
+Matches = Callable[[str, str], object]
+"""A way to interpret a pattern, the first argument: truthy if it matches a name, the second one."""
 
 
 def prune_quantization(config: Mapping[str, Any], architecture: Architecture, names: BlockNames) -> dict[str, Any]:
@@ -43,12 +47,12 @@ def prune_quantization(config: Mapping[str, Any], architecture: Architecture, na
     Raises:
         UnsupportedModelError: a pattern names blocks in a way that cannot be renumbered exactly.
     """
-    pruned: dict[str, Any] = {}
+    pruned = dict(config)
     for key, value in config.items():
         if key in _KEYS:
             pruned[key] = prune_module_names(value, architecture, names)
-        else:
-            pruned[key] = prune_quantization(value, architecture, names) if isinstance(value, dict) else value
+        elif isinstance(value, dict):
+            pruned[key] = prune_quantization(value, architecture, names)
     return pruned
 
 
@@ -73,14 +77,10 @@ def _walk(value: Any, renaming: _Renaming) -> Any:
     result = {}
     for key, part in value.items():
         name, new = renaming.rename(key), _walk(part, renaming)
-        if name is not None and (new is not None or part is None) and not _lost_its_targets(part, new):
+        lost_its_targets = isinstance(part, dict) and part.get("targets") and not new.get("targets")
+        if name is not None and (new is not None or part is None) and not lost_its_targets:
             result[name] = new
     return result
-
-
-def _lost_its_targets(before: Any, after: Any) -> bool:
-    """Whether a group of modules had `targets` and has none left."""
-    return isinstance(before, dict) and bool(before.get("targets")) and not after.get("targets")
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,20 @@ class _Renaming:
         prefix = next((prefix for prefix in _PREFIXES if text.startswith(prefix)), "")
         pattern = text.removeprefix(prefix)
         syntaxes = _syntaxes(pattern, prefix)
-        matched = {name for syntax in syntaxes for name in filter(syntax(pattern), self._modules)}
-        if matched.isdisjoint(self._block_modules) and not self._has_path(pattern):
+        names_blocks = any(matches(pattern, name) for matches in syntaxes for name in self._block_modules)
+        path = rf"(?<!\w){re.escape(self._path)}\.[\d(\[]"
+        if not names_blocks and not re.search(path, re.sub(_DOT, ".", pattern)):
             return text
-        for find_numbers in (self._after_path, _between_dots):
-            renumbered, removed = self._renumber(pattern, find_numbers)
-            if all(self._same_modules(pattern, renumbered, syntax) for syntax in syntaxes):
-                useless = removed and not any(self._any_module(renumbered, syntax) for syntax in syntaxes)
+        after_path = rf"(?:(?<!\w)|(?<=\\b)){re.escape(self._path.rpartition('.')[2])}{_DOT}"
+        for before in (after_path, _BETWEEN_DOTS):
+            renumbered, removed = self._renumber(pattern, before)
+            pairs = [
+                (bool(matches(pattern, name)), bool(matches(renumbered, new)))
+                for matches in syntaxes
+                for name, new in self._kept
+            ]
+            if all(before == after for before, after in pairs):
+                useless = removed and not any(after for _, after in pairs)
                 return None if useless else prefix + renumbered
         raise UnsupportedModelError(
             f"The quantization settings name blocks by {text!r}, which cannot be renumbered exactly.",
@@ -118,7 +125,7 @@ class _Renaming:
         found = re.search(rf"\.{re.escape(self._path)}\.(\d+)(?=\.|$)", name)
         if found is None:
             return name
-        number = self.names.new_number.get(int(found[1]))
+        number = self.names.kept.new_number.get(int(found[1]))
         return None if number is None else f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
 
     @property
@@ -134,35 +141,27 @@ class _Renaming:
 
     @cached_property
     def _block_modules(self) -> frozenset[str]:
-        return frozenset(name for name in self._modules if self.names.locate(name))
+        return frozenset(name for name in self._modules if self.names.block_of(name) is not None)
 
     @cached_property
     def _kept(self) -> list[tuple[str, str]]:
         """The names of the kept modules, before and after."""
         return [(name, new) for new, name in self.names.prune((name, name) for name in self._modules)]
 
-    def _has_path(self, pattern: str) -> bool:
-        return re.search(rf"(?<!\w){re.escape(self._path)}\.[\d(\[]", re.sub(_DOT, ".", pattern)) is not None
+    def _renumber(self, pattern: str, before: str) -> tuple[str, bool]:
+        """Return the pattern with new numbers of blocks after `before`, and whether it named removed blocks only."""
+        removed: list[bool] = []
 
-    def _after_path(self, pattern: str) -> Iterator[int]:
-        """Yield the positions of numbers in a pattern that follow the name of the list of blocks."""
-        tail = re.escape(self._path.rpartition(".")[2])
-        for found in re.finditer(rf"(?:(?<!\w)|(?<=\\b)){tail}{_DOT}", pattern):
-            yield found.end()
-
-    def _renumber(self, pattern: str, find_numbers: Callable[[str], Iterator[int]]) -> tuple[str, bool]:
-        """Return the pattern with new numbers of blocks, and whether it named removed blocks only."""
-        done, parts, removed = 0, [], []
-        for start in find_numbers(pattern):
-            end = _end_of_number(pattern, start)
-            named = self._numbers(pattern[start:end])
-            if start < done or named is None:
-                continue
-            kept = [str(self.names.new_number[block]) for block in named if block in self.names.new_number]
-            parts += [pattern[done:start], kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})" if kept else _NOTHING]
+        def renumber(found: re.Match[str]) -> str:
+            named = self._numbers(found[2])
+            if named is None:
+                return found[0]
+            new_number = self.names.kept.new_number
+            kept = [str(new_number[block]) for block in named if block in new_number]
             removed.append(not kept)
-            done = end
-        return "".join([*parts, pattern[done:]]), bool(removed) and all(removed)
+            return found[1] + (kept[0] if len(kept) == 1 else f"(?:{'|'.join(kept)})" if kept else _NOTHING)
+
+        return re.sub(f"({before})({_NUMBER})", renumber, pattern), bool(removed) and all(removed)
 
     def _numbers(self, part: str) -> list[int] | None:
         """Return the blocks that a part of a pattern matches; None if it matches all, or no number."""
@@ -173,54 +172,15 @@ class _Renaming:
             return None
         return None if len(named) == len(blocks) or not (named or part.isdigit()) else named
 
-    def _same_modules(self, before: str, after: str, syntax: PatternSyntax) -> bool:
-        matches_before, matches_after = syntax(before), syntax(after)
-        return all(bool(matches_before(name)) == bool(matches_after(new)) for name, new in self._kept)
 
-    def _any_module(self, pattern: str, syntax: PatternSyntax) -> bool:
-        matches = syntax(pattern)
-        return any(matches(new) for _, new in self._kept)
-
-
-def _between_dots(pattern: str) -> Iterator[int]:
-    """Yield the positions of numbers without the name of a list, as in GPTQ's `.*\\.18\\..*gate.*`."""
-    for found in re.finditer(r"(?:\\\.|\[\.\])(?=[\d(\[])", pattern):
-        yield found.end()
-
-
-def _syntaxes(pattern: str, prefix: str) -> list[PatternSyntax]:
+def _syntaxes(pattern: str, prefix: str) -> list[Matches]:
     """Return all the ways in which programs may interpret a pattern: as a regex, or as a glob."""
     try:
         re.compile(pattern)
     except re.error:  # "*.mlp"
         return [_as_glob]
-    return [_from_the_start, _anywhere, *([_as_glob] if not prefix and _GLOB.fullmatch(pattern) else [])]
+    return [re.match, re.search, *([_as_glob] if not prefix and _GLOB.fullmatch(pattern) else [])]
 
 
-def _from_the_start(pattern: str) -> Callable[[str], object]:
-    return re.compile(pattern).match
-
-
-def _anywhere(pattern: str) -> Callable[[str], object]:
-    return re.compile(pattern).search
-
-
-def _as_glob(pattern: str) -> Callable[[str], object]:
-    return re.compile(translate(pattern)).match
-
-
-def _end_of_number(pattern: str, start: int) -> int:
-    """Return where the part that matches a number ends: before the next dot, or with its alternative or group."""
-    depth, here = 0, start
-    while here < len(pattern):
-        character, next_one = pattern[here], pattern[here + 1 : here + 2]
-        any_text = here == start and character == "." and next_one in ("*", "+")
-        if depth == 0 and (re.match(r"\\\.|\[\.\]|[|$)]", pattern[here:]) or (character == "." and not any_text)):
-            break
-        if character == "\\":
-            here += 1
-        elif character == "[":
-            here = max(here, pattern.find("]", here + 2))
-        depth += (character == "(") - (character == ")")
-        here += 1
-    return min(here, len(pattern))
+def _as_glob(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern)

@@ -71,12 +71,16 @@ def resolve_subject(
     path = Path(model)
     plan = read_named_plan(path, request) if is_plan(model) else None
     if plan:
-        removals = plan.removals
-        if request.model is None:
-            _require_located(path, plan.model)
-            model, revision = plan.model.id, revision or plan.model.revision
-        else:
+        removals, of = plan.removals, plan.model
+        if request.model is not None:
             model = request.model
+        # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
+        elif of.revision is None and of.id != DEMO and not Path(of.id).is_absolute() and not Path(of.id).exists():
+            raise PlanError(
+                f"{path} was made for {of.id}, and does not say where that is.", hint="Name its folder with --model."
+            )
+        else:
+            model, revision = of.id, revision or of.revision
     elif request.model is not None:
         raise UsageError(f"--model applies to a plan, and {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
@@ -114,18 +118,6 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
     return first_of_plan(read_plan(path), request.most_removals, path)
 
 
-def _require_located(path: Path, model: ModelRecord) -> None:
-    """Make sure that a plan from a checkpoint, which has only the name of a local model, does not lead to the Hub.
-
-    Raises:
-        PlanError: there is no such folder or file here.
-    """
-    if model.revision is None and model.id != DEMO and not Path(model.id).is_absolute() and not Path(model.id).exists():
-        raise PlanError(
-            f"{path} was made for {model.id}, and does not say where that is.", hint="Name its folder with --model."
-        )
-
-
 def first_removals(removals: tuple[int, ...], count: int | None, where: str) -> tuple[int, ...]:
     """Return the first `count` removals of `where`; all of them by default.
 
@@ -159,15 +151,10 @@ def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
         return
     if not source.trust_remote_code:
         raise untrusted_code(source)
-    if planned is None:
-        raise PlanError(
-            f"{path} was made without the Python code that comes with {source.id}.",
-            hint="Leave out --trust-remote-code, or search again with it.",
-        )
     raise PlanError(
         f"{path} was made with other Python code than {source.id} has now "
-        f"(SHA-256 {found[:12] if found else 'of nothing'}, not {planned[:12]}).",
-        hint="Compare the two, and take the old code; to use the new code, search again.",
+        f"(SHA-256: {str(found)[:12]}, not {str(planned)[:12]}).",
+        hint="Take the plan's code, or search again with this code.",
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import DynamicCache
 
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.block_names import BlockNames
-from sleb_cli.engine.model.structure import block_changes, outer_changes, structure_of
+from sleb_cli.engine.model.structure import block_changes, outer_changes
 from sleb_cli.engine.surgery.quantization import prune_quantization
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import ModelError, UnsupportedModelError
@@ -29,8 +29,6 @@ from sleb_plugins.config_keys import (
     require_removable,
     sliced_axis,
 )
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -121,17 +119,16 @@ class Surgery:
                 return f"{why} ({key})"
         try:
             config = before.read_config(self.prune_config())
-            skeleton = before.build(config)
-            blocks = before.blocks_of(skeleton)
+            blocks, outside = before.structures_of(before.build(config))
         except ModelError as error:
             return error.message.rstrip(".")
         if len(blocks) != len(kept.blocks):
             return f"with {before.adapter.count_key} {len(kept.blocks)} the model has {len(blocks)} blocks"
-        for new, old in enumerate(kept.blocks):
-            changes = block_changes(before.block_structures[old], structure_of(blocks[new]), old, kept)
-            if changes:
+        were, outside_before = before.structures
+        for old, block in zip(kept.blocks, blocks, strict=True):
+            if changes := block_changes(were[old], block, old, kept):
                 return f"in block {old}, {changes[0]}{self._by_period()}"
-        if changes := outer_changes(before.outer_structure, before.outer_structure_of(skeleton), kept):
+        if changes := outer_changes(outside_before, outside, kept):
             return f"outside the blocks, {changes[0]}"
         return None if _cache_fault(before.config) else _cache_fault(config)
 
