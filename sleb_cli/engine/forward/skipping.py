@@ -73,7 +73,7 @@ class BlockSwitch:
         if not self.skip or kind not in self.wraps:
             if self.fetch is not None:
                 with our_code():
-                    self.fetch()  # in order, or the family would not have passed the check
+                    self.fetch()
             output = self._forward(*args, **kwargs)
             self.wraps[kind] = _wrapper_like(output)
         if self.skip:
@@ -315,8 +315,16 @@ class SkippableModel:
                 runs.append(index)
                 known.add(type(switch.block))
         here = self.weights.visit(runs)
+
+        def fetch(block: int) -> None:
+            if next(here, None) != block:
+                raise UnsupportedModelError(
+                    f"{self.model.config.model_type} does not call its blocks once each, in order.",
+                    hint="sleb cannot stream it. Use a machine with more memory.",
+                )
+
         for index in runs:
-            self.switches[index].fetch = partial(next, here, None)
+            self.switches[index].fetch = partial(fetch, index)
         with closing(here):
             yield
 

@@ -327,7 +327,8 @@ def _read_structure(architecture: Architecture) -> FamilyAdapter:
         and all(type(block).forward is not nn.Module.forward for block in module)
     }
     if not lists:
-        raise UnsupportedModelError(f"{model_type} has no list of {count} blocks to remove from.", hint=_WHAT_WORKS)
+        number = "" if count is None else f"{count} "
+        raise UnsupportedModelError(f"{model_type} has no list of {number}blocks to remove from.", hint=_WHAT_WORKS)
     # In a multimodal model, those of the language model, if transformers says which it is.
     decoder = getattr(skeleton, "get_decoder", lambda: None)()
     inner = [module for module in decoder.modules() if module in lists] if isinstance(decoder, nn.Module) else []
