@@ -14,7 +14,7 @@ import torch
 from conftest import llama_config, save_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, peak_memory, runners
-from sleb_cli.engine.speed.timing import Measured, Sample
+from sleb_cli.engine.speed.timing import Measured
 from sleb_cli.results import BenchResult, WarmupRecord
 from sleb_plugins.engine import TimedRun
 
@@ -179,8 +179,7 @@ def test_results_are_kept_beside_the_plan(run_sleb, llama_plan, tmp_path, withou
 
 
 def instantly(models, *given):
-    samples = {name: Sample((TimedRun(1.0),)) for name in models}
-    return Measured(WarmupRecord(runs=0, deviation=None, stable=None), samples)
+    return Measured(WarmupRecord(runs=0, deviation=None, stable=None), [dict.fromkeys(models, (TimedRun(1.0), 0.0))])
 
 
 def test_models_that_share_no_weights_are_timed_in_pairs(run_sleb, tiny_llama, without_memory, monkeypatch):
