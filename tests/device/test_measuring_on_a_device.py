@@ -24,8 +24,10 @@ def evaluate(run_sleb, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("where", ["float64", "no float64", "spread out"])
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "where"),
+    [("llama", "float64"), ("llama", "spread out"), ("gemma3_text", "no float64"), ("mixtral", "spread out")],
+)
 def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread, family, where):
     model = save_model(tmp_path / "dense", tiny_config(family))
     expected = evaluate(model, "--device", "cpu")

@@ -57,7 +57,12 @@ def measure_rate(dtype: torch.dtype, device: torch.device) -> Rate:
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
     """Return the seconds of the fastest of five runs, which other programs disturb least, after one to warm up."""
-    return min(timeit.repeat(lambda: (run(), synchronize(device)), repeat=6, number=1)[1:])
+
+    def once() -> None:
+        run()
+        synchronize(device)
+
+    return min(timeit.repeat(once, repeat=6, number=1)[1:])
 
 
 def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> EstimateResult:
