@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sleb_cli.tables.search import block_strip
-from sleb_cli.tables.table import Table, to_markdown, to_text
+from sleb_cli.tables.table import Table, tabulate, to_markdown, to_text
 from sleb_cli.ui.chart import ROWS, Line, draw_lines
 from sleb_cli.ui.names import elide, short_name
 from sleb_cli.ui.tables import fitting
@@ -108,8 +108,8 @@ def test_text_wraps_between_words_before_a_column_goes():
 
 
 def test_what_several_rows_are_about_stands_in_the_first():
-    rows = [["a", "1", ""], ["a", "2", ""], ["b", "3", ""]]
-    table = Table("", ["x", "y", "empty"], rows).filled()
+    rows = [["a", 1, None], ["a", 2, None], ["b", 3, None]]
+    table = tabulate("", [("x", str), ("y", "{}".format), ("empty", str)], rows)
     assert [row.split() for row in shown(fitting(table, 80), 80) if row.startswith("│")] == [
         ["│", "a", "│", "1", "│"], ["│", "│", "2", "│"], ["│", "b", "│", "3", "│"],
     ]  # fmt: skip
