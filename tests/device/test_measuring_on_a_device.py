@@ -53,6 +53,7 @@ def test_both_workloads_are_timed_on_both_models(run_sleb, simulate, tiny_llama,
     assert [len(steps) for steps in data["workloads"][1]["dense"]["itls"]] == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_memory_is_the_devices(run_sleb, simulate, tiny_llama):
     simulate(float64=False)
     data = run_bench(run_sleb, tiny_llama, "--generation", "--new-tokens", 2)

@@ -41,10 +41,8 @@ def resolve_workloads(
     Raises:
         UsageError: a number is out of range, the sweep is malformed, or a text exceeds the model's positions.
     """
-    names: tuple[WorkloadName, ...] = ("prompt", "generation")
-    if request.prompt != request.generation:
-        names = ("prompt",) if request.prompt else ("generation",)
-    points = _sweep_points(request)
+    both, points = request.prompt == request.generation, _sweep_points(request)
+    names = [name for name in _ON_CPU if both or getattr(request, name)]
     found = [resolve_workload(name, point, subject, device, notify) for name in names for point in points]
     # Several points are the same prompt workload if only their new tokens differ.
     return tuple(dict.fromkeys(found))

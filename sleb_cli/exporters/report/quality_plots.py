@@ -127,15 +127,12 @@ def _draw_divergence(findings: Findings, figure: Figure) -> None:
     (axes,) = figure.subplots(1, len(shown), squeeze=False)
     for axis, (name, text) in zip(axes, shown, strict=True):
         counts = [len(entry.removals) for entry in text.pruned]
-        kls = [entry.divergence for entry in text.pruned]
-        for label, marker, colour, values in (
-            ("median", "^", GREEN, [kl.median for kl in kls]),
-            ("mean", "o", PRUNED, [kl.mean for kl in kls]),
-            ("90%", "s", DENSE, [kl.p90 for kl in kls]),
-            ("99%", "D", PURPLE, [kl.p99 for kl in kls]),
-        ):
-            above = [max(value, 1e-6) for value in values]
-            axis.plot(counts, above, marker=marker, color=colour, label=label, linewidth=1.2)
+        for label, marker, colour, field in (
+            ("median", "^", GREEN, "median"), ("mean", "o", PRUNED, "mean"), ("90%", "s", DENSE, "p90"),
+            ("99%", "D", PURPLE, "p99"),
+        ):  # fmt: skip
+            values = [max(getattr(entry.divergence, field), 1e-6) for entry in text.pruned]
+            axis.plot(counts, values, marker=marker, color=colour, label=label, linewidth=1.2)
         axis.set(xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(name, _TITLE))
         axis.set_yscale("log")
         ticks = plain_ticks(*axis.get_ylim())

@@ -122,14 +122,11 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
 def embedded(pruning: Pruning) -> str:
     """Return the data behind the page as JSON that no text in it can leave: "</script>" has no "<" there."""
     data = {"plan": pruning.plan, "evaluation": pruning.evaluation, "benchmark": pruning.benchmark}
-    text = _compact(_without(data, _LEFT_OUT))
-    if len(text) > _LARGE:
-        text = _compact(_without(data, _LEFT_OUT_OF_LARGE))
+    for left_out in (_LEFT_OUT, _LEFT_OUT_OF_LARGE):
+        text = json.dumps(_without(data, left_out), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        if len(text) <= _LARGE:
+            break
     return text.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
-
-
-def _compact(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _without(data: Any, names: frozenset[str]) -> Any:
