@@ -351,7 +351,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
-    monkeypatch.setattr(benchmark, "measure_alone", lambda alone, workloads, notify: (None, [None] * 99))
+    monkeypatch.setattr(benchmark, "measure_alone", lambda *given: (None, [None] * 99))
 
 
 def slow(value: Any) -> Any:

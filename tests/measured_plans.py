@@ -3,9 +3,14 @@
 import math
 import random
 import statistics
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
+from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.output.measured import results_of_plan
+from sleb_cli.engine.speed.timing import Measured, model_name, workload_result
+from sleb_cli.engine.speed.work import Work
 from sleb_cli.plan import (
     CalibrationRecord,
     DenseRecord,
@@ -22,7 +27,6 @@ from sleb_cli.records import ModelRecord
 from sleb_cli.results import (
     BenchResult,
     DivergenceRecord,
-    EnergyRecord,
     EvalResult,
     FlipRecord,
     Interval,
@@ -30,28 +34,26 @@ from sleb_cli.results import (
     ModelSize,
     PrunedTaskScores,
     PrunedTextScores,
-    PrunedTiming,
     TaskResult,
     TaskScores,
     TextResult,
     TextScores,
-    Timing,
     WarmupRecord,
     Workload,
     WorkloadResult,
-    WorkRecord,
 )
+from sleb_plugins.engine import TimedRun
 
 SHA = "0" * 64
 
 
 def make_plan(
-    blocks: int, remove: int, *, name: str = "acme/Tiny-1B", raced: bool = True, kinds: bool = False, seed: int = 0
-) -> Plan:
-    """Return a plan in which blocks of the middle cost least, and the first costs most."""
+    blocks: int, remove: int, *, name: str = "acme/Tiny-1B", text: str = "wikitext2", raced: bool = True,
+    kinds: bool = False, seed: int = 0,
+) -> Plan:  # fmt: skip
+    """Return a plan in which blocks of the middle cost least."""
     rng = random.Random(seed)
     cost = {b: 0.02 + 0.1 * abs(b / blocks - 0.6) ** 2 + rng.uniform(0, 0.03) for b in range(blocks)}
-    cost[min(cost)] = 6.0
     if blocks > 3:
         cost[1] = 1.5
     removed: list[int] = []
@@ -59,13 +61,10 @@ def make_plan(
     for size in range(1, remove + 1):
         candidates = [b for b in range(1, blocks - 1) if b not in removed]
         scores = {b: loss + cost[b] * (1 + 0.25 * size) for b in candidates}
-        block = min(scores, key=scores.__getitem__)
-        survivors = sorted(scores, key=scores.__getitem__)[: max(1, len(scores) // 3)] if raced else list(scores)
-        dropped = {
-            b: DropRecord(sequences=4, behind=scores[b] - scores[block], errors=3.5)
-            for b in scores
-            if b not in survivors
-        }
+        ranked = sorted(scores, key=scores.__getitem__)
+        block, count = ranked[0], max(1, len(ranked) // 3) if raced else len(ranked)
+        behind = {b: scores[b] - scores[block] for b in ranked[count:]}
+        dropped = {b: DropRecord(sequences=4, behind=score, errors=3.5) for b, score in behind.items()}
         loss = scores[block]
         removed.append(block)
         steps.append(
@@ -74,17 +73,14 @@ def make_plan(
                 kind=("mamba" if block % 3 else "attention") if kinds else "",
                 score=loss,
                 perplexity=math.exp(loss),
-                scores={b: scores[b] for b in sorted(survivors)},
+                scores={b: scores[b] for b in sorted(ranked[:count])},
                 race=RaceRecord(margin=0.01, dropped=dropped) if raced else None,
                 held_out=HeldOutRecord(
-                    loss=loss + 0.03 * size,
-                    perplexity=math.exp(loss + 0.03 * size),
-                    generalization_gap=0.02 * size,
-                    standard_error=0.02,
-                    overfits=size > 4,
+                    loss=loss + 0.03 * size, perplexity=math.exp(loss + 0.03 * size), overfits=size > 4,
+                    generalization_gap=0.02 * size, standard_error=0.02,
                 ),
             )
-        )
+        )  # fmt: skip
     return Plan(
         schema_version=1,
         sleb_version="0.1.0",
@@ -92,7 +88,7 @@ def make_plan(
             id=name, revision="3f1c2d" + "0" * 34, fingerprint=SHA, model_type="llama", family="llama", blocks=blocks
         ),
         calibration=CalibrationRecord(
-            source="wikitext2", seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256=SHA
+            source=text, seed=0, sequences=16, sequence_length=2048, bos=False, tokens_sha256=SHA
         ),
         search=SearchRecord(
             strategy="greedy", metric="nll", remove=remove, ratio=None, protect_first=1, protect_last=1,
@@ -196,11 +192,12 @@ def _task(name: str, sizes: tuple[tuple[int, ...], ...], items: int, seed: int) 
 
 
 def make_benchmark(
-    plan: Plan, *, every: int = 2, iterations: int = 20, batches: tuple[int, ...] = (1, 8)
-) -> BenchResult:
-    """Return what `sleb bench --every` could say of a plan."""
+    plan: Plan, *, every: int = 2, iterations: int = 20, batches: tuple[int, ...] = (1, 8),
+    workloads: Sequence[tuple[str, int, int, int]] = (),
+) -> BenchResult:  # fmt: skip
+    """Return what `sleb bench --every` could say of a plan: of workloads by name, batch, prompt and new tokens."""
     sizes = _sizes(plan, every)
-    workloads = [("prompt", 1, 512, 0), *(("generation", batch, 64, 32) for batch in batches)]
+    workloads = workloads or [("prompt", 1, 512, 0), *(("generation", batch, 64, 32) for batch in batches)]
     per_block, rest = 3_540_000, 28_300_000
 
     def size(removals: tuple[int, ...]) -> ModelSize:
@@ -221,59 +218,32 @@ def make_benchmark(
 def _workload(
     plan: Plan, sizes: tuple[tuple[int, ...], ...], iterations: int, name: str, batch: int, prompt: int, new: int
 ) -> WorkloadResult:
-    rng = random.Random(f"{name}{batch}")
-    blocks = plan.model.blocks
+    rng = random.Random(f"{name}{batch}x{prompt}")
+    blocks, models = plan.model.blocks, ((), *sizes)
 
-    def timing(removals: tuple[int, ...]) -> dict[str, object]:
-        kept = blocks - len(removals)
-        base = (0.2 + 0.02 * batch) * (0.12 + 0.88 * kept / blocks)
-        ttfts = [base * rng.lognormvariate(0, 0.015) for _ in range(iterations)]
-        itls = [[base / 8 * rng.lognormvariate(0, 0.03) for _ in range(new - 1)] for _ in ttfts] if new else []
-        e2els = [first + sum(steps) for first, steps in zip(ttfts, itls or [[]] * iterations, strict=True)]
-        tpots, steps = [statistics.fmean(row) for row in itls], [value for row in itls for value in row]
-        total, weights = sum(e2els), 2 * (28_300_000 + 3_540_000 * kept)
-        return {
-            "duration": total, "completed": batch * iterations, "total_input_tokens": batch * prompt * iterations,
-            "total_output_tokens": batch * new * iterations, "request_throughput": batch * iterations / total,
-            "output_throughput": batch * new * iterations / total,
-            "total_token_throughput": batch * (prompt + new) * iterations / total,
-            **_milliseconds("ttft", ttfts), **_milliseconds("tpot", tpots), **_milliseconds("itl", steps),
-            **_milliseconds("e2el", e2els), "ttfts": tuple(ttfts), "itls": tuple(map(tuple, itls)),
-            "e2els": tuple(e2els), "outliers": 1,
-            "memory": MemoryRecord(
-                peak_bytes=weights + 30_000_000 * batch + 250_000_000, weights_bytes=weights,
-                kv_cache_bytes=kept * 1_000_000 * batch, rest_bytes=250_000_000,
-            ),
-            "energy": EnergyRecord(
-                source="RAPL", joules=(40.0,) * iterations, joules_per_iteration=40.0,
-                joules_per_token=40 / (batch * (new or prompt)),
-            ),
-            "work": WorkRecord(prefill_flops=1e11, prefill_bytes=2e8, decode_flops=1e9, decode_bytes=3e9),
-        }  # fmt: skip
+    def run(removals: tuple[int, ...]) -> tuple[TimedRun, float]:
+        base = (0.2 + 0.02 * batch) * (1 - 0.88 * len(removals) / blocks)
+        times = [base * rng.lognormvariate(0, 0.015), *(base / 8 * rng.lognormvariate(0, 0.03) for _ in range(new - 1))]
+        arrivals = tuple(accumulate(times))
+        return TimedRun(arrivals[-1], arrivals if new else ()), 40.0
 
-    dense = timing(())
+    def memory(removals: tuple[int, ...]) -> MemoryRecord:
+        kept, rest = blocks - len(removals), 250_000_000
+        weights, cache = 2 * (28_300_000 + 3_540_000 * kept), kept * 1_000_000 * batch
+        peak = weights + cache + rest
+        return MemoryRecord(peak_bytes=peak, weights_bytes=weights, kv_cache_bytes=cache, rest_bytes=rest)
 
-    def pruned(removals: tuple[int, ...]) -> PrunedTiming:
-        values, bound = timing(removals), blocks / (blocks - len(removals))
-        speedup = dense["median_e2el_ms"] / values["median_e2el_ms"]
-        interval = _around(speedup, 0.008 * speedup)
-        return PrunedTiming(**values, removals=removals, speedup=speedup, interval=interval, bound=bound)
-
-    return WorkloadResult(
-        workload=Workload(
-            name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
-            iterations=iterations, warmup=None, cooldown=0.0, seed=0, compiled=False, static_cache=False,
-        ),
-        engine_version=None, attention="sdpa", warmup=WarmupRecord(runs=4, deviation=0.012, stable=True),
-        dense=Timing(**dense), pruned=tuple(map(pruned, sizes)),
+    workload = Workload(
+        name=name, engine="transformers", batch_size=batch, prompt_length=prompt, new_tokens=new,
+        iterations=iterations, warmup=None, cooldown=0.0, seed=0, compiled=False, static_cache=False,
     )  # fmt: skip
-
-
-def _milliseconds(name: str, seconds: list[float]) -> dict[str, float | None]:
-    ordered = sorted(1000 * value for value in seconds) or [None]
-    at = {share: ordered[int(share / 100 * (len(ordered) - 1))] for share in (50, 90, 99)}
-    figures = dict.fromkeys(("mean", "median", "std"), at[50]) | {f"p{share}": value for share, value in at.items()}
-    return {f"{figure}_{name}_ms": value for figure, value in figures.items()}
+    rounds = [{model_name(removals): run(removals) for removals in models} for _ in range(iterations)]
+    measured = Measured(WarmupRecord(runs=4, deviation=0.012, stable=True), rounds)
+    work = Work(*(Sizes(0.0, (amount,) * blocks) for amount in (1e11, 2e8, 1e9, 3e9)))
+    return workload_result(
+        workload, [measured], sizes, memory={removals: memory(removals) for removals in models}, work=work,
+        energy="RAPL", attention="sdpa",
+    )  # fmt: skip
 
 
 def write_measured(

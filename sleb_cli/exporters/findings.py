@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from sleb_cli.atomic import to_json
-from sleb_cli.plan import CalibrationRecord, Plan
+from sleb_cli.plan import Plan
 from sleb_cli.results import (
     BenchResult,
     EvalResult,
     Interval,
     ModelSize,
     PrunedTaskScores,
+    PrunedTextScores,
+    PrunedTiming,
     TaskResult,
     TextResult,
     WorkloadResult,
@@ -37,8 +39,7 @@ Z = 1.959963984540054
 _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 # Our own tasks, which are made to break first: an average with them would say nothing about what a model knows.
 _OURS = "sleb_"
-# Of these, calibration reads the training split, and evaluation another.
-_SPLIT = ("wikitext2", "c4")
+_PRESETS = ("wikitext2", "c4")
 
 
 class _OfASize(Protocol):
@@ -92,18 +93,21 @@ class Findings:
     @cached_property
     def text_names(self) -> list[str]:
         """The names of the texts, and whether the pruned model was made on them."""
-        return text_names(self.texts, self._made_on)
+        return text_names(self.texts, self.made_on)
 
-    def _made_on(self, text: TextResult) -> list[str]:
+    def made_on(self, text: TextResult) -> list[str]:
         """Return what was done on this text besides measuring."""
         recovery = self.plan.recovery
         used = {"searched on": self.plan.calibration} | ({"recovered on": recovery.text} if recovery else {})
-        return [what for what, record in used.items() if _holds(record, text.text)]
+        if text.text in _PRESETS:  # of which calibration reads the training split, and evaluation another
+            return []
+        return [what for what, record in used.items() if _split_of(text.text) in map(_split_of, record.sources)]
 
-    @property
-    def is_independent(self) -> bool:
-        """Whether no text that was measured is one that the pruned model was made on."""
-        return not any(map(self._made_on, self.texts))
+    @cached_property
+    def own_texts(self) -> list[tuple[str, TextResult, PrunedTextScores]]:
+        """The name of each text, and its scores at the plan's size."""
+        named = zip(self.text_names, self.texts, strict=True)
+        return [(name, text, scores) for name, text in named if (scores := self.own(text.pruned))]
 
     @property
     def tasks(self) -> Sequence[TaskResult]:
@@ -113,12 +117,10 @@ class Findings:
     @cached_property
     def main_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
         """One metric of each task with items, and its scores at the plan's size."""
-        chosen: dict[str, tuple[TaskResult, PrunedTaskScores]] = {}
-        for task in sorted(self.tasks, key=_preference):
-            if task.items_sha256 and (scores := self.own(task.pruned)):
-                chosen.setdefault(task.task, (task, scores))
-        names = dict.fromkeys(task.task for task in self.tasks)
-        return [chosen[name] for name in names if name in chosen]
+        measured = [(task, scores) for task in self.tasks if task.items_sha256 and (scores := self.own(task.pruned))]
+        best_last = sorted(measured, key=lambda found: _preference(found[0]))[::-1]
+        chosen = {task.task: (task, scores) for task, scores in best_last}
+        return [chosen[name] for name in dict.fromkeys(task.task for task, _ in measured)]
 
     @property
     def accuracy_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
@@ -153,19 +155,20 @@ class Findings:
         return self.benchmark.workloads if self.benchmark else ()
 
     @cached_property
-    def main_workloads(self) -> list[WorkloadResult]:
-        """One workload of each name: of transformers before other engines, with an interval, of the most tokens.
+    def main_workloads(self) -> list[tuple[WorkloadResult, PrunedTiming]]:
+        """One workload of each name, and its times at the plan's size.
 
-        The largest says most: small ones are decided by what a machine does around the work.
+        With transformers before other engines, with an interval, of the most tokens: small ones are decided by what a
+        machine does around the work.
         """
 
-        def order(result: WorkloadResult) -> tuple[bool, bool, int]:
-            workload, entry = result.workload, self.own(result.pruned)
+        def order(found: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, bool, int]:
+            workload = found[0].workload
             tokens = workload.batch_size * (workload.prompt_length + workload.new_tokens)
-            return workload.engine != "transformers", entry is None or entry.interval is None, -tokens
+            return workload.engine != "transformers", found[1].interval is None, -tokens
 
-        measured = [result for result in self.workloads if self.own(result.pruned)]
-        of_name = ([each for each in measured if each.workload.name == name] for name in ("generation", "prompt"))
+        measured = [(result, timing) for result in self.workloads if (timing := self.own(result.pruned))]
+        of_name = ([each for each in measured if each[0].workload.name == name] for name in ("generation", "prompt"))
         return [min(found, key=order) for found in of_name if found]
 
     @property
@@ -179,11 +182,7 @@ class Findings:
         """What was not measured, and the commands that do."""
         name, model = self.plan_argument, shlex.quote(self.plan.model.id)
         gaps = [
-            (
-                any(self.own(text.pruned) for text in self.texts),
-                "perplexity and divergence on text",
-                f"sleb eval {name} --every 2",
-            ),
+            (self.own_texts, "perplexity and divergence on text", f"sleb eval {name} --every 2"),
             (self.main_tasks, "accuracy on tasks", f"sleb eval {name} --every 2 --tasks piqa,arc_easy"),
             (self.main_workloads, "speed and memory", f"sleb bench {name} --every 2"),
             (self.plan.dense.held_out, "loss on held-out text", f"sleb search {model} --holdout 0.2 …"),
@@ -212,11 +211,6 @@ def read_findings(pruning: Pruning, *, public: bool = True) -> Findings:
 
 def _preference(task: TaskResult) -> int:
     return _MAIN_METRICS.index(task.metric) if task.metric in _MAIN_METRICS else len(_MAIN_METRICS)
-
-
-def _holds(record: CalibrationRecord, text: str) -> bool:
-    """Whether a text is one of those in the record of a calibration, by its source."""
-    return text not in _SPLIT and _split_of(text) in map(_split_of, record.sources)
 
 
 def _split_of(source: str) -> tuple[str, str, str]:

@@ -33,11 +33,13 @@ def _gains(findings: Findings, benchmark: BenchResult | None) -> list[str]:
         return []
     where = f"on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}"
     lines = []
-    for result in findings.main_workloads:
-        if entry := findings.own(result.pruned):
-            few = "" if entry.interval else f" in {plural(len(entry.e2els), 'run')}, too few for an interval"
-            fast = faster((entry.speedup, entry.interval))
-            lines.append(f"It {_DOES[result.workload.name]} {fast}{few}, {_work(result.workload)}, {where}.")
+    for result, timing in findings.main_workloads:
+        few = "" if timing.interval else f" in {plural(len(timing.e2els), 'run')}, too few for an interval"
+        ends = timing.interval
+        interval = f" (95% interval {between(ends, '{:.2f}'.format)})" if ends else ""
+        unclear = "no measurably faster or slower: " if ends and ends.low <= 1 <= ends.high else ""
+        fast = f"{unclear}{timing.speedup:.2f} times as fast{interval}{few}"
+        lines.append(f"It {_DOES[result.workload.name]} {fast}, {_work(result.workload)}, {where}.")
     return lines
 
 
@@ -49,20 +51,8 @@ def _work(workload: Workload) -> str:
     return f"with {prompts} of {plural(workload.prompt_length, 'token')}{new}{engine}"
 
 
-def faster(measured: Estimate) -> str:
-    """Say how much faster a model is: 1.21 times as fast (95% interval 1.19 to 1.23)."""
-    value, interval = measured
-    ends = f" (95% interval {between(interval, '{:.2f}'.format)})" if interval else ""
-    unclear = "no measurably faster or slower: " if interval and interval.low <= 1 <= interval.high else ""
-    return f"{unclear}{value:.2f} times as fast{ends}"
-
-
 def _costs(findings: Findings) -> list[str]:
-    lines = [
-        f"Its perplexity on {name} {_changes(text.dense, entry)}."
-        for name, text in zip(findings.text_names, findings.texts, strict=True)
-        if (entry := findings.own(text.pruned))
-    ]
+    lines = [f"Its perplexity on {name} {_changes(text.dense, own)}." for name, text, own in findings.own_texts]
     kept = findings.retention(findings.plan.removals)
     return [*lines, _accuracy(findings, kept)] if kept else lines
 

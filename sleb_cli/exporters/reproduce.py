@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from sleb_cli.exporters.findings import Findings
@@ -21,7 +22,7 @@ def _search(findings: Findings) -> str:
     model, search, text, sample = plan.model, plan.search, plan.calibration, plan.sample_generation
     is_demo = model.id == "demo"
     presets = text.source.endswith("-sleb")  # their samples count rows of text, not the sequences recorded
-    values = {
+    values: dict[str, Any] = {
         **_target(search, model.blocks),
         "metric": search.metric,
         "strategy": search.strategy,
@@ -42,15 +43,11 @@ def _search(findings: Findings) -> str:
         "load_in": search.load_in,
         "batch_size": search.batch_size,
         "revision": None if is_demo else model.revision,
+        "fast": search.fast,
+        "skip_bad_sequences": True if text.skipped else None,
     }
-    words = ["sleb", "search", model.id]
-    for name, value in values.items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    words.append("--fast" if search.fast else "--no-fast")
-    words += ["--skip-bad-sequences"] if text.skipped else []
     output = "" if findings.plan_argument == "plan.json" else f" -o {findings.plan_argument}"
-    return shlex.join(words) + output
+    return shlex.join(["sleb", "search", model.id, *_options(values)]) + output
 
 
 def _target(search: SearchRecord, blocks: int) -> dict[str, Any]:
@@ -66,17 +63,26 @@ def _target(search: SearchRecord, blocks: int) -> dict[str, Any]:
 
 
 def _apply(findings: Findings) -> str:
-    words: list[str] = []
+    values: dict[str, Any] = {}
     if recovery := findings.plan.recovery:
-        words += ["--recover"] if recovery.closed_form else []
-        text = recovery.text
-        if heal := recovery.heal:
-            words += ["--heal"]
-            words += ["--heal-tokens", str(heal.token_budget)] if heal.token_budget else []
-            words += ["--heal-minutes", f"{heal.minutes:g}"] if heal.minutes else []
-        words += ["--calibration", text.source, "--sequence-length", str(text.sequence_length)]
-        words += ["--seed", str(text.seed)] if text.seed else []
-    return " ".join(["sleb apply", findings.plan_argument, *map(shlex.quote, words)])
+        text, heal = recovery.text, recovery.heal
+        values = {"recover": True if recovery.closed_form else None}
+        if heal:
+            minutes = None if heal.minutes is None else f"{heal.minutes:g}"
+            values |= {"heal": True, "heal_tokens": heal.token_budget, "heal_minutes": minutes}
+        values |= {"calibration": text.source, "sequence_length": text.sequence_length, "seed": text.seed or None}
+    return " ".join(["sleb apply", findings.plan_argument, *map(shlex.quote, _options(values))])
+
+
+def _options(values: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in values.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            words += [f"--{option}", str(value)]
+    return words
 
 
 def on_lines(command: str, width: int = 76) -> str:

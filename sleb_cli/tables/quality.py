@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from sleb_cli.plan import public_name
 from sleb_cli.results import (
+    DivergenceRecord,
     Interval,
-    PrunedTaskScores,
     PrunedTextScores,
     TaskResult,
-    TaskScores,
     TextResult,
-    TextScores,
 )
-from sleb_cli.tables.table import Table, between, number
+from sleb_cli.tables.table import Columns, Scored, Table, between, tabulate
 from sleb_cli.units import format_change, format_perplexity, format_probability, format_share
 
 _BOS = {"none": "no BOS", "text": "BOS before the text", "windows": "BOS in each"}
-
-
-def model_name(removals: Sequence[int]) -> str:
-    """Return what a row calls a model: dense, or -6 without 6 blocks."""
-    return f"-{len(removals)}" if removals else "dense"
 
 
 def perplexity_change(scores: PrunedTextScores) -> tuple[float, Interval | None]:
@@ -70,99 +64,74 @@ def task_name(task: TaskResult) -> str:
     return ", ".join([task.task, *filter(None, details)])
 
 
-def texts_by_model(texts: Sequence[TextResult], names: Sequence[str]) -> Iterator[tuple[str, str, TextScores]]:
-    """Yield the scores of each text on the dense and each pruned model, with the names of both."""
-    for name, text in zip(names, texts, strict=True):
-        yield name, "dense", text.dense
-        yield from ((name, model_name(scores.removals), scores) for scores in text.pruned)
-
-
-def tasks_by_model(tasks: Iterable[TaskResult]) -> Iterator[tuple[TaskResult, str, str, TaskScores]]:
-    """Yield the scores of each task on the dense and each pruned model, with the names of both."""
-    for task in tasks:
-        yield task, task_name(task), "dense", task.dense
-        yield from ((task, task_name(task), model_name(scores.removals), scores) for scores in task.pruned)
-
-
-def perplexities(scored: Iterable[tuple[str, str, TextScores]], title: str = "Perplexity") -> Table:
+def perplexities(scored: Iterable[Scored], title: str = "Perplexity") -> Table:
     """Return the perplexity of each text on each model."""
-    columns = ["text", "model", "perplexity", "change", "95%", "per word", "bits/byte", "ECE"]
+    columns: Columns = [
+        ("text", str), ("model", str), ("perplexity", format_perplexity), ("change", format_change),
+        ("95%", partial(between, form=format_change)), ("per word", format_perplexity),
+        ("bits/byte", "{:.3f}".format), ("ECE", "{:.3f}".format),
+    ]  # fmt: skip
     rows = []
-    for name, model, scores in scored:
-        change, interval = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
-        word = scores.word_perplexity
-        rows.append(
-            [
-                name,
-                model,
-                format_perplexity(scores.perplexity),
-                "" if change is None else format_change(change),
-                between(interval, format_change),
-                "" if word is None else format_perplexity(word),
-                number(scores.bits_per_byte, ".3f"),
-                f"{scores.calibration_error:.3f}",
-            ]
-        )
+    for _, name, model, scores in scored:
+        change = perplexity_change(scores) if isinstance(scores, PrunedTextScores) else (None, None)
+        others = scores.word_perplexity, scores.bits_per_byte, scores.calibration_error
+        rows.append([name, model, scores.perplexity, *change, *others])
     notes = ["ECE: expected calibration error."]
-    if any(row[3] for row in rows):
+    if any(row[3] is not None for row in rows):
         notes = [f"95%: interval of the change; both models read the same tokens. {notes[0]}"]
-    return Table(title, columns, rows, notes, words={"model"}, optional=["per word", "ECE", "bits/byte"]).filled()
+    return tabulate(title, columns, rows, notes, ["per word", "ECE", "bits/byte"])
 
 
-def divergences(scored: Iterable[tuple[str, str, TextScores]]) -> Table:
+def divergences(scored: Iterable[Scored]) -> Table:
     """Return how far predictions are from the dense model's, with the figures of llama-perplexity."""
-    columns = ["text", "model", "mean KL", "median", "90%", "99%", "max", "RMS Δp", "same top"]
-    rows = []
-    for name, model, scores in scored:
-        if isinstance(scores, PrunedTextScores):
-            kl = scores.divergence
-            error = "" if kl.standard_error is None else f" ± {kl.standard_error:.4f}"
-            shares = [f"{share:.4f}" for share in (kl.median, kl.p90, kl.p99, kl.maximum)]
-            changes = [format_share(kl.probability_change_rms), format_share(kl.same_top)]
-            rows.append([name, model, f"{kl.mean:.4f}{error}", *shares, *changes])
+    precise = "{:.4f}".format
+    columns: Columns = [
+        ("text", str), ("model", str), ("mean KL", _mean), ("median", precise), ("90%", precise), ("99%", precise),
+        ("max", precise), ("RMS Δp", format_share), ("same top", format_share),
+    ]  # fmt: skip
+    rows = [
+        [name, model, kl, kl.median, kl.p90, kl.p99, kl.maximum, kl.probability_change_rms, kl.same_top]
+        for _, name, model, scores in scored
+        if isinstance(scores, PrunedTextScores)
+        for kl in [scores.divergence]
+    ]
     notes = ["KL: from the dense model, in nats per token. same top: positions with the same first choice."]
-    return Table(
-        "Divergence from the dense model", columns, rows, notes, words={"model"}, optional=["median", "90%", "max"]
-    )
+    return tabulate("Divergence from the dense model", columns, rows, notes, ["median", "90%", "max"])
+
+
+def _mean(kl: DivergenceRecord) -> str:
+    return f"{kl.mean:.4f}" + ("" if kl.standard_error is None else f" ± {kl.standard_error:.4f}")
 
 
 def text_settings(texts: Sequence[TextResult], names: Sequence[str]) -> Table:
     """Return how each perplexity was measured."""
-    columns = ["text", "windows", "predicted tokens", "BOS", "errors are by"]
+    columns: Columns = [
+        ("text", str), ("windows", str), ("predicted tokens", "{:,}".format), ("BOS", str), ("errors are by", str)
+    ]  # fmt: skip
     rows = [
-        [name, windows_of(text), f"{text.tokens:,}", _BOS[text.bos], f"{text.clusters:,} {text.clustered_by}"]
+        [name, windows_of(text), text.tokens, _BOS[text.bos], f"{text.clusters:,} {text.clustered_by}"]
         for name, text in zip(names, texts, strict=True)
     ]
-    words, optional = {"windows", "BOS", "errors are by"}, ["errors are by", "predicted tokens"]
-    return Table("How perplexity was measured", columns, rows, words=words, optional=optional)
+    optional = ["errors are by", "predicted tokens"]
+    return tabulate("How perplexity was measured", columns, rows, optional=optional)
 
 
-def tasks(scored: Iterable[tuple[TaskResult, str, str, TaskScores]]) -> Table:
+def tasks(scored: Iterable[Scored]) -> Table:
     """Return each metric of each task on each model, in lm-eval's numbers."""
-    columns = [
-        "task", "model", "score", "score 95%", "difference", "95%", "kept", "lost", "gained", "p", "items", "for 1 pt"
+    score, difference, count = "{:.4f}".format, "{:+.4f}".format, "{:,}".format
+    columns: Columns = [
+        ("task", str), ("model", str), ("score", score), ("score 95%", partial(between, form=score)),
+        ("difference", difference), ("95%", partial(between, form=difference)), ("kept", format_share),
+        ("lost", count), ("gained", count), ("p", format_probability), ("items", count), ("for 1 pt", count),
     ]  # fmt: skip
+    compared = ("difference", "difference_interval", "retention", "lost", "gained", "mcnemar_p")
     rows = []
     for task, name, model, scores in scored:
-        row = [name, model, f"{scores.value:.4f}", between(scores.interval, "{:.4f}".format)]
-        pruned = scores if isinstance(scores, PrunedTaskScores) else None
-        row += ["", "", "", "", "", ""] if pruned is None else _differences(pruned)
-        needed = number(pruned.items_needed, ",") if pruned else ""
-        rows.append([*row, f"{len(task.doc_ids):,}" if task.doc_ids else "", needed])
+        # The dense model's scores lack these.
+        *differences, needed = (getattr(scores, field, None) for field in (*compared, "items_needed"))
+        rows.append([name, model, scores.value, scores.interval, *differences, len(task.doc_ids) or None, needed])
     notes = [
         "lost: items that went from right to wrong; gained: from wrong to right; p: exact McNemar test; "
         "for 1 pt: items that would show a difference of one point."
     ]
-    optional = ["for 1 pt", "items", "kept", "p", "score 95%"]
-    return Table("Tasks", columns, rows, notes, words={"model"}, optional=optional).filled()
-
-
-def _differences(scores: PrunedTaskScores) -> list[str]:
-    return [
-        f"{scores.difference:+.4f}",
-        between(scores.difference_interval, "{:+.4f}".format),
-        "" if scores.retention is None else format_share(scores.retention),
-        number(scores.lost, ","),
-        number(scores.gained, ","),
-        "" if scores.mcnemar_p is None else format_probability(scores.mcnemar_p),
-    ]
+    return tabulate("Tasks", columns, rows, notes, ["for 1 pt", "items", "kept", "p", "score 95%"])

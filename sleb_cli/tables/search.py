@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from sleb_cli.plan import HeldOutRecord, Plan, RecoveryRecord, SampleGeneration
+from sleb_cli.plan import Plan, RecoveryRecord, SampleGeneration
 from sleb_cli.results import CompareResult
-from sleb_cli.tables.table import Table
+from sleb_cli.tables.table import Columns, Table, tabulate
 from sleb_cli.units import format_change, format_perplexity, spans
 
 REMOVED_MARKS = "·○×+~"
 """One for each kind of block, and again from the first if there are more."""
 
 
+_PERPLEXITY: Columns = [("perplexity", format_perplexity), ("change", format_change)]
+
+
 def steps(plan: Plan) -> Table:
     """Return the dense model and each step, also on the held-out sequences, if any."""
-    metric, dense = plan.search.metric, plan.dense
-    columns = ["step", "block" if plan.nested else "blocks", "kind", metric]
-    columns += ["perplexity", "change", "held out", "change"]
-    loss = f"{dense.loss:.4f}" if metric == "nll" else ""
-    rows = [["dense", "", "", loss, *_perplexities(dense.perplexity, None), *_held_out(dense.held_out, None)]]
+    metric, dense, nested = plan.search.metric, plan.dense, plan.nested
+    columns: Columns = [
+        ("step", str), ("block", "{}".format) if nested else ("blocks", str), ("kind", str), (metric, "{:.4f}".format),
+        *_PERPLEXITY, ("held out", format_perplexity), ("change", format_change),
+    ]  # fmt: skip
+    loss = dense.loss if metric == "nll" else None
+    rows = [["dense", None, None, loss, *_change(dense, dense), *_change(dense.held_out, dense.held_out)]]
     for number, (removals, step) in enumerate(zip(plan.by_size, plan.steps, strict=True), start=1):
-        blocks, kind = (str(step.block), step.kind) if plan.nested else (spans(removals), "")
-        perplexities = _perplexities(step.perplexity, dense.perplexity)
-        held_out = _held_out(step.held_out, dense.held_out)
-        rows.append([str(number), blocks, kind, f"{step.score:.4f}", *perplexities, *held_out])
+        removed = [step.block, step.kind] if nested else [spans(removals), None]
+        changes = [*_change(step, dense), *_change(step.held_out, dense.held_out)]
+        rows.append([str(number), *removed, step.score, *changes])
     # The loss says the same as the perplexity.
     optional = [*(["nll"] if metric == "nll" else []), "change", "kind"]
-    words = {"kind"} if plan.nested else {"blocks", "kind"}
-    return Table("The steps of the search", columns, rows, [_how(plan)], words, optional).filled()
+    return tabulate("The steps of the search", columns, rows, [_how(plan)], optional)
+
+
+def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
+    """Return the perplexity in a record, and how it changed from that in the dense model's."""
+    if found is None:
+        return None, None
+    return found.perplexity, None if found is dense else found.perplexity / dense.perplexity - 1
 
 
 def _how(plan: Plan) -> str:
@@ -39,32 +51,24 @@ def _how(plan: Plan) -> str:
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 
-def _perplexities(value: float, dense: float | None) -> tuple[str, str]:
-    return format_perplexity(value), format_change(value / dense - 1) if dense else ""
-
-
-def _held_out(record: HeldOutRecord | None, dense: HeldOutRecord | None) -> tuple[str, str]:
-    return _perplexities(record.perplexity, dense.perplexity if dense else None) if record else ("", "")
-
-
 def kinds(plan: Plan) -> Table:
     """Return how many of the removed blocks are of each kind, if the model has several."""
-    removed = sorted(step.kind for step in plan.steps if step.kind)
-    rows = [[kind, str(removed.count(kind))] for kind in dict.fromkeys(removed)]
-    return Table("Removed blocks by kind", ["kind", "removed"], rows)
+    removed = Counter(sorted(step.kind for step in plan.steps if step.kind))
+    return tabulate("Removed blocks by kind", [("kind", str), ("removed", "{}".format)], list(removed.items()))
 
 
 def comparison(result: CompareResult) -> Table:
     """Return the searches of a comparison."""
-    dense, held_out = result.dense_perplexity, result.dense_held_out_perplexity
-    columns = ["metric", "strategy", "blocks", "perplexity", "change", "held out", "seconds"]
-    rows = [["dense", "", "", format_perplexity(dense), "", format_perplexity(held_out) if held_out else "", ""]]
+    columns: Columns = [
+        ("metric", str), ("strategy", str), ("blocks", str), *_PERPLEXITY, ("held out", format_perplexity),
+        ("seconds", "{:.0f}".format),
+    ]  # fmt: skip
+    dense = result.dense_perplexity
+    rows: list[Sequence[Any]] = [["dense", None, None, dense, None, result.dense_held_out_perplexity, None]]
     for each in result.compared:
-        on_held_out = format_perplexity(each.held_out_perplexity) if each.held_out_perplexity else ""
-        change = format_change(each.perplexity / dense - 1)
-        numbers = [format_perplexity(each.perplexity), change, on_held_out, f"{each.seconds:.0f}"]
+        numbers = [each.perplexity, each.perplexity / dense - 1, each.held_out_perplexity, each.seconds]
         rows.append([each.metric, each.strategy, spans(each.removals), *numbers])
-    return Table("The searches", columns, rows, words={"strategy", "blocks"}, optional=["seconds", "change"]).filled()
+    return tabulate("The searches", columns, rows, optional=["seconds", "change"])
 
 
 def recovery(record: RecoveryRecord) -> Table:
@@ -72,14 +76,12 @@ def recovery(record: RecoveryRecord) -> Table:
     stages = {"dense": record.dense, "pruned": record.pruned, "recovered in closed form": record.closed_form_losses}
     if record.heal:
         stages[f"healed on {record.heal.tokens:,} tokens"] = record.heal.losses
-    rows = [
-        [name, format_perplexity(math.exp(losses.loss)), f"{losses.loss:.4f}", f"{losses.divergence:.4f}"]
-        for name, losses in stages.items()
-        if losses
-    ]
-    text = record.report_text
-    notes = [f"{record.summary}, measured on {text}, held out"]
-    return Table("Recovery", ["model", "perplexity", "loss, nats", "KL from dense, nats"], rows, notes)
+    rows = [[name, math.exp(losses.loss), losses.loss, losses.divergence] for name, losses in stages.items() if losses]
+    columns: Columns = [
+        ("model", str), ("perplexity", format_perplexity), ("loss, nats", "{:.4f}".format),
+        ("KL from dense, nats", "{:.4f}".format),
+    ]  # fmt: skip
+    return tabulate("Recovery", columns, rows, [f"{record.summary}, measured on {record.report_text}, held out"])
 
 
 def said(sample: SampleGeneration) -> list[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sleb_cli.plan import Plan
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.tables.speed import workload_name
-from sleb_cli.tables.table import Table
+from sleb_cli.tables.table import Table, tabulate
 from sleb_cli.units import format_seconds, format_share, spans
 
 
@@ -64,9 +64,9 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
             f"{measured.attention} attention" if measured.attention else "",
             f"{workload.cooldown:g} s pause" if workload.cooldown else "",
         ]
-        rows.append((workload_name(workload), ", ".join(filter(None, details))))
+        rows.append((workload_name(measured), ", ".join(filter(None, details))))
     return _pairs("Benchmark", rows)
 
 
 def _pairs(title: str, rows: Sequence[tuple[str, str | None]]) -> Table:
-    return Table(title, ["setting", "value"], [[name, value] for name, value in rows if value], words={"value"})
+    return tabulate(title, [("setting", str), ("value", str)], [row for row in rows if row[1]])

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sleb_cli.results import (
     BenchResult,
-    EstimatedSize,
     EstimateResult,
-    ModelSize,
     PrunedTiming,
     Timing,
-    Workload,
     WorkloadResult,
 )
-from sleb_cli.tables.quality import model_name
-from sleb_cli.tables.table import Table, between
+from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
 from sleb_cli.units import format_bytes, format_count, format_milliseconds
 
-Timed = tuple[str, str, Timing]
-"""The names of a workload and of a model, and the times of both."""
+_TIMES, _COUNT = "{:.2f}x".format, "{}".format
 
 
-def workload_name(workload: Workload) -> str:
+def workload_name(result: WorkloadResult) -> str:
     """Return what is run: prompt 1x512, or generation 4x64+32, llama.cpp, compiled."""
+    workload = result.workload
     engine = [] if workload.engine == "transformers" else [workload.engine]
     options = {"compiled": workload.compiled, "static cache": workload.static_cache}
     return ", ".join([workload.label, *engine, *(name for name, is_set in options.items() if is_set)])
-
-
-def by_model(workloads: Iterable[WorkloadResult]) -> Iterator[Timed]:
-    """Yield the times of each workload on the dense and each pruned model."""
-    for result in workloads:
-        name = workload_name(result.workload)
-        yield name, "dense", result.dense
-        yield from ((name, model_name(timing.removals), timing) for timing in result.pruned)
 
 
 def tokens_per_second(timing: Timing) -> float:
@@ -44,104 +34,104 @@ def tokens_per_second(timing: Timing) -> float:
     return timing.output_throughput or timing.total_token_throughput
 
 
-def speeds(timed: Iterable[Timed], blocks: int) -> Table:
+def speeds(timed: Iterable[Scored], blocks: int) -> Table:
     """Return the speedup of each workload, beside its bounds; `blocks` are those of the dense model."""
-    columns = ["workload", "model", "median", "tokens/s", "speedup", "95%", "bound", "blocks", "outliers"]
+    columns: Columns = [
+        ("workload", str), ("model", str), ("median", format_milliseconds), ("tokens/s", "{:,.1f}".format),
+        ("speedup", _TIMES), ("95%", partial(between, form="{:.2f}".format)), ("bound", _TIMES), ("blocks", _TIMES),
+        ("outliers", _COUNT),
+    ]  # fmt: skip
     rows = []
-    for workload, model, timing in timed:
-        row = [workload, model, format_milliseconds(timing.median_e2el_ms), f"{tokens_per_second(timing):,.1f}"]
-        speedups = ["", "", "", ""]
+    for _, workload, model, timing in timed:
+        speedups: list[Any] = [None] * 4
         if isinstance(timing, PrunedTiming):
-            ratio = blocks / (blocks - len(timing.removals))
-            speedups = [
-                f"{timing.speedup:.2f}x", between(timing.interval, "{:.2f}".format),
-                f"{timing.bound:.2f}x" if timing.bound else "", f"{ratio:.2f}x",
-            ]  # fmt: skip
-        rows.append([*row, *speedups, str(timing.outliers)])
+            speedups = [timing.speedup, timing.interval, timing.bound, blocks / (blocks - len(timing.removals))]
+        row = [workload, model, timing.median_e2el_ms, tokens_per_second(timing)]
+        rows.append([*row, *speedups, timing.outliers])
     notes = [
         "Workloads: batch x prompt tokens + new tokens. bound: what the operations and bytes of both models allow; "
         "blocks: the ratio of their numbers. Outliers are kept."
     ]
-    return Table("Speed", columns, rows, notes, words={"model"}, optional=["outliers", "blocks", "tokens/s"]).filled()
+    return tabulate("Speed", columns, rows, notes, ["outliers", "blocks", "tokens/s"])
 
 
-def latencies(timed: Iterable[Timed]) -> Table:
+def latencies(timed: Iterable[Scored]) -> Table:
     """Return when tokens arrive, of what generates more than one."""
-    columns = ["workload", "model", "TTFT", "90%", "99%", "ITL", "90%", "99%", "TPOT"]
+    names = ("TTFT", "90%", "99%", "ITL", "90%", "99%", "TPOT")
+    values = ("median_ttft", "p90_ttft", "p99_ttft", "median_itl", "p90_itl", "p99_itl", "mean_tpot")
     rows = [
-        [
-            workload,
-            model,
-            *(
-                "" if value is None else format_milliseconds(value)
-                for value in (
-                    timing.median_ttft_ms, timing.p90_ttft_ms, timing.p99_ttft_ms,
-                    timing.median_itl_ms, timing.p90_itl_ms, timing.p99_itl_ms, timing.mean_tpot_ms,
-                )
-            ),
-        ]
-        for workload, model, timing in timed
+        [workload, model, *(getattr(timing, f"{value}_ms") for value in values)]
+        for _, workload, model, timing in timed
         if timing.itls and timing.itls[0]
-    ]  # fmt: skip
+    ]
+    columns: Columns = [("workload", str), ("model", str), *((name, format_milliseconds) for name in names)]
     notes = ["TTFT: time to first token; ITL: between tokens; TPOT: mean time per token after the first."]
-    return Table("Latency", columns, rows, notes, words={"model"}, optional=["TPOT", "90%", "99%"])
+    return tabulate("Latency", columns, rows, notes, ["TPOT", "90%", "99%"])
 
 
-def memory(timed: Iterable[Timed]) -> Table:
+def memory(timed: Iterable[Scored]) -> Table:
     """Return the peak memory and the energy of each workload, where they were measured."""
-    columns = ["workload", "model", "peak", "weights", "KV cache", "rest", "per iteration", "per token", "by"]
+    columns: Columns = [
+        ("workload", str), ("model", str), ("peak", format_bytes), ("weights", format_bytes),
+        ("KV cache", format_bytes), ("rest", format_bytes), ("per iteration", "{:.3g} J".format),
+        ("per token", "{:.3g} J".format), ("by", str),
+    ]  # fmt: skip
+    parts = ("peak_bytes", "weights_bytes", "kv_cache_bytes", "rest_bytes")
+    spent = ("joules_per_iteration", "joules_per_token", "source")
     rows = []
-    for workload, model, timing in timed:
-        parts, energy = timing.memory, timing.energy
-        if parts or energy:
-            sizes = (parts.peak_bytes, parts.weights_bytes, parts.kv_cache_bytes, parts.rest_bytes) if parts else ()
-            row = [workload, model, *(map(format_bytes, sizes) if sizes else [""] * 4)]
-            joules = (energy.joules_per_iteration, energy.joules_per_token) if energy else ()
-            row += [*(f"{spent:.3g} J" for spent in joules), energy.source] if energy else [""] * 3
-            rows.append(row)
-    optional = ["by", "per iteration", "rest", "KV cache"]
-    return Table("Peak memory and energy", columns, rows, words={"model", "by"}, optional=optional).filled()
+    for _, workload, model, timing in timed:
+        if timing.memory or timing.energy:
+            bytes_and_joules = [getattr(timing.memory, part, None) for part in parts]
+            bytes_and_joules += [getattr(timing.energy, part, None) for part in spent]
+            rows.append([workload, model, *bytes_and_joules])
+    return tabulate("Peak memory and energy", columns, rows, optional=["by", "per iteration", "rest", "KV cache"])
+
+
+def _seconds(value: float) -> str:
+    return format_milliseconds(1000 * value)
+
+
+_SIZE: Columns = [
+    ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes)
+]  # fmt: skip
 
 
 def sizes(result: BenchResult) -> Table:
     """Return the parameters and bytes of each model."""
     rows = [
-        [*_size(size), "" if size.load_seconds is None else format_milliseconds(1000 * size.load_seconds)]
+        [model_name(size.removals), size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
         for size in (result.dense, *result.pruned)
     ]
-    return Table("Sizes", ["model", "blocks", "parameters", "weights", "loads in"], rows).filled()
-
-
-def _size(size: ModelSize | EstimatedSize) -> list[str]:
-    gone = size.removed if isinstance(size, EstimatedSize) else len(size.removals)
-    name = f"-{gone}" if gone else "dense"
-    return [name, str(size.blocks), format_count(size.parameters), format_bytes(size.weights_bytes)]
+    return tabulate("Sizes", [*_SIZE, ("loads in", _seconds)], rows)
 
 
 def estimated_sizes(result: EstimateResult) -> Table:
     """Return the predicted parameters and bytes of each model."""
     rows = [
-        [*_size(size), "" if size.kv_cache_bytes is None else format_bytes(size.kv_cache_bytes)]
+        [model_name(range(size.removed)), size.blocks, size.parameters, size.weights_bytes, size.kv_cache_bytes]
         for size in (result.dense, *result.pruned)
     ]
-    return Table("Sizes", ["model", "blocks", "parameters", "weights", "KV cache"], rows).filled()
+    return tabulate("Sizes", [*_SIZE, ("KV cache", format_bytes)], rows)
 
 
 def estimated_speeds(result: EstimateResult) -> Table:
     """Return the predicted time and speedup of each workload on each model."""
+    columns: Columns = [
+        ("workload", str), ("model", str), ("predicted", _seconds), ("speedup", _TIMES)
+    ]  # fmt: skip
     rows = [
         [
             f"{workload.name} {workload.batch_size}x{workload.prompt_length}"
             + (f"+{workload.new_tokens}" if workload.new_tokens else ""),
-            _size(size)[0],
-            format_milliseconds(1000 * size.timings[number].seconds),
-            f"{size.timings[number].speedup:.2f}x" if size.removed else "",
+            model_name(range(size.removed)),
+            timing.seconds,
+            timing.speedup if size.removed else None,
         ]
         for number, workload in enumerate(result.workloads)
         for size in (result.dense, *result.pruned)
+        for timing in [size.timings[number]]
     ]
-    notes = ["Workloads: batch x prompt tokens + new tokens."]
-    return Table("Predicted speed", ["workload", "model", "predicted", "speedup"], rows, notes, words={"model"})
+    return tabulate("Predicted speed", columns, rows, ["Workloads: batch x prompt tokens + new tokens."])
 
 
 def llama_bench(result: BenchResult) -> Table:
@@ -150,37 +140,35 @@ def llama_bench(result: BenchResult) -> Table:
     `pp512` reads 512 tokens, and `tg32 @ d64` generates 32 after a prompt of 64, whose time does not count. llama-bench
     has no batches of sequences, so a column names them if one is not 1; tokens per second are of the whole batch.
     """
-    columns = ["model", "size", "params", "backend", "threads", "batch", "test", "t/s"]
-    batches = any(measured.workload.batch_size > 1 for measured in result.workloads)
+    several = any(measured.workload.batch_size > 1 for measured in result.workloads)
+    columns: Columns = [
+        ("model", str), ("size", _mebibytes), ("params", _parameters), ("backend", str), ("threads", _COUNT),
+        ("batch", _COUNT), ("test", "{}".format), ("t/s", "{}".format),
+    ]  # fmt: skip
     models = {size.removals: size for size in (result.dense, *result.pruned)}
     rows = []
     for measured in result.workloads:
         workload = measured.workload
-        batch = str(workload.batch_size) if batches else ""
+        batch, length = workload.batch_size, workload.prompt_length
         is_generation = workload.new_tokens > 1
-        test = f"tg{workload.new_tokens} @ d" if is_generation else "pp"
-        timings = {(): measured.dense} | {timing.removals: timing for timing in measured.pruned}
-        for removals, timing in timings.items():
+        test = f"tg{workload.new_tokens} @ d{length}" if is_generation else f"pp{length}"
+        for removals, timing in {(): measured.dense, **{each.removals: each for each in measured.pruned}}.items():
             if is_generation:
-                speeds = [workload.batch_size * len(steps) / sum(steps) for steps in timing.itls]
+                speeds = [batch * len(steps) / sum(steps) for steps in timing.itls]
             else:
-                speeds = [workload.batch_size * workload.prompt_length / seconds for seconds in timing.ttfts]
+                speeds = [batch * length / seconds for seconds in timing.ttfts]
             spread = statistics.stdev(speeds) if len(speeds) > 1 else 0.0
-            name = " ".join(filter(None, [Path(result.model.id).name, _fewer(removals), result.dtype]))
-            model = [name, *_llama_bench_sizes(models[removals])]
-            where = [result.device.upper(), str(result.threads), batch]
-            speed = f"{statistics.mean(speeds):.2f} ± {spread:.2f}"
-            rows.append([*model, *where, f"{test}{workload.prompt_length}", speed])
-    return Table("", columns, rows, words={"backend"}).filled()
+            fewer = [f"-{len(removals)} blocks"] if removals else []
+            name = " ".join([Path(result.model.id).name, *fewer, result.dtype])
+            sizes = [models[removals].weights_bytes, models[removals].parameters]
+            where = [result.device.upper(), result.threads, batch if several else None]
+            rows.append([name, *sizes, *where, test, f"{statistics.mean(speeds):.2f} ± {spread:.2f}"])
+    return tabulate("", columns, rows)
 
 
-def _fewer(removals: tuple[int, ...]) -> str:
-    return f"-{len(removals)} blocks" if removals else ""
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
-def _llama_bench_sizes(size: ModelSize) -> tuple[str, str]:
-    gibibytes, parameters = size.weights_bytes / 2**30, size.parameters
-    return (
-        f"{gibibytes:.2f} GiB" if gibibytes >= 1 else f"{gibibytes * 1024:.2f} MiB",
-        f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M",
-    )
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"

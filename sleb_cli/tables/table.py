@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sleb_cli.results import Interval
 
 _LEAST_NAME = 20
 """Characters of the first column, below which optional columns are left out instead."""
+
+
+Scored = tuple[Any, str, str, Any]
+"""A result, what was measured and on which model, by their names, and the model's scores or times in the result."""
+
+Columns = Sequence[tuple[str, Callable[[Any], str]]]
+"""The name of each column, and how its values are written."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +37,14 @@ class Table:
     words: Collection[str] = ()
     optional: Sequence[str] = ()
 
-    def filled(self) -> Table:
-        """Return the table without empty columns."""
-        return self._only([number for number in range(len(self.columns)) if any(row[number] for row in self.rows)])
-
     def variants(self) -> Iterator[Table]:
         """Yield the table, and then the same without more and more of its optional columns."""
         for count in range(len(self.optional) + 1):
             left_out = self.optional[:count]
-            yield self._only([number for number, column in enumerate(self.columns) if column not in left_out])
+            yield self.only([number for number, column in enumerate(self.columns) if column not in left_out])
 
-    def _only(self, numbers: Sequence[int]) -> Table:
+    def only(self, numbers: Sequence[int]) -> Table:
+        """Return the table with these columns."""
         rows = [[row[number] for number in numbers] for row in self.rows]
         return replace(self, columns=[self.columns[number] for number in numbers], rows=rows)
 
@@ -49,14 +53,42 @@ class Table:
         return number == 0 or self.columns[number] in self.words
 
 
+def tabulate(
+    title: str,
+    columns: Columns,
+    rows: Iterable[Sequence[Any]],
+    notes: Sequence[str] = (),
+    optional: Sequence[str] = (),
+) -> Table:
+    """Return a table of values, each in the form of its column and None as nothing, without empty columns.
+
+    Columns whose form is `str` hold words.
+    """
+    cells = [
+        ["" if value is None else form(value) for (_, form), value in zip(columns, row, strict=True)] for row in rows
+    ]
+    words = {name for name, form in columns if form is str}
+    table = Table(title, [name for name, _ in columns], cells, notes, words, optional)
+    return table.only([number for number in range(len(columns)) if any(row[number] for row in cells)])
+
+
+def model_name(removals: Sequence[int]) -> str:
+    """Return what a row calls a model: dense, or -6 without 6 blocks."""
+    return f"-{len(removals)}" if removals else "dense"
+
+
+def by_model(results: Iterable[Any], names: Iterable[str]) -> list[Scored]:
+    """Return what was measured of the dense and each pruned model, result by result, with the names of both."""
+    return [
+        (result, name, model_name(removals), scores)
+        for result, name in zip(results, names, strict=True)
+        for removals, scores in [((), result.dense), *((scores.removals, scores) for scores in result.pruned)]
+    ]
+
+
 def between(interval: Interval | None, form: Callable[[float], str]) -> str:
     """Return the ends of an interval in some format: 1.19 to 1.23."""
     return f"{form(interval.low)} to {form(interval.high)}" if interval else ""
-
-
-def number(value: float | None, form: str) -> str:
-    """Return a number in a format, or nothing if there is none."""
-    return "" if value is None else format(value, form)
 
 
 def in_markdown(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sleb_cli.tables.table import to_markdown
+from sleb_cli.tables.table import by_model, to_markdown
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
 
@@ -20,7 +20,7 @@ def show_benchmark(result: BenchResult, output: Path | None) -> None:
     print_title(short_name(result.model.id))
     for size in result.pruned:
         print_line(f"-{len(size.removals)}: without blocks {', '.join(map(str, size.removals))}")
-    timed = list(speed.by_model(result.workloads))
+    timed = by_model(result.workloads, map(speed.workload_name, result.workloads))
     tables = [speed.sizes(result), speed.speeds(timed, result.model.blocks), speed.latencies(timed)]
     for table in (*tables, speed.memory(timed), settings.result_settings(result)):
         show_table(table)

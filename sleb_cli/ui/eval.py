@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sleb_cli.tables.table import by_model
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_written, show_table
 from sleb_cli.units import plural, spans
@@ -20,9 +21,12 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     removals = result.sizes[-1] if result.sizes else ()
     print_title(short_name(result.model.id) + (f" without blocks {spans(removals)}" if removals else ""))
     names = quality.text_names(result.texts)
-    scored = list(quality.texts_by_model(result.texts, names))
+    scored = by_model(result.texts, names)
     tables = [quality.perplexities(scored), quality.divergences(scored)]
-    tables += [quality.text_settings(result.texts, names), quality.tasks(quality.tasks_by_model(result.tasks))]
+    tables += [
+        quality.text_settings(result.texts, names),
+        quality.tasks(by_model(result.tasks, map(quality.task_name, result.tasks))),
+    ]
     for table in tables:
         show_table(table)
     for task in result.tasks:

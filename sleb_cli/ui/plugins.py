@@ -3,7 +3,7 @@
 from typing import Any
 
 from sleb_cli.plugin_manager import Registry
-from sleb_cli.tables.table import Table
+from sleb_cli.tables.table import Columns, tabulate
 from sleb_cli.ui.console import print_json, print_note, print_warning
 from sleb_cli.ui.tables import show_table
 from sleb_plugins import FamilyAdapter
@@ -21,8 +21,8 @@ def show_plugins(registry: Registry, *, as_json: bool) -> None:
         print_json(_as_data(registry))
         return
     rows = [[row["kind"], _usage(row), row["what"], row["package"], row["version"]] for row in _offers(registry)]
-    columns = ["kind", "name", "what", "package", "version"]
-    show_table(Table("", columns, rows, words=columns, optional=["version", "package"]), title=False)
+    columns: Columns = [(name, str) for name in ("kind", "name", "what", "package", "version")]
+    show_table(tabulate("", columns, rows, optional=["version", "package"]), title=False)
     for failure in registry.failures:
         print_warning(f"The plugin {failure.plugin} failed to load: {failure.reason}.")
     for collision in registry.collisions:

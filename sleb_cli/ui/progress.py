@@ -142,6 +142,31 @@ class _SearchProgress:
         self._timed_since = time.monotonic()
         self._later_share = 1.0
 
+    def update(self, event: Event) -> None:
+        """Take in what happened."""
+        is_first = self._number == self._search.done + 1
+        match event:
+            case SearchAdvanced(evaluations, from_journal):
+                self._done_in_step += evaluations
+                self._timed += 0 if from_journal else evaluations
+            case LaterStepsForecast(share) if is_first:
+                self._later_share = share
+            case CandidateScored(_, block, score):
+                if self._leader is None or block == self._leader[0] or score < self._leader[1]:
+                    self._leader = block, score
+            case RaceNarrowed(_, contenders, skipped):
+                # This step is shorter, and later ones in proportion.
+                self._racing = contenders
+                scale = 1 - skipped / self._steps[0]
+                self._steps = [self._steps[0] - skipped, *(step * scale for step in self._steps[1:])]
+            case BlockRemoved():
+                if is_first:  # its pace does not apply to later steps
+                    self._timed, self._timed_since, self._later_share = 0.0, time.monotonic(), 1.0
+                self._done_before += self._steps.pop(0)
+                self._done_in_step = 0.0
+                self._number += 1
+                self._leader = self._racing = None
+
     @property
     def steps_left(self) -> int:
         """The number of undecided steps."""
@@ -156,37 +181,6 @@ class _SearchProgress:
     def expected(self) -> float:
         """The expected total number of evaluations."""
         return self._done_before + sum(self._steps)
-
-    def advanced(self, evaluations: float, *, from_journal: bool) -> None:
-        """Add evaluations; those from the journal do not count for the pace."""
-        self._done_in_step += evaluations
-        self._timed += 0 if from_journal else evaluations
-
-    def removed(self) -> None:
-        """Start the next step; the pace of the first step does not apply to later ones."""
-        if self._number == self._search.done + 1:
-            self._timed, self._timed_since, self._later_share = 0.0, time.monotonic(), 1.0
-        self._done_before += self._steps.pop(0)
-        self._done_in_step = 0.0
-        self._number += 1
-        self._leader = None
-        self._racing = None
-
-    def scored(self, block: int, score: float) -> None:
-        """Note a candidate's score so far; only the leader's is kept."""
-        if self._leader is None or block == self._leader[0] or score < self._leader[1]:
-            self._leader = block, score
-
-    def forecast(self, share: float) -> None:
-        """Set the expected share of the first step's time per evaluation in later steps."""
-        if self._number == self._search.done + 1:
-            self._later_share = share
-
-    def narrowed(self, contenders: int, skipped: int) -> None:
-        """Shorten this step, and later steps in proportion."""
-        self._racing = contenders
-        scale = 1 - skipped / self._steps[0]
-        self._steps = [self._steps[0] - skipped, *(step * scale for step in self._steps[1:])]
 
     def remaining(self) -> float | None:
         """Return the remaining seconds at the pace so far; None if there is none yet."""
@@ -208,7 +202,7 @@ class _Listener:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        # Shown while the libraries are imported, before the first event.
+        # Shown while the libraries are imported, until the first real task starts.
         self._first: TaskID | None = progress.add_task("Starting", total=None, unit="", note="", forecast=None)
         self._tasks: dict[str, TaskID] = {}
         self._totals: dict[str, int | None] = {}
@@ -216,16 +210,12 @@ class _Listener:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Notice(text):
-                print_prose(self._progress.console, escape(text))
-            case Warned(text):
-                print_warning(text, self._progress.console)
-            case CheckPassed(text):
-                print_prose(self._progress.console, f"[green]✓[/] {escape(text)}")
             case TaskStarted(task, total, unit):
                 self._add(task, total, unit)
             case TaskAdvanced(task, done, note):
-                self._advance(task, done, note)
+                self._progress.update(self._tasks[task], advance=done)
+                if note:
+                    self._progress.update(self._tasks[task], note=note)
             case TaskFinished(task):
                 self._finish(task)
             case HealChecked(_, divergence, deciding):
@@ -233,51 +223,45 @@ class _Listener:
                 self._progress.update(self._tasks[HEAL_TASK], note=note)
             case SearchStarted():
                 self._search = _SearchProgress(event)
-                self._add(SEARCH_TASK, sum(event.evaluations), "evaluations", forecast=self._search.remaining)
-            case _ if self._search is not None:
-                self._update_search(event, self._search)
+                self._add(SEARCH_TASK, sum(event.evaluations), "evaluations", self._search.remaining)
+            case _:
+                _say(event, self._progress.console)
+                if self._search is not None:
+                    self._update_search(event, self._search)
 
     def _update_search(self, event: Event, search: _SearchProgress) -> None:
-        match event:
-            case SearchAdvanced(evaluations, from_journal):
-                search.advanced(evaluations, from_journal=from_journal)
-            case LaterStepsForecast(share):
-                search.forecast(share)
-            case CandidateScored(_, block, score):
-                search.scored(block, score)
-                self._progress.update(self._tasks[SEARCH_TASK], note=search.note())
-            case RaceNarrowed(_, contenders, skipped):
-                search.narrowed(contenders, skipped)
-                self._progress.update(self._tasks[SEARCH_TASK], note=search.note())
-            case BlocksSwapped():
-                print_prose(self._progress.console, _swap_line(event))
-            case BlockRemoved():
-                search.removed()
-        self._progress.update(self._tasks[SEARCH_TASK], completed=search.done, total=search.expected)
+        search.update(event)
+        self._progress.update(
+            self._tasks[SEARCH_TASK], completed=search.done, total=search.expected, note=search.note()
+        )
         if not search.steps_left:
             self._finish(SEARCH_TASK)
 
     def _add(self, task: str, total: int | None, unit: str, forecast: Callable[[], float | None] | None = None) -> None:
-        if self._first is not None:  # replaced by the first real task
+        if self._first is not None:
             self._progress.remove_task(self._first)
             self._first = None
         self._totals[task] = total
         description = _description(task, self._progress.console)
         self._tasks[task] = self._progress.add_task(description, total=total, unit=unit, note="", forecast=forecast)
 
-    def _advance(self, task: str, done: int, note: str) -> None:
-        self._progress.update(self._tasks[task], advance=done)
-        if note:
-            self._progress.update(self._tasks[task], note=note)
-
     def _finish(self, task: str) -> None:
         total = self._totals[task] or 1
         self._progress.update(self._tasks[task], total=total, completed=total, note="")
 
 
-def _swap_line(event: BlocksSwapped) -> str:
-    restored, removed = (", ".join(map(str, blocks)) for blocks in (event.restored, event.removed))
-    return f"swapped: {restored} restored, {removed} removed; score {event.before:.4f} -> {event.after:.4f}"
+def _say(event: Event, console: Console) -> None:
+    """Print the events that are sentences, the same on a terminal and in a log."""
+    match event:
+        case Notice(text):
+            print_prose(console, escape(text))
+        case Warned(text):
+            print_warning(text, console)
+        case CheckPassed(text):
+            print_prose(console, f"{'[green]✓[/]' if console.is_terminal else 'proven:'} {escape(text)}")
+        case BlocksSwapped(restored, removed, before, after):
+            blocks = f"{', '.join(map(str, restored))} restored, {', '.join(map(str, removed))} removed"
+            print_prose(console, f"swapped: {blocks}; score {before:.4f} -> {after:.4f}")
 
 
 class _Log:
@@ -289,12 +273,6 @@ class _Log:
 
     def __call__(self, event: Event) -> None:
         match event:
-            case Notice(text):
-                self._line(text)
-            case Warned(text):
-                print_warning(text, self._console)
-            case CheckPassed(text):
-                self._line(f"proven: {text}")
             case TaskStarted(task):
                 self._line(f"{task} …")
             case HealChecked(share, divergence, deciding):
@@ -305,13 +283,13 @@ class _Log:
                 self._remove, count = remove, sum(evaluations)
                 after = f", {done} of them already removed" if done else ""
                 self._line(f"Search: {remove} of {blocks} blocks{after}, {count} candidate x sequence evaluations …")
-            case BlocksSwapped():
-                self._line(_swap_line(event))
             case BlockRemoved(step, block, score, perplexity, removals):
                 what = f"block {block}" if removals is None else f"blocks {', '.join(map(str, removals))}"
                 self._line(
                     f"step {step} of {self._remove}: {what} removed, score {score:.4f}, perplexity {perplexity:.2f}"
                 )
+            case _:
+                _say(event, self._console)
 
     def _line(self, text: str) -> None:
-        self._console.print(escape(text), soft_wrap=True)
+        print_prose(self._console, escape(text))

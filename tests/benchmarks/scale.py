@@ -333,7 +333,7 @@ class Benchmark:
 
     def flops_of_pass(self, samples: int) -> Sizes:
         """Return the operations of all sequences in each block and in the head."""
-        return count_work(self.architecture, samples, self.options.length, 0, torch.bfloat16).prefill.flops
+        return count_work(self.architecture, samples, self.options.length, 0, torch.bfloat16).prefill_flops
 
     def compare(self, name: str, seconds: float, read: int, files: float, computing: float) -> None:
         """Hold a time against those for its files and for its arithmetic alone."""
@@ -353,7 +353,7 @@ class Benchmark:
 
     def seconds_of_proof(self) -> float:
         """Return the time of a prompt in both models."""
-        flops = count_work(self.architecture, 1, PROOF_TOKENS, 0, torch.bfloat16).prefill.flops
+        flops = count_work(self.architecture, 1, PROOF_TOKENS, 0, torch.bfloat16).prefill_flops
         return 2 * (sum(flops.blocks) + flops.outside) / self.rate(PROOF_TOKENS)
 
     def writing(self, name: str) -> float:

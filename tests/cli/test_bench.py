@@ -11,10 +11,10 @@ import sys
 import pytest
 import torch
 
-from conftest import llama_config, save_model
+from conftest import llama_config, save_model, slow
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, peak_memory, runners
-from sleb_cli.engine.speed.timing import Measured, Sample
+from sleb_cli.engine.speed.timing import Measured
 from sleb_cli.results import BenchResult, WarmupRecord
 from sleb_plugins.engine import TimedRun
 
@@ -22,31 +22,37 @@ QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length",
 STATISTICS = ("mean", "median", "std", "p50", "p90", "p99")
 
 
-def test_both_workloads_on_both_models(run_sleb, llama_plan, tmp_path):
+def test_both_workloads_on_each_size(run_sleb, llama_plan, tmp_path, without_memory, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     llama_plan.rename(tmp_path / "plan.json")
-    result = run_sleb("bench", *QUICK, "--new-tokens", 4, "-o", "b.json")
+    result = run_sleb("bench", "--every", 1, *QUICK, "--new-tokens", 4, "-o", "b.json")
     assert result.exit_code == 0, result.stderr
     data = json.loads((tmp_path / "b.json").read_text())
+    removals = json.loads((tmp_path / "plan.json").read_text())["removals"]
+    assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
+    assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
+    per_block = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
+    assert [data["dense"]["parameters"] - size["parameters"] for size in data["pruned"]] == [per_block, 2 * per_block]
+    assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
     assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt", "generation"]
     for measured, new in zip(data["workloads"], (0, 4), strict=True):
-        (pruned,) = measured["pruned"]
-        for timing in (measured["dense"], pruned):
-            check_timing(timing, new)
-        times = [statistics.median(timing["e2els"]) for timing in (measured["dense"], pruned)]
-        assert pruned["speedup"] == pytest.approx(times[0] / times[1])
-        assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
-        assert 1 < pruned["bound"] < 6 / 4
-        assert pruned["removals"] == data["pruned"][0]["removals"]
         assert measured["warmup"] == {"runs": 1, "deviation": None, "stable": None}
         assert measured["attention"] == "sdpa"
-    (size,) = data["pruned"]
-    assert data["dense"]["blocks"] - size["blocks"] == 2
-    per_block = (data["dense"]["parameters"] - size["parameters"]) / 2
-    assert per_block == 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
-    assert data["dense"]["weights_bytes"] == 4 * data["dense"]["parameters"]
-    assert data["dense"]["load_seconds"] > 0
-    for words in ("generation 2x8+4", "speedup", "Peak memory", "95%", "bound"):
+        check_timing(measured["dense"], new)
+        for pruned, size in zip(measured["pruned"], data["pruned"], strict=True):
+            check_timing(pruned, new)
+            assert pruned["removals"] == size["removals"]
+            dense, own = (statistics.median(timing["e2els"]) for timing in (measured["dense"], pruned))
+            assert pruned["speedup"] == pytest.approx(dense / own)
+            assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
+            assert 1 < pruned["bound"] < 6 / size["blocks"]
+    lines = result.stdout.splitlines()
+    assert all(len(line) <= 80 for line in lines if line[:1] in "┏┃┡│└├")
+    for model in ("dense", "-1", "-2"):
+        assert sum(f" {model} " in line for line in lines) >= 3
+    for words in ("generation 2x8+4", "speedup", "95%", "bound"):
         assert words in result.stdout
+    assert "…" not in result.stdout
     assert "less than the paper's setting" in result.stderr
 
 
@@ -56,11 +62,6 @@ def check_timing(timing, new):
     assert timing["completed"] == 2 * 5
     assert timing["output_throughput"] == pytest.approx(2 * 5 * new / timing["duration"])
     assert timing["median_e2el_ms"] == pytest.approx(1000 * statistics.median(timing["e2els"]))
-    memory = timing["memory"]
-    assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
-    # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
-    assert memory["kv_cache_bytes"] == (2 * 11 * 2 * 16 * 4 * memory_blocks(memory) if new else 0)
-    assert sum(memory[part] for part in ("weights_bytes", "kv_cache_bytes", "rest_bytes")) == memory["peak_bytes"]
     for name in ("ttft", "tpot", "itl", "e2el"):
         assert all(
             (timing[f"{what}_{name}_ms"] is None) == (not new and name in ("tpot", "itl")) for what in STATISTICS
@@ -72,19 +73,24 @@ def check_timing(timing, new):
     assert bool(timing["work"]["decode_bytes"]) == bool(new)
 
 
-def memory_blocks(memory):
-    """Return the blocks of a model by its weights: 6 or 4."""
-    return 6 if memory["weights_bytes"] > 250_000 else 4
-
-
-def test_one_workload_on_the_dense_model(run_sleb, tiny_llama, without_memory):
+@pytest.mark.parametrize("blocks", [(), slow(("--blocks", "1,2"))])
+def test_the_memory_is_that_of_a_process_of_its_own(run_sleb, tiny_llama, blocks):
     before = torch.get_num_threads()
-    result = run_sleb("bench", tiny_llama, "--prompt", *QUICK, "--threads", before + 1, "--json", "-q")
+    options = [*QUICK, "--new-tokens", 4, "--threads", before + 1, "--json", "-q"]
+    result = run_sleb("bench", tiny_llama, *blocks, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     data = json.loads(result.stdout)
-    assert [w["workload"]["name"] for w in data["workloads"]] == ["prompt"]
-    assert data["pruned"] == data["workloads"][0]["pruned"] == []
     assert (data["threads"], torch.get_num_threads()) == (before + 1, before)
+    sizes = (data["dense"], *data["pruned"])
+    assert all(size["load_seconds"] > 0 for size in sizes)
+    for measured, new in zip(data["workloads"], (0, 4), strict=True):
+        for size, timing in zip(sizes, (measured["dense"], *measured["pruned"]), strict=True):
+            memory = timing["memory"]
+            assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
+            assert memory["weights_bytes"] == size["weights_bytes"]
+            # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
+            assert memory["kv_cache_bytes"] == (2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0)
+            assert sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest")) == memory["peak_bytes"]
 
 
 def test_models_are_timed_as_transformers_loads_them(run_sleb, tiny_llama, without_memory, monkeypatch):
@@ -101,22 +107,6 @@ def test_models_are_timed_as_transformers_loads_them(run_sleb, tiny_llama, witho
     assert run_sleb("bench", tiny_llama, *QUICK, "--new-tokens", 3, "-q").exit_code == 0
     assert seen == [True, True]
     assert not any(weight.requires_grad for weight in loaded[0].parameters())
-
-
-def test_all_sizes_in_one_run(run_sleb, tiny_llama, without_memory, monkeypatch, tmp_path):
-    monkeypatch.setenv("COLUMNS", "80")
-    sizes = ["--blocks", "3,1,2,4", "--every", 2]
-    result = run_sleb("bench", tiny_llama, *sizes, "--generation", *QUICK, "--new-tokens", 3, "-o", "b.json")
-    assert result.exit_code == 0, result.stderr
-    data = json.loads((tmp_path / "b.json").read_text())
-    assert [size["removals"] for size in data["pruned"]] == [[3, 1], [3, 1, 2, 4]]
-    assert [timing["removals"] for timing in data["workloads"][0]["pruned"]] == [[3, 1], [3, 1, 2, 4]]
-    assert [size["blocks"] for size in data["pruned"]] == [4, 2]
-    tables = [line for line in result.stdout.splitlines() if line[:1] in "┏┃┡│└├"]
-    assert all(len(line) <= 80 for line in tables)
-    for model in ("dense", "-2", "-4"):
-        assert sum(f" {model} " in line for line in result.stdout.splitlines()) >= 3
-    assert "…" not in result.stdout
 
 
 @pytest.mark.slow
@@ -179,8 +169,7 @@ def test_results_are_kept_beside_the_plan(run_sleb, llama_plan, tmp_path, withou
 
 
 def instantly(models, *given):
-    samples = {name: Sample((TimedRun(1.0),)) for name in models}
-    return Measured(WarmupRecord(runs=0, deviation=None, stable=None), samples)
+    return Measured(WarmupRecord(runs=0, deviation=None, stable=None), [dict.fromkeys(models, (TimedRun(1.0), 0.0))])
 
 
 def test_models_that_share_no_weights_are_timed_in_pairs(run_sleb, tiny_llama, without_memory, monkeypatch):
@@ -233,18 +222,11 @@ def test_packed_weights_count_as_the_parameters_they_stand_for(run_sleb, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--iterations", 0), "--iterations 0"),
-        (("--warmup", -1), "--warmup -1"),
         (("--generation", "--new-tokens", 0), "--new-tokens 0"),
         (("--generation", "--prompt-length", 100, "--new-tokens", 100), "128 positions"),
-        (("--prompt", "--prompt-length", 129), "128 positions"),
-        (("--cooldown", -1), "--cooldown -1 is too small"),
-        (("--threads", 0), "--threads 0 is too small"),
         (("--compile", "--warmup", 0), "--warmup 0 is too small"),
-        (("--blocks", "1,2", "--every", 0), "--every 0 is too small"),
         (("--sweep", "batch=1,2 prompts=8"), "--sweep cannot vary 'prompts'"),
         (("--sweep", "batch=one"), "'batch=one' is not a name and a list of numbers"),
-        (("--sweep", "batch="), "'batch=' is not a name and a list of numbers"),
         (("--sweep", "batch=0"), "--batch-size 0 is too small"),
         (("--sweep", "batch=1", "--batch-size", 2), "--sweep sets batch and so does --batch-size"),
         (("--sweep", "batch=1", "--sweep", "batch=2"), "--sweep sets batch twice"),
@@ -259,9 +241,8 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, message):
     assert message in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_while_the_memory_is_measured(tiny_llama, tmp_path, number, code):
     command = [sys.executable, "-m", "sleb_cli", "bench", str(tiny_llama), "--prompt", "-o", "b.json"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:

@@ -86,18 +86,21 @@ def recorder(install, monkeypatch):
     return engine
 
 
-def weights_bytes(folder):
-    return sum(tensor.nbytes for tensor in weights_of(folder).values())
-
-
-def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan, tiny_llama):
+def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     result = run_sleb("bench", llama_plan, "--every", 1, "--engine", "steady", *SHORT, "--json")
     assert result.exit_code == 0, result.stderr
+    assert list((tmp_path / "scratch").iterdir()) == []  # nothing stays of the files that were written
     data = json.loads(result.stdout)
+    kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
+    assert kept["workloads"] == data["workloads"]
+    assert not llama_plan.with_suffix(".bench.json").exists()
     removals = list(read_plan(llama_plan).removals)
     assert [size["removals"] for size in data["pruned"]] == [removals[:1], removals]
     assert [size["blocks"] for size in (data["dense"], *data["pruned"])] == [6, 5, 4]
-    assert data["dense"]["weights_bytes"] == weights_bytes(tiny_llama) == 4 * data["dense"]["parameters"]
+    stored = sum(tensor.nbytes for tensor in weights_of(tiny_llama).values())
+    assert data["dense"]["weights_bytes"] == stored == 4 * data["dense"]["parameters"]
     assert [measured["workload"]["name"] for measured in data["workloads"]] == ["prompt", "generation"]
     for measured in data["workloads"]:
         assert measured["workload"]["engine"] == "steady"
@@ -111,22 +114,6 @@ def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan
     prompt, generation = data["workloads"]
     assert generation["dense"]["ttfts"] == prompt["dense"]["ttfts"]
     assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
-
-
-def test_results_are_kept_by_engine(run_sleb, steady, llama_plan, tiny_llama):
-    assert run_sleb("bench", llama_plan, "--engine", "steady", *SHORT, "-q").exit_code == 0
-    kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
-    assert {measured["workload"]["engine"] for measured in kept["workloads"]} == {"steady"}
-    assert not llama_plan.with_suffix(".bench.json").exists()
-
-
-def test_nothing_stays_of_the_files_that_were_written(run_sleb, steady, tiny_llama, tmp_path, monkeypatch):
-    (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    result = run_sleb("bench", tiny_llama, "--blocks", "2", "--engine", "steady", *SHORT)
-    assert result.exit_code == 0, result.stderr
-    assert "steady" in result.stdout
-    assert list((tmp_path / "scratch").iterdir()) == []
 
 
 def test_a_gguf_file_is_cut_and_loaded_in_pairs(run_sleb, recorder, tmp_path):
@@ -173,8 +160,6 @@ def test_the_gguf_file_of_a_checkpoint_is_named(run_sleb, recorder, tmp_path):
         (["--engine", "steady", "--source", "x.gguf"], "--source does not apply to --engine steady"),
         (["--engine", "steady", "--device", "cpu"], "--device does not apply to --engine steady"),
         (["--engine", "steady", "--compile"], "--compile does not apply to --engine steady"),
-        (["--engine", "steady", "--static-cache"], "--static-cache does not apply to --engine steady"),
-        (["--engine", "steady", "--threads", 0], "--threads 0 is too small"),
     ],
 )
 def test_what_cannot_be_is_refused(run_sleb, steady, tiny_llama, options, message):

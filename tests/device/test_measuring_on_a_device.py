@@ -24,8 +24,9 @@ def evaluate(run_sleb, tmp_path):
     return run
 
 
-def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread):
-    model = save_model(tmp_path / "dense", tiny_config("gemma3_text"))
+@pytest.mark.parametrize("family", ["gemma3_text", "mixtral"])
+def test_perplexities_are_the_cpus(evaluate, simulate, tmp_path, spread, family):
+    model = save_model(tmp_path / "dense", tiny_config(family))
     expected = evaluate(model, "--device", "cpu")
     for float64 in (False, True):
         simulate(float64=float64)
@@ -51,6 +52,7 @@ def test_both_workloads_are_timed_on_both_models(run_sleb, simulate, tiny_llama,
     assert [len(steps) for steps in data["workloads"][1]["dense"]["itls"]] == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_memory_is_the_devices(run_sleb, simulate, tiny_llama):
     simulate(float64=False)
     data = run_bench(run_sleb, tiny_llama, "--generation", "--new-tokens", 2)

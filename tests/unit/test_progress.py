@@ -7,8 +7,11 @@ import pytest
 from rich.console import Console
 
 from sleb_cli.events import (
+    BlockRemoved,
     CandidateScored,
+    LaterStepsForecast,
     Notice,
+    RaceNarrowed,
     SearchAdvanced,
     SearchStarted,
     TaskAdvanced,
@@ -27,68 +30,54 @@ def clock(monkeypatch):
     return now
 
 
-def search_progress(*evaluations, done=0):
-    return _SearchProgress(SearchStarted(30, done + len(evaluations), done, evaluations))
+def after(seconds, *events):
+    """Let time pass before the first of these events."""
+    return [(seconds, events[0]), *((0, event) for event in events[1:])]
 
 
-def advance(search, clock, seconds, evaluations):
-    clock[0] += seconds
-    search.advanced(evaluations, from_journal=False)
+def advanced(evaluations, **where):
+    return SearchAdvanced(evaluations, **where)
 
 
-def test_at_an_even_pace_the_remaining_time_is_right_at_once(clock):
-    search = search_progress(280, 270)
-    for _ in range(28):
-        advance(search, clock, 1, 10)
-    assert search.remaining() == pytest.approx(27)
-    assert (search.done, search.expected) == (280, 550)
+REMOVED, FASTER = BlockRemoved(1, 7, 3.5, 30.0), LaterStepsForecast(0.5)
+FIRST_STEP = [*after(10, advanced(10), FASTER), *after(90, advanced(90), REMOVED)]
+# What a forecast says after the first step counts no more.
+SECOND_STEP = [*FIRST_STEP, *after(5, advanced(10), FASTER)]
 
 
-def test_the_pace_is_that_of_the_kind_of_step(clock):
-    search = search_progress(100, 100, 100)
-    advance(search, clock, 10, 10)
-    assert search.remaining() == pytest.approx(290)
-    search.forecast(0.5)  # of later steps, which are known to be faster
-    assert search.remaining() == pytest.approx(90 + 100)
-    advance(search, clock, 90, 90)
-    search.removed()
-    assert search.remaining() is None
-    advance(search, clock, 5, 10)
-    search.forecast(0.5)  # says nothing after the first step
-    assert search.remaining() == pytest.approx(95)
-    advance(search, clock, 45, 90)
-    search.removed()
-    assert search.remaining() == pytest.approx(50)
+@pytest.mark.parametrize(
+    ("steps", "events", "remaining"),
+    [
+        ((280, 270), after(1, advanced(10)) * 28, 27),
+        ((100,) * 3, after(10, advanced(10)), 290),
+        ((100,) * 3, FIRST_STEP[:2], 90 + 100),
+        ((100,) * 3, FIRST_STEP, None),
+        ((100,) * 3, SECOND_STEP, 95),
+        ((100,) * 3, [*SECOND_STEP, *after(45, advanced(90), REMOVED)], 50),
+        ((100,), after(1, advanced(60, from_journal=True)), None),
+        ((100,), [*after(0, advanced(60, from_journal=True)), *after(10, advanced(20))], 10),
+        ((1000, 900), after(10, advanced(100), RaceNarrowed(1, 5, 800)), 10 + 18),
+        ((3,), after(1, *[advanced(0.1)] * 30, REMOVED), None),
+    ],
+)
+def test_the_remaining_time_is_at_the_pace_of_this_kind_of_step(clock, steps, events, remaining):
+    search = _SearchProgress(SearchStarted(30, len(steps), 0, steps))
+    for seconds, event in events:
+        clock[0] += seconds
+        search.update(event)
+    assert search.remaining() == (remaining and pytest.approx(remaining))
+    assert search.done <= search.expected
+    assert search.steps_left == len(steps) - sum(event is REMOVED for _, event in events)
 
 
-def test_what_a_journal_had_says_nothing_about_the_pace(clock):
-    search = search_progress(100)
-    search.advanced(60, from_journal=True)
-    assert search.remaining() is None
-    advance(search, clock, 10, 20)
-    assert search.remaining() == pytest.approx(10)
-
-
-def test_a_race_that_narrows_makes_all_steps_shorter(clock):
-    search = search_progress(1000, 900)
-    advance(search, clock, 10, 100)
-    search.scored(7, 3.5)
-    search.narrowed(5, 800)
+def test_a_race_that_narrows_makes_all_steps_shorter():
+    search = _SearchProgress(SearchStarted(30, 2, 0, (1000, 900)))
+    for event in (advanced(100), CandidateScored(1, 7, 3.5), RaceNarrowed(1, 5, 800)):
+        search.update(event)
     assert search.expected == pytest.approx(200 + 180)
-    assert search.remaining() == pytest.approx(28)
     assert search.note() == "step 1 of 2, best so far: block 7 (3.5000), 5 still racing"
-    search.removed()
+    search.update(REMOVED)
     assert search.done == 200
-
-
-def test_at_the_end_nothing_is_left(clock):
-    search = search_progress(3, done=2)
-    for _ in range(30):  # whatever the parts add up to
-        search.advanced(0.1, from_journal=False)
-    search.removed()
-    assert search.steps_left == 0
-    assert search.done == search.expected == 3
-    assert search.remaining() is None
 
 
 def test_names_are_shown_as_they_are(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sleb_cli.tables.search import block_strip
-from sleb_cli.tables.table import Table, to_markdown, to_text
+from sleb_cli.tables.table import Table, tabulate, to_markdown, to_text
 from sleb_cli.ui.chart import ROWS, Line, draw_lines
 from sleb_cli.ui.names import elide, short_name
 from sleb_cli.ui.tables import fitting
@@ -20,36 +20,34 @@ def shown(renderable, width):
     return console.file.getvalue().splitlines()
 
 
+def drawn(*lines, labels=("1", "2.5", "4"), width=80):
+    return shown(draw_lines([Line(mark, "", values) for mark, values in lines], labels, width), width + 40)
+
+
 def test_a_chart_has_the_highest_value_on_top():
-    rows = shown(draw_lines([Line("●", "", [1.0, 2.0, 4.0])], ("1", "2.5", "4"), 80), 80)
+    rows = drawn(("●", [1.0, 2.0, 4.0]))
     assert len(rows) == ROWS + 1
     assert rows[0] == "  4 ┤                   ·●"
     assert rows[ROWS - 1].startswith("  1 ┤●·")
     assert rows[ROWS // 2].startswith("2.5 ┤")
     assert rows[-1] == "     0         1         2"
-    assert "".join(rows).count("●") == 3
-    # The middle value stands a third of the way up.
-    assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"
-    equal = shown(draw_lines([Line("●", "", [2.0] * 4)], ("2", "2", "2"), 80), 80)
-    assert [row.count("●") for row in equal].count(4) == 1
+    assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"  # the middle value stands a third of the way up
+    assert [row.count("●") for row in drawn(("●", [2.0] * 4))].count(4) == 1
+    # Where lines meet, the first is on top.
+    lines = ("●", [1.0, 2.0, 3.0]), ("○", [1.0, None, 3.0])
+    assert ["".join(drawn(*lines)).count(mark) for mark in "●○"] == [3, 0]
+    assert "○" in "".join(drawn(*lines[::-1]))
 
 
 @pytest.mark.parametrize("steps", [4, 30, 126])
 @pytest.mark.parametrize("width", [40, 80])
 def test_a_chart_is_as_wide_as_asked(steps, width):
     values = [math.log(step + 2) for step in range(steps)]
-    rows = shown(draw_lines([Line("●", "", values)], ("2.00", "60.00", "128.00"), width), width + 40)
+    rows = drawn(("●", values), labels=("2.00", "60.00", "128.00"), width=width)
     assert max(map(len, rows)) <= width
     numbers = list(map(int, rows[-1].split()))
     assert numbers[0] == 0
     assert len({after - before for before, after in pairwise(numbers)}) == 1
-
-
-def test_where_lines_meet_the_first_is_on_top():
-    lines = [Line("●", "", [1.0, 2.0, 3.0]), Line("○", "", [1.0, None, 3.0])]
-    rows = "".join(shown(draw_lines(lines, ("1", "2", "3"), 80), 80))
-    assert (rows.count("●"), rows.count("○")) == (3, 0)
-    assert "○" in "".join(shown(draw_lines(lines[::-1], ("1", "2", "3"), 80), 80))
 
 
 def test_a_strip_of_many_blocks_takes_several_rows():
@@ -108,8 +106,8 @@ def test_text_wraps_between_words_before_a_column_goes():
 
 
 def test_what_several_rows_are_about_stands_in_the_first():
-    rows = [["a", "1", ""], ["a", "2", ""], ["b", "3", ""]]
-    table = Table("", ["x", "y", "empty"], rows).filled()
+    rows = [["a", 1, None], ["a", 2, None], ["b", 3, None]]
+    table = tabulate("", [("x", str), ("y", "{}".format), ("empty", str)], rows)
     assert [row.split() for row in shown(fitting(table, 80), 80) if row.startswith("│")] == [
         ["│", "a", "│", "1", "│"], ["│", "│", "2", "│"], ["│", "b", "│", "3", "│"],
     ]  # fmt: skip

@@ -1,15 +1,16 @@
 """Timing models in turn, vLLM's statistics of the runs, and intervals that hold what they promise."""
 
 import time
+from itertools import count
 
 import numpy as np
 import pytest
 
 from sleb_cli.engine import statistics
+from sleb_cli.engine.speed.energy import Meter
 from sleb_cli.engine.speed.timing import (
     WARMUP_LIMIT,
     Measured,
-    Sample,
     draw_prompts,
     latency_statistics,
     measure,
@@ -47,25 +48,13 @@ class Machine:
         return run
 
 
-class Meter:
-    """Counts 3 J in each run."""
-
-    source = "NVML"
-
-    def __init__(self):
-        self.total = 0
-
-    def joules(self):
-        self.total += 3
-        return self.total
-
-
 def test_every_other_round_is_reversed_and_has_its_own_prompts():
     machine = Machine(1.0, names="abc")
-    measured = measure(machine.models, workload(iterations=3), 1000, [].append, Meter())
+    measured = measure(
+        machine.models, workload(iterations=3), 1000, [].append, Meter("NVML", count(0, 3).__next__)
+    )  # 3 J in each run
     assert "".join(machine.runs) == "abc" + "cba" + "abc"
-    assert measured.samples == {name: Sample((TimedRun(1.0),) * 3, (3, 3, 3)) for name in "abc"}
-    assert measured.energy_source == "NVML"
+    assert measured.rounds == [dict.fromkeys("abc", (TimedRun(1.0), 3))] * 3
     first, *others = machine.prompts[::3], machine.prompts[1::3], machine.prompts[2::3]
     assert others == [first, first]
     assert len({str(prompts) for prompts in first}) == 3
@@ -88,7 +77,7 @@ def test_it_warms_up_until_times_are_stable_or_as_often_as_asked(seconds, asked,
     measured = measure(machine.models, workload(warmup=asked), 10, heard.append)
     assert (measured.warmup.runs, measured.warmup.stable) == (runs, stable)
     assert len(machine.runs) == 2 * (runs + 4)
-    assert len(measured.samples["dense"].runs) == 4
+    assert len(measured.rounds) == 4
     told = [event.text for event in heard if isinstance(event, Notice)]
     assert len(told) == (stable is False)
     assert all("times still vary by 4.4% after 10 warm-up runs" in text for text in told)
@@ -152,11 +141,11 @@ def rounds(kind, count, rng, ratio=1.0):
 
 
 @pytest.mark.parametrize("kind", ["independent", "correlated", "long phases", "a slow drift", "spikes"])
-@pytest.mark.parametrize("count", [10, 20])
-def test_a_model_is_as_fast_as_itself_in_19_of_20_intervals(kind, count, monkeypatch):
+@pytest.mark.parametrize("runs", [10, 20])
+def test_a_model_is_as_fast_as_itself_in_19_of_20_intervals(kind, runs, monkeypatch):
     monkeypatch.setattr(statistics, "RESAMPLES", 999)
     rng = np.random.default_rng(0)
-    intervals = [median_ratio_interval(*rounds(kind, count, rng)) for _ in range(100)]
+    intervals = [median_ratio_interval(*rounds(kind, runs, rng)) for _ in range(100)]
     assert sum(found.low <= 1 <= found.high for found in intervals) >= 93
     pairs = zip(intervals[::2], intervals[1::2], strict=True)
     assert sum(a.low <= b.high and b.low <= a.high for a, b in pairs) >= 49
@@ -180,17 +169,11 @@ def test_an_interval_is_reproducible_and_needs_enough_rounds():
 
 def test_a_speedup_is_over_the_dense_runs_of_the_same_rounds():
     def measured(warmup, **seconds):
-        samples = {
-            name.replace("_", " "): Sample(tuple(map(TimedRun, times)), tuple(10 * value for value in times))
-            for name, times in seconds.items()
-        }
-        return Measured(WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), samples, "RAPL")
+        done = {name.replace("_", " "): (TimedRun(value), 10 * value) for name, value in seconds.items()}
+        return Measured(WarmupRecord(runs=warmup, deviation=warmup / 100, stable=warmup < 5), [done] * 2)
 
-    pairs = [
-        measured(3, dense=(2, 2), **{"1_blocks_fewer": (1, 1)}),
-        measured(9, dense=(6, 6), **{"2_blocks_fewer": (2, 2)}),
-    ]
-    found = workload_result(workload(name="prompt", new_tokens=0), pairs, [(3,), (3, 4)])
+    pairs = [measured(3, dense=2, **{"1_blocks_fewer": 1}), measured(9, dense=6, **{"2_blocks_fewer": 2})]
+    found = workload_result(workload(name="prompt", new_tokens=0), pairs, [(3,), (3, 4)], energy="RAPL")
     assert found.dense.e2els == (2, 2, 6, 6)
     assert [(timing.removals, timing.speedup) for timing in found.pruned] == [((3,), 2), ((3, 4), 3)]
     assert (found.warmup.runs, found.warmup.deviation, found.warmup.stable) == (9, 0.09, False)

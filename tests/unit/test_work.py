@@ -7,7 +7,6 @@ from conftest import llama_config, save_model
 from families import tiny_config
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.speed.bound import speedup_bound
 from sleb_cli.engine.speed.work import count_work
 from sleb_cli.plugin_manager import load_plugins
 
@@ -28,14 +27,14 @@ def architecture(tmp_path):
 def test_a_prompt(architecture):
     work = count_work(architecture(llama_config(3)), 2, 16, 0, torch.float32)
     attention = 2 * 2 * 16 * 16 * HIDDEN
-    assert work.prefill.flops.blocks == (2 * (2 * 16 * BLOCK + attention),) * 3
-    assert work.prefill.flops.outside == 2 * 16 * 2 * HIDDEN * VOCABULARY
-    assert work.prefill.bytes.blocks == (4 * (BLOCK + NORMS),) * 3
+    assert work.prefill_flops.blocks == (2 * (2 * 16 * BLOCK + attention),) * 3
+    assert work.prefill_flops.outside == 2 * 16 * 2 * HIDDEN * VOCABULARY
+    assert work.prefill_bytes.blocks == (4 * (BLOCK + NORMS),) * 3
     looked_up = 2 * 16 * HIDDEN
-    assert work.prefill.bytes.outside == 4 * (HIDDEN * VOCABULARY + HIDDEN + looked_up)
-    assert work.decode is None
-    assert speedup_bound(work, (1,)) == max(
-        term.without(()) / term.without((1,)) for term in (work.prefill.flops, work.prefill.bytes)
+    assert work.prefill_bytes.outside == 4 * (HIDDEN * VOCABULARY + HIDDEN + looked_up)
+    assert work.decode_flops.without(()) == work.decode_bytes.without(()) == 0
+    assert work.bound((1,)) == max(
+        term.without(()) / term.without((1,)) for term in (work.prefill_flops, work.prefill_bytes)
     )
 
 
@@ -43,18 +42,18 @@ def test_a_prompt(architecture):
 def test_generation(architecture, tied):
     work = count_work(architecture(llama_config(3, tie_word_embeddings=tied)), 2, 16, 5, torch.bfloat16)
     head = HIDDEN * VOCABULARY
-    assert work.prefill.flops.outside == 2 * 2 * head  # of the last position alone
+    assert work.prefill_flops.outside == 2 * 2 * head  # of the last position alone
     cache_of_prompt = 2 * 16 * 2 * KEYS
-    assert work.prefill.bytes.blocks == (2 * (BLOCK + NORMS + cache_of_prompt),) * 3
+    assert work.prefill_bytes.blocks == (2 * (BLOCK + NORMS + cache_of_prompt),) * 3
     context = 16 + 2.5  # the mean of 17 to 20
     attention = 2 * 2 * context * HIDDEN
-    assert work.decode.flops.blocks == pytest.approx((4 * 2 * (2 * BLOCK + attention),) * 3)
-    assert work.decode.flops.outside == pytest.approx(4 * 2 * 2 * head)
-    assert work.decode.bytes.blocks == (4 * 2 * (BLOCK + NORMS + 2 * context * 2 * KEYS),) * 3
+    assert work.decode_flops.blocks == pytest.approx((4 * 2 * (2 * BLOCK + attention),) * 3)
+    assert work.decode_flops.outside == pytest.approx(4 * 2 * 2 * head)
+    assert work.decode_bytes.blocks == (4 * 2 * (BLOCK + NORMS + 2 * context * 2 * KEYS),) * 3
     looked_up = 0 if tied else 2 * HIDDEN
-    assert work.decode.bytes.outside == 4 * 2 * (head + HIDDEN + looked_up)
-    assert 1 < speedup_bound(work, (1,)) < 3 / 2
-    assert count_work(architecture(llama_config(3)), 2, 16, 1, torch.bfloat16).decode is None
+    assert work.decode_bytes.outside == 4 * 2 * (head + HIDDEN + looked_up)
+    assert 1 < work.bound((1,)) < 3 / 2
+    assert count_work(architecture(llama_config(3)), 2, 16, 1, torch.bfloat16).decode_bytes.without(()) == 0
 
 
 def test_of_the_experts_only_those_that_are_chosen_count(architecture):
@@ -64,16 +63,16 @@ def test_of_the_experts_only_those_that_are_chosen_count(architecture):
     others = sum(p.numel() for name, p in read.skeleton.named_parameters() if ".0." in name and "experts" not in name)
     work = count_work(read, 1, 4, 2, torch.float32)
     cache = 2 * config.hidden_size
-    assert work.decode.bytes.blocks[0] == pytest.approx(4 * (others + 2 * expert + 5 * cache))
+    assert work.decode_bytes.blocks[0] == pytest.approx(4 * (others + 2 * expert + 5 * cache))
     # Four tokens that choose two of four experts each leave one out in one case of 16.
-    assert work.prefill.bytes.blocks[0] == pytest.approx(4 * (others + 4 * expert * 15 / 16 + 4 * cache))
-    assert work.decode.flops.blocks[0] > 2 * 2 * expert
-    assert work.decode.flops.blocks[0] < 2 * (2 * expert + others) * 1.2
+    assert work.prefill_bytes.blocks[0] == pytest.approx(4 * (others + 4 * expert * 15 / 16 + 4 * cache))
+    assert work.decode_flops.blocks[0] > 2 * 2 * expert
+    assert work.decode_flops.blocks[0] < 2 * (2 * expert + others) * 1.2
 
 
 def test_what_the_counter_cannot_run_takes_two_per_weight(architecture, monkeypatch):
     read = architecture(llama_config(3))
     monkeypatch.setattr("sleb_cli.engine.speed.work._counted_flops", lambda *given, all_logits: None)
     work = count_work(read, 2, 16, 0, torch.float32)
-    assert work.prefill.flops.blocks == (2 * 2 * 16 * BLOCK,) * 3
-    assert work.prefill.flops.outside == 2 * 2 * 16 * HIDDEN * VOCABULARY
+    assert work.prefill_flops.blocks == (2 * 2 * 16 * BLOCK,) * 3
+    assert work.prefill_flops.outside == 2 * 2 * 16 * HIDDEN * VOCABULARY

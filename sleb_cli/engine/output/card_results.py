@@ -30,7 +30,7 @@ from sleb_cli.results import (
     WorkloadResult,
 )
 from sleb_cli.tables import quality, speed
-from sleb_cli.tables.table import Table, in_markdown, to_markdown
+from sleb_cli.tables.table import Scored, Table, in_markdown, to_markdown
 
 M = TypeVar("M", TextResult, TaskResult, WorkloadResult)
 S = TypeVar("S", TextScores, TaskScores, Timing)
@@ -174,8 +174,8 @@ def results_section(measured: Measured) -> list[str]:
     if not rows:
         return []
     texts = _by_model(measured.texts, lambda text: f"{public_name(text.text)}, {quality.windows_of(text)}")
-    tasks = [(row.measured, *found) for row in measured.tasks for found in _by_model([row], quality.task_name)]
-    timed = _by_model(measured.workloads, lambda result: speed.workload_name(result.workload))
+    tasks = _by_model(measured.tasks, quality.task_name)
+    timed = _by_model(measured.workloads, speed.workload_name)
     tables = [
         quality.perplexities(texts),
         quality.tasks(tasks),
@@ -214,13 +214,13 @@ def card_table(table: Table) -> list[str]:
     ]
 
 
-def _by_model(rows: Iterable[Row[M, S]], name: Callable[[M], str]) -> Iterator[tuple[str, str, S]]:
+def _by_model(rows: Iterable[Row[M, S]], name: Callable[[M], str]) -> Iterator[Scored]:
     """Yield the scores of both models, with the names of what was measured and of the model."""
     for row in rows:
         label = f"{name(row.measured)}, {row.setting}"
         if row.base is not None:
-            yield label, "base model", row.base
-        yield label, "this model", row.own
+            yield row.measured, label, "base model", row.base
+        yield row.measured, label, "this model", row.own
 
 
 def _commands(measured: Measured) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ import transformers
 from sleb_cli.engine.device import choose_device, choose_dtype, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.speed.peak_memory import Alone, measure_alone
-from sleb_cli.engine.speed.runners import EngineRunner, Loaded, Runner, TransformersRunner, WriteFiles, engine_settings
-from sleb_cli.engine.speed.timing import Measured, Removals, measure, model_name, workload_result
-from sleb_cli.engine.speed.transformers_model import TransformersModel, as_timed
+from sleb_cli.engine.speed.energy import find_meter
+from sleb_cli.engine.speed.peak_memory import measure_alone
+from sleb_cli.engine.speed.runners import Load, Loaded, WriteFiles, engine_settings, load_into, load_with_transformers
+from sleb_cli.engine.speed.timing import Measured, Removals, Run, measure, model_name, workload_result
+from sleb_cli.engine.speed.transformers_model import prepared
 from sleb_cli.engine.speed.work import Work, count_work
 from sleb_cli.engine.speed.workloads import resolve_workloads
 from sleb_cli.engine.surgery.subject import Subject
@@ -48,18 +49,30 @@ def benchmark(
     workloads = resolve_workloads(request, subject, device, notify)
     surgeries = subject.sizes(request)
     with threads(request.threads):
-        runner: Runner
         if engine:
             settings = engine_settings(workloads, dtype, models=2 if subject.surgery.removals else 1)
-            runner = EngineRunner(*engine, settings, notify)
+            load, version = load_into(*engine, settings, notify), engine[0].version() or None
+            meter, in_pairs = None, True
         else:
-            runner = TransformersRunner(dtype, device, notify, in_pairs=architecture.is_quantized)
-        sizes, measured = _time(runner, architecture, workloads, surgeries, notify)
+            load, version = load_with_transformers(dtype, device, notify), transformers.__version__
+            meter, in_pairs = find_meter(device, notify), architecture.is_quantized
+
+        def timed(runs: Mapping[str, Run], workload: Workload) -> Measured:
+            return measure(runs, workload, architecture.text_config.vocab_size, notify, meter)
+
+        measured: dict[Workload, list[Measured]] = {workload: [] for workload in workloads}
+        sizes: dict[Removals, ModelSize] = {}
+        with load(Surgery(architecture, ()), None) as dense:
+            # All sizes together or, if only two models fit, each in turn with the dense one.
+            for group in [[surgery] for surgery in surgeries] if in_pairs and surgeries else [surgeries]:
+                sizes |= _time_together(load, dense, group, measured, timed)
+                free_memory()
+            where, attention = {"dtype": dense.dtype, "device": dense.device}, dense.attention
+        del dense  # what runs alone needs its memory
         memory = {}
-        for removals in () if engine else list(sizes):
-            alone = Alone(architecture.source, removals, dtype, device, torch.get_num_threads())
-            seconds, memory[removals] = measure_alone(alone, workloads, notify)
-            sizes[removals] = sizes[removals].model_copy(update={"load_seconds": seconds})
+        for surgery in [] if engine else [Surgery(architecture, ()), *surgeries]:
+            seconds, memory[surgery.removals] = measure_alone(surgery, dtype, device, workloads, notify)
+            sizes[surgery.removals] = sizes[surgery.removals].model_copy(update={"load_seconds": seconds})
         # A GGUF file has its own data types, so the bytes of the checkpoint are not those that are read.
         works = {} if engine and engine[0].reads == "gguf" else _works(architecture, workloads, dtype, notify)
         return BenchResult(
@@ -67,8 +80,7 @@ def benchmark(
             sleb_version=__version__,
             kind="bench",
             model=architecture.record,
-            dtype=runner.dtype,
-            device=runner.device,
+            **where,
             threads=torch.get_num_threads(),
             processor=processor_name(device),
             governor=cpu_governor(),
@@ -83,8 +95,9 @@ def benchmark(
                     [surgery.removals for surgery in surgeries],
                     memory={removals: found[number] for removals, found in memory.items()},
                     work=works.get(workload),
-                    engine_version=runner.version,
-                    attention=runner.attention,
+                    energy=meter.source if meter else None,
+                    engine_version=version,
+                    attention=attention,
                 )
                 for number, workload in enumerate(workloads)
             ),
@@ -105,38 +118,30 @@ def threads(count: int | None) -> Iterator[None]:
 def time_in_turn(workload: Workload, models: Mapping[str, Any], notify: Notify) -> dict[str, list[float]]:
     """Return the seconds of each timed run of these transformers models, run in turn."""
     vocabulary = next(iter(models.values())).config.get_text_config().vocab_size
-    runs = {name: TransformersModel(model, workload).run for name, model in models.items()}
-    with as_timed(models.values(), workload):
-        measured = measure(runs, workload, vocabulary, notify)
-    return {name: sample.seconds for name, sample in measured.samples.items()}
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(prepared(model, workload)).run for name, model in models.items()}
+        rounds = measure(runs, workload, vocabulary, notify).rounds
+    return {name: [done[name][0].seconds for done in rounds] for name in models}
 
 
-def _time(
-    runner: Runner,
-    architecture: Architecture,
-    workloads: Sequence[Workload],
+def _time_together(
+    load: Load,
+    dense: Loaded,
     surgeries: Sequence[Surgery],
-    notify: Notify,
-) -> tuple[dict[Removals, ModelSize], dict[Workload, list[Measured]]]:
-    """Time all sizes together or, if only two models fit, each in turn with the dense one."""
-    sizes: dict[Removals, ModelSize] = {}
-    measured: dict[Workload, list[Measured]] = {workload: [] for workload in workloads}
-
-    def time_together(dense: Loaded, group: Sequence[Surgery]) -> None:
-        with ExitStack() as stack:
-            models = [dense, *(stack.enter_context(runner.load(surgery)) for surgery in group)]
-            sizes.update({model.size.removals: model.size for model in models})
-            for workload, found in measured.items():
-                runs = {model_name(model.size.removals): model.run(workload) for model in models}
-                with runner.timing(workload):
-                    vocabulary = architecture.text_config.vocab_size
-                    found.append(measure(runs, workload, vocabulary, notify, runner.meter))
-
-    with runner.load(Surgery(architecture, ())) as dense:
-        for group in [[surgery] for surgery in surgeries] if runner.in_pairs and surgeries else [surgeries]:
-            time_together(dense, group)
-            free_memory()
-    return sizes, measured
+    measured: Mapping[Workload, list[Measured]],
+    timed: Callable[[Mapping[str, Run], Workload], Measured],
+) -> dict[Removals, ModelSize]:
+    """Time the dense model with these sizes, add the rounds to those of each workload, and return the sizes."""
+    with ExitStack() as stack:
+        models = [dense, *(stack.enter_context(load(surgery, dense)) for surgery in surgeries)]
+        for workload, found in measured.items():
+            with ExitStack() as ready:
+                runs = {
+                    model_name(model.size.removals): ready.enter_context(model.prepare(workload)).run
+                    for model in models
+                }
+                found.append(timed(runs, workload))
+    return {model.size.removals: model.size for model in models}
 
 
 def _works(

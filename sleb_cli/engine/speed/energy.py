@@ -2,102 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 
+from sleb_cli.events import Notice, Notify
 from sleb_cli.results import EnergySource
-from sleb_plugins import MachineError
 
 POWERCAP = Path("/sys/class/powercap")
 
 
-class Meter(Protocol):
-    """A counter of energy that only grows."""
+@dataclass(frozen=True)
+class Meter:
+    """A counter of energy; `joules` returns what was used since some moment in the past."""
 
     source: EnergySource
-
-    def joules(self) -> float:
-        """Return the energy since some moment in the past."""
+    joules: Callable[[], float]
 
 
-def find_meter(device: torch.device, powercap: Path = POWERCAP) -> Meter:
-    """Return the counter for what computes on this device.
-
-    Raises:
-        MachineError: there is none, or it cannot be read.
-    """
-    if device.type == "cpu":
-        return RaplMeter(powercap)
-    if device.type == "cuda" and torch.version.cuda:
-        return NvmlMeter(device)
-    raise MachineError(
-        f"Energy is not measured: sleb knows no energy counter for {device.type}.", hint="Use another --device."
-    )
+class NoMeter(Exception):
+    """Why energy cannot be measured."""
 
 
-class RaplMeter:
-    """The counters of all processor packages, which also count the work of other programs.
+def find_meter(device: torch.device, notify: Notify, powercap: Path = POWERCAP) -> Meter | None:
+    """Return the counter for what computes on this device; None, with a notice that says why, if none can be read."""
+    try:
+        if device.type == "cpu":
+            return Meter("RAPL", _packages(powercap))
+        if device.type == "cuda" and torch.version.cuda:
+            return Meter("NVML", _gpu(device))
+        raise NoMeter(f"sleb knows no energy counter for {device.type}")
+    except NoMeter as error:
+        notify(Notice(f"Energy is not measured: {error}."))
+        return None
 
-    Raises:
-        MachineError: there is none, or this user may not read it.
-    """
 
-    source: EnergySource = "RAPL"
+def _packages(powercap: Path) -> Callable[[], float]:
+    """Read the counters of all processor packages, which also count the work of other programs."""
+    # Zones within a package are named intel-rapl:0:1, and counted in it.
+    zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    if not zones:
+        raise NoMeter(f"the processor has no counter in {powercap}")
+    try:
+        ranges = {zone / "energy_uj": int((zone / "max_energy_range_uj").read_text()) for zone in zones}
+        last = {file: int(file.read_text()) for file in ranges}
+    except (OSError, ValueError) as error:
+        raise NoMeter(f"this user cannot read {zones[0] / 'energy_uj'}") from error
+    total = 0
 
-    def __init__(self, powercap: Path) -> None:
-        # Zones within a package are named intel-rapl:0:1, and counted in it.
-        zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if zone.name.count(":") == 1]
-        if not zones:
-            raise MachineError(
-                f"Energy is not measured: the processor has no counter in {powercap}.", hint="Use another machine."
-            )
-        try:
-            self._ranges = {zone / "energy_uj": int((zone / "max_energy_range_uj").read_text()) for zone in zones}
-            self._last = {file: int(file.read_text()) for file in self._ranges}
-        except (OSError, ValueError) as error:
-            raise MachineError(
-                f"Energy is not measured: this user cannot read {zones[0] / 'energy_uj'}.",
-                hint="Give this user read access, or run as root.",
-            ) from error
-        self._total = 0
-
-    def joules(self) -> float:
-        """Return the energy since the meter was made; a full counter starts again at 0."""
-        for file, full in self._ranges.items():
+    def joules() -> float:
+        nonlocal total
+        for file, full in ranges.items():
             now = int(file.read_text())
-            self._total += now - self._last[file] + (full if now < self._last[file] else 0)
-            self._last[file] = now
-        return self._total / 1e6
+            total += now - last[file] + (full if now < last[file] else 0)  # a full counter starts again at 0
+            last[file] = now
+        return total / 1e6
+
+    return joules
 
 
-class NvmlMeter:
-    """The counter of one GPU.
-
-    Raises:
-        MachineError: the package that reads it is missing, or the GPU has none.
-    """
-
-    source: EnergySource = "NVML"
-
-    def __init__(self, device: torch.device) -> None:
-        try:
-            import pynvml
-        except ImportError as error:
-            raise MachineError(
-                "Energy is not measured: the package nvidia-ml-py is not installed.", hint='Install "sleb[energy]".'
-            ) from error
-        try:
-            pynvml.nvmlInit()
-            # CUDA_VISIBLE_DEVICES renumbers devices for torch, but not for NVML.
-            uuid = torch.cuda.get_device_properties(device).uuid
-            self._nvml: Any = pynvml
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            self.joules()
-        except pynvml.NVMLError as error:
-            raise MachineError(f"Energy is not measured: NVML reports {error}.", hint="Update the driver.") from error
-
-    def joules(self) -> float:
-        """Return the energy since the driver was loaded."""
-        return float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
+def _gpu(device: torch.device) -> Callable[[], float]:
+    try:
+        import pynvml
+    except ImportError as error:
+        raise NoMeter('the package nvidia-ml-py is not installed (install "sleb[energy]")') from error
+    try:
+        pynvml.nvmlInit()
+        # CUDA_VISIBLE_DEVICES renumbers devices for torch, but not for NVML.
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        raise NoMeter(f"NVML reports {error}") from error
+    return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, synchronize
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters
 from sleb_cli.engine.speed.benchmark import threads
-from sleb_cli.engine.speed.bound import speedup_bound
-from sleb_cli.engine.speed.work import Cost, Work, count_work
+from sleb_cli.engine.speed.work import Work, count_work
 from sleb_cli.engine.speed.workloads import resolve_workloads
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.requests import AUTO, BenchRequest
-from sleb_cli.results import EstimatedSize, EstimatedTiming, EstimatedWorkload, EstimateResult, Workload
+from sleb_cli.results import EstimatedSize, EstimatedTiming, EstimatedWorkload, EstimateResult
 from sleb_cli.version import __version__
 from sleb_plugins import UsageError
 
@@ -58,16 +56,13 @@ def measure_rate(dtype: torch.dtype, device: torch.device) -> Rate:
 
 
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of five runs, which other programs disturb least."""
-    run()
-    found = []
-    for _ in range(5):
-        synchronize(device)
-        start = time.perf_counter()
+    """Return the seconds of the fastest of five runs, which other programs disturb least, after one to warm up."""
+
+    def once() -> None:
         run()
         synchronize(device)
-        found.append(time.perf_counter() - start)
-    return min(found)
+
+    return min(timeit.repeat(once, repeat=6, number=1)[1:])
 
 
 def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> EstimateResult:
@@ -84,6 +79,7 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
     if architecture.is_quantized:
         notify(Notice(f"The weights are quantized; they are counted in {dtype_name(dtype)}."))
     known, removals = bool(subject.surgery.removals), _removals(subject, request)
+    shown: Callable[[Sizes], Sizes] = (lambda sizes: sizes) if known else _even
     workloads = resolve_workloads(request, subject, device, notify)
     with threads(request.threads), task(notify, "Predicting the speed", len(workloads)) as advance:
         if request.device_flops and request.device_bandwidth:
@@ -94,13 +90,13 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
         for workload in workloads:
             shape = workload.batch_size, workload.prompt_length, workload.new_tokens
             work = count_work(architecture, *shape, dtype)
-            seconds = _seconds(work, rate)
-            predicted.append((work, seconds) if known else (_even_work(work), _even(seconds)))
+            predicted.append((Work(*map(shown, work)), shown(_seconds(work, rate))))
             advance()
         processor = None if described else processor_name(device)
-    parameters, cache = count_parameters(architecture), _cache(architecture, workloads, dtype)
-    if not known:
-        parameters, cache = _even(parameters), cache and _even(cache)
+    parameters, cache = shown(count_parameters(architecture)), None
+    for last in [workload for workload in workloads if workload.new_tokens][-1:]:
+        length = last.prompt_length + last.new_tokens
+        cache = shown(cache_bytes(architecture, dtype, length=length, batch=last.batch_size))
 
     def size(removed: tuple[int, ...]) -> EstimatedSize:
         return EstimatedSize(
@@ -115,7 +111,7 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
                     work=work.record(removed),
                     seconds=seconds.without(removed),
                     speedup=seconds.without(()) / seconds.without(removed),
-                    bound=speedup_bound(work, removed),
+                    bound=work.bound(removed),
                 )
                 for work, seconds in predicted
             ),
@@ -174,26 +170,9 @@ def _even(sizes: Sizes) -> Sizes:
     return Sizes(sizes.outside, (sum(sizes.blocks) / count,) * count)
 
 
-def _even_work(work: Work) -> Work:
-    prefill, *decode = (
-        Cost(_even(cost.flops), _even(cost.bytes)) for cost in (work.prefill, work.decode) if cost is not None
-    )
-    return Work(prefill, decode[0] if decode else None)
-
-
 def _seconds(work: Work, rate: Rate) -> Sizes:
-    found = Sizes(0, (0,) * len(work.prefill.flops.blocks))
-    for cost in filter(None, (work.prefill, work.decode)):
-        blocks = zip(cost.flops.blocks, cost.bytes.blocks, strict=True)
-        outside = rate.seconds(cost.flops.outside, cost.bytes.outside)
-        found += Sizes(outside, tuple(rate.seconds(*block) for block in blocks))
-    return found
-
-
-def _cache(architecture: Architecture, workloads: Sequence[Workload], dtype: torch.dtype) -> Sizes | None:
-    """Return the KV cache at its largest in the last workload that has one."""
-    generating = [workload for workload in workloads if workload.new_tokens]
-    if not generating:
-        return None
-    last = generating[-1]
-    return cache_bytes(architecture, dtype, length=last.prompt_length + last.new_tokens, batch=last.batch_size)
+    prefill, decode = (
+        Sizes(rate.seconds(flops.outside, read.outside), tuple(map(rate.seconds, flops.blocks, read.blocks)))
+        for flops, read in (work[:2], work[2:])
+    )
+    return prefill + decode

@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -18,12 +17,11 @@ import torch
 
 from sleb_cli.engine.device import free_memory, synchronize
 from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.speed.timing import draw_prompts
-from sleb_cli.engine.speed.transformers_model import TransformersModel, weights_bytes
+from sleb_cli.engine.speed.transformers_model import prepared, weights_bytes
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
-from sleb_cli.engine.surgery.surgery import plan_surgery
+from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import MemoryRecord, Workload
@@ -31,33 +29,25 @@ from sleb_cli.results import MemoryRecord, Workload
 SAMPLE_SECONDS = 0.002
 
 
-@dataclass(frozen=True)
-class Alone:
-    """What is loaded in a process of its own."""
-
-    source: ModelSource
-    removals: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-    threads: int
-
-
 def measure_alone(
-    alone: Alone, workloads: Sequence[Workload], notify: Notify
+    surgery: Surgery, dtype: torch.dtype, device: torch.device, workloads: Sequence[Workload], notify: Notify
 ) -> tuple[float | None, list[MemoryRecord | None]]:
-    """Load the model in a process of its own and run each workload once; return the seconds and the memory of each.
+    """Load a model in a process of its own and run each workload once; return the seconds and the memory of each.
 
     If the system kills the process for its memory, the remaining workloads run in a new one. A memory is None if it
     could not be measured, as on an accelerator that does not report its peak (MPS).
     """
-    which = f"without {len(alone.removals)} blocks" if alone.removals else "of the dense model"
+    source, removals = surgery.architecture.source, surgery.removals
+    which = f"without {len(removals)} blocks" if removals else "of the dense model"
     load_seconds: float | None = None
     memory: list[MemoryRecord | None] = []
     with task(notify, f"Peak memory {which}", len(workloads), "workloads") as advance:
         while len(memory) < len(workloads):
             with _process() as process:
                 try:
-                    load_seconds = process.submit(_load, alone).result()
+                    load_seconds = process.submit(
+                        _load, source, removals, dtype, device, torch.get_num_threads()
+                    ).result()
                     for workload in workloads[len(memory) :]:
                         memory.append(process.submit(_measure, workload).result())
                         advance()
@@ -87,20 +77,19 @@ _loaded: tuple[Any, torch.device] | None = None
 """The model in this process, if `measure_alone` started it."""
 
 
-def _load(alone: Alone) -> float:
+def _load(
+    source: ModelSource, removals: tuple[int, ...], dtype: torch.dtype, device: torch.device, threads: int
+) -> float:
     """Load the model, and return how many seconds its weights took."""
     global _loaded
     quiet_libraries()
-    torch.set_num_threads(alone.threads)
-    architecture = read_architecture(alone.source, load_plugins(), ignore)
-    surgery = plan_surgery(architecture, alone.removals)
+    torch.set_num_threads(threads)
+    surgery = plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
+    target = dtype, device, ignore
     start = time.perf_counter()
-    if alone.removals:
-        model = load_pruned(surgery, alone.dtype, alone.device, ignore)
-    else:
-        model = load_dense(architecture, alone.dtype, alone.device, ignore)
-    synchronize(alone.device)
-    _loaded = model, alone.device
+    model = load_pruned(surgery, *target) if removals else load_dense(surgery.architecture, *target)
+    synchronize(device)
+    _loaded = model, device
     return time.perf_counter() - start
 
 
@@ -108,14 +97,14 @@ def _measure(workload: Workload) -> MemoryRecord | None:
     """Return the memory of one run of the loaded model."""
     assert _loaded is not None
     model, device = _loaded
-    runner = TransformersModel(model, workload)
     prompts = draw_prompts(workload, model.config.get_text_config().vocab_size, 0)
-    if workload.compiled:
-        runner.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
-    free_memory()
-    with as_transformers_loads([model]), _watch(device) as peak:
-        cache = runner.run_for_cache(prompts, workload.new_tokens)
-        synchronize(device)
+    with prepared(model, workload) as ready:
+        if workload.compiled:
+            ready.run(prompts, workload.new_tokens)  # compiling takes memory, too, but only once
+        free_memory()
+        with _watch(device) as peak:
+            cache = ready.run_for_cache(prompts, workload.new_tokens)
+            synchronize(device)
     found, weights = peak(), weights_bytes(model)
     if found is None:
         return None
@@ -133,18 +122,16 @@ def _watch(device: torch.device) -> Iterator[Callable[[], int | None]]:
             backend.reset_peak_memory_stats(device)
         yield lambda: int(backend.max_memory_allocated(device)) if known else None
         return
-    process = psutil.Process()
+    process, done = psutil.Process(), threading.Event()
     samples = [process.memory_info().rss]
-    done = threading.Event()
 
     def sample() -> None:
         while not done.wait(SAMPLE_SECONDS):
             samples.append(process.memory_info().rss)
 
-    watcher = threading.Thread(target=sample, daemon=True)
-    watcher.start()
-    try:
-        yield lambda: max(samples)
-    finally:
-        done.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as watcher:
+        watcher.submit(sample)
+        try:
+            yield lambda: max(samples)
+        finally:
+            done.set()

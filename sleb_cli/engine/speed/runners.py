@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-import transformers
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.speed.energy import Meter, find_meter
-from sleb_cli.engine.speed.timing import Run
-from sleb_cli.engine.speed.transformers_model import TransformersModel, as_timed, weights_bytes
+from sleb_cli.engine.speed.transformers_model import TransformersModel, prepared, weights_bytes
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify, task
+from sleb_cli.events import Notify, task
 from sleb_cli.results import ModelSize, Workload
-from sleb_plugins import Engine, EngineSettings, MachineError
+from sleb_plugins import Engine, EngineSettings, LoadedModel
 
 WriteFiles = Callable[[Surgery], Path]
 """Write what the engine reads of the model after a surgery; without removals, return the model's own files."""
@@ -32,100 +30,60 @@ WriteFiles = Callable[[Surgery], Path]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to be timed; `run` returns how it runs a workload."""
+    """A model in transformers or an engine, and `prepare`, which makes it ready to run a workload.
 
-    size: ModelSize
-    run: Callable[[Workload], Run]
-
-
-class Runner(ABC):
-    """Loads models, the dense one first.
-
-    Attributes:
-        dtype: the data type of the models.
-        device: the kind of device they run on.
-        version: the engine and its version.
-        attention: the implementation of attention, if known.
-        meter: what measures their energy, if anything does.
-        in_pairs: only two models fit at once.
+    `attention` is the implementation of attention, if known.
     """
 
+    model: Any
+    size: ModelSize
     dtype: str
     device: str
-    version: str | None
+    prepare: Callable[[Workload], AbstractContextManager[TransformersModel | LoadedModel]]
     attention: str | None = None
-    meter: Meter | None = None
-    in_pairs: bool
-
-    @abstractmethod
-    def load(self, surgery: Surgery) -> AbstractContextManager[Loaded]:
-        """Load the model after this surgery, and free it at the end."""
-
-    def timing(self, workload: Workload) -> AbstractContextManager[None]:
-        """Prepare the loaded models for being timed."""
-        return nullcontext()
 
 
-class TransformersRunner(Runner):
-    """Runs models with transformers; the pruned ones share the dense one's weights, unless they are quantized."""
+Load = Callable[[Surgery, Loaded | None], AbstractContextManager[Loaded]]
+"""Load the model after a surgery, and free it at the end; the dense one first, which is then given for the others."""
 
-    version = transformers.__version__
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, notify: Notify, *, in_pairs: bool) -> None:
-        self.dtype, self.device, self.in_pairs = dtype_name(dtype), device.type, in_pairs
-        self._where, self._notify = (dtype, device), notify
-        self._models: list[Any] = []
-        try:
-            self.meter = find_meter(device)
-        except MachineError as error:
-            notify(Notice(error.message))
+def load_with_transformers(dtype: torch.dtype, device: torch.device, notify: Notify) -> Load:
+    """Return what loads models; the pruned ones share the dense one's weights, unless they are quantized."""
 
     @contextmanager
-    def load(self, surgery: Surgery) -> Iterator[Loaded]:
-        """Load the model with transformers."""
-        if surgery.removals:
-            model = load_pruned(surgery, *self._where, self._notify, dense=self._models[0])
+    def load(surgery: Surgery, dense: Loaded | None) -> Iterator[Loaded]:
+        if dense:
+            model = load_pruned(surgery, dtype, device, notify, dense=dense.model)
         else:
-            model = load_dense(surgery.architecture, *self._where, self._notify)
-            self.attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
-        self._models.append(model)
-        try:
-            yield Loaded(_size(surgery, weights_bytes(model)), lambda workload: TransformersModel(model, workload).run)
-        finally:
-            self._models.remove(model)
+            model = load_dense(surgery.architecture, dtype, device, notify)
 
-    def timing(self, workload: Workload) -> AbstractContextManager[None]:
-        """Prepare the models as transformers loads them."""
-        return as_timed(self._models, workload)
+        attention = getattr(model.config.get_text_config(), "_attn_implementation", None)
+        size = _size(surgery, weights_bytes(model))
+        yield Loaded(model, size, dtype_name(dtype), device.type, partial(prepared, model), attention)
+
+    return load
 
 
-class EngineRunner(Runner):
-    """Runs models in another engine, from files."""
-
-    in_pairs = True
-
-    def __init__(self, engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> None:
-        self.dtype, self.version = settings.dtype, engine.version() or None
-        self._engine, self._write_files, self._settings, self._notify = engine, write_files, settings, notify
+def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings, notify: Notify) -> Load:
+    """Return what loads models from files into an engine."""
 
     @contextmanager
-    def load(self, surgery: Surgery) -> Iterator[Loaded]:
-        """Load the model from files into the engine."""
-        files = self._write_files(surgery)
+    def load(surgery: Surgery, dense: Loaded | None) -> Iterator[Loaded]:
+        files = write_files(surgery)
         without = f" without {len(surgery.removals)} blocks" if surgery.removals else ""
-        with task(self._notify, f"Loading {surgery.architecture.source.id}{without} into {self._engine.name}"):
+        with task(notify, f"Loading {surgery.architecture.source.id}{without} into {engine.name}"):
             start = time.perf_counter()
-            model = self._engine.load(files, self._settings)
+            model = engine.load(files, settings)
             seconds = time.perf_counter() - start
-        self.device = model.device
         tensors = find_weights(files).stored if files.is_dir() else read_gguf(files).tensors
-        if not files.is_dir() and not surgery.removals:
-            self.dtype = _gguf_dtype(files)
         size = _size(surgery, sum(tensor.size for tensor in tensors), seconds)
+        dtype = settings.dtype if files.is_dir() else _gguf_dtype(files)
         try:
-            yield Loaded(size, lambda workload: model.run)
+            yield Loaded(model, size, dtype, model.device, lambda workload: nullcontext(model))
         finally:
             model.close()
+
+    return load
 
 
 def engine_settings(workloads: Sequence[Workload], dtype: torch.dtype, *, models: int) -> EngineSettings:
@@ -141,11 +99,10 @@ def engine_settings(workloads: Sequence[Workload], dtype: torch.dtype, *, models
 
 def _gguf_dtype(file: Path) -> str:
     """Return the data type of most weights: "Q4_1"."""
-    by_type: dict[str, int] = {}
+    by_type: Counter[str] = Counter()
     for tensor in read_gguf(file).tensors:
-        name = gguf.GGMLQuantizationType(tensor.type).name
-        by_type[name] = by_type.get(name, 0) + tensor.size
-    return max(by_type, key=lambda name: by_type[name])
+        by_type[gguf.GGMLQuantizationType(tensor.type).name] += tensor.size
+    return by_type.most_common(1)[0][0]
 
 
 def _size(surgery: Surgery, stored: int, load_seconds: float | None = None) -> ModelSize:

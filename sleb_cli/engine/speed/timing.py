@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from sleb_cli.engine.speed.bound import speedup_bound
 from sleb_cli.engine.speed.energy import Meter
 from sleb_cli.engine.speed.work import Work
 from sleb_cli.engine.statistics import count_outliers, median_ratio_interval, relative_deviation
@@ -34,6 +33,11 @@ Removals = tuple[int, ...]
 Run = Callable[[Sequence[Sequence[int]], int], TimedRun]
 """Process the prompts together, and generate this many new tokens for each."""
 
+Metered = tuple[TimedRun, float]
+"""A run and its joules, 0 without a meter."""
+
+Round = Mapping[str, Metered]
+
 WARMUP_LIMIT = 10
 """The most untimed runs of each model, unless the user asks for a number."""
 
@@ -48,28 +52,11 @@ def model_name(removals: Removals) -> str:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """The timed runs of one model, round by round, and the joules of each if there is a meter."""
-
-    runs: tuple[TimedRun, ...]
-    joules: tuple[float, ...] = ()
-
-    def __add__(self, other: Sample) -> Sample:
-        return Sample(self.runs + other.runs, self.joules + other.joules)
-
-    @property
-    def seconds(self) -> list[float]:
-        """How long each run took."""
-        return [run.seconds for run in self.runs]
-
-
-@dataclass(frozen=True)
 class Measured:
-    """The samples of models that were timed in the same rounds, by name."""
+    """Rounds in which models were timed together, after warming up: the run of each by its name, and its joules."""
 
     warmup: WarmupRecord
-    samples: dict[str, Sample]
-    energy_source: EnergySource | None = None
+    rounds: Sequence[Round]
 
 
 def measure(
@@ -94,29 +81,22 @@ def measure(
                 "Something else may be using this machine."
             )
         )
-    samples = {
-        name: Sample(tuple(done[name][0] for done in timed), tuple(done[name][1] for done in timed) if meter else ())
-        for name in models
-    }
-    return Measured(warmup, samples, meter.source if meter else None)
-
-
-_Round = dict[str, tuple[TimedRun, float]]
-"""The run of each model and its joules."""
+    return Measured(warmup, timed)
 
 
 def _rounds(
     models: Mapping[str, Run], workload: Workload, vocabulary: int, meter: Meter | None, advance: Advance
-) -> Iterator[_Round]:
+) -> Iterator[Round]:
+    joules = meter.joules if meter else lambda: 0.0
     for number in count():
         prompts, names = draw_prompts(workload, vocabulary, number), list(models)
-        done: _Round = {}
+        done: dict[str, Metered] = {}
         for name in names[::-1] if number % 2 else names:
             if workload.cooldown:
                 time.sleep(workload.cooldown)
-            before = meter.joules() if meter else 0.0
+            before = joules()
             run = models[name](prompts, workload.new_tokens)
-            done[name] = run, meter.joules() - before if meter else 0.0
+            done[name] = run, joules() - before
             advance(note=f"{name}: {run.seconds:.3f} s")
         yield done
 
@@ -130,9 +110,9 @@ def draw_prompts(workload: Workload, vocabulary: int, number: int) -> list[list[
     return prompts
 
 
-def _warm_up(rounds: Iterator[_Round], limit: int, *, asked: bool) -> WarmupRecord:
+def _warm_up(rounds: Iterator[Round], limit: int, *, asked: bool) -> WarmupRecord:
     """Run up to `limit` rounds, until times are stable; if the user asked for this number, all of them."""
-    done: list[_Round] = []
+    done: list[Round] = []
     deviation: float | None = None
     while len(done) < limit and (asked or deviation is None or deviation >= STABLE_DEVIATION):
         done.append(next(rounds))
@@ -162,6 +142,7 @@ def workload_result(
     *,
     memory: Mapping[Removals, MemoryRecord | None] | None = None,
     work: Work | None = None,
+    energy: EnergySource | None = None,
     engine_version: str | None = None,
     attention: str | None = None,
 ) -> WorkloadResult:
@@ -169,28 +150,26 @@ def workload_result(
 
     A speedup compares a size with the dense model's runs in the same rounds.
     """
-    memory, source = memory or {}, measured[0].energy_source
-    dense = Sample((), ())
-    for one in measured:
-        dense += one.samples[model_name(())]
+    rounds = [done for one in measured for done in one.rounds]
 
-    def timing(sample: Sample, removals: Removals) -> dict[str, Any]:
+    def timing(removals: Removals) -> dict[str, Any]:
+        metered = [done[model_name(removals)] for done in rounds if model_name(removals) in done]
         return {
-            **latency_statistics(workload, sample.runs),
-            "memory": memory.get(removals),
-            "energy": _energy(workload, sample, source) if source else None,
+            **latency_statistics(workload, [run for run, _ in metered]),
+            "memory": memory.get(removals) if memory else None,
+            "energy": _energy(workload, energy, [joules for _, joules in metered]) if energy else None,
             "work": work.record(removals) if work else None,
         }
 
     def pruned(removals: Removals) -> PrunedTiming:
-        (samples,) = (one.samples for one in measured if model_name(removals) in one.samples)
-        sample, beside = samples[model_name(removals)], samples[model_name(())].seconds
+        name, found = model_name(removals), timing(removals)
+        dense, own = [done[model_name(())][0].seconds for done in rounds if name in done], found["e2els"]
         return PrunedTiming(
-            **timing(sample, removals),
+            **found,
             removals=removals,
-            speedup=statistics.median(beside) / statistics.median(sample.seconds),
-            interval=median_ratio_interval(beside, sample.seconds),
-            bound=speedup_bound(work, removals) if work else None,
+            speedup=statistics.median(dense) / statistics.median(own),
+            interval=median_ratio_interval(dense, own),
+            bound=work.bound(removals) if work else None,
         )
 
     return WorkloadResult(
@@ -198,7 +177,7 @@ def workload_result(
         engine_version=engine_version,
         attention=attention,
         warmup=_worst([one.warmup for one in measured]),
-        dense=Timing(**timing(dense, ())),
+        dense=Timing(**timing(())),
         pruned=tuple(map(pruned, sizes)),
     )
 
@@ -213,10 +192,10 @@ def _worst(warmups: Sequence[WarmupRecord]) -> WarmupRecord:
     )
 
 
-def _energy(workload: Workload, sample: Sample, source: EnergySource) -> EnergyRecord:
-    mean = sum(sample.joules) / len(sample.joules)
+def _energy(workload: Workload, source: EnergySource, joules: Sequence[float]) -> EnergyRecord:
+    mean = sum(joules) / len(joules)
     tokens = workload.batch_size * (workload.new_tokens or workload.prompt_length)
-    return EnergyRecord(source=source, joules=sample.joules, joules_per_iteration=mean, joules_per_token=mean / tokens)
+    return EnergyRecord(source=source, joules=tuple(joules), joules_per_iteration=mean, joules_per_token=mean / tokens)
 
 
 def latency_statistics(workload: Workload, runs: Sequence[TimedRun]) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,16 @@ from sleb_plugins.engine import TimedRun
 MOST_COMPILED = 256
 
 
+@contextmanager
+def prepared(model: Any, workload: Workload) -> Iterator[TransformersModel]:
+    """Let a model run a workload as transformers loads it, and compile it anew if the workload asks for it."""
+    with as_transformers_loads([model]), ExitStack() as stack:
+        if workload.compiled:
+            torch._dynamo.reset()
+            stack.enter_context(torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED))
+        yield TransformersModel(model, workload)
+
+
 class TransformersModel:
     """A transformers model with the settings of a workload."""
 
@@ -31,7 +41,6 @@ class TransformersModel:
         self._model, self._workload = model, workload
         self._forward = torch.compile(model, dynamic=False) if workload.compiled else model
 
-    @torch.inference_mode()
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Process the prompts together and generate `new_tokens` for each.
 
@@ -42,34 +51,26 @@ class TransformersModel:
         ids, clock = self._on_device(prompts), _TokenClock()
         synchronize(ids.device)
         start = time.perf_counter()
-        if new_tokens:
-            self._generate(ids, new_tokens, streamer=clock)
-        else:
-            self._read(ids)
+        self._run(ids, new_tokens, streamer=clock)
         synchronize(ids.device)
         seconds = time.perf_counter() - start
         return TimedRun(seconds, tuple(at - start for at in clock.times[1:]))
 
-    @torch.inference_mode()
     def run_for_cache(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
         """Do the same untimed, and return the bytes of the KV cache at its largest; 0 if there is none."""
-        ids = self._on_device(prompts)
-        if not new_tokens:
-            self._read(ids)
-            return 0
-        output = self._generate(ids, new_tokens, return_dict_in_generate=True)
-        return sum(tensor.nbytes for layer in cache_layers(output) for tensor in layer_tensors(layer))
+        output = self._run(self._on_device(prompts), new_tokens, return_dict_in_generate=True)
+        layers = cache_layers(output) if new_tokens else []
+        return sum(tensor.nbytes for layer in layers for tensor in layer_tensors(layer))
 
     def _on_device(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(prompts, device=self._model.device)
 
-    def _read(self, ids: Tensor) -> None:
-        may_fail = translate_errors(_not_compiled) if self._workload.compiled else nullcontext()
-        with may_fail:
-            self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-
-    def _generate(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:
+    @torch.inference_mode()
+    def _run(self, ids: Tensor, new_tokens: int, **options: Any) -> Any:
         compiled = self._workload.compiled
+        if not new_tokens:
+            with translate_errors(_not_compiled) if compiled else nullcontext():
+                return self._forward(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         settings = GenerationConfig(
             do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
             pad_token_id=0, eos_token_id=None, disable_compile=not compiled,
@@ -101,18 +102,6 @@ def weights_bytes(model: Any) -> int:
     """Return the bytes of all tensors stored in a model, each once; packed weights are buffers."""
     stored = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if isinstance(tensor, Tensor)}
     return sum(tensor.nbytes for tensor in stored.values())
-
-
-@contextmanager
-def as_timed(models: Iterable[Any], workload: Workload) -> Iterator[None]:
-    """Let models run as transformers loads them, and compile each anew if the workload asks for it."""
-    with as_transformers_loads(models):
-        if not workload.compiled:
-            yield
-            return
-        torch._dynamo.reset()
-        with torch._dynamo.config.patch(cache_size_limit=MOST_COMPILED):
-            yield
 
 
 def _compile_everywhere() -> CompileConfig:

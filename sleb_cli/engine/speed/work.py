@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,33 +25,28 @@ _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_n
 _ACTIVE_COUNTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Floating-point operations and bytes read, in each block and outside the blocks."""
+class Work(NamedTuple):
+    """The work of one batch, by block: floating-point operations and bytes read.
 
-    flops: Sizes
-    bytes: Sizes
-
-
-@dataclass(frozen=True)
-class Work:
-    """The work of one batch: reading its prompts, and all steps of generation after the first token.
-
-    The first new token comes from reading the prompts; `decode` is None if there are no further ones.
+    Prefill reads the prompts, from which the first new token comes; all further ones are decoded.
     """
 
-    prefill: Cost
-    decode: Cost | None
+    prefill_flops: Sizes
+    prefill_bytes: Sizes
+    decode_flops: Sizes
+    decode_bytes: Sizes
 
     def record(self, removed: Collection[int]) -> WorkRecord:
         """Return the work of the model without these blocks."""
-        prefill, decode = self.prefill, self.decode
-        return WorkRecord(
-            prefill_flops=prefill.flops.without(removed),
-            prefill_bytes=prefill.bytes.without(removed),
-            decode_flops=decode.flops.without(removed) if decode else 0.0,
-            decode_bytes=decode.bytes.without(removed) if decode else 0.0,
-        )
+        return WorkRecord(**{name: sizes.without(removed) for name, sizes in self._asdict().items()})
+
+    def bound(self, removed: Collection[int]) -> float:
+        """Return how many times faster a batch can become without these blocks, on any machine.
+
+        Each phase takes the time of its operations or of its bytes, whichever is longer on the machine; no sum of such
+        times shrinks by more than the term that shrinks most.
+        """
+        return max(sizes.without(()) / sizes.without(removed) for sizes in self if sizes.without(()))
 
 
 def count_work(architecture: Architecture, batch: int, prompt_length: int, new_tokens: int, dtype: torch.dtype) -> Work:
@@ -66,31 +62,24 @@ def count_work(architecture: Architecture, batch: int, prompt_length: int, new_t
     Raises:
         UnsupportedModelError: the size of the KV cache is unknown.
     """
-    tokens = batch * prompt_length
     flops = _flops(architecture, prompt_length, all_logits=not new_tokens) * batch
-    weights = _weights_read(architecture, dtype, tokens)
-    if not new_tokens:
-        return Work(Cost(flops, weights), None)
-    prefill = Cost(flops, weights + cache_bytes(architecture, dtype, length=prompt_length, batch=batch))
+    read = _weights_read(architecture, dtype, batch * prompt_length)
+    if new_tokens:
+        read += cache_bytes(architecture, dtype, length=prompt_length, batch=batch)
     steps = new_tokens - 1
-    if not steps:
-        return Work(prefill, None)
+    if steps < 1:
+        nothing = Sizes(0.0, (0.0,) * architecture.block_count)
+        return Work(flops, read, nothing, nothing)
     # The cache holds prompt_length + 1 to prompt_length + steps tokens; these are the middle one or two.
     lengths = {prompt_length + (steps + 1) // 2, prompt_length + steps // 2 + 1}
-    read = _mean([cache_bytes(architecture, dtype, length=length, batch=batch) for length in lengths])
-    step_bytes = _weights_read(architecture, dtype, batch) + read
-    step_flops = _mean([_step_flops(architecture, length) for length in lengths]) * batch
-    return Work(prefill, Cost(step_flops * steps, step_bytes * steps))
+    cache = _mean([cache_bytes(architecture, dtype, length=length, batch=batch) for length in lengths])
+    # A new token has its share of the work of reading them all, each attending to all.
+    step = _mean([_flops(architecture, length, all_logits=True) * (1 / length) for length in lengths]) * batch
+    return Work(flops, read, step * steps, (_weights_read(architecture, dtype, batch) + cache) * steps)
 
 
 def _mean(sizes: Sequence[Sizes]) -> Sizes:
     return reduce(add, sizes) * (1 / len(sizes))
-
-
-def _step_flops(architecture: Architecture, length: int) -> Sizes:
-    """Return the operations of one new token among `length`: its share of reading them all, each attending to all."""
-    read = _flops(architecture, length, all_logits=True)
-    return read * (1 / length)
 
 
 def _flops(architecture: Architecture, length: int, *, all_logits: bool) -> Sizes:
@@ -98,13 +87,11 @@ def _flops(architecture: Architecture, length: int, *, all_logits: bool) -> Size
 
     Where the family does not run there, the latter is all there is.
     """
-    least = _matrix_elements(architecture)
-    outside = least.outside * (length if all_logits else 1)
-    counted = _counted_flops(architecture, length, all_logits=all_logits)
+    used, counted = _matrix_elements(architecture), _counted_flops(architecture, length, all_logits=all_logits)
+    least = Sizes(2 * used.outside * (length if all_logits else 1), tuple(2 * length * count for count in used.blocks))
     if counted is None:
-        counted = Sizes(0, (0,) * architecture.block_count)
-    blocks = (max(found, 2 * length * used) for found, used in zip(counted.blocks, least.blocks, strict=True))
-    return Sizes(max(counted.outside, 2 * outside), tuple(blocks))
+        return least
+    return Sizes(max(counted.outside, least.outside), tuple(map(max, counted.blocks, least.blocks)))
 
 
 def _counted_flops(architecture: Architecture, length: int, *, all_logits: bool) -> Sizes | None:
@@ -114,10 +101,11 @@ def _counted_flops(architecture: Architecture, length: int, *, all_logits: bool)
     text = torch.zeros(1, length, dtype=torch.long, device="meta")
     counter = FlopCounterMode(display=False)
     conditions_hold = ConditionsHold()  # type: ignore[no-untyped-call]
-    failed = UnsupportedModelError("", hint="")
+    no_run = UnsupportedModelError("", hint="")
     try:
-        with translate_errors(lambda words: failed):
-            _count_active_experts(model)
+        with translate_errors(lambda words: no_run):
+            with suppress(ValueError):  # a family without experts, or with its own way
+                model.set_experts_implementation("batched_mm")  # one product for each token and expert, which counts
             with torch.no_grad(), conditions_hold, counter:
                 model(input_ids=text, use_cache=False, **({} if all_logits else {"logits_to_keep": 1}))
     except UnsupportedModelError:
@@ -128,26 +116,10 @@ def _counted_flops(architecture: Architecture, length: int, *, all_logits: bool)
     return Sizes(found.get("Global", 0.0) - sum(blocks), blocks)
 
 
-def _count_active_experts(model: Any) -> None:
-    """Let the experts be applied in a way that the counter sees, one product for each token and expert."""
-    set_experts = getattr(model, "set_experts_implementation", None)
-    if set_experts is not None:
-        try:
-            set_experts("batched_mm")
-        except ValueError:
-            return  # a family without experts, or with its own way
-
-
 def _matrix_elements(architecture: Architecture) -> Sizes:
     """Count the weights that one token is multiplied with: no tables to look up, and only the experts it chooses."""
-    return _by_block(
-        architecture,
-        (
-            (weight.block, weight.tensor.numel() * (weight.active or 1))
-            for weight in _weights(architecture)
-            if weight.tensor.dim() > 1 and not weight.is_table
-        ),
-    )
+    matrices = (each for each in _weights(architecture) if each.tensor.dim() > 1 and not each.is_table)
+    return _by_block(architecture, ((each.block, each.tensor.numel() * (each.active or 1)) for each in matrices))
 
 
 def _weights_read(architecture: Architecture, dtype: torch.dtype, tokens: int) -> Sizes:
@@ -182,17 +154,15 @@ class _Weight:
 def _weights(architecture: Architecture) -> Iterator[_Weight]:
     """Yield each parameter once; a table that is also multiplied with, such as a tied head, is no table."""
     model, path = architecture.skeleton, architecture.adapter.blocks_path
-    users: dict[int, list[nn.Module]] = defaultdict(list)
-    for module in model.modules():
-        for tensor in module.parameters(recurse=False):
-            users[id(tensor)].append(module)
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    multiplied = {id(tensor) for module in others for tensor in module.parameters(recurse=False)}
     share = _active_share(architecture.text_config)
     for name, tensor in model.named_parameters():
         inside = name.startswith(f"{path}.")
         yield _Weight(
             tensor=tensor,
             block=int(name.removeprefix(f"{path}.").partition(".")[0]) if inside else None,
-            is_table=all(isinstance(user, nn.Embedding) for user in users[id(tensor)]),
+            is_table=id(tensor) not in multiplied,
             active=share if inside and "experts" in name.split(".") else None,
         )
 

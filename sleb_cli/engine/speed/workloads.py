@@ -41,10 +41,8 @@ def resolve_workloads(
     Raises:
         UsageError: a number is out of range, the sweep is malformed, or a text exceeds the model's positions.
     """
-    names: tuple[WorkloadName, ...] = ("prompt", "generation")
-    if request.prompt != request.generation:
-        names = ("prompt",) if request.prompt else ("generation",)
-    points = _sweep_points(request)
+    both, points = request.prompt == request.generation, _sweep_points(request)
+    names = [name for name in _ON_CPU if both or getattr(request, name)]
     found = [resolve_workload(name, point, subject, device, notify) for name in names for point in points]
     # Several points are the same prompt workload if only their new tokens differ.
     return tuple(dict.fromkeys(found))
@@ -85,15 +83,13 @@ def resolve_workload(
     chosen = defaults | {field: value for field, value in asked.items() if value is not None}
     if request.compile and request.warmup == 0:
         raise UsageError("--warmup 0 is too small: the compilation would be timed.", hint="Use 1 or more.")
-    if request.prompt_length is None and (limit := subject.architecture.longest_sequence):
+    limit = subject.architecture.longest_sequence
+    if limit and request.prompt_length is None:
         chosen["prompt_length"] = max(1, min(chosen["prompt_length"], limit - chosen["new_tokens"]))
     workload = Workload(
         name=name,
         engine=request.engine,
-        batch_size=chosen["batch_size"],
-        prompt_length=chosen["prompt_length"],
-        new_tokens=chosen["new_tokens"],
-        iterations=chosen["iterations"],
+        **chosen,
         warmup=request.warmup,
         cooldown=request.cooldown,
         seed=SEED,
@@ -101,14 +97,6 @@ def resolve_workload(
         # transformers compiles the decoding only with such a cache.
         static_cache=name == "generation" and (request.static_cache or request.compile),
     )
-    _require_positions(workload, subject)
-    if device.type == "cpu" and _tokens(chosen) < _tokens(paper) and not request.sweep:
-        notify(Notice(f"{name}: {workload}, less than the paper's setting because this is a CPU."))
-    return workload
-
-
-def _require_positions(workload: Workload, subject: Subject) -> None:
-    limit = subject.architecture.longest_sequence
     if limit and workload.prompt_length + workload.new_tokens > limit:
         new = f" and {workload.new_tokens} new ones" if workload.new_tokens else ""
         raise UsageError(
@@ -116,6 +104,9 @@ def _require_positions(workload: Workload, subject: Subject) -> None:
             f"{subject.architecture.source.id}.",
             hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
         )
+    if device.type == "cpu" and _tokens(chosen) < _tokens(paper) and not request.sweep:
+        notify(Notice(f"{name}: {workload}, less than the paper's setting because this is a CPU."))
+    return workload
 
 
 def _tokens(settings: _Defaults) -> int:

@@ -53,25 +53,74 @@ _STYLE = {
 }
 
 
+_SIZES = "Each point is a size, named by the blocks removed; bars are 95% intervals."
+
+CAPTIONS = {
+    "quality-and-speed-generation": ("Generation: quality against measured speed", _SIZES),
+    "quality-and-speed-prompt": ("Prompt processing: quality against measured speed", _SIZES),
+    "perplexity": (
+        "Change of perplexity over blocks removed",
+        "Both models read the same tokens, so bars are 95% intervals of the paired difference.",
+    ),
+    "divergence": (
+        "Divergence from the dense model",
+        "How far predictions moved from the dense model's, at half, 90% and 99% of the positions.",
+    ),
+    "tasks": ("Tasks, dense and pruned", "Bars end in 95% intervals of each accuracy."),
+    "differences": (
+        "Paired differences on the same items",
+        "Both models answer the same items: lost ones went from right to wrong, gained ones the other way.",
+    ),
+    "speedup": (
+        "Measured speedup over blocks removed, and its bound",
+        "Points are measured, with 95% intervals; dotted lines are what FLOPs and bytes would allow.",
+    ),
+    "latency": ("Latency of every run", "The share of runs that took at most this long. No run is left out."),
+    "inter-token-latency": (
+        "Latency between tokens",
+        "The share of tokens that came at most this long after the one before.",
+    ),
+    "memory": ("Peak memory", "Of a process that runs nothing else."),
+    "search": (
+        "What each candidate would have cost",
+        "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a dot what was "
+        "removed before; hatched blocks are protected.",
+    ),
+    "loss": (
+        "Loss over blocks removed",
+        "Where text was held out, the distance between the lines shows how far the search fits its own text.",
+    ),
+}
+"""What each picture shows, and how to read it."""
+
+
 @dataclass(frozen=True)
 class Plot:
     """A picture.
 
     Attributes:
         name: its file's name, and its id in a page.
-        title: what it shows.
-        caption: how to read it.
         height: in points.
         draw: draws it.
         numbers: what is drawn.
+        workload: the only one that is drawn.
     """
 
     name: str
-    title: str
-    caption: str
     height: float
     draw: Callable[[Figure], None]
     numbers: Table | None = None
+    workload: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it shows."""
+        return CAPTIONS[self.name][0] + (f", {self.workload}" if self.workload else "")
+
+    @property
+    def caption(self) -> str:
+        """How to read it."""
+        return CAPTIONS[self.name][1]
 
 
 def need_extra() -> None:
@@ -105,10 +154,28 @@ def picture(plot: Plot, kind: str) -> bytes:
     return file.getvalue()
 
 
-def errors(values: Sequence[Estimate], scale: float) -> list[list[float]]:
-    """Return how far the intervals reach below and above."""
+def scaled(values: Sequence[Estimate], scale: float) -> tuple[list[float], list[list[float]]]:
+    """Return the values, and how far their intervals reach below and above."""
     reach = [(value - ends.low, ends.high - value) if ends else (0.0, 0.0) for value, ends in values]
-    return [[scale * max(0.0, sides[side]) for sides in reach] for side in (0, 1)]
+    sides = [[scale * max(0.0, side) for side in both] for both in zip(*reach, strict=True)]
+    return [scale * value for value, _ in values], sides
+
+
+def draw_series(
+    axis: Axes,
+    number: int,
+    name: str,
+    places: Sequence[float],
+    values: Sequence[Estimate],
+    scale: float,
+    **options: Any,
+) -> None:
+    """Draw one of several series as points with their intervals."""
+    up, reach = scaled(values, scale)
+    axis.errorbar(
+        places, up, yerr=reach, label=name, color=SERIES[number], marker=MARKERS[number], capsize=2.5, elinewidth=1.2,
+        **options,
+    )  # fmt: skip
 
 
 def whole_ticks(axis: Axes, values: Sequence[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from textwrap import fill
 from typing import TYPE_CHECKING
 
@@ -11,19 +12,20 @@ from sleb_cli.exporters.report.drawing import (
     DENSE,
     GREEN,
     INK,
-    MARKERS,
     MUTED,
     PRUNED,
     PURPLE,
     SERIES,
     Plot,
-    errors,
+    draw_series,
     plain_ticks,
+    scaled,
     whole_ticks,
 )
-from sleb_cli.results import PrunedTaskScores, TaskResult, WorkloadResult
+from sleb_cli.results import PrunedTaskScores, TaskResult
 from sleb_cli.tables import quality
 from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.table import by_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,56 +55,39 @@ def pareto_plots(findings: Findings) -> Iterator[Plot]:
     """Yield quality against measured speed, for each kind of workload."""
     kept = {len(size): value for size in findings.plan.by_size if (value := findings.retention(size))}
     kinds = {"perplexity": perplexity_lines(findings), "accuracy": [("accuracy", kept)]}
-    for result in findings.main_workloads:
-        speeds: dict[int, Estimate] = {len(each.removals): (each.speedup, each.interval) for each in result.pruned}
+    for result, _ in findings.main_workloads:
+        speeds = {len(timing.removals): (timing.speedup, timing.interval) for timing in result.pruned}
         shown = {kind: lines for kind, lines in kinds.items() if any(speeds.keys() & values for _, values in lines)}
         if shown:
-            yield _pareto(result, speeds, shown)
+            draw = partial(_draw_pareto, shown, speeds, f"speedup, {workload_name(result)}")
+            yield Plot(f"quality-and-speed-{result.workload.name}", 290, draw)
 
 
-def _pareto(result: WorkloadResult, speeds: dict[int, Estimate], kinds: dict[str, list[Line]]) -> Plot:
-    name = result.workload.name
-
-    def draw(figure: Figure) -> None:
-        (axes,) = figure.subplots(1, len(kinds), squeeze=False)
-        for axis, (kind, lines) in zip(axes, kinds.items(), strict=True):
-            _draw_pareto(axis, kind, lines, speeds)
-            axis.set_xlabel(f"speedup, {workload_name(result.workload)}")
-
-    return Plot(
-        f"quality-and-speed-{name}",
-        f"{'Generation' if name == 'generation' else 'Prompt processing'}: quality against measured speed",
-        "Each point is a size, named by the blocks removed; bars are 95% intervals.",
-        290,
-        draw,
-    )
-
-
-def _draw_pareto(axis: Axes, kind: str, lines: list[Line], speeds: dict[int, Estimate]) -> None:
-    is_change = kind == "perplexity"
-    start = 0.0 if is_change else 100.0
-    for number, (name, values) in enumerate(lines):
-        counts = [count for count in values if count in speeds]
-        gains, changes = [speeds[count] for count in counts], [values[count] for count in counts]
-        across, up = [gain for gain, _ in gains], [100 * change for change, _ in changes]
-        axis.plot([1.0, *across], [start, *up], "-", color=SERIES[number], linewidth=1.2, alpha=0.6)
-        axis.errorbar(
-            across, up, yerr=errors(changes, 100), xerr=errors(gains, 1), color=SERIES[number],
-            marker=MARKERS[number], linestyle="", capsize=2.5, elinewidth=1.2, label=name,
-        )  # fmt: skip
-        if number == 0:
-            points = list(zip(counts, across, up, strict=True))
-            for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS)]:
-                # On the outer side of the curve, where no line runs.
-                place = (7, -13) if is_change else (7, 6)
-                axis.annotate(f"−{count}", (x, y), place, textcoords="offset points", fontsize=10)
-    axis.plot([1.0], [start], "*", color=INK, markersize=11, label="dense")
-    axis.set_ylabel("change of perplexity, %" if is_change else "accuracy kept, %")
-    axis.margins(0.1)
-    if is_change:
-        _spread_large_changes(axis, lines)
-    axis.grid()
-    axis.legend(loc="upper left" if is_change else "lower left")
+def _draw_pareto(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], label: str, figure: Figure) -> None:
+    (axes,) = figure.subplots(1, len(kinds), squeeze=False)
+    for axis, (kind, lines) in zip(axes, kinds.items(), strict=True):
+        is_change = kind == "perplexity"
+        start = 0.0 if is_change else 100.0
+        for number, (name, values) in enumerate(lines):
+            counts = [count for count in values if count in speeds]
+            across, reach = scaled([speeds[count] for count in counts], 1)
+            changes = [values[count] for count in counts]
+            up = [100 * change for change, _ in changes]
+            axis.plot([1.0, *across], [start, *up], "-", color=SERIES[number], linewidth=1.2, alpha=0.6)
+            draw_series(axis, number, name, across, changes, 100, xerr=reach, linestyle="")
+            if number == 0:
+                points = list(zip(counts, across, up, strict=True))
+                for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS)]:
+                    # On the outer side of the curve, where no line runs.
+                    place = (7, -13) if is_change else (7, 6)
+                    axis.annotate(f"−{count}", (x, y), place, textcoords="offset points", fontsize=10)
+        axis.plot([1.0], [start], "*", color=INK, markersize=11, label="dense")
+        axis.set(xlabel=label, ylabel="change of perplexity, %" if is_change else "accuracy kept, %")
+        axis.margins(0.1)
+        if is_change:
+            _spread_large_changes(axis, lines)
+        axis.grid()
+        axis.legend(loc="upper left" if is_change else "lower left")
 
 
 def text_plots(findings: Findings) -> Iterator[Plot]:
@@ -110,34 +95,17 @@ def text_plots(findings: Findings) -> Iterator[Plot]:
     lines = perplexity_lines(findings)
     if not lines:
         return
-    scored = list(quality.texts_by_model(findings.texts, findings.text_names))
-    title = "Perplexity on text that was not searched on" if findings.is_independent else "Perplexity on text"
-    yield Plot(
-        "perplexity",
-        "Change of perplexity over blocks removed",
-        "Both models read the same tokens, so bars are 95% intervals of the paired difference.",
-        260,
-        lambda figure: _draw_lines(figure, lines),
-        quality.perplexities(scored, title),
-    )
-    yield Plot(
-        "divergence",
-        "Divergence from the dense model",
-        "How far predictions moved from the dense model's, at half, 90% and 99% of the positions.",
-        260,
-        lambda figure: _draw_divergence(figure, findings),
-        quality.divergences(scored),
-    )
+    scored = by_model(findings.texts, findings.text_names)
+    independent = "" if any(map(findings.made_on, findings.texts)) else " that was not searched on"
+    numbers = quality.perplexities(scored, f"Perplexity on text{independent}")
+    yield Plot("perplexity", 260, partial(_draw_lines, lines), numbers)
+    yield Plot("divergence", 260, partial(_draw_divergence, findings), quality.divergences(scored))
 
 
-def _draw_lines(figure: Figure, lines: list[Line]) -> None:
+def _draw_lines(lines: list[Line], figure: Figure) -> None:
     axis = figure.add_subplot()
     for number, (name, values) in enumerate(lines):
-        estimates = [(0.0, None), *values.values()]
-        axis.errorbar(
-            [0, *values], [100 * value for value, _ in estimates], yerr=errors(estimates, 100), capsize=2.5,
-            color=SERIES[number], marker=MARKERS[number], label=name, elinewidth=1.2,
-        )  # fmt: skip
+        draw_series(axis, number, name, [0, *values], [(0.0, None), *values.values()], 100)
     axis.set(xlabel="blocks removed", ylabel="change of perplexity, %")
     whole_ticks(axis, range(max(at for _, values in lines for at in values) + 1))
     _spread_large_changes(axis, lines)
@@ -154,20 +122,17 @@ def _spread_large_changes(axis: Axes, lines: list[Line]) -> None:
         axis.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _draw_divergence(figure: Figure, findings: Findings) -> None:
+def _draw_divergence(findings: Findings, figure: Figure) -> None:
     shown = [found for found in zip(findings.text_names, findings.texts, strict=True) if found[1].pruned][:3]
     (axes,) = figure.subplots(1, len(shown), squeeze=False)
     for axis, (name, text) in zip(axes, shown, strict=True):
         counts = [len(entry.removals) for entry in text.pruned]
-        kls = [entry.divergence for entry in text.pruned]
-        for label, marker, colour, values in (
-            ("median", "^", GREEN, [kl.median for kl in kls]),
-            ("mean", "o", PRUNED, [kl.mean for kl in kls]),
-            ("90%", "s", DENSE, [kl.p90 for kl in kls]),
-            ("99%", "D", PURPLE, [kl.p99 for kl in kls]),
-        ):
-            above = [max(value, 1e-6) for value in values]
-            axis.plot(counts, above, marker=marker, color=colour, label=label, linewidth=1.2)
+        for label, marker, colour, field in (
+            ("median", "^", GREEN, "median"), ("mean", "o", PRUNED, "mean"), ("90%", "s", DENSE, "p90"),
+            ("99%", "D", PURPLE, "p99"),
+        ):  # fmt: skip
+            values = [max(getattr(entry.divergence, field), 1e-6) for entry in text.pruned]
+            axis.plot(counts, values, marker=marker, color=colour, label=label, linewidth=1.2)
         axis.set(xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(name, _TITLE))
         axis.set_yscale("log")
         ticks = plain_ticks(*axis.get_ylim())
@@ -184,25 +149,9 @@ def task_plots(findings: Findings) -> Iterator[Plot]:
     tasks = findings.main_tasks[:_MOST_TASKS]
     if not tasks:
         return
-    yield Plot(
-        "tasks",
-        "Tasks, dense and pruned",
-        "Bars end in 95% intervals of each accuracy.",
-        80 + 40 * len(tasks),
-        lambda figure: _draw_bars(figure, tasks),
-    )
-    yield Plot(
-        "differences",
-        "Paired differences on the same items",
-        "Both models answer the same items: lost ones went from right to wrong, gained ones the other way.",
-        60 + 36 * len(tasks),
-        lambda figure: _draw_differences(figure, tasks),
-        quality.tasks(quality.tasks_by_model(findings.tasks)),
-    )
-
-
-def _flips(entry: PrunedTaskScores, before: str) -> str:
-    return "" if entry.lost is None else f"{before}{entry.lost} lost, {entry.gained} gained"
+    numbers = quality.tasks(by_model(findings.tasks, map(quality.task_name, findings.tasks)))
+    yield Plot("tasks", 80 + 40 * len(tasks), partial(_draw_bars, tasks))
+    yield Plot("differences", 60 + 36 * len(tasks), partial(_draw_differences, tasks), numbers)
 
 
 def _name_rows(axis: Axes, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> None:
@@ -213,16 +162,16 @@ def _name_rows(axis: Axes, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> 
     axis.grid(axis="x")
 
 
-def _draw_bars(figure: Figure, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> None:
+def _draw_bars(tasks: list[tuple[TaskResult, PrunedTaskScores]], figure: Figure) -> None:
     axis = figure.add_subplot()
     for offset, label, colour, hatch, models in (
         (-0.19, "dense", DENSE, "", [task.dense for task, _ in tasks]),
         (0.19, "pruned", PRUNED, "////", [entry for _, entry in tasks]),
     ):
-        values = [(model.value, model.interval) for model in models]
+        values, reach = scaled([(model.value, model.interval) for model in models], 100)
         axis.barh(
-            [row + offset for row in range(len(tasks))], [100 * value for value, _ in values], 0.36, color=colour,
-            label=label, hatch=hatch, edgecolor="white", linewidth=0, xerr=errors(values, 100),
+            [row + offset for row in range(len(tasks))], values, 0.36, color=colour, label=label, hatch=hatch,
+            edgecolor="white", linewidth=0, xerr=reach,
             error_kw={"ecolor": INK, "elinewidth": 1.2, "capsize": 2.5},
         )  # fmt: skip
     axis.set(xlabel="%", xlim=(0, 100))
@@ -230,18 +179,16 @@ def _draw_bars(figure: Figure, tasks: list[tuple[TaskResult, PrunedTaskScores]])
     figure.legend(loc="outside upper left", ncols=2)
 
 
-def _draw_differences(figure: Figure, tasks: list[tuple[TaskResult, PrunedTaskScores]]) -> None:
+def _draw_differences(tasks: list[tuple[TaskResult, PrunedTaskScores]], figure: Figure) -> None:
     axis = figure.add_subplot()
-    values = [(entry.difference, entry.difference_interval) for _, entry in tasks]
+    values, reach = scaled([(entry.difference, entry.difference_interval) for _, entry in tasks], 100)
     rows = range(len(tasks))
     axis.axvline(0, color=INK, linewidth=1)
-    axis.errorbar(
-        [100 * value for value, _ in values], rows, xerr=errors(values, 100), linestyle="", marker="o", capsize=3,
-        color=PRUNED, elinewidth=1.6,
-    )  # fmt: skip
+    axis.errorbar(values, rows, xerr=reach, linestyle="", marker="o", capsize=3, color=PRUNED, elinewidth=1.6)
     axis.set_xlabel("pruned − dense, points")
     _name_rows(axis, tasks)
     right = axis.secondary_yaxis("right")
-    right.set_yticks(rows, [_flips(entry, "") for _, entry in tasks], fontsize=9.5)
+    flips = ["" if entry.lost is None else f"{entry.lost} lost, {entry.gained} gained" for _, entry in tasks]
+    right.set_yticks(rows, flips, fontsize=9.5)
     right.tick_params(length=0, labelcolor=MUTED)
     right.spines["right"].set_visible(False)

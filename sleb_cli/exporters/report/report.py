@@ -108,14 +108,12 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
     if findings.sizes:
         dense, pruned = (size.parameters for size in findings.sizes)
         found.append(("parameters", format_count(pruned), format_share(pruned / dense - 1, signed=True)))
-    for result in findings.main_workloads:
-        if entry := findings.own(result.pruned):
-            ends = between(entry.interval, "{:.2f}".format) or plural(len(entry.e2els), "run")
-            found.append((f"{workload_name(result.workload)}, times as fast", f"{entry.speedup:.2f}×", ends))
-    for name, text in list(zip(findings.text_names, findings.texts, strict=True))[:2]:
-        if scores := findings.own(text.pruned):
-            both = f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
-            found.append((f"perplexity, {name}", format_change(perplexity_change(scores)[0]), both))
+    for result, timing in findings.main_workloads:
+        ends = between(timing.interval, "{:.2f}".format) or plural(len(timing.e2els), "run")
+        found.append((f"{workload_name(result)}, times as fast", f"{timing.speedup:.2f}×", ends))
+    for name, text, scores in findings.own_texts[:2]:
+        both = f"{format_perplexity(text.dense.perplexity)} → {format_perplexity(scores.perplexity)}"
+        found.append((f"perplexity, {name}", format_change(perplexity_change(scores)[0]), both))
     if kept := findings.retention(findings.plan.removals):
         found.append(("accuracy kept", format_share(kept[0]), between(kept[1], format_share)))
     return found
@@ -124,14 +122,11 @@ def cards(findings: Findings) -> list[tuple[str, str, str]]:
 def embedded(pruning: Pruning) -> str:
     """Return the data behind the page as JSON that no text in it can leave: "</script>" has no "<" there."""
     data = {"plan": pruning.plan, "evaluation": pruning.evaluation, "benchmark": pruning.benchmark}
-    text = _compact(_without(data, _LEFT_OUT))
-    if len(text) > _LARGE:
-        text = _compact(_without(data, _LEFT_OUT_OF_LARGE))
+    for left_out in (_LEFT_OUT, _LEFT_OUT_OF_LARGE):
+        text = json.dumps(_without(data, left_out), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        if len(text) <= _LARGE:
+            break
     return text.translate({ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"})
-
-
-def _compact(data: Any) -> str:
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _without(data: Any, names: frozenset[str]) -> Any:

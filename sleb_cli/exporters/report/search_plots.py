@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sleb_cli.exporters.report.drawing import GREEN, MUTED, PRUNED, WIDTH, Plot, plain_ticks, whole_ticks
@@ -23,22 +24,8 @@ def search_plots(plan: Plan) -> Iterator[Plot]:
     costs = candidate_costs(plan)
     row = max(7.0, min(24.0, 420 / len(costs)))
     if any(costs):
-        yield Plot(
-            "search",
-            "What each candidate would have cost",
-            "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a dot what was "
-            "removed before; hatched blocks are protected.",
-            125 + row * len(costs),
-            lambda figure: _draw_heat_map(figure, plan, costs, row),
-        )
-    yield Plot(
-        "loss",
-        "Loss over blocks removed",
-        "Where text was held out, the distance between the lines shows how far the search fits its own text.",
-        280,
-        lambda figure: _draw_loss_curve(figure, plan),
-        steps(plan),
-    )
+        yield Plot("search", 125 + row * len(costs), partial(_draw_heat_map, plan, costs, row))
+    yield Plot("loss", 280, partial(_draw_loss_curve, plan), steps(plan))
 
 
 def candidate_costs(plan: Plan) -> list[dict[int, float]]:
@@ -57,7 +44,7 @@ def candidate_costs(plan: Plan) -> list[dict[int, float]]:
     return costs
 
 
-def _draw_heat_map(figure: Figure, plan: Plan, costs: list[dict[int, float]], row: float) -> None:
+def _draw_heat_map(plan: Plan, costs: list[dict[int, float]], row: float, figure: Figure) -> None:
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -108,7 +95,7 @@ def _mark_others(axis: Axes, plan: Plan, costs: list[dict[int, float]]) -> None:
             axis.add_patch(Rectangle(place, 1, 1, fill=False, hatch="////", edgecolor=MUTED, linewidth=0))
 
 
-def _draw_loss_curve(figure: Figure, plan: Plan) -> None:
+def _draw_loss_curve(plan: Plan, figure: Figure) -> None:
     axis = figure.add_subplot()
     losses = [math.log(perplexity) for perplexity in (plan.dense.perplexity, *(step.perplexity for step in plan.steps))]
     sizes, dots = range(len(losses)), len(losses) <= 40

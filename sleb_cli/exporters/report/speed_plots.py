@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -11,19 +12,18 @@ from sleb_cli.exporters.report.drawing import (
     DENSE,
     GREEN,
     INK,
-    MARKERS,
     MUTED,
     ORANGE,
     PRUNED,
     PURPLE,
     SERIES,
     Plot,
-    errors,
+    draw_series,
     whole_ticks,
 )
 from sleb_cli.results import MemoryRecord, Timing, WorkloadResult
 from sleb_cli.tables import speed
-from sleb_cli.tables.quality import model_name
+from sleb_cli.tables.table import by_model, model_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,30 +40,20 @@ def speed_plots(findings: Findings) -> Iterator[Plot]:
     results = [result for result in findings.workloads if findings.own(result.pruned)]
     if not results:
         return
-    timed = list(speed.by_model(findings.workloads))
-    yield Plot(
-        "speedup",
-        "Measured speedup over blocks removed, and its bound",
-        "Points are measured, with 95% intervals; dotted lines are what FLOPs and bytes would allow.",
-        300,
-        lambda figure: _draw_speedups(figure, findings, _shown(findings, results, _MOST_WORKLOADS)),
-        speed.speeds(timed, findings.plan.model.blocks),
-    )
-    yield Plot(
-        "latency",
-        "Latency of every run",
-        "The share of runs that took at most this long. No run is left out.",
-        *_panels(findings, results, "end to end, ms", lambda timing: timing.e2els),
-    )
-    if writing := [result for result in results if result.dense.itls]:
-        yield Plot(
-            "inter-token-latency",
-            "Latency between tokens",
-            "The share of tokens that came at most this long after the one before.",
-            *_panels(findings, writing, "between tokens, ms", lambda timing: [*chain(*timing.itls)]),
-            speed.latencies(timed),
-        )
-    yield from map(_memory_plot, [result for result in findings.main_workloads[:1] if result.dense.memory])
+    panels = _shown(findings, results, _MOST_PANELS)
+    timed = by_model(findings.workloads, map(speed.workload_name, findings.workloads))
+    few, blocks = _shown(findings, results, _MOST_WORKLOADS), findings.plan.model.blocks
+    yield Plot("speedup", 300, partial(_draw_speedups, few, blocks), speed.speeds(timed, blocks))
+    latency = partial(_draw_panels, panels, "end to end, ms", lambda timing: timing.e2els)
+    yield Plot("latency", _height(panels), latency)
+    if writing := _shown(findings, [result for result in results if result.dense.itls], _MOST_PANELS):
+        between = partial(_draw_panels, writing, "between tokens, ms", lambda timing: [*chain(*timing.itls)])
+        yield Plot("inter-token-latency", _height(writing), between, speed.latencies(timed))
+    yield from map(_memory_plot, [result for result, _ in findings.main_workloads[:1] if result.dense.memory])
+
+
+def _height(panels: Sequence[WorkloadResult]) -> float:
+    return 36 + 215 * -(-len(panels) // 3)
 
 
 def _memory_plot(result: WorkloadResult) -> Plot:
@@ -71,34 +61,24 @@ def _memory_plot(result: WorkloadResult) -> Plot:
     # Few enough that each bar keeps its label.
     models = [*models[:-1][:: max(1, -(-len(models) // _MOST_BARS))], models[-1]]
     bars = [(name, memory) for name, memory in [("dense", result.dense.memory), *models] if memory]
-    return Plot(
-        "memory",
-        f"Peak memory, {speed.workload_name(result.workload)}",
-        "Of a process that runs nothing else.",
-        85 + 26 * len(bars),
-        lambda figure: _draw_memory(figure, bars),
-    )
+    return Plot("memory", 85 + 26 * len(bars), partial(_draw_memory, bars), workload=speed.workload_name(result))
 
 
 def _shown(findings: Findings, results: list[WorkloadResult], at_most: int) -> list[WorkloadResult]:
     """Return as many workloads as a picture holds, in their order, the headline's among them; the tables have all."""
-    main = {id(result) for result in findings.main_workloads}
+    main = {id(result) for result, _ in findings.main_workloads}
     chosen = {id(result) for result in sorted(results, key=lambda result: id(result) not in main)[:at_most]}
     return [result for result in results if id(result) in chosen]
 
 
-def _draw_speedups(figure: Figure, findings: Findings, results: list[WorkloadResult]) -> None:
-    axis, blocks = figure.add_subplot(), findings.plan.model.blocks
+def _draw_speedups(results: list[WorkloadResult], blocks: int, figure: Figure) -> None:
+    axis = figure.add_subplot()
     for number, result in enumerate(results):
-        colour, name = SERIES[number], speed.workload_name(result.workload)
         counts = [0, *(len(timing.removals) for timing in result.pruned)]
         measured = [(1.0, None), *((timing.speedup, timing.interval) for timing in result.pruned)]
-        axis.errorbar(
-            counts, [value for value, _ in measured], yerr=errors(measured, 1), capsize=2.5, elinewidth=1.2,
-            color=colour, marker=MARKERS[number], label=name,
-        )  # fmt: skip
+        draw_series(axis, number, speed.workload_name(result), counts, measured, 1)
         bounds = {0: 1.0} | {len(timing.removals): timing.bound for timing in result.pruned if timing.bound}
-        axis.plot(*zip(*bounds.items(), strict=True), ":", color=colour, linewidth=1.4)
+        axis.plot(*zip(*bounds.items(), strict=True), ":", color=SERIES[number], linewidth=1.4)
     sizes = range(max(len(timing.removals) for result in results for timing in result.pruned) + 1)
     ratios = [blocks / (blocks - size) for size in sizes]
     axis.plot(sizes, ratios, "--", color=MUTED, linewidth=1, label="ratio of the blocks")
@@ -109,35 +89,28 @@ def _draw_speedups(figure: Figure, findings: Findings, results: list[WorkloadRes
     figure.legend(loc="outside upper left", ncols=3)
 
 
-def _panels(
-    findings: Findings, results: list[WorkloadResult], label: str, seconds: Callable[[Timing], Sequence[float]]
-) -> tuple[float, Callable[[Figure], None]]:
-    """Return the height and the drawing of panels: the share of runs or tokens that took at most a time."""
-    shown = _shown(findings, results, _MOST_PANELS)
-    columns = min(3, len(shown))
-    rows = -(-len(shown) // columns)
-
-    def draw(figure: Figure) -> None:
-        axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
-        for axis in axes[len(shown) :]:
-            axis.remove()
-        for axis, result in zip(axes, shown, strict=False):
-            *others, own = result.pruned
-            count = min(len(others), _MOST_BETWEEN)
-            for number in range(count):
-                entry = others[(2 * number + 1) * len(others) // (2 * count)]
-                name = "" if number else "sizes between"
-                axis.ecdf(_thinned(seconds(entry)), color=MUTED, linewidth=0.8, alpha=0.7, label=name)
-            axis.ecdf(_thinned(seconds(result.dense)), color=DENSE, label="dense")
-            removed = f"{len(own.removals)} removed"
-            axis.ecdf(_thinned(seconds(own)), color=PRUNED, linestyle="--", label=removed)
-            axis.set(xlabel=label, ylim=(0, 1.02), yticks=[0, 0.5, 0.9, 1], yticklabels=["0", "50%", "90%", "100%"])
-            axis.set_title(speed.workload_name(result.workload), fontsize=10.5)
-            axis.locator_params(axis="x", nbins=4)
-            axis.grid()
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
-
-    return 36 + 215 * rows, draw
+def _draw_panels(
+    results: list[WorkloadResult], label: str, seconds: Callable[[Timing], Sequence[float]], figure: Figure
+) -> None:
+    """Draw a panel for each workload: the share of runs or tokens that took at most a time."""
+    columns = min(3, len(results))
+    axes = list(figure.subplots(-(-len(results) // columns), columns, squeeze=False).flat)
+    for axis in axes[len(results) :]:
+        axis.remove()
+    for axis, result in zip(axes, results, strict=False):
+        *others, own = result.pruned
+        count = min(len(others), _MOST_BETWEEN)
+        for number in range(count):
+            entry = others[(2 * number + 1) * len(others) // (2 * count)]
+            name = "" if number else "sizes between"
+            axis.ecdf(_thinned(seconds(entry)), color=MUTED, linewidth=0.8, alpha=0.7, label=name)
+        axis.ecdf(_thinned(seconds(result.dense)), color=DENSE, label="dense")
+        axis.ecdf(_thinned(seconds(own)), color=PRUNED, linestyle="--", label=f"{len(own.removals)} removed")
+        axis.set(xlabel=label, ylim=(0, 1.02), yticks=[0, 0.5, 0.9, 1], yticklabels=["0", "50%", "90%", "100%"])
+        axis.set_title(speed.workload_name(result), fontsize=10.5)
+        axis.locator_params(axis="x", nbins=4)
+        axis.grid()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
 
 
 def _thinned(seconds: Sequence[float]) -> list[float]:
@@ -147,7 +120,7 @@ def _thinned(seconds: Sequence[float]) -> list[float]:
     return [*ordered[::step], ordered[-1]] if step > 1 else ordered
 
 
-def _draw_memory(figure: Figure, bars: list[tuple[str, MemoryRecord]]) -> None:
+def _draw_memory(bars: list[tuple[str, MemoryRecord]], figure: Figure) -> None:
     axis, rows = figure.add_subplot(), range(len(bars))
     unit, scale = ("GB", 1e9) if max(memory.peak_bytes for _, memory in bars) >= 2e9 else ("MB", 1e6)
     left = [0.0 for _ in bars]

@@ -52,27 +52,27 @@ class _LoadedGguf(LoadedModel):
         self._llama = llama
         self._context = None
         self.device = "gpu" if llama.llama_supports_gpu_offload() else "cpu"
-        with _quiet(llama) as errors:
-            self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
-            if not self._model:
-                raise UnsupportedModelError(
-                    f"llama.cpp cannot load {file.name}{_because(errors)}.",
-                    hint="Upgrade llama-cpp-python, or use another engine.",
-                )
-            # Each sequence takes a multiple of 256 tokens.
-            options = llama.llama_context_default_params()
-            options.n_ctx = settings.batch_size * 256 * math.ceil(settings.sequence_length / 256)
-            options.n_seq_max = settings.batch_size
-            options.n_batch = _BATCH_TOKENS
-            options.n_threads = options.n_threads_batch = settings.threads
-            self._context = llama.llama_init_from_model(self._model, options)
-            if not self._context:
-                self.close()
-                raise MachineError(
-                    f"llama.cpp ran out of memory for {settings.batch_size} x {settings.sequence_length} tokens of "
-                    f"{file.name}{_because(errors)}.",
-                    hint="Use a smaller --batch-size or --prompt-length.",
-                )
+        errors = _listen(llama)
+        self._model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
+        if not self._model:
+            raise UnsupportedModelError(
+                f"llama.cpp cannot load {file.name}{_because(errors)}.",
+                hint="Upgrade llama-cpp-python, or use another engine.",
+            )
+        # Each sequence takes a multiple of 256 tokens.
+        options = llama.llama_context_default_params()
+        options.n_ctx = settings.batch_size * 256 * math.ceil(settings.sequence_length / 256)
+        options.n_seq_max = settings.batch_size
+        options.n_batch = _BATCH_TOKENS
+        options.n_threads = options.n_threads_batch = settings.threads
+        self._context = llama.llama_init_from_model(self._model, options)
+        if not self._context:
+            self.close()
+            raise MachineError(
+                f"llama.cpp ran out of memory for {settings.batch_size} x {settings.sequence_length} tokens of "
+                f"{file.name}{_because(errors)}.",
+                hint="Use a smaller --batch-size or --prompt-length.",
+            )
         self._vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
@@ -145,8 +145,7 @@ def _fill(batch: Any, entries: Sequence[_Entry]) -> None:
         batch.logits[row] = entry.is_last
 
 
-@contextmanager
-def _quiet(llama: Any) -> Iterator[list[str]]:
+def _listen(llama: Any) -> list[str]:
     """Collect the errors that llama.cpp would print, and silence everything else, now and later."""
     errors: list[str] = []
 
@@ -157,7 +156,7 @@ def _quiet(llama: Any) -> Iterator[list[str]]:
     # llama.cpp calls it as long as the process lives, so it must not be freed.
     _CALLBACKS.append(llama.llama_log_callback(listen))
     llama.llama_log_set(_CALLBACKS[-1], None)
-    yield errors
+    return errors
 
 
 _CALLBACKS: list[Any] = []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins.engine import Engine
 from sleb_plugins.errors import MachineError
 
@@ -39,15 +41,12 @@ class PackagedEngine(Engine):
         Raises:
             MachineError: it is not installed, or does not load on this machine.
         """
-        try:
+        if find_spec(self.module) is None:
+            raise MachineError(f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`.")
+        with translate_errors(self._not_loading):
             return importlib.import_module(self.module)
-        except (ImportError, OSError, RuntimeError) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == self.module:
-                raise MachineError(
-                    f"{self.title} is not installed.", hint=f"Run `pip install 'sleb[{self.extra}]'`."
-                ) from error
-            words = str(error).splitlines() or [type(error).__name__]
-            raise MachineError(
-                f"{self.title} is installed, but does not load: {words[0].rstrip('.')}.",
-                hint="Reinstall it for this machine.",
-            ) from error
+
+    def _not_loading(self, words: str) -> MachineError:
+        return MachineError(
+            f"{self.title} is installed, but does not load: {words}.", hint="Reinstall it for this machine."
+        )

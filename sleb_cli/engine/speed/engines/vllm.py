@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 
 from sleb_cli.engine.speed.engines.packages import PackagedEngine
+from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import MachineError
 
@@ -34,14 +35,11 @@ class Vllm(PackagedEngine):
             MachineError: vLLM is not installed, or does not start with this model on this machine.
         """
         vllm = self.imported()
-        try:
+        hint = "Run `vllm serve` on the folder for more; with less memory, measure one size at a time."
+        with translate_errors(
+            lambda words: MachineError(f"vLLM does not start with {model.name}: {words}.", hint=hint)
+        ):
             return _LoadedCheckpoint(vllm, model, settings)
-        except (RuntimeError, ValueError, OSError, NotImplementedError) as error:
-            words = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise MachineError(
-                f"vLLM does not start with {model.name}: {words[0].rstrip('.')}.",
-                hint="Run `vllm serve` on the folder for more; with less memory, measure one size at a time.",
-            ) from error
 
     def imported(self) -> Any:
         """Return the module, which reads from the environment what it logs."""
