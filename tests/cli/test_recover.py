@@ -306,16 +306,6 @@ def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit
     assert re.search(needed, recover(llama_plan, code=7).stderr)
 
 
-def test_of_much_text_no_more_decides_than_is_needed(recover, llama_plan, fit, monkeypatch, tmp_path):
-    monkeypatch.setattr(settings, "DECIDING_TOKENS", 96)
-    monkeypatch.setattr(settings, "REPORTED_TOKENS", 64)
-    recover(llama_plan, "--no-verify", samples=30)
-    record = read_plan(tmp_path / "out" / "sleb_plan.json").recovery
-    ((_, fitted, deciding),) = fit.calls
-    found = [text.sequences for text in (record.text, record.deciding_text, record.report_text)]
-    assert (found, len(fitted), len(deciding)) == ([25, 3, 2], 25, 3)
-
-
 @pytest.mark.parametrize("planned", [False, True])
 def test_the_default_text_is_the_plans_or_the_models_own(run_sleb, llama_plan, tiny_llama, text_file, fit, planned):
     options = ["--recover", "--samples", 10, "--sequence-length", 32, "-o", "out", "--no-verify", "--json"]

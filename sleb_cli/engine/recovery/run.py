@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -120,7 +121,7 @@ class Recovery:
             self.packed: dict[str, GgufTensor] = {}
             self.places = find_places(self.gguf, self.dense, self.path, self._changeable()) if self.gguf else {}
             start = self._resumed(saved) if saved else self._closed_form()
-            values, record = self._heal(self.budget, *start, saved) if self.budget else start[:2]
+            values, record = self._heal(self.budget, start, saved) if self.budget else start[:2]
             tensors = file_tensors(self.dense, self.surgery, values)
         del self.dense  # the proof needs the memory
         return Recovered(values, tensors, record, self.packed)
@@ -180,7 +181,8 @@ class Recovery:
     def _fits(self, record: RecoveryRecord) -> Path:
         """Return the folder of the fits of this very recovery, on these tokens."""
         on = {"fitted": record.text.tokens_sha256, "deciding": record.deciding_text.tokens_sha256}
-        return self.state.fits(self._computation | {"removed": sorted(self.removed)} | on)
+        named = json.dumps(self._computation | {"removed": sorted(self.removed)} | on, sort_keys=True)
+        return self.state.folder / f"fits-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
 
     def _closed_form(self) -> _Start:
         """Draw the text, measure the cost of the removal, and fit in closed form if requested."""
@@ -226,17 +228,9 @@ class Recovery:
         deciding = saved.tokens("deciding", record.deciding_text)
         return values, record, deciding, saved.tokens("reported", record.report_text)
 
-    def _heal(
-        self,
-        budget: HealBudget,
-        values: dict[str, Tensor],
-        record: RecoveryRecord,
-        deciding: Tensor,
-        reported: Tensor,
-        saved: Saved | None,
-    ) -> tuple[dict[str, Tensor], RecoveryRecord]:
-        """Distill the dense model into the pruned one with these values."""
-        place = self.placement
+    def _heal(self, budget: HealBudget, start: _Start, saved: Saved | None) -> tuple[dict[str, Tensor], RecoveryRecord]:
+        """Distill the dense model into the pruned one."""
+        (values, record, deciding, reported), place = start, self.placement
         model = load_pruned(self.surgery, place.dtype, place.device, self.notify, dense=self.dense.model)
         path, blocks = self.path, self.architecture.blocks_of(model)
         parameters = {

@@ -6,8 +6,6 @@ again. A healing has one file, which --resume continues.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import time
@@ -117,11 +115,6 @@ class Unfinished:
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
         self.healing = self.folder / "healing.safetensors"
-
-    def fits(self, identity: Mapping[str, Any]) -> Path:
-        """Return the folder of the fits whose values depend on all of this."""
-        named = json.dumps(identity, sort_keys=True)
-        return self.folder / f"fits-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
 
     @contextmanager
     def told_on_failure(self, notify: Notify) -> Iterator[None]:
