@@ -229,9 +229,8 @@ class _States:
         module = model.get_submodule(norm.name)
         for batch in batches:
             dense, pruned = self.dense[batch].to(here), self.pruned[batch].to(here)
-            wanted, found = (module(states).float().flatten(0, -2) for states in (dense, pruned))
-            features = norm.normalized(model, pruned.to(found.device))
-            yield features, wanted - found, torch.ones(len(found), device=found.device)
+            wanted, found = (module(states).float().flatten(0, -2).to(here) for states in (dense, pruned))
+            yield norm.normalized(model, pruned), wanted - found, torch.ones(len(found), device=here)
 
     def sums(self, rows: Callable[[Iterable[int]], Rows], groups: Sequence[range], empty: Callable[[], Ridge]) -> Ridge:
         """Return the sums over all batches of all processes."""
@@ -336,7 +335,7 @@ class _Recovery:
         has_bias = any(projection.takes_bias for projection in projections)
 
         def empty() -> Ridge:
-            device = self.skippable.device
+            device = self.skippable.device if block is None else self.skippable.places[block]
             return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device)
 
         every = GAINS_SHARE if has_gains else 1
@@ -388,8 +387,8 @@ class _Recovery:
         )
         self.fits.append(record)
         if self.saved and self.group.is_main:
-            record_only = {"record": record.model_dump_json()}
-            Saved(fit_file(self.saved, block), record_only, fit.values if kept else {}).write()
+            values = fit.values if kept else {}
+            Saved(fit_file(self.saved, block), {"record": record.model_dump_json()}, values).write()
 
     def _restore(self, block: int | None) -> bool:
         """Take over the fit of a block (None: of the final norm) from an interrupted run; return whether there is one.
