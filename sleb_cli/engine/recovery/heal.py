@@ -209,7 +209,7 @@ class Healing:
             total = 0.0
             for part in zip(*(torch.split(tensor, size) for tensor in (ids, entering, wanted)), strict=True):
                 share = len(part[0]) / len(ids)
-                scale, start = share * self.progress.scale, self._start(part[1])
+                scale, start = share * self.progress.scale, (self.first, part[1])
                 total += share * distill(self.teacher, self.student, part[0], part[2], start, scale)
             return total
 
@@ -219,10 +219,6 @@ class Healing:
             self.notify(Notice(f"Out of memory on {self.device}; healing {micro_batch} sequences at a time."))
 
         return in_smaller_pieces(run, self.micro_batch, fewer)
-
-    def _start(self, entering: Tensor) -> tuple[int, Tensor] | None:
-        """Return where the student begins, given the states that enter the first trained block; None for its start."""
-        return (self.first, entering) if self.first else None
 
     def _check(self) -> None:
         """Measure the deciding text, and keep the point if it is the best so far."""
@@ -243,7 +239,7 @@ class Healing:
         everywhere = torch.arange(self.length - 1, device=self.device)
         for chosen in self.checked.batches:
             entering, wanted = self.checked.of(chosen)
-            states = self.student.final_states(rows[chosen], self._start(entering))
+            states = self.student.final_states(rows[chosen], (self.first, entering))
             total += summed_losses(self.student, self.teacher, states, wanted, rows[chosen], everywhere)[1]
         return total / (len(rows) * len(everywhere))
 

@@ -257,7 +257,7 @@ class Recovery:
             # Training starts a few blocks below the first gap, or at the first fitted block if that is lower.
             fitted = [block for name in values if (block := block_number(path, name)) is not None]
             first = max(0, min([min(self.removed) - TRAINED_BELOW, *fitted]))
-            if not can_share(teacher, student, first, deciding[:1].to(place.device)):
+            if first and not can_share(teacher, student, first, deciding[:1].to(place.device)):
                 first = 0
             weights = {
                 name: parameter
@@ -318,8 +318,6 @@ def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
 
     It may not if blocks take more than hidden states from earlier blocks.
     """
-    if not first:
-        return False
     try:
         entering, _ = dense.entering_and_final_states(ids, first)
         found, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
