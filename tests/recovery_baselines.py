@@ -24,8 +24,8 @@ from sleb_cli.engine.recovery.least_squares import Ridge
 RIDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 Source = tuple[str, str]
-"""What a fit reads in a block: ("input", module), ("output", module), or one of these two."""
-LEAVING, CONSTANT = ("leaving", ""), ("constant", "")
+"""What a fit reads in a block: ("input", module), ("output", module), or this."""
+LEAVING = ("leaving", "")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def observe(skippable: SkippableModel, call: Call, states: Tensor, sources: Sequ
         for name in {name for _, name in sources if name}:
             hooks.callback(keep_what_passes(block.get_submodule(name), name, found))
         leaving = skippable.run_block(call, states)
-    found |= {LEAVING: leaving, CONSTANT: torch.ones_like(leaving[..., :1])}
+    found[LEAVING] = leaving
     parts = [found[source].float().view(*leaving.shape[:2], -1) for source in sources]
     return leaving, torch.cat(parts, -1) if parts else leaving[..., :0].float()
 
@@ -195,13 +195,13 @@ def linear_patch(site: Site) -> Patch:
     return site.behind((rotation * (scale - 1)) @ rotation.T, LEAVING)
 
 
-def replace_me(site: Site, *, published: bool) -> Patch:
+def replace_me(site: Site) -> Patch:
     """ReplaceMe by least squares (Shopkhoev et al., arXiv 2505.02819): what the MLP adds, times T.
 
     T is merged into the MLP's last weights; where a norm follows them, it cannot be, and T comes behind the norm.
     """
     source = ("output", site.last)
-    change = site.least_squares(source, published=published)
+    change = site.least_squares(source, published=True)
     if site.last in site.writers:
         return site.merged(site.last, lambda weight: change.T @ weight)
     return site.behind(change, source)
@@ -220,14 +220,8 @@ def ghosted(site: Site) -> Patch:
     return site.behind(site.least_squares(LEAVING, published=True), LEAVING)
 
 
-def matrix(site: Site, *, with_inputs: bool = False) -> Patch:
-    """Any function of the states that is linear, and on demand of what the block's last weights read, too."""
-    sources = (LEAVING, *(("input", name) for name in site.writers if with_inputs), CONSTANT)
-    return site.behind(site.least_squares(*sources), *sources)
-
-
-def fit_gaps(text: FittingText, removed: Collection[int], fit: Fit, *, everywhere: bool = False) -> Patch:
-    """Fit the block before each gap, or every block from the first gap on, to the dense states at the gap's end."""
+def fit_gaps(text: FittingText, removed: Collection[int], fit: Fit) -> Patch:
+    """Fit the block before each gap to the dense states at the gap's end."""
     count = len(text.skippable.switches)
     kept = [block for block in range(count) if block not in removed]
     before = [block for block in kept if block < min(removed)]
@@ -236,9 +230,9 @@ def fit_gaps(text: FittingText, removed: Collection[int], fit: Fit, *, everywher
     patch, states = Patch(), text.dense[before[-1]]
     for block, end in pairwise([*kept[len(before) - 1 :], count]):
         with text.skippable.replaced(patch.values):
-            if end > block + 1 or everywhere:
+            if end > block + 1:
                 patch |= fit(Site(text, block, states, text.dense[end]))
-        if end > max(removed) and not everywhere:
+        if end > max(removed):
             break
         with text.skippable.replaced(patch.values):
             batches = zip(text.calls, states, strict=True)

@@ -5,17 +5,14 @@
 DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt and text/c4_50.jsonl (perplexity), and
 tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot accuracy). Each result is saved to
 WORK/quality.json as soon as it is measured: searches by their settings, models by the blocks that they lack. Methods
-with the same removals are measured once, and the same command resumes a stopped run. --seconds sets a time limit.
---report writes the table into a Markdown file, between its two marks, and --plot draws the plot.
+with the same removals are measured once, and the same command resumes a stopped run.
+--plot draws the plot.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import re
-import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +31,6 @@ from saved_work import (
     TRAIN,
     Bench,
     Stopped,
-    architecture_of,
     how_measured,
     markdown,
     names,
@@ -42,11 +38,8 @@ from saved_work import (
     paired,
     parser,
     require_known,
-    resumed,
     run_sleb,
     say,
-    subplots,
-    write_report,
 )
 
 from sleb_cli.engine.device import free_memory
@@ -93,9 +86,9 @@ METHODS = {
 RACING = ("nll-greedy", "kl-greedy", "nll-beam", "nll-refine")
 
 
-def key_of(removals: Sequence[int], variant: str = "") -> str:
+def key_of(removals: Sequence[int]) -> str:
     """Return the name of a model by the blocks it lacks, in any order of removal."""
-    return (",".join(map(str, sorted(removals))) or DENSE) + variant
+    return ",".join(map(str, sorted(removals))) or DENSE
 
 
 class QualityBench(Bench):
@@ -147,13 +140,14 @@ class QualityBench(Bench):
         plan_file = self.work.folder / f"{name}-{seed}-{size}.json"
         say(f"search {name}, seed {seed}, {size} blocks")
         start = time.monotonic()
+        resumed = plan_file.with_name(f"{plan_file.name}.journal").exists()
         if not plan_file.exists():
             try:
                 run_sleb(
                     "search", options.model, "--remove", size, *METHODS[name].options.format(seed=seed).split(),
                     "--calibration", options.data / TRAIN, "--samples", options.samples,
                     "--sequence-length", options.length, "--dtype", options.dtype, "-o", plan_file, "-q", "--json",
-                    *(["--fast"] if options.fast and name in RACING else []), *resumed(plan_file),
+                    *(["--fast"] if options.fast and name in RACING else []), *(["--resume"] if resumed else []),
                 )  # fmt: skip
             finally:
                 found["seconds"] += time.monotonic() - start
@@ -162,15 +156,17 @@ class QualityBench(Bench):
         found["removals"] = {str(count): list(plan.first(count).removals) for count in sizes}
         self.work.save()
 
-    def measure(self, key: str, removals: Sequence[int], *, with_tasks: bool, checkpoint: Path | None = None) -> None:
-        """Measure what is missing for one model, pruned in memory or read from a checkpoint."""
+    def measure(self, removals: Sequence[int], *, with_tasks: bool) -> None:
+        """Measure what is missing for the model without these blocks."""
+        key = key_of(removals)
         have = self.model(key)
         texts = [name for name in TEXTS if name not in have["losses"]]
         tasks_missing = with_tasks and not have["tasks"]
         if not (texts or tasks_missing):
             return
         say(f"measure {key}")
-        model = self._load(removals, checkpoint)
+        surgery = plan_surgery(self.architecture, removals)
+        model = load_pruned(surgery, *self.placed, ignore) if removals else self.load(self.architecture)
         with torch.inference_mode():
             for name in texts:
                 have["losses"][name] = window_losses(model, self.windows[name], self.options.batch)
@@ -184,26 +180,6 @@ class QualityBench(Bench):
                 say("  " + ", ".join(f"{TASKS[task]} {value:.3f}" for task, (value, _) in have["tasks"].items()))
         del model
         free_memory()
-
-    def _load(self, removals: Sequence[int], checkpoint: Path | None) -> Any:
-        if checkpoint is not None:
-            return self.load(architecture_of(checkpoint))
-        if removals:
-            return load_pruned(plan_surgery(self.architecture, removals), *self.placed, ignore)
-        return self.load(self.architecture)
-
-    def apply(self, key: str, name: str, size: int, options: str) -> Path:
-        """Write a checkpoint with these options of `sleb apply`, such as --recover; return its folder."""
-        folder = self.work.folder / "checkpoints" / re.sub(r"[^\w.+-]", "-", key)
-        if not folder.exists():
-            plan = self.work.folder / f"{name}-0-{self.searched(name, size)[0]}.json"
-            say(f"apply {key}")
-            folder.parent.mkdir(exist_ok=True)
-            start = time.monotonic()
-            run_sleb("apply", plan, "--remove", size, *shlex.split(options), "-o", folder, "-q", "--no-verify")
-            self.model(key)["seconds"] = time.monotonic() - start
-            self.work.save()
-        return folder
 
 
 def window_losses(model: Any, windows: torch.Tensor, batch: int) -> list[float]:
@@ -238,18 +214,6 @@ def rows(bench: QualityBench, size: int) -> Iterator[tuple[str, Row]]:
         models = [bench.model(key_of(removals)) for removals in found.values() if removals]
         if models and all(map(is_measured, models)):
             yield name, Row(METHODS[name].label, tuple(models), bench.seconds(name, size))
-        for variant in bench.options.variants if name in bench.options.variant_methods else ():
-            after = bench.model(key_of(found.get(0) or (), variant))
-            if is_measured(after):
-                back = "/".join(f"{share:.0%}" for share in shares_back(bench.model(DENSE), models[0], after))
-                label = f"{METHODS[name].label} {variant} ({back} of the lost nats back)"
-                yield name + variant, Row(label, (after,), after.get("seconds"))
-
-
-def shares_back(dense: dict[str, Any], pruned: dict[str, Any], after: dict[str, Any]) -> list[float]:
-    """Return, for each text, the share of the nats lost by the removal that a recovery won back."""
-    means = [[statistics.fmean(model["losses"][text]) for model in (dense, pruned, after)] for text in TEXTS]
-    return [(lost - now) / (lost - whole) for whole, lost, now in means]
 
 
 def is_measured(model: dict[str, Any]) -> bool:
@@ -302,18 +266,13 @@ def accuracy_cells(row: Row) -> list[str]:
 
 
 def report(bench: QualityBench) -> str:
-    """Return the text between the marks of the document."""
+    """Return a table for each size, and how it was measured."""
     options, blocks = bench.options, bench.architecture.block_count
-    raced = ", nll and kl raced (`--fast`)" if options.fast else ""
-    with_tasks = any(model["tasks"] for model in bench.work.data["models"].values())
-    items = f" Zero-shot accuracy on the first {options.items} items, with standard errors." if with_tasks else ""
     decide = ("sizes", "samples", "length", "windows", "window_length", "items", "dtype", "fast")
     lines = [
-        f"{Path(options.model).name}, {blocks} blocks, {options.dtype}; calibrated on {options.samples} x "
-        f"{options.length} tokens of encyclopaedia{raced}. Perplexity on {options.windows} windows of "
-        f"{options.window_length} tokens, of other encyclopaedia and of C4, drawn from all over the texts; differences "
-        f"in nats per token, paired over windows, with standard errors.{items} Seconds are those of the search (one "
-        "for the largest size where it serves the smaller ones) or of the recovery.",
+        "Perplexity on windows of other encyclopaedia and of C4, drawn from all over the texts; differences in nats "
+        "per token, paired over windows, with standard errors. Zero-shot accuracy with standard errors. Seconds are "
+        "those of the search (one for the largest size where it serves the smaller ones).",
         "",
         *how_measured(options, "quality.py", decide),
     ]
@@ -325,7 +284,12 @@ def report(bench: QualityBench) -> str:
 
 def plot(bench: QualityBench, path: Path) -> None:
     """Draw perplexity against the number of removed blocks, by method."""
-    figure, panels = subplots(len(TEXTS), (12, 5))
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(TEXTS), figsize=(12, 5), layout="constrained")
     curves: dict[str, dict[int, Row]] = {}
     for size in bench.options.sizes:
         for _, row in rows(bench, size):
@@ -352,13 +316,8 @@ def parse() -> argparse.Namespace:
     found.add_argument("--items", type=int, default=300, help="items of each task")
     found.add_argument("--task-methods", type=names, default=[], help="methods also measured on tasks, or all")
     found.add_argument("--task-batch", type=int, default=8)
-    found.add_argument("--variants", type=names, default=[], help="options of apply: --variants=--recover,--heal")
-    found.add_argument("--variant-methods", type=names, default=[REFERENCE], help="methods that the variants apply to")
-    found.add_argument("--variant-options", default="", help="further options of apply, in one string")
-    found.add_argument("--seconds", type=int, help="time limit; the same command resumes")
     options = found.parse_args()
-    given = [*options.methods, *options.task_methods, *options.variant_methods]
-    require_known(found, "method", given, [*METHODS, "all"])
+    require_known(found, "method", [*options.methods, *options.task_methods], [*METHODS, "all"])
     return options
 
 
@@ -372,37 +331,23 @@ def measure_all(bench: QualityBench) -> None:
                 bench.search(name, seed, size)
     with_tasks = set(METHODS) if "all" in options.task_methods else set(options.task_methods)
     for tasks_too in (False, True):
-        bench.measure(DENSE, (), with_tasks=tasks_too and bool(with_tasks))
+        bench.measure((), with_tasks=tasks_too and bool(with_tasks))
         for size, name in product(options.sizes, options.methods):
             for seed in METHODS[name].seeds:
                 removals = bench.removals(name, size, seed) or ()
-                bench.measure(key_of(removals), removals, with_tasks=tasks_too and name in with_tasks)
-    for size, name, variant in product(options.sizes, options.variant_methods, options.variants):
-        removals = bench.removals(name, size, 0) or ()
-        key = key_of(removals, variant)
-        folder = bench.apply(key, name, size, f"{variant} {options.variant_options}")
-        bench.measure(key, removals, with_tasks=name in with_tasks, checkpoint=folder)
+                bench.measure(removals, with_tasks=tasks_too and name in with_tasks)
 
 
 def main() -> None:
     options = parse()
     quiet_libraries()
     bench = QualityBench(options)
-    if options.seconds:
-        signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.alarm(options.seconds)
-    try:
-        if not options.show:
+    if not options.show:
+        try:
             measure_all(bench)
-    except (Stopped, KeyboardInterrupt):
-        say("stopped: the same command resumes")
-    finally:
-        signal.alarm(0)
-        bench.work.save()
-    text = report(bench)
-    say(text)
-    if options.report:
-        write_report(text, "quality.py", "Quality", options.report)
+        except (Stopped, KeyboardInterrupt):
+            say("stopped: the same command resumes")
+    say(report(bench))
     if options.plot:
         plot(bench, options.plot)
 

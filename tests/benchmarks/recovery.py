@@ -1,15 +1,14 @@
 """What recovery gives back of what a removal costs: ours, beside what others published, and bounds no engine loads.
 
-    python tests/benchmarks/recovery.py MODEL DATA [--sizes 3,6,9,12] [--sets greedy,contiguous] [--heal-minutes 0,10]
+    python tests/benchmarks/recovery.py MODEL DATA --without 5,20,21 --without 9,10,11 [--heal-minutes 0,10]
 
 DATA is a folder with text/enwiki_train.txt (on which everything is fitted), text/enwiki_test.txt and text/c4_50.jsonl
 (on which everything is measured). All methods (`tests/recovery_baselines.py`) see the same tokens, and lack the same
-blocks: those of a greedy search by nll, or of --removals, in their order, and those of the best contiguous span. With
---heal-minutes, `sleb apply --recover --heal` runs too, on three quarters of that text and a quarter of the model's own;
-0 minutes are `--recover` alone. --plot draws what the minutes give back.
+blocks, such as those of a search: one table for each --without. With --heal-minutes, `sleb apply --recover --heal` runs
+too, on three quarters of that text and a quarter of the model's own; 0 minutes are `--recover` alone.
 
 Each result is saved to WORK/recovery.json as soon as it is measured, by the removed blocks and the method, and the same
-command resumes a stopped run. --report writes the tables into a Markdown file, between the marks for this model.
+command resumes a stopped run.
 """
 
 from __future__ import annotations
@@ -44,11 +43,8 @@ from saved_work import (
     paired,
     parser,
     require_known,
-    resumed,
     run_sleb,
     say,
-    subplots,
-    write_report,
 )
 
 from recovery_baselines import (
@@ -61,7 +57,6 @@ from recovery_baselines import (
     fit_gaps,
     ghosted,
     linear_patch,
-    matrix,
     replace_me,
 )
 from sleb_cli.engine.device import free_memory
@@ -74,14 +69,8 @@ from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibrati
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.engine.text.windows import adds_bos, cut_windows
 from sleb_cli.events import ignore
-from sleb_cli.plan import read_plan
 from sleb_cli.requests import CalibrationRequest
 
-SEARCHES = {
-    "greedy": "--metric nll --fast",
-    "contiguous": "--metric angular --strategy contiguous",
-}
-SEARCH_TEXT = "--samples 16 --sequence-length 256"
 FITTED_PART, DECIDING_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
 RESAMPLES = 2000
 PRUNED = "pruned"
@@ -96,8 +85,8 @@ class Method:
     loads: bool = True
 
 
-def at_gaps(label: str, fit: Fit, *, loads: bool = True, everywhere: bool = False) -> Method:
-    return Method(label, partial(fit_gaps, fit=fit, everywhere=everywhere), loads)
+def at_gaps(label: str, fit: Fit, *, loads: bool = True) -> Method:
+    return Method(label, partial(fit_gaps, fit=fit), loads)
 
 
 def closed_form(text: FittingText, removed: Sequence[int]) -> Patch:
@@ -108,16 +97,10 @@ def closed_form(text: FittingText, removed: Sequence[int]) -> Patch:
 METHODS = {
     "pruned": Method("pruned"),
     "linear-patch": at_gaps("LinearPatch", linear_patch, loads=False),
-    "replace-me": at_gaps("ReplaceMe, least squares", partial(replace_me, published=True)),
-    "replace-me-ridge": at_gaps("ReplaceMe, fitted as ours", partial(replace_me, published=False)),
+    "replace-me": at_gaps("ReplaceMe, least squares", replace_me),
     "down-proj": at_gaps("`down_proj` alone", down_proj),
     "closed-form": Method("**`--recover`**", closed_form),
     "ghosted": at_gaps("any matrix (Ghosted Layers)", ghosted, loads=False),
-    "matrix": at_gaps("any matrix, fitted as ours", matrix, loads=False),
-    "matrix-inputs": at_gaps(
-        "the same, of the inputs of `o_proj` and `down_proj` too", partial(matrix, with_inputs=True), loads=False
-    ),
-    "matrices": at_gaps("any matrix, and one behind every later block", matrix, loads=False, everywhere=True),
 }
 
 
@@ -128,7 +111,7 @@ class RecoveryBench(Bench):
             "windows": [options.windows, options.window_length],
             "dtype": options.dtype,
         }
-        super().__init__(options, "recovery", setting, ("searches", "results"))
+        super().__init__(options, "recovery", setting, ("results",))
 
     def results(self, removed: Sequence[int]) -> dict[str, Any]:
         """Return the results without these blocks, by method."""
@@ -237,35 +220,6 @@ class RecoveryBench(Bench):
             self.measure(healed, healed.final_states, float(timing.read_text()), removed, method)
         free_memory()
 
-    def removed(self, kind: str, size: int) -> tuple[int, ...] | None:
-        """Return the removed blocks of a set, if they are known."""
-        if kind == "greedy" and self.options.removals:
-            return tuple(self.options.removals[:size])
-        found = self.work.data["searches"].get(kind, {}).get(str(size))
-        return None if found is None else tuple(found)
-
-    def search(self, kind: str, size: int) -> tuple[int, ...]:
-        """Return the removed blocks of a set; search for them through the command line if they are not known."""
-        if (known := self.removed(kind, size)) is not None:
-            return known
-        # A greedy search serves every smaller size; a span that is the best of its size does not hold smaller ones.
-        largest = max(self.options.sizes) if kind == "greedy" else size
-        plan_file = self.work.folder / f"{kind}-{largest}.json"
-        say(f"search {kind}, {largest} blocks")
-        if not plan_file.exists():
-            run_sleb(
-                "search", self.options.model, "--remove", largest, *SEARCHES[kind].split(),
-                "--calibration", self.options.data / TRAIN, *SEARCH_TEXT.split(), "--dtype", self.options.dtype,
-                "--device", self.options.device, "-o", plan_file, "-q", "--json",
-                *resumed(plan_file),
-            )  # fmt: skip
-        plan = read_plan(plan_file)
-        searches = self.work.data["searches"].setdefault(kind, {})
-        for known_size in range(1, largest + 1) if kind == "greedy" else [size]:
-            searches[str(known_size)] = list(plan.first(known_size).removals)
-        self.work.save()
-        return tuple(searches[str(size)])
-
 
 # Results as numbers.
 
@@ -314,7 +268,7 @@ def table(bench: RecoveryBench, removed: Sequence[int]) -> str:
     results, dense = bench.results(removed), bench.results(())[DENSE]
     columns = ("nats (more than pruned)", "% of lost nats back", "KL", "% of KL left")
     header = ["method", *(f"{name}, {column}" for name in TEXTS for column in columns), "seconds"]
-    healed = {heal_name(minutes): Method(heal_label(minutes)) for minutes in healed_minutes(results)}
+    healed = {heal_name(minutes): Method(heal_label(minutes)) for minutes in bench.options.heal_minutes}
     rows, notes = [], []
     for name, method in {DENSE: Method("dense"), **METHODS, **healed}.items():
         found = dense if name == DENSE else results.get(name)
@@ -337,50 +291,19 @@ def heal_label(minutes: float) -> str:
     return f"**`--recover --heal`**, {minutes:g} minutes" if minutes else "**`--recover`**, a quarter of its own text"
 
 
-def healed_minutes(results: dict[str, Any]) -> list[float]:
-    """Return for how many minutes a set was healed, the shortest first."""
-    return sorted(float(name.removeprefix("heal-")) for name in results if name.startswith("heal-"))
-
-
-def plot(bench: RecoveryBench, path: Path) -> None:
-    """Draw the share of the lost nats that the minutes of healing give back, for each text and set."""
-    figure, panels = subplots(len(TEXTS), (9, 4), sharey=True)
-    dense = bench.results(())[DENSE]
-    for panel, text in zip(panels, TEXTS, strict=True):
-        for removed in sets(bench):
-            results = bench.results(removed)
-            minutes = healed_minutes(results)
-            shares = [share_back(results[heal_name(each)], dense, results[PRUNED], text) for each in minutes]
-            middle, low, high = (torch.tensor(column) * 100 for column in zip(*shares, strict=True))
-            label = f"{len(removed)} of {bench.architecture.block_count} blocks removed"
-            panel.errorbar(minutes, middle, yerr=torch.stack([middle - low, high - middle]), marker=".", label=label)
-        panel.set(title=text, xlabel="minutes of healing", ylabel="% of the lost nats back")
-        panel.grid(alpha=0.3)
-        panel.legend(loc="lower right")
-    figure.savefig(path)
-
-
 def report(bench: RecoveryBench) -> str:
-    """Return the text between the marks of the document."""
-    options, blocks = bench.options, bench.architecture.block_count
-    decide = ("sizes", "sets", "removals", "samples", "deciding", "length", "windows", "window_length", "dtype")
-    decide = (*decide, "heal_minutes")
+    """Return a table for each set of removed blocks, and how it was measured."""
+    options = bench.options
+    decide = ("samples", "deciding", "length", "windows", "window_length", "dtype", "heal_minutes")
     lines = [
-        f"## {Path(options.model).name}",
-        "",
-        f"{blocks} blocks, {options.dtype}; fitted on {options.samples} x {options.length} "
-        f"tokens of encyclopaedia, while {options.deciding} x {options.length} decide. Measured on {options.windows} "
-        f"windows of {options.window_length} tokens, of other encyclopaedia and of C4: nats per token, and how many "
-        "more than pruned, paired over windows, with the standard error; shares with 95 % intervals (bootstrap of "
-        "windows); KL(dense || model) in nats. † is a bound, or needs code of its own to run. Seconds are those of the "
-        "fit, one pass of the dense model over the text included.",
+        "Nats per token, and how many more than pruned, paired over windows, with the standard error; shares with 95 % "
+        "intervals (bootstrap of windows); KL(dense || model) in nats. † is a bound, or needs code of its own to run.",
         "",
         *how_measured(options, "recovery.py", decide),
     ]
-    for removed, kinds in sets(bench).items():
+    for removed in options.without:
         if PRUNED in bench.results(removed):
-            lines += ["", f"### {len(removed)} of {blocks} blocks removed, {' and '.join(kinds)}: {named(removed)}"]
-            lines += ["", table(bench, removed)]
+            lines += ["", f"### Without {named(removed)}", "", table(bench, removed)]
     return "\n".join(lines)
 
 
@@ -388,22 +311,9 @@ def named(removed: Sequence[int]) -> str:
     return ", ".join(map(str, sorted(removed)))
 
 
-def sets(bench: RecoveryBench) -> dict[tuple[int, ...], list[str]]:
-    """Return the sets of removed blocks that are known, and what they are called; one may be both."""
-    found: dict[tuple[int, ...], list[str]] = {}
-    for size in bench.options.sizes:
-        for kind in bench.options.sets:
-            if removed := bench.removed(kind, size):
-                same = next((known for known in found if set(known) == set(removed)), removed)
-                found.setdefault(same, []).append(kind)
-    return found
-
-
 def parse() -> argparse.Namespace:
     found = parser(__doc__, "recovery")
-    found.add_argument("--sizes", type=numbers, default=[3, 6, 9, 12])
-    found.add_argument("--sets", type=names, default=list(SEARCHES), help=", ".join(SEARCHES))
-    found.add_argument("--removals", type=numbers, default=[], help="the order of greedy removals, if known")
+    found.add_argument("--without", type=numbers, action="append", required=True, help="blocks to remove: 5,20,21")
     found.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
     minutes = lambda text: [float(part) for part in names(text)]  # noqa: E731
     found.add_argument("--heal-minutes", type=minutes, default=[], help="also heal for these minutes: 0,10,60")
@@ -412,28 +322,22 @@ def parse() -> argparse.Namespace:
     found.add_argument("--batch", type=int, default=8, help="sequences per batch")
     options = found.parse_args()
     require_known(found, "method", options.methods, list(METHODS))
-    require_known(found, "set", options.sets, list(SEARCHES))
-    if options.removals and max(options.sizes) > len(options.removals):
-        found.error(f"--removals names {len(options.removals)} blocks, not {max(options.sizes)}")
     return options
 
 
 def measure_all(bench: RecoveryBench) -> None:
-    """Search, fit and measure what is missing."""
+    """Fit and measure what is missing."""
     options, results = bench.options, bench.results
-    for size in options.sizes:
-        for kind in options.sets:
-            bench.search(kind, size)
     with torch.inference_mode():
         if DENSE not in results(()):
             say(DENSE)
             bench.measure_patched((), DENSE, Patch())
-        for removed in sets(bench):
+        for removed in options.without:
             for method in dict.fromkeys([PRUNED, *options.methods]):
                 if method not in results(removed):
                     say(f"without {named(removed)}: {method}")
                     bench.fit(removed, method)
-    for removed in sets(bench):
+    for removed in options.without:
         for minutes in options.heal_minutes:
             if (method := heal_name(minutes)) not in results(removed):
                 say(f"without {named(removed)}: {method}")
@@ -449,12 +353,7 @@ def main() -> None:
             measure_all(bench)
         except (Stopped, KeyboardInterrupt):
             say("stopped: the same command resumes")
-    text = report(bench)
-    say(text)
-    if options.report:
-        write_report(text, f"recovery.py, {Path(options.model).name}", "Recovery, compared", options.report)
-    if options.plot:
-        plot(bench, options.plot)
+    say(report(bench))
 
 
 if __name__ == "__main__":

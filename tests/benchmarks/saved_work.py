@@ -1,4 +1,4 @@
-"""What the long benchmarks share: results that survive a stop, the data, and a report between marks of a document."""
+"""What the long benchmarks share: results that survive a stop, and the data."""
 
 from __future__ import annotations
 
@@ -130,11 +130,6 @@ def run_sleb(*command: Any) -> None:
         raise SystemExit(f"sleb {shlex.join(map(str, command))} ended with {code}")
 
 
-def resumed(plan_file: Path) -> list[str]:
-    """Return the option that continues an interrupted search, if there is one."""
-    return ["--resume"] if plan_file.with_name(f"{plan_file.name}.journal").exists() else []
-
-
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -166,17 +161,6 @@ def how_measured(options: argparse.Namespace, script: str, names: Sequence[str])
     ]
 
 
-def write_report(text: str, mark: str, title: str, path: Path) -> None:
-    """Replace the text between a document's marks, or add it at the end; keep the rest."""
-    begin, end = f"<!-- {mark}: begin -->", f"<!-- {mark}: end -->"
-    document = path.read_text() if path.exists() else f"# {title}\n"
-    if begin not in document:
-        document += f"\n{begin}\n{end}\n"
-    before, _, rest = document.partition(begin)
-    _, _, after = rest.partition(end)
-    write_text(path, f"{before}{begin}\n\n{text}\n\n{end}{after}")
-
-
 def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -197,8 +181,6 @@ def parser(doc: str | None, work: str) -> argparse.ArgumentParser:
     found.add_argument("--dtype", default="bfloat16")
     found.add_argument("--device", default="cpu")
     found.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
-    found.add_argument("--report", type=Path, help="Markdown file to write the table into")
-    found.add_argument("--plot", type=Path, help="file to draw the plot into: .svg, .png")
     return found
 
 
@@ -206,12 +188,3 @@ def require_known(parser: argparse.ArgumentParser, what: str, given: Sequence[st
     for name in given:
         if name not in known:
             parser.error(f"no {what} {name}: choose from {', '.join(known)}")
-
-
-def subplots(count: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, count, figsize=size, layout="constrained", **options)

@@ -55,10 +55,10 @@ def divergence(skippable, removed, text, values=()):
         return losses(Variant(skippable, removed, dict(values)), Variant(skippable), text)[1]
 
 
-def rows(count=90, features=4, outputs=4):
+def rows(features=4):
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(count, features, generator=generator), torch.randn(count, outputs, generator=generator)
-    return x, y, torch.rand(count, generator=generator)
+    x, y = torch.randn(90, features, generator=generator), torch.randn(90, features, generator=generator)
+    return x, y, torch.rand(90, generator=generator)
 
 
 def summed(sums, rows, *bounds):
@@ -68,14 +68,16 @@ def summed(sums, rows, *bounds):
 
 
 def test_ridge_solves_the_normal_equations_of_all_rows():
-    x, y, weights = rows(200, 7, 3)
+    x, y, weights = rows(7)
+    x[:, 1] = 0
     w = weights.double()[:, None]
     scale = (w * x.double().square()).sum(0)
     # The penalty as rows: feature i alone, sqrt(ridge x its sum of squares), and nothing to explain.
     features = torch.cat([x.double() * w.sqrt(), torch.diag((0.3 * scale).sqrt())])
-    targets = torch.cat([y.double() * w.sqrt(), torch.zeros(7, 3, dtype=torch.float64)])
-    found = summed(Ridge(7, 3), (x, y, weights), 0, 50, 51, 200).solve(0.3)
-    torch.testing.assert_close(found, torch.linalg.lstsq(features, targets).solution, rtol=1e-5, atol=1e-6)
+    targets = torch.cat([y.double() * w.sqrt(), torch.zeros(7, 7, dtype=torch.float64)])
+    found = summed(Ridge(7, 7), (x, y, weights), 0, 50, 51, 90).solve(0.3)
+    expected = torch.linalg.lstsq(features, targets, driver="gelsd").solution  # always zero gets no coefficient
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("make", [lambda: Ridge(4, 4), lambda: Gains(4)], ids=["ridge", "gains"])
@@ -86,43 +88,28 @@ def test_the_error_on_other_rows_is_the_direct_sum(make):
     there = x[60:] * found if found.dim() == 1 else x[60:] @ found
     direct = (weights[60:, None] * (y[60:] - there).square()).sum()
     assert other.error(found.double()) == pytest.approx(float(direct), rel=1e-4)
-    assert float(other.yy) == pytest.approx(float((weights[60:, None] * y[60:].square()).sum()), rel=1e-4)
-
-
-def test_a_feature_that_is_always_zero_gets_no_coefficient():
-    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-    x[:, 1] = 0
-    found = summed(Ridge(3, 1), (x, x[:, :1] * 2, torch.ones(50)), 0, 50).solve(0.0)
-    assert found.flatten().tolist() == pytest.approx([2, 0, 0], abs=1e-5)
 
 
 def test_gains_are_the_ridge_of_each_channel_alone():
-    x, y, weights = rows(60)
-    found = summed(Gains(4), (x, y, weights), 0, 20, 60).solve(0.5)
+    x, y, weights = rows()
+    found = summed(Gains(4), (x, y, weights), 0, 20, 90).solve(0.5)
     for channel in range(4):
         one = slice(channel, channel + 1)
-        alone = summed(Ridge(1, 1), (x[:, one], y[:, one], weights), 0, 60).solve(0.5)
+        alone = summed(Ridge(1, 1), (x[:, one], y[:, one], weights), 0, 90).solve(0.5)
         assert float(found[channel]) == pytest.approx(float(alone), rel=1e-4)
 
 
 @pytest.mark.parametrize("features", [1, PANEL_COLUMNS, 2 * PANEL_COLUMNS + 3])
 def test_gram_is_one_multiplication(features):
     x = torch.randn(50, features, generator=torch.Generator().manual_seed(0))
-    found = gram(x)
-    torch.testing.assert_close(found, x.T @ x)
-    assert torch.equal(found, found.T)
+    torch.testing.assert_close(gram(x), x.T @ x)
+    assert torch.equal(gram(x), gram(x).T)
 
 
 def found_in(skippable, block=-2):
-    """Return a block, its residual projections, and a function that runs it."""
-    calls = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))
-    call = calls[block]
-    module = skippable.switches[call.block].block
-    return (
-        module,
-        find_residual_projections(skippable, call, call.entering),
-        lambda: skippable.run_block(call, call.entering),
-    )
+    """Return the call of a block, and its residual projections."""
+    call = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))[block]
+    return call, find_residual_projections(skippable, call, call.entering)
 
 
 BEHIND_NORMS = ["post_attention_layernorm", "post_feedforward_layernorm"]
@@ -147,7 +134,7 @@ BEHIND_NORMS = ["post_attention_layernorm", "post_feedforward_layernorm"]
 @torch.inference_mode()
 def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exact, kind, norms):
     with skippable_model(model_type) as skippable:
-        _, found, _ = found_in(skippable)
+        _, found = found_in(skippable)
     assert [(projection.name, projection.exact) for projection in found] == [
         *((name, False) for name in near),
         *((name, True) for name in exact),
@@ -159,7 +146,7 @@ def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exa
 @torch.inference_mode()
 def test_a_multiplier_behind_the_weights_is_their_scale():
     with skippable_model("granite", residual_multiplier=0.25) as skippable:
-        _, found, _ = found_in(skippable, 1)
+        _, found = found_in(skippable, 1)
     assert found[-1].scale == pytest.approx(0.25, rel=0.01)
 
 
@@ -167,9 +154,10 @@ def test_a_multiplier_behind_the_weights_is_their_scale():
 @torch.inference_mode()
 def test_features_times_weights_are_what_is_added(model_type):
     with skippable_model(model_type) as skippable:
-        block, (*_, projection), run = found_in(skippable)
+        call, (*_, projection) = found_in(skippable)
+        block = skippable.switches[call.block].block
         with passing(block, projection.names) as (entering, leaving):
-            run()
+            skippable.run_block(call, call.entering)
     module = block.get_submodule(projection.name)
     product = projection.features(block, entering) @ (module.weight.T if projection.kind == "matrix" else module.weight)
     if projection.norm:
@@ -233,10 +221,7 @@ def test_the_final_norms_gains_equal_a_direct_computation(monkeypatch):
     torch.testing.assert_close(fitted.double(), norm.weight + change, rtol=1e-3, atol=1e-4)
 
 
-FAMILIES = "llama gpt2 opt gpt_neox phi granite gemma2 olmo2 glm4 mixtral deepseek_v3 mamba bloom"
-
-
-@pytest.mark.parametrize("model_type", FAMILIES.split())
+@pytest.mark.parametrize("model_type", ["llama", "phi", "glm4", "bloom"])  # others: test_recovered_families.py
 def test_the_divergence_falls_on_the_deciding_text(model_type):
     skippable = skippable_model(model_type)
     text = own_text(skippable.model, 50)
@@ -250,9 +235,7 @@ def test_the_divergence_falls_on_the_deciding_text(model_type):
     assert {fit.gap for fit in record.fits} == {0, 2}
 
 
-@pytest.mark.parametrize(
-    ("removed", "gaps"), [({0}, [1]), ({0, 1}, [2]), ({0, 3}, [1, 1]), ({4, 5}, [2]), ({0, 1, 4, 5}, [2, 2])]
-)
+@pytest.mark.parametrize(("removed", "gaps"), [({0}, [1]), ({0, 3}, [1, 1]), ({0, 1, 4, 5}, [2, 2])])
 def test_the_first_and_the_last_block_are_made_up_for(removed, gaps):
     skippable = skippable_model("llama")
     text, unseen = own_text(skippable.model, 60).split(50)

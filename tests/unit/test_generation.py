@@ -9,6 +9,7 @@ from sleb_cli.engine.model.generation import end_tokens, generate
 from sleb_cli.engine.text.calibration import CalibrationSettings
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
+from sleb_cli.events import ignore
 from sleb_plugins import UnsupportedModelError
 
 PENALISED = GenerationConfig(repetition_penalty=5.0, top_p=0.1, temperature=0.2, eos_token_id=[1, 7], do_sample=True)
@@ -24,10 +25,11 @@ def refused(words):
 
 
 def test_generation_ignores_the_models_own_settings(model, monkeypatch):
-    prompt, settings = torch.tensor([[5, 6, 5, 6]]), GenerationConfig(max_new_tokens=12, pad_token_id=1)
-    expected = generate(model, prompt, settings, refused)
+    tokenizer = train_tokenizer(bos=True)
+    settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
+    expected = generate_own_text(model, tokenizer, settings, bos=True, notify=ignore)
     model.generation_config = PENALISED
-    assert torch.equal(generate(model, prompt, settings, refused), expected)
+    assert torch.equal(generate_own_text(model, tokenizer, settings, bos=True, notify=ignore), expected)
     assert model.generation_config is PENALISED
 
     def broken(*args, **kwargs):
@@ -35,16 +37,8 @@ def test_generation_ignores_the_models_own_settings(model, monkeypatch):
 
     monkeypatch.setattr(model, "forward", broken)
     with pytest.raises(UnsupportedModelError, match="cannot generate here"):
-        generate(model, prompt, settings, refused)
+        generate(model, torch.tensor([[5, 6]]), GenerationConfig(max_new_tokens=2, pad_token_id=1), refused)
     assert model.generation_config is PENALISED
-
-
-def test_its_own_text_is_drawn_from_its_own_distribution(model):
-    tokenizer = train_tokenizer(bos=True)
-    settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
-    expected = generate_own_text(model, tokenizer, settings, bos=True, notify=lambda event: None)
-    model.generation_config = PENALISED
-    assert torch.equal(generate_own_text(model, tokenizer, settings, bos=True, notify=lambda event: None), expected)
 
 
 def test_a_text_ends_where_the_tokenizer_or_the_model_says(model):

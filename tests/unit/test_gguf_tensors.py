@@ -10,7 +10,7 @@ from torch import nn
 
 from gguf_models import finish
 from sleb_cli.engine.gguf.file import read_gguf
-from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, GgufTensors, type_to_write
+from sleb_cli.engine.recovery.gguf_tensors import WRITTEN, find_places, pack, type_to_write
 from sleb_plugins import UnsupportedModelError
 
 WIDTH = 64
@@ -45,7 +45,7 @@ def model():
 
 @pytest.fixture
 def tensors(tmp_path, model):
-    """Write a GGUF file with these arrays, and return where it holds the model's parameters."""
+    """Write a GGUF file with these arrays, and return a function that packs new values for it."""
 
     def write(arrays, type_=Type.F32):
         writer = GGUFWriter(tmp_path / "one.gguf", "llama")
@@ -53,7 +53,8 @@ def tensors(tmp_path, model):
         for name, array in arrays.items():
             kind = type_ if array.dim() > 1 else Type.F32
             writer.add_tensor(name, quantize(np.ascontiguousarray(array.numpy()), kind), raw_dtype=kind)
-        return GgufTensors(read_gguf(finish(writer, tmp_path / "one.gguf")), InMemory(model), "blocks")
+        file = read_gguf(finish(writer, tmp_path / "one.gguf"))
+        return lambda values: pack(file, find_places(file, InMemory(model), "blocks", values), values)
 
     return write
 
@@ -65,10 +66,11 @@ ROWS = torch.arange(WIDTH).view(2, -1).T.flatten()
 def test_a_matrix_is_found_however_it_lies_and_written_so(tensors, model, lies):
     own = {name: parameter.data for name, parameter in model.named_parameters()}
     others = {"blk.1.a.weight": own["blocks.0.weight"], "output_norm.weight": own["norm.weight"]}
-    found = tensors(others | {"blk.0.b.weight": lies(own["blocks.0.weight"]), "blk.0.b.bias": own["blocks.0.bias"]})
+    packed = tensors(others | {"blk.0.b.weight": lies(own["blocks.0.weight"]), "blk.0.b.bias": own["blocks.0.bias"]})
     new = own["blocks.0.weight"] + torch.randn(WIDTH, WIDTH)
-    assert torch.equal(found.store({"blocks.0.weight": new})["blocks.0.weight"], new)
-    (written,) = found.written.values()
+    written, values = packed({"blocks.0.weight": new})
+    assert torch.equal(values["blocks.0.weight"], new)
+    (written,) = written.values()
     assert written.name == "blk.0.b.weight"
     stored = torch.frombuffer(bytearray(written.values), dtype=torch.float32).view(WIDTH, WIDTH)
     assert torch.equal(stored, lies(new))
@@ -76,10 +78,11 @@ def test_a_matrix_is_found_however_it_lies_and_written_so(tensors, model, lies):
 
 @pytest.mark.parametrize("added", [-1.0, 0.0, 1.0])
 def test_gains_may_be_stored_with_1_added(tensors, model, added):
-    found = tensors({"output_norm.weight": model.norm.weight.data + added, "output_norm.bias": model.norm.bias.data})
+    packed = tensors({"output_norm.weight": model.norm.weight.data + added, "output_norm.bias": model.norm.bias.data})
     new = model.norm.weight.data * 2
-    assert torch.allclose(found.store({"norm.weight": new})["norm.weight"], new, atol=1e-6)
-    stored = torch.frombuffer(bytearray(found.written["output_norm.weight"].values), dtype=torch.float32)
+    written, values = packed({"norm.weight": new})
+    assert torch.allclose(values["norm.weight"], new, atol=1e-6)
+    stored = torch.frombuffer(bytearray(written["output_norm.weight"].values), dtype=torch.float32)
     assert torch.equal(stored, new + added)
 
 
@@ -90,11 +93,11 @@ def test_what_is_returned_is_what_the_file_gives_back(tensors, model, type_, wri
     own = model.blocks[1].weight
     original = own.data
     own.data = torch.from_numpy(dequantize(quantize(original.numpy(), type_), type_))
-    found = tensors({"blk.1.b.weight": original}, type_)
     new = own.data + 0.02 * torch.randn(own.shape)
-    back = found.store({"blocks.1.weight": new})["blocks.1.weight"]
-    assert found.written["blk.1.b.weight"].type == written
-    packed = np.frombuffer(bytearray(found.written["blk.1.b.weight"].values), np.uint8).reshape(len(own), -1)
+    found, values = tensors({"blk.1.b.weight": original}, type_)({"blocks.1.weight": new})
+    back = values["blocks.1.weight"]
+    assert found["blk.1.b.weight"].type == written
+    packed = np.frombuffer(bytearray(found["blk.1.b.weight"].values), np.uint8).reshape(len(own), -1)
     assert torch.equal(back, torch.from_numpy(dequantize(packed, written)))
     assert (back - new).norm() < 0.5 * (new - own.data).norm()
 
@@ -115,10 +118,9 @@ def test_new_values_have_8_bits_or_more(type_, width, expected):
 
 def test_what_the_file_lacks_or_holds_twice_is_refused(tensors, model):
     weight = model.blocks[0].weight.data
-    found = tensors({"blk.0.b.weight": weight * 2, "blk.1.b.weight": weight})
-    with pytest.raises(UnsupportedModelError, match=r"no tensor with the values of blocks.0.weight"):
-        found.require(["blocks.0.weight"])
-    found = tensors({"blk.0.a.weight": weight, "blk.0.b.weight": weight})
-    found.require(["blocks.0.weight"])
-    with pytest.raises(UnsupportedModelError, match=r"twice, in blk.0.a.weight and in blk.0.b.weight"):
-        found.store({"blocks.0.weight": weight})
+    for arrays, words in (
+        ({"blk.0.b.weight": weight * 2, "blk.1.b.weight": weight}, "no tensor with the values of"),
+        ({"blk.0.a.weight": weight, "blk.0.b.weight": weight}, "twice, in blk.0.a.weight and in"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=words):
+            tensors(arrays)({"blocks.0.weight": weight})

@@ -38,7 +38,7 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in SHAPES]
     weights = [nn.Parameter(value.clone()) for value in start]
-    trained = LowRank(weights)
+    trained = LowRank(weights, torch.float32)
     assert all(torch.equal(weight, value) for weight, value in zip(weights, start, strict=True))
     pairs = plain_pairs(trained.values.detach(), SHAPES)
     sizes = [value.square().mean().sqrt() / low_rank.REFERENCE_SIZE for value in start]
@@ -70,7 +70,7 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
 
 def test_steps_too_small_for_bfloat16_add_up():
     weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    trained = LowRank([weight])
+    trained = LowRank([weight], torch.bfloat16)
     down = trained.values.data[:32].view(4, 8)
     down.fill_(0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8))  # times the scale: 0.25
     for _ in range(100):
@@ -90,11 +90,12 @@ def test_what_was_saved_continues_to_the_same_values():
 
     start = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     whole, first, second = (nn.Parameter(start.clone()) for _ in range(3))
-    run(LowRank([whole]), whole, range(6))
-    begun = LowRank([first])
+    run(LowRank([whole], torch.float32), whole, range(6))
+    begun, continued = (LowRank([weight], torch.float32) for weight in (first, second))
     run(begun, first, range(3))
-    continued = LowRank([second])
-    continued.restore({name: tensor.clone() for name, tensor in begun.state().items()})
+    for name, tensor in continued.state.items():
+        tensor.copy_(begun.state[name])
+    continued.write_weights()
     assert torch.equal(second, first)
     run(continued, second, range(3, 6))
     assert torch.equal(second, whole)

@@ -1,7 +1,5 @@
 """The recoveries that ours is compared with, each where its result is known."""
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -17,7 +15,6 @@ from recovery_baselines import (
     ghosted,
     hadamard,
     linear_patch,
-    matrix,
     replace_me,
 )
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -45,26 +42,22 @@ def squares_left(skippable, removed, patch):
     return float((final_states(skippable, removed, patch, IDS) - wanted).square().sum() / wanted.square().sum())
 
 
-@pytest.mark.parametrize("size", [1, 2, 12, 32, 96, 576, 640, 896, 1536])
-def test_a_hadamard_matrix_is_of_equal_sizes_and_orthogonal(size):
+@pytest.mark.parametrize("size", [1, 2, 9, 12, 96, 576, 640])
+def test_a_hadamard_matrix_is_orthogonal_and_of_equal_sizes(size):
     found = hadamard(size)
     torch.testing.assert_close(found @ found.T, torch.eye(size, dtype=torch.float64))
-    assert found.abs().unique().tolist() == pytest.approx([size**-0.5])
+    if size != 9:  # there is none, so it is a rotation
+        assert found.abs().unique().tolist() == pytest.approx([size**-0.5])
 
 
-def test_without_a_hadamard_matrix_it_is_a_rotation():
-    torch.testing.assert_close(hadamard(9) @ hadamard(9).T, torch.eye(9, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("fit", "constant"), [(ghosted, 0.0), (matrix, 1.0), (partial(matrix, with_inputs=True), 1.0)])
-def test_any_matrix_gives_back_blocks_that_are_linear(fit, constant):
+def test_any_matrix_gives_back_blocks_that_are_linear():
     skippable = skippable_model(llama_config())
     for block in (2, 3):
         own = torch.eye(32) + 0.1 * torch.randn(32, 32)
-        skippable.model.model.layers[block].forward = lambda hidden, own=own, **others: hidden @ own + constant
+        skippable.model.model.layers[block].forward = lambda hidden, own=own, **others: hidden @ own
     with SkippableModel(skippable.model, skippable.model.model.layers) as skippable:
         assert squares_left(skippable, {2, 3}, Patch()) > 0.01
-        assert squares_left(skippable, {2, 3}, fit_gaps(fitting_text(skippable), {2, 3}, fit)) < 1e-6
+        assert squares_left(skippable, {2, 3}, fit_gaps(fitting_text(skippable), {2, 3}, ghosted)) < 1e-6
 
 
 def test_linear_patch_gives_back_a_block_that_scales_channels():
@@ -79,7 +72,7 @@ def test_linear_patch_gives_back_a_block_that_scales_channels():
 
 def test_replace_me_is_least_squares_on_what_the_mlp_adds():
     with skippable_model(llama_config()) as skippable:
-        patch = fit_gaps(fitting_text(skippable), {3}, partial(replace_me, published=True))
+        patch = fit_gaps(fitting_text(skippable), {3}, replace_me)
         block, seen = skippable.model.model.layers[2], []
         handle = block.mlp.register_forward_hook(lambda module, args, output: seen.append(output.flatten(0, 1)))
         states = skippable.model(IDS[:16], output_hidden_states=True).hidden_states
@@ -90,20 +83,9 @@ def test_replace_me_is_least_squares_on_what_the_mlp_adds():
     torch.testing.assert_close(patch.values["model.layers.2.mlp.down_proj.weight"], expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-@pytest.mark.parametrize("fit", [partial(replace_me, published=False), down_proj, matrix])
-def test_each_comes_closer_to_the_dense_model_over_two_gaps(fit, everywhere):
-    with skippable_model(llama_config()) as skippable:
-        patch = fit_gaps(fitting_text(skippable), {2, 4}, fit, everywhere=everywhere)
-        assert squares_left(skippable, {2, 4}, patch) < 0.97 * squares_left(skippable, {2, 4}, Patch())
-        assert len(patch.values) + len(patch.added) == 2 + everywhere
-
-
 def test_where_a_norm_follows_the_mlp_the_map_comes_behind_it():
     with skippable_model(tiny_config("gemma2")) as skippable:
         text = fitting_text(skippable)
-        patch = fit_gaps(text, {3}, partial(replace_me, published=True))
-        assert patch.added[2].sources == (("output", "post_feedforward_layernorm"),)
-        assert squares_left(skippable, {3}, patch) < squares_left(skippable, {3}, Patch())
+        assert fit_gaps(text, {3}, replace_me).added[2].sources == (("output", "post_feedforward_layernorm"),)
         with pytest.raises(Unavailable, match="post_feedforward_layernorm follows the MLP"):
             fit_gaps(text, {3}, down_proj)

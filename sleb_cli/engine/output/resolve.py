@@ -18,7 +18,6 @@ from sleb_cli.engine.output.delivery import Delivery, require_nothing_kept
 from sleb_cli.engine.output.proof import choose_proof_settings
 from sleb_cli.engine.output.push import PushRequest, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.engine.recovery.settings import resolve_recovery
 from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
 from sleb_cli.engine.surgery.loading import DeviceMap, quiet_libraries
@@ -83,7 +82,8 @@ def _delivery(request: ApplyRequest, default: Path) -> Delivery:
     place = request.output or default
     clear_old(place.absolute().parent)
     require_nothing_kept(request.keep_failed)
-    replace_ = Unfinished(place).may_replace(resume=request.resume, force=request.force)
+    # What is healed may have been killed just after it wrote its output.
+    replace_ = request.force or (request.resume and Unfinished(place).healing.exists())
     return Delivery(place, replace_, verify=not request.no_verify, keep_failed=request.keep_failed)
 
 
@@ -106,8 +106,7 @@ def _recovering(
         return to
     state = Unfinished(to.place)
     state.require(resume=request.resume, force=request.force)
-    settings = resolve_recovery(subject, request, dtype, device_map, group, notify)
-    recovery = Recovery(subject, settings, state, group, notify, gguf)
+    recovery = resolve_recovery(subject, request, dtype, device_map, state, gguf, group, notify)
     if not group.is_main:
         recovery.run()
         raise WorkerFinished

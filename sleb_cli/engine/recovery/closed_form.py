@@ -14,7 +14,6 @@ is reported on a third text.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -29,14 +28,14 @@ from sleb_cli.engine.forward.holding import SharedInputs, spilled
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.least_squares import Gains, Ridge, Sums, best_ridge, ridge_bytes
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
     final_norm,
     find_residual_projections,
     passing,
 )
-from sleb_cli.engine.recovery.unfinished import SavedFits
+from sleb_cli.engine.recovery.unfinished import Saved, fit_file
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
@@ -83,7 +82,7 @@ def recover_in_closed_form(
     in_host_memory: bool = False,
     spill_to: Path | None = None,
     group: ProcessGroup | None = None,
-    saved: SavedFits | None = None,
+    saved: Path | None = None,
 ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
     """Fit the kept blocks to the dense model's hidden states.
 
@@ -100,7 +99,7 @@ def recover_in_closed_form(
         in_host_memory: whether hidden states stay there until they are needed, because the device has too little.
         spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
         group: the processes that share out the text; values do not depend on how many they are.
-        saved: where each fit is kept, and found if the run before was interrupted; None keeps none.
+        saved: the folder where each fit is kept, and found if the run before was interrupted; None keeps none.
 
     Returns:
         New values by the dense model's parameter names, and a record of every fit.
@@ -184,15 +183,6 @@ class _States:
                     states[batch] = self.held(self.skippable.run_block(of_batch[block], states[batch]))
         return states
 
-    def advance_dense(self, blocks: range) -> None:
-        """Run the dense model through these blocks."""
-        self.dense = self.leaving(self.calls, self.dense, blocks)
-
-    def advance_both(self, blocks: range) -> None:
-        """Run both models through blocks that they share."""
-        both = self.leaving(self.calls * 2, self.dense + self.pruned, blocks)
-        self.dense, self.pruned = both[: len(self.calls)], both[len(self.calls) :]
-
     def divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
         """Return the divergence with these values on the deciding text, from the pruned states that enter `block`."""
         dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
@@ -238,11 +228,10 @@ class _States:
         module = model.get_submodule(norm.name)
         for batch in batches:
             dense, pruned = self.dense[batch].to(here), self.pruned[batch].to(here)
-            wanted, found = (module(states).float().flatten(0, -2) for states in (dense, pruned))
-            features = norm.normalized(model, pruned.to(found.device))
-            yield features, wanted - found, torch.ones(len(found), device=found.device)
+            wanted, found = (module(states).float().flatten(0, -2).to(here) for states in (dense, pruned))
+            yield norm.normalized(model, pruned), wanted - found, torch.ones(len(found), device=here)
 
-    def sums(self, rows: Callable[[Iterable[int]], Rows], groups: Sequence[range], empty: Callable[[], Sums]) -> Sums:
+    def sums(self, rows: Callable[[Iterable[int]], Rows], groups: Sequence[range], empty: Callable[[], Ridge]) -> Ridge:
         """Return the sums over all batches of all processes."""
         total, size, rank = empty(), self.group.size, self.group.rank
         for first in range(0, len(groups), size):
@@ -256,17 +245,16 @@ class _States:
         return total
 
 
+@dataclass
 class _Recovery:
-    def __init__(
-        self,
-        states: _States,
-        stored: torch.dtype,
-        spill_to: Path | None,
-        saved: SavedFits | None,
-        notify: Notify,
-    ) -> None:
-        self.states, self.skippable, self.group = states, states.skippable, states.group
-        self.stored, self.spill_to, self.saved, self.notify = stored, spill_to, saved, notify
+    states: _States
+    stored: torch.dtype
+    spill_to: Path | None
+    saved: Path | None
+    notify: Notify
+
+    def __post_init__(self) -> None:
+        self.skippable, self.group = self.states.skippable, self.states.group
         self.names = {module: name for name, module in self.skippable.model.named_modules()}
         self.values: dict[str, Tensor] = {}
         self.fits: list[FitRecord] = []
@@ -281,91 +269,93 @@ class _Recovery:
             block = max((block for block in kept if block < min(removed)), default=kept[0])
             begin = block if 0 in kept else 0
             self.divergence, fruitless = states.divergence(0, {}), 0
-            states.advance_dense(range(begin))
-            states.pruned = states.dense
+            states.dense = states.pruned = states.leaving(states.calls, states.dense, range(begin))
             advance(begin)
             while begin < count:
                 end = ends[block]
                 if (gap := end - begin - 1) or fruitless < PATIENCE:
-                    states.advance_dense(range(begin, end))
+                    states.dense = states.leaving(states.calls, states.dense, range(begin, end))
                     fruitless = 0 if self._refit(block, gap) or gap else fruitless + 1
                     with self.skippable.replaced(self.values):
                         states.pruned = states.leaving(states.calls, states.pruned, range(block, block + 1))
                 else:
                     end = next((each for each in kept if each >= block and ends[each] > each + 1), count)
-                    states.advance_both(range(block, end))
+                    both = states.leaving(states.calls * 2, states.dense + states.pruned, range(block, end))
+                    states.dense, states.pruned = both[: len(states.calls)], both[len(states.calls) :]
                 advance(end - begin, note=f"divergence {self.divergence:.4f}")
                 begin = block = end
-            self._refit_norm()
+            self._refit(None)
         return self.values, ClosedFormRecord(fits=tuple(self.fits))
 
-    def _refit(self, block: int, gap: int) -> bool:
-        """Fit a block's output to the dense states at the end of its gap; return whether that gained something."""
+    def _refit(self, block: int | None, gap: int = 0) -> bool:
+        """Fit a block's output to the dense states at the end of its gap, or (None) the gains of the final norm.
+
+        Return whether that gained something.
+        """
         before = self.divergence
         if not self._restore(block):
             projections = self.group.from_main(lambda: self._find(block))
-            if not projections:
-                if gap:
-                    self.notify(
-                        Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
-                    )
-                return False
-            with self.skippable.loaded(block):
-                fit = fit_block(projections, partial(self._fit, block))
-            self._keep_if_better(block, gap, projections, fit)
+            if projections:
+                if block is None:
+                    here = loaded(self.skippable.model.get_submodule(projections[0].name))
+                else:
+                    here = self.skippable.loaded(block)
+                with here:
+                    fit = fit_block(projections, partial(self._fit, block))
+                self._keep_if_better(block, gap, projections, fit)
+            elif gap:
+                self.notify(
+                    Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
+                )
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 
-    def _find(self, block: int) -> list[ResidualProjection]:
+    def _find(self, block: int | None) -> list[ResidualProjection]:
+        states = self.states
+        if block is None:
+            norm = final_norm(self.skippable, states.pruned[0].to(self.skippable.device), states.ids[0])
+            return [norm] if norm else []
         with self.skippable.loaded(block), self.skippable.replaced(self.values):
-            return find_residual_projections(self.skippable, self.states.calls[0][block], self.states.pruned[0])
+            return find_residual_projections(self.skippable, states.calls[0][block], states.pruned[0])
 
-    def _refit_norm(self) -> None:
-        """Refit the gains of the final norm, and so the scale of the logits, to the dense model's states there."""
-        if self._restore(None):
-            return
-        states, model = self.states, self.skippable.model
-        norm = self.group.from_main(
-            lambda: final_norm(self.skippable, states.pruned[0].to(self.skippable.device), states.ids[0])
-        )
-        if norm is not None:
-            with loaded(model.get_submodule(norm.name)):
-                rows = partial(states.rows_of_norm, norm=norm)
-                self._keep_if_better(None, 0, [norm], self._best_fit(rows, model, [norm], self.values))
+    def _fit(self, block: int | None, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
+        """Fit projections of a block at once, given the values that were `found` for it.
 
-    def _fit(self, block: int, projections: Sequence[ResidualProjection], found: Mapping[str, Tensor]) -> Fit:
-        """Fit projections of a block at once, given the values that were `found` for it."""
+        Of all ridges, the one that leaves the least error on the deciding text is taken.
+        """
         values = self.values | dict(found)
-        rows = partial(self.states.rows, block=block, projections=projections, values=values)
-        return self._best_fit(rows, self.skippable.switches[block].block, projections, values)
-
-    def _best_fit(
-        self,
-        rows: Callable[[Iterable[int]], Rows],
-        root: nn.Module,
-        projections: Sequence[ResidualProjection],
-        values: Mapping[str, Tensor],
-    ) -> Fit:
-        """Change `values` of modules in `root` by the fit whose ridge leaves the least error on the deciding text."""
+        root: nn.Module = self.skippable.model if block is None else self.skippable.switches[block].block
+        if block is None:
+            rows = partial(self.states.rows_of_norm, norm=projections[0])
+        else:
+            rows = partial(self.states.rows, block=block, projections=projections, values=values)
         outputs = self.skippable.model.config.get_text_config().hidden_size
-        empty = partial(_no_sums, projections, outputs, self.skippable.device)
-        every = GAINS_SHARE if projections[0].kind == "gain" else 1
+        inputs = sum(projection.inputs for projection in projections)
+        has_gains = projections[0].kind == "gain"
+        has_bias = any(projection.takes_bias for projection in projections)
+
+        def empty() -> Ridge:
+            device = self.skippable.device if block is None else self.skippable.places[block]
+            return Gains(inputs, device) if has_gains else Ridge(inputs + has_bias, outputs, device)
+
+        every = GAINS_SHARE if has_gains else 1
         train = self.states.sums(rows, [at[::every] for at in self.states.train], empty)
         deciding = self.states.sums(rows, self.states.deciding, empty)
-        solved: list[Tensor] = []
-
-        def solve() -> tuple[float, float]:
-            ridge, error, fitted = best_ridge(train, deciding, RIDGES)
-            solved.append(fitted)
-            return ridge, error
-
         prefix, new = f"{self.names[root]}." if self.names[root] else "", dict[str, Tensor]()
 
         def value_of(name: str) -> Tensor:
             return values.get(prefix + name, root.get_parameter(name))
 
-        with _enough_for_sums(projections, train):
-            ridge, after = self.group.from_main(solve)
-            fitted = self.group.broadcast(solved[0].contiguous() if solved else torch.empty_like(train.xy))
+        # A smaller batch would not help.
+        with translate_out_of_memory(
+            f"The fit of {' and '.join(projection.name for projection in projections)} needs about "
+            f"{format_bytes(train.bytes_to_solve)} of memory for its sums.",
+            "Leave out --recover, or use a machine or a --device with more memory.",
+            MachineError,
+        ):
+            is_main = self.group.is_main
+            solved = best_ridge(train, deciding, RIDGES) if is_main else (0.0, 0.0, torch.empty_like(train.xy))
+            ridge, after = self.group.from_main(lambda: solved[:2])
+            fitted = self.group.broadcast(solved[2].contiguous())
             for name, change in _changes(projections, fitted, value_of):
                 changed = as_float64(value_of(name)).to(change.device) + change
                 place = root.get_parameter(name).device
@@ -393,21 +383,24 @@ class _Recovery:
             kept=kept,
         )
         self.fits.append(record)
-        if self.saved is not None and self.group.is_main:
-            self.saved.write(record, fit.values if kept else {})
+        if self.saved and self.group.is_main:
+            values = fit.values if kept else {}
+            Saved(fit_file(self.saved, block), {"record": record.model_dump_json()}, values).write()
 
     def _restore(self, block: int | None) -> bool:
         """Take over the fit of a block (None: of the final norm) from an interrupted run; return whether there is one.
 
         The values go where weights lie, since fast kernels may round differently at other addresses.
         """
-        saved = self.saved
-        found = self.group.from_main(lambda: saved.read(block) if saved is not None else None)
-        if found is None:
+        file = fit_file(self.saved, block) if self.saved else None
+        saved = self.group.from_main(lambda: Saved.read(file) if file and file.exists() else None)
+        if saved is None:
             return False
-        record, values = found
+        record: FitRecord = saved.record("record", FitRecord)
         place = self.skippable.device if block is None else self.skippable.places[block]
-        self.values = self.values | {name: self._kept(value.to(place, copy=True)) for name, value in values.items()}
+        self.values = self.values | {
+            name: self._kept(value.to(place, copy=True)) for name, value in saved.tensors.items()
+        }
         self.divergence = record.divergence if record.kept else self.divergence
         self.fits.append(record)
         return True
@@ -430,35 +423,21 @@ def fit_block(
     exact = [projection for projection in projections if projection.exact]
     near = [projection for projection in projections if not projection.exact]
     together = [projection for projection in exact if projection.kind != "gain"] + near
-    rounds = [together] * bool(near) + [exact] * bool(exact)
-    if any(projection.norm for projection in exact):
-        rounds.append(exact)
+    behind_norms = any(projection.norm for projection in exact)
+    rounds = [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
     values: dict[str, Tensor] = {}
-    best: Fit | None = None
-    before: float | None = None
+    fits: list[Fit] = []
     for fitted in rounds:
         found = fit(fitted, values)
-        before, after = found.before if before is None else before, found.after
-        values = values | found.values
+        values, after = values | found.values, found.after
         for norm in (projection.norm for projection in fitted if projection.norm):
             gains = fit([norm], values)
             after = min(gains.before, gains.after)
             if gains.after < gains.before:
                 values = values | gains.values
-        if fitted is together and exact:
-            continue  # how the rest of the block responds is not yet known
-        if best is None or after < best.after:
-            best = Fit(found.ridge, values, before, after)
-    assert best is not None
-    return best
-
-
-def _no_sums(projections: Sequence[ResidualProjection], outputs: int, device: torch.device) -> Sums:
-    """Return the sums for a fit of these projections, over nothing."""
-    inputs = sum(projection.inputs for projection in projections)
-    if projections[0].kind == "gain":
-        return Gains(inputs, device)
-    return Ridge(inputs + any(projection.takes_bias for projection in projections), outputs, device)
+        fits.append(Fit(found.ridge, values, fits[0].before if fits else found.before, after))
+    # After the first of several rounds, how the rest of the block responds is not yet known.
+    return min(fits[bool(near and exact) :], key=lambda fit: fit.after)
 
 
 def _changes(
@@ -470,26 +449,13 @@ def _changes(
         part = fitted[start : start + projection.inputs]
         start += len(part)
         if projection.norm:
-            part = part / _multipliers(projection.norm, value_of).to(part.device)
+            multipliers = as_float64(value_of(f"{projection.norm.name}.weight")) + projection.norm.offset
+            # Infinity where a norm multiplies by next to nothing.
+            silent = multipliers.abs() < SILENT * multipliers.abs().mean()
+            part = part / multipliers.masked_fill(silent, torch.inf).to(part.device)
         yield f"{projection.name}.weight", part.T if projection.kind == "matrix" else part
     for projection in [projection for projection in projections if projection.takes_bias][:1]:
         yield f"{projection.name}.bias", fitted[start]
-
-
-def _multipliers(norm: ResidualProjection, value_of: Callable[[str], Tensor]) -> Tensor:
-    """Return what each channel is multiplied by behind the norm; infinity where that is next to nothing."""
-    multipliers = as_float64(value_of(f"{norm.name}.weight")) + norm.offset
-    return multipliers.masked_fill(multipliers.abs() < SILENT * multipliers.abs().mean(), torch.inf)
-
-
-def _enough_for_sums(projections: Sequence[ResidualProjection], sums: Sums) -> AbstractContextManager[None]:
-    """Say what a fit needs if there is no memory for it; a smaller batch would not help."""
-    names = " and ".join(projection.name for projection in projections)
-    return translate_out_of_memory(
-        f"The fit of {names} needs about {format_bytes(sums.bytes_to_solve)} of memory for its sums.",
-        "Leave out --recover, or use a machine or a --device with more memory.",
-        MachineError,
-    )
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:

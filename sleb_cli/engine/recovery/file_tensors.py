@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from itertools import groupby
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, WeightFiles
+from sleb_cli.engine.files.weights import TORCH_DTYPES, WeightFiles
 from sleb_cli.engine.forward.offload import loaded
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -40,25 +40,34 @@ def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[st
 
 def _changed(model: Any, weights: WeightFiles, place: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of the files that change in a block, or outside the blocks, all of whose values are here."""
-    stored, base = set(weights.tensor_names()), f"{model.base_model_prefix}."
+    stored, base = {tensor.name: tensor for tensor in weights.stored}, f"{model.base_model_prefix}."
 
-    def as_stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the base model's prefix from names that the files have without it, as those of a base model do."""
-        return {name if name in stored else name.removeprefix(base): tensor for name, tensor in tensors.items()}
+    def as_files(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors as in the files, which may fuse some, and lack the prefix of a base model that is alone."""
+        found = revert_weight_conversion(model, tensors).items()
+        return {name if name in stored else name.removeprefix(base): tensor for name, tensor in found}
 
-    before, after = map(as_stored, _as_files(model, place, values))
-    changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
-    _require_stored(changed, weights.stored)
-    _require_same(changed, before, weights)
-    return changed
-
-
-def _as_files(model: Any, place: str, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the old and the new tensors as in the files: all of the block, since files may fuse some."""
     state = model.state_dict().items()
-    before = {name: tensor for name, tensor in state if name == place or name.startswith(f"{place}.")}
-    after = before | {name: value.to(before[name].device, before[name].dtype) for name, value in values.items()}
-    return revert_weight_conversion(model, before), revert_weight_conversion(model, after)
+    old = {name: tensor for name, tensor in state if name == place or name.startswith(f"{place}.")}
+    new = old | {name: value.to(old[name].device, old[name].dtype) for name, value in values.items()}
+    before, after = as_files(old), as_files(new)
+    changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+    for name in changed.keys() & stored.keys():
+        dtype = TORCH_DTYPES.get(stored[name].dtype)
+        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
+            raise UnsupportedModelError(
+                f"{name} is stored quantized ({stored[name].dtype}), so new values cannot be written to it.",
+                hint="Recover the model it was quantized from, and quantize the result.",
+            )
+    # The files must hold the old values under each name, so that it means the same tensor there.
+    there = dict(weights.tensors(changed.keys() & stored.keys()))
+    for name in changed:
+        if name not in there or not torch.equal(there[name].to(before[name].dtype), before[name].cpu()):
+            raise UnsupportedModelError(
+                f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
+                hint="Load the model with transformers, save it again, and recover that copy.",
+            )
+    return changed
 
 
 def weights_at(skippable: SkippableModel, blocks_path: str, name: str) -> AbstractContextManager[None]:
@@ -83,30 +92,3 @@ def _place(blocks_path: str, name: str) -> str:
     """Return the name of the block that a parameter belongs to, or its own if it is outside the blocks."""
     block = block_number(blocks_path, name)
     return name if block is None else f"{blocks_path}.{block}"
-
-
-def _require_stored(changed: Mapping[str, Tensor], stored: Iterable[StoredTensor]) -> None:
-    found = {tensor.name: tensor for tensor in stored}
-    for name, value in changed.items():
-        there = found.get(name)
-        if there is None or there.shape != value.shape:
-            raise UnsupportedModelError(
-                f"The weight files have no tensor {name} of shape {list(value.shape)} to write new values to.",
-                hint="Load the model with transformers, save it again, and recover that copy.",
-            )
-        dtype = TORCH_DTYPES.get(there.dtype)
-        if dtype is None or not dtype.is_floating_point or dtype.itemsize < 2:
-            raise UnsupportedModelError(
-                f"{name} is stored quantized ({there.dtype}), so new values cannot be written to it.",
-                hint="Recover the model it was quantized from, and quantize the result.",
-            )
-
-
-def _require_same(changed: Mapping[str, Tensor], before: Mapping[str, Tensor], weights: WeightFiles) -> None:
-    """Check that the files hold the old values under each name, so that it means the same tensor there."""
-    for name, tensor in weights.tensors(changed):
-        if not torch.equal(tensor.to(before[name].dtype), before[name].cpu()):
-            raise UnsupportedModelError(
-                f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
-                hint="Load the model with transformers, save it again, and recover that copy.",
-            )

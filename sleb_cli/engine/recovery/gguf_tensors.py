@@ -11,6 +11,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -69,93 +70,68 @@ class _Place:
         return values.T if self.is_transposed else values
 
 
-class GgufTensors:
-    """The tensors of a GGUF file that hold a model's parameters, and their new values once there are some.
+Places = dict[str, list[_Place]]
+"""All places that hold the values of a parameter, by its name in the model."""
 
-    Args:
-        file: the file.
-        skippable: the dense model, with its own values.
-        blocks_path: the name of the list of blocks in it.
+
+def find_places(file: GgufFile, skippable: SkippableModel, blocks_path: str, names: Iterable[str]) -> Places:
+    """Find the tensors of the file that hold these parameters of the dense model, which has its own values.
+
+    Raises:
+        UnsupportedModelError: the file does not hold a parameter as it is in the model.
     """
 
-    def __init__(self, file: GgufFile, skippable: SkippableModel, blocks_path: str) -> None:
-        self._file, self._skippable, self._blocks_path = file, skippable, blocks_path
-        self.written: dict[str, GgufTensor] = {}
-        """The tensors that hold new values, by their names in the file."""
-        self._places: dict[str, list[_Place]] = {}
-        self._unpacked: dict[str, Tensor] = {}
+    @lru_cache(maxsize=4)  # several parameters of a block look for themselves in the same tensors
+    def read(tensor: GgufTensor) -> Tensor:
+        with file.path.open("rb", buffering=0) as source:
+            packed = np.frombuffer(b"".join(read_range(source, tensor.start, tensor.size)), np.uint8)
+        return _unpacked(packed, tensor.type, tensor.shape[::-1])
 
-    def require(self, names: Iterable[str]) -> None:
-        """Check that the file holds these parameters.
-
-        Raises:
-            UnsupportedModelError: it does not, or not as they are in the model.
-        """
-        for name in names:
-            self._find(name)
-
-    def store(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Pack new values as the file holds them, and return what is read back: these are the model's values then.
-
-        Raises:
-            UnsupportedModelError: the file does not hold such a parameter, or holds its values twice.
-        """
-        found = {}
-        for name, value in values.items():
-            place, *others = self._find(name)
-            if others:
-                raise UnsupportedModelError(
-                    f"{self._file.path} holds the values of {name} twice, in {place.tensor.name} and in "
-                    f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
-                    hint=_ELSEWHERE,
-                )
-            type_ = type_to_write(place.tensor.type, place.tensor.shape[0])
-            stored = place.write(value.detach().float().cpu()).contiguous().numpy()
-            packed = quantize(stored, type_)
-            self.written[place.tensor.name] = replace(
-                place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes()
-            )
-            read = place.read(_unpacked(packed, type_, stored.shape))
-            found[name] = read.to(value.device, value.dtype).contiguous()
-        return found
-
-    def _find(self, name: str) -> list[_Place]:
-        """Return all places that hold the values of a parameter."""
-        if name not in self._places:
-            with weights_at(self._skippable, self._blocks_path, name):
-                own = self._skippable.model.get_parameter(name).detach().clone().cpu()
-            near = self._near(name, own.numel())
-            self._places[name] = [place for tensor in near if (place := _place_of(own, tensor, self._read(tensor)))]
-        if not self._places[name]:
+    places: Places = {}
+    for name in names:
+        with weights_at(skippable, blocks_path, name):
+            own = skippable.model.get_parameter(name).detach().clone().cpu()
+        block = block_number(blocks_path, name)
+        near = [
+            tensor
+            for tensor in file.tensors
+            if (not tensor.name.startswith("blk.") if block is None else tensor.name.startswith(f"blk.{block}."))
+            and math.prod(tensor.shape) == own.numel()
+        ]
+        places[name] = [place for tensor in near if (place := _place_of(own, tensor, read(tensor)))]
+        if not places[name]:
             raise UnsupportedModelError(
-                f"{self._file.path} holds no tensor with the values of {name}, so it cannot take new ones.",
+                f"{file.path} holds no tensor with the values of {name}, so it cannot take new ones.", hint=_ELSEWHERE
+            )
+    return places
+
+
+def pack(
+    file: GgufFile, places: Places, values: Mapping[str, Tensor]
+) -> tuple[dict[str, GgufTensor], dict[str, Tensor]]:
+    """Pack new values as the file holds them.
+
+    Returns:
+        The tensors by their names in the file, and the values that are read back: these are the model's then.
+
+    Raises:
+        UnsupportedModelError: the file holds the values of a parameter twice.
+    """
+    written, found = dict[str, GgufTensor](), dict[str, Tensor]()
+    for name, value in values.items():
+        place, *others = places[name]
+        if others:
+            raise UnsupportedModelError(
+                f"{file.path} holds the values of {name} twice, in {place.tensor.name} and in "
+                f"{others[0].tensor.name}, so sleb cannot tell which of them takes the new ones.",
                 hint=_ELSEWHERE,
             )
-        return self._places[name]
-
-    def _near(self, name: str, size: int) -> list[GgufTensor]:
-        """Return the tensors that may hold a parameter: those of its block, or those outside of the blocks."""
-        block = block_number(self._blocks_path, name)
-        return [
-            tensor
-            for tensor in self._file.tensors
-            if (not tensor.name.startswith("blk.") if block is None else tensor.name.startswith(f"blk.{block}."))
-            and math.prod(tensor.shape) == size
-        ]
-
-    def _read(self, tensor: GgufTensor) -> Tensor:
-        """Return the values of a tensor; those of the same block are kept, since several parameters look for them."""
-        if tensor.name not in self._unpacked:
-            if any(_block_of(name) != _block_of(tensor.name) for name in self._unpacked):
-                self._unpacked.clear()
-            with self._file.path.open("rb", buffering=0) as source:
-                packed = np.frombuffer(b"".join(read_range(source, tensor.start, tensor.size)), np.uint8)
-            self._unpacked[tensor.name] = _unpacked(packed, tensor.type, tensor.shape[::-1])
-        return self._unpacked[tensor.name]
-
-
-def _block_of(name: str) -> list[str]:
-    return name.split(".")[:2]
+        type_ = type_to_write(place.tensor.type, place.tensor.shape[0])
+        stored = place.write(value.detach().float().cpu()).contiguous().numpy()
+        packed = quantize(stored, type_)
+        written[place.tensor.name] = replace(place.tensor, type=int(type_), size=packed.nbytes, values=packed.tobytes())
+        found[name] = place.read(_unpacked(packed, type_, stored.shape)).to(value.device, value.dtype).contiguous()
+    return written, found
 
 
 def _unpacked(packed: np.ndarray[Any, Any], type_: int, shape: tuple[int, ...]) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from sleb_cli.engine.device import in_smaller_pieces
@@ -17,7 +17,7 @@ from sleb_cli.engine.forward.loss_scale import BACKOFF, LOWEST, starting_scale
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.distillation import distill, learning_rate
 from sleb_cli.engine.recovery.low_rank import LowRank
-from sleb_cli.engine.recovery.unfinished import Saved, other_state
+from sleb_cli.engine.recovery.unfinished import Saved
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.portions import Portion
 from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
@@ -86,14 +86,13 @@ Count = Annotated[int, Field(ge=0, lt=2**62)]
 Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
 
 
-@pydantic_dataclass(config=ConfigDict(strict=True))
-class Progress:
+class Progress(BaseModel, strict=True, extra="forbid"):
     """The progress of a healing.
 
     `portion` and `position` locate it in the text; `best_*` describe the kept point; `scale` is that of the loss.
     """
 
-    scale: Annotated[Number, Field(gt=0)] = 1.0
+    scale: Annotated[Number, Field(gt=0)]
     steps: Count = 0
     tokens: Count = 0
     seconds: Number = 0.0
@@ -101,13 +100,13 @@ class Progress:
     position: Count = 0
     checks: Count = 0
     stale: Count = 0
-    best_divergence: Number | None = None
+    best_divergence: Number = math.inf
     best_tokens: Count = 0
 
 
-@dataclass(frozen=True)
-class Case:
-    """What to heal, and on which text.
+@dataclass
+class Healing:
+    """The training of a pruned model until a budget is used or it stops improving on text that decides.
 
     Attributes:
         teacher: the dense model.
@@ -117,6 +116,10 @@ class Case:
         stored: the data type of the checkpoint, to which weights are rounded.
         portion: returns the portion of text with this number.
         deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
+        budget: when to stop.
+        group: the processes that heal together.
+        save: writes the progress and the tensors to disk; the main process calls it about every minute.
+        notify: the listener for events.
     """
 
     teacher: Variant
@@ -126,103 +129,54 @@ class Case:
     stored: torch.dtype
     portion: Callable[[int, Notify], Portion]
     deciding: Tensor
+    budget: HealBudget
+    group: ProcessGroup
+    save: Callable[[Progress, dict[str, Tensor]], None]
+    notify: Notify
 
-    @property
-    def device(self) -> torch.device:
-        """Where the student is."""
-        return next(iter(self.weights.values())).device
-
-    @property
-    def batch(self) -> int:
-        """Sequences in a step of each process."""
-        return max(1, BATCH_TOKENS // self.length)
-
-    def start(self, entering: Tensor) -> tuple[int, Tensor] | None:
-        """Return where the student begins, given the states that enter the first trained block; None for its start."""
-        return (self.first, entering) if self.first else None
-
-    @property
-    def length(self) -> int:
-        """The length of a sequence."""
-        return self.deciding.shape[1]
-
-
-@dataclass(frozen=True)
-class Healed:
-    """New values by the dense model's parameter names, the final progress, and why training stopped."""
-
-    values: dict[str, Tensor]
-    progress: Progress
-    stopped: Literal["budget", "patience"]
-
-
-def heal(
-    case: Case,
-    budget: HealBudget,
-    group: ProcessGroup,
-    saved: Saved | None,
-    save: Callable[[Saved], None],
-    notify: Notify,
-) -> Healed:
-    """Distill until the budget is used or the deciding text stops improving, and return the point that was best on it.
-
-    Args:
-        case: what to heal.
-        budget: when to stop.
-        group: the processes that heal together.
-        saved: the state of an interrupted healing.
-        save: writes the state to disk; the main process calls it about every minute.
-        notify: the listener for events.
-    """
-    return _Healing(case, budget, group, save, notify).run(saved)
-
-
-class _Healing:
-    def __init__(
-        self, case: Case, budget: HealBudget, group: ProcessGroup, save: Callable[[Saved], None], notify: Notify
-    ) -> None:
-        self.case, self.budget, self.group, self.save, self.notify = case, budget, group, save, notify
-        for weight in case.weights.values():
+    def __post_init__(self) -> None:
+        weights = list(self.weights.values())
+        for weight in weights:
             # Each process fitted its own weights, and rounding may differ between them.
-            weight.data.copy_(group.broadcast(weight.data))
-        self.trained = LowRank(list(case.weights.values()), case.stored)
-        dtype = next(iter(case.weights.values())).dtype
-        self.is_scaled = dtype is torch.float16
-        self.progress = Progress(scale=starting_scale(dtype, case.batch * case.length * SCALE_HEADROOM))
-        self.micro_batch = case.batch
+            weight.data.copy_(self.group.broadcast(weight.data))
+        self.device, dtype = weights[0].device, weights[0].dtype
+        self.length = self.deciding.shape[1]
+        self.batch = self.micro_batch = max(1, BATCH_TOKENS // self.length)
+        self.trained = LowRank(weights, self.stored)
         self.best = self.trained.values.detach().clone()
-        checked = case.deciding[: max(1, CHECKED_TOKENS // case.length)]
-        self.deciding = _TeacherStates(case, checked.to(case.device), range(len(checked)))
+        self.is_scaled = dtype is torch.float16
+        self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))
+        checked = self.deciding[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
+        self.checked = _TeacherStates(self, checked, range(len(checked)))
         self.loss = 0.0
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
 
-    def run(self, saved: Saved | None) -> Healed:
+    def run(self, saved: Saved | None) -> Literal["budget", "patience"]:
+        """Train, give the weights the values that were best, and return why training stopped; `saved` is resumed."""
         unit = "tokens" if self.budget.tokens is not None else "s"
         with task(self.notify, HEAL_TASK, self.budget.total, unit) as self._advance:
-            used = self._train(saved)
-        self.trained.set_values(self.best)
-        values = {name: weight.detach() for name, weight in self.case.weights.items()}
-        return Healed(values, self.progress, "budget" if used >= 1 else "patience")
-
-    def _train(self, saved: Saved | None) -> float:
-        """Train until the end, and return the share of the budget that was used."""
-        if saved:
-            self._restore(saved)
-        self._began = self._saved_at = time.monotonic()
-        self._began -= self.progress.seconds
-        if not saved:
-            self._check()
-        batches, used = self._batches(), self._share()
-        while used < 1 and self.progress.stale < PATIENCE:
-            self._step(*next(batches), used)
-            used = self._share()
-            if int(used * CHECKS) > self.progress.checks or used >= 1:
-                self.progress.checks = int(used * CHECKS)
+            if saved:
+                self.progress = saved.record("progress", Progress)
+                for name, tensor in self._state.items():
+                    tensor.copy_(saved.tensor(name, tensor.shape, torch.float32))
+                self.trained.write_weights()
+            self._saved_at = time.monotonic()
+            self._began = self._saved_at - self.progress.seconds
+            if not saved:
                 self._check()
-            self._save_if_due()
-        self._save()  # what comes after may fail, too
-        return used
+            batches, used = self._batches(), self._share()
+            while used < 1 and self.progress.stale < PATIENCE:
+                self._step(*next(batches), used)
+                used = self._share()
+                if int(used * CHECKS) > self.progress.checks or used >= 1:
+                    self.progress.checks = int(used * CHECKS)
+                    self._check()
+                self._save_if_due()
+            self._save()  # what comes after may fail, too
+        self.trained.values.data.copy_(self.best)
+        self.trained.write_weights()
+        return "budget" if used >= 1 else "patience"
 
     def _share(self) -> float:
         """Return the share of the budget that is used, the same in all processes."""
@@ -250,29 +204,27 @@ class _Healing:
 
     def _distill(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> float:
         """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
-        case = self.case
 
         def run(size: int) -> float:
             total = 0.0
             for part in zip(*(torch.split(tensor, size) for tensor in (ids, entering, wanted)), strict=True):
                 share = len(part[0]) / len(ids)
-                scale = share * self.progress.scale
-                total += share * distill(case.teacher, case.student, part[0], part[2], case.start(part[1]), scale)
+                scale, start = share * self.progress.scale, (self.first, part[1])
+                total += share * distill(self.teacher, self.student, part[0], part[2], start, scale)
             return total
 
         def fewer(micro_batch: int) -> None:
             self.trained.take_gradient()  # of those that ran out of memory
             self.micro_batch = micro_batch
-            self.notify(Notice(f"Out of memory on {case.device}; healing {micro_batch} sequences at a time."))
+            self.notify(Notice(f"Out of memory on {self.device}; healing {micro_batch} sequences at a time."))
 
         return in_smaller_pieces(run, self.micro_batch, fewer)
 
     def _check(self) -> None:
         """Measure the deciding text, and keep the point if it is the best so far."""
         found = self.group.from_main(self._divergence)
-        best = self.progress.best_divergence
-        if best is None or found < best:
-            self.best = self.trained.values.detach().clone()
+        if found < self.progress.best_divergence:
+            self.best.copy_(self.trained.values.data)
             self.progress.best_divergence, self.progress.best_tokens = found, self.progress.tokens
             self.progress.stale = 0
         else:
@@ -280,27 +232,26 @@ class _Healing:
         if self.progress.steps:
             self.notify(HealChecked(self._share(), self.loss, found))
 
+    @torch.inference_mode()
     def _divergence(self) -> float:
         """Return the divergence on the deciding text. The teacher reads that once."""
-        case, rows = self.case, self.deciding.rows
-        everywhere = torch.arange(case.length - 1, device=case.device)
-        total = 0.0
-        for chosen in self.deciding.batches:
-            entering, wanted = self.deciding.of(chosen)
-            with torch.inference_mode():
-                states = case.student.final_states(rows[chosen], case.start(entering))
-                total += summed_losses(case.student, case.teacher, states, wanted, rows[chosen], everywhere)[1]
+        rows, total = self.checked.rows, 0.0
+        everywhere = torch.arange(self.length - 1, device=self.device)
+        for chosen in self.checked.batches:
+            entering, wanted = self.checked.of(chosen)
+            states = self.student.final_states(rows[chosen], (self.first, entering))
+            total += summed_losses(self.student, self.teacher, states, wanted, rows[chosen], everywhere)[1]
         return total / (len(rows) * len(everywhere))
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield sequences and the teacher's states on them, without end, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
-            portion = self.case.portion(number, lambda event: self._report())  # time passes while text is written
-            targets = _TeacherStates(self.case, portion.sequences.to(self.case.device), portion.order)
+            portion = self.portion(number, lambda event: self._report())  # time passes while text is written
+            targets = _TeacherStates(self, portion.sequences.to(self.device), portion.order)
             while self.progress.position < len(portion.order):
                 start = self.progress.position
-                self.progress.position += self.case.batch
+                self.progress.position += self.batch
                 chosen, later = portion.order[start : self.progress.position], portion.order[self.progress.position :]
                 yield targets.rows[chosen], *targets.of(chosen)
                 targets.keep(later)
@@ -315,40 +266,19 @@ class _Healing:
 
     def _save_if_due(self) -> None:
         began = time.monotonic()
-        if began - self._saved_at < max(SECONDS_BETWEEN_SAVES, self._save_seconds / MAX_SAVING_SHARE):
-            return
-        self._save()
-        self._saved_at = time.monotonic()
-        self._save_seconds = self._saved_at - began
+        if began - self._saved_at >= max(SECONDS_BETWEEN_SAVES, self._save_seconds / MAX_SAVING_SHARE):
+            self._save()
+            self._saved_at = time.monotonic()
+            self._save_seconds = self._saved_at - began
 
     def _save(self) -> None:
         if self.group.is_main:
-            state = {f"trained.{name}": tensor for name, tensor in self.trained.state().items()}
-            self.save(Saved({"progress": asdict(self.progress)}, state | {"best": self.best}))
+            self.save(self.progress, self._state)
 
-    def _restore(self, saved: Saved) -> None:
-        self.progress = _progress_of(saved)
-        shapes = self.trained.state_shapes(begun=self.progress.steps > 0)
-        self.trained.restore(
-            {name: saved.tensor(f"trained.{name}", shape, torch.float32) for name, shape in shapes.items()}
-        )
-        self.best = saved.tensor("best", self.best.shape, torch.float32).to(self.case.device)
-
-
-def _progress_of(saved: Saved) -> Progress:
-    """Return the saved progress.
-
-    Raises:
-        PlanError: it is none.
-    """
-    said = saved.data.get("progress")
-    if not isinstance(said, dict) or said.keys() != asdict(Progress()).keys() or said["best_divergence"] is None:
-        raise other_state("its progress is missing, or is not what a healing saves")
-    try:
-        return Progress(**said)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        raise other_state(f"its progress says {wrong['loc'][0]} = {str(wrong['input'])[:40]}") from error
+    @property
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors of a saved state, which are the training's own."""
+        return {f"trained.{name}": tensor for name, tensor in self.trained.state.items()} | {"best": self.best}
 
 
 class _TeacherStates:
@@ -357,10 +287,10 @@ class _TeacherStates:
     A row is read in the batch of its first use, whenever that is, so a healing that was resumed finds the same bits.
     """
 
-    def __init__(self, case: Case, rows: Tensor, order: Iterable[int]) -> None:
-        self.rows, self._case = rows, case
+    def __init__(self, healing: Healing, rows: Tensor, order: Iterable[int]) -> None:
+        self.rows, self._teacher, self._first = rows, healing.teacher, healing.first
         first_uses = list(dict.fromkeys(order))
-        self.batches = [first_uses[at : at + case.batch] for at in range(0, len(first_uses), case.batch)]
+        self.batches = [first_uses[at : at + healing.batch] for at in range(0, len(first_uses), healing.batch)]
         self._batch_of = {row: batch for batch in self.batches for row in batch}
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -374,7 +304,7 @@ class _TeacherStates:
 
     @torch.no_grad()
     def _read(self, batch: list[int]) -> None:
-        entering, final = self._case.teacher.entering_and_final_states(self.rows[batch], self._case.first)
+        entering, final = self._teacher.entering_and_final_states(self.rows[batch], self._first)
         # Copies, so that a row that is still needed does not hold the others of its batch.
         self._known |= {row: (entering[at].clone(), final[at].clone()) for at, row in enumerate(batch)}
 

@@ -30,54 +30,28 @@ def gram(x: Tensor) -> Tensor:
     return found
 
 
-class Sums:
-    """Sums over rows of features X and targets Y, weighted by W, in float64: X'WX, X'WY and Y'WY; no row is kept.
+class Ridge:
+    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs], from running sums.
 
-    They are on the CPU if the device has no float64.
+    The sums are X'WX, X'WY and Y'WY, in float64, on the CPU if the device has no float64. The penalty of a coefficient
+    is `ridge` times its feature's own weighted sum of squares, so units of measurement do not matter: with `ridge` 1,
+    the coefficient of a lone feature is halved.
     """
 
-    def __init__(self, xx: tuple[int, ...], xy: tuple[int, ...], device: torch.device) -> None:
+    def __init__(self, features: int, outputs: int, device: torch.device = CPU) -> None:
+        self._make((features, features), (features, outputs), device)
+
+    def _make(self, xx: tuple[int, ...], xy: tuple[int, ...], device: torch.device) -> None:
         place = as_float64(torch.empty(0, device=device)).device
         self.xx = torch.zeros(xx, dtype=torch.float64, device=place)
         self.xy = torch.zeros(xy, dtype=torch.float64, device=place)
         self.yy = torch.zeros(1, dtype=torch.float64)
+        self.tensors = self.xx, self.xy, self.yy
 
     @property
     def bytes_to_solve(self) -> int:
         """About how much memory it takes to solve, with the sums to judge it by."""
-        return 6 * self.xy.nbytes
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """X'WX, X'WY and Y'WY."""
-        return self.xx, self.xy, self.yy
-
-    def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Add some rows; `weights` is [rows]."""
-        raise NotImplementedError
-
-    def solve(self, ridge: float) -> Tensor:
-        """Return the coefficients, float64 in the shape of X'WY."""
-        raise NotImplementedError
-
-    def error(self, coefficients: Tensor) -> float:
-        """Return the weighted sum of squares that these coefficients leave of Y; they may be fitted to other rows."""
-        left = self._times(coefficients) - 2 * self.xy
-        return float(self.yy) + float((coefficients * left).sum())
-
-    def _times(self, coefficients: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class Ridge(Sums):
-    """Weighted least squares from features X [rows, features] to targets Y [rows, outputs].
-
-    The penalty of a coefficient is `ridge` times its feature's own weighted sum of squares, so units of measurement do
-    not matter: with `ridge` 1, the coefficient of a lone feature is halved.
-    """
-
-    def __init__(self, features: int, outputs: int, device: torch.device = CPU) -> None:
-        super().__init__((features, features), (features, outputs), device)
+        return 4 * (self.xx.nbytes + self.xy.nbytes)
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
@@ -87,27 +61,27 @@ class Ridge(Sums):
         self.xy += as_float64(x.T @ y)
         self.yy += float(as_float64(y.square().sum(1)).sum())
 
-    @property
-    def bytes_to_solve(self) -> int:
-        """About how much memory it takes to solve, with the sums to judge it by."""
-        return ridge_bytes(*self.xy.shape)
-
     def solve(self, ridge: float) -> Tensor:
-        """Return the coefficients, [features, outputs]."""
+        """Return the coefficients, float64 in the shape of X'WY."""
         own = self.xx.diagonal()
         # A feature that is always zero would make the matrix singular; its coefficient is 0.
         penalty = torch.diag(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
         return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + penalty))
 
+    def error(self, coefficients: Tensor) -> float:
+        """Return the weighted sum of squares that these coefficients leave of Y; they may be fitted to other rows."""
+        left = self._times(coefficients) - 2 * self.xy
+        return float(self.yy) + float((coefficients * left).sum())
+
     def _times(self, coefficients: Tensor) -> Tensor:
         return self.xx @ coefficients
 
 
-class Gains(Sums):
+class Gains(Ridge):
     """The same regression for each channel alone: Y[:, i] from X[:, i]."""
 
     def __init__(self, channels: int, device: torch.device = CPU) -> None:
-        super().__init__((channels,), (channels,), device)
+        self._make((channels,), (channels,), device)
 
     def add(self, features: Tensor, targets: Tensor, weights: Tensor) -> None:
         """Add some rows; `weights` is [rows]."""
@@ -117,14 +91,14 @@ class Gains(Sums):
         self.yy += float((w * y * y).sum())
 
     def solve(self, ridge: float) -> Tensor:
-        """Return the coefficients, [channels]."""
+        """Return the coefficients, float64 [channels]."""
         return self.xy / (self.xx * (1 + ridge)).clamp_min(1e-30)
 
     def _times(self, coefficients: Tensor) -> Tensor:
         return self.xx * coefficients
 
 
-def best_ridge(train: Sums, deciding: Sums, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
+def best_ridge(train: Ridge, deciding: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:
     """Return the ridge that leaves the least error on the deciding text, that error, and the coefficients.
 
     The error has one minimum, so ridges are tried from the middle on, towards less error.
@@ -137,11 +111,10 @@ def best_ridge(train: Sums, deciding: Sums, ridges: tuple[float, ...]) -> tuple[
     middle = len(ridges) // 2
     best = tried(ridges[middle])
     for side in (ridges[middle + 1 :], ridges[:middle][::-1]):
-        for ridge in side:  # one after the other, since coefficients are as large as the weights in float64
-            found = tried(ridge)
-            if found[1] >= best[1]:
-                break
-            best = found
-        if best[0] != ridges[middle]:
-            break
+        if best[0] == ridges[middle]:
+            for ridge in side:  # one after the other, since coefficients are as large as the weights in float64
+                found = tried(ridge)
+                if found[1] >= best[1]:
+                    break
+                best = found
     return best

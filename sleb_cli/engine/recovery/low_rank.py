@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ def rank_of(shape: Sequence[int]) -> int:
 
 def trained_numbers(shape: Sequence[int]) -> int:
     """Return how many numbers are trained for a weight of this shape."""
-    return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:]) if len(shape) > 1 else 0
+    return math.prod(shape[:-2]) * rank_of(shape) * sum(shape[-2:])
 
 
 def _scale_of(weight: Tensor) -> float:
@@ -50,8 +50,8 @@ class _Change:
     weight: nn.Parameter
     original: Tensor
     down: Tensor
-    up: Tensor
     down_gradient: Tensor
+    up: Tensor
     up_gradient: Tensor
 
     def take_gradient(self, weight: nn.Parameter) -> None:
@@ -65,19 +65,21 @@ class _Change:
 class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
-    The weights themselves hold W + scale * B A, rounded to what is `stored`, by default their own data type: the code
-    of the model runs unchanged, nothing needs merging, and what is measured is what is written. As soon as a weight has
-    a gradient, it is replaced by those of its B and A, so at most one whole gradient exists. At first every B
-    is 0.
+    The weights themselves hold W + scale * B A, rounded to what is `stored`: the code of the model runs unchanged,
+    nothing needs merging, and what is measured is what is written. As soon as a weight has a gradient, it is replaced
+    by those of its B and A, so at most one whole gradient exists. At first every B is 0.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], stored: torch.dtype | None = None) -> None:
-        self._stored = stored or weights[0].dtype
+    def __init__(self, weights: Sequence[nn.Parameter], stored: torch.dtype) -> None:
+        self._stored = stored
         size = sum(trained_numbers(weight.shape) for weight in weights)
         # One flat tensor for all, so that a fused step is one pass over memory.
         self.values = nn.Parameter(torch.zeros(size, device=weights[0].device))
         self._gradient = torch.zeros_like(self.values)
         self._adam = torch.optim.AdamW([self.values], betas=BETAS, weight_decay=0.0, fused=True)
+        # As its first step makes it, but at once, so that a saved state has the same tensors at any time.
+        moments = {name: torch.zeros_like(self.values) for name in ("exp_avg", "exp_avg_sq")}
+        self._adam.state[self.values] = {"step": torch.zeros((), device=self.values.device)} | moments
         self._changes = list(self._changes_of(weights))
         generator = torch.Generator().manual_seed(0)
         for change in self._changes:
@@ -92,8 +94,8 @@ class LowRank:
             views: list[Tensor] = []
             for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
                 part = slice(start, start := start + math.prod(shape))
-                views += [self.values.data[part].view(shape), self._gradient[part].view(shape)]
-            yield _Change(_scale_of(weight), weight, weight.detach().clone(), views[0], views[2], views[1], views[3])
+                views += [flat[part].view(shape) for flat in (self.values.data, self._gradient)]
+            yield _Change(_scale_of(weight), weight, weight.detach().clone(), *views)
 
     def take_gradient(self) -> Tensor:
         """Return the sum of the gradients since the last call, float32 in the order of `values`, and reset it."""
@@ -108,31 +110,17 @@ class LowRank:
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
         self.values.grad = None
-        self._write_weights()
+        self.write_weights()
 
-    @torch.no_grad()
-    def set_values(self, values: Tensor) -> None:
-        """Set the changes to these values, and update the weights."""
-        self.values.data.copy_(values)
-        self._write_weights()
-
+    @property
     def state(self) -> dict[str, Tensor]:
-        """Return all that a later process needs to continue."""
+        """All that a later process needs to continue: it copies these values into its own tensors of these names."""
         moments: dict[str, Tensor] = self._adam.state[self.values]
         return {"values": self.values.data} | moments
 
-    def state_shapes(self, *, begun: bool) -> dict[str, tuple[int, ...]]:
-        """Return the names and shapes of such a state's tensors, all in float32; `begun` is after the first step."""
-        shape = tuple(self.values.shape)
-        return {"values": shape} | ({"step": (), "exp_avg": shape, "exp_avg_sq": shape} if begun else {})
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from such a state."""
-        moments = {name: tensor.to(self.values.device) for name, tensor in state.items()}
-        self.set_values(moments.pop("values"))
-        self._adam.state[self.values] = moments
-
-    def _write_weights(self) -> None:
+    @torch.no_grad()
+    def write_weights(self) -> None:
+        """Update the weights after a change of `values`."""
         for change in self._changes:
             changed = change.original.float() + change.scale * (change.up @ change.down)
             change.weight.copy_(changed.to(self._stored))

@@ -107,15 +107,15 @@ def passing(root: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, T
     entering: dict[str, Tensor] = {}
     leaving: dict[str, Any] = {}
 
-    def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         with our_code():
             entering[name] = args[0] if args else next(iter(kwargs.values()))
             leaving[name] = output
 
     with ExitStack() as hooks:
         for name in names:
-            hook = partial(lambda name, module, *passed: keep(name, *passed), name)
-            hooks.callback(root.get_submodule(name).register_forward_hook(hook, with_kwargs=True).remove)
+            hook = root.get_submodule(name).register_forward_hook(partial(keep, name), with_kwargs=True)
+            hooks.callback(hook.remove)
         yield entering, leaving
 
 
@@ -197,17 +197,13 @@ def _offset(block: nn.Module, norm: ResidualProjection) -> float:
 def _projections(root: nn.Module, width: int) -> Iterator[ResidualProjection]:
     """Yield the modules that may write hidden states of this width."""
     for name, module in root.named_modules():
-        if kind := _kind(module, width):
-            inputs = module.get_parameter("weight").shape[1 if kind == "matrix" else 0]
-            yield ResidualProjection(name, kind, inputs, getattr(module, "bias", None) is not None)
-
-
-def _kind(module: nn.Module, width: int) -> Literal["matrix", "transposed", "gain"] | None:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
-        return None
-    if isinstance(module, nn.Linear):
-        return "matrix" if weight.shape[0] == width else None
-    if isinstance(module, Conv1D):
-        return "transposed" if weight.shape[1] == width else None
-    return "gain" if weight.shape == (width,) and "norm" in type(module).__name__.lower() else None
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            continue
+        has_bias = getattr(module, "bias", None) is not None
+        if isinstance(module, nn.Linear) and weight.shape[0] == width:
+            yield ResidualProjection(name, "matrix", weight.shape[1], has_bias)
+        elif isinstance(module, Conv1D) and weight.shape[1] == width:
+            yield ResidualProjection(name, "transposed", weight.shape[0], has_bias)
+        elif weight.shape == (width,) and "norm" in type(module).__name__.lower():
+            yield ResidualProjection(name, "gain", width, has_bias)

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files.cache import existing_cache
-from sleb_cli.engine.forward.placement import open_dense
+from sleb_cli.engine.forward.placement import Placement, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors
-from sleb_cli.engine.recovery.gguf_tensors import GgufTensors
-from sleb_cli.engine.recovery.heal import LEARNING_RATE, Case, HealBudget, Healed, heal
+from sleb_cli.engine.recovery.gguf_tensors import find_places, pack
+from sleb_cli.engine.recovery.heal import LEARNING_RATE, HealBudget, Healing, Progress
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of
-from sleb_cli.engine.recovery.settings import RecoverySettings
-from sleb_cli.engine.recovery.unfinished import Saved, SavedFits, Unfinished, other_state
+from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, calibrate_splits, texts_sha256
+from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.plan import CalibrationRecord, HealRecord, LossesRecord, RecoveryRecord
+from sleb_cli.plan import HealRecord, LossesRecord, RecoveryRecord
+from sleb_cli.records import require_same_work
 from sleb_cli.units import plural
 from sleb_cli.version import __version__
 from sleb_plugins import ModelError, UnsupportedModelError
@@ -63,14 +64,8 @@ class Recovered:
     packed: Mapping[str, GgufTensor]
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What healing starts from: sequences that decide and that are reported on, fitted values, the record so far."""
-
-    deciding: Tensor
-    reported: Tensor
-    values: dict[str, Tensor]
-    record: RecoveryRecord
+_Start = tuple[dict[str, Tensor], RecoveryRecord, Tensor, Tensor]
+"""What healing starts from: fitted values, the record so far, and the sequences that decide and are reported on."""
 
 
 @dataclass
@@ -79,24 +74,31 @@ class Recovery:
 
     Attributes:
         subject: the model and the removed blocks.
-        settings: how to recover.
+        closed_form: whether its blocks are refitted.
+        budget: when to stop healing; None heals nothing.
+        resume: whether an interrupted healing is continued.
+        placement: where the dense model is, and in which data type it computes.
+        stored: the data type to which values are rounded.
+        in_host_memory: whether hidden states wait there, because the device has too little.
+        splits: the text to fit to, the text that decides and the text that is reported on.
         state: where what is found is kept until the output is written.
+        gguf: the file that the model was read from, if the values are to be packed as there; None for a checkpoint.
         group: the processes that recover together.
         notify: the listener for events.
-        gguf: the file that the model was read from, if the values are to be packed as there; None for a checkpoint.
     """
 
     subject: Subject
-    settings: RecoverySettings
+    closed_form: bool
+    budget: HealBudget | None
+    resume: bool
+    placement: Placement
+    stored: torch.dtype
+    in_host_memory: bool
+    splits: Sequence[CalibrationSettings]
     state: Unfinished
+    gguf: GgufFile | None
     group: ProcessGroup
     notify: Notify
-    gguf: GgufFile | None = None
-
-    def __post_init__(self) -> None:
-        self.architecture, self.surgery = self.subject.architecture, self.subject.surgery
-        self.path, self.removed = self.architecture.adapter.blocks_path, self.surgery.removed
-        self.packed: GgufTensors | None = None
 
     def run(self) -> Recovered:
         """Return new values with which the pruned model comes closer to the dense one.
@@ -107,19 +109,22 @@ class Recovery:
             DataError: the text is too short.
             PlanError: the unfinished healing is a different one.
         """
-        settings = self.settings
+        self.architecture, self.surgery = self.subject.architecture, self.subject.surgery
+        self.path, self.removed = self.architecture.adapter.blocks_path, self.surgery.removed
         self.tokenizer = load_tokenizer(self.architecture.source)
-        saved = self.state.read(self.identity) if settings.budget and settings.resume else None
-        with open_dense(self.architecture, settings.placement, self.notify) as skippable:
-            if self.gguf:
-                self.packed = GgufTensors(self.gguf, skippable, self.path)
-                self.packed.require(self._changeable())
-            start = self._resumed(saved, skippable) if saved else self._closed_form(skippable)
-            values, record = start.values, start.record
-            if settings.budget:
-                values, record = self._heal(skippable, settings.budget, start, saved)
-            packed = self.packed.written if self.packed else {}
-            return Recovered(values, file_tensors(skippable, self.surgery, values), record, packed)
+        saved = None
+        if self.budget and self.resume and self.state.healing.exists():
+            saved = Saved.read(self.state.healing)
+            identity = saved.record("identity", dict[str, Any])
+            require_same_work(self.state.folder, "healing", identity, self.identity, "plan, text and budget")
+        with open_dense(self.architecture, self.placement, self.notify) as self.dense:
+            self.packed: dict[str, GgufTensor] = {}
+            self.places = find_places(self.gguf, self.dense, self.path, self._changeable()) if self.gguf else {}
+            start = self._resumed(saved) if saved else self._closed_form()
+            values, record = self._heal(self.budget, start, saved) if self.budget else start[:2]
+            tensors = file_tensors(self.dense, self.surgery, values)
+        del self.dense  # the proof needs the memory
+        return Recovered(values, tensors, record, self.packed)
 
     def _changeable(self) -> list[str]:
         """Return the names of the parameters that may get new values."""
@@ -128,24 +133,29 @@ class Recovery:
             f"{self.path}.{block}.{name}"
             for block in self.surgery.kept.blocks
             for name, parameter in blocks[block].named_parameters()
-            if len(parameter.shape) <= MATRIX or (self.settings.budget and rank_of(parameter.shape))
+            if len(parameter.shape) <= MATRIX or (self.budget and rank_of(parameter.shape))
         ]
 
     def _as_written(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the values that the written file gives back."""
-        return self.packed.store(values) if self.packed else values
+        if self.gguf:
+            outside = values.keys() - self.places.keys()  # of the blocks
+            self.places |= find_places(self.gguf, self.dense, self.path, outside)
+            self.packed, values = pack(self.gguf, self.places, values)
+        return values
 
     @property
     def _computation(self) -> dict[str, Any]:
         """What decides the values that are found on the same text."""
         return {
+            "format": FORMAT,
             "model": self.architecture.source.behavior,
             "sleb": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
-            "dtype": dtype_name(self.settings.placement.dtype),
-            "stored": dtype_name(self.settings.stored),
-            "device": self.settings.placement.device.type,
+            "dtype": dtype_name(self.placement.dtype),
+            "stored": dtype_name(self.stored),
+            "device": self.placement.device.type,
         }
 
     @cached_property
@@ -154,13 +164,13 @@ class Recovery:
 
         The text is compared by its tokens, and text of the model's own by all that it is generated from.
         """
-        text, budget = self.settings.text, self.settings.budget
+        text, budget = self.splits[0], self.budget
         return self._computation | {
             "removals": list(self.surgery.removals),
-            "recover": self.settings.closed_form,
+            "recover": self.closed_form,
             "calibration": text.source,
-            "text": texts_sha256(self.settings.splits, self.tokenizer),
-            "samples": text.samples,
+            "text": texts_sha256(self.splits, self.tokenizer),
+            "samples": sum(split.samples for split in self.splits),
             "sequence_length": text.sequence_length,
             "seed": text.seed,
             "heal_minutes": budget.minutes if budget else None,
@@ -168,165 +178,138 @@ class Recovery:
             "processes": self.group.size,
         }
 
-    def _closed_form(self, skippable: SkippableModel) -> _Start:
+    def _fits(self, record: RecoveryRecord) -> Path:
+        """Return the folder of the fits of this very recovery, on these tokens."""
+        on = {"fitted": record.text.tokens_sha256, "deciding": record.deciding_text.tokens_sha256}
+        named = json.dumps(self._computation | {"removed": sorted(self.removed)} | on, sort_keys=True)
+        return self.state.folder / f"fits-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
+
+    def _closed_form(self) -> _Start:
         """Draw the text, measure the cost of the removal, and fit in closed form if requested."""
-        settings, dense = self.settings, Variant(skippable)
         fitted, deciding, reported = self.group.from_main(
-            lambda: calibrate_splits(settings.splits, self.tokenizer, lambda: _whole(skippable), self.notify)
+            lambda: calibrate_splits(self.splits, self.tokenizer, self._whole, self.notify)
         )
+        values: dict[str, Tensor] = {}
         record = RecoveryRecord(
             text=fitted.record,
             deciding_text=deciding.record,
             report_text=reported.record,
-            dense=self._measure("dense", dense, reported.sequences),
-            pruned=self._measure("pruned", Variant(skippable, self.removed), reported.sequences),
+            dense=self._measure("dense", Variant(self.dense), reported.sequences),
+            pruned=self._measure("pruned", Variant(self.dense, self.removed), reported.sequences),
         )
-        values: dict[str, Tensor] = {}
-        if settings.closed_form:
+        if self.closed_form:
+            saved = self._fits(record)
+            if self.group.is_main and (count := len(list(saved.glob("*.safetensors")))):
+                self.notify(Notice(f"Continuing with {plural(count, 'fit')} of an interrupted run."))
             values, closed_form = recover_in_closed_form(
-                skippable,
+                self.dense,
                 self.removed,
                 fitted.sequences,
                 deciding.sequences,
                 self.notify,
-                stored=settings.stored,
-                in_host_memory=settings.in_host_memory,
-                spill_to=existing_cache() if settings.placement.stream else None,
+                stored=self.stored,
+                in_host_memory=self.in_host_memory,
+                spill_to=existing_cache() if self.placement.stream else None,
                 group=self.group,
-                saved=self._saved_fits(fitted.record, deciding.record),
+                saved=saved,
             )
-            if not settings.budget:
+            if not self.budget:
                 values = self._as_written(values)
-            after = self._measure("recovered", Variant(skippable, self.removed, values), reported.sequences)
+            after = self._measure("recovered", Variant(self.dense, self.removed, values), reported.sequences)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
-        return _Start(deciding.sequences, reported.sequences, values, record)
+        return values, record, deciding.sequences, reported.sequences
 
-    def _saved_fits(self, fitted: CalibrationRecord, deciding: CalibrationRecord) -> SavedFits:
-        """Return the fits of this very recovery, on these tokens."""
-        on = {"fitted": fitted.tokens_sha256, "deciding": deciding.tokens_sha256}
-        saved = SavedFits(self.state.folder, self._computation | {"removed": sorted(self.removed)} | on)
-        if self.group.is_main and (count := len(saved)):
-            self.notify(Notice(f"Continuing with {plural(count, 'fit')} of an interrupted run."))
-        return saved
+    def _resumed(self, saved: Saved) -> _Start:
+        """Return what a saved healing began with."""
+        record: RecoveryRecord = saved.record("record", RecoveryRecord)
+        values: dict[str, Tensor] = {}
+        for fit in record.closed_form.fits if record.closed_form else ():
+            values |= Saved.read(fit_file(self._fits(record), fit.block)).tensors
+        deciding = saved.tokens("deciding", record.deciding_text)
+        return values, record, deciding, saved.tokens("reported", record.report_text)
 
-    def _resumed(self, saved: Saved, skippable: SkippableModel) -> _Start:
-        """Return what a saved healing began with.
+    def _heal(self, budget: HealBudget, start: _Start, saved: Saved | None) -> tuple[dict[str, Tensor], RecoveryRecord]:
+        """Distill the dense model into the pruned one."""
+        (values, record, deciding, reported), place = start, self.placement
+        model = load_pruned(self.surgery, place.dtype, place.device, self.notify, dense=self.dense.model)
+        path, blocks = self.path, self.architecture.blocks_of(model)
+        parameters = {
+            f"{path}.{old}.{name}": parameter
+            for new, old in enumerate(self.surgery.kept.blocks)
+            for name, parameter in blocks[new].named_parameters()
+            if parameter.is_floating_point()
+        }
+        for name, value in values.items():  # outside the blocks, the names are the same in both models
+            parameter = parameters[name] if name in parameters else model.get_parameter(name)
+            parameter.data = value.to(parameter.device, parameter.dtype, copy=True)  # not into the dense model's own
 
-        Raises:
-            PlanError: it holds something else.
-        """
-        try:
-            record = RecoveryRecord.model_validate_json(saved.data.get("record") or "")
-        except (ValidationError, TypeError) as error:
-            raise other_state("its record is missing, or is not what a healing saves") from error
-        length = (None, self.settings.text.sequence_length)
-        deciding, reported = (saved.tensor(name, length, torch.int64) for name in ("deciding", "reported"))
-        vocabulary = self.architecture.text_config.vocab_size
-        if any(int(rows.min()) < 0 or int(rows.max()) >= vocabulary for rows in (deciding, reported)):
-            raise other_state(f"its tokens are not those of a vocabulary of {vocabulary}")
-        own, values = dict(skippable.model.named_parameters()), {}
-        for key in (key for key in saved.tensors if key.startswith("start.")):
-            name = key.removeprefix("start.")
-            if name not in own:
-                raise other_state(f"the model has no {name[:60]}")
-            values[name] = saved.tensor(key, own[name].shape, saved.tensors[key].dtype)
-        return _Start(deciding, reported, values, record)
-
-    def _heal(
-        self, skippable: SkippableModel, budget: HealBudget, start: _Start, saved: Saved | None
-    ) -> tuple[dict[str, Tensor], RecoveryRecord]:
-        """Distill the dense model into the pruned one, which has the values from `start`."""
-        place = self.settings.placement
-        model = load_pruned(self.surgery, place.dtype, place.device, self.notify, dense=skippable.model)
-        parameters = block_parameters(self.surgery, model)
-        _place(model, parameters, start.values)
-        kept = {f"start.{name}": value for name, value in start.values.items()}
-        kept |= {"deciding": start.deciding, "reported": start.reported}
-
-        def save(now: Saved) -> None:
-            record = {"record": start.record.model_dump_json()}
+        def save(progress: Progress, tensors: Mapping[str, Tensor]) -> None:
             self.architecture.source.watch.require_unchanged()
-            self.state.write(self.identity, Saved(now.data | record, now.tensors | kept))
+            records = {
+                "identity": json.dumps(self.identity),
+                "record": record.model_dump_json(),
+                "progress": progress.model_dump_json(),
+            }
+            Saved(self.state.healing, records, {**tensors, "deciding": deciding, "reported": reported}).write()
 
-        with SkippableModel(model, self.architecture.blocks_of(model)) as student:
-            case = self._case(skippable, Variant(student), parameters, start, budget)
-            for weight in case.weights.values():
-                weight.data = weight.data.clone()  # so far it is the dense model's own
-            healed = heal(case, budget, self.group, saved, save, self.notify)
-        values = self._as_written(start.values | healed.values)
-        after = self._measure("healed", Variant(skippable, self.removed, values), start.reported)
-        return values, start.record.model_copy(update={"heal": self._heal_record(case, budget, healed, after)})
-
-    def _case(
-        self,
-        skippable: SkippableModel,
-        student: Variant,
-        parameters: Mapping[str, nn.Parameter],
-        start: _Start,
-        budget: HealBudget,
-    ) -> Case:
-        # Training starts a few blocks below the first gap, or at the first fitted block if that is lower.
-        blocks = [block for name in start.values if (block := block_number(self.path, name)) is not None]
-        first = max(0, min([min(self.removed) - TRAINED_BELOW, *blocks]))
-        teacher = Variant(skippable)
-        if not can_share(teacher, student, first, start.deciding[:1].to(self.settings.placement.device)):
-            first = 0
-        return Case(
-            teacher=teacher,
-            student=student,
-            first=first,
-            weights={
+        with SkippableModel(model, blocks) as pruned:
+            teacher, student = Variant(self.dense), Variant(pruned)
+            # Training starts a few blocks below the first gap, or at the first fitted block if that is lower.
+            fitted = [block for name in values if (block := block_number(path, name)) is not None]
+            first = max(0, min([min(self.removed) - TRAINED_BELOW, *fitted]))
+            if first and not can_share(teacher, student, first, deciding[:1].to(place.device)):
+                first = 0
+            weights = {
                 name: parameter
                 for name, parameter in parameters.items()
-                if rank_of(parameter.shape) and (block_number(self.path, name) or 0) >= first
-            },
-            portion=self._portions(skippable, budget).draw,
-            stored=self.settings.stored,
-            deciding=start.deciding,
-        )
-
-    def _heal_record(self, case: Case, budget: HealBudget, healed: Healed, after: LossesRecord) -> HealRecord:
-        progress = healed.progress
-        return HealRecord(
+                if rank_of(parameter.shape) and (block_number(path, name) or 0) >= first
+            }
+            for weight in weights.values():
+                weight.data = weight.data.clone()  # so far it is the dense model's own
+            portion = self._portions(budget).draw
+            healing = Healing(
+                teacher, student, first, weights, self.stored, portion, deciding, budget, self.group, save, self.notify
+            )
+            stopped = healing.run(saved)
+        values = self._as_written(values | {name: weight.detach() for name, weight in weights.items()})
+        progress = healing.progress
+        heal = HealRecord(
             minutes=budget.minutes,
             token_budget=budget.tokens,
-            sequence_length=case.length,
-            batch_size=case.batch * self.group.size,
+            sequence_length=healing.length,
+            batch_size=healing.batch * self.group.size,
             learning_rate=LEARNING_RATE,
             rank=RANK,
             tokens=progress.tokens,
             kept_tokens=progress.best_tokens,
             steps=progress.steps,
             seconds=progress.seconds,
-            stopped=healed.stopped,
-            losses=after,
+            stopped=stopped,
+            losses=self._measure("healed", Variant(self.dense, self.removed, values), reported),
         )
+        return values, record.model_copy(update={"heal": heal})
 
-    def _portions(self, skippable: SkippableModel, budget: HealBudget) -> Portions:
+    def _portions(self, budget: HealBudget) -> Portions:
         """Return the text to heal on, of the part of it that was fitted to."""
-        fitted = self.settings.splits[0]
+        fitted = self.splits[0]
         uses = -(-budget.portion_tokens // fitted.sequence_length)
         uses = max(uses, *(math.ceil(1 / part.share) for part in fitted.parts))
         if fitted.source in REFERENCE_PRESETS:  # its samples are rows of text: read no more than were fitted to
             uses = min(fitted.samples, uses)
-        return Portions(fitted, uses, self.tokenizer, lambda: _whole(skippable))
+        return Portions(fitted, uses, self.tokenizer, self._whole)
+
+    def _whole(self) -> Any:
+        """Return the dense model with no block skipped."""
+        self.dense.skip(())
+        return self.dense.model
 
     def _measure(self, what: str, variant: Variant, sequences: Tensor) -> LossesRecord:
-        dense = Variant(variant.skippable) if variant.removed else variant
+        dense = Variant(self.dense) if variant.removed else variant
         with task(self.notify, f"Measuring the {what} model"):
             loss, divergence = losses(variant, dense, sequences, self.group)
         if not math.isfinite(loss + divergence):
-            raise ModelError(
-                f"The loss of the {what} model is {loss}.",
-                hint="Use a wider data type, or other text.",
-            )
+            raise ModelError(f"The loss of the {what} model is {loss}.", hint="Use a wider data type, or other text.")
         return LossesRecord(loss=loss, divergence=divergence)
-
-
-def _whole(skippable: SkippableModel) -> Any:
-    """Return the model with no block skipped."""
-    skippable.skip(())
-    return skippable.model
 
 
 @torch.inference_mode()
@@ -335,29 +318,9 @@ def can_share(dense: Variant, pruned: Variant, first: int, ids: Tensor) -> bool:
 
     It may not if blocks take more than hidden states from earlier blocks.
     """
-    if not first:
-        return False
     try:
         entering, _ = dense.entering_and_final_states(ids, first)
         found, expected = pruned.final_states(ids, (first, entering)), pruned.final_states(ids)
     except UnsupportedModelError:
         return False
     return float((found - expected).float().norm() / expected.float().norm()) < SHARING_TOLERANCE
-
-
-def block_parameters(surgery: Surgery, pruned: Any) -> dict[str, nn.Parameter]:
-    """Return the floating-point parameters of a pruned model's blocks, by the dense model's parameter names."""
-    path, blocks = surgery.architecture.adapter.blocks_path, surgery.architecture.blocks_of(pruned)
-    return {
-        f"{path}.{old}.{name}": parameter
-        for new, old in enumerate(surgery.kept.blocks)
-        for name, parameter in blocks[new].named_parameters()
-        if parameter.is_floating_point()
-    }
-
-
-def _place(pruned: Any, parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Copy values by the dense model's names into the pruned one; outside the blocks, the names are the same."""
-    for name, value in values.items():
-        parameter = parameters[name] if name in parameters else pruned.get_parameter(name)
-        parameter.data = value.to(parameter.device, parameter.dtype, copy=True)  # not into the dense model's own

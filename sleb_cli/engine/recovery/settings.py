@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,13 +12,16 @@ from torch import nn
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.forward.placement import Placement, device_of
 from sleb_cli.engine.forward.streaming import choose_to_stream, streamed_bytes
+from sleb_cli.engine.gguf.file import GgufFile
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import fitting_bytes
-from sleb_cli.engine.recovery.heal import HealBudget, choose_budget
+from sleb_cli.engine.recovery.heal import choose_budget
 from sleb_cli.engine.recovery.low_rank import trained_numbers
+from sleb_cli.engine.recovery.run import Recovery
+from sleb_cli.engine.recovery.unfinished import Unfinished
 from sleb_cli.engine.surgery.loading import DeviceMap
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
     SELF,
@@ -52,49 +55,16 @@ TRAINING_BYTES = 20
 """Bytes per trained number, besides the models, in float32: its value, best value, gradient and two moments."""
 
 
-@dataclass(frozen=True)
-class RecoverySettings:
-    """How a model is recovered.
-
-    Attributes:
-        closed_form: whether its blocks are refitted.
-        budget: when to stop healing; None heals nothing.
-        resume: whether an interrupted healing is continued.
-        placement: where the dense model is, and in which data type it computes.
-        stored: the data type to which values are rounded.
-        in_host_memory: whether hidden states wait there, because the device has too little.
-        text: the text to recover on.
-    """
-
-    closed_form: bool
-    budget: HealBudget | None
-    resume: bool
-    placement: Placement
-    stored: torch.dtype
-    in_host_memory: bool
-    text: CalibrationSettings
-
-    @property
-    def splits(self) -> list[CalibrationSettings]:
-        """The settings of the text to fit, the text that decides and the text that is reported on."""
-        text = self.text
-        deciding = max(1, min(text.samples // 5, DECIDING_TOKENS // text.sequence_length))
-        reported = max(1, min(text.samples // 10, REPORTED_TOKENS // text.sequence_length))
-        counts = (text.samples - deciding - reported, deciding, reported)
-        return [
-            replace(text, samples=samples, split=split)
-            for samples, split in zip(counts, (FITTED, DECIDING, REPORTED), strict=True)
-        ]
-
-
 def resolve_recovery(
     subject: Subject,
     request: ApplyRequest,
     dtype: torch.dtype | None,
     device_map: DeviceMap | None,
+    state: Unfinished,
+    gguf: GgufFile | None,
     group: ProcessGroup,
     notify: Notify,
-) -> RecoverySettings:
+) -> Recovery:
     """Decide how to recover a model; `dtype` is that of the checkpoint, None for the model's own.
 
     Raises:
@@ -122,50 +92,58 @@ def resolve_recovery(
             hint="Leave out --stream, or recover without training: --recover --stream.",
         )
     asked = False if budget else request.stream
+    blocks = architecture.blocks_of(architecture.skeleton)
+    kept = [blocks[block] for block in surgery.kept.blocks]
+    sums = max(fitting_bytes(block, architecture.text_config.hidden_size) for block in kept)
     stream = device_map is None and group.from_main(
-        lambda: choose_to_stream(architecture, computed, device, asked, notify, beside=_sums_bytes(surgery))
+        lambda: choose_to_stream(architecture, computed, device, asked, notify, beside=sums)
     )
     text = _resolve_text(request, subject, stream=stream)
     placement = Placement(device, computed, stream, device_map)
-    needed = _needed_bytes(surgery, placement, text, closed_form=request.recover, heal=request.heal)
+    needed = _needed_bytes(architecture, kept, placement, text, heal=request.heal)
+    if request.recover:
+        needed["the sums of a fit"] = sums
     on_host = stream and device != CPU and sum(needed.values()) > free_bytes(device)
     if on_host:
         _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, heal=request.heal)
     _require_free(device, needed, heal=request.heal)
     stored = min([*written, own], key=lambda each: each.itemsize)
-    return RecoverySettings(request.recover, budget, request.resume, placement, stored, on_host, text)
+    splits = _splits(text)
+    return Recovery(
+        subject, request.recover, budget, request.resume, placement, stored, on_host, splits, state, gguf, group, notify
+    )
+
+
+def _splits(text: CalibrationSettings) -> list[CalibrationSettings]:
+    """Return the settings of the text to fit to, the text that decides and the text that is reported on."""
+    deciding = max(1, min(text.samples // 5, DECIDING_TOKENS // text.sequence_length))
+    reported = max(1, min(text.samples // 10, REPORTED_TOKENS // text.sequence_length))
+    counts = {FITTED: text.samples - deciding - reported, DECIDING: deciding, REPORTED: reported}
+    return [replace(text, samples=samples, split=split) for split, samples in counts.items()]
 
 
 def _needed_bytes(
-    surgery: Surgery, placement: Placement, text: CalibrationSettings, *, closed_form: bool, heal: bool
+    architecture: Architecture,
+    kept: Sequence[nn.Module],
+    placement: Placement,
+    text: CalibrationSettings,
+    *,
+    heal: bool,
 ) -> dict[str, int]:
     """Return the memory that recovery takes, by what for; of a model that a device map spreads out, only the rest."""
-    architecture, size = surgery.architecture, placement.dtype.itemsize
-    needed: dict[str, int] = {}
+    size, needed = placement.dtype.itemsize, dict[str, int]()
     if placement.stream:
         needed["two blocks and what is outside of them"] = streamed_bytes(architecture, placement.dtype)
     elif placement.device_map is None:
         needed["the model"] = sum(parameter.numel() for parameter in architecture.skeleton.parameters()) * size
     # What enters the model and a block on all the text, in the dense and in the recovered model, and what leaves it.
     needed[HIDDEN_STATES] = 4 * text.samples * text.sequence_length * architecture.text_config.hidden_size * size
-    if closed_form:
-        needed["the sums of a fit"] = _sums_bytes(surgery)
     if heal:
-        shapes = [parameter.shape for block in _kept_blocks(surgery) for parameter in block.parameters()]
+        shapes = [parameter.shape for block in kept for parameter in block.parameters()]
         # The weights that are trained and their original values; what is not trained, both models share.
         needed["the trained weights"] = 2 * sum(map(math.prod, shapes)) * size
         needed["the state of training"] = sum(map(trained_numbers, shapes)) * TRAINING_BYTES
     return needed
-
-
-def _sums_bytes(surgery: Surgery) -> int:
-    width = surgery.architecture.text_config.hidden_size
-    return max(fitting_bytes(block, width) for block in _kept_blocks(surgery))
-
-
-def _kept_blocks(surgery: Surgery) -> list[nn.Module]:
-    blocks = surgery.architecture.blocks_of(surgery.architecture.skeleton)
-    return [blocks[block] for block in surgery.kept.blocks]
 
 
 def _require_free(device: torch.device, needed: Mapping[str, int], *, heal: bool) -> None:
@@ -173,16 +151,10 @@ def _require_free(device: torch.device, needed: Mapping[str, int], *, heal: bool
     if total <= free:
         return
     parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
-    hint = "Use fewer --samples, leave out --recover, or use a machine with more memory."
-    if heal:
-        hint = (
-            "Leave out --heal, or use a machine with more memory. Processes that `accelerate launch` starts share the "
-            "work, but each of them needs all of this."
-        )
     raise MachineError(
         f"{'Healing' if heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} ({parts}), but "
         f"only {format_bytes(free)} are free.",
-        hint=hint,
+        hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
     )
 
 

@@ -1,36 +1,32 @@
 """What a recovery has found so far, kept in a hidden folder next to its output until the output is written.
 
-Each closed-form fit has a file, under a key of everything its values depend on, so the same command finds it again. A
-healing has one file, which --resume continues.
+Each closed-form fit has a file, in a folder named after everything its values depend on, so the same command finds it
+again. A healing has one file, which --resume continues.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb_cli.atomic import new_file, writing
+from sleb_cli.engine.text.windows import tokens_sha256
 from sleb_cli.engine.third_party import saving
 from sleb_cli.events import Notice, Notify
-from sleb_cli.plan import FitRecord
-from sleb_cli.records import require_same_work
+from sleb_cli.plan import CalibrationRecord
 from sleb_plugins import OutputError, PlanError
-
-_KEY = "sleb"
 
 # Raise it when the same state would mean something else.
 FORMAT = 1
@@ -44,74 +40,73 @@ _OURS = re.compile(r"healing\.safetensors|fits-[0-9a-f]{16}|(norm|block-\d+)\.sa
 
 @dataclass(frozen=True)
 class Saved:
-    """The saved state: plain data, and tensors by name."""
+    """A file of a saved state: records in JSON and tensors, each by name."""
 
-    data: dict[str, Any]
-    tensors: dict[str, Tensor]
+    file: Path
+    records: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
 
-    def tensor(self, name: str, shape: Sequence[int | None], dtype: torch.dtype) -> Tensor:
-        """Return a tensor of this shape, where None is any number above 0, and of finite numbers of this data type.
+    @classmethod
+    def read(cls, file: Path) -> Saved:
+        """Read a file.
+
+        Raises:
+            PlanError: it cannot be read, or is broken.
+        """
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                return cls(file, opened.metadata() or {}, tensors)
+        except OSError as error:
+            raise PlanError(
+                f"{file} cannot be read: {error.strerror or error}.", hint="Check the disk that it is on."
+            ) from error
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise _broken(file) from error
+
+    def record(self, name: str, kind: Any) -> Any:
+        """Return a record of this type.
+
+        Raises:
+            PlanError: it is missing, or another one.
+        """
+        try:
+            return TypeAdapter(kind).validate_json(self.records.get(name, ""))
+        except ValidationError as error:
+            raise _broken(self.file) from error
+
+    def tokens(self, name: str, record: CalibrationRecord) -> Tensor:
+        """Return the sequences that the record describes, [sequences, length].
+
+        Raises:
+            PlanError: they are missing, or others.
+        """
+        found = self.tensor(name, (record.sequences, record.sequence_length), torch.int64)
+        if tokens_sha256(found) != record.tokens_sha256:
+            raise _broken(self.file)
+        return found
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return a tensor of this shape and data type, whose numbers are finite.
 
         Raises:
             PlanError: it is missing, or another one.
         """
         found = self.tensors.get(name)
-        if (
-            found is None
-            or found.dtype is not dtype
-            or len(found.shape) != len(shape)
-            or any(side != wanted if wanted is not None else not side for side, wanted in zip(found.shape, shape))  # noqa: B905
-            or not bool(found.isfinite().all())
-        ):
-            raise other_state(f"its {name} is missing, or is not what a healing saves")
+        if found is None or (found.shape, found.dtype) != (shape, dtype) or not bool(found.isfinite().all()):
+            raise _broken(self.file)
         return found
 
-
-def other_state(reason: str) -> PlanError:
-    """Return the error for a state of this very healing that holds something else."""
-    return PlanError(
-        f"The saved healing cannot be resumed: {reason}.", hint="Start over with --force instead of --resume."
-    )
-
-
-class SavedFits:
-    """The fits of one recovery in closed form; `identity` names all that their values depend on."""
-
-    def __init__(self, place: Path, identity: Mapping[str, Any]) -> None:
-        self._place = place
-        named = json.dumps({"format": FORMAT} | dict(identity), sort_keys=True)
-        key = hashlib.sha256(named.encode()).hexdigest()
-        self._folder = place / f"fits-{key[:16]}"
-
-    def __len__(self) -> int:
-        return len(list(self._folder.glob("*.safetensors")))
-
-    def _file(self, block: int | None) -> Path:
-        return self._folder / ("norm.safetensors" if block is None else f"block-{block}.safetensors")
-
-    def read(self, block: int | None) -> tuple[FitRecord, dict[str, Tensor]] | None:
-        """Return the record of a block's fit (None: of the final norm) and its new values; None if it is not saved.
+    def write(self) -> None:
+        """Write the file; it replaces what was saved before.
 
         Raises:
-            PlanError: the file cannot be read, or is broken.
+            OutputError: it cannot be written.
         """
-        if not (file := self._file(block)).exists():
-            return None
-        text, values = _read(file)
-        try:
-            return FitRecord.model_validate_json(text), values
-        except ValidationError as error:
-            raise _broken(file) from error
-
-    def write(self, record: FitRecord, values: Mapping[str, Tensor]) -> None:
-        """Save a fit; one that is not kept has no values.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        with writing(self._place):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        _write(self._file(record.block), record.model_dump_json(), values)
+        with writing(self.file.parent):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(self.file) as aside, saving(self.file):
+            save_file({name: tensor.cpu() for name, tensor in self.tensors.items()}, aside, metadata=dict(self.records))
 
 
 class Unfinished:
@@ -119,12 +114,7 @@ class Unfinished:
 
     def __init__(self, output: Path) -> None:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
-        self._file = self.folder / "healing.safetensors"
-
-    @property
-    def exists(self) -> bool:
-        """Whether there is an unfinished healing."""
-        return self._file.exists()
+        self.healing = self.folder / "healing.safetensors"
 
     @contextmanager
     def told_on_failure(self, notify: Notify) -> Iterator[None]:
@@ -132,7 +122,7 @@ class Unfinished:
         try:
             yield
         except BaseException:
-            if self.exists:
+            if self.healing.exists():
                 notify(Notice(f"The healing is kept in {self.folder}: rerun with --resume to continue."))
             elif any(self.folder.glob("fits-*/*.safetensors")):
                 notify(Notice(f"The fits so far are kept in {self.folder}: run the same command again to continue."))
@@ -149,53 +139,20 @@ class Unfinished:
                 f"{self.folder} is a link, or holds one, so an unfinished recovery would be kept elsewhere.",
                 hint="Remove it, or choose another place with -o.",
             )
-        if self.exists and not (resume or force):
+        if self.healing.exists() and not (resume or force):
             raise OutputError(
                 f"{self.folder} holds an unfinished healing.",
                 hint="Continue it with --resume, or start over with --force.",
             )
 
-    def may_replace(self, *, resume: bool, force: bool) -> bool:
-        """Whether the output may replace another one, as an unfinished healing was allowed to.
-
-        It may have been killed just after it wrote the output.
-        """
-        return force or (resume and self.exists)
-
-    def read(self, identity: Mapping[str, Any]) -> Saved | None:
-        """Return the saved state of this healing, or None if there is none.
-
-        Raises:
-            PlanError: the file cannot be read, is broken, or belongs to another healing, or another version of sleb
-                began it; the message names the differences.
-        """
-        if not self._file.exists():
-            return None
-        text, tensors = _read(self._file)
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _broken(self._file) from error
-        if not isinstance(data, dict) or not isinstance(data.get("identity"), dict):
-            raise _broken(self._file)
-        require_same_work(
-            self.folder, "healing", data["identity"], {"format": FORMAT} | dict(identity), "plan, text and budget"
-        )
-        return Saved(data, tensors)
-
-    def write(self, identity: Mapping[str, Any], saved: Saved) -> None:
-        """Save, replacing what was saved before.
-
-        Raises:
-            OutputError: the file cannot be written.
-        """
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-        _write(self._file, json.dumps({"identity": {"format": FORMAT} | dict(identity)} | saved.data), saved.tensors)
-
     def delete(self) -> None:
-        """Delete the folder once the checkpoint is written."""
+        """Delete the folder once the output is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def fit_file(folder: Path, block: int | None) -> Path:
+    """Return the file of a block's fit, or (None) of the final norm's."""
+    return folder / ("norm.safetensors" if block is None else f"block-{block}.safetensors")
 
 
 def clear_old(parent: Path) -> None:
@@ -206,30 +163,6 @@ def clear_old(parent: Path) -> None:
             is_ours = not folder.is_symlink() and files and all(_OURS.fullmatch(path.name) for path in files)
             if is_ours and time.time() - max(path.lstat().st_mtime for path in files) > DAYS_KEPT * 86400:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read(file: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return the text and the tensors of a file.
-
-    Raises:
-        PlanError: it cannot be read, or is broken.
-    """
-    if not file.is_file():
-        raise _broken(file)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata()[_KEY], {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except OSError as error:
-        raise PlanError(
-            f"{file} cannot be read: {error.strerror or error}.", hint="Check the disk that it is on."
-        ) from error
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise _broken(file) from error
-
-
-def _write(file: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
-    with new_file(file) as aside, saving(file):
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata={_KEY: text})
 
 
 def _broken(file: Path) -> PlanError:

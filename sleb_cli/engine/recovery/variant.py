@@ -62,6 +62,7 @@ class Variant:
             return self.skippable.head(states, ids)
 
 
+@torch.inference_mode()
 def losses(
     variant: Variant, dense: Variant, sequences: Tensor, group: ProcessGroup | None = None
 ) -> tuple[float, float]:
@@ -69,22 +70,18 @@ def losses(
 
     Both are means over the predicted tokens, in nats. The processes of a group share out the sequences.
     """
-    group = group or ProcessGroup()
+    group, device = group or ProcessGroup(), dense.skippable.device
     mine = range(group.rank, len(sequences), group.size)
-    own = zip(mine, _summed(variant, dense, sequences[list(mine)]), strict=True)
-    found = sorted(item for of_process in group.gather(list(own)) for item in of_process)
-    count = len(sequences) * (sequences.shape[1] - 1)
-    return sum(loss for _, (loss, _) in found) / count, sum(divergence for _, (_, divergence) in found) / count
-
-
-@torch.inference_mode()
-def _summed(variant: Variant, dense: Variant, sequences: Tensor) -> list[tuple[float, float]]:
-    """Return the summed losses of each sequence."""
-    everywhere = torch.arange(sequences.shape[1] - 1, device=dense.skippable.device)
-    return [
-        summed_losses(variant, dense, states, dense_states, ids, everywhere)
-        for ids, states, dense_states in _final_states(variant, dense, sequences.to(dense.skippable.device))
+    everywhere = torch.arange(sequences.shape[1] - 1, device=device)
+    own = [
+        (number, summed_losses(variant, dense, states, dense_states, ids, everywhere))
+        for number, (ids, states, dense_states) in zip(
+            mine, _final_states(variant, dense, sequences[list(mine)].to(device)), strict=True
+        )
     ]
+    found = sorted(item for of_process in group.gather(own) for item in of_process)
+    count = len(sequences) * len(everywhere)
+    return sum(loss for _, (loss, _) in found) / count, sum(divergence for _, (_, divergence) in found) / count
 
 
 def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
