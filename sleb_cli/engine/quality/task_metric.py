@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleb_cli.requests import EvalRequest
 from sleb_plugins.errors import DataError, UsageError
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import Metric, ModelMetric
@@ -49,7 +50,7 @@ class TaskError(ModelMetric):
             DataError: the task is unknown, or its file or data cannot be read.
             UsageError: the number of items is invalid.
         """
-        from sleb_cli.engine.quality.lm_eval_tasks import TaskSettings, load_tasks  # torch, so here
+        from sleb_cli.engine.quality.lm_eval_tasks import load_tasks  # torch, so here
 
         named, _, items = argument.rpartition(":")
         if not named:
@@ -57,8 +58,8 @@ class TaskError(ModelMetric):
         if not (items.isascii() and items.isdigit() and int(items)):
             raise UsageError(f"task:{argument} asks for {items!r} items.", hint="Write it like task:piqa:100.")
         is_file = named.endswith((".yaml", ".yml"))
-        name, folders = (_name_in(Path(named)), [Path(named).parent]) if is_file else (named, [])
-        (task,) = load_tasks([name], folders, TaskSettings(batch_size=BATCH_SIZE, limit=int(items)))
+        name, folder = (_name_in(Path(named)), Path(named).parent) if is_file else (named, None)
+        (task,) = load_tasks([name], EvalRequest(None, include_path=folder, batch_size=BATCH_SIZE, limit=int(items)))
         return TaskError(named, task, int(items))
 
     def fingerprint(self) -> str:
