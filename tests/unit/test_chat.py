@@ -10,7 +10,7 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
 from sleb_cli.engine.text.chat import cut_conversations, require_template
-from sleb_cli.engine.text.sources import Conversations, calibration_conversations
+from sleb_cli.engine.text.sources import calibration_conversations
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest
 from sleb_plugins import DataError, UsageError
@@ -39,8 +39,8 @@ def tokenizer_with(template):
 
 
 def cut(template, conversations, length, *, answers, asked=None):
-    source = Conversations("chat.jsonl", conversations)
-    return cut_conversations(tokenizer_with(template), source, length, answers=answers, asked=asked)
+    tokenizer = tokenizer_with(template)
+    return cut_conversations(tokenizer, conversations, "chat.jsonl", length, answers=answers, asked=asked)
 
 
 def written(tokenizer, conversation):
@@ -137,7 +137,7 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):
     rows = datasets.Dataset.from_dict({"messages": [CONVERSATION] * 50, "other": [[]] * 50})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
-    found = calibration_conversations("org/chat", tokens=30, seed=0).content
+    found = calibration_conversations("org/chat", tokens=30, seed=0)
     characters = sum(len(message["content"]) for message in CONVERSATION)
     assert found == [CONVERSATION] * -(-30 * 8 // characters)
     with pytest.raises(DataError, match="A row of org/chat:train:other cannot be read: messages"):
