@@ -42,9 +42,9 @@ def test_generation_ignores_the_models_own_settings(model, monkeypatch):
 def test_its_own_text_is_drawn_from_its_own_distribution(model):
     tokenizer = train_tokenizer(bos=True)
     settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
-    expected = generate_own_text(model, tokenizer, settings, bos=True, notify=lambda event: None)
+    expected = generate_own_text(model, tokenizer, settings, notify=lambda event: None)
     model.generation_config = PENALISED
-    assert torch.equal(generate_own_text(model, tokenizer, settings, bos=True, notify=lambda event: None), expected)
+    assert torch.equal(generate_own_text(model, tokenizer, settings, notify=lambda event: None), expected)
 
 
 def test_a_text_ends_where_the_tokenizer_or_the_model_says(model):

@@ -115,7 +115,7 @@ def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
 
     def texts(writer="one", **changes):
         changed = replace(own, writer=writer, **changes)
-        return generate_own_text(model, TOKENIZER, changed, bos=False, notify=events.append)
+        return generate_own_text(model, TOKENIZER, changed, notify=events.append)
 
     uncached = texts(None)
     assert torch.equal(texts(None), uncached)
@@ -149,9 +149,9 @@ def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
     monkeypatch.setattr(model, "forward", short_of_memory)
     (own,) = settings("self", 8, (8, 0, 0))[:1]
     limit = 2
-    assert generate_own_text(model, TOKENIZER, own, bos=False, notify=events.append).shape == (8, 32)
+    assert generate_own_text(model, TOKENIZER, own, notify=events.append).shape == (8, 32)
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told == [f"Out of memory on cpu; generating {count} sequences at once." for count in (4, 2)]
     limit = 0
     with pytest.raises((torch.OutOfMemoryError, OutOfMemory)):
-        generate_own_text(model, TOKENIZER, own, bos=False, notify=events.append)
+        generate_own_text(model, TOKENIZER, own, notify=events.append)

@@ -16,7 +16,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sleb_cli.engine.device import choose_device, choose_dtype
+from sleb_cli.engine.device import choose_device, choose_dtype, input_device
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import resolve_subject
@@ -38,7 +38,6 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        device: where tokens go in; if the model is spread over devices, that may not be where its first weight is.
         batch_size: how many requests a batch has, or "auto".
         name: what progress is reported under.
         notify: the listener for events.
@@ -49,14 +48,14 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         self,
         model: Any,
         tokenizer: Any,
-        device: torch.device,
         batch_size: int | str,
         name: str,
         notify: Notify,
         group: ProcessGroup,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._device, self._name, self._notify, self._group = device, name, notify, group
+        # If the model is spread over devices, tokens may not go in where its first weight is.
+        self._device, self._name, self._notify, self._group = input_device(model), name, notify, group
         self._batches, self._is_probing = 0, False
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
@@ -171,8 +170,9 @@ class SlebLM(HFLM):  # type: ignore[misc]
         if others := named_before_loading():
             _tell(Notice(others))
         surgery = resolve_subject(request, load_plugins(), _tell).surgery
-        is_missing = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
-        where = choose_device(AUTO if is_missing else device)
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = AUTO
+        where = choose_device(device)
         chosen = choose_dtype(dtype, surgery.architecture.dtype, where)
         if surgery.removals:
             loaded = load_pruned(surgery, chosen, where, _tell)

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -19,8 +19,8 @@ from unittest import mock
 
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import in_smaller_pieces, input_device
-from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.requests import AUTO, EvalRequest
@@ -119,8 +119,7 @@ class LoadedTask:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 
             batch_size, name = size if requests == largest else requests, f"{self.name}, {what}"
-            lm = LoadedModel(model, tokenizer, device, batch_size, name, notify, group or ProcessGroup())
-            return self._evaluate(lm)
+            return self._evaluate(LoadedModel(model, tokenizer, batch_size, name, notify, group or ProcessGroup()))
 
         def reduced(requests: int) -> None:
             notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at once."))
@@ -202,15 +201,13 @@ def _folders_with(tasks: Collection[str]) -> list[Path]:
 
 
 def _load(manager: Any, name: str) -> dict[str, Any]:
-    with quiet(), _loading_data(name):
-        try:
+    try:
+        with quiet(), _loading_data(name):
             loaded: dict[str, Any] = manager.load([name])
-        except Exception as error:  # a task file can run any code, so lm-eval can raise anything
-            if isinstance(error, _data_errors()):
-                raise
-            raise DataError(
-                f"lm-eval cannot load {name}: {first_line(error)}.", hint="Check the task's file."
-            ) from error
+    except DataError:
+        raise
+    except Exception as error:  # a task file can run any code, so lm-eval can raise anything
+        raise DataError(f"lm-eval cannot load {name}: {first_line(error)}.", hint="Check the task's file.") from error
     for part, loaded_task in loaded["tasks"].items():
         for attribute, need in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "needs images")):
             if getattr(loaded_task, attribute, False):
@@ -275,12 +272,6 @@ def _hash(data: Iterable[Any]) -> str:
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
 
 
-def _data_errors() -> tuple[type[Exception], ...]:
-    from datasets.exceptions import DatasetNotFoundError
-
-    return (DatasetNotFoundError, ConnectionError, FileNotFoundError)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what lm-eval prints, and suppress three things that disturb here.
@@ -299,16 +290,5 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _loading_data(names: str) -> Iterator[None]:
-    """Name the tasks whose data cannot be loaded."""
-    try:
-        with offline_if_unreachable() as unreachable:
-            yield
-    except _data_errors() as error:
-        is_offline = unreachable and isinstance(error, ConnectionError)
-        reason = f"not in the cache, and {unreachable}" if is_offline else first_line(error)
-        raise DataError(
-            f"The data of {names} cannot be loaded: {reason}.",
-            hint="Check the network, or the paths in your own task file.",
-        ) from error
+def _loading_data(name: str) -> AbstractContextManager[None]:
+    return loading_data(f"data of {name}", "Check the network, or the paths in your own task file.")

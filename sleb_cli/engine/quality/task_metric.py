@@ -37,11 +37,7 @@ class TaskError(ModelMetric):
     name = "task"
     description = "1 - accuracy on the first items (100) of an lm-eval task, a name or a YAML file"
     argument = "TASK[:ITEMS]"
-
-    def __init__(self, named: str = "", task: LoadedTask | None = None, items: int = DEFAULT_ITEMS) -> None:
-        self._task = task
-        if named:  # a file by its path, so that a search that extends the plan finds it again
-            self.name = f"task:{named}" + ("" if items == DEFAULT_ITEMS else f":{items}")
+    _task: LoadedTask
 
     def with_argument(self, argument: str) -> TaskError:
         """Return the metric for this task, after loading its data.
@@ -60,25 +56,24 @@ class TaskError(ModelMetric):
         is_file = named.endswith((".yaml", ".yml"))
         name, folder = (_name_in(Path(named)), Path(named).parent) if is_file else (named, None)
         (task,) = load_tasks([name], EvalRequest(None, include_path=folder, batch_size=BATCH_SIZE, limit=int(items)))
-        return TaskError(named, task, int(items))
+        metric = TaskError()
+        # A file by its path, so that a search that extends the plan finds it again.
+        metric.name = f"task:{named}" + ("" if int(items) == DEFAULT_ITEMS else f":{items}")
+        metric._task = task
+        return metric
 
     def fingerprint(self) -> str:
         """Return lm-eval's version, and hashes of the task's settings and items."""
-        return self._loaded.fingerprint()
+        return self._task.fingerprint()
 
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""
-        task = self._loaded
-        found = task.run(model, tokenizer)["results"].get(task.name, {})
+        name = self._task.name
+        found = self._task.run(model, tokenizer)["results"].get(name, {})
         for measure in ("acc_norm,none", "acc,none"):
             if measure in found:
                 return 1.0 - float(found[measure])
-        raise DataError(f"The task {task.name} measures no accuracy.", hint="Use a multiple-choice task, such as piqa.")
-
-    @property
-    def _loaded(self) -> LoadedTask:
-        assert self._task is not None, "a search uses a metric with its argument"
-        return self._task
+        raise DataError(f"The task {name} measures no accuracy.", hint="Use a multiple-choice task, such as piqa.")
 
 
 def _name_in(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -156,15 +156,15 @@ def resolve_calibration(
     return settings
 
 
-def _require_mixable(settings: CalibrationSettings, needed: Iterable[str]) -> None:
+def _require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
     """Check that sources can be mixed, and that each that is `needed` has a sequence."""
-    for preset in REFERENCE_PRESETS & settings.shares.keys():
-        raise UsageError(
-            f"{preset} cannot be mixed: it is drawn as in the reference implementation.",
-            hint=f"Mix {preset.removesuffix('-sleb')} instead, which is cut into windows.",
-        )
-    for source in needed:
-        if not settings.counts[source]:
+    for source, count in settings.counts.items():
+        if source in REFERENCE_PRESETS:
+            raise UsageError(
+                f"{source} cannot be mixed: it is drawn as in the reference implementation.",
+                hint=f"Mix {source.removesuffix('-sleb')} instead, which is cut into windows.",
+            )
+        if source in needed and not count:
             raise UsageError(
                 f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {source}.",
                 hint="Increase --samples or the share.",
@@ -197,38 +197,39 @@ def calibrate_splits(
     first = splits[0]
     if first.chat is not None:
         require_template(tokenizer)
-    bos = adds_bos(tokenizer) and not first.is_reference
-    drafts = [_read_texts(each, tokenizer, bos=bos, notify=notify if each is first else ignore) for each in splits]
+    drafts = [_read_texts(each, tokenizer, notify if each is first else ignore) for each in splits]
     if SELF in first.shares and first.chat is None:
         counts = [settings.counts[SELF] for settings, _ in drafts]
-        own = replace(first, samples=sum(counts))
-        written = generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify)
+        written = generate_own_text(load_model(), tokenizer, replace(first, samples=sum(counts)), notify)
         for (_, rows), sequences in zip(drafts, torch.split(written, counts), strict=True):
             rows[SELF] = (sequences, None)
-    return [_assemble(settings, rows, tokenizer, bos=bos) for settings, rows in drafts]
+    return [_assemble(settings, rows, tokenizer) for settings, rows in drafts]
 
 
 def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
     """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
-    bos = adds_bos(tokenizer) and not splits[0].is_reference
-    drafts = [_read_texts(settings, tokenizer, bos=bos, notify=ignore) for settings in splits]
+    drafts = [_read_texts(settings, tokenizer, ignore) for settings in splits]
     read = [sequences.flatten() for _, rows in drafts for sequences, _ in rows.values()]
     return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
-def _assemble(settings: CalibrationSettings, rows: Mapping[str, _Rows], tokenizer: Any, *, bos: bool) -> Calibration:
+def _assemble(settings: CalibrationSettings, rows: Mapping[str, _Rows], tokenizer: Any) -> Calibration:
     """Interleave the rows of each source."""
     sources = [source for source in settings.shares if source in rows]
     counts = [len(rows[source][0]) for source in sources]
     order = interleave(counts)
     sequences = torch.cat([rows[source][0] for source in sources])[order]
     masks = [mask for source in sources if (mask := rows[source][1]) is not None]
+    if settings.chat is None:
+        bos = adds_bos(tokenizer) and not settings.is_reference
+    else:
+        bos = bool((sequences[:, 0] == tokenizer.bos_token_id).all())
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
         sequences=len(sequences),
         sequence_length=settings.sequence_length,
-        bos=bos if settings.chat is None else bool((sequences[:, 0] == tokenizer.bos_token_id).all()),
+        bos=bos,
         chat=settings.chat,
         tokens_sha256=tokens_sha256(sequences),
     )
@@ -239,7 +240,7 @@ def _assemble(settings: CalibrationSettings, rows: Mapping[str, _Rows], tokenize
 
 
 def _read_texts(
-    settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
+    settings: CalibrationSettings, tokenizer: Any, notify: Notify
 ) -> tuple[CalibrationSettings, dict[str, _Rows]]:
     """Read the sources that are texts, before any text is generated, since they may be missing or too short.
 
@@ -250,7 +251,7 @@ def _read_texts(
         if not count:
             continue
         with task(notify, f"Reading {source}"):
-            windows, loss_mask = read_windows(source, count, settings, tokenizer, bos=bos)
+            windows, loss_mask = read_windows(source, count, settings, tokenizer)
             if len(windows) < count and not is_mixture and not settings.is_reference:
                 notify(
                     Notice(
@@ -293,7 +294,7 @@ def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: in
     return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
-def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool) -> _Rows:
+def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> _Rows:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed, split = settings.sequence_length, settings.seed, settings.split
     # What is asked for counts the whole text, of which a split has only about its share.
@@ -307,7 +308,7 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
         text = reference_calibration_text(source, rows=samples, seed=seed, split=split)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
     text = calibration_text(source, tokens=samples * length, seed=seed, split=split)
-    windows = cut_windows(tokenizer, text.content, length, bos=bos)
+    windows = cut_windows(tokenizer, text.content, length, bos=adds_bos(tokenizer))
     return require_windows(windows, text, tokenizer, length, asked), None
 
 

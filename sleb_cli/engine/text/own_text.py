@@ -16,6 +16,7 @@ from sleb_cli.engine.device import in_smaller_pieces, input_device
 from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.sampling import Sampler
+from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.engine.third_party import our_code
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.units import plural
@@ -31,9 +32,7 @@ _GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 
-def generate_own_text(
-    model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify
-) -> Tensor:
+def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify) -> Tensor:
     """Let the model generate the sequences, sampled from its own distribution after BOS, or find them in the cache.
 
     The sequences include the BOS token only if the tokenizer adds it to every text.
@@ -48,7 +47,7 @@ def generate_own_text(
             "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.",
             hint=_GIVE_TEXT,
         )
-    count, length = settings.samples, settings.sequence_length
+    count, length, bos = settings.samples, settings.sequence_length, adds_bos(tokenizer)
     new = length - 1 if bos else length
     sampler = Sampler({tokenizer.eos_token_id} - {None})  # every sequence is one text
     batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))

@@ -13,7 +13,6 @@ from torch import Tensor
 from sleb_cli.engine.text.calibration import SELF, CalibrationSettings, draw, limit_to_texts, read_windows
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import is_read_whole
-from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2
@@ -46,7 +45,6 @@ class Portions:
     def __init__(self, fitted: CalibrationSettings, uses: int, tokenizer: Any, load_model: Callable[[], Any]) -> None:
         self._fitted, self._uses = fitted, uses
         self._tokenizer, self._load_model = tokenizer, load_model
-        self._bos = adds_bos(tokenizer)
         self._whole: dict[str, Tensor] = {}
 
     def draw(self, number: int, notify: Notify) -> Portion:
@@ -60,7 +58,7 @@ class Portions:
         given = count = sum(map(len, read))
         if SELF in settings.shares:
             own = replace(settings, samples=-(-settings.counts[SELF] // USES_OF_OWN_TEXT))
-            read.append(generate_own_text(self._load_model(), self._tokenizer, own, bos=self._bos, notify=notify))
+            read.append(generate_own_text(self._load_model(), self._tokenizer, own, notify))
             count += own.samples
         return Portion(torch.cat(read), _order(given, count, f"{self._fitted.seed}/{number}"))
 
@@ -68,7 +66,7 @@ class Portions:
         """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
         if source in self._whole:
             return self._whole[source]
-        windows, _ = read_windows(source, settings.counts[source], settings, self._tokenizer, bos=self._bos)
+        windows, _ = read_windows(source, settings.counts[source], settings, self._tokenizer)
         if is_read_whole(source):
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))

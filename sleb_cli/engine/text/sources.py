@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -205,8 +205,6 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> list[Co
         with _naming_faults(f"A row of {dataset}"):
             rows = (_Messages(messages=row).conversation for row in _values(dataset, shuffle_seed=seed))
             found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
-    if not found:
-        raise DataError(f"{source} is empty.", hint="Name a file that holds conversations.")
     return found
 
 
@@ -362,9 +360,14 @@ def _load(dataset: Dataset) -> Any:
         return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
 
 
+def _loading(dataset: Dataset) -> AbstractContextManager[None]:
+    hint = "Check the name and the network, or name a local file."
+    return loading_data(f"data set {dataset}", hint, ValueError)  # an unknown config or split
+
+
 @contextmanager
-def _loading(dataset: Dataset) -> Iterator[None]:
-    """Turn errors of the library `datasets` into a `DataError` that names the data set."""
+def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn errors of the library `datasets`, and these others, into a `DataError` that names what cannot be loaded."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -372,16 +375,10 @@ def _loading(dataset: Dataset) -> Iterator[None]:
     try:
         with offline_if_unreachable() as unreachable:
             yield
-    except (DatasetNotFoundError, ConnectionError) as error:
-        reason = f"not in the cache, and {unreachable}" if unreachable else first_line(error)
-        raise DataError(
-            f"The data set {dataset} cannot be loaded: {reason}.",
-            hint="Check the name and the network, or name a local file.",
-        ) from error
-    except ValueError as error:  # an unknown config or split
-        raise DataError(
-            f"The data set {dataset} cannot be loaded: {first_line(error)}.", hint="Check the name."
-        ) from error
+    except (ConnectionError, FileNotFoundError, *others) as error:
+        is_offline = unreachable and isinstance(error, ConnectionError | DatasetNotFoundError)
+        reason = f"not in the cache, and {unreachable}" if is_offline else first_line(error)
+        raise DataError(f"The {what} cannot be loaded: {reason}.", hint=hint) from error
 
 
 def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = len) -> Iterator[T]:
