@@ -306,6 +306,7 @@ def test_flips_are_shown_on_request(run_sleb, evaluate, tiny_llama, task_folder)
         (("--tasks", "piqa", "--limit", 0), 2, "--limit"),
         (("--perplexity", "t.txt", "--max-windows", 0), 2, "--max-windows"),
         (("--perplexity", "t.txt", "--stride", 129), 2, "--stride 129 does not fit windows of 128"),
+        (("--perplexity", "t.txt", "--stride", 0), 2, "--stride 0 does not fit windows of 128"),
         (("--perplexity", "t.txt", "--batch-size", "many"), 2, "--batch-size many"),
         (("--perplexity", "t.txt", "--every", 2), 2, "--every 2 needs a plan or --blocks"),
         (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 0), 2, "--every 0 is too small"),

@@ -292,11 +292,12 @@ def test_a_sum_is_the_sum_of_its_metrics(found, text, engine):
 
 
 def test_a_sum_of_logit_metrics_races(found):
-    settings = ["--samples", 16, "--remove", 1, "--batch-size", 1]
+    settings = ["--samples", 16, "--batch-size", 1]
     exact, raced = found("nll + 0.5*kl", *settings), found("nll+0.5*kl", *settings, "--fast")
     assert exact.removals == raced.removals
-    assert raced.steps[0].race.dropped
-    assert raced.steps[0].score == pytest.approx(exact.steps[0].score, abs=1e-5)
+    assert any(step.race.dropped for step in raced.steps)
+    for step, other in zip(raced.steps, exact.steps, strict=True):
+        assert step.score == pytest.approx(other.score, abs=1e-5)
 
 
 @pytest.mark.parametrize(
