@@ -372,10 +372,11 @@ def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[Non
     from datasets.exceptions import DatasetNotFoundError
 
     datasets.disable_progress_bars()
+    expected: tuple[type[Exception], ...] = (ConnectionError, FileNotFoundError, *others)
     try:
         with offline_if_unreachable() as unreachable:
             yield
-    except (ConnectionError, FileNotFoundError, *others) as error:
+    except expected as error:
         is_offline = unreachable and isinstance(error, ConnectionError | DatasetNotFoundError)
         reason = f"not in the cache, and {unreachable}" if is_offline else first_line(error)
         raise DataError(f"The {what} cannot be loaded: {reason}.", hint=hint) from error
