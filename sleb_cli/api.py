@@ -126,7 +126,8 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
         SlebError: something failed; its class tells what.
     """
     from sleb_cli.engine.process_group import join_processes
-    from sleb_cli.engine.quality.evaluation import evaluate_subject, write_by_lm_eval
+    from sleb_cli.engine.quality.evaluation import evaluate_subject
+    from sleb_cli.engine.quality.lm_eval_files import write_by_lm_eval
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     with join_processes() as group:

@@ -39,7 +39,10 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
             if merged is result and file.is_file():
                 if previous is not None:
                     notify(Notice(f"{file} holds results of another model or in another setting."))
-                _move_aside(file, notify)
+                moved = file.with_name(f"{file.name}.old")
+                with suppress(OSError):  # writing the new file will fail, too, and that is reported
+                    file.replace(moved)
+                    notify(Notice(f"{file} is now {moved.name}."))
             if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
                 _name_outdone(result, merged, file, notify)
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
@@ -59,13 +62,6 @@ def _name_outdone(result: BenchResult, merged: BenchResult, file: Path, notify: 
                     f"To replace them, use --iterations {more} or more."
                 )
             )
-
-
-def _move_aside(file: Path, notify: Notify) -> None:
-    aside = file.with_name(f"{file.name}.old")
-    with suppress(OSError):  # writing the new file will fail, too, and that is reported
-        file.replace(aside)
-        notify(Notice(f"{file} is now {aside.name}."))
 
 
 def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +29,18 @@ def parse_terms(text: str) -> list[Term]:
     Raises:
         UsageError: a weight is not a number above 0, or a name is missing.
     """
-    return [_term(part, text) for part in text.split("+")]
-
-
-def _term(part: str, text: str) -> Term:
-    before, star, after = part.rpartition("*")
-    name, colon, argument = after.strip().partition(":")
-    try:
-        weight = float(before) if star else 1.0
-    except ValueError:
-        weight = math.nan
-    if not name or not 0 < weight < math.inf:
-        raise UsageError(f"The metric {text!r} cannot be read at {part!r}.", hint="Write a sum like nll+0.5*kl.")
-    return Term(weight, name, argument if colon else None)
+    terms = []
+    for part in text.split("+"):
+        before, star, after = part.rpartition("*")
+        name, colon, argument = after.strip().partition(":")
+        try:
+            weight = float(before) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 < weight < math.inf:
+            raise UsageError(f"The metric {text!r} cannot be read at {part!r}.", hint="Write a sum like nll+0.5*kl.")
+        terms.append(Term(weight, name, argument if colon else None))
+    return terms
 
 
 def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
@@ -94,11 +93,12 @@ class _Sum(Metric):
         """Return the fingerprints of all terms."""
         return "; ".join(text for _, metric in self.terms if (text := metric.fingerprint()))
 
-    def _sum(self, scores: Sequence[tuple[str, Any]], shape: Any) -> Any:
-        """Add up the scores after checking their shapes: a wrong one would be broadcast."""
-        for name, score in scores:
-            require_shape(name, score, shape)
-        return sum(weight * score for (weight, _), (_, score) in zip(self.terms, scores, strict=True))
+    def _total(self, shape: Any, score: Callable[[Any], Any]) -> Any:
+        """Add up the scores of all terms after checking their shapes: a wrong one would be broadcast."""
+        scores = [score(metric) for _, metric in self.terms]
+        for (_, metric), found in zip(self.terms, scores, strict=True):
+            require_shape(metric.name, found, shape)
+        return sum(weight * found for (weight, _), found in zip(self.terms, scores, strict=True))
 
 
 class _LogitSum(_Sum, LogitMetric):
@@ -107,20 +107,15 @@ class _LogitSum(_Sum, LogitMetric):
         """Whether any of the metrics does."""
         return any(metric.needs_dense_logits for _, metric in self.terms)
 
-    def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Tensor:
-        scores = [
-            (m.name, m.score_tokens(logits, targets, dense_logits if m.needs_dense_logits else None))
-            for _, m in self.terms
-        ]
-        total: Tensor = self._sum(scores, targets.shape)
-        return total
+    def score_tokens(self, logits: Tensor, targets: Tensor, dense_logits: Tensor | None) -> Any:
+        return self._total(
+            targets.shape, lambda m: m.score_tokens(logits, targets, dense_logits if m.needs_dense_logits else None)
+        )
 
 
 class _HiddenStateSum(_Sum, HiddenStateMetric):
-    def score_tokens(self, entering: Tensor, leaving: Tensor) -> Tensor:
-        scores = [(m.name, m.score_tokens(entering, leaving)) for _, m in self.terms]
-        total: Tensor = self._sum(scores, entering.shape[:-1])
-        return total
+    def score_tokens(self, entering: Tensor, leaving: Tensor) -> Any:
+        return self._total(entering.shape[:-1], lambda metric: metric.score_tokens(entering, leaving))
 
 
 class _WeightSum(_Sum, WeightMetric):

@@ -4,9 +4,11 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 from unittest.mock import Mock
 
 import datasets
+import lm_eval
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -21,12 +23,26 @@ from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.results import EvalResult
 
+SHORT = ["--sequence-length", 64]
+
 
 @pytest.fixture
 def test_text(tmp_path):
     path = tmp_path / "test.txt"
     path.write_text(prose(120, seed=5))
     return path
+
+
+@pytest.fixture
+def evaluate(run_sleb):
+    """Run `sleb eval` to its end, and return its result and what it says on stderr."""
+
+    def run(*words):
+        result = run_sleb("eval", *words, "--json")
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout), result.stderr
+
+    return run
 
 
 def plain_perplexity(folder, text, length, skipped=()):
@@ -41,11 +57,10 @@ def plain_perplexity(folder, text, length, skipped=()):
 @pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt"])
 def test_perplexity_is_that_of_the_literature(run_sleb, request, model, test_text, tmp_path):
     folder = request.getfixturevalue(model)
-    options = ["--perplexity", test_text, "--sequence-length", 64, "--batch-size", 3]
+    options = ["--perplexity", test_text, *SHORT, "--batch-size", 3]
     result = run_sleb("eval", folder, "--blocks", "3,1", *options, "-o", "r.json")
     assert result.exit_code == 0, result.stderr
-    data = json.loads((tmp_path / "r.json").read_text())
-    (text,) = data["texts"]
+    (text,) = json.loads((tmp_path / "r.json").read_text())["texts"]
     dense, (pruned,) = text["dense"], text["pruned"]
     assert dense["perplexity"] == pytest.approx(plain_perplexity(folder, test_text, 64), rel=1e-5)
     assert pruned["perplexity"] == pytest.approx(plain_perplexity(folder, test_text, 64, [1, 3]), rel=1e-5)
@@ -56,23 +71,21 @@ def test_perplexity_is_that_of_the_literature(run_sleb, request, model, test_tex
     assert f"{pruned['perplexity']:.2f}" in result.stdout
 
 
-def test_the_default_plan_and_several_texts(run_sleb, llama_plan, test_text, text_file, tmp_path):
+def test_the_default_plan_and_several_texts(evaluate, llama_plan, test_text, text_file, tmp_path):
     llama_plan.rename(tmp_path / "plan.json")
-    result = run_sleb("eval", "--perplexity", f"{test_text},{text_file}", "--json", "-q")
-    data = json.loads(result.stdout)
+    data, said = evaluate("--perplexity", f"{test_text},{text_file}", "--max-windows", 4, "-q")
     assert [text["text"] for text in data["texts"]] == [str(test_text), str(text_file)]
     assert [len(size["removals"]) for text in data["texts"] for size in text["pruned"]] == [2, 2]
-    assert result.stderr == ""
+    assert said == ""
 
 
-def test_a_model_alone_and_a_bos_in_every_window(run_sleb, tiny_llama, test_text):
+def test_a_model_alone_and_a_bos_in_every_window(run_sleb, evaluate, tiny_llama, test_text):
     result = run_sleb("eval", tiny_llama, "--perplexity", test_text)
     assert result.exit_code == 0
     assert "change" not in result.stdout
     assert "KL" not in result.stdout
     (without,), (with_bos,) = (
-        json.loads(run_sleb("eval", tiny_llama, "--perplexity", test_text, "--json", *options).stdout)["texts"]
-        for options in ([], ["--bos"])
+        evaluate(tiny_llama, "--perplexity", test_text, *options)[0]["texts"] for options in ([], ["--bos"])
     )
     assert (without["bos"], with_bos["bos"]) == ("none", "windows")
     assert without["tokens_sha256"] != with_bos["tokens_sha256"]
@@ -103,11 +116,9 @@ def plain_accuracy(folder, limit):
     return sum(of.index(max(of)) == item["gold"] for of, item in zip(scores, ITEMS, strict=False)) / limit
 
 
-def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder):
+def test_a_task_file_of_ones_own(evaluate, tiny_llama, task_folder):
     options = ["--tasks", "own_weather", "--include-path", task_folder, "--limit", 5]
-    result = run_sleb("eval", tiny_llama, "--blocks", "2", *options, "--json")
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
+    data, _ = evaluate(tiny_llama, "--blocks", "2", *options)
     (task,) = data["tasks"]
     assert (task["task"], task["metric"], task["num_fewshot"]) == ("own_weather", "acc", 0)
     assert task["doc_ids"] == [0, 1, 2, 3, 4]
@@ -121,14 +132,10 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "counts"),
-    [((), [3]), (("--every", 2), [2, 3]), (("--remove", "3,1"), [1, 3]), (("--remove", 2), [2]), (("--every", 9), [3])],
+    ("sizes", "counts"), [(("--every", 2), [2, 3]), (("--remove", "3,1"), [1, 3]), (("--every", 9), [3])]
 )
-def test_sizes_are_measured_beside_one_dense_model(run_sleb, tiny_llama, test_text, tmp_path, sizes, counts):
-    options = ["--perplexity", test_text, "--sequence-length", 64, "--json", "-q"]
-    result = run_sleb("eval", tiny_llama, "--blocks", "3,1,4", *sizes, *options)
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
+def test_sizes_are_measured_beside_one_dense_model(evaluate, tiny_llama, test_text, sizes, counts):
+    data, _ = evaluate(tiny_llama, "--blocks", "3,1,4", *sizes, "--perplexity", test_text, *SHORT)
     assert data["sizes"] == [[3, 1, 4][:count] for count in counts]
     for size in data["texts"][0]["pruned"]:
         alone = plain_perplexity(tiny_llama, test_text, 64, size["removals"])
@@ -150,22 +157,21 @@ def count_passes(monkeypatch, limit=None):
     return passes
 
 
-def test_an_evaluation_runs_once(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
-    options = ["--perplexity", test_text, "--sequence-length", 64, "--tasks", "own_weather", "--json"]
-    options += ["--include-path", task_folder, "--blocks", "3,1"]
-    first = run_sleb("eval", tiny_llama, *options, "--remove", 1)
+def test_an_evaluation_runs_once(evaluate, tiny_llama, test_text, task_folder, monkeypatch):
+    options = [tiny_llama, "--perplexity", test_text, *SHORT, "--tasks", "own_weather", "--include-path", task_folder]
+    options += ["--limit", 4, "--max-windows", 4, "--blocks", "3,1"]
+    first, _ = evaluate(*options, "--remove", 1)
     passes = count_passes(monkeypatch)
-    again = run_sleb("eval", tiny_llama, *options, "--remove", 1)
-    assert passes == []
-    assert again.stdout == first.stdout
-    assert "own_weather: cached; --fresh measures again" in again.stderr
-    assert "Loading" not in again.stderr
-    more = json.loads(run_sleb("eval", tiny_llama, *options).stdout)
+    again, said = evaluate(*options, "--remove", 1)
+    assert (again, passes) == (first, [])
+    assert "own_weather: cached; --fresh measures again" in said
+    assert "Loading" not in said
+    more, _ = evaluate(*options)
     assert passes
-    assert more["texts"][0]["dense"] == json.loads(first.stdout)["texts"][0]["dense"]
-    assert run_sleb("eval", tiny_llama, *options, "--dtype", "bfloat16").stdout != again.stdout
+    assert more["texts"][0]["dense"] == first["texts"][0]["dense"]
+    assert evaluate(*options, "--remove", 1, "--dtype", "bfloat16")[0]["texts"] != first["texts"]
     passes.clear()
-    assert run_sleb("eval", tiny_llama, *options, "--remove", 1, "--fresh").stdout == first.stdout
+    assert evaluate(*options, "--remove", 1, "--fresh")[0] == first
     assert passes
 
 
@@ -194,10 +200,10 @@ def test_new_generation_settings_are_measured_anew(run_sleb, tiny_llama, tmp_pat
     assert written() == changed
 
 
-def test_packed_weights_need_no_second_copy(run_sleb, tiny_llama, test_text, task_folder, monkeypatch):
-    options = ["--perplexity", test_text, "--sequence-length", 64, "--tasks", "own_weather", "--json", "--fresh"]
-    options += ["--include-path", task_folder, "--blocks", "3,1", "--every", 1]
-    expected = json.loads(run_sleb("eval", tiny_llama, *options).stdout)
+def test_packed_weights_need_no_second_copy(evaluate, tiny_llama, test_text, task_folder, monkeypatch):
+    options = [tiny_llama, "--perplexity", test_text, *SHORT, "--tasks", "own_weather", "--include-path", task_folder]
+    options += ["--blocks", "3,1", "--every", 1, "--fresh", "--limit", 4, "--max-windows", 4]
+    expected, _ = evaluate(*options)
     monkeypatch.setattr(Architecture, "is_quantized", property(lambda self: True))
     loaded, without = [], Models.without
     monkeypatch.setattr(Models, "_load", lambda self, size, load=Models._load: loaded.append(size) or load(self, size))
@@ -208,9 +214,7 @@ def test_packed_weights_need_no_second_copy(run_sleb, tiny_llama, test_text, tas
         return model
 
     monkeypatch.setattr(Models, "without", one_at_a_time)
-    result = run_sleb("eval", tiny_llama, *options)
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found, _ = evaluate(*options)
     assert found["tasks"] == expected["tasks"]
     for ours, theirs in zip(found["texts"][0]["pruned"], expected["texts"][0]["pruned"], strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
@@ -218,44 +222,38 @@ def test_packed_weights_need_no_second_copy(run_sleb, tiny_llama, test_text, tas
     assert loaded == [(), (3,), (3, 1)]
 
 
-def test_an_interrupted_evaluation_keeps_its_finished_parts(run_sleb, tiny_llama, test_text, monkeypatch):
+def test_an_interrupted_evaluation_keeps_its_finished_parts(run_sleb, evaluate, tiny_llama, test_text, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
-    options = ["--blocks", "3", "--perplexity", test_text, "--sequence-length", 64, "--batch-size", 2, "--json"]
+    options = [tiny_llama, "--blocks", "3", "--perplexity", test_text, *SHORT, "--batch-size", 2]
     with monkeypatch.context() as patch:
         passes = count_passes(patch)
-        whole = run_sleb("eval", tiny_llama, *options, "--fresh")
+        whole, _ = evaluate(*options, "--fresh")
     shutil.rmtree(cache_root() / "evaluations")
     with monkeypatch.context() as patch:
         count_passes(patch, limit=len(passes) - 20)
-        assert run_sleb("eval", tiny_llama, *options).exit_code == 130
-    with monkeypatch.context() as patch:
-        rest = count_passes(patch)
-        resumed = run_sleb("eval", tiny_llama, *options)
-    assert resumed.stdout == whole.stdout
+        assert run_sleb("eval", *options).exit_code == 130
+    rest = count_passes(monkeypatch)
+    assert evaluate(*options)[0] == whole
     assert 0 < len(rest) < len(passes) / 2
 
 
-def test_a_broken_or_read_only_cache_does_no_harm(run_sleb, tiny_llama, test_text, tmp_path, monkeypatch):
-    options = ["--perplexity", test_text, "--sequence-length", 64, "--json"]
-    first = run_sleb("eval", tiny_llama, *options)
+def test_a_broken_or_read_only_cache_does_no_harm(evaluate, tiny_llama, test_text, tmp_path, monkeypatch):
+    options = [tiny_llama, "--perplexity", test_text, *SHORT]
+    first, _ = evaluate(*options)
     for part in (cache_root() / "evaluations").iterdir():
         part.write_bytes(b"broken")
-    assert run_sleb("eval", tiny_llama, *options).stdout == first.stdout
+    assert evaluate(*options)[0] == first
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "file"))
-    result = run_sleb("eval", tiny_llama, *options)
-    assert result.stdout == first.stdout
-    assert result.stderr.count("Results are not cached") == 1
+    found, said = evaluate(*options)
+    assert found == first
+    assert said.count("Results are not cached") == 1
 
 
-def test_results_of_several_runs_are_kept_beside_the_plan(run_sleb, llama_plan, test_text, text_file, task_folder):
-    short = ["--sequence-length", 64, "-q"]
-    for options in (
-        ["--perplexity", test_text, "--every", 1], ["--perplexity", text_file],
-        ["--tasks", "own_weather", "--include-path", task_folder],
-    ):  # fmt: skip
-        result = run_sleb("eval", llama_plan, *options, *short)
-        assert result.exit_code == 0, result.stderr
+def test_results_of_several_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_text, text_file, task_folder):
+    short = [*SHORT, "--max-windows", 4, "--limit", 4, "-q"]
+    evaluate(llama_plan, "--perplexity", test_text, "--every", 1, *short)
+    evaluate(llama_plan, "--perplexity", text_file, "--tasks", "own_weather", "--include-path", task_folder, *short)
     kept = EvalResult.model_validate_json(beside_plan(llama_plan, "eval").read_text())
     assert [text.text for text in kept.texts] == [str(test_text), str(text_file)]
     assert [len(text.pruned) for text in kept.texts] == [2, 1]
@@ -264,41 +262,38 @@ def test_results_of_several_runs_are_kept_beside_the_plan(run_sleb, llama_plan, 
     assert all((llama_plan.parent / name).is_file() for name in kept.lm_eval)
 
 
-def test_a_plan_of_another_model_keeps_nothing_beside_it(run_sleb, llama_plan, tmp_path, test_text):
+def test_a_plan_of_another_model_keeps_nothing_beside_it(evaluate, llama_plan, tmp_path, test_text):
     other = save_model(tmp_path / "other", llama_config(), seed=1)
-    options = ["--model", other, "--any-model", "--perplexity", test_text, "--sequence-length", 64]
-    assert run_sleb("eval", llama_plan, *options).exit_code == 0
+    evaluate(llama_plan, "--model", other, "--any-model", "--perplexity", test_text, *SHORT)
     assert not beside_plan(llama_plan, "eval").exists()
 
 
-def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, llama_plan, test_text, tmp_path):
-    assert run_sleb("apply", llama_plan, "-o", "out", "-q").exit_code == 0
-    options = ["--perplexity", test_text, "--sequence-length", 64]
-    applied = run_sleb("eval", "out", *options)
-    assert applied.exit_code == 0, applied.stderr
-    kept = EvalResult.model_validate_json((tmp_path / "out" / "sleb_eval.json").read_text())
-    planned = json.loads(run_sleb("eval", llama_plan, *options, "--json").stdout)
-    assert kept.texts[0].dense.perplexity == planned["texts"][0]["pruned"][0]["perplexity"]
-    assert str(tmp_path) not in (tmp_path / "out" / "sleb_eval.json").read_text()
-    assert run_sleb("eval", "out", *options).exit_code == 0
-    assert len(EvalResult.model_validate_json((tmp_path / "out" / "sleb_eval.json").read_text()).texts) == 1
+def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_plan, test_text, tmp_path):
+    assert run_sleb("apply", llama_plan, "-o", "out", "--no-verify", "-q").exit_code == 0
+    options, file = ["--perplexity", test_text, *SHORT], tmp_path / "out" / "sleb_eval.json"
+    planned, _ = evaluate(llama_plan, *options)
+    for _ in range(2):
+        evaluate("out", *options)
+        (kept,) = EvalResult.model_validate_json(file.read_text()).texts
+        assert kept.dense.perplexity == planned["texts"][0]["pruned"][0]["perplexity"]
+    assert str(tmp_path) not in file.read_text()
     # With further blocks removed, it is another model.
-    (tmp_path / "out" / "sleb_eval.json").unlink()
-    assert run_sleb("eval", "out", "--blocks", 1, *options).exit_code == 0
-    assert not (tmp_path / "out" / "sleb_eval.json").exists()
+    file.unlink()
+    evaluate("out", "--blocks", 1, *options)
+    assert not file.exists()
 
 
-def test_flips_are_shown_on_request(run_sleb, tiny_llama, task_folder):
-    options = ["--tasks", "own_weather", "--include-path", task_folder, "--blocks", "3,2,1"]
-    result = run_sleb("eval", tiny_llama, *options, "--every", 1, "--show-flips", 1, "--json")
-    flipping = [size for size in json.loads(result.stdout)["tasks"][0]["pruned"] if size["lost"] + size["gained"]]
+def test_flips_are_shown_on_request(run_sleb, evaluate, tiny_llama, task_folder):
+    options = [tiny_llama, "--tasks", "own_weather", "--include-path", task_folder, "--blocks", "3,2,1", "--every", 1]
+    data, _ = evaluate(*options, "--show-flips", 1)
+    flipping = [size for size in data["tasks"][0]["pruned"] if size["lost"] + size["gained"]]
     assert flipping
     for size in flipping:
         (flip,) = size["flips"]
         assert flip["dense"] != flip["pruned"]
-    shown = run_sleb("eval", tiny_llama, *options, "--every", 1, "--show-flips", 1)
+    shown = run_sleb("eval", *options, "--show-flips", 1)
     assert shown.stdout.count("only one model gets right") == len(flipping)
-    assert '"flips":[]' in run_sleb("eval", tiny_llama, *options, "--json").stdout.replace(" ", "")
+    assert [size["flips"] for size in evaluate(*options)[0]["tasks"][0]["pruned"]] == [[], [], []]
 
 
 @pytest.mark.parametrize(
@@ -311,6 +306,7 @@ def test_flips_are_shown_on_request(run_sleb, tiny_llama, task_folder):
         (("--tasks", "piqa", "--limit", 0), 2, "--limit"),
         (("--perplexity", "t.txt", "--max-windows", 0), 2, "--max-windows"),
         (("--perplexity", "t.txt", "--stride", 129), 2, "--stride 129 does not fit windows of 128"),
+        (("--perplexity", "t.txt", "--stride", 0), 2, "--stride 0 does not fit windows of 128"),
         (("--perplexity", "t.txt", "--batch-size", "many"), 2, "--batch-size many"),
         (("--perplexity", "t.txt", "--every", 2), 2, "--every 2 needs a plan or --blocks"),
         (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 0), 2, "--every 0 is too small"),
@@ -327,7 +323,9 @@ def test_flips_are_shown_on_request(run_sleb, tiny_llama, task_folder):
         (("--tasks", "canaries", "--stream"), 2, "--tasks needs the whole model in memory"),
     ],
 )
-def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code, message):
+def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, monkeypatch, options, code, message):
+    # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
     (tmp_path / "t.txt").write_text(prose(60))
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "bad.yaml").write_text("task: bad\n")
@@ -338,10 +336,10 @@ def test_what_cannot_be_is_refused(run_sleb, tiny_llama, tmp_path, options, code
     assert result.stdout == ""
 
 
-def test_out_of_memory_batches_are_smaller(run_sleb, tiny_llama, task_folder, text_file, monkeypatch):
-    options = ["--tasks", "own_weather", "--include-path", task_folder, "--batch-size", 4, "--json"]
-    options += ["--perplexity", text_file, "--sequence-length", 64]
-    expected = json.loads(run_sleb("eval", tiny_llama, *options, "--fresh").stdout)
+def test_out_of_memory_batches_are_smaller(evaluate, tiny_llama, task_folder, text_file, monkeypatch):
+    options = [tiny_llama, "--tasks", "own_weather", "--include-path", task_folder, "--batch-size", 4, "--fresh"]
+    options += ["--perplexity", text_file, *SHORT, "--limit", 4, "--max-windows", 8]
+    expected, _ = evaluate(*options)
     forward, refused = LlamaForCausalLM.forward, []
 
     def short_of_memory(self, input_ids=None, **options):
@@ -351,11 +349,9 @@ def test_out_of_memory_batches_are_smaller(run_sleb, tiny_llama, task_folder, te
         return forward(self, input_ids, **options)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", short_of_memory)
-    result = run_sleb("eval", tiny_llama, *options, "--fresh")
-    assert result.exit_code == 0, result.stderr
+    found, said = evaluate(*options)
     assert {2, 4} <= set(refused)
-    assert "Out of memory on cpu; continuing with" in result.stderr
-    found = json.loads(result.stdout)
+    assert "Out of memory on cpu; continuing with" in said
     assert found["tasks"] == expected["tasks"]
     assert found["texts"][0]["dense"]["losses"] == pytest.approx(expected["texts"][0]["dense"]["losses"], rel=1e-5)
 
@@ -387,32 +383,21 @@ def corpus(tmp_path):
     return corpus
 
 
-SHORT = ["--sequence-length", 32, "--json"]
+@pytest.mark.parametrize("others", [["test"], ["dev"]])  # the library `datasets` calls it validation
+def test_the_split_is_the_least_known_one_by_default(evaluate, tiny_llama, corpus, others):
+    chosen = {"test": "test", "dev": "validation"}[others[0]]
+    data, said = evaluate(tiny_llama, "--perplexity", corpus("train", *others), *SHORT)
+    assert f"No split was named, so perplexity is measured on org/corpus::{chosen}." in said
+    assert [text["text"] for text in data["texts"]] == [f"org/corpus::{chosen}"]
+    named, said = evaluate(tiny_llama, "--perplexity", f"org/corpus::{chosen}", *SHORT)
+    assert named["texts"] == data["texts"]
+    assert "No split was named" not in said
 
 
 @pytest.mark.parametrize(
     ("splits", "chosen"),
     [
-        (("train", "validation", "test"), "test"),
-        (("train", "validation"), "validation"),
-        (("train", "dev"), "validation"),  # as the library `datasets` calls it
-        (("train",), "train"),
-    ],
-)
-def test_the_split_is_the_least_known_one_by_default(run_sleb, tiny_llama, corpus, splits, chosen):
-    result = run_sleb("eval", tiny_llama, "--perplexity", corpus(*splits), *SHORT)
-    assert result.exit_code == 0, result.stderr
-    assert f"No split was named, so perplexity is measured on org/corpus::{chosen}." in result.stderr
-    (measured,) = json.loads(result.stdout)["texts"]
-    assert measured["text"] == f"org/corpus::{chosen}"
-    named = run_sleb("eval", tiny_llama, "--perplexity", f"org/corpus::{chosen}", *SHORT)
-    assert json.loads(named.stdout)["texts"] == [measured]
-    assert "No split was named" not in named.stderr
-
-
-@pytest.mark.parametrize(
-    ("splits", "chosen"),
-    [
+        (["train", "validation", "test"], "test"),
         (["train", "dev", "validation"], "validation"),
         (["train", "valid"], "valid"),
         (["train", "dev"], "dev"),
@@ -428,53 +413,44 @@ def test_splits_by_other_names(monkeypatch, splits, chosen):
     load.assert_called_once_with("org/name", "cfg", split=chosen, data_files=None)
 
 
-def test_a_named_split_and_column_count(run_sleb, tiny_llama, corpus):
+def test_a_named_split_and_column_count(evaluate, tiny_llama, corpus):
     corpus("train", "test")
-    result = run_sleb("eval", tiny_llama, "--perplexity", "org/corpus::train,org/corpus:::text", *SHORT)
-    assert result.exit_code == 0, result.stderr
-    measured = json.loads(result.stdout)["texts"]
-    assert [part["text"] for part in measured] == ["org/corpus::train", "org/corpus::test:text"]
-    assert measured[0]["tokens_sha256"] != measured[1]["tokens_sha256"]
+    data, _ = evaluate(tiny_llama, "--perplexity", "org/corpus::train,org/corpus:::text", *SHORT)
+    train, test = data["texts"]
+    assert (train["text"], test["text"]) == ("org/corpus::train", "org/corpus::test:text")
+    assert train["tokens_sha256"] != test["tokens_sha256"]
 
 
-def search_on(run_sleb, model, text):
-    result = run_sleb("search", model, "--remove", 1, *calibration(text), "-o", "found.json", "--force", "-q")
-    assert result.exit_code == 0, result.stderr
+def flattered(evaluate, subject, *texts):
+    """Return what is said of texts that may flatter, each measured on windows of 32 tokens."""
+    _, said = evaluate(subject, "--perplexity", ",".join(map(str, texts)), "--sequence-length", 32)
+    return [line for line in said.splitlines() if "may flatter" in line]
 
 
-def flattered(run_sleb, subject, text):
-    result = run_sleb("eval", subject, "--perplexity", text, *SHORT)
-    assert result.exit_code == 0, result.stderr
-    return [line for line in result.stderr.splitlines() if "may flatter" in line]
-
-
-def test_the_calibration_text_flatters(run_sleb, tiny_llama, text_file, test_text, corpus, tmp_path):
+def test_the_calibration_text_flatters(search, evaluate, tiny_llama, text_file, test_text, corpus):
     corpus("train", "test")
-    search_on(run_sleb, tiny_llama, f"{text_file}:1/2,org/corpus::train:1/2")
-    for text in (text_file, os.path.relpath(text_file), "org/corpus::train", "org/corpus::train:text"):
-        (line,) = flattered(run_sleb, "found.json", text)
-        assert f"Blocks were chosen on prose.txt:1/2,org/corpus::train:1/2, so perplexity on {text}" in line
-    for text in (test_text, "org/corpus:", "org/corpus::test"):
-        assert flattered(run_sleb, "found.json", text) == []
-    assert flattered(run_sleb, tiny_llama, text_file) == []
+    search("--remove", 1, text=f"{text_file}:1/2,org/corpus::train:1/2")
+    known = [text_file, os.path.relpath(text_file), "org/corpus::train", "org/corpus::train:text"]
+    lines = flattered(evaluate, "plan.json", *known, test_text, "org/corpus:", "org/corpus::test")
+    for text, line in zip(known, lines, strict=True):
+        assert f"Blocks were chosen on prose.txt:1/2,org/corpus::train:1/2, so perplexity on {text} " in line
+    assert flattered(evaluate, tiny_llama, text_file) == []
 
 
-def test_the_same_tokens_flatter_under_another_name(run_sleb, tiny_llama, text_file, tmp_path):
-    (tmp_path / "copy.txt").write_bytes(text_file.read_bytes())
-    windows = run_sleb("eval", tiny_llama, "--perplexity", "copy.txt", *SHORT)
-    count = json.loads(windows.stdout)["texts"][0]["windows"]
-    options = ["--calibration", text_file, "--samples", count, "--sequence-length", 32]
-    assert run_sleb("search", tiny_llama, "--remove", 1, *options, "-q").exit_code == 0
-    assert len(flattered(run_sleb, "plan.json", "copy.txt")) == 1
+def test_the_same_tokens_flatter_under_another_name(search, evaluate, tiny_llama, test_text, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes(test_text.read_bytes())
+    data, _ = evaluate(tiny_llama, "--perplexity", copy, "--sequence-length", 32)
+    search("--remove", 1, text=test_text, samples=data["texts"][0]["windows"])
+    assert len(flattered(evaluate, "plan.json", copy)) == 1
 
 
-def test_a_checkpoint_knows_the_texts_it_was_made_on(run_sleb, tiny_llama, text_file, test_text, tmp_path):
-    search_on(run_sleb, tiny_llama, text_file)
-    recovering = ["--recover", "--calibration", test_text, "--samples", 10, "--sequence-length", 32]
-    assert run_sleb("apply", "found.json", *recovering, "-o", "out", "--no-verify", "-q").exit_code == 0
-    (chosen,) = flattered(run_sleb, "out", text_file)
+def test_a_checkpoint_knows_the_texts_it_was_made_on(run_sleb, search, evaluate, text_file, test_text, tmp_path):
+    search("--remove", 1)
+    recovering = ["--recover", *calibration(test_text, 10)]
+    assert run_sleb("apply", "plan.json", *recovering, "-o", "out", "--no-verify", "-q").exit_code == 0
+    chosen, recovered = flattered(evaluate, "out", text_file, test_text)
     assert "Blocks were chosen on prose.txt" in chosen
-    (recovered,) = flattered(run_sleb, "out", test_text)
     assert "The remaining blocks were recovered on test.txt" in recovered
     (tmp_path / "out" / "sleb_plan.json").write_text("{}")
-    assert flattered(run_sleb, "out", text_file) == []
+    assert flattered(evaluate, "out", text_file) == []

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
-from conftest import calibration
+from conftest import calibration, write_task
 from gguf_models import convert_llama, metadata_of
 from reference import plain_loss
 from sleb_cli.__main__ import main
@@ -29,24 +29,6 @@ from sleb_cli.app import app
 from sleb_cli.engine.output import proof
 
 WINDOW = 64
-TASK = """task: local_piqa
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {path}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{query}}}}Answer:"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-metadata:
-  version: 1.0
-"""
-
 SUBJECTS = ("MODEL --blocks 0,7", "PLAN", "PLAN --model MODEL --any-model")
 """A plan and a list name two blocks, so that --remove 1 has something to leave out."""
 
@@ -141,57 +123,53 @@ ELSEWHERE = {
 }
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Two values that contradict each other, as patterns of the option and its words, and what is said of them."""
+Rule = tuple[str, str, str]
+"""Two values that contradict each other, as patterns of the option and its words, and what is said of them."""
 
-    one: str
-    other: str
-    sentence: str
 
-    def holds(self, values: Mapping[str, str]) -> bool:
-        """Whether both are among these values."""
-        words = [f"{option}={value}" for option, value in values.items()]
-        return all(any(re.fullmatch(pattern, word) for word in words) for pattern in (self.one, self.other))
+def holds(rule: Rule, values: Mapping[str, str]) -> bool:
+    """Whether both are among these values."""
+    words = [f"{option}={value}" for option, value in values.items()]
+    return all(any(re.fullmatch(pattern, word) for word in words) for pattern in rule[:2])
 
 
 FOLDER = "source="
 GGUF = "source=.+"
-REFUSED: dict[str, Sequence[Refused]] = {
+REFUSED: dict[str, Sequence[Rule]] = {
     "apply": (
-        Refused("recovery=(--recover (?!--heal).*)?", "resume=.+", "--resume requires --heal"),
-        Refused("recovery=", "(seed|device)=.+", "requires --recover or --heal"),
-        Refused("recovery=.*--heal.*", "stream=--stream", "--heal trains the model"),
-        Refused("recovery=.*--heal.*", "map=.+", "--heal trains, so it needs all weights on its device"),
-        Refused("stream=--stream", "map=.+", "--stream"),
-        Refused("device=.+", "map=.+", "--device-map names the devices"),
-        Refused("output=.*gguf", FOLDER, "can only be made from a GGUF file of the model"),
-        Refused("output=-o out", GGUF, "does not end in .gguf"),
-        Refused("(dtype|shards|stream|map)=.+", GGUF, "does not apply to a GGUF file"),
-        Refused("recovery=.+", GGUF, "names one of another model"),
-        Refused("subject=.*--any-model", GGUF, "--model does not apply with --source"),
+        ("recovery=(--recover (?!--heal).*)?", "resume=.+", "--resume requires --heal"),
+        ("recovery=", "(seed|device)=.+", "requires --recover or --heal"),
+        ("recovery=.*--heal.*", "stream=--stream", "--heal trains the model"),
+        ("recovery=.*--heal.*", "map=.+", "--heal trains, so it needs all weights on its device"),
+        ("stream=--stream", "map=.+", "--stream"),
+        ("device=.+", "map=.+", "--device-map names the devices"),
+        ("output=.*gguf", FOLDER, "can only be made from a GGUF file of the model"),
+        ("output=-o out", GGUF, "does not end in .gguf"),
+        ("(dtype|shards|stream|map)=.+", GGUF, "does not apply to a GGUF file"),
+        ("recovery=.+", GGUF, "names one of another model"),
+        ("subject=.*--any-model", GGUF, "--model does not apply with --source"),
     ),
     "eval": (
-        Refused("subject=MODEL", "sizes=--remove.*", "No blocks given"),
-        Refused("subject=MODEL", "sizes=--every.*", "needs a plan or --blocks"),
-        Refused("quality=.*--tasks.*", "stream=--stream", "--tasks needs the whole model in memory"),
-        Refused("stream=--stream", "map=.+", "--stream"),
-        Refused("device=.+", "map=.+", "--device-map names the devices"),
+        ("subject=MODEL", "sizes=--remove.*", "No blocks given"),
+        ("subject=MODEL", "sizes=--every.*", "needs a plan or --blocks"),
+        ("quality=.*--tasks.*", "stream=--stream", "--tasks needs the whole model in memory"),
+        ("stream=--stream", "map=.+", "--stream"),
+        ("device=.+", "map=.+", "--device-map names the devices"),
     ),
     "bench": (
-        Refused("subject=MODEL", "sizes=--remove.*", "No blocks given"),
-        Refused("subject=MODEL", "sizes=--every.*", "needs a plan or --blocks"),
-        Refused(GGUF, "estimate=", "--source requires --engine"),
-        Refused(GGUF, "estimate=.+", "--source does not apply to --estimate"),
-        Refused("hardware=.+", "estimate=", "--estimate"),
-        Refused("(cache|iterations|warmup|cooldown)=.+", "estimate=.+", "does not apply to --estimate"),
-        Refused("screen=--markdown", "estimate=.+", "--markdown does not apply to --estimate"),
-        Refused("(threads|device)=.+", "hardware=.+", "does not apply to --device-flops"),
+        ("subject=MODEL", "sizes=--remove.*", "No blocks given"),
+        ("subject=MODEL", "sizes=--every.*", "needs a plan or --blocks"),
+        (GGUF, "estimate=", "--source requires --engine"),
+        (GGUF, "estimate=.+", "--source does not apply to --estimate"),
+        ("hardware=.+", "estimate=", "--estimate"),
+        ("(cache|iterations|warmup|cooldown)=.+", "estimate=.+", "does not apply to --estimate"),
+        ("screen=--markdown", "estimate=.+", "--markdown does not apply to --estimate"),
+        ("(threads|device)=.+", "hardware=.+", "does not apply to --device-flops"),
     ),
     "export": (
-        Refused("format=--to (report|figures|summary|hf|vllm|mergekit|indices)", GGUF, "--source does not apply to"),
-        Refused("format=--to gguf", FOLDER, "Name one with --source"),
-        Refused("format=--to (report|figures|summary)", "subject=MODEL.*", "describes a plan"),
+        ("format=--to (report|figures|summary|hf|vllm|mergekit|indices)", GGUF, "--source does not apply to"),
+        ("format=--to gguf", FOLDER, "Name one with --source"),
+        ("format=--to (report|figures|summary)", "subject=MODEL.*", "describes a plan"),
     ),
 }
 
@@ -200,13 +178,13 @@ Item = tuple[str, str]
 """An option and its value."""
 
 
-def all_pairs(command: str) -> Iterator[tuple[dict[str, str], Refused | None]]:
+def all_pairs(command: str) -> Iterator[tuple[dict[str, str], Rule | None]]:
     """Yield all values of any two options, and the rule by which they contradict each other, if they do."""
     items = [(option, value) for option, values in OPTIONS[command].items() for value in values]
     for one, other in combinations(items, 2):
         if one[0] != other[0]:
             values = dict((one, other))
-            yield values, next((rule for rule in REFUSED[command] if rule.holds(values)), None)
+            yield values, next((rule for rule in REFUSED[command] if holds(rule, values)), None)
 
 
 def covering(command: str) -> Iterator[dict[str, str]]:
@@ -293,10 +271,9 @@ def trained(request, shared_data, tmp_path_factory):
     text.write_text((shared_data / "text" / "enwiki_test.txt").read_text()[:20_000])
     words = ["search", folder, "--remove", 2, "--metric", "magnitude", "--strategy", "oneshot", "--sample-tokens", 0]
     assert main([str(word) for word in [*words, *calibration(text, 1, 8), "-o", plan, "-q"]]) == 0
-    tasks = place / "tasks"
-    tasks.mkdir()
-    (tasks / "local_piqa.yaml").write_text(TASK.format(path=shared_data / "tasks" / "piqa.jsonl"))
-    arguments = {"MODEL": folder, "PLAN": plan, "TEXT": text, "TASKS": tasks}
+    items = map(json.loads, (shared_data / "tasks" / "piqa.jsonl").read_text().splitlines())
+    write_task(place / "tasks", "local_piqa", items, doc_to_text="{{query}}Answer:")
+    arguments = {"MODEL": folder, "PLAN": plan, "TEXT": text, "TASKS": place / "tasks"}
     if request.param == "smollm2":
         arguments["GGUF"] = convert_llama(folder, place / "model.gguf", Type.F16)
     return Trained(folder, arguments, {})
@@ -315,10 +292,10 @@ def test_options_together(run_sleb, trained, tmp_path, monkeypatch, without_memo
     arguments = {**trained.arguments, "PLAN": shutil.copy(trained.arguments["PLAN"], tmp_path)}
     words = [str(arguments.get(word, word)) for word in words]
     result = run_sleb(command, *words)
-    if rules := [rule for rule in (*REFUSED[command], *refused_by(trained)) if rule.holds(values)]:
+    if rules := [rule for rule in (*REFUSED[command], *refused_by(trained)) if holds(rule, values)]:
         said = " ".join(result.stderr.split())
         assert result.exit_code == 2
-        assert any(rule.sentence in said for rule in rules), said
+        assert any(sentence in said for _, _, sentence in rules), said
         return
     if result.exit_code == 4 and "float16" in words and trained.overflows_float16:
         assert re.search("NaN|nan|infinity", result.stderr), result.stderr
@@ -330,21 +307,17 @@ def test_options_together(run_sleb, trained, tmp_path, monkeypatch, without_memo
 
 def refused_by(trained):
     """Return what this model refuses, beyond what contradicts itself."""
-    if AutoTokenizer.from_pretrained(trained.folder).chat_template:
-        return []
-    return [Refused("chat=.+", "quality=.*--tasks.*", "chat template")]
+    has_template = AutoTokenizer.from_pretrained(trained.folder).chat_template
+    return [] if has_template else [("chat=.+", "quality=.*--tasks.*", "chat template")]
 
 
 def removed_by(trained, values):
     """Return the blocks that go, in order."""
-    subject = values["subject"]
-    named = re.search("--blocks (\\S+)", subject)
-    if named:
+    if named := re.search("--blocks (\\S+)", values["subject"]):
         blocks = [int(block) for block in named[1].split(",")]
-    elif subject == "MODEL":
-        blocks = []
     else:
-        blocks = json.loads(Path(trained.arguments["PLAN"]).read_text())["removals"]
+        plan = json.loads(Path(trained.arguments["PLAN"]).read_text())
+        blocks = [] if values["subject"] == "MODEL" else plan["removals"]
     return blocks[:1] if values.get("remove") else blocks
 
 

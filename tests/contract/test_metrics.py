@@ -1,19 +1,20 @@
 """All four kinds of metric, in a real search, against arithmetic of our own."""
 
 import importlib.metadata
-import json
 import math
 import random
 import re
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sleb_plugins as sleb
-from conftest import WORDS, calibration, calibration_sequences, save_model
+from conftest import WORDS, calibration, calibration_sequences, save_model, write_task
 from families import tiny_config
 from sleb_cli import plugin_manager
 from sleb_cli.engine.forward import gradients
@@ -270,7 +271,9 @@ def test_kl_is_zero_for_the_same_and_bears_masked_tokens():
 
 
 def test_random_depends_on_the_seed_and_the_number_alone(found):
-    plans = {metric: found(metric) for metric in ("random", "random:0", "random:7", "magnitude+random:7")}
+    plans = {
+        metric: found(metric, "--remove", 1) for metric in ("random", "random:0", "random:7", "magnitude+random:7")
+    }
     assert plans["random"].steps == plans["random:0"].steps != plans["random:7"].steps
     for number, score in plans["random:7"].steps[0].scores.items():
         assert 0 <= score == metrics.RandomScore(7).score_block(None, number) < 1
@@ -281,14 +284,15 @@ def test_random_depends_on_the_seed_and_the_number_alone(found):
     ("text", "engine"), [("nll+0.5*kl", "fork"), ("2*cosine+angular", "fork"), ("taylor+1e-3*magnitude", "weights")]
 )
 def test_a_sum_is_the_sum_of_its_metrics(found, text, engine):
-    plan, terms = found(text), [(term.weight, found(term.name).steps[0].scores) for term in parse_terms(text)]
-    expected = {block: sum(weight * scores[block] for weight, scores in terms) for block in (1, 2, 3, 4)}
+    plan, terms = found(text, "--remove", 1), parse_terms(text)
+    scores = [(term.weight, found(term.name, "--remove", 1).steps[0].scores) for term in terms]
+    expected = {block: sum(weight * of_term[block] for weight, of_term in scores) for block in (1, 2, 3, 4)}
     assert plan.steps[0].scores == pytest.approx(expected, rel=1e-4)
     assert (plan.search.engine, plan.search.metric) == (engine, text.replace("1e-3", "0.001"))
 
 
 def test_a_sum_of_logit_metrics_races(found):
-    settings = ["--samples", 16, "--strategy", "refine", "--batch-size", 1]
+    settings = ["--samples", 16, "--batch-size", 1]
     exact, raced = found("nll + 0.5*kl", *settings), found("nll+0.5*kl", *settings, "--fast")
     assert exact.removals == raced.removals
     assert any(step.race.dropped for step in raced.steps)
@@ -330,15 +334,9 @@ class TestTask:
     @pytest.fixture(autouse=True)
     def _task(self, tmp_path):
         """Twelve items, of two answers each, of which the longer is right."""
-        rng = random.Random(0)
-        items = [{"q": " ".join(rng.choices(WORDS, k=4)), "a": ["mill", "river bridge"], "gold": 1} for _ in range(12)]
-        (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-        (tmp_path / "mine.yaml").write_text(
-            f"task: my_task\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'items.jsonl'}\n"
-            'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{q}}"\ndoc_to_choice: "{{a}}"\n'
-            'doc_to_target: "{{gold}}"\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n'
-        )
-        self.items = items
+        rng, answers = random.Random(0), ["mill", "river bridge"]
+        self.items = [{"q": " ".join(rng.choices(WORDS, k=4)), "choices": answers, "gold": 1} for _ in range(12)]
+        write_task(tmp_path, "mine", self.items, metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
 
     @torch.no_grad()
     def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama, tmp_path):
@@ -356,41 +354,40 @@ class TestTask:
         assert set(plan.steps[0].scores) == {1, 2, 3, 4}
         for block, score in plan.steps[0].scores.items():
             model.model.layers = nn.ModuleList(layers[:block] + layers[block + 1 :])
-            wrong = [likelihood(i["q"], i["a"][1]) <= likelihood(i["q"], i["a"][0]) for i in self.items[:9]]
+            wrong = [likelihood(item["q"], "river bridge") <= likelihood(item["q"], "mill") for item in self.items[:9]]
             assert score == pytest.approx(sum(wrong) / 9)
         assert "%|" not in result.stderr
 
-    @pytest.mark.parametrize("change", ["a setting", "an item", "lm-eval", "nothing"])
+    @pytest.mark.parametrize("change", ["settings", "items", "lm-eval", None])
     def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch, change):
-        task, items = tmp_path / "mine.yaml", tmp_path / "items.jsonl"
+        task, items = tmp_path / "mine.yaml", tmp_path / "mine.jsonl"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
-            search("task:mine.yaml:9", "--remove", 1)
-        if change == "a setting":
+            search("task:mine.yaml:3", "--remove", 1)
+        if change == "settings":
             task.write_text(task.read_text().replace("{{q}}", "Q: {{q}}"))
-        elif change == "an item":
+        elif change == "items":
             items.write_text(items.read_text().replace('"gold": 1', '"gold": 0', 1))
         elif change == "lm-eval":
             version = importlib.metadata.version
             monkeypatch.setattr(
                 "importlib.metadata.version", lambda name: "9.9" if name == "lm_eval" else version(name)
             )
-        result = search("task:mine.yaml:9", "--remove", 1, "--resume", code=0 if change == "nothing" else 3)
-        if change == "nothing":
+        result = search("task:mine.yaml:3", "--remove", 1, "--resume", code=3 if change else 0)
+        if change is None:
             assert "Continuing with the" in result.stderr
             return
-        told = re.search(r"search.metrics.task:mine.yaml:9.fingerprint: (.*), not (.*)\)", result.stderr)
+        told = re.search(r"search.metrics.task:mine.yaml:3.fingerprint: (.*), not (.*)\)", result.stderr)
         parts = [text.split(", ") for text in told.groups()]
-        differing = [new.split()[0] for new, old in zip(*parts, strict=True) if new != old]
-        assert differing == [{"a setting": "settings", "an item": "items"}.get(change, change)]
+        assert [new.split()[0] for new, old in zip(*parts, strict=True) if new != old] == [change]
 
     def test_an_item_that_is_not_run_may_change(self, tmp_path):
         def fingerprint(items):
             return TaskError().with_argument(f"{tmp_path / 'mine.yaml'}:{items}").fingerprint()
 
         before = fingerprint(9), fingerprint(12)
-        *lines, last = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / "items.jsonl").write_text("".join([*lines, last.replace('"gold": 1', '"gold": 0')]))
+        *lines, last = (tmp_path / "mine.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "mine.jsonl").write_text("".join([*lines, last.replace('"gold": 1', '"gold": 0')]))
         after = fingerprint(9), fingerprint(12)
         assert before[0] == after[0]
         assert before[1] != after[1]
@@ -398,13 +395,14 @@ class TestTask:
     @pytest.mark.parametrize(
         ("metric", "message"),
         [
-            # lm-eval reads its whole index; `sleb eval --tasks` does, too, in every run.
-            pytest.param("task:piqqa", "lm-eval has no task 'piqqa'", marks=pytest.mark.slow),
+            ("task:piqqa", "lm-eval has no task 'piqqa'"),
             ("task:gone.yaml", "The task file gone.yaml cannot be read"),
             ("task:items.yaml", "names no task"),
         ],
     )
-    def test_a_missing_task_is_named_before_the_model_is_loaded(self, search, tmp_path, metric, message):
+    def test_a_missing_task_is_named_before_the_model_is_loaded(self, search, tmp_path, monkeypatch, metric, message):
+        # To say that it has no such task, lm-eval reads all of them, which takes ten seconds.
+        monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
         (tmp_path / "items.yaml").write_text("dataset_path: json\n")
         result = search(metric, code=5)
         assert message in result.stderr

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
+from sleb_cli.events import ignore
 from sleb_cli.plan import CalibrationRecord, LossesRecord, RecoveryRecord
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins.config_keys import kept_blocks
@@ -47,17 +47,12 @@ dtypes = st.sampled_from(DTYPES)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Architectures by family and data type, saved once each."""
-    place, made = tmp_path_factory.mktemp("properties"), {}
 
+    @cache
     def of(model_type: str, dtype: torch.dtype) -> Architecture:
-        if (model_type, dtype) not in made:
-            config = tiny_config(model_type, dtype=dtype)
-            folder = save_model(place / f"{model_type}-{dtype}".replace("torch.", ""), config)
-            model = AutoModelForCausalLM.from_pretrained(folder).to(dtype)
-            model.save_pretrained(folder)
-            source = locate_model(str(folder), lambda event: None)
-            made[model_type, dtype] = read_architecture(source, load_plugins(), lambda event: None)
-        return made[model_type, dtype]
+        folder = save_model(tmp_path_factory.mktemp(model_type), tiny_config(model_type, dtype=dtype))
+        AutoModelForCausalLM.from_pretrained(folder).to(dtype).save_pretrained(folder)
+        return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
 
     return of
 
@@ -66,20 +61,20 @@ def tokens(seed: int, sequences: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(2, 300, (sequences, length), generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=40, **LIMITS)
+@settings(max_examples=20, **LIMITS)
 @given(model_type=families, dtype=dtypes, gone=removals, seed=st.integers(0, 99))
 def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dtype, gone, seed):
     """Blocks switched off in memory, weights shared with the dense model, the files, and stock transformers agree."""
     architecture, ids = models(model_type, dtype), tokens(seed)
     surgery = plan_surgery(architecture, gone)
-    with working_folder() as folder, torch.inference_mode():
-        apply_removals(Subject(surgery, None), Delivery(folder / "out", verify=False), lambda event: None)
-        dense = load_dense(architecture, dtype, CPU, lambda event: None)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        apply_removals(Subject(surgery, None), Delivery(Path(folder) / "out", verify=False), ignore)
+        dense = load_dense(architecture, dtype, CPU, ignore)
         with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
             skipped = skippable.logits(ids, gone)
-        shared = load_pruned(surgery, dtype, CPU, lambda event: None, dense=dense)
-        read = load_pruned(surgery, dtype, CPU, lambda event: None)
-        written = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=dtype).eval()
+        shared = load_pruned(surgery, dtype, CPU, ignore, dense=dense)
+        read = load_pruned(surgery, dtype, CPU, ignore)
+        written = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=dtype).eval()
         assert written.dtype is dtype
         for model in (shared, read, written):
             found = model(input_ids=ids, use_cache=False).logits
@@ -87,7 +82,7 @@ def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dty
             torch.testing.assert_close(found, skipped, atol=tolerance, rtol=0)
 
 
-@settings(max_examples=8, **LIMITS)
+@settings(max_examples=4, **LIMITS)
 @given(
     model_type=st.sampled_from(["llama", "opt", "gemma2", "mixtral"]), dtype=dtypes, gone=removals,
     seed=st.integers(0, 99), float64=st.booleans(), device=st.sampled_from(["sim:0", "sim:1"]),
@@ -105,11 +100,11 @@ def test_every_device_has_the_cpus_numbers(models, model_type, dtype, gone, seed
 def all_about(surgery: Surgery, dtype: torch.dtype, device: torch.device, ids: torch.Tensor) -> list[torch.Tensor]:
     """Return the logits of the pruned model, its loss and divergence, and the scores of every candidate."""
     architecture = surgery.architecture
-    dense = load_dense(architecture, dtype, device, lambda event: None)
-    pruned = load_pruned(surgery, dtype, device, lambda event: None, dense=dense)
+    dense = load_dense(architecture, dtype, device, ignore)
+    pruned = load_pruned(surgery, dtype, device, ignore, dense=dense)
     ids = ids.to(device)
     with torch.inference_mode(), SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
-        passes, _ = prepare_passes(skippable, ids, lambda event: None, memory=lambda device: 10**9)
+        passes, _ = prepare_passes(skippable, ids, ignore, memory=lambda device: 10**9)
         found = passes.score(NegativeLogLikelihood(), (), [(0, list(range(BLOCKS)))])
         scores = {block: scores for _, block, scores in found}
         compared = losses(Variant(skippable, surgery.removals), Variant(skippable), ids)
@@ -117,24 +112,15 @@ def all_about(surgery: Surgery, dtype: torch.dtype, device: torch.device, ids: t
     return [logits, torch.tensor(compared), torch.tensor([scores[block] for block in range(BLOCKS)])]
 
 
-@contextlib.contextmanager
-def working_folder():
-    folder = Path(tempfile.mkdtemp())
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-@settings(max_examples=24, **LIMITS)
+@settings(max_examples=10, **LIMITS)
 @given(model_type=st.sampled_from(["llama", "opt", "gpt2", "gemma2", "phi"]), gone=removals, seed=st.integers(0, 99))
 def test_recovered_is_never_worse_on_the_text_that_decides(models, model_type, gone, seed):
     architecture = models(model_type, torch.float32)
-    model = load_dense(architecture, torch.float32, CPU, lambda event: None)
+    model = load_dense(architecture, torch.float32, CPU, ignore)
     train, deciding = tokens(seed, 12), tokens(seed + 1, 4)
     with SkippableModel(model, architecture.blocks_of(model)) as skippable:
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-        values, record = recover_in_closed_form(skippable, gone, train, deciding, lambda event: None)
+        values, record = recover_in_closed_form(skippable, gone, train, deciding, ignore)
         assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
         pruned = losses(Variant(skippable, gone), Variant(skippable), deciding)
         recovered = losses(Variant(skippable, gone, values), Variant(skippable), deciding)

@@ -10,7 +10,7 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
 from sleb_cli.engine.text.chat import cut_conversations, require_template
-from sleb_cli.engine.text.sources import Conversations, calibration_conversations
+from sleb_cli.engine.text.sources import calibration_conversations
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest
 from sleb_plugins import DataError, UsageError
@@ -39,8 +39,8 @@ def tokenizer_with(template):
 
 
 def cut(template, conversations, length, *, answers, asked=None):
-    source = Conversations("chat.jsonl", conversations)
-    return cut_conversations(tokenizer_with(template), source, length, answers=answers, asked=asked)
+    tokenizer = tokenizer_with(template)
+    return cut_conversations(tokenizer, conversations, "chat.jsonl", length, answers=answers, asked=asked)
 
 
 def written(tokenizer, conversation):
@@ -90,6 +90,7 @@ LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "conte
     ("template", "conversation", "length", "options", "message"),
     [
         (PLAIN, LONG, 40, {"answers": True}, "too few for a sequence of 40 with an answer in it"),
+        (PLAIN, None, 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
         (PLAIN, LONG, 4000, {}, r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"),
         (PLAIN, LONG, 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
         ("{{ raise_exception('no user') }}", CONVERSATION, 40, {}, r"conversation of chat\.jsonl: no user"),
@@ -98,7 +99,7 @@ LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "conte
 )
 def test_conversations_that_cannot_be_cut_are_refused(template, conversation, length, options, message):
     with pytest.raises(DataError, match=message):
-        cut(template, [conversation], length, **{"answers": False} | options)
+        cut(template, [conversation] if conversation else [], length, **{"answers": False} | options)
 
 
 def test_a_tokenizer_without_a_template_is_refused():
@@ -129,15 +130,12 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
         calibration_conversations("chat.jsonl", tokens=10, seed=0)
-    (tmp_path / "chat.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="is empty"):
-        calibration_conversations("chat.jsonl", tokens=10, seed=0)
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):
     rows = datasets.Dataset.from_dict({"messages": [CONVERSATION] * 50, "other": [[]] * 50})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
-    found = calibration_conversations("org/chat", tokens=30, seed=0).content
+    found = calibration_conversations("org/chat", tokens=30, seed=0)
     characters = sum(len(message["content"]) for message in CONVERSATION)
     assert found == [CONVERSATION] * -(-30 * 8 // characters)
     with pytest.raises(DataError, match="A row of org/chat:train:other cannot be read: messages"):

@@ -27,9 +27,9 @@ def refused(words):
 def test_generation_ignores_the_models_own_settings(model, monkeypatch):
     tokenizer = train_tokenizer(bos=True)
     settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
-    expected = generate_own_text(model, tokenizer, settings, bos=True, notify=ignore)
+    expected = generate_own_text(model, tokenizer, settings, notify=ignore)
     model.generation_config = PENALISED
-    assert torch.equal(generate_own_text(model, tokenizer, settings, bos=True, notify=ignore), expected)
+    assert torch.equal(generate_own_text(model, tokenizer, settings, notify=ignore), expected)
     assert model.generation_config is PENALISED
 
     def broken(*args, **kwargs):

@@ -39,17 +39,13 @@ OTHER_SETTINGS = [
 
 
 def text(name, sizes, perplexity=10.0, tokens=None):
-    pruned = [
-        PrunedTextScores(
-            **SCORES, perplexity=perplexity + len(size), removals=size, log_ratio=0.1, standard_error=None,
-            interval=None, divergence=APART,
-        )
-        for size in sizes
-    ]  # fmt: skip
+    apart = {"log_ratio": 0.1, "standard_error": None, "interval": None, "divergence": APART}
     return TextResult(
         text=name, windows=1, sequence_length=8, stride=None, bos="none", tokens=7, words=3, bytes=9, clusters=1,
         clustered_by="windows", tokens_sha256=tokens or name, dense=TextScores(**SCORES, perplexity=perplexity),
-        pruned=tuple(pruned),
+        pruned=tuple(
+            PrunedTextScores(**SCORES, **apart, perplexity=perplexity + len(size), removals=size) for size in sizes
+        ),
     )  # fmt: skip
 
 
@@ -76,11 +72,11 @@ def timed(seconds, *sizes, **changes):
 
 
 def benchmark(*workloads, **changes):
-    def size(removals):
-        return ModelSize(removals=removals, blocks=6, parameters=6, weights_bytes=4, load_seconds=None)
-
     sizes = dict.fromkeys(timing.removals for found in workloads for timing in found.pruned)
-    given = {"kind": "bench", "threads": 2, "governor": None, "dense": size(()), "pruned": tuple(map(size, sizes))}
+    dense, *pruned = (
+        ModelSize(removals=size, blocks=6, parameters=6, weights_bytes=4, load_seconds=None) for size in ((), *sizes)
+    )
+    given = {"kind": "bench", "threads": 2, "governor": None, "dense": dense, "pruned": tuple(pruned)}
     return BenchResult(**(HEADER | given | {"workloads": workloads} | changes))
 
 
@@ -101,18 +97,17 @@ def test_texts_and_sizes_of_two_runs_are_both_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "changes"),
-    [(evaluation, evaluation, change) for change in [*OTHER_SETTINGS, {"behavior": "other"}, {"sleb_version": "1"}]]
-    + [(benchmark, benchmark, change) for change in [*OTHER_SETTINGS, {"threads": 1}]],
+    ("new", "changes"),
+    [(evaluation, change) for change in [*OTHER_SETTINGS, {"behavior": "other"}, {"sleb_version": "1"}]]
+    + [(benchmark, change) for change in [*OTHER_SETTINGS, {"threads": 1}]],
 )
-def test_results_in_another_setting_are_moved_aside(tmp_path, old, new, changes):
+def test_results_in_another_setting_are_moved_aside(tmp_path, new, changes):
     file, heard = tmp_path / "kept.json", []
-    first, second = old(), new(**changes)
-    keep_result(first, file, heard.append)
-    assert keep_result(second, file, heard.append) == second
+    keep_result(new(), file, heard.append)
+    assert keep_result(new(**changes), file, heard.append) == new(**changes)
     assert "kept.json holds results of another model or in another setting" in heard[0].text
     assert "kept.json is now kept.json.old" in heard[1].text
-    assert read_kept(type(first), tmp_path / "kept.json.old", heard.append) == first
+    assert read_kept(type(new()), tmp_path / "kept.json.old", heard.append) == new()
 
 
 def test_a_file_that_cannot_be_read_is_moved_aside(tmp_path):

@@ -60,8 +60,7 @@ def test_if_the_cache_does_not_work_the_text_is_the_same(fault, monkeypatch):
 
 
 def test_it_ends_where_the_text_ends():
-    tokenizer = train_tokenizer(bos=False)
-    model = random_model(llama_config(3))
+    tokenizer, model = train_tokenizer(bos=False), random_model(llama_config(3))
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all tokens are as likely: the first one is taken
     tokenizer.eos_token = "<s>"
@@ -72,9 +71,8 @@ def test_it_ends_where_the_text_ends():
 
 @pytest.mark.parametrize("case", ["no tokens", "strange tokens", "no room", "does not run"])
 def test_a_model_that_cannot_generate_gets_a_notice(case, monkeypatch):
-    tokenizer, model = train_tokenizer(bos=False), random_model(llama_config(3))
-    if case == "strange tokens":
-        model = random_model(llama_config(3, vocab_size=30))
+    tokenizer = train_tokenizer(bos=False)
+    model = random_model(llama_config(3, **({"vocab_size": 30} if case == "strange tokens" else {})))
     if case == "does not run":
         broken = UnsupportedModelError("llama does not run.", hint="")
         monkeypatch.setattr(SkippableModel, "logits", Mock(side_effect=broken))

@@ -55,4 +55,4 @@ def test_a_model_without_finite_logits_writes_no_text():
         model.model.norm.weight.fill_(torch.nan)
     settings = CalibrationSettings("self", parse_mixture("self"), 3, 24, 0, None, samples_given=True)
     with pytest.raises(UnsupportedModelError, match="cannot generate text: a row of probabilities sums to nan"):
-        generate_own_text(model, train_tokenizer(bos=True), settings, bos=True, notify=lambda event: None)
+        generate_own_text(model, train_tokenizer(bos=True), settings, notify=lambda event: None)

@@ -1,8 +1,8 @@
 """Tasks of lm-eval on dense and pruned models: on results made by hand, and on tiny models."""
 
 import importlib.metadata
+import io
 import json
-import os
 import random
 import shutil
 from pathlib import Path
@@ -10,12 +10,11 @@ from pathlib import Path
 import lm_eval
 import pytest
 import yaml
-from lm_eval.loggers import EvaluationTracker
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import WORDS, write_task
-from sleb_cli.engine.quality.lm_eval_files import merge_results, write_lm_eval_results
-from sleb_cli.engine.quality.lm_eval_tasks import require_task, task_manager
+from sleb_cli.engine.quality.lm_eval_files import write_lm_eval_results
+from sleb_cli.engine.quality.lm_eval_tasks import task_manager
 from sleb_cli.engine.quality.tasks import (
     PRESETS,
     compare_task,
@@ -30,18 +29,10 @@ from sleb_plugins import DataError, ModelError, OutputError, UsageError
 
 
 def sample(number, score, *, metric="acc", filtered="none", **changes):
-    return {
-        "doc_id": number,
-        "filter": filtered,
-        "metrics": [metric],
-        "doc_hash": f"d{number}",
-        "prompt_hash": f"p{number}",
-        "target_hash": f"t{number}",
-        "arguments": [[f"Q{number}:", " cold"], [f"Q{number}:", " warm"]],
-        "filtered_resps": [[-1.0, False], [-2.0, False]],
-        "target": 0,
-        metric: score,
-    } | changes
+    hashes = {f"{part}_hash": f"{part[0]}{number}" for part in ("doc", "prompt", "target")}
+    answers = {"arguments": [[f"Q{number}:", " cold"], [f"Q{number}:", " warm"]], "target": 0}
+    answers["filtered_resps"] = [[-1.0, False], [-2.0, False]]
+    return {"doc_id": number, "filter": filtered, "metrics": [metric], metric: score} | hashes | answers | changes
 
 
 def results_of(samples, values=None, *, task="weather", metric="acc", higher_is_better=True, output_type="x"):
@@ -69,43 +60,26 @@ def one_pruned(dense, pruned, show_flips=0):
 
 def test_right_and_wrong_answers_are_compared_item_by_item():
     before, after = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 1.0, 0.0, 0.0)
-    result, pruned = one_pruned(binary(*before), binary(*after))
-    assert (result.task, result.metric, result.filter) == ("weather", "acc", "none")
-    assert (result.version, result.num_fewshot, result.higher_is_better) == ("1.0", 2, True)
-    assert result.doc_ids == (0, 1, 2, 3, 4, 5)
-    assert result.dense.items == before
-    assert result.dense.interval == wilson_interval(4, 6)
-    assert pruned.removals == (2, 1)
-    assert pruned.items == after
-    assert pruned.interval == wilson_interval(2, 6)
-    assert pruned.retention == pytest.approx(0.5)
-    assert pruned.difference == pytest.approx(-2 / 6)
+    without = binary(*after)
+    random.Random(0).shuffle(without["samples"]["weather"])  # items are matched by their ids
+    result, pruned = one_pruned(binary(*before), without)
+    assert (result.task, result.metric, result.filter, result.version) == ("weather", "acc", "none", "1.0")
+    assert (result.num_fewshot, result.higher_is_better, result.doc_ids) == (2, True, (0, 1, 2, 3, 4, 5))
+    assert (result.dense.items, result.dense.interval) == (before, wilson_interval(4, 6))
+    assert (pruned.removals, pruned.items, pruned.interval) == ((2, 1), after, wilson_interval(2, 6))
+    assert (pruned.retention, pruned.difference) == pytest.approx((0.5, -2 / 6))
     assert pruned.standard_error == pytest.approx(paired_difference(before, after).standard_error)
     assert pruned.difference_interval.low < -2 / 6 < pruned.difference_interval.high
-    assert (pruned.lost, pruned.gained) == (3, 1)
-    assert pruned.mcnemar_p == mcnemar(3, 1)
+    assert (pruned.lost, pruned.gained, pruned.mcnemar_p) == (3, 1, mcnemar(3, 1))
     assert pruned.items_needed > 10_000
 
 
-def test_items_are_matched_by_their_ids_in_any_order():
-    dense, pruned = binary(1.0, 0.0, 1.0, 1.0), binary(1.0, 1.0, 0.0, 1.0)
-    expected = compare_task(dense, [((1,), pruned)])
-    random.Random(0).shuffle(pruned["samples"]["weather"])
-    assert compare_task(dense, [((1,), pruned)]) == expected
-
-
-@pytest.mark.parametrize(
-    ("samples", "message"),
-    [
-        ([sample(0, 1.0), sample(1, 0.0, doc_hash="x")], "Item 1 of weather did not have the same content"),
-        ([sample(0, 1.0), sample(1, 0.0, prompt_hash="x")], "Item 1 of weather did not have the same prompt"),
-        ([sample(0, 1.0), sample(1, 0.0, target_hash="x")], "Item 1 of weather did not have the same answer"),
-        ([sample(0, 1.0), sample(1, 0.0), sample(2, 1.0)], "did not see the same items of weather"),
-    ],
-)
-def test_other_items_are_never_paired(samples, message):
-    with pytest.raises(DataError, match=message):
-        compare_task(binary(1.0, 0.0), [((1,), results_of(samples))])
+@pytest.mark.parametrize("change", [{"doc_hash": "x"}, {"prompt_hash": "x"}, {"target_hash": "x"}, {"doc_id": 2}])
+def test_other_items_and_infinite_values_are_refused(change):
+    with pytest.raises(DataError, match="did not see the same items of weather"):
+        one_pruned(binary(1.0, 0.0), results_of([sample(0, 1.0), sample(1, 0.0, **change)]))
+    with pytest.raises(ModelError, match="acc of weather is inf"):
+        one_pruned(binary(1.0), results_of([sample(0, 1.0)], {"acc,none": float("inf")}))
 
 
 @pytest.mark.parametrize(
@@ -158,12 +132,6 @@ def test_each_filter_has_its_own_items():
     assert all(result.doc_ids == (0, 1) for result in found.values())
 
 
-def test_an_infinite_metric_is_refused():
-    broken = results_of([sample(0, 1.0)], {"acc,none": float("inf")})
-    with pytest.raises(ModelError, match="acc of weather is inf"):
-        compare_task(binary(1.0), [((1,), broken)])
-
-
 def group(children, value, tasks):
     """Results of a group of these tasks, merged, whose accuracy is `value`."""
     merged = {key: {} for key in tasks[0]}
@@ -180,34 +148,32 @@ def group(children, value, tasks):
     "children", [{"climate": ["rain", "sun"]}, {"climate": ["inner", "sun"], "inner": ["rain"]}], ids=["flat", "nested"]
 )
 def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
-    scores = {
-        "dense": {"rain": (1.0, 1.0, 0.0, 1.0, 1.0, 0.0), "sun": (1.0, 0.0, 1.0)},
-        "pruned": {"rain": (0.0, 1.0, 0.0, 0.0, 1.0, 1.0), "sun": (0.0, 0.0, 1.0)},
-    }
+    scores = [
+        {"rain": (1.0, 1.0, 0.0, 1.0, 1.0, 0.0), "sun": (1.0, 0.0, 1.0)},
+        {"rain": (0.0, 1.0, 0.0, 0.0, 1.0, 1.0), "sun": (0.0, 0.0, 1.0)},
+    ]
     shares = {"rain": 6 / 9, "sun": 3 / 9} if by_size else {"rain": 0.5, "sun": 0.5}
-    found = {}
-    for model, of_model in scores.items():
-        value = sum(shares[name] * sum(items) / len(items) for name, items in of_model.items())
-        found[model] = group(children, value, [binary(*items, task=name) for name, items in of_model.items()])
-    result = compare_task(found["dense"], [((1,), found["pruned"])])[-1]
+    dense, without = (
+        group(
+            children,
+            sum(shares[name] * sum(items) / len(items) for name, items in of_model.items()),
+            [binary(*items, task=name) for name, items in of_model.items()],
+        )
+        for of_model in scores
+    )
+    result = compare_task(dense, [((1,), without)])[-1]
     assert (result.task, result.doc_ids, result.items_sha256) == ("climate", (), None)
     (pruned,) = result.pruned
-    changes = {name: paired_difference(scores["dense"][name], scores["pruned"][name]) for name in shares}
+    changes = {name: paired_difference(scores[0][name], scores[1][name]) for name in shares}
     assert pruned.difference == pytest.approx(sum(shares[name] * change.mean for name, change in changes.items()))
     variance = sum((shares[name] * change.standard_error) ** 2 for name, change in changes.items())
     assert pruned.standard_error == pytest.approx(variance**0.5)
     assert pruned.difference_interval.low < pruned.difference < pruned.difference_interval.high
     assert pruned.lost is None
-
-
-def test_a_group_that_is_no_mean_has_a_difference_alone():
-    children = {"climate": ["rain", "sun"]}
-    dense, pruned = (
-        group(children, value, [binary(1.0, 0.0, task="rain"), binary(0.0, task="sun")]) for value in (0.9, 0.3)
-    )
-    scores = compare_task(dense, [((1,), pruned)])[-1].pruned[0]
-    assert scores.difference == pytest.approx(-0.6)
-    assert scores.standard_error is None
+    # A value that is no mean of its tasks has a difference alone.
+    dense["results"]["climate"]["acc,none"], without["results"]["climate"]["acc,none"] = 0.9, 0.3
+    pruned = compare_task(dense, [((1,), without)])[-1].pruned[0]
+    assert (pruned.difference, pruned.standard_error) == (pytest.approx(-0.6), None)
 
 
 WARM = {"filtered_resps": [[-3.0, False], [-2.5, True]]}
@@ -252,8 +218,10 @@ def test_what_a_flip_tells(kind, metric, arguments, answers, expected):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A multiple-choice task with examples, a written one graded by code of its own, and a group."""
+    # To find a group, lm-eval reads all its tasks, which takes ten seconds.
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(Path(lm_eval.__file__).parent / "tasks/piqa/none"))
     folder, rng = tmp_path / "tasks", random.Random(0)
     rows = [
         {"q": " ".join(rng.choices(WORDS, k=5)), "choices": rng.sample(WORDS, 2), "gold": rng.randint(0, 1)}
@@ -303,10 +271,9 @@ def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name,
 
 
 def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
-    alone = task_of(folder).run(*loaded)["results"]["own_chosen"]["acc,none"]
     results = task_of(folder, "own_both").run(*loaded)
     found = {result.task: result for result in compare_task(results, [((1,), results)])}
-    assert found["own_both"].dense.value == found["own_chosen"].dense.value == alone
+    assert found["own_both"].dense.value == found["own_chosen"].dense.value
     assert found["own_both"].pruned[0].standard_error == 0
 
 
@@ -326,40 +293,38 @@ def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
 
 
 def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, monkeypatch):
-    first = task_of(folder).fingerprint()
-    assert first == task_of(folder).fingerprint()
-    options = ({"limit": 3}, {"num_fewshot": 1}, {"apply_chat_template": True}, {"batch_size": 2})
-    changed = [task_of(folder, **option).fingerprint() for option in options]
+    def now(**options):
+        return task_of(folder, **options).fingerprint() + versions_behind_lm_eval()
+
+    def edit(name, old, new):
+        (folder / name).write_text((folder / name).read_text().replace(old, new))
+
+    found = [now(), *(now(**{name: 1}) for name in ("limit", "num_fewshot", "apply_chat_template", "batch_size"))]
+    assert now() == found[0]
     for line in ("0", "len(os.environ.get('SCALE', ''))", "len(os.getenv( 'OTHER') or os.environ['SCALE'])"):
-        code = f"import os\n\ndef grade(doc, results):\n    return {{'length': {line}}}\n"
-        (folder / "graders.py").write_text(code)
-        changed.append(task_of(folder).fingerprint())
-    for name, value in (("SCALE", "1"), ("SCALE", "2"), ("OTHER", "1"), ("OTHER", "2")):
+        (folder / "graders.py").write_text(f"import os\n\ndef grade(doc, results):\n    return {{'length': {line}}}\n")
+        found.append(now())
+    for name, value in (("SCALE", "1"), ("SCALE", "2"), ("OTHER", "1")):
         monkeypatch.setenv(name, value)
-        changed.append(task_of(folder).fingerprint())
-    items = folder / "own_chosen.jsonl"
-    items.write_text("".join(reversed(items.read_text().splitlines(keepends=True))))
-    changed.append(task_of(folder).fingerprint())
-    moved = shutil.copytree(folder, tmp_path / "moved")
-    assert task_of(moved).fingerprint() == changed[-1]
+        found.append(now())
+    edit("own_chosen.jsonl", '"gold": 1', '"gold": 0')
+    found.append(now())
+    folder = shutil.copytree(folder, tmp_path / "moved")
+    assert now() == found[-1]
+    found.append(now(name="own_both"))
+    edit("both.yaml", "weight_by_size: true", "weight_by_size: false")
+    found.append(now(name="own_both"))
     version = importlib.metadata.version
-    packages = versions_behind_lm_eval()
     for package in ("lm_eval", "sacrebleu"):
-        monkeypatch.setattr(
-            importlib.metadata, "version", lambda name, new=package: "99" if name == new else version(name)
-        )
-        changed.append(task_of(moved).fingerprint() + versions_behind_lm_eval())
-    assert packages not in changed[-1]
-    changed.append(task_of(moved, "own_both").fingerprint())
-    group = (moved / "both.yaml").read_text()
-    (moved / "both.yaml").write_text(group.replace("weight_by_size: true", "weight_by_size: false"))
-    changed.append(task_of(moved, "own_both").fingerprint())
-    assert len({first, *changed}) == len(changed) + 1
+        other = {package: "99"}
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, other=other: other.get(name) or version(name))
+        found.append(now())
+    assert len(set(found)) == len(found)
 
 
-def test_a_name_that_is_close_to_a_preset():
+def test_a_name_that_is_close_to_a_preset(folder):
     with pytest.raises(DataError, match="no task 'canarys'") as error:
-        require_task("canarys", [*PRESETS, "piqa"])
+        task_of(folder, "canarys")
     assert error.value.hint == "Did you mean 'canaries'?"
 
 
@@ -368,11 +333,8 @@ def test_a_task_of_lm_eval_is_found_without_an_index_of_all(folder):
     assert len(manager.all_tasks) < 50
     files = {name: manager.task_index[name].yaml_path for name in ("piqa", "arc_easy", "own_chosen")}
     tasks = Path(lm_eval.__file__).parent / "tasks"
-    assert files == {
-        "piqa": tasks / "piqa" / "piqa.yaml",
-        "arc_easy": tasks / "arc" / "arc_easy.yaml",
-        "own_chosen": folder / "own_chosen.yaml",
-    }
+    own = {"own_chosen": folder / "own_chosen.yaml"}
+    assert files == {"piqa": tasks / "piqa/piqa.yaml", "arc_easy": tasks / "arc/arc_easy.yaml"} | own
 
 
 def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
@@ -405,10 +367,9 @@ def test_a_task_that_cannot_run_is_refused(folder, loaded, old, new, error, mess
 def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path, monkeypatch):
     names = ("own_chosen", "own_written")
     results = [task_of(folder, name, limit=4).run(*loaded) for name in names]
-    merged = merge_results(results)
-    before = json.dumps(merged)
-    files = write_lm_eval_results(tmp_path / "out", merged, {"model": "tiny", "blocks": "2+3"})
-    assert json.dumps(merged) == before
+    before = json.dumps(results)
+    files = write_lm_eval_results(tmp_path / "out", results, {"model": "tiny", "blocks": "2+3"})
+    assert json.dumps(results) == before
     date = files[0].name.removeprefix("results_").removesuffix(".json")
     assert [file.name for file in files[1:]] == [f"samples_{name}_{date}.jsonl" for name in names]
     written = json.loads(files[0].read_text())
@@ -421,23 +382,18 @@ def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path, monkeypatch):
     assert lines[0]["arguments"]["gen_args_0"]["arg_1"].startswith(" ")
 
     # lm-eval tells nobody that the disk was full.
-    save = EvaluationTracker.save_results_samples
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
 
-    def cut_short(self, **what):
-        save(self, **what)
-        for file in (tmp_path / "cut").glob("samples_own_chosen*"):
-            os.truncate(file, file.stat().st_size - 1)
-
-    monkeypatch.setattr(EvaluationTracker, "save_results_samples", cut_short)
-    with pytest.raises(OutputError, match=r"samples_own_chosen_\S+ cannot be written"):
-        write_lm_eval_results(tmp_path / "cut", merged, {"model": "tiny"})
-    assert os.listdir(tmp_path / "cut") == []
+    monkeypatch.setattr("lm_eval.loggers.evaluation_tracker.open", lambda *of, **how: Full(), raising=False)
+    with pytest.raises(OutputError, match=r"lm-eval's results cannot be written to .*cut"):
+        write_lm_eval_results(tmp_path / "cut", results, {"model": "tiny"})
+    assert list((tmp_path / "cut").iterdir()) == []
 
 
 def test_the_leaderboards_are_groups_of_lm_eval():
-    own = Path(lm_eval.__file__).parent / "tasks"
-    for preset, file in (
-        ("leaderboard-v1", "benchmarks/openllm.yaml"),
-        ("leaderboard-v2", "leaderboard/leaderboard.yaml"),
-    ):
-        assert (own / file).read_text().startswith(f"group: {PRESETS[preset][0]}\n")
+    files = {"leaderboard-v1": "benchmarks/openllm.yaml", "leaderboard-v2": "leaderboard/leaderboard.yaml"}
+    for preset, file in files.items():
+        text = (Path(lm_eval.__file__).parent / "tasks" / file).read_text()
+        assert text.startswith(f"group: {PRESETS[preset][0]}\n")

@@ -15,7 +15,7 @@ from sleb_cli.engine.text import calibration, own_text
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
-from sleb_cli.engine.text.sources import WHOLE, TextSplit, calibration_text, reference_calibration_text
+from sleb_cli.engine.text.sources import WHOLE, calibration_text, reference_calibration_text
 from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError
 from sleb_plugins.errors import OutOfMemory
@@ -54,10 +54,10 @@ def test_documents_of_a_file_stay_whole_unless_few(tmp_path, count):
     documents = [f"{number}: " + "\n\n".join([prose(12, number)] * 5) for number in range(count)]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     parts = [read(tmp_path / "text.jsonl", split) for split in SPLITS]
+    assert all(parts)
     if count == 20:
         assert parts == ["\n\n".join(documents[:14]), "\n\n".join(documents[14:18]), "\n\n".join(documents[18:])]
     else:
-        assert all(parts)
         assert "".join(parts) == read(tmp_path / "text.jsonl", WHOLE)
 
 
@@ -98,47 +98,43 @@ def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
     parts = calibrate_splits(splits, TOKENIZER, lambda: MODEL, ignore)
     # Two sequences have no room for a quarter of the model's own, or half of one: it goes by the largest remainder.
     assert [len(part.sequences) for part in parts] == [14, 4, 2]
-    assert [call.args[2].samples for call in generate.mock_calls] == [sum(split.counts[1] for split in splits)]
+    assert [call.args[2].samples for call in generate.mock_calls] == [sum(split.counts["self"] for split in splits)]
     rows = [tuple(row.tolist()) for part in parts for row in part.sequences]
     assert len(set(rows)) == 20
     found = texts_sha256(splits, TOKENIZER)
     assert found == texts_sha256(splits, TOKENIZER)
     (tmp_path / "text.txt").write_text(prose(400, seed=1))
     assert texts_sha256(splits, TOKENIZER) != found
-    alone = [texts_sha256(settings("self", samples, counts), TOKENIZER) for samples, counts in OWN]
-    assert alone[0] == alone[1]
-
-
-OWN = ((20, (14, 4, 2)), (10, (7, 2, 1)))
 
 
 def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
     model, events = random_model(llama_config(2)), []
-    write = Mock(side_effect=own_text._write)
-    monkeypatch.setattr(own_text, "_write", write)
+    generate = Mock(side_effect=own_text.generate)
+    monkeypatch.setattr(own_text, "generate", generate)
     (own,) = settings("self", 4, (4, 0, 0))[:1]
 
-    def texts(**changes):
-        return generate_own_text(model, TOKENIZER, replace(own, **changes), bos=False, notify=events.append)
+    def texts(writer="one", **changes):
+        changed = replace(own, writer=writer, **changes)
+        return generate_own_text(model, TOKENIZER, changed, notify=events.append)
 
-    uncached = texts()
-    assert torch.equal(texts(), uncached)
-    assert write.call_count == 2
-    found = [texts(writer="one") for _ in range(2)]
+    uncached = texts(None)
+    assert torch.equal(texts(None), uncached)
+    assert generate.call_count == 2
+    found = [texts() for _ in range(2)]
     assert all(torch.equal(each, uncached) and each.dtype is uncached.dtype for each in found)
-    assert write.call_count == 3
+    assert generate.call_count == 3
     assert [event.text for event in events if isinstance(event, Notice)] == [
         "Using 4 sequences that the model wrote before, from the cache."
     ]
     for other in ({"writer": "two"}, {"seed": 1}, {"samples": 3}, {"sequence_length": 31}):
-        texts(**{"writer": "one"} | other)
+        texts(**other)
     model.to(torch.bfloat16)
-    texts(writer="one")
-    assert write.call_count == 8
+    texts()
+    assert generate.call_count == 8
     for path in (cache_root() / "texts").iterdir():
         path.write_bytes(b"broken")
-    texts(writer="one")
-    assert write.call_count == 9
+    texts()
+    assert generate.call_count == 9
 
 
 def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
@@ -153,13 +149,9 @@ def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
     monkeypatch.setattr(model, "forward", short_of_memory)
     (own,) = settings("self", 8, (8, 0, 0))[:1]
     limit = 2
-    assert generate_own_text(model, TOKENIZER, own, bos=False, notify=events.append).shape == (8, 32)
+    assert generate_own_text(model, TOKENIZER, own, notify=events.append).shape == (8, 32)
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told == [f"Out of memory on cpu; generating {count} sequences at once." for count in (4, 2)]
     limit = 0
     with pytest.raises((torch.OutOfMemoryError, OutOfMemory)):
-        generate_own_text(model, TOKENIZER, own, bos=False, notify=events.append)
-
-
-def test_a_split_knows_its_name():
-    assert (TextSplit(0.5, 1).of("c4"), WHOLE.of("c4")) == ("c4 from 50% to 100%", "c4")
+        generate_own_text(model, TOKENIZER, own, notify=events.append)

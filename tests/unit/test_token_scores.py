@@ -12,8 +12,6 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.quality.token_scores import (
     divergence_record,
     expected_calibration_error,
-    mean_loss,
-    paired_loss,
     score_tokens,
     window_losses,
 )
@@ -65,7 +63,6 @@ def test_losses_count_only_what_is_counted(scored):
         start = 9 if row else 0
         expected = cross_entropy(logits[0][row, start:-1], IDS[row, 1 + start :])
         assert losses[row] == pytest.approx(float(expected), rel=1e-5)
-    assert mean_loss(dense, counted) == pytest.approx((losses[0] * 19 + losses[1] * 10 + losses[2] * 10) / 39)
 
 
 def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
@@ -81,11 +78,9 @@ def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
     change = (-pruned["nll"]).exp() - (-dense["nll"]).exp()
     assert found.probability_change_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
     assert found.same_top == pytest.approx(float(pruned["same_top"].float().mean()))
-    paired = paired_loss(pruned, dense, counted, clusters)
-    assert paired.mean == pytest.approx(mean_loss(pruned, counted) - mean_loss(dense, counted))
     # Three observations of equal size: the ordinary standard error of three means.
-    means = (pruned["nll"] - dense["nll"]).double().mean(1)
-    assert paired.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))
+    means = pruned["divergence"].double().mean(1)
+    assert found.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))
 
 
 def test_a_model_differs_from_itself_by_nothing():
@@ -93,8 +88,6 @@ def test_a_model_differs_from_itself_by_nothing():
     counted, clusters = torch.ones(3, 19, dtype=torch.bool), torch.arange(3)[:, None].expand(3, 19)
     found = divergence_record(same, dense, counted, clusters)
     assert (found.mean, found.maximum, found.same_top, found.probability_change_rms) == (0, 0, 1, 0)
-    paired = paired_loss(same, dense, counted, clusters)
-    assert (paired.mean, paired.standard_error) == (0, 0)
 
 
 def test_calibration_error_of_known_confidences():

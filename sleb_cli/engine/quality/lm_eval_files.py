@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from sleb_cli.engine.quality.lm_eval_tasks import as_json, quiet
+from sleb_cli.engine.surgery.subject import Subject
+from sleb_cli.records import without_folders
 from sleb_plugins.errors import OutputError
 
-
-def merge_results(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the results of several runs on one model as those of one run."""
-    merged: dict[str, Any] = {}
-    for part in parts:
-        for key, value in part.items():
-            if isinstance(value, dict) and key != "config":
-                merged[key] = merged.get(key, {}) | value
-            else:
-                merged.setdefault(key, value)
-    seconds = sum(float(part["total_evaluation_time_seconds"]) for part in parts)
-    return merged | {"total_evaluation_time_seconds": str(seconds)}
+LmEvalResults = dict[tuple[int, ...], list[dict[str, Any]]]
+"""For each size, lm-eval's own results for each task or group."""
 
 
-def write_lm_eval_results(folder: Path, results: Mapping[str, Any], model_args: Mapping[str, Any]) -> tuple[Path, ...]:
-    """Write results as lm-eval's own command does, `results_DATE.json` and `samples_TASK_DATE.jsonl`; return the files.
+def write_by_lm_eval(beside: Path, found: LmEvalResults, subject: Subject) -> tuple[str, ...]:
+    """Write what lm-eval's own command would, into a folder next to this file; return the names of the files.
 
-    `model_args` are those of lm-eval's `--model sleb`, for the record.
+    Raises:
+        OutputError: they cannot be written.
+    """
+    files: list[Path] = []
+    for removals, results in found.items():
+        folder = beside.with_suffix(".lm-eval") / (f"{len(removals)}-removed" if removals else "dense")
+        model_args: dict[str, Any] = {"model": without_folders(subject.architecture.source.id)}
+        if removals and subject.file is not None:
+            model_args = {"plan": subject.file.name, "remove": len(removals)}
+        elif removals:
+            model_args["blocks"] = "+".join(map(str, removals))
+        files += write_lm_eval_results(folder, results, model_args)
+    return tuple(str(file.relative_to(beside.parent)) for file in files)
+
+
+def write_lm_eval_results(
+    folder: Path, runs: Sequence[Mapping[str, Any]], model_args: Mapping[str, Any]
+) -> tuple[Path, ...]:
+    """Write the results of several runs on one model as lm-eval's own command does those of one; return the files.
+
+    They are `results_DATE.json` and `samples_TASK_DATE.jsonl`; `model_args` are those of lm-eval's `--model sleb`.
 
     Raises:
         OutputError: the files cannot be written.
     """
-    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 
-    results = as_json(results)  # a copy, since lm-eval changes what it is given
-    samples = results.pop("samples")
+    results: dict[str, Any] = {}
+    for run in runs:
+        for key, value in as_json(run).items():  # a copy, since lm-eval changes what it is given
+            if isinstance(value, dict) and key != "config":
+                results[key] = results.get(key, {}) | value
+            else:
+                results.setdefault(key, value)
+    seconds = sum(float(run["total_evaluation_time_seconds"]) for run in runs)
+    results["total_evaluation_time_seconds"] = str(seconds)
     results["config"]["model_args"] = dict(model_args)
+    samples = results.pop("samples")
     tracker = EvaluationTracker(output_path=str(folder / "results.json"))
     general = tracker.general_config_tracker
     general.log_experiment_args(
@@ -47,28 +67,20 @@ def write_lm_eval_results(folder: Path, results: Mapping[str, Any], model_args: 
         chat_template=results.get("chat_template"),
         fewshot_as_multiturn=bool(results.get("chat_template")),
     )
-    general.start_time -= float(results["total_evaluation_time_seconds"])
-    with quiet():
-        tracker.save_results_aggregated(results=results, samples=samples)
-        for name, of_task in samples.items():
-            tracker.save_results_samples(task_name=name, samples=of_task)
-    date = getattr(tracker, "date_id", None)
-    files: dict[Path, int | None] = {folder / f"results_{date}.json": None}
-    files |= {folder / f"samples_{name}_{date}.jsonl": len(of_task) for name, of_task in samples.items()}
-    # lm-eval only logs that it could not write.
-    if broken := [file for file, lines in files.items() if not _is_whole(file, lines)]:
-        for file in files:
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
-        raise OutputError(f"{broken[0]} cannot be written.", hint="Check the folder's permissions and free space.")
-    return tuple(files)
-
-
-def _is_whole(file: Path, lines: int | None) -> bool:
-    """Whether a file holds this many lines of JSON, or if None, one JSON document."""
+    general.start_time -= seconds
+    # lm-eval only warns that it could not write.
+    failure = OutputError(
+        f"lm-eval's results cannot be written to {folder}.", hint="Check the folder's permissions and free space."
+    )
     try:
-        text = file.read_text(encoding="utf-8")
-        found = [json.loads(document) for document in ([text] if lines is None else text.split("\n")[:-1])]
-        return len(found) == (1 if lines is None else lines)
-    except (OSError, ValueError):
-        return False
+        with quiet(), mock.patch.object(evaluation_tracker.eval_logger, "warning", side_effect=failure):
+            tracker.save_results_aggregated(results=results, samples=samples)
+            for name, of_task in samples.items():
+                tracker.save_results_samples(task_name=name, samples=of_task)
+    except OutputError:
+        with suppress(OSError):
+            for file in folder.glob(f"*_{getattr(tracker, 'date_id', None)}.json*"):
+                file.unlink()
+        raise
+    date = tracker.date_id
+    return folder / f"results_{date}.json", *(folder / f"samples_{name}_{date}.jsonl" for name in samples)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +16,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sleb_cli.engine.device import choose_device, choose_dtype
+from sleb_cli.engine.device import choose_device, choose_dtype, input_device
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
-from sleb_cli.engine.surgery.subject import Subject, resolve_subject
+from sleb_cli.engine.surgery.subject import resolve_subject
 from sleb_cli.events import Event, Notice, Notify, Warned, task
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import AUTO, OneSizeRequest
@@ -39,7 +38,6 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        device: where tokens go in; if the model is spread over devices, that may not be where its first weight is.
         batch_size: how many requests a batch has, or "auto".
         name: what progress is reported under.
         notify: the listener for events.
@@ -50,40 +48,38 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         self,
         model: Any,
         tokenizer: Any,
-        device: torch.device,
         batch_size: int | str,
         name: str,
         notify: Notify,
         group: ProcessGroup,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._device, self._name, self._notify, self._group = device, name, notify, group
+        # If the model is spread over devices, tokens may not go in where its first weight is.
+        self._device, self._name, self._notify, self._group = input_device(model), name, notify, group
         self._batches, self._is_probing = 0, False
 
-    def loglikelihood(self, requests: Sequence[Any], **options: Any) -> Any:
+    def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each continuation, and whether it is the most likely one."""
-        with self._reported(len(requests)):
-            return super().loglikelihood(requests, **options)
+        return self._reported(super().loglikelihood, requests)
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], **options: Any) -> Any:
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each text."""
-        with self._reported(len(requests)):
-            return super().loglikelihood_rolling(requests, **options)
+        return self._reported(super().loglikelihood_rolling, requests)
 
-    def generate_until(self, requests: Sequence[Any], **options: Any) -> Any:
+    def generate_until(self, requests: Sequence[Any]) -> Any:
         """Return what the model writes after each prompt."""
-        with self._reported(len(requests)):
-            return self._together(lambda: HFLM.generate_until(self, requests, **options))
+        write = super().generate_until
+        return self._reported(lambda asked: self._together(lambda: write(asked)), requests)
 
-    @contextmanager
-    def _reported(self, requests: int) -> Iterator[None]:
-        with task(self._notify, self._name, requests, "requests") as advance:
+    def _reported(self, answer: Callable[[Sequence[Any]], Any], requests: Sequence[Any]) -> Any:
+        with task(self._notify, self._name, len(requests), "requests") as advance:
             # lm-eval tells each answer to its cache.
             self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
-            yield
+            return answer(requests)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
-        return self._together(lambda: HFLM._loglikelihood_tokens(self, requests, **options))
+        rate = super()._loglikelihood_tokens
+        return self._together(lambda: rate(requests, **options))
 
     def _together(self, answer: Callable[[], list[Any]]) -> list[Any]:
         """Return all answers, each from the process that computed it.
@@ -173,11 +169,18 @@ class SlebLM(HFLM):  # type: ignore[misc]
         )
         if others := named_before_loading():
             _tell(Notice(others))
-        subject = resolve_subject(request, load_plugins(), _tell)
-        where = choose_device(AUTO if device is None or _is_missing_cuda(device) else device)
+        surgery = resolve_subject(request, load_plugins(), _tell).surgery
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = AUTO
+        where = choose_device(device)
+        chosen = choose_dtype(dtype, surgery.architecture.dtype, where)
+        if surgery.removals:
+            loaded = load_pruned(surgery, chosen, where, _tell)
+        else:
+            loaded = load_dense(surgery.architecture, chosen, where, _tell)
         super().__init__(
-            pretrained=_load(subject, dtype, where),
-            tokenizer=load_tokenizer(subject.architecture.source),
+            pretrained=loaded,
+            tokenizer=load_tokenizer(surgery.architecture.source),
             trust_remote_code=trust_remote_code,
             **options,
         )
@@ -190,18 +193,6 @@ def _blocks(named: str | int | None) -> tuple[int, ...] | None:
         return tuple(int(block) for block in str(named).split("+"))
     except ValueError as error:
         raise UsageError(f"blocks={named} is not a list of numbers.", hint="Write it like blocks=5+4+9.") from error
-
-
-def _is_missing_cuda(device: str) -> bool:
-    return device.startswith("cuda") and not torch.cuda.is_available()
-
-
-def _load(subject: Subject, dtype: str, device: torch.device) -> Any:
-    architecture = subject.architecture
-    chosen = choose_dtype(dtype, architecture.dtype, device)
-    if subject.surgery.removals:
-        return load_pruned(subject.surgery, chosen, device, _tell)
-    return load_dense(architecture, chosen, device, _tell)
 
 
 def _tell(event: Event) -> None:

@@ -10,20 +10,20 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import in_smaller_pieces, input_device
-from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Notice, Notify, ignore
-from sleb_cli.requests import AUTO
+from sleb_cli.requests import AUTO, EvalRequest
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
 
 # Where lm-eval's own search for the largest batch begins.
@@ -37,47 +37,36 @@ LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 """These differ from process to process, and change no answer."""
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """How tasks are run; `limit` is the number of items, and `batch_size` that of requests per pass, or "auto".
+class LoadedTask:
+    """A task, group or tag of lm-eval with its data, to be run on any number of models as a request tells.
 
     `num_fewshot` replaces the task's own number of examples unless that is 0, as in lm-eval.
-    """
-
-    batch_size: int | str = 1
-    limit: int | None = None
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-
-
-class LoadedTask:
-    """A task, group or tag of lm-eval with its data, to be run on any number of models.
 
     Raises:
         DataError: its file or data cannot be read, or it needs something that is not supported.
     """
 
-    def __init__(self, name: str, manager: Any, settings: TaskSettings) -> None:
-        self.name, self._manager, self._settings = name, manager, settings
+    def __init__(self, name: str, manager: Any, request: EvalRequest) -> None:
+        self.name, self._manager, self._request = name, manager, request
         loaded = _load(manager, name)
         self.tasks: Mapping[str, Any] = loaded["tasks"]
         """A group or tag has several."""
         self._groups: Mapping[str, Any] = loaded["groups"]
         for each in self.tasks.values():
             configured = each.get_config("num_fewshot")
-            if configured is None or (configured and settings.num_fewshot is not None):
-                each.set_config(key="num_fewshot", value=settings.num_fewshot or 0)
+            if configured is None or (configured and request.num_fewshot is not None):
+                each.set_config(key="num_fewshot", value=request.num_fewshot or 0)
 
     def fingerprint(self) -> str:
         """Return what the results depend on besides the model and its tokenizer: lm-eval, settings, code and items."""
         tasks = sorted(self.tasks.items())
         with quiet(), _loading_data(self.name):
             settings = [(name, _settings_of(each)) for name, each in tasks]
-            items = [list(islice(each.eval_docs, self._settings.limit)) for _, each in tasks]
+            items = [list(islice(each.eval_docs, self._request.limit)) for _, each in tasks]
             examples = [list(each.fewshot_docs()) for _, each in tasks if each.get_config("num_fewshot")]
         shots = ", ".join(sorted({f"{each.get_config('num_fewshot')}-shot" for _, each in tasks}))
         version = importlib.metadata.version("lm_eval")
-        asked = [self._settings.batch_size, self._settings.apply_chat_template]
+        asked = [self._request.items_per_batch, self._request.apply_chat_template]
         groups = [(name, of.child_names, of.aggregate_metric_list) for name, of in sorted(self._groups.items())]
         more = [what for what in (groups, _environment_of(self.tasks.values())) if what]
         described = _hash([settings, asked, *more])
@@ -91,7 +80,7 @@ class LoadedTask:
         for each in filter(_writes, self.tasks.values()):
             with quiet():
                 each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-                each.build_all_requests(limit=self._settings.limit)
+                each.build_all_requests(limit=self._request.limit)
             prompts = (len(tokenizer(request.args[0]).input_ids) for request in each.instances)
             longest = max(longest, _new_tokens(each) + max(prompts))
         return longest
@@ -112,7 +101,7 @@ class LoadedTask:
             UsageError: the task needs more positions than the model has, or a chat template or EOS token that the
                 tokenizer lacks.
         """
-        if self._settings.apply_chat_template and not getattr(tokenizer, "chat_template", None):
+        if self._request.apply_chat_template and not getattr(tokenizer, "chat_template", None):
             raise UsageError(
                 "--apply-chat-template does not work: the tokenizer has no chat template.", hint="Leave it out."
             )
@@ -121,7 +110,7 @@ class LoadedTask:
                 f"{writing[0]} has the model write text, but the tokenizer has no EOS token to end it.",
                 hint="Leave the task out, or set eos_token in tokenizer_config.json.",
             )
-        device, size = input_device(model), self._settings.batch_size
+        device, size = input_device(model), self._request.items_per_batch
         if size == AUTO and device.type == "cpu":
             size = CPU_WRITING_BATCH if all(map(_writes, self.tasks.values())) else CPU_BATCH
         largest = LARGEST_BATCH if isinstance(size, str) else size
@@ -130,8 +119,7 @@ class LoadedTask:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 
             batch_size, name = size if requests == largest else requests, f"{self.name}, {what}"
-            lm = LoadedModel(model, tokenizer, device, batch_size, name, notify, group or ProcessGroup())
-            return self._evaluate(lm)
+            return self._evaluate(LoadedModel(model, tokenizer, batch_size, name, notify, group or ProcessGroup()))
 
         def reduced(requests: int) -> None:
             notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at once."))
@@ -149,33 +137,28 @@ class LoadedTask:
                     f"{name} has the model write up to {new} tokens, but it has only {lm.max_length} positions.",
                     hint="Leave the task out.",
                 )
-        begun, settings = time.monotonic(), self._settings
+        begun, request = time.monotonic(), self._request
         results = simple_evaluate(
             model=lm,
             tasks=[self._groups[self.name]] if self.name in self._groups else list(self.tasks.values()),
             task_manager=self._manager,
             device=str(lm.device),
-            batch_size=settings.batch_size,
-            limit=settings.limit,
+            batch_size=request.items_per_batch,
+            limit=request.limit,
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
-            apply_chat_template=settings.apply_chat_template,
-            fewshot_as_multiturn=settings.apply_chat_template,
+            apply_chat_template=request.apply_chat_template,
+            fewshot_as_multiturn=request.apply_chat_template,
         )
         results["config"]["model"] = "sleb"  # not the user's folder
-        results["chat_template"] = lm.chat_template(True) if settings.apply_chat_template else None
+        results["chat_template"] = lm.chat_template(True) if request.apply_chat_template else None
         results["transformers_version"] = transformers.__version__
         results["lm_eval_version"] = importlib.metadata.version("lm_eval")
         results["total_evaluation_time_seconds"] = str(time.monotonic() - begun)
         return as_json(results)
 
 
-def load_tasks(
-    names: Sequence[str],
-    folders: Sequence[Path] = (),
-    settings: TaskSettings | None = None,
-    also: Iterable[str] = (),
-) -> tuple[LoadedTask, ...]:
-    """Load tasks, groups and tags of lm-eval, and their data; `folders` hold further task files.
+def load_tasks(names: Sequence[str], request: EvalRequest, also: Iterable[str] = ()) -> tuple[LoadedTask, ...]:
+    """Load tasks, groups and tags of lm-eval, ours, and those in the request's folder, with their data.
 
     If a name is unknown, one of `also` may be suggested.
 
@@ -183,10 +166,12 @@ def load_tasks(
         DataError: a task is unknown, its file or data cannot be read, or it needs something that is not supported.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = task_manager(names, folders)
+    manager = task_manager(names, [folder for folder in (FOLDER, request.include_path) if folder is not None])
     for name in names:
-        require_task(name, [*also, *manager.all_tasks])
-    return tuple(LoadedTask(name, manager, settings or TaskSettings()) for name in names)
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them.")
+            raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
+    return tuple(LoadedTask(name, manager, request) for name in names)
 
 
 def task_manager(names: Iterable[str], folders: Sequence[Path]) -> Any:
@@ -215,27 +200,14 @@ def _folders_with(tasks: Collection[str]) -> list[Path]:
     return list(dict.fromkeys(folders.values()))
 
 
-def require_task(name: str, known: Sequence[str]) -> None:
-    """Check that a task is known.
-
-    Raises:
-        DataError: it is not; the hint names a similar one.
-    """
-    if name not in known:
-        hint = did_you_mean(name, known, otherwise="`lm-eval ls tasks` lists them.")
-        raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
-
-
 def _load(manager: Any, name: str) -> dict[str, Any]:
-    with quiet(), _loading_data(name):
-        try:
+    try:
+        with quiet(), _loading_data(name):
             loaded: dict[str, Any] = manager.load([name])
-        except Exception as error:  # a task file can run any code, so lm-eval can raise anything
-            if isinstance(error, _data_errors()):
-                raise
-            raise DataError(
-                f"lm-eval cannot load {name}: {first_line(error)}.", hint="Check the task's file."
-            ) from error
+    except DataError:
+        raise
+    except Exception as error:  # a task file can run any code, so lm-eval can raise anything
+        raise DataError(f"lm-eval cannot load {name}: {first_line(error)}.", hint="Check the task's file.") from error
     for part, loaded_task in loaded["tasks"].items():
         for attribute, need in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "needs images")):
             if getattr(loaded_task, attribute, False):
@@ -300,12 +272,6 @@ def _hash(data: Iterable[Any]) -> str:
     return hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", text).encode()).hexdigest()[:12]
 
 
-def _data_errors() -> tuple[type[Exception], ...]:
-    from datasets.exceptions import DatasetNotFoundError
-
-    return (DatasetNotFoundError, ConnectionError, FileNotFoundError)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what lm-eval prints, and suppress three things that disturb here.
@@ -324,16 +290,5 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _loading_data(names: str) -> Iterator[None]:
-    """Name the tasks whose data cannot be loaded."""
-    try:
-        with offline_if_unreachable() as unreachable:
-            yield
-    except _data_errors() as error:
-        is_offline = unreachable and isinstance(error, ConnectionError)
-        reason = f"not in the cache, and {unreachable}" if is_offline else first_line(error)
-        raise DataError(
-            f"The data of {names} cannot be loaded: {reason}.",
-            hint="Check the network, or the paths in your own task file.",
-        ) from error
+def _loading_data(name: str) -> AbstractContextManager[None]:
+    return loading_data(f"data of {name}", "Check the network, or the paths in your own task file.")

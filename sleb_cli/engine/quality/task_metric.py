@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sleb_cli.requests import EvalRequest
 from sleb_plugins.errors import DataError, UsageError
 from sleb_plugins.hookspecs import hookimpl
 from sleb_plugins.metric import Metric, ModelMetric
@@ -36,11 +37,7 @@ class TaskError(ModelMetric):
     name = "task"
     description = "1 - accuracy on the first items (100) of an lm-eval task, a name or a YAML file"
     argument = "TASK[:ITEMS]"
-
-    def __init__(self, named: str = "", task: LoadedTask | None = None, items: int = DEFAULT_ITEMS) -> None:
-        self._task = task
-        if named:  # a file by its path, so that a search that extends the plan finds it again
-            self.name = f"task:{named}" + ("" if items == DEFAULT_ITEMS else f":{items}")
+    _task: LoadedTask
 
     def with_argument(self, argument: str) -> TaskError:
         """Return the metric for this task, after loading its data.
@@ -49,7 +46,7 @@ class TaskError(ModelMetric):
             DataError: the task is unknown, or its file or data cannot be read.
             UsageError: the number of items is invalid.
         """
-        from sleb_cli.engine.quality.lm_eval_tasks import TaskSettings, load_tasks  # torch, so here
+        from sleb_cli.engine.quality.lm_eval_tasks import load_tasks  # torch, so here
 
         named, _, items = argument.rpartition(":")
         if not named:
@@ -57,27 +54,26 @@ class TaskError(ModelMetric):
         if not (items.isascii() and items.isdigit() and int(items)):
             raise UsageError(f"task:{argument} asks for {items!r} items.", hint="Write it like task:piqa:100.")
         is_file = named.endswith((".yaml", ".yml"))
-        name, folders = (_name_in(Path(named)), [Path(named).parent]) if is_file else (named, [])
-        (task,) = load_tasks([name], folders, TaskSettings(batch_size=BATCH_SIZE, limit=int(items)))
-        return TaskError(named, task, int(items))
+        name, folder = (_name_in(Path(named)), Path(named).parent) if is_file else (named, None)
+        (task,) = load_tasks([name], EvalRequest(None, include_path=folder, batch_size=BATCH_SIZE, limit=int(items)))
+        metric = TaskError()
+        # A file by its path, so that a search that extends the plan finds it again.
+        metric.name = f"task:{named}" + ("" if int(items) == DEFAULT_ITEMS else f":{items}")
+        metric._task = task
+        return metric
 
     def fingerprint(self) -> str:
         """Return lm-eval's version, and hashes of the task's settings and items."""
-        return self._loaded.fingerprint()
+        return self._task.fingerprint()
 
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
         """Return 1 - accuracy."""
-        task = self._loaded
-        found = task.run(model, tokenizer)["results"].get(task.name, {})
+        name = self._task.name
+        found = self._task.run(model, tokenizer)["results"].get(name, {})
         for measure in ("acc_norm,none", "acc,none"):
             if measure in found:
                 return 1.0 - float(found[measure])
-        raise DataError(f"The task {task.name} measures no accuracy.", hint="Use a multiple-choice task, such as piqa.")
-
-    @property
-    def _loaded(self) -> LoadedTask:
-        assert self._task is not None, "a search uses a metric with its argument"
-        return self._task
+        raise DataError(f"The task {name} measures no accuracy.", hint="Use a multiple-choice task, such as piqa.")
 
 
 def _name_in(file: Path) -> str:

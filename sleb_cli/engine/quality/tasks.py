@@ -10,12 +10,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
-from sleb_cli.canaries import CANARIES, FOLDER
-from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, TaskSettings, load_tasks
+from sleb_cli.canaries import CANARIES
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask, load_tasks
 from sleb_cli.engine.statistics import (
     Estimate,
     items_needed,
@@ -27,7 +26,7 @@ from sleb_cli.engine.statistics import (
 )
 from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import EvalRequest
-from sleb_cli.results import FlipRecord, Interval, PrunedTaskScores, TaskResult, TaskScores
+from sleb_cli.results import FlipRecord, PrunedTaskScores, TaskResult, TaskScores
 from sleb_plugins import DataError, ModelError
 
 Results = Mapping[str, Any]
@@ -54,15 +53,8 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
     """
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
-    settings = TaskSettings(
-        batch_size=request.items_per_batch,
-        limit=request.limit,
-        num_fewshot=request.num_fewshot,
-        apply_chat_template=request.apply_chat_template,
-    )
     names = dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,)))
-    folders = [FOLDER] if request.include_path is None else [FOLDER, request.include_path]
-    return load_tasks(list(names), folders, settings, also=PRESETS)
+    return load_tasks(list(names), request, also=PRESETS)
 
 
 def fitting(
@@ -109,12 +101,23 @@ def compare_task(
     """
     for _, results in pruned:
         for name in dense["samples"]:
-            _require_same_items(name, dense["samples"][name], results["samples"].get(name, []))
+            if _hashes(dense, name) != _hashes(results, name):
+                raise DataError(
+                    f"The dense and the pruned model did not see the same items of {name}.",
+                    hint="Run it again with --fresh.",
+                )
     return [_compare(measure, dense, pruned, show_flips) for measure in _measures(dense)]
 
 
-@dataclass(frozen=True)
-class _Measure:
+def _hashes(results: Results, task: str) -> dict[tuple[str, int], list[str]]:
+    """Return lm-eval's hashes of what a model saw, by filter and item."""
+    return {
+        (sample["filter"], sample["doc_id"]): [sample["doc_hash"], sample["prompt_hash"], sample["target_hash"]]
+        for sample in results["samples"].get(task, ())
+    }
+
+
+class _Measure(NamedTuple):
     """A metric of a task or group, after a filter of the answers."""
 
     task: str
@@ -130,7 +133,7 @@ def _measures(results: Results) -> Iterator[_Measure]:
     for name, values in results["results"].items():
         for key, value in values.items():
             metric, comma, filtered = key.partition(",")
-            if comma and not metric.endswith("_stderr") and _is_number(value):
+            if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
                 yield _Measure(name, metric, filtered)
 
 
@@ -139,14 +142,13 @@ def _compare(
 ) -> TaskResult:
     samples = _samples(dense, measure)
     hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
-    higher_is_better = dense["higher_is_better"].get(measure.task, {}).get(measure.metric)
     return TaskResult(
         task=measure.task,
         metric=measure.metric,
         filter=measure.filter,
         version=str(dense["versions"].get(measure.task)),
         num_fewshot=int(dense["n-shot"].get(measure.task) or 0),
-        higher_is_better=higher_is_better is not False,
+        higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric) is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         # As lm-eval's `task_hashes`, which joins the samples of all filters.
         items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if samples else None,
@@ -161,30 +163,27 @@ def _pruned_scores(
     before, after = _scores(dense, measure), _scores(results, measure)
     paired = bool(before.items and after.items)
     change = paired_difference(before.items, after.items) if paired else _group_difference(measure, dense, results)
-    interval, flips = change.interval, list[int]()
-    test: dict[str, Any] = {"mcnemar_p": None, "lost": None, "gained": None}
+    changes = [new - old for old, new in zip(before.items, after.items, strict=True)] if paired else []
+    flips: dict[str, Any] = {"difference_interval": change.interval, "mcnemar_p": None, "lost": None, "gained": None}
     if _is_binary(before.items) and _is_binary(after.items):
-        pairs = list(zip(before.items, after.items, strict=True))
-        flips = [n for n, (first, second) in enumerate(pairs) if first != second]
-        lost = sum(first > second for first, second in pairs)
-        gained = len(flips) - lost
-        interval = paired_proportions_interval(lost, gained, len(pairs))
-        test = {"mcnemar_p": mcnemar(lost, gained), "lost": lost, "gained": gained}
-    differences = [second - first for first, second in zip(before.items, after.items, strict=True)] if paired else []
-    shown, other = _samples(dense, measure), _samples(results, measure)
-    config = dense["configs"].get(measure.task, {})
+        lost, gained = changes.count(-1), changes.count(1)
+        items = zip(_samples(dense, measure), _samples(results, measure), changes, strict=True)
+        flipped = [(old, new) for old, new, change in items if change][:show_flips]
+        flips = {
+            "difference_interval": paired_proportions_interval(lost, gained, len(changes)),
+            "mcnemar_p": mcnemar(lost, gained),
+            "lost": lost,
+            "gained": gained,
+            "flips": tuple(_flip(dense["configs"].get(measure.task, {}), measure.metric, *pair) for pair in flipped),
+        }
     return PrunedTaskScores(
         **dict(after),
         removals=removals,
         retention=after.value / before.value if before.value else None,
         difference=change.mean,
         standard_error=change.standard_error,
-        difference_interval=interval,
-        items_needed=items_needed(stdev(differences)) if len(differences) > 1 else None,
-        flips=tuple(
-            _flip(config, measure.metric, shown[n], other[n], before.items[n] == 1) for n in flips[:show_flips]
-        ),
-        **test,
+        items_needed=items_needed(stdev(changes)) if len(changes) > 1 else None,
+        **flips,
     )
 
 
@@ -195,53 +194,46 @@ def _samples(results: Results, measure: _Measure) -> list[dict[str, Any]]:
 
 
 def _scores(results: Results, measure: _Measure) -> TaskScores:
+    """Return a model's scores; those of items only if the value is their mean, which that of BLEU, for one, is not."""
     values = results["results"][measure.task]
     value, stderr = values[measure.key], values.get(f"{measure.metric}_stderr,{measure.filter}")
-    if not _is_number(value) or not math.isfinite(value):
+    if not _is_finite(value):
         raise ModelError(f"{measure.metric} of {measure.task} is {value}.", hint="Try --dtype float32.")
-    items = _averaged([sample[measure.metric] for sample in _samples(results, measure)], value)
-    stderr = float(stderr) if _is_number(stderr) and math.isfinite(stderr) else None
-    return TaskScores(value=float(value), stderr=stderr, interval=_interval(float(value), stderr, items), items=items)
-
-
-def _interval(value: float, stderr: float | None, items: Sequence[float]) -> Interval | None:
+    scores = [sample[measure.metric] for sample in _samples(results, measure)]
+    items = tuple(map(float, scores)) if all(map(_is_finite, scores)) else ()
+    if not items or not math.isclose(fmean(items), value, rel_tol=1e-9, abs_tol=1e-12):
+        items = ()
+    stderr = float(stderr) if _is_finite(stderr) else None
+    interval = None if stderr is None else normal_interval(float(value), stderr)
     if _is_binary(items):
-        return wilson_interval(round(sum(items)), len(items))
-    return None if stderr is None else normal_interval(value, stderr)
+        interval = wilson_interval(round(sum(items)), len(items))
+    return TaskScores(value=float(value), stderr=stderr, interval=interval, items=items)
 
 
 def _is_binary(items: Sequence[float]) -> bool:
     return bool(items) and set(items) <= {0.0, 1.0}
 
 
-def _averaged(scores: list[Any], value: float) -> tuple[float, ...]:
-    """Return the scores of the items if their mean is the value; corpus metrics, such as BLEU, have no such scores."""
-    if not scores or not all(_is_number(score) and math.isfinite(score) for score in scores):
-        return ()
-    items = tuple(float(score) for score in scores)
-    return items if math.isclose(fmean(items), value, rel_tol=1e-9, abs_tol=1e-12) else ()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _group_difference(measure: _Measure, dense: Results, pruned: Results) -> Estimate:
     """Estimate the difference of a metric without items; if it is a group's mean over its tasks, from their items."""
     difference = _scores(pruned, measure).value - _scores(dense, measure).value
-    tasks = [_Measure(name, measure.metric, measure.filter) for name in _tasks_of(dense, measure.task)]
+    tasks = [measure._replace(task=name) for name in _tasks_of(dense, measure.task)]
     items = [
         (_scores(dense, task).items, _scores(pruned, task).items) for task in tasks
         if measure.key in dense["results"][task.task]
     ]  # fmt: skip
-    if items and all(before and after for before, after in items):
+    if items and all(len(before) > 1 and after for before, after in items):
         changes = [paired_difference(before, after) for before, after in items]
         # lm-eval weighs the tasks of a group by their items or alike, and does not tell which.
         for weights in ([len(before) for before, _ in items], [1] * len(items)):
             shares = [weight / sum(weights) for weight in weights]
             mean = sum(share * change.mean for share, change in zip(shares, changes, strict=True))
-            errors = [change.standard_error for change in changes if change.standard_error is not None]
-            if len(errors) == len(shares) and math.isclose(mean, difference, rel_tol=1e-9, abs_tol=1e-12):
+            if math.isclose(mean, difference, rel_tol=1e-9, abs_tol=1e-12):
+                errors = [change.standard_error or 0.0 for change in changes]
                 error = math.hypot(*(share * error for share, error in zip(shares, errors, strict=True)))
                 return Estimate(mean, error, normal_interval(mean, error))
     return Estimate(difference, None, None)
@@ -255,35 +247,16 @@ def _tasks_of(results: Results, name: str) -> Iterator[str]:
         yield from _tasks_of(results, child)
 
 
-def _require_same_items(name: str, dense: Sequence[Mapping[str, Any]], pruned: Sequence[Mapping[str, Any]]) -> None:
-    """Check by lm-eval's hashes that two models saw the same items."""
-    first, second = ({(sample["filter"], sample["doc_id"]): sample for sample in of} for of in (dense, pruned))
-    hint = "Run it again with --fresh."
-    if first.keys() != second.keys():
-        raise DataError(f"The dense and the pruned model did not see the same items of {name}.", hint=hint)
-    for (_, number), sample in first.items():
-        for part, word in (("doc_hash", "content"), ("prompt_hash", "prompt"), ("target_hash", "answer")):
-            if sample[part] != second[sample["filter"], number][part]:
-                raise DataError(
-                    f"Item {number} of {name} did not have the same {word} for the dense and the pruned model.",
-                    hint=hint,
-                )
-
-
-def _flip(
-    config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any], dense_is_right: bool
-) -> FlipRecord:
+def _flip(config: Mapping[str, Any], metric: str, dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> FlipRecord:
     """Return what each model answered to an item that only one gets right."""
     if config.get("output_type") == "multiple_choice":
         prompt, answers = _chosen(config, metric, dense, pruned)
-        target = answers[0] if dense_is_right else answers[1]
+        target = answers[0 if dense[metric] == 1 else 1]
     else:
-        prompt, target, answers = (
-            str(dense["arguments"][0][0]),
-            str(dense["target"]),
-            [_written(dense), _written(pruned)],
-        )
-    return FlipRecord(doc_id=dense["doc_id"], prompt=prompt, target=target, dense=answers[0], pruned=answers[1])
+        prompt, target, answers = dense["arguments"][0][0], dense["target"], [_written(dense), _written(pruned)]
+    return FlipRecord(
+        doc_id=dense["doc_id"], prompt=str(prompt), target=str(target), dense=answers[0], pruned=answers[1]
+    )
 
 
 def _chosen(config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sleb_cli.engine.forward.logits import float32_slices, position_slices
 from sleb_cli.engine.forward.predictions import Logits
-from sleb_cli.engine.statistics import Estimate, clustered_mean
+from sleb_cli.engine.statistics import clustered_mean
 from sleb_cli.results import DivergenceRecord
 
 CALIBRATION_BINS = 15
@@ -97,22 +97,13 @@ def window_losses(scores: Scores, counted: Tensor) -> tuple[float, ...]:
     return tuple(losses.tolist())
 
 
-def mean_loss(scores: Scores, counted: Tensor) -> float:
-    """Return the mean loss over all counted tokens, in nats per token."""
-    return float(scores["nll"][counted].double().mean())
-
-
-def paired_loss(pruned: Scores, dense: Scores, counted: Tensor, clusters: Tensor) -> Estimate:
-    """Estimate the difference of two mean losses on the same tokens; the tokens of a cluster are one observation."""
-    return clustered_mean((pruned["nll"].double() - dense["nll"].double())[counted], clusters[counted])
-
-
 def divergence_record(pruned: Scores, dense: Scores, counted: Tensor, clusters: Tensor) -> DivergenceRecord:
     """Summarize the divergence from the dense model, as `llama-perplexity --kl-divergence` does."""
     divergence = pruned["divergence"][counted].double()
     change = pruned["nll"][counted].double().neg().exp() - dense["nll"][counted].double().neg().exp()
     mean = clustered_mean(divergence, clusters[counted])
-    middle, p90, p99 = (_quantile(divergence, share) for share in (0.5, 0.9, 0.99))
+    # torch's own function refuses more than 16 million values.
+    middle, p90, p99 = (float(np.quantile(divergence.numpy(), share)) for share in (0.5, 0.9, 0.99))
     return DivergenceRecord(
         mean=mean.mean,
         standard_error=mean.standard_error,
@@ -123,8 +114,3 @@ def divergence_record(pruned: Scores, dense: Scores, counted: Tensor, clusters: 
         probability_change_rms=math.sqrt(float(change.square().mean())),
         same_top=float(pruned["same_top"][counted].double().mean()),
     )
-
-
-def _quantile(values: Tensor, share: float) -> float:
-    """Return a quantile; torch's own function refuses more than 16 million values."""
-    return float(np.quantile(values.numpy(), share))

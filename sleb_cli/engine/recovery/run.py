@@ -293,7 +293,7 @@ class Recovery:
         """Return the text to heal on, of the part of it that was fitted to."""
         fitted = self.splits[0]
         uses = -(-budget.portion_tokens // fitted.sequence_length)
-        uses = max(uses, *(math.ceil(1 / part.share) for part in fitted.parts))
+        uses = max(uses, *(math.ceil(1 / share) for share in fitted.shares.values()))
         if fitted.source in REFERENCE_PRESETS:  # its samples are rows of text: read no more than were fitted to
             uses = min(fitted.samples, uses)
         return Portions(fitted, uses, self.tokenizer, self._whole)

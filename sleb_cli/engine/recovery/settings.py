@@ -192,7 +192,7 @@ def _default_source(plan: Plan | None, *, stream: bool) -> str:
     if searched is None or searched.chat or searched.source == SELF:
         return own
     source = searched.source.removesuffix("-sleb")
-    parts = [part.source for part in parse_mixture(source)]
+    shares = parse_mixture(source)
     if stream:
-        return own if SELF in parts else source
-    return source if len(parts) > 1 else f"{source}:0.75,{SELF}:0.25"
+        return own if SELF in shares else source
+    return source if len(shares) > 1 else f"{source}:0.75,{SELF}:0.25"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
-from sleb_cli.engine.text.mixture import Part, divide, interleave, parse_mixture
+from sleb_cli.engine.text.mixture import divide, interleave, parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import (
     REFERENCE_ROWS,
@@ -46,20 +47,20 @@ from sleb_cli.requests import (
 from sleb_plugins import UsageError
 
 SELF = "self"
-REFERENCE_PRESETS = ("wikitext2-sleb", "c4-sleb")
+REFERENCE_PRESETS = frozenset({"wikitext2-sleb", "c4-sleb"})
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
     """A calibration request with every option set.
 
-    `parts` are the sources in `source`, with their shares. `samples` counts the sequences of all parts together; for a
+    `shares` are those of the sources in `source`. `samples` counts the sequences of all sources together; for a
     reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
     identifies the model, under which the text that it writes is cached; None caches none.
     """
 
     source: str
-    parts: tuple[Part, ...]
+    shares: Mapping[str, Fraction]
     samples: int
     sequence_length: int
     seed: int
@@ -69,9 +70,19 @@ class CalibrationSettings:
     writer: str | None = None
 
     @property
-    def counts(self) -> list[int]:
-        """The number of samples of each part."""
-        return divide(self.samples, [part.share for part in self.parts])
+    def counts(self) -> dict[str, int]:
+        """The number of samples of each source."""
+        return dict(zip(self.shares, divide(self.samples, list(self.shares.values())), strict=True))
+
+    @property
+    def texts(self) -> dict[str, int]:
+        """The same of the sources that are texts; the model writes the other one, if any."""
+        return {source: count for source, count in self.counts.items() if source != SELF or self.chat is not None}
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the text is drawn as in the reference implementation."""
+        return bool(REFERENCE_PRESETS & self.shares.keys())
 
 
 @dataclass(frozen=True)
@@ -124,11 +135,14 @@ def resolve_calibration(
     """
     is_demo = architecture.source.id == DEMO
     source = request.calibration or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
-    parts = parse_mixture(source)
+    shares = parse_mixture(source)
+    default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
+    if REFERENCE_PRESETS & shares.keys():
+        default = REFERENCE_ROWS
     settings = CalibrationSettings(
         source=source,
-        parts=parts,
-        samples=request.samples or _default_samples(parts, is_demo=is_demo),
+        shares=shares,
+        samples=request.samples or default,
         sequence_length=choose_length(
             request.sequence_length, architecture, DEMO_LENGTH if is_demo else DEFAULT_LENGTH
         ),
@@ -137,29 +151,22 @@ def resolve_calibration(
         samples_given=request.samples is not None,
         writer=architecture.source.behavior,
     )
-    if len(parts) > 1:
-        _require_mixable(settings)
+    if len(shares) > 1:
+        _require_mixable(settings, shares)
     return settings
 
 
-def _default_samples(parts: Sequence[Part], *, is_demo: bool) -> int:
-    if parts[0].source in REFERENCE_PRESETS:
-        return REFERENCE_ROWS
-    return DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
-
-
-def _require_mixable(settings: CalibrationSettings, needed: Sequence[bool] = ()) -> None:
-    """Check that sources can be mixed, and that each that is `needed`, by default all, has a sequence."""
-    presets = [part.source for part in settings.parts if part.source in REFERENCE_PRESETS]
-    if presets:
-        raise UsageError(
-            f"{presets[0]} cannot be mixed: it is drawn as in the reference implementation.",
-            hint=f"Mix {presets[0].removesuffix('-sleb')} instead, which is cut into windows.",
-        )
-    for part, count, must in zip(settings.parts, settings.counts, needed or [True] * len(settings.parts), strict=True):
-        if count == 0 and must:
+def _require_mixable(settings: CalibrationSettings, needed: Collection[str]) -> None:
+    """Check that sources can be mixed, and that each that is `needed` has a sequence."""
+    for source, count in settings.counts.items():
+        if source in REFERENCE_PRESETS:
             raise UsageError(
-                f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {part.source}.",
+                f"{source} cannot be mixed: it is drawn as in the reference implementation.",
+                hint=f"Mix {source.removesuffix('-sleb')} instead, which is cut into windows.",
+            )
+        if source in needed and not count:
+            raise UsageError(
+                f"Too few sequences ({settings.samples}) for {settings.source!r}: none would be from {source}.",
                 hint="Increase --samples or the share.",
             )
 
@@ -190,95 +197,93 @@ def calibrate_splits(
     first = splits[0]
     if first.chat is not None:
         require_template(tokenizer)
-    bos = adds_bos(tokenizer) and first.parts[0].source not in REFERENCE_PRESETS
-    drafts = [_read_parts(each, tokenizer, bos=bos, notify=notify if each is first else ignore) for each in splits]
-    for number in generated_parts(first):
-        counts = [settings.counts[number] for settings, _ in drafts]
-        own = replace(first, samples=sum(counts))
-        written = generate_own_text(load_model(), tokenizer, own, bos=bos, notify=notify)
+    drafts = [_read_texts(each, tokenizer, notify if each is first else ignore) for each in splits]
+    if SELF in first.shares and first.chat is None:
+        counts = [settings.counts[SELF] for settings, _ in drafts]
+        written = generate_own_text(load_model(), tokenizer, replace(first, samples=sum(counts)), notify)
         for (_, rows), sequences in zip(drafts, torch.split(written, counts), strict=True):
-            rows[number] = (sequences, None)
-    return [_assemble(settings, rows, tokenizer, bos=bos) for settings, rows in drafts]
+            rows[SELF] = (sequences, None)
+    return [_assemble(settings, rows, tokenizer) for settings, rows in drafts]
 
 
 def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
     """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
-    bos = adds_bos(tokenizer) and splits[0].parts[0].source not in REFERENCE_PRESETS
-    drafts = [_read_parts(settings, tokenizer, bos=bos, notify=ignore) for settings in splits]
-    read = [sequences.flatten() for _, rows in drafts for _, (sequences, _) in sorted(rows.items())]
+    drafts = [_read_texts(settings, tokenizer, ignore) for settings in splits]
+    read = [sequences.flatten() for _, rows in drafts for sequences, _ in rows.values()]
     return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
-def generated_parts(settings: CalibrationSettings) -> list[int]:
-    """Return the numbers of the parts that the model generates."""
-    return [n for n, part in enumerate(settings.parts) if part.source == SELF and settings.chat is None]
-
-
-def _assemble(settings: CalibrationSettings, rows: dict[int, _Rows], tokenizer: Any, *, bos: bool) -> Calibration:
-    """Interleave the rows of each part, by its number in the mixture."""
-    found = [rows[number] for number in sorted(rows)]
-    sources = [settings.parts[number].source for number in sorted(rows) for _ in rows[number][0]]
-    order = interleave([len(sequences) for sequences, _ in found])
-    sequences = torch.cat([sequences for sequences, _ in found])[order]
-    masks = [loss_mask for _, loss_mask in found if loss_mask is not None]
+def _assemble(settings: CalibrationSettings, rows: Mapping[str, _Rows], tokenizer: Any) -> Calibration:
+    """Interleave the rows of each source."""
+    sources = [source for source in settings.shares if source in rows]
+    counts = [len(rows[source][0]) for source in sources]
+    order = interleave(counts)
+    sequences = torch.cat([rows[source][0] for source in sources])[order]
+    masks = [mask for source in sources if (mask := rows[source][1]) is not None]
+    if settings.chat is None:
+        bos = adds_bos(tokenizer) and not settings.is_reference
+    else:
+        bos = bool((sequences[:, 0] == tokenizer.bos_token_id).all())
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
         sequences=len(sequences),
         sequence_length=settings.sequence_length,
-        bos=bos if settings.chat is None else bool((sequences[:, 0] == tokenizer.bos_token_id).all()),
+        bos=bos,
         chat=settings.chat,
         tokens_sha256=tokens_sha256(sequences),
     )
-    origins = tuple(sources[row] for row in order)
-    return Calibration(sequences, record, torch.cat(masks)[order] if masks else None, origins)
+    origins = [source for source, count in zip(sources, counts, strict=True) for _ in range(count)]
+    return Calibration(
+        sequences, record, torch.cat(masks)[order] if masks else None, tuple(origins[row] for row in order)
+    )
 
 
-def _read_parts(
-    settings: CalibrationSettings, tokenizer: Any, *, bos: bool, notify: Notify
-) -> tuple[CalibrationSettings, dict[int, _Rows]]:
-    """Read the parts that are texts, before any text is generated, since they may be missing or too short.
+def _read_texts(
+    settings: CalibrationSettings, tokenizer: Any, notify: Notify
+) -> tuple[CalibrationSettings, dict[str, _Rows]]:
+    """Read the sources that are texts, before any text is generated, since they may be missing or too short.
 
-    Return the settings with as many samples as the texts provide, and the rows of each part by its number.
+    Return the settings with as many samples as the texts provide, and the rows of each source.
     """
-    generated, read, is_mixture = generated_parts(settings), dict[int, _Rows](), len(settings.parts) > 1
-    for number, (part, count) in enumerate(zip(settings.parts, settings.counts, strict=True)):
-        if number in generated or not count:
+    read, is_mixture = dict[str, _Rows](), len(settings.shares) > 1
+    for source, count in settings.texts.items():
+        if not count:
             continue
-        with task(notify, f"Reading {part.source}"):
-            windows, loss_mask = read_windows(part.source, count, settings, tokenizer, bos=bos)
-            if len(windows) < count and not is_mixture and part.source not in REFERENCE_PRESETS:
+        with task(notify, f"Reading {source}"):
+            windows, loss_mask = read_windows(source, count, settings, tokenizer)
+            if len(windows) < count and not is_mixture and not settings.is_reference:
                 notify(
                     Notice(
-                        f"{part.source} has text for only {len(windows)} sequences of {settings.sequence_length} "
+                        f"{source} has text for only {len(windows)} sequences of {settings.sequence_length} "
                         "tokens; using all of them."
                     )
                 )
         # A reference preset counts rows of text, and all of their windows are used.
-        every = part.source in REFERENCE_PRESETS and settings.chat is None
-        read[number] = _draw_rows(windows, loss_mask, len(windows) if every else count, settings.seed)
+        every = settings.is_reference and settings.chat is None
+        read[source] = _draw_rows(windows, loss_mask, len(windows) if every else count, settings.seed)
     if is_mixture:
-        settings = limit_to_texts(settings, {number: len(rows) for number, (rows, _) in read.items()}, notify)
-        read = {number: _draw_rows(*rows, settings.counts[number], settings.seed) for number, rows in read.items()}
+        settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in read.items()}, notify)
+        read = {source: _draw_rows(*rows, settings.counts[source], settings.seed) for source, rows in read.items()}
     return settings, read
 
 
-def limit_to_texts(settings: CalibrationSettings, found: Mapping[int, int], notify: Notify) -> CalibrationSettings:
-    """Reduce the samples to what the texts provide in the given shares; `found` counts sequences by part.
+def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], notify: Notify) -> CalibrationSettings:
+    """Reduce the samples to what the texts provide in the given shares; `found` counts sequences by source.
 
     Raises:
-        UsageError: a part that had sequences would have none.
+        UsageError: a source that had sequences would have none.
     """
-    wanted, had = settings.samples, [count > 0 for count in settings.counts]
-    while any(settings.counts[number] > count for number, count in found.items()):
+    wanted, had = settings.samples, [source for source, count in settings.counts.items() if count]
+    while any(settings.counts[source] > count for source, count in found.items()):
         settings = replace(settings, samples=settings.samples - 1)
     _require_mixable(settings, had)
     if settings.samples < wanted:
-        scarce = min(found, key=lambda number: found[number] / settings.parts[number].share)
+        scarce = min(found, key=lambda source: found[source] / settings.shares[source])
         notify(
             Notice(
-                f"{settings.parts[scarce].source} has text for only {found[scarce]} sequences of "
-                f"{settings.sequence_length} tokens, so the mixture has {settings.samples} sequences, not {wanted}."
+                f"{scarce} has text for only {found[scarce]} sequences of {settings.sequence_length} tokens, so the "
+                f"mixture has {settings.samples} sequences, not {wanted}."
             )
         )
     return settings
@@ -289,21 +294,21 @@ def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: in
     return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
-def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any, *, bos: bool) -> _Rows:
+def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> _Rows:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
-    length, seed = settings.sequence_length, settings.seed
+    length, seed, split = settings.sequence_length, settings.seed, settings.split
     # What is asked for counts the whole text, of which a split has only about its share.
-    asked = samples if settings.samples_given and settings.split == WHOLE else None
+    asked = samples if settings.samples_given and split == WHOLE else None
     if settings.chat is not None:
         conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
         answers = settings.chat == "answers"
-        windows, loss_mask = cut_conversations(tokenizer, conversations, length, answers=answers, asked=asked)
+        windows, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=asked)
         return windows, loss_mask if answers else None
-    if source in REFERENCE_PRESETS:
-        text = reference_calibration_text(source, rows=samples, seed=seed, split=settings.split)
+    if settings.is_reference:
+        text = reference_calibration_text(source, rows=samples, seed=seed, split=split)
         return require_windows(cut_running_text(tokenizer, text.content, length), text, tokenizer, length), None
-    text = calibration_text(source, tokens=samples * length, seed=seed, split=settings.split)
-    windows = cut_windows(tokenizer, text.content, length, bos=bos)
+    text = calibration_text(source, tokens=samples * length, seed=seed, split=split)
+    windows = cut_windows(tokenizer, text.content, length, bos=adds_bos(tokenizer))
     return require_windows(windows, text, tokenizer, length, asked), None
 
 
@@ -318,7 +323,7 @@ def require_given_text(settings: CalibrationSettings) -> None:
     Raises:
         UsageError: it has to.
     """
-    if SELF in (part.source for part in settings.parts):
+    if SELF in settings.shares:
         raise UsageError(
             "A streamed model cannot write its own text: each token would read all of its weights.",
             hint="Use --calibration wikitext2, or a file.",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.sources import Conversation, Conversations
+from sleb_cli.engine.text.sources import Conversation
 from sleb_cli.engine.text.windows import require_enough
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
@@ -34,7 +34,7 @@ def require_template(tokenizer: Any) -> None:
 
 
 def cut_conversations(
-    tokenizer: Any, text: Conversations, length: int, *, answers: bool, asked: int | None
+    tokenizer: Any, conversations: Iterable[Conversation], source: str, length: int, *, answers: bool, asked: int | None
 ) -> tuple[Tensor, Tensor]:
     """Cut conversations into sequences, int64 [sequences, length], with a loss mask, bool of the same shape.
 
@@ -44,16 +44,16 @@ def cut_conversations(
     Raises:
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
-    rendered = [_render(tokenizer, conversation, text.source, answers=answers) for conversation in text.content]
+    rendered = [_render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
     sequences = [sequence for sequence in _packs(rendered, length) if any(counts for _, counts in sequence[1:])]
     if not sequences:
         tokens = sum(map(len, rendered))
         raise DataError(
-            f"The conversations of {text.source} have {tokens} tokens, too few for a sequence of {length} "
+            f"The conversations of {source} have {tokens} tokens, too few for a sequence of {length} "
             + ("with an answer in it." if answers else "tokens."),
             hint="Use more conversations, or another --sequence-length.",
         )
-    require_enough(len(sequences), text.source, length, asked)
+    require_enough(len(sequences), source, length, asked)
     found = torch.tensor(sequences, dtype=torch.int64)
     return found[..., 0].contiguous(), found[..., 1].bool()
 

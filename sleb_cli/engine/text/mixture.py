@@ -4,49 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from sleb_plugins import UsageError
 
 
-@dataclass(frozen=True)
-class Part:
-    """One source of a mixture, and its share of the sequences."""
+def parse_mixture(text: str) -> dict[str, Fraction]:
+    """Parse "wikitext2:0.5,c4:0.5" or one source without a share; return each source's share of the sequences.
 
-    source: str
-    share: Fraction
-
-
-def parse_mixture(text: str) -> tuple[Part, ...]:
-    """Parse "wikitext2:0.5,c4:0.5", or one source without a share. A local file of exactly this name takes precedence.
+    A local file of exactly this name takes precedence.
 
     Raises:
         UsageError: a share is missing or invalid, the shares do not sum to 1, or a source is named twice.
     """
-    if Path(text).exists():
-        return (Part(text, Fraction(1)),)
     parts = [_parse_part(part.strip()) for part in text.split(",")]
-    if len(parts) == 1 and parts[0][1] is None:
-        return (Part(text, Fraction(1)),)
+    if Path(text).exists() or [share for _, share in parts] == [None]:
+        return {text: Fraction(1)}
+    shares: dict[str, Fraction] = {}
     for source, share in parts:
         if share is None or not source:
             raise UsageError(
                 f"{source or 'A source'} has no share in the mixture {text!r}.",
                 hint="Write the share of each source: --calibration wikitext2:0.5,c4:0.5.",
             )
-    mixture = tuple(Part(source, share) for source, share in parts if share is not None)
-    total = sum(part.share for part in mixture)
-    if total != 1:
+        if source in shares:
+            raise UsageError(f"{text!r} names {source} twice.", hint="Name it once, with the sum of its shares.")
+        shares[source] = share
+    if (total := sum(shares.values())) != 1:
         raise UsageError(
             f"The shares of {text!r} sum to {float(total):g}, not to 1.", hint="Thirds can be written as 1/3."
         )
-    sources = [part.source for part in mixture]
-    twice = [source for source in sources if sources.count(source) > 1]
-    if twice:
-        raise UsageError(f"{text!r} names {twice[0]} twice.", hint="Name it once, with the sum of its shares.")
-    return mixture
+    return shares
 
 
 def _parse_part(text: str) -> tuple[str, Fraction | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from sleb_cli.engine.device import in_smaller_pieces, input_device
 from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.sampling import Sampler
+from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.engine.third_party import our_code
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.units import plural
@@ -30,9 +32,7 @@ _GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 
-def generate_own_text(
-    model: Any, tokenizer: Any, settings: CalibrationSettings, *, bos: bool, notify: Notify
-) -> Tensor:
+def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify) -> Tensor:
     """Let the model generate the sequences, sampled from its own distribution after BOS, or find them in the cache.
 
     The sequences include the BOS token only if the tokenizer adds it to every text.
@@ -47,7 +47,7 @@ def generate_own_text(
             "The tokenizer has neither a BOS nor an EOS token, so the model cannot start a text.",
             hint=_GIVE_TEXT,
         )
-    count, length = settings.samples, settings.sequence_length
+    count, length, bos = settings.samples, settings.sequence_length, adds_bos(tokenizer)
     new = length - 1 if bos else length
     sampler = Sampler({tokenizer.eos_token_id} - {None})  # every sequence is one text
     batch_size = min(count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // length))
@@ -65,64 +65,49 @@ def generate_own_text(
         "versions": [__version__, str(torch.__version__), transformers.__version__],
     }
     kept = KeptFiles("texts", "The text that the model wrote is", notify, can_write=settings.writer is not None)
-    if (found := _kept_text(kept.read(key), count, length)) is not None:
-        notify(Notice(f"Using {plural(count, 'sequence')} that the model wrote before, from the cache."))
-        return found
-    written = in_smaller_pieces(
-        lambda size: _write(model, start, new, settings, sampler, size, notify),
-        batch_size,
-        lambda size: notify(Notice(f"Out of memory on {input_device(model)}; generating {size} sequences at once.")),
-    )
-    kept.write(key, save({"tokens": written.to(torch.int32)}))
-    return written
+    with suppress(SafetensorError):  # a broken file
+        if content := kept.read(key):
+            found = load(content)["tokens"].to(torch.int64)
+            notify(Notice(f"Using {plural(count, 'sequence')} that the model wrote before, from the cache."))
+            return found
 
-
-def _kept_text(content: bytes | None, count: int, length: int) -> Tensor | None:
-    """Return the cached sequences, [count, length]; None if there are none, or the file is broken."""
-    try:
-        tokens = load(content)["tokens"] if content is not None else torch.empty(0)
-    except (SafetensorError, KeyError):
-        return None
-    return tokens.to(torch.int64) if tokens.shape == (count, length) and tokens.dtype is torch.int32 else None
-
-
-def _write(
-    model: Any,
-    start: int,
-    new: int,
-    settings: CalibrationSettings,
-    sampler: Sampler,
-    batch_size: int,
-    notify: Notify,
-) -> Tensor:
-    """Generate the sequences, `new` tokens after `start`; they depend on the seed and the batch size."""
-    count, length, device = settings.samples, settings.sequence_length, input_device(model)
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
+    device = input_device(model)
+    # MPS cannot tell the state of its random number generator by device.
+    devices = [] if device.type in ("cpu", "mps") else [device]
 
     def refused(words: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{model.config.model_type} cannot generate text: {words}.", hint=_GIVE_TEXT)
 
-    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-        """Report each token as it is generated; never stop."""
-        with our_code():
-            advance(len(ids))
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    def write(size: int) -> Tensor:
+        """Generate the sequences; they depend on the seed and on how many are generated at once."""
 
-    each_token = {
-        "logits_processor": LogitsProcessorList([sampler]),
-        "stopping_criteria": StoppingCriteriaList([report]),
-    }
-    written: list[Tensor] = []
-    # MPS cannot tell the state of its random number generator by device.
-    devices = [] if device.type in ("cpu", "mps") else [device]
-    with (
-        task(notify, "Generating calibration text", count * new, "tokens") as advance,
-        torch.random.fork_rng(devices=devices, device_type=device.type),
-        torch.inference_mode(),
-    ):
-        torch.manual_seed(settings.seed)
-        for first in range(0, count, batch_size):
-            prompt = torch.full((min(batch_size, count - first), 1), start, device=device)
-            ids: Tensor = generate(model, prompt, greedy, refused, **each_token)
-            written.append(ids[:, -length:].cpu())
-    return torch.cat(written).clone()
+        def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+            """Report each token as it is generated; never stop."""
+            with our_code():
+                advance(len(ids))
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        each_token = {
+            "logits_processor": LogitsProcessorList([sampler]),
+            "stopping_criteria": StoppingCriteriaList([report]),
+        }
+        written: list[Tensor] = []
+        with (
+            task(notify, "Generating calibration text", count * new, "tokens") as advance,
+            torch.random.fork_rng(devices=devices, device_type=device.type),
+            torch.inference_mode(),
+        ):
+            torch.manual_seed(settings.seed)
+            for first in range(0, count, size):
+                prompt = torch.full((min(size, count - first), 1), start, device=device)
+                ids: Tensor = generate(model, prompt, greedy, refused, **each_token)
+                written.append(ids[:, -length:].cpu())
+        return torch.cat(written).clone()
+
+    def reduced(size: int) -> None:
+        notify(Notice(f"Out of memory on {device}; generating {size} sequences at once."))
+
+    found = in_smaller_pieces(write, batch_size, reduced)
+    kept.write(key, save({"tokens": found.to(torch.int32)}))
+    return found

@@ -10,16 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.calibration import (
-    CalibrationSettings,
-    draw,
-    generated_parts,
-    limit_to_texts,
-    read_windows,
-)
+from sleb_cli.engine.text.calibration import SELF, CalibrationSettings, draw, limit_to_texts, read_windows
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import is_read_whole
-from sleb_cli.engine.text.windows import adds_bos
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2
@@ -52,50 +45,42 @@ class Portions:
     def __init__(self, fitted: CalibrationSettings, uses: int, tokenizer: Any, load_model: Callable[[], Any]) -> None:
         self._fitted, self._uses = fitted, uses
         self._tokenizer, self._load_model = tokenizer, load_model
-        self._bos = adds_bos(tokenizer)
-        self._whole: dict[int, Tensor] = {}
+        self._whole: dict[str, Tensor] = {}
 
     def draw(self, number: int, notify: Notify) -> Portion:
         """Return the portion of this number, from 0. Raises what `calibrate` raises."""
         seed = self._fitted.seed + 1 + number
         settings = replace(self._fitted, samples=self._uses, samples_given=False, seed=seed)
-        own = generated_parts(settings)
-        found = {
-            part: self._windows(part, settings)
-            for part, count in enumerate(settings.counts)
-            if count and part not in own
-        }
-        if len(settings.parts) > 1:
-            settings = limit_to_texts(settings, {part: len(windows) for part, windows in found.items()}, notify)
-        read = [self._taken(part, windows, number, settings) for part, windows in sorted(found.items())]
-        written = [self._written(settings, settings.counts[part], notify) for part in own]
-        given, count = sum(map(len, read)), sum(map(len, read + written))
-        return Portion(torch.cat(read + written), _order(given, count, f"{self._fitted.seed}/{number}"))
+        found = {source: self._windows(source, settings) for source, count in settings.texts.items() if count}
+        if len(settings.shares) > 1:
+            settings = limit_to_texts(settings, {source: len(windows) for source, windows in found.items()}, notify)
+        read = [self._taken(source, windows, number, settings) for source, windows in found.items()]
+        given = count = sum(map(len, read))
+        if SELF in settings.shares:
+            own = replace(settings, samples=-(-settings.counts[SELF] // USES_OF_OWN_TEXT))
+            read.append(generate_own_text(self._load_model(), self._tokenizer, own, notify))
+            count += own.samples
+        return Portion(torch.cat(read), _order(given, count, f"{self._fitted.seed}/{number}"))
 
-    def _windows(self, part: int, settings: CalibrationSettings) -> Tensor:
+    def _windows(self, source: str, settings: CalibrationSettings) -> Tensor:
         """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
-        if part in self._whole:
-            return self._whole[part]
-        source, count = settings.parts[part].source, settings.counts[part]
-        windows, _ = read_windows(source, count, settings, self._tokenizer, bos=self._bos)
+        if source in self._whole:
+            return self._whole[source]
+        windows, _ = read_windows(source, settings.counts[source], settings, self._tokenizer)
         if is_read_whole(source):
-            last = draw(len(windows), self._fitted.counts[part], self._fitted.seed)
+            last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))
             shuffle = random.Random(self._fitted.seed)
             order = [*shuffle.sample(first, len(first)), *shuffle.sample(last, len(last))]
-            windows = self._whole[part] = windows[order]
+            windows = self._whole[source] = windows[order]
         return windows
 
-    def _taken(self, part: int, windows: Tensor, number: int, settings: CalibrationSettings) -> Tensor:
+    def _taken(self, source: str, windows: Tensor, number: int, settings: CalibrationSettings) -> Tensor:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
-        count = min(settings.counts[part], len(windows))
-        if part not in self._whole:
+        count = min(settings.counts[source], len(windows))
+        if source not in self._whole:
             return windows[draw(len(windows), count, settings.seed)]
         return windows[[(number * count + row) % len(windows) for row in range(count)]]
-
-    def _written(self, settings: CalibrationSettings, uses: int, notify: Notify) -> Tensor:
-        own = replace(settings, samples=-(-uses // USES_OF_OWN_TEXT))
-        return generate_own_text(self._load_model(), self._tokenizer, own, bos=self._bos, notify=notify)
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:

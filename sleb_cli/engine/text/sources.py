@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -93,23 +93,16 @@ Conversation = list[dict[str, Any]]
 """A list of messages, each with a `role` and its `content`."""
 
 
-@dataclass(frozen=True)
-class Conversations:
-    """Conversations and their source."""
-
-    source: str
-    content: list[Conversation]
-
-
-WIKITEXT2_TRAIN = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
-WIKITEXT2_TEST = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
-C4_VALIDATION = Dataset("allenai/c4", split="train", data_files="en/c4-validation.00000-of-00008.json.gz")
+_WIKITEXT2_TRAIN = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
+_C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
 
 CALIBRATION_PRESETS = {
-    "wikitext2": WIKITEXT2_TRAIN, "wikitext2-sleb": WIKITEXT2_TRAIN, "c4": C4_TRAIN, "c4-sleb": C4_TRAIN,
+    "wikitext2": _WIKITEXT2_TRAIN, "wikitext2-sleb": _WIKITEXT2_TRAIN, "c4": _C4_TRAIN, "c4-sleb": _C4_TRAIN,
 }  # fmt: skip
-EVALUATION_PRESETS = {"wikitext2": WIKITEXT2_TEST, "c4": C4_VALIDATION}
+EVALUATION_PRESETS = {
+    "wikitext2": replace(_WIKITEXT2_TRAIN, split="test"),
+    "c4": replace(_C4_TRAIN, data_files="en/c4-validation.00000-of-00008.json.gz"),
+}
 
 EVALUATION_SPLITS = ("test", "validation", "valid", "dev", "val", "eval", "train")
 """The splits of a data set to evaluate on, the best first; calibration takes `train`."""
@@ -152,20 +145,19 @@ def evaluation_text(source: str) -> Text:
         DataError: the source is missing, unreadable or empty.
     """
     if source == "wikitext2":  # its rows are lines; an article begins with its title
-        return _joined(source, _documents(WIKITEXT2_TEST), begins=lambda line: bool(_TITLE.fullmatch(line.strip())))
+        lines = _documents(EVALUATION_PRESETS[source])
+        return _joined(source, lines, begins=lambda line: bool(_TITLE.fullmatch(line.strip())))
     if source == "c4":
-        documents = islice(_documents(C4_VALIDATION), C4_EVALUATION_DOCUMENTS)
+        documents = islice(_documents(EVALUATION_PRESETS[source]), C4_EVALUATION_DOCUMENTS)
         return _joined(source, documents, " ", limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
         return _file_text(source)
-    dataset = _parse_dataset(source)
+    dataset, split = _parse_dataset(source), None
     path, config, named, column = [*source.split(":"), "", "", ""][:4]
-    if named:
-        return _joined(source, _documents(dataset), limit=C4_EVALUATION_WINDOWS)
-    split = _evaluation_split(dataset)
-    full_name = ":".join([path, config, split, *([column] if column else [])])
-    found = _joined(full_name, _documents(replace(dataset, split=split)), limit=C4_EVALUATION_WINDOWS)
-    return replace(found, split=split)
+    if not named:
+        split = _evaluation_split(dataset)
+        dataset, source = replace(dataset, split=split), f"{path}:{config}:{split}:{column}".rstrip(":")
+    return replace(_joined(source, _documents(dataset), limit=C4_EVALUATION_WINDOWS), split=split)
 
 
 def _joined(
@@ -192,7 +184,7 @@ def _evaluation_split(dataset: Dataset) -> str:
     return next((split for split in EVALUATION_SPLITS if split in splits), [*splits, "train"][0])
 
 
-def calibration_conversations(source: str, *, tokens: int, seed: int) -> Conversations:
+def calibration_conversations(source: str, *, tokens: int, seed: int) -> list[Conversation]:
     """Return conversations: all of a .jsonl file, or about `tokens` tokens of a data set.
 
     They are read from the field or column `messages`: lists of {"role": …, "content": …}.
@@ -212,10 +204,8 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> Convers
         dataset = _parse_dataset(source, column="messages")
         with _naming_faults(f"A row of {dataset}"):
             rows = (_Messages(messages=row).conversation for row in _values(dataset, shuffle_seed=seed))
-            found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, size=_characters))
-    if not found:
-        raise DataError(f"{source} is empty.", hint="Name a file that holds conversations.")
-    return Conversations(source, found)
+            found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
+    return found
 
 
 def _characters(conversation: Conversation) -> int:
@@ -234,23 +224,17 @@ def is_read_whole(source: str) -> bool:
 
 
 def _file_text(source: str, split: TextSplit = WHOLE) -> Text:
-    named, content = split.of(source), _read_file(source)
+    named, content, documents = split.of(source), _read_file(source), list[str]()
     if Path(source).suffix == ".jsonl":
         documents = [line.text for line in _json_lines(source, content, _Text)]
         if len(documents) >= MIN_DOCUMENTS:
-            documents = [documents[row] for row in split.rows(len(documents))]
-            split = WHOLE
-        if split == WHOLE:
-            return _joined(named, _require_text(documents, named))
+            documents, split = [documents[row] for row in split.rows(len(documents))], WHOLE
         content = PARAGRAPHS.join(documents)
-    content = content[_boundary(content, split.begin) : _boundary(content, split.end)]
-    return Text(named, "".join(_require_text([content], named)))
-
-
-def _require_text(parts: list[str], named: str) -> list[str]:
-    if not any(part.strip() for part in parts):
+    if not content.strip():
         raise DataError(f"{named} is empty.", hint="Name a file that holds text.")
-    return parts
+    if documents and split == WHOLE:
+        return _joined(named, documents)
+    return Text(named, content[_boundary(content, split.begin) : _boundary(content, split.end)])
 
 
 def _boundary(content: str, share: float) -> int:
@@ -376,26 +360,26 @@ def _load(dataset: Dataset) -> Any:
         return datasets.load_dataset(dataset.path, dataset.config, split=dataset.split, data_files=dataset.data_files)
 
 
+def _loading(dataset: Dataset) -> AbstractContextManager[None]:
+    hint = "Check the name and the network, or name a local file."
+    return loading_data(f"data set {dataset}", hint, ValueError)  # an unknown config or split
+
+
 @contextmanager
-def _loading(dataset: Dataset) -> Iterator[None]:
-    """Turn errors of the library `datasets` into a `DataError` that names the data set."""
+def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[None]:
+    """Turn errors of the library `datasets`, and these others, into a `DataError` that names what cannot be loaded."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     datasets.disable_progress_bars()
+    expected: tuple[type[Exception], ...] = (ConnectionError, FileNotFoundError, *others)
     try:
         with offline_if_unreachable() as unreachable:
             yield
-    except (DatasetNotFoundError, ConnectionError) as error:
-        reason = f"not in the cache, and {unreachable}" if unreachable else first_line(error)
-        raise DataError(
-            f"The data set {dataset} cannot be loaded: {reason}.",
-            hint="Check the name and the network, or name a local file.",
-        ) from error
-    except ValueError as error:  # an unknown config or split
-        raise DataError(
-            f"The data set {dataset} cannot be loaded: {first_line(error)}.", hint="Check the name."
-        ) from error
+    except expected as error:
+        is_offline = unreachable and isinstance(error, ConnectionError | DatasetNotFoundError)
+        reason = f"not in the cache, and {unreachable}" if is_offline else first_line(error)
+        raise DataError(f"The {what} cannot be loaded: {reason}.", hint=hint) from error
 
 
 def _enough(documents: Iterable[T], characters: int, size: Callable[[T], int] = len) -> Iterator[T]:
