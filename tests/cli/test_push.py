@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from conftest import beside_weights, calibration, llama_config, save_model, weight_bytes_of, weights_of
-from hub import JANE, Handler, Hub
+from hub import JANE, Hub
 from sleb_cli.plan import read_plan
 
 
@@ -183,19 +183,6 @@ def test_a_repository_keeps_its_visibility(push, refused, tmp_path, hub):
     assert weight_bytes_of(tmp_path / "out").keys() <= hub.files.keys()
 
 
-def test_a_repository_created_meanwhile_gets_nothing(push, tmp_path, hub, monkeypatch):
-    create = Handler.create
-
-    def too_late(handler, hub, path, body):
-        hub.repos["acme/small"] = "public"
-        create(handler, hub, path, body)
-
-    monkeypatch.setattr(Handler, "create", too_late)
-    push("acme/small", "--force", code=8, says="out is complete, but acme/small is public on the Hub")
-    assert hub.files == {}
-    assert weights_of(tmp_path / "out")
-
-
 @pytest.mark.parametrize("name", ["", "small", "a/b/c", "acme/sm all", "acme/..", "-/x"])
 def test_what_is_no_name_of_a_repository(refused, hub, name):
     refused(f"--push {name}", repo=name, code=2)
@@ -244,22 +231,6 @@ def test_only_what_was_written_goes_to_the_hub(run_sleb, tmp_path, hub):
     written |= {"tokenizer.json", "tokenizer_config.json"}
     assert beside_weights(hub.files) == written
     assert b"password" not in b"".join(hub.files.values())
-
-
-@pytest.mark.parametrize("what", ["changed", "link", "gone"])
-def test_what_is_no_longer_what_was_proven_stays_here(push, tmp_path, hub, what):
-    secret = tmp_path / "secret"
-    secret.write_text("password")
-
-    def change():
-        config = tmp_path / "out" / "config.json"
-        config.write_text("{}") if what == "changed" else config.unlink()
-        if what == "link":
-            config.symlink_to(secret)
-
-    hub.meanwhile = change
-    push("acme/small", code=8, says="config.json changed after it was written, so nothing was uploaded")
-    assert hub.files == {}
 
 
 TOKEN = "hf_" + "Canary" * 5

@@ -54,10 +54,8 @@ def write(weights, target, max_bytes=10**9, *, names=None, dtype=None, events=No
         if names is None or stored.name in names
     ]
     planned = plan_shards(weights, kept, max_bytes)
-    assert write_weights(target, planned, 0, (events if events is not None else []).append) == sum(
-        shard.size for shard in planned
-    )
-    return [shard.size for shard in planned]
+    write_weights(target, planned, 0, (events if events is not None else []).append)
+    return [shard.size for shard in planned.values()]
 
 
 def everything(folder):
@@ -161,7 +159,7 @@ def test_room_is_asked_for_what_is_written(source, target, monkeypatch):
     weights = save(source, {"a": torch.ones(100)}, {"b": torch.ones(50), "c": torch.ones(50)})
     kept = [new_tensor(stored.name, stored, None) for stored in weights.stored if stored.name != "c"]
     monkeypatch.setattr(copying, "_reflink", lambda *arguments: False)
-    assert write_weights(target, plan_shards(weights, kept, 10**9), 7, lambda event: None) == 600
+    write_weights(target, plan_shards(weights, kept, 10**9), 7, lambda event: None)
     assert asked == [(target, 200 + 7)]  # the first file is a link
 
 
@@ -273,8 +271,7 @@ def test_slices_and_new_values_are_written_in_the_given_type(source, target, mon
         wanted = {tensor.name: expected[tensor.name] for tensor in some}
         folder = target / str(len(some))
         folder.mkdir()
-        size = write_weights(folder, plan_shards(weights, some, 10**9), 0, lambda event: None)
-        assert size == sum(tensor.nbytes for tensor in wanted.values())
+        write_weights(folder, plan_shards(weights, some, 10**9), 0, lambda event: None)
         assert same(everything(folder), wanted)
 
 

@@ -91,15 +91,21 @@ class Shard:
         return sum(tensor.size for tensor in self.tensors)
 
 
-def new_tensor(name: str, stored: StoredTensor, dtype: torch.dtype | None, cut: Cut | None = None) -> NewTensor:
+def new_tensor(
+    name: str,
+    stored: StoredTensor,
+    dtype: torch.dtype | None,
+    cut: Cut | None = None,
+    value: torch.Tensor | None = None,
+) -> NewTensor:
     """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
     own = TORCH_DTYPES.get(stored.dtype)
     changes = dtype is not None and own is not None and own.is_floating_point and own is not dtype
-    return NewTensor(name, stored, dtype if changes else None, cut)
+    return NewTensor(name, stored, dtype if changes else None, cut, value)
 
 
-def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> list[Shard]:
-    """Divide the tensors into files of at most `max_bytes`, following the source's files.
+def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> dict[str, Shard]:
+    """Divide the tensors into files of at most `max_bytes`, following the source's files; return them by name.
 
     A file that keeps all its tensors is used unchanged. The rest of another one is merged with its neighbour if both
     together are no larger than the source's largest file. A tensor larger than `max_bytes` gets a file of its own.
@@ -117,35 +123,35 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
                 shards[-1] = Shard(last.tensors + shard.tensors, shard.metadata | last.metadata)
             else:
                 shards.append(shard)
-    return shards
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
 def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
     """Yield the shards for the remaining tensors of one file."""
-    metadata = {"format": "pt"} | header.metadata
-    as_before = [(tensor.name, tensor.stored) for tensor in tensors if tensor.is_copy]
+    as_before = [tensor.stored for tensor in tensors if tensor.is_copy and tensor.name == tensor.stored.name]
     if (
         header.path.suffix == ".safetensors"
         and tensors
-        and as_before == [(stored.name, stored) for stored in header.tensors]
-        and sum(stored.size for stored in header.tensors) <= max_bytes
+        and as_before == list(header.tensors)
+        and sum(stored.size for stored in as_before) <= max_bytes
     ):
         yield Shard(tuple(tensors), header.metadata, same_as=header.path)
         return
     packed: list[NewTensor] = []
     size = 0
-    for tensor in tensors:
-        if packed and size + tensor.size > max_bytes:
-            yield Shard(tuple(packed), metadata)
+    for tensor in [*tensors, None]:
+        if packed and (tensor is None or size + tensor.size > max_bytes):
+            yield Shard(tuple(packed), {"format": "pt"} | header.metadata)
             packed, size = [], 0
-        packed.append(tensor)
-        size += tensor.size
-    if packed:
-        yield Shard(tuple(packed), metadata)
+        if tensor:
+            packed.append(tensor)
+            size += tensor.size
 
 
-def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notify: Notify) -> int:
-    """Write the shards and, if there are several, their index; return the size of all tensors in bytes.
+def write_weights(folder: Path, shards: Mapping[str, Shard], other_bytes: int, notify: Notify) -> None:
+    """Write the shards and, if there are several, their index.
 
     The disk must have room for all shards and `other_bytes` before anything is copied.
 
@@ -153,46 +159,31 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
         OutputError: it does not.
         ModelError: a source file cannot be read.
     """
-    named = named_shards(shards)
-    total = sum(shard.size for shard in shards)
+    total = sum(shard.size for shard in shards.values())
     with task(notify, "Writing weights", total, "B") as advance:
-        shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in named.items() if shard.same_as}
-        to_write = {name: shard for name, shard in named.items() if not shared.get(name)}
+        shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in shards.items() if shard.same_as}
+        to_write = {name: shard for name, shard in shards.items() if not shared.get(name)}
         bytes_to_write = sum(shard.size for shard in to_write.values())
         require_space(folder, bytes_to_write + other_bytes)
         advance(total - bytes_to_write)
         for name, shard in to_write.items():
             _write_shard(folder / name, shard, advance)
         if len(shards) > 1:
-            (folder / INDEX).write_text(index_of(named), encoding="utf-8")
-    links = list(shared.values()).count("hard link")
-    if links:
+            (folder / INDEX).write_text(index_of(shards), encoding="utf-8")
+    if links := list(shared.values()).count("hard link"):
         notify(
             Notice(
                 f"{links} of {len(shards)} weight files are unchanged and are hard links to the model's own: "
                 "do not edit them in place."
             )
         )
-    return total
 
 
-def named_shards(shards: Sequence[Shard]) -> dict[str, Shard]:
-    """Return the shards by the names of their files."""
-    return dict(zip(shard_names(len(shards)), shards, strict=True))
-
-
-def index_of(named: Mapping[str, Shard]) -> str:
+def index_of(shards: Mapping[str, Shard]) -> str:
     """Return the text of the index of several weight files."""
-    weight_map = {tensor.name: name for name, shard in named.items() for tensor in shard.tensors}
-    total = sum(shard.size for shard in named.values())
+    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard.tensors}
+    total = sum(shard.size for shard in shards.values())
     return to_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def shard_names(count: int) -> list[str]:
-    """Return the names that transformers gives to this number of files."""
-    if count == 1:
-        return [SAFETENSORS]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:

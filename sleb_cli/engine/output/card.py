@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.output.card_metadata import front_matter, with_results
-from sleb_cli.engine.output.card_results import Measured, card_table, hub_results, measured_in, results_section
+from sleb_cli.engine.output.card_results import Row, card_table, hub_results, measured_in, results_section
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, read_plan
-from sleb_cli.records import Check, Proof, without_folders
+from sleb_cli.records import Proof, without_folders
 from sleb_cli.tables import search
+from sleb_cli.tables.proof import checked
 from sleb_cli.tables.table import in_markdown
 from sleb_cli.version import __version__
 from sleb_plugins import SlebError
@@ -53,7 +55,7 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
         notify(Warned(f"Cannot update {path}: {reason.rstrip('.')}."))
 
 
-def _results(measured: Measured) -> str:
+def _results(measured: Sequence[Row]) -> str:
     return "\n".join([BEGIN, *results_section(measured), END])
 
 
@@ -134,22 +136,6 @@ def _recovery(recovery: RecoveryRecord | None) -> list[str]:
 def _proof(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["", "The checkpoint was written without a proof (`--no-verify`)."]
-    difference = proof.logits_difference or 0.0
-    same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
-    reference = {
-        "dense": "the base model with these blocks skipped",
-        "recovered": "the recovered model in memory, before it was written",
-    }[proof.reference]
-    words: dict[Check, str] = {
-        "complete": "every file is there and complete, and no other",
-        "loads": "stock transformers finds every weight of the config in the files, and no other",
-        "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}), its logits are {same} to those "
-        f"of {reference}",
-        "generates": "it generates with the KV cache",
-        "saves again": "transformers saves it again, with the same weights",
-        "same bytes": "the bytes of every weight are those of the base model"
-        + (" or, where it was recovered, of the new values" if proof.reference == "recovered" else ""),
-    }
     partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
-    checked = [f"- {words[check]}" for check in proof.checks]
-    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *checked]
+    clauses = [f"- {clause}" for clause in checked(proof, "the base model")]
+    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *clauses]
