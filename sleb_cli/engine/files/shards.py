@@ -1,7 +1,7 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-No tensor is decoded, so any data type can be copied, even an unknown one, and one buffer of memory is enough. Only a
-cast, a new value or a pickle needs a whole tensor at a time.
+No tensor that stays as it is is decoded, so any data type can be copied, even an unknown one, in one buffer of memory.
+Only a tensor that is cast or cut, has a new value or comes from a pickle is held whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 
 from sleb_cli.atomic import require_space, to_json
-from sleb_cli.engine.files.copying import ReportBytes, clone_or_link, copy_range, read_range, reading, write_all
+from sleb_cli.engine.files.copying import ReportBytes, clone_or_link, copy_range, reading, write_all
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import (
     DTYPE_NAMES,
@@ -26,7 +26,7 @@ from sleb_cli.engine.files.weights import (
     Header,
     StoredTensor,
     WeightFiles,
-    load_pickle,
+    read_tensors,
 )
 from sleb_cli.events import Notice, Notify, task
 
@@ -54,8 +54,14 @@ class NewTensor:
 
     @property
     def is_copy(self) -> bool:
-        """Whether its bytes are the stored ones."""
-        return self.cast is None and self.cut is None and self.value is None
+        """Whether its bytes are those in a safetensors file."""
+        return self.cast is None and self.cut is None and self.value is None and self.stored.start is not None
+
+    def changed(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the stored or new value as it is in the new checkpoint."""
+        if self.cut:
+            value = self.cut.of_tensor(value)
+        return value.to("cpu", TORCH_DTYPES.get(self.dtype, value.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,9 +78,7 @@ class NewTensor:
         """Its size in bytes."""
         if self.cast:
             return math.prod(self.shape) * self.cast.itemsize
-        if self.cut and self.stored.size:
-            return self.stored.size * math.prod(self.shape) // math.prod(self.stored.shape)
-        return self.stored.size
+        return self.stored.size * math.prod(self.shape) // max(1, math.prod(self.stored.shape))
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,7 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
 def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
     """Yield the shards for the remaining tensors of one file."""
     as_before = [tensor.stored for tensor in tensors if tensor.is_copy and tensor.name == tensor.stored.name]
-    if (
-        header.path.suffix == ".safetensors"
-        and tensors
-        and as_before == list(header.tensors)
-        and sum(stored.size for stored in as_before) <= max_bytes
-    ):
+    if tensors and as_before == list(header.tensors) and sum(stored.size for stored in as_before) <= max_bytes:
         yield Shard(tuple(tensors), header.metadata, same_as=header.path)
         return
     packed: list[NewTensor] = []
@@ -188,15 +187,11 @@ def index_of(shards: Mapping[str, Shard]) -> str:
 
 def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
     # Widest elements first, as safetensors writes them, so that each tensor is aligned to its element size.
-    tensors = sorted(shard.tensors, key=lambda tensor: -_width(tensor))
+    tensors = sorted(shard.tensors, key=lambda tensor: -(tensor.size // max(1, math.prod(tensor.shape))))
     with path.open("xb", buffering=0) as target:
         write_all(target, _header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
-            _write_tensors(source, group, target, report)
-
-
-def _width(tensor: NewTensor) -> int:
-    return tensor.size // max(1, math.prod(tensor.shape))
+            _write_tensors(source, list(group), target, report)
 
 
 def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
@@ -211,46 +206,21 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensors(source: Path, tensors: Iterable[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
+def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
     """Append tensors that come from one file.
 
     Raises:
         ModelError: the file cannot be read.
     """
-    pickled = {} if source.suffix == ".safetensors" else load_pickle(source)
+    changed = [tensor.stored.name for tensor in tensors if not tensor.is_copy and tensor.value is None]
+    decoded = read_tensors(source, changed)
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
-            stored = tensor.stored
-            value = pickled[stored.name] if pickled and tensor.value is None else tensor.value
-            if value is None and tensor.is_copy:
-                copy_range(original, stored.start or 0, stored.size, target, report)
-                continue
-            for part in _read(original, tensor) if value is None else _converted(value, tensor):
-                write_all(target, part)
-                report(len(part))
-
-
-def _read(original: BinaryIO, tensor: NewTensor) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a tensor that is cut or cast, of which only a cast needs all at once."""
-    stored = tensor.stored
-    parts: Iterable[bytes | memoryview] = read_range(original, stored.start or 0, stored.size)
-    if tensor.cut and tensor.size:
-        parts = tensor.cut.of_bytes(parts, stored.shape, stored.size)
-    if not tensor.cast or not tensor.size:
-        yield from parts
-        return
-    raw = bytearray()
-    for part in parts:
-        raw += part
-    yield _bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[stored.dtype]), tensor.cast)
-
-
-def _converted(value: torch.Tensor, tensor: NewTensor) -> Iterator[memoryview]:
-    yield _bytes_of(tensor.cut.of_tensor(value) if tensor.cut else value, TORCH_DTYPES[tensor.dtype])
-
-
-def _bytes_of(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    flat = tensor.to("cpu", dtype).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+            if tensor.is_copy:
+                copy_range(original, tensor.stored.start or 0, tensor.stored.size, target, report)
+            else:
+                value = tensor.changed(next(decoded) if tensor.value is None else tensor.value).contiguous()
+                write_all(target, value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+                report(tensor.size)

@@ -30,7 +30,7 @@ from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name,
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
-from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_tensors
+from sleb_cli.engine.files.weights import find_weights, read_tensors
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, device_of, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -302,7 +302,7 @@ def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None
 def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
     """Check that each tensor's bytes are those of the dense model or the new values.
 
-    Both sides are read by safetensors (pickles by torch), cut and cast as tensors, so by none of the code that wrote.
+    Both sides are read by safetensors (pickles by torch), and not by the code that copies bytes.
     """
     different: list[NewTensor] = []
     with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
@@ -313,10 +313,7 @@ def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Noti
                 found = read_tensors(path, [tensor.name for tensor in tensors])
                 dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
                 for tensor in tensors:
-                    expected = tensor.value
-                    if expected is None:
-                        expected = tensor.cut.of_tensor(next(dense)) if tensor.cut else next(dense)
-                    expected = expected.to(CPU, TORCH_DTYPES.get(tensor.dtype, expected.dtype))
+                    expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
                     if not torch.equal(_bits_of(next(found)), _bits_of(expected)):
                         different.append(tensor)
             advance(sum(tensor.size for tensor in tensors))
