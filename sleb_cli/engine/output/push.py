@@ -11,12 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -59,7 +54,14 @@ def require_pushable(request: PushRequest) -> None:
     """
     repo = request.repo
     is_private: bool | None = None
-    owner, _, name = _checked_name(repo).partition("/")
+    try:
+        validate_repo_id(repo)
+        owner, name = repo.split("/")
+    except ValueError as error:  # or HFValidationError, which is one
+        raise UsageError(
+            f"--push {repo} is not a valid repository name.",
+            hint="Write it like ORG/NAME, with letters, digits, '-', '_' and '.'.",
+        ) from error
     api = _api()
     with _reaching(request):
         user: dict[str, Any] = api.whoami()
@@ -86,17 +88,6 @@ def require_pushable(request: PushRequest) -> None:
             f"{repo} is private on the Hub, and --public does not change that.",
             hint="Leave out --public, choose another name, or make the repository public in its settings.",
         )
-
-
-def _checked_name(repo: str) -> str:
-    hint = "Write it like ORG/NAME, with letters, digits, '-', '_' and '.'."
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"--push {repo} is not a valid repository name.", hint=hint) from error
-    if "/" not in repo:
-        raise UsageError(f"--push {repo} does not name the owner of the repository.", hint=hint)
-    return repo
 
 
 def push(folder: Path, names: Collection[str], request: PushRequest, notify: Notify) -> str:
