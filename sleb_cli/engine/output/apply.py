@@ -16,7 +16,7 @@ from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
+from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card, update_card
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import (
@@ -160,8 +160,9 @@ def apply_removals(
 def _describe(
     subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None, notify: Notify
 ) -> None:
-    """Add the plan, what was measured of it, without local folders, and the model card."""
+    """Add the model card, the plan, and what was measured of it, without local folders."""
     plan, file, path = subject.plan, subject.file, folder / CHECKPOINT_PLAN
+    (folder / CARD).write_text(model_card(subject, recovery, proof), encoding="utf-8")
     if plan:
         described = plan.model_copy(update={"recovery": recovery, "proof": proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
@@ -171,7 +172,7 @@ def _describe(
                 evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(path, "eval"))
             if benchmark := measured_of_plan(BenchResult, file, plan, notify):
                 benchmark.write(beside_plan(path, "bench"))
-    (folder / CARD).write_text(model_card(subject, folder, recovery, proof), encoding="utf-8")
+            update_card(folder, notify)
 
 
 def kept_tensors(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.output.card_metadata import front_matter, with_results
-from sleb_cli.engine.output.card_results import Row, card_table, hub_results, measured_in, results_section
+from sleb_cli.engine.output.card_results import card_table, hub_results, measured_in, results_section
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, read_plan
@@ -45,9 +44,10 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
             return
         plan = read_plan(folder / CHECKPOINT_PLAN)
         measured = measured_in(folder, plan, notify)
-        name = checkpoint_name(without_folders(plan.model.id), plan.model.blocks - len(plan.removals))
-        card = with_results(f"{before}{_results(measured)}{after}", name, hub_results(measured))
-        write_text(path, card)
+        base = without_folders(plan.model.id).removesuffix(".gguf")
+        name = checkpoint_name(base, plan.model.blocks - len(plan.removals))
+        results = "\n".join([BEGIN, *results_section(measured), END])
+        write_text(path, with_results(f"{before}{results}{after}", name, hub_results(measured)))
     except FileNotFoundError:
         return
     except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
@@ -55,29 +55,17 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
         notify(Warned(f"Cannot update {path}: {reason.rstrip('.')}."))
 
 
-def _results(measured: Sequence[Row]) -> str:
-    return "\n".join([BEGIN, *results_section(measured), END])
-
-
-def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
-    """Return the README: the base model, the removed blocks, how they were found, and what was checked and measured.
-
-    `folder` holds the checkpoint, with the results of its plan.
-    """
-    architecture, surgery = subject.architecture, subject.surgery
-    source = architecture.source
-    removals = ", ".join(map(str, surgery.removals))
-    plan = subject.plan and subject.plan.model_copy(update={"recovery": recovery})
-    measured = measured_in(folder, plan)
-    name = checkpoint_name(source.name, len(surgery.kept.blocks))
+def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
+    """Return the README without results: the base model, the removed blocks, how they were found, and the proof."""
+    source, removals = subject.architecture.source, subject.surgery.removals
     lines = [
-        front_matter(source, name, hub_results(measured)),
-        f"# {in_markdown(source.name)} without {len(surgery.removals)} of its {architecture.block_count} blocks",
+        front_matter(source),
+        f"# {in_markdown(source.name)} without {len(removals)} of its {subject.architecture.block_count} blocks",
         "",
         # The card may be published, so it does not show the path of a local folder.
         "- Base model: "
         + (f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)),
-        f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
+        f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
         + ("no training" if recovery is None else "the others given new weights"),
         *_search(subject),
@@ -85,7 +73,8 @@ def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, 
         *_recovery(recovery),
         *_proof(proof),
         "",
-        _results(measured),
+        BEGIN,
+        END,
         "",
     ]
     return "\n".join(lines)
