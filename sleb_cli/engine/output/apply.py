@@ -116,7 +116,7 @@ def apply_removals(
         copies, left_out, outside = _find_other_files(source, set(texts))
         other_bytes = sum(file.stat().st_size for file in copies.values())
         require_space(to.place, other_bytes + sum(shard.size for shard in weights.values() if not shard.same_as))
-        recovered = to.recovered()
+        recovered = to.recovery.run() if to.recovery else None
         if recovered:
             tensors = kept_tensors(surgery, dtype, recovered)
             weights = plan_shards(source.weights, tensors, shard_bytes)

@@ -67,7 +67,7 @@ def prune_gguf(
         if read_gguf(file.path) != file:
             raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
         require_space(to.place, gguf_size(pruned))
-        recovered = to.recovered()
+        recovered = to.recovery.run() if to.recovery else None
         if recovered:
             pruned = surgery.pruned(recovered.packed)
             require_space(to.place, gguf_size(pruned))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sleb_cli.atomic import writing
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.recovery.run import Recovered, Recovery
+from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.events import Notify
 from sleb_plugins import ProofError
 
@@ -44,10 +44,6 @@ class Delivery:
             yield aside
         if self.recovery:
             self.recovery.state.delete()
-
-    def recovered(self) -> Recovered | None:
-        """Recover, if that was asked for."""
-        return self.recovery.run() if self.recovery else None
 
     @contextmanager
     def kept_if_it_fails(self, written: Path) -> Iterator[None]:
