@@ -16,7 +16,7 @@ from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card, update_card
+from sleb_cli.engine.output.card import CARD, checkpoint_name, fill_in_results, model_card
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import (
@@ -172,7 +172,7 @@ def _describe(
                 evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(path, "eval"))
             if benchmark := measured_of_plan(BenchResult, file, plan, notify):
                 benchmark.write(beside_plan(path, "bench"))
-            update_card(folder, notify)
+            fill_in_results(folder, notify)
 
 
 def kept_tensors(

@@ -35,24 +35,31 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
 
     A card that cannot be updated is a warning: the results are kept anyway.
     """
-    path = folder / CARD
     try:
-        card = path.read_text(encoding="utf-8")
-        before, begin, rest = card.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            return
+        fill_in_results(folder, notify)
+    except FileNotFoundError:
+        return
+    except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
+        reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
+        notify(Warned(f"Cannot update {folder / CARD}: {reason.rstrip('.')}."))
+
+
+def fill_in_results(folder: Path, notify: Notify) -> None:
+    """Write the results that a checkpoint holds into its card, between the two lines for them, if they are there.
+
+    Raises:
+        SlebError, OSError, ValueError, yaml.YAMLError: the card or the plan cannot be read, or the card not written.
+    """
+    path = folder / CARD
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
         plan = read_plan(folder / CHECKPOINT_PLAN)
         measured = measured_in(folder, plan, notify)
         base = without_folders(plan.model.id).removesuffix(".gguf")
         name = checkpoint_name(base, plan.model.blocks - len(plan.removals))
         results = "\n".join([BEGIN, *results_section(measured), END])
         write_text(path, with_results(f"{before}{results}{after}", name, hub_results(measured)))
-    except FileNotFoundError:
-        return
-    except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
-        reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
-        notify(Warned(f"Cannot update {path}: {reason.rstrip('.')}."))
 
 
 def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
