@@ -59,7 +59,7 @@ class Row:
         return (*self.measured.workload.identity, self.setting)
 
 
-def measured_in(folder: Path, plan: Plan | None, notify: Notify = ignore) -> list[Row]:
+def measured_in(folder: Path, plan: Plan, notify: Notify) -> list[Row]:
     """Return what a checkpoint holds: results of its plan, where both models were measured, and then those of itself.
 
     Results of the plan are those of the weights as they were, so they say nothing of a recovered checkpoint. Results of
@@ -76,8 +76,8 @@ def measured_in(folder: Path, plan: Plan | None, notify: Notify = ignore) -> lis
     return list(found.values())
 
 
-def _of_plan(kind: type[R], folder: Path, plan: Plan | None) -> Iterator[Row]:
-    if plan is None or plan.recovery or not plan.removals:
+def _of_plan(kind: type[R], folder: Path, plan: Plan) -> Iterator[Row]:
+    if plan.recovery or not plan.removals:
         return
     if result := measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore):
         for each in parts_of(result):

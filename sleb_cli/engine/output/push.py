@@ -78,15 +78,11 @@ def require_pushable(request: PushRequest) -> None:
         )
     if is_private is not None and not request.force:
         raise OutputError(f"{repo} already exists on the Hub.", hint="Choose another name, or upload with --force.")
-    if is_private is False and request.private:
+    if is_private is not None and is_private is not request.private:
+        visibility, way = ("private", "Leave out") if is_private else ("public", "Add")
         raise OutputError(
-            f"{repo} is public on the Hub, but without --public nothing is published.",
-            hint="Add --public, choose another name, or make the repository private in its settings.",
-        )
-    if is_private and not request.private:
-        raise OutputError(
-            f"{repo} is private on the Hub, and --public does not change that.",
-            hint="Leave out --public, choose another name, or make the repository public in its settings.",
+            f"{repo} is {visibility} on the Hub, and an upload does not change that.",
+            hint=f"{way} --public, choose another name, or change the repository in its settings.",
         )
 
 
