@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 from pydantic import ValidationError
 
 from sleb_cli.atomic import new_file, to_json
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.records import UnreadableRecord, first_fault, read_text
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import OutputError
@@ -72,5 +72,5 @@ def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:
         return None
     except (UnreadableRecord, ValidationError) as error:
         why = first_fault(error, "the result") if isinstance(error, ValidationError) else error
-        notify(Notice(f"{file} is skipped: it cannot be read by this version of sleb ({why})."))
+        notify(Warned(f"{file} is left out: it cannot be read by this version of sleb ({why})."))
         return None

@@ -11,18 +11,21 @@ from sleb_cli.ui.tables import print_line, print_to_copy, show_table
 from sleb_cli.units import format_bytes
 
 if TYPE_CHECKING:
-    from sleb_cli.records import Proof
     from sleb_cli.results import ApplyResult, GgufResult
 
 
 def show_applied(result: ApplyResult | GgufResult) -> None:
     """Show what was written and how far it is proven."""
-    from sleb_cli.tables.search import recovery  # pydantic, so here
+    from sleb_cli.tables.proof import checked  # pydantic, so here
+    from sleb_cli.tables.search import recovery
 
+    proof, said = result.proof, checked(result.proof) if result.proof else []
     if result.kind == "apply":
-        path, size, copied, is_verified = result.folder, result.weights_bytes, "", result.proof is not None
+        path, size, is_verified = result.folder, result.weights_bytes, proof is not None
+        unproven = None
     else:
-        path, size, copied, is_verified = result.file, result.file_bytes, _copied(result), result.verified
+        path, size, is_verified = result.file, result.file_bytes, result.verified
+        said, unproven = [_copied(result), *said], result.unproven
     print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
     if result.recovery:
         show_table(recovery(result.recovery), title=False)
@@ -30,11 +33,11 @@ def show_applied(result: ApplyResult | GgufResult) -> None:
         print_to_copy(f"pushed to {result.pushed}")
     if not is_verified:
         print_line("not verified (--no-verify)")
-    elif result.proof:
-        _print_proof(result.proof, f"{copied}; transformers reads it" if copied else "stock transformers loads it")
-    elif result.kind == "gguf":
-        unproven = f"{copied}; logits not compared: {result.unproven}"
-        print_prose(stdout(), f"[yellow]partially proven[/]: {escape(unproven)}")
+        return
+    missing = proof.partial if proof else f"logits not compared: {unproven}"
+    how = "[yellow]partially proven[/]" if missing else "[green]proven[/]"
+    where = f" in {proof.dtype} on {proof.device}" if proof else ""
+    print_prose(stdout(), f"{how}{where}: {escape('; '.join([*said, *([missing] if missing else [])]))}")
 
 
 def _copied(result: GgufResult) -> str:
@@ -45,24 +48,3 @@ def _copied(result: GgufResult) -> str:
         for each in result.repacked
     ]
     return f"tensors with new values: {', '.join(kinds)}; every other one is a byte-for-byte copy from the source"
-
-
-def _print_proof(proof: Proof, loads: str) -> None:
-    if proof.logits_difference is None:
-        print_prose(
-            stdout(),
-            f"[yellow]partially proven[/]: {proof.partial}; transformers finds every weight in the files, and their "
-            "bytes equal the dense model's; logits not compared",
-        )
-        return
-    closeness = "bitwise equal to" if proof.logits_difference == 0 else f"within {proof.logits_difference:.1g} of"
-    allowed = f" (allowed: {proof.logits_tolerance:.1g} of the largest)" if proof.logits_tolerance else ""
-    can_be = f"[yellow]not proven[/] that it can be saved again: {proof.partial}"
-    saves = can_be if proof.partial else "it can be saved again"
-    references = {"dense": "the dense model with these blocks skipped", "recovered": "the recovered model in memory"}
-    print_prose(
-        stdout(),
-        f"[green]proven[/] in {proof.dtype} on {proof.device}: {loads}; its logits on {proof.prompt_tokens} "
-        f"prompt tokens are {closeness} those of {references[proof.reference]}{allowed}; it generates with the KV "
-        f"cache; {saves}",
-    )

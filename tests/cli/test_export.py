@@ -30,11 +30,10 @@ def export(run_sleb):
     return run
 
 
-def test_indices_are_what_blocks_takes(export, llama_plan, tmp_path):
+def test_indices_are_what_blocks_takes(export, llama_plan):
     result = export(llama_plan, None, "indices", "-q")
     removals = json.loads(llama_plan.read_text())["removals"]
-    assert result.stdout == ",".join(map(str, removals)) + "\n"
-    assert result.stderr == ""
+    assert (result.stdout, result.stderr) == (",".join(map(str, removals)) + "\n", "")
     data = json.loads(export(llama_plan, None, "indices", "--json").stdout)["document"]
     assert data["removals"] == removals
     assert sorted(data["kept"] + removals) == list(range(6))
@@ -121,20 +120,14 @@ def test_a_checkpoint_for_stock_engines(export, tiny_llama, tmp_path, name):
     assert ("serve it: vllm serve 'a folder'" in result.stdout) == (name == "vllm")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a folder").config.num_hidden_layers == 4
     export(tiny_llama, "4,1", name, "-o", "a folder", code=8, says="a folder already exists")
-    data = json.loads(export(tiny_llama, "4,1", name, "--json").stdout)
-    assert data["written"][0]["folder"] == "tiny-llama-sleb-4-blocks"
 
 
 def test_an_installed_vllm_is_asked_for_the_architecture(export, tiny_llama, tmp_path, monkeypatch):
-    known = ["MistralForCausalLM"]
-    registry = SimpleNamespace(get_supported_archs=lambda: known)
+    registry = SimpleNamespace(get_supported_archs=lambda: ["MistralForCausalLM"])
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=registry))
     monkeypatch.setattr(checkpoint, "find_spec", lambda name: name == "vllm")
     export(tiny_llama, "1", "vllm", "-o", "out", code=4, says="vLLM does not support LlamaForCausalLM")
     assert not (tmp_path / "out").exists()
-    known.append("LlamaForCausalLM")
-    result = export(tiny_llama, "1", "vllm", "-o", "out")
-    assert "not installed" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -149,8 +142,7 @@ def test_a_config_that_stock_engines_do_not_read_is_refused(export, tmp_path, ch
     folder = save_model(tmp_path / "odd", llama_config(3))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    for name in ("hf", "vllm"):
-        export(folder, "1", name, "-o", "out", code=4, says=message)
+    export(folder, "1", "hf", "-o", "out", code=4, says=message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
 

@@ -1,4 +1,4 @@
-"""Rows, vocabulary and files as large as in a model of a billion parameters, with few blocks: what only size can break.
+"""A vocabulary and an MLP as large as those of a billion parameters, in few narrow blocks: what only size can break.
 
 All is checked with safetensors, gguf, torch and transformers, and nothing of sleb.
 """
@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import calibration, llama_config, prose, reported_tokens, train_tokenizer
+from conftest import llama_config, prose, train_tokenizer
 from gguf_models import convert_llama
 from reference import plain_loss
 from sleb_cli.engine.output import proof
@@ -28,13 +28,14 @@ PERIOD = 1_000_003
 time, are alike."""
 
 
-def write_large(folder, **changes):
-    """Write three blocks of a Llama of a billion parameters in bfloat16."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 105 MB, with its embedding in a file of its own."""
+    folder = tmp_path_factory.mktemp("large") / "large-llama"
     config = llama_config(
-        BLOCKS, vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
-        num_key_value_heads=8, tie_word_embeddings=True, dtype=torch.bfloat16,
+        BLOCKS, vocab_size=128_256, hidden_size=256, intermediate_size=8192, num_attention_heads=4,
+        num_key_value_heads=1, tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
-    config.update(changes)
     torch.manual_seed(0)
     values = torch.randn(PERIOD)
     with torch.device("meta"):
@@ -48,16 +49,9 @@ def write_large(folder, **changes):
         tensors[name] = own.repeat(math.ceil(count / PERIOD))[:count].view(parameter.shape)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    model.save_pretrained(folder, max_shard_size="526MB")
+    model.save_pretrained(folder, max_shard_size="66MB")
     train_tokenizer(bos=False).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A model of 890 MB, with its embedding in one file and its blocks in another."""
-    folder = write_large(tmp_path_factory.mktemp("large") / "large-llama")
-    assert [round(path.stat().st_size / 1e6) for path in sorted(folder.glob("*.safetensors"))] == [525, 365]
+    assert [round(path.stat().st_size / 1e6) for path in sorted(folder.glob("*.safetensors"))] == [66, 26, 13]
     yield folder
     shutil.rmtree(folder)
 
@@ -92,8 +86,8 @@ def renumbered(name, blocks="layers", place=1):
     return None if number == REMOVED else ".".join(parts)
 
 
-def check_tensors(folder, large, dtype=torch.bfloat16, changed=()):
-    """Check that a checkpoint holds the dense model's tensors, but for a block and those that are changed."""
+def check_tensors(folder, large, dtype):
+    """Check that a checkpoint holds the dense model's tensors, but for a block."""
     with ExitStack() as until:
         before, after = opened(large, until), opened(folder, until)
         sources = {renumbered(name): name for name in before}
@@ -102,25 +96,22 @@ def check_tensors(folder, large, dtype=torch.bfloat16, changed=()):
         for name, source in sources.items():
             found, expected = after[name].get_tensor(name), before[source].get_tensor(source).to(dtype)
             assert found.dtype is dtype
-            assert torch.equal(found, expected) == (name not in changed), name
+            assert torch.equal(found, expected), name
 
 
 @pytest.mark.parametrize(
     ("options", "dtype"),
-    [
-        ("", torch.bfloat16),
-        ("--dtype bfloat16 --stream --max-shard-size 100MB", torch.bfloat16),
-        ("--dtype float16", torch.float16),
-        ("--dtype float32 --max-shard-size 100MB", torch.float32),
-    ],
+    [("", torch.bfloat16), ("--dtype float16 --stream", torch.float16), ("--dtype float32", torch.float32)],
 )
 def test_every_tensor_is_whole(run_sleb, large, tmp_path, options, dtype):
-    result = run_sleb("apply", large, "--blocks", REMOVED, *options.split(), "-o", "out", "--json")
+    command = ["apply", large, "--blocks", REMOVED, *options.split(), "--max-shard-size", "20MB", "-o", "out", "--json"]
+    result = run_sleb(*command)
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
     check_tensors(tmp_path / "out", large, dtype)
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert sum(size > 100_000_000 for size in sizes) <= (1 if "100MB" in options else 2)
+    assert len(sizes) > 2
+    assert sum(size > 20_100_000 for size in sizes) == 1, "a tensor that is larger has a file of its own"
 
 
 def test_what_eval_says_of_it_is_what_transformers_computes(run_sleb, large, tmp_path):
@@ -139,42 +130,11 @@ def test_what_eval_says_of_it_is_what_transformers_computes(run_sleb, large, tmp
         assert [math.log(perplexity) for perplexity in found] == pytest.approx(expected, rel=1e-5)
 
 
-def test_new_values_are_in_the_files_and_are_what_was_measured(run_sleb, tmp_path):
-    # The time of a fit grows with the cube of the intermediate size, and bfloat16 is slow on many processors.
-    folder = write_large(tmp_path / "model", intermediate_size=256)
-    (tmp_path / "own.txt").write_text(prose(60, seed=2))
-    options = ["--blocks", REMOVED, "--recover", *calibration(tmp_path / "own.txt", 5)]
-    result = run_sleb("apply", folder, *options, "--dtype", "float32", "-o", "out", "--json")
-    assert result.exit_code == 0, result.stderr
-    record = json.loads(result.stdout)["recovery"]
-    fitted = {
-        f"model.layers.{fit['block']}.{weight}.weight" if fit["block"] is not None else f"{weight}.weight"
-        for fit in record["closed_form"]["fits"]
-        for weight in fit["weights"]
-        if fit["kept"]
-    }
-    assert len(fitted) > 1
-    with ExitStack() as until:
-        before, after = opened(folder, until), opened(tmp_path / "out", until)
-        sources = {renumbered(name): name for name in before}
-        changed = {
-            name
-            for name in after
-            if not torch.equal(after[name].get_tensor(name), before[sources[name]].get_tensor(sources[name]).float())
-        }
-    assert changed == {renumbered(name) for name in fitted}
-    check_tensors(tmp_path / "out", folder, torch.float32, changed)
-    reported = reported_tokens(folder, tmp_path / "own.txt", record)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    loss = plain_loss(model, model.model.layers, reported, set())
-    assert record["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-5)
-
-
 def test_a_gguf_file_keeps_every_byte_of_what_stays(run_sleb, large, tmp_path):
     source = convert_llama(large, tmp_path / "large.gguf", Type.F16)
-    result = run_sleb("apply", source, "--blocks", REMOVED, "-o", "cut.gguf", "--json")
+    # transformers takes a minute for a tokenizer of this size.
+    result = run_sleb("apply", source, "--blocks", REMOVED, "-o", "cut.gguf", "--no-verify")
     assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
     before, after = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (source, tmp_path / "cut.gguf"))
     sources = {renumbered(name, "blk", 0): name for name in before}
     sources.pop(None)
@@ -182,13 +142,3 @@ def test_a_gguf_file_keeps_every_byte_of_what_stays(run_sleb, large, tmp_path):
     for name, old in sources.items():
         assert after[name].tensor_type is before[old].tensor_type
         assert np.array_equal(after[name].data, before[old].data), name
-
-
-def test_exports(run_sleb, large, tmp_path):
-    result = run_sleb("export", large, "--blocks", REMOVED, "--to", "hf", "-o", "hf")
-    assert result.exit_code == 0, result.stderr
-    check_tensors(tmp_path / "hf", large)
-    for name in ("mergekit", "llama-quantize", "indices"):
-        result = run_sleb("export", large, "--blocks", REMOVED, "--to", name)
-        assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{REMOVED}\n"

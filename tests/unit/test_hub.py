@@ -1,4 +1,4 @@
-"""When the Hub counts as out of reach, and what works without it."""
+"""When the Hub counts as out of reach, what works without it, and the one sentence where nothing does."""
 
 import socket
 import threading
@@ -9,6 +9,7 @@ import datasets
 import pytest
 from huggingface_hub import close_session, constants
 
+from conftest import calibration
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.text.sources import evaluation_text
 
@@ -99,3 +100,27 @@ def test_a_data_set_in_the_cache_needs_no_hub(why, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     assert why(NOBODY)
     assert evaluation_text("org/words").content == "river\n\nstone"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("org/name",), 4, "There is no folder org/name here, the cache lacks the model, and"),
+        (("MODEL", "--calibration", "c4"), 5, "cannot be loaded: not in the cache, and"),
+        pytest.param(
+            ("MODEL", "--metric", "task:piqa"), 5, "The data of piqa cannot be loaded: not in the cache, and",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_one_sentence_and_no_retries(why, run_sleb, tiny_llama, text_file, options, code, message):
+    why(NOBODY)
+    words = [tiny_llama if word == "MODEL" else word for word in options]
+    result = run_sleb("search", *calibration(text_file), *words, "--remove", 1)
+    assert result.exit_code == code, result.stderr
+    assert "Retrying" not in result.stderr
+    error, hint = result.stderr.splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert message in error
+    assert f"{NOBODY} is out of reach (Connection refused)" in error
+    assert hint.startswith("hint: ")

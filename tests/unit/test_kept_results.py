@@ -114,7 +114,7 @@ def test_a_file_that_cannot_be_read_is_moved_aside(tmp_path):
     file, heard = tmp_path / "plan.eval.json", []
     file.write_text('{"kind": "eval"}')
     keep_result(evaluation(), file, heard.append)
-    assert "plan.eval.json is skipped: it cannot be read by this version of sleb (schema_version" in heard[0].text
+    assert "plan.eval.json is left out: it cannot be read by this version of sleb (schema_version" in heard[0].text
     assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
     assert read_kept(EvalResult, file, heard.append) is not None
 

@@ -7,7 +7,6 @@ import pytest
 
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.text import calibration
-from sleb_cli.engine.text import portions as module
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.portions import Portions
@@ -57,15 +56,6 @@ def test_a_portion_does_not_depend_on_those_before_it(text, model):
     several = [used(draws.draw(number, ignore)) for number in range(3)]
     assert used(Portions(source, 8, tokenizer, lambda: model).draw(2, ignore)) == several[2]
     assert several[0] != several[1]
-
-
-def test_a_file_is_read_once(text, monkeypatch):
-    reads, read = [], module.read_windows
-    monkeypatch.setattr(module, "read_windows", lambda *args, **options: reads.append(1) or read(*args, **options))
-    draws = Portions(settings(text), 4, tokenizer, lambda: None)
-    for number in range(3):
-        draws.draw(number, ignore)
-    assert reads == [1]
 
 
 def test_what_the_model_writes_is_used_twice_far_apart(text, model):

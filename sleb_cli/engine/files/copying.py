@@ -31,12 +31,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ModelError(f"{path.parent} has no {path.name}.", hint="Name a folder that holds a model.") from error
-    except PermissionError as error:
-        raise ModelError(f"You may not read {path}.", hint="Change its permissions.") from error
     except OSError as error:
-        raise ModelError(
-            f"{path} cannot be read: {error.strerror or error}.", hint="Copy or download it again."
-        ) from error
+        hint = "Change its permissions." if isinstance(error, PermissionError) else "Copy or download it again."
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.", hint=hint) from error
 
 
 def leads_out(path: Path, folder: Path) -> bool:
@@ -102,9 +99,9 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
         ModelError: the bytes cannot be read, or the file has become shorter.
     """
     end = start + count
-    while start < end:
+    while start < end and hasattr(os, "copy_file_range"):
         try:
-            done = _copy_file_range(source.fileno(), target.fileno(), start, min(_CHUNK_BYTES, end - start))
+            done = os.copy_file_range(source.fileno(), target.fileno(), min(_CHUNK_BYTES, end - start), start)
         except OSError as error:
             if error.errno in _NO_ROOM:
                 raise
@@ -116,12 +113,6 @@ def copy_range(source: BinaryIO, start: int, count: int, target: BinaryIO, repor
     for part in read_range(source, start, end - start):
         write_all(target, part)
         report(len(part))
-
-
-def _copy_file_range(source: int, target: int, start: int, count: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        raise OSError(errno.ENOSYS, "copy_file_range")
-    return os.copy_file_range(source, target, count, start)
 
 
 def read_range(source: BinaryIO, start: int, count: int) -> Iterator[bytes]:

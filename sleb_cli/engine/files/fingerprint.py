@@ -99,11 +99,9 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 
     The inode is not used, because some network file systems change it.
     """
-    try:
-        found = path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        with reading(path):
-            raise error
+    with reading(path):
+        try:
+            found = path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     return found.st_size, found.st_mtime_ns

@@ -1,7 +1,7 @@
 """Plan the weight files of a checkpoint from headers alone, then copy their bytes.
 
-No tensor is decoded, so any data type can be copied, even an unknown one, and one buffer of memory is enough. Only a
-cast, a new value or a pickle needs a whole tensor at a time.
+No tensor that stays as it is is decoded, so any data type can be copied, even an unknown one, in one buffer of memory.
+Only a tensor that is cast or cut, has a new value or comes from a pickle is held whole.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 
 from sleb_cli.atomic import require_space, to_json
-from sleb_cli.engine.files.copying import ReportBytes, clone_or_link, copy_range, read_range, reading, write_all
+from sleb_cli.engine.files.copying import ReportBytes, clone_or_link, copy_range, reading, write_all
 from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.files.weights import (
     DTYPE_NAMES,
@@ -26,7 +26,7 @@ from sleb_cli.engine.files.weights import (
     Header,
     StoredTensor,
     WeightFiles,
-    load_pickle,
+    read_tensors,
 )
 from sleb_cli.events import Notice, Notify, task
 
@@ -54,8 +54,14 @@ class NewTensor:
 
     @property
     def is_copy(self) -> bool:
-        """Whether its bytes are the stored ones."""
-        return self.cast is None and self.cut is None and self.value is None
+        """Whether its bytes are those in a safetensors file."""
+        return self.cast is None and self.cut is None and self.value is None and self.stored.start is not None
+
+    def changed(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the stored or new value as it is in the new checkpoint."""
+        if self.cut:
+            value = self.cut.of_tensor(value)
+        return value.to("cpu", TORCH_DTYPES.get(self.dtype, value.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,9 +78,7 @@ class NewTensor:
         """Its size in bytes."""
         if self.cast:
             return math.prod(self.shape) * self.cast.itemsize
-        if self.cut and self.stored.size:
-            return self.stored.size * math.prod(self.shape) // math.prod(self.stored.shape)
-        return self.stored.size
+        return self.stored.size * math.prod(self.shape) // max(1, math.prod(self.stored.shape))
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,21 @@ class Shard:
         return sum(tensor.size for tensor in self.tensors)
 
 
-def new_tensor(name: str, stored: StoredTensor, dtype: torch.dtype | None, cut: Cut | None = None) -> NewTensor:
+def new_tensor(
+    name: str,
+    stored: StoredTensor,
+    dtype: torch.dtype | None,
+    cut: Cut | None = None,
+    value: torch.Tensor | None = None,
+) -> NewTensor:
     """Return the tensor under its new name, cast to `dtype` if it holds floating-point numbers of another type."""
     own = TORCH_DTYPES.get(stored.dtype)
     changes = dtype is not None and own is not None and own.is_floating_point and own is not dtype
-    return NewTensor(name, stored, dtype if changes else None, cut)
+    return NewTensor(name, stored, dtype if changes else None, cut, value)
 
 
-def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> list[Shard]:
-    """Divide the tensors into files of at most `max_bytes`, following the source's files.
+def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: int) -> dict[str, Shard]:
+    """Divide the tensors into files of at most `max_bytes`, following the source's files; return them by name.
 
     A file that keeps all its tensors is used unchanged. The rest of another one is merged with its neighbour if both
     together are no larger than the source's largest file. A tensor larger than `max_bytes` gets a file of its own.
@@ -117,35 +127,30 @@ def plan_shards(weights: WeightFiles, tensors: Iterable[NewTensor], max_bytes: i
                 shards[-1] = Shard(last.tensors + shard.tensors, shard.metadata | last.metadata)
             else:
                 shards.append(shard)
-    return shards
+    if len(shards) == 1:
+        return {SAFETENSORS: shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
 def _shards_of(header: Header, tensors: Sequence[NewTensor], max_bytes: int) -> Iterator[Shard]:
     """Yield the shards for the remaining tensors of one file."""
-    metadata = {"format": "pt"} | header.metadata
-    as_before = [(tensor.name, tensor.stored) for tensor in tensors if tensor.is_copy]
-    if (
-        header.path.suffix == ".safetensors"
-        and tensors
-        and as_before == [(stored.name, stored) for stored in header.tensors]
-        and sum(stored.size for stored in header.tensors) <= max_bytes
-    ):
+    as_before = [tensor.stored for tensor in tensors if tensor.is_copy and tensor.name == tensor.stored.name]
+    if tensors and as_before == list(header.tensors) and sum(stored.size for stored in as_before) <= max_bytes:
         yield Shard(tuple(tensors), header.metadata, same_as=header.path)
         return
     packed: list[NewTensor] = []
     size = 0
-    for tensor in tensors:
-        if packed and size + tensor.size > max_bytes:
-            yield Shard(tuple(packed), metadata)
+    for tensor in [*tensors, None]:
+        if packed and (tensor is None or size + tensor.size > max_bytes):
+            yield Shard(tuple(packed), {"format": "pt"} | header.metadata)
             packed, size = [], 0
-        packed.append(tensor)
-        size += tensor.size
-    if packed:
-        yield Shard(tuple(packed), metadata)
+        if tensor:
+            packed.append(tensor)
+            size += tensor.size
 
 
-def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notify: Notify) -> int:
-    """Write the shards and, if there are several, their index; return the size of all tensors in bytes.
+def write_weights(folder: Path, shards: Mapping[str, Shard], other_bytes: int, notify: Notify) -> None:
+    """Write the shards and, if there are several, their index.
 
     The disk must have room for all shards and `other_bytes` before anything is copied.
 
@@ -153,59 +158,40 @@ def write_weights(folder: Path, shards: Sequence[Shard], other_bytes: int, notif
         OutputError: it does not.
         ModelError: a source file cannot be read.
     """
-    named = named_shards(shards)
-    total = sum(shard.size for shard in shards)
+    total = sum(shard.size for shard in shards.values())
     with task(notify, "Writing weights", total, "B") as advance:
-        shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in named.items() if shard.same_as}
-        to_write = {name: shard for name, shard in named.items() if not shared.get(name)}
+        shared = {name: clone_or_link(shard.same_as, folder / name) for name, shard in shards.items() if shard.same_as}
+        to_write = {name: shard for name, shard in shards.items() if not shared.get(name)}
         bytes_to_write = sum(shard.size for shard in to_write.values())
         require_space(folder, bytes_to_write + other_bytes)
         advance(total - bytes_to_write)
         for name, shard in to_write.items():
             _write_shard(folder / name, shard, advance)
         if len(shards) > 1:
-            (folder / INDEX).write_text(index_of(named), encoding="utf-8")
-    links = list(shared.values()).count("hard link")
-    if links:
+            (folder / INDEX).write_text(index_of(shards), encoding="utf-8")
+    if links := list(shared.values()).count("hard link"):
         notify(
             Notice(
                 f"{links} of {len(shards)} weight files are unchanged and are hard links to the model's own: "
                 "do not edit them in place."
             )
         )
-    return total
 
 
-def named_shards(shards: Sequence[Shard]) -> dict[str, Shard]:
-    """Return the shards by the names of their files."""
-    return dict(zip(shard_names(len(shards)), shards, strict=True))
-
-
-def index_of(named: Mapping[str, Shard]) -> str:
+def index_of(shards: Mapping[str, Shard]) -> str:
     """Return the text of the index of several weight files."""
-    weight_map = {tensor.name: name for name, shard in named.items() for tensor in shard.tensors}
-    total = sum(shard.size for shard in named.values())
+    weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard.tensors}
+    total = sum(shard.size for shard in shards.values())
     return to_json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def shard_names(count: int) -> list[str]:
-    """Return the names that transformers gives to this number of files."""
-    if count == 1:
-        return [SAFETENSORS]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_shard(path: Path, shard: Shard, report: ReportBytes) -> None:
     # Widest elements first, as safetensors writes them, so that each tensor is aligned to its element size.
-    tensors = sorted(shard.tensors, key=lambda tensor: -_width(tensor))
+    tensors = sorted(shard.tensors, key=lambda tensor: -(tensor.size // max(1, math.prod(tensor.shape))))
     with path.open("xb", buffering=0) as target:
         write_all(target, _header(tensors, shard.metadata))
         for source, group in groupby(tensors, key=lambda tensor: tensor.stored.path):
-            _write_tensors(source, group, target, report)
-
-
-def _width(tensor: NewTensor) -> int:
-    return tensor.size // max(1, math.prod(tensor.shape))
+            _write_tensors(source, list(group), target, report)
 
 
 def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
@@ -220,46 +206,21 @@ def _header(tensors: Sequence[NewTensor], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensors(source: Path, tensors: Iterable[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
+def _write_tensors(source: Path, tensors: Sequence[NewTensor], target: BinaryIO, report: ReportBytes) -> None:
     """Append tensors that come from one file.
 
     Raises:
         ModelError: the file cannot be read.
     """
-    pickled = {} if source.suffix == ".safetensors" else load_pickle(source)
+    changed = [tensor.stored.name for tensor in tensors if not tensor.is_copy and tensor.value is None]
+    decoded = read_tensors(source, changed)
     with reading(source):
         original = source.open("rb", buffering=0)
     with original:
         for tensor in tensors:
-            stored = tensor.stored
-            value = pickled[stored.name] if pickled and tensor.value is None else tensor.value
-            if value is None and tensor.is_copy:
-                copy_range(original, stored.start or 0, stored.size, target, report)
-                continue
-            for part in _read(original, tensor) if value is None else _converted(value, tensor):
-                write_all(target, part)
-                report(len(part))
-
-
-def _read(original: BinaryIO, tensor: NewTensor) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a tensor that is cut or cast, of which only a cast needs all at once."""
-    stored = tensor.stored
-    parts: Iterable[bytes | memoryview] = read_range(original, stored.start or 0, stored.size)
-    if tensor.cut and tensor.size:
-        parts = tensor.cut.of_bytes(parts, stored.shape, stored.size)
-    if not tensor.cast or not tensor.size:
-        yield from parts
-        return
-    raw = bytearray()
-    for part in parts:
-        raw += part
-    yield _bytes_of(torch.frombuffer(raw, dtype=TORCH_DTYPES[stored.dtype]), tensor.cast)
-
-
-def _converted(value: torch.Tensor, tensor: NewTensor) -> Iterator[memoryview]:
-    yield _bytes_of(tensor.cut.of_tensor(value) if tensor.cut else value, TORCH_DTYPES[tensor.dtype])
-
-
-def _bytes_of(tensor: torch.Tensor, dtype: torch.dtype) -> memoryview:
-    flat = tensor.to("cpu", dtype).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+            if tensor.is_copy:
+                copy_range(original, tensor.stored.start or 0, tensor.stored.size, target, report)
+            else:
+                value = tensor.changed(next(decoded) if tensor.value is None else tensor.value).contiguous()
+                write_all(target, value.reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+                report(tensor.size)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from sleb_plugins.config_keys import Kept
@@ -29,15 +27,3 @@ class Cut:
         width = tensor.shape[self.axis] // self.kept.count
         slices = torch.split(tensor, width, self.axis)
         return torch.cat([slices[block] for block in self.kept.blocks], self.axis)
-
-    def of_bytes(self, parts: Iterable[bytes | memoryview], shape: Sequence[int], size: int) -> Iterator[memoryview]:
-        """Cut the bytes of a tensor of this shape and `size` in bytes as they arrive, whatever its data type."""
-        row = size // math.prod(shape[: self.axis])
-        rest = bytearray()
-        for part in parts:
-            rest += part
-            whole = len(rest) // row * row
-            if whole:
-                rows = np.frombuffer(bytes(rest[:whole]), np.uint8).reshape(-1, self.kept.count, row // self.kept.count)
-                yield rows[:, self.kept.blocks].reshape(-1).data
-                del rest[:whole]

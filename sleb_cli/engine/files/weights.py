@@ -278,7 +278,11 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: it is truncated, or holds more than tensors.
     """
-    with translate_errors(lambda words: _unsafe(path)):
+    unsafe = ModelError(
+        f"{path} is not safe to read: it is truncated, or holds more than tensors.",
+        hint="If you trust the model, convert it to safetensors; otherwise use another copy.",
+    )
+    with translate_errors(lambda words: unsafe):
         # `weights_only` refuses a pickle that would run code.
         mapped = values and zipfile.is_zipfile(path)
         with reading(path):
@@ -287,12 +291,5 @@ def load_pickle(path: Path, *, values: bool = True) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) and not (values and tensor.is_meta)
         for name, tensor in tensors.items()
     ):
-        raise _unsafe(path)
+        raise unsafe
     return tensors
-
-
-def _unsafe(path: Path) -> ModelError:
-    return ModelError(
-        f"{path} is not safe to read: it is truncated, or holds more than tensors.",
-        hint="If you trust the model, convert it to safetensors; otherwise use another copy.",
-    )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_j
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
-from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.files.shards import NewTensor, Shard, named_shards, new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.card import CARD, checkpoint_name, model_card
-from sleb_cli.engine.output.delivery import Delivery, deliver
+from sleb_cli.engine.output.card import CARD, checkpoint_name, fill_in_results, model_card
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import (
     Planned,
@@ -29,14 +26,14 @@ from sleb_cli.engine.output.proof import (
     choose_proof_settings,
     prove,
 )
-from sleb_cli.engine.output.push import FileState, PushRequest, files_of, push
+from sleb_cli.engine.output.push import PushRequest, push
 from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.kept_results import beside_plan
-from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord
 from sleb_cli.records import Proof, without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult
@@ -109,101 +106,85 @@ def apply_removals(
         ProofError: the checkpoint does not compute the same as the model in memory.
         OutputError: the folder exists or cannot be written, or the Hub rejects it.
     """
+    surgery, source = subject.surgery, subject.architecture.source
     settings = settings or choose_proof_settings(subject.architecture, dtype)
     shard_bytes = shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
-    checkpoint = _Checkpoint(subject, to, dtype, shard_bytes, settings, check)
-    result, written = deliver(checkpoint, notify)
-    if left_out := checkpoint.contents.other_files.left_out:
-        notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
-    if outside := checkpoint.contents.other_files.outside:
-        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
-    if push_to is None:
-        return result
-    return result.model_copy(update={"pushed": push(to.place, written, push_to, notify)})
-
-
-@dataclass
-class _Checkpoint:
-    """The pruned checkpoint, as `deliver` takes it."""
-
-    subject: Subject
-    to: Delivery
-    dtype: torch.dtype | None
-    shard_bytes: int
-    settings: ProofSettings
-    check: Callable[[Path], None] | None
-
-    @property
-    def watch(self) -> Watch:
-        return self.subject.architecture.source.watch
-
-    def claim(self) -> AbstractContextManager[Path]:
-        return new_folder(self.to.place, replace=self.to.replace)
-
-    def require_room(self) -> None:
-        self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, None, self.shard_bytes)
-        changed = sum(shard.size for shard in self.contents.shards if not shard.same_as)
-        require_space(self.to.place, changed + self.contents.other_files.bytes)
-
-    def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
+    with to.claimed(new_folder(to.place, replace=to.replace), source.watch, notify) as aside:
+        tensors = kept_tensors(surgery, dtype)
+        weights = plan_shards(source.weights, tensors, shard_bytes)
+        texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
+        copies, left_out, outside = _find_other_files(source, set(texts))
+        other_bytes = sum(file.stat().st_size for file in copies.values())
+        require_space(to.place, other_bytes + sum(shard.size for shard in weights.values() if not shard.same_as))
+        recovered = to.recovery.run() if to.recovery else None
         if recovered:
-            self.contents = _plan_checkpoint(self.subject.surgery, self.dtype, recovered.tensors, self.shard_bytes)
-        self.contents.write(aside, notify)
+            tensors = kept_tensors(surgery, dtype, recovered)
+            weights = plan_shards(source.weights, tensors, shard_bytes)
+        write_weights(aside, weights, other_bytes, notify)
+        for name, text in texts.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        for name, file in copies.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(file, aside / name)
+        proof = None
+        if to.verify:
+            with to.kept_if_it_fails(aside):
+                planned = Planned(tensors, weights, texts, copies)
+                proof = prove(Reference(surgery, recovered), aside, planned, settings, notify)
+        record = recovered.record if recovered else None
+        _describe(subject, aside, record, proof, notify)
+        if check:
+            check(aside)
+        names = [path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()]
+    if left_out:
+        notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
+    if outside:
+        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
+    return ApplyResult(
+        schema_version=1,
+        sleb_version=__version__,
+        kind="apply",
+        model=subject.architecture.record,
+        removals=surgery.removals,
+        dtype=dtype_name(settings.placement.dtype),
+        device=settings.placement.device.type,
+        folder=str(to.place),
+        blocks=len(surgery.kept.blocks),
+        weights_bytes=sum(shard.size for shard in weights.values()),
+        recovery=record,
+        proof=proof,
+        pushed=push(to.place, names, push_to, notify) if push_to else None,
+    )
 
-    def prove(self, aside: Path, recovered: Recovered | None, notify: Notify) -> Proof:
-        reference = Reference(self.subject.surgery, recovered.parameters if recovered else None)
-        return prove(reference, aside, self.contents.planned, self.settings, notify)
 
-    def finish(
-        self, aside: Path, recovered: Recovered | None, proof: Proof | None, notify: Notify
-    ) -> tuple[ApplyResult, dict[str, FileState]]:
-        subject, record = self.subject, recovered.record if recovered else None
-        if subject.plan:
-            plan = subject.plan.model_copy(update={"recovery": record, "proof": proof})
-            (aside / CHECKPOINT_PLAN).write_text(to_json(plan.published().to_data()), encoding="utf-8")
-            if record is None:
-                _keep_results(subject, aside, notify)
-        (aside / CARD).write_text(model_card(subject, aside, record, proof), encoding="utf-8")
-        if self.check:
-            self.check(aside)
-        result = ApplyResult(
-            schema_version=1,
-            sleb_version=__version__,
-            kind="apply",
-            model=subject.architecture.record,
-            removals=subject.surgery.removals,
-            dtype=dtype_name(self.settings.placement.dtype),
-            device=self.settings.placement.device.type,
-            folder=str(self.to.place),
-            blocks=len(subject.surgery.kept.blocks),
-            weights_bytes=sum(shard.size for shard in self.contents.shards),
-            recovery=record,
-            proof=proof,
-            pushed=None,
-        )
-        return result, files_of(aside)
-
-
-def _keep_results(subject: Subject, folder: Path, notify: Notify) -> None:
-    """Copy what was measured of the plan into the checkpoint, without local folders."""
-    plan, file = subject.plan, subject.file
-    if plan is None or file is None or plan.model.fingerprint != subject.architecture.record.fingerprint:
-        return
-    copy = folder / CHECKPOINT_PLAN
-    if evaluation := measured_of_plan(EvalResult, file, plan, notify):
-        # Files of lm-eval are not copied.
-        evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(copy, "eval"))
-    if benchmark := measured_of_plan(BenchResult, file, plan, notify):
-        benchmark.write(beside_plan(copy, "bench"))
+def _describe(
+    subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None, notify: Notify
+) -> None:
+    """Add the model card, the plan, and what was measured of it, without local folders."""
+    plan, file, path = subject.plan, subject.file, folder / CHECKPOINT_PLAN
+    (folder / CARD).write_text(model_card(subject, recovery, proof), encoding="utf-8")
+    if plan:
+        described = plan.model_copy(update={"recovery": recovery, "proof": proof})
+        path.write_text(to_json(described.published().to_data()), encoding="utf-8")
+        if file and not recovery and plan.model.fingerprint == subject.architecture.record.fingerprint:
+            if evaluation := measured_of_plan(EvalResult, file, plan, notify):
+                # Files of lm-eval are not copied.
+                evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(path, "eval"))
+            if benchmark := measured_of_plan(BenchResult, file, plan, notify):
+                benchmark.write(beside_plan(path, "bench"))
+            fill_in_results(folder, notify)
 
 
 def kept_tensors(
-    surgery: Surgery, dtype: torch.dtype | None = None, values: Mapping[str, torch.Tensor] | None = None
+    surgery: Surgery, dtype: torch.dtype | None = None, recovered: Recovered | None = None
 ) -> list[NewTensor]:
     """Return the tensors of the pruned checkpoint, from the headers of the dense one's files, and new values."""
-    stored, values = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored), values or {}
-    kept = [new_tensor(name, tensor, dtype, surgery.cut(name)) for name, tensor in surgery.names.prune(stored)]
-    return [replace(tensor, value=values[tensor.name]) if tensor.name in values else tensor for tensor in kept]
+    stored = ((tensor.name, tensor) for tensor in surgery.architecture.source.weights.stored)
+    values = recovered.tensors if recovered else {}
+    return [
+        new_tensor(name, tensor, dtype, surgery.cut(name), values.get(name))
+        for name, tensor in surgery.names.prune(stored)
+    ]
 
 
 def _settings(surgery: Surgery, dtype: torch.dtype | None) -> dict[str, dict[str, Any]]:
@@ -243,62 +224,17 @@ def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     named = {key: _with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
     if "dtype" in named and "torch_dtype" in named:
         other = named.pop("torch_dtype")
-        named["dtype"] = other if named["dtype"] is None else named["dtype"]
+        named["dtype"] = named["dtype"] or other
     return named | {key: dtype for key in ("dtype", "torch_dtype") if dtype and key in named}
 
 
-@dataclass(frozen=True)
-class _OtherFiles:
-    """The other files of the source: those to copy, by their relative paths, and the names of those left out.
+def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str, Path], list[str], list[str]]:
+    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model.
 
-    `left_out` are the model in other formats, and `outside` links out of the folder, such as to private files.
+    Returns:
+        the files to copy by their relative paths, the names of the model in other formats, which are left out, and of
+        links out of the folder, such as to private files.
     """
-
-    copies: dict[str, Path]
-    left_out: tuple[str, ...]
-    outside: tuple[str, ...]
-
-    @property
-    def bytes(self) -> int:
-        """The total size of the files to copy."""
-        return sum(file.stat().st_size for file in self.copies.values())
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a checkpoint consists of."""
-
-    tensors: list[NewTensor]
-    shards: list[Shard]
-    texts: dict[str, str]
-    other_files: _OtherFiles
-
-    def write(self, folder: Path, notify: Notify) -> None:
-        """Write weights, settings and other files."""
-        write_weights(folder, self.shards, self.other_files.bytes, notify)
-        for name, text in self.texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        for name, file in self.other_files.copies.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(file, folder / name)
-
-    @property
-    def planned(self) -> Planned:
-        """What the folder holds after that."""
-        return Planned(self.tensors, named_shards(self.shards), self.texts, self.other_files.copies)
-
-
-def _plan_checkpoint(
-    surgery: Surgery, dtype: torch.dtype | None, values: Mapping[str, torch.Tensor] | None, shard_bytes: int
-) -> _Contents:
-    source, tensors = surgery.architecture.source, kept_tensors(surgery, dtype, values)
-    texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
-    shards = plan_shards(source.weights, tensors, shard_bytes)
-    return _Contents(tensors, shards, texts, _find_other_files(source, written=set(texts)))
-
-
-def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
-    """Find the tokenizer, generation config, licence, code, and anything else that belongs to the model."""
     folder, weight_files = source.folder, set(source.weights.names)
     # Mistral's own format: weights in consolidated.safetensors, settings in params.json.
     consolidated = {path.name for path in folder.glob("consolidated*")}
@@ -317,7 +253,7 @@ def _find_other_files(source: ModelSource, written: set[str]) -> _OtherFiles:
                 copies[inside] = path
             elif inside not in weight_files:
                 left_out.append(inside)
-    return _OtherFiles(copies, tuple(left_out), tuple(outside))
+    return copies, left_out, outside
 
 
 def _is_ours(path: Path) -> bool:
@@ -339,8 +275,5 @@ def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:
         if leads_out(path, folder) or not path.is_dir() or path.name in other_formats.FOLDERS:
             yield path
         elif not (path / "config.json").is_file():
-            yield from (inner for inner in sorted(path.rglob("*")) if not _is_hidden(inner.relative_to(path)))
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+            inner = sorted(path.rglob("*"))
+            yield from (each for each in inner if not any(part[0] == "." for part in each.relative_to(path).parts))

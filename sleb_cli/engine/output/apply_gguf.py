@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from sleb_cli.atomic import new_file, require_new_file, require_space
+from sleb_cli.atomic import free_space, new_file, require_new_file, require_space
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.gguf.file import GgufFile, GgufTensor, gguf_size, read_gguf, write_gguf
@@ -23,8 +19,8 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.gguf import convert_gguf, transformers_knows
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
-from sleb_cli.engine.output.delivery import Delivery, deliver
-from sleb_cli.engine.output.proof import NOTHING_WRITTEN, Planned, Reference, choose_proof_settings, prove
+from sleb_cli.engine.output.delivery import Delivery
+from sleb_cli.engine.output.proof import Planned, Reference, choose_proof_settings, failed, prove, refuted
 from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, translate_errors
@@ -36,13 +32,8 @@ from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
 
-
-@dataclass(frozen=True)
-class _LogitsProof:
-    """The proof of a pruned file by transformers, or why there is none."""
-
-    unproven: str | None = None
-    proof: Proof | None = None
+KIND = "GGUF file"
+"""What a failed proof calls it."""
 
 
 def are_the_same(one: Path, other: Path) -> bool:
@@ -70,68 +61,39 @@ def prune_gguf(
     if are_the_same(to.place, file.path):
         raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
     require_new_file(to.place, force=to.replace)
-    return deliver(_PrunedFile(surgery, pruned, to, registry), notify)
-
-
-@dataclass
-class _PrunedFile:
-    """The pruned GGUF file, as `deliver` takes it."""
-
-    surgery: GgufSurgery
-    pruned: GgufFile
-    to: Delivery
-    registry: Registry
-
-    @cached_property
-    def watch(self) -> Watch:
-        watch = Watch()
-        watch.add(self.surgery.file.path)
-        return watch
-
-    @contextmanager
-    def claim(self) -> Iterator[Path]:
-        _ = self.watch  # from here on
-        with new_file(self.to.place, replace=self.to.replace) as aside:
-            file = self.surgery.file
-            if read_gguf(file.path) != file:
-                raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
-            yield aside
-
-    def require_room(self) -> None:
-        require_space(self.to.place, gguf_size(self.pruned))
-
-    def write(self, aside: Path, recovered: Recovered | None, notify: Notify) -> None:
+    watch = Watch()
+    watch.add(file.path)
+    with to.claimed(new_file(to.place, replace=to.replace), watch, notify) as aside:
+        if read_gguf(file.path) != file:
+            raise ModelError(f"{file.path} changed while it was read.", hint="Run the command again.")
+        require_space(to.place, gguf_size(pruned))
+        recovered = to.recovery.run() if to.recovery else None
         if recovered:
-            self.pruned = self.surgery.pruned(recovered.packed)
-            self.require_room()
-        _write(self.pruned, aside, notify)
-
-    def prove(self, aside: Path, recovered: Recovered | None, notify: Notify) -> _LogitsProof:
-        with no_verdict_by_the_disk(ProofError):
-            _require_as_planned(self.pruned, aside)
-            return _prove_with_transformers(self.surgery, aside, recovered, self.registry, notify)
-
-    def finish(
-        self, aside: Path, recovered: Recovered | None, proof: _LogitsProof | None, notify: Notify
-    ) -> GgufResult:
-        file, removals = self.surgery.file, self.surgery.removals
-        found = proof or _LogitsProof("--no-verify")
-        return GgufResult(
-            schema_version=1,
-            sleb_version=__version__,
-            kind="gguf",
-            source=str(file.path.absolute()),
-            architecture=file.architecture,
-            removals=removals,
-            file=str(self.to.place),
-            blocks=block_count(file) - len(removals),
-            file_bytes=gguf_size(self.pruned),
-            recovery=recovered.record if recovered else None,
-            repacked=_repacked(file, recovered.packed.values()) if recovered else (),
-            verified=proof is not None,
-            proof=found.proof,
-            unproven=found.unproven,
-        )
+            pruned = surgery.pruned(recovered.packed)
+            require_space(to.place, gguf_size(pruned))
+        _write(pruned, aside, notify)
+        proof: Proof | None = None
+        unproven: str | None = "--no-verify"
+        if to.verify:
+            with to.kept_if_it_fails(aside), no_verdict_by_the_disk(ProofError):
+                _require_as_planned(pruned, aside)
+                proof, unproven = _prove_with_transformers(surgery, aside, recovered, registry, notify)
+    return GgufResult(
+        schema_version=1,
+        sleb_version=__version__,
+        kind="gguf",
+        source=str(file.path.absolute()),
+        architecture=file.architecture,
+        removals=removals,
+        file=str(to.place),
+        blocks=block_count(file) - len(removals),
+        file_bytes=gguf_size(pruned),
+        recovery=recovered.record if recovered else None,
+        repacked=_repacked(file, recovered.packed.values()) if recovered else (),
+        verified=to.verify,
+        proof=proof,
+        unproven=unproven,
+    )
 
 
 def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTensors, ...]:
@@ -186,24 +148,25 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     Raises:
         ProofError: anything differs.
     """
-    with translate_errors(lambda words: _failed(f"the gguf package cannot read it: {words}")):
+    with translate_errors(lambda words: failed(f"the gguf package cannot read it: {words}", KIND)):
         found, source = gguf.GGUFReader(aside).tensors, gguf.GGUFReader(pruned.path).tensors
-    try:
+    with refuted(KIND):
         written = read_gguf(aside)
-    except ModelError as error:
-        raise _failed(error.message.rstrip(".")) from error
     if (what := _differing_entry(written, pruned)) is not None:
-        raise _failed(f"its metadata differ from the expected ones: {what}")
+        raise failed(f"its metadata differ from the expected ones: {what}", KIND)
     if len(found) != len(pruned.tensors):
-        raise _failed(f"it holds {len(found)} tensors, not {len(pruned.tensors)}")
+        raise failed(f"it holds {len(found)} tensors, not {len(pruned.tensors)}", KIND)
     there = {(tensor.data_offset, tensor.n_bytes): tensor for tensor in source}
     for tensor, expected in zip(found, pruned.tensors, strict=True):
         original = there.get((expected.start, expected.size))
         values = _bytes_of(original) if original is not None and expected.values is None else expected.values
-        if not _is_the_same(tensor, expected) or values is None or _bytes_of(tensor) != values:
-            raise _failed(f"the tensor {tensor.name} differs from the expected {expected.name}")
+        is_planned = (tensor.name, tensor.tensor_type, tuple(tensor.shape)) == (
+            expected.name, expected.type, expected.shape
+        )  # fmt: skip
+        if not is_planned or values is None or _bytes_of(tensor) != values:
+            raise failed(f"the tensor {tensor.name} differs from the expected {expected.name}", KIND)
     if (size := aside.stat().st_size) != gguf_size(pruned):
-        raise _failed(f"it has {size} bytes, not {gguf_size(pruned)}")
+        raise failed(f"it has {size} bytes, not {gguf_size(pruned)}", KIND)
 
 
 def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
@@ -219,61 +182,47 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
     return None if found.entries == expected.entries else "their order is another"
 
 
-def _is_the_same(found: gguf.ReaderTensor, expected: GgufTensor) -> bool:
-    return (found.name, int(found.tensor_type), tuple(found.shape)) == (expected.name, expected.type, expected.shape)
-
-
 def _bytes_of(tensor: gguf.ReaderTensor) -> memoryview:
     return memoryview(tensor.data.reshape(-1).view(np.uint8))
 
 
 def _prove_with_transformers(
     surgery: GgufSurgery, aside: Path, recovered: Recovered | None, registry: Registry, notify: Notify
-) -> _LogitsProof:
+) -> tuple[Proof | None, str | None]:
     """Compare the pruned file with the source without these blocks, both as transformers reads them.
 
     A recovered file is compared with the recovered model in memory.
+
+    Returns:
+        the proof, or why there is none.
     """
     file = surgery.file
     if reason := _why_transformers_cannot(file, aside):
-        return _LogitsProof(reason)
+        return None, reason
     try:
         architecture = read_architecture(locate_model(str(file.path), notify), registry, notify)
         hf_surgery = plan_surgery(architecture, surgery.removals)
     except (ModelError, MachineError, UsageError) as error:
         if disk_error(error):
             raise
-        return _LogitsProof(error.message.rstrip("."))
+        return None, error.message.rstrip(".")
     if architecture.block_count != block_count(file):
-        return _LogitsProof(f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}")
+        return None, f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}"
     folder = aside.parent / "checkpoint"
-    try:
+    with refuted(KIND):
         convert_gguf(aside, folder, notify)
-    except ModelError as error:
-        raise _failed(error.message.rstrip(".")) from error
-    planned = Planned(kept_tensors(hf_surgery, values=recovered.tensors if recovered else None))
-    reference = Reference(hf_surgery, recovered.parameters if recovered else None)
-    return _LogitsProof(None, prove(reference, folder, planned, choose_proof_settings(architecture, None), notify))
+    planned = Planned(kept_tensors(hf_surgery, recovered=recovered))
+    settings = choose_proof_settings(architecture, None)
+    return prove(Reference(hf_surgery, recovered), folder, planned, settings, notify), None
 
 
 def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
     """Return why transformers cannot read this file on this machine, if that is known beforehand."""
     if not transformers_knows(file.architecture):
         return f"transformers does not read GGUF files of the architecture {file.architecture}"
-    parameters = sum(math.prod(tensor.shape) for tensor in file.tensors)
     # It unpacks all weights to float32 before casting them, and they are then written twice, dense and pruned.
-    memory, disk = 8 * parameters, 8 * parameters
-    available = free_bytes(CPU)
-    if available < memory:
-        return f"transformers needs {format_bytes(memory)} of memory, and only {format_bytes(available)} are free"
-    free = shutil.disk_usage(aside.parent).free
-    if free < disk:
-        return f"transformers needs {format_bytes(disk)} of disk space, and only {format_bytes(free)} are free"
+    needed = 8 * sum(math.prod(tensor.shape) for tensor in file.tensors)
+    for what, free in (("memory", free_bytes(CPU)), ("disk space", free_space(aside.parent))):
+        if free < needed:
+            return f"transformers needs {format_bytes(needed)} of {what}, and only {format_bytes(free)} are free"
     return None
-
-
-def _failed(what: str) -> ProofError:
-    return ProofError(
-        f"The pruned GGUF file failed its proof: {what}.",
-        hint=NOTHING_WRITTEN,
-    )

@@ -8,12 +8,13 @@ import yaml
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.output.card_metadata import front_matter, with_results
-from sleb_cli.engine.output.card_results import Measured, card_table, hub_results, measured_in, results_section
+from sleb_cli.engine.output.card_results import card_table, hub_results, measured_in, results_section
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, Warned, ignore
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, read_plan
-from sleb_cli.records import Check, Proof, without_folders
+from sleb_cli.records import Proof, without_folders
 from sleb_cli.tables import search
+from sleb_cli.tables.proof import checked
 from sleb_cli.tables.table import in_markdown
 from sleb_cli.version import __version__
 from sleb_plugins import SlebError
@@ -34,48 +35,44 @@ def update_card(folder: Path, notify: Notify = ignore) -> None:
 
     A card that cannot be updated is a warning: the results are kept anyway.
     """
-    path = folder / CARD
     try:
-        card = path.read_text(encoding="utf-8")
-        before, begin, rest = card.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            return
-        plan = read_plan(folder / CHECKPOINT_PLAN)
-        measured = measured_in(folder, plan, notify)
-        name = checkpoint_name(without_folders(plan.model.id), plan.model.blocks - len(plan.removals))
-        card = with_results(f"{before}{_results(measured)}{after}", name, hub_results(measured))
-        write_text(path, card)
+        fill_in_results(folder, notify)
     except FileNotFoundError:
         return
     except (SlebError, OSError, ValueError, yaml.YAMLError) as error:
         reason = error.message if isinstance(error, SlebError) else str(error).partition("\n")[0]
-        notify(Warned(f"Cannot update {path}: {reason.rstrip('.')}."))
+        notify(Warned(f"Cannot update {folder / CARD}: {reason.rstrip('.')}."))
 
 
-def _results(measured: Measured) -> str:
-    return "\n".join([BEGIN, *results_section(measured), END])
+def fill_in_results(folder: Path, notify: Notify) -> None:
+    """Write the results that a checkpoint holds into its card, between the two lines for them, if they are there.
 
-
-def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
-    """Return the README: the base model, the removed blocks, how they were found, and what was checked and measured.
-
-    `folder` holds the checkpoint, with the results of its plan.
+    Raises:
+        SlebError, OSError, ValueError, yaml.YAMLError: the card or the plan cannot be read, or the card not written.
     """
-    architecture, surgery = subject.architecture, subject.surgery
-    source = architecture.source
-    removals = ", ".join(map(str, surgery.removals))
-    plan = subject.plan and subject.plan.model_copy(update={"recovery": recovery})
-    measured = measured_in(folder, plan)
-    name = checkpoint_name(source.name, len(surgery.kept.blocks))
+    path = folder / CARD
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        plan = read_plan(folder / CHECKPOINT_PLAN)
+        measured = measured_in(folder, plan, notify)
+        base = without_folders(plan.model.id).removesuffix(".gguf")
+        name = checkpoint_name(base, plan.model.blocks - len(plan.removals))
+        results = "\n".join([BEGIN, *results_section(measured), END])
+        write_text(path, with_results(f"{before}{results}{after}", name, hub_results(measured)))
+
+
+def model_card(subject: Subject, recovery: RecoveryRecord | None, proof: Proof | None) -> str:
+    """Return the README without results: the base model, the removed blocks, how they were found, and the proof."""
+    source, removals = subject.architecture.source, subject.surgery.removals
     lines = [
-        front_matter(source, name, hub_results(measured)),
-        f"# {in_markdown(source.name)} without {len(surgery.removals)} of its {architecture.block_count} blocks",
+        front_matter(source),
+        f"# {in_markdown(source.name)} without {len(removals)} of its {subject.architecture.block_count} blocks",
         "",
         # The card may be published, so it does not show the path of a local folder.
         "- Base model: "
         + (f"`{source.id}` at revision `{source.revision}`" if source.revision else in_markdown(source.name)),
-        f"- Blocks removed, in order, numbered from 0 in the base model: {removals}",
+        f"- Blocks removed, in order, numbered from 0 in the base model: {', '.join(map(str, removals))}",
         f"- Made by sleb {__version__} (SLEB, arXiv:2402.09025): whole transformer blocks removed, "
         + ("no training" if recovery is None else "the others given new weights"),
         *_search(subject),
@@ -83,7 +80,8 @@ def model_card(subject: Subject, folder: Path, recovery: RecoveryRecord | None, 
         *_recovery(recovery),
         *_proof(proof),
         "",
-        _results(measured),
+        BEGIN,
+        END,
         "",
     ]
     return "\n".join(lines)
@@ -134,22 +132,6 @@ def _recovery(recovery: RecoveryRecord | None) -> list[str]:
 def _proof(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["", "The checkpoint was written without a proof (`--no-verify`)."]
-    difference = proof.logits_difference or 0.0
-    same = "equal" if difference == 0 else f"equal within {difference:.2g} of the largest,"
-    reference = {
-        "dense": "the base model with these blocks skipped",
-        "recovered": "the recovered model in memory, before it was written",
-    }[proof.reference]
-    words: dict[Check, str] = {
-        "complete": "every file is there and complete, and no other",
-        "loads": "stock transformers finds every weight of the config in the files, and no other",
-        "same logits": f"on a prompt of {proof.prompt_tokens} tokens ({proof.prompt}), its logits are {same} to those "
-        f"of {reference}",
-        "generates": "it generates with the KV cache",
-        "saves again": "transformers saves it again, with the same weights",
-        "same bytes": "the bytes of every weight are those of the base model"
-        + (" or, where it was recovered, of the new values" if proof.reference == "recovered" else ""),
-    }
     partial = ["", f"**The proof is partial**: {proof.partial}."] if proof.partial else []
-    checked = [f"- {words[check]}" for check in proof.checks]
-    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *checked]
+    clauses = [f"- {clause}" for clause in checked(proof, "the base model")]
+    return [*partial, "", f"Checked after saving, in {proof.dtype} on {proof.device}:", "", *clauses]

@@ -25,7 +25,7 @@ _FRONT_MATTER = re.compile(r"\A\s*---\r?\n(.*?\n)---\s*$", re.MULTILINE | re.DOT
 _MODEL_INDEX = re.compile(r"^model-index:.*\n(?:[ \t#-].*\n|\n)*", re.MULTILINE)
 
 
-def front_matter(source: ModelSource, name: str, results: Sequence[EvalResult]) -> str:
+def front_matter(source: ModelSource) -> str:
     """Return the card's front matter; licence, languages and tags are those of the base model's own card."""
     base = _of_base(source.folder)
     data = ModelCardData(
@@ -40,8 +40,6 @@ def front_matter(source: ModelSource, name: str, results: Sequence[EvalResult]) 
         language=_words(base.get("language")) or None,
         # Some programs write what they know of a base model as tags, which is not true of this one.
         tags=[*_TAGS, *(tag for tag in _listed(base.get("tags")) if not tag.startswith("base_model:"))],
-        model_name=name if results else None,
-        eval_results=list(results) or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 

@@ -7,33 +7,22 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult as HubResult
 
 from sleb_cli.canaries import CANARIES
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card_metadata import BY_US
-from sleb_cli.engine.output.measured import measured_of_plan
+from sleb_cli.engine.output.measured import measured_of_plan, parts_of
 from sleb_cli.engine.text.sources import EVALUATION_PRESETS
 from sleb_cli.events import Notify, ignore
 from sleb_cli.kept_results import IN_CHECKPOINT, read_kept
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
-from sleb_cli.results import (
-    BenchResult,
-    EvalResult,
-    TaskResult,
-    TaskScores,
-    TextResult,
-    TextScores,
-    Timing,
-    WorkloadResult,
-)
+from sleb_cli.results import BenchResult, EvalResult, TaskResult, TextResult, WorkloadResult
 from sleb_cli.tables import quality, speed
 from sleb_cli.tables.table import Scored, Table, in_markdown, to_markdown
 
-M = TypeVar("M", TextResult, TaskResult, WorkloadResult)
-S = TypeVar("S", TextScores, TaskScores, Timing)
 R = TypeVar("R", EvalResult, BenchResult)
 
 # What the Hub refuses in the name of a data set.
@@ -43,13 +32,16 @@ HERE = "FOLDER"
 
 
 @dataclass(frozen=True)
-class Row(Generic[M, S]):
-    """One measurement of the checkpoint, and the base model's, which is missing if it was measured alone."""
+class Row:
+    """One measurement of the checkpoint, and the base model's, which is missing if it was measured alone.
+
+    `measured` is the result of a text, task or workload; `base` and `own` are its scores or timings.
+    """
 
     result: EvalResult | BenchResult
-    measured: M
-    base: S | None
-    own: S
+    measured: Any
+    base: Any
+    own: Any
 
     @property
     def setting(self) -> str:
@@ -57,93 +49,76 @@ class Row(Generic[M, S]):
         return f"{self.result.dtype} on {self.result.device}"
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """The options for the same data type and device."""
-        return ("--dtype", self.result.dtype, "--device", self.result.device)
+    def key(self) -> tuple[object, ...]:
+        """What two measurements of the same have in common."""
+        match self.measured:
+            case TextResult() as text:
+                return (public_name(text.text), *text.key[1:], self.setting)
+            case TaskResult() as task:
+                return (*task.key, self.setting)
+        return (*self.measured.workload.identity, self.setting)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """All that was measured of a checkpoint."""
-
-    texts: Sequence[Row[TextResult, TextScores]] = ()
-    tasks: Sequence[Row[TaskResult, TaskScores]] = ()
-    workloads: Sequence[Row[WorkloadResult, Timing]] = ()
-
-
-def measured_in(folder: Path, plan: Plan | None, notify: Notify = ignore) -> Measured:
+def measured_in(folder: Path, plan: Plan, notify: Notify) -> list[Row]:
     """Return what a checkpoint holds: results of its plan, where both models were measured, and then those of itself.
 
     Results of the plan are those of the weights as they were, so they say nothing of a recovered checkpoint. Results of
-    itself count only while it has the weights that were measured.
+    itself count only while it has the weights that were measured. Of the same, the first counts.
     """
-    evaluations = [*_results(EvalResult, IN_CHECKPOINT["eval"], folder, plan, notify)]
-    benchmarks = [*_results(BenchResult, IN_CHECKPOINT["bench"], folder, plan, notify)]
-    texts = (row for result, size in evaluations for row in _rows(result, result.texts, size))
-    tasks = (row for result, size in evaluations for row in _rows(result, result.tasks, size))
-    workloads = (row for result, size in benchmarks for row in _rows(result, result.workloads, size))
-    return Measured(
-        _first(texts, lambda row: (public_name(row.measured.text), *row.measured.key[1:], row.setting)),
-        _first(tasks, lambda row: (*row.measured.key, row.setting)),
-        _first(workloads, lambda row: (*row.measured.workload.identity, row.setting)),
-    )
-
-
-def _results(
-    kind: type[R], own: str, folder: Path, plan: Plan | None, notify: Notify
-) -> Iterator[tuple[R, frozenset[int] | None]]:
-    """Yield the results of the plan with its removals, and those of the checkpoint as a model of its own."""
-    if plan is not None and plan.recovery is None and plan.removals:
-        of_plan = measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore)
-        if of_plan is not None:
-            yield of_plan, frozenset(plan.removals)
-    found = read_kept(kind, folder / own, notify)
-    if found is not None:
-        now = ModelSource(folder.name, folder, trust_remote_code=found.model.code is not None)
-        behavior = found.behavior if isinstance(found, EvalResult) else None
-        same = (found.model.fingerprint, found.model.code) == (now.fingerprint, now.code)
-        if same and behavior in (None, now.behavior):
-            yield found, None
-
-
-def _rows(
-    result: EvalResult | BenchResult, measured: Iterable[M], removed: frozenset[int] | None
-) -> Iterator[Row[M, Any]]:
-    """Yield what was measured of the base model without the `removed` blocks, or of the checkpoint as its own model."""
-    for each in measured:
-        if removed is None:
-            yield Row(result, each, None, each.dense)
-        for pruned in each.pruned:
-            if frozenset(pruned.removals) == removed:
-                yield Row(result, each, each.dense, pruned)
-
-
-def _first(rows: Iterable[Row[M, S]], key: Callable[[Row[M, S]], object]) -> list[Row[M, S]]:
-    """Return the first row for each key: what was measured of both models goes before the same of one."""
-    found: dict[object, Row[M, S]] = {}
-    for row in rows:
-        found.setdefault(key(row), row)
+    found: dict[object, Row] = {}
+    for row in (
+        *_of_plan(EvalResult, folder, plan),
+        *_of_itself(EvalResult, folder / IN_CHECKPOINT["eval"], notify),
+        *_of_plan(BenchResult, folder, plan),
+        *_of_itself(BenchResult, folder / IN_CHECKPOINT["bench"], notify),
+    ):
+        found.setdefault(row.key, row)
     return list(found.values())
 
 
-def hub_results(measured: Measured) -> list[HubResult]:
+def _of_plan(kind: type[R], folder: Path, plan: Plan) -> Iterator[Row]:
+    if plan.recovery or not plan.removals:
+        return
+    if result := measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore):
+        for each in parts_of(result):
+            for pruned in each.pruned:
+                if frozenset(pruned.removals) == frozenset(plan.removals):
+                    yield Row(result, each, each.dense, pruned)
+
+
+def _of_itself(kind: type[R], file: Path, notify: Notify) -> Iterator[Row]:
+    if result := read_kept(kind, file, notify):
+        now = ModelSource(file.parent.name, file.parent, trust_remote_code=result.model.code is not None)
+        behavior = result.behavior if isinstance(result, EvalResult) else None
+        same = (result.model.fingerprint, result.model.code) == (now.fingerprint, now.code)
+        if same and behavior in (None, now.behavior):
+            yield from (Row(result, each, None, each.dense) for each in parts_of(result))
+
+
+def _of(rows: Iterable[Row], kind: type) -> list[Row]:
+    return [row for row in rows if isinstance(row.measured, kind)]
+
+
+def hub_results(rows: Sequence[Row]) -> list[HubResult]:
     """Return the entries of the card's `model-index`: perplexities and tasks of this checkpoint."""
-    return [*map(_hub_text, measured.texts), *map(_hub_task, measured.tasks)]
+    return [*map(_hub_text, _of(rows, TextResult)), *map(_hub_task, _of(rows, TaskResult))]
 
 
-def _hub_text(row: Row[TextResult, TextScores]) -> HubResult:
-    text = row.measured
+def _hub_text(row: Row) -> HubResult:
+    text: TextResult = row.measured
     preset = EVALUATION_PRESETS.get(text.text)
     name = public_name(text.text)
     is_dataset = "/" in name.partition(":")[0]
     path, config, split = [*(name.split(":") if is_dataset else [_NO_NAME.sub("-", name)]), "", ""][:3]
+    if preset:
+        path, config, split = preset.path, preset.config or "", preset.split
     return HubResult(
         task_type="text-generation",
         task_name="Text Generation",
-        dataset_type=preset.path if preset else path,
+        dataset_type=path,
         dataset_name=name,
-        dataset_config=(preset.config if preset else config) or None,
-        dataset_split=(preset.split if preset else split) or None,
+        dataset_config=config or None,
+        dataset_split=split or None,
         metric_type="perplexity",
         metric_name=f"perplexity, {quality.windows_of(text)}",
         metric_value=round(row.own.perplexity, 4),
@@ -151,9 +126,9 @@ def _hub_text(row: Row[TextResult, TextScores]) -> HubResult:
     )
 
 
-def _hub_task(row: Row[TaskResult, TaskScores]) -> HubResult:
-    task = row.measured
-    items = {"items": len(task.doc_ids)} if task.doc_ids else {}
+def _hub_task(row: Row) -> HubResult:
+    task: TaskResult = row.measured
+    args = {BY_US: row.result.sleb_version, "dtype": row.result.dtype, "num_fewshot": task.num_fewshot}
     return HubResult(
         task_type="text-generation",
         task_name="Text Generation",
@@ -162,25 +137,19 @@ def _hub_task(row: Row[TaskResult, TaskScores]) -> HubResult:
         metric_type=task.metric,
         metric_name=task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})",
         metric_value=round(row.own.value, 4),
-        metric_args={
-            BY_US: row.result.sleb_version, "dtype": row.result.dtype, "num_fewshot": task.num_fewshot, **items
-        },
-    )  # fmt: skip
+        metric_args=args | ({"items": len(task.doc_ids)} if task.doc_ids else {}),
+    )
 
 
-def results_section(measured: Measured) -> list[str]:
+def results_section(rows: Sequence[Row]) -> list[str]:
     """Return the lines of the card that show what was measured, and how to check it."""
-    rows: list[Row[Any, Any]] = [*measured.texts, *measured.tasks, *measured.workloads]
     if not rows:
         return []
-    texts = _by_model(measured.texts, lambda text: f"{public_name(text.text)}, {quality.windows_of(text)}")
-    tasks = _by_model(measured.tasks, quality.task_name)
-    timed = _by_model(measured.workloads, speed.workload_name)
-    tables = [
-        quality.perplexities(texts),
-        quality.tasks(tasks),
-        speed.speeds(timed, rows[-1].result.model.blocks),
-    ]
+    texts = _by_model(_of(rows, TextResult), lambda text: f"{public_name(text.text)}, {quality.windows_of(text)}")
+    tasks = _by_model(_of(rows, TaskResult), quality.task_name)
+    timed = _by_model(_of(rows, WorkloadResult), speed.workload_name)
+    blocks = rows[-1].result.model.blocks
+    tables = [quality.perplexities(texts), quality.tasks(tasks), speed.speeds(timed, blocks)]
     made = dict.fromkeys(
         (row.result.sleb_version, row.result.torch, row.result.transformers, row.result.processor) for row in rows
     )
@@ -196,7 +165,7 @@ def results_section(measured: Measured) -> list[str]:
         f"With this checkpoint in {HERE}:",
         "",
         "```bash",
-        *_commands(measured),
+        *_commands(rows),
         "```",
     ]
 
@@ -205,16 +174,11 @@ def card_table(table: Table) -> list[str]:
     """Return the lines of a table under its title, with its notes; nothing without rows."""
     if not table.rows:
         return []
-    return [
-        "",
-        f"**{table.title}**",
-        "",
-        *to_markdown(table),
-        *(line for note in table.notes for line in ("", in_markdown(note))),
-    ]
+    notes = [line for note in table.notes for line in ("", in_markdown(note))]
+    return ["", f"**{table.title}**", "", *to_markdown(table), *notes]
 
 
-def _by_model(rows: Iterable[Row[M, S]], name: Callable[[M], str]) -> Iterator[Scored]:
+def _by_model(rows: Iterable[Row], name: Callable[[Any], str]) -> Iterator[Scored]:
     """Yield the scores of both models, with the names of what was measured and of the model."""
     for row in rows:
         label = f"{name(row.measured)}, {row.setting}"
@@ -223,37 +187,35 @@ def _by_model(rows: Iterable[Row[M, S]], name: Callable[[M], str]) -> Iterator[S
         yield row.measured, label, "this model", row.own
 
 
-def _commands(measured: Measured) -> list[str]:
+def _commands(rows: Sequence[Row]) -> list[str]:
     """Return a command for each setting: of lm-eval itself for its own tasks, else of sleb."""
     commands: dict[tuple[str, ...], dict[str, None]] = {}
-    for words, name in (*map(_eval, measured.texts), *map(_task, measured.tasks), *map(_bench, measured.workloads)):
-        commands.setdefault(words, {})[name] = None
+    for row in (row for kind in (TextResult, TaskResult, WorkloadResult) for row in _of(rows, kind)):
+        *words, name = _command(row)
+        commands.setdefault(tuple(words), {})[name] = None
     return [shlex.join([*words, *filter(None, [",".join(names)])]) for words, names in commands.items()]
 
 
-def _eval(row: Row[TextResult, TextScores]) -> tuple[tuple[str, ...], str]:
-    """Return a command but for the last word, and that: the text."""
-    text = row.measured
-    stride = ("--stride", str(text.stride)) if text.stride else ()
-    bos = ("--bos",) if text.bos == "windows" else ()
-    length = ("--sequence-length", str(text.sequence_length), "--max-windows", str(text.windows))
-    return ("sleb", "eval", HERE, *length, *stride, *bos, *row.options, "--perplexity"), public_name(text.text)
-
-
-def _task(row: Row[TaskResult, TaskScores]) -> tuple[tuple[str, ...], str]:
-    task, result = row.measured, row.result
-    limit = ("--limit", str(len(task.doc_ids))) if task.doc_ids else ()
-    if task.task in CANARIES:
-        return ("sleb", "eval", HERE, *row.options, *limit, "--tasks"), task.task
-    model = ("--model", "hf", "--model_args", f"pretrained={HERE},dtype={result.dtype}", "--device", result.device)
-    return ("lm-eval", "run", *model, "--num_fewshot", str(task.num_fewshot), *limit, "--tasks"), task.task
-
-
-def _bench(row: Row[WorkloadResult, Timing]) -> tuple[tuple[str, ...], str]:
+def _command(row: Row) -> list[str]:
+    """Return the command that measures the same; the last word is the text or the task, or empty."""
+    result, options = row.result, ["--dtype", row.result.dtype, "--device", row.result.device]
+    match row.measured:
+        case TextResult() as text:
+            cut = ["--sequence-length", str(text.sequence_length), "--max-windows", str(text.windows)]
+            cut += ["--stride", str(text.stride)] if text.stride else []
+            cut += ["--bos"] if text.bos == "windows" else []
+            return ["sleb", "eval", HERE, *cut, *options, "--perplexity", public_name(text.text)]
+        case TaskResult() as task:
+            limit = ["--limit", str(len(task.doc_ids))] if task.doc_ids else []
+            if task.task in CANARIES:
+                return ["sleb", "eval", HERE, *options, *limit, "--tasks", task.task]
+            model = ["--model", "hf", "--model_args", f"pretrained={HERE},dtype={result.dtype}"]
+            few = ["--device", result.device, "--num_fewshot", str(task.num_fewshot)]
+            return ["lm-eval", "run", *model, *few, *limit, "--tasks", task.task]
     workload = row.measured.workload
-    engine = () if workload.engine == "transformers" else ("--engine", workload.engine)
-    new = ("--new-tokens", str(workload.new_tokens)) if workload.new_tokens else ()
-    sizes = ("--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length), *new)
+    sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length)]
+    sizes += ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []
+    engine = [] if workload.engine == "transformers" else ["--engine", workload.engine]
     flags = {"--compile": workload.compiled, "--static-cache": workload.static_cache}
     given = (flag for flag, is_set in flags.items() if is_set)
-    return ("sleb", "bench", HERE, f"--{workload.name}", *sizes, *engine, *given, *row.options), ""
+    return ["sleb", "bench", HERE, f"--{workload.name}", *sizes, *engine, *given, *options, ""]

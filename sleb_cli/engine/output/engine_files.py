@@ -32,30 +32,24 @@ def engine_files(
         UsageError: the engine reads GGUF files, but none of this model is known; or `request.source` does not apply.
         PlanError: `request.source` holds another model.
     """
-    if engine.reads == "checkpoint" and request.source is not None:
+    is_checkpoint = engine.reads == "checkpoint"
+    if is_checkpoint and request.source is not None:
         raise UsageError(f"--source does not apply to --engine {engine.name}.", hint="Leave out --source.")
+    own = subject.architecture.source.folder if is_checkpoint else _gguf_source(subject, engine, request, notify)
     with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
-        if engine.reads == "checkpoint":
-            yield lambda surgery: _checkpoint(surgery, folder, notify)
-        else:
-            source = _gguf_source(subject, engine, request, notify)
-            yield lambda surgery: _gguf(source, surgery, folder, registry, notify)
 
+        def write(surgery: Surgery) -> Path:
+            if not surgery.removals:
+                return own
+            name = f"{len(surgery.removals)}-blocks-fewer"
+            to = Delivery(folder / (name if is_checkpoint else f"{name}.gguf"), verify=False)
+            if is_checkpoint:
+                apply_removals(Subject(surgery, None), to, notify)
+            else:
+                prune_gguf(read_gguf(own), surgery.removals, to, registry, notify)
+            return to.place
 
-def _checkpoint(surgery: Surgery, folder: Path, notify: Notify) -> Path:
-    if not surgery.removals:
-        return surgery.architecture.source.folder
-    output = folder / f"{len(surgery.removals)}-blocks-fewer"
-    apply_removals(Subject(surgery, None), Delivery(output, verify=False), notify)
-    return output
-
-
-def _gguf(source: Path, surgery: Surgery, folder: Path, registry: Registry, notify: Notify) -> Path:
-    if not surgery.removals:
-        return source
-    output = folder / f"{len(surgery.removals)}-blocks-fewer.gguf"
-    prune_gguf(read_gguf(source), surgery.removals, Delivery(output, verify=False), registry, notify)
-    return output
+        yield write
 
 
 def _gguf_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:

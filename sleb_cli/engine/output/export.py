@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,18 @@ def export_request(request: ExportRequest, registry: Registry, notify: Notify) -
         pruning = _pruning_of_plan(request, exporter.name, notify)
     if not pruning.removals:
         raise UsageError("Nothing to export: no block is removed.", hint="Name a plan, or use --blocks.")
-    made: dict[str, Any]
     if isinstance(exporter, Exporter):
-        made = {"text": exporter.render(pruning), "document": exporter.document(pruning)}
+        text = exporter.render(pruning)
         if request.output is not None:
-            write_text(request.output, made["text"] or "")
-    else:
-        writer = _EngineWriter(exporter.name, pruning, subject, request, registry, notify)
-        lines = tuple(exporter.export(pruning, request.output, writer))
-        made = {"written": tuple(writer.written), "files": tuple(map(str, writer.files)), "lines": lines}
-    return ExportResult(schema_version=1, sleb_version=__version__, kind="export", exporter=exporter.name, **made)
+            write_text(request.output, text)
+        return _result(exporter.name, text=text, document=exporter.document(pruning))
+    writer = _EngineWriter(exporter.name, pruning, subject, request, registry, notify)
+    lines = tuple(exporter.export(pruning, request.output, writer))
+    return _result(exporter.name, written=tuple(writer.written), files=tuple(map(str, writer.files)), lines=lines)
+
+
+def _result(exporter: str, **made: Any) -> ExportResult:
+    return ExportResult(schema_version=1, sleb_version=__version__, kind="export", exporter=exporter, **made)
 
 
 def _pruning_of_model(subject: Subject, request: ExportRequest, notify: Notify) -> Pruning:
@@ -145,16 +147,21 @@ class _EngineWriter:
 
     def write_file(self, content: bytes, output: Path | None, ending: str) -> Path:
         path = output or self._default(ending)
-        require_new_file(path, force=self.request.force)
         with new_file(path, replace=self.request.force) as aside:
             aside.write_bytes(content)
         self.files.append(path)
         return path
 
     def write_folder(self, files: Mapping[str, bytes], output: Path | None, ending: str) -> Path:
-        folder = output or self._default(ending)
-        _require_replaceable(folder, files, force=self.request.force)
-        with new_folder(folder, replace=self.request.force) as aside:
+        folder, force = output or self._default(ending), self.request.force
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"Cannot write {folder}: it is a file.", hint="Choose another folder with -o.")
+        if force and folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - files.keys())):
+            raise OutputError(
+                f"{folder} holds other files, such as {others[0]}, and is not replaced.",
+                hint="Choose another folder with -o.",
+            )
+        with new_folder(folder, replace=force) as aside:
             for name, content in files.items():
                 (aside / name).write_bytes(content)
         self.files.append(folder)
@@ -165,24 +172,3 @@ class _EngineWriter:
         if self.pruning.plan_file is not None:
             return self.pruning.plan_file.with_suffix(ending)
         return Path(Path(self.pruning.model).name + ending)
-
-
-def _require_replaceable(folder: Path, files: Collection[str], *, force: bool) -> None:
-    """Check that a folder is new, or with `force` holds nothing but earlier versions of these files.
-
-    Raises:
-        OutputError: it is not.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputError(f"Cannot write {folder}: it is a file.", hint="Choose another folder with -o.")
-    if not force:
-        raise OutputError(
-            f"{folder} already exists.", hint="Choose another name with -o, or overwrite it with --force."
-        )
-    if others := sorted({path.name for path in folder.iterdir()} - set(files)):
-        raise OutputError(
-            f"{folder} holds other files, such as {others[0]}, and is not replaced.",
-            hint="Choose another folder with -o.",
-        )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ValidationError
-
 from sleb_cli.events import Notify, Warned
-from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan
+from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan, read_kept
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
-from sleb_cli.records import UnreadableRecord, first_fault, read_text, without_folders
+from sleb_cli.records import without_folders
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.units import plural
 
@@ -25,19 +23,16 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     none.
     """
     file = results_of_plan(path, "eval" if kind is EvalResult else "bench")
-    if not file.exists():
-        return None
-    try:
-        result = kind.model_validate_json(read_text(file))
-    except (UnreadableRecord, ValidationError) as error:
-        reason = first_fault(error, "the result") if isinstance(error, ValidationError) else error
-        notify(Warned(f"{file} is left out, because it cannot be read: {reason}."))
+    result = read_kept(kind, file, notify)
+    if result is None:
         return None
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"{file} is left out: it was measured on a different model than {path}."))
         return None
     planned = {frozenset(removals) for removals in plan.by_size}
-    measured = _sizes_in(result)
+    measured = {frozenset(entry.removals) for part in parts_of(result) for entry in part.pruned}
+    if isinstance(result, BenchResult):
+        measured |= {frozenset(size.removals) for size in result.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
     strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
     if strangers:
@@ -51,34 +46,25 @@ def results_of_plan(path: Path, kind: Literal["eval", "bench"]) -> Path:
     return inside if path.name == CHECKPOINT_PLAN and not beside.exists() else beside
 
 
-def _parts(result: EvalResult | BenchResult) -> dict[str, Iterable[Any]]:
-    """Return the fields whose items each have their sizes in `pruned`."""
-    if isinstance(result, EvalResult):
-        return {"texts": result.texts, "tasks": result.tasks}
-    return {"workloads": result.workloads}
-
-
-def _sizes_in(result: EvalResult | BenchResult) -> set[frozenset[int]]:
-    """Return the sets of removed blocks that were measured."""
-    entries = [entry for parts in _parts(result).values() for part in parts for entry in part.pruned]
-    entries += result.pruned if isinstance(result, BenchResult) else ()
-    return {frozenset(entry.removals) for entry in entries}
+def parts_of(result: EvalResult | BenchResult) -> tuple[Any, ...]:
+    """Return the texts and tasks, or the workloads, each of which has its sizes in `pruned`."""
+    return (*result.texts, *result.tasks) if isinstance(result, EvalResult) else result.workloads
 
 
 def _only_sizes(result: R, wanted: Collection[frozenset[int]]) -> R:
     """Return a result without other sizes."""
 
-    def kept(entries: Iterable[Any], removals: Callable[[Any], Any] = lambda entry: entry.removals) -> tuple[Any, ...]:
-        found = (entry for entry in entries if frozenset(removals(entry)) in wanted)
-        return tuple(sorted(found, key=lambda entry: len(removals(entry))))
+    def kept(entries: Iterable[Any]) -> tuple[Any, ...]:
+        found = (entry for entry in entries if frozenset(entry.removals) in wanted)
+        return tuple(sorted(found, key=lambda entry: len(entry.removals)))
 
-    update = {
-        name: tuple(part.model_copy(update={"pruned": kept(part.pruned)}) for part in parts)
-        for name, parts in _parts(result).items()
-    }
-    if isinstance(result, EvalResult):
-        return result.model_copy(update=update | {"sizes": kept(result.sizes, tuple)})
-    return result.model_copy(update=update | {"pruned": kept(result.pruned)})
+    def only(parts: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(part.model_copy(update={"pruned": kept(part.pruned)}) for part in parts)
+
+    if isinstance(result, BenchResult):
+        return result.model_copy(update={"workloads": only(result.workloads), "pruned": kept(result.pruned)})
+    sizes = tuple(sorted((size for size in result.sizes if frozenset(size) in wanted), key=len))
+    return result.model_copy(update={"texts": only(result.texts), "tasks": only(result.tasks), "sizes": sizes})
 
 
 def without_local_folders(result: R) -> R:

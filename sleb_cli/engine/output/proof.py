@@ -10,12 +10,12 @@ config in the files, but nothing is computed. What the proof cannot see is liste
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import tempfile
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from pathlib import Path
@@ -28,9 +28,9 @@ from transformers import AutoTokenizer, GenerationConfig
 from sleb_cli.atomic import free_space
 from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.cache import cache_root
-from sleb_cli.engine.files.copying import BUFFER_BYTES, reading
+from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
-from sleb_cli.engine.files.weights import TORCH_DTYPES, find_weights, read_tensors
+from sleb_cli.engine.files.weights import find_weights, read_tensors
 from sleb_cli.engine.forward.offload import align
 from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, device_of, open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -38,6 +38,7 @@ from sleb_cli.engine.forward.streaming import converted_bytes, require_streamabl
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import ModelSource
+from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.loading import (
     DeviceMap,
     has_tokenizer,
@@ -50,6 +51,7 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving, translate_errors
 from sleb_cli.events import CheckPassed, Notice, Notify, task
 from sleb_cli.records import Check, Proof, differences
+from sleb_cli.tables.proof import checked
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
 
@@ -65,24 +67,18 @@ NEW_TOKENS = 8
 LARGEST_SHARD_BYTES = 5 * 10**9
 """The largest file of a checkpoint that is saved again."""
 
-TOLERANCE = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
-"""The largest difference allowed between a logit and that of the model in memory, relative to the largest logit."""
+TOLERANCES = {
+    torch.float32: (0.0, 1e-4), torch.float64: (0.0, 1e-8),
+    torch.bfloat16: (2.0**-6, 2.0**-4), torch.float16: (2.0**-9, 2.0**-7),
+}  # fmt: skip
+"""The largest differences allowed, relative to the largest logit: from the logits of the model in memory, and between
+decoding with and without the KV cache, whose shapes and so rounding differ."""
 
-CACHE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 2.0**-4, torch.float16: 2.0**-7}
-"""The same between decoding with and without the KV cache, whose shapes and so rounding differ."""
-
-
-CheckResult = tuple[Check | None, str, dict[str, Any]]
-"""A passed check (None: one that was left out), a sentence for the user, and its values in the proof's record."""
+CheckResult = tuple[Check | None, dict[str, Any]]
+"""A passed check (None: one that was left out), and its values in the proof's record."""
 
 PEAK_SHARE = 1.2
 """The memory of a proof, relative to the dense model's weights: the two models are loaded one after the other."""
-
-NOTHING_WRITTEN = (
-    "Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, please "
-    "report the model; --keep-failed DIR keeps what was written."
-)
-"""The hint of a proof that fails."""
 
 NEW_STREAMED_TOKENS = 2
 """New tokens if blocks stay on the disk, since each of them reads all."""
@@ -112,23 +108,22 @@ def choose_proof_settings(
     Raises:
         UnsupportedModelError: the user wants it to be streamed, but the weights are quantized.
     """
-    own = architecture.dtype
+
+    def placement(device: torch.device, *, streamed: bool = False) -> Placement:
+        dtype = cast or choose_dtype("auto", architecture.dtype, device)
+        return Placement(device, dtype, streamed, device_map=device_map)
+
     if stream:
         require_streamable(architecture)
     if device_map is not None:
-        device = device_of(device_map, None)
-        return ProofSettings(Placement(device, cast or choose_dtype("auto", own, device), device_map=device_map))
+        return ProofSettings(placement(device_of(device_map, None)))
     ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
-    places = [
-        Placement(device, cast or choose_dtype("auto", own, device), streamed)
-        for streamed in ways
-        for device in dict.fromkeys([choose_device("auto"), CPU])
-    ]
-    reasons = [_obstacle(architecture, place) for place in places]
-    return next(
-        (ProofSettings(place) for place, reason in zip(places, reasons, strict=True) if reason is None),
-        ProofSettings(places[-1], reasons[-1]),
-    )
+    for streamed in ways:
+        for device in dict.fromkeys([choose_device("auto"), CPU]):
+            settings = ProofSettings(place := placement(device, streamed=streamed), _obstacle(architecture, place))
+            if settings.too_large is None:
+                return settings
+    return settings
 
 
 def _obstacle(architecture: Architecture, place: Placement) -> str | None:
@@ -153,25 +148,23 @@ class Reference:
 
     Attributes:
         surgery: the removal.
-        parameters: the new values of a recovered model by the dense model's parameter names; None if not recovered.
+        recovered: the new values of the other blocks, if they were recovered.
     """
 
     surgery: Surgery
-    parameters: Mapping[str, Tensor] | None = None
+    recovered: Recovered | None
 
     @property
     def name(self) -> str:
         """Its name in messages."""
-        return (
-            "the dense model with these blocks skipped" if self.parameters is None else "the recovered model in memory"
-        )
+        return "the recovered model in memory" if self.recovered else "the dense model with these blocks skipped"
 
     @contextmanager
     def opened(self, settings: ProofSettings, notify: Notify) -> Iterator[SkippableModel]:
         """Load it, with its new values in place."""
         with (
             open_dense(self.surgery.architecture, settings.placement, notify) as skippable,
-            skippable.replaced(self.parameters or {}),
+            skippable.replaced(self.recovered.parameters if self.recovered else {}),
         ):
             skippable.align()
             yield skippable
@@ -204,7 +197,7 @@ def prove(reference: Reference, folder: Path, planned: Planned, settings: ProofS
     source = reference.surgery.architecture.source
     proof = Proof(
         checks=(),
-        reference="dense" if reference.parameters is None else "recovered",
+        reference="recovered" if reference.recovered else "dense",
         partial=settings.too_large,
         dtype=dtype_name(settings.placement.dtype),
         device=settings.placement.device.type,
@@ -212,16 +205,14 @@ def prove(reference: Reference, folder: Path, planned: Planned, settings: ProofS
     with no_verdict_by_the_disk(ProofError):
         tokenizer = load_tokenizer(source) if has_tokenizer(source) else None
         if settings.too_large:
-            reason = settings.too_large
-            notify(Notice(f"The proof is partial: {reason}. Names, shapes and bytes are checked, but no logits."))
-            checks = _fits(reference.surgery, folder)
-        else:
-            if settings.placement.stream:
-                notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
-            checks = _runs(reference, folder, tokenizer, settings, notify)
-        for check, sentence, values in chain(_as_planned(source, folder, tokenizer, planned, notify), checks):
-            notify(CheckPassed(sentence) if check else Notice(sentence))
+            reason = f"{settings.too_large}. Names, shapes and bytes are checked, but no logits"
+            notify(Notice(f"The proof is partial: {reason}."))
+        elif settings.placement.stream:
+            notify(Notice("The proof leaves the blocks on disk, so it reads all weights about eight times."))
+        runs = _runs(reference, folder, tokenizer, settings, notify)
+        for check, values in chain(_as_planned(source, folder, tokenizer, planned, notify), runs):
             proof = proof.model_copy(update={"checks": (*proof.checks, *([check] if check else [])), **values})
+            notify(CheckPassed(checked(proof)[-1]) if check else Notice(f"The proof is partial: {proof.partial}."))
     return proof
 
 
@@ -229,30 +220,33 @@ def _as_planned(
     source: ModelSource, folder: Path, tokenizer: Any, planned: Planned, notify: Notify
 ) -> Iterator[CheckResult]:
     """Check that the folder holds what was planned, byte for byte: whatever a model computes, or never reads."""
-    _require_files(folder, planned)
-    yield _complete(folder, planned)
+    if planned.weights is not None:
+        _require_files(folder, planned, planned.weights)
+    _require_tensors(folder, planned)
+    yield "complete", {}
     if tokenizer is not None:
         _require_same_tokens(source, folder, tokenizer)
-    yield _same_bytes(folder, planned.tensors, notify)
+    _require_same_bytes(folder, planned.tensors, notify)
+    yield "same bytes", {}
 
 
-def _require_files(folder: Path, planned: Planned) -> None:
+def _require_files(folder: Path, planned: Planned, weights: Mapping[str, Shard]) -> None:
     """Check that each file is there, and no other, and that all but the weights have the planned contents."""
-    if planned.weights is None:
-        return
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or path.is_file()}
-    texts = {**planned.texts, **({INDEX: index_of(planned.weights)} if len(planned.weights) > 1 else {})}
-    expected = {*planned.weights, *texts, *planned.copies}
+    texts = {**planned.texts, **({INDEX: index_of(weights)} if len(weights) > 1 else {})}
+    expected = {*weights, *texts, *planned.copies}
     if missing := sorted(expected - found):
-        raise _failed(f"{_listed(missing)} missing")
+        raise failed(f"{_listed(missing)} missing")
     if extra := sorted(found - expected):
-        raise _failed(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
+        raise failed(f"{_listed(extra)} there, which belong to no pruned checkpoint of this model")
     for name, text in texts.items():
         if (content := (folder / name).read_bytes()) != text.encode():
-            raise _failed(f"{name} is not what was written{_difference(content, text)}")
+            raise failed(f"{name} is not what was written{_difference(content, text)}")
     for name, original in planned.copies.items():
-        if not _same_content(folder / name, original):
-            raise _failed(f"{name} is not the dense model's")
+        with reading(original):
+            digest = _digest(original)
+        if _digest(folder / name) != digest:
+            raise failed(f"{name} is not the dense model's")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -269,57 +263,46 @@ def _difference(content: bytes, text: str) -> str:
     return f": {what}" if what else ""
 
 
-def _same_content(path: Path, source: Path) -> bool:
-    with ExitStack() as files:
-        ours = files.enter_context(path.open("rb"))
-        with reading(source):
-            theirs = files.enter_context(source.open("rb"))
-        part: bytes | None = None
-        while part != b"":
-            with reading(source):
-                part = theirs.read(BUFFER_BYTES)
-            if ours.read(BUFFER_BYTES) != part:
-                return False
-    return True
+def _digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
-def _complete(folder: Path, planned: Planned) -> CheckResult:
+def _require_tensors(folder: Path, planned: Planned) -> None:
     """Check that every tensor is in the planned file, in its shape and data type, and that no file is truncated."""
-    try:
+    with refuted():
         weights = find_weights(folder)
-        found = {tensor.name: (tensor.dtype, tensor.shape, tensor.path.name) for tensor in weights.stored}
-    except ModelError as error:
-        raise _failed(error.message.rstrip(".")) from error
+        found = {tensor.name: (tensor.dtype, tensor.shape) for tensor in weights.stored}
     expected = {tensor.name: (tensor.dtype, tensor.shape) for tensor in planned.tensors}
-    if missing := sorted(expected.keys() - found.keys()):
-        raise _failed(f"{len(missing)} tensors are missing, such as {missing[0]}")
-    if wrong := sorted(name for name in expected if found[name][:2] != expected[name]):
-        raise _failed(f"{len(wrong)} tensors have another type or shape, such as {wrong[0]}")
-    if extra := sorted(found.keys() - expected.keys()):
-        raise _failed(f"{len(extra)} tensors are unexpected, such as {extra[0]}")
+    both = expected.keys() & found.keys()
+    for what, names in {
+        "are missing": expected.keys() - both,
+        "have another type or shape": {name for name in both if found[name] != expected[name]},
+        "are unexpected": found.keys() - both,
+    }.items():
+        if names:
+            raise failed(f"{len(names)} tensors {what}, such as {min(names)}")
     if planned.weights is not None:
         for header in weights.headers:
             shard = planned.weights[header.path.name]
             if {tensor.name for tensor in header.tensors} != {tensor.name for tensor in shard.tensors}:
-                raise _failed(f"{header.path.name} holds other tensors than the index says")
+                raise failed(f"{header.path.name} holds other tensors than the index says")
             if header.metadata != shard.metadata:
-                raise _failed(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
-    files = "1 file" if len(weights.names) == 1 else f"{len(weights.names)} files"
-    return "complete", f"complete: {len(found)} tensors in {files}", {}
+                raise failed(f"the metadata of {header.path.name} are {header.metadata}, not {shard.metadata}")
 
 
 def _require_same_tokens(source: ModelSource, folder: Path, theirs: Any) -> None:
     """Check that the checkpoint's tokenizer and chat template are there and the dense model's, whatever was planned."""
-    with translate_errors(lambda words: _failed(f"its tokenizer cannot be loaded: {words}")):
+    with translate_errors(lambda words: failed(f"its tokenizer cannot be loaded: {words}")):
         ours = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     if ours(PROMPT).input_ids != theirs(PROMPT).input_ids or ours.chat_template != theirs.chat_template:
-        raise _failed("its tokenizer is not the dense model's")
+        raise failed("its tokenizer is not the dense model's")
 
 
-def _same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> CheckResult:
+def _require_same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> None:
     """Check that each tensor's bytes are those of the dense model or the new values.
 
-    Both sides are read by safetensors (pickles by torch), cut and cast as tensors, so by none of the code that wrote.
+    Both sides are read by safetensors (pickles by torch), and not by the code that copies bytes.
     """
     different: list[NewTensor] = []
     with task(notify, "Comparing weights", sum(tensor.size for tensor in planned), "B") as advance:
@@ -330,18 +313,14 @@ def _same_bytes(folder: Path, planned: Sequence[NewTensor], notify: Notify) -> C
                 found = read_tensors(path, [tensor.name for tensor in tensors])
                 dense = read_tensors(source, [tensor.stored.name for tensor in tensors if tensor.value is None])
                 for tensor in tensors:
-                    expected = next(dense) if tensor.value is None else tensor.value
-                    if tensor.value is None and tensor.cut:
-                        expected = tensor.cut.of_tensor(expected)
-                    expected = expected.to(CPU, TORCH_DTYPES.get(tensor.dtype, expected.dtype))
+                    expected = tensor.changed(next(dense) if tensor.value is None else tensor.value)
                     if not torch.equal(_bits_of(next(found)), _bits_of(expected)):
                         different.append(tensor)
             advance(sum(tensor.size for tensor in tensors))
     if different:
         first, others = different[0], f" ({len(different)} of {len(planned)} tensors differ)"
         whose = f"those of {first.stored.name} in the dense model" if first.value is None else "its new values"
-        raise _failed(f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}")
-    return "same bytes", "its bytes are those of the dense model's kept blocks, or the recovered ones", {}
+        raise failed(f"the bytes of {first.name} are not {whose}{others if len(different) > 1 else ''}")
 
 
 def _bits_of(tensor: Tensor) -> Tensor:
@@ -349,19 +328,20 @@ def _bits_of(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _fits(surgery: Surgery, folder: Path) -> Iterator[CheckResult]:
-    """Check that stock transformers, on the meta device, finds each weight in the files."""
-    _load(folder, surgery, None)
-    yield "loads", "transformers builds it and finds every weight in the files, in its shape, and no other", {}
-
-
 @torch.no_grad()  # not inference mode, in which tensors made outside of it cannot take the place of others
 def _runs(
     reference: Reference, folder: Path, tokenizer: Any, settings: ProofSettings, notify: Notify
 ) -> Iterator[CheckResult]:
-    """Check that the checkpoint computes what the model in memory computes, generates, and can be saved again."""
+    """Check that the checkpoint computes what the model in memory computes, generates, and can be saved again.
+
+    If that is too large, check that stock transformers, on the meta device, finds each weight in the files.
+    """
     surgery, place = reference.surgery, settings.placement
-    allowed = TOLERANCE.get(place.dtype, 0.0)
+    if settings.too_large:
+        _load(folder, surgery, None)
+        yield "loads", {}
+        return
+    allowed, cache_allowed = TOLERANCES.get(place.dtype, (0.0, 0.0))
     limit = surgery.architecture.longest_sequence or PROMPT_TOKENS + NEW_TOKENS
     new_tokens = min(NEW_STREAMED_TOKENS if place.stream else NEW_TOKENS, max(1, limit // 2))
     room = max(1, min(PROMPT_TOKENS, limit - new_tokens))
@@ -384,8 +364,8 @@ def _runs(
     with task(notify, "Proving the checkpoint"):
         model = _load(folder, surgery, settings).eval()
         align(model)
-        yield "loads", "stock transformers loads it, with no weight missing and none left over", {}
-        with translate_errors(lambda words: _failed(f"it does not run: {words}")):
+        yield "loads", {}
+        with translate_errors(lambda words: failed(f"it does not run: {words}")):
             found = model(input_ids=ids, use_cache=False).logits
         difference = _relative_difference(found, expected)
         if not difference <= allowed:
@@ -395,24 +375,31 @@ def _runs(
             free_memory()
             with reference.opened(settings, notify) as skippable:
                 where = _first_difference(surgery, states, _block_states(skippable, ids, surgery.removed), allowed)
-            raise _failed(
+            raise failed(
                 f"its logits differ from those of {reference.name} by {difference:.2g} of the largest "
                 f"({dtype_name(place.dtype)} allows {allowed:.2g}); {where}"
             )
-        how = "bitwise equal to" if difference == 0 else f"within {difference:.1g} of"
-        yield "same logits", f"its logits on {ids.shape[1]} prompt tokens are {how} those of {reference.name}", {
+        yield "same logits", {
             "prompt": "random tokens" if tokenizer is None else "text", "prompt_tokens": ids.shape[1],
             "logits_difference": difference, "logits_tolerance": allowed,
         }  # fmt: skip
-        cache_allowed = CACHE_TOLERANCE.get(place.dtype, 0.0)
-        yield "generates", "it generates with the KV cache", {
-            "new_tokens": new_tokens, "cache_difference": _decode(model, ids, new_tokens, cache_allowed),
-            "cache_tolerance": cache_allowed,
+        difference = _decode(model, ids, new_tokens, cache_allowed)
+        yield "generates", {
+            "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
         }  # fmt: skip
-        # Passed in a list, so that the model can be freed before it is loaded again: both may not fit in memory.
-        models = [model]
-        del model
-        yield from _saves_again(models, surgery, folder, settings)
+        needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(folder)
+        if needed > free:
+            reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} are free"
+            yield None, {"partial": reason}
+            return
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:
+            before = _save(model, Path(again))
+            del model  # before it is loaded again: both may not fit in memory
+            free_memory()
+            after = _shapes(_load(Path(again), surgery, settings))
+        if different := sorted(name for name, _ in before ^ after):
+            raise failed(f"saved again, it has other weights, such as {different[0]}")
+        yield "saves again", {}
 
 
 def _block_states(model: SkippableModel, ids: Tensor, removed: Collection[int] = ()) -> list[tuple[Tensor, Tensor]]:
@@ -442,32 +429,22 @@ def _first_difference(
     return "every block's output is the same, so the final norm or the head differs"
 
 
-def _saves_again(models: list[Any], surgery: Surgery, folder: Path, settings: ProofSettings) -> Iterator[CheckResult]:
-    """Check that stock transformers saves the model with its config, and loads the same model from that."""
-    model = models.pop()
-    needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), shutil.disk_usage(folder).free
-    if needed > free:
-        reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} are free"
-        yield None, f"The proof is partial: {reason}.", {"partial": reason}
-        return
+def _save(model: Any, folder: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """Save the model as stock transformers does, and return the names and shapes of its weights."""
     # A generation config that contradicts itself cannot be saved, which would be the dense model's fault.
     model.generation_config = GenerationConfig()
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as place:
-        with (
-            translate_errors(lambda words: _failed(f"transformers does not save it again: {words}")),
-            saving(Path(place)),
-            warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
-        ):
-            # A shard of an offloaded model is held in memory while it is written.
-            model.save_pretrained(place, max_shard_size=min(LARGEST_SHARD_BYTES, free_bytes(CPU) // 2))
-        before = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        del model
-        free_memory()
-        again = _load(Path(place), surgery, settings)
-        after = {name: tensor.shape for name, tensor in again.state_dict().items()}
-    if different := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
-        raise _failed(f"saved again, it has {len(different)} other weights, such as {different[0]}")
-    yield "saves again", "it saves again, with the same weights", {}
+    with (
+        translate_errors(lambda words: failed(f"transformers does not save it again: {words}")),
+        saving(folder),
+        warnings.catch_warnings(action="ignore"),  # transformers warns of what a shard takes in memory
+    ):
+        # A shard of an offloaded model is held in memory while it is written.
+        model.save_pretrained(folder, max_shard_size=min(LARGEST_SHARD_BYTES, free_bytes(CPU) // 2))
+    return _shapes(model)
+
+
+def _shapes(model: Any) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def _load(folder: Path, surgery: Surgery, settings: ProofSettings | None) -> Any:
@@ -479,12 +456,10 @@ def _load(folder: Path, surgery: Surgery, settings: ProofSettings | None) -> Any
         device, options["dtype"] = place.device, place.dtype
         on_disk = blocks_on_disk(architecture, device) if place.stream else place.device_map
         device_map = prune_device_map(surgery, on_disk)
-    try:
+    with refuted():
         model, info = load_pretrained(architecture.auto_class, folder, "it", device, device_map, **options)
-    except ModelError as error:
-        raise _failed(error.message.rstrip(".")) from error
     if problem := loading_problem(info, "missing", "unexpected", "mismatched"):
-        raise _failed(problem)
+        raise failed(problem)
     return model
 
 
@@ -493,29 +468,25 @@ def _decode(model: Any, ids: Tensor, new_tokens: int, allowed: float) -> float:
 
     Both runs use `generate`, because some families count positions differently in a plain forward pass.
     """
-    runs = []
-    for use_cache in (True, False):
-        settings = GenerationConfig(
-            do_sample=False, use_cache=use_cache, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-            output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        how = "with the KV cache" if use_cache else "without a KV cache"
-
-        def fails(words: str, how: str = how) -> ProofError:
-            return _failed(f"it does not generate {how}: {words}")
-
-        generated = generate(model, ids, settings, fails)
-        found = generated.sequences.shape[1] - ids.shape[1]
-        if found != new_tokens:
-            raise _failed(f"it generated {found} tokens {how}, not {new_tokens}")
-        runs.append(torch.cat(generated.logits))
-    cached, whole = runs
+    cached = _generate(model, ids, new_tokens, "with the KV cache", use_cache=True)
+    whole = _generate(model, ids, new_tokens, "without a KV cache", use_cache=False)
     # After a tie that was broken differently, the two runs continue different texts.
     alike = int((cached.argmax(-1) == whole.argmax(-1)).cumprod(0).sum())
     difference = _relative_difference(cached[: alike + 1], whole[: alike + 1])
     if not difference <= allowed:
-        raise _failed(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
+        raise failed(f"with the KV cache its logits differ by {difference:.2g} of the largest from those without")
     return difference
+
+
+def _generate(model: Any, ids: Tensor, new_tokens: int, how: str, *, use_cache: bool) -> Tensor:
+    settings = GenerationConfig(
+        do_sample=False, use_cache=use_cache, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        output_logits=True, return_dict_in_generate=True, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    generated = generate(model, ids, settings, lambda words: failed(f"it does not generate {how}: {words}"))
+    if len(generated.logits) != new_tokens:
+        raise failed(f"it generated {len(generated.logits)} tokens {how}, not {new_tokens}")
+    return torch.cat(generated.logits)
 
 
 def _relative_difference(found: Tensor, expected: Tensor) -> float:
@@ -526,5 +497,19 @@ def _relative_difference(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / scale)
 
 
-def _failed(what: str) -> ProofError:
-    return ProofError(f"The pruned checkpoint failed its proof: {what}.", hint=NOTHING_WRITTEN)
+def failed(what: str, kind: str = "checkpoint") -> ProofError:
+    """Return the error for a checkpoint or GGUF file that is not what it should be."""
+    return ProofError(
+        f"The pruned {kind} failed its proof: {what}.",
+        hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
+        "please report the model; --keep-failed DIR keeps what was written.",
+    )
+
+
+@contextmanager
+def refuted(kind: str = "checkpoint") -> Iterator[None]:
+    """Turn a `ModelError` of what was written into a failed proof."""
+    try:
+        yield
+    except ModelError as error:
+        raise failed(error.message.rstrip("."), kind) from error

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -55,12 +49,24 @@ def require_pushable(request: PushRequest) -> None:
 
     Raises:
         UsageError: the name is not that of a repository.
-        OutputError: the user is not logged in or may not write there, it exists, or the Hub is out of reach.
+        OutputError: the user is not logged in or may not write there, it exists, is not as private or public as asked,
+            which an upload does not change, or the Hub is out of reach.
     """
-    owner, name = _parts(request.repo)
+    repo = request.repo
+    is_private: bool | None = None
+    try:
+        validate_repo_id(repo)
+        owner, name = repo.split("/")
+    except ValueError as error:  # or HFValidationError, which is one
+        raise UsageError(
+            f"--push {repo} is not a valid repository name.",
+            hint="Write it like ORG/NAME, with letters, digits, '-', '_' and '.'.",
+        ) from error
     api = _api()
     with _reaching(request):
         user: dict[str, Any] = api.whoami()
+        with suppress(RepositoryNotFoundError):
+            is_private = bool(api.model_info(repo).private)
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise OutputError("Your token for the Hub is read-only.", hint=_LOGIN)
@@ -70,55 +76,34 @@ def require_pushable(request: PushRequest) -> None:
             f"You are {user.get('name')} on the Hub, but may not write to {owner}.",
             hint=f"Push to {user.get('name')}/{name}, or ask {owner} for write access.",
         )
-    with _reaching(request):
-        is_private = _is_private(api, request.repo)
     if is_private is not None and not request.force:
+        raise OutputError(f"{repo} already exists on the Hub.", hint="Choose another name, or upload with --force.")
+    if is_private is not None and is_private is not request.private:
+        visibility, way = ("private", "Leave out") if is_private else ("public", "Add")
         raise OutputError(
-            f"{request.repo} already exists on the Hub.", hint="Choose another name, or upload into it with --force."
+            f"{repo} is {visibility} on the Hub, and an upload does not change that.",
+            hint=f"{way} --public, choose another name, or change the repository in its settings.",
         )
-    _require_visibility(is_private, request)
 
 
-FileState = tuple[int, int, int]
-"""The inode, size and time of change of a file, which renaming its folder leaves as they are."""
-
-
-def files_of(folder: Path) -> dict[str, FileState]:
-    """Return the files of a finished checkpoint, by their paths in it, as they are now."""
-    return {path.relative_to(folder).as_posix(): _state(path) for path in folder.rglob("*") if not path.is_dir()}
-
-
-def _state(path: Path) -> FileState:
-    found = path.lstat()
-    return found.st_ino if stat.S_ISREG(found.st_mode) else -1, found.st_size, found.st_mtime_ns
-
-
-def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, notify: Notify) -> str:
+def push(folder: Path, names: Collection[str], request: PushRequest, notify: Notify) -> str:
     """Upload these files of a checkpoint, and nothing that came into its folder later, in one commit; return its URL.
 
     The commit also deletes the weights of another model.
 
     Raises:
-        OutputError: the upload failed, or a file is no longer what was written; the message says that the folder is
-            complete, and the hint how to upload it.
+        OutputError: the upload failed; the message says that the folder is complete, and the hint how to upload it.
     """
     disable_progress_bars()
     api = _api()
     try:
         with task(notify, f"Uploading to {request.repo}"):
             url = api.create_repo(request.repo, private=request.private, exist_ok=request.force)
-            # It may have been created since the first check, and its visibility changed.
-            _require_visibility(_is_private(api, request.repo), request, f"{folder} is complete, but ")
-            _require_unchanged(folder, files)
-            stale = [name for name in api.list_repo_files(request.repo) if name not in files and _holds_a_model(name)]
-            api.create_commit(
-                request.repo,
-                [
-                    *(CommitOperationDelete(name) for name in stale),
-                    *(CommitOperationAdd(name, folder / name) for name in files),
-                ],
-                commit_message="Pruned with sleb",
-            )
+            stale = [name for name in api.list_repo_files(request.repo) if name not in names and _holds_a_model(name)]
+            operations: list[CommitOperationAdd | CommitOperationDelete]
+            operations = [CommitOperationDelete(name) for name in stale]
+            operations += [CommitOperationAdd(name, folder / name) for name in names]
+            api.create_commit(request.repo, operations, commit_message="Pruned with sleb")
     except _UPLOAD_FAILURES as error:
         also = ", and delete the weights of another model there" if request.force else ""
         raise OutputError(
@@ -130,21 +115,6 @@ def push(folder: Path, files: Mapping[str, FileState], request: PushRequest, not
     return str(url)
 
 
-def _require_unchanged(folder: Path, files: Mapping[str, FileState]) -> None:
-    """Make sure that what goes to the Hub is what was proven.
-
-    Raises:
-        OutputError: a file is missing, has changed, or has become a link.
-    """
-    for name, state in files.items():
-        path = folder / name
-        if not os.path.lexists(path) or _state(path) != state:
-            raise OutputError(
-                f"{path} changed after it was written, so nothing was uploaded.",
-                hint="Apply the plan again when no program writes there.",
-            )
-
-
 def _holds_a_model(name: str) -> bool:
     """Whether a program that loads a model could take this file of a repository for the model or a part of it.
 
@@ -154,45 +124,6 @@ def _holds_a_model(name: str) -> bool:
     if "/" in name:
         return name.partition("/")[0] in other_formats.FOLDERS or name.lower().endswith(".gguf")
     return name == "adapter_config.json" or (other_formats.is_weights(name) and not _TRAINING.fullmatch(name))
-
-
-def _is_private(api: HfApi, repo: str) -> bool | None:
-    """Return whether a repository is private; None if there is none."""
-    try:
-        return bool(api.model_info(repo).private)
-    except RepositoryNotFoundError:
-        return None
-
-
-def _require_visibility(is_private: bool | None, request: PushRequest, before: str = "") -> None:
-    """Make sure that an existing repository is as private or public as asked, since an upload does not change that.
-
-    Raises:
-        OutputError: it is not.
-    """
-    if is_private is None or is_private is request.private:
-        return
-    if request.private:
-        message, way = "is public on the Hub, but without --public nothing is published", "Add --public"
-    else:
-        message, way = "is private on the Hub, and --public does not change that", "Leave out --public"
-    wanted = "private" if request.private else "public"
-    raise OutputError(
-        f"{before}{request.repo} {message}.",
-        hint=f"{way}, choose another name, or make the repository {wanted} in its settings.",
-    )
-
-
-def _parts(repo: str) -> tuple[str, str]:
-    hint = "Write it like ORG/NAME, with letters, digits, '-', '_' and '.'."
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"--push {repo} is not a valid repository name.", hint=hint) from error
-    parts = re.fullmatch(r"([^/]+)/([^/]+)", repo)
-    if parts is None:
-        raise UsageError(f"--push {repo} does not name the owner of the repository.", hint=hint)
-    return parts[1], parts[2]
 
 
 def _api() -> HfApi:

@@ -11,10 +11,9 @@ import torch
 from sleb_cli.engine.device import CPU, choose_dtype
 from sleb_cli.engine.forward.placement import resolve_device_map
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
-from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
 from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, prune_gguf, require_same_kind_of_model
-from sleb_cli.engine.output.delivery import Delivery, require_nothing_kept
+from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.proof import choose_proof_settings
 from sleb_cli.engine.output.push import PushRequest, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
@@ -29,7 +28,7 @@ from sleb_cli.processes import WorkerFinished
 from sleb_cli.requests import DEFAULT_PLAN, DEFAULT_SHARD_SIZE, ApplyRequest
 from sleb_cli.results import ApplyResult, GgufResult
 from sleb_cli.units import parse_bytes
-from sleb_plugins import UnsupportedModelError, UsageError
+from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
 
 def apply_request(
@@ -45,16 +44,15 @@ def apply_request(
         WorkerFinished: this process only helped to recover; the main process writes.
     """
     _require_coherent(request)
-    source = _gguf_source(request)
-    if source is None:
-        subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
-        return _to_checkpoint(subject, request, group, notify)
     quiet_libraries()
-    file = read_gguf(source)
-    if not (request.recover or request.heal):
+    source = _gguf_source(request)
+    file = read_gguf(source) if source else None
+    if file and not (request.recover or request.heal):
         removals = _removals(request, file, registry, notify)
         return prune_gguf(file, removals, _delivery(request, default_place(file, removals)), registry, notify)
     subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
+    if file is None:
+        return _to_checkpoint(subject, request, group, notify)
     removals = subject.surgery.removals
     to = _delivery(request, default_place(file, removals))
     to = _recovering(to, subject, request, None, None, group, notify, gguf=file)
@@ -65,7 +63,12 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
     architecture = subject.architecture
     shard_size = DEFAULT_SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
     shard_bytes = parse_bytes(str(shard_size), "--max-shard-size")
-    dtype = _checkpoint_dtype(request.dtype, architecture)
+    if request.dtype and architecture.is_quantized:
+        raise UnsupportedModelError(
+            f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
+            hint="Leave out --dtype to keep them as they are.",
+        )
+    dtype = choose_dtype(request.dtype, architecture.dtype, CPU) if request.dtype else None
     device_map = resolve_device_map(request, architecture)
     settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
     to = _delivery(request, default_folder(subject))
@@ -74,17 +77,19 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
     if request.push is not None:
         push_to = PushRequest(request.push, private=not request.public, force=request.force)
         require_pushable(push_to)
-    to = _recovering(to, subject, request, dtype, device_map, group, notify)
+    if request.recover or request.heal:
+        to = _recovering(to, subject, request, dtype, device_map, group, notify)
     return apply_removals(subject, to, notify, dtype=dtype, shard_bytes=shard_bytes, settings=settings, push_to=push_to)
 
 
 def _delivery(request: ApplyRequest, default: Path) -> Delivery:
-    place = request.output or default
+    place, kept = request.output or default, request.keep_failed
     clear_old(place.absolute().parent)
-    require_nothing_kept(request.keep_failed)
+    if kept is not None and kept.exists():
+        raise OutputError(f"{kept} already exists.", hint="Choose another folder with --keep-failed.")
     # What is healed may have been killed just after it wrote its output.
-    replace_ = request.force or (request.resume and Unfinished(place).healing.exists())
-    return Delivery(place, replace_, verify=not request.no_verify, keep_failed=request.keep_failed)
+    may_replace = request.force or (request.resume and Unfinished(place).healing.exists())
+    return Delivery(place, may_replace, verify=not request.no_verify, keep_failed=kept)
 
 
 def _recovering(
@@ -97,13 +102,11 @@ def _recovering(
     notify: Notify,
     gguf: GgufFile | None = None,
 ) -> Delivery:
-    """Return a delivery that recovers, if that was asked for; all but the main process only do that.
+    """Return a delivery that recovers; all but the main process only do that.
 
     Raises:
         WorkerFinished: this is another process.
     """
-    if not (request.recover or request.heal):
-        return to
     state = Unfinished(to.place)
     state.require(resume=request.resume, force=request.force)
     recovery = resolve_recovery(subject, request, dtype, device_map, state, gguf, group, notify)
@@ -113,39 +116,28 @@ def _recovering(
     return replace(to, recovery=recovery)
 
 
+_NEEDS = {
+    ("public",): ("push",),
+    ("heal_minutes", "heal_tokens", "resume"): ("heal",),
+    ("calibration", "samples", "sequence_length", "seed", "device"): ("recover", "heal"),
+}
+"""Options that do nothing without one of others."""
+
+
 def _require_coherent(request: ApplyRequest) -> None:
-    if request.public and request.push is None:
-        raise UsageError("--public requires --push.", hint="Name the repository: --push ORG/NAME --public.")
     if request.keep_failed is not None and request.no_verify:
         raise UsageError("--keep-failed requires the proof that --no-verify skips.", hint="Use one of them.")
-    _require_any(request, ("heal_minutes", "heal_tokens"), ("heal",))
-    if request.resume and not request.heal:
-        raise UsageError("--resume requires --heal.", hint="Use both, or neither.")
-    _require_any(request, ("calibration", "samples", "sequence_length", "seed", "device"), ("recover", "heal"))
-
-
-def _require_any(request: ApplyRequest, names: Sequence[str], needed: Sequence[str]) -> None:
-    given = _first_given(request, names)
-    if given and not any(getattr(request, name) for name in needed):
-        options = " or ".join(f"--{name}" for name in needed)
-        raise UsageError(f"{given} requires {options}.", hint="Use both, or neither.")
+    for names, needed in _NEEDS.items():
+        if (given := _first_given(request, names)) and not _first_given(request, needed):
+            options = " or ".join(f"--{name}" for name in needed)
+            raise UsageError(f"{given} requires {options}.", hint=f"Use both, or leave out {given}.")
 
 
 def _first_given(request: ApplyRequest, names: Sequence[str]) -> str | None:
     """Return the first of these options that the user gave."""
-    given = (name for name in names if getattr(request, name) is not None)
+    unset = ApplyRequest()
+    given = (name for name in names if getattr(request, name) != getattr(unset, name))
     return next((f"--{name.replace('_', '-')}" for name in given), None)
-
-
-def _checkpoint_dtype(name: str | None, architecture: Architecture) -> torch.dtype | None:
-    if name is None:
-        return None
-    if architecture.is_quantized:
-        raise UnsupportedModelError(
-            f"{architecture.source.id} is quantized, so its weights cannot be cast to {name}.",
-            hint="Leave out --dtype to keep them as they are.",
-        )
-    return choose_dtype(name, architecture.dtype, CPU)
 
 
 def _gguf_source(request: ApplyRequest) -> Path | None:
@@ -156,37 +148,34 @@ def _gguf_source(request: ApplyRequest) -> Path | None:
     Raises:
         UsageError: the output, the source and the other options contradict each other.
     """
-    output = request.output
+    output, source = request.output, request.source
     for_checkpoints = _first_given(request, ("device_map", "stream", "dtype", "push", "max_shard_size"))
-    recovery = next((option for option in ("recover", "heal") if getattr(request, option)), None)
     named_file = output is not None and output.suffix == ".gguf"
-    if request.source is None and not named_file:
+    if source is None and not named_file:
         return None if output is not None or for_checkpoints else _gguf_model(request)
     if for_checkpoints:
         raise UsageError(
             f"{for_checkpoints} does not apply to a GGUF file, whose tensors are copied as they are.",
             hint="Write a checkpoint of the model instead: choose a folder with -o, without --source.",
         )
-    own = _gguf_model(request) if recovery else None
-    is_own = own is not None and request.source is not None and are_the_same(own, request.source)
-    if recovery and request.source is not None and not is_own:
+    recovery = _first_given(request, ("recover", "heal"))
+    own = _gguf_model(request) if recovery or source is None else None
+    if recovery and source is not None and not (own and are_the_same(own, source)):
         raise UsageError(
-            f"--{recovery} writes new values into the GGUF file of the model that it recovers, but --source names one "
+            f"{recovery} writes new values into the GGUF file of the model that it recovers, but --source names one "
             "of another model.",
-            hint=f"Leave out --source, and name that file as the model: `sleb apply {request.source} --blocks … "
-            f"--{recovery}`.",
+            hint=f"Leave out --source, and name that file as the model: `sleb apply {source} --blocks … {recovery}`.",
         )
     if output is not None and not named_file:
         raise UsageError(
             f"--source writes a GGUF file, but {output} does not end in .gguf.", hint="Add .gguf to the name."
         )
-    source = request.source or _gguf_model(request)
-    if source is None:
+    if source is None and own is None:
         raise UsageError(
             f"{output} can only be made from a GGUF file of the model.",
             hint=f"Name that file {'as the model' if recovery else 'with --source'}, or choose a folder with -o.",
         )
-    return source
+    return source or own
 
 
 def _gguf_model(request: ApplyRequest) -> Path | None:
@@ -205,20 +194,16 @@ def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify:
         raise UsageError(
             "--model does not apply with --source: only the plan and the GGUF file are read.", hint="Leave it out."
         )
-    named = request.subject
-    if request.blocks is None or (named is not None and is_plan(named)):
-        return _planned_removals(request, file, registry, notify)
-    is_other = named is not None and not are_the_same(file.path, Path(named))
-    if is_other and not request.any_model:
-        require_same_kind_of_model(resolve_subject(request, registry, notify).architecture.record, file, notify)
-    return first_removals(request.blocks, request.remove, "--blocks")
-
-
-def _planned_removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
-    path = Path(request.subject or DEFAULT_PLAN)
-    if request.source is None or not is_plan(str(path)) or request.blocks is not None:
+    named, model = request.subject or str(DEFAULT_PLAN), None
+    if request.blocks is not None and not (request.subject and is_plan(named)):
+        removals = first_removals(request.blocks, request.remove, "--blocks")
+        if request.subject and not are_the_same(file.path, Path(named)) and not request.any_model:
+            model = resolve_subject(request, registry, notify).architecture.record
+    elif request.source is None or request.blocks is not None or not is_plan(named):
         return resolve_subject(request, registry, notify, needs_removals=True).surgery.removals
-    plan = read_plan(path)
-    if not request.any_model:
-        require_same_kind_of_model(plan.model, file, notify)
-    return first_of_plan(plan, request.remove, path).removals
+    else:
+        plan = read_plan(Path(named))
+        removals, model = first_of_plan(plan, request.remove, Path(named)).removals, plan.model
+    if model and not request.any_model:
+        require_same_kind_of_model(model, file, notify)
+    return removals

@@ -1,0 +1,23 @@
+"""What the proof of a checkpoint has shown."""
+
+from __future__ import annotations
+
+from sleb_cli.records import Check, Proof
+
+
+def checked(proof: Proof, dense: str = "the dense model") -> list[str]:
+    """Return a clause for each check that passed; `dense` is what the clauses call the dense model."""
+    is_recovered = proof.reference == "recovered"
+    reference = "the recovered model in memory" if is_recovered else f"{dense} with these blocks skipped"
+    close = "bitwise equal to those"
+    if proof.logits_difference:
+        close = f"within {proof.logits_difference:.1g} of the largest (allowed: {proof.logits_tolerance:.1g}) of those"
+    words: dict[Check, str] = {
+        "complete": "every planned file is there and complete, and no other",
+        "same bytes": f"the bytes of every weight are those of {dense}{' or the new values' if is_recovered else ''}",
+        "loads": "stock transformers finds every weight of the config in the files, and no other",
+        "same logits": f"its logits on {proof.prompt_tokens} prompt tokens ({proof.prompt}) are {close} of {reference}",
+        "generates": "it generates with the KV cache",
+        "saves again": "transformers saves it again, with the same weights",
+    }
+    return [words[check] for check in proof.checks]
