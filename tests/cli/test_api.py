@@ -12,7 +12,6 @@ import sleb_cli as sleb
 from conftest import calibration
 from sleb_cli.events import TaskStarted
 from sleb_cli.plan import read_plan
-from sleb_cli.requests import Doc
 from sleb_plugins import OutputError, UsageError
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "example.py"
@@ -87,13 +86,7 @@ def test_every_field_of_a_request_is_an_option_with_help(run_sleb, name):
     command = name.removesuffix("Request").lower()
     shown = run_sleb(command, "--help").stdout
     for field in fields(getattr(sleb, name)):
-        doc = next(part for part in _annotation(getattr(sleb, name), field.name) if isinstance(part, Doc))
+        doc = field.metadata["doc"]
         spelled = doc.metavar if doc.argument else doc.flag or "--" + field.name.replace("_", "-")
         assert all(word in shown for word in spelled.split("/"))
         assert doc.help.endswith((".", ")"))
-
-
-def _annotation(request, name):
-    from typing import get_args, get_type_hints
-
-    return get_args(get_type_hints(request, include_extras=True)[name])

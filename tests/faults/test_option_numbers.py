@@ -30,9 +30,9 @@ NEEDED = {
 def numbers(verb):
     """Yield the options of a command that take a number, or a text that may be one."""
     request = getattr(requests, f"{verb.capitalize()}Request")
-    hints = get_type_hints(request, include_extras=True)
+    hints = get_type_hints(request)
     for field in fields(request):
-        kind, doc = get_args(hints[field.name])
+        kind, doc = hints[field.name], field.metadata["doc"]
         kinds = {part for each in (kind, *get_args(kind)) for part in (each, *get_args(each))}
         if kinds & {int, float} and field.default is not MISSING:
             yield verb, field.name, doc.flag or f"--{field.name.replace('_', '-')}", "{}"
