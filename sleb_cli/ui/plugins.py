@@ -1,18 +1,12 @@
-"""Load the plugins, with a warning for each broken one; show the result of `sleb plugins`."""
+"""Show the result of `sleb plugins`."""
 
 from typing import Any
 
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.tables.table import Table
-from sleb_cli.ui.console import print_json, print_note, print_warning
+from sleb_cli.ui.console import print_json, print_warning
 from sleb_cli.ui.tables import show_table
 from sleb_plugins import FamilyAdapter
-
-
-def show_loading(others: str) -> None:
-    """Say whose code runs next, if any."""
-    if others:
-        print_note(others)
 
 
 def show_plugins(registry: Registry, *, as_json: bool) -> None:

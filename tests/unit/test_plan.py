@@ -82,9 +82,9 @@ INVALID = {
     "words for a number": ({"model": {"blocks": "6"}}, "model.blocks"),
     "other removals": ({"removals": [1, 2, 3]}, "do not name the same blocks"),
     "a block too many": ({"model": {"blocks": 2}}, "does not have"),
-    "a version in words": ({"schema_version": "1"}, "schema_version: Input should be a valid integer"),
-    "no version": ({"schema_version": None}, "schema_version: Input should be a valid integer"),
-    "a later version": ({"schema_version": 2}, "schema_version 2; this sleb reads 1.*pgrade"),
+    "a version in words": ({"schema_version": "1"}, "schema_version: Input should be 1"),
+    "no version": ({"schema_version": None}, "schema_version: Input should be 1"),
+    "a later version": ({"schema_version": 2, "later": 1}, "schema_version: Input should be 1.*newer sleb .* upgrade"),
 }
 
 

@@ -6,12 +6,10 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import ValidationError
-
 from sleb_cli.events import Notify, Warned
 from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
-from sleb_cli.records import UnreadableRecord, first_fault, read_text, without_folders
+from sleb_cli.records import UnreadableRecord, without_folders
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.units import plural
 
@@ -28,10 +26,9 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     if not file.exists():
         return None
     try:
-        result = kind.model_validate_json(read_text(file))
-    except (UnreadableRecord, ValidationError) as error:
-        reason = first_fault(error, "the result") if isinstance(error, ValidationError) else error
-        notify(Warned(f"{file} is left out, because it cannot be read: {reason}."))
+        result = kind.read(file, "the result")
+    except UnreadableRecord as error:
+        notify(Warned(f"{file} is left out, because it cannot be read: {error}."))
         return None
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"{file} is left out: it was measured on a different model than {path}."))
