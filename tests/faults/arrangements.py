@@ -44,8 +44,10 @@ def fetching_the_demo(wheel, pip):
     raise SystemExit(0)
 
 
-def stopping_at(moment):
-    """Stop once the program has said `moment`."""
+def stopping_at(moment, ignored):
+    """Stop once the program has said `moment`; signals may be ignored, as `nohup` has it."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     said, write = [], sys.stderr.write
 
     def watched(text):
@@ -57,12 +59,6 @@ def stopping_at(moment):
         return count
 
     sys.stderr.write = watched
-
-
-def ignoring_sighup(moment):
-    """Run as `nohup` starts a program."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stopping_at(moment)
 
 
 def cleaning_up_for_long():
@@ -150,13 +146,6 @@ def with_encoding(encoding):
     """Have streams of this encoding, which are as strict as Python makes those of a locale."""
     sys.stdout = os.fdopen(1, "w", encoding=encoding, errors="strict", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)
-
-
-def as_nobody():
-    """Run as a user who may write nowhere but in the current folder."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
 
 
 def with_a_bug(password, secret):

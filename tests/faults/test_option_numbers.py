@@ -16,7 +16,7 @@ from sleb_cli import requests
 from sleb_plugins import UsageError
 
 NEVER = ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits + 1))
-PERHAPS = ("0", "1e30", str(10**30))
+PERHAPS = ("0", str(10**30))
 NEEDED = {
     "beam_width": "--strategy beam", "serve_length": "--target-memory 100kB", "serve_batch": "--target-memory 100kB",
     "heal_minutes": "--heal", "heal_tokens": "--heal", "limit": "--tasks sleb_repetition",

@@ -16,10 +16,6 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
     assert (short.removals, short.steps, short.search.remove) == (plan.removals[:1], plan.steps[:1], 1)
     plan.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == llama_plan.read_bytes()
-    assert read_plan(tmp_path / "again.json") == plan
-
-
-def test_its_top_level_keys(llama_plan):
     assert list(json.loads(llama_plan.read_text())) == [
         "schema_version", "sleb_version", "model", "calibration", "search", "dense", "removals", "steps",
         "sample_generation", "environment",
@@ -29,15 +25,11 @@ def test_its_top_level_keys(llama_plan):
 @pytest.mark.parametrize(
     ("source", "title"),
     [
-        ("wikitext2", "wikitext2"),
         ("self:0.5,c4:0.5", "self:0.5,c4:0.5"),
-        ("org/name:config:split:column", "org/name:config:split:column"),
         ("org/name:con/fig::a/b", "org/name:con/fig::a/b"),
         ("/home/jane/notes.txt", "notes.txt"),
         ("private/notes.md", "notes.md"),
-        ("/home/jane/notes", "notes"),
         ("../notes", "notes"),
-        ("~/notes.json", "notes.json"),
         ("/home/a,b/c:d/notes.txt", "notes.txt"),
         ("/home/jane/corpus:default:test", "corpus:default:test"),
         ("deep/in/corpus/::test", "corpus::test"),
