@@ -9,7 +9,6 @@ import pty
 import signal
 import sys
 import termios
-import threading
 import zipfile
 from pathlib import Path
 
@@ -86,25 +85,6 @@ def without_readers(*streams):
 def into_a_full_disk():
     """Write stdout to a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-
-def on_a_terminal_that_goes():
-    """Run on a terminal that goes away once the search has begun."""
-    ours, theirs = pty.openpty()
-    log = os.dup(2)
-    for stream in (0, 1, 2):
-        os.dup2(theirs, stream)
-    os.close(theirs)
-    sys.stdin = os.fdopen(0, closefd=False)
-
-    def watch():
-        seen = b""
-        while b"evaluations" not in seen and b"step" not in seen:
-            seen += os.read(ours, 1 << 16)
-        os.write(log, b"the terminal goes")
-        os.close(ours)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_a_terminal(columns):

@@ -12,6 +12,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from conftest import calibration
+from faults.conftest import often
 from sleb_cli import requests
 from sleb_plugins import UsageError
 
@@ -65,12 +66,13 @@ def words_of(verb, name, flag, model, plan, text):
 
 
 @pytest.mark.usefixtures("without_memory")
+@pytest.mark.parametrize("values", often([NEVER, PERHAPS], [NEVER]), ids=["never", "perhaps"])
 @pytest.mark.parametrize(("verb", "name", "flag", "shape"), OPTIONS, ids=lambda part: part.replace("{}", ""))
 def test_a_number_out_of_reason_works_or_is_refused_in_a_sentence(
-    run_sleb, tiny_llama, llama_plan, text_file, verb, name, flag, shape
+    run_sleb, tiny_llama, llama_plan, text_file, verb, name, flag, shape, values
 ):
     words = (verb, *words_of(verb, name, flag, tiny_llama, llama_plan, text_file), *NEEDED.get(name, "").split(), flag)
-    for value in (*NEVER, *PERHAPS):
+    for value in values:
         result = run_sleb(*words, shape.format(value))
         refused = result.exit_code == 2
         works = (0, 5) if "--tasks" in words else (0,)  # 5: the tiny model is too short for the task

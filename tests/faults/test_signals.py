@@ -11,7 +11,6 @@ from conftest import calibration, evaluation
 from faults.arrangements import (
     cleaning_up_for_long,
     into_a_full_disk,
-    on_a_terminal_that_goes,
     stopping_at,
     without_readers,
 )  # fmt: skip
@@ -98,16 +97,6 @@ def test_what_nobody_reads_is_still_written_to_the_disk(program, commands, tmp_p
 
 def test_a_full_disk_behind_stdout_is_an_error(program, tmp_path):
     assert "stdout" in program.run("--help", cwd=tmp_path, before=(into_a_full_disk,), codes=[8]).stderr
-
-
-def test_a_terminal_that_goes_takes_nothing_along(program, commands, tmp_path):
-    """Without the signal, which a program that left its terminal does not get."""
-    result = program.run(
-        *commands["search"][0], cwd=tmp_path, before=(on_a_terminal_that_goes,), environment={"TERM": "xterm"},
-        codes=[0, BROKEN_PIPE],
-    )  # fmt: skip
-    assert "the terminal goes" in result.stderr
-    assert left() == ["new.json"]
 
 
 @pytest.mark.parametrize("shell", ["--help | head -1", "--version >&-", "plugins --json 2>&- | head -c 1"])

@@ -7,8 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -295,29 +293,3 @@ def test_a_home_on_a_read_only_disk(arranged, tmp_path, text):
     words = ("search", gguf, *text, *QUICK, "--force")
     assert "SLEB_CACHE" in arranged(words=words, codes=[8], **here).stderr
     assert os.listdir(home) == []
-
-
-# A process of its own, since these decide what Python does as it starts.
-
-STARTS = {
-    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    "POSIX": {"LC_ALL": "POSIX"},
-    "latin-1": {"LC_ALL": "en_US.ISO-8859-1", "PYTHONUTF8": "0"},
-    "ascii": {"PYTHONIOENCODING": "ascii"},
-}
-
-
-@pytest.mark.faults
-@pytest.mark.parametrize("start", STARTS)
-def test_locales(model, text, start):
-    def run(*words, code=0):
-        command = [sys.executable, "-m", "sleb_cli", *map(str, words)]
-        environment = os.environ | {"LANG": ""} | STARTS[start]
-        result = subprocess.run(command, env=environment, capture_output=True, check=False)
-        assert result.returncode == code, result.stderr
-        return result
-
-    assert b"3 of 6 blocks removed" in run("search", "model", *text, "--sample-tokens", 4, "--remove", 3).stdout
-    json.loads(run("export", "plan.json", "--to", "summary", "--json").stdout.decode("utf-8"))
-    if start == "C":
-        assert b"LC_ALL=C.UTF-8" in run("search", "modèle", *text, "--remove", 1, code=2).stderr

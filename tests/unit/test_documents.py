@@ -9,8 +9,10 @@ from typing import get_args
 
 import pytest
 import typer
+from cogapp import Cog
 
 import sleb_cli
+from sleb_cli.__main__ import main
 from sleb_cli.app import app
 from sleb_cli.plan import CalibrationRecord, HeldOutRecord, Plan, SampleGeneration, SearchRecord, Step
 from sleb_cli.requests import TARGET_NAMES, StrategyName
@@ -142,14 +144,21 @@ def test_the_readme_is_short_and_the_changelog_begins_with_this_version():
     assert re.search(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[1] == sleb_cli.__version__
 
 
-def test_generated_parts_are_what_cog_would_write():
+def test_generated_parts_are_what_cog_would_write(monkeypatch):
     pages = [page for page in PAGES if "[[[cog" in read(page)]
     assert len(pages) > 3
-    subprocess.run([sys.executable, "-m", "cogapp", "--check", *pages], cwd=ROOT, check=True)
+    monkeypatch.chdir(ROOT)
+    assert Cog().main(["cog", "--check", *pages]) == 0
 
 
-def test_the_completions_are_what_the_program_prints():
-    subprocess.run([sys.executable, "-m", "completions", "--check"], cwd=ROOT, check=True)
+@pytest.mark.parametrize(
+    ("shell", "name"), [("bash", "sleb.bash"), ("zsh", "_sleb"), ("fish", "sleb.fish"), ("powershell", "sleb.ps1")]
+)
+def test_the_completions_are_what_the_program_prints(monkeypatch, capfd, shell, name):
+    monkeypatch.setenv("_SLEB_COMPLETE", f"source_{shell}")
+    with pytest.raises(SystemExit):
+        main([])
+    assert capfd.readouterr().out == read(f"completions/{name}")
 
 
 def test_bash_completes_commands_and_options(tmp_path):
