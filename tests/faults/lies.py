@@ -324,6 +324,8 @@ GGUFS = {
     "removed blocks in words": key("sleb.removed_blocks", STRING, text(b"3")),
     "removed blocks below 0": key("sleb.removed_blocks", ARRAY, array(INT32, 1, b"\xff" * 4)),
     "a block removed twice": key("sleb.removed_blocks", ARRAY, array(INT32, 2, bytes(8))),
+    "a number that nobody reads": number("general.license", UINT32, "<I", 7),
+    "a list that nobody reads": key("general.tags", ARRAY, array(STRING, 2, text(b"a") + text(b"b"))),
     "a key twice": lambda file: replace(file, entries=(*file.entries, file.entries[0])),
     "a tensor twice": lambda file: replace(file, tensors=(*file.tensors, file.tensors[0])),
     "a number of 5000 digits": tensor(name=b"blk." + b"9" * 5000 + b".x"),
@@ -340,13 +342,17 @@ GGUFS = {
     "version 2^32 - 1": lambda file: replace(file, version=(1 << 32) - 1),
 }
 """What makes a GGUF file lie, by name."""
+HARMLESS = (
+    "2^63 leading blocks", "digits of another script", "a number that nobody reads", "a list that nobody reads",
+)  # fmt: skip
+"""Read as they are: all blocks are leading ones, and a name that is not a block's."""
 
 
 @st.composite
 def gguf_files(draw: st.DrawFn, whole: Gguf) -> bytes:
     """Draw a GGUF file that lies in some ways, and of which perhaps some bytes are others."""
     file = whole
-    for name in draw(st.lists(st.sampled_from(list(GGUFS)), min_size=1, max_size=3)):
+    for name in draw(st.lists(st.sampled_from(HARMLESS) | st.sampled_from(list(GGUFS)), min_size=1, max_size=3)):
         file = GGUFS[name](file)
     data = file.to_bytes()
     return draw(damaged(data)) if draw(st.booleans()) else data
@@ -354,13 +360,14 @@ def gguf_files(draw: st.DrawFn, whole: Gguf) -> bytes:
 
 # Texts.
 
-ENCODINGS = ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"]
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-7"]
 HEADS = [b"PAR1", b"\x1f\x8b\x08\0", b"PK\3\4", b"%PDF-1.7", b"\x93NUMPY"]
 
 
 def texts(whole: bytes) -> Any:
     """Draw texts in other encodings, with what no text holds, or with nothing in them."""
-    encoded = st.builds(str.encode, st.text(max_size=600), st.sampled_from(ENCODINGS), st.just("replace"))
+    strange = st.text().map(lambda said: whole.decode() + said)
+    encoded = st.builds(str.encode, strange, st.sampled_from(ENCODINGS), st.just("replace"))
     return st.one_of(encoded, st.builds(bytes.__add__, st.sampled_from(HEADS), st.binary()), *[damaged(whole)] * 2)
 
 

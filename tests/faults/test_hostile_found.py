@@ -25,7 +25,7 @@ from faults.bases import (
 )  # fmt: skip
 from faults.conftest import often
 from faults.hostile import FOLDER, PIPE, PLACE, Case, link, require_well, run_cases, sparse
-from faults.lies import ARRAY, GGUFS, STRING, UINT64, gguf_of, parse, to_text, weight_file
+from faults.lies import ARRAY, GGUFS, HARMLESS, STRING, UINT64, gguf_of, parse, to_text, weight_file
 
 MODEL, DATA, PLAN, OUTPUT, ANY = (4,), (5,), (3,), (8,), range(2, 10)
 DIGITS = int("9" * 4000)
@@ -109,8 +109,6 @@ TEMPLATES = [
 ]  # fmt: skip
 
 
-HARMLESS = {"2^63 leading blocks", "digits of another script"}
-"""Read as they are: all blocks are leading ones, and a name that is not a block's."""
 TERABYTES = {
     "zeros as keys": struct.pack("<4sIQQ", b"GGUF", 3, 0, 1 << 63),
     "zeros as tensors": struct.pack("<4sIQQ", b"GGUF", 3, 1 << 63, 0),
