@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print_error(error)
         return error.exit_code
     except typer.TyperException as error:
-        console.print_error(UsageError(error.format_message(), hint=f"See `{_command(error)} --help`."))
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "sleb"
+        console.print_error(UsageError(error.format_message(), hint=f"See `{command} --help`."))
         # All processes read the same command line, and a launcher would end the main one before it has spoken.
         return UsageError.exit_code if is_main_process() else 0
     except OSError as error:
@@ -74,12 +76,6 @@ def _require_names(arguments: Sequence[str]) -> None:
         raise UsageError("The current folder has been deleted.", hint="Change to another folder.") from error
     for name in (here, *arguments):
         require_text(name)
-
-
-def _command(error: typer.TyperException) -> str:
-    """Return the command that was typed: "sleb search"."""
-    context = getattr(error, "ctx", None)
-    return context.command_path if context is not None else "sleb"
 
 
 def run() -> None:

@@ -5,7 +5,7 @@ The commands call these, so Python and the command line do the same. What a requ
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
         ExportResult,
         GgufResult,
     )
-    from sleb_plugins import Engine
 
 
 R = TypeVar("R", "EvalResult", "BenchResult")
@@ -154,6 +153,8 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     Raises:
         SlebError: something failed; its class tells what.
     """
+    from sleb_cli.engine.output.engine_files import engine_files
+    from sleb_cli.engine.speed.benchmark import benchmark
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _leave_to_main()
@@ -165,27 +166,18 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     engine = None if request.engine == TRANSFORMERS else registry.engine(request.engine)
     if engine:
         engine.version()  # before the model is looked for, so that a missing engine is named at once
+    else:
+        request.refuse(["source"], "requires --engine")
     subject = resolve_subject(request, registry, notify)
-    with subject.architecture.source.watch.unchanged():
-        result = _benchmark(subject, engine, request, registry, notify)
+    with ExitStack() as stack:
+        stack.enter_context(subject.architecture.source.watch.unchanged())
+        files = stack.enter_context(engine_files(subject, engine, request, registry, notify)) if engine else None
+        result = benchmark(subject, request, notify, (engine, files) if engine and files else None)
     _save(result, request.output)
     if place := _kept_place(subject, "bench"):
         # Weights and data types may differ between engines, so each has its own file.
         _keep(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
     return result
-
-
-def _benchmark(
-    subject: Subject, engine: Engine | None, request: BenchRequest, registry: Registry, notify: Notify
-) -> BenchResult:
-    from sleb_cli.engine.output.engine_files import engine_files
-    from sleb_cli.engine.speed.benchmark import benchmark
-
-    if engine is None:
-        request.refuse(["source"], "requires --engine")
-        return benchmark(subject, request, notify)
-    with engine_files(subject, engine, request, registry, notify) as write_files:
-        return benchmark(subject, request, notify, (engine, write_files))
 
 
 def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:

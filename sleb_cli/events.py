@@ -10,29 +10,33 @@ SEARCH_TASK = "Search"
 HEAL_TASK = "Healing"
 
 
+class Event:
+    """What a listener is told."""
+
+
 @dataclass(frozen=True)
-class Notice:
+class Notice(Event):
     """A sentence for the user, though nothing is wrong."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Warned:
+class Warned(Event):
     """A sentence the user should see even when progress and notes are hidden."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class CheckPassed:
+class CheckPassed(Event):
     """A check passed; `text` says which, without a full stop."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class TaskStarted:
+class TaskStarted(Event):
     """A task starts; `total` is in `unit`, or None if unknown."""
 
     task: str
@@ -41,7 +45,7 @@ class TaskStarted:
 
 
 @dataclass(frozen=True)
-class TaskAdvanced:
+class TaskAdvanced(Event):
     """`done` more units of the task are finished; `note` is an intermediate result, if any."""
 
     task: str
@@ -50,14 +54,14 @@ class TaskAdvanced:
 
 
 @dataclass(frozen=True)
-class TaskFinished:
+class TaskFinished(Event):
     """The task is finished."""
 
     task: str
 
 
 @dataclass(frozen=True)
-class HealChecked:
+class HealChecked(Event):
     """The divergence from the dense model in the last step and on deciding text; `share` of the budget is used."""
 
     share: float
@@ -66,7 +70,7 @@ class HealChecked:
 
 
 @dataclass(frozen=True)
-class SearchStarted:
+class SearchStarted(Event):
     """A search starts after `done` steps; `evaluations` counts candidate x sequence for each remaining step."""
 
     blocks: int
@@ -76,7 +80,7 @@ class SearchStarted:
 
 
 @dataclass(frozen=True)
-class SearchAdvanced:
+class SearchAdvanced(Event):
     """More evaluations (candidate x sequence), possibly fractions of one, are done or were found in the journal."""
 
     evaluations: float
@@ -84,14 +88,14 @@ class SearchAdvanced:
 
 
 @dataclass(frozen=True)
-class LaterStepsForecast:
+class LaterStepsForecast(Event):
     """An evaluation in later steps is expected to take this share of the time of one in the first step."""
 
     share: float
 
 
 @dataclass(frozen=True)
-class CandidateScored:
+class CandidateScored(Event):
     """`block` was scored on more sequences; `score` is its mean so far in this step."""
 
     step: int
@@ -100,7 +104,7 @@ class CandidateScored:
 
 
 @dataclass(frozen=True)
-class RaceNarrowed:
+class RaceNarrowed(Event):
     """`contenders` candidates are still in the race; `skipped_evaluations` are no longer needed."""
 
     step: int
@@ -109,7 +113,7 @@ class RaceNarrowed:
 
 
 @dataclass(frozen=True)
-class BlocksSwapped:
+class BlocksSwapped(Event):
     """`restored` blocks replaced `removed` ones, and the score fell."""
 
     restored: tuple[int, ...]
@@ -119,7 +123,7 @@ class BlocksSwapped:
 
 
 @dataclass(frozen=True)
-class BlockRemoved:
+class BlockRemoved(Event):
     """A step is decided; `removals` lists all removed blocks if they are not the previous ones plus `block`."""
 
     step: int
@@ -129,22 +133,6 @@ class BlockRemoved:
     removals: tuple[int, ...] | None = None
 
 
-Event = (
-    Notice
-    | Warned
-    | CheckPassed
-    | TaskStarted
-    | TaskAdvanced
-    | TaskFinished
-    | HealChecked
-    | SearchStarted
-    | SearchAdvanced
-    | LaterStepsForecast
-    | CandidateScored
-    | RaceNarrowed
-    | BlocksSwapped
-    | BlockRemoved
-)
 Notify = Callable[[Event], None]
 
 

@@ -6,11 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import ValidationError
-
 from sleb_cli.atomic import new_file, to_json
 from sleb_cli.events import Notice, Notify, Warned
-from sleb_cli.records import UnreadableRecord, first_fault, read_text
+from sleb_cli.records import UnreadableRecord
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import OutputError
 
@@ -67,10 +65,9 @@ def _name_outdone(result: BenchResult, merged: BenchResult, file: Path, notify: 
 def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:
     """Return the result in a file; None if there is none, with a notice if the file cannot be read."""
     try:
-        return kind.model_validate_json(read_text(file))
+        return kind.read(file, "the result")
     except FileNotFoundError:
         return None
-    except (UnreadableRecord, ValidationError) as error:
-        why = first_fault(error, "the result") if isinstance(error, ValidationError) else error
-        notify(Warned(f"{file} is left out: it cannot be read by this version of sleb ({why})."))
+    except UnreadableRecord as error:
+        notify(Warned(f"{file} is left out: it cannot be read by this version of sleb ({error})."))
         return None

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from sleb_cli.records import (
     ModelRecord,
@@ -14,14 +14,11 @@ from sleb_cli.records import (
     Proof,
     Record,
     UnreadableRecord,
-    first_fault,
-    read_text,
+    VersionedRecord,
     without_folders,
 )
 from sleb_cli.requests import Chat, LoadIn, StrategyName, TargetName, WorkloadName
 from sleb_plugins.errors import PlanError
-
-SCHEMA_VERSION = 1
 
 CHECKPOINT_PLAN = "sleb_plan.json"
 """The file in a checkpoint that holds the plan it was made from."""
@@ -382,7 +379,7 @@ class RecoveryRecord(Record):
         return f"{nats}; {self.divergence_left:.0%} of the divergence from the dense model is left"
 
 
-class Plan(Record):
+class Plan(VersionedRecord):
     """A finished search. Blocks are numbered from 0 as in the original model, everywhere.
 
     `removals` are the blocks of the last step; `first` returns the plan for fewer.
@@ -391,8 +388,6 @@ class Plan(Record):
     copy may be published, so it names local models and texts without their folders.
     """
 
-    schema_version: Literal[1]
-    sleb_version: str
     model: ModelRecord
     calibration: CalibrationRecord
     search: SearchRecord
@@ -468,10 +463,6 @@ def _without_folders(text: CalibrationRecord) -> CalibrationRecord:
     return text.model_copy(update={"source": text.title})
 
 
-class _Versioned(BaseModel):
-    schema_version: Annotated[int, Field(strict=True)]
-
-
 def read_plan(path: Path) -> Plan:
     """Read a plan and check that it is complete and consistent.
 
@@ -479,22 +470,11 @@ def read_plan(path: Path) -> Plan:
         PlanError: the file is missing, cannot be read, is not a plan, or was written by another version of sleb.
     """
     try:
-        text = read_text(path)
-        version = _Versioned.model_validate_json(text).schema_version
-        if version == SCHEMA_VERSION:
-            return Plan.model_validate_json(text)
+        return Plan.read(path, "the plan")
     except FileNotFoundError as error:
         raise PlanError(f"There is no plan {path}.", hint="`sleb search MODEL --ratio 0.2` writes one.") from error
     except UnreadableRecord as error:
         raise PlanError(
-            f"Cannot read the plan {path}: {error}.", hint="Name a plan that `sleb search` wrote."
-        ) from error
-    except ValidationError as error:
-        raise PlanError(
-            f"The plan {path} is invalid: {first_fault(error, 'the plan')}.",
+            f"Cannot read the plan {path}: {error}.",
             hint="If a newer sleb wrote it, upgrade. If it was edited or cut off, restore it; otherwise search again.",
         ) from error
-    raise PlanError(
-        f"The plan {path} has schema_version {str(version)[:20]}; this sleb reads {SCHEMA_VERSION}.",
-        hint="Upgrade with `pip install --upgrade sleb`.",
-    )

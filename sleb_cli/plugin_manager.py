@@ -138,35 +138,38 @@ class Registry:
         Raises:
             PluginError: two plugins claim it.
         """
-        claims = [o for o in self._of("family") if model_type in o.value.model_types]
-        if len(claims) > 1:
-            raise _collision(f"model_type {model_type!r}", claims)
-        return claims[0].value if claims else None
+        offer = self._claimant("model_type", model_type)
+        return offer.value if offer else None
 
     def third_party(self) -> dict[str, str]:
         """Return the version of each package other than sleb that offers something."""
         return {o.plugin.package: o.plugin.version for o in self.offers if o.plugin.package != "sleb"}
 
-    @cached_property
+    @property
     def collisions(self) -> tuple[str, ...]:
         """One sentence for each name or model type that two plugins claim."""
-        claims: dict[str, list[Offer]] = defaultdict(list)
-        for offer in self.offers:
-            claims[f"{offer.kind} {offer.name!r}"].append(offer)
-            for model_type in offer.value.model_types if offer.kind == "family" else ():
-                claims[f"model_type {model_type!r}"].append(offer)
-        return tuple(_collision(what, rivals).message for what, rivals in claims.items() if len(rivals) > 1)
+        return tuple(_collision(*claim, rivals).message for claim, rivals in self._claims.items() if len(rivals) > 1)
 
-    def _of(self, kind: Kind) -> list[Offer]:
-        return [offer for offer in self.offers if offer.kind == kind]
+    @cached_property
+    def _claims(self) -> dict[tuple[str, str], list[Offer]]:
+        """The offers by kind and name; families also by model type."""
+        claims: dict[tuple[str, str], list[Offer]] = defaultdict(list)
+        for offer in self.offers:
+            claims[offer.kind, offer.name].append(offer)
+            for model_type in offer.value.model_types if offer.kind == "family" else ():
+                claims["model_type", model_type].append(offer)
+        return claims
+
+    def _claimant(self, kind: str, name: str) -> Offer | None:
+        found = self._claims.get((kind, name), [])
+        if len(found) > 1:
+            raise _collision(kind, name, found)
+        return found[0] if found else None
 
     def _choose(self, kind: Kind, name: str) -> Offer:
-        found = [offer for offer in self._of(kind) if offer.name == name]
-        if len(found) > 1:
-            raise _collision(f"{kind} {name!r}", found)
-        if found:
-            return found[0]
-        names = sorted({offer.name for offer in self._of(kind)})
+        if offer := self._claimant(kind, name):
+            return offer
+        names = sorted(known for known_kind, known in self._claims if known_kind == kind)
         raise UsageError(f"There is no {kind} {name!r}.", hint=did_you_mean(name, names))
 
 
@@ -235,6 +238,6 @@ def _hash_of_code(kind: type) -> str:
     return code.hexdigest()[:12]
 
 
-def _collision(what: str, rivals: list[Offer]) -> PluginError:
+def _collision(kind: str, name: str, rivals: list[Offer]) -> PluginError:
     names = " and ".join(str(offer.plugin) for offer in rivals)
-    return PluginError(f"The {what} is claimed by {names}.", hint="Uninstall one of them.")
+    return PluginError(f"The {kind} {name!r} is claimed by {names}.", hint="Uninstall one of them.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -89,6 +89,19 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @classmethod
+    def read(cls, path: Path, whole: str) -> Self:
+        """Read and check a record; `whole` names the data in the message of an error.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            UnreadableRecord: it cannot be read, or is not such a record.
+        """
+        try:
+            return cls.model_validate_json(read_text(path))
+        except ValidationError as error:
+            raise UnreadableRecord(first_fault(error, whole)) from error
+
     def to_data(self) -> dict[str, Any]:
         """Return the record as in JSON."""
         return self.model_dump(mode="json")
@@ -96,6 +109,13 @@ class Record(BaseModel):
     def write(self, path: Path) -> None:
         """Write the record atomically: the whole file, or none."""
         write_text(path, to_json(self.to_data()))
+
+
+class VersionedRecord(Record):
+    """A record that is a file of its own."""
+
+    schema_version: Literal[1]
+    sleb_version: str
 
 
 class ModelRecord(Record):

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
 from sleb_plugins.errors import UsageError
 
@@ -114,8 +115,8 @@ class Doc:
 
     Attributes:
         help: one sentence.
-        default: what help names as the default where the field's own is None.
         panel: the heading under which help lists it.
+        default: what help names as the default where the field's own is None.
         flag: the option, where it is not the field's name: "--protect-kind".
         short: a one-letter option: "-o".
         metavar: what help calls the value, where the type says too little.
@@ -126,8 +127,8 @@ class Doc:
     """
 
     help: str
-    default: object = None
     panel: str | None = None
+    default: object = None
     flag: str | None = None
     short: str | None = None
     metavar: str | None = None
@@ -136,47 +137,32 @@ class Doc:
     least: int = 0
     most: int = 10**12
 
-    def require_in_range(self, option: str, number: float) -> None:
-        """Check a value of the field.
 
-        Raises:
-            UsageError: it is NaN or out of range.
-        """
-        shown = f"{number:g}" if isinstance(number, float) else number
-        if not number >= self.least:
-            fault = "is too small" if number < self.least else "is not a number"
-            raise UsageError(f"{option} {shown} {fault}.", hint=f"Use {self.least:,} or more.")
-        if number > self.most:
-            raise UsageError(f"{option} {shown} is too large.", hint=f"Use {self.most:,} or less.")
+def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling: Any) -> Any:
+    """Return a field with this help, whose value is `unset` where none is given."""
+    return field(default=unset, metadata={"doc": Doc(help, panel, **spelling)})
 
 
-Dtype = Annotated[
-    str | None,
-    Doc("float32, bfloat16, float16, or auto (the checkpoint's own).", default=AUTO, panel=_MACHINE),
-]
-Device = Annotated[str, Doc("cpu, cuda, cuda:1, mps, xpu, npu, or auto.", panel=_MACHINE)]
-Stream = Annotated[
-    bool | None,
-    Doc(
-        "Read the weights from disk block by block, for a model larger than memory.",
-        default="if it does not fit",
-        flag="--stream/--no-stream",
-        panel=_MACHINE,
-    ),
-]
-DeviceMap = Annotated[
-    str | None,
-    Doc(
-        "Spread the model over several devices, and over CPU memory and disk: auto, balanced, sequential, or a JSON "
-        "file from module names to devices.",
-        metavar="MAP",
-        panel=_MACHINE,
-    ),
-]
-Revision = Annotated[str | None, Doc("Branch, tag or commit of a model on the Hub.", panel=_MACHINE)]
-TrustRemoteCode = Annotated[bool, Doc("Run Python code that comes with the model.", panel=_MACHINE)]
-Force = Annotated[bool, Doc("Overwrite existing output.", panel=_OUTPUT)]
-ResultFile = Annotated[Path | None, Doc("Write the result to this JSON file.", short="-o", panel=_OUTPUT)]
+_dtype = partial(option, "float32, bfloat16, float16, or auto (the checkpoint's own).", _MACHINE, default=AUTO)
+_device = partial(option, "cpu, cuda, cuda:1, mps, xpu, npu, or auto.", _MACHINE, unset=AUTO)
+_stream = partial(
+    option,
+    "Read the weights from disk block by block, for a model larger than memory.",
+    _MACHINE,
+    default="if it does not fit",
+    flag="--stream/--no-stream",
+)
+_device_map = partial(
+    option,
+    "Spread the model over several devices, and over CPU memory and disk: auto, balanced, sequential, or a JSON "
+    "file from module names to devices.",
+    _MACHINE,
+    metavar="MAP",
+)
+_revision = partial(option, "Branch, tag or commit of a model on the Hub.", _MACHINE)
+_trust_remote_code = partial(option, "Run Python code that comes with the model.", _MACHINE, unset=False)
+_force = partial(option, "Overwrite existing output.", _OUTPUT, unset=False)
+_result_file = partial(option, "Write the result to this JSON file.", _OUTPUT, short="-o")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,210 +174,149 @@ class Request:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            value: Any = getattr(self, name)
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                hint.__metadata__[0].require_in_range(f"--{name.replace('_', '-')}", value)
+        for each in fields(self):
+            doc, value = each.metadata["doc"], getattr(self, each.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or doc.least <= value <= doc.most:
+                continue
+            given = f"--{each.name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+            if value > doc.most:
+                raise UsageError(f"{given} is too large.", hint=f"Use {doc.most:,} or less.")
+            fault = "is too small" if value < doc.least else "is not a number"
+            raise UsageError(f"{given} {fault}.", hint=f"Use {doc.least:,} or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetRequest(Request):
     """How far a search goes: one field of `TARGET_NAMES`, and what some of them need to know."""
 
-    ratio: Annotated[str | float | None, Doc("Remove this share of the blocks, rounded up: 0.2.", panel=_TARGET)] = None
-    remove: Annotated[int | None, Doc("Remove this number of blocks.", panel=_TARGET)] = None
-    target_params: Annotated[
-        str | int | None, Doc("Remove blocks until at most this many parameters remain: 1.2B.", panel=_TARGET)
-    ] = None
-    target_memory: Annotated[
-        str | int | None, Doc("Remove blocks until weights and KV cache fit into this: 6GiB.", panel=_TARGET)
-    ] = None
-    target_speedup: Annotated[
-        str | float | None,
-        Doc("Remove blocks until the model runs this many times faster, timed on this machine: 1.25.", panel=_TARGET),
-    ] = None
-    max_loss_increase: Annotated[
-        str | float | None,
-        Doc("Remove blocks while the loss rises by at most this many nats per token: 0.1.", panel=_TARGET),
-    ] = None
-    max_perplexity_ratio: Annotated[
-        str | float | None,
-        Doc("Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", panel=_TARGET),
-    ] = None
-    serve_dtype: Annotated[
-        str | None,
-        Doc("With --target-memory: data type in which the model will be served.", default="--dtype", panel=_SERVING),
-    ] = None
-    serve_length: Annotated[
-        int | None,
-        Doc(
-            "With --target-memory: tokens per sequence in the KV cache.",
-            default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
-            panel=_SERVING,
-            least=2,
-        ),
-    ] = None
-    serve_batch: Annotated[
-        int | None,
-        Doc("With --target-memory: sequences in the KV cache.", default=DEFAULT_SERVE_BATCH, panel=_SERVING, least=1),
-    ] = None
-    target_workload: Annotated[
-        WorkloadName | None, Doc("With --target-speedup: what to time.", default=DEFAULT_WORKLOAD, panel=_SERVING)
-    ] = None
+    ratio: str | float | None = option("Remove this share of the blocks, rounded up: 0.2.", _TARGET)
+    remove: int | None = option("Remove this number of blocks.", _TARGET)
+    target_params: str | int | None = option("Remove blocks until at most this many parameters remain: 1.2B.", _TARGET)
+    target_memory: str | int | None = option("Remove blocks until weights and KV cache fit into this: 6GiB.", _TARGET)
+    target_speedup: str | float | None = option(
+        "Remove blocks until the model runs this many times faster, timed on this machine: 1.25.", _TARGET
+    )
+    max_loss_increase: str | float | None = option(
+        "Remove blocks while the loss rises by at most this many nats per token: 0.1.", _TARGET
+    )
+    max_perplexity_ratio: str | float | None = option(
+        "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
+    )
+    serve_dtype: str | None = option(
+        "With --target-memory: data type in which the model will be served.", _SERVING, default="--dtype"
+    )
+    serve_length: int | None = option(
+        "With --target-memory: tokens per sequence in the KV cache.",
+        _SERVING,
+        default=f"{DEFAULT_SERVE_LENGTH}, or the model's limit",
+        least=2,
+    )
+    serve_batch: int | None = option(
+        "With --target-memory: sequences in the KV cache.", _SERVING, default=DEFAULT_SERVE_BATCH, least=1
+    )
+    target_workload: WorkloadName | None = option(
+        "With --target-speedup: what to time.", _SERVING, default=DEFAULT_WORKLOAD
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationRequest(Request):
     """Which text to calibrate on; a mixture names the share of each source."""
 
-    calibration: Annotated[
-        str | None,
-        Doc(
-            "wikitext2, c4, wikitext2-sleb, c4-sleb, self (written by the model), a .txt or .jsonl file, "
-            "org/name[:config][:split][:column], or a mixture: self:0.5,c4:0.5.",
-            default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
-            panel=_CALIBRATION,
-        ),
-    ] = None
-    samples: Annotated[
-        int | None,
-        Doc("Number of sequences.", default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo", panel=_CALIBRATION, least=1),
-    ] = None
-    sequence_length: Annotated[
-        int | None,
-        Doc(
-            "Tokens per sequence.",
-            default=f"{DEFAULT_LENGTH}, or the model's limit; {DEMO_LENGTH} for demo",
-            panel=_CALIBRATION,
-            least=2,
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        Doc(
-            "Seed for drawing and writing text, and for the order of a race.",
-            default=0,
-            panel=_CALIBRATION,
-            most=_MOST_SEED,
-        ),
-    ] = None
+    calibration: str | None = option(
+        "wikitext2, c4, wikitext2-sleb, c4-sleb, self (written by the model), a .txt or .jsonl file, "
+        "org/name[:config][:split][:column], or a mixture: self:0.5,c4:0.5.",
+        _CALIBRATION,
+        default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
+    )
+    samples: int | None = option(
+        "Number of sequences.", _CALIBRATION, default=f"{DEFAULT_SAMPLES}; {DEMO_SAMPLES} for demo", least=1
+    )
+    sequence_length: int | None = option(
+        "Tokens per sequence.",
+        _CALIBRATION,
+        default=f"{DEFAULT_LENGTH}, or the model's limit; {DEMO_LENGTH} for demo",
+        least=2,
+    )
+    seed: int | None = option(
+        "Seed for drawing and writing text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRequest(CalibrationRequest, TargetRequest):
     """Which blocks to search for, and how."""
 
-    model: Annotated[str, Doc("A Hub id, a folder, a .gguf file, or demo.", metavar="MODEL", argument=True)] = field(
-        kw_only=False
+    model: str = field(
+        kw_only=False,
+        metadata={"doc": Doc("A Hub id, a folder, a .gguf file, or demo.", metavar="MODEL", argument=True)},
     )
-    metric: Annotated[
-        str | None,
-        Doc(
-            "Score candidates by this metric or weighted sum, such as nll+0.5*kl; see `sleb plugins`.",
-            default=DEFAULT_METRIC,
-            panel=_SCORING,
-        ),
-    ] = None
-    strategy: Annotated[
-        StrategyName | None,
-        Doc(
-            "greedy; refine (greedy, then swaps); beam; oneshot (score every block once); contiguous (best span); "
-            "or last.",
-            default=DEFAULT_STRATEGY,
-            metavar="NAME",
-            panel=_SCORING,
-        ),
-    ] = None
-    beam_width: Annotated[
-        int | None, Doc("Sets of blocks that a beam keeps.", default=DEFAULT_BEAM_WIDTH, panel=_SCORING, least=1)
-    ] = None
-    compare: Annotated[
-        tuple[str, ...],
-        Doc(
-            "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
-            metavar="LIST",
-            panel=_SCORING,
-        ),
-    ] = ()
-    fast: Annotated[
-        bool | None,
-        Doc(
-            "Race the candidates: stop scoring one once it is clearly behind.",
-            default="no; yes for demo",
-            flag="--fast/--no-fast",
-            panel=_SCORING,
-        ),
-    ] = None
-    chat: Annotated[
-        Chat | None,
-        Doc("Calibrate on conversations (a field or column `messages`), and count these tokens.", panel=_CALIBRATION),
-    ] = None
-    holdout: Annotated[
-        float | None,
-        Doc(
-            "Share of the sequences to hold out of the search, to detect overfitting: 0.2.",
-            default=0,
-            panel=_CALIBRATION,
-        ),
-    ] = None
-    skip_bad_sequences: Annotated[
-        bool,
-        Doc("Skip sequences on which the dense model computes NaN or infinity.", panel=_CALIBRATION),
-    ] = False
-    sample_tokens: Annotated[
-        int | None,
-        Doc(
-            "Tokens that both models generate at the end, to reveal a collapse; 0 for none.",
-            default=DEFAULT_SAMPLE_TOKENS,
-            panel=_CALIBRATION,
-        ),
-    ] = None
-    protect_first: Annotated[
-        int | None, Doc("Protect this many blocks at the start.", default=DEFAULT_PROTECTED, panel=_PROTECTION)
-    ] = None
-    protect_last: Annotated[
-        int | None, Doc("Protect this many blocks at the end.", default=DEFAULT_PROTECTED, panel=_PROTECTION)
-    ] = None
-    protect: Annotated[
-        tuple[int, ...] | None, Doc("Also protect these blocks: 5,11.", metavar="LIST", panel=_PROTECTION)
-    ] = None
-    protect_kinds: Annotated[
-        tuple[str, ...],
-        Doc(
-            "Protect all blocks of this kind: full_attention. May be repeated.",
-            flag="--protect-kind",
-            metavar="KIND",
-            panel=_PROTECTION,
-            repeated=True,
-        ),
-    ] = ()
-    dtype: Dtype = None
-    device: Device = AUTO
-    memory: Annotated[
-        str | int | None,
-        Doc("Memory for the search, besides the model: 8GiB.", default="a share of what is free", panel=_MACHINE),
-    ] = None
-    batch_size: Annotated[
-        int | None, Doc("Sequences per forward pass.", default="by device", panel=_MACHINE, least=1)
-    ] = None
-    stream: Stream = None
-    device_map: DeviceMap = None
-    load_in: Annotated[
-        LoadIn | None,
-        Doc("Hold the weights in 8 or 4 bits during the search.", metavar="8bit|4bit", panel=_MACHINE),
-    ] = None
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
-    extend: Annotated[
-        Path | None,
-        Doc("Continue from a finished plan, with its settings and text.", metavar="PLAN", panel=_OUTPUT),
-    ] = None
-    resume: Annotated[bool, Doc("Continue an interrupted search.", panel=_OUTPUT)] = False
-    output: Annotated[
-        Path | None,
-        Doc("Write the plan here.", default=f"{DEFAULT_PLAN}, or the extended plan", short="-o", panel=_OUTPUT),
-    ] = None
-    force: Force = False
+    metric: str | None = option(
+        "Score candidates by this metric or weighted sum, such as nll+0.5*kl; see `sleb plugins`.",
+        _SCORING,
+        default=DEFAULT_METRIC,
+    )
+    strategy: StrategyName | None = option(
+        "greedy; refine (greedy, then swaps); beam; oneshot (score every block once); contiguous (best span); or last.",
+        _SCORING,
+        default=DEFAULT_STRATEGY,
+        metavar="NAME",
+    )
+    beam_width: int | None = option("Sets of blocks that a beam keeps.", _SCORING, default=DEFAULT_BEAM_WIDTH, least=1)
+    compare: tuple[str, ...] = option(
+        "Search once per METRIC or METRIC@STRATEGY and write the best plan: nll,cosine,angular@contiguous.",
+        _SCORING,
+        metavar="LIST",
+        unset=(),
+    )
+    fast: bool | None = option(
+        "Race the candidates: stop scoring one once it is clearly behind.",
+        _SCORING,
+        default="no; yes for demo",
+        flag="--fast/--no-fast",
+    )
+    chat: Chat | None = option(
+        "Calibrate on conversations (a field or column `messages`), and count these tokens.", _CALIBRATION
+    )
+    holdout: float | None = option(
+        "Share of the sequences to hold out of the search, to detect overfitting: 0.2.", _CALIBRATION, default=0
+    )
+    skip_bad_sequences: bool = option(
+        "Skip sequences on which the dense model computes NaN or infinity.", _CALIBRATION, unset=False
+    )
+    sample_tokens: int | None = option(
+        "Tokens that both models generate at the end, to reveal a collapse; 0 for none.",
+        _CALIBRATION,
+        default=DEFAULT_SAMPLE_TOKENS,
+    )
+    protect_first: int | None = option("Protect this many blocks at the start.", _PROTECTION, default=DEFAULT_PROTECTED)
+    protect_last: int | None = option("Protect this many blocks at the end.", _PROTECTION, default=DEFAULT_PROTECTED)
+    protect: tuple[int, ...] | None = option("Also protect these blocks: 5,11.", _PROTECTION, metavar="LIST")
+    protect_kinds: tuple[str, ...] = option(
+        "Protect all blocks of this kind: full_attention. May be repeated.",
+        _PROTECTION,
+        flag="--protect-kind",
+        metavar="KIND",
+        repeated=True,
+        unset=(),
+    )
+    dtype: str | None = _dtype()
+    device: str = _device()
+    memory: str | int | None = option(
+        "Memory for the search, besides the model: 8GiB.", _MACHINE, default="a share of what is free"
+    )
+    batch_size: int | None = option("Sequences per forward pass.", _MACHINE, default="by device", least=1)
+    stream: bool | None = _stream()
+    device_map: str | None = _device_map()
+    load_in: LoadIn | None = option("Hold the weights in 8 or 4 bits during the search.", _MACHINE, metavar="8bit|4bit")
+    revision: str | None = _revision()
+    trust_remote_code: bool = _trust_remote_code()
+    extend: Path | None = option("Continue from a finished plan, with its settings and text.", _OUTPUT, metavar="PLAN")
+    resume: bool = option("Continue an interrupted search.", _OUTPUT, unset=False)
+    output: Path | None = option(
+        "Write the plan here.", _OUTPUT, default=f"{DEFAULT_PLAN}, or the extended plan", short="-o"
+    )
+    force: bool = _force()
 
     @property
     def plan_file(self) -> Path:
@@ -403,32 +328,31 @@ class SearchRequest(CalibrationRequest, TargetRequest):
 class SubjectRequest(Request):
     """A plan, or a model and the blocks to remove from it."""
 
-    subject: Annotated[
-        str | None,
-        Doc(
-            f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.",
-            metavar="PLAN|MODEL",
-            argument=True,
-        ),
-    ] = field(default=None, kw_only=False)
-    blocks: Annotated[
-        tuple[int, ...] | None,
-        Doc("Remove these blocks from MODEL, in this order: 5,4,9.", metavar="LIST", panel=_SUBJECT),
-    ] = None
-    model: Annotated[str | None, Doc("Where the plan's model is now, if it moved.", panel=_SUBJECT)] = None
-    any_model: Annotated[bool, Doc("Use the plan on a model it was not made for.", panel=_SUBJECT)] = False
-    revision: Revision = None
-    trust_remote_code: TrustRemoteCode = False
+    subject: str | None = field(
+        default=None,
+        kw_only=False,
+        metadata={
+            "doc": Doc(
+                f"A plan (default: ./{DEFAULT_PLAN}), or a model with --blocks.", metavar="PLAN|MODEL", argument=True
+            )
+        },
+    )
+    blocks: tuple[int, ...] | None = option(
+        "Remove these blocks from MODEL, in this order: 5,4,9.", _SUBJECT, metavar="LIST"
+    )
+    model: str | None = option("Where the plan's model is now, if it moved.", _SUBJECT)
+    any_model: bool = option("Use the plan on a model it was not made for.", _SUBJECT, unset=False)
+    revision: str | None = _revision()
+    trust_remote_code: bool = _trust_remote_code()
 
 
 @dataclass(frozen=True, kw_only=True)
 class OneSizeRequest(SubjectRequest):
     """One size of the pruned model, by default the smallest."""
 
-    remove: Annotated[
-        int | None,
-        Doc("Remove only N blocks: the plan's step N, or the first N of --blocks.", metavar="N", panel=_SUBJECT),
-    ] = None
+    remove: int | None = option(
+        "Remove only N blocks: the plan's step N, or the first N of --blocks.", _SUBJECT, metavar="N"
+    )
 
     @property
     def most_removals(self) -> int | None:
@@ -440,17 +364,13 @@ class OneSizeRequest(SubjectRequest):
 class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
-    remove: Annotated[
-        tuple[int, ...],
-        Doc(
-            "Measure these sizes, each without N blocks: the plan's step N, or the first N of --blocks: 2,4,6.",
-            metavar="LIST",
-            panel=_SUBJECT,
-        ),
-    ] = ()
-    every: Annotated[
-        int | None, Doc("Measure every N-th size, and the smallest.", metavar="N", panel=_SUBJECT, least=1)
-    ] = None
+    remove: tuple[int, ...] = option(
+        "Measure these sizes, each without N blocks: the plan's step N, or the first N of --blocks: 2,4,6.",
+        _SUBJECT,
+        metavar="LIST",
+        unset=(),
+    )
+    every: int | None = option("Measure every N-th size, and the smallest.", _SUBJECT, metavar="N", least=1)
 
     @property
     def most_removals(self) -> int | None:
@@ -462,140 +382,93 @@ class SizesRequest(SubjectRequest):
 class ApplyRequest(OneSizeRequest, CalibrationRequest):
     """A checkpoint or GGUF file to be written, and how the blocks that stay are recovered."""
 
-    source: Annotated[
-        Path | None,
-        Doc("Remove the blocks from this GGUF file of the model, quantized or not.", metavar="GGUF", panel=_CHECKPOINT),
-    ] = None
-    dtype: Annotated[str | None, Doc("Cast the weights: float32, bfloat16, float16.", panel=_CHECKPOINT)] = None
-    max_shard_size: Annotated[
-        str | int | None, Doc("Largest weight file: 5GB, 512MiB.", default=DEFAULT_SHARD_SIZE, panel=_CHECKPOINT)
-    ] = None
-    no_verify: Annotated[bool, Doc("Skip the proof after saving.", panel=_CHECKPOINT)] = False
-    keep_failed: Annotated[
-        Path | None, Doc("If the proof fails, keep the output in this folder.", metavar="DIR", panel=_CHECKPOINT)
-    ] = None
-    recover: Annotated[
-        bool, Doc("Refit the blocks around each gap to the dense model, in closed form.", panel=_RECOVERY)
-    ] = False
-    heal: Annotated[
-        bool, Doc("Train the remaining blocks to predict what the dense model predicts.", panel=_RECOVERY)
-    ] = False
-    heal_minutes: Annotated[
-        float | None, Doc("Stop healing after this time.", default=f"{DEFAULT_HEAL_MINUTES:g}", panel=_RECOVERY)
-    ] = None
-    heal_tokens: Annotated[
-        int | None, Doc("Stop healing after this many tokens instead, reproducibly.", panel=_RECOVERY, least=1)
-    ] = None
-    resume: Annotated[bool, Doc("Continue an interrupted healing.", panel=_RECOVERY)] = False
-    calibration: Annotated[
-        str | None,
-        Doc(
-            "Text to recover on, as for `sleb search`.",
-            default="the plan's text and a quarter self",
-            panel=_RECOVERY,
-        ),
-    ] = None
-    samples: Annotated[
-        int | None,
-        Doc(
-            "Number of sequences; a fifth of them choose the fits, and a tenth are for the report.",
-            default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
-            panel=_RECOVERY,
-            least=1,
-        ),
-    ] = None
-    sequence_length: Annotated[
-        int | None,
-        Doc(
-            "Tokens per sequence.",
-            default=f"{RECOVERY_LENGTH}, or the model's limit",
-            panel=_RECOVERY,
-            least=2,
-        ),
-    ] = None
-    seed: Annotated[
-        int | None, Doc("Seed for drawing and writing text.", default=0, panel=_RECOVERY, most=_MOST_SEED)
-    ] = None
-    device: Annotated[
-        str | None, Doc("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", default=AUTO, panel=_RECOVERY)
-    ] = None
-    stream: Stream = None
-    device_map: DeviceMap = None
-    push: Annotated[
-        str | None, Doc("Upload the checkpoint to the Hub, private.", metavar="ORG/NAME", panel=_OUTPUT)
-    ] = None
-    public: Annotated[bool, Doc("With --push: make it public.", panel=_OUTPUT)] = False
-    output: Annotated[
-        Path | None,
-        Doc(
-            "Write this folder, or this file if it ends in .gguf.",
-            default="named after the model",
-            short="-o",
-            panel=_OUTPUT,
-        ),
-    ] = None
-    force: Force = False
+    source: Path | None = option(
+        "Remove the blocks from this GGUF file of the model, quantized or not.", _CHECKPOINT, metavar="GGUF"
+    )
+    dtype: str | None = option("Cast the weights: float32, bfloat16, float16.", _CHECKPOINT)
+    max_shard_size: str | int | None = option(
+        "Largest weight file: 5GB, 512MiB.", _CHECKPOINT, default=DEFAULT_SHARD_SIZE
+    )
+    no_verify: bool = option("Skip the proof after saving.", _CHECKPOINT, unset=False)
+    keep_failed: Path | None = option("If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR")
+    recover: bool = option(
+        "Refit the blocks around each gap to the dense model, in closed form.", _RECOVERY, unset=False
+    )
+    heal: bool = option("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY, unset=False)
+    heal_minutes: float | None = option("Stop healing after this time.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}")
+    heal_tokens: int | None = option("Stop healing after this many tokens instead, reproducibly.", _RECOVERY, least=1)
+    resume: bool = option("Continue an interrupted healing.", _RECOVERY, unset=False)
+    calibration: str | None = option(
+        "Text to recover on, as for `sleb search`.", _RECOVERY, default="the plan's text and a quarter self"
+    )
+    samples: int | None = option(
+        "Number of sequences; a fifth of them choose the fits, and a tenth are for the report.",
+        _RECOVERY,
+        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
+        least=1,
+    )
+    sequence_length: int | None = option(
+        "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", least=2
+    )
+    seed: int | None = option("Seed for drawing and writing text.", _RECOVERY, default=0, most=_MOST_SEED)
+    device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
+    stream: bool | None = _stream()
+    device_map: str | None = _device_map()
+    push: str | None = option("Upload the checkpoint to the Hub, private.", _OUTPUT, metavar="ORG/NAME")
+    public: bool = option("With --push: make it public.", _OUTPUT, unset=False)
+    output: Path | None = option(
+        "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model", short="-o"
+    )
+    force: bool = _force()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
-    perplexity: Annotated[
-        tuple[str, ...],
-        Doc(
-            "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column].",
-            default=f"{DEFAULT_TEXT}, unless --tasks",
-            metavar="LIST",
-            panel=_QUALITY,
-        ),
-    ] = ()
-    tasks: Annotated[
-        tuple[str, ...],
-        Doc(
-            "lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2, separated by commas: "
-            "piqa,canaries.",
-            metavar="LIST",
-            panel=_QUALITY,
-        ),
-    ] = ()
-    limit: Annotated[int | None, Doc("Use only the first items of each task.", panel=_QUALITY, least=1)] = None
-    num_fewshot: Annotated[int | None, Doc("Examples in the prompt.", default="the task's own", panel=_QUALITY)] = None
-    apply_chat_template: Annotated[bool, Doc("Format tasks with the chat template.", panel=_QUALITY)] = False
-    include_path: Annotated[Path | None, Doc("Folder with your own task files.", panel=_QUALITY)] = None
-    show_flips: Annotated[
-        int | None, Doc("Show up to N items of each task that only one model gets right.", metavar="N", panel=_QUALITY)
-    ] = None
-    sequence_length: Annotated[
-        int | None,
-        Doc(
-            "Tokens per perplexity window.", default=f"{DEFAULT_LENGTH}, or the model's limit", panel=_QUALITY, least=2
-        ),
-    ] = None
-    max_windows: Annotated[
-        int | None,
-        Doc("Use only the first windows of each text.", default="all, or the text's protocol", panel=_QUALITY, least=1),
-    ] = None
-    stride: Annotated[
-        int | None,
-        Doc(
-            "Tokens from one perplexity window to the next; overlapping windows give more context.",
-            default="the window's length",
-            panel=_QUALITY,
-        ),
-    ] = None
-    bos: Annotated[bool, Doc("Begin every perplexity window with the BOS token.", panel=_QUALITY)] = False
-    batch_size: Annotated[
-        str | int,
-        Doc("Text windows or task requests per forward pass; auto suits the device.", panel=_QUALITY),
-    ] = AUTO
-    fresh: Annotated[bool, Doc("Measure again instead of reading the cache.", panel=_QUALITY)] = False
-    dtype: Dtype = None
-    device: Device = AUTO
-    stream: Stream = None
-    device_map: DeviceMap = None
-    output: ResultFile = None
-    force: Force = False
+    perplexity: tuple[str, ...] = option(
+        "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column].",
+        _QUALITY,
+        default=f"{DEFAULT_TEXT}, unless --tasks",
+        metavar="LIST",
+        unset=(),
+    )
+    tasks: tuple[str, ...] = option(
+        "lm-eval tasks and groups, or sleb, canaries, leaderboard-v1, leaderboard-v2, separated by commas: "
+        "piqa,canaries.",
+        _QUALITY,
+        metavar="LIST",
+        unset=(),
+    )
+    limit: int | None = option("Use only the first items of each task.", _QUALITY, least=1)
+    num_fewshot: int | None = option("Examples in the prompt.", _QUALITY, default="the task's own")
+    apply_chat_template: bool = option("Format tasks with the chat template.", _QUALITY, unset=False)
+    include_path: Path | None = option("Folder with your own task files.", _QUALITY)
+    show_flips: int | None = option(
+        "Show up to N items of each task that only one model gets right.", _QUALITY, metavar="N"
+    )
+    sequence_length: int | None = option(
+        "Tokens per perplexity window.", _QUALITY, default=f"{DEFAULT_LENGTH}, or the model's limit", least=2
+    )
+    max_windows: int | None = option(
+        "Use only the first windows of each text.", _QUALITY, default="all, or the text's protocol", least=1
+    )
+    stride: int | None = option(
+        "Tokens from one perplexity window to the next; overlapping windows give more context.",
+        _QUALITY,
+        default="the window's length",
+    )
+    bos: bool = option("Begin every perplexity window with the BOS token.", _QUALITY, unset=False)
+    batch_size: str | int = option(
+        "Text windows or task requests per forward pass; auto suits the device.", _QUALITY, unset=AUTO
+    )
+    fresh: bool = option("Measure again instead of reading the cache.", _QUALITY, unset=False)
+    dtype: str | None = _dtype()
+    device: str = _device()
+    stream: bool | None = _stream()
+    device_map: str | None = _device_map()
+    output: Path | None = _result_file()
+    force: bool = _force()
 
     @property
     def items_per_batch(self) -> str | int:
@@ -616,78 +489,53 @@ class EvalRequest(SizesRequest):
 class BenchRequest(SizesRequest):
     """What to time, or to predict."""
 
-    prompt: Annotated[bool, Doc("Time prompt processing (prefill).", panel=_WORKLOAD)] = False
-    generation: Annotated[bool, Doc("Time generation (prefill and decode).", default="both", panel=_WORKLOAD)] = False
-    batch_size: Annotated[
-        int | None, Doc("Prompts per batch.", default="by workload and device", panel=_WORKLOAD, least=1)
-    ] = None
-    prompt_length: Annotated[
-        int | None, Doc("Tokens per prompt.", default="by workload and device", panel=_WORKLOAD, least=1)
-    ] = None
-    new_tokens: Annotated[
-        int | None, Doc("Tokens to generate per prompt.", default="by workload and device", panel=_WORKLOAD, least=1)
-    ] = None
-    sweep: Annotated[
-        tuple[str, ...],
-        Doc(
-            'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
-            metavar="TEXT",
-            panel=_WORKLOAD,
-            repeated=True,
-        ),
-    ] = ()
-    iterations: Annotated[
-        int | None, Doc("Timed runs of each model.", default="by workload and device", panel=_TIMING, least=1)
-    ] = None
-    warmup: Annotated[
-        int | None, Doc("Untimed runs of each model first.", default="until times are stable", panel=_TIMING)
-    ] = None
-    cooldown: Annotated[float, Doc("Seconds to pause before each run.", panel=_TIMING, most=24 * 3600)] = 0.0
-    compile: Annotated[bool, Doc("Run the models through torch.compile.", panel=_MACHINE)] = False
-    static_cache: Annotated[
-        bool, Doc("Generate with a KV cache of fixed size; --compile always does.", panel=_MACHINE)
-    ] = False
-    threads: Annotated[
-        int | None, Doc("CPU threads.", default="torch's choice", panel=_MACHINE, least=1, most=_MOST_THREADS)
-    ] = None
-    dtype: Dtype = None
-    device: Device = AUTO
-    output: ResultFile = None
-    force: Force = False
-    engine: Annotated[
-        str,
-        Doc("transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.", panel=_MACHINE),
-    ] = TRANSFORMERS
-    source: Annotated[
-        Path | None,
-        Doc("A GGUF file of the model, for engines that read GGUF.", metavar="GGUF", panel=_MACHINE),
-    ] = None
-    estimate: Annotated[
-        bool,
-        Doc("Predict speed and memory from the model's config, without weights.", panel=_ESTIMATE),
-    ] = False
-    device_flops: Annotated[
-        float | None,
-        Doc(
-            "With --estimate: operations per second of the device to predict for, such as 989e12.",
-            default="measured here",
-            metavar="NUMBER",
-            panel=_ESTIMATE,
-            least=1,
-            most=_MOST_PER_SECOND,
-        ),
-    ] = None
-    device_bandwidth: Annotated[
-        float | None,
-        Doc(
-            "With --estimate: bytes per second of its memory, such as 3.35e12.",
-            default="measured here",
-            metavar="NUMBER",
-            panel=_ESTIMATE,
-            least=1,
-            most=_MOST_PER_SECOND,
-        ),
-    ] = None
+    prompt: bool = option("Time prompt processing (prefill).", _WORKLOAD, unset=False)
+    generation: bool = option("Time generation (prefill and decode).", _WORKLOAD, default="both", unset=False)
+    batch_size: int | None = option("Prompts per batch.", _WORKLOAD, default="by workload and device", least=1)
+    prompt_length: int | None = option("Tokens per prompt.", _WORKLOAD, default="by workload and device", least=1)
+    new_tokens: int | None = option(
+        "Tokens to generate per prompt.", _WORKLOAD, default="by workload and device", least=1
+    )
+    sweep: tuple[str, ...] = option(
+        'Time each combination: "batch=1,8,32 prompt=128,2048 new=64". May be repeated.',
+        _WORKLOAD,
+        metavar="TEXT",
+        repeated=True,
+        unset=(),
+    )
+    iterations: int | None = option("Timed runs of each model.", _TIMING, default="by workload and device", least=1)
+    warmup: int | None = option("Untimed runs of each model first.", _TIMING, default="until times are stable")
+    cooldown: float = option("Seconds to pause before each run.", _TIMING, most=24 * 3600, unset=0.0)
+    compile: bool = option("Run the models through torch.compile.", _MACHINE, unset=False)
+    static_cache: bool = option("Generate with a KV cache of fixed size; --compile always does.", _MACHINE, unset=False)
+    threads: int | None = option("CPU threads.", _MACHINE, default="torch's choice", least=1, most=_MOST_THREADS)
+    dtype: str | None = _dtype()
+    device: str = _device()
+    output: Path | None = _result_file()
+    force: bool = _force()
+    engine: str = option(
+        "transformers, llama.cpp, vllm, or a plugin's engine: see `sleb plugins`.", _MACHINE, unset=TRANSFORMERS
+    )
+    source: Path | None = option("A GGUF file of the model, for engines that read GGUF.", _MACHINE, metavar="GGUF")
+    estimate: bool = option(
+        "Predict speed and memory from the model's config, without weights.", _ESTIMATE, unset=False
+    )
+    device_flops: float | None = option(
+        "With --estimate: operations per second of the device to predict for, such as 989e12.",
+        _ESTIMATE,
+        default="measured here",
+        metavar="NUMBER",
+        least=1,
+        most=_MOST_PER_SECOND,
+    )
+    device_bandwidth: float | None = option(
+        "With --estimate: bytes per second of its memory, such as 3.35e12.",
+        _ESTIMATE,
+        default="measured here",
+        metavar="NUMBER",
+        least=1,
+        most=_MOST_PER_SECOND,
+    )
 
     def refuse(self, names: Iterable[str], why: str) -> None:
         """Check that these fields have their defaults.
@@ -706,25 +554,17 @@ class BenchRequest(SizesRequest):
 class ExportRequest(OneSizeRequest):
     """A format that another tool reads."""
 
-    to: Annotated[
-        str,
-        Doc(
-            "report, figures, summary; gguf, hf, vllm, llama-quantize, mergekit, indices; or a plugin's format.",
-            metavar="FORMAT",
-            panel=_OUTPUT,
-        ),
-    ]
-    source: Annotated[
-        Path | None,
-        Doc("A GGUF file of the model, for gguf and llama-quantize.", metavar="GGUF", panel=_OUTPUT),
-    ] = None
-    output: Annotated[
-        Path | None,
-        Doc(
-            "Write this file or folder.",
-            default="text to stdout, files named after the model",
-            short="-o",
-            panel=_OUTPUT,
-        ),
-    ] = None
-    force: Force = False
+    to: str = field(
+        metadata={
+            "doc": Doc(
+                "report, figures, summary; gguf, hf, vllm, llama-quantize, mergekit, indices; or a plugin's format.",
+                metavar="FORMAT",
+                panel=_OUTPUT,
+            )
+        }
+    )
+    source: Path | None = option("A GGUF file of the model, for gguf and llama-quantize.", _OUTPUT, metavar="GGUF")
+    output: Path | None = option(
+        "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the model", short="-o"
+    )
+    force: bool = _force()

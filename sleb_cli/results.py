@@ -7,15 +7,13 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field
 
 from sleb_cli.plan import CalibrationRecord, RecoveryRecord
-from sleb_cli.records import ModelRecord, Perplexity, Proof, Record
+from sleb_cli.records import ModelRecord, Perplexity, Proof, Record, VersionedRecord
 from sleb_cli.requests import WorkloadName
 
 
-class ResultRecord(Record):
+class ResultRecord(VersionedRecord):
     """The fields that several results share."""
 
-    schema_version: Literal[1]
-    sleb_version: str
     model: ModelRecord
     dtype: str
     device: str
@@ -46,15 +44,13 @@ class RepackedTensors(Record):
     bytes: int
 
 
-class GgufResult(Record):
+class GgufResult(VersionedRecord):
     """A pruned GGUF file; if `verified`, its tensors were compared byte for byte with the source, or with new values.
 
     `recovery` is null unless requested; `repacked` then lists the tensors with new values, by their types. `proof` is
     by transformers; if it is null, `unproven` says why.
     """
 
-    schema_version: Literal[1]
-    sleb_version: str
     kind: Literal["gguf"]
     source: str
     architecture: str
@@ -69,14 +65,12 @@ class GgufResult(Record):
     unproven: str | None
 
 
-class ExportResult(Record):
+class ExportResult(VersionedRecord):
     """The output of an exporter: a `text`, with the same data as `document`, or files.
 
     `written` are the results for models, `files` are other files and folders, and `lines` tell how to use them.
     """
 
-    schema_version: Literal[1]
-    sleb_version: str
     kind: Literal["export"]
     exporter: str
     written: tuple[ApplyResult | GgufResult, ...] = ()
@@ -97,11 +91,9 @@ class ComparedRecord(Record):
     seconds: float
 
 
-class CompareResult(Record):
+class CompareResult(VersionedRecord):
     """Searches of one model on one text; `best` is the metric@strategy whose plan was written."""
 
-    schema_version: Literal[1]
-    sleb_version: str
     kind: Literal["compare"]
     model: ModelRecord
     calibration: CalibrationRecord

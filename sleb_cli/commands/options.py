@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -24,13 +24,15 @@ def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[.
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(run, eval_str=True)
         own = [p.replace(kind=p.KEYWORD_ONLY) for name, p in signature.parameters.items() if name != "request"]
-        options = {option.field.name: option for option in _options(request_type)}
+        kinds = get_type_hints(request_type)
+        options = {each.name: _Option(each, kinds[each.name]) for each in fields(request_type)}
 
         def command(**values: Any) -> None:
             given = {name: option.read(values.pop(name)) for name, option in options.items()}
             run(request_type(**given), **values)
 
-        parameters = [*(option.parameter for option in options.values()), *own]
+        arguments_first = sorted(options.values(), key=lambda option: not option.doc.argument)
+        parameters = [*(option.parameter for option in arguments_first), *own]
         command.__name__, command.__doc__ = run.__name__, run.__doc__
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -39,28 +41,18 @@ def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[.
     return decorate
 
 
-def _options(request_type: type[Any]) -> Iterator[_Option]:
-    """List the fields as options, positional arguments first."""
-    hints = get_type_hints(request_type, include_extras=True)
-    options = [_Option(field, *get_args(hints[field.name])) for field in fields(request_type)]
-    yield from sorted(options, key=lambda option: not option.doc.argument)
-
-
 class _Option:
     """A field of a request on the command line."""
 
-    def __init__(self, field: Field[Any], kind: Any, doc: Doc) -> None:
-        self.field, self.doc = field, doc
-        kinds = [kind for kind in (get_args(kind) if _is_union(kind) else (kind,)) if kind is not NoneType]
+    def __init__(self, field: Field[Any], kind: Any) -> None:
+        self.field = field
+        self.doc: Doc = field.metadata["doc"]
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         # What may be text or a number is text on the command line.
         self.kind = str if str in kinds else kinds[0]
         self.item = get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
         self.choices: tuple[str, ...] = get_args(self.kind) if get_origin(self.kind) is Literal else ()
-
-    @property
-    def flag(self) -> str:
-        """How the option is spelled."""
-        return self.doc.flag or "--" + self.field.name.replace("_", "-")
+        self.flag = self.doc.flag or "--" + field.name.replace("_", "-")
 
     @property
     def parameter(self) -> inspect.Parameter:
@@ -78,20 +70,17 @@ class _Option:
     def _typer_info(self) -> Any:
         if self.doc.argument:
             return typer.Argument(metavar=self.doc.metavar, help=self.doc.help, show_default=False)
+        shown = self.field.default if self.doc.default is None else self.doc.default
+        has_default = not any(shown is each for each in (MISSING, None, False, ()))
         return typer.Option(
             self.flag,
             *([self.doc.short] if self.doc.short else []),
-            help=self.doc.help + self._default_note(),
+            help=self.doc.help + (f" (default: {shown})" if has_default else ""),
             metavar=self.doc.metavar or "|".join(self.choices) or None,
             autocompletion=self._complete if self.choices else None,
             show_default=False,
             rich_help_panel=self.doc.panel,
         )
-
-    def _default_note(self) -> str:
-        shown = self.field.default if self.doc.default is None else self.doc.default
-        unset = shown is MISSING or shown is None or shown is False or shown == ()
-        return "" if unset else f" (default: {shown})"
 
     def _complete(self, incomplete: str) -> list[str]:
         return [choice for choice in self.choices if choice.startswith(incomplete)]
@@ -106,15 +95,10 @@ class _Option:
             return self.field.default
         if self.choices and value not in self.choices:
             raise UsageError(f"There is no {self.flag} {value!r}.", hint=did_you_mean(value, self.choices))
-        return self._read_list(value, self.item) if self.item else value
-
-    def _read_list(self, value: Any, item: type) -> tuple[Any, ...]:
+        if self.item is None:
+            return value
         parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]
         try:
-            return tuple(item(part) for part in parts if part or item is int)
+            return tuple(self.item(part) for part in parts if part or self.item is int)
         except ValueError as error:
             raise UsageError(f"{self.flag} {value!r} is not a list of numbers.", hint="Write it like 5,4,9.") from error
-
-
-def _is_union(kind: Any) -> bool:
-    return get_origin(kind) in (Union, UnionType)

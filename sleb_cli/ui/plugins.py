@@ -1,24 +1,21 @@
-"""Load the plugins, with a warning for each broken one; show the result of `sleb plugins`."""
-
-from typing import Any
+"""Show the result of `sleb plugins`."""
 
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.tables.table import Columns, tabulate
-from sleb_cli.ui.console import print_json, print_note, print_warning
+from sleb_cli.ui.console import print_json, print_warning
 from sleb_cli.ui.tables import show_table
 from sleb_plugins import FamilyAdapter
-
-
-def show_loading(others: str) -> None:
-    """Say whose code runs next, if any."""
-    if others:
-        print_note(others)
 
 
 def show_plugins(registry: Registry, *, as_json: bool) -> None:
     """List every offer with its package, then each plugin that failed and why."""
     if as_json:
-        print_json(_as_data(registry))
+        failures = [
+            {"plugin": failure.plugin.module, "package": failure.plugin.package, "version": failure.plugin.version,
+             "reason": failure.reason}
+            for failure in registry.failures
+        ]  # fmt: skip
+        print_json({"offers": _offers(registry), "failures": failures, "collisions": list(registry.collisions)})
         return
     rows = [[row["kind"], _usage(row), row["what"], row["package"], row["version"]] for row in _offers(registry)]
     columns: Columns = [(name, str) for name in ("kind", "name", "what", "package", "version")]
@@ -41,19 +38,6 @@ def _offers(registry: Registry) -> list[dict[str, str]]:
         }
         for offer in registry.offers
     ]
-
-
-def _as_data(registry: Registry) -> dict[str, Any]:
-    failures = [
-        {
-            "plugin": failure.plugin.module,
-            "package": failure.plugin.package,
-            "version": failure.plugin.version,
-            "reason": failure.reason,
-        }
-        for failure in registry.failures
-    ]
-    return {"offers": _offers(registry), "failures": failures, "collisions": list(registry.collisions)}
 
 
 def _usage(offer: dict[str, str]) -> str:

@@ -9,7 +9,6 @@ import pty
 import signal
 import sys
 import termios
-import threading
 import zipfile
 from pathlib import Path
 
@@ -44,8 +43,10 @@ def fetching_the_demo(wheel, pip):
     raise SystemExit(0)
 
 
-def stopping_at(moment):
-    """Stop once the program has said `moment`."""
+def stopping_at(moment, ignored):
+    """Stop once the program has said `moment`; signals may be ignored, as `nohup` has it."""
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     said, write = [], sys.stderr.write
 
     def watched(text):
@@ -57,12 +58,6 @@ def stopping_at(moment):
         return count
 
     sys.stderr.write = watched
-
-
-def ignoring_sighup(moment):
-    """Run as `nohup` starts a program."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stopping_at(moment)
 
 
 def cleaning_up_for_long():
@@ -90,25 +85,6 @@ def without_readers(*streams):
 def into_a_full_disk():
     """Write stdout to a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
-
-
-def on_a_terminal_that_goes():
-    """Run on a terminal that goes away once the search has begun."""
-    ours, theirs = pty.openpty()
-    log = os.dup(2)
-    for stream in (0, 1, 2):
-        os.dup2(theirs, stream)
-    os.close(theirs)
-    sys.stdin = os.fdopen(0, closefd=False)
-
-    def watch():
-        seen = b""
-        while b"evaluations" not in seen and b"step" not in seen:
-            seen += os.read(ours, 1 << 16)
-        os.write(log, b"the terminal goes")
-        os.close(ours)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def on_a_terminal(columns):
@@ -150,13 +126,6 @@ def with_encoding(encoding):
     """Have streams of this encoding, which are as strict as Python makes those of a locale."""
     sys.stdout = os.fdopen(1, "w", encoding=encoding, errors="strict", closefd=False)
     sys.stderr = os.fdopen(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)
-
-
-def as_nobody():
-    """Run as a user who may write nowhere but in the current folder."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
 
 
 def with_a_bug(password, secret):

@@ -2,20 +2,33 @@
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from conftest import Result
 from faults.bases import make_bases
 from faults.place import Place
-from faults.program import Program
+from faults.program import Program, require
 from hub import Hub
 
 
 def counts(few: float, many: int) -> pytest.MarkDecorator:
     """Parametrize a test by how much it tries: few in every run, and many of them with `pytest -m faults`."""
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.faults)])
+
+
+def often(names: Iterable[Any], first: Collection[Any]) -> list[Any]:
+    """Return parameters of a test: the first ones in every run, and the others only with `pytest -m faults`."""
+    return [name if name in first else pytest.param(name, marks=pytest.mark.faults) for name in names]
+
+
+@pytest.fixture
+def sleb(run_sleb: Callable[..., Result]) -> Callable[..., Result]:
+    """Run a command in this process, which must end with this exit code, and with a sentence if it is an error."""
+    return lambda *words, code=0: require(run_sleb(*words), (code,))
 
 
 @pytest.fixture(scope="session")

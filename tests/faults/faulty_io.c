@@ -17,7 +17,6 @@
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { OPEN_READ = 1, OPEN_WRITE = 2, READ = 4, WRITE = 8, SYNC = 16, RENAME = 32, MAKE = 64, REMOVE = 128 };
@@ -43,19 +42,6 @@ void faulty_io(const char *folder, int which, long n, int what, int forever, int
     kinds = which, nth = n, action = what, lasting = forever, trace = trace_fd;
     atomic_store(&calls, 0);
     root_length = strlen(root);
-}
-
-/* Let the clock of the day go back by so many seconds each time it is read. */
-static long step;
-static atomic_long readings;
-void faulty_clock(long seconds) { step = seconds; }
-
-int clock_gettime(clockid_t which, struct timespec *now) {
-    REAL(clock_gettime);
-    int failed = real(which, now);
-    if (step && !failed && (which == CLOCK_REALTIME || which == CLOCK_REALTIME_COARSE))
-        now->tv_sec -= step * (atomic_fetch_add(&readings, 1) + 1);
-    return failed;
 }
 
 static int is_below(const char *path) {

@@ -18,10 +18,11 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from faults.program import Limits, Program
+from faults.program import Program, wrong_ending
 
 SECRET = b"canary-that-must-stay-where-it-is-"
 """What the files outside hold, so that it is found wherever it goes."""
@@ -32,29 +33,27 @@ OWN = ("cache", "hub", "code", "tmp")
 """Folders that a case may write to, as well as to what begins with `out`."""
 
 
-@dataclass(frozen=True)
-class Link:
-    """A symbolic link to `target`."""
-
-    target: str
+PIPE, FOLDER = os.mkfifo, os.mkdir
+"""Contents that are no files: a named pipe that nobody writes to, and an empty folder."""
 
 
-@dataclass(frozen=True)
-class Special:
-    """A named pipe that nobody writes to ("pipe"), or an empty folder."""
-
-    kind: str
+def link(target: str) -> Any:
+    """Return, as a content, a symbolic link to `target`."""
+    return partial(_link, target)
 
 
-PIPE, FOLDER = Special("pipe"), Special("folder")
+def sparse(head: bytes, size: int) -> Any:
+    """Return, as a content, a file of `size` bytes that begins with `head` and takes no room on the disk."""
+    return partial(_sparse, head, size)
 
 
-@dataclass(frozen=True)
-class Sparse:
-    """A file of `size` bytes that begins with `head` and takes no room on the disk."""
+def _link(target: str, path: Path) -> None:
+    path.symlink_to(target.replace(PLACE, str(Path.cwd())))
 
-    head: bytes
-    size: int
+
+def _sparse(head: bytes, size: int, path: Path) -> None:
+    path.write_bytes(head)
+    os.truncate(path, size)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Case:
 
     Attributes:
         words: the command.
-        files: the content of each, bytes or one of the classes above.
+        files: the content of each, bytes or what makes it.
         base: a folder.
         codes: the exit codes that fit.
         says: a pattern that must be found on the screen.
@@ -115,8 +114,8 @@ def _run_batch(program: Program, cases: Sequence[Case], place: Path) -> list[Out
     while rest := cases[len(outcomes) :]:
         folder = Path(tempfile.mkdtemp(dir=place))
         (folder / "cases").write_bytes(pickle.dumps(rest))
-        limits = Limits(memory=MEMORY, seconds=CLOCK_SECONDS * (len(rest) + 1))
-        finished = program.run(cwd=folder, limits=limits, before=(_be_the_program, folder), codes=None)
+        limits = {"memory": MEMORY, "seconds": CLOCK_SECONDS * (len(rest) + 1)}
+        finished = program.run(cwd=folder, **limits, before=(_be_the_program, folder), codes=None)
         told = folder / "outcomes"
         done = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
         outcomes += [Outcome(case, *each) for case, each in zip(rest, done, strict=False)]
@@ -137,51 +136,35 @@ def _be_the_program(folder: Path) -> None:
         for number, case in enumerate(pickle.loads((folder / "cases").read_bytes())):
             place = folder / "deep" / str(number)
             shutil.copytree(case.base, place, symlinks=True)
+            os.chdir(place)
             for name, content in case.files.items():
-                _write(place / name, content, str(place))
-            with _time_limit(case.seconds):
-                outcome = _run_case(place, case)
+                _write(place / name, content)
+            # These end the process, whatever it does: no Python code needs to run for that.
+            signal.setitimer(signal.ITIMER_PROF, case.seconds)
+            signal.alarm(CLOCK_SECONDS)
+            outcome = _run_case(place, case)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.alarm(0)
             told.write(json.dumps(outcome) + "\n")
             os.chdir(folder)
             shutil.rmtree(place)
     raise SystemExit(0)
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: int) -> Iterator[None]:
-    """End the process if the body takes too long: no Python code needs to run for that."""
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.alarm(CLOCK_SECONDS)
-    yield
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.alarm(0)
-
-
-def _write(path: Path, content: Any, place: str) -> None:
+def _write(path: Path, content: Any) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    match content:
-        case Link(target):
-            path.symlink_to(target.replace(PLACE, place))
-        case Special("pipe"):
-            os.mkfifo(path)
-        case Special("folder"):
-            path.mkdir()
-        case Sparse(head, size):
-            path.write_bytes(head)
-            os.truncate(path, size)
-        case bytes():
-            path.write_bytes(content.replace(PLACE.encode(), place.encode()))
+    if callable(content):
+        content(path)
+    elif content is not None:
+        path.write_bytes(content.replace(PLACE.encode(), os.fsencode(Path.cwd())))
 
 
 def _run_case(place: Path, case: Case) -> tuple[int, str, list[str]]:
     from sleb_cli.__main__ import main
 
-    os.chdir(place)
     for name, value in zip(("SLEB_CACHE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "TMPDIR"), OWN, strict=True):
         (place / value).mkdir()
         os.environ[name] = str(place / value)
@@ -216,10 +199,7 @@ def _run_case(place: Path, case: Case) -> tuple[int, str, list[str]]:
 
 def _wrong_words(code: int, said: str, printed: str, case: Case) -> Iterator[str]:
     """Yield what is wrong with what a user reads."""
-    if code not in case.codes:
-        yield f"exit code {code}, not one of {case.codes}"
-    if code and not re.search(r"^error: .+\nhint: .+\n\Z", said, re.MULTILINE):
-        yield "not one sentence and a hint"
+    yield from wrong_ending(code, said, case.codes)
     if not re.search(case.says, said + printed):
         yield f"{case.says!r} is not said: {printed}"
     if len(said) > 5000:

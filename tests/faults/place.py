@@ -12,7 +12,7 @@ from typing import Any
 
 from conftest import calibration, llama_config, prose, save_model
 from faults.arrangements import MEMBER, fetching_the_demo, saving_always, with_a_hub
-from faults.program import Call, Fault, Finished, Program, Running
+from faults.program import Call, Fault, Finished, Program, Running, require
 from gguf_models import convert_llama
 
 TIMES = re.compile(rb'"(started|measured_at|prepared_in|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
@@ -151,7 +151,8 @@ class Place:
         """Return the calls of a run of this command that nothing disturbs, and the files that it leaves."""
         if name not in self._undisturbed:
             self.reset()
-            found = [each.wait().require() for each in self.launch(COMMANDS[name], fault=Fault(self.folder), **options)]
+            runs = self.launch(COMMANDS[name], fault=Fault(self.folder), **options)
+            found = [require(each.wait()) for each in runs]
             self._undisturbed[name] = found[0].calls, self.files()
             assert not list(filter(is_leftover, self.files()))
         return self._undisturbed[name]
@@ -171,9 +172,8 @@ class Place:
         """Run a command once more, after which nothing is as if it had ever been disturbed."""
         if self.files() not in (self.start, self.undisturbed(name)[1]):
             for running in self.launch(COMMANDS[name], *COMMANDS[name].again, **options):
-                finished = running.wait()
-                assert finished.exit_code == 0, (case, finished.stderr)
-            wrong = [file for file in self.wrong(name, done=True, may_leave=True)]
+                require(running.wait())
+            wrong = list(self.wrong(name, done=True, may_leave=True))
             assert not wrong, (case, wrong)
 
 

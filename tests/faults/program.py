@@ -18,12 +18,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 HERE = Path(__file__).parent
 LIBRARY = "SLEB_TESTS_FAULTY_IO"
@@ -55,14 +55,6 @@ class Fault:
     lasting: bool = False
 
 
-@dataclass(frozen=True)
-class Limits:
-    """`memory` is in bytes beyond what the program itself maps; `seconds` are of the clock."""
-
-    memory: int | None = None
-    seconds: float = 120
-
-
 class Call(NamedTuple):
     """A call to the file system: its sort, the function of libc, and the path below the folder of the Fault."""
 
@@ -80,17 +72,24 @@ class Finished:
     stdout: str
     stderr: str
     calls: tuple[Call, ...]
-    seconds: float
 
-    def require(self, codes: Collection[int] = (0,)) -> "Finished":
-        """Require one of these exit codes and no traceback, and of an error one sentence with a hint."""
-        said = f"{self.words}: {self.exit_code} after {self.seconds:.1f} s\n{self.stderr[-3000:]}"
-        assert self.exit_code in codes, said
-        assert "Traceback" not in self.stderr, said
-        for kind in ("error", "hint"):
-            found = re.findall(rf"^{kind}: \S", self.stderr, re.MULTILINE)
-            assert len(found) == (1 <= (self.exit_code or 0) <= 9), said
-        return self
+
+def wrong_ending(code: int | None, said: str, codes: Collection[int]) -> Iterator[str]:
+    """Yield what is wrong with how a run ended: its exit code, a traceback, or no sentence and hint for an error."""
+    if code not in codes:
+        yield f"exit code {code}, not one of {codes}"
+    if "Traceback" in said:
+        yield "a traceback"
+    errors = re.findall(r"^error: \S.*(?:\nhint: \S.*\n\Z)?", said, re.MULTILINE)
+    if [error.count("\nhint: ") for error in errors] != ([1] if 1 <= (code or 0) <= 9 else []):
+        yield "not one sentence and a hint"
+
+
+def require(ended: Any, codes: Collection[int] = (0,)) -> Any:
+    """Require that a run, in this process or another, ended well."""
+    wrong = list(wrong_ending(ended.exit_code, ended.stderr, codes))
+    assert not wrong, f"{wrong}: {getattr(ended, 'words', '')}\n{ended.stderr[-3000:]}"
+    return ended
 
 
 class Running:
@@ -98,7 +97,6 @@ class Running:
 
     def __init__(self, process: Any, words: tuple[str, ...], place: Path, seconds: float) -> None:
         self._process, self._words, self._place, self._seconds = process, words, place, seconds
-        self._begun = time.monotonic()
 
     @property
     def pid(self) -> int:
@@ -142,7 +140,14 @@ class Running:
         code = None if late else self._process.exitcode
         traced = [line.split(" ", 2) for line in calls.splitlines()]
         seen = tuple(Call(Calls(int(sort)), name, path) for sort, name, path in traced)
-        return Finished(self._words, code, stdout, stderr, seen, time.monotonic() - self._begun)
+        return Finished(self._words, code, stdout, stderr, seen)
+
+    def when_stopped(self, do: Callable[[], object]) -> Finished:
+        """Do something when it has met STOP, let it go on, and wait for its end."""
+        self.wait_until_stopped()
+        do()
+        self.send(signal.SIGCONT)
+        return self.wait()
 
 
 class Program:
@@ -158,13 +163,8 @@ class Program:
         # The server of Python 3.11 does not set sys.path before it imports what is to be imported once.
         path = os.pathsep.join(filter(None, sys.path))
         ours = {"LD_PRELOAD": str(library), LIBRARY: str(library), "PYTHONPATH": path}
-        before = dict(os.environ)
-        os.environ |= ours
-        try:
+        with mock.patch.dict(os.environ, ours):
             multiprocessing.forkserver.ensure_running()
-        finally:
-            os.environ.clear()
-            os.environ |= before
 
     def start(
         self,
@@ -172,9 +172,9 @@ class Program:
         cwd: Path,
         environment: Mapping[str, str | None] | None = None,
         fault: Fault | None = None,
-        limits: Limits | None = None,
         before: tuple[Callable[..., None], *tuple[Any, ...]] | None = None,
-        clock_goes_back: int = 0,
+        memory: int | None = None,
+        seconds: float = 120,
     ) -> Running:
         """Start `sleb` with these words.
 
@@ -183,25 +183,23 @@ class Program:
             cwd: where it runs.
             environment: is added to that of the test; None removes a variable.
             fault: what a call to the file system meets.
-            limits: of memory and time.
             before: a function, and its arguments, that is called in the process before the program.
-            clock_goes_back: by how many seconds the clock of the day goes back each time it is read.
+            memory: its limit in bytes, beyond what the program itself maps.
+            seconds: its limit by the clock.
         """
         self._runs += 1
         place = self._scratch / str(self._runs)
         place.mkdir()
         typed = tuple(str(word) for word in words)
         variables = {name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None}
-        limits = limits or Limits()
-        arguments = (typed, place, cwd, variables, fault, limits, before, clock_goes_back)
-        process = self._context.Process(target=_run, args=arguments)
+        process = self._context.Process(target=_run, args=(typed, place, cwd, variables, fault, before, memory))
         process.start()
-        return Running(process, typed, place, limits.seconds)
+        return Running(process, typed, place, seconds)
 
     def run(self, *words: object, codes: Collection[int] | None = (0,), **options: Any) -> Finished:
         """Run `sleb` to its end, which must be one of these exit codes, with a sentence if it is an error."""
         finished = self.start(*words, **options).wait()
-        return finished if codes is None else finished.require(codes)
+        return finished if codes is None else require(finished, codes)
 
     def launch(self, count: int, *words: object, fault: Fault | None = None, **options: Any) -> list[Running]:
         """Start `sleb` in this many processes, as a launcher does; the first one meets the fault."""
@@ -210,12 +208,16 @@ class Program:
         with socket.socket() as place:
             place.bind(("localhost", 0))
             port = place.getsockname()[1]
-        together = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        given = {**options.pop("environment", {}), **together, "LOCAL_WORLD_SIZE": str(count)}
-        ranks = [given | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-        faults = [fault, *[None] * (count - 1)]
+        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        given = {**options.pop("environment", {}), **given, "LOCAL_WORLD_SIZE": str(count)}
         return [
-            self.start(*words, environment=rank, fault=own, **options) for rank, own in zip(ranks, faults, strict=True)
+            self.start(
+                *words,
+                environment=given | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                fault=None if rank else fault,
+                **options,
+            )
+            for rank in range(count)
         ]
 
 
@@ -225,9 +227,8 @@ def _run(
     cwd: Path,
     variables: dict[str, str],
     fault: Fault | None,
-    limits: Limits,
     before: tuple[Any, ...] | None,
-    clock_goes_back: int,
+    memory: int | None,
 ) -> None:
     """Be the program, in a session of its own; never returns."""
     # The tests may run under nohup, or in the background.
@@ -244,17 +245,15 @@ def _run(
     tempfile.tempdir = None  # chosen anew
     os.chdir(cwd)
     sys.argv = ["sleb", *words]
-    if limits.memory is not None:
+    if memory is not None:
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + limits.memory,) * 2)
-    library = ctypes.CDLL(_LIBRARY)
-    library.faulty_clock(ctypes.c_long(clock_goes_back))
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
     code: Any = 1
     try:
         if fault is not None:
             trace = os.open(place / "calls", os.O_WRONLY | os.O_CREAT | os.O_APPEND) if fault.at == 0 else -1
             at, folder = ctypes.c_long(fault.at), os.fsencode(fault.folder.resolve())
-            library.faulty_io(folder, int(fault.calls), at, fault.what, int(fault.lasting), trace)
+            ctypes.CDLL(_LIBRARY).faulty_io(folder, int(fault.calls), at, fault.what, int(fault.lasting), trace)
         if before is not None:
             before[0](*before[1:])
         importlib.import_module("sleb_cli.__main__").run()

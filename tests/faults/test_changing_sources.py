@@ -10,7 +10,7 @@ import pytest
 
 from faults.conftest import counts
 from faults.place import COMMANDS, delivered
-from faults.program import STOP, Fault
+from faults.program import STOP, Fault, require
 
 
 def edit(path):
@@ -53,10 +53,7 @@ def changed_at(place, name, at, change):
     """Run a command, do something at this call, and return how it ended."""
     place.reset()
     (running,) = place.launch(COMMANDS[name], fault=Fault(place.folder, at, STOP))
-    running.wait_until_stopped()
-    change()
-    running.send(signal.SIGCONT)
-    return running.wait()
+    return running.when_stopped(change)
 
 
 @counts(2, 40)
@@ -77,7 +74,7 @@ def test_what_was_made_of_files_that_changed_is_not_delivered(place, name, count
         if finished.exit_code:
             assert found == delivered(command, place.start), case
             if change is not truncate or finished.exit_code != -signal.SIGBUS:  # a mapped file, of which a part is gone
-                finished.require((3, 4))
+                require(finished, (3, 4))
         elif found != delivered(command, whole):  # it only began to read when the file had changed
             shutil.rmtree(place.work)
             shutil.copytree(place.folder / "begin", place.work)
@@ -90,5 +87,5 @@ def test_a_text_is_read_once_so_a_later_change_is_no_change(place):
     calls, whole = place.undisturbed("search")
     last_read = max(at for at, call in enumerate(calls, start=1) if "/text.txt" in call.path)
     text = place.folder / "text.txt"
-    changed_at(place, "search", last_read + 1, lambda: text.write_text("Something else.\n" * 400)).require()
+    require(changed_at(place, "search", last_read + 1, lambda: text.write_text("Something else.\n" * 400)))
     assert place.files() == whole

@@ -28,9 +28,9 @@ from faults.bases import (
     STREAM,
     SUMMARY,
     TALK,
-)
+)  # fmt: skip
 from faults.conftest import counts
-from faults.hostile import FOLDER, PIPE, PLACE, Case, Link, require_well, run_cases
+from faults.hostile import FOLDER, PIPE, PLACE, Case, link, require_well, run_cases
 from faults.lies import (
     WORDS,
     Runs,
@@ -47,26 +47,6 @@ from faults.lies import (
     weight_files,
     words,
 )  # fmt: skip
-
-MODEL_COMMANDS = {"cut": CUT, "estimate": ESTIMATE, "apply": APPLY, "search": SEARCH, "eval": EVAL}
-HARMLESS = {
-    **{f"{words[0]} of a plan": ("planned", words) for words in PLANNED},
-    **{f"{name} of {base}": (base, command) for base in ("llama", "shards", "gpt2", "pickle")
-       for name, command in MODEL_COMMANDS.items()},
-    "a chat": ("chat", CHAT), "a summary": ("files", SUMMARY), "a GGUF file": ("files", CUT_GGUF),
-    "a journal": ("journal", RESUME), "a walk": ("walk", STREAM), "a healing": ("healing", (*HEAL, "--resume")),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def harmless(program, bases, tmp_path_factory):
-    cases = [Case(command, {}, bases[base]) for base, command in HARMLESS.values()]
-    return dict(zip(HARMLESS, run_cases(program, cases, tmp_path_factory.mktemp("harmless")), strict=True))
-
-
-@pytest.mark.parametrize("name", HARMLESS)
-def test_what_is_harmless_works(harmless, name):
-    assert (harmless[name].code, harmless[name].wrong) == (0, []), harmless[name]
 
 
 def replaced(base, file, contents, *commands):
@@ -92,8 +72,8 @@ SHARDS = [
     "./model-00001-of-00004.safetensors",
 ]  # fmt: skip
 BESIDE = {
-    "model/away": Link("../outside"), "model/link.safetensors": Link("../outside/model.safetensors"),
-    "model/loop.safetensors": Link("loop.safetensors"), "model/pipe.safetensors": PIPE,
+    "model/away": link("../outside"), "model/link.safetensors": link("../outside/model.safetensors"),
+    "model/loop.safetensors": link("loop.safetensors"), "model/pipe.safetensors": PIPE,
     "model/folder.safetensors": FOLDER,
 }  # fmt: skip
 
@@ -102,7 +82,7 @@ def indices(bases):
     base, index = bases["shards"], json.loads((bases["shards"] / "model" / INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
     places = st.sampled_from([*SHARDS, *shards])
-    contents = [None, b"", PIPE, FOLDER, Link("../outside/model.safetensors"), Link(shards[0]), Link("..")]
+    contents = [None, b"", PIPE, FOLDER, link("../outside/model.safetensors"), link(shards[0]), link("..")]
     everywhere = places.map(lambda place: to_text({"weight_map": dict.fromkeys(index["weight_map"], place)}))
     lies = documents(index["weight_map"], values=places, keys=words).map(lambda text: b'{"weight_map": %s}' % text)
     beside = replaced(base, f"model/{INDEX}", lies | everywhere | documents(index), *[CUT] * 10, APPLY, EVAL)
@@ -169,7 +149,7 @@ tiktoken.model additional_chat_templates/x.jinja""".split()
 GENERATION = """max_length eos_token_id temperature top_p top_k num_beams repetition_penalty cache_implementation
 bad_words_ids transformers_version stop_strings watermarking_config assistant_tokens custom_generate compile_config
 guidance_scale do_sample max_new_tokens forced_eos_token_id pad_token_id use_cache""".split()
-SPECIAL = [None, Link("../outside/tokenizer.json"), Link("loop"), Link("/dev/zero"), PIPE, FOLDER]
+SPECIAL = [None, link("../outside/tokenizer.json"), link("loop"), link("/dev/zero"), PIPE, FOLDER]
 IDS = st.sampled_from([-1, 320, 10**6, 2**31, 2**32 - 1, 2**32, 2**63, 1.5, "1"])
 COMMANDS = (*[CUT] * 3, *[SEARCH] * 6, EVAL, APPLY)
 
@@ -211,13 +191,8 @@ def pickles(bases):
         *(tensors | {"a": value} for value in more), list(tensors.values()), one, None, {}, {"state_dict": tensors},
         tensors | {5: one}, tensors | {"../outside/x": one}, dict(list(tensors.items())[:3]),
     ]  # fmt: skip
-    known = [
-        b"\x80\x02]" + b"]" * 10**6,
-        b"\x80\x02" + b"(" * 10**6 + b".",
-        b"R",
-        b"\x80\x02}q",
-        *map(saved_as, others),
-    ]
+    deep = [b"\x80\x02]" + b"]" * 10**6, b"\x80\x02" + b"(" * 10**6 + b"."]
+    known = [*deep, b"R", b"\x80\x02}q", *map(saved_as, others)]
     contents = st.sampled_from(known) | st.sampled_from([honest, *known]).flatmap(damaged)
     return replaced(bases["pickle"], "model/pytorch_model.bin", contents, CUT, APPLY)
 
@@ -233,9 +208,9 @@ config.json""".split()
 
 @st.composite
 def links(draw, bases):
-    files = draw(st.sampled_from([{}, {"model/away": Link("../outside"), "model/loop": Link("loop")}]))
+    files = draw(st.sampled_from([{}, {"model/away": link("../outside"), "model/loop": link("loop")}]))
     for name in draw(st.lists(st.sampled_from(READ), min_size=1, max_size=3, unique=True)):
-        target = Link(draw(st.sampled_from(LINKS)).replace("{name}", name).replace("@PLACE@", PLACE))
+        target = link(draw(st.sampled_from(LINKS)).replace("{name}", name).replace("@PLACE@", PLACE))
         files = files | {f"model/{name}": draw(st.sampled_from([target] * 6 + [PIPE, FOLDER, b"", None]))}
     command = draw(st.sampled_from([CUT] * 6 + [APPLY, SEARCH, EVAL, CHAT]))
     return Case(command, files, bases[draw(st.sampled_from(["llama", "shards"]))])

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from faults.conftest import counts
+from faults.conftest import counts, often
 from faults.place import APPLY, APPLY_GGUF, HEAL, evaluate, search
+from faults.program import require
 
 OUTPUT = 8
 # What two runs do, and whether both must end well.
@@ -26,9 +27,7 @@ FIRST = ("apply", "search", "one cache", "results of one plan")
 
 
 @counts(1, 20)
-@pytest.mark.parametrize(
-    "name", [*FIRST, *(pytest.param(name, marks=pytest.mark.faults) for name in PAIRS if name not in FIRST)]
-)
+@pytest.mark.parametrize("name", often(PAIRS, FIRST))
 def test_two_runs_never_spoil_what_one_of_them_makes(place, name, count, tried):
     *pair, both = PAIRS[name]
     here = {"cwd": place.work, "environment": place.environment}
@@ -41,7 +40,7 @@ def test_two_runs_never_spoil_what_one_of_them_makes(place, name, count, tried):
         one = place.program.start(*pair[0], **here)
         one.ends_within(random.Random(seed).choice([0, random.Random(seed).uniform(0, 0.5)]))
         two = place.program.start(*pair[1], **here)
-        codes = [run.wait().require((0,) if both else (0, OUTPUT)).exit_code for run in (one, two)]
+        codes = [require(run.wait(), (0,) if both else (0, OUTPUT)).exit_code for run in (one, two)]
         assert 0 in codes, seed
         found = place.files()
         assert found.keys() == whole.keys(), seed

@@ -16,10 +16,6 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
     assert (short.removals, short.steps, short.search.remove) == (plan.removals[:1], plan.steps[:1], 1)
     plan.write(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == llama_plan.read_bytes()
-    assert read_plan(tmp_path / "again.json") == plan
-
-
-def test_its_top_level_keys(llama_plan):
     assert list(json.loads(llama_plan.read_text())) == [
         "schema_version", "sleb_version", "model", "calibration", "search", "dense", "removals", "steps",
         "sample_generation", "environment",
@@ -29,15 +25,11 @@ def test_its_top_level_keys(llama_plan):
 @pytest.mark.parametrize(
     ("source", "title"),
     [
-        ("wikitext2", "wikitext2"),
         ("self:0.5,c4:0.5", "self:0.5,c4:0.5"),
-        ("org/name:config:split:column", "org/name:config:split:column"),
         ("org/name:con/fig::a/b", "org/name:con/fig::a/b"),
         ("/home/jane/notes.txt", "notes.txt"),
         ("private/notes.md", "notes.md"),
-        ("/home/jane/notes", "notes"),
         ("../notes", "notes"),
-        ("~/notes.json", "notes.json"),
         ("/home/a,b/c:d/notes.txt", "notes.txt"),
         ("/home/jane/corpus:default:test", "corpus:default:test"),
         ("deep/in/corpus/::test", "corpus::test"),
@@ -82,9 +74,9 @@ INVALID = {
     "words for a number": ({"model": {"blocks": "6"}}, "model.blocks"),
     "other removals": ({"removals": [1, 2, 3]}, "do not name the same blocks"),
     "a block too many": ({"model": {"blocks": 2}}, "does not have"),
-    "a version in words": ({"schema_version": "1"}, "schema_version: Input should be a valid integer"),
-    "no version": ({"schema_version": None}, "schema_version: Input should be a valid integer"),
-    "a later version": ({"schema_version": 2}, "schema_version 2; this sleb reads 1.*pgrade"),
+    "a version in words": ({"schema_version": "1"}, "schema_version: Input should be 1"),
+    "no version": ({"schema_version": None}, "schema_version: Input should be 1"),
+    "a later version": ({"schema_version": 2, "later": 1}, "schema_version: Input should be 1.*newer sleb .* upgrade"),
 }
 
 

@@ -92,32 +92,40 @@ def test_a_name_nobody_offers():
     assert error.value.hint == "Did you mean 'cosine'?"
 
 
-def test_sleb_names_the_broken_ones(run_sleb, plugins, monkeypatch, tiny_llama):
-    found = plugins(bad_cli="import nothing_of_that_name", twin_cli=FAMILY.format(name="twin", type="llama"))
-    real = plugin_manager.entry_points
-    monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
+@pytest.fixture
+def installed(plugins, monkeypatch):
+    """Install modules as plugins, beside the built-in ones."""
+
+    def install(**modules):
+        found, real = plugins(**modules), plugin_manager.entry_points
+        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
+
+    return install
+
+
+def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, installed, tiny_llama):
+    assert "Loading plugins" not in run_sleb("plugins").stderr
+    broken = "import sys\nprint('here I run', file=sys.stderr)\nimport nothing_of_that_name"
+    installed(bad_cli=broken, twin_cli=FAMILY.format(name="twin", type="llama"))
     result = run_sleb("plugins")
     assert result.exit_code == 0
-    assert "bad_cli" in result.stderr
+    assert 0 <= result.stderr.find("(bad_cli)") < result.stderr.find("here I run")
     assert "nothing_of_that_name" in result.stderr
     assert "'llama' is claimed by sleb" in result.stderr
     data = json.loads(run_sleb("plugins", "--json").stdout)
     assert data["failures"][0]["plugin"] == "bad_cli"
     assert len(data["collisions"]) == 1
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "self")
+    words = ("search", tiny_llama, "--remove", 1, "--calibration", "self")
+    result = run_sleb(*words)
     assert result.exit_code == 6
-    assert result.stderr.count("(bad_cli) failed to load") == 1
     assert result.stderr.startswith("Loading plugins of other packages: unknown package ? (bad_cli)")
+    assert result.stderr.count("(bad_cli) failed to load") == 1
     assert "twin_cli" in result.stderr
-    quiet = run_sleb("search", tiny_llama, "--remove", 1, "--calibration", "self", "-q")
-    assert quiet.stderr.startswith("warning: The plugin ")
-    assert quiet.stderr.count("bad_cli") == 1
+    assert "Loading plugins" not in run_sleb(*words, "-q").stderr
 
 
-def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, monkeypatch, tiny_gpt2):
-    found = plugins(lost=FAMILY.format(name="lost", type="gpt2"))
-    real = plugin_manager.entry_points
-    monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
+def test_an_adapter_that_points_nowhere_is_named(run_sleb, installed, tiny_gpt2):
+    installed(lost=FAMILY.format(name="lost", type="gpt2"))
     result = run_sleb("search", tiny_gpt2, "--remove", 1, "--calibration", "self")
     assert result.exit_code == 4
     assert "The family lost says that gpt2 keeps its blocks at a.b" in result.stderr
