@@ -73,9 +73,11 @@ def first_fault(error: ValidationError, whole: str) -> str:
     """Return the first fault and its place in a few words; `whole` names the data itself."""
     if error.error_count() > MOST_FAULTS:  # pydantic lists all errors or none
         return f"{whole} has {error.error_count():,} faults"
-    first = error.errors(include_url=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
+    is_number = first["type"] == "literal_error" and isinstance(first["input"], int) and abs(first["input"]) < 1000
+    found = f", not {first['input']}" if is_number else ""
     place = [str(part) if len(str(part)) <= 40 else f"{str(part)[:40]}…" for part in first["loc"]]
-    return f"{'.'.join(place) or whole}: {first['msg'].rstrip('.')}"
+    return f"{'.'.join(place) or whole}: {first['msg'].rstrip('.')}{found}"
 
 
 def without_folders(name: str) -> str:
