@@ -46,10 +46,10 @@ def passes_of(skippable, sequences, *budget, **options):
     return Passes(skippable, torch.split(sequences, budget.sequences), budget, events.append, **options), events
 
 
-def score(passes, removed=(), candidates=CANDIDATES, metric=None):
+def score(passes, removed=(), candidates=CANDIDATES, metric=None, ranking=()):
     found = defaultdict(list)
-    units = [(batch, candidates) for batch in range(len(passes.batches))]
-    for _, block, scores in passes.score(metric or NegativeLogLikelihood(), removed, units):
+    jobs = [(batch, candidates) for batch in range(len(passes.batches))]
+    for _, block, scores in passes.score(metric or NegativeLogLikelihood(), removed, jobs, ranking):
         found[block] += scores
     return dict(found)
 
@@ -154,8 +154,8 @@ def run_blocks(skippable, monkeypatch):
 
 
 def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences, run_blocks):
-    passes, _ = passes_of(skippable, sequences, ranking=[3, 2, 1, 4])
-    score(passes)
+    passes, _ = passes_of(skippable, sequences)
+    score(passes, ranking=[3, 2, 1, 4])
     run_blocks.clear()
     remembered = score(passes, (3,), [1, 2, 4])
     # Up to block 3 all is known, for 2 batches: then come branches 1 and 2, and the base for 4 to fork off from.
@@ -164,8 +164,8 @@ def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences
 
 
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
-    passes, _ = passes_of(skippable, sequences, ranking=[3])
-    score(passes, (1,), [2, 3, 4])
+    passes, _ = passes_of(skippable, sequences)
+    score(passes, (1,), [2, 3, 4], ranking=[3])
     assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
 
 

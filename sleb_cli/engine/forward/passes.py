@@ -93,8 +93,6 @@ class Passes:
     notify: Notify
     forks: bool = True
     """Whether candidates share a walk; otherwise each is scored by a pass of the whole model."""
-    ranking: Sequence[int] = ()
-    """The best candidates so far, the best first: the next step probably starts at one of them."""
     loss_mask: Sequence[Tensor] | None = None
     """For each batch, which of its tokens count as targets, bool [sequences, positions]; None for all."""
     available: int = 2**63
@@ -105,6 +103,7 @@ class Passes:
     """Where a streamed walk is saved, and continues if the search before was interrupted."""
 
     _removed: tuple[int, ...] = field(default=(), init=False)
+    _ranking: Sequence[int] = field(default=(), init=False)
     _parts: dict[int, list[_Part]] = field(default_factory=dict, init=False)
 
     def over(self, sequences: Tensor, loss_mask: Tensor | None) -> Passes:
@@ -115,7 +114,6 @@ class Passes:
             batches=torch.split(sequences, size),
             loss_mask=None if loss_mask is None else torch.split(loss_mask, size),
             budget=replace(self.budget, kept=0),
-            ranking=(),
             saved_walk=None,
         )
 
@@ -125,16 +123,18 @@ class Passes:
         return replace(self, budget=replace(self.budget, sequences=size)).over(torch.cat(list(self.batches)), loss_mask)
 
     def score(
-        self, metric: LogitMetric, removed: Sequence[int], jobs: Sequence[Job]
+        self, metric: LogitMetric, removed: Sequence[int], jobs: Sequence[Job], ranking: Sequence[int] = ()
     ) -> Iterator[tuple[int, int, list[float]]]:
         """Score batches without each of their candidates; yield batch, candidate (BASE without any), and scores.
 
+        `ranking` has the best candidates so far, the best first: the next step probably starts at one of them.
         If memory runs out, continue in smaller pieces; nothing is scored twice.
 
         Raises:
             OutOfMemory: the pieces are as small as they can be.
         """
         self._drop_outdated(tuple(removed))
+        self._ranking = tuple(ranking)
         left = {batch: list(candidates) or [BASE] for batch, candidates in jobs}
 
         def run() -> Iterator[tuple[int, int, list[float]]]:
@@ -244,7 +244,7 @@ class Passes:
 
     def _depths(self, part: _Part, blocks: Sequence[int]) -> dict[int, int]:
         kept = self.budget.kept - (part.dense is not None)
-        return depths_to_keep(self.ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
+        return depths_to_keep(self._ranking, [block for block in blocks if block != BASE], kept, KEPT_DEPTHS)
 
     def _shrink(self, part: _Part, blocks: Sequence[int]) -> None:
         """Forget what the next step does not need of a part, or has no memory for."""
@@ -306,7 +306,7 @@ class Passes:
                 part.states.after_removal(block)
         self._removed = removed
 
-    def share_of_later_steps(self, candidates: Sequence[int]) -> float:
+    def share_of_later_steps(self, candidates: Sequence[int], ranking: Sequence[int]) -> float:
         """Forecast the time of an evaluation in the next step, as a share of one that starts at the first block.
 
         The next step starts at the block that leads now, or before any does, at the middle candidate. The head counts
@@ -314,7 +314,7 @@ class Passes:
         """
         if not self.forks or not self.budget.kept:
             return 1.0
-        last, leader = len(self.skippable.switches), (self.ranking or candidates[len(candidates) // 2 :])[0]
+        last, leader = len(self.skippable.switches), (ranking or candidates[len(candidates) // 2 :])[0]
         whole = sum(last - candidate for candidate in candidates) + last
         spared = sum(leader - candidate for candidate in candidates if candidate < leader) + leader
         return 1 - spared / (whole + self.skippable.head_blocks * len(candidates))

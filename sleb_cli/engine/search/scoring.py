@@ -72,6 +72,7 @@ class Scoring:
     group: ProcessGroup = field(default_factory=ProcessGroup)
     require_sound: Callable[[], None] = lambda: None
     _of_weights: dict[int, float] = field(default_factory=dict, init=False)
+    _ranking: list[int] = field(default_factory=list, init=False)
 
     @property
     def skippable(self) -> SkippableModel:
@@ -214,7 +215,7 @@ class Scoring:
                 race.drop_beaten({block: self.journal.scores(removed, block, seen) for block in race.contenders})
                 self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), expected - race.evaluations))
         means = self._means(removed, race.contenders)
-        self.passes.ranking = ranking(means)
+        self._ranking[:] = ranking(means)
         return race.outcome(means) if self.fast else Outcome(means)
 
     @torch.inference_mode()
@@ -244,9 +245,9 @@ class Scoring:
 
         def measure(mine: Sequence[Job]) -> Iterator[Scores]:
             if candidates:
-                passes.ranking = ranking(self._means(removed, candidates)) or passes.ranking
-                self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates)))
-            for batch, block, scores in passes.score(metric, removed, mine):
+                self._ranking[:] = ranking(self._means(removed, candidates)) or self._ranking
+                self.notify(LaterStepsForecast(passes.share_of_later_steps(candidates, self._ranking)))
+            for batch, block, scores in passes.score(metric, removed, mine, self._ranking):
                 yield (removed, block if candidates else None, first + batch), scores
 
         blocks: Sequence[int | None] = candidates or [None]
