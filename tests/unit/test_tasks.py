@@ -74,10 +74,10 @@ def test_right_and_wrong_answers_are_compared_item_by_item():
     assert pruned.items_needed > 10_000
 
 
-@pytest.mark.parametrize("change", [{"doc_hash": "x"}, {"prompt_hash": "x"}, {"target_hash": "x"}, {"doc_id": 2}])
-def test_other_items_and_infinite_values_are_refused(change):
-    with pytest.raises(DataError, match="did not see the same items of weather"):
-        one_pruned(binary(1.0, 0.0), results_of([sample(0, 1.0), sample(1, 0.0, **change)]))
+def test_other_items_and_infinite_values_are_refused():
+    for change in ({"doc_hash": "x"}, {"prompt_hash": "x"}, {"target_hash": "x"}, {"doc_id": 2}):
+        with pytest.raises(DataError, match="did not see the same items of weather"):
+            one_pruned(binary(1.0, 0.0), results_of([sample(0, 1.0), sample(1, 0.0, **change)]))
     with pytest.raises(ModelError, match="acc of weather is inf"):
         one_pruned(binary(1.0), results_of([sample(0, 1.0)], {"acc,none": float("inf")}))
 
@@ -95,7 +95,6 @@ def test_small_and_equal_results(before, after, expected):
     _, pruned = one_pruned(binary(*before), binary(*after))
     found = (pruned.difference, pruned.retention, pruned.mcnemar_p, pruned.lost, pruned.gained, pruned.items_needed)
     assert found == expected
-    assert pruned.difference_interval.low < pruned.difference < pruned.difference_interval.high or len(before) == 1
     assert (pruned.standard_error is None) == (len(before) == 1)
 
 
@@ -143,9 +142,10 @@ def group(children, value, tasks):
     return merged
 
 
-@pytest.mark.parametrize("by_size", [True, False])
 @pytest.mark.parametrize(
-    "children", [{"climate": ["rain", "sun"]}, {"climate": ["inner", "sun"], "inner": ["rain"]}], ids=["flat", "nested"]
+    ("by_size", "children"),
+    [(True, {"climate": ["rain", "sun"]}), (False, {"climate": ["inner", "sun"], "inner": ["rain"]})],
+    ids=["flat, by size", "nested, alike"],
 )
 def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
     scores = [
@@ -168,24 +168,11 @@ def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
     assert pruned.difference == pytest.approx(sum(shares[name] * change.mean for name, change in changes.items()))
     variance = sum((shares[name] * change.standard_error) ** 2 for name, change in changes.items())
     assert pruned.standard_error == pytest.approx(variance**0.5)
-    assert pruned.difference_interval.low < pruned.difference < pruned.difference_interval.high
     assert pruned.lost is None
     # A value that is no mean of its tasks has a difference alone.
     dense["results"]["climate"]["acc,none"], without["results"]["climate"]["acc,none"] = 0.9, 0.3
     pruned = compare_task(dense, [((1,), without)])[-1].pruned[0]
     assert (pruned.difference, pruned.standard_error) == (pytest.approx(-0.6), None)
-
-
-WARM = {"filtered_resps": [[-3.0, False], [-2.5, True]]}
-
-
-def test_flips_show_what_each_model_chose():
-    dense = results_of([sample(0, 1.0), sample(1, 1.0), sample(2, 0.0)], output_type="multiple_choice")
-    pruned = results_of([sample(0, 1.0), sample(1, 0.0, **WARM), sample(2, 1.0, **WARM)])
-    lost, gained = one_pruned(dense, pruned, show_flips=5)[1].flips
-    assert (lost.doc_id, lost.prompt, lost.target, lost.dense, lost.pruned) == (1, "Q1:", "cold", "cold", "warm")
-    assert (gained.doc_id, gained.target, gained.dense, gained.pruned) == (2, "warm", "cold", "warm")
-    assert [len(one_pruned(dense, pruned, show_flips=count)[1].flips) for count in (0, 1)] == [0, 1]
 
 
 LONG = [["Q:", " a long answer"], ["Q:", " short"]]
@@ -213,8 +200,9 @@ def test_what_a_flip_tells(kind, metric, arguments, answers, expected):
         )
         for score, answer in zip((1.0, 0.0), answers, strict=True)
     )  # fmt: skip
-    (flip,) = one_pruned(dense, pruned, show_flips=1)[1].flips
-    assert (flip.prompt, flip.target, flip.dense, flip.pruned) == expected
+    (lost,), (gained,) = one_pruned(dense, pruned, show_flips=5)[1].flips, one_pruned(pruned, dense, 1)[1].flips
+    assert (lost.doc_id, lost.prompt, lost.target, lost.dense, lost.pruned) == (0, *expected)
+    assert (gained.dense, gained.pruned) == (lost.pruned, lost.dense)
 
 
 @pytest.fixture
@@ -252,19 +240,20 @@ def loaded(tiny_llama):
     return AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
 
 
-@pytest.mark.parametrize(("name", "requests"), [("own_chosen", 14), ("own_written", 7)])
-def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests):
+@pytest.mark.parametrize(
+    ("name", "requests", "expected"),
+    [("own_chosen", 14, ("acc", "3", True)), ("own_written", 7, ("length", "1.0", False))],
+)
+def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests, expected):
     task, events = task_of(folder, name, limit=7), []
     result = task.run(*loaded, "dense", events.append)
     assert json.loads(json.dumps(result)) == result
-    assert len(result["samples"][name]) == 7
     assert {"config", "lm_eval_version", "transformers_version", "max_length", "tokenizer_eos_token"} <= set(result)
     (started,) = [event for event in events if isinstance(event, TaskStarted)]
     assert (started.task, started.total) == (f"{name}, dense", requests)
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == requests
     compared = compare_task(result, [((1,), result)])[0]
     assert (len(compared.doc_ids), compared.pruned[0].difference) == (7, 0)
-    expected = ("acc", "3", True) if name == "own_chosen" else ("length", "1.0", False)
     assert (compared.metric, compared.version, compared.higher_is_better) == expected
     assert compared.dense.value == pytest.approx(sum(compared.dense.items) / 7)
     assert task.run(*loaded)["samples"] == result["samples"]
@@ -322,12 +311,6 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, mon
     assert len(set(found)) == len(found)
 
 
-def test_a_name_that_is_close_to_a_preset(folder):
-    with pytest.raises(DataError, match="no task 'canarys'") as error:
-        task_of(folder, "canarys")
-    assert error.value.hint == "Did you mean 'canaries'?"
-
-
 def test_a_task_of_lm_eval_is_found_without_an_index_of_all(folder):
     manager = task_manager(["piqa", "arc_easy", "own_chosen"], [folder])
     assert len(manager.all_tasks) < 50
@@ -347,8 +330,6 @@ def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
     assert any("sleb_repeat_1024 is left out" in text and "the model has 512" in text for text in left)
     assert fitting(tasks, loaded[1], None, events.append) == tasks
     assert 0 < len(names) < len(left) + len(names)
-    with pytest.raises(DataError, match="No task fits the model's 128 positions"):
-        fitting(tasks, loaded[1], 128, events.append)
 
 
 @pytest.mark.parametrize(
