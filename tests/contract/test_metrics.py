@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import sleb_plugins as sleb
 from conftest import WORDS, calibration, calibration_sequences, save_model, write_task
 from families import tiny_config
+from reference import log_likelihood
 from sleb_cli import plugin_manager
 from sleb_cli.engine.forward import gradients
 from sleb_cli.engine.forward.gradients import blocks_with_gradients
@@ -55,13 +56,6 @@ class OneForAll(sleb.LogitMetric):
         return logits.mean()
 
 
-class OneForAllStates(sleb.HiddenStateMetric):
-    name = "one-for-all-states"
-
-    def score_tokens(self, entering, leaving):
-        return (entering - leaving).abs()
-
-
 class Buggy(sleb.HiddenStateMetric):
     name = "buggy"
 
@@ -72,7 +66,7 @@ class Buggy(sleb.HiddenStateMetric):
 @sleb.hookimpl
 def sleb_metrics():
     numbers = [1.0, 1.0, math.nan, *[1.0] * 30]
-    return [Loss(), Returning("nothing", None), Returning("nan", *numbers), OneForAll(), OneForAllStates(), Buggy()]
+    return [Loss(), Returning("nothing", None), Returning("nan", *numbers), OneForAll(), Buggy()]
 
 
 @pytest.fixture(autouse=True)
@@ -173,8 +167,7 @@ def test_taylor_is_what_one_backward_pass_gives(found, model, sequences):
 
 
 def test_gradients_take_smaller_batches_if_memory_is_short(found, monkeypatch):
-    expected, refused = found("taylor"), []
-    backpropagate = gradients._backpropagate
+    expected, refused, backpropagate = found("taylor"), [], gradients._backpropagate
 
     def short_of_memory(skippable, call, hidden, *rest):
         if len(hidden) > 1:
@@ -295,7 +288,6 @@ def test_a_sum_of_logit_metrics_races(found):
         ("task:items.yaml", 5, "names no task"),
         ("nothing", 6, "'nothing' returned None"),
         ("one-for-all", 6, "'one-for-all' returned scores of shape"),
-        ("one-for-all-states", 6, "'one-for-all-states' returned scores of shape"),
     ],
 )
 def test_a_metric_that_cannot_be_is_refused_in_time(search, tmp_path, monkeypatch, text, code, message):
@@ -325,48 +317,43 @@ class TestTask:
         self.items = [{"q": " ".join(rng.choices(WORDS, k=4)), "choices": answers, "gold": 1} for _ in range(12)]
         write_task(tmp_path, "mine", self.items, metric_list=[{"metric": "acc"}, {"metric": "acc_norm"}])
 
-    @torch.no_grad()
     def test_it_is_the_share_of_items_that_are_wrong(self, search, model, tiny_llama, tmp_path):
         result, plan = search("task:mine.yaml:9", "--remove", 1), read_plan(tmp_path / "plan.json")
         assert (plan.search.metric, plan.search.engine) == ("task:mine.yaml:9", "model")
-        tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-
-        def likelihood(question, answer):
-            ids = tokenizer(f"{question} {answer}", return_tensors="pt").input_ids
-            given = len(tokenizer(question).input_ids)
-            scores = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-            return float(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum()) / len(answer)
-
-        layers = list(model.model.layers)
+        assert "%|" not in result.stderr
         assert set(plan.steps[0].scores) == {1, 2, 3, 4}
+        tokenizer, layers = AutoTokenizer.from_pretrained(tiny_llama), list(model.model.layers)
         for block, score in plan.steps[0].scores.items():
             model.model.layers = nn.ModuleList(layers[:block] + layers[block + 1 :])
-            wrong = [likelihood(item["q"], "river bridge") <= likelihood(item["q"], "mill") for item in self.items[:9]]
-            assert score == pytest.approx(sum(wrong) / 9)
-        assert "%|" not in result.stderr
+            likelihoods = [
+                [log_likelihood(model, tokenizer, item["q"], f" {answer}") / len(answer) for answer in item["choices"]]
+                for item in self.items[:9]
+            ]
+            assert score == pytest.approx(sum(right <= wrong for wrong, right in likelihoods) / 9)
 
-    @pytest.mark.parametrize("change", ["settings", "items", "lm-eval", None])
-    def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch, change):
-        task, items = tmp_path / "mine.yaml", tmp_path / "mine.jsonl"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
-            search("task:mine.yaml:3", "--remove", 1)
-        if change == "settings":
-            task.write_text(task.read_text().replace("{{q}}", "Q: {{q}}"))
-        elif change == "items":
-            items.write_text(items.read_text().replace('"gold": 1', '"gold": 0', 1))
-        elif change == "lm-eval":
-            version = importlib.metadata.version
-            monkeypatch.setattr(
-                "importlib.metadata.version", lambda name: "9.9" if name == "lm_eval" else version(name)
-            )
-        result = search("task:mine.yaml:3", "--remove", 1, "--resume", code=3 if change else 0)
-        if change is None:
-            assert "Continuing with the" in result.stderr
-            return
-        told = re.search(r"search.metrics.task:mine.yaml:3.fingerprint: (.*), not (.*)\)", result.stderr)
-        parts = [text.split(", ") for text in told.groups()]
-        assert [new.split()[0] for new, old in zip(*parts, strict=True) if new != old] == [change]
+    def test_a_search_on_another_task_is_not_resumed(self, search, tmp_path, monkeypatch):
+        monkeypatch.setattr("sleb_cli.engine.search.journal.delete_journal", lambda *of: None)
+        search("task:mine.yaml:3", "--remove", 1)
+
+        def other_parts():
+            result = search("task:mine.yaml:3", "--remove", 1, "--resume", code=3)
+            told = re.search(r"search.metrics.task:mine.yaml:3.fingerprint: (.*), not (.*)\)", result.stderr)
+            parts = [text.split(", ") for text in told.groups()]
+            return [new.split()[0] for new, old in zip(*parts, strict=True) if new != old]
+
+        version = importlib.metadata.version
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.metadata.version", lambda name: "9.9" if name == "lm_eval" else version(name))
+            assert other_parts() == ["lm-eval"]
+        for part, name, old, new in (
+            ("settings", "mine.yaml", "{{q}}", "Q: {{q}}"),
+            ("items", "mine.jsonl", '"gold": 1', '"gold": 0'),
+        ):
+            content = (tmp_path / name).read_text()
+            (tmp_path / name).write_text(content.replace(old, new, 1))
+            assert other_parts() == [part]
+            (tmp_path / name).write_text(content)
+        assert "Continuing with the" in search("task:mine.yaml:3", "--remove", 1, "--resume").stderr
 
     def test_an_item_that_is_not_run_may_change(self, tmp_path):
         def fingerprint(items):

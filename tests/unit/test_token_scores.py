@@ -83,13 +83,6 @@ def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
     assert found.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))
 
 
-def test_a_model_differs_from_itself_by_nothing():
-    dense, same = scores_of((), ())
-    counted, clusters = torch.ones(3, 19, dtype=torch.bool), torch.arange(3)[:, None].expand(3, 19)
-    found = divergence_record(same, dense, counted, clusters)
-    assert (found.mean, found.maximum, found.same_top, found.probability_change_rms) == (0, 0, 1, 0)
-
-
 def test_calibration_error_of_known_confidences():
     def scores(confidence, right):
         return {"confidence": torch.tensor([confidence]), "right": torch.tensor([right])}
