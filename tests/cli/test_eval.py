@@ -45,7 +45,7 @@ def evaluate(run_sleb):
     return run
 
 
-def plain_perplexity(folder, text, length, skipped=()):
+def plain_perplexity(folder, text, length, skipped):
     """Tokenize once as a whole, cut, and take the exponential of the mean loss."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokenizer(text.read_text()).input_ids
@@ -54,21 +54,29 @@ def plain_perplexity(folder, text, length, skipped=()):
     return math.exp(plain_loss(model, model.get_submodule(path), windows, set(skipped)))
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_opt"])
-def test_perplexity_is_that_of_the_literature(run_sleb, request, model, test_text, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "sizes", "counts"),
+    [("tiny_llama", "--every 2", [2, 3]), ("tiny_llama", "--remove 3,1", [1, 3]), ("tiny_opt", "--every 9", [3])],
+)
+def test_perplexity_is_that_of_the_literature(run_sleb, request, model, sizes, counts, test_text, tmp_path):
     folder, text_file = request.getfixturevalue(model), test_text.rename(tmp_path / "a[bold]b[ end].txt")
     options = ["--perplexity", text_file.name, *SHORT, "--batch-size", 3]
-    result = run_sleb("eval", folder, "--blocks", "3,1", *options, "-o", "r[x].json")
+    result = run_sleb("eval", folder, "--blocks", "3,1,2", *sizes.split(), *options, "-o", "r[x].json")
     assert result.exit_code == 0, result.stderr
-    (text,) = json.loads((tmp_path / "r[x].json").read_text())["texts"]
-    dense, (pruned,) = text["dense"], text["pruned"]
-    assert dense["perplexity"] == pytest.approx(plain_perplexity(folder, text_file, 64), rel=1e-5)
-    assert pruned["perplexity"] == pytest.approx(plain_perplexity(folder, text_file, 64, [1, 3]), rel=1e-5)
+    measured = json.loads((tmp_path / "r[x].json").read_text())
+    assert measured["sizes"] == [[3, 1, 2][:count] for count in counts]
+    (text,) = measured["texts"]
+    dense = text["dense"]
     assert len(dense["losses"]) == text["windows"]
-    assert pruned["log_ratio"] == pytest.approx(math.log(pruned["perplexity"] / dense["perplexity"]))
-    assert pruned["interval"]["low"] < pruned["log_ratio"] < pruned["interval"]["high"]
-    for shown in (f"{dense['perplexity']:.2f}", f"{pruned['perplexity']:.2f}", text_file.name, "wrote r[x].json"):
-        assert shown in result.stdout
+    for size in [dense | {"removals": []}, *text["pruned"]]:
+        expected = plain_perplexity(folder, text_file, 64, size["removals"])
+        assert size["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert f"{size['perplexity']:.2f}" in result.stdout
+    for size in text["pruned"]:
+        assert size["log_ratio"] == pytest.approx(math.log(size["perplexity"] / dense["perplexity"]))
+        assert size["interval"]["low"] < size["log_ratio"] < size["interval"]["high"]
+    assert text_file.name in result.stdout
+    assert "wrote r[x].json" in result.stdout
 
 
 @pytest.fixture
@@ -110,17 +118,6 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, task_folder, tmp_path):
     assert flips
     assert all(flip["dense"] != flip["pruned"] for flip in flips)
     assert result.stdout.count("only one model gets right") == len(flips)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "counts"), [(("--every", 2), [2, 3]), (("--remove", "3,1"), [1, 3]), (("--every", 9), [3])]
-)
-def test_sizes_are_measured_beside_one_dense_model(evaluate, tiny_llama, test_text, sizes, counts):
-    data, _ = evaluate(tiny_llama, "--blocks", "3,1,4", *sizes, "--perplexity", test_text, *SHORT)
-    assert data["sizes"] == [[3, 1, 4][:count] for count in counts]
-    for size in data["texts"][0]["pruned"]:
-        alone = plain_perplexity(tiny_llama, test_text, 64, size["removals"])
-        assert size["perplexity"] == pytest.approx(alone, rel=1e-5)
 
 
 def count_passes(monkeypatch, limit=None):
@@ -213,24 +210,22 @@ def test_a_broken_or_read_only_cache_does_no_harm(evaluate, tiny_llama, test_tex
     assert said.count("Results are not cached") == 1
 
 
-def test_results_of_several_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_text, text_file, task_folder):
+def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_text, text_file, task_folder):
     plan = llama_plan.rename(llama_plan.parent / "plan.json")  # which is the default
     short = [*SHORT, "--max-windows", 4, "--limit", 4, "-q"]
     _, said = evaluate("--perplexity", f"{test_text},{text_file}", "--every", 1, *short)
     assert said == ""
     evaluate(plan, "--perplexity", text_file, "--tasks", "own_weather", "--include-path", task_folder, *short)
-    kept = EvalResult.model_validate_json(beside_plan(plan, "eval").read_text())
+    file = beside_plan(plan, "eval")
+    kept = EvalResult.model_validate_json(file.read_text())
     assert [text.text for text in kept.texts] == [str(test_text), str(text_file)]
     assert [[len(size.removals) for size in text.pruned] for text in kept.texts] == [[1, 2], [1, 2]]
     assert [task.task for task in kept.tasks] == ["own_weather"]
     assert len(kept.lm_eval) == 4
     assert all((plan.parent / name).is_file() for name in kept.lm_eval)
-
-
-def test_a_plan_of_another_model_keeps_nothing_beside_it(evaluate, llama_plan, tmp_path, test_text):
-    other = save_model(tmp_path / "other", llama_config(), seed=1)
-    evaluate(llama_plan, "--model", other, "--any-model", "--perplexity", test_text, *SHORT)
-    assert not beside_plan(llama_plan, "eval").exists()
+    before, other = file.read_text(), save_model(plan.parent / "other", llama_config(), seed=1)
+    evaluate(plan, "--model", other, "--any-model", "--perplexity", test_text, *short)
+    assert file.read_text() == before  # of another model, nothing is kept
 
 
 def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_plan, test_text, tmp_path):

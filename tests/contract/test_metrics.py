@@ -23,7 +23,6 @@ from sleb_cli.engine.forward.gradients import blocks_with_gradients
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.quality.task_metric import TaskError
 from sleb_cli.plan import read_plan
 from sleb_plugins import MachineError, UsageError, metrics
 from sleb_plugins.metrics.magnitude import Magnitude
@@ -353,18 +352,10 @@ class TestTask:
             (tmp_path / name).write_text(content.replace(old, new, 1))
             assert other_parts() == [part]
             (tmp_path / name).write_text(content)
-        assert "Continuing with the" in search("task:mine.yaml:3", "--remove", 1, "--resume").stderr
-
-    def test_an_item_that_is_not_run_may_change(self, tmp_path):
-        def fingerprint(items):
-            return TaskError().with_argument(f"{tmp_path / 'mine.yaml'}:{items}").fingerprint()
-
-        before = fingerprint(9), fingerprint(12)
+        # An item that is not run may change.
         *lines, last = (tmp_path / "mine.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "mine.jsonl").write_text("".join([*lines, last.replace('"gold": 1', '"gold": 0')]))
-        after = fingerprint(9), fingerprint(12)
-        assert before[0] == after[0]
-        assert before[1] != after[1]
+        assert "Continuing with the" in search("task:mine.yaml:3", "--remove", 1, "--resume").stderr
 
 
 def test_a_bug_of_a_metric_is_not_blamed_on_the_model(run_sleb, tmp_path, text_file):

@@ -8,7 +8,6 @@ from fractions import Fraction
 import datasets
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
@@ -108,10 +107,10 @@ def calibrated(tiny_llama, tokenizers):
     """Calibrate the tiny Llama; the tokenizer adds a BOS or does not."""
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
 
-    def calibrated(source, samples=None, length=64, *, seed=0, bos=False, load_model=pytest.fail, notify=print):
+    def calibrated(source, samples=None, length=64, *, seed=0, bos=False, notify=print):
         request = CalibrationRequest(calibration=source, samples=samples, sequence_length=length, seed=seed)
         settings = resolve_calibration(request, architecture)
-        return calibrate(settings, tokenizers[bos], load_model, notify)
+        return calibrate(settings, tokenizers[bos], pytest.fail, notify)
 
     return calibrated
 
@@ -144,25 +143,14 @@ def test_a_mixture_interleaves_what_each_source_gives_alone(tmp_path, calibrated
     assert mixed.record.tokens_sha256 == tokens_sha256(mixed.sequences)
 
 
-def test_the_model_writes_its_part_of_a_mixture(tiny_llama, text_file, calibrated):
-    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    mixed = calibrated(f"self:0.5,{text_file}:0.5", 4, bos=True, load_model=lambda: model)
-    assert torch.equal(mixed.sequences[::2], calibrated("self", 2, bos=True, load_model=lambda: model).sequences)
-    assert mixed.record.bos
-    assert mixed.sequences[:, 0].tolist() == [0] * 4
-
-
-@pytest.mark.parametrize(
-    ("source", "shares"),
-    [
-        ("c4:1", {"c4": 1}),
-        ("org/name:2024:test", {"org/name:2024:test": 1}),
-        ("org/name:cfg:test:text:0.25, self:0.75", {"org/name:cfg:test:text": 0.25, "self": 0.75}),
-        ("/a/b.txt:1/3,c:1/3,d:1/3", dict.fromkeys(("/a/b.txt", "c", "d"), Fraction(1, 3))),
-    ],
-)
-def test_a_share_is_at_the_end_of_a_source(source, shares):
-    assert parse_mixture(source) == shares
+def test_a_share_is_at_the_end_of_a_source():
+    for source, shares in {
+        "c4:1": {"c4": 1},
+        "org/name:2024:test": {"org/name:2024:test": 1},
+        "org/name:cfg:test:text:0.25, self:0.75": {"org/name:cfg:test:text": 0.25, "self": 0.75},
+        "/a/b.txt:1/3,c:1/3,d:1/3": dict.fromkeys(("/a/b.txt", "c", "d"), Fraction(1, 3)),
+    }.items():
+        assert parse_mixture(source) == shares
 
 
 @pytest.mark.parametrize(

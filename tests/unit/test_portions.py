@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 
@@ -74,14 +75,9 @@ def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path, model):
 
 
 def test_data_sets_are_shuffled_by_the_portions_number(monkeypatch):
-    seeds = []
-
-    def text_of(source, *, tokens, seed, split):
-        seeds.append(seed)
-        return Text(source, prose(300, seed=seed))
-
-    monkeypatch.setattr(calibration, "calibration_text", text_of)
+    read = Mock(side_effect=lambda source, *, tokens, seed, split: Text(source, prose(300, seed=seed)))
+    monkeypatch.setattr(calibration, "calibration_text", read)
     draws = Portions(settings("org/name"), 5, tokenizer, lambda: None)
     first, second = used(draws.draw(0, ignore)), used(draws.draw(1, ignore))
-    assert seeds == [4, 5]
+    assert [call.kwargs["seed"] for call in read.mock_calls] == [4, 5]
     assert not set(first) & set(second)

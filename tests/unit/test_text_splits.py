@@ -122,19 +122,19 @@ def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
 
 def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
     model, events = random_model(llama_config(2)), []
-    forward = model.forward
+    forward, (own, *_) = model.forward, settings("self", 8, (8, 0, 0))
 
-    def short_of_memory(*args, **kwargs):
-        if len(kwargs["input_ids"]) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(*args, **kwargs)
+    def run(limit):
+        def short_of_memory(*args, **kwargs):
+            if len(kwargs["input_ids"]) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(*args, **kwargs)
 
-    monkeypatch.setattr(model, "forward", short_of_memory)
-    (own,) = settings("self", 8, (8, 0, 0))[:1]
-    limit = 2
-    assert generate_own_text(model, TOKENIZER, own, notify=events.append).shape == (8, 32)
+        monkeypatch.setattr(model, "forward", short_of_memory)
+        return generate_own_text(model, TOKENIZER, own, notify=events.append)
+
+    assert run(2).shape == (8, 32)
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told == [f"Out of memory on cpu; generating {count} sequences at once." for count in (4, 2)]
-    limit = 0
     with pytest.raises((torch.OutOfMemoryError, OutOfMemory)):
-        generate_own_text(model, TOKENIZER, own, notify=events.append)
+        run(0)
