@@ -100,12 +100,10 @@ def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
         return generate_own_text(model, TOKENIZER, replace(own, writer=writer, **changes), notify=events.append)
 
     uncached = texts(None)
-    assert torch.equal(texts(None), uncached)
-    assert generate.call_count == 2
     for found in (texts(), texts()):
         assert torch.equal(found, uncached)
         assert found.dtype is uncached.dtype
-    assert generate.call_count == 3
+    assert generate.call_count == 2
     assert [event.text for event in events if isinstance(event, Notice)] == [
         "Using 4 sequences that the model wrote before, from the cache."
     ]
@@ -113,11 +111,11 @@ def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
         texts(**other)
     model.to(torch.bfloat16)
     texts()
-    assert generate.call_count == 8
+    assert generate.call_count == 7
     for path in (cache_root() / "texts").iterdir():
         path.write_bytes(b"broken")
     texts()
-    assert generate.call_count == 9
+    assert generate.call_count == 8
 
 
 def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
