@@ -67,3 +67,11 @@ def plain_search(
         gone.append(min(losses, key=lambda index: (losses[index], index)))
         steps.append(losses)
     return gone, steps
+
+
+@torch.no_grad()
+def log_likelihood(model: Any, tokenizer: Any, prompt: str, continuation: str) -> float:
+    """Return the summed log-probability of what follows a prompt."""
+    given, ids = len(tokenizer(prompt).input_ids), torch.tensor([tokenizer(prompt + continuation).input_ids])
+    scores = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+    return float(scores.gather(1, ids[0, 1:, None])[given - 1 :].sum())

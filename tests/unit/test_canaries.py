@@ -1,17 +1,14 @@
 """The canaries: items and graders, and that lm-eval runs them on a model that knows the answers."""
 
-import json
 import logging
 
 import pytest
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from sleb_cli.canaries import CANARIES, FOLDER, items
-from sleb_cli.engine.quality.tasks import compare_task, load_requested
-from sleb_cli.requests import EvalRequest
 
 GRADED = [name for name in CANARIES if name != "sleb_repetition"]
 
@@ -37,10 +34,7 @@ class Oracle(LM):
     def generate_until(self, requests):
         return [self._answer(request.doc) for request in requests]
 
-    def loglikelihood(self, requests):
-        raise AssertionError
-
-    loglikelihood_rolling = loglikelihood
+    loglikelihood = loglikelihood_rolling = None
 
 
 def values(loaded, answer):
@@ -56,7 +50,7 @@ def values(loaded, answer):
 
 @pytest.mark.parametrize(
     ("answer", "score"),
-    [(" {}\n\nand more", 1), ("", 0), ("\n", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)],
+    [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)],
 )
 def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score):
     found = values(loaded, lambda doc: answer.format(doc["answer"]))
@@ -64,46 +58,26 @@ def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score)
 
 
 @pytest.mark.parametrize(
-    ("answers", "once", "any_of_eight"),
-    [([" 4", *["5"] * 7], 1 / 8, 1), (["44", "4 4", " 4."] * 2 + ["", "four"], 0, 0)],
-)
-def test_an_answer_that_is_right_once_in_eight_times_passes(answers, once, any_of_eight):
-    found = items.grade_samples({"question": "2 + 2 =", "answer": "4"}, [answers])
-    assert found == {"pass@1": once, "pass@8": any_of_eight}
-
-
-@pytest.mark.parametrize(
-    ("answer", "share"),
+    ("grade", "answer", "expected"),
     [
-        ("sold the lamp near the river.", 1.0),
-        ("sold the lamp near the mill.", 2 / 3),
-        ("sold a lamp near a river", 1.0),
-        ("found the lamp near the river. sold the lamp near the river.", 2 / 3),
-        ("the lamp near the river.", 0.0),
-        ("sold", 1 / 3),
+        (items.grade_samples, [" 4", *["5"] * 7], {"pass@1": 1 / 8, "pass@8": 1}),
+        (items.grade_samples, ["44", "4 4", " 4."] * 2 + ["", "four"], {"pass@1": 0, "pass@8": 0}),
+        (items.grade_words, "sold the lamp near the mill.", {"right_words": 2 / 3}),
+        (items.grade_words, "sold a lamp near a river", {"right_words": 1.0}),
+        (items.grade_words, "found the lamp near the river. sold the lamp near the river.", {"right_words": 2 / 3}),
+        (items.grade_words, "the lamp near the river.", {"right_words": 0.0}),
+        (items.grade_words, "sold", {"right_words": 1 / 3}),
+        (items.grade_repetition, "a b c", {"repetition": 0}),
+        (items.grade_repetition, "one two three four five", {"repetition": 0}),
+        (items.grade_repetition, "7 " * 48, {"repetition": 1 - 1 / 45}),
+        (items.grade_repetition, "a b c d a b c d", {"repetition": 1 / 5}),
+        (items.grade_repetition, "a b c d i a b c d", {"repetition": 1 / 6}),
+        (items.grade_repetition, "x y " * 50, {"repetition": 95 / 97}),
     ],
 )
-def test_words_count_where_they_are_right_and_in_their_place(answer, share):
-    doc = {"question": "", "answer": "sold the lamp near the river."}
-    assert items.grade_words(doc, [answer]) == {"right_words": pytest.approx(share)}
-
-
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("", 0),
-        ("a b c", 0),
-        ("a b c d", 0),
-        ("one two three four five", 0),
-        ("7 " * 48, 1 - 1 / 45),
-        ("a b c d a b c d", 1 / 5),
-        ("a b c d e a b c d e", 1 - 5 / 7),
-        ("a b c d i a b c d", 1 / 6),
-        ("x y " * 50, 95 / 97),
-    ],
-)
-def test_repetition_is_the_share_of_runs_that_occurred_before(text, share):
-    assert items.grade_repetition({}, [text]) == {"repetition": pytest.approx(share)}
+def test_answers_are_graded_in_part(grade, answer, expected):
+    doc = {"question": "", "answer": "4" if grade is items.grade_samples else "sold the lamp near the river."}
+    assert grade(doc, [answer]) == pytest.approx(expected)
 
 
 def test_items_are_always_the_same_and_all_different(loaded, manager):
@@ -148,33 +122,7 @@ def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
         assert longest <= task.config.generation_kwargs["max_gen_toks"], name
 
 
-def test_prompts_share_examples_and_end_with_the_question(loaded):
-    for name in GRADED:
-        task = loaded["tasks"][name]
-        task.set_fewshot_seed(seed=0)
-        task.build_all_requests(limit=3)
-        pairs = [(each.args[0], each.doc["question"]) for each in task.instances]
-        assert len(pairs) >= 3
-        assert all(prompt.endswith(question) for prompt, question in pairs)
-        heads = {prompt.removesuffix(question) for prompt, question in pairs}
-        assert len(heads) == 1 or not task.config.num_fewshot
-
-
 def test_the_group_has_all_canaries_and_none_else(loaded, manager):
     assert tuple(loaded["tasks"]) == CANARIES
     assert set(manager.all_subtasks) == set(CANARIES)
     assert {file.name for file in FOLDER.glob("*.yaml")} == {f"{name}.yaml" for name in (*CANARIES, "sleb_canaries")}
-
-
-@pytest.mark.slow
-def test_they_run_on_a_model_that_knows_nothing(tiny_llama):
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tiny_llama).eval(),
-        AutoTokenizer.from_pretrained(tiny_llama),
-    )
-    model.config.max_position_embeddings = 4096  # rotary, so it computes at any length
-    for task in load_requested(EvalRequest(None, tasks=("canaries",), limit=2)):
-        results = task.run(model, tokenizer)
-        found = compare_task(json.loads(json.dumps(results)), [((1,), results)], show_flips=2)
-        assert all(len(result.dense.items) == 2 for result in found)
-        assert all(result.pruned[0].difference == 0 for result in found)

@@ -9,7 +9,7 @@ from conftest import train_tokenizer
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.text.calibration import calibrate, resolve_calibration
-from sleb_cli.engine.text.chat import cut_conversations, require_template
+from sleb_cli.engine.text.chat import cut_conversations
 from sleb_cli.engine.text.sources import calibration_conversations
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest
@@ -49,13 +49,11 @@ def written(tokenizer, conversation):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def test_all_tokens_of_the_template_count():
-    ids = written(tokenizer_with(PLAIN), CONVERSATION)
-    sequences, loss_mask = cut(PLAIN, [CONVERSATION], len(ids), answers=False)
-    assert sequences.tolist() == [ids]
-    assert loss_mask.all()
-    # The template may even rewrite the beginning.
-    assert cut("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, answers=False)[0].shape == (1, 40)
+def test_all_tokens_of_the_template_count_even_if_it_rewrites_the_beginning():
+    for template in (PLAIN, "{{ messages | length }}" + PLAIN):
+        sequences, loss_mask = cut(template, [CONVERSATION], 40, answers=False)
+        assert sequences.shape == (1, 40)
+        assert loss_mask.all()
 
 
 @pytest.mark.parametrize("has_offsets", [True, False])
@@ -70,20 +68,18 @@ def test_answers_count_up_to_the_token_that_ends_them(template, has_offsets, mon
     assert tokenizer.decode(sequences[0][~loss_mask[0]]).count("<s>assistant\n") == 2
 
 
+LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
+
+
 def test_each_sequence_begins_a_conversation_and_has_an_answer():
     tokenizer = tokenizer_with(PLAIN)
     short = [{"role": "user", "content": "snow"}, {"role": "assistant", "content": "water"}]
-    long = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
-    sequences, loss_mask = cut(PLAIN, [short, short, long, short, CONVERSATION, short], 60, answers=True)
-    stream = written(tokenizer, short) * 2 + written(tokenizer, long)
-    expected = [stream[:60], (written(tokenizer, short) + written(tokenizer, CONVERSATION))[:60]]
-    assert sequences.tolist() == expected
+    sequences, loss_mask = cut(PLAIN, [short, short, LONG, short, CONVERSATION, short], 60, answers=True)
+    first, second = written(tokenizer, short) * 2 + written(tokenizer, LONG), written(tokenizer, short + CONVERSATION)
+    assert sequences.tolist() == [first[:60], second[:60]]
     assert loss_mask[:, 1:].any(1).all()
-    only_questions, _ = cut(PLAIN, [long, CONVERSATION], 60, answers=True)
+    only_questions, _ = cut(PLAIN, [LONG, CONVERSATION], 60, answers=True)
     assert only_questions.tolist() == [written(tokenizer, CONVERSATION)[:60]]
-
-
-LONG = [{"role": "user", "content": "river " * 90}, {"role": "assistant", "content": "stone"}]
 
 
 @pytest.mark.parametrize(
@@ -102,15 +98,10 @@ def test_conversations_that_cannot_be_cut_are_refused(template, conversation, le
         cut(template, [conversation] if conversation else [], length, **{"answers": False} | options)
 
 
-def test_a_tokenizer_without_a_template_is_refused():
-    with pytest.raises(UsageError, match="no chat template"):
-        require_template(train_tokenizer(bos=False))
-
-
-@pytest.mark.parametrize("source", ["self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt"])
-def test_plain_text_is_no_conversation(source):
-    with pytest.raises(UsageError, match=f"{source} is plain text"):
-        calibration_conversations(source, tokens=10, seed=0)
+def test_plain_text_is_no_conversation():
+    for source in ("self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt"):
+        with pytest.raises(UsageError, match=f"{source} is plain text"):
+            calibration_conversations(source, tokens=10, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -119,11 +110,9 @@ def test_plain_text_is_no_conversation(source):
         "{",
         '{"messages": [{"role": "user", "content": "\\ud800"}]}',
         '{"text": "a"}',
-        '{"messages": "a"}',
         '{"messages": []}',
         '{"messages": ["a"]}',
         '{"messages": [{"role": "user"}]}',
-        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
     ],
 )
 def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
@@ -145,22 +134,20 @@ def test_a_data_set_gives_its_column_of_messages(monkeypatch):
 def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
     tokenizer = tokenizer_with(PLAIN)
     for name, word in (("a.jsonl", "river"), ("b.jsonl", "snow")):
-        turns = [
-            [{"role": "user", "content": "mill " * (number % 5)}, {"role": "assistant", "content": word}]
-            for number in range(40)
-        ]
+        answer = {"role": "assistant", "content": word}
+        turns = [[{"role": "user", "content": "mill " * (number % 5)}, answer] for number in range(40)]
         (tmp_path / name).write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
     request = CalibrationRequest(calibration="a.jsonl:0.5,b.jsonl:0.5", samples=6, sequence_length=48, seed=0)
     settings = resolve_calibration(request, architecture, chat="answers")
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
-    words = [tokenizer.decode(ids[own]) for ids, own in zip(calibration.sequences, calibration.loss_mask, strict=True)]
-    assert [word.split("</s>")[0] for word in words] == ["river", "snow"] * 3
-    assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
     before, after = (
-        list(zip(each.sequences.tolist(), each.loss_mask.tolist(), strict=True))
+        list(zip(each.sequences, each.loss_mask.tolist(), strict=True))
         for each in (calibration, calibration.shuffled())
     )
-    assert len({str(mask) for _, mask in before}) > 2
+    assert [tokenizer.decode(ids[own]).split("</s>")[0] for ids, own in before] == ["river", "snow"] * 3
+    assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
+    before, after = ([(ids.tolist(), own) for ids, own in pairs] for pairs in (before, after))
+    assert len({str(own) for _, own in before}) > 2
     assert after != before
     assert sorted(after) == sorted(before)

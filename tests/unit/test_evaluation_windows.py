@@ -9,11 +9,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.sources import Text
-from sleb_cli.engine.text.windows import (
-    choose_length,
-    cut_for_evaluation,
-    cut_windows,
-)
+from sleb_cli.engine.text.windows import choose_length, cut_for_evaluation, cut_windows
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_plugins import UsageError
 
@@ -75,11 +71,7 @@ def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
 
 
 def byte_level():
-    """Tokens that may be parts of a character, which belongs to the first of them."""
-    return train_tokenizer(bos=False), 0
-
-
-def byte_level_with_bos():
+    """Tokens that may be parts of a character, which belongs to the first of them, after a BOS."""
     return train_tokenizer(bos=True), 0
 
 
@@ -111,8 +103,8 @@ def owners(tokenizer, text, ids, which):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("stride", [None, 1, 2, 3, 5, 8, 11, 15, 16])
-@pytest.mark.parametrize("make", [byte_level, byte_level_with_bos, dropping_spaces, without_offsets])
+@pytest.mark.parametrize("stride", [None, 1, 5, 8, 16])
+@pytest.mark.parametrize("make", [byte_level, dropping_spaces, without_offsets])
 def test_each_word_and_byte_counts_once(make, stride, bos):
     tokenizer, which = make()
     text = "  " + prose(8).replace("e", "é").replace(" ", " 🌊", 3).replace(".", ".\n ") + " \u3000漢字\u2028end "
@@ -143,18 +135,8 @@ def test_the_limit_of_a_protocol_and_of_the_user(tokenizer):
 
 @pytest.mark.parametrize(
     ("asked", "limit", "expected"),
-    [
-        (None, 512, 512),
-        (None, 4096, DEFAULT_LENGTH),
-        (None, None, DEFAULT_LENGTH),
-        (2, 64, 2),
-        (64, 64, 64),
-        (9, None, 9),
-    ],
+    [(None, 512, 512), (None, 4096, DEFAULT_LENGTH), (None, None, DEFAULT_LENGTH), (64, 64, 64)],
 )
 def test_the_length_is_what_is_asked_for_or_what_the_model_has(asked, limit, expected):
     model = SimpleNamespace(longest_sequence=limit, source=SimpleNamespace(id="m"))
     assert choose_length(asked, model) == expected
-    if limit:
-        with pytest.raises(UsageError, match=f"exceeds the {limit} positions of m"):
-            choose_length(limit + 1, model)

@@ -16,16 +16,16 @@ from sleb_plugins import UnsupportedModelError
 NEW_TOKENS = 6
 
 
-def sample(model, blocks, tokenizer, removed, longest=None):
+def sample(model, tokenizer, removed=(1,)):
     events = []
-    with SkippableModel(model, blocks) as skippable:
-        return generate_sample(skippable, tokenizer, removed, NEW_TOKENS, longest, events.append), events
+    with SkippableModel(model, model.model.layers) as skippable:
+        return generate_sample(skippable, tokenizer, removed, NEW_TOKENS, None, events.append), events
 
 
 def test_both_models_generate_what_transformers_does_greedily(shared_data):
     folder = shared_data / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    found, events = sample(model, model.model.layers, tokenizer, (2,))
+    found, events = sample(model, tokenizer, (2,))
     prompt = tokenizer(PROMPT, return_tensors="pt")
     after = prompt.input_ids.shape[1]
 
@@ -46,7 +46,7 @@ def test_both_models_generate_what_transformers_does_greedily(shared_data):
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
 def test_if_the_cache_does_not_work_the_text_is_the_same(fault, monkeypatch):
     tokenizer, model = train_tokenizer(bos=False), random_model(llama_config(4))
-    expected, _ = sample(model, model.model.layers, tokenizer, (1,))
+    expected, _ = sample(model, tokenizer)
 
     def generate(prompt, **options):
         if fault == "raises":
@@ -54,7 +54,7 @@ def test_if_the_cache_does_not_work_the_text_is_the_same(fault, monkeypatch):
         return torch.cat([prompt, prompt[:, :5]], dim=1)
 
     monkeypatch.setattr(model, "generate", generate)
-    found, _ = sample(model, model.model.layers, tokenizer, (1,))
+    found, _ = sample(model, tokenizer)
     assert found == expected
     assert found.dense != found.pruned
 
@@ -64,12 +64,12 @@ def test_it_ends_where_the_text_ends():
     with torch.no_grad():
         model.lm_head.weight.zero_()  # all tokens are as likely: the first one is taken
     tokenizer.eos_token = "<s>"
-    found, events = sample(model, model.model.layers, tokenizer, (1,))
+    found, events = sample(model, tokenizer)
     assert (found.dense, found.dense_repetition) == ("", 0.0)
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * NEW_TOKENS
 
 
-@pytest.mark.parametrize("case", ["no tokens", "strange tokens", "no room", "does not run"])
+@pytest.mark.parametrize("case", ["no tokens", "strange tokens", "does not run"])
 def test_a_model_that_cannot_generate_gets_a_notice(case, monkeypatch):
     tokenizer = train_tokenizer(bos=False)
     model = random_model(llama_config(3, **({"vocab_size": 30} if case == "strange tokens" else {})))
@@ -78,6 +78,6 @@ def test_a_model_that_cannot_generate_gets_a_notice(case, monkeypatch):
         monkeypatch.setattr(SkippableModel, "logits", Mock(side_effect=broken))
     if case == "no tokens":
         monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text: SimpleNamespace(input_ids=[]))
-    found, events = sample(model, model.model.layers, tokenizer, (1,), longest=20 if case == "no room" else None)
+    found, events = sample(model, tokenizer)
     assert found is None
     assert len([event for event in events if isinstance(event, Notice)]) == 1

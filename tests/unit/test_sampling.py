@@ -24,9 +24,9 @@ def test_rare_tokens_of_a_large_vocabulary_are_drawn():
     torch.manual_seed(0)
     probabilities = torch.full((262_144,), 1e-6)
     probabilities[7] = 1 - probabilities[8:].sum() - 7e-6
-    drawn = torch.cat([sample(probabilities.expand(50, -1)) for _ in range(40)])
+    drawn = torch.cat([sample(probabilities.expand(50, -1)) for _ in range(20)])
     rare = int((drawn != 7).sum())
-    assert 400 < rare < 650  # 26 % of 2,000
+    assert 200 < rare < 325  # 26 % of 1,000
     assert len(set(drawn.tolist())) > rare * 0.95
 
 

@@ -19,17 +19,26 @@ from sleb_cli.engine.statistics import (
 )
 
 
+def wald(difference, variance, count):
+    """Return Bonett and Price's interval of a mean difference, from items of which two were added."""
+    return difference - 1.96 * variance**0.5 / count, difference + 1.96 * variance**0.5 / count
+
+
 @pytest.mark.parametrize(
-    ("right", "count", "low", "high"),
+    ("interval", "expected"),
     [
-        (81, 263, 0.2553, 0.3662),  # Newcombe, Statist. Med. 17 (1998), Table I, method 3
-        (0, 20, 0.0, 0.1611),
-        (1, 1, 0.2065, 1.0),
+        (wilson_interval(81, 263), (0.2553, 0.3662)),  # Newcombe, Statist. Med. 17 (1998), Table I, method 3
+        (wilson_interval(0, 20), (0.0, 0.1611)),
+        (wilson_interval(1, 1), (0.2065, 1.0)),
+        # 2/12 of 12 items; 4/22 and 2/22 of 22; and what would lie beyond what a difference can be
+        (paired_proportions_interval(0, 0, 10), wald(0, 2, 12)),
+        (paired_proportions_interval(3, 1, 20), wald(-2 / 22, 6 - 4 / 22, 22)),
+        (paired_proportions_interval(1, 0, 1), (-1.0, wald(-1 / 3, 3 - 1 / 3, 3)[1])),
+        (paired_proportions_interval(0, 1, 1), (wald(1 / 3, 3 - 1 / 3, 3)[0], 1.0)),
     ],
 )
-def test_wilsons_interval_is_the_published_one(right, count, low, high):
-    found = wilson_interval(right, count)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+def test_intervals_of_proportions_are_the_published_ones(interval, expected):
+    assert (interval.low, interval.high) == pytest.approx(expected, abs=5e-5)
 
 
 def test_a_paired_difference_is_that_of_students_test():
@@ -42,85 +51,26 @@ def test_a_paired_difference_is_that_of_students_test():
     assert found.mean == pytest.approx(fmean(after) - fmean(before))
     assert found.mean / found.standard_error == pytest.approx(expected.statistic)
     assert (found.interval.low, found.interval.high) == pytest.approx((interval.low, interval.high))
+    alone = paired_difference([1.0], [0.0])
+    assert (alone.mean, alone.standard_error, alone.interval) == (-1.0, None, None)
     # What the items have in common is not part of the error.
     assert found.standard_error < math.hypot(stdev(before), stdev(after)) / math.sqrt(30) / 2
 
 
-def test_two_items_have_an_error_and_one_has_none():
-    found = paired_difference([1.0], [0.0])
-    assert (found.mean, found.standard_error, found.interval) == (-1.0, None, None)
-    found = paired_difference([1.0, 1.0], [2.0, 4.0])  # Student's t of one degree of freedom: 12.706
-    assert (found.mean, found.standard_error) == (2.0, 1.0)
-    assert (found.interval.low, found.interval.high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+def test_intervals_of_clusters_cover_the_truth_as_promised():
+    rng, covered = np.random.default_rng(0), []
+    for count in [8] * 400 + [30] * 400:
+        which = np.repeat(np.arange(count), rng.integers(5, 15, count))
+        values = rng.normal(size=count)[which] + rng.normal(size=len(which))
+        interval = clustered_mean(torch.tensor(values), torch.tensor(which)).interval
+        covered.append(interval.low <= 0 <= interval.high)
+    assert 0.92 <= fmean(covered) <= 0.965  # few clusters of unequal size are covered a little less often
 
 
-def drawn_proportions(rng):
-    for share in (0.05, 0.5, 0.97):
-        for right in rng.binomial(60, share, 300):
-            yield wilson_interval(int(right), 60), share
-
-
-def drawn_differences(rng):
-    for _ in range(600):
-        before = rng.normal(0, 3, 12)
-        yield paired_difference(list(before), list(before + rng.normal(0.2, 1, 12))).interval, 0.2
-
-
-def drawn_flips(rng):
-    for lose, gain, count in ((0.02, 0.01, 100), (0.1, 0.05, 50), (0.4, 0.0, 40), (0.0, 0.0, 30)):
-        for lost, gained, _ in rng.multinomial(count, (lose, gain, 1 - lose - gain), 300):
-            yield paired_proportions_interval(int(lost), int(gained), count), gain - lose
-
-
-def drawn_clusters(rng):
-    for count in (8, 30):
-        for _ in range(400):
-            which = np.repeat(np.arange(count), rng.integers(5, 15, count))
-            values = rng.normal(size=count)[which] + rng.normal(size=len(which))
-            yield clustered_mean(torch.tensor(values), torch.tensor(which)).interval, 0.0
-
-
-@pytest.mark.parametrize(
-    ("draw", "low", "high"),
-    [
-        (drawn_proportions, 0.93, 0.98),
-        (drawn_differences, 0.93, 0.97),
-        (drawn_flips, 0.93, 1),  # few flips are covered more often
-        (drawn_clusters, 0.92, 0.965),  # few clusters of unequal size are covered a little less often
-    ],
-)
-def test_intervals_cover_the_truth_as_promised(draw, low, high):
-    covered = fmean(interval.low <= truth <= interval.high for interval, truth in draw(np.random.default_rng(0)))
-    assert low <= covered <= high
-
-
-@pytest.mark.parametrize(
-    ("lost", "gained", "count", "low", "high"),
-    [  # 2/12 of 12 items; 4/22 and 2/22 of 22; and what would lie beyond what a difference can be
-        (0, 0, 10, -1.96 * (2 / 12 / 12) ** 0.5, 1.96 * (2 / 12 / 12) ** 0.5),
-        (3, 1, 20, (-2 - 1.96 * (6 - 4 / 22) ** 0.5) / 22, (-2 + 1.96 * (6 - 4 / 22) ** 0.5) / 22),
-        (1, 0, 1, -1.0, (-1 + 1.96 * (3 - 1 / 3) ** 0.5) / 3),
-        (0, 1, 1, (1 - 1.96 * (3 - 1 / 3) ** 0.5) / 3, 1.0),
-    ],
-)
-def test_paired_proportions_as_by_bonett_and_price(lost, gained, count, low, high):
-    found = paired_proportions_interval(lost, gained, count)
-    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
-    # Even models that agree on every item may differ on another.
-    assert found.low < found.high
-
-
-@pytest.mark.parametrize(
-    ("lost", "gained", "p"),
-    [
-        (0, 0, 1.0),
-        (3, 3, 1.0),
-        (0, 10, 2 / 2**10),
-        (12, 3, 2 * sum(math.comb(15, n) for n in range(4)) / 2**15),
-    ],
-)
-def test_mcnemars_exact_test(lost, gained, p):
-    assert mcnemar(lost, gained) == mcnemar(gained, lost) == pytest.approx(p)
+def test_mcnemars_exact_test():
+    tail = 2 * sum(math.comb(15, n) for n in range(4)) / 2**15
+    for lost, gained, p in ((0, 0, 1.0), (3, 3, 1.0), (0, 10, 2 / 2**10), (12, 3, tail)):
+        assert mcnemar(lost, gained) == mcnemar(gained, lost) == pytest.approx(p)
 
 
 def test_the_items_needed_show_the_effect_with_its_power():

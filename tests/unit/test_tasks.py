@@ -67,17 +67,15 @@ def test_right_and_wrong_answers_are_compared_item_by_item():
     assert (result.num_fewshot, result.higher_is_better, result.doc_ids) == (2, True, (0, 1, 2, 3, 4, 5))
     assert (result.dense.items, result.dense.interval) == (before, wilson_interval(4, 6))
     assert (pruned.removals, pruned.items, pruned.interval) == ((2, 1), after, wilson_interval(2, 6))
-    assert (pruned.retention, pruned.difference) == pytest.approx((0.5, -2 / 6))
     assert pruned.standard_error == pytest.approx(paired_difference(before, after).standard_error)
     assert pruned.difference_interval.low < -2 / 6 < pruned.difference_interval.high
-    assert (pruned.lost, pruned.gained, pruned.mcnemar_p) == (3, 1, mcnemar(3, 1))
     assert pruned.items_needed > 10_000
 
 
-@pytest.mark.parametrize("change", [{"doc_hash": "x"}, {"prompt_hash": "x"}, {"target_hash": "x"}, {"doc_id": 2}])
-def test_other_items_and_infinite_values_are_refused(change):
-    with pytest.raises(DataError, match="did not see the same items of weather"):
-        one_pruned(binary(1.0, 0.0), results_of([sample(0, 1.0), sample(1, 0.0, **change)]))
+def test_other_items_and_infinite_values_are_refused():
+    for change in ({"doc_hash": "x"}, {"prompt_hash": "x"}, {"target_hash": "x"}, {"doc_id": 2}):
+        with pytest.raises(DataError, match="did not see the same items of weather"):
+            one_pruned(binary(1.0, 0.0), results_of([sample(0, 1.0), sample(1, 0.0, **change)]))
     with pytest.raises(ModelError, match="acc of weather is inf"):
         one_pruned(binary(1.0), results_of([sample(0, 1.0)], {"acc,none": float("inf")}))
 
@@ -85,18 +83,19 @@ def test_other_items_and_infinite_values_are_refused(change):
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ((1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0, 0, None)),
-        ((0.0, 0.0), (1.0, 0.0), (0.5, None, 1.0, 0, 1, 39245)),
-        ((1.0,), (0.0,), (-1.0, 0.0, 1.0, 1, 0, None)),
+        ((1.0, 1.0, 1.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 1.0, 0.0, 0.0), (-1 / 3, 0.5, mcnemar(3, 1), 3, 1)),
+        ((1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (0.0, 1.0, 1.0, 0, 0)),
+        ((0.0, 0.0), (1.0, 0.0), (0.5, None, 1.0, 0, 1)),
+        ((1.0,), (0.0,), (-1.0, 0.0, 1.0, 1, 0)),
     ],
-    ids=["alike", "never right", "one item"],
+    ids=["worse", "alike", "never right", "one item"],
 )
-def test_small_and_equal_results(before, after, expected):
+def test_what_is_lost_and_gained(before, after, expected):
     _, pruned = one_pruned(binary(*before), binary(*after))
-    found = (pruned.difference, pruned.retention, pruned.mcnemar_p, pruned.lost, pruned.gained, pruned.items_needed)
-    assert found == expected
-    assert pruned.difference_interval.low < pruned.difference < pruned.difference_interval.high or len(before) == 1
+    found = (pruned.difference, pruned.retention, pruned.mcnemar_p, pruned.lost, pruned.gained)
+    assert found == pytest.approx(expected)
     assert (pruned.standard_error is None) == (len(before) == 1)
+    assert (pruned.items_needed is None) == (before == after or len(before) == 1)
 
 
 def test_scores_that_are_shares_have_an_error_but_no_flips():
@@ -107,7 +106,6 @@ def test_scores_that_are_shares_have_an_error_but_no_flips():
     assert (pruned.difference, pruned.standard_error) == (expected.mean, expected.standard_error)
     assert pruned.difference_interval == expected.interval
     assert (pruned.lost, pruned.gained, pruned.mcnemar_p, pruned.flips) == (None, None, None, ())
-    assert pruned.items_needed is not None
     # lm-eval's error, since the items are not right or wrong.
     assert result.dense.interval.high - result.dense.interval.low == pytest.approx(2 * 1.96 * 0.1, rel=1e-3)
 
@@ -117,8 +115,7 @@ def test_what_is_no_mean_of_its_items_has_a_difference_alone(score):
     values = [{"bleu,none": value, "bleu_stderr,none": "N/A"} for value in (20.0, 15.0)]
     dense, pruned = (results_of([sample(0, score, metric="bleu")], value, metric="bleu") for value in values)
     result, scores = one_pruned(dense, pruned)
-    assert (result.dense.items, scores.items) == ((), ())
-    assert (result.dense.stderr, result.dense.interval) == (None, None)
+    assert (result.dense.items, result.dense.interval, scores.items) == ((), None, ())
     assert (scores.difference, scores.retention) == (-5.0, 0.75)
     assert (scores.standard_error, scores.difference_interval, scores.items_needed) == (None, None, None)
 
@@ -132,60 +129,38 @@ def test_each_filter_has_its_own_items():
     assert all(result.doc_ids == (0, 1) for result in found.values())
 
 
-def group(children, value, tasks):
-    """Results of a group of these tasks, merged, whose accuracy is `value`."""
-    merged = {key: {} for key in tasks[0]}
-    for task in tasks:
-        for key in merged:
-            merged[key] |= task[key]
+def group(children, shares, scores):
+    """Results of a group of these tasks, whose accuracy is the mean of theirs by these shares."""
+    merged, value = {}, sum(share * sum(scores[name]) / len(scores[name]) for name, share in shares.items())
+    for name, items in scores.items():
+        for key, part in binary(*items, task=name).items():
+            merged[key] = merged.get(key, {}) | part
     merged["results"]["climate"] = {"acc,none": value, "acc_stderr,none": 0.2, "sample_len": 9}
-    merged["group_subtasks"] = children
-    return merged
+    return merged | {"group_subtasks": children}
 
 
-@pytest.mark.parametrize("by_size", [True, False])
 @pytest.mark.parametrize(
-    "children", [{"climate": ["rain", "sun"]}, {"climate": ["inner", "sun"], "inner": ["rain"]}], ids=["flat", "nested"]
+    ("by_size", "children"),
+    [(True, {"climate": ["rain", "sun"]}), (False, {"climate": ["inner", "sun"], "inner": ["rain"]})],
+    ids=["flat, by size", "nested, alike"],
 )
 def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
-    scores = [
-        {"rain": (1.0, 1.0, 0.0, 1.0, 1.0, 0.0), "sun": (1.0, 0.0, 1.0)},
-        {"rain": (0.0, 1.0, 0.0, 0.0, 1.0, 1.0), "sun": (0.0, 0.0, 1.0)},
-    ]
+    before = {"rain": (1.0, 1.0, 0.0, 1.0, 1.0, 0.0), "sun": (1.0, 0.0, 1.0)}
+    after = {"rain": (0.0, 1.0, 0.0, 0.0, 1.0, 1.0), "sun": (0.0, 0.0, 1.0)}
     shares = {"rain": 6 / 9, "sun": 3 / 9} if by_size else {"rain": 0.5, "sun": 0.5}
-    dense, without = (
-        group(
-            children,
-            sum(shares[name] * sum(items) / len(items) for name, items in of_model.items()),
-            [binary(*items, task=name) for name, items in of_model.items()],
-        )
-        for of_model in scores
-    )
+    dense, without = group(children, shares, before), group(children, shares, after)
     result = compare_task(dense, [((1,), without)])[-1]
     assert (result.task, result.doc_ids, result.items_sha256) == ("climate", (), None)
     (pruned,) = result.pruned
-    changes = {name: paired_difference(scores[0][name], scores[1][name]) for name in shares}
+    changes = {name: paired_difference(before[name], after[name]) for name in shares}
     assert pruned.difference == pytest.approx(sum(shares[name] * change.mean for name, change in changes.items()))
     variance = sum((shares[name] * change.standard_error) ** 2 for name, change in changes.items())
     assert pruned.standard_error == pytest.approx(variance**0.5)
-    assert pruned.difference_interval.low < pruned.difference < pruned.difference_interval.high
     assert pruned.lost is None
     # A value that is no mean of its tasks has a difference alone.
     dense["results"]["climate"]["acc,none"], without["results"]["climate"]["acc,none"] = 0.9, 0.3
     pruned = compare_task(dense, [((1,), without)])[-1].pruned[0]
     assert (pruned.difference, pruned.standard_error) == (pytest.approx(-0.6), None)
-
-
-WARM = {"filtered_resps": [[-3.0, False], [-2.5, True]]}
-
-
-def test_flips_show_what_each_model_chose():
-    dense = results_of([sample(0, 1.0), sample(1, 1.0), sample(2, 0.0)], output_type="multiple_choice")
-    pruned = results_of([sample(0, 1.0), sample(1, 0.0, **WARM), sample(2, 1.0, **WARM)])
-    lost, gained = one_pruned(dense, pruned, show_flips=5)[1].flips
-    assert (lost.doc_id, lost.prompt, lost.target, lost.dense, lost.pruned) == (1, "Q1:", "cold", "cold", "warm")
-    assert (gained.doc_id, gained.target, gained.dense, gained.pruned) == (2, "warm", "cold", "warm")
-    assert [len(one_pruned(dense, pruned, show_flips=count)[1].flips) for count in (0, 1)] == [0, 1]
 
 
 LONG = [["Q:", " a long answer"], ["Q:", " short"]]
@@ -213,8 +188,9 @@ def test_what_a_flip_tells(kind, metric, arguments, answers, expected):
         )
         for score, answer in zip((1.0, 0.0), answers, strict=True)
     )  # fmt: skip
-    (flip,) = one_pruned(dense, pruned, show_flips=1)[1].flips
-    assert (flip.prompt, flip.target, flip.dense, flip.pruned) == expected
+    (lost,), (gained,) = one_pruned(dense, pruned, show_flips=5)[1].flips, one_pruned(pruned, dense, 1)[1].flips
+    assert (lost.doc_id, lost.prompt, lost.target, lost.dense, lost.pruned) == (0, *expected)
+    assert (gained.dense, gained.pruned) == (lost.pruned, lost.dense)
 
 
 @pytest.fixture
@@ -252,19 +228,20 @@ def loaded(tiny_llama):
     return AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
 
 
-@pytest.mark.parametrize(("name", "requests"), [("own_chosen", 14), ("own_written", 7)])
-def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests):
+@pytest.mark.parametrize(
+    ("name", "requests", "expected"),
+    [("own_chosen", 14, ("acc", "3", True)), ("own_written", 7, ("length", "1.0", False))],
+)
+def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests, expected):
     task, events = task_of(folder, name, limit=7), []
     result = task.run(*loaded, "dense", events.append)
     assert json.loads(json.dumps(result)) == result
-    assert len(result["samples"][name]) == 7
     assert {"config", "lm_eval_version", "transformers_version", "max_length", "tokenizer_eos_token"} <= set(result)
     (started,) = [event for event in events if isinstance(event, TaskStarted)]
     assert (started.task, started.total) == (f"{name}, dense", requests)
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == requests
     compared = compare_task(result, [((1,), result)])[0]
     assert (len(compared.doc_ids), compared.pruned[0].difference) == (7, 0)
-    expected = ("acc", "3", True) if name == "own_chosen" else ("length", "1.0", False)
     assert (compared.metric, compared.version, compared.higher_is_better) == expected
     assert compared.dense.value == pytest.approx(sum(compared.dense.items) / 7)
     assert task.run(*loaded)["samples"] == result["samples"]
@@ -322,19 +299,14 @@ def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, mon
     assert len(set(found)) == len(found)
 
 
-def test_a_name_that_is_close_to_a_preset(folder):
-    with pytest.raises(DataError, match="no task 'canarys'") as error:
-        task_of(folder, "canarys")
-    assert error.value.hint == "Did you mean 'canaries'?"
-
-
-def test_a_task_of_lm_eval_is_found_without_an_index_of_all(folder):
-    manager = task_manager(["piqa", "arc_easy", "own_chosen"], [folder])
-    assert len(manager.all_tasks) < 50
-    files = {name: manager.task_index[name].yaml_path for name in ("piqa", "arc_easy", "own_chosen")}
+def test_tasks_of_lm_eval_are_found_without_an_index_of_all(folder):
     tasks = Path(lm_eval.__file__).parent / "tasks"
-    own = {"own_chosen": folder / "own_chosen.yaml"}
-    assert files == {"piqa": tasks / "piqa/piqa.yaml", "arc_easy": tasks / "arc/arc_easy.yaml"} | own
+    files = {"piqa": tasks / "piqa/piqa.yaml", "own_chosen": folder / "own_chosen.yaml"}
+    manager = task_manager(list(files), [folder])
+    assert len(manager.all_tasks) < 50
+    assert {name: manager.task_index[name].yaml_path for name in files} == files
+    for preset, file in {"leaderboard-v1": "benchmarks/openllm", "leaderboard-v2": "leaderboard/leaderboard"}.items():
+        assert (tasks / f"{file}.yaml").read_text().startswith(f"group: {PRESETS[preset][0]}\n")
 
 
 def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
@@ -347,8 +319,6 @@ def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
     assert any("sleb_repeat_1024 is left out" in text and "the model has 512" in text for text in left)
     assert fitting(tasks, loaded[1], None, events.append) == tasks
     assert 0 < len(names) < len(left) + len(names)
-    with pytest.raises(DataError, match="No task fits the model's 128 positions"):
-        fitting(tasks, loaded[1], 128, events.append)
 
 
 @pytest.mark.parametrize(
@@ -390,10 +360,3 @@ def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"lm-eval's results cannot be written to .*cut"):
         write_lm_eval_results(tmp_path / "cut", results, {"model": "tiny"})
     assert list((tmp_path / "cut").iterdir()) == []
-
-
-def test_the_leaderboards_are_groups_of_lm_eval():
-    files = {"leaderboard-v1": "benchmarks/openllm.yaml", "leaderboard-v2": "leaderboard/leaderboard.yaml"}
-    for preset, file in files.items():
-        text = (Path(lm_eval.__file__).parent / "tasks" / file).read_text()
-        assert text.startswith(f"group: {PRESETS[preset][0]}\n")
