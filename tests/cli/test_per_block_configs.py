@@ -30,50 +30,47 @@ def mixed(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("mixed") / "model", tiny_config("gemma3_text"))
 
 
-@pytest.fixture
-def sleb(run_sleb):
-    """Run a command, which must end with this exit code and say this."""
-
-    def run(*words, code=0, says=""):
-        result = run_sleb(*words)
-        assert (result.exit_code, says in result.stdout + result.stderr) == (code, True), result.stderr
-        return result
-
-    return run
+def search(run_sleb, model, text_file, *options):
+    return run_sleb("search", model, *calibration(text_file), *options)
 
 
-def test_models_of_one_kind_show_none(search, tmp_path):
-    assert " kind " not in search("--remove", 1).stdout
+def test_models_of_one_kind_show_none(run_sleb, tiny_llama, text_file, tmp_path):
+    assert " kind " not in search(run_sleb, tiny_llama, text_file, "--remove", 1).stdout
     assert read_plan(tmp_path / "plan.json").steps[0].kind == ""
-    refused = search("--remove", 1, "--protect-kind", "mamba", "--force", code=2)
-    assert "All its blocks are of one kind" in refused.stderr
+    result = search(run_sleb, tiny_llama, text_file, "--remove", 1, "--protect-kind", "mamba", "--force")
+    assert (result.exit_code, "All its blocks are of one kind" in result.stderr) == (2, True)
 
 
-def test_blocks_are_protected_by_kind_and_by_number(search, mixed, tmp_path):
-    options = ["--protect-kind", "full_attention", "--protect", "2", "--remove"]
-    result = search(*options, 1, model=mixed)
+def test_blocks_are_protected_by_kind_and_by_number(run_sleb, mixed, text_file, tmp_path):
+    options = ["--protect-kind", "full_attention", "--protect", "2", "--remove", 1]
+    result = search(run_sleb, mixed, text_file, *options)
+    assert result.exit_code == 0, result.stderr
     plan = read_plan(tmp_path / "plan.json")
     assert plan.search.protect == (1, 2, 3, 5)
     assert list(plan.steps[0].scores) == [4]
     assert plan.steps[0].kind == MIXED[4]
     assert all(words in result.stdout for words in (" kind ", MIXED[4]))
-    refused = search(*options, 2, "--force", model=mixed, code=2)
-    assert "At most 1 blocks can be removed" in refused.stderr
+    result = search(run_sleb, mixed, text_file, *options[:-1], 2, "--force")
+    assert (
+        result.exit_code,
+        "At most 1 blocks can be removed, which leaves the model at 5 of 6 blocks" in result.stderr,
+    ) == (2, True)
 
 
-def test_an_extended_search_protects_the_same(search, sleb, mixed, text_file, tmp_path):
-    search("--protect", "2,3", "--remove", 1, model=mixed)
+def test_an_extended_search_protects_the_same(run_sleb, mixed, text_file, tmp_path):
+    assert search(run_sleb, mixed, text_file, "--protect", "2,3", "--remove", 1).exit_code == 0
     first = read_plan(tmp_path / "plan.json")
-    extend = ["search", mixed, "--extend", "plan.json", "--remove"]
-    sleb(*extend, 2, "--calibration", text_file)
+    result = run_sleb("search", mixed, "--extend", "plan.json", "--remove", 2, "--calibration", text_file)
+    assert result.exit_code == 0, result.stderr
     longer = read_plan(tmp_path / "plan.json")
     assert longer.search.protect == (2, 3)
     assert longer.removals[0] == first.removals[0]
     assert set(longer.removals) == {1, 4}
-    sleb("apply", "-o", "one", "--no-verify")
-    says = "different model (blocks: 4, not 6; fingerprint: "
-    sleb("apply", "plan.json", "--model", "one", "-o", "two", code=3, says=says)
-    sleb(*extend, 3, "--protect", "3", "-o", "other.json", code=3, says="search.protect")
+    assert run_sleb("apply", "-o", "one", "--no-verify").exit_code == 0
+    result = run_sleb("apply", "plan.json", "--model", "one", "-o", "two")
+    assert (result.exit_code, "different model (blocks: 4, not 6; fingerprint: " in result.stderr) == (3, True)
+    result = run_sleb("search", mixed, "--extend", "plan.json", "--remove", 3, "--protect", "3", "-o", "other.json")
+    assert (result.exit_code, "search.protect" in result.stderr) == (3, True)
 
 
 @pytest.mark.parametrize(
@@ -84,29 +81,33 @@ def test_an_extended_search_protects_the_same(search, sleb, mixed, text_file, tm
         (["--protect", "x"], "--protect 'x' is not a list of numbers"),
     ],
 )
-def test_what_cannot_be_protected(search, mixed, options, message):
-    assert message in search("--remove", 1, *options, model=mixed, code=2).stderr
+def test_what_cannot_be_protected(run_sleb, mixed, text_file, options, message):
+    result = search(run_sleb, mixed, text_file, "--remove", 1, *options)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
 
 
-def test_the_last_attention_block_of_a_hybrid_stays(search, sleb, tmp_path):
+def test_the_last_attention_block_of_a_hybrid_stays(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next"))
-    told = search("--remove", 2, model=folder).stderr
-    assert "Block 3 stays: without block 3, the KV cache would not work" in told
+    result = search(run_sleb, folder, text_file, "--remove", 2)
+    assert "Block 3 stays: without block 3, the KV cache would not work" in result.stderr
     assert 3 not in read_plan(tmp_path / "plan.json").steps[0].scores
-    sleb("apply")
-    sleb("apply", folder, "--blocks", "3", "-o", "out", code=4, says="Cannot remove block 3 from")
+    assert run_sleb("apply").exit_code == 0
+    result = run_sleb("apply", folder, "--blocks", "3", "-o", "out")
+    assert (result.exit_code, "Cannot remove block 3 from" in result.stderr) == (4, True)
     assert not (tmp_path / "out").exists()
 
 
-def test_when_no_more_can_go_the_search_says_how_many_did(search, tmp_path):
+def test_when_no_more_can_go_the_search_says_how_many_did(run_sleb, text_file, tmp_path):
     """The user protects one block, and the only attention block must stay: two of four can go."""
     kinds = ["linear_attention", "full_attention", "linear_attention", "linear_attention"]
     folder = save_model(tmp_path / "hybrid", tiny_config("qwen3_next", num_hidden_layers=4, layer_types=kinds))
-    options = ["--protect-first", 1, "--protect-last", 0, "--remove"]
-    told = search(*options, 3, model=folder, code=4).stderr
-    assert "can be removed after " in told
-    assert "Remove 2 blocks. With --resume, nothing is measured again" in told
-    search(*options, 2, "--resume", model=folder)
+    options = ["--protect-first", 1, "--protect-last", 0]
+    result = search(run_sleb, folder, text_file, "--remove", 3, *options)
+    assert result.exit_code == 4, result.stderr
+    assert "can be removed after " in result.stderr
+    assert "Remove 2 blocks. With --resume, nothing is measured again" in result.stderr
+    result = search(run_sleb, folder, text_file, "--remove", 2, *options, "--resume")
+    assert result.exit_code == 0, result.stderr
     assert set(read_plan(tmp_path / "plan.json").removals) == {2, 3}
 
 
@@ -120,33 +121,37 @@ JAMBA = {"num_hidden_layers": 12, "attn_layer_period": 4}
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "each block divides its attention scores by its number"),
     ],
 )
-def test_what_depends_on_depth_is_refused(search, tmp_path, model_type, settings, said):
+def test_what_depends_on_depth_is_refused(run_sleb, text_file, tmp_path, model_type, settings, said):
     folder = save_model(tmp_path / "model", tiny_config(model_type, **settings))
-    told = search("--remove", 2, model=folder, code=4).stderr
-    assert (said in told, "Loading" in told) == (True, False), told
+    result = search(run_sleb, folder, text_file, "--remove", 2)
+    assert (result.exit_code, said in result.stderr, "Loading" in result.stderr) == (4, True, False), result.stderr
 
 
-def test_a_whole_period_of_blocks_can_be_removed(sleb, tmp_path):
+def test_a_whole_period_of_blocks_can_be_removed(run_sleb, tmp_path):
     folder = save_model(tmp_path / "jamba", tiny_config("jamba", **JAMBA))
-    sleb("apply", folder, "--blocks", "4,5,6,7", "-o", "out", says="bitwise equal")
+    result = run_sleb("apply", folder, "--blocks", "4,5,6,7", "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert "bitwise equal" in result.stderr + result.stdout
 
 
-def test_multi_token_prediction_blocks_are_left_out(sleb, tmp_path):
+def test_multi_token_prediction_blocks_are_left_out(run_sleb, text_file, tmp_path):
     folder = save_model(tmp_path / "glm", tiny_config("glm4_moe"))
     tensors = weights_of(folder)
     extra = {name.replace("layers.5.", "layers.6."): t.clone() for name, t in tensors.items() if ".layers.5." in name}
     save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
-    sleb("apply", folder, "--blocks", "2", "-o", "out")
+    result = run_sleb("apply", folder, "--blocks", "2", "-o", "out")
+    assert result.exit_code == 0, result.stderr
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert not any(".layers.5." in name for name in weights_of(tmp_path / "out"))
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 2}))
-    sleb("apply", folder, "--blocks", "2", "-o", "other", code=4, says="do not keep 6 blocks")
+    result = run_sleb("apply", folder, "--blocks", "2", "-o", "other")
+    assert (result.exit_code, "do not keep 6 blocks" in result.stderr) == (4, True)
 
 
 @pytest.mark.parametrize("options", [["--dtype", "bf16"], ["--max-shard-size", "60KB"], ["pickled"]])
-def test_embeddings_with_a_slice_for_each_block_are_cut(sleb, text_file, tmp_path, options):
+def test_embeddings_with_a_slice_for_each_block_are_cut(run_sleb, text_file, tmp_path, options):
     folder = save_model(tmp_path / "gemma", tiny_config("gemma4_text"))
     dense = weights_of(folder)
     if options == ["pickled"]:
@@ -154,8 +159,9 @@ def test_embeddings_with_a_slice_for_each_block_are_cut(sleb, text_file, tmp_pat
         (folder / "model.safetensors").unlink()
         options = []
         # The model in memory is cut by the same rule.
-        sleb("eval", folder, "--blocks", "1,2", "--perplexity", text_file)
-    sleb("apply", folder, "--blocks", "1,2", "-o", "out", *options)
+        assert run_sleb("eval", folder, "--blocks", "1,2", "--perplexity", text_file).exit_code == 0
+    result = run_sleb("apply", folder, "--blocks", "1,2", "-o", "out", *options)
+    assert result.exit_code == 0, result.stderr
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, axis in (("embed_tokens_per_layer", 1), ("per_layer_model_projection", 0)):
         slices = dense[f"model.{name}.weight"].chunk(6, axis)
@@ -168,13 +174,14 @@ TWICE = ["gemma3_text", slow("laguna"), slow("qwen3_moe"), "nemotron_h", "runs, 
 
 
 @pytest.mark.parametrize("name", TWICE)
-def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(sleb, tmp_path, name):
+def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(run_sleb, tmp_path, name):
     model_type, settings, changes = ON_THE_HUB.get(name, (name, {}, {}))
     dense = save_model(tmp_path / "dense", tiny_config(model_type, **settings))
     config = json.loads((dense / "config.json").read_text()) | changes
     (dense / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     for folder, blocks, output in ((dense, "1", "one"), ("one", "3", "two"), (dense, "1,4", "both")):
-        sleb("apply", folder, "--blocks", blocks, "-o", output, "--no-verify")
+        result = run_sleb("apply", folder, "--blocks", blocks, "-o", output, "--no-verify")
+        assert result.exit_code == 0, result.stderr
     two, both = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("two", "both"))
     assert two == both
     two, both = (weights_of(tmp_path / name) for name in ("two", "both"))
@@ -218,10 +225,12 @@ def seeing_model(folder, config, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_a_model_that_sees_is_pruned_in_its_language_model(search, sleb, tmp_path, name):
+def test_a_model_that_sees_is_pruned_in_its_language_model(run_sleb, text_file, tmp_path, name):
     folder = seeing_model(tmp_path / name, SEEING[name]())
-    search("--remove", 2, model=folder)
-    assert json.loads(sleb("apply", "-o", "out", "--json").stdout)["proof"]["logits_difference"] == 0
+    assert search(run_sleb, folder, text_file, "--remove", 2).exit_code == 0
+    result = run_sleb("apply", "-o", "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["proof"]["logits_difference"] == 0
     before, after = (weights_of(path) for path in (folder, tmp_path / "out"))
     seeing = [key for key in before if "vision" in key or "visual" in key]
     assert seeing
@@ -244,11 +253,12 @@ TIED = {
 
 @pytest.mark.parametrize("name", [slow("qwen2_vl"), "llava, tied outside of the language model"])
 @torch.inference_mode()
-def test_a_model_that_sees_is_recovered_cast_and_measured(sleb, text_file, tmp_path, name):
+def test_a_model_that_sees_is_recovered_cast_and_measured(run_sleb, text_file, tmp_path, name):
     folder = seeing_model(tmp_path / "model", TIED[name](), torch.bfloat16)
     recover = ["--recover", *calibration(text_file, samples=10), "--dtype", "float16"]
     for options, output in (([], "out"), (["--stream"], "streamed")):
-        result = sleb("apply", folder, "--blocks", "1,3", *recover, *options, "-o", output, "--json")
+        result = run_sleb("apply", folder, "--blocks", "1,3", *recover, *options, "-o", output, "--json")
+        assert result.exit_code == 0, result.stderr
         applied = json.loads(result.stdout)
         assert any(fit["kept"] for fit in applied["recovery"]["closed_form"]["fits"])
         assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == ("recovered", 0)
@@ -256,7 +266,8 @@ def test_a_model_that_sees_is_recovered_cast_and_measured(sleb, text_file, tmp_p
     assert {tensor.dtype for tensor in whole.values()} == {torch.float16}
     assert all(torch.equal(streamed[key], tensor) for key, tensor in whole.items())
 
-    result = sleb("eval", folder, "--blocks", "1,3", *evaluation(text_file), "--dtype", "float32", "--json")
+    result = run_sleb("eval", folder, "--blocks", "1,3", *evaluation(text_file), "--dtype", "float32", "--json")
+    assert result.exit_code == 0, result.stderr
     measured = json.loads(result.stdout)["texts"][0]
     windows = cut_windows(AutoTokenizer.from_pretrained(folder), text_file.read_text(), 32, bos=False)[:4]
     dense = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -265,9 +276,12 @@ def test_a_model_that_sees_is_recovered_cast_and_measured(sleb, text_file, tmp_p
         assert math.log(found["perplexity"]) == pytest.approx(loss, abs=1e-5)
 
 
-def test_an_adapter_is_no_model(search, tmp_path):
-    settings = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    save_file({"base_model.model.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
-    told = search("--remove", 1, model=tmp_path, code=4).stderr
-    assert "is a PEFT adapter for org/base, not a whole model" in told
+def test_an_adapter_is_no_model(run_sleb, text_file, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "org/base", "peft_type": "LORA"})
+    )
+    save_file({"base_model.model.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
+    result = search(run_sleb, folder, text_file, "--remove", 1)
+    assert (result.exit_code, "is a PEFT adapter for org/base, not a whole model" in result.stderr) == (4, True)
