@@ -9,7 +9,6 @@ import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import calibration, interrupt_healing, reported_tokens, slow
@@ -181,19 +180,6 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(apply, tmp_path, source, 
     assert (source.read_bytes(), (tmp_path / "there.gguf").read_text()) == (whole, "precious")
     apply("--blocks", "1", "--source", source, "-o", "there.gguf", "--force")
     assert metadata_of(tmp_path / "there.gguf")["llama.block_count"] == 5
-
-
-def test_a_file_that_computes_something_else_is_not_delivered(apply, tmp_path, monkeypatch, source):
-    def convert_badly(path, folder, notify, convert=apply_gguf.convert_gguf):
-        convert(path, folder, notify)
-        weights = folder / "model.safetensors"
-        tensors = load_file(weights)
-        tensors["model.layers.0.mlp.up_proj.weight"] *= -1
-        save_file(tensors, weights, metadata={"format": "pt"})
-
-    monkeypatch.setattr(apply_gguf, "convert_gguf", convert_badly)
-    apply("--blocks", "1", "--source", source, code=9, says="bytes of model.layers.0.mlp.up_proj")
-    assert not list(tmp_path.glob("*blocks*"))
 
 
 def test_no_room_is_said_before_anything_is_written(apply, monkeypatch, source):

@@ -174,21 +174,17 @@ def test_names_and_commands_are_those_of_the_hub_and_settings(out, measured):
     ]
 
 
-def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured):
+def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path):
     out.apply(measured[0], "--recover", "--calibration", out.text_file, "--samples", 12, "--sequence-length", 32)
     assert "model-index" not in out.data.to_dict()
     assert "The steps of the search" in out.text
     assert out.results == ""
     assert not list(out.folder.glob("sleb_plan.*.json"))
-    # Nor does one whose plan is measured later.
+    # Nor does one whose plan is measured later, nor another model of the same plan.
     measured[1].write(beside_plan(out.folder / "sleb_plan.json", "eval"))
     update_card(out.folder)
     assert out.results == ""
-
-
-def test_another_model_with_the_same_plan_has_not_been_measured(out, measured, tmp_path):
-    other = save_model(tmp_path / "other", llama_config(), seed=1)
-    out.apply(measured[0], "--model", other, "--any-model")
+    out.apply(measured[0], "--model", save_model(tmp_path / "other", llama_config(), seed=1), "--any-model", "--force")
     assert out.results == ""
 
 

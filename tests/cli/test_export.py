@@ -135,6 +135,10 @@ def test_an_installed_vllm_is_asked_for_the_architecture(export, tiny_llama, tmp
     [
         ({"architectures": None}, "names no class"),
         ({"architectures": ["LamaForCausalLM"]}, "names no class"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}},
+            "needs code that comes with the model",
+        ),
         ({"scales": {"scale_of_layer": [1.0, 2.0, 3.0]}}, "scale_of_layer of the pruned config still has 3 values"),
     ],
 )
@@ -142,22 +146,14 @@ def test_a_config_that_stock_engines_do_not_read_is_refused(export, tmp_path, ch
     folder = save_model(tmp_path / "odd", llama_config(3))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    export(folder, "1", "hf", "-o", "out", code=4, says=message)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
-
-
-def test_a_model_with_code_of_its_own_is_refused(export, tmp_path):
-    folder = save_model(tmp_path / "mine", llama_config(3))
-    auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mine", "auto_map": auto_map}))
     (folder / "mine.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
-        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+        "class C(LlamaConfig):\n    model_type = 'mine'\n"
+        "class M(LlamaForCausalLM):\n    config_class = C\n"
     )
-    export(folder, "1", "hf", "--trust-remote-code", "-o", "out", code=4, says="needs code that comes with the model")
-    assert not (tmp_path / "out").exists()
+    result = export(folder, "1", "hf", "--trust-remote-code", "-o", "out", code=4, says=message)
+    assert ("sleb was never tested with" in result.stderr) == ("model_type" in changes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd"]
 
 
 class Both(sleb.FileExporter):

@@ -25,39 +25,33 @@ def installed(monkeypatch):
     return let
 
 
-def test_a_missing_package_is_named_with_its_install_command(run_sleb, tiny_llama, text_file, installed):
+def test_a_missing_package_is_named_with_its_install_command(search, installed):
     installed(False)
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--load-in", "8bit", *calibration(text_file))
-    assert result.exit_code == 7
-    assert "pip install 'sleb[bitsandbytes]'" in result.stderr
+    assert "pip install 'sleb[bitsandbytes]'" in search("--remove", 1, "--load-in", "8bit", code=7).stderr
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--stream",), "--load-in and --stream"),
-        (("--metric", "taylor"), "taylor reads the weights"),
-        (("--metric", "magnitude"), "magnitude reads the weights"),
+        (("--remove", 1, "--stream"), "--load-in and --stream"),
+        (("--remove", 1, "--metric", "taylor"), "taylor reads the weights"),
+        (("--remove", 1, "--metric", "magnitude"), "magnitude reads the weights"),
         (("--target-speedup", "1.1"), "--target-speedup times the model as it will run"),
     ],
 )
-def test_what_does_not_go_with_it_is_refused(run_sleb, tiny_llama, text_file, installed, options, sentence):
+def test_what_does_not_go_with_it_is_refused(search, installed, options, sentence):
     installed(True)
-    target = () if "--target-speedup" in options else ("--remove", 1)
-    result = run_sleb("search", tiny_llama, *target, "--load-in", "4bit", *calibration(text_file), *options)
-    assert result.exit_code == 2
-    assert sentence in result.stderr
+    assert sentence in search("--load-in", "4bit", *options, code=2).stderr
 
 
-def test_packed_weights_are_not_packed_again(run_sleb, text_file, installed, tmp_path):
+def test_packed_weights_are_not_packed_again(search, installed, tmp_path):
     installed(True)
     model = save_model(tmp_path / "packed", tiny_config("llama"))
     config = json.loads((model / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (model / "config.json").write_text(json.dumps(config))
-    result = run_sleb("search", model, "--remove", 1, "--load-in", "4bit", *calibration(text_file))
-    assert result.exit_code == 4
-    assert "is quantized already, so --load-in does not apply" in result.stderr
+    told = search("--remove", 1, "--load-in", "4bit", model=model, code=4).stderr
+    assert "is quantized already, so --load-in does not apply" in told
 
 
 @needs_bitsandbytes

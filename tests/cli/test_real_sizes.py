@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import llama_config, prose, train_tokenizer
+from conftest import calibration, llama_config, prose, train_tokenizer
 from gguf_models import convert_llama
 from reference import plain_loss
 from sleb_cli.engine.output import proof
@@ -28,12 +28,10 @@ PERIOD = 1_000_003
 time, are alike."""
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A model of 105 MB, with its embedding in a file of its own."""
-    folder = tmp_path_factory.mktemp("large") / "large-llama"
+def save_large(folder, intermediate_size):
+    """Save a model of this size, with its embedding of 66 MB in a file of its own."""
     config = llama_config(
-        BLOCKS, vocab_size=128_256, hidden_size=256, intermediate_size=8192, num_attention_heads=4,
+        BLOCKS, vocab_size=128_256, hidden_size=256, intermediate_size=intermediate_size, num_attention_heads=4,
         num_key_value_heads=1, tie_word_embeddings=True, dtype=torch.bfloat16,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -51,6 +49,13 @@ def large(tmp_path_factory):
     model.tie_weights()
     model.save_pretrained(folder, max_shard_size="66MB")
     train_tokenizer(bos=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model of 105 MB."""
+    folder = save_large(tmp_path_factory.mktemp("large") / "large-llama", 8192)
     assert [round(path.stat().st_size / 1e6) for path in sorted(folder.glob("*.safetensors"))] == [66, 26, 13]
     yield folder
     shutil.rmtree(folder)
@@ -86,8 +91,8 @@ def renumbered(name, blocks="layers", place=1):
     return None if number == REMOVED else ".".join(parts)
 
 
-def check_tensors(folder, large, dtype):
-    """Check that a checkpoint holds the dense model's tensors, but for a block."""
+def check_tensors(folder, large, dtype, refitted=()):
+    """Check that a checkpoint holds the dense model's tensors, but for a block and for new values of the same shape."""
     with ExitStack() as until:
         before, after = opened(large, until), opened(folder, until)
         sources = {renumbered(name): name for name in before}
@@ -95,14 +100,12 @@ def check_tensors(folder, large, dtype):
         assert after.keys() == sources.keys()
         for name, source in sources.items():
             found, expected = after[name].get_tensor(name), before[source].get_tensor(source).to(dtype)
-            assert found.dtype is dtype
-            assert torch.equal(found, expected), name
+            assert (found.dtype, found.shape) == (dtype, expected.shape)
+            assert found.isfinite().all(), name
+            assert torch.equal(found, expected) == (name not in refitted), name
 
 
-@pytest.mark.parametrize(
-    ("options", "dtype"),
-    [("", torch.bfloat16), ("--dtype float16 --stream", torch.float16), ("--dtype float32", torch.float32)],
-)
+@pytest.mark.parametrize(("options", "dtype"), [("", torch.bfloat16), ("--dtype float16 --stream", torch.float16)])
 def test_every_tensor_is_whole(run_sleb, large, tmp_path, options, dtype):
     command = ["apply", large, "--blocks", REMOVED, *options.split(), "--max-shard-size", "20MB", "-o", "out", "--json"]
     result = run_sleb(*command)
@@ -112,6 +115,27 @@ def test_every_tensor_is_whole(run_sleb, large, tmp_path, options, dtype):
     sizes = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
     assert len(sizes) > 2
     assert sum(size > 20_100_000 for size in sizes) == 1, "a tensor that is larger has a file of its own"
+
+
+def test_what_is_recovered_or_exported_is_whole(run_sleb, tmp_path):
+    model = save_large(tmp_path / "narrow-llama", 256)  # fits take the third power of the MLP's width
+    (tmp_path / "text.txt").write_text(prose(120))
+    recover = ["--recover", *calibration("text.txt", samples=20, length=16), "--dtype", "float32", "--json"]
+    result = run_sleb("apply", model, "--blocks", REMOVED, *recover, "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    applied = json.loads(result.stdout)
+    assert (applied["proof"]["reference"], applied["proof"]["logits_difference"]) == ("recovered", 0)
+    refitted = {
+        renumbered(f"{name}.weight" if fit["block"] is None else f"model.layers.{fit['block']}.{name}.weight")
+        for fit in applied["recovery"]["closed_form"]["fits"]
+        if fit["kept"]
+        for name in fit["weights"]
+    }
+    assert refitted
+    check_tensors(tmp_path / "out", model, torch.float32, refitted)
+    result = run_sleb("export", model, "--blocks", REMOVED, "--to", "hf", "-o", "exported")
+    assert result.exit_code == 0, result.stderr
+    check_tensors(tmp_path / "exported", model, torch.bfloat16)
 
 
 def test_what_eval_says_of_it_is_what_transformers_computes(run_sleb, large, tmp_path):

@@ -21,11 +21,10 @@ from sleb_cli.atomic import (
     remove_leftovers_of,
     require_new_file,
     write_text,
-    writing,
 )
 from sleb_cli.engine.files.copying import leads_out
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
-from sleb_cli.engine.files.weights import find_weights, read_json
+from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving
 from sleb_plugins import ModelError, OutputError, ProofError
@@ -224,14 +223,6 @@ def test_a_pickle_of_more_than_tensors_is_refused(tmp_path, monkeypatch, content
     assert os.listdir(tmp_path) == ["pytorch_model.bin"]
 
 
-@pytest.mark.parametrize("content", ['{"a": ' + "[" * 100_000, '{"a": 1' + "0" * 5000 + "}", "\xff", "[1]", None])
-def test_what_is_no_json_object_is_refused(tmp_path, content):
-    path = tmp_path / "config.json"
-    path.mkdir() if content is None else path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ModelError, match=r"is not readable JSON|is not a JSON object|cannot be read: Is a directory"):
-        read_json(path)
-
-
 def test_what_leads_out_of_a_folder(tmp_path):
     folder = tmp_path / "snapshots" / "abc"
     (folder / "sub").mkdir(parents=True)
@@ -277,18 +268,6 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, change):
         watch.require_unchanged()
     with pytest.raises(ModelError, match="changed while it was read"), watch.unchanged():
         raise ProofError("It differs.", hint="")
-
-
-@pytest.mark.parametrize(
-    "number", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENXIO, errno.ENOTEMPTY]
-)
-def test_every_error_of_the_file_system_is_a_sentence(tmp_path, number):
-    with pytest.raises(OutputError, match=r"Cannot write \S+: .{8,}\.$") as caught, writing(tmp_path / "a"):
-        raise OSError(number, os.strerror(number))
-    assert caught.value.hint
-    for error in (OSError("Can't load it."), BrokenPipeError(errno.EPIPE, "Broken pipe")):  # of a library, and a pipe
-        with pytest.raises(type(error)), writing(tmp_path / "a"):
-            raise error
 
 
 def test_an_error_of_the_disk_is_found_behind_a_verdict():

@@ -32,19 +32,10 @@ def load_both(surgery, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "falcon_h1"])
-def test_the_pruned_model_shares_weights_and_equals_the_files(tmp_path, model_type):
-    surgery = surgery_of(save_model(tmp_path / "model", tiny_config(model_type)))
-    dense, pruned = load_both(surgery)
-    from_files = load_pruned(surgery, torch.float32, CPU, ignore)
+def test_the_pruned_model_shares_all_weights(tmp_path, model_type):
+    dense, pruned = load_both(surgery_of(save_model(tmp_path / "model", tiny_config(model_type))))
     places = {tensor.data_ptr() for tensor in dense.state_dict().values()}
-    found, expected = pruned.state_dict(), from_files.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
-        assert tensor.data_ptr() in places, name
-    ids = torch.randint(2, 300, (2, 12))
-    with torch.inference_mode():
-        assert torch.equal(pruned(ids, use_cache=False).logits, from_files(ids, use_cache=False).logits)
+    assert all(tensor.data_ptr() in places for tensor in pruned.state_dict().values())
 
 
 def test_tensors_that_transformers_changes_come_from_the_files(tmp_path, monkeypatch):

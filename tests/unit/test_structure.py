@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from sleb_cli.engine.model.structure import block_changes, outer_changes, refine_kinds, shared_weights, structure_of
+from sleb_cli.engine.model.structure import block_changes, outer_changes, refine_kinds, structure_of
 from sleb_plugins.config_keys import Kept
 
 KEPT = Kept((0, 2, 3), 4)
@@ -54,13 +54,6 @@ def test_outside_the_blocks_lists_may_shrink_and_parts_may_not():
     pattern = outer_changes(outer(4, list("aaba"), 1), outer(3, list("aab"), 1), KEPT)
     assert pattern == ["kinds would be ['a', 'a', 'b'], not ['a', 'a', 'b', 'a']"]
     assert "norms.1 would be absent, not LayerNorm" in outer_changes(outer(4, [], 2), outer(3, [], 1), KEPT)
-
-
-def test_shared_weights():
-    blocks = nn.ModuleList([Block(0), Block(1)])
-    assert not shared_weights(blocks)
-    blocks[1].mlp.weight = blocks[0].mlp.weight
-    assert shared_weights(blocks)
 
 
 def test_kinds_are_told_apart_by_the_classes_that_differ():

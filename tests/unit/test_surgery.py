@@ -4,14 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-from sleb_cli.engine.files.slices import Cut
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins import FamilyAdapter
-from sleb_plugins.config_keys import Kept
 
 
 def surgery(removals, blocks=4, path="model.layers", raw=None, config=None, prefix=None, **adapter):
@@ -80,19 +77,3 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
         "novel": [5, 7], "mine": "ac",
     }  # fmt: skip
     assert raw["n_layer"] == 4
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_slices_of_removed_blocks_are_cut(axis):
-    cut = Cut(axis, Kept((0, 2, 3), 4))
-    tensor = torch.arange(8 * 12, dtype=torch.int16).reshape(8, 12)
-    expected = tensor[[0, 1, 4, 5, 6, 7]] if axis == 0 else tensor[:, [0, 1, 2, 6, 7, 8, 9, 10, 11]]
-    assert torch.equal(cut.of_tensor(tensor), expected)
-    assert cut.shape(tensor.shape) == tuple(expected.shape)
-
-
-def test_which_tensors_are_cut():
-    without = surgery([1])
-    assert without.cut("model.embed_tokens_per_layer.weight").axis == 1
-    assert without.cut("model.embed_tokens.weight") is None
-    assert surgery([]).cut("model.embed_tokens_per_layer.weight") is None
