@@ -53,7 +53,7 @@ def test_blocks_are_protected_by_kind_and_by_number(run_sleb, mixed, text_file, 
     result = search(run_sleb, mixed, text_file, *options[:-1], 2, "--force")
     assert (
         result.exit_code,
-        "At most 1 blocks can be removed, which leaves the model at 5 of 6 blocks" in result.stderr,
+        "At most 1 block can be removed, which leaves the model at 5 of 6 blocks" in result.stderr,
     ) == (2, True)
 
 

@@ -178,7 +178,9 @@ class Passes:
     def _together(self, batches: Iterable[int]) -> list[list[_Part]]:
         """Return the parts of these batches that walk together: all if blocks are streamed, or else each on its own."""
         parts = [part for batch in batches for part in self._parts_of(batch)]
-        return [[part] for part in parts] if self.skippable.weights.resident else [parts]
+        if self.skippable.weights.resident:
+            return [[part] for part in parts]
+        return [parts] if parts else []
 
     def _parts_of(self, batch: int) -> list[_Part]:
         if batch not in self._parts:

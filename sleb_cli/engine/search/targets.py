@@ -19,7 +19,7 @@ from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
 from sleb_cli.requests import DEFAULT_SERVE_BATCH, DEFAULT_SERVE_LENGTH, TARGET_NAMES, TargetName, TargetRequest
-from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count
+from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, plural
 from sleb_plugins import UsageError
 
 _NEEDS: Mapping[str, TargetName] = {
@@ -104,7 +104,7 @@ class SizeTarget:
         left = list(accumulate(free, lambda rest, block: rest - block, initial=size))
         if not self._fits(left[-1]):
             raise UsageError(
-                f"At most {len(removed) + len(free)} blocks can be removed, which leaves the model at "
+                f"At most {plural(len(removed) + len(free), 'block')} can be removed, which leaves the model at "
                 f"{self.describe(left[-1])}; the target is {goal}.",
                 hint="Choose a target that can be met, or protect fewer blocks.",
             )
