@@ -10,7 +10,7 @@ from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import closed_form
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
-from sleb_cli.engine.recovery.least_squares import PANEL_COLUMNS, Gains, Ridge, gram
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge
 from sleb_cli.engine.recovery.residual_projections import find_residual_projections, passing
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import ignore
@@ -90,22 +90,6 @@ def test_the_error_on_other_rows_is_the_direct_sum(make):
     assert other.error(found.double()) == pytest.approx(float(direct), rel=1e-4)
 
 
-def test_gains_are_the_ridge_of_each_channel_alone():
-    x, y, weights = rows()
-    found = summed(Gains(4), (x, y, weights), 0, 20, 90).solve(0.5)
-    for channel in range(4):
-        one = slice(channel, channel + 1)
-        alone = summed(Ridge(1, 1), (x[:, one], y[:, one], weights), 0, 90).solve(0.5)
-        assert float(found[channel]) == pytest.approx(float(alone), rel=1e-4)
-
-
-@pytest.mark.parametrize("features", [1, PANEL_COLUMNS, 2 * PANEL_COLUMNS + 3])
-def test_gram_is_one_multiplication(features):
-    x = torch.randn(50, features, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(gram(x), x.T @ x)
-    assert torch.equal(gram(x), gram(x).T)
-
-
 def found_in(skippable, block=-2):
     """Return the call of a block, and its residual projections."""
     call = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))[block]
@@ -141,31 +125,6 @@ def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exa
     ]
     assert all(each.kind == kind and each.scale == pytest.approx(1, rel=0.01) for each in found[len(near) :])
     assert [projection.norm.name for projection in found if projection.norm] == norms
-
-
-@torch.inference_mode()
-def test_a_multiplier_behind_the_weights_is_their_scale():
-    with skippable_model("granite", residual_multiplier=0.25) as skippable:
-        _, found = found_in(skippable, 1)
-    assert found[-1].scale == pytest.approx(0.25, rel=0.01)
-
-
-@pytest.mark.parametrize("model_type", ["gemma2", "olmo2", "glm4", "gpt2"])
-@torch.inference_mode()
-def test_features_times_weights_are_what_is_added(model_type):
-    with skippable_model(model_type) as skippable:
-        call, (*_, projection) = found_in(skippable)
-        block = skippable.switches[call.block].block
-        with passing(block, projection.names) as (entering, leaving):
-            skippable.run_block(call, call.entering)
-    module = block.get_submodule(projection.name)
-    product = projection.features(block, entering) @ (module.weight.T if projection.kind == "matrix" else module.weight)
-    if projection.norm:
-        product = product * (block.get_submodule(projection.norm.name).weight + projection.norm.offset)
-    else:
-        product = product + module.bias
-    expected = leaving[(projection.norm or projection).name].flatten(0, -2)
-    torch.testing.assert_close(product, expected, rtol=1e-3, atol=1e-4)
 
 
 def keep_every_fit(monkeypatch):
@@ -242,14 +201,6 @@ def test_the_first_and_the_last_block_are_made_up_for(removed, gaps):
     values, record = recovered(skippable, removed, text, 40)
     assert sorted(fit.gap for fit in {fit.block: fit for fit in record.fits if fit.gap}.values()) == gaps
     assert divergence(skippable, removed, unseen, values) < 0.97 * divergence(skippable, removed, unseen)
-
-
-def test_a_fit_that_does_not_lower_the_divergence_is_not_kept(monkeypatch):
-    skippable = skippable_model("llama")
-    monkeypatch.setattr(closed_form._States, "divergence", lambda self, block, values: 1.0)
-    values, record = recovered(skippable, {3}, own_text(skippable.model, 24), 20)
-    assert (values, [fit for fit in record.fits if fit.kept]) == ({}, [])
-    assert record.fits
 
 
 def test_a_family_whose_blocks_do_not_run_alone_is_refused():

@@ -52,17 +52,6 @@ def test_measurements_come_back_bit_for_bit(written):
         assert journal.find([3, 1]) == [0.5]
 
 
-def test_of_a_whole_model_any_block_may_be_the_candidate(path):
-    with open_journal(path, SEARCH, whole_models=True) as journal:
-        journal.add([1.5], [3, 1], block=7, batch=0)
-        journal.add([2.5], [3, 1, 7], batch=0)  # a loss, which need not be the score
-    with resumed(path, whole_models=True) as again:
-        for found in (journal, again):
-            assert found.find([7, 3], block=1, batch=0) == [1.5]
-            assert found.find([3, 7, 1], batch=0) == [2.5]
-            assert found.find([3], block=1, batch=0) is None
-
-
 def test_cut_off_anywhere_all_whole_lines_are_there(written):
     content = written.read_bytes()
     ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]

@@ -1,7 +1,5 @@
 """How a search fits into memory."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -51,15 +49,6 @@ def test_candidates_give_way_first_then_positions_then_the_batch():
     assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
 
 
-def test_what_a_metric_widens_at_a_time_counts():
-    settings = replace(settings_for(CPU), widened_bytes=4 << 20)
-    scored = replace(FOOTPRINT, scored=1_000_000)
-    # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
-    assert fit(40_000_000, settings=settings).positions == 128
-    assert fit(40_000_000, footprint=scored, settings=settings).sequences == 2
-    assert fit(PLENTY, footprint=scored, settings=settings).positions == 256
-
-
 @pytest.mark.parametrize(
     ("available", "batch", "words"),
     [
@@ -70,14 +59,6 @@ def test_what_a_metric_widens_at_a_time_counts():
 def test_what_cannot_fit_is_said_before_any_work(available, batch, words):
     with pytest.raises(MachineError, match=words):
         fit(available, batch=batch)
-
-
-def test_when_memory_runs_out_the_least_costly_goes_first():
-    found = MemoryBudget(sequences=2, positions=32, branches=4, kept=50)
-    seen = []
-    while (found := found.halved()) is not None:
-        seen.append((found.sequences, found.positions, found.branches, found.kept))
-    assert seen == [(2, 32, 2, 0), (2, 32, 1, 0), (2, 16, 1, 0), (1, 16, 1, 0)]
 
 
 def test_what_the_user_said_counts_and_a_cpu_is_never_filled(monkeypatch):

@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from conftest import llama_config, random_model
 from families import tiny_config
@@ -18,8 +17,6 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
-from sleb_plugins.errors import OutOfMemory
-from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept=100)
@@ -73,28 +70,6 @@ def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, fork
         assert scores == pytest.approx(losses(skippable, sequences, {2, block}, loss_mask), abs=1e-5)
     advanced = sum(event.evaluations for event in events if isinstance(event, SearchAdvanced))
     assert advanced == pytest.approx(len(candidates) * len(sequences))
-
-
-class Counting(LlamaForCausalLM):
-    """Counts the positions whose logits each pass returns."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.counts = []
-
-    def forward(self, *args, logits_to_keep=0, **kwargs):
-        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
-        self.counts.append(output.logits.shape[:2].numel())
-        return output
-
-
-@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
-@torch.inference_mode()
-def test_no_more_logits_exist_than_the_budget_allows(sequences, metric):
-    model = Counting(llama_config(6)).eval()
-    with SkippableModel(model, model.model.layers) as skippable:
-        score(passes_of(skippable, sequences, 4, 12, 6, 100)[0], metric=metric)
-    assert max(model.counts) == 12
 
 
 def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
@@ -153,16 +128,6 @@ def run_blocks(skippable, monkeypatch):
     return blocks
 
 
-def test_steps_begin_where_the_last_one_left_what_they_need(skippable, sequences, run_blocks):
-    passes, _ = passes_of(skippable, sequences, ranking=[3, 2, 1, 4])
-    score(passes)
-    run_blocks.clear()
-    remembered = score(passes, (3,), [1, 2, 4])
-    # Up to block 3 all is known, for 2 batches: then come branches 1 and 2, and the base for 4 to fork off from.
-    assert run_blocks == [4, 4, 5, 5, 5] * 2
-    assert score(passes_of(skippable, sequences, 4, 1000, 6, 0)[0], (3,), [1, 2, 4]) == remembered
-
-
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
     passes, _ = passes_of(skippable, sequences, ranking=[3])
     score(passes, (1,), [2, 3, 4])
@@ -202,12 +167,6 @@ def test_the_fork_is_checked_and_the_reason_is_in_words(skippable, sequences, mo
         monkeypatch.setattr(skippable.switches[block], "run", run(skippable.switches[block].run))
     found = why_not_fork(skippable, sequences[:2])
     assert found is None if reason is None else found.startswith(reason)
-
-
-def test_an_error_of_memory_says_nothing_about_the_fork(skippable, sequences, monkeypatch):
-    fail_at(skippable, monkeypatch)
-    with pytest.raises(OutOfMemory):
-        why_not_fork(skippable, sequences[:2])
 
 
 @pytest.mark.parametrize(

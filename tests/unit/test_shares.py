@@ -1,6 +1,5 @@
 """Which process scores what."""
 
-import pickle
 from itertools import accumulate
 
 import pytest
@@ -9,11 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleb_cli.engine.device import choose_device
-from sleb_cli.engine.forward import memory_budget
-from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.race import look_schedule, rounds
 from sleb_cli.engine.search.shares import deal_jobs, split
-from sleb_plugins import MachineError, OutputError
+from sleb_plugins import MachineError
 
 
 def fork_cost(block):
@@ -47,11 +44,6 @@ def test_every_candidate_of_every_batch_is_scored_once(batches, processes, candi
         assert all(len(share) == 1 for share in turn)
 
 
-def test_batches_go_to_the_same_processes_in_every_step():
-    turns = list(deal_jobs([(batch, [1, 2, 3]) for batch in range(7)], 3, fork_cost))
-    assert [[share[0][0] for share in turn] for turn in turns] == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
-
-
 @pytest.mark.parametrize(("batches", "processes"), [(1, 2), (1, 3), (2, 3), (4, 8), (5, 8), (1, 12)])
 @pytest.mark.parametrize(("cost", "most"), [(fork_cost, 10 + 12), (equal_cost, 1)])
 def test_what_is_left_is_split_evenly(batches, processes, cost, most):
@@ -71,14 +63,6 @@ def test_rounds_end_where_a_race_looks(batches):
     assert {part.stop for part in cut} == ends | {len(batches)}
 
 
-def test_alone_a_process_exchanges_nothing():
-    group = ProcessGroup()
-    assert (group.is_main, group.size) == (True, 1)
-    assert group.gather("x") == ["x"]
-    assert group.from_main(lambda: 3) == group.one_first(lambda: 3) == 3
-    assert list(group.in_turn(iter("ab"))) == [(0, "a"), (0, "b")]
-
-
 def test_each_process_takes_an_accelerator_of_its_own(simulate, monkeypatch):
     simulate(memory=2**30)
     assert choose_device("auto") == torch.device("sim")
@@ -89,19 +73,3 @@ def test_each_process_takes_an_accelerator_of_its_own(simulate, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(MachineError, match="There is no sim:2"):
         choose_device("auto")
-
-
-def test_processes_share_the_memory_of_a_machine(monkeypatch):
-    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: 1000)
-    assert memory_budget.available_memory(torch.device("cpu"), None) == 500
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert memory_budget.available_memory(torch.device("cpu"), None) == 125
-    assert memory_budget.available_memory(torch.device("cuda"), None) == 900
-    assert memory_budget.available_memory(torch.device("cpu"), "3kB") == 3000
-
-
-def test_an_error_can_be_sent_to_another_process():
-    error = OutputError("No room.", hint="Make some.")
-    error.unsaved = {"a": 1}
-    again = pickle.loads(pickle.dumps(error))
-    assert (type(again), again.message, again.hint, again.unsaved) == (OutputError, "No room.", "Make some.", {"a": 1})

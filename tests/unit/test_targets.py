@@ -14,9 +14,7 @@ from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.search.resolve import longest_run
-from sleb_cli.engine.search.speedup import SpeedupTimer, fit_slope
+from sleb_cli.engine.search.speedup import fit_slope
 from sleb_cli.engine.search.targets import LossTarget, SizeTarget, resolve_target
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
@@ -109,12 +107,6 @@ def test_a_slope_is_fitted_through_the_dense_model():
     assert fit_slope(removed, share) == pytest.approx(slopes[errors.index(min(errors))], abs=1e-4)
 
 
-def test_the_longest_run_is_the_first_of_equals():
-    assert longest_run([1, 2, 4, 5, 6, 8, 9, 10]) == [4, 5, 6]
-    assert longest_run([3]) == [3]
-    assert longest_run([]) == []
-
-
 def architecture(folder):
     return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
 
@@ -172,30 +164,3 @@ def test_a_quantized_checkpoint_counts_as_packed_or_as_served(tmp_path):
         target = resolve_target(request, model, CPU, notes.append)
         assert target.sizes.without(()) == weights[dtype] + a_cache
         assert words in notes[-1].text
-
-
-@pytest.mark.parametrize("most", [4, 2])
-def test_as_many_blocks_are_timed_as_may_go_together(tiny_llama, monkeypatch, most):
-    timed, model = [], architecture(tiny_llama)
-
-    def candidates(removed):
-        if len(removed) == most:
-            raise UnsupportedModelError("No more.", hint="Fewer.")
-        return [block for block in (1, 2, 3, 4) if block not in removed]
-
-    def share(self, removals):
-        timed.append(tuple(removals))
-        return 1 - 0.05 * len(removals)
-
-    monkeypatch.setattr(SpeedupTimer, "share", share)
-    resolved = SimpleNamespace(
-        architecture=model,
-        placement=CPU,
-        removable=SimpleNamespace(candidates=candidates),
-        request=TargetRequest(target_speedup="1.1", target_workload="prompt"),
-    )
-    target = SpeedupTimer(resolved, None, ProcessGroup(), ignore).target()
-    assert [len(removals) for removals in timed] == [1, 2]
-    assert timed[1][:1] == timed[0] == (3,)
-    assert target.sizes.without({1, 2}) == pytest.approx(0.9)
-    assert target.removals([1, 2, 3, 4]) == 2
