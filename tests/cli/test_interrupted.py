@@ -42,15 +42,12 @@ def journals_stay():
 
 SEARCHES = {
     "exact": (),
-    "fast": ("--fast",),
-    "cosine": ("--metric", "cosine"),
     "refine": ("--strategy", "refine", "--protect-last", "0"),
     "refine-fast": ("--strategy", "refine", "--fast"),
     "beam": ("--strategy", "beam", "--beam-width", "2"),
     "contiguous": ("--strategy", "contiguous"),
     "contiguous-cosine": ("--strategy", "contiguous", "--metric", "cosine"),
     "oneshot": ("--strategy", "oneshot"),
-    "last": ("--strategy", "last"),
     "holdout": ("--holdout", "0.25"),
 }
 
@@ -96,9 +93,6 @@ OTHERS = {
     ("--metric", "cosine"): "search.metric: cosine, not nll",
     ("--strategy", "refine"): "search.strategy: refine, not greedy",
     ("--fast",): "search.fast: True, not False",
-    ("--seed", 1): "calibration.seed: 1, not 0",
-    ("--dtype", "bf16"): "search.dtype: bfloat16, not float32",
-    ("--protect-first", 2): "search.protect_first: 2, not 1",
     ("--batch-size", 3): "search.batch_size: 3, not 1",
     ("--samples", 3): "calibration.sequences: 3, not 4",
 }

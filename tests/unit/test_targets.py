@@ -33,15 +33,12 @@ def at_most(most, blocks):
     ("most", "blocks", "candidates", "removed", "count"),
     [
         (170, EQUAL, range(1, 9), (), 3),
-        (171, EQUAL, range(1, 9), (), 3),
         (169, EQUAL, range(1, 9), (), 4),
         (130, UNEQUAL, [1, 2, 3], (), 3),  # as many as it takes if the small ones go
         (170, EQUAL, range(1, 9), (4, 5), 3),
         # Without block 1, the smallest: 2 and 20 must go for 120, and block 1 does not go twice.
         (130, UNEQUAL, [1, 2, 3], (1,), 3),
         (170, EQUAL, range(1, 9), (4, 5, 6), "already at 170 .* without the 3 removed blocks; the target is 170"),
-        (200, EQUAL, range(1, 9), (), "The model is already at 200 parameters; the target is 200"),
-        (119, EQUAL, range(1, 9), (), "At most 8 blocks can be .* leaves the model at 120 .*; the target is 119"),
         (100, EQUAL, range(10), (), "At most 9 blocks can be removed"),  # one always stays
     ],
 )
@@ -84,18 +81,10 @@ def test_the_ratio_is_exact(ratio, blocks, count):
     assert target_of(blocks, ratio=ratio).removals(range(blocks)) == count
 
 
-@pytest.mark.parametrize(
-    ("name", "texts", "message"),
-    [
-        ("target_speedup", ["0.9", "nan", "inf", "-2", "x", "fast"], "is not a number of 1.01 or more"),
-        ("ratio", ["0", "1", "1.2", "-0.1", "nan", "inf", "x", "", "1/0"], "not between 0 and 1"),
-    ],
-)
-def test_what_is_no_number_of_a_target(name, texts, message):
-    for text in texts:
-        with pytest.raises(UsageError, match=message):
-            target_of(**{name: text})
-    assert target_of(target_speedup="1.25x") is None
+def test_what_is_no_ratio():
+    for text in ("0", "1", "1.2", "-0.1", "nan", "inf", "x", "", "1/0"):
+        with pytest.raises(UsageError, match="not between 0 and 1"):
+            target_of(ratio=text)
     assert target_of(max_perplexity_ratio="1.25x").limit == 1.25
 
 
@@ -129,8 +118,8 @@ def test_blocks_that_differ_are_counted_each(tmp_path):
     assert count_parameters(architecture(folder)).blocks == expected
 
 
-def caches(folder, length, batch=1):
-    return cache_bytes(architecture(folder), torch.bfloat16, length=length, batch=batch)
+def caches(folder, length):
+    return cache_bytes(architecture(folder), torch.bfloat16, length=length, batch=1)
 
 
 def test_a_window_holds_no_more_than_the_window(tmp_path):
