@@ -158,19 +158,12 @@ def first_gradient(dtype):
         return run._gradient(ids, wanted, wanted), (began, run.progress.scale)
 
 
-def test_a_broken_state_is_named(healed, tmp_path):
-    (tmp_path / ".out.recovery").mkdir()
-    (tmp_path / ".out.recovery" / "healing.safetensors").write_bytes(b"nothing")
-    assert "healing.safetensors is broken" in healed("--resume", code=3).stderr
-    healed("--force", "--heal-tokens", 512)
-
-
 @pytest.fixture
-def record_of(run_sleb, tiny_llama, text_file):
-    """Heal without two blocks in the middle, and return the record."""
+def record_of(run_sleb, text_file):
+    """Heal without some blocks, and return the record."""
 
-    def run(*budget):
-        command = ["apply", tiny_llama, "--blocks", "2,3", "--heal", *budget, *calibration(text_file, samples=10)]
+    def run(model, blocks, *budget):
+        command = ["apply", model, "--blocks", blocks, "--heal", *budget, *calibration(text_file, samples=10)]
         result = run_sleb(*command, "-o", "out", "--json")
         assert result.exit_code == 0, result.stderr
         return json.loads(result.stdout)["recovery"]["heal"]
@@ -178,16 +171,16 @@ def record_of(run_sleb, tiny_llama, text_file):
     return run
 
 
-def test_a_budget_of_minutes_ends(record_of, monkeypatch):
+def test_a_budget_of_minutes_ends(record_of, tiny_llama, monkeypatch):
     monkeypatch.setattr(healing, "PATIENCE", healing.CHECKS + 2)  # more checks than there are
-    heal = record_of("--heal-minutes", 0.02)
+    heal = record_of(tiny_llama, "2,3", "--heal-minutes", 0.02)
     assert (heal["stopped"], heal["minutes"], heal["token_budget"]) == ("budget", 0.02, None)
     assert 1 <= heal["seconds"] < 60
 
 
 def test_it_stops_without_gains_and_keeps_the_best_point(record_of, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(healing, "LEARNING_RATE", 100.0)
-    heal = record_of("--heal-tokens", 8192)
+    heal = record_of(tiny_llama, "2,3", "--heal-tokens", 8192)
     assert (heal["stopped"], heal["kept_tokens"]) == ("patience", 0)
     before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
     assert torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
@@ -206,10 +199,9 @@ def test_without_the_memory_it_is_refused(healed, monkeypatch):
     assert re.search(needed, healed(code=7).stderr)
 
 
-def test_blocks_far_below_the_gap_are_shared_and_stay(run_sleb, text_file, tmp_path):
+def test_blocks_far_below_the_gap_are_shared_and_stay(record_of, tmp_path):
     folder = save_model(tmp_path / "model", llama_config(9))
-    command = ["apply", folder, "--blocks", "6", "--heal", "--heal-tokens", 2048, *calibration(text_file, samples=10)]
-    assert run_sleb(*command, "-o", "out").exit_code == 0
+    record_of(folder, "6", "--heal-tokens", 2048)
     before, after = weights_of(folder), weights_of(tmp_path / "out")
     old = [f"model.layers.{block}.mlp.up_proj.weight" for block in (0, 1, 2, 3, 4, 5, 7, 8)]
     new = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(8)]

@@ -143,6 +143,7 @@ REFUSED = [
     ((*ONE, "--stream", "--metric", "taylor"), 2, "gradients"),
     ((*ONE, "--stream", "--calibration", "self"), 2, "write its own text"),
     (("--target-speedup", 1.2, "--stream"), 2, "times the whole model"),
+    (("--target-speedup", 1.2, "--device-map", "auto"), 2, "times the whole model on one device"),
     ((*ONE, "--metric", "cosine", "--fast"), 2, "--fast does not apply to cosine"),
     ((*ONE, "--extend", "nowhere.json"), 3, "no plan nowhere.json"),
     ((*ONE, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),

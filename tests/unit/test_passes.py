@@ -2,7 +2,6 @@
 
 import re
 from collections import defaultdict
-from functools import partial
 
 import pytest
 import torch
@@ -120,34 +119,10 @@ def test_if_nothing_can_be_smaller_the_error_says_so(skippable, sequences, monke
         score(passes_of(skippable, sequences)[0])
 
 
-@pytest.fixture
-def run_blocks(skippable, monkeypatch):
-    """The blocks that run on their own, in order."""
-    blocks, run = [], skippable.run_block
-    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: blocks.append(call.block) or run(call, hidden))
-    return blocks
-
-
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
     passes, _ = passes_of(skippable, sequences, ranking=[3])
     score(passes, (1,), [2, 3, 4])
     assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
-
-
-def test_states_are_scored_in_less_than_one_pass(skippable, sequences, run_blocks):
-    seen = {True: {}, False: {}}
-
-    def keep(here, block, *states):
-        here[block] = states
-        return [(block, [0.0])]
-
-    for forks, here in seen.items():
-        passes, _ = passes_of(skippable, sequences, forks=forks)
-        passes.score_states([1], (2,), [1, 3, 4], lambda here=here: partial(keep, here))
-    assert run_blocks == [0, 1, 3, 4]  # and the last block not at all
-    assert list(seen[True]) == list(seen[False]) == [1, 3, 4]
-    for block in (1, 3, 4):
-        assert all(map(torch.equal, seen[True][block], seen[False][block]))
 
 
 def fails(hidden, call):

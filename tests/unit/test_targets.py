@@ -14,7 +14,6 @@ from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.search.speedup import fit_slope
 from sleb_cli.engine.search.targets import LossTarget, SizeTarget, resolve_target
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
@@ -86,14 +85,6 @@ def test_what_is_no_ratio():
         with pytest.raises(UsageError, match="not between 0 and 1"):
             target_of(ratio=text)
     assert target_of(max_perplexity_ratio="1.25x").limit == 1.25
-
-
-def test_a_slope_is_fitted_through_the_dense_model():
-    assert fit_slope([2, 4], [0.9, 0.8]) == pytest.approx(0.05)
-    removed, share = [1, 5, 9], [0.97, 0.8, 0.7]
-    slopes = [k / 10000 for k in range(1, 1000)]
-    errors = [sum((1 - slope * n - s) ** 2 for n, s in zip(removed, share, strict=True)) for slope in slopes]
-    assert fit_slope(removed, share) == pytest.approx(slopes[errors.index(min(errors))], abs=1e-4)
 
 
 def architecture(folder):
