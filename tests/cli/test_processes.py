@@ -121,15 +121,6 @@ def test_any_number_of_processes_finds_the_same_plan(search, whole, together, tm
     assert not journal_of(tmp_path / "plan.json").exists()
 
 
-@pytest.mark.slow
-def test_each_process_has_an_accelerator_of_its_own(search, run_sleb, together, simulate, tmp_path):
-    simulate(memory=2**30)
-    command = [*search[:-1], "sim", "-q"]
-    assert run_sleb(*command, "-o", "whole.json").exit_code == 0
-    all_well(together(2, *command, "-o", "plan.json"))
-    assert plan_bytes(tmp_path / "plan.json") == plan_bytes(tmp_path / "whole.json")
-
-
 def test_a_speedup_is_timed_by_one_of_them(search, together, tmp_path, monkeypatch):
     def timed(*arguments):
         return {"dense": [1.0], "pruned": [0.6 if process_rank() == 0 else 5.0]}

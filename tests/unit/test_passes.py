@@ -9,7 +9,6 @@ import torch
 from conftest import llama_config, random_model
 from families import tiny_config
 from reference import plain_loss
-from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -123,25 +122,6 @@ def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequ
     passes, _ = passes_of(skippable, sequences, ranking=[3])
     score(passes, (1,), [2, 3, 4])
     assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
-
-
-def fails(hidden, call):
-    raise ValueError("the mask has another size")
-
-
-@pytest.mark.parametrize(
-    ("block", "run", "reason"),
-    [
-        (2, None, None),
-        (0, lambda run: lambda *args: run(*args) * 1.001, "without block 1, the fork's logits differ from those of"),
-        (2, lambda run: fails, "llama does not run block 2 alone: the mask has another size"),
-    ],
-)
-def test_the_fork_is_checked_and_the_reason_is_in_words(skippable, sequences, monkeypatch, block, run, reason):
-    if run:
-        monkeypatch.setattr(skippable.switches[block], "run", run(skippable.switches[block].run))
-    found = why_not_fork(skippable, sequences[:2])
-    assert found is None if reason is None else found.startswith(reason)
 
 
 @pytest.mark.parametrize(

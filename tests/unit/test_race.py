@@ -98,13 +98,6 @@ def test_who_drops_out_at_one_look(matrix, sequences, drops):
     assert all(drop.errors == 1e9 for drop in race.dropped.values())
 
 
-@pytest.mark.parametrize(
-    ("scores", "margin"), [({0: 4.0, 1: 1.5, 2: 9.0, 3: 2.5}, 1.0), ({0: 1.0}, None), ({0: 1.0, 1: 1.0}, 0.0)]
-)
-def test_the_margin_is_that_over_the_second_best(scores, margin):
-    assert Race(list(scores), 2).outcome(scores).race.margin == margin
-
-
 @pytest.mark.parametrize(("seen", "looks"), [(4, 1), (5, 2), (16, 7), (40, 11)])
 @pytest.mark.parametrize(("rivals", "winners"), [(1, 1), (5, 1), (4, 2)])
 def test_a_contender_drops_out_just_beyond_the_limit(seen, looks, rivals, winners):
