@@ -87,7 +87,7 @@ def test_cosine_needs_one_pass_and_still_gives_the_perplexity(found, llama_plan)
     assert first.perplexity == pytest.approx(math.exp(by_nll.steps[0].scores[first.block]), rel=1e-5)
 
 
-def test_text_of_a_jsonl_file_in_bfloat16_has_nearly_the_same_loss(found, llama_plan, text_file, tmp_path):
+def test_a_jsonl_file_in_bfloat16_has_nearly_the_same_loss(found, llama_plan, text_file, tmp_path):
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": text_file.read_text()}) + "\n\n")
     plans = [read_plan(llama_plan), found("--remove", 1, "--dtype", "bf16", text="t.jsonl")]
     assert plans[0].calibration.tokens_sha256 == plans[1].calibration.tokens_sha256

@@ -60,7 +60,7 @@ def summed(rows, *bounds):
     return sums
 
 
-def test_ridge_solves_the_normal_equations_and_tells_the_error_of_others():
+def test_ridge_solves_the_normal_equations_and_tells_errors():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(90, 7, generator=generator), torch.randn(90, 7, generator=generator)
     weights = torch.rand(90, generator=generator)

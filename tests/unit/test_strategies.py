@@ -82,7 +82,7 @@ def test_greedy_removes_the_cheapest_that_is_not_protected(costs, protected, rem
 
 
 @SEEDS
-def test_a_beam_of_one_is_greedy_and_a_wide_one_finds_the_best_of_every_size(seed):
+def test_one_beam_is_greedy_and_many_find_the_best_of_each_size(seed):
     costs = Costs(9, seed)
     greedy = costs.search("greedy", 4)
     assert [c.removals for c in costs.search("beam", 4, width=1)] == [c.removals for c in greedy]
