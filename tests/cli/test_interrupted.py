@@ -178,7 +178,7 @@ def test_a_changed_metric_neither_resumes_nor_extends(leave, tmp_path, acme):
 class TestExtend:
     @pytest.fixture(autouse=True)
     def _plan(self, search):
-        self.settings = ["--seed", 3, "--protect-first", 0, "--holdout", 0.25]
+        self.settings = ["--seed", 3, "--protect-first", 0]
         search(*self.settings, "--remove", 2, "-o", "two.json")
 
     @pytest.fixture
@@ -213,7 +213,6 @@ class TestExtend:
             ((*three, "--seed", 0), 3, "calibration.seed: 0, not 3"),
             ((*three, "--protect-first", 1), 3, "search.protect_first: 1, not 0"),
             ((*three, "--dtype", "bf16"), 3, "search.dtype: bfloat16, not float32"),
-            ((*three, "--holdout", "0.5"), 3, "search.holdout: 0.5, not 0.25"),
         ):
             assert message in extend(*changes, code=code)
         assert "is a different model" in extend(*three, model=tiny_gpt2, code=3)
