@@ -27,7 +27,7 @@ def increases(plan):
     return [math.log(step.perplexity / plan.dense.perplexity) for step in plan.steps]
 
 
-def test_parameters_are_those_of_the_checkpoint(search, run_sleb, tmp_path, full):
+def test_parameters_are_those_of_the_checkpoint(search, run_sleb, tiny_llama, tmp_path, full):
     result = search("--target-params", f"{(OUTSIDE + 4.5 * BLOCK) / 1000}k")
     plan = read_plan(tmp_path / "plan.json")
     assert plan.removals == full.removals[:2]
@@ -36,6 +36,11 @@ def test_parameters_are_those_of_the_checkpoint(search, run_sleb, tmp_path, full
     assert "57.63k of 76.19k remain; it cost" in result.stdout
     assert run_sleb("apply", "plan.json", "-o", "out").exit_code == 0
     assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained("out").parameters()) == OUTSIDE + 4 * BLOCK
+    extend = ["search", tiny_llama, "--extend", "plan.json", "--target-params", OUTSIDE + 3 * BLOCK]
+    assert run_sleb(*extend).exit_code == 0
+    assert read_plan(tmp_path / "plan.json").removals == full.removals[:3]
+    again = run_sleb(*extend)
+    assert (again.exit_code, "The model is already at 48.3" in again.stderr) == (2, True)
 
 
 def test_memory_is_weights_and_cache_as_served(search, found):
@@ -56,12 +61,9 @@ def test_a_loss_is_kept_within_by_every_strategy(search, tmp_path, strategy):
     settings = ["--strategy", strategy, "--protect-first", 0]
     search("--remove", 4, *settings, "-o", "all.json")
     found = increases(read_plan(tmp_path / "all.json"))
-    most = max(0, sorted(found)[1]) + 1e-6
+    most = max(0, found[0]) + 1e-6
     within = next(count for count, increase in enumerate(found) if increase > most)
-    result = search("--max-loss-increase", most, *settings, code=0 if within else 2)
-    if not within:
-        assert "The first removal would raise the loss" in result.stderr
-        return
+    search("--max-loss-increase", most, *settings)
     plan = read_plan(tmp_path / "plan.json")
     assert len(plan.removals) == within
     assert increases(plan)[-1] <= most
@@ -94,15 +96,6 @@ def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
     assert "The search removes up to 4 blocks" in result.stderr
 
 
-def test_a_plan_is_extended_to_a_target(search, run_sleb, tiny_llama, tmp_path, full):
-    search("--remove", 1)
-    params = ["--target-params", OUTSIDE + 3 * BLOCK]
-    assert run_sleb("search", tiny_llama, "--extend", "plan.json", *params).exit_code == 0
-    assert read_plan(tmp_path / "plan.json").removals == full.removals[:3]
-    again = run_sleb("search", tiny_llama, "--extend", "plan.json", *params)
-    assert (again.exit_code, "The model is already at 48.3" in again.stderr) == (2, True)
-
-
 def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, full, monkeypatch):
     timed = []
 
@@ -126,12 +119,10 @@ def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, f
     assert "generation does not get faster" in search("--target-speedup", 1.1, code=2).stderr
 
 
-def test_it_is_really_timed(search, tmp_path):
+def test_it_is_really_timed(found, tmp_path):
     # Wide enough that a third of the blocks take a third of the time, also on a busy machine.
     folder = save_model(tmp_path / "wide", llama_config(6, hidden_size=128, intermediate_size=1024))
-    result = search("--target-speedup", 1.01, "--target-workload", "prompt", model=folder)
-    target = read_plan(tmp_path / "plan.json").search.target
+    target = found("--target-speedup", 1.01, "--target-workload", "prompt", model=folder).search.target
     assert (target.workload, target.asked) == ("prompt", "1.01")
     assert target.predicted >= 1.01
     assert target.reached > 0
-    assert f"{target.reached:.2f}x measured ({target.predicted:.2f}x predicted)" in result.stdout

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import calibration_sequences, llama_config, save_model
-from sleb_cli.engine.text.windows import tokens_sha256
+from conftest import llama_config, save_model
 from sleb_cli.plan import read_plan
 from sleb_cli.units import format_perplexity
 
@@ -53,12 +52,6 @@ def test_neither_a_rerun_nor_batches_change_the_plan(found):
     assert other.steps[1].scores == pytest.approx(one.steps[1].scores, abs=1e-5)
 
 
-def test_a_jsonl_file_calibrates_like_the_text_in_it(found, tiny_llama, text_file, tmp_path):
-    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text_file.read_text()}) + "\n\n")
-    expected = tokens_sha256(calibration_sequences(tiny_llama, text_file))
-    assert found("--remove", 1, text="t.jsonl").calibration.tokens_sha256 == expected
-
-
 def test_a_mixture_is_named_in_the_plan_and_continued(search, run_sleb, tiny_llama, text_file, tmp_path):
     mixture = f"self:0.25,{text_file}:0.75"
     shown = search("--remove", 1, "-o", "one.json", text=mixture).stdout
@@ -94,23 +87,20 @@ def test_cosine_needs_one_pass_and_still_gives_the_perplexity(found, llama_plan)
     assert first.perplexity == pytest.approx(math.exp(by_nll.steps[0].scores[first.block]), rel=1e-5)
 
 
-def test_a_family_nobody_claims_is_read_by_structure(search, tiny_gpt2):
-    result = search("--remove", 1, "--json", model=tiny_gpt2)
-    assert "never tested" not in result.stderr
-    assert json.loads(result.stdout)["model"]["family"] == "structure"
-
-
-def test_bfloat16_is_recorded_and_its_losses_are_near(found, llama_plan):
-    plans = [read_plan(llama_plan), found("--remove", 1, "--dtype", "bf16")]
+def test_a_jsonl_file_in_bfloat16_has_nearly_the_same_loss(found, llama_plan, text_file, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": text_file.read_text()}) + "\n\n")
+    plans = [read_plan(llama_plan), found("--remove", 1, "--dtype", "bf16", text="t.jsonl")]
+    assert plans[0].calibration.tokens_sha256 == plans[1].calibration.tokens_sha256
     assert [plan.search.dtype for plan in plans] == ["float32", "bfloat16"]
     assert plans[0].dense.loss == pytest.approx(plans[1].dense.loss, abs=0.05)
 
 
-def test_without_protection_the_ends_are_candidates(search):
-    result = search("--remove", 1, "--protect-first", 0, "--protect-last", 0, "--json", "-q")
+def test_without_protection_the_ends_are_candidates(search, tiny_gpt2):
+    result = search("--remove", 1, "--protect-first", 0, "--protect-last", 0, "--json", "-q", model=tiny_gpt2)
     plan = json.loads(result.stdout)  # all that is printed
     assert (plan["search"]["protect_first"], plan["search"]["protect_last"]) == (0, 0)
-    assert plan["steps"][0]["scores"].keys() == set("012345")
+    assert plan["steps"][0]["scores"].keys() == set("01234")
+    assert plan["model"]["family"] == "structure"
     assert result.stderr == ""
 
 
@@ -141,42 +131,37 @@ ONE, TWO = ("--remove", 1), ("--remove", 2)
 REFUSED = [
     ((), 2, "No target given: one of --ratio, --remove, --target-params"),
     (("--ratio", "0.2", *ONE), 2, "--ratio and --remove are different targets"),
-    (("--ratio", "nan"), 2, "ratio nan is not between"),
     (("--ratio", "0.9"), 2, "At most 4 blocks can be removed, which leaves the model at 2 of 6 blocks"),
     (("--remove", "0"), 2, "The model is already at 6 of 6 blocks; the target is 6 of 6 blocks"),
-    (("--remove", "-1"), 2, "--remove -1 is too small"),
-    (("--remove", "x"), 2, "--remove"),
-    ((*ONE, "--protect-first", "9"), 2, "At most 0 blocks can be removed"),
     ((*ONE, "--metric", "nl"), 2, "Did you mean 'nll'?"),
-    ((*ONE, "--metric", "zzz"), 2, "There are: angular, cosine, kl"),
     ((*ONE, "--dtype", "int3"), 2, "no data type 'int3'"),
     ((*ONE, "--device", "gpu"), 2, "no device 'gpu'"),
     ((*ONE, "--samples", "9999"), 5, "text for"),
     ((*ONE, "--sequence-length", "129"), 2, "128 positions"),
     ((*ONE, "--memory", "lots"), 2, "--memory lots is not a size"),
     ((*ONE, "--memory", "1kB"), 7, ""),
+    ((*ONE, "--stream", "--metric", "taylor"), 2, "gradients"),
+    ((*ONE, "--stream", "--calibration", "self"), 2, "write its own text"),
+    (("--target-speedup", 1.2, "--stream"), 2, "times the whole model"),
+    (("--target-speedup", 1.2, "--device-map", "auto"), 2, "times the whole model on one device"),
     ((*ONE, "--metric", "cosine", "--fast"), 2, "--fast does not apply to cosine"),
     ((*ONE, "--extend", "nowhere.json"), 3, "no plan nowhere.json"),
     ((*ONE, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),
     ((*ONE, "--calibration", "wikitext3"), 5, "no text source 'wikitext3'"),
     ((*ONE, "--calibration", "."), 5, "is a folder"),
-    ((*ONE, "--calibration", "org/a:b:c:d:e"), 5, "no text source"),
     ((*ONE, "--calibration", "c4:0.5,self:0.4"), 2, "sum to 0.9, not to 1"),
     ((*ONE, "--chat", "all"), 2, "no chat template"),
     ((*ONE, "--revision", "main"), 2, "--revision does not apply"),
-    (("--frobnicate",), 2, "--frobnicate"),
     ((*ONE, "-o", "no/plan.json"), 8, "folder does not exist"),
     # Strategies.
     ((*TWO, "--strategy", "gredy"), 2, "Did you mean 'greedy'?"),
     ((*TWO, "--strategy", "oneshot", "--fast"), 2, "--fast does not apply to --strategy oneshot"),
     ((*TWO, "--strategy", "refine", "--metric", "cosine"), 2, "cosine scores single blocks"),
     ((*TWO, "--strategy", "refine", "--beam-width", 3), 2, "--beam-width does not apply to --strategy refine"),
-    ((*TWO, "--strategy", "beam", "--beam-width", 0), 2, "--beam-width 0 is too small"),
     ((*TWO, "--strategy", "contiguous", "--protect", "2,3"), 2, "No 2 consecutive blocks can be removed"),
     # Targets.
     (("--target-params", "1B"), 2, "The model is already at 76.19k parameters; the target"),
     (("--target-params", "1k"), 2, "At most 4 blocks can be removed, which leaves the model at 39.07k parameters"),
-    (("--target-memory", "lots"), 2, "--target-memory lots is not a size"),
     (("--target-memory", "1MB", "--serve-length", 4096), 2, "Use --serve-length 128 or less"),
     (("--target-memory", "1MB", "--serve-dtype", "int4"), 2, "no data type 'int4'"),
     ((*TWO, "--serve-length", 128), 2, "--serve-length requires --target-memory"),
@@ -186,14 +171,11 @@ REFUSED = [
     (("--max-perplexity-ratio", "0.9"), 2, "not a number of 1 or more"),
     # Held-out sequences.
     ((*ONE, "--holdout", "1"), 2, "--holdout 1 is not a share"),
-    ((*ONE, "--holdout", "nan"), 2, "--holdout nan is not a number"),
     ((*ONE, "--holdout", "0.2", "--samples", 1), 2, "A single calibration sequence cannot be split"),
     # Comparisons.
     ((*TWO, "--compare", "nll"), 2, "needs at least two entries"),
     ((*TWO, "--compare", "nll,nll@greedy"), 2, "names an entry twice"),
     ((*TWO, "--compare", "nll,cosine@best"), 2, "There is no strategy 'best'"),
-    ((*TWO, "--compare", "nll,nl"), 2, "nl"),
-    ((*TWO, "--compare", "nll,cosine@refine"), 2, "cosine scores single blocks"),
     ((*TWO, "--compare", "nll,cosine", "--metric", "nll"), 2, "so --metric does not apply"),
     (("--max-loss-increase", 1, "--compare", "nll,cosine"), 2, "at the same size"),
 ]
@@ -213,7 +195,6 @@ def test_the_impossible_is_refused_before_anything_is_written(search, tmp_path, 
     ("name", "content", "message"),
     [
         ("t.txt", b"", "is empty"),
-        ("t.txt", b" \n", "is empty"),
         ("t.txt", b"\xff\xff", "not UTF-8"),
         ("t.txt", b"few words", "less than one sequence of 32"),
         *(

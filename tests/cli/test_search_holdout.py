@@ -11,7 +11,7 @@ from reference import plain_loss
 from sleb_cli.plan import read_plan
 
 
-@pytest.mark.parametrize("options", [(), ("--metric", "cosine"), ("--fast",), ("--strategy", "refine")])
+@pytest.mark.parametrize("options", [("--metric", "cosine"), ("--fast",), ("--strategy", "refine")])
 def test_both_losses_are_those_of_the_model_on_either_part(search, tiny_llama, text_file, tmp_path, options):
     shown = search("--remove", 2, "--holdout", "0.3", *options, samples=10).stdout
     plan = read_plan(tmp_path / "plan.json")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from conftest import calibration_sequences
+from reference import plain_loss
 from sleb_cli.plan import read_plan
 from sleb_plugins import PlanError
 
@@ -30,15 +31,7 @@ def sequences(tiny_llama, text_file):
 @pytest.fixture
 def loss(model, sequences):
     """The loss without a set of blocks, in the slow way."""
-    layers = list(model.model.layers)
-
-    @torch.no_grad()
-    def of(gone):
-        model.model.layers = nn.ModuleList(layer for number, layer in enumerate(layers) if number not in gone)
-        logits = model(sequences, use_cache=False).logits[:, :-1]
-        return float(nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()))
-
-    return of
+    return lambda gone: plain_loss(model, model.model.layers, sequences, set(gone))
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "refine", "beam", "contiguous", "oneshot", "last"])

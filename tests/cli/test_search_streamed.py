@@ -1,14 +1,12 @@
 """`sleb search --stream`: the same plan as in memory, from weights that are read once a step."""
 
-import json
 import os
-import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from conftest import calibration, save_model
+from conftest import save_model
 from families import tiny_config
 from sleb_cli.engine.forward import memory_budget, saved_walk, streaming
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -27,16 +25,9 @@ ONE_BY_ONE = ["--batch-size", 1, "--samples", 12, "--sample-tokens", 0]
 
 
 @pytest.fixture
-def search(run_sleb, text_file, tmp_path):
-    def run(model, *options, code=0):
-        given = ["--remove", 2, *calibration(text_file, 9), "-o", "plan.json", "--force"]
-        result = run_sleb("search", model, *given, *options)
-        assert result.exit_code == code, result.stderr
-        if code:
-            return None
-        plan = json.loads((tmp_path / "plan.json").read_text())
-        del plan["environment"]
-        return plan
+def plan_of(found):
+    def run(*options, **how):
+        return found("--remove", 2, *options, samples=9, **how).model_copy(update={"environment": None})
 
     return run
 
@@ -47,60 +38,47 @@ CASES = [(None, way, ()) for way in WAYS] + [
 
 
 @pytest.mark.parametrize(("family", "way", "options"), CASES)
-def test_the_plan_is_that_of_the_model_in_memory(search, tiny_llama, tmp_path, family, way, options):
+def test_the_plan_is_that_of_the_model_in_memory(plan_of, tiny_llama, tmp_path, family, way, options):
     model = save_model(tmp_path / "model", tiny_config(family)) if family else tiny_llama
-    assert search(model, "--stream", *WAYS[way], *options) == search(model, *WAYS[way], *options)
+    options = [*WAYS[way], *options]
+    assert plan_of("--stream", *options, model=model) == plan_of(*options, model=model)
 
 
 @pytest.mark.parametrize("way", ["kl", "spans"])
-def test_hidden_states_that_do_not_fit_wait_in_a_file(search, tiny_llama, way, monkeypatch):
+def test_hidden_states_that_do_not_fit_wait_in_a_file(plan_of, way, monkeypatch):
     files, from_file = [], torch.from_file
     monkeypatch.setattr(torch, "from_file", lambda *given, **how: files.append(given) or from_file(*given, **how))
-    spilled = search(tiny_llama, "--stream", *WAYS[way], *ONE_BY_ONE, "--memory", 300_000)
+    spilled = plan_of("--stream", *WAYS[way], *ONE_BY_ONE, "--memory", 300_000)
     assert files
-    assert spilled == search(tiny_llama, *WAYS[way], *ONE_BY_ONE)
+    assert spilled == plan_of(*WAYS[way], *ONE_BY_ONE)
 
 
 @pytest.mark.parametrize("way", ["race", "kl"])
-def test_or_candidates_go_through_the_model_in_groups(search, tiny_llama, way, visits, monkeypatch):
+def test_or_candidates_go_through_the_model_in_groups(plan_of, way, visits, monkeypatch):
     usual = replace(memory_budget.CPU_SETTINGS, head_positions=256, widened_bytes=2 << 20)  # what 760,000 bytes suit
     monkeypatch.setattr(memory_budget, "CPU_SETTINGS", usual)
-    grouped = search(tiny_llama, "--stream", *WAYS[way], *ONE_BY_ONE, "--memory", 760_000)
+    grouped = plan_of("--stream", *WAYS[way], *ONE_BY_ONE, "--memory", 760_000)
     groups = list(visits)
-    assert grouped == search(tiny_llama, *WAYS[way], *ONE_BY_ONE)
+    assert grouped == plan_of(*WAYS[way], *ONE_BY_ONE)
     visits.clear()
-    search(tiny_llama, "--stream", *WAYS[way], *ONE_BY_ONE)
+    plan_of("--stream", *WAYS[way], *ONE_BY_ONE)
     assert len(groups) > len(visits)
 
 
-def test_a_step_reads_the_weights_once(search, tiny_llama, visits):
-    plan = search(tiny_llama, "--stream", "--batch-size", 2, "--sample-tokens", 0)
+def test_a_step_reads_the_weights_once(plan_of, visits):
+    plan = plan_of("--stream", "--batch-size", 2, "--sample-tokens", 0)
     *setting_up, dense, first, second = visits
     assert dense == first == list(range(6))
     assert second[-1] == 5
-    assert second[0] >= plan["removals"][0]  # from the states that the first step has kept
+    assert second[0] >= plan.removals[0]  # from the states that the first step has kept
     assert len(setting_up) <= 5
 
 
-def test_a_model_that_does_not_fit_is_streamed(run_sleb, search, tiny_llama, text_file, monkeypatch):
+def test_a_model_that_does_not_fit_is_streamed(search, plan_of, monkeypatch):
     monkeypatch.setattr(streaming, "free_bytes", lambda device: 100_000)
-    assert search(tiny_llama) == search(tiny_llama, "--no-stream")
-    result = run_sleb("search", tiny_llama, "--remove", 1, *calibration(text_file), "-o", "again.json")
-    assert re.search(r"needs 305 kB of memory in float32, but only 100 kB are free on cpu", result.stderr)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--remove", 1, "--metric", "taylor"], "gradients"),
-        (["--target-speedup", 1.2], "times the whole model"),
-        (["--remove", 1, "--calibration", "self"], "write its own text"),
-        (["--remove", 1, "--device-map", "auto"], "two ways"),
-    ],
-)
-def test_what_needs_the_whole_model_is_refused(run_sleb, tiny_llama, text_file, options, words):
-    result = run_sleb("search", tiny_llama, "--stream", *calibration(text_file), *options)
-    assert (result.exit_code, words in result.stderr) == (2, True), result.stderr
+    assert plan_of() == plan_of("--no-stream")
+    said = search("--remove", 1, "--force").stderr
+    assert "needs 305 kB of memory in float32, but only 100 kB are free on cpu" in said
 
 
 @pytest.fixture
@@ -110,18 +88,17 @@ def saved_after_each_block(monkeypatch):
 
 
 @pytest.mark.usefixtures("saved_after_each_block")
-def test_if_the_disk_is_full_the_search_continues(run_sleb, tiny_llama, text_file, monkeypatch):
+def test_if_the_disk_is_full_the_search_continues(search, monkeypatch):
     def full(path):
         raise OutputError(f"Cannot write {path}: the disk is full.", hint="Free some space.")
 
     monkeypatch.setattr(saved_walk, "new_file", full)
-    result = run_sleb("search", tiny_llama, "--remove", 1, "--stream", *calibration(text_file), "-o", "plan.json")
-    assert result.exit_code == 0
-    assert result.stderr.count("the disk is full. If this step is interrupted, it starts again from its first") == 1
+    said = search("--remove", 1, "--stream").stderr
+    assert said.count("the disk is full. If this step is interrupted, it starts again from its first") == 1
 
 
 @pytest.mark.usefixtures("saved_after_each_block")
-def test_an_interrupted_walk_continues_where_it_was(search, tiny_llama, visits, monkeypatch):
+def test_an_interrupted_walk_continues_where_it_was(search, plan_of, visits, monkeypatch):
     run_block, calls = SkippableModel.run_block, []
 
     def run(self, call, hidden):
@@ -131,11 +108,11 @@ def test_an_interrupted_walk_continues_where_it_was(search, tiny_llama, visits, 
         return run_block(self, call, hidden)
 
     options = ["--batch-size", 1, "--sample-tokens", 0]
-    expected = search(tiny_llama, *options)
+    expected = plan_of(*options)
     monkeypatch.setattr(SkippableModel, "run_block", run)
-    search(tiny_llama, "--stream", *options, code=130)
+    search("--remove", 2, "--force", "--stream", *options, samples=9, code=130)
     monkeypatch.setattr(SkippableModel, "run_block", run_block)
     visits.clear()
-    assert search(tiny_llama, "--stream", *options, "--resume") == expected
+    assert plan_of("--stream", *options, "--resume") == expected
     assert visits[-2] == [4, 5]
     assert not [path for path in os.listdir() if "walk" in path]

@@ -11,7 +11,7 @@ from sleb_cli.engine.forward import logits
 from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.recovery import variant
-from sleb_cli.engine.recovery.distillation import distill, learning_rate
+from sleb_cli.engine.recovery.distillation import distill
 from sleb_cli.engine.recovery.run import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
 
@@ -67,13 +67,3 @@ def test_a_pass_that_starts_at_a_block_gives_the_same_gradients(ids):
             pruned.zero_grad()
     for whole, shared in zip(*found, strict=True):
         torch.testing.assert_close(whole, shared)
-
-
-def test_the_learning_rate_rises_and_then_falls():
-    assert [learning_rate(2.0, 0.0, steps) for steps in (0, 2, 5, 200)] == pytest.approx([1 / 3, 1.0, 2.0, 2.0])
-    assert [learning_rate(2.0, share, 200) for share in (0.5, 1.0, 1.5)] == pytest.approx([1.0, 0.0, 0.0])
-    # Time may have passed before the first step, to generate text.
-    assert learning_rate(2.0, 0.3, 0) == pytest.approx(1 / 3)
-    rates = [learning_rate(2.0, steps / 100, steps) for steps in range(101)]
-    assert rates.index(max(rates)) < 25
-    assert sorted(rates[30:], reverse=True) == rates[30:]

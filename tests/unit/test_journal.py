@@ -52,17 +52,6 @@ def test_measurements_come_back_bit_for_bit(written):
         assert journal.find([3, 1]) == [0.5]
 
 
-def test_of_a_whole_model_any_block_may_be_the_candidate(path):
-    with open_journal(path, SEARCH, whole_models=True) as journal:
-        journal.add([1.5], [3, 1], block=7, batch=0)
-        journal.add([2.5], [3, 1, 7], batch=0)  # a loss, which need not be the score
-    with resumed(path, whole_models=True) as again:
-        for found in (journal, again):
-            assert found.find([7, 3], block=1, batch=0) == [1.5]
-            assert found.find([3, 7, 1], batch=0) == [2.5]
-            assert found.find([3], block=1, batch=0) is None
-
-
 def test_cut_off_anywhere_all_whole_lines_are_there(written):
     content = written.read_bytes()
     ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
@@ -112,20 +101,15 @@ def test_two_searches_do_not_write_one_journal(written):
     assert kept(written) == 20
 
 
-@pytest.mark.parametrize("found", [0, 2])
-def test_a_journal_of_another_format_is_refused(path, monkeypatch, found):
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "FORMAT", found)
-        with open_journal(path, SEARCH) as journal:
-            journal.add([1.0], [3])
-    with pytest.raises(PlanError, match="Another version of sleb began"):
-        kept(path)
+def test_a_journal_of_another_format_is_refused(written, monkeypatch):
+    for found in (0, 2):
+        monkeypatch.setattr(module, "FORMAT", found)
+        with pytest.raises(PlanError, match="Another version of sleb began"):
+            kept(written)
 
 
-@pytest.mark.parametrize("content", [None, b""])
-def test_nothing_to_resume_begins_anew(path, content):
-    if content is not None:
-        path.write_bytes(content)
+def test_nothing_to_resume_begins_anew(path):
+    path.write_bytes(b"")
     with resumed(path) as journal:
         journal.add([1.0], [])
     assert kept(path) == 1

@@ -26,8 +26,7 @@ def gradients(model, sequences, forks):
     return found, dtypes
 
 
-@pytest.mark.parametrize("forks", [True, False], ids=["fork", "whole passes"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("forks", "dtype"), [(True, torch.float16), (False, torch.float16), (True, torch.bfloat16)])
 def test_a_mean_over_many_tokens_has_the_gradient_of_float32(forks, dtype):
     model = random_model(llama_config(6)).to(dtype)
     exact = copy.deepcopy(model).float()

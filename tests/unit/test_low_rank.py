@@ -79,23 +79,3 @@ def test_steps_too_small_for_bfloat16_add_up():
         trained.step(gradient, 1e-4)
     # B goes down by 100 steps of 1e-4, and with four times 0.25 so does the weight.
     torch.testing.assert_close(weight.float(), torch.full((8, 8), 0.99), atol=2e-3, rtol=0)
-
-
-def test_what_was_saved_continues_to_the_same_values():
-    def run(trained, weight, steps):
-        for step in steps:
-            generator = torch.Generator().manual_seed(step)
-            (weight @ torch.randn(6, generator=generator)).square().sum().backward()
-            trained.step(trained.take_gradient(), 0.01)
-
-    start = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    whole, first, second = (nn.Parameter(start.clone()) for _ in range(3))
-    run(LowRank([whole], torch.float32), whole, range(6))
-    begun, continued = (LowRank([weight], torch.float32) for weight in (first, second))
-    run(begun, first, range(3))
-    for name, tensor in continued.state.items():
-        tensor.copy_(begun.state[name])
-    continued.write_weights()
-    assert torch.equal(second, first)
-    run(continued, second, range(3, 6))
-    assert torch.equal(second, whole)

@@ -1,11 +1,10 @@
 """How a search fits into memory."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from sleb_cli.engine import device
+from sleb_cli.engine.forward import memory_budget
 from sleb_cli.engine.forward.memory_budget import (
     Footprint,
     MemoryBudget,
@@ -51,15 +50,6 @@ def test_candidates_give_way_first_then_positions_then_the_batch():
     assert fit(9_000_000) == MemoryBudget(sequences=1, positions=16, branches=2, kept=0)
 
 
-def test_what_a_metric_widens_at_a_time_counts():
-    settings = replace(settings_for(CPU), widened_bytes=4 << 20)
-    scored = replace(FOOTPRINT, scored=1_000_000)
-    # Of 24 MiB at most, and 1 MB a position below that: 16 positions take 16 MB.
-    assert fit(40_000_000, settings=settings).positions == 128
-    assert fit(40_000_000, footprint=scored, settings=settings).sequences == 2
-    assert fit(PLENTY, footprint=scored, settings=settings).positions == 256
-
-
 @pytest.mark.parametrize(
     ("available", "batch", "words"),
     [
@@ -72,16 +62,12 @@ def test_what_cannot_fit_is_said_before_any_work(available, batch, words):
         fit(available, batch=batch)
 
 
-def test_when_memory_runs_out_the_least_costly_goes_first():
-    found = MemoryBudget(sequences=2, positions=32, branches=4, kept=50)
-    seen = []
-    while (found := found.halved()) is not None:
-        seen.append((found.sequences, found.positions, found.branches, found.kept))
-    assert seen == [(2, 32, 2, 0), (2, 32, 1, 0), (2, 16, 1, 0), (1, 16, 1, 0)]
-
-
 def test_what_the_user_said_counts_and_a_cpu_is_never_filled(monkeypatch):
     monkeypatch.setattr(device.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     monkeypatch.setattr(device, "left_under_limits", lambda: 600)
     assert available_memory(CPU, "1.5 GB") == 1_500_000_000
     assert available_memory(CPU, None) == 300
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes share the memory of a machine, not that of an accelerator
+    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: 1000)
+    assert [available_memory(torch.device(kind), None) for kind in ("cpu", "cuda")] == [125, 900]
+    assert available_memory(CPU, "3kB") == 3000

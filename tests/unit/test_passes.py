@@ -2,24 +2,19 @@
 
 import re
 from collections import defaultdict
-from functools import partial
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from conftest import llama_config, random_model
 from families import tiny_config
 from reference import plain_loss
-from sleb_cli.engine.forward.fork_check import why_not_fork
 from sleb_cli.engine.forward.memory_budget import MemoryBudget
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.states import BASE
 from sleb_cli.events import Notice, SearchAdvanced
 from sleb_plugins import MachineError
-from sleb_plugins.errors import OutOfMemory
-from sleb_plugins.metrics.kl import KlDivergence
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 PLENTY = MemoryBudget(sequences=4, positions=1000, branches=6, kept=100)
@@ -73,28 +68,6 @@ def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, fork
         assert scores == pytest.approx(losses(skippable, sequences, {2, block}, loss_mask), abs=1e-5)
     advanced = sum(event.evaluations for event in events if isinstance(event, SearchAdvanced))
     assert advanced == pytest.approx(len(candidates) * len(sequences))
-
-
-class Counting(LlamaForCausalLM):
-    """Counts the positions whose logits each pass returns."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.counts = []
-
-    def forward(self, *args, logits_to_keep=0, **kwargs):
-        output = super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
-        self.counts.append(output.logits.shape[:2].numel())
-        return output
-
-
-@pytest.mark.parametrize("metric", [NegativeLogLikelihood(), KlDivergence()], ids=["nll", "kl"])
-@torch.inference_mode()
-def test_no_more_logits_exist_than_the_budget_allows(sequences, metric):
-    model = Counting(llama_config(6)).eval()
-    with SkippableModel(model, model.model.layers) as skippable:
-        score(passes_of(skippable, sequences, 4, 12, 6, 100)[0], metric=metric)
-    assert max(model.counts) == 12
 
 
 def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
@@ -167,47 +140,6 @@ def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequ
     passes, _ = passes_of(skippable, sequences)
     score(passes, (1,), [2, 3, 4], ranking=[3])
     assert score(passes, (4,), [1, 2, 3]) == score(passes_of(skippable, sequences)[0], (4,), [1, 2, 3])
-
-
-def test_states_are_scored_in_less_than_one_pass(skippable, sequences, run_blocks):
-    seen = {True: {}, False: {}}
-
-    def keep(here, block, *states):
-        here[block] = states
-        return [(block, [0.0])]
-
-    for forks, here in seen.items():
-        passes, _ = passes_of(skippable, sequences, forks=forks)
-        passes.score_states([1], (2,), [1, 3, 4], lambda here=here: partial(keep, here))
-    assert run_blocks == [0, 1, 3, 4]  # and the last block not at all
-    assert list(seen[True]) == list(seen[False]) == [1, 3, 4]
-    for block in (1, 3, 4):
-        assert all(map(torch.equal, seen[True][block], seen[False][block]))
-
-
-def fails(hidden, call):
-    raise ValueError("the mask has another size")
-
-
-@pytest.mark.parametrize(
-    ("block", "run", "reason"),
-    [
-        (2, None, None),
-        (0, lambda run: lambda *args: run(*args) * 1.001, "without block 1, the fork's logits differ from those of"),
-        (2, lambda run: fails, "llama does not run block 2 alone: the mask has another size"),
-    ],
-)
-def test_the_fork_is_checked_and_the_reason_is_in_words(skippable, sequences, monkeypatch, block, run, reason):
-    if run:
-        monkeypatch.setattr(skippable.switches[block], "run", run(skippable.switches[block].run))
-    found = why_not_fork(skippable, sequences[:2])
-    assert found is None if reason is None else found.startswith(reason)
-
-
-def test_an_error_of_memory_says_nothing_about_the_fork(skippable, sequences, monkeypatch):
-    fail_at(skippable, monkeypatch)
-    with pytest.raises(OutOfMemory):
-        why_not_fork(skippable, sequences[:2])
 
 
 @pytest.mark.parametrize(

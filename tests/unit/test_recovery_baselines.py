@@ -4,12 +4,9 @@ import pytest
 import torch
 
 from conftest import llama_config, random_model
-from families import tiny_config
 from recovery_baselines import (
     FittingText,
     Patch,
-    Unavailable,
-    down_proj,
     final_states,
     fit_gaps,
     ghosted,
@@ -81,11 +78,3 @@ def test_replace_me_is_least_squares_on_what_the_mlp_adds():
     transform = torch.linalg.lstsq(seen[0].double(), (wanted - (after - seen[0])).double()).solution
     expected = (transform.T @ block.mlp.down_proj.weight.double()).float()
     torch.testing.assert_close(patch.values["model.layers.2.mlp.down_proj.weight"], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_where_a_norm_follows_the_mlp_the_map_comes_behind_it():
-    with skippable_model(tiny_config("gemma2")) as skippable:
-        text = fitting_text(skippable)
-        assert fit_gaps(text, {3}, replace_me).added[2].sources == (("output", "post_feedforward_layernorm"),)
-        with pytest.raises(Unavailable, match="post_feedforward_layernorm follows the MLP"):
-            fit_gaps(text, {3}, down_proj)

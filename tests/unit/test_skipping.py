@@ -1,34 +1,42 @@
-"""Block switches on real blocks: they skip, they pass states on, and they leave nothing behind."""
+"""Block switches and the forking forward on real blocks: they skip, bit for bit alike, and leave nothing behind."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from conftest import gpt2_config, llama_config, opt_config, random_model
 from reference import plain_loss
+from sleb_cli.engine.forward.fork import Walk, walk_together
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.forward.skipping import SkippableModel
+from sleb_cli.engine.forward.states import States
 from sleb_plugins import UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h"}
+
+def bloom_config(blocks=5):
+    """Its ALiBi tensor carries the batch size times the heads."""
+    return BloomConfig(vocab_size=320, hidden_size=32, n_layer=blocks, n_head=4)
 
 
-@pytest.fixture(params=[llama_config, opt_config, gpt2_config], ids=PATHS)
+PATHS = {"llama": "model.layers", "opt": "model.decoder.layers", "gpt2": "transformer.h", "bloom": "transformer.h"}
+
+
+@pytest.fixture(params=[llama_config, opt_config, gpt2_config, bloom_config], ids=PATHS)
 def skippable(request):
     config = request.param()
     model = random_model(config)
-    with torch.inference_mode():
-        yield SkippableModel(model, model.get_submodule(PATHS[config.model_type]))
+    with torch.inference_mode(), SkippableModel(model, model.get_submodule(PATHS[config.model_type])) as skippable:
+        yield skippable
 
 
 @pytest.fixture
 def small():
     """A Llama of three blocks, which can be skipped."""
     model = AutoModelForCausalLM.from_config(llama_config(3)).eval()
-    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        yield skippable
+    with torch.inference_mode():
+        yield SkippableModel(model, model.model.layers)
 
 
 @pytest.fixture
@@ -38,91 +46,139 @@ def ids():
 
 def test_skipping_equals_the_plain_reference(skippable, ids):
     blocks = [switch.block for switch in skippable.switches]
-    with skippable:
-        for removed in ({1, 2}, set(), {1}, {0, 3}, {len(blocks) - 1}):  # the first before any block has run
-            logits = skippable.logits(ids, removed)
-            assert torch.equal(logits, skippable.logits(ids, removed))
-            found = float(score_logits(NegativeLogLikelihood(), logits, ids).mean())
-            skippable.skip(())
-            assert found == pytest.approx(plain_loss(skippable.model, blocks, ids, removed), abs=1e-5)
-
-
-@pytest.mark.parametrize("removed", [(), (2,)])
-def test_a_pass_that_starts_at_a_block_is_bitwise_the_whole(skippable, ids, removed):
-    def entering(start=None):
-        found = {}
-        skippable.run_with_hook(ids, removed, lambda block, *states: found.update({block: states[0]}), start)
-        return found
-
-    with skippable:
-        whole = entering()
-        assert list(whole) == [block for block in range(len(skippable.switches)) if block not in removed]
-        for start in whole.items():
-            seen = entering(start)
-            assert list(seen) == [block for block in whole if block >= start[0]]
-            assert all(torch.equal(states, whole[block]) for block, states in seen.items())
+    for removed in ({1, 2}, set(), {1}, {0, 3}, {len(blocks) - 1}):  # the first before any block has run
+        logits = skippable.logits(ids, removed)
+        assert torch.equal(logits, skippable.logits(ids, removed))
+        found = float(score_logits(NegativeLogLikelihood(), logits, ids).mean())
+        skippable.skip(())
+        assert found == pytest.approx(plain_loss(skippable.model, blocks, ids, removed), abs=1e-5)
 
 
 def test_the_head_gets_the_last_positions_in_one_piece(skippable, ids):
     """As a slice, they take bfloat16 on a CPU hundreds of times as long."""
     head, seen = skippable.model.lm_head, []
-    with skippable:
-        handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        skippable.logits(ids, (), last=2)
-        skippable.calls(ids)
-        skippable.logits(ids[:1], (), last=1)
-        handle.remove()
-    width = skippable.model.config.hidden_size
-    strides = [(2 * width, width, 1), (width, width, 1), (width, width, 1)]
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    skippable.logits(ids, (), last=2)
+    skippable.calls(ids)
+    skippable.logits(ids[:1], (), last=1)
+    handle.remove()
+    strides = [(64, 32, 1), (32, 32, 1), (32, 32, 1)]
     assert [(len(states), states.stride()) for states in seen] == list(zip([3, 3, 1], strides, strict=True))
-    assert not head._forward_pre_hooks
 
 
-def test_everything_is_put_back_after_an_error(skippable, ids):
-    model = skippable.model
+def test_everything_is_put_back_after_an_error(small, ids):
+    model = small.model
     before, use_cache = model(ids).logits, model.config.use_cache
-    with pytest.raises(ZeroDivisionError), skippable:
-        skippable.skip({1})
+    with pytest.raises(ZeroDivisionError), small:
+        small.skip({1})
         assert not model.config.use_cache
         raise ZeroDivisionError
-    assert all("forward" not in vars(switch.block) for switch in skippable.switches)
+    assert all("forward" not in vars(switch.block) for switch in small.switches)
     assert model.config.use_cache == use_cache
+    assert not model.lm_head._forward_pre_hooks
     assert torch.equal(model(ids).logits, before)
 
 
-def fails(*args, **kwargs):
-    raise ValueError("no top-k indices")
+@pytest.mark.parametrize(
+    ("cause", "error", "words"),
+    [
+        (
+            ValueError("no top-k indices"),
+            UnsupportedModelError,
+            r"llama does not run without blocks \[1\]: no top-k indices",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            OutOfMemory,
+            "3 sequences of 24 tokens do not fit into the memory of cpu",
+        ),
+    ],
+)
+def test_what_a_block_raises_is_translated(small, ids, cause, error, words):
+    def fails(*args, **kwargs):
+        raise cause
+
+    with small:
+        small.logits(ids, ())
+        small.switches[2]._forward = fails
+        with pytest.raises(error, match=words):
+            small.logits(ids, {1})
 
 
-def ends_memory(*args, **kwargs):
-    raise torch.OutOfMemoryError("CUDA out of memory")
+def test_a_model_that_calls_a_block_twice_is_refused(small, ids):
+    layers = list(small.model.model.layers)[:2]
+    small.model.model.layers = torch.nn.ModuleList([*layers, layers[0]])
+    with (
+        SkippableModel(small.model, layers) as skippable,
+        pytest.raises(UnsupportedModelError, match=r"calls its blocks in the order \[0, 1, 0\]"),
+    ):
+        skippable.calls(ids)
+
+
+@pytest.fixture
+def ran(skippable, monkeypatch):
+    """The blocks that run on their own, in order."""
+    blocks, run = [], skippable.run_block
+    monkeypatch.setattr(skippable, "run_block", lambda call, hidden: blocks.append(call.block) or run(call, hidden))
+    return blocks
+
+
+def walk(skippable, ids, removed, candidates, states=None, **options):
+    """Walk through all blocks; return the walk."""
+    found = Walk(skippable, skippable.calls(ids), states or States(), removed, candidates, **options)
+    assert list(walk_together(skippable, [found])) == list(range(found.start, len(skippable.switches)))
+    return found
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(hidden, expected[branch]) for branch, hidden in found.items())
+
+
+@pytest.mark.parametrize("removed", [(), (2,), (3, 1)])
+@pytest.mark.parametrize("size", [9, 1, 2])
+def test_each_branch_is_bitwise_the_model_without_its_block(skippable, ids, removed, size):
+    candidates, states = [block for block in range(len(skippable.switches)) if block not in removed], States()
+    for first in range(0, len(candidates), size):
+        group = candidates[first : first + size]
+        branches = walk(skippable, ids, removed, group, states).branches
+        assert list(branches) == group
+        for block, hidden in branches.items():
+            assert torch.equal(skippable.head(hidden, ids), skippable.logits(ids, {*removed, block}))
+
+
+@pytest.mark.parametrize("size", [9, 2])
+def test_a_walk_does_half_of_the_work_and_drops_the_base(skippable, ids, ran, size):
+    count, states, told = len(skippable.switches), States(), 0
+    candidates = list(range(1, count - 1))
+    for first in range(0, len(candidates), size):
+        told += walk(skippable, ids, (), candidates[first : first + size], states).block_branches
+    # Above the last candidate only the candidates' branches continue; below it, so does the base.
+    below = [block for block in range(count - 2) for _ in range(1 + sum(other < block for other in candidates))]
+    above = [count - 2] * (len(candidates) - 1) + [count - 1] * len(candidates)
+    assert sorted(ran) == below + above
+    assert told == len(ran)
 
 
 @pytest.mark.parametrize(
-    ("forward", "error", "words"),
+    ("first", "keep", "removed", "candidates", "counts"),
     [
-        (fails, UnsupportedModelError, r"llama does not run without blocks \[1\]: no top-k indices"),
-        (ends_memory, OutOfMemory, "3 sequences of 24 tokens do not fit into the memory of cpu"),
+        pytest.param([0, 1, 2, 3], {1: 9, 3: 9}, (3,), [0, 1, 2], [0, 0, 0, 0], id="all are known"),
+        pytest.param([1, 2], {1: 9, 2: 9, 3: 9}, (), [0, 1, 2, 3], None, id="a new one forks off where the base is"),
+        pytest.param([0, 1, 2, 3], {0: 1, 3: 2}, (), [0, 1, 2], [1, 1, 1, 3], id="some are known"),
+        pytest.param([1, 2, 3], {2: 9}, (2,), [1, 3], None, id="the removed one is the base"),
+        pytest.param([1, 2, 3], {2: 9}, (2,), [1], None, id="one that is known"),
     ],
 )
-def test_what_a_block_raises_is_translated(small, ids, forward, error, words):
-    small.logits(ids, ())
-    small.switches[2]._forward = forward
-    with pytest.raises(error, match=words):
-        small.logits(ids, {1})
-
-
-def test_an_error_of_a_hook_is_not_blamed_on_the_family(small, ids, monkeypatch):
-    forward = small.model.model.forward
-
-    def catches_everything(*args, **kwargs):
-        try:
-            return forward(*args, **kwargs)
-        except Exception as error:
-            raise RuntimeError("the family failed") from error
-
-    monkeypatch.setattr(small.model.model, "forward", catches_everything)
-    with pytest.raises(ValueError, match="no top-k indices") as raised:
-        small.run_with_hook(ids, (), fails)
-    assert raised.traceback[-1].name == "fails"
-    assert raised.value.__cause__ is raised.value.__context__ is None
+def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, first, keep, removed, candidates, counts):
+    states = States()
+    walk(skippable, ids, (), first, states, keep=keep)
+    for block in removed:
+        states.after_removal(block)
+    fresh = walk(skippable, ids, removed, candidates)
+    ran.clear()
+    found = walk(skippable, ids, removed, candidates, states)
+    assert len(ran) == found.block_branches <= fresh.block_branches
+    assert_same(found.branches, fresh.branches)
+    if counts:
+        assert [ran.count(block) for block in range(4)] == counts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import llama_config, save_model
+from conftest import save_model
 from families import FAMILIES, tiny_config
 from sleb_cli.engine.forward.placement import Placement, open_dense
 from sleb_cli.engine.model.architecture import read_architecture
@@ -58,14 +58,3 @@ def test_it_is_the_model_in_memory(tmp_path, model_type, dtype):
     with streamed:
         assert torch.equal(streamed.logits(ids, ()), expected)
     require_equal(streamed, resident)
-
-
-@pytest.mark.parametrize("max_shard_size", ["5GB", "60kB"])
-@torch.inference_mode()
-def test_weights_lie_as_in_a_mapped_file(tmp_path, max_shard_size):
-    folder = save_model(tmp_path / "model", llama_config(), max_shard_size=max_shard_size)
-    streamed, resident = (open_model(folder, stream=stream) for stream in (True, False))
-    where = {name: tensor.data_ptr() % 4096 for name, tensor in resident.model.state_dict().items()}
-    for block in streamed.weights.visit(range(6)):
-        for name, tensor in streamed.switches[block].block.state_dict().items():
-            assert tensor.data_ptr() % 4096 == where[f"model.layers.{block}.{name}"]
