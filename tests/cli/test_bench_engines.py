@@ -3,7 +3,6 @@
 import json
 import sys
 import tempfile
-from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import sleb_plugins as sleb
 from conftest import weights_of
 from gguf_models import write_llama_gguf
-from sleb_cli import plugin_manager
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.surgery import block_count
 from sleb_cli.plan import read_plan
@@ -22,23 +20,10 @@ SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iteratio
 
 
 @pytest.fixture
-def install(monkeypatch):
-    """Let modules be plugins besides the installed ones."""
-    real = plugin_manager.entry_points
-
-    def add(name):
-        monkeypatch.setattr(
-            plugin_manager, "entry_points", lambda group: [*real(group=group), EntryPoint(name, name, "sleb")]
-        )
-
-    return add
-
-
-@pytest.fixture
-def steady(install, monkeypatch):
+def steady(as_plugins, monkeypatch):
     """The engine of the example plugin, whose times follow from the bytes of the files."""
     monkeypatch.syspath_prepend(EXAMPLE)
-    install("sleb_example")
+    as_plugins("sleb_example")
 
 
 class Recorder(sleb.Engine):
@@ -76,13 +61,13 @@ class RecordedModel(sleb.LoadedModel):
 
 
 @pytest.fixture
-def recorder(install, monkeypatch):
+def recorder(as_plugins, monkeypatch):
     """An engine that is offered as a plugin, to be asked what it has seen."""
     engine = Recorder()
     module = type(sys)("recorder_plugin")
     module.sleb_engines = sleb.hookimpl(lambda: [engine])
     monkeypatch.setitem(sys.modules, "recorder_plugin", module)
-    install("recorder_plugin")
+    as_plugins("recorder_plugin")
     return engine
 
 

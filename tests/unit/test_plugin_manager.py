@@ -6,7 +6,6 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from sleb_cli import plugin_manager
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import PluginError, UsageError
 
@@ -92,21 +91,11 @@ def test_a_name_nobody_offers():
     assert error.value.hint == "Did you mean 'cosine'?"
 
 
-@pytest.fixture
-def installed(plugins, monkeypatch):
-    """Install modules as plugins, beside the built-in ones."""
-
-    def install(**modules):
-        found, real = plugins(**modules), plugin_manager.entry_points
-        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
-
-    return install
-
-
-def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, installed, tiny_llama):
+def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, plugins, as_plugins, tiny_llama):
     assert "Loading plugins" not in run_sleb("plugins").stderr
     broken = "import sys\nprint('here I run', file=sys.stderr)\nimport nothing_of_that_name"
-    installed(bad_cli=broken, twin_cli=FAMILY.format(name="twin", type="llama"))
+    plugins(bad_cli=broken, twin_cli=FAMILY.format(name="twin", type="llama"))
+    as_plugins("bad_cli", "twin_cli")
     result = run_sleb("plugins")
     assert result.exit_code == 0
     assert 0 <= result.stderr.find("(bad_cli)") < result.stderr.find("here I run")
@@ -124,13 +113,9 @@ def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, insta
     assert "Loading plugins" not in run_sleb(*words, "-q").stderr
 
 
-def test_an_adapter_that_points_nowhere_is_named(run_sleb, installed, tiny_gpt2):
-    installed(lost=FAMILY.format(name="lost", type="gpt2"))
+def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, as_plugins, tiny_gpt2):
+    plugins(lost=FAMILY.format(name="lost", type="gpt2"))
+    as_plugins("lost")
     result = run_sleb("search", tiny_gpt2, "--remove", 1, "--calibration", "self")
     assert result.exit_code == 4
     assert "The family lost says that gpt2 keeps its blocks at a.b" in result.stderr
-
-
-def test_the_list_of_plugins(run_sleb):
-    result = run_sleb("plugins")
-    assert all(name in result.stdout for name in ("llama", "opt", "nll", "cosine", "mergekit", "indices"))
