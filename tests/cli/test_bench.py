@@ -73,53 +73,26 @@ def check_timing(timing, new):
     assert bool(timing["work"]["decode_bytes"]) == bool(new)
 
 
-@pytest.mark.parametrize("blocks", [(), slow(("--blocks", "1,2"))])
-def test_the_memory_is_that_of_a_process_of_its_own(run_sleb, tiny_llama, blocks):
+@pytest.mark.parametrize("more", [(), slow(("--blocks", "1,2")), slow(("--generation", "--static-cache"))])
+def test_the_memory_is_that_of_a_process_of_its_own(run_sleb, tiny_llama, more):
     before = torch.get_num_threads()
     options = [*QUICK, "--new-tokens", 4, "--threads", before + 1, "--json", "-q"]
-    result = run_sleb("bench", tiny_llama, *blocks, *options)
+    result = run_sleb("bench", tiny_llama, *more, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     data = json.loads(result.stdout)
     assert (data["threads"], torch.get_num_threads()) == (before + 1, before)
     sizes = (data["dense"], *data["pruned"])
     assert all(size["load_seconds"] > 0 for size in sizes)
-    for measured, new in zip(data["workloads"], (0, 4), strict=True):
+    for measured in data["workloads"]:
+        new, static = (measured["workload"][name] for name in ("new_tokens", "static_cache"))
         for size, timing in zip(sizes, (measured["dense"], *measured["pruned"]), strict=True):
             memory = timing["memory"]
             assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
             assert memory["weights_bytes"] == size["weights_bytes"]
             # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
-            assert memory["kv_cache_bytes"] == (2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0)
+            cache = 2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0
+            assert memory["kv_cache_bytes"] == cache or (static and memory["kv_cache_bytes"] > cache)
             assert sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest")) == memory["peak_bytes"]
-
-
-def test_models_are_timed_as_transformers_loads_them(run_sleb, tiny_llama, without_memory, monkeypatch):
-    seen, time_all = [], benchmark.measure
-
-    def noted(*given):
-        (model,) = loaded
-        seen.append(all(weight.requires_grad for weight in model.parameters()))
-        return time_all(*given)
-
-    loaded, load_dense = [], runners.load_dense
-    monkeypatch.setattr(runners, "load_dense", lambda *given: loaded.append(load_dense(*given)) or loaded[-1])
-    monkeypatch.setattr(benchmark, "measure", noted)
-    assert run_sleb("bench", tiny_llama, *QUICK, "--new-tokens", 3, "-q").exit_code == 0
-    assert seen == [True, True]
-    assert not any(weight.requires_grad for weight in loaded[0].parameters())
-
-
-@pytest.mark.slow
-def test_a_sweep(run_sleb, tiny_llama, without_memory):
-    few = ["--iterations", 1, "--warmup", 0, "--json", "-q"]
-    result = run_sleb("bench", tiny_llama, "--sweep", "batch=1,2 prompt=4,8", "--sweep", "new=2,3", *few)
-    assert result.exit_code == 0, result.stderr
-    found = [measured["workload"] for measured in json.loads(result.stdout)["workloads"]]
-    shapes = [(one["name"], one["batch_size"], one["prompt_length"], one["new_tokens"]) for one in found]
-    assert shapes == [
-        *(("prompt", batch, length, 0) for batch in (1, 2) for length in (4, 8)),
-        *(("generation", batch, length, new) for batch in (1, 2) for length in (4, 8) for new in (2, 3)),
-    ]
 
 
 def test_a_table_in_the_shape_of_llama_bench(run_sleb, tiny_llama, without_memory):
@@ -134,16 +107,6 @@ def test_a_table_in_the_shape_of_llama_bench(run_sleb, tiny_llama, without_memor
     assert rows[3][:3] == ["tiny-llama -1 blocks float32", "0.26 MiB", "0.07 M"]
     assert [row[6] for row in rows[2:]] == ["pp8", "pp8", "tg4 @ d8", "tg4 @ d8"]
     assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[7]) for row in rows[2:])
-
-
-@pytest.mark.slow
-def test_a_cache_of_fixed_size(run_sleb, tiny_llama):
-    options = ["--generation", *QUICK, "--new-tokens", 3, "--static-cache", "--json", "-q"]
-    result = run_sleb("bench", tiny_llama, *options)
-    assert result.exit_code == 0, result.stderr
-    (measured,) = json.loads(result.stdout)["workloads"]
-    assert measured["workload"]["static_cache"]
-    assert measured["dense"]["memory"]["kv_cache_bytes"] >= 2 * 10 * 2 * 16 * 4 * 6
 
 
 @pytest.mark.parametrize("workload", ["--prompt", "--generation"])

@@ -7,7 +7,6 @@ import pytest
 
 from conftest import llama_config
 from sleb_cli.engine.model import source
-from sleb_cli.engine.speed.estimate import Rate
 
 H100 = ["--device-flops", "989e12", "--device-bandwidth", "3.35e12"]
 QUICK = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3]
@@ -71,6 +70,15 @@ def test_a_model_that_fits_no_machine(run_sleb, llama_70b):
     assert dense["timings"][1]["seconds"] == pytest.approx(first + 127 * read / 3.35e12, rel=0.01)
 
 
+def test_a_sweep_takes_each_shape_in_turn(run_sleb, config_only):
+    sweep = ["--sweep", "batch=1,2 prompt=4,8", "--sweep", "new=2,3"]
+    found = estimated(run_sleb, config_only, *sweep, *H100)["workloads"]
+    assert [tuple(workload.values()) for workload in found] == [
+        *(("prompt", batch, length, 0) for batch in (1, 2) for length in (4, 8)),
+        *(("generation", batch, length, new) for batch in (1, 2) for length in (4, 8) for new in (2, 3)),
+    ]
+
+
 def test_what_the_screen_says(run_sleb, config_only, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     options = ["--estimate", *H100, "--generation", "--sweep", "batch=1,2", "--prompt-length", 8, "--new-tokens", 4]
@@ -93,12 +101,10 @@ def test_sizes_agree_with_the_benchmark(run_sleb, tiny_llama, config_only):
     predicted = estimated(run_sleb, config_only, *blocks, *QUICK, *H100)
     result = run_sleb("bench", tiny_llama, *blocks, *QUICK, "--iterations", 1, "--warmup", 0, "--json", "-q")
     measured = json.loads(result.stdout)
-    for ours, theirs in zip(
-        (predicted["dense"], *predicted["pruned"]), (measured["dense"], *measured["pruned"]), strict=True
-    ):
-        assert ours["parameters"] == theirs["parameters"]
-        assert ours["weights_bytes"] == theirs["weights_bytes"]
-        assert (ours["removals"], ours["removed"]) == (theirs["removals"], len(theirs["removals"]))
+    ours, theirs = ([data["dense"], *data["pruned"]] for data in (predicted, measured))
+    for name in ("parameters", "weights_bytes", "removals"):
+        assert [size[name] for size in ours] == [size[name] for size in theirs]
+    assert [size["removed"] for size in ours] == [len(size["removals"]) for size in theirs]
     for number, workload in enumerate(measured["workloads"]):
         assert predicted["dense"]["timings"][number]["work"] == workload["dense"]["work"]
         assert [size["timings"][number]["bound"] for size in predicted["pruned"]] == pytest.approx(
@@ -144,9 +150,8 @@ def test_of_a_hub_model_only_the_config_is_downloaded(run_sleb, config_only, mon
 
 
 def test_without_weights_all_else_refuses(run_sleb, config_only, tiny_llama):
-    for command in (["bench"], ["apply", "--blocks", "1", "-o", "out"]):
-        result = run_sleb(command[0], config_only, *command[1:])
-        assert result.exit_code == 4, result.stderr
+    assert run_sleb("bench", config_only).exit_code == 4
+    assert run_sleb("apply", config_only, "--blocks", "1", "-o", "out").exit_code == 4
     result = run_sleb("bench", tiny_llama, *H100)
     assert (result.exit_code, "--device-flops requires --estimate" in result.stderr) == (2, True)
 
@@ -167,8 +172,3 @@ def test_what_cannot_be_is_refused(run_sleb, config_only, options, message):
     result = run_sleb("bench", config_only, "--estimate", *options)
     assert result.exit_code == 2, result.stderr
     assert message in result.stderr
-
-
-def test_the_slower_of_operations_and_bytes_counts():
-    rate = Rate(flops_per_second=10, bytes_per_second=2)
-    assert (rate.seconds(40, 4), rate.seconds(10, 4)) == (4, 2)

@@ -61,16 +61,6 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(run_sleb, monkeypatch):
     assert (result.exit_code, "Interrupted" in result.stderr) == (130, True)
 
 
-@pytest.mark.parametrize("no_color", [True, False])
-def test_no_color(run_sleb, monkeypatch, no_color):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    if no_color:
-        monkeypatch.setenv("NO_COLOR", "1")
-    result = run_sleb("apply", "nowhere.json")
-    assert ("\x1b[1;31m" in result.stderr) != no_color
-
-
 def test_the_installed_script_runs():
     script = Path(sys.executable).with_name("sleb")
     result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)

@@ -114,29 +114,27 @@ def broken_links(text, page):
             yield target
 
 
+def wrong_in(text, page):
+    """All that a page names and that is not there."""
+    names = {path.name for folder in ("sleb_cli", "sleb_plugins", "tests") for path in (ROOT / folder).rglob("*.py")}
+    files = [name for code in inline_code(text) for name in re.findall(r"^(?:[a-z_]+/)*(\w+\.py)$", code)]
+    absent = [name for name in files if name not in names]
+    return [*absent, *absent_places(text), *broken_links(text, page), *wrong_commands(text)]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_path_link_and_command_in_a_page_exists(page):
-    assert absent_places(read(page)) == []
-    assert list(broken_links(read(page), page)) == []
-    names = {path.name for folder in ("sleb_cli", "sleb_plugins", "tests") for path in (ROOT / folder).rglob("*.py")}
-    files = [name for code in inline_code(read(page)) for name in re.findall(r"^(?:[a-z_]+/)*(\w+\.py)$", code)]
-    assert [name for name in files if name not in names] == []
-    assert list(wrong_commands(read(page))) == []
+    assert wrong_in(read(page), page) == []
 
 
 @pytest.mark.parametrize(
     "text",
     ["`sleb serch demo`", "`sleb search demo --ratoi 0.2`", "\n    sleb export plan.json\n", "Use `--to-gguf x`.",
-     "\n    pip install . && sleb search demo --no-such\n", "```\nsleb bench --generation \\\n    --nope\n```\n"],
+     "\n    pip install . && sleb search demo --no-such\n", "```\nsleb bench --generation \\\n    --nope\n```\n",
+     "See tests/no/such.py.", "[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"],
 )  # fmt: skip
-def test_a_wrong_command_is_found(text):
-    assert list(wrong_commands(text))
-
-
-def test_a_wrong_path_or_link_is_found():
-    assert absent_places("See `sleb_cli/engine/gates.py`, tests/no/such.py.") != []
-    for link in ("[a](docs/no.md)", "![a](docs/images/no.svg)", "[a](docs/search.md#no-such-heading)"):
-        assert list(broken_links(link, "README.md"))
+def test_what_is_not_there_is_found(text):
+    assert wrong_in(text, "README.md") != []
 
 
 def test_the_readme_is_short_and_the_changelog_begins_with_this_version():
