@@ -359,6 +359,13 @@ def as_plugins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return add
 
 
+@pytest.fixture
+def steady(as_plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offer the engine of the example plugin, whose times follow from the bytes of the files."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "example_plugin")
+    as_plugins("sleb_example")
+
+
 def slow(value: Any) -> Any:
     """Return a parameter of a test that runs with the slow ones."""
     return pytest.param(value, marks=pytest.mark.slow)

@@ -4,7 +4,6 @@ import json
 import sys
 import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +14,7 @@ from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.surgery import block_count
 from sleb_cli.plan import read_plan
 
-EXAMPLE = Path(__file__).parents[1] / "example_plugin"
 SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iterations", 4, "--warmup", 1]
-
-
-@pytest.fixture
-def steady(as_plugins, monkeypatch):
-    """The engine of the example plugin, whose times follow from the bytes of the files."""
-    monkeypatch.syspath_prepend(EXAMPLE)
-    as_plugins("sleb_example")
 
 
 class Recorder(sleb.Engine):
@@ -135,22 +126,6 @@ def test_the_gguf_file_of_a_checkpoint_is_named(run_sleb, recorder, tmp_path):
     result = run_sleb("bench", tmp_path / "origin", *options, "--source", other)
     assert result.exit_code == 3
     assert "holds another model" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--engine", "lama.cpp"], "Did you mean 'llama.cpp'?"),
-        (["--source", "x.gguf"], "--source requires --engine"),
-        (["--engine", "steady", "--source", "x.gguf"], "--source does not apply to --engine steady"),
-        (["--engine", "steady", "--device", "cpu"], "--device does not apply to --engine steady"),
-        (["--engine", "steady", "--compile"], "--compile does not apply to --engine steady"),
-    ],
-)
-def test_what_cannot_be_is_refused(run_sleb, steady, tiny_llama, options, message):
-    result = run_sleb("bench", tiny_llama, *options)
-    assert result.exit_code == 2, result.stderr
-    assert message in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,12 @@ COMMANDS = ["search", "apply", "eval", "bench", "export", "plugins"]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "lm_eval", "numpy"]
 
 
-def test_version(run_sleb):
+def test_version_and_help(run_sleb):
     assert run_sleb("--version").stdout == f"sleb {sleb_cli.__version__}\n"
-
-
-@pytest.mark.parametrize("command", [[], ["-h"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=str)
-def test_help(run_sleb, command):
-    result = run_sleb(*command)
-    assert result.exit_code == 0
-    assert "Usage: sleb" in result.stdout
-    assert len(command) == 2 or all(name in result.stdout for name in COMMANDS)
+    for words in ([], ["-h"], ["--help"]):
+        result = run_sleb(*words)
+        assert result.exit_code == 0
+        assert all(name in result.stdout for name in ("Usage: sleb", *COMMANDS))
 
 
 def test_what_needs_no_model_imports_nothing_heavy():

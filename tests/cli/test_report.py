@@ -6,7 +6,6 @@ import shlex
 import sys
 from html import unescape
 from itertools import pairwise
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -54,7 +53,7 @@ class Page:
 def measured(tmp_path_factory):
     """A plan of which everything was measured."""
     folder = tmp_path_factory.mktemp("measured")
-    plan = make_plan(30, 6)
+    plan = make_plan(30, 6, kinds=True)
     evaluation, benchmark = make_evaluation(plan, items=200), make_benchmark(plan)
     return write_measured(folder, plan, evaluation=evaluation, benchmark=benchmark), evaluation, benchmark
 
@@ -142,6 +141,7 @@ def test_a_report_shows_the_numbers_of_the_files_and_holds_them_without_samples(
             interval = f"{timing.interval.low:.2f} to {timing.interval.high:.2f}"
             assert f" {timing.speedup:.2f}x {interval} {timing.bound:.2f}x " in page.text
     assert "113.3M parameters remain of 134.5M" in page.text
+    assert "Removed blocks by kind" in page.text
     for text in evaluated["texts"]:
         for scores in (text["dense"], *text["pruned"]):
             del scores["losses"]
@@ -329,7 +329,7 @@ def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damage
     assert document["missing"][0]["command"] == "sleb eval plan.json --every 2"
 
 
-def test_results_of_other_removals_are_left_out(exported, tmp_path):
+def test_only_results_of_the_sizes_of_the_plan_count(exported, tmp_path):
     plan, other = make_plan(12, 4), make_plan(12, 4, seed=2)
     # Both remove block 7 first, and what was measured of that stays.
     assert [set(removals) in map(set, plan.by_size) for removals in other.by_size] == [True, False, False, False]
@@ -337,10 +337,7 @@ def test_results_of_other_removals_are_left_out(exported, tmp_path):
     result = exported("summary", "--json")
     assert "Leaving out 3 sizes in plan.eval.json that plan.json does not have." in result.stderr
     assert json.loads(result.stdout)["document"]["evaluation"]["sizes"] == [[7]]
-
-
-def test_a_plan_cut_to_fewer_removals_is_about_that_size(exported, tmp_path):
-    plan = make_plan(12, 4)
+    # A plan that is cut is about fewer.
     write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40), benchmark=make_benchmark(plan))
     result = exported("summary", "--remove", 2)
     assert result.stderr == ""
@@ -348,19 +345,9 @@ def test_a_plan_cut_to_fewer_removals_is_about_that_size(exported, tmp_path):
     assert "sleb apply plan.json --remove 2" in result.stdout
 
 
-def test_figures_are_svg_and_png(exported, tmp_path):
+def test_only_force_replaces_pages_and_figures_and_never_other_files(exported, tmp_path):
     plan = make_plan(3, 1, raced=False)
     write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40), benchmark=make_benchmark(plan))
-    exported("figures", "-o", "pictures")
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
-    assert pictures.keys() == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
-    for name, content in pictures.items():
-        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml"), name
-        assert name.endswith("png") or (b"<dc:title>" in content and b"<text" in content)
-
-
-def test_only_force_replaces_and_never_other_files(exported, tmp_path):
-    write_measured(tmp_path, make_plan(6, 1))
     page, folder = tmp_path / "plan.report.html", tmp_path / "plan.figures"
     page.write_text("mine")
     folder.mkdir()
@@ -373,7 +360,11 @@ def test_only_force_replaces_and_never_other_files(exported, tmp_path):
     assert "wrote again.html" in exported("report", "-o", "again.html").stdout
     assert page.read_text().startswith("<!doctype html>")
     assert page.read_text() == (tmp_path / "again.html").read_text()
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    pictures = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert pictures.keys() == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
+    for name, content in pictures.items():
+        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml"), name
+        assert name.endswith("png") or (b"<dc:title>" in content and b"<text" in content)
     (folder / "diary.txt").write_text("mine")
     assert "holds other files, such as diary.txt" in exported("figures", "--force", code=8).stderr
 
@@ -437,13 +428,3 @@ def test_an_exporter_that_needs_no_model_gets_none(exported, tmp_path, monkeypat
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     write_measured(tmp_path, make_plan(6, 1))
     assert "declares that it needs none" in exported("wants-more", code=6).stderr
-
-
-@pytest.mark.slow
-def test_a_large_report_stays_small(report):
-    plan = make_plan(80, 32, kinds=True)
-    evaluation = make_evaluation(plan, items=3000, tasks=tuple(f"task_{number}" for number in range(9)), every=4)
-    page = report(plan, evaluation=evaluation, benchmark=make_benchmark(plan, every=2, iterations=50))
-    assert Path("plan.eval.json").stat().st_size > 3_000_000
-    assert len(page.html.encode()) < 1_000_000
-    assert "Removed blocks by kind" in page.text

@@ -19,19 +19,15 @@ STORIES = [
 ]
 
 
-def sequences_of(folder, text, samples, length):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    windows = cut_windows(tokenizer, text.read_text(), length, bos=adds_bos(tokenizer))
-    return windows[draw(len(windows), samples, 0)]
-
-
 def check_against_reference(run_sleb, folder, text, samples, length, remove):
     settings = [*calibration(text, samples, length), "--remove", remove, "--dtype", "float32", "--json"]
     result = run_sleb("search", folder, *settings)
     assert result.exit_code == 0, result.stderr
     plan = json.loads(result.stdout)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sequences = sequences_of(folder, text, samples, length)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    windows = cut_windows(tokenizer, text.read_text(), length, bos=adds_bos(tokenizer))
+    sequences = windows[draw(len(windows), samples, 0)]
     removals, steps = plain_search(model, model.model.layers, sequences, remove)
     assert plan["removals"] == removals
     assert plan["dense"]["loss"] == pytest.approx(plain_loss(model, model.model.layers, sequences, set()), abs=1e-5)

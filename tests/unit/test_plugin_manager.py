@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from sleb_cli.plugin_manager import load_plugins
-from sleb_plugins import PluginError, UsageError
+from sleb_plugins import PluginError
 
 HEAD = "import sleb_plugins as sleb\n"
 FAMILY = (
@@ -50,15 +50,6 @@ def plugins(tmp_path, monkeypatch):
     return write
 
 
-def test_the_built_in_ones_come_through_entry_points():
-    registry = load_plugins()
-    assert registry.failures == ()
-    assert registry.collisions == ()
-    assert {o.name for o in registry.offers} >= {"llama", "opt", "nll", "cosine", "mergekit", "indices"}
-    assert registry.family("llama").blocks_path == "model.layers"
-    assert registry.family("mamba") is None
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_hurts_only_itself(plugins, kind):
     source, reason = BROKEN[kind]
@@ -83,12 +74,6 @@ def test_a_name_claimed_twice_stops_whoever_asks_for_it_with_both_names(plugins)
         registry.family("llama")
     assert registry.metric("other").name == "other"
     assert len(registry.collisions) == 2
-
-
-def test_a_name_nobody_offers():
-    with pytest.raises(UsageError) as error:
-        load_plugins().metric("cosin")
-    assert error.value.hint == "Did you mean 'cosine'?"
 
 
 def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, plugins, as_plugins, tiny_llama):

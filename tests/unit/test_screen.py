@@ -87,15 +87,6 @@ def test_a_narrow_medium_costs_columns_but_breaks_no_cell(medium, width, gone):
     assert "…" not in "".join(rows)
 
 
-def test_text_wraps_between_words_before_a_column_goes():
-    table = Table(
-        "", ["what", "number"], [["the quick brown fox jumps over the lazy dog", "12345"]], optional=["number"]
-    )
-    rows = shown(fitting(table, 30), 30)
-    assert any("12345" in row for row in rows)
-    assert " ".join(row.strip("│ ").partition("│")[0].strip() for row in rows[3:-1]).endswith("over the lazy dog")
-
-
 def test_what_several_rows_are_about_stands_in_the_first():
     rows = [["a", 1, None], ["a", 2, None], ["b", 3, None]]
     table = tabulate("", [("x", str), ("y", "{}".format), ("empty", str)], rows)
