@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from conftest import llama_config, save_model, slow
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, peak_memory, runners
 from sleb_cli.engine.speed.timing import Measured
-from sleb_cli.results import BenchResult, WarmupRecord
+from sleb_cli.results import WarmupRecord
 from sleb_plugins.engine import TimedRun
 
 RATES = ("--device-flops", "1e12", "--device-bandwidth", "1e12")
@@ -42,8 +41,6 @@ def test_both_workloads_on_each_size(run_sleb, llama_plan, tmp_path, without_mem
         for pruned, size in zip(measured["pruned"], data["pruned"], strict=True):
             check_timing(pruned, new)
             assert pruned["removals"] == size["removals"]
-            dense, own = (statistics.median(timing["e2els"]) for timing in (measured["dense"], pruned))
-            assert pruned["speedup"] == pytest.approx(dense / own)
             assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
             assert 1 < pruned["bound"] < 6 / size["blocks"]
     lines = result.stdout.splitlines()
@@ -112,16 +109,6 @@ def test_a_model_that_cannot_be_compiled_is_said_so(run_sleb, tiny_llama, withou
     result = run_sleb("bench", tiny_llama, workload, *QUICK, "--new-tokens", 3, "--compile")
     assert result.exit_code == 7, result.stderr
     assert "torch.compile does not work for this model on this machine: no compiler was found" in result.stderr
-
-
-def test_results_are_kept_beside_the_plan(run_sleb, llama_plan, tmp_path, without_memory):
-    assert run_sleb("bench", llama_plan, "--prompt", *QUICK).exit_code == 0
-    again = run_sleb("bench", llama_plan, "--remove", 1, "--generation", *QUICK, "--new-tokens", 3)
-    assert again.exit_code == 0, again.stderr
-    kept = BenchResult.model_validate_json(llama_plan.with_suffix(".bench.json").read_text())
-    assert [measured.workload.name for measured in kept.workloads] == ["prompt", "generation"]
-    assert [len(size.removals) for size in kept.pruned] == [1, 2]
-    assert [[len(timing.removals) for timing in measured.pruned] for measured in kept.workloads] == [[2], [1]]
 
 
 @pytest.mark.parametrize("tied", [False, True])

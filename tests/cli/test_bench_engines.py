@@ -124,8 +124,7 @@ def test_the_gguf_file_of_a_checkpoint_is_named(run_sleb, recorder, tmp_path):
     (tmp_path / "other").mkdir()
     other = write_llama_gguf(tmp_path / "other" / "other.gguf", 4)
     result = run_sleb("bench", tmp_path / "origin", *options, "--source", other)
-    assert result.exit_code == 3
-    assert "holds another model" in result.stderr
+    assert (result.exit_code, "holds another model" in result.stderr) == (3, True)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def estimated(run_sleb, *arguments):
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_each_shape_in_turn(run_sleb, config_only):
     sweep = ["--sweep", "batch=1,2 prompt=4,8", "--sweep", "new=2,3"]
     found = estimated(run_sleb, config_only, *sweep, *H100)["workloads"]

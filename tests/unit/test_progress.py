@@ -91,7 +91,7 @@ def test_long_paths_and_notes_leave_room_for_counts_and_times(clock, width):
     listen(TaskAdvanced("Writing weights", 40_000_000))
     listen(SearchStarted(32, 2, 0, (62_000, 60_000)))
     listen(SearchAdvanced(2500))
-    listen(CandidateScored(1, 21, 3.123456))
+    listen(CandidateScored(1, 7, 3.123456))
     listen(RaceNarrowed(1, 5, 0))
     lines = shown.render_lines(bars.get_renderable(), pad=False)
     rows = ["".join(part.text for part in line).rstrip() for line in lines]
@@ -102,4 +102,4 @@ def test_long_paths_and_notes_leave_room_for_counts_and_times(clock, width):
     assert "…" in loading
     assert re.search(r"Writing weights +━.* 40.0/98.4 MB +0:00:00 --:--$", writing)
     assert re.search(r"Search .* 2500/122000 +0:00:00 00:00$", search)
-    assert note == "  step 1 of 2, best so far: block 21 (3.1235), 5 still racing"
+    assert note == "  step 1 of 2, best so far: block 7 (3.1235), 5 still racing"
