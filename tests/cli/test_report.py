@@ -174,11 +174,8 @@ def without_options(data):
         "difference_interval", "mcnemar_p", "lost", "gained", "items_needed", "governor", "load_seconds", "deviation",
         "stable", "memory", "energy", "work", "bound",
     }  # fmt: skip
-    for name, value in data.items() if isinstance(data, dict) else enumerate(data):
-        if name in optional and not isinstance(value, bool | str):
-            data[name] = None
-        elif isinstance(value, dict | list):
-            without_options(value)
+    absent = {name for name, value in data.items() if name in optional and not isinstance(value, bool | str)}
+    return data | dict.fromkeys(absent)
 
 
 def test_results_may_lack_whatever_is_optional(report, exported):
@@ -194,7 +191,7 @@ def test_results_may_lack_whatever_is_optional(report, exported):
     plan = plan.model_copy(update=changes)
 
     def bare(data):
-        without_options(data)
+        data |= json.loads(json.dumps(data), object_hook=without_options)
         if "tasks" in data:
             group, canary = data["tasks"]
             group |= {"items_sha256": None, "doc_ids": []}
