@@ -54,7 +54,7 @@ def test_what_the_screen_says(run_sleb, config_only, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sizes_agree_with_the_benchmark(run_sleb, tiny_llama, config_only):
+def test_sizes_agree_with_the_benchmark(run_sleb, tiny_llama, config_only, without_memory):
     blocks = ["--blocks", "4,1,2", "--every", 1]
     predicted = estimated(run_sleb, config_only, *blocks, *QUICK, *H100)
     result = run_sleb("bench", tiny_llama, *blocks, *QUICK, "--iterations", 1, "--warmup", 0, "--json", "-q")
