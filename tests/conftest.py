@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from transformers.utils import logging
 
 import simulated_device
 import tiny_sizes  # before what it changes
+from sleb_cli import plugin_manager
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
@@ -344,6 +346,24 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the processes that measure the memory, most of the time of a tiny benchmark."""
     monkeypatch.setattr(benchmark, "measure_alone", lambda *given: (None, [None] * 99))
+
+
+@pytest.fixture
+def as_plugins(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let modules of these names be plugins, beside the installed ones."""
+
+    def add(*names: str) -> None:
+        ours = [EntryPoint(name, name, "sleb") for name in names]
+        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*entry_points(group=group), *ours])
+
+    return add
+
+
+@pytest.fixture
+def steady(as_plugins: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offer the engine of the example plugin, whose times follow from the bytes of the files."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "example_plugin")
+    as_plugins("sleb_example")
 
 
 def slow(value: Any) -> Any:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.output.measured import results_of_plan
@@ -67,20 +68,12 @@ def make_plan(
         dropped = {b: DropRecord(sequences=4, behind=score, errors=3.5) for b, score in behind.items()}
         loss = scores[block]
         removed.append(block)
-        steps.append(
-            Step(
-                block=block,
-                kind=("mamba" if block % 3 else "attention") if kinds else "",
-                score=loss,
-                perplexity=math.exp(loss),
-                scores={b: scores[b] for b in sorted(ranked[:count])},
-                race=RaceRecord(margin=0.01, dropped=dropped) if raced else None,
-                held_out=HeldOutRecord(
-                    loss=loss + 0.03 * size, perplexity=math.exp(loss + 0.03 * size), overfits=size > 4,
-                    generalization_gap=0.02 * size, standard_error=0.02,
-                ),
-            )
-        )  # fmt: skip
+        race = RaceRecord(margin=0.01, dropped=dropped) if raced else None
+        kind = ("mamba" if block % 3 else "attention") if kinds else ""
+        held_out = _held_out(loss + 0.03 * size, overfits=size > 4, generalization_gap=0.02 * size, standard_error=0.02)
+        measured = {b: scores[b] for b in sorted(ranked[:count])}
+        step = Step(block=block, kind=kind, score=loss, perplexity=math.exp(loss), scores=measured, race=race)
+        steps.append(step.model_copy(update={"held_out": held_out}))
     return Plan(
         schema_version=1,
         sleb_version="0.1.0",
@@ -95,9 +88,7 @@ def make_plan(
             dtype="bfloat16", device="cpu", batch_size=1, fast=raced, holdout=0.25, held_out=4, engine="fork",
             engine_reason=None,
         ),
-        dense=DenseRecord(
-            loss=2.4, perplexity=math.exp(2.4), held_out=HeldOutRecord(loss=2.41, perplexity=math.exp(2.41))
-        ),
+        dense=DenseRecord(loss=2.4, perplexity=math.exp(2.4), held_out=_held_out(2.41)),
         removals=tuple(removed),
         steps=tuple(steps),
         sample_generation=SampleGeneration(
@@ -109,6 +100,10 @@ def make_plan(
             plugins={}, started="2025-05-01T10:00:00+00:00", seconds=93.2,
         ),
     )  # fmt: skip
+
+
+def _held_out(loss: float, **options: Any) -> HeldOutRecord:
+    return HeldOutRecord(loss=loss, perplexity=math.exp(loss), **options)
 
 
 def make_evaluation(

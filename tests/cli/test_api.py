@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import sleb_cli as sleb
-from conftest import calibration
 from sleb_cli.events import TaskStarted
 from sleb_cli.plan import read_plan
 from sleb_plugins import UsageError
@@ -18,10 +17,10 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "example.py"
 
 @pytest.fixture
 def request_for(tiny_llama, text_file):
-    """A request that is the same as the command line that `calibration` completes."""
+    """A request that is the same as the command line that found `llama_plan`."""
 
     def make(**options):
-        text = {"calibration": str(text_file), "samples": 4, "sequence_length": 32, "sample_tokens": 0}
+        text = {"calibration": str(text_file), "samples": 4, "sequence_length": 32, "sample_tokens": 6}
         return sleb.SearchRequest(str(tiny_llama), **(text | options))
 
     return make
@@ -31,25 +30,19 @@ def without_environment(plan):
     return {key: value for key, value in plan.to_data().items() if key != "environment"}
 
 
-def test_a_search_is_the_command_s(run_sleb, request_for, tiny_llama, text_file):
-    options = (*calibration(text_file), "--sample-tokens", 0, "-o", "typed.json")
-    assert run_sleb("search", tiny_llama, "--ratio", 0.3, *options).exit_code == 0
+def test_a_search_is_the_command_s(request_for, llama_plan):
     events = []
-    plan = sleb.search(request_for(ratio=0.3, output=Path("called.json")), events.append)
-    assert without_environment(plan) == without_environment(read_plan(Path("typed.json")))
+    plan = sleb.search(request_for(remove=2, output=Path("called.json")), events.append)
+    assert without_environment(plan) == without_environment(read_plan(llama_plan))
     assert without_environment(plan) == without_environment(read_plan(Path("called.json")))
     assert any(isinstance(event, TaskStarted) for event in events)
     assert not Path("called.json.journal").exists()
 
 
 def test_a_request_says_what_is_wrong_with_it(request_for):
-    for request, words in (
-        (request_for(), "No target given"),
-        (request_for(ratio=0.2, remove=1), "different targets"),
-        (request_for(ratio=0.2, compare=("nll", "kl")), "does not compare"),
-    ):
+    for options, words in (({}, "No target given"), ({"ratio": 0.2, "compare": ("nll", "kl")}, "does not compare")):
         with pytest.raises(UsageError, match=words):
-            sleb.search(request)
+            sleb.search(request_for(**options))
 
 
 @pytest.mark.slow

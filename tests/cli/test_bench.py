@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 
@@ -15,11 +14,11 @@ from conftest import llama_config, save_model, slow
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed import benchmark, peak_memory, runners
 from sleb_cli.engine.speed.timing import Measured
-from sleb_cli.results import BenchResult, WarmupRecord
+from sleb_cli.results import WarmupRecord
 from sleb_plugins.engine import TimedRun
 
+RATES = ("--device-flops", "1e12", "--device-bandwidth", "1e12")
 QUICK = ["--iterations", 5, "--warmup", 1, "--batch-size", 2, "--prompt-length", 8]
-STATISTICS = ("mean", "median", "std", "p50", "p90", "p99")
 
 
 def test_both_workloads_on_each_size(run_sleb, llama_plan, tmp_path, without_memory, monkeypatch):
@@ -42,8 +41,6 @@ def test_both_workloads_on_each_size(run_sleb, llama_plan, tmp_path, without_mem
         for pruned, size in zip(measured["pruned"], data["pruned"], strict=True):
             check_timing(pruned, new)
             assert pruned["removals"] == size["removals"]
-            dense, own = (statistics.median(timing["e2els"]) for timing in (measured["dense"], pruned))
-            assert pruned["speedup"] == pytest.approx(dense / own)
             assert pruned["interval"]["low"] <= pruned["speedup"] <= pruned["interval"]["high"]
             assert 1 < pruned["bound"] < 6 / size["blocks"]
     lines = result.stdout.splitlines()
@@ -58,14 +55,7 @@ def test_both_workloads_on_each_size(run_sleb, llama_plan, tmp_path, without_mem
 
 def check_timing(timing, new):
     assert len(timing["e2els"]) == len(timing["ttfts"]) == 5
-    assert timing["duration"] == pytest.approx(sum(timing["e2els"]))
-    assert timing["completed"] == 2 * 5
-    assert timing["output_throughput"] == pytest.approx(2 * 5 * new / timing["duration"])
-    assert timing["median_e2el_ms"] == pytest.approx(1000 * statistics.median(timing["e2els"]))
-    for name in ("ttft", "tpot", "itl", "e2el"):
-        assert all(
-            (timing[f"{what}_{name}_ms"] is None) == (not new and name in ("tpot", "itl")) for what in STATISTICS
-        )
+    assert timing["output_throughput"] == pytest.approx(2 * 5 * new / sum(timing["e2els"]))
     for first, steps, last in zip(timing["ttfts"], timing["itls"], timing["e2els"], strict=bool(new)):
         assert len(steps) == new - 1
         assert 0 < first <= first + sum(steps) <= last
@@ -73,53 +63,26 @@ def check_timing(timing, new):
     assert bool(timing["work"]["decode_bytes"]) == bool(new)
 
 
-@pytest.mark.parametrize("blocks", [(), slow(("--blocks", "1,2"))])
-def test_the_memory_is_that_of_a_process_of_its_own(run_sleb, tiny_llama, blocks):
+@pytest.mark.parametrize("more", [(), slow(("--blocks", "1,2")), slow(("--generation", "--static-cache"))])
+def test_the_memory_is_that_of_a_process_of_its_own(run_sleb, tiny_llama, more):
     before = torch.get_num_threads()
     options = [*QUICK, "--new-tokens", 4, "--threads", before + 1, "--json", "-q"]
-    result = run_sleb("bench", tiny_llama, *blocks, *options)
+    result = run_sleb("bench", tiny_llama, *more, *options)
     assert (result.exit_code, result.stderr) == (0, "")
     data = json.loads(result.stdout)
     assert (data["threads"], torch.get_num_threads()) == (before + 1, before)
     sizes = (data["dense"], *data["pruned"])
     assert all(size["load_seconds"] > 0 for size in sizes)
-    for measured, new in zip(data["workloads"], (0, 4), strict=True):
+    for measured in data["workloads"]:
+        new, static = (measured["workload"][name] for name in ("new_tokens", "static_cache"))
         for size, timing in zip(sizes, (measured["dense"], *measured["pruned"]), strict=True):
             memory = timing["memory"]
             assert memory["peak_bytes"] > 10**6 + memory["weights_bytes"]
             assert memory["weights_bytes"] == size["weights_bytes"]
             # Two sequences of 8 + 3 tokens, keys and values of 16 float32 numbers each, in every block.
-            assert memory["kv_cache_bytes"] == (2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0)
+            cache = 2 * 11 * 2 * 16 * 4 * size["blocks"] if new else 0
+            assert memory["kv_cache_bytes"] == cache or (static and memory["kv_cache_bytes"] > cache)
             assert sum(memory[f"{part}_bytes"] for part in ("weights", "kv_cache", "rest")) == memory["peak_bytes"]
-
-
-def test_models_are_timed_as_transformers_loads_them(run_sleb, tiny_llama, without_memory, monkeypatch):
-    seen, time_all = [], benchmark.measure
-
-    def noted(*given):
-        (model,) = loaded
-        seen.append(all(weight.requires_grad for weight in model.parameters()))
-        return time_all(*given)
-
-    loaded, load_dense = [], runners.load_dense
-    monkeypatch.setattr(runners, "load_dense", lambda *given: loaded.append(load_dense(*given)) or loaded[-1])
-    monkeypatch.setattr(benchmark, "measure", noted)
-    assert run_sleb("bench", tiny_llama, *QUICK, "--new-tokens", 3, "-q").exit_code == 0
-    assert seen == [True, True]
-    assert not any(weight.requires_grad for weight in loaded[0].parameters())
-
-
-@pytest.mark.slow
-def test_a_sweep(run_sleb, tiny_llama, without_memory):
-    few = ["--iterations", 1, "--warmup", 0, "--json", "-q"]
-    result = run_sleb("bench", tiny_llama, "--sweep", "batch=1,2 prompt=4,8", "--sweep", "new=2,3", *few)
-    assert result.exit_code == 0, result.stderr
-    found = [measured["workload"] for measured in json.loads(result.stdout)["workloads"]]
-    shapes = [(one["name"], one["batch_size"], one["prompt_length"], one["new_tokens"]) for one in found]
-    assert shapes == [
-        *(("prompt", batch, length, 0) for batch in (1, 2) for length in (4, 8)),
-        *(("generation", batch, length, new) for batch in (1, 2) for length in (4, 8) for new in (2, 3)),
-    ]
 
 
 def test_a_table_in_the_shape_of_llama_bench(run_sleb, tiny_llama, without_memory):
@@ -136,16 +99,6 @@ def test_a_table_in_the_shape_of_llama_bench(run_sleb, tiny_llama, without_memor
     assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[7]) for row in rows[2:])
 
 
-@pytest.mark.slow
-def test_a_cache_of_fixed_size(run_sleb, tiny_llama):
-    options = ["--generation", *QUICK, "--new-tokens", 3, "--static-cache", "--json", "-q"]
-    result = run_sleb("bench", tiny_llama, *options)
-    assert result.exit_code == 0, result.stderr
-    (measured,) = json.loads(result.stdout)["workloads"]
-    assert measured["workload"]["static_cache"]
-    assert measured["dense"]["memory"]["kv_cache_bytes"] >= 2 * 10 * 2 * 16 * 4 * 6
-
-
 @pytest.mark.parametrize("workload", ["--prompt", "--generation"])
 def test_a_model_that_cannot_be_compiled_is_said_so(run_sleb, tiny_llama, without_memory, monkeypatch, workload):
     def fail(*arguments, **options):
@@ -158,39 +111,9 @@ def test_a_model_that_cannot_be_compiled_is_said_so(run_sleb, tiny_llama, withou
     assert "torch.compile does not work for this model on this machine: no compiler was found" in result.stderr
 
 
-def test_results_are_kept_beside_the_plan(run_sleb, llama_plan, tmp_path, without_memory):
-    assert run_sleb("bench", llama_plan, "--prompt", *QUICK).exit_code == 0
-    again = run_sleb("bench", llama_plan, "--remove", 1, "--generation", *QUICK, "--new-tokens", 3)
-    assert again.exit_code == 0, again.stderr
-    kept = BenchResult.model_validate_json(llama_plan.with_suffix(".bench.json").read_text())
-    assert [measured.workload.name for measured in kept.workloads] == ["prompt", "generation"]
-    assert [len(size.removals) for size in kept.pruned] == [1, 2]
-    assert [[len(timing.removals) for timing in measured.pruned] for measured in kept.workloads] == [[2], [1]]
-
-
-def instantly(models, *given):
-    return Measured(WarmupRecord(runs=0, deviation=None, stable=None), [dict.fromkeys(models, (TimedRun(1.0), 0.0))])
-
-
-def test_models_that_share_no_weights_are_timed_in_pairs(run_sleb, tiny_llama, without_memory, monkeypatch):
-    monkeypatch.setattr(Architecture, "is_quantized", True)
-    together = []
-
-    def noted(models, *given):
-        together.append(list(models))
-        return instantly(models)
-
-    monkeypatch.setattr(benchmark, "measure", noted)
-    result = run_sleb("bench", tiny_llama, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json", "-q")
-    assert result.exit_code == 0, result.stderr
-    assert together == [["dense", "1 blocks fewer"], ["dense", "2 blocks fewer"]]
-    (measured,) = json.loads(result.stdout)["workloads"]
-    assert len(measured["dense"]["e2els"]) == 2
-    assert [timing["removals"] for timing in measured["pruned"]] == [[1], [1, 2]]
-
-
 @pytest.mark.parametrize("tied", [False, True])
-def test_packed_weights_count_as_the_parameters_they_stand_for(run_sleb, tmp_path, monkeypatch, without_memory, tied):
+def test_packed_models_run_in_pairs_and_count_as_unpacked(run_sleb, tmp_path, monkeypatch, without_memory, tied):
+    together = []
     folder = save_model(tmp_path / "model", llama_config(4, tie_word_embeddings=tied))
 
     def pack(model):
@@ -204,16 +127,26 @@ def test_packed_weights_count_as_the_parameters_they_stand_for(run_sleb, tmp_pat
                 module.register_buffer("workspace", torch.zeros(1000), persistent=False)
         return model
 
+    def instantly(models, *given):
+        together.append(list(models))
+        warmup = WarmupRecord(runs=0, deviation=None, stable=None)
+        return Measured(warmup, [dict.fromkeys(models, (TimedRun(1.0), 0.0))])
+
     load_dense, load_pruned = runners.load_dense, runners.load_pruned
+    monkeypatch.setattr(Architecture, "is_quantized", True)
     monkeypatch.setattr(runners, "load_dense", lambda *given: pack(load_dense(*given)))
     monkeypatch.setattr(runners, "load_pruned", lambda *given, dense: pack(load_pruned(*given)))
     monkeypatch.setattr(benchmark, "measure", instantly)
-    result = run_sleb("bench", folder, "--blocks", "1", "--prompt", *QUICK, "--json", "-q")
+    result = run_sleb("bench", folder, "--blocks", "1,2", "--remove", "1,2", "--prompt", *QUICK, "--json", "-q")
     assert result.exit_code == 0, result.stderr
+    assert together == [["dense", "1 blocks fewer"], ["dense", "2 blocks fewer"]]
     data = json.loads(result.stdout)
+    (measured,) = data["workloads"]
+    assert len(measured["dense"]["e2els"]) == 2
+    assert [timing["removals"] for timing in measured["pruned"]] == [[1], [1, 2]]
     projections, columns, norms = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64, 32 * 2 + 16 * 2 + 64 * 2 + 32, 2 * 32
     outside = (1 if tied else 2) * 320 * 32 + 32
-    for size, blocks in ((data["dense"], 4), (data["pruned"][0], 3)):
+    for size, blocks in zip((data["dense"], *data["pruned"]), (4, 3, 2), strict=True):
         assert size["parameters"] == blocks * (projections + norms) + outside
         packed = projections // 8 * 4 + columns * 2 + norms * 4
         assert size["weights_bytes"] == blocks * packed + outside * 4
@@ -233,9 +166,22 @@ def test_packed_weights_count_as_the_parameters_they_stand_for(run_sleb, tmp_pat
         (("--sweep", "prompt=8,2048"), "A prompt of 2048 tokens exceeds the 128 positions"),
         (("--markdown", "--json"), "--markdown does not apply to --json"),
         (("--markdown", "--estimate"), "--markdown does not apply to --estimate"),
+        (("--engine", "vllm", "--estimate"), "--engine does not apply to --estimate"),
+        (("--compile", "--estimate"), "--compile does not apply to --estimate"),
+        (("--cooldown", 1, "--estimate"), "--cooldown does not apply to --estimate"),
+        (("--device-flops", "1e12", "--estimate"), "--device-bandwidth is missing"),
+        (("--device-bandwidth", "1e12", "--estimate"), "--device-flops is missing"),
+        (RATES, "--device-flops requires --estimate"),
+        (("--estimate", *RATES, "--threads", 2), "--threads does not apply to --device-flops"),
+        (("--estimate", "--remove", "6"), "Cannot remove 6 of 6 blocks"),
+        (("--engine", "lama.cpp"), "Did you mean 'llama.cpp'?"),
+        (("--source", "x.gguf"), "--source requires --engine"),
+        (("--engine", "steady", "--source", "x.gguf"), "--source does not apply to --engine steady"),
+        (("--engine", "steady", "--device", "cpu"), "--device does not apply to --engine steady"),
+        (("--engine", "steady", "--compile"), "--compile does not apply to --engine steady"),
     ],
 )
-def test_what_cannot_be_is_refused(run_sleb, tiny_llama, options, message):
+def test_what_cannot_be_is_refused(run_sleb, steady, tiny_llama, options, message):
     result = run_sleb("bench", tiny_llama, *options)
     assert result.exit_code == 2, result.stderr
     assert message in result.stderr

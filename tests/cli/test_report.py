@@ -6,7 +6,6 @@ import shlex
 import sys
 from html import unescape
 from itertools import pairwise
-from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
@@ -54,7 +53,7 @@ class Page:
 def measured(tmp_path_factory):
     """A plan of which everything was measured."""
     folder = tmp_path_factory.mktemp("measured")
-    plan = make_plan(30, 6)
+    plan = make_plan(30, 6, kinds=True)
     evaluation, benchmark = make_evaluation(plan, items=200), make_benchmark(plan)
     return write_measured(folder, plan, evaluation=evaluation, benchmark=benchmark), evaluation, benchmark
 
@@ -68,7 +67,7 @@ def page(measured):
 
 
 @pytest.fixture
-def exported(run_sleb, tmp_path):
+def exported(run_sleb):
     """Export what is known of the plan in the current folder."""
 
     def export(to, *options, code=0):
@@ -81,30 +80,33 @@ def exported(run_sleb, tmp_path):
 
 @pytest.fixture
 def report(exported, tmp_path):
-    """Make the report of the plan in the current folder."""
+    """Make the report of a plan and what was measured of it."""
 
-    def report(*options):
-        exported("report", *options)
+    def report(plan, **measured):
+        write_measured(tmp_path, plan, **measured)
+        exported("report")
         return Page(tmp_path / "plan.report.html")
 
     return report
 
 
 @pytest.fixture
-def summary(exported):
-    """Return the words of the summary of the plan in the current folder."""
-    return lambda *options: " ".join(exported("summary", *options).stdout.split())
+def summary(exported, tmp_path):
+    """Return the words of the summary of a plan and what was measured of it."""
+
+    def summary(plan, **measured):
+        write_measured(tmp_path, plan, **measured)
+        return " ".join(exported("summary").stdout.split())
+
+    return summary
 
 
-def test_a_report_is_one_file_that_loads_nothing(page):
+def test_a_report_is_one_accessible_file_that_loads_nothing(page):
     assert len(page.html.encode()) < 1_000_000
     assert all(source.startswith("data:image/svg+xml,") for source in page.values("src"))
     assert all(address.startswith("#") for address in page.values("href"))
     assert not re.search(r"@import|url\((?!%23)", page.html)  # within a picture, by an id
     assert "default-src 'none'" in page.html
-
-
-def test_parts_have_headings_pictures_words_tables_captions(page):
     headings = [tag for tag in page.tags if re.fullmatch("h[1-6]", tag)]
     assert (headings[0], headings.count("h1")) == ("h1", 1)
     assert all(int(after[1]) <= int(before[1]) + 1 for before, after in pairwise(headings))
@@ -119,9 +121,11 @@ def test_parts_have_headings_pictures_words_tables_captions(page):
     assert '<html lang="en">' in page.html
 
 
-def test_a_report_shows_the_numbers_of_the_files(page, measured):
+def test_a_report_shows_the_numbers_of_the_files_and_holds_them_without_samples(page, measured):
     file, evaluation, benchmark = measured
-    plan = json.loads(file.read_text())
+    plan, evaluated, benched = (
+        json.loads(file.with_suffix(s).read_text()) for s in (".json", ".eval.json", ".bench.json")
+    )
     for step in plan["steps"]:
         assert f" {step['score']:.4f} {format_perplexity(step['perplexity'])} " in page.text
         assert f" {format_perplexity(step['held_out']['perplexity'])} " in page.text
@@ -137,13 +141,7 @@ def test_a_report_shows_the_numbers_of_the_files(page, measured):
             interval = f"{timing.interval.low:.2f} to {timing.interval.high:.2f}"
             assert f" {timing.speedup:.2f}x {interval} {timing.bound:.2f}x " in page.text
     assert "113.3M parameters remain of 134.5M" in page.text
-
-
-def test_a_report_embeds_the_data_without_the_samples(page, measured):
-    file, *_ = measured
-    plan, evaluated, benched = (
-        json.loads(file.with_suffix(s).read_text()) for s in (".json", ".eval.json", ".bench.json")
-    )
+    assert "Removed blocks by kind" in page.text
     for text in evaluated["texts"]:
         for scores in (text["dense"], *text["pruned"]):
             del scores["losses"]
@@ -176,14 +174,11 @@ def without_options(data):
         "difference_interval", "mcnemar_p", "lost", "gained", "items_needed", "governor", "load_seconds", "deviation",
         "stable", "memory", "energy", "work", "bound",
     }  # fmt: skip
-    for name, value in data.items() if isinstance(data, dict) else enumerate(data):
-        if name in optional and not isinstance(value, bool | str):
-            data[name] = None
-        elif isinstance(value, dict | list):
-            without_options(value)
+    absent = {name for name, value in data.items() if name in optional and not isinstance(value, bool | str)}
+    return data | dict.fromkeys(absent)
 
 
-def test_results_may_lack_whatever_is_optional(report, summary, tmp_path):
+def test_results_may_lack_whatever_is_optional(report, exported):
     plan = make_plan(12, 3, raced=False)
     # Each size on its own, as a beam finds them.
     sizes = [plan.removals[:1], (plan.removals[2], plan.removals[1]), (*plan.removals[1:], plan.removals[0])]
@@ -196,7 +191,7 @@ def test_results_may_lack_whatever_is_optional(report, summary, tmp_path):
     plan = plan.model_copy(update=changes)
 
     def bare(data):
-        without_options(data)
+        data |= json.loads(json.dumps(data), object_hook=without_options)
         if "tasks" in data:
             group, canary = data["tasks"]
             group |= {"items_sha256": None, "doc_ids": []}
@@ -204,17 +199,16 @@ def test_results_may_lack_whatever_is_optional(report, summary, tmp_path):
 
     evaluation = changed(make_evaluation(plan, items=40, every=1, tasks=("group", "sleb_repetition")), bare)
     benchmark = changed(make_benchmark(plan, every=1, batches=()), bare)
-    write_measured(tmp_path, plan, evaluation=evaluation, benchmark=benchmark)
-    page = report()
+    page = report(plan, evaluation=evaluation, benchmark=benchmark)
     assert page.figures == FIGURES - {"search", "inter-token-latency", "memory", "quality-and-speed-generation"}
     assert "accuracy kept" not in page.text
     assert "repetition, lower is better" in page.text
     assert "sleb search acme/Tiny-1B --remove 3" in page.text
     assert "nan" not in page.text
-    assert "without 3 of 12 blocks" in summary()
+    assert "without 3 of 12 blocks" in exported("summary").stdout
 
 
-def test_a_recovered_plan_says_what_came_back(report, tmp_path):
+def test_a_recovered_plan_says_what_came_back(report):
     plan = make_plan(8, 2)
     losses = [LossesRecord(loss=loss, divergence=kl) for loss, kl in ((2.0, 0.0), (2.5, 0.4), (2.2, 0.1))]
     texts = dict.fromkeys(["text", "deciding_text", "report_text"], plan.calibration)
@@ -222,8 +216,7 @@ def test_a_recovered_plan_says_what_came_back(report, tmp_path):
     recovery = RecoveryRecord(
         **texts, dense=losses[0], pruned=losses[1], closed_form=closed_form, closed_form_losses=losses[2]
     )
-    write_measured(tmp_path, plan.model_copy(update={"recovery": recovery}))
-    text = report().text
+    text = report(plan.model_copy(update={"recovery": recovery})).text
     assert recovery.summary in text
     assert "the others were given new weights" in text
     assert "sleb apply plan.json --recover --calibration wikitext2 --sequence-length 2048" in text
@@ -241,13 +234,13 @@ def test_a_recovered_plan_says_what_came_back(report, tmp_path):
         ("acme/news", "acme/news::test", ""),
     ],
 )
-def test_a_text_that_was_searched_on_is_called_so(summary, tmp_path, searched_on, measured_on, remark):
+def test_a_text_that_was_searched_on_is_called_so(summary, searched_on, measured_on, remark):
     plan = make_plan(8, 2, text=searched_on)
-    write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
-    assert f"Its perplexity on {measured_on.rpartition('jane/')[2]}{remark} rises" in summary()
+    said = summary(plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
+    assert f"Its perplexity on {measured_on.rpartition('jane/')[2]}{remark} rises" in said
 
 
-def test_one_text_read_in_several_ways_has_several_names(report, tmp_path):
+def test_one_text_read_in_several_ways_has_several_names(report):
     plan = make_plan(12, 4, text="diary.txt")
 
     def also_short(data):
@@ -257,8 +250,7 @@ def test_one_text_read_in_several_ways_has_several_names(report, tmp_path):
         data["texts"] += [text | {"sequence_length": 512, "tokens_sha256": digit * 64} for digit in "12"]
 
     evaluation = changed(make_evaluation(plan, items=40, tasks=(), texts=("diary.txt",)), also_short)
-    write_measured(tmp_path, plan, evaluation=evaluation)
-    page = report()
+    page = report(plan, evaluation=evaluation)
     for length, tokens in (("2,048", "0"), ("512", "1"), ("512", "2")):
         assert page.text.count(f"diary.txt (windows of {length}, tokens {tokens * 8}, searched on)") > 3
     assert "Perplexity on text" in page.text
@@ -278,19 +270,19 @@ def test_one_text_read_in_several_ways_has_several_names(report, tmp_path):
     ],
     ids=["largest", "with an interval", "one run", "few runs"],
 )
-def test_the_headline_names_the_largest_workload(summary, tmp_path, runs, said):
+def test_the_headline_names_the_largest_workload(summary, runs, said):
     plan = make_plan(8, 2)
     swept = [
         make_benchmark(plan, iterations=count, workloads=[("generation", 1, length, 8)])
         for length, count in runs.items()
     ]
     workloads = [result for benchmark in swept for result in benchmark.workloads]
-    write_measured(tmp_path, plan, benchmark=swept[0].model_copy(update={"workloads": tuple(workloads)}))
     intervals = [f"{ends.low:.2f} to {ends.high:.2f}" for result in workloads if (ends := result.pruned[-1].interval)]
-    assert said.format(intervals[-1] if intervals else "") in summary()
+    benchmark = swept[0].model_copy(update={"workloads": tuple(workloads)})
+    assert said.format(intervals[-1] if intervals else "") in summary(plan, benchmark=benchmark)
 
 
-def test_what_a_text_says_is_never_markup(report, tmp_path):
+def test_what_a_text_says_is_never_markup(report):
     evil = "</script><script>alert(1)</script><b>"
     plan = make_plan(8, 2, name="<script>Tiny<b>")
     sample = plan.sample_generation.model_copy(update={"pruned": evil, "prompt": evil})
@@ -300,8 +292,7 @@ def test_what_a_text_says_is_never_markup(report, tmp_path):
         data["tasks"][0]["pruned"][-1]["flips"][0] |= {"prompt": evil, "pruned": evil}
 
     evaluation = make_evaluation(plan, items=40, tasks=(f"task{evil}",), texts=(f"text $x^2$ {evil}",))
-    write_measured(tmp_path, plan, evaluation=changed(evaluation, flip))
-    page = report()
+    page = report(plan, evaluation=changed(evaluation, flip))
     assert page.html.count("<script") == 2
     assert not any("<b>" in text or "<script" in text for text in (page.html.replace("<script", "", 2), *page.pictures))
     assert evil in page.text
@@ -323,18 +314,11 @@ def test_local_folders_stay_private(exported, tmp_path):
     assert "jane" not in exported("summary", "--json").stdout
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: json.dumps(data | {"model": data["model"] | {"fingerprint": "1" * 64}}),
-        lambda data: "{",
-    ],
-    ids=["another model", "not JSON"],
-)
-def test_results_that_do_not_belong_are_left_out(exported, tmp_path, damage):
+@pytest.mark.parametrize(("own", "damaged"), [("0" * 64, "1" * 64), ("{", "")], ids=["another model", "not JSON"])
+def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damaged):
     plan = make_plan(8, 2)
     kept = write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40)).with_suffix(".eval.json")
-    kept.write_text(damage(json.loads(kept.read_text())))
+    kept.write_text(kept.read_text().replace(own, damaged, 1))
     result = exported("summary", "--json")
     assert "warning: plan.eval.json is left out" in result.stderr
     document = json.loads(result.stdout)["document"]
@@ -342,7 +326,7 @@ def test_results_that_do_not_belong_are_left_out(exported, tmp_path, damage):
     assert document["missing"][0]["command"] == "sleb eval plan.json --every 2"
 
 
-def test_results_of_other_removals_are_left_out(exported, tmp_path):
+def test_only_results_of_the_sizes_of_the_plan_count(exported, tmp_path):
     plan, other = make_plan(12, 4), make_plan(12, 4, seed=2)
     # Both remove block 7 first, and what was measured of that stays.
     assert [set(removals) in map(set, plan.by_size) for removals in other.by_size] == [True, False, False, False]
@@ -350,10 +334,7 @@ def test_results_of_other_removals_are_left_out(exported, tmp_path):
     result = exported("summary", "--json")
     assert "Leaving out 3 sizes in plan.eval.json that plan.json does not have." in result.stderr
     assert json.loads(result.stdout)["document"]["evaluation"]["sizes"] == [[7]]
-
-
-def test_a_plan_cut_to_fewer_removals_is_about_that_size(exported, tmp_path):
-    plan = make_plan(12, 4)
+    # A plan that is cut is about fewer.
     write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40), benchmark=make_benchmark(plan))
     result = exported("summary", "--remove", 2)
     assert result.stderr == ""
@@ -361,19 +342,9 @@ def test_a_plan_cut_to_fewer_removals_is_about_that_size(exported, tmp_path):
     assert "sleb apply plan.json --remove 2" in result.stdout
 
 
-def test_figures_are_svg_and_png(exported, tmp_path):
+def test_only_force_replaces_pages_and_figures_and_never_other_files(exported, tmp_path):
     plan = make_plan(3, 1, raced=False)
     write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40), benchmark=make_benchmark(plan))
-    exported("figures", "-o", "pictures")
-    pictures = {path.name: path.read_bytes() for path in (tmp_path / "pictures").iterdir()}
-    assert pictures.keys() == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
-    for name, content in pictures.items():
-        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml"), name
-        assert name.endswith("png") or (b"<dc:title>" in content and b"<text" in content)
-
-
-def test_only_force_replaces_and_never_other_files(exported, tmp_path):
-    write_measured(tmp_path, make_plan(6, 1))
     page, folder = tmp_path / "plan.report.html", tmp_path / "plan.figures"
     page.write_text("mine")
     folder.mkdir()
@@ -386,7 +357,11 @@ def test_only_force_replaces_and_never_other_files(exported, tmp_path):
     assert "wrote again.html" in exported("report", "-o", "again.html").stdout
     assert page.read_text().startswith("<!doctype html>")
     assert page.read_text() == (tmp_path / "again.html").read_text()
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    pictures = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert pictures.keys() == {f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")}
+    for name, content in pictures.items():
+        assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<?xml"), name
+        assert name.endswith("png") or (b"<dc:title>" in content and b"<text" in content)
     (folder / "diary.txt").write_text("mine")
     assert "holds other files, such as diary.txt" in exported("figures", "--force", code=8).stderr
 
@@ -450,14 +425,3 @@ def test_an_exporter_that_needs_no_model_gets_none(exported, tmp_path, monkeypat
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     write_measured(tmp_path, make_plan(6, 1))
     assert "declares that it needs none" in exported("wants-more", code=6).stderr
-
-
-@pytest.mark.slow
-def test_a_large_report_stays_small(report, tmp_path):
-    plan = make_plan(80, 32, kinds=True)
-    evaluation = make_evaluation(plan, items=3000, tasks=tuple(f"task_{number}" for number in range(9)), every=4)
-    write_measured(tmp_path, plan, evaluation=evaluation, benchmark=make_benchmark(plan, every=2, iterations=50))
-    assert Path("plan.eval.json").stat().st_size > 3_000_000
-    page = report()
-    assert len(page.html.encode()) < 1_000_000
-    assert "Removed blocks by kind" in page.text

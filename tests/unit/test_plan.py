@@ -6,7 +6,6 @@ import re
 import pytest
 
 from sleb_cli.plan import LossesRecord, RecoveryRecord, read_plan
-from sleb_cli.records import require_same_work
 from sleb_plugins import PlanError
 
 
@@ -28,13 +27,11 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
         ("self:0.5,c4:0.5", "self:0.5,c4:0.5"),
         ("org/name:con/fig::a/b", "org/name:con/fig::a/b"),
         ("/home/jane/notes.txt", "notes.txt"),
-        ("private/notes.md", "notes.md"),
         ("../notes", "notes"),
         ("/home/a,b/c:d/notes.txt", "notes.txt"),
         ("/home/jane/corpus:default:test", "corpus:default:test"),
         ("deep/in/corpus/::test", "corpus::test"),
         ("/home/jane/notes.txt:1/3, deep/notes.jsonl:.5,org/name:a:1/6", "notes.txt:1/3,notes.jsonl:.5,org/name:a:1/6"),
-        ("self:1e-1,/home/jane/corpus:config:0.9", "self:1e-1,corpus:config:0.9"),
     ],
 )
 def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
@@ -53,8 +50,6 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
 @pytest.mark.parametrize(
     ("metric", "name"),
     [
-        ("nll+0.5*kl", "nll+0.5*kl"),
-        ("task:/home/jane/my.yaml:500", "task:my.yaml:500"),
         ("nll+0.5*task:/a/b.yaml+task:../c/d.yaml:9", "nll+0.5*task:b.yaml+task:d.yaml:9"),
     ],
 )
@@ -77,37 +72,23 @@ INVALID = {
     "a version in words": ({"schema_version": "1"}, "schema_version: Input should be 1"),
     "no version": ({"schema_version": None}, "schema_version: Input should be 1"),
     "a later version": ({"schema_version": 2, "later": 1}, "schema_version: Input should be 1.*newer sleb .* upgrade"),
+    "nothing": (b"", "Invalid JSON"),
+    "cut off": (b"{", "Invalid JSON"),
+    "a list": (b"[]", "Input should be an object"),
+    "bytes": (b"\xff\xfe\x00", "it is not text"),
+    "millions of items": (b"[" + b"1," * (1 << 22) + b"1]", "it has millions of parts"),
 }
 
 
 @pytest.mark.parametrize(("changes", "message"), INVALID.values(), ids=INVALID)
 def test_an_invalid_plan_is_refused(llama_plan, changes, message):
-    data = json.loads(llama_plan.read_text())
-    for key, value in changes.items():
-        data[key] = data[key] | value if isinstance(value, dict) else value
-    llama_plan.write_text(json.dumps(data))
+    if isinstance(changes, bytes):
+        llama_plan.write_bytes(changes)
+    else:
+        data = json.loads(llama_plan.read_text())
+        for key, value in changes.items():
+            data[key] = data[key] | value if isinstance(value, dict) else value
+        llama_plan.write_text(json.dumps(data))
     with pytest.raises(PlanError) as caught:
         read_plan(llama_plan)
     assert re.search(message, f"{caught.value.message} {caught.value.hint}")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "Invalid JSON"), (b"{", "Invalid JSON"), (b"[]", "Input should be an object"),
-        (b"\xff\xfe\x00", "it is not text"), (b"[" + b"1," * (1 << 22) + b"1]", "it has millions of parts"),
-    ],
-    ids=["nothing", "cut off", "a list", "bytes", "millions of items"],
-)  # fmt: skip
-def test_what_is_no_plan_is_refused(tmp_path, content, message):
-    path = tmp_path / "plan.json"
-    path.write_bytes(content)
-    with pytest.raises(PlanError, match=message):
-        read_plan(path)
-
-
-def test_unfinished_work_of_another_version_is_refused_by_name(tmp_path):
-    require_same_work(tmp_path, "search", {"format": 1}, {"format": 1}, "model")
-    for found in ({"format": 2}, {}):
-        with pytest.raises(PlanError, match="Another version of sleb began the search in"):
-            require_same_work(tmp_path, "search", found, {"format": 1}, "model")

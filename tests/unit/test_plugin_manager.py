@@ -6,9 +6,8 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from sleb_cli import plugin_manager
 from sleb_cli.plugin_manager import load_plugins
-from sleb_plugins import PluginError, UsageError
+from sleb_plugins import PluginError
 
 HEAD = "import sleb_plugins as sleb\n"
 FAMILY = (
@@ -51,15 +50,6 @@ def plugins(tmp_path, monkeypatch):
     return write
 
 
-def test_the_built_in_ones_come_through_entry_points():
-    registry = load_plugins()
-    assert registry.failures == ()
-    assert registry.collisions == ()
-    assert {o.name for o in registry.offers} >= {"llama", "opt", "nll", "cosine", "mergekit", "indices"}
-    assert registry.family("llama").blocks_path == "model.layers"
-    assert registry.family("mamba") is None
-
-
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_plugin_hurts_only_itself(plugins, kind):
     source, reason = BROKEN[kind]
@@ -86,27 +76,11 @@ def test_a_name_claimed_twice_stops_whoever_asks_for_it_with_both_names(plugins)
     assert len(registry.collisions) == 2
 
 
-def test_a_name_nobody_offers():
-    with pytest.raises(UsageError) as error:
-        load_plugins().metric("cosin")
-    assert error.value.hint == "Did you mean 'cosine'?"
-
-
-@pytest.fixture
-def installed(plugins, monkeypatch):
-    """Install modules as plugins, beside the built-in ones."""
-
-    def install(**modules):
-        found, real = plugins(**modules), plugin_manager.entry_points
-        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*real(group=group), *found])
-
-    return install
-
-
-def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, installed, tiny_llama):
+def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, plugins, as_plugins, tiny_llama):
     assert "Loading plugins" not in run_sleb("plugins").stderr
     broken = "import sys\nprint('here I run', file=sys.stderr)\nimport nothing_of_that_name"
-    installed(bad_cli=broken, twin_cli=FAMILY.format(name="twin", type="llama"))
+    plugins(bad_cli=broken, twin_cli=FAMILY.format(name="twin", type="llama"))
+    as_plugins("bad_cli", "twin_cli")
     result = run_sleb("plugins")
     assert result.exit_code == 0
     assert 0 <= result.stderr.find("(bad_cli)") < result.stderr.find("here I run")
@@ -124,13 +98,9 @@ def test_sleb_names_other_plugins_first_and_then_the_broken_ones(run_sleb, insta
     assert "Loading plugins" not in run_sleb(*words, "-q").stderr
 
 
-def test_an_adapter_that_points_nowhere_is_named(run_sleb, installed, tiny_gpt2):
-    installed(lost=FAMILY.format(name="lost", type="gpt2"))
+def test_an_adapter_that_points_nowhere_is_named(run_sleb, plugins, as_plugins, tiny_gpt2):
+    plugins(lost=FAMILY.format(name="lost", type="gpt2"))
+    as_plugins("lost")
     result = run_sleb("search", tiny_gpt2, "--remove", 1, "--calibration", "self")
     assert result.exit_code == 4
     assert "The family lost says that gpt2 keeps its blocks at a.b" in result.stderr
-
-
-def test_the_list_of_plugins(run_sleb):
-    result = run_sleb("plugins")
-    assert all(name in result.stdout for name in ("llama", "opt", "nll", "cosine", "mergekit", "indices"))

@@ -83,13 +83,12 @@ def test_it_warms_up_until_times_are_stable_or_as_often_as_asked(seconds, asked,
     assert all("times still vary by 4.4% after 10 warm-up runs" in text for text in told)
 
 
-def test_it_pauses_before_each_run_only_if_asked(monkeypatch):
-    pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-    measure(Machine(1.0).models, workload(), 10, [].append)
-    assert pauses == []
-    measure(Machine(1.0).models, workload(cooldown=0.5), 10, [].append)
-    assert pauses == [0.5] * 8
+@pytest.mark.parametrize(("cooldown", "pauses"), [(0.0, []), (0.5, [0.5] * 8)])
+def test_it_pauses_before_each_run_only_if_asked(monkeypatch, cooldown, pauses):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    measure(Machine(1.0).models, workload(cooldown=cooldown), 10, [].append)
+    assert slept == pauses
 
 
 def test_the_statistics_have_known_answers():
