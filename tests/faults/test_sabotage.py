@@ -30,8 +30,13 @@ from faults.lies import STRING, UINT32, gguf_of, text
 from faults.sabotage import BF16, EVERY, F32, GEMMA, GGUF, HF, LISTS, LLAMA, OPT, Q8, RECOVERED, SHARDED, Made, edit
 from sleb_cli.engine.output import apply, apply_gguf, proof
 
-MODES = {"in memory": "--no-stream", "streamed": "--stream"}
-FIRST = ("in memory", 0)
+MODES = {"in memory": ["--no-stream"], "streamed": ["--stream"]}
+WAYS = {
+    "recovered": ["--recover"],
+    "recovered, streamed": ["--recover", "--stream"],
+    "healed": ["--heal", "--heal-tokens", 2048],
+}
+FIRST, RECOVERING = ("in memory", 0), [(way, 0) for way in WAYS]
 CONFIGS = {
     LLAMA: llama_config,
     SHARDED: llama_config,
@@ -175,7 +180,7 @@ def require_refused(sleb, monkeypatch, other, tmp_path_factory, tried):
     return check
 
 
-def cases(kinds, ways, every_model, *, models=5, as_planned=False, every=1):
+def cases(kinds, ways, every_model, *, first=FIRST, models=5, as_planned=False, every=1):
     """Yield cases of damage: each kind once in every run, and in all ways with `pytest -m faults`.
 
     `ways` are a mode and a seed each. In every run, the best model of each kind is tried, or of every so manieth.
@@ -183,8 +188,8 @@ def cases(kinds, ways, every_model, *, models=5, as_planned=False, every=1):
     chosen = [kind for kind in kinds if kind.computes or not as_planned]
     for place, kind in enumerate(chosen):
         fitting = kind.models or every_model
-        for name, way in product(fitting[:models], dict.fromkeys([FIRST, *ways])):
-            is_best = name == fitting[0] and way == FIRST
+        for name, way in product(fitting[:models], dict.fromkeys([first, *ways])):
+            is_best = name == fitting[0] and way == first
             if is_best or way in ways:
                 marks = () if is_best and place % every == 0 else pytest.mark.faults
                 label = f"{kind.name}, {name}, {way[0]}, {way[1]}{', as planned' if as_planned else ''}"
@@ -196,33 +201,15 @@ DAMAGED = (
     *cases(HF, [FIRST, ("streamed", 1)], EVERY, models=2, as_planned=True, every=8),
     *cases(GGUF, [("in memory", 1)], (F32, Q8), every=3),
     *cases(GGUF, [FIRST], (F32, Q8), as_planned=True, every=8),
+    *cases(RECOVERED, RECOVERING, (LLAMA,), first=RECOVERING[0], every=len(RECOVERED)),
+    *cases(RECOVERED, RECOVERING, (LLAMA,), first=RECOVERING[0], as_planned=True, every=len(RECOVERED)),
 )
 
 
 @pytest.mark.parametrize(("kind", "name", "mode", "seed", "as_planned"), DAMAGED)
-def test_what_is_damaged_is_refused(require_refused, dense, kind, name, mode, seed, as_planned):
-    options = [MODES[mode]] if name in CONFIGS else []
+def test_what_is_damaged_is_refused(require_refused, dense, text_file, kind, name, mode, seed, as_planned):
+    options = [] if name not in CONFIGS else MODES.get(mode) or [*WAYS[mode], *calibration(text_file, samples=10)]
     require_refused(kind.do, dense(name, seed), *options, seed=seed, as_planned=as_planned)
-
-
-WAYS = {
-    "recovered": ["--recover"],
-    "recovered, streamed": ["--recover", "--stream"],
-    "healed": ["--heal", "--heal-tokens", 2048],
-}
-
-
-def recovered_cases():
-    """Yield the cases of recovered checkpoints: two in every run."""
-    for place, (way, kind, as_planned) in enumerate(product(WAYS, RECOVERED, (False, True))):
-        label = f"{way}, {kind.name}{', as planned' if as_planned else ''}"
-        yield pytest.param(way, kind, as_planned, id=label, marks=() if place < 2 else pytest.mark.faults)
-
-
-@pytest.mark.parametrize(("way", "kind", "as_planned"), recovered_cases())
-def test_new_values_that_are_not_as_planned_are_refused(require_refused, dense, text_file, way, kind, as_planned):
-    options = [*WAYS[way], *calibration(text_file, samples=10)]
-    require_refused(kind.do, dense(LLAMA), *options, as_planned=as_planned)
 
 
 @pytest.mark.parametrize("only_transformers", [False, True])
@@ -231,7 +218,7 @@ def test_new_values_that_are_not_as_planned_are_refused(require_refused, dense, 
 def test_what_is_undamaged_is_delivered(sleb, dense, monkeypatch, name, mode, only_transformers):
     if only_transformers:
         nothing_planned(monkeypatch)
-    result = sleb("apply", dense(name), "--blocks", "1,4", MODES[mode], "-o", "out", "--json")
+    result = sleb("apply", dense(name), "--blocks", "1,4", *MODES[mode], "-o", "out", "--json")
     checks = json.loads(result.stdout)["proof"]["checks"]
     assert ("same bytes" in checks) == (not only_transformers)
     assert checks[-4:] == ["loads", "same logits", "generates", "saves again"]

@@ -51,13 +51,15 @@ def left():
 
 
 VERBS = ("search", "apply", "apply, proving", "eval")
-ENDS = list(product(VERBS, CODES))
+ENDS = list(product(VERBS, CODES, [1]))
+AGAIN = [("apply", number, 5) for number in (signal.SIGTERM, signal.SIGHUP)]
 
 
-@pytest.mark.parametrize("end", often(ENDS, [*ENDS[:4], ENDS[6], ENDS[9]]), ids=str)
+@pytest.mark.parametrize("end", often([*ENDS, *AGAIN], [*ENDS[:4], ENDS[6], ENDS[9], *AGAIN]), ids=str)
 def test_a_request_to_end_is_followed_and_cleaned_up_after(ended, end):
-    verb, number = end
-    said = require(ended(verb, number), (CODES[number],)).stderr
+    """Nor do more signals disturb the clean-up."""
+    verb, number, times = end
+    said = require(ended(verb, *[number] * times), (CODES[number],)).stderr
     assert "Exception ignored" not in said
     assert left() in ([], ["new.json.journal"])
     assert ("--resume" in said) == (verb == "search")
@@ -66,12 +68,6 @@ def test_a_request_to_end_is_followed_and_cleaned_up_after(ended, end):
 def test_under_nohup_it_goes_on(ended):
     require(ended("apply", signal.SIGHUP, ignored=[signal.SIGHUP]))
     assert left() == ["new"]
-
-
-@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGHUP])
-def test_other_signals_do_not_disturb_the_clean_up(ended, again):
-    require(ended("apply", *[again] * 5), (CODES[again],))
-    assert left() == []
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
