@@ -10,8 +10,6 @@ import json
 import os
 import random
 import re
-import struct
-from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -26,7 +24,7 @@ from conftest import calibration, llama_config, opt_config, save_model
 from families import tiny_config
 from faults import sabotage
 from faults.conftest import often
-from faults.lies import STRING, UINT32, gguf_of, text
+from faults.lies import STRING, UINT32, gguf_of, key, number, text
 from faults.sabotage import BF16, EVERY, F32, GEMMA, GGUF, HF, LISTS, LLAMA, OPT, Q8, RECOVERED, SHARDED, Made, edit
 from sleb_cli.engine.output import apply, apply_gguf, proof
 
@@ -82,10 +80,8 @@ def make_gguf(path, name, seed):
         return gguf_models.write_gguf(path, "llama", 6, values, alignment=32)
     torch.manual_seed(seed)
     gguf_models.write_llama_gguf(path, 6, {F32: Type.F32, Q8: Type.Q8_0}[name])
-    file = gguf_of(path)
-    more = ((b"general.file_type", UINT32, struct.pack("<I", {F32: 0, Q8: 7}[name])),
-            (b"tokenizer.chat_template", STRING, text(b"{{ messages }}")))  # fmt: skip
-    path.write_bytes(replace(file, entries=(*file.entries, *more)).to_bytes())
+    typed = number("general.file_type", UINT32, "<I", {F32: 0, Q8: 7}[name])(gguf_of(path))
+    path.write_bytes(key("tokenizer.chat_template", STRING, text(b"{{ messages }}"))(typed).to_bytes())
     return path
 
 
