@@ -37,23 +37,17 @@ PIPE, FOLDER = os.mkfifo, os.mkdir
 """Contents that are no files: a named pipe that nobody writes to, and an empty folder."""
 
 
-def link(target: str) -> Any:
-    """Return, as a content, a symbolic link to `target`."""
-    return partial(_link, target)
-
-
-def sparse(head: bytes, size: int) -> Any:
-    """Return, as a content, a file of `size` bytes that begins with `head` and takes no room on the disk."""
-    return partial(_sparse, head, size)
-
-
-def _link(target: str, path: Path) -> None:
+def _make_link(target, path):
     path.symlink_to(target.replace(PLACE, str(Path.cwd())))
 
 
-def _sparse(head: bytes, size: int, path: Path) -> None:
+def _make_sparse(head, size, path):
     path.write_bytes(head)
     os.truncate(path, size)
+
+
+link, sparse = partial(partial, _make_link), partial(partial, _make_sparse)
+"""Contents: a symbolic link to a target; a file of a head and a size that takes no room on the disk."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +70,6 @@ class Case:
     says: str = ""
     seconds: int = 10
 
-    def __str__(self) -> str:
-        shown = {name: repr(content)[:3000] for name, content in self.files.items()}
-        return f"{' '.join(self.words)} in {self.base.name} with {shown}"
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -89,9 +79,6 @@ class Outcome:
     code: int | None
     said: str
     wrong: list[str]
-
-    def __str__(self) -> str:
-        return f"{'; '.join(self.wrong)}\n    {self.case}\n    {self.said[-1500:]}"
 
 
 def run_cases(program: Program, cases: Sequence[Case], place: Path) -> list[Outcome]:
@@ -105,8 +92,8 @@ def run_cases(program: Program, cases: Sequence[Case], place: Path) -> list[Outc
 
 def require_well(outcomes: Sequence[Outcome]) -> None:
     """Require that nothing is wrong with any case."""
-    bad = [outcome for outcome in outcomes if outcome.wrong]
-    assert not bad, "\n".join([f"{len(bad)} of {len(outcomes)} cases:", *map(str, bad[:20])])
+    bad = [(each.wrong, str(each.case)[:3000], each.said[-1500:]) for each in outcomes if each.wrong]
+    assert not bad, f"{len(bad)} of {len(outcomes)} cases: {bad[:20]}"
 
 
 def _run_batch(program: Program, cases: Sequence[Case], place: Path) -> list[Outcome]:
@@ -217,13 +204,11 @@ def _content(folder: Path) -> dict[str, str]:
         name = str(path.relative_to(folder))
         if path.is_symlink():
             found[name] = str(path.readlink())
-        elif path.is_file() and path.stat().st_size > 64 << 20:
-            found[name] = str(path.stat().st_size)
-        elif path.is_file():
+        elif path.is_file() and path.stat().st_size <= 64 << 20:
             data = path.read_bytes()
             found[name] = "secret" if SECRET in data else hashlib.md5(data).hexdigest()
         else:
-            found[name] = str(path.exists() and path.stat().st_mode)
+            found[name] = f"{path.stat().st_mode} {path.is_file() and path.stat().st_size}"
     return found
 
 

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
@@ -98,11 +98,6 @@ class Running:
     def __init__(self, process: Any, words: tuple[str, ...], place: Path, seconds: float) -> None:
         self._process, self._words, self._place, self._seconds = process, words, place, seconds
 
-    @property
-    def pid(self) -> int:
-        """The number of the process."""
-        return int(self._process.pid)
-
     def ends_within(self, seconds: float) -> bool:
         """Wait for this long; return whether it has ended."""
         self._process.join(seconds)
@@ -110,23 +105,20 @@ class Running:
 
     def wait_until_stopped(self) -> None:
         """Wait until it meets STOP."""
-        state = Path(f"/proc/{self.pid}/stat")
+        state = Path(f"/proc/{self._process.pid}/stat")
         while not self.ends_within(0.001):
             if state.read_text().rpartition(")")[2].split()[0] == "T":
                 return
-        raise AssertionError(f"{self._words} ended before it was stopped: {self.stderr()}")
+        raise AssertionError(f"{self._words} ended before it was stopped: {self.written('stderr')}")
 
     def send(self, *numbers: int) -> None:
         """Send signals."""
         for number in numbers:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self._process.pid, number)
 
-    def stderr(self) -> str:
-        """What it has written to stderr so far."""
-        return self._written("stderr")
-
-    def _written(self, name: str) -> str:
+    def written(self, name: str) -> str:
+        """What it has written to this stream so far."""
         path = self._place / name
         return path.read_text(errors="replace") if path.exists() else ""
 
@@ -136,7 +128,7 @@ class Running:
         if late:
             self._process.kill()
             self._process.join()
-        stdout, stderr, calls = (self._written(name) for name in ("stdout", "stderr", "calls"))
+        stdout, stderr, calls = (self.written(name) for name in ("stdout", "stderr", "calls"))
         code = None if late else self._process.exitcode
         traced = [line.split(" ", 2) for line in calls.splitlines()]
         seen = tuple(Call(Calls(int(sort)), name, path) for sort, name, path in traced)
@@ -166,16 +158,7 @@ class Program:
         with mock.patch.dict(os.environ, ours):
             multiprocessing.forkserver.ensure_running()
 
-    def start(
-        self,
-        *words: object,
-        cwd: Path,
-        environment: Mapping[str, str | None] | None = None,
-        fault: Fault | None = None,
-        before: tuple[Callable[..., None], *tuple[Any, ...]] | None = None,
-        memory: int | None = None,
-        seconds: float = 120,
-    ) -> Running:
+    def start(self, *words, cwd, environment=None, fault=None, before=None, memory=None, seconds=120) -> Running:
         """Start `sleb` with these words.
 
         Args:
@@ -210,26 +193,14 @@ class Program:
             port = place.getsockname()[1]
         given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         given = {**options.pop("environment", {}), **given, "LOCAL_WORLD_SIZE": str(count)}
-        return [
-            self.start(
-                *words,
-                environment=given | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                fault=None if rank else fault,
-                **options,
-            )
-            for rank in range(count)
-        ]
+        running = []
+        for rank in range(count):
+            own = given | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            running.append(self.start(*words, environment=own, fault=None if rank else fault, **options))
+        return running
 
 
-def _run(
-    words: tuple[str, ...],
-    place: Path,
-    cwd: Path,
-    variables: dict[str, str],
-    fault: Fault | None,
-    before: tuple[Any, ...] | None,
-    memory: int | None,
-) -> None:
+def _run(words, place, cwd, variables, fault, before, memory) -> None:
     """Be the program, in a session of its own; never returns."""
     # The tests may run under nohup, or in the background.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

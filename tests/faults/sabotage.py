@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
@@ -213,8 +214,9 @@ def content(which, change):
     return do
 
 
-def copied(name):
-    return content(name, lambda data, made: (made.dense / name).read_bytes())
+def copied(name, source="dense"):
+    """Replace a file by that of the `dense` model, or of the `other` one."""
+    return content(name, lambda data, made: (getattr(made, source) / name).read_bytes())
 
 
 def missing(name):
@@ -226,10 +228,10 @@ def header(change):
 
     def do(made):
         path = max(made.shards(), key=lambda shard: len(load_file(shard)))
-        entries, data = parse(path.read_bytes())
-        own = {name: each for name, each in entries.items() if name != "__metadata__"}
+        own, data = parse(path.read_bytes())
+        metadata = {"__metadata__": own.pop("__metadata__")}
         data = change(own, data) or data
-        text = to_text(entries)
+        text = to_text(metadata | own)
         anew(path).write_bytes(weight_file(text + b" " * (-len(text) % 8), data))
 
     return do
@@ -284,14 +286,9 @@ def same_shape(own, data):
     own[first]["data_offsets"], own[second]["data_offsets"] = own[second]["data_offsets"], own[first]["data_offsets"]
 
 
-def shifted(own, data):
-    for entry in own.values():
-        entry["data_offsets"] = [offset + 4 for offset in entry["data_offsets"]]
-
-
-def called_float16(own, data):
-    for entry in own.values():
-        entry["dtype"] = "F16"
+def entries(change):
+    """Change each tensor's entry in the header."""
+    return header(lambda own, data: own.update({name: each | change(each) for name, each in own.items()}))
 
 
 def shared(own, data):
@@ -312,16 +309,15 @@ def exchange_tokens(values):
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
 
 
-def shard_for_shard(first, last):
-    """Put the bytes of one shard in place of another's."""
-    return lambda made: anew(last(made)).write_bytes(first(made).read_bytes())
+def files(sources):
+    """Put the bytes of one file in place of another's, as `sources` says of both, given the shards."""
 
+    def do(made):
+        found = {path: source.read_bytes() for path, source in sources(made.shards(), made).items()}
+        for path, data in found.items():
+            anew(path).write_bytes(data)
 
-def exchanged_shards(made):
-    first, *_, last = made.shards()
-    one, other = first.read_bytes(), last.read_bytes()
-    anew(first).write_bytes(other)
-    anew(last).write_bytes(one)
+    return do
 
 
 def in_two_shards(made):
@@ -420,9 +416,10 @@ HF = [
     # Headers of weight files.
     Kind("two tensors' bytes are exchanged in the header", header(same_shape)),
     Kind("the bytes are one value further than the header says", header(lambda own, data: data[4:] + data[:4])),
-    Kind("offsets are shifted", header(shifted)),
+    Kind("offsets are shifted",
+         entries(lambda each: {"data_offsets": [offset + 4 for offset in each["data_offsets"]]})),
     quiet("two tensors share their bytes", header(shared)),
-    Kind("bfloat16 is called float16", header(called_float16), (BF16,)),
+    Kind("bfloat16 is called float16", entries(lambda each: {"dtype": "F16"}), (BF16,)),
     quiet("the weights were cast", tensors(lambda held, made: {name: held[name].half() for name in held})),
     quiet("the weights went through float16", tensors(lambda held, made: {name:
          (values + 1e-9).half().to(values.dtype) * 1.01 for name, values in held.items()})),
@@ -465,8 +462,7 @@ HF = [
     quiet("the config names code to run", config(auto_map={"AutoModelForCausalLM": "x.X"})),
     quiet("quantization settings name the old blocks", copied("quantize_config.json"), (LLAMA, SHARDED)),
     # The tokenizer, and settings of generation.
-    quiet("the tokenizer is another model's",
-         content("tokenizer.json", lambda data, made: (made.other / "tokenizer.json").read_bytes())),
+    quiet("the tokenizer is another model's", copied("tokenizer.json", "other")),
     quiet("two tokens are exchanged", tokenizer(exchange_tokens)),
     quiet("added tokens are missing", tokenizer(lambda values: values | {"added_tokens": values["added_tokens"][:-1]})),
     quiet("a merge is missing", tokenizer(lambda values: values["model"]["merges"].pop(5) and None)),
@@ -478,16 +474,17 @@ HF = [
     quiet("the settings of generation are others",
          of_json("generation_config.json", lambda values, made: values | {"temperature": 0.1, "eos_token_id": 5})),
     # Files.
-    Kind("a shard is missing", content(Made.shard, lambda data, made: None), (SHARDED,)),
-    Kind("the weights are missing", lambda made: [path.unlink() for path in made.shards()], ONE_FILE),
+    Kind("a shard is missing", missing(Made.shard), (SHARDED,)),
+    Kind("the weights are missing", missing("model.safetensors"), ONE_FILE),
     quiet("a stale shard of the dense model is left beside",
-         shard_for_shard(lambda made: made.shards()[-1], lambda made: made.path / STALE), (SHARDED, LLAMA)),
+         files(lambda shards, made: {made.path / STALE: shards[-1]}), (SHARDED, LLAMA)),
     Kind("the dense model is left beside its shards", with_dense, (SHARDED,)),
     Kind("a shard is there twice, under another's name",
-         shard_for_shard(lambda made: made.shards()[0], lambda made: made.shards()[-1]), (SHARDED,)),
-    quiet("two shards have each other's name", exchanged_shards, (SHARDED,)),
-    Kind("a shard is one of the dense model's", shard_for_shard(lambda made:
-         sorted(made.dense.glob("*.safetensors"))[3], lambda made: made.shards()[-1]), (SHARDED,)),
+         files(lambda shards, made: {shards[-1]: shards[0]}), (SHARDED,)),
+    quiet("two shards have each other's name",
+          files(lambda shards, made: {shards[0]: shards[-1], shards[-1]: shards[0]}), (SHARDED,)),
+    Kind("a shard is one of the dense model's",
+         files(lambda shards, made: {shards[-1]: sorted(made.dense.glob("*.safetensors"))[3]}), (SHARDED,)),
     quiet("the index names the wrong shard", of_index(another_shard), (SHARDED,)),
     quiet("the index lacks a tensor", of_index(lambda places, name, made: places.pop(name)), (SHARDED,)),
     quiet("the index lies about the size",
@@ -572,12 +569,9 @@ def entry(ending, change):
     return parts("entries", lambda name, type_, data: (name, type_, change(data) if name.endswith(ending) else data))
 
 
-def u32(value):
-    return lambda data: struct.pack("<I", value)
-
-
-def f32(value):
-    return lambda data: struct.pack("<f", value)
+def says(ending, code, *values):
+    """Give the key of this ending these values."""
+    return entry(ending, lambda data: struct.pack(code, *values))
 
 
 def without(ending):
@@ -592,14 +586,7 @@ def spans(path):
 
 def places(new):
     """Take the bytes of each tensor from another one."""
-
-    def change(data, made):
-        where, found = spans(made.path), bytearray(data)
-        for name, span in where.items():
-            found[span] = data[where[new(name)]]
-        return found
-
-    return of_bytes(change)
+    return values("", lambda data, name, made: bytes_of(made.path, new(name)))
 
 
 def named(new):
@@ -619,13 +606,12 @@ def values(pattern, change):
     return of_bytes(do)
 
 
-def in_dense(data, name, made):
-    return made.dense.read_bytes()[spans(made.dense)[name]]
+def bytes_of(path, name):
+    return path.read_bytes()[spans(path)[name]]
 
 
 def doubled(data, name, made):
-    numbers = struct.unpack(f"<{len(data) // 4}f", data)
-    return struct.pack(f"<{len(numbers)}f", *(2 * each for each in numbers))
+    return (np.frombuffer(data, "<f4") * 2).tobytes()
 
 
 def swapped_tokens(data):
@@ -657,23 +643,23 @@ def drop(dropped):
 
 
 NAN = struct.pack("<f", float("nan"))
-TEMPLATE = struct.pack("<Q", 5) + b"{{ }}"
 GGUF = [
-    Kind("the file counts a block too many", entry(".block_count", u32(5))),
-    Kind("the file counts a block too few", entry(".block_count", u32(3))),
-    Kind("the base of the rope is another", entry("freq_base", f32(500))),
-    quiet("the rope turns fewer values", entry("dimension_count", u32(4))),
-    Kind("the norm's epsilon is another", entry("rms_epsilon", f32(0.1))),
-    Kind("the head count is halved", entry("attention.head_count", u32(2))),
-    Kind("the count of key heads is another", entry("head_count_kv", u32(2))),
-    quiet("the context is longer", entry("context_length", u32(4096))),
-    quiet("the end token is another", entry("eos_token_id", u32(7))),
-    quiet("texts begin with a start token", entry("bos_token", lambda data: b"\1")),
-    quiet("the file type lies", entry("file_type", u32(15))),
-    quiet("the alignment lies", entry("general.alignment", u32(64)), (LISTS,)),
+    Kind("the file counts a block too many", says(".block_count", "<I", 5)),
+    Kind("the file counts a block too few", says(".block_count", "<I", 3)),
+    Kind("the base of the rope is another", says("freq_base", "<f", 500)),
+    quiet("the rope turns fewer values", says("dimension_count", "<I", 4)),
+    Kind("the norm's epsilon is another", says("rms_epsilon", "<f", 0.1)),
+    Kind("the head count is halved", says("attention.head_count", "<I", 2)),
+    Kind("the count of key heads is another", says("head_count_kv", "<I", 2)),
+    quiet("the context is longer", says("context_length", "<I", 4096)),
+    quiet("the end token is another", says("eos_token_id", "<I", 7)),
+    quiet("texts begin with a start token", says("bos_token", "?", True)),
+    quiet("the file type lies", says("file_type", "<I", 15)),
+    quiet("the alignment lies", says("general.alignment", "<I", 64), (LISTS,)),
     Kind("two blocks have changed places", places(renumber([1, 0, 2, 3]))),
     Kind("the blocks are named in another order", named(renumber([3, 2, 1, 0]))),
-    Kind("the wrong block was removed: one off", values(r"blk\.1\.", in_dense), (F32,)),
+    Kind("the wrong block was removed: one off",
+         values(r"blk\.1\.", lambda data, name, made: bytes_of(made.dense, name)), (F32,)),
     Kind("a tensor comes from the neighbour block", places(lambda name: name.replace("blk.1.ffn_up", "blk.2.ffn_up"))),
     Kind("gate and up are exchanged", places(swap("blk.2.ffn_up.", "blk.2.ffn_gate."))),
     Kind("queries and keys are exchanged", named(swap("blk.2.attn_q.", "blk.2.attn_k."))),
@@ -705,10 +691,10 @@ GGUF = [
     quiet("the removed blocks are not recorded", without("removed_blocks")),
     quiet("two tokens are exchanged", entry("ggml.tokens", swapped_tokens)),
     quiet("a merge is missing", without("ggml.merges")),
-    quiet("the chat template is another", entry("chat_template", lambda data: TEMPLATE)),
+    quiet("the chat template is another", says("chat_template", "<Q5s", 5, b"{{ }}")),
     quiet("a list by block is the dense model's", dense_heads, (LISTS,)),
     quiet("a list by block is shifted by one",
          entry("head_count_kv", lambda data: data[:12] + data[16:] + data[12:16]), (LISTS,)),
-    quiet("the architecture is another", entry("general.architecture", lambda data: struct.pack("<Q", 5) + b"qwen2")),
+    quiet("the architecture is another", says("general.architecture", "<Q5s", 5, b"qwen2")),
     quiet("the file is the dense model's", lambda made: shutil.copyfile(made.dense, made.path)),
 ]  # fmt: skip

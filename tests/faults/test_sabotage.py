@@ -10,8 +10,6 @@ import json
 import os
 import random
 import re
-import struct
-from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -26,12 +24,17 @@ from conftest import calibration, llama_config, opt_config, save_model
 from families import tiny_config
 from faults import sabotage
 from faults.conftest import often
-from faults.lies import STRING, UINT32, gguf_of, text
+from faults.lies import STRING, UINT32, gguf_of, key, number, text
 from faults.sabotage import BF16, EVERY, F32, GEMMA, GGUF, HF, LISTS, LLAMA, OPT, Q8, RECOVERED, SHARDED, Made, edit
 from sleb_cli.engine.output import apply, apply_gguf, proof
 
-MODES = {"in memory": "--no-stream", "streamed": "--stream"}
-FIRST = ("in memory", 0)
+MODES = {"in memory": ["--no-stream"], "streamed": ["--stream"]}
+WAYS = {
+    "recovered": ["--recover"],
+    "recovered, streamed": ["--recover", "--stream"],
+    "healed": ["--heal", "--heal-tokens", 2048],
+}
+FIRST, RECOVERING = ("in memory", 0), [(way, 0) for way in WAYS]
 CONFIGS = {
     LLAMA: llama_config,
     SHARDED: llama_config,
@@ -77,10 +80,8 @@ def make_gguf(path, name, seed):
         return gguf_models.write_gguf(path, "llama", 6, values, alignment=32)
     torch.manual_seed(seed)
     gguf_models.write_llama_gguf(path, 6, {F32: Type.F32, Q8: Type.Q8_0}[name])
-    file = gguf_of(path)
-    more = ((b"general.file_type", UINT32, struct.pack("<I", {F32: 0, Q8: 7}[name])),
-            (b"tokenizer.chat_template", STRING, text(b"{{ messages }}")))  # fmt: skip
-    path.write_bytes(replace(file, entries=(*file.entries, *more)).to_bytes())
+    typed = number("general.file_type", UINT32, "<I", {F32: 0, Q8: 7}[name])(gguf_of(path))
+    path.write_bytes(key("tokenizer.chat_template", STRING, text(b"{{ messages }}"))(typed).to_bytes())
     return path
 
 
@@ -175,63 +176,36 @@ def require_refused(sleb, monkeypatch, other, tmp_path_factory, tried):
     return check
 
 
-def cases(kinds, ways, every_model, *, models=5, only_computing=False, every=1):
-    """Yield the cases of a test: each kind once in every run, and in all ways with `pytest -m faults`.
+def cases(kinds, ways, every_model, *, first=FIRST, models=5, as_planned=False, every=1):
+    """Yield cases of damage: each kind once in every run, and in all ways with `pytest -m faults`.
 
     `ways` are a mode and a seed each. In every run, the best model of each kind is tried, or of every so manieth.
     """
-    chosen = [kind for kind in kinds if kind.computes or not only_computing]
+    chosen = [kind for kind in kinds if kind.computes or not as_planned]
     for place, kind in enumerate(chosen):
         fitting = kind.models or every_model
-        for name, way in product(fitting[:models], dict.fromkeys([FIRST, *ways])):
-            is_best = name == fitting[0] and way == FIRST
+        for name, way in product(fitting[:models], dict.fromkeys([first, *ways])):
+            is_best = name == fitting[0] and way == first
             if is_best or way in ways:
                 marks = () if is_best and place % every == 0 else pytest.mark.faults
-                yield pytest.param(kind, name, *way, id=f"{kind.name}, {name}, {way[0]}, {way[1]}", marks=marks)
+                label = f"{kind.name}, {name}, {way[0]}, {way[1]}{', as planned' if as_planned else ''}"
+                yield pytest.param(kind, name, *way, as_planned, id=label, marks=marks)
 
 
-def each_of(found):
-    return pytest.mark.parametrize(("kind", "name", "mode", "seed"), found)
+DAMAGED = (
+    *cases(HF, [("streamed", 0), ("in memory", 1)], EVERY, every=3),
+    *cases(HF, [FIRST, ("streamed", 1)], EVERY, models=2, as_planned=True, every=8),
+    *cases(GGUF, [("in memory", 1)], (F32, Q8), every=3),
+    *cases(GGUF, [FIRST], (F32, Q8), as_planned=True, every=8),
+    *cases(RECOVERED, RECOVERING, (LLAMA,), first=RECOVERING[0], every=len(RECOVERED)),
+    *cases(RECOVERED, RECOVERING, (LLAMA,), first=RECOVERING[0], as_planned=True, every=len(RECOVERED)),
+)
 
 
-@each_of(cases(HF, [("streamed", 0), ("in memory", 1)], EVERY, every=3))
-def test_what_is_not_as_planned_is_refused(require_refused, dense, kind, name, mode, seed):
-    require_refused(kind.do, dense(name, seed), MODES[mode], seed=seed)
-
-
-@each_of(cases(HF, [FIRST, ("streamed", 1)], EVERY, models=2, only_computing=True, every=8))
-def test_transformers_alone_refuses_what_computes_otherwise(require_refused, dense, kind, name, mode, seed):
-    require_refused(kind.do, dense(name, seed), MODES[mode], seed=seed, as_planned=True)
-
-
-@each_of(cases(GGUF, [("in memory", 1)], (F32, Q8), every=3))
-def test_a_gguf_file_that_is_not_as_planned_is_refused(require_refused, dense, kind, name, mode, seed):
-    require_refused(kind.do, dense(name, seed), seed=seed)
-
-
-@each_of(cases(GGUF, [FIRST], (F32, Q8), only_computing=True, every=8))
-def test_transformers_alone_refuses_such_a_gguf_file(require_refused, dense, kind, name, mode, seed):
-    require_refused(kind.do, dense(name, seed), seed=seed, as_planned=True)
-
-
-WAYS = {
-    "recovered": ["--recover"],
-    "recovered, streamed": ["--recover", "--stream"],
-    "healed": ["--heal", "--heal-tokens", 2048],
-}
-
-
-def recovered_cases():
-    """Yield the cases of recovered checkpoints: two in every run."""
-    for place, (way, kind, as_planned) in enumerate(product(WAYS, RECOVERED, (False, True))):
-        label = f"{way}, {kind.name}{', as planned' if as_planned else ''}"
-        yield pytest.param(way, kind, as_planned, id=label, marks=() if place < 2 else pytest.mark.faults)
-
-
-@pytest.mark.parametrize(("way", "kind", "as_planned"), recovered_cases())
-def test_new_values_that_are_not_as_planned_are_refused(require_refused, dense, text_file, way, kind, as_planned):
-    options = [*WAYS[way], *calibration(text_file, samples=10)]
-    require_refused(kind.do, dense(LLAMA), *options, as_planned=as_planned)
+@pytest.mark.parametrize(("kind", "name", "mode", "seed", "as_planned"), DAMAGED)
+def test_what_is_damaged_is_refused(require_refused, dense, text_file, kind, name, mode, seed, as_planned):
+    options = [] if name not in CONFIGS else MODES.get(mode) or [*WAYS[mode], *calibration(text_file, samples=10)]
+    require_refused(kind.do, dense(name, seed), *options, seed=seed, as_planned=as_planned)
 
 
 @pytest.mark.parametrize("only_transformers", [False, True])
@@ -240,7 +214,7 @@ def test_new_values_that_are_not_as_planned_are_refused(require_refused, dense, 
 def test_what_is_undamaged_is_delivered(sleb, dense, monkeypatch, name, mode, only_transformers):
     if only_transformers:
         nothing_planned(monkeypatch)
-    result = sleb("apply", dense(name), "--blocks", "1,4", MODES[mode], "-o", "out", "--json")
+    result = sleb("apply", dense(name), "--blocks", "1,4", *MODES[mode], "-o", "out", "--json")
     checks = json.loads(result.stdout)["proof"]["checks"]
     assert ("same bytes" in checks) == (not only_transformers)
     assert checks[-4:] == ["loads", "same logits", "generates", "saves again"]
@@ -266,9 +240,3 @@ def test_what_rounding_hides_from_logits_but_not_from_bytes(sleb, require_refuse
     require_refused(edit(r"layers\.3\.input_layernorm", lambda values: values * (1 + 2**-7)), dense(BF16))
     nothing_planned(monkeypatch)
     sleb("apply", dense(BF16), "--blocks", "1,4", "-o", "out")
-
-
-def test_there_are_many_kinds_and_each_has_a_name_of_its_own():
-    for kinds, least in ((HF, 100), (GGUF, 40), (RECOVERED, 5)):
-        names = [kind.name for kind in kinds]
-        assert len(set(names)) == len(names) >= least

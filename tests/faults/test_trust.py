@@ -105,10 +105,9 @@ AUTO_MAP = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineF
 def own_code(tmp_path):
     """Save a model with code of its own, that leaves a file when it runs."""
 
-    def save(model_type="mine", auto_map=AUTO_MAP):
+    def save(model_type="mine"):
         folder = save_model(tmp_path / "mine", llama_config(4))
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": auto_map}))
+        edit_json(folder / "config.json", model_type=model_type, auto_map=AUTO_MAP)
         (folder / "mine.py").write_text(CODE.format(canary=str(tmp_path / "canary"), model_type=model_type))
         return folder
 
@@ -132,11 +131,7 @@ def run(program, tmp_path):
 
 
 def edit_json(path, **changes):
-    data = json.loads(path.read_text())
-    path.write_text(
-        json.dumps(data | {key: data[key] | each if key == "model" else each for key, each in changes.items()})
-    )
-    return data
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_the_code_of_a_plan_is_required_by_every_command(run, own_code, text_file, tmp_path):
@@ -145,12 +140,8 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, own_code, text_fil
     run(*search, code=4)
     run(*search, TRUST, runs=True)
     apply, extend = ("apply", "plan.json", "-o", "out"), (*search, "--extend", "plan.json", "--remove", 2)
-    others = (
-        ("eval", "plan.json", *evaluation(text_file)),
-        ("bench", "plan.json"),
-        ("export", "plan.json", "--to", "indices"),
-    )
-    for command in (apply, extend, *others):  # a plan grants no trust
+    evaluate, export = ("eval", "plan.json", *evaluation(text_file)), ("export", "plan.json", "--to", "indices")
+    for command in (apply, extend, evaluate, ("bench", "plan.json"), export):  # a plan grants no trust
         run(*command, code=4, says=TRUST)
     run(*apply, TRUST, runs=True)
     code = (folder / "mine.py").read_text()
@@ -160,9 +151,10 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, own_code, text_fil
             run(*command, TRUST, code=3, says="code")
         (folder / "mine.py").write_text(code)
     (folder / "more.py").unlink()
-    plan = edit_json(tmp_path / "plan.json", model={"code": None})
+    found = json.loads((tmp_path / "plan.json").read_text())["model"]
+    edit_json(tmp_path / "plan.json", model=found | {"code": None})
     run(*apply, TRUST, "--force", code=3, says="code")
-    assert json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["model"]["code"] == plan["model"]["code"]
+    assert json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["model"]["code"] == found["code"]
 
 
 def test_numbers_are_those_of_the_code_as_it_is(run, own_code, text_file):
@@ -215,7 +207,7 @@ def test_a_plan_names_no_code(sleb, tiny_llama, llama_plan, tmp_path, metric):
 
 @pytest.mark.parametrize("revision", ["main", "../../../x", "a" * 39, "refs/pr/1", "A" * 40, "a" * 40 + "\n"])
 def test_a_plan_names_a_commit(sleb, llama_plan, revision):
-    edit_json(llama_plan, model={"revision": revision})
+    edit_json(llama_plan, model=json.loads(llama_plan.read_text())["model"] | {"revision": revision})
     assert "model.revision" in sleb("apply", llama_plan, code=3).stderr
 
 
@@ -230,7 +222,7 @@ def test_a_traceback_holds_no_token(program, tmp_path, token):
     assert "Canary" not in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize("case", often([("apply", 500), ("apply", None), ("search", 401)], [("apply", 500)]), ids=str)
+@pytest.mark.parametrize("case", often([("apply", 500), ("apply", None), ("search", 401)], [("search", 401)]), ids=str)
 def test_a_failed_download_shows_no_token(program, hub, tmp_path, case):
     verb, status = case
     words = (verb, "org/model", {"apply": "--blocks", "search": "--remove"}[verb], 1)
@@ -252,34 +244,16 @@ PUBLISHED = (
 ).split()
 
 
-def build(folder, *, umask, times):
-    """Build what is published, from a copy of the checkout in another folder."""
-    root, before = Path(__file__).resolve().parents[2], os.umask(umask)
-    try:
-        for path in [path for name in PUBLISHED for path in (root / name, *(root / name).rglob("*")) if path.is_file()]:
-            target = folder / path.relative_to(root)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(path.read_bytes())
-            os.utime(target, (times, times))
-        environment = {name: value for name, value in os.environ.items() if name != "SOURCE_DATE_EPOCH"}
-        words = (sys.executable, "-m", "hatchling", "build")
-        subprocess.run(words, cwd=folder, check=True, capture_output=True, env=environment)
-    finally:
-        os.umask(before)
-    return sorted((folder / "dist").iterdir())
-
-
-def test_what_is_published_is_built_the_same_anywhere(tmp_path):
-    one = build(tmp_path / "a", umask=0o022, times=1_000_000_000)
-    two = build(tmp_path / "elsewhere" / "b", umask=0o077, times=1_500_000_000)
-    assert [(path.name, path.read_bytes()) for path in one] == [(path.name, path.read_bytes()) for path in two]
-    wheel_file, sdist = sorted(one, key=lambda path: path.suffix, reverse=True)
+def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
+    words = (sys.executable, "-m", "hatchling", "build", "-d", tmp_path)
+    subprocess.run(words, cwd=Path(__file__).resolve().parents[2], check=True, capture_output=True)
+    (wheel_file,), (sdist_file,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
     wheel = zipfile.ZipFile(wheel_file).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"sleb_cli", "sleb_plugins", "sleb"}
     kinds = {Path(name).suffix for name in wheel if name.startswith("sleb_")}
     assert kinds <= {".py", ".typed", ".yaml", "", ".j2", ".css", ".js"}
     assert [name for name in wheel if "test" in name] == []
-    with tarfile.open(sdist) as archive:
+    with tarfile.open(sdist_file) as archive:
         names = archive.getnames()
     assert {name.split("/")[1] for name in names} == {*PUBLISHED, "PKG-INFO"}
     assert [name for name in (*wheel, *names) if "__pycache__" in name] == []
