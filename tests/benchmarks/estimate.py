@@ -3,16 +3,15 @@
     python tests/benchmarks/estimate.py [--models 20] [--seed 0] [--dtype float32] [--iterations 10]
 
 The models have random weights, and a random family, width and depth of 30 to 300 million parameters; random blocks are
-removed. Each is predicted from its config alone, then timed as a benchmark does.
+removed. Without --dtype, float32 and bfloat16 take turns. Each is predicted from its config alone, then timed as a
+benchmark does.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parser
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sleb_cli.engine.device import choose_device, choose_dtype
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
@@ -43,14 +41,7 @@ CLOSE = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--dtype", help="otherwise float32 and bfloat16 by turns")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="fewer than the machine has, if others use it")
-    options = parser.parse_args()
+    options = parser(__doc__, models=20, seed=0, iterations=10, dtype=str, device="auto", threads=int).parse_args()
     quiet_libraries()
     print("family       | dtype    | params | blocks | workload   | predicted | measured | error | took")
     print("-------------|----------|--------|--------|------------|-----------|----------|-------|-----")

@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from arguments import parser
 
 from sleb_cli import api
 from sleb_cli.engine.forward import placement
@@ -30,14 +31,8 @@ from sleb_cli.requests import SearchRequest
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("text")
-    parser.add_argument("--remove", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--dequantize", action="store_true")
-    options = parser.parse_args()
+    found = parser(__doc__, "model", "text", remove=6, samples=16, length=256, dequantize=False)
+    options = found.parse_args()
     plain = search(options, remove=options.remove)
     print("| weights | removed | of them as in bfloat16 | same order | loss in bfloat16 | seconds |")
     print("|---|---|---|---|---|---|")
