@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from arguments import parser
+from saved_work import architecture_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from sleb_cli.engine.device import choose_device, choose_dtype
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn
 from sleb_cli.engine.speed.estimate import estimate_speed
 from sleb_cli.engine.speed.workloads import resolve_workloads
@@ -32,7 +32,6 @@ from sleb_cli.engine.surgery.loading import load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import BenchRequest
 
 FAMILIES = ("llama", "opt", "gemma3_text", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe")
@@ -56,12 +55,8 @@ def main() -> None:
             errors.setdefault(name, []).append(error)
     for name, found in errors.items():
         close = sum(abs(error) <= CLOSE for error in found)
-        worst = max(found, key=abs)
-        print(f"{name}: {close} of {len(found)} within {CLOSE:.0%}; mean {mean(found):.1%}, worst {worst:+.1%}")
-
-
-def mean(errors: list[float]) -> float:
-    return statistics.mean(abs(error) for error in errors)
+        worst, mean = max(found, key=abs), statistics.mean(map(abs, found))
+        print(f"{name}: {close} of {len(found)} within {CLOSE:.0%}; mean {mean:.1%}, worst {worst:+.1%}")
 
 
 def compare(rng: random.Random, request: BenchRequest) -> dict[str, float]:
@@ -101,8 +96,7 @@ def random_architecture(rng: random.Random, folder: Path) -> Architecture:
         config = random_config(rng)
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(folder)
-        source = locate_model(str(folder), ignore, config_only=True)
-        architecture = read_architecture(source, load_plugins(), ignore)
+        architecture = architecture_of(folder, config_only=True)
         parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
         if PARAMETERS[0] <= parameters <= PARAMETERS[1]:
             return architecture

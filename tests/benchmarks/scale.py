@@ -1,8 +1,8 @@
 """What a model larger than memory costs: time, memory and bytes read, against reading its files and against its FLOPs.
 
-    python tests/benchmarks/scale.py [PART …] [--work FOLDER] [--gib 12] [--limit 4GiB] [--samples 4] [--length 64]
+    python tests/benchmarks/scale.py [--parts search,apply] [--work FOLDER] [--gib 12] [--limit 4GiB]
 
-The parts, by default all but the last, in this order:
+The parts, by default all but the last:
 
     search     two removals by nll, and two by cosine, which does little but read
     apply      the checkpoint without these blocks, proven
@@ -43,12 +43,11 @@ from typing import Any
 import torch
 from arguments import by_turns, compared, parser, show_ratio
 from made_models import size_of, write_llama
-from saved_work import architecture_of
+from saved_work import architecture_of, require_known
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleb_cli.engine.model.sizes import Sizes
 from sleb_cli.engine.speed.work import count_work
 from sleb_cli.units import parse_bytes
 
@@ -64,34 +63,26 @@ WORDS = "river mountain snow water stone bridge town mill fish field winter spri
 def main() -> None:
     options = read_options()
     if parts := [part for part in PARTS[:2] if part in options.parts]:
-        under_a_limit(parts, options)
+        with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
+            folder = make_model(options.work or Path(place), options)
+            kibibytes = parse_bytes(options.limit, "--limit") // 1024
+            limited = ["sh", "-c", f'ulimit -d {kibibytes} && exec "$0" "$@"']
+            benchmark = Benchmark(options, folder, Path(place), limited)
+            for part in parts:
+                getattr(benchmark, part)()
     if "crossover" in options.parts:
         crossover(options)
 
 
-def under_a_limit(parts: Sequence[str], options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
-        folder = make_model(options.work or Path(place), options)
-        kibibytes = parse_bytes(options.limit, "--limit") // 1024
-        benchmark = Benchmark(options, folder, Path(place), ["sh", "-c", f'ulimit -d {kibibytes} && exec "$0" "$@"'])
-        for part in parts:
-            getattr(benchmark, part)()
-
-
 def read_options() -> argparse.Namespace:
     found = parser(
-        __doc__, work=Path, gib=12.0, hidden=4096, intermediate=11008, vocabulary=32000, limit="4GiB",
-        metrics=["nll", "cosine"], samples=4, length=64,
+        __doc__, parts=list(PARTS[:2]), work=Path, gib=12.0, hidden=4096, intermediate=11008, vocabulary=32000,
+        limit="4GiB", metrics=["nll", "cosine"], samples=4, length=64,
         model="demo", rounds=2, crossover_samples=4, crossover_length=256,
     )  # fmt: skip
-    found.add_argument("parts", nargs="*", metavar="PART")
-    found.add_argument(
-        "--option", action="append", default=[], help="one more option of `sleb search`: --option=--fast"
-    )
+    found.add_argument("--option", action="append", default=[], help="of `sleb search`: --option=--fast")
     options = found.parse_args()
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        found.error(f"there is no part {unknown[0]}; choose from {', '.join(PARTS)}")
-    options.parts = options.parts or list(PARTS[:2])
+    require_known(found, "part", options.parts, PARTS)
     return options
 
 
@@ -109,10 +100,14 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
         shutil.rmtree(model, ignore_errors=True)
         write_llama(model, blocks, hidden, wide, vocabulary, SHARD_BYTES)
         byte_tokenizer().save_pretrained(model)
-        (model / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
+        write_words(model / "text.txt")
         print(f"made in {time.perf_counter() - start:.0f} s")
     print(f"{blocks} blocks, hidden size {hidden}, MLP {wide}: {size_of(model) / 2**30:.2f} GiB", flush=True)
     return model
+
+
+def write_words(file: Path) -> None:
+    file.write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -319,12 +314,10 @@ class Benchmark:
         else:  # by hidden states: the model once, and the loss of the result
             passes = [2 * (block not in removed) for block in range(count)]
             heads = 1
-        flops = self.flops_of_pass(self.options.samples)
+        flops = count_work(
+            self.architecture, self.options.samples, self.options.length, 0, torch.bfloat16
+        ).prefill_flops
         return sum(each * one for each, one in zip(passes, flops.blocks, strict=True)) + heads * flops.outside
-
-    def flops_of_pass(self, samples: int) -> Sizes:
-        """Return the operations of all sequences in each block and in the head."""
-        return count_work(self.architecture, samples, self.options.length, 0, torch.bfloat16).prefill_flops
 
     def compare(self, name: str, seconds: float, read: int, files: float, computing: float) -> None:
         """Hold a time against those for its files and for its arithmetic alone."""
@@ -381,7 +374,7 @@ def crossover(options: argparse.Namespace) -> None:
     plans = []
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
         text = Path(place) / "text.txt"
-        text.write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
+        write_words(text)
         settings = ["--calibration", text, "--samples", options.crossover_samples, "--remove", 2]
         settings += ["--sequence-length", options.crossover_length, "--sample-tokens", 0, "--json", *options.option]
         for flag in by_turns(options.rounds, list(seconds)):
@@ -389,13 +382,7 @@ def crossover(options: argparse.Namespace) -> None:
             seconds[flag].append(found.between("Search:", "step 2 of 2")[0])
             plans.append({**json.loads(found.output), "environment": None})
     show_ratio(seconds, CROSSOVER_GOAL)
-    print(f"plans {differing(plans) or 'equal'}")
-
-
-def differing(plans: list[dict[str, Any]]) -> str:
-    """Name what differs between plans."""
-    keys = [key for key in plans[0] if any(plan[key] != plans[0][key] for plan in plans)]
-    return f"DIFFER in {', '.join(keys)}" if keys else ""
+    print("plans", "equal" if all(plan == plans[0] for plan in plans) else "DIFFER")
 
 
 if __name__ == "__main__":

@@ -78,14 +78,10 @@ def main() -> None:
     show("plain", plain, removed)
     agree(our_removals[:plain_steps], removed)
 
-    first = sum(plain.seconds)
+    first, first_of_ours = sum(plain.seconds), sum(ours.seconds[:plain_steps])
     whole = first * sum(block_passes) / sum(block_passes[:plain_steps])
-    if not options.fast:
-        print(f"ratio   {first / sum(ours.seconds[:plain_steps]):.2f}x in time over the first {plain_steps} steps")
-    if plain_steps < steps:
-        print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, plain estimated at {whole:.0f} s")
-    elif options.fast:
-        print(f"ratio   {whole / sum(ours.seconds):.2f}x in time")
+    print(f"ratio   {first / first_of_ours:.2f}x in time over the first {plain_steps} steps")
+    print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, plain at {whole:.0f} s by its passes")
     print(
         f"        {plain.block_passes / ours.block_passes:.2f}x in block passes, "
         f"{plain.head_passes / ours.head_passes:.2f}x in head passes, "
