@@ -23,9 +23,8 @@ def parser(doc: str | None, *places: str, **defaults: Any) -> argparse.ArgumentP
         elif isinstance(default, type):
             found.add_argument(flag, type=default)
         elif isinstance(default, list):
-            found.add_argument(
-                flag, type=separated(type(default[0])), default=default, help=",".join(map(str, default))
-            )
+            kind = type(default[0]) if default else str
+            found.add_argument(flag, type=separated(kind), default=default, help=",".join(map(str, default)))
         else:
             found.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
     return found

@@ -112,7 +112,7 @@ def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[f
 
 def main() -> None:
     sizes = {"remove": 6, "samples": 16, "length": 128, "tests": 32}
-    found = parser(__doc__, "model", **sizes, only=[""], fast=False)
+    found = parser(__doc__, "model", **sizes, only=[], fast=False)
     found.add_argument("data", type=Path)
     found.add_argument("work", type=Path)
     found.set_defaults(dtype="auto", device="cpu")
@@ -121,7 +121,7 @@ def main() -> None:
     quiet_libraries()
     bench = Bench(options)
     searches, tests = bench.texts()
-    wanted = [name for name in searches if name in options.only or options.only == [""]]
+    wanted = options.only or list(searches)
     blocks = {name: bench.search(name, searches[name]) for name in wanted}
     losses = {
         name: {test: bench.test(removed, test, settings) for test, settings in tests.items()}

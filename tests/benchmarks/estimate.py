@@ -103,27 +103,22 @@ def random_architecture(rng: random.Random, folder: Path) -> Architecture:
 
 
 def random_config(rng: random.Random) -> Any:
-    family, heads, blocks = rng.choice(FAMILIES), rng.randint(5, 16), rng.randint(6, 24)
-    width, vocabulary = heads * 64, rng.choice((8_000, 32_000, 50_000, 128_000))
-    inner = rng.choice((2, 3, 4)) * width
-    tied = {"tie_word_embeddings": rng.random() < 0.5, "bos_token_id": 1, "eos_token_id": 2}
-    if family == "gpt2":
-        return CONFIG_MAPPING[family](
-            vocab_size=vocabulary, n_embd=width, n_layer=blocks, n_head=heads, n_positions=1024, **tied
-        )
+    family, heads = rng.choice(FAMILIES), rng.randint(5, 16)
+    width = heads * 64
+    groups = [count for count in range(1, heads + 1) if heads % count == 0 and heads // count <= 8]
     sizes = {
-        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads,
-        "max_position_embeddings": 1024, "pad_token_id": 0,
+        "vocab_size": rng.choice((8_000, 32_000, 50_000, 128_000)), "hidden_size": width,
+        "num_hidden_layers": rng.randint(6, 24), "num_attention_heads": heads, "max_position_embeddings": 1024,
+        "intermediate_size": rng.choice((2, 3, 4)) * width, "num_key_value_heads": rng.choice(groups), "head_dim": 64,
+        "tie_word_embeddings": rng.random() < 0.5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if family == "opt":
-        return CONFIG_MAPPING[family](**sizes, ffn_dim=inner, word_embed_proj_dim=width, **tied)
-    groups = rng.choice([count for count in range(1, heads + 1) if heads % count == 0 and heads // count <= 8])
-    own: dict[str, Any] = {"intermediate_size": inner, "num_key_value_heads": groups, "head_dim": 64}
-    if family == "mixtral":
-        own |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width}
-    if family == "qwen3_moe":
-        own |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": width}
-    return CONFIG_MAPPING[family](**sizes, **own, **tied)
+    own: dict[str, dict[str, Any]] = {
+        "gpt2": {"num_key_value_heads": heads},
+        "opt": {"num_key_value_heads": heads, "ffn_dim": sizes["intermediate_size"], "word_embed_proj_dim": width},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width},
+        "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": width},
+    }
+    return CONFIG_MAPPING[family](**sizes | own.get(family, {}))
 
 
 if __name__ == "__main__":

@@ -298,10 +298,10 @@ def plot(bench: QualityBench, path: Path) -> None:
 
 def parse() -> argparse.Namespace:
     sizes = {"samples": 16, "batch": 4, "items": 300, "task_batch": 8}
-    chosen = {"sizes": [3, 6, 9], "methods": list(METHODS), "task_methods": [""], "fast": False, "plot": Path}
+    chosen = {"sizes": [3, 6, 9], "methods": list(METHODS), "task_methods": [], "fast": False, "plot": Path}
     found = parser(__doc__, work=Path("quality"), **sizes, **chosen)
     options = found.parse_args()
-    require_known(found, "method", [*options.methods, *options.task_methods], [*METHODS, "all", ""])
+    require_known(found, "method", [*options.methods, *options.task_methods], [*METHODS, "all"])
     return options
 
 
