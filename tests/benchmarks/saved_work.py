@@ -107,7 +107,8 @@ class Bench:
 
 def greedy_search(passes: Passes, remove: int, *, journal: Journal | None = None, **options: Any) -> Iterator[Choice]:
     """Search greedily by the loss, with the first and the last block protected."""
-    score = Scoring(NegativeLogLikelihood(), passes, journal or Journal(), None, ignore, **options).score
+    journal = Journal() if journal is None else journal  # an empty one is false
+    score = Scoring(NegativeLogLikelihood(), passes, journal, None, ignore, **options).score
     candidates = partial(Protection(1, 1).candidates, len(passes.skippable.switches))
     return greedy(Problem(score, candidates, remove))
 
