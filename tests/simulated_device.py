@@ -55,11 +55,8 @@ class _Device:
     def allocate(self, size: int) -> None:
         free = backend.settings.memory - self.allocated
         if size > free:
-            backend.refuse(
-                torch.OutOfMemoryError(
-                    f"{KIND.upper()} out of memory. Tried to allocate {size} bytes; {free} are free."
-                )
-            )
+            text = f"{KIND.upper()} out of memory. Tried to allocate {size} bytes; {free} are free."
+            backend.refuse(torch.OutOfMemoryError(text))
         self.allocated += size
         self.reserved = max(self.reserved, self.allocated)
         self.peak = max(self.peak, self.allocated)
@@ -188,20 +185,9 @@ class SimulatedTensor(Tensor):
         if device is None:  # accelerate makes a parameter of a parameter's class, wherever the values are
             return torch.nn.Parameter(payload, requires_grad)
         if payload.dtype is torch.float64 and not backend.settings.float64:
-            backend.refuse(
-                TypeError(
-                    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. "
-                    "Please use float32 instead."
-                )
-            )
-        made = Tensor._make_wrapper_subclass(
-            cls,
-            payload.size(),
-            strides=payload.stride(),
-            storage_offset=payload.storage_offset(),
-            dtype=payload.dtype,
-            device=device,
-        )
+            backend.refuse(TypeError("Cannot convert a MPS Tensor: the MPS framework doesn't support float64."))
+        layout = {"strides": payload.stride(), "storage_offset": payload.storage_offset(), "dtype": payload.dtype}
+        made = Tensor._make_wrapper_subclass(cls, payload.size(), device=device, **layout)
         made.payload = payload
         made._allocation = backend.allocation(payload, device)
         return made
@@ -209,9 +195,6 @@ class SimulatedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
-
-    def __repr__(self, **options: Any) -> str:
-        return f"{self.payload!r} on {self.device}"
 
     # The rest is refused to every tensor that wraps another one, though a GPU's tensors can do it.
 
@@ -234,10 +217,7 @@ class SimulatedTensor(Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         if not force:
-            raise TypeError(
-                f"can't convert {self.device} device type tensor to numpy. "
-                "Use Tensor.cpu() to copy the tensor to host memory first."
-            )
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
         return self.detach().cpu().numpy()
 
     @property
@@ -328,12 +308,8 @@ def _require_one_device(name: str, tensors: list[Tensor]) -> None:
         tensors = [tensors[0], *(tensor for tensor in tensors[1:] if tensor.device.type != "cpu")]
     devices = {str(tensor.device) for tensor in tensors if tensor.dim() or tensor.device.type != "cpu"}
     if len(devices) > 1:
-        backend.refuse(
-            RuntimeError(
-                f"Expected all tensors to be on the same device, but found at least two devices, "
-                f"{' and '.join(sorted(devices))}! (in {name})"
-            )
-        )
+        found = " and ".join(sorted(devices))
+        backend.refuse(RuntimeError(f"Expected all tensors to be on the same device, but found {found}! (in {name})"))
 
 
 @contextmanager
@@ -349,16 +325,9 @@ def _generator_of(device: torch.device) -> Iterator[None]:
 
 
 def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+    *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
     """Compute attention by the kernel that the CPU would choose; torch chooses another for devices unknown to it."""
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))):
@@ -368,9 +337,8 @@ def _attention(
     mask = None if attn_mask is None else attn_mask.payload
     flash = torch._fused_sdp_choice(*states, mask, dropout_p, is_causal, **options) == 1
     if not flash:
-        return _aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal, **options)[
-            0
-        ]
+        plain = _aten._scaled_dot_product_attention_math
+        return plain(query, key, value, attn_mask, dropout_p, is_causal, **options)[0]
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
     flashed = _aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,6 +1,7 @@
 """Take a family through the real command line, and compare the result with plain transformers.
 
-`python tests/survey.py` surveys all families and writes docs/reference/families.md; `python tests/survey.py llama opt` prints.
+`python tests/survey.py` surveys all families and writes the tables of docs/reference/families.md;
+`python tests/survey.py llama opt` prints.
 """
 
 from __future__ import annotations
@@ -32,48 +33,8 @@ from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import SlebError
 
-HEAD = """# Families
-
-Written by `python tests/survey.py` and checked by `tests/contract/test_every_family.py`. Do not edit.
-
-Every causal language model in transformers, as a tiny random model: {tried} tried, {works} work, {refused} are refused before any
-work. A family works if a search finds two blocks, and two of different kinds can go; stock transformers loads the checkpoint with
-nothing missing; its logits equal those of the whole model with these blocks skipped (float32, 1e-5); it generates the same with the
-KV cache as without; it can be saved and loaded again; and `eval` and `bench` measure the same weights.
-
-Vision-language models are pruned in their language model (`text_config`). Models with their own code (`auto_map`) are read by their
-structure. Adapters (PEFT) are refused: merge them first.
-
-- *search*: `fork` scores all candidates in one walk, `plain` each in a pass of its own. The numbers are the same.
-- *keys that change*: in `config.json`, when blocks of different kinds go.
-- *kinds of blocks*: what `--protect-kind` takes.
-"""
-
-TAIL = """## What other tools get wrong here
-
-- **Lists by block.** If only the count is lowered, `layer_types` (Gemma 2 and 3, Qwen3-Next, gpt-oss, OLMo 3, …) no longer fits:
-  transformers 5 refuses the checkpoint, and other engines read the kinds of the first blocks.
-- **Kinds by period** (`sliding_window_pattern`, `full_attention_interval`, `decoder_sparse_step`, RecurrentGemma's `block_types`):
-  removing a block shifts the period of all later ones. sleb writes explicit lists. Jamba has none (`attn_layer_period`,
-  `expert_layer_period`), so only removals that keep the period are accepted.
-- **Leading blocks** (`first_k_dense_replace`, `num_dense_layers`, `moe_layer_start_index`): removing a dense block lowers the count.
-- **Names.** Weight files may name blocks differently from the loaded model, and number multi-token prediction blocks after the last
-  one (DeepSeek-V3, GLM-4.5). Those are removed, as they predict from hidden states of the whole model. GGUF files count them, so there
-  they move up.
-- **Decay slopes of MiniMax** depend on a block's number. transformers stores them, so they stay right; an engine that recomputes them
-  decays differently.
-- **Constants of depth.** MiniCPM scales residuals by `scale_depth` over the root of the depth: sleb lowers it to match. DiffLlama's
-  `lambda_init`, GPT-2's `scale_attn_by_inverse_layer_idx` and RWKV's `rescale_every` depend on each block's number and cannot be kept.
-- **The last attention block of a hybrid** (Qwen3.5, LFM2, OLMo-Hybrid, …) holds the length of the KV cache, so it stays.
-- **Embeddings by block outside the blocks** (`embed_tokens_per_layer`, `per_layer_model_projection` of Gemma 3n and 4): the slices of
-  removed blocks are cut out.
-- **Borrowed keys and values** (`num_kv_shared_layers` of Gemma 3n and 4): the last blocks read those of the last lender of their kind, so
-  a lender stays.
-- **Positions of RoBERTa and its relatives** differ between `generate` and a plain forward pass in transformers itself, so decoding with
-  and without cache is compared within `generate`.
-"""
-
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reference" / "families.md"
+COUNTS = r"(\d+) tried, (\d+) work, (\d+) are refused"
 
 
 @dataclass(frozen=True)
@@ -90,7 +51,7 @@ class Row:
 
 
 def survey(model_type: str, work: Path) -> Row:
-    """Search, apply, reload, compare and generate with a tiny random model, or check that it is refused before any work."""
+    """Search, apply, reload, compare and generate with a tiny model, or check that it is refused before any work."""
     folder = save_model(work / "model", tiny_config(model_type))
     (work / "text.txt").write_text(prose(60))
     code, out, err = run(
@@ -154,7 +115,7 @@ def check_checkpoint(architecture: Architecture, folder: Path, *subject: str) ->
     expected = skipped_logits(architecture, applied["removals"], ids)
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
     with_cache, without = (greedy(model, ids[:1], use_cache=use_cache) for use_cache in (True, False))
-    # On some CPUs, states of linear attention carried from token to token round by 1.02e-3 otherwise than those in chunks.
+    # On some CPUs, states of linear attention carried from token to token differ by 1.02e-3 from those in chunks.
     torch.testing.assert_close(with_cache, without, atol=2e-3, rtol=0)
     model.save_pretrained(folder / "again")
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float32)
@@ -201,16 +162,12 @@ def example(model_type: str) -> str:
     return found[1] if found else ""
 
 
-def document(rows: list[Row]) -> str:
-    """Return the text of docs/reference/families.md."""
-    works, refused = [r for r in rows if not r.refused], [r for r in rows if r.refused]
-    return "\n".join([
-        HEAD.format(works=len(works), refused=len(refused), tried=len(rows)),
-        "## Works", "",
-        "| family | blocks | search | keys that change | kinds of blocks | example |", "|---|---|---|---|---|---|",
-        *map(line, works), "",
-        "## Refused", "", "| family | because | example |", "|---|---|---|", *map(line, refused), "", TAIL,
-    ])  # fmt: skip
+def document(page: str, rows: list[Row]) -> str:
+    """Return docs/reference/families.md with these rows in its two tables, and their numbers in its text."""
+    works, refused = ([line(row) for row in rows if bool(row.refused) == is_refused] for is_refused in (False, True))
+    counts = f"{len(rows)} tried, {len(works)} work, {len(refused)} are refused"
+    before, between, after = re.split(r"(?<=---\|\n)(?:\| .*\n)+", re.sub(COUNTS, counts, page))
+    return "".join([before, *(f"{row}\n" for row in works), between, *(f"{row}\n" for row in refused), after])
 
 
 def line(row: Row) -> str:
@@ -229,4 +186,4 @@ if __name__ == "__main__":
             found.append(survey(name, Path(work)))
         print(line(found[-1]))
     if not sys.argv[1:]:
-        DOCUMENT.write_text(document(found), encoding="utf-8")
+        DOCUMENT.write_text(document(DOCUMENT.read_text(), found))

@@ -1,27 +1,26 @@
 """Time and peak memory of `sleb apply`, next to a plain copy of the folder, in one run on the same data.
 
-    python tests/benchmarks/apply.py [FOLDER] [--gib 8] [--shards 16] [--blocks 5,20,41] [--rounds 3] [--dtype float32]
+    python tests/benchmarks/apply.py [--folder FOLDER] [--gib 8] [--shards 16] [--blocks 5,20,41] [--rounds 3]
 
-Writes a Llama of 64 blocks in bfloat16 with random weights to a new folder under FOLDER (default: the
-system's temporary folder; it needs 2.9 times the size), and deletes it afterwards. Each round times `cp -r` and
-`sleb apply --no-verify`, each as a separate process from its start until its output is on disk (`sync -f`), in
-alternating order. Both find the source in the page cache if the cache is large enough. Peak memory is that of the
-process (`ru_maxrss`). Time and memory of a process that only imports torch and transformers are shown for comparison.
+Writes a Llama of 64 blocks in bfloat16 with random weights to a new folder under FOLDER (default: the temporary one of
+the system; it needs 2.9 times the size), and deletes it afterwards. Each round times `cp -r` and `sleb apply
+--no-verify`, each as a process of its own from its start until its output is on disk (`sync -f`), in alternating order;
+with --dtype, ours casts. Both find the source in the page cache if the cache is large enough. Peak memory is of the
+process (`ru_maxrss`). A process that only imports torch and transformers is shown for comparison.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from made_models import compared, size_of, write_llama
+from arguments import by_turns, compared, parser, show_ratio
+from made_models import size_of, write_llama
 
 BLOCKS = 64
 HIDDEN = 1024
@@ -32,14 +31,9 @@ IMPORTS = "from transformers import LlamaForCausalLM"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", help="working folder; default: the temporary folder")
-    parser.add_argument("--gib", type=float, default=8.0)
-    parser.add_argument("--shards", type=int, default=16)
-    parser.add_argument("--blocks", default="5,20,41,42,50,57", help="blocks to remove")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--dtype", help="cast to this type, tensor by tensor")
-    options = parser.parse_args()
+    options = parser(
+        __doc__, folder=Path, gib=8.0, shards=16, blocks="5,20,41,42,50,57", rounds=3, dtype=str
+    ).parse_args()
 
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="sleb-benchmark-") as place:
         source = Path(place) / "model"
@@ -52,22 +46,16 @@ def main() -> None:
         sides = [("cp -r", ["cp", "-r", str(source), str(copy)], copy), ("sleb apply", apply, ours)]
         seconds: dict[str, list[float]] = {name: [] for name, _, _ in sides}
         peak = written = 0
-        for number in range(options.rounds):
-            for name, command, output in sides if number % 2 == 0 else reversed(sides):
-                taken, memory = run(command, output)
-                seconds[name].append(taken)
-                if output == ours:
-                    peak = max(peak, memory)
-                    written = sum(path.stat().st_size for path in ours.iterdir() if path.stat().st_nlink == 1)
-                shutil.rmtree(output)
-                run(["sync", "-f", place], Path(place))  # the deletion is nobody's time
-    for name, taken_by in seconds.items():
-        print(f"{name:11} {statistics.median(taken_by):7.2f} s   ({' '.join(f'{taken:.2f}' for taken in taken_by)})")
-    ratio = statistics.median(seconds["sleb apply"]) / statistics.median(seconds["cp -r"])
-    print(
-        f"ratio       {ratio:7.2f}x  {compared(ratio <= GOAL_RATIO)} {GOAL_RATIO}x; {written / 1e9:.2f} GB were written"
-    )
-    print(f"            {start:.2f} s of `sleb apply` are the import of torch and transformers")
+        for name, command, output in by_turns(options.rounds, sides):
+            taken, memory = run(command, output)
+            seconds[name].append(taken)
+            if output == ours:
+                peak = max(peak, memory)
+                written = sum(path.stat().st_size for path in ours.iterdir() if path.stat().st_nlink == 1)
+            shutil.rmtree(output)
+            run(["sync", "-f", place], Path(place))  # the deletion is nobody's time
+    show_ratio(seconds, GOAL_RATIO)
+    print(f"            {written / 1e9:.2f} GB were written; {start:.2f} s are the import of torch and transformers")
     print(
         f"peak memory {peak / 2**20:7.0f} MiB {compared(peak < GOAL_BYTES)} {GOAL_BYTES / 2**20:.0f} MiB; "
         f"{floor / 2**20:.0f} MiB of it are torch and transformers"

@@ -1,11 +1,11 @@
 """The effect of the calibration text: search on A, test on B, for all pairs, as a Markdown table.
 
     python tests/benchmarks/calibration.py MODEL DATA WORK [--remove 6] [--samples 16] [--length 128] [--tests 32]
-        [--only "NAME;NAME"] [--fast] [--chat]
+        [--only NAME,NAME] [--fast]
 
-DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt, text/c4_50.jsonl and tasks/arc_easy.jsonl. No text is
-both searched and tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text (with
---chat, also its answers to questions of ARC-easy) with one seed for the search and another for the test. WORK holds all
+DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt and text/c4_50.jsonl. No text is both searched and
+tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text with one seed for the
+search and another for the test. With --only, only these searches run now. WORK holds all
 results: a plan for each search, which resumes if interrupted, and results.json. A perplexity is bold if its loss,
 paired over the windows, is within two standard errors of the best in its column.
 """
@@ -13,17 +13,16 @@ paired over the windows, is within two standard errors of the best in its column
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import saved_work
 import torch
-from saved_work import markdown, paired, resumed, run_sleb, say
+from arguments import parser
+from saved_work import markdown, paired, say
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.forward.logits import score_logits
@@ -31,11 +30,9 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate, resolve_calibration
 from sleb_cli.events import ignore
-from sleb_cli.plan import read_plan
-from sleb_cli.requests import CalibrationRequest, Chat
+from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
-ANSWER_TOKENS = 64
 BATCH = 8
 
 
@@ -50,89 +47,31 @@ class Bench(saved_work.Bench):
     def model(self) -> Any:
         return self.load(self.architecture)
 
-    def texts(self) -> tuple[dict[str, tuple[str, ...]], dict[str, CalibrationSettings]]:
-        """Return the options of each search, and the texts to test on."""
-        text, options = self.options.data / "text", self.options
-        halves = self._halves(text / "c4_50.jsonl")
-        chat = self._chat(self.options.data / "tasks" / "arc_easy.jsonl") if options.chat else None
+    def texts(self) -> tuple[dict[str, str], dict[str, CalibrationSettings]]:
+        """Return the text of each search, and the texts to test on."""
+        text = self.options.data / "text"
+        lines = (text / "c4_50.jsonl").read_text().splitlines(keepends=True)
+        halves = [self.work.folder / f"c4_{part}.jsonl" for part in ("search", "test")]
+        for half, part in zip(halves, (lines[: len(lines) // 2], lines[len(lines) // 2 :]), strict=True):
+            write_text(half, "".join(part))
         wiki = text / "enwiki_train.txt"
         searches = {
-            "encyclopaedia": ("--calibration", str(wiki)),
-            "C4": ("--calibration", str(halves[0])),
-            "self": ("--calibration", "self"),
-            "encyclopaedia and self": ("--calibration", f"{wiki}:0.5,self:0.5"),
-            "encyclopaedia, C4, self": ("--calibration", f"{wiki}:1/3,{halves[0]}:1/3,self:1/3"),
+            "encyclopaedia": str(wiki),
+            "C4": str(halves[0]),
+            "self": "self",
+            "encyclopaedia and self": f"{wiki}:0.5,self:0.5",
+            "all three": f"{wiki}:1/3,{halves[0]}:1/3,self:1/3",
         }
-        tests = {
-            "encyclopaedia": self._test_text(text / "enwiki_test.txt", options.tests),
-            "C4": self._test_text(halves[1], options.tests),
-            "self": self._test_text("self", options.tests),
-        }
-        if chat:
-            searches["chat, answers"] = ("--calibration", str(chat[0]), "--chat", "answers")
-            tests["chat, answers"] = self._test_text(chat[1], options.samples, chat="answers")
-        return searches, tests
+        tests = {"encyclopaedia": text / "enwiki_test.txt", "C4": halves[1], "self": "self"}
+        sizes = {"samples": self.options.tests, "sequence_length": self.options.length, "seed": 1}
+        requests = {name: CalibrationRequest(calibration=str(source), **sizes) for name, source in tests.items()}
+        return searches, {name: resolve_calibration(request, self.architecture) for name, request in requests.items()}
 
-    def _test_text(self, source: Path | str, samples: int, *, chat: Chat | None = None) -> CalibrationSettings:
-        request = CalibrationRequest(
-            calibration=str(source), samples=samples, sequence_length=self.options.length, seed=1
-        )
-        return resolve_calibration(request, self.architecture, chat=chat)
-
-    def _halves(self, path: Path) -> tuple[Path, Path]:
-        """Split the documents into two files that share none."""
-        lines = path.read_text().splitlines(keepends=True)
-        middle = len(lines) // 2
-        return self._write("c4_search.jsonl", lines[:middle]), self._write("c4_test.jsonl", lines[middle:])
-
-    def _chat(self, path: Path) -> tuple[Path, Path]:
-        """Let the model answer one set of questions for the search and another for the test."""
-        places = self.work.folder / "chat_search.jsonl", self.work.folder / "chat_test.jsonl"
-        count = 3 * self.options.samples
-        asked = [json.loads(line)["query"].removeprefix("Question: ") for line in path.read_text().splitlines()]
-        for place, questions in zip(places, (asked[:count], asked[count : 2 * count]), strict=True):
-            if not place.exists():
-                answers = self._answer(questions, seed=places.index(place))
-                lines = [
-                    json.dumps({"messages": [*question(text), {"role": "assistant", "content": answer}]}) + "\n"
-                    for text, answer in zip(questions, answers, strict=True)
-                ]
-                self._write(place.name, lines)
-        return places
-
-    @torch.inference_mode()
-    def _answer(self, questions: list[str], seed: int) -> list[str]:
-        """Sample an answer to each question, `BATCH` at a time."""
-        torch.manual_seed(seed)
-        self.tokenizer.padding_side = "left"
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        answers: list[str] = []
-        for start in range(0, len(questions), BATCH):
-            prompts = [question(text) for text in questions[start : start + BATCH]]
-            inputs = self.tokenizer.apply_chat_template(
-                prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-            )
-            ids = self.model.generate(
-                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=ANSWER_TOKENS,
-                pad_token_id=self.tokenizer.pad_token_id,
-            )  # fmt: skip
-            answers += self.tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return answers
-
-    def _write(self, name: str, lines: list[str]) -> Path:
-        write_text(self.work.folder / name, "".join(lines))
-        return self.work.folder / name
-
-    def search(self, name: str, text: tuple[str, ...]) -> tuple[int, ...]:
+    def search(self, name: str, text: str) -> tuple[int, ...]:
         """Return the blocks that a search on this text removes; search only if there is no plan yet."""
         options, plan = self.options, self.work.folder / f"{name.replace(' ', '-')}.json"
-        if not plan.exists():
-            setting = ["--remove", options.remove, "--samples", options.samples, "--sequence-length", options.length]
-            fast = ["--fast"] if options.fast else []
-            run_sleb(
-                "search", options.model, *text, *setting, *fast, "-o", plan, *resumed(plan), "--sample-tokens", 0, "-q"
-            )
-        return read_plan(plan).removals
+        given = ["--calibration", text, "--remove", options.remove, *(["--fast"] if options.fast else [])]
+        return self.searched_plan(plan, *given, "--sample-tokens", 0).removals
 
     @torch.inference_mode()
     def test(self, removed: tuple[int, ...], name: str, settings: CalibrationSettings) -> list[float]:
@@ -151,10 +90,6 @@ class Bench(saved_work.Bench):
             self.work.save()
         found: list[float] = known[name]
         return found
-
-
-def question(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
 
 
 def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[float]]]) -> str:
@@ -176,33 +111,24 @@ def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("data", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--remove", type=int, default=6)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--tests", type=int, default=32)
-    parser.add_argument("--only", help="searches to run now, separated by semicolons")
-    parser.add_argument("--fast", action="store_true")
-    parser.add_argument("--chat", action="store_true", help="also search and test on the model's own answers")
-    parser.set_defaults(dtype="auto", device="cpu")
-    options = parser.parse_args()
+    sizes = {"remove": 6, "samples": 16, "length": 128, "tests": 32}
+    found = parser(__doc__, "model", **sizes, only=[], fast=False)
+    found.add_argument("data", type=Path)
+    found.add_argument("work", type=Path)
+    found.set_defaults(dtype="auto", device="cpu")
+    options = found.parse_args()
 
     quiet_libraries()
     bench = Bench(options)
     searches, tests = bench.texts()
-    wanted = options.only.split(";") if options.only else list(searches)
+    wanted = options.only or list(searches)
     blocks = {name: bench.search(name, searches[name]) for name in wanted}
     losses = {
         name: {test: bench.test(removed, test, settings) for test, settings in tests.items()}
         for name, removed in {"dense": (), **blocks}.items()
     }
     say(table(blocks, losses))
-    print(
-        f"{options.samples} x {options.length} tokens searched on, {options.tests} windows tested on", file=sys.stderr
-    )
+    say(f"{options.samples} x {options.length} tokens searched on, {options.tests} windows tested on")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
     python tests/benchmarks/estimate.py [--models 20] [--seed 0] [--dtype float32] [--iterations 10]
 
 The models have random weights, and a random family, width and depth of 30 to 300 million parameters; random blocks are
-removed. Each is predicted from its config alone, then timed as a benchmark does.
+removed. Without --dtype, float32 and bfloat16 take turns. Each is predicted from its config alone, then timed as a
+benchmark does.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -20,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import parser
+from saved_work import architecture_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from sleb_cli.engine.device import choose_device, choose_dtype
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
-from sleb_cli.engine.model.source import locate_model
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn
 from sleb_cli.engine.speed.estimate import estimate_speed
 from sleb_cli.engine.speed.workloads import resolve_workloads
@@ -34,7 +32,6 @@ from sleb_cli.engine.surgery.loading import load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import BenchRequest
 
 FAMILIES = ("llama", "opt", "gemma3_text", "qwen2", "qwen3", "gpt2", "mixtral", "qwen3_moe")
@@ -43,14 +40,7 @@ CLOSE = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--dtype", help="otherwise float32 and bfloat16 by turns")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="fewer than the machine has, if others use it")
-    options = parser.parse_args()
+    options = parser(__doc__, models=20, seed=0, iterations=10, dtype=str, device="auto", threads=int).parse_args()
     quiet_libraries()
     print("family       | dtype    | params | blocks | workload   | predicted | measured | error | took")
     print("-------------|----------|--------|--------|------------|-----------|----------|-------|-----")
@@ -65,12 +55,8 @@ def main() -> None:
             errors.setdefault(name, []).append(error)
     for name, found in errors.items():
         close = sum(abs(error) <= CLOSE for error in found)
-        worst = max(found, key=abs)
-        print(f"{name}: {close} of {len(found)} within {CLOSE:.0%}; mean {mean(found):.1%}, worst {worst:+.1%}")
-
-
-def mean(errors: list[float]) -> float:
-    return statistics.mean(abs(error) for error in errors)
+        worst, mean = max(found, key=abs), statistics.mean(map(abs, found))
+        print(f"{name}: {close} of {len(found)} within {CLOSE:.0%}; mean {mean:.1%}, worst {worst:+.1%}")
 
 
 def compare(rng: random.Random, request: BenchRequest) -> dict[str, float]:
@@ -110,35 +96,29 @@ def random_architecture(rng: random.Random, folder: Path) -> Architecture:
         config = random_config(rng)
         config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
         config.save_pretrained(folder)
-        source = locate_model(str(folder), ignore, config_only=True)
-        architecture = read_architecture(source, load_plugins(), ignore)
+        architecture = architecture_of(folder, config_only=True)
         parameters = sum(parameter.numel() for parameter in architecture.skeleton.parameters())
         if PARAMETERS[0] <= parameters <= PARAMETERS[1]:
             return architecture
 
 
 def random_config(rng: random.Random) -> Any:
-    family, heads, blocks = rng.choice(FAMILIES), rng.randint(5, 16), rng.randint(6, 24)
-    width, vocabulary = heads * 64, rng.choice((8_000, 32_000, 50_000, 128_000))
-    inner = rng.choice((2, 3, 4)) * width
-    tied = {"tie_word_embeddings": rng.random() < 0.5, "bos_token_id": 1, "eos_token_id": 2}
-    if family == "gpt2":
-        return CONFIG_MAPPING[family](
-            vocab_size=vocabulary, n_embd=width, n_layer=blocks, n_head=heads, n_positions=1024, **tied
-        )
+    family, heads = rng.choice(FAMILIES), rng.randint(5, 16)
+    width = heads * 64
+    groups = [count for count in range(1, heads + 1) if heads % count == 0 and heads // count <= 8]
     sizes = {
-        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": blocks, "num_attention_heads": heads,
-        "max_position_embeddings": 1024, "pad_token_id": 0,
+        "vocab_size": rng.choice((8_000, 32_000, 50_000, 128_000)), "hidden_size": width,
+        "num_hidden_layers": rng.randint(6, 24), "num_attention_heads": heads, "max_position_embeddings": 1024,
+        "intermediate_size": rng.choice((2, 3, 4)) * width, "num_key_value_heads": rng.choice(groups), "head_dim": 64,
+        "tie_word_embeddings": rng.random() < 0.5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
-    if family == "opt":
-        return CONFIG_MAPPING[family](**sizes, ffn_dim=inner, word_embed_proj_dim=width, **tied)
-    groups = rng.choice([count for count in range(1, heads + 1) if heads % count == 0 and heads // count <= 8])
-    own: dict[str, Any] = {"intermediate_size": inner, "num_key_value_heads": groups, "head_dim": 64}
-    if family == "mixtral":
-        own |= {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width}
-    if family == "qwen3_moe":
-        own |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": width}
-    return CONFIG_MAPPING[family](**sizes, **own, **tied)
+    own: dict[str, dict[str, Any]] = {
+        "gpt2": {"num_key_value_heads": heads},
+        "opt": {"num_key_value_heads": heads, "ffn_dim": sizes["intermediate_size"], "word_embed_proj_dim": width},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": width},
+        "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": width},
+    }
+    return CONFIG_MAPPING[family](**sizes | own.get(family, {}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ scales.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import time
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from arguments import parser
 from saved_work import greedy_search
 
 from reference import plain_search
@@ -30,10 +30,7 @@ from sleb_cli.events import ignore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--length", type=int, default=256)
-    options = parser.parse_args()
+    options = parser(__doc__, hidden=256, length=256).parse_args()
     quiet_libraries()
 
     def run(blocks: int, sequences: int, remove: int) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Random Llamas of any size, written shard by shard, and goals that times are held against."""
+"""Random Llamas of any size, written shard by shard."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
-
-def compared(reached: bool) -> str:
-    return "within the goal of" if reached else "MISSES the goal of"
 
 
 def size_of(folder: Path) -> int:

@@ -6,7 +6,7 @@ DATA is a folder with text/enwiki_train.txt (calibration), text/enwiki_test.txt 
 tasks/{piqa,arc_easy,winogrande,socialiqa}.jsonl with make_tasks.py (zero-shot accuracy). Each result is saved to
 WORK/quality.json as soon as it is measured: searches by their settings, models by the blocks that they lack. Methods
 with the same removals are measured once, and the same command resumes a stopped run.
---plot draws the plot.
+Those of --task-methods (or all) also run the tasks, --items of each. --plot FILE draws the plot.
 """
 
 from __future__ import annotations
@@ -30,15 +30,12 @@ from saved_work import (
     TEXTS,
     TRAIN,
     Bench,
-    Stopped,
     how_measured,
     markdown,
-    names,
-    numbers,
     paired,
     parser,
     require_known,
-    run_sleb,
+    run_saved,
     say,
 )
 
@@ -46,11 +43,10 @@ from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.forward.logits import score_logits
 from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.tasks import load_requested
-from sleb_cli.engine.surgery.loading import load_pruned, quiet_libraries
+from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.text.windows import cut_running_text
 from sleb_cli.events import ignore
-from sleb_cli.plan import read_plan
 from sleb_cli.requests import EvalRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
@@ -140,18 +136,12 @@ class QualityBench(Bench):
         plan_file = self.work.folder / f"{name}-{seed}-{size}.json"
         say(f"search {name}, seed {seed}, {size} blocks")
         start = time.monotonic()
-        resumed = plan_file.with_name(f"{plan_file.name}.journal").exists()
-        if not plan_file.exists():
-            try:
-                run_sleb(
-                    "search", options.model, "--remove", size, *METHODS[name].options.format(seed=seed).split(),
-                    "--calibration", options.data / TRAIN, "--samples", options.samples,
-                    "--sequence-length", options.length, "--dtype", options.dtype, "-o", plan_file, "-q", "--json",
-                    *(["--fast"] if options.fast and name in RACING else []), *(["--resume"] if resumed else []),
-                )  # fmt: skip
-            finally:
-                found["seconds"] += time.monotonic() - start
-        plan = read_plan(plan_file)
+        given = ["--remove", size, *METHODS[name].options.format(seed=seed).split(), "--dtype", options.dtype]
+        racing = ["--fast"] if options.fast and name in RACING else []
+        try:
+            plan = self.searched_plan(plan_file, *given, "--calibration", options.data / TRAIN, *racing)
+        finally:
+            found["seconds"] += time.monotonic() - start
         sizes = [size] if METHODS[name].each_size else range(1, size + 1)
         found["removals"] = {str(count): list(plan.first(count).removals) for count in sizes}
         self.work.save()
@@ -307,15 +297,9 @@ def plot(bench: QualityBench, path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    found = parser(__doc__, "quality")
-    found.add_argument("--sizes", type=numbers, default=[3, 6, 9])
-    found.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
-    found.add_argument("--samples", type=int, default=16, help="calibration sequences")
-    found.add_argument("--fast", action="store_true", help="stop scoring a candidate once it is clearly behind")
-    found.add_argument("--batch", type=int, default=4, help="windows per batch")
-    found.add_argument("--items", type=int, default=300, help="items of each task")
-    found.add_argument("--task-methods", type=names, default=[], help="methods also measured on tasks, or all")
-    found.add_argument("--task-batch", type=int, default=8)
+    sizes = {"samples": 16, "batch": 4, "items": 300, "task_batch": 8}
+    chosen = {"sizes": [3, 6, 9], "methods": list(METHODS), "task_methods": [], "fast": False, "plot": Path}
+    found = parser(__doc__, work=Path("quality"), **sizes, **chosen)
     options = found.parse_args()
     require_known(found, "method", [*options.methods, *options.task_methods], [*METHODS, "all"])
     return options
@@ -339,17 +323,10 @@ def measure_all(bench: QualityBench) -> None:
 
 
 def main() -> None:
-    options = parse()
-    quiet_libraries()
-    bench = QualityBench(options)
-    if not options.show:
-        try:
-            measure_all(bench)
-        except (Stopped, KeyboardInterrupt):
-            say("stopped: the same command resumes")
-    say(report(bench))
-    if options.plot:
-        plot(bench, options.plot)
+    bench = QualityBench(parse())
+    run_saved(bench, measure_all, report)
+    if bench.options.plot:
+        plot(bench, bench.options.plot)
 
 
 if __name__ == "__main__":

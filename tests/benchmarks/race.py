@@ -9,7 +9,6 @@ difference between the losses of the two candidates over all sequences, in nats 
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from arguments import parser
 from saved_work import calibrated, greedy_search
 
 from sleb_cli.engine.forward.passes import prepare_passes
@@ -29,15 +29,10 @@ Matrix = dict[int, list[float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("texts", nargs="+")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--remove", type=int, default=4)
-    parser.add_argument("--orders", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    found = parser(__doc__, samples=32, length=128, remove=4, orders=8, seed=0)
+    found.add_argument("model")
+    found.add_argument("texts", nargs="+")
+    options = found.parse_args()
 
     print("| calibration | searches | equal | steps | equal | evaluations | another pick costs |")
     print("|---|---|---|---|---|---|---|")

@@ -2,10 +2,11 @@
 
     python tests/benchmarks/recovery.py MODEL DATA --without 5,20,21 --without 9,10,11 [--heal-minutes 0,10]
 
-DATA is a folder with text/enwiki_train.txt (on which everything is fitted), text/enwiki_test.txt and text/c4_50.jsonl
-(on which everything is measured). All methods (`tests/recovery_baselines.py`) see the same tokens, and lack the same
-blocks, such as those of a search: one table for each --without. With --heal-minutes, `sleb apply --recover --heal` runs
-too, on three quarters of that text and a quarter of the model's own; 0 minutes are `--recover` alone.
+DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt and text/c4_50.jsonl. All methods
+(`tests/recovery_baselines.py`) fit --samples sequences of the first, let --deciding others decide, are measured on the
+other two, and lack the same blocks, such as those of a search: one table for each --without. With --heal-minutes,
+`sleb apply --recover --heal` runs too, on three quarters of that text and a quarter of the model's own; 0 minutes are
+`--recover` alone.
 
 Each result is saved to WORK/recovery.json as soon as it is measured, by the removed blocks and the method, and the same
 command resumes a stopped run.
@@ -29,20 +30,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from arguments import separated
 from saved_work import (
     DENSE,
     TEXTS,
     TRAIN,
     Bench,
-    Stopped,
     architecture_of,
     how_measured,
     markdown,
-    names,
-    numbers,
     paired,
     parser,
     require_known,
+    run_saved,
     run_sleb,
     say,
 )
@@ -64,7 +64,6 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
-from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibration
 from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.engine.text.windows import adds_bos, cut_windows
@@ -312,14 +311,12 @@ def named(removed: Sequence[int]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    found = parser(__doc__, "recovery")
-    found.add_argument("--without", type=numbers, action="append", required=True, help="blocks to remove: 5,20,21")
-    found.add_argument("--methods", type=names, default=list(METHODS), help=", ".join(METHODS))
-    minutes = lambda text: [float(part) for part in names(text)]  # noqa: E731
-    found.add_argument("--heal-minutes", type=minutes, default=[], help="also heal for these minutes: 0,10,60")
-    found.add_argument("--samples", type=int, default=96, help="sequences to fit on")
-    found.add_argument("--deciding", type=int, default=24, help="sequences that decide")
-    found.add_argument("--batch", type=int, default=8, help="sequences per batch")
+    sizes = {"samples": 96, "deciding": 24, "batch": 8}
+    found = parser(__doc__, work=Path("recovery"), **sizes, methods=list(METHODS))
+    found.add_argument(
+        "--without", type=separated(int), action="append", required=True, help="blocks to remove: 5,20,21"
+    )
+    found.add_argument("--heal-minutes", type=separated(float), default=[], help="also heal for these minutes: 0,10,60")
     options = found.parse_args()
     require_known(found, "method", options.methods, list(METHODS))
     return options
@@ -345,15 +342,7 @@ def measure_all(bench: RecoveryBench) -> None:
 
 
 def main() -> None:
-    options = parse()
-    quiet_libraries()
-    bench = RecoveryBench(options)
-    if not options.show:
-        try:
-            measure_all(bench)
-        except (Stopped, KeyboardInterrupt):
-            say("stopped: the same command resumes")
-    say(report(bench))
+    run_saved(RecoveryBench(parse()), measure_all, report)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import arguments
 import torch
 import transformers
 from torch import Tensor
@@ -35,6 +36,7 @@ from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_li
 from sleb_cli.engine.text.calibration import Calibration, calibrate, draw, resolve_calibration
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.events import ignore
+from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import CalibrationRequest
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
@@ -88,17 +90,25 @@ class Bench:
     def load(self, architecture: Architecture) -> Any:
         return load_dense(architecture, *self.placed, ignore)
 
+    def searched_plan(self, file: Path, *given: Any) -> Plan:
+        """Search through the command line, unless that is done; resume an interrupted search."""
+        options, journal = self.options, file.with_name(f"{file.name}.journal")
+        if not file.exists():
+            sizes = ["--samples", options.samples, "--sequence-length", options.length]
+            resumed = ["--resume"] if journal.exists() else []
+            run_sleb("search", options.model, *sizes, *given, "-o", file, "-q", *resumed)
+        return read_plan(file)
+
     def drawn_windows(self, cut: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Return windows of each text, drawn at random positions."""
         cuts = {name: cut(evaluation_text(str(self.options.data / place)).content) for name, place in TEXTS.items()}
         return {name: windows[draw(len(windows), self.options.windows, seed=0)] for name, windows in cuts.items()}
 
 
-def greedy_search(
-    passes: Passes, remove: int, *, journal: Journal | None = None, fast: bool = False
-) -> Iterator[Choice]:
+def greedy_search(passes: Passes, remove: int, *, journal: Journal | None = None, **options: Any) -> Iterator[Choice]:
     """Search greedily by the loss, with the first and the last block protected."""
-    score = Scoring(NegativeLogLikelihood(), passes, journal or Journal(), None, ignore, fast=fast).score
+    journal = Journal() if journal is None else journal  # an empty one is false
+    score = Scoring(NegativeLogLikelihood(), passes, journal, None, ignore, **options).score
     candidates = partial(Protection(1, 1).candidates, len(passes.skippable.switches))
     return greedy(Problem(score, candidates, remove))
 
@@ -116,8 +126,8 @@ def calibrated(options: argparse.Namespace, text: str, dtype: str) -> tuple[Any,
     return model, architecture.blocks_of(model), calibration
 
 
-def architecture_of(model: object) -> Architecture:
-    return read_architecture(locate_model(str(model), ignore), load_plugins(), ignore)
+def architecture_of(model: object, *, config_only: bool = False) -> Architecture:
+    return read_architecture(locate_model(str(model), ignore, config_only=config_only), load_plugins(), ignore)
 
 
 def run_sleb(*command: Any) -> None:
@@ -128,6 +138,17 @@ def run_sleb(*command: Any) -> None:
         raise Stopped
     if code:
         raise SystemExit(f"sleb {shlex.join(map(str, command))} ended with {code}")
+
+
+def run_saved(bench: Bench, measure: Callable[[Any], None], report: Callable[[Any], str]) -> None:
+    """Measure what is missing, unless only to --show, and report."""
+    quiet_libraries()
+    if not bench.options.show:
+        try:
+            measure(bench)
+        except (Stopped, KeyboardInterrupt):
+            say("stopped: the same command resumes")
+    say(report(bench))
 
 
 def say(text: str) -> None:
@@ -161,26 +182,11 @@ def how_measured(options: argparse.Namespace, script: str, names: Sequence[str])
     ]
 
 
-def names(text: str) -> list[str]:
-    return [part for part in text.split(",") if part]
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in names(text)]
-
-
-def parser(doc: str | None, work: str) -> argparse.ArgumentParser:
-    """Return a parser with the options that the benchmarks share."""
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("model")
+def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options that the long benchmarks share."""
+    shared = {"length": 256, "windows": 24, "window_length": 512, "dtype": "bfloat16", "device": "cpu", "show": False}
+    found = arguments.parser(doc, "model", **shared | defaults)
     found.add_argument("data", type=Path)
-    found.add_argument("--work", type=Path, default=Path(work), help="folder for results")
-    found.add_argument("--length", type=int, default=256, help="tokens in each sequence")
-    found.add_argument("--windows", type=int, default=24, help="windows of each text to measure on")
-    found.add_argument("--window-length", type=int, default=512)
-    found.add_argument("--dtype", default="bfloat16")
-    found.add_argument("--device", default="cpu")
-    found.add_argument("--show", action="store_true", help="measure nothing, show the results so far")
     return found
 
 

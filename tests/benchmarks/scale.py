@@ -1,16 +1,18 @@
 """What a model larger than memory costs: time, memory and bytes read, against reading its files and against its FLOPs.
 
-    python tests/benchmarks/scale.py [PART …] [--work FOLDER] [--gib 12] [--limit 4GiB] [--samples 4] [--length 64]
+    python tests/benchmarks/scale.py [--parts search,apply] [--work FOLDER] [--gib 12] [--limit 4GiB]
 
-The parts, by default all but the last, in this order:
+The parts, by default all but the last:
 
     search     two removals by nll, and two by cosine, which does little but read
     apply      the checkpoint without these blocks, proven
-    crossover  --model (default: demo) in memory and with --stream, by turns: the plans must be equal
+    crossover  --model (default: demo) in memory and with --stream, by turns --rounds times, on
+               --crossover-samples of --crossover-length: the plans must be equal
 
-The model is a Llama of random bfloat16 weights, made under --work once (default: a new folder, deleted afterwards;
-three times the size must be free). `sleb` runs under `ulimit -d`, which does not count the page cache. Nothing of the
-model is in the page cache at the start.
+The model is a Llama of random bfloat16 weights, of the sizes --hidden, --intermediate and --vocabulary, made under
+--work once (default: a new folder, deleted afterwards; three times the size must be free). The first of --metrics finds
+the plan that is applied. `sleb` runs under `ulimit -d`, which does not count the page cache. Nothing of the model is in
+the page cache at the start.
 
 A time is held against the larger of two others, measured in the same run: that of its files, read in order and written,
 and that of its operations (`sleb_cli/engine/speed/work.py`) at the rate of such blocks in memory. A step reads the
@@ -39,17 +41,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from made_models import compared, size_of, write_llama
+from arguments import by_turns, compared, parser, show_ratio
+from made_models import size_of, write_llama
+from saved_work import architecture_of, require_known
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.sizes import Sizes
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.speed.work import count_work
-from sleb_cli.events import ignore
-from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.units import parse_bytes
 
 GOAL = 1.3
@@ -64,43 +63,26 @@ WORDS = "river mountain snow water stone bridge town mill fish field winter spri
 def main() -> None:
     options = read_options()
     if parts := [part for part in PARTS[:2] if part in options.parts]:
-        under_a_limit(parts, options)
+        with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
+            folder = make_model(options.work or Path(place), options)
+            kibibytes = parse_bytes(options.limit, "--limit") // 1024
+            limited = ["sh", "-c", f'ulimit -d {kibibytes} && exec "$0" "$@"']
+            benchmark = Benchmark(options, folder, Path(place), limited)
+            for part in parts:
+                getattr(benchmark, part)()
     if "crossover" in options.parts:
         crossover(options)
 
 
-def under_a_limit(parts: Sequence[str], options: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
-        folder = make_model(options.work or Path(place), options)
-        kibibytes = parse_bytes(options.limit, "--limit") // 1024
-        benchmark = Benchmark(options, folder, Path(place), ["sh", "-c", f'ulimit -d {kibibytes} && exec "$0" "$@"'])
-        for part in parts:
-            getattr(benchmark, part)()
-
-
 def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART")
-    parser.add_argument("--work", type=Path, help="where the model is made, and found the next time")
-    parser.add_argument("--gib", type=float, default=12.0)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=11008)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--limit", default="4GiB")
-    parser.add_argument("--metrics", default="nll,cosine", help="searched by each; the first plan is applied")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument(
-        "--option", action="append", default=[], help="one more option of `sleb search`: --option=--fast"
-    )
-    parser.add_argument("--model", default="demo", help="for the crossover")
-    parser.add_argument("--rounds", type=int, default=2, help="of the crossover")
-    parser.add_argument("--crossover-samples", type=int, default=4)
-    parser.add_argument("--crossover-length", type=int, default=256)
-    options = parser.parse_args()
-    if unknown := [part for part in options.parts if part not in PARTS]:
-        parser.error(f"there is no part {unknown[0]}; choose from {', '.join(PARTS)}")
-    options.parts = options.parts or list(PARTS[:2])
+    found = parser(
+        __doc__, parts=list(PARTS[:2]), work=Path, gib=12.0, hidden=4096, intermediate=11008, vocabulary=32000,
+        limit="4GiB", metrics=["nll", "cosine"], samples=4, length=64,
+        model="demo", rounds=2, crossover_samples=4, crossover_length=256,
+    )  # fmt: skip
+    found.add_argument("--option", action="append", default=[], help="of `sleb search`: --option=--fast")
+    options = found.parse_args()
+    require_known(found, "part", options.parts, PARTS)
     return options
 
 
@@ -118,10 +100,14 @@ def make_model(folder: Path, options: argparse.Namespace) -> Path:
         shutil.rmtree(model, ignore_errors=True)
         write_llama(model, blocks, hidden, wide, vocabulary, SHARD_BYTES)
         byte_tokenizer().save_pretrained(model)
-        (model / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
+        write_words(model / "text.txt")
         print(f"made in {time.perf_counter() - start:.0f} s")
     print(f"{blocks} blocks, hidden size {hidden}, MLP {wide}: {size_of(model) / 2**30:.2f} GiB", flush=True)
     return model
+
+
+def write_words(file: Path) -> None:
+    file.write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -283,7 +269,7 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace, folder: Path, place: Path, limit: Sequence[str]) -> None:
         self.options, self.folder, self.place, self.limit = options, folder, place, limit
         self.size = size_of(folder)
-        self.architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
+        self.architecture = architecture_of(folder)
         self.readings = [seconds_to_read(folder)]
         self.rate = cache(partial(flops_per_second, options))
         self.text = ["--calibration", folder / "text.txt", "--sequence-length", options.length]
@@ -291,7 +277,7 @@ class Benchmark:
     @property
     def subject(self) -> tuple[object, ...]:
         """What is applied: the first plan, or if none was searched for, two blocks."""
-        plan, block = self.place / f"{self.options.metrics.split(',')[0]}.json", self.architecture.block_count * 2 // 3
+        plan, block = self.place / f"{self.options.metrics[0]}.json", self.architecture.block_count * 2 // 3
         return (plan,) if plan.exists() else (self.folder, "--blocks", f"{block},{block + 1}")
 
     def run(self, name: str, *arguments: object) -> Run:
@@ -304,7 +290,7 @@ class Benchmark:
         return found
 
     def search(self) -> None:
-        for metric in self.options.metrics.split(","):
+        for metric in self.options.metrics:
             settings = ["--metric", metric, "--remove", 2, "--samples", self.options.samples, "--sample-tokens", 0]
             output = ["-o", self.place / f"{metric}.json", *self.options.option]
             found = self.run(f"search by {metric}", "search", self.folder, "--stream", *self.text, *settings, *output)
@@ -328,12 +314,10 @@ class Benchmark:
         else:  # by hidden states: the model once, and the loss of the result
             passes = [2 * (block not in removed) for block in range(count)]
             heads = 1
-        flops = self.flops_of_pass(self.options.samples)
+        flops = count_work(
+            self.architecture, self.options.samples, self.options.length, 0, torch.bfloat16
+        ).prefill_flops
         return sum(each * one for each, one in zip(passes, flops.blocks, strict=True)) + heads * flops.outside
-
-    def flops_of_pass(self, samples: int) -> Sizes:
-        """Return the operations of all sequences in each block and in the head."""
-        return count_work(self.architecture, samples, self.options.length, 0, torch.bfloat16).prefill_flops
 
     def compare(self, name: str, seconds: float, read: int, files: float, computing: float) -> None:
         """Hold a time against those for its files and for its arithmetic alone."""
@@ -390,26 +374,15 @@ def crossover(options: argparse.Namespace) -> None:
     plans = []
     with tempfile.TemporaryDirectory(dir=options.work, prefix="sleb-scale-") as place:
         text = Path(place) / "text.txt"
-        text.write_text(" ".join(random.Random(0).choices(WORDS, k=100_000)))
+        write_words(text)
         settings = ["--calibration", text, "--samples", options.crossover_samples, "--remove", 2]
         settings += ["--sequence-length", options.crossover_length, "--sample-tokens", 0, "--json", *options.option]
-        for number in range(options.rounds):
-            for flag in seconds if number % 2 == 0 else reversed(seconds):
-                output = Path(place) / f"{len(plans)}.json"
-                found = run(["search", options.model, flag, *settings, "-o", output])
-                seconds[flag].append(found.between("Search:", "step 2 of 2")[0])
-                plans.append({**json.loads(found.output), "environment": None})
-    for flag, taken in seconds.items():
-        print(f"{options.model} {flag:11} {statistics.median(taken):7.2f} s   ({' '.join(f'{t:.2f}' for t in taken)})")
-    ratio = statistics.median(seconds["--stream"]) / statistics.median(seconds["--no-stream"])
-    print(f"ratio {ratio:.2f}x, {compared(ratio <= CROSSOVER_GOAL)} {CROSSOVER_GOAL}x")
-    print(f"plans {differing(plans) or 'equal'}")
-
-
-def differing(plans: list[dict[str, Any]]) -> str:
-    """Name what differs between plans."""
-    keys = [key for key in plans[0] if any(plan[key] != plans[0][key] for plan in plans)]
-    return f"DIFFER in {', '.join(keys)}" if keys else ""
+        for flag in by_turns(options.rounds, list(seconds)):
+            found = run(["search", options.model, flag, *settings, "-o", Path(place) / f"{len(plans)}.json"])
+            seconds[flag].append(found.between("Search:", "step 2 of 2")[0])
+            plans.append({**json.loads(found.output), "environment": None})
+    show_ratio(seconds, CROSSOVER_GOAL)
+    print("plans", "equal" if all(plan == plans[0] for plan in plans) else "DIFFER")
 
 
 if __name__ == "__main__":

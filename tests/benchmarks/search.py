@@ -2,6 +2,8 @@
 
     python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--plain-steps 1]
 
+With --fast, a candidate is scored no longer once it is clearly behind; with --check, our exact search runs, too.
+
 The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the whole model without
 the candidate. If it runs fewer steps than the search, its remaining time is estimated from the block passes left. A
 block pass is one sequence through one block, a head pass one sequence through the head. Peak memory is the largest
@@ -10,7 +12,6 @@ resident size of the process during the search, less the size before it (the mod
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import sys
@@ -26,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from arguments import parser
 from saved_work import calibrated, greedy_search
 
 from reference import plain_search
@@ -47,18 +49,8 @@ class Side:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("text")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--remove", type=int, default=2)
-    parser.add_argument("--plain-steps", type=int, help="steps that the plain algorithm runs (default: all)")
-    parser.add_argument("--fast", action="store_true", help="stop scoring a candidate once it is clearly behind")
-    parser.add_argument("--check", action="store_true", help="with --fast, compare with our exact search too")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="bfloat16")
-    options = parser.parse_args()
+    sizes = {"samples": 16, "length": 512, "remove": 2, "plain_steps": int, "seed": 0}
+    options = parser(__doc__, "model", "text", **sizes, fast=False, check=False, dtype="bfloat16").parse_args()
 
     model, blocks, calibration = calibrated(options, options.text, options.dtype)
     sequences = calibration.sequences
@@ -86,14 +78,10 @@ def main() -> None:
     show("plain", plain, removed)
     agree(our_removals[:plain_steps], removed)
 
-    first = sum(plain.seconds)
+    first, first_of_ours = sum(plain.seconds), sum(ours.seconds[:plain_steps])
     whole = first * sum(block_passes) / sum(block_passes[:plain_steps])
-    if not options.fast:
-        print(f"ratio   {first / sum(ours.seconds[:plain_steps]):.2f}x in time over the first {plain_steps} steps")
-    if plain_steps < steps:
-        print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, plain estimated at {whole:.0f} s")
-    elif options.fast:
-        print(f"ratio   {whole / sum(ours.seconds):.2f}x in time")
+    print(f"ratio   {first / first_of_ours:.2f}x in time over the first {plain_steps} steps")
+    print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, plain at {whole:.0f} s by its passes")
     print(
         f"        {plain.block_passes / ours.block_passes:.2f}x in block passes, "
         f"{plain.head_passes / ours.head_passes:.2f}x in head passes, "

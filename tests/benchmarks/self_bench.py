@@ -7,22 +7,21 @@ Prints each run's speedup and interval, how many of them hold 1.00, and how many
 1.00 is inside fewer than 9 of 10.
 """
 
-import argparse
 import statistics
 import sys
 from itertools import combinations
 
+from arguments import parser
+from saved_work import architecture_of
+
 from sleb_cli.engine.device import choose_device, choose_dtype
-from sleb_cli.engine.model.architecture import read_architecture
-from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn
 from sleb_cli.engine.speed.workloads import resolve_workload
 from sleb_cli.engine.statistics import median_ratio_interval
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice
-from sleb_cli.plugin_manager import load_plugins
+from sleb_cli.events import ignore
 from sleb_cli.requests import BenchRequest
 from sleb_cli.results import Interval
 
@@ -30,9 +29,13 @@ SHARE = 0.9
 
 
 def main() -> int:
-    options = read_options()
+    found = parser(
+        __doc__, "model", runs=10, batch_size=int, prompt_length=int, new_tokens=int, iterations=int, threads=int
+    )
+    found.add_argument("--workload", choices=["prompt", "generation"], default="generation")
+    options = found.parse_args()
     quiet_libraries()
-    architecture = read_architecture(locate_model(options.model, tell), load_plugins(), tell)
+    architecture = architecture_of(options.model)
     surgery, device = Surgery(architecture, ()), choose_device("auto")
     dtype = choose_dtype("auto", architecture.config.dtype, device)
     request = BenchRequest(
@@ -40,33 +43,15 @@ def main() -> int:
         new_tokens=options.new_tokens if options.workload == "generation" else None,
     )  # fmt: skip
     with threads(options.threads):
-        workload = resolve_workload(options.workload, request, Subject(surgery, None), device, tell)
-        dense = load_dense(architecture, dtype, device, tell)
-        models = {"dense": dense, "the same": load_pruned(surgery, dtype, device, tell, dense=dense)}
-        intervals = [compare(time_in_turn(workload, models, tell)) for _ in range(options.runs)]
+        workload = resolve_workload(options.workload, request, Subject(surgery, None), device, ignore)
+        dense = load_dense(architecture, dtype, device, ignore)
+        models = {"dense": dense, "the same": load_pruned(surgery, dtype, device, ignore, dense=dense)}
+        intervals = [compare(time_in_turn(workload, models, ignore)) for _ in range(options.runs)]
     inside = sum(found.low <= 1 <= found.high for found in intervals)
     pairs = list(combinations(intervals, 2))
     overlapping = sum(one.low <= other.high and other.low <= one.high for one, other in pairs)
     print(f"{workload.label}: 1.00 is inside {inside} of {len(intervals)}; {overlapping} of {len(pairs)} pairs overlap")
     return 0 if inside >= SHARE * len(intervals) else 1
-
-
-def read_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--workload", choices=["prompt", "generation"], default="generation")
-    parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--prompt-length", type=int)
-    parser.add_argument("--new-tokens", type=int)
-    parser.add_argument("--iterations", type=int)
-    parser.add_argument("--threads", type=int)
-    return parser.parse_args()
-
-
-def tell(event: object) -> None:
-    if isinstance(event, Notice):
-        print(event.text, file=sys.stderr)
 
 
 def compare(seconds: dict[str, list[float]]) -> Interval:

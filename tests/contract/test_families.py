@@ -5,22 +5,9 @@ import re
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    Cohere2Config,
-    Gemma2Config,
-    GPTNeoXConfig,
-    MistralConfig,
-    MixtralConfig,
-    OpenAIGPTConfig,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import calibration, gpt2_config, llama_config, opt_config, save_model, slow
+from conftest import calibration, save_model, slow
 from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import passes
@@ -35,48 +22,33 @@ from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.units import parse_bytes
 
-SHAPE = {
-    "vocab_size": 320,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 5,
-    "max_position_embeddings": 128,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-
+GROUPED = {"num_key_value_heads": 2}
 FAMILIES = {
-    "llama": lambda: llama_config(5),
-    "llama-tied": lambda: llama_config(5, tie_word_embeddings=True),
-    "opt": opt_config,
-    "gpt2": gpt2_config,
-    "openai-gpt-blocks-return-lists": lambda: OpenAIGPTConfig(
-        vocab_size=320, n_positions=128, n_embd=32, n_layer=5, n_head=4
-    ),
-    "mistral-sliding": lambda: MistralConfig(**SHAPE, sliding_window=8),
-    "qwen2": lambda: Qwen2Config(**SHAPE),
-    "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=8),
-    "gemma2-mixed-layers-softcap": lambda: Gemma2Config(**SHAPE, head_dim=8, sliding_window=8),
-    "cohere2-mixed-layers-parallel-scaled-logits": lambda: Cohere2Config(**SHAPE, sliding_window=8),
-    "gpt-neox-parallel": lambda: GPTNeoXConfig(**SHAPE | {"num_key_value_heads": 4}),
-    "phi-parallel-head-with-bias": lambda: PhiConfig(**SHAPE),
-    "mixtral-experts": lambda: MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2),
-    "bloom-masks-carry-the-batch-size": lambda: BloomConfig(
-        vocab_size=320, hidden_size=32, n_layer=5, n_head=4, bos_token_id=0, eos_token_id=1
-    ),
+    "llama": GROUPED,
+    "llama, tied": GROUPED | {"tie_word_embeddings": True},
+    "opt": {},
+    "gpt2": {},
+    "openai-gpt, blocks return lists": {},
+    "mistral, sliding": GROUPED,
+    "qwen2": GROUPED,
+    "qwen3": GROUPED,
+    "gemma2, mixed kinds, softcap": GROUPED,
+    "cohere2, mixed kinds, parallel, scaled logits": GROUPED | {"layer_types": None},
+    "gpt_neox, parallel": {},
+    "phi, parallel, head with bias": GROUPED,
+    "mixtral, experts": GROUPED,
+    "bloom, masks carry the batch size": {},
 }
 CLAIMED = {"llama", "opt"}
-NIGHTLY = {"llama", "mistral-sliding", "qwen2", "qwen3", "gpt-neox-parallel", "phi-parallel-head-with-bias"}
+NIGHTLY = {"llama", "mistral, sliding", "qwen2", "qwen3", "gpt_neox, parallel", "phi, parallel, head with bias"}
 """Those that other tests run too, or that differ little from another."""
 
 
 @pytest.fixture(scope="module", params=[slow(name) if name in NIGHTLY else name for name in FAMILIES])
 def folder(request, tmp_path_factory):
-    bos = request.param in {"opt", "gemma2-mixed-layers-softcap"}
-    return save_model(tmp_path_factory.mktemp("family") / request.param, FAMILIES[request.param](), bos=bos)
+    model_type = request.param.partition(",")[0]
+    config = tiny_config(model_type, num_hidden_layers=5, **FAMILIES[request.param])
+    return save_model(tmp_path_factory.mktemp("family") / model_type, config, bos=model_type in ("opt", "gemma2"))
 
 
 def read(folder):
@@ -149,7 +121,7 @@ def sequences_of(plan, architecture, text_file):
 @torch.inference_mode()
 def test_the_checkpoint_is_proven_and_the_model_in_memory(run_sleb, folder, architecture, tmp_path, blocks):
     named = ",".join(map(str, blocks))
-    result = run_sleb("apply", folder, "--blocks", named, "-o", tmp_path / "out", "--json")
+    result = run_sleb("apply", folder, "--blocks", named, "-o", "out", "--json")
     assert result.exit_code == 0, result.stderr
     proof = json.loads(result.stdout)["proof"]
     assert (proof["logits_difference"], proof["prompt"]) == (0, "text")

@@ -39,8 +39,7 @@ def test_recovery_pays_and_its_checkpoint_is_proven(run_sleb, model_type, tmp_pa
     assert (proof["reference"], proof["partial"], proof["logits_difference"]) == ("recovered", None, 0.0)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("options", [(), ("--stream",)])
+@pytest.mark.parametrize(("model_type", "options"), [("mixtral", ()), ("qwen3_moe", ("--stream",))])
 @torch.inference_mode()
 def test_experts_merged_in_memory_are_measured_as_they_compute(run_sleb, text_file, tmp_path, model_type, options):
     folder = save_model(tmp_path / "model", tiny_config(model_type))

@@ -39,9 +39,7 @@ def assert_same(found, expected, *, proof=True):
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize(
-    ("family", "float64"), [(None, True), (None, False), ("gemma2", False), ("opt", False)], ids=str
-)
+@pytest.mark.parametrize(("family", "float64"), [(None, False), ("gemma2", True)])
 def test_the_checkpoint_is_the_cpus(apply, simulate, tiny_llama, tmp_path, family, float64):
     model = save_model(tmp_path / "dense", tiny_config(family)) if family else tiny_llama
     expected = apply(model, *HEAL, "--device", "cpu")
