@@ -136,11 +136,11 @@ def at_job(rank, job, do):
     """Have a process do something when it is about to score its n-th job."""
     score, seen = Passes.score, []
 
-    def counted(self, metric, removed, jobs):
+    def counted(self, metric, removed, jobs, ranking):
         seen.extend(jobs)
         if process_rank() == rank and len(seen) >= job:
             do()
-        return score(self, metric, removed, jobs)
+        return score(self, metric, removed, jobs, ranking)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Passes, "score", counted)
