@@ -367,8 +367,10 @@ def spoil(monkeypatch, change):
 
     def prove_wrong(reference, folder, *arguments, prove=engine.prove):
         wrong = change(weights_of(folder))
-        (folder / "model.safetensors").unlink()
-        save_file(wrong, folder / "model.safetensors", metadata={"format": "pt"})
+        for path in shards_of(folder):
+            own = {name: wrong[name] for name in load_file(path)}
+            path.unlink()  # it may be the source's, linked
+            save_file(own, path, metadata={"format": "pt"})
         return prove(reference, folder, *arguments)
 
     monkeypatch.setattr(engine, "prove", prove_wrong)
