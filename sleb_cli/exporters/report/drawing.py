@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,8 @@ def picture(plot: Plot, kind: str) -> bytes:
     from matplotlib.figure import Figure
 
     # The defaults first, so that no matplotlibrc of the user's changes the pictures.
-    with style.context("default"), rc_context(_STYLE):
+    with style.context("default"), rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # such as in a model's name
         figure = Figure(figsize=(WIDTH / 72, plot.height / 72), dpi=72, layout="constrained")
         plot.draw(figure)
         metadata: dict[str, Any] = {"Software": None}
