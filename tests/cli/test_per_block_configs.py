@@ -2,10 +2,12 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_apply import applied, config_of, write_config
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -31,8 +33,6 @@ from reference import plain_loss
 from sleb_cli.engine.text.windows import cut_windows
 from sleb_cli.plan import read_plan
 
-MIXED = ["sliding_attention", "full_attention"] * 3
-
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
@@ -41,32 +41,15 @@ def mixed(tmp_path_factory):
 
 @pytest.fixture
 def apply(run_sleb):
-    """Apply something, by default to the folder `out`, and give the result."""
-
-    def run(*options, output="out", code=0):
-        result = run_sleb("apply", *options, "-o", output)
-        assert result.exit_code == code, result.stderr
-        return result
-
-    return run
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def change_config(folder, **changes):
-    """Change values of a config, or leave them out with None."""
-    config = config_of(folder) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return partial(applied, run_sleb)
 
 
 def test_blocks_are_protected_by_kind_and_by_number(search, mixed, tmp_path):
     options = ["--protect-kind", "full_attention", "--protect", "2", "--remove", 1]
     shown, plan = search(*options, model=mixed).stdout, read_plan(tmp_path / "plan.json")
     assert plan.search.protect == (1, 2, 3, 5)
-    assert (list(plan.steps[0].scores), plan.steps[0].kind) == ([4], MIXED[4])
-    assert all(words in shown for words in (" kind ", MIXED[4]))
+    assert (list(plan.steps[0].scores), plan.steps[0].kind) == ([4], "sliding_attention")
+    assert all(words in shown for words in (" kind ", "sliding_attention"))
     # Blocks of one kind show none.
     assert " kind " not in search("--remove", 1, "--force").stdout
     assert read_plan(tmp_path / "plan.json").steps[0].kind == ""
@@ -141,11 +124,11 @@ def test_multi_token_prediction_blocks_are_left_out(apply, tmp_path):
     tensors = weights_of(folder)
     extra = {name.replace("layers.5.", "layers.6."): t.clone() for name, t in tensors.items() if ".layers.5." in name}
     save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
-    change_config(folder, num_nextn_predict_layers=1)
+    write_config(folder, num_nextn_predict_layers=1)
     apply(folder, "--blocks", "2")
     assert config_of(tmp_path / "out")["num_nextn_predict_layers"] == 0
     assert not any(".layers.5." in name for name in weights_of(tmp_path / "out"))
-    change_config(folder, num_nextn_predict_layers=2)
+    write_config(folder, num_nextn_predict_layers=2)
     assert "do not keep 6 blocks" in apply(folder, "--blocks", "2", code=4, output="other").stderr
 
 
@@ -172,7 +155,7 @@ TWICE = ["gemma3_text", slow("laguna"), slow("qwen3_moe"), "nemotron_h", "runs, 
 def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(apply, tmp_path, name):
     model_type, settings, changes = ON_THE_HUB.get(name, (name, {}, {}))
     dense = save_model(tmp_path / "dense", tiny_config(model_type, **settings))
-    change_config(dense, **changes)
+    write_config(dense, **changes)
     for folder, blocks, output in ((dense, "1", "one"), ("one", "3", "two"), (dense, "1,4", "both")):
         apply(folder, "--blocks", blocks, "--no-verify", output=output)
     assert config_of(tmp_path / "two") == config_of(tmp_path / "both")
@@ -181,30 +164,26 @@ def test_two_prunings_in_a_row_give_what_one_of_both_blocks_gives(apply, tmp_pat
     assert all(torch.equal(two[key], both[key]) for key in both)
 
 
-SHAPE = {
-    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 5, "max_position_embeddings": 128,
-}  # fmt: skip
 EYES = {
-    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 5, "image_size": 28,
+    "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
 MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 SEEING = {
     "gemma3": lambda: Gemma3Config(
-        text_config={**SHAPE, "head_dim": 8, "layer_types": [*MIXED[:4], "sliding_attention"]}, vision_config=EYES,
-        image_token_index=5, mm_tokens_per_image=4, boi_token_index=6, eoi_token_index=7,
+        text_config=tiny_config("gemma3_text"), vision_config=EYES, image_token_index=5, mm_tokens_per_image=4,
+        boi_token_index=6, eoi_token_index=7,
     ),
     "llava": lambda: LlavaConfig(
-        text_config=llama_config(5), vision_config=CLIPVisionConfig(**EYES), image_token_index=5
+        text_config=llama_config(), vision_config=CLIPVisionConfig(**EYES), image_token_index=5
     ),
     "llava, tied": lambda: LlavaConfig(  # outside of the language model, too
-        text_config=llama_config(5, tie_word_embeddings=True), vision_config=CLIPVisionConfig(**EYES),
+        text_config=llama_config(tie_word_embeddings=True), vision_config=CLIPVisionConfig(**EYES),
         image_token_index=5, tie_word_embeddings=True,
     ),
     "qwen2_vl": lambda: Qwen2VLConfig(
-        text_config={**SHAPE, "rope_parameters": MROPE},
-        vision_config={"depth": 5, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
+        text_config=tiny_config("qwen2_vl_text", rope_parameters=MROPE),
+        vision_config={"depth": 6, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2},
         image_token_id=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
     ),
 }  # fmt: skip
@@ -230,9 +209,9 @@ def test_a_model_that_sees_is_pruned_in_its_language_model(search, apply, tmp_pa
     assert seeing
     assert all(torch.equal(before[key], after[key]) for key in seeing)
     pruned = config_of(out)
-    assert pruned["text_config"]["num_hidden_layers"] == 3
+    assert pruned["text_config"]["num_hidden_layers"] == 4
     assert pruned["vision_config"] == config_of(folder)["vision_config"]
-    assert len(AutoModelForImageTextToText.from_pretrained(out).model.language_model.layers) == 3
+    assert len(AutoModelForImageTextToText.from_pretrained(out).model.language_model.layers) == 4
 
 
 @pytest.mark.parametrize("name", [slow("qwen2_vl"), "llava, tied"])
