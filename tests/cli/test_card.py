@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from test_apply import applied
 
 from conftest import llama_config, save_model
 from gguf_models import write_llama_gguf
@@ -27,8 +28,7 @@ class Checkpoint:
         self.readme = self.folder / "README.md"
 
     def apply(self, subject, *options):
-        result = self.run("apply", subject, "-o", "out", "--no-verify", *options)
-        assert result.exit_code == 0, result.stderr
+        applied(self.run, subject, "--no-verify", *options)
 
     def evaluate(self):
         options = ["--perplexity", self.text_file, "--sequence-length", 32, "--max-windows", 4]
