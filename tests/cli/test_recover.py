@@ -6,11 +6,14 @@ import math
 import os
 import re
 import shutil
+from itertools import cycle
 from types import SimpleNamespace
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_apply import applied, write_config
 from transformers import AutoModelForCausalLM
 
 from conftest import calibration, llama_config, reported_tokens, save_model, weights_of
@@ -46,11 +49,8 @@ def fit(monkeypatch):
 def recover(run_sleb, text_file):
     """Recover a model or plan into `out`, on text, and give the result."""
 
-    def run(subject, *options, samples=10, output="out", code=0):
-        text = calibration(text_file, samples)
-        result = run_sleb("apply", subject, "--recover", *text, "-o", output, *options)
-        assert result.exit_code == code, result.stderr
-        return result
+    def run(subject, *options, samples=10, **how):
+        return applied(run_sleb, subject, "--recover", *calibration(text_file, samples), *options, **how)
 
     return run
 
@@ -76,19 +76,15 @@ def test_new_values_are_written_proven_and_recorded(recover, llama_plan, tiny_ll
     assert record.summary in result.stdout
     card = (out / "README.md").read_text()
     assert str(text_file.parent) not in card
-    for words in (
-        text_file.name, proven,
-        f"| recovered in closed form | {perplexities[1]} |", "the others given new weights",
-    ):  # fmt: skip
-        assert words in card
+    row = f"| recovered in closed form | {perplexities[1]} |"
+    assert all(words in card for words in (text_file.name, proven, row, "the others given new weights"))
 
     before, after = weights_of(tiny_llama), weights_of(out)
     changed = {DOWN, "model.layers.3.mlp.down_proj.weight", "model.norm.weight"}
     assert torch.equal(after[DOWN], before[DOWN] * 1.1)
     old = [block for block in range(6) if block not in plan.removals]
     for name, tensor in after.items():
-        parts = name.split(".")
-        source = ".".join([*parts[:2], str(old[int(parts[2])]), *parts[3:]]) if parts[1] == "layers" else name
+        source = re.sub(r"(?<=layers\.)\d", lambda found: str(old[int(found[0])]), name)
         assert torch.equal(tensor, before[source]) == (name not in changed), name
 
 
@@ -104,11 +100,12 @@ def test_new_values_are_written_proven_and_recorded(recover, llama_plan, tiny_ll
 )
 def test_config_and_files_may_name_different_data_types(recover, tiny_llama, fit, tmp_path, config, weights, norms):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    kind = lambda name: getattr(torch, norms if "norm" in name else weights)  # noqa: E731
-    dense = {name: tensor.to(kind(name)) for name, tensor in weights_of(folder).items()}
+    dense = {
+        name: tensor.to(getattr(torch, norms if "norm" in name else weights))
+        for name, tensor in weights_of(folder).items()
+    }
     save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((folder / "config.json").read_text()) | {"dtype": config}
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value}))
+    write_config(folder, dtype=config)
     proof = json.loads(recover(folder, "--blocks", "3", "--json").stdout)["proof"]
     assert proof["logits_difference"] == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype
@@ -128,15 +125,18 @@ def test_a_block_may_lie_in_two_files(recover, tiny_llama, fit, tmp_path, option
     assert same_weights(tmp_path / "one", tmp_path / "two")
 
 
+def plain_losses(dense, ours, tokens):
+    """Return the loss of a model, and the divergence from the dense one, from whole logits."""
+    p, q = (model(tokens).logits[:, :-1].float().log_softmax(-1) for model in (dense, ours))
+    return -q.gather(-1, tokens[:, 1:, None]).mean().item(), (p.exp() * (p - q)).sum(-1).mean().item()
+
+
 def test_losses_are_those_of_a_plain_computation(recover, tiny_llama, text_file, fit, tmp_path):
     record = json.loads(recover(tiny_llama, "--blocks", "2", "--json").stdout)["recovery"]
-    reported = reported_tokens(tiny_llama, text_file, record)
-    dense = AutoModelForCausalLM.from_pretrained(tiny_llama)(reported).logits[:, :-1].log_softmax(-1)
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(reported).logits[:, :-1].log_softmax(-1)
-    loss = -ours.gather(-1, reported[:, 1:, None]).mean()
-    divergence = (dense.exp() * (dense - ours)).sum(-1).mean()
-    assert record["closed_form_losses"]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert record["closed_form_losses"]["divergence"] == pytest.approx(divergence.item(), rel=1e-4)
+    dense, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tiny_llama, tmp_path / "out"))
+    loss, divergence = plain_losses(dense, ours, reported_tokens(tiny_llama, text_file, record))
+    assert record["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert record["closed_form_losses"]["divergence"] == pytest.approx(divergence, rel=1e-4)
 
 
 def test_a_checkpoint_of_merged_experts_takes_new_values(recover, fit, tmp_path):
@@ -186,15 +186,8 @@ def failing(module, name, error):
 
 
 def interrupted_fit(patch):
-    fit, calls = closed_form.fit_block, []
-
-    def few(*arguments):
-        calls.append(1)
-        if len(calls) % 3 == 0:
-            raise KeyboardInterrupt
-        return fit(*arguments)
-
-    patch.setattr(closed_form, "fit_block", few)
+    turns = cycle([DEFAULT, DEFAULT, KeyboardInterrupt])
+    patch.setattr(closed_form, "fit_block", Mock(wraps=closed_form.fit_block, side_effect=turns))
 
 
 @pytest.fixture
@@ -250,8 +243,7 @@ def test_what_nobody_continued_is_cleared_later(run_sleb, tiny_llama, tmp_path):
 
 def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "quantized")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    write_config(folder, quantization_config={"quant_method": "fp8"})
     assert "is quantized, so its blocks cannot be recovered" in recover(folder, "--blocks", "2", code=4).stderr
     assert not fit.calls
 
@@ -270,8 +262,7 @@ def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):
 )
 def test_what_cannot_be_is_refused(run_sleb, llama_plan, text_file, fit, options, code, words):
     options = [text_file if option == "TEXT" else option for option in options]
-    result = run_sleb("apply", llama_plan, *options, "-o", "out")
-    assert (result.exit_code, words in result.stderr) == (code, True), result.stderr
+    assert words in applied(run_sleb, llama_plan, *options, code=code).stderr
 
 
 def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit, monkeypatch):
@@ -282,8 +273,7 @@ def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit
 
 @pytest.mark.parametrize("planned", [False, True])
 def test_the_default_text_is_the_plans_or_the_models_own(run_sleb, llama_plan, tiny_llama, text_file, fit, planned):
-    options = ["--recover", "--samples", 10, "--sequence-length", 32, "-o", "out", "--no-verify", "--json"]
-    result = run_sleb("apply", *([llama_plan] if planned else [tiny_llama, "--blocks", "3"]), *options)
-    assert result.exit_code == 0, result.stderr
-    source = json.loads(result.stdout)["recovery"]["text"]["source"]
-    assert source == (str(text_file) if planned else "self") + (":0.75,self:0.25" if planned else "")
+    subject = [llama_plan] if planned else [tiny_llama, "--blocks", "3"]
+    options = ["--recover", "--samples", 10, "--sequence-length", 32, "--no-verify", "--json"]
+    source = json.loads(applied(run_sleb, *subject, *options).stdout)["recovery"]["text"]["source"]
+    assert source == (f"{text_file}:0.75,self:0.25" if planned else "self")

@@ -6,9 +6,12 @@ import shlex
 import sys
 from html import unescape
 from itertools import pairwise
+from types import NoneType
+from typing import get_args
 from urllib.parse import unquote
 
 import pytest
+from pydantic import BaseModel
 
 import sleb_plugins as sleb
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
@@ -90,17 +93,6 @@ def report(exported, tmp_path):
     return report
 
 
-@pytest.fixture
-def summary(exported, tmp_path):
-    """Return the words of the summary of a plan and what was measured of it."""
-
-    def summary(plan, **measured):
-        write_measured(tmp_path, plan, **measured)
-        return " ".join(exported("summary").stdout.split())
-
-    return summary
-
-
 def test_a_report_is_one_accessible_file_that_loads_nothing(page):
     assert len(page.html.encode()) < 1_000_000
     assert all(source.startswith("data:image/svg+xml,") for source in page.values("src"))
@@ -167,39 +159,34 @@ def changed(result, change):
     return type(result).model_validate_json(json.dumps(data))
 
 
-def without_options(data):
-    """Make null what may be null in results."""
-    optional = {
-        "word_perplexity", "byte_perplexity", "bits_per_byte", "standard_error", "interval", "stderr", "retention",
-        "difference_interval", "mcnemar_p", "lost", "gained", "items_needed", "governor", "load_seconds", "deviation",
-        "stable", "memory", "energy", "work", "bound",
-    }  # fmt: skip
-    absent = {name for name, value in data.items() if name in optional and not isinstance(value, bool | str)}
-    return data | dict.fromkeys(absent)
+def bare(record):
+    """Return a record without all that may be null in it."""
+    if isinstance(record, tuple):
+        return tuple(map(bare, record))
+    if not isinstance(record, BaseModel):
+        return record
+    kinds = {name: get_args(field.annotation) for name, field in type(record).model_fields.items()}
+    values = {name: None if NoneType in kind else bare(getattr(record, name)) for name, kind in kinds.items()}
+    return record.model_copy(update=values)
 
 
 def test_results_may_lack_whatever_is_optional(report, exported):
-    plan = make_plan(12, 3, raced=False)
+    plan = bare(make_plan(12, 3))
     # Each size on its own, as a beam finds them.
     sizes = [plan.removals[:1], (plan.removals[2], plan.removals[1]), (*plan.removals[1:], plan.removals[0])]
     steps = [
-        step.model_copy(update={"held_out": None, "scores": {}, "removals": removals, "block": removals[-1]})
+        step.model_copy(update={"scores": {}, "removals": removals, "block": removals[-1]})
         for step, removals in zip(plan.steps, sizes, strict=True)
     ]
-    dense = plan.dense.model_copy(update={"held_out": None})
-    changes = {"steps": tuple(steps), "removals": sizes[-1], "dense": dense, "sample_generation": None}
-    plan = plan.model_copy(update=changes)
+    plan = plan.model_copy(update={"steps": tuple(steps), "removals": sizes[-1]})
 
-    def bare(data):
-        data |= json.loads(json.dumps(data), object_hook=without_options)
-        if "tasks" in data:
-            group, canary = data["tasks"]
-            group |= {"items_sha256": None, "doc_ids": []}
-            canary |= {"higher_is_better": False, "metric": "repetition"}
+    def of_odd_tasks(data):
+        data["tasks"][0] |= {"doc_ids": []}
+        data["tasks"][1] |= {"higher_is_better": False, "metric": "repetition", "items_sha256": "0" * 64}
 
-    evaluation = changed(make_evaluation(plan, items=40, every=1, tasks=("group", "sleb_repetition")), bare)
-    benchmark = changed(make_benchmark(plan, every=1, batches=()), bare)
-    page = report(plan, evaluation=evaluation, benchmark=benchmark)
+    evaluation = make_evaluation(plan, items=40, every=1, tasks=("group", "sleb_repetition"))
+    benchmark = bare(make_benchmark(plan, every=1, batches=()))
+    page = report(plan, evaluation=changed(bare(evaluation), of_odd_tasks), benchmark=benchmark)
     assert page.figures == FIGURES - {"search", "inter-token-latency", "memory", "quality-and-speed-generation"}
     assert "accuracy kept" not in page.text
     assert "repetition, lower is better" in page.text
@@ -234,9 +221,10 @@ def test_a_recovered_plan_says_what_came_back(report):
         ("acme/news", "acme/news::test", ""),
     ],
 )
-def test_a_text_that_was_searched_on_is_called_so(summary, searched_on, measured_on, remark):
+def test_a_text_that_was_searched_on_is_called_so(exported, tmp_path, searched_on, measured_on, remark):
     plan = make_plan(8, 2, text=searched_on)
-    said = summary(plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
+    write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40, tasks=(), texts=(measured_on,)))
+    said = " ".join(exported("summary").stdout.split())
     assert f"Its perplexity on {measured_on.rpartition('jane/')[2]}{remark} rises" in said
 
 
@@ -270,7 +258,7 @@ def test_one_text_read_in_several_ways_has_several_names(report):
     ],
     ids=["largest", "with an interval", "one run", "few runs"],
 )
-def test_the_headline_names_the_largest_workload(summary, runs, said):
+def test_the_headline_names_the_largest_workload(exported, tmp_path, runs, said):
     plan = make_plan(8, 2)
     swept = [
         make_benchmark(plan, iterations=count, workloads=[("generation", 1, length, 8)])
@@ -278,8 +266,8 @@ def test_the_headline_names_the_largest_workload(summary, runs, said):
     ]
     workloads = [result for benchmark in swept for result in benchmark.workloads]
     intervals = [f"{ends.low:.2f} to {ends.high:.2f}" for result in workloads if (ends := result.pruned[-1].interval)]
-    benchmark = swept[0].model_copy(update={"workloads": tuple(workloads)})
-    assert said.format(intervals[-1] if intervals else "") in summary(plan, benchmark=benchmark)
+    write_measured(tmp_path, plan, benchmark=swept[0].model_copy(update={"workloads": tuple(workloads)}))
+    assert said.format(intervals[-1] if intervals else "") in " ".join(exported("summary").stdout.split())
 
 
 def test_what_a_text_says_is_never_markup(report):
@@ -348,10 +336,10 @@ def test_only_force_replaces_pages_and_figures_and_never_other_files(exported, t
     page, folder = tmp_path / "plan.report.html", tmp_path / "plan.figures"
     page.write_text("mine")
     folder.mkdir()
+    (folder / "loss.png").write_text("an older one")
     assert "plan.report.html already exists" in exported("report", code=8).stderr
     assert "plan.figures already exists" in exported("figures", code=8).stderr
     assert page.read_text() == "mine"
-    (folder / "loss.png").write_text("an older one")
     exported("report", "--force")
     exported("figures", "--force")
     assert "wrote again.html" in exported("report", "-o", "again.html").stdout
