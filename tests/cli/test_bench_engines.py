@@ -17,6 +17,18 @@ from sleb_cli.plan import read_plan
 SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iterations", 4, "--warmup", 1]
 
 
+@pytest.fixture
+def bench(run_sleb):
+    """Run a short benchmark, require an exit code, and give the result."""
+
+    def run(*words, code=0):
+        result = run_sleb("bench", *words, *SHORT)
+        assert result.exit_code == code, result.stderr
+        return result
+
+    return run
+
+
 class Recorder(sleb.Engine):
     """Reads GGUF files, and remembers what it was asked."""
 
@@ -62,13 +74,11 @@ def recorder(as_plugins, monkeypatch):
     return engine
 
 
-def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan, tiny_llama, tmp_path, monkeypatch):
+def test_every_size_is_timed_beside_the_dense_model(bench, steady, llama_plan, tiny_llama, tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
-    result = run_sleb("bench", llama_plan, "--every", 1, "--engine", "steady", *SHORT, "--json")
-    assert result.exit_code == 0, result.stderr
+    data = json.loads(bench(llama_plan, "--every", 1, "--engine", "steady", "--json").stdout)
     assert list((tmp_path / "scratch").iterdir()) == []  # nothing stays of the files that were written
-    data = json.loads(result.stdout)
     kept = json.loads(llama_plan.with_suffix(".bench.steady.json").read_text())
     assert kept["workloads"] == data["workloads"]
     assert not llama_plan.with_suffix(".bench.json").exists()
@@ -92,12 +102,10 @@ def test_every_size_is_timed_beside_the_dense_model(run_sleb, steady, llama_plan
     assert {len(steps) for steps in generation["dense"]["itls"]} == {2}
 
 
-def test_a_gguf_file_is_cut_and_loaded_in_pairs(run_sleb, recorder, tmp_path):
+def test_a_gguf_file_is_cut_and_loaded_in_pairs(bench, recorder, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    options = ["--blocks", "4,1,2", "--remove", "1,3", "--engine", "recorder", "--prompt", *SHORT[:4], "--threads", 1]
-    result = run_sleb("bench", file, *options, "--iterations", 4, "--warmup", 1, "--json")
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
+    options = ["--blocks", "4,1,2", "--remove", "1,3", "--engine", "recorder", "--prompt", "--threads", 1]
+    data = json.loads(bench(file, *options, "--json").stdout)
     assert [block_count(file) for file in recorder.files] == [6, 5, 3]
     assert (data["dtype"], data["device"], data["threads"]) == ("F32", "abacus", 1)
     settings = recorder.settings[0]
@@ -111,53 +119,40 @@ def test_a_gguf_file_is_cut_and_loaded_in_pairs(run_sleb, recorder, tmp_path):
     assert len({json.dumps(prompts) for _, prompts in recorder.prompts[:10]}) == 5
 
 
-def test_the_gguf_file_of_a_checkpoint_is_named(run_sleb, recorder, tmp_path):
+def test_the_gguf_file_of_a_checkpoint_is_named(bench, recorder, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    options = ["--blocks", "1", "--engine", "recorder", "--prompt", *SHORT]
-    result = run_sleb("bench", tmp_path / "origin", *options)
-    assert result.exit_code == 2
-    assert "recorder reads GGUF files" in result.stderr
-    assert "--source" in result.stderr
-    result = run_sleb("bench", file, "--engine", "recorder", "--dtype", "float32")
-    assert (result.exit_code, "--dtype does not apply" in result.stderr) == (2, True)
-    assert run_sleb("bench", tmp_path / "origin", *options, "--source", file).exit_code == 0
+    command = [tmp_path / "origin", "--blocks", "1", "--engine", "recorder", "--prompt"]
+    said = bench(*command, code=2).stderr
+    assert "recorder reads GGUF files" in said
+    assert "--source" in said
+    assert "--dtype does not apply" in bench(file, "--engine", "recorder", "--dtype", "float32", code=2).stderr
+    bench(*command, "--source", file)
     (tmp_path / "other").mkdir()
     other = write_llama_gguf(tmp_path / "other" / "other.gguf", 4)
-    result = run_sleb("bench", tmp_path / "origin", *options, "--source", other)
-    assert (result.exit_code, "holds another model" in result.stderr) == (3, True)
+    assert "holds another model" in bench(*command, "--source", other, code=3).stderr
 
 
-@pytest.mark.parametrize(
-    ("engine", "module", "content", "words"),
-    [
-        ("llama.cpp", "llama_cpp", None, ["is not installed", "pip install 'sleb[llama-cpp]'"]),
-        ("vllm", "vllm", None, ["is not installed", "pip install 'sleb[vllm]'"]),
-        ("llama.cpp", "llama_cpp", "raise OSError('libgomp.so.1: cannot open shared object file')",
-         ["llama.cpp is installed, but does not load: libgomp.so.1"]),
-    ],
-)  # fmt: skip
-def test_an_engine_that_is_missing_or_broken(
-    run_sleb, tiny_llama, monkeypatch, tmp_path, engine, module, content, words
-):
-    if content is None:
+def test_an_engine_that_is_missing_or_broken(bench, tiny_llama, monkeypatch, tmp_path):
+    for engine, module in (("vllm", "vllm"), ("llama.cpp", "llama_cpp")):
         monkeypatch.setitem(sys.modules, module, None)
-    else:
-        (tmp_path / "modules").mkdir()
-        (tmp_path / "modules" / f"{module}.py").write_text(content)
-        monkeypatch.delitem(sys.modules, module, raising=False)
-        monkeypatch.syspath_prepend(tmp_path / "modules")
-    result = run_sleb("bench", tiny_llama, "--engine", engine)
-    assert result.exit_code == 7
-    assert all(each in result.stderr for each in words)
+        said = bench(tiny_llama, "--engine", engine, code=7).stderr
+        assert "is not installed" in said
+        assert f"pip install 'sleb[{module.replace('_', '-')}]'" in said
+    (tmp_path / "llama_cpp.py").write_text("raise OSError('libgomp.so.1: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp")
+    said = bench(tiny_llama, "--engine", "llama.cpp", code=7).stderr
+    assert "llama.cpp is installed, but does not load: libgomp.so.1" in said
+
+
+needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-def test_llama_cpp_runs_a_gguf_file(run_sleb, tmp_path):
+@needs_llama_cpp
+def test_llama_cpp_runs_a_gguf_file(bench, tmp_path):
     file = write_llama_gguf(tmp_path / "tiny.gguf", 6)
-    result = run_sleb("bench", file, "--blocks", "4,1", "--every", 1, "--engine", "llama.cpp", *SHORT, "--json")
-    assert result.exit_code == 0, result.stderr
-    data = json.loads(result.stdout)
+    data = json.loads(bench(file, "--blocks", "4,1", "--every", 1, "--engine", "llama.cpp", "--json").stdout)
     for measured in data["workloads"]:
         assert measured["engine_version"].startswith("llama_cpp_python ")
         assert all(seconds > 0 for timing in measured["pruned"] for seconds in timing["e2els"])
@@ -166,7 +161,7 @@ def test_llama_cpp_runs_a_gguf_file(run_sleb, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@needs_llama_cpp
 def test_llama_cpp_decodes_sequences_together_as_it_does_alone(tmp_path):
     from sleb_cli.engine.speed.engines.llama_cpp import LlamaCpp
 

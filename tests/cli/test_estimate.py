@@ -39,14 +39,13 @@ def test_a_sweep_takes_each_shape_in_turn(run_sleb, config_only):
 
 def test_what_the_screen_says(run_sleb, config_only, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    options = ["--estimate", *H100, "--generation", "--sweep", "batch=1,2", "--prompt-length", 8, "--new-tokens", 4]
-    result = run_sleb("bench", config_only, *options, "--remove", "1,3")
+    options = [*H100, "--generation", "--sweep", "batch=1,2", "--prompt-length", 8, "--new-tokens", 4]
+    result = run_sleb("bench", config_only, "--estimate", *options, "--remove", "1,3")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     (size,) = (line for line in lines if line.startswith("│ -3 "))
     assert [cell.strip() for cell in size.split("│")[1:-1]] == ["-3", "3", "48.35k", "193 kB", "9.22 kB"]
-    for batch in (1, 2):
-        assert any(f"│ generation {batch}x8+4 │ dense " in line for line in lines)
+    assert all(f"│ generation {batch}x8+4 │ dense " in result.stdout for batch in (1, 2))
     assert sum("│ -3 " in line and "x │" in line for line in lines) >= 1
     assert "a device of 989 TFLOP/s and 3.35 TB/s" in result.stdout
     assert "average" in result.stdout

@@ -40,8 +40,7 @@ def test_indices_are_what_blocks_takes(export, llama_plan):
 
 
 def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
-    result = export(tiny_llama, "4,1,2", "mergekit", "-o", "m.yaml")
-    assert result.stdout == ""
+    assert export(tiny_llama, "4,1,2", "mergekit", "-o", "m.yaml").stdout == ""
     recipe = yaml.safe_load((tmp_path / "m.yaml").read_text())
     assert recipe["merge_method"] == "passthrough"
     assert recipe["dtype"] == "float32"
@@ -60,13 +59,15 @@ def test_what_cannot_be_is_refused(export, tiny_llama, tmp_path):
 
 def test_a_gguf_of_the_model_itself_or_of_another_file(export, tmp_path):
     source = write_llama_gguf(tmp_path / "tiny.gguf", 6, Type.Q8_0)
-    result = export(source, "4,1", "gguf")
-    assert "wrote tiny-sleb-4-blocks.gguf: 4 blocks" in result.stdout
-    assert "proven in bfloat16" in result.stdout
-    assert "llama-cli -m tiny-sleb-4-blocks.gguf" in result.stdout
+    shown = export(source, "4,1", "gguf").stdout
+    for words in (
+        "wrote tiny-sleb-4-blocks.gguf: 4 blocks",
+        "proven in bfloat16",
+        "llama-cli -m tiny-sleb-4-blocks.gguf",
+    ):
+        assert words in shown
     options = [tmp_path / "origin", "4,1", "gguf", "--source", source]
-    result = export(*options, "-o", "other.gguf", "--json")
-    data = json.loads(result.stdout)
+    data = json.loads(export(*options, "-o", "other.gguf", "--json").stdout)
     assert (data["exporter"], data["lines"]) == ("gguf", ["run it: llama-cli -m other.gguf"])
     assert [(written["kind"], written["removals"]) for written in data["written"]] == [("gguf", [4, 1])]
     assert (tmp_path / "other.gguf").read_bytes() == (tmp_path / "tiny-sleb-4-blocks.gguf").read_bytes()
@@ -84,32 +85,24 @@ def test_a_gguf_needs_a_source_that_fits(export, tiny_llama, tmp_path):
 
 
 def test_the_command_for_llama_quantize(export, tiny_llama, tmp_path):
-    result = export(tiny_llama, "4,1", "llama-quantize", "-q")
     expected = "llama-quantize --prune-layers 4,1 tiny-llama.gguf tiny-llama-sleb-4-blocks.gguf COPY\n"
-    assert result.stdout == expected
+    assert export(tiny_llama, "4,1", "llama-quantize", "-q").stdout == expected
     source = write_llama_gguf(tmp_path / "a name.gguf", 6)
-    result = export(source, "4,1", "llama-quantize", "--json")
-    command = json.loads(result.stdout)["document"]["command"]
+    command = json.loads(export(source, "4,1", "llama-quantize", "--json").stdout)["document"]["command"]
     assert command[3:] == [str(source), "a name-sleb-4-blocks.gguf", "COPY"]
-    result = export(source, "4,1", "llama-quantize", "-o", "run.sh")
+    export(source, "4,1", "llama-quantize", "-o", "run.sh")
     assert shlex.split((tmp_path / "run.sh").read_text()) == command
 
 
-@pytest.mark.parametrize(
-    ("architecture", "values", "code", "message"),
-    [
+def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, tmp_path):
+    for architecture, values, code, message in (
         ("llama", {"attention.head_count": 4}, 0, ""),
         ("llama", {"attention.head_count_kv": [2] * 5 + [4]}, 4, "not correct llama.attention.head_count_kv"),
         ("deepseek", {"leading_dense_block_count": 2}, 4, "not correct deepseek.leading_dense_block_count"),
         ("gemma2", {}, 4, "the last of every 2 blocks"),
-    ],
-)
-def test_llama_quantize_is_not_sent_where_it_would_go_wrong(
-    export, tiny_llama, tmp_path, architecture, values, code, message
-):
-    write_gguf(tmp_path / "a.gguf", architecture, 6, values)
-    options = ["1", "llama-quantize", "--source", "a.gguf"]
-    export(tiny_llama, *options, code=code, says=message)
+    ):
+        write_gguf(tmp_path / "a.gguf", architecture, 6, values)
+        export(tiny_llama, "1", "llama-quantize", "--source", "a.gguf", code=code, says=message)
 
 
 @pytest.mark.parametrize("name", ["hf", "vllm"])

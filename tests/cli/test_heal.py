@@ -1,18 +1,15 @@
 """`sleb apply --heal`, through `main()`."""
 
-import json
 import math
 import os
 import re
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
 from test_recover import failing, standing_in
 
 from conftest import (
-    Result,
     calibration,
     interrupt_healing,
     llama_config,
@@ -22,7 +19,6 @@ from conftest import (
     weight_bytes_of,
     weights_of,
 )
-from sleb_cli.__main__ import main
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.output import apply
 from sleb_cli.engine.process_group import ProcessGroup
@@ -33,38 +29,30 @@ from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 
-HEAL = ["--recover", "--heal", "--heal-tokens", 8192, *calibration("text.txt", samples=10)]
-
-
-@pytest.fixture(scope="module")
-def whole(_found_plan, tmp_path_factory):
-    """The folder of a recovery and healing that nothing interrupted, and what it told."""
-    folder, out, err = tmp_path_factory.mktemp("whole"), StringIO(), StringIO()
-    (folder / "text.txt").write_text(prose(400))
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(folder)
-        patch.setenv("SLEB_CACHE", str(folder / "cache"))
-        patch.setattr(healing, "PORTION_TOKENS", 1024)
-        code = main([str(word) for word in ("apply", _found_plan, *HEAL, "-o", "out")])
-    assert code == 0, err.getvalue()
-    return folder / "out", Result(code, out.getvalue(), err.getvalue())
+TOKENS = ["--heal-tokens", 8192]
 
 
 @pytest.fixture
-def healed(run_sleb, llama_plan, tmp_path):
-    """Heal the tiny Llama without the two blocks of its plan."""
+def healed(run_sleb, llama_plan, tmp_path, monkeypatch):
+    """Heal a model, by default the tiny Llama without the two blocks of its plan."""
     (tmp_path / "text.txt").write_text(prose(400))
+    monkeypatch.setattr(healing, "PORTION_TOKENS", 1024)
 
-    def run(*options, code=0):
-        result = run_sleb("apply", llama_plan, *HEAL[1:], "-o", "out", *options)
+    def run(*options, of=(llama_plan,), code=0):
+        result = run_sleb("apply", *of, "--heal", *calibration("text.txt", samples=10), "-o", "out", *options)
         assert result.exit_code == code, result.stderr
         return result
 
     return run
 
 
-def test_healing_comes_nearer_to_the_dense_model(whole, tiny_llama):
-    folder, result = whole
+def recovery():
+    """Return what the plan in the checkpoint says of it."""
+    return read_plan(Path("out/sleb_plan.json")).recovery
+
+
+def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path):
+    result = healed("--recover", *TOKENS)
     assert re.search(
         r"dense .*\n.* pruned .*\n.* recovered .*\n.* healed .*\n(.*\n)?.*; \d+% of the divergence", result.stdout
     )
@@ -73,41 +61,43 @@ def test_healing_comes_nearer_to_the_dense_model(whole, tiny_llama):
     assert len(told) >= 8
     assert int(told[-1][0]) >= 100
     assert float(told[-1][2]) < float(told[0][2])  # the other numbers are of other batches each time
-    recovery = read_plan(folder / "sleb_plan.json").recovery
-    heal = recovery.heal
+    found, heal = recovery(), recovery().heal
     assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (8192, None, "budget", 8192)
-    assert heal.losses.divergence < recovery.pruned.divergence
-    assert recovery.recovered == heal.losses
-    assert f"| healed on 8,192 tokens | {math.exp(heal.losses.loss):.2f} |" in (folder / "README.md").read_text()
-    before, after = weights_of(tiny_llama), weights_of(folder)
+    assert heal.losses.divergence < found.pruned.divergence
+    assert found.recovered == heal.losses
+    assert (
+        f"| healed on 8,192 tokens | {math.exp(heal.losses.loss):.2f} |" in (tmp_path / "out" / "README.md").read_text()
+    )
+    before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in after if "embed" in name or "head" in name)
     assert not torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
 
 
-def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(healing, "PORTION_TOKENS", 1024)
+def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monkeypatch):
+    command = ["--recover", *TOKENS]
+    healed(*command, "-o", "whole")
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
-        stopped = healed("--recover", code=130)
+        stopped = healed(*command, code=130)
     assert "The healing is kept in" in stopped.stderr
     assert "rerun with --resume to continue" in stopped.stderr
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
-    assert "holds an unfinished healing" in healed("--recover", code=8).stderr
-    other = healed("--recover", "--resume", "--heal-tokens", 4096, code=3)
+    assert "holds an unfinished healing" in healed(*command, code=8).stderr
+    other = healed(*command, "--resume", "--heal-tokens", 4096, code=3)
     assert "belongs to another healing (heal_tokens: 4096, not 8192)" in other.stderr
     (tmp_path / "text.txt").write_text(prose(400, seed=1))
-    assert "belongs to another healing (text: " in healed("--recover", "--resume", code=3).stderr
+    assert "belongs to another healing (text: " in healed(*command, "--resume", code=3).stderr
     (tmp_path / "text.txt").write_text(prose(400))
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 100)
         failing(apply, "prove", ProofError("It failed.", hint="Try again."))(patches)
-        assert "The healing is kept in" in healed("--recover", "--resume", code=9).stderr
+        assert "The healing is kept in" in healed(*command, "--resume", code=9).stderr
     assert len(steps) == 3
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 1)
-        healed("--recover", "--resume")  # from its end
+        healed(*command, "--resume")  # from its end
     assert not steps
-    assert bool(weight_bytes_of(whole[0]) == weight_bytes_of(tmp_path / "out"))
+    assert bool(weight_bytes_of(tmp_path / "whole") == weight_bytes_of(tmp_path / "out"))
     assert not list(tmp_path.glob(".*"))
 
 
@@ -121,11 +111,10 @@ def test_out_of_memory_heals_fewer_sequences_at_once(healed, monkeypatch):
         return distill(teacher, student, ids, *rest)
 
     monkeypatch.setattr(healing, "distill", short_of_memory)
-    result = healed("--json", "--heal-tokens", 2048)
+    said = healed("--heal-tokens", 2048).stderr
     assert failed == [32, 16]
-    assert "Out of memory on cpu; healing 8 sequences at a time." in result.stderr
-    record = json.loads(result.stdout)["recovery"]
-    assert record["heal"]["losses"]["divergence"] < record["pruned"]["divergence"]
+    assert "Out of memory on cpu; healing 8 sequences at a time." in said
+    assert recovery().heal.losses.divergence < recovery().pruned.divergence
 
 
 @pytest.mark.parametrize("overflows", [False, True])
@@ -157,30 +146,18 @@ def first_gradient(dtype):
         return run._gradient(ids, wanted, wanted), (began, run.progress.scale)
 
 
-@pytest.fixture
-def record_of(run_sleb, text_file):
-    """Heal without some blocks, and return the record."""
-
-    def run(model, blocks, *budget):
-        command = ["apply", model, "--blocks", blocks, "--heal", *budget, *calibration(text_file, samples=10)]
-        result = run_sleb(*command, "-o", "out", "--json")
-        assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)["recovery"]["heal"]
-
-    return run
-
-
-def test_a_budget_of_minutes_ends(record_of, tiny_llama, monkeypatch):
+def test_a_budget_of_minutes_ends(healed, monkeypatch):
     monkeypatch.setattr(healing, "PATIENCE", healing.CHECKS + 2)  # more checks than there are
-    heal = record_of(tiny_llama, "2,3", "--heal-minutes", 0.02)
-    assert (heal["stopped"], heal["minutes"], heal["token_budget"]) == ("budget", 0.02, None)
-    assert 1 <= heal["seconds"] < 60
+    healed("--heal-minutes", 0.02)
+    heal = recovery().heal
+    assert (heal.stopped, heal.minutes, heal.token_budget) == ("budget", 0.02, None)
+    assert 1 <= heal.seconds < 60
 
 
-def test_it_stops_without_gains_and_keeps_the_best_point(record_of, tiny_llama, tmp_path, monkeypatch):
+def test_it_stops_without_gains_and_keeps_the_best_point(healed, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(healing, "LEARNING_RATE", 100.0)
-    heal = record_of(tiny_llama, "2,3", "--heal-tokens", 8192)
-    assert (heal["stopped"], heal["kept_tokens"]) == ("patience", 0)
+    healed(*TOKENS)
+    assert (recovery().heal.stopped, recovery().heal.kept_tokens) == ("patience", 0)
     before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
     assert torch.equal(before["model.layers.5.mlp.up_proj.weight"], after["model.layers.3.mlp.up_proj.weight"])
 
@@ -188,19 +165,19 @@ def test_it_stops_without_gains_and_keeps_the_best_point(record_of, tiny_llama, 
 def test_it_starts_from_the_closed_form(healed, monkeypatch):
     standing_in(monkeypatch, ["model.layers.5.mlp.down_proj.weight", "model.norm.weight"])
     monkeypatch.setattr(healing, "LEARNING_RATE", 0.0)
-    record = json.loads(healed("--recover", "--json", "--heal-tokens", 512).stdout)["recovery"]
-    assert record["heal"]["losses"] == record["closed_form_losses"] != record["pruned"]
+    healed("--recover", "--heal-tokens", 512)
+    assert recovery().heal.losses == recovery().closed_form_losses != recovery().pruned
 
 
 def test_without_the_memory_it_is_refused(healed, monkeypatch):
     monkeypatch.setattr(settings, "free_bytes", lambda device: 500_000)
     needed = r"Healing needs \S+ MB of memory on cpu \(.* trained weights, \S+ kB for the state of training"
-    assert re.search(needed, healed(code=7).stderr)
+    assert re.search(needed, healed(*TOKENS, code=7).stderr)
 
 
-def test_blocks_far_below_the_gap_are_shared_and_stay(record_of, tmp_path):
+def test_blocks_far_below_the_gap_are_shared_and_stay(healed, tmp_path):
     folder = save_model(tmp_path / "model", llama_config(9))
-    record_of(folder, "6", "--heal-tokens", 2048)
+    healed("--heal-tokens", 2048, of=[folder, "--blocks", "6"])
     before, after = weights_of(folder), weights_of(tmp_path / "out")
     old = [f"model.layers.{block}.mlp.up_proj.weight" for block in (0, 1, 2, 3, 4, 5, 7, 8)]
     new = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(8)]

@@ -5,8 +5,7 @@ import math
 import pytest
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, llama_config, save_model
-from sleb_cli.__main__ import main
+from conftest import llama_config, save_model
 from sleb_cli.engine.search import speedup
 from sleb_cli.plan import ServingRecord, read_plan
 
@@ -14,13 +13,11 @@ BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
 OUTSIDE = 2 * 320 * 32 + 32
 
 
-@pytest.fixture(scope="module")
-def full(tiny_llama, text_file, tmp_path_factory):
+@pytest.fixture
+def full(search, tmp_path):
     """All four removals of the tiny Llama."""
-    plan = tmp_path_factory.mktemp("full") / "full.json"
-    words = ["search", tiny_llama, "--remove", 4, *calibration(text_file), "--sample-tokens", 0, "-o", plan, "-q"]
-    assert main([str(word) for word in words]) == 0
-    return read_plan(plan)
+    search("--remove", 4, "-o", "full.json")
+    return read_plan(tmp_path / "full.json")
 
 
 def increases(plan):

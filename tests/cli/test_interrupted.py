@@ -6,12 +6,12 @@ import os
 import random
 import shutil
 import sys
-from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from types import SimpleNamespace
 
 import pytest
 
+import sleb_plugins as sleb
 from conftest import slow
 from sleb_cli import plugin_manager
 from sleb_cli.engine.search import journal as journals
@@ -32,12 +32,11 @@ def plan_bytes(path):
     return kept
 
 
-@contextmanager
-def journals_stay():
-    """Let searches leave their journals, as if each were killed once its plan was written."""
+def leaving(run, *options, **how):
+    """Run what searches, and have it leave its journal, as if it were killed once its plan was written."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journals, "delete_journal", lambda *of: None)
-        yield
+        return run(*options, **how)
 
 
 SEARCHES = {
@@ -52,22 +51,11 @@ SEARCHES = {
 }
 
 
-@pytest.fixture
-def leave(search):
-    """Search, and leave the journal."""
-
-    def run(*options, **how):
-        with journals_stay():
-            return search(*options, **how)
-
-    return run
-
-
 @pytest.mark.parametrize("points", [1, slow(50)])  # tests/faults kills the program at many more
 @pytest.mark.parametrize("options", SEARCHES.values(), ids=SEARCHES)
-def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(search, leave, tmp_path, options, points):
+def test_cut_off_anywhere_and_resumed_it_is_the_same_plan(search, tmp_path, options, points):
     options, path = [*LONG, *options, "-q"], tmp_path / "plan.json"
-    leave(*options, samples=8)
+    leaving(search, *options, samples=8)
     plan, journal = plan_bytes(path), journal_of(path).read_bytes()
     header = journal.index(b"\n") + 1
     assert len(journal) > header + points
@@ -98,9 +86,9 @@ OTHERS = {
 }
 
 
-def test_a_journal_of_another_search_is_refused(search, leave, tiny_llama, tiny_gpt2, tmp_path):
+def test_a_journal_of_another_search_is_refused(search, tiny_llama, tiny_gpt2, tmp_path):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
-    leave(*LONG, "-q", model=folder)
+    leaving(search, *LONG, "-q", model=folder)
     journal, again = journal_of(tmp_path / "plan.json"), [*LONG, "--resume", "--force"]
     before, removals = journal.read_bytes(), read_plan(tmp_path / "plan.json").removals
     for changes, difference in OTHERS.items():
@@ -118,107 +106,100 @@ def test_a_journal_of_another_search_is_refused(search, leave, tiny_llama, tiny_
     assert read_plan(tmp_path / "plan.json").removals == removals[:2]
 
 
-@pytest.fixture
-def acme(monkeypatch, tmp_path_factory):
-    """Return a function that installs a version of a plugin, whose metric multiplies the loss, in place of another."""
-    folder = tmp_path_factory.mktemp("acme")
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-
-    def install(*, version="0.1", factor=1, data=""):
-        (folder / "acme_base.py").write_text(
-            "import sleb_plugins as sleb\nfrom torch.nn.functional import cross_entropy\n\n\n"
-            f"class Scaled(sleb.LogitMetric):\n    def score_tokens(self, logits, targets, dense_logits):\n"
-            f"        return {factor} * cross_entropy(logits, targets, reduction='none')\n"
-        )
-        (folder / "acme_metric.py").write_text(
-            f"import sleb_plugins as sleb\nfrom acme_base import Scaled\n\n\n"
-            f"class Loss(Scaled):\n    name = 'acme'\n\n    def fingerprint(self):\n        return {data!r}\n\n\n"
-            "@sleb.hookimpl\ndef sleb_metrics():\n    return [Loss()]\n"
-        )
-        for module in ("acme_base", "acme_metric"):
-            sys.modules.pop(module, None)
-        importlib.invalidate_caches()
-        package = SimpleNamespace(name="sleb-acme", version=version)
-        ours = EntryPoint("acme", "acme_metric", "sleb")._for(package)
-        monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*entry_points(group=group), ours])
-
-    yield install
-    for module in ("acme_base", "acme_metric"):
-        sys.modules.pop(module, None)
-
-
-def test_a_changed_metric_neither_resumes_nor_extends(leave, tmp_path, acme):
+def test_a_changed_metric_neither_resumes_nor_extends(search, tmp_path, tmp_path_factory, monkeypatch):
     """Scores of two versions of a metric are not comparable, so they never meet in one search or plan."""
-    options, extend = [*LONG, "--metric", "nll+0.5*acme", "-q"], ["--extend", "plan.json", *FOUR, "--force"]
-    acme(data="words 1")
-    leave(*options)
+    base, package = tmp_path_factory.mktemp("acme") / "acme_base.py", SimpleNamespace(name="sleb-acme", version="0.1")
+    base.write_text("import sleb_plugins\n\n\nclass Base(sleb_plugins.ModelMetric):\n    pass\n")
+    monkeypatch.syspath_prepend(base.parent)
+
+    class Acme(importlib.import_module("acme_base").Base):
+        name, data = "acme", "words 1"
+
+        def score_model(self, model, tokenizer, sequences):
+            return float(model(input_ids=sequences).logits.sum())
+
+        def fingerprint(self):
+            return self.data
+
+    plugin, ours = type(sys)("acme"), EntryPoint("acme", "acme", "sleb")._for(package)
+    plugin.sleb_metrics = sleb.hookimpl(lambda: [Acme()])
+    monkeypatch.setitem(sys.modules, "acme", plugin)
+    monkeypatch.setattr(plugin_manager, "entry_points", lambda group: [*entry_points(group=group), ours])
+    options, extend = [*LONG, "--metric", "acme", "-q"], ["--extend", "plan.json", *FOUR, "--force"]
+    leaving(search, *options)
     paths = (tmp_path / "plan.json", journal_of(tmp_path / "plan.json"))
     before = [path.read_bytes() for path in paths]
     assert read_plan(paths[0]).search.metrics["acme"].package == "sleb-acme"
-    for change, message in (
-        ({"factor": -1}, "search.metrics.acme.code: "),
-        ({"version": "0.2"}, "search.metrics.acme.version: 0.2, not 0.1"),
-        ({"data": "words 2"}, "search.metrics.acme.fingerprint: words 2, not words 1"),
-    ):
-        acme(**{"data": "words 1", **change})
+
+    def require_refusal(message):
         for command in ([*options, "--resume", "--force"], extend):
-            refused = leave(*command, code=3).stderr
+            refused = leaving(search, *command, code=3).stderr
             assert message in refused
             assert "seed" not in refused
         assert [path.read_bytes() for path in paths] == before
-    acme(data="words 1")
-    leave(*options, "--resume", "--force")
-    leave(*extend)
-    acme(data=7)
-    refused = leave(*options, "--force", code=PluginError.exit_code).stderr
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "version", "0.2")
+        require_refusal("search.metrics.acme.version: 0.2, not 0.1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Acme, "data", "words 2")
+        require_refusal("search.metrics.acme.fingerprint: words 2, not words 1")
+    code = base.read_text()
+    base.write_text(f"{code}# changed\n")
+    require_refusal("search.metrics.acme.code: ")
+    base.write_text(code)
+    leaving(search, *options, "--resume", "--force")
+    leaving(search, *extend)
+    monkeypatch.setattr(Acme, "data", 7)
+    refused = leaving(search, *options, "--force", code=PluginError.exit_code).stderr
     assert "The fingerprint of the metric 'acme' is 7, which is not a text" in refused
 
 
-class TestExtend:
-    @pytest.fixture(autouse=True)
-    def _plan(self, search):
-        self.settings = ["--seed", 3, "--protect-first", 0]
-        search(*self.settings, "--remove", 2, "-o", "two.json")
+OF_TWO = ["--seed", 3, "--protect-first", 0]
 
-    @pytest.fixture
-    def extend(self, run_sleb, tiny_llama):
-        def run(*options, model=tiny_llama, plan="two.json", code=0):
-            result = run_sleb("search", model, "--extend", plan, *options)
-            assert result.exit_code == code, result.stderr
-            return result.stderr
 
-        return run
+@pytest.fixture
+def extend(search, run_sleb, tiny_llama):
+    """Search for two removals, and give what extends that plan."""
 
-    def test_it_goes_on_where_the_plan_ended_with_its_settings(self, search, extend, tmp_path):
-        search(*self.settings, "--remove", 4, "-o", "four.json")
-        two, four = read_plan(tmp_path / "two.json"), read_plan(tmp_path / "four.json")
-        assert "4 of 6 blocks, 2 of them already removed" in extend("--remove", 4, "-o", "more.json")
-        assert plan_bytes(tmp_path / "more.json") == plan_bytes(tmp_path / "four.json")
-        # The plan itself may grow, also one of another version of sleb; nothing is measured again.
-        plan = json.loads((tmp_path / "two.json").read_text())
-        plan["search"]["metrics"]["nll"] |= {"version": "0.0.1", "code": "another"}
-        (tmp_path / "two.json").write_text(json.dumps(plan))
-        with journals_stay():
-            extend("--ratio", "0.5")
-        assert read_plan(tmp_path / "two.json").steps == four.steps[:3]
-        lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
-        assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {two.removals}
+    def run(*options, model=tiny_llama, plan="two.json", code=0):
+        result = run_sleb("search", model, "--extend", plan, *options)
+        assert result.exit_code == code, result.stderr
+        return result.stderr
 
-    def test_what_does_not_go_on_is_refused(self, search, extend, tiny_gpt2, tmp_path):
-        before, three = (tmp_path / "two.json").read_bytes(), ("--remove", 3)
-        for changes, code, message in (
-            (("--remove", 2), 2, "already at 4 of 6 blocks without the 2 removed blocks; the target is 4 of 6 blocks"),
-            ((*three, "--metric", "cosine"), 3, "search.metric: cosine, not nll"),
-            ((*three, "--seed", 0), 3, "calibration.seed: 0, not 3"),
-            ((*three, "--protect-first", 1), 3, "search.protect_first: 1, not 0"),
-            ((*three, "--dtype", "bf16"), 3, "search.dtype: bfloat16, not float32"),
-        ):
-            assert message in extend(*changes, code=code)
-        assert "is a different model" in extend(*three, model=tiny_gpt2, code=3)
-        assert (tmp_path / "two.json").read_bytes() == before
-        assert os.listdir(tmp_path) == ["two.json"]
-        (tmp_path / "t.txt").write_text("river mountain snow water stone " * 400)
-        search("--remove", 1, "--calibration", "t.txt", "-o", "one.json")
-        (tmp_path / "t.txt").write_text("snow water mountain river lamp " * 400)
-        assert "calibration.tokens_sha256" in extend("--remove", 2, plan="one.json", code=3)
+    search(*OF_TWO, "--remove", 2, "-o", "two.json")
+    return run
+
+
+def test_extending_goes_on_where_the_plan_ended(search, extend, tmp_path):
+    search(*OF_TWO, "--remove", 4, "-o", "four.json")
+    two, four = read_plan(tmp_path / "two.json"), read_plan(tmp_path / "four.json")
+    assert "4 of 6 blocks, 2 of them already removed" in extend("--remove", 4, "-o", "more.json")
+    assert plan_bytes(tmp_path / "more.json") == plan_bytes(tmp_path / "four.json")
+    # The plan itself may grow, also one of another version of sleb; nothing is measured again.
+    plan = json.loads((tmp_path / "two.json").read_text())
+    plan["search"]["metrics"]["nll"] |= {"version": "0.0.1", "code": "another"}
+    (tmp_path / "two.json").write_text(json.dumps(plan))
+    leaving(extend, "--ratio", "0.5")
+    assert read_plan(tmp_path / "two.json").steps == four.steps[:3]
+    lines = journal_of(tmp_path / "two.json").read_text().splitlines()[1:]
+    assert {tuple(json.loads(line[9:])["removed"]) for line in lines} == {two.removals}
+
+
+def test_what_does_not_extend_a_plan_is_refused(search, extend, tiny_gpt2, tmp_path):
+    before, three = (tmp_path / "two.json").read_bytes(), ("--remove", 3)
+    for changes, code, message in (
+        (("--remove", 2), 2, "already at 4 of 6 blocks without the 2 removed blocks; the target is 4 of 6 blocks"),
+        ((*three, "--metric", "cosine"), 3, "search.metric: cosine, not nll"),
+        ((*three, "--seed", 0), 3, "calibration.seed: 0, not 3"),
+        ((*three, "--protect-first", 1), 3, "search.protect_first: 1, not 0"),
+        ((*three, "--dtype", "bf16"), 3, "search.dtype: bfloat16, not float32"),
+    ):
+        assert message in extend(*changes, code=code)
+    assert "is a different model" in extend(*three, model=tiny_gpt2, code=3)
+    assert (tmp_path / "two.json").read_bytes() == before
+    assert os.listdir(tmp_path) == ["two.json"]
+    (tmp_path / "t.txt").write_text("river mountain snow water stone " * 400)
+    search("--remove", 1, "--calibration", "t.txt", "-o", "one.json")
+    (tmp_path / "t.txt").write_text("snow water mountain river lamp " * 400)
+    assert "calibration.tokens_sha256" in extend("--remove", 2, plan="one.json", code=3)

@@ -4,12 +4,14 @@ Most are forked from the test, as a launcher would start them: what a test chang
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from test_interrupted import plan_bytes
@@ -34,6 +36,8 @@ SEARCHES = {
     "gradients": ("--metric", "taylor"),
     "weights": ("--metric", "magnitude"),
     "comparison": ("--compare", "nll,cosine@contiguous"),
+    "streamed": ("--stream",),
+    "on disk": ("--device", "auto", "--device-map", "map.json"),
 }
 
 
@@ -43,55 +47,34 @@ def free_port():
         return place.getsockname()[1]
 
 
-@pytest.fixture
-def together(tmp_path):
+def run_as(rank, variables, words):
+    """Run the program in this process, a copy of the test's."""
+    os.environ |= {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{rank}.{name}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = ["sleb", *map(str, words)]
+    program.run()
+
+
+def together(count, *words):
     """Run `sleb` in this many processes that are copies of this one, and tell how each ended."""
-
-    def run(count, *arguments):
-        there = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
-        there["LOCAL_WORLD_SIZE"] = there["WORLD_SIZE"]
-        children = []
-        for rank in range(count):
-            child = os.fork()
-            if not child:
-                os.environ |= {**there, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                run_and_exit(list(map(str, arguments)), tmp_path / f"rank{rank}")
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        files = [tmp_path / f"rank{rank}" for rank in range(count)]
-        return [
-            Result(code, f.with_suffix(".out").read_text(), f.with_suffix(".err").read_text())
-            for code, f in zip(codes, files, strict=True)
-        ]
-
-    return run
-
-
-def run_and_exit(arguments, files):
-    """Run the program in this process, a copy of the test's, and end it."""
-    code = 99
-    try:
-        for number, suffix in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(files.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        sys.argv = ["sleb", *arguments]
-        program.run()
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 98
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    given |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    fork = multiprocessing.get_context("fork")
+    children = [fork.Process(target=run_as, args=(rank, given, words)) for rank in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    said = [[Path(f"{rank}.{name}").read_text() for name in ("stdout", "stderr")] for rank in range(count)]
+    return [Result(child.exitcode, *streams) for child, streams in zip(children, said, strict=True)]
 
 
 @pytest.fixture
 def search(tiny_llama, text_file):
-    return [
-        "search", tiny_llama, "--remove", 3, "--batch-size", 1, *calibration(text_file, samples=7),
-        "--sample-tokens", 4, "--device", "cpu",
-    ]  # fmt: skip
+    text = calibration(text_file, samples=7)
+    return ["search", tiny_llama, "--remove", 3, "--batch-size", 1, *text, "--sample-tokens", 4, "--device", "cpu"]
 
 
 @pytest.fixture
@@ -113,7 +96,8 @@ def all_well(ended):
 
 @pytest.mark.parametrize("count", [3, slow(2), slow(8)])
 @pytest.mark.parametrize("options", ["fast", "holdout", *map(slow, [*SEARCHES][2:])])
-def test_any_number_of_processes_finds_the_same_plan(search, whole, together, tmp_path, options, count):
+def test_any_number_of_processes_finds_the_same_plan(search, whole, tmp_path, options, count):
+    (tmp_path / "map.json").write_text('{"": "cpu", "model.layers": "disk"}')
     expected = whole(*SEARCHES[options])
     main = all_well(together(count, *search, *SEARCHES[options], "-o", "plan.json"))
     assert plan_bytes(tmp_path / "plan.json") == expected
@@ -121,7 +105,7 @@ def test_any_number_of_processes_finds_the_same_plan(search, whole, together, tm
     assert not journal_of(tmp_path / "plan.json").exists()
 
 
-def test_a_speedup_is_timed_by_one_of_them(search, together, tmp_path, monkeypatch):
+def test_a_speedup_is_timed_by_one_of_them(search, tmp_path, monkeypatch):
     def timed(*arguments):
         return {"dense": [1.0], "pruned": [0.6 if process_rank() == 0 else 5.0]}
 
@@ -151,7 +135,7 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, together, tmp_path):
+def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, tmp_path):
     expected = whole()
     with at_job(1, 8, die):
         main, victim = together(2, *search)
@@ -166,7 +150,7 @@ def test_one_that_dies_ends_all_and_another_number_goes_on(search, whole, togeth
     assert plan_bytes(tmp_path / "plan.json") == expected
 
 
-def test_if_the_main_one_dies_the_others_end_quietly(search, together, tmp_path):
+def test_if_the_main_one_dies_the_others_end_quietly(search, tmp_path):
     with at_job(0, 8, die):
         main, *others = together(3, *search)
     assert main.exit_code == -signal.SIGKILL
@@ -186,7 +170,7 @@ def refuse():
     ],
     ids=["an error", "a bug"],
 )
-def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, fault, code, words):
+def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, fault, code, words):
     with at_job(1, 4, fault):
         main, *others = together(3, *search)
     assert main.exit_code == code
@@ -195,23 +179,20 @@ def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, together, faul
     assert [(each.exit_code, each.stdout + each.stderr) for each in others] == [(1, "")] * 2
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "words"),
-    [
+def test_what_cannot_be_is_said_once():
+    for command, code, words in (
         (["search", "nowhere", "--remove", 1], 4, "There is no folder nowhere here"),
         (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
         (["bench", "nowhere", "--blocks", "1"], 4, "There is no folder nowhere here"),
-    ],
-)
-def test_what_cannot_be_is_said_once(together, options, code, words):
-    main, other = together(2, *options)
-    assert main.exit_code == code
-    assert main.stderr.count(words) == main.stderr.count("error: ") == 1
-    assert not other.stdout + other.stderr
+    ):
+        main, other = together(2, *command)
+        assert main.exit_code == code
+        assert main.stderr.count(words) == main.stderr.count("error: ") == 1
+        assert not other.stdout + other.stderr
 
 
 @pytest.mark.slow
-def test_two_processes_heal_one_model(together, tiny_llama, text_file, tmp_path):
+def test_two_processes_heal_one_model(tiny_llama, text_file, tmp_path):
     options = ["--heal", "--heal-tokens", 8192, "--device", "cpu", *calibration(text_file, samples=10)]
     main = all_well(together(2, "apply", tiny_llama, "--blocks", "2", *options, "-o", "out"))
     assert main.stdout.count("wrote out") == 1
@@ -220,7 +201,7 @@ def test_two_processes_heal_one_model(together, tiny_llama, text_file, tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_texts_are_measured_alike_by_three_processes(run_sleb, together, tiny_llama, text_file, tmp_path, monkeypatch):
+def test_texts_are_measured_alike_by_three_processes(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "TOKENS_OF_A_PART", 128)
     command = ["eval", tiny_llama, "--blocks", "1,2", "--perplexity", text_file, "--sequence-length", 64, "-q"]
     assert run_sleb(*command, "--max-windows", 13, "--fresh", "-o", "one.json").exit_code == 0
@@ -231,7 +212,7 @@ def test_texts_are_measured_alike_by_three_processes(run_sleb, together, tiny_ll
 
 
 @pytest.mark.slow
-def test_tasks_are_measured_alike_by_three_processes(run_sleb, together, tmp_path):
+def test_tasks_are_measured_alike_by_three_processes(run_sleb, tmp_path):
     model = save_model(tmp_path / "long", llama_config(4, max_position_embeddings=512))
     command = ["eval", model, "--blocks", "1,2", "--tasks", "sleb_lists,sleb_sums_sampled", "--fresh", "-q"]
     command += ["--limit", 13, "--batch-size", 2]
@@ -252,14 +233,13 @@ def merged_samples(folder):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
-        ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2", "--main_process_port"],
+        "torch.distributed.run --nproc-per-node 2 --master-port",
+        "accelerate.commands.accelerate_cli launch --cpu --num_processes 2 --main_process_port",
     ],
-    ids=["torchrun", "accelerate"],
 )
 def test_launchers_start_them(search, whole, tmp_path, launcher):
     expected = whole()
-    words = [sys.executable, "-m", *launcher, free_port(), "-m", "sleb_cli", *search, "-o", "plan.json"]
+    words = [sys.executable, "-m", *launcher.split(), free_port(), "-m", "sleb_cli", *search, "-o", "plan.json"]
     ended = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert plan_bytes(tmp_path / "plan.json") == expected
@@ -267,9 +247,10 @@ def test_launchers_start_them(search, whole, tmp_path, launcher):
 
 
 @pytest.mark.parametrize("count", [2, slow(3)])
-def test_processes_recover_to_the_bytes_of_one(run_sleb, together, tiny_llama, text_file, tmp_path, monkeypatch, count):
+def test_processes_recover_to_the_bytes_of_one(run_sleb, tiny_llama, text_file, tmp_path, monkeypatch, count):
     monkeypatch.setattr(closed_form, "BATCH_TOKENS", 160)  # 14 batches to fit to, and 4 that decide
-    options = ["--blocks", "2,3", "--recover", *calibration(text_file, samples=100), "--no-verify", "--device", "cpu"]
-    assert run_sleb("apply", tiny_llama, *options, "-o", "alone").exit_code == 0
-    all_well(together(count, "apply", tiny_llama, *options, "-o", "together"))
+    command = ["apply", tiny_llama, "--blocks", "2,3", "--recover", *calibration(text_file, samples=100)]
+    command += ["--no-verify", "--device", "cpu"]
+    assert run_sleb(*command, "-o", "alone").exit_code == 0
+    all_well(together(count, *command, "-o", "together"))
     assert weight_bytes_of(tmp_path / "together") == weight_bytes_of(tmp_path / "alone")

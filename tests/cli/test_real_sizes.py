@@ -62,17 +62,13 @@ def large(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _one_large_folder_at_a_time(tmp_path):
-    yield
-    shutil.rmtree(tmp_path)
-    tmp_path.mkdir()
-
-
-@pytest.fixture(autouse=True)
-def _short_proofs(monkeypatch):
+def _short_proofs_and_one_large_folder_at_a_time(tmp_path, monkeypatch):
     """A proof reads all weights, however few tokens it computes."""
     monkeypatch.setattr(proof, "PROMPT_TOKENS", 8)
     monkeypatch.setattr(proof, "NEW_TOKENS", 2)
+    yield
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
 
 
 def opened(folder, until):

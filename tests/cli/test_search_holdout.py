@@ -17,15 +17,12 @@ def test_both_losses_are_those_of_the_model_on_either_part(search, tiny_llama, t
     plan = read_plan(tmp_path / "plan.json")
     assert (plan.search.holdout, plan.search.held_out, plan.calibration.sequences) == (0.3, 3, 10)
     assert "10 x 32 tokens (3 of them held out)" in shown
-    model, sequences = (
-        AutoModelForCausalLM.from_pretrained(tiny_llama),
-        calibration_sequences(tiny_llama, text_file, 10),
-    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    sequences = calibration_sequences(tiny_llama, text_file, 10)
     with torch.inference_mode():
         for record, removed in zip([plan.dense, *plan.steps], [(), *plan.by_size], strict=True):
-            searched, held_out = (
-                plain_loss(model, model.model.layers, part, set(removed)) for part in (sequences[:7], sequences[7:])
-            )
+            parts = sequences.split(7)
+            searched, held_out = (plain_loss(model, model.model.layers, part, set(removed)) for part in parts)
             assert math.log(record.perplexity) == pytest.approx(searched, abs=1e-5)
             assert record.held_out.loss == pytest.approx(held_out, abs=1e-5)
             assert record.held_out.perplexity == pytest.approx(math.exp(held_out), rel=1e-5)

@@ -8,7 +8,7 @@ import torch
 
 from conftest import save_model
 from families import tiny_config
-from sleb_cli.engine.forward import memory_budget, saved_walk, streaming
+from sleb_cli.engine.forward import memory_budget, saved_walk
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_plugins import OutputError
 
@@ -72,13 +72,6 @@ def test_a_step_reads_the_weights_once(plan_of, visits):
     assert second[-1] == 5
     assert second[0] >= plan.removals[0]  # from the states that the first step has kept
     assert len(setting_up) <= 5
-
-
-def test_a_model_that_does_not_fit_is_streamed(search, plan_of, monkeypatch):
-    monkeypatch.setattr(streaming, "free_bytes", lambda device: 100_000)
-    assert plan_of() == plan_of("--no-stream")
-    said = search("--remove", 1, "--force").stderr
-    assert "needs 305 kB of memory in float32, but only 100 kB are free on cpu" in said
 
 
 @pytest.fixture

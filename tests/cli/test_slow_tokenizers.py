@@ -21,30 +21,25 @@ def with_tokenizer(folder, tokenizer):
     return folder
 
 
-@pytest.fixture
-def bytes_alone(tmp_path):
-    """A model of bytes, with more tokens than its tokenizer, which cannot decode them."""
-    config = llama_config(5, vocab_size=400, bos_token_id=None)
-    return with_tokenizer(save_model(tmp_path / "bytes", config), ByT5Tokenizer())
-
-
 def plain_perplexity(folder, text):
     ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids[: 4 * 32]
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     return math.exp(plain_loss(model, model.model.layers, torch.tensor(ids).view(4, 32), set()))
 
 
-def test_a_slow_tokenizer_goes_from_plan_to_checkpoint(run_sleb, bytes_alone, text_file, tmp_path):
-    search = run_sleb("search", bytes_alone, "--remove", 2, *calibration(text_file), "--sample-tokens", 20)
-    assert search.exit_code == 0, search.stderr
+def test_a_slow_tokenizer_goes_from_plan_to_checkpoint(search, run_sleb, text_file, tmp_path):
+    """The model has more tokens than its tokenizer, which cannot decode them."""
+    config = llama_config(5, vocab_size=400, bos_token_id=None)
+    folder = with_tokenizer(save_model(tmp_path / "bytes", config), ByT5Tokenizer())
+    search("--remove", 2, "--sample-tokens", 20, model=folder)
     assert read_plan(tmp_path / "plan.json").sample_generation
     applied = run_sleb("apply", "-o", "out", "--recover", *calibration(text_file, samples=10))
     assert applied.exit_code == 0, applied.stderr
-    for folder in (bytes_alone, tmp_path / "out"):
-        result = run_sleb("eval", folder, *evaluation(text_file), "--json")
+    for each in (folder, tmp_path / "out"):
+        result = run_sleb("eval", each, *evaluation(text_file), "--json")
         measured = json.loads(result.stdout)["texts"][0]
         assert measured["bytes"] == measured["tokens"] == 4 * 31
-        assert measured["dense"]["perplexity"] == pytest.approx(plain_perplexity(folder, text_file.read_text()))
+        assert measured["dense"]["perplexity"] == pytest.approx(plain_perplexity(each, text_file.read_text()))
 
 
 def test_tasks_that_write_need_a_token_that_ends_a_text(run_sleb, tmp_path):
