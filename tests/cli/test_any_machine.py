@@ -1,0 +1,91 @@
+"""The same plan from one process, from two and three, from blocks on disk by a device map, and from streamed ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import calibration, save_model
+from families import tiny_config
+
+WAYS = {
+    "two processes": (2, []),
+    "three processes": (3, []),
+    "on disk": (1, ["--device-map", "map.json"]),
+    "streamed": (1, ["--stream"]),
+    "streamed by two": (2, ["--stream"]),
+    "on disk for two": (2, ["--device-map", "map.json"]),
+}
+SEARCHES = {"exact": [], "race": ["--fast"]}
+FAMILIES = ["smollm2", "gemma3_text", "mixtral", "opt"]
+
+
+def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    """Start `sleb`, in several processes by torchrun; each computes with one thread."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "sleb_cli", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def search(model: Path, name: str, processes: int, *options: object) -> dict[str, object]:
+    """Search for two removals; return the plan without the machine and its times."""
+    place = Path(f"{name}.json")
+    with launch(processes, "search", model, "--remove", 2, "--sample-tokens", 2, *options, "-o", place) as run:
+        _, stderr = run.communicate()
+    assert run.returncode == 0, stderr
+    plan = json.loads(place.read_text())
+    del plan["environment"]
+    return plan
+
+
+def blocks_on_disk(model: Path) -> None:
+    """Write a device map with all blocks on disk."""
+    names = json.loads((model / "config.json").read_text())
+    path = "model.decoder.layers" if names["model_type"] == "opt" else "model.layers"
+    Path("map.json").write_text(json.dumps({"": "cpu", path: "disk"}))
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request, tmp_path):
+    """A model of each family; the first is the trained one."""
+    if request.param == "smollm2":
+        return request.getfixturevalue("smollm2")
+    return save_model(tmp_path / "model", tiny_config(request.param))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SEARCHES)
+def test_the_plan_is_the_same_from_any_machine(model, text_file, way):
+    blocks_on_disk(model)
+    options = [*calibration(text_file, samples=7, length=24), "--batch-size", 1, *SEARCHES[way]]
+    expected = search(model, "alone", 1, *options)
+    for name, (processes, more) in WAYS.items():
+        assert search(model, name.replace(" ", "-"), processes, *options, *more) == expected, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["resident", "streamed"])
+def test_two_processes_are_killed_in_the_middle_and_three_go_on(smollm2, text_file, more):
+    options = [*calibration(text_file, samples=7, length=24), "--batch-size", 1, *more]
+    expected = search(smollm2, "alone", 1, *options)
+    journal = Path("killed.json.journal")
+    command = ["search", smollm2, "--remove", 2, "--sample-tokens", 2, *options, "-o", "killed.json"]
+    with launch(2, *command) as run:
+        while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
+            assert run.poll() is None, run.stderr.read()
+        run.send_signal(signal.SIGKILL)
+        run.communicate()
+    with launch(3, *command, "--resume") as again:
+        _, stderr = again.communicate()
+    assert again.returncode == 0, stderr
+    assert "Continuing with the" in stderr
+    plan = json.loads(Path("killed.json").read_text())
+    del plan["environment"]
+    assert plan == expected
