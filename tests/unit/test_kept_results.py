@@ -64,22 +64,12 @@ def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     assert "not kept for reports" in heard[-1].text
 
 
-def test_workloads_are_merged_by_their_settings():
+def test_a_workload_that_is_run_again_replaces_the_earlier_one():
     first, second = benchmark((1, 8), (1, 16), every=1), benchmark((1, 8), (2, 8), iterations=5)
     both = second.merged_with(first)
     assert both.workloads == (second.workloads[0], first.workloads[1], second.workloads[1])
     assert [size.removals for size in both.pruned] == list(PLAN.by_size)
     assert second.merged_with(benchmark((1, 8), every=1)).pruned == second.pruned
-    one, two = first.workloads
-    for changes in (
-        {"new_tokens": 4},
-        {"engine": "vllm"},
-        {"compiled": True},
-        {"static_cache": True},
-        {"batch_size": 2},
-    ):
-        other = one.model_copy(update={"workload": one.workload.model_copy(update=changes)})
-        assert first.model_copy(update={"workloads": (other,)}).merged_with(first).workloads == (one, two, other)
 
 
 def test_fewer_iterations_do_not_replace_more(tmp_path):
@@ -95,3 +85,13 @@ def test_fewer_iterations_do_not_replace_more(tmp_path):
     again = benchmark((1, 8), iterations=5, every=1)
     assert keep_result(again, file, heard.append).workloads == (again.workloads[0], quick.workloads[1])
     assert len(heard) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"new_tokens": 4}, {"engine": "vllm"}, {"compiled": True}, {"static_cache": True}, {"batch_size": 2}]
+)
+def test_other_settings_are_another_workload(changes):
+    result = benchmark((1, 8))
+    (one,) = result.workloads
+    other = one.model_copy(update={"workload": one.workload.model_copy(update=changes)})
+    assert result.model_copy(update={"workloads": (other,)}).merged_with(result).workloads == (one, other)
