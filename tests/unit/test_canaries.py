@@ -37,24 +37,18 @@ class Oracle(LM):
     loglikelihood = loglikelihood_rolling = None
 
 
-def values(loaded, answer):
-    """The metrics of each canary for a model that answers so."""
-    for task in loaded["tasks"].values():
-        task.set_fewshot_seed(seed=0)
-    results = evaluate(lm=Oracle(answer), task_dict=loaded, bootstrap_iters=0, log_samples=True)
-    return {
-        name: {key.partition(",")[0]: value for key, value in metrics.items() if "," in key and "_stderr" not in key}
-        for name, metrics in results["results"].items()
-    }
-
-
 @pytest.mark.parametrize(
     ("answer", "score"),
     [(" {}\n\nand more", 1), ("", 0), ("nonsense", 0), ("0 0 0 0 0 0 0 0 0 0", 0)],
 )
 def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score):
-    found = values(loaded, lambda doc: answer.format(doc["answer"]))
-    assert {name: set(found[name].values()) for name in GRADED} == {name: {score} for name in GRADED}
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=0)
+    oracle = Oracle(lambda doc: answer.format(doc["answer"]))
+    results = evaluate(lm=oracle, task_dict=loaded, bootstrap_iters=0, log_samples=True)["results"]
+    for name in GRADED:
+        found = {value for key, value in results[name].items() if "," in key and "_stderr" not in key}
+        assert found == {score}, name
 
 
 @pytest.mark.parametrize(
@@ -68,8 +62,6 @@ def test_a_perfect_answer_scores_one_and_a_wrong_one_zero(loaded, answer, score)
         (items.grade_words, "the lamp near the river.", {"right_words": 0.0}),
         (items.grade_words, "sold", {"right_words": 1 / 3}),
         (items.grade_repetition, "a b c", {"repetition": 0}),
-        (items.grade_repetition, "one two three four five", {"repetition": 0}),
-        (items.grade_repetition, "7 " * 48, {"repetition": 1 - 1 / 45}),
         (items.grade_repetition, "a b c d a b c d", {"repetition": 1 / 5}),
         (items.grade_repetition, "a b c d i a b c d", {"repetition": 1 / 6}),
         (items.grade_repetition, "x y " * 50, {"repetition": 95 / 97}),
@@ -101,12 +93,6 @@ def test_the_answers_follow_from_the_questions(loaded):
         while (shorter := text.replace("()", "").replace("[]", "").replace("{}", "")) != text:
             text = shorter
         assert text == ""
-    for row in tasks["sleb_lists"]:
-        assert row["question"] == f"List: {row['answer']}\nCopy:"
-    for row in tasks["sleb_counting"]:
-        numbers = list(map(int, row["answer"].split(", ")))
-        assert row["question"] == f"From {numbers[0]} to {numbers[-1]}:"
-        assert numbers == list(range(numbers[0], numbers[-1] + 1))
     for length in (64, 256, 1024):
         for row in tasks[f"sleb_repeat_{length}"]:
             said, between, again = row["question"].split("\n\n")

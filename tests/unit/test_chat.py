@@ -38,7 +38,7 @@ def tokenizer_with(template):
     return tokenizer
 
 
-def cut(template, conversations, length, *, answers, asked=None):
+def cut(template, conversations, length, *, answers=False, asked=None):
     tokenizer = tokenizer_with(template)
     return cut_conversations(tokenizer, conversations, "chat.jsonl", length, answers=answers, asked=asked)
 
@@ -51,7 +51,7 @@ def written(tokenizer, conversation):
 
 def test_all_tokens_of_the_template_count_even_if_it_rewrites_the_beginning():
     for template in (PLAIN, "{{ messages | length }}" + PLAIN):
-        sequences, loss_mask = cut(template, [CONVERSATION], 40, answers=False)
+        sequences, loss_mask = cut(template, [CONVERSATION], 40)
         assert sequences.shape == (1, 40)
         assert loss_mask.all()
 
@@ -83,19 +83,19 @@ def test_each_sequence_begins_a_conversation_and_has_an_answer():
 
 
 @pytest.mark.parametrize(
-    ("template", "conversation", "length", "options", "message"),
+    ("template", "conversations", "length", "options", "message"),
     [
-        (PLAIN, LONG, 40, {"answers": True}, "too few for a sequence of 40 with an answer in it"),
-        (PLAIN, None, 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
-        (PLAIN, LONG, 4000, {}, r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"),
-        (PLAIN, LONG, 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
-        ("{{ raise_exception('no user') }}", CONVERSATION, 40, {}, r"conversation of chat\.jsonl: no user"),
-        ("{{ messages | length }}" + PLAIN, CONVERSATION, 40, {"answers": True}, "so its answers cannot be found"),
+        (PLAIN, [LONG], 40, {"answers": True}, "too few for a sequence of 40 with an answer in it"),
+        (PLAIN, [], 40, {}, r"chat\.jsonl have 0 tokens, too few for a sequence of 40 tokens"),
+        (PLAIN, [LONG], 4000, {}, r"chat\.jsonl have \d+ tokens, too few for a sequence of 4000 tokens"),
+        (PLAIN, [LONG], 40, {"asked": 2}, "text for 1 sequences of 40 tokens, not for 2"),
+        ("{{ raise_exception('no user') }}", [CONVERSATION], 40, {}, r"conversation of chat\.jsonl: no user"),
+        ("{{ messages | length }}" + PLAIN, [CONVERSATION], 40, {"answers": True}, "so its answers cannot be found"),
     ],
 )
-def test_conversations_that_cannot_be_cut_are_refused(template, conversation, length, options, message):
+def test_conversations_that_cannot_be_cut_are_refused(template, conversations, length, options, message):
     with pytest.raises(DataError, match=message):
-        cut(template, [conversation] if conversation else [], length, **{"answers": False} | options)
+        cut(template, conversations, length, **options)
 
 
 def test_plain_text_is_no_conversation():
@@ -106,15 +106,9 @@ def test_plain_text_is_no_conversation():
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "{",
-        '{"messages": [{"role": "user", "content": "\\ud800"}]}',
-        '{"text": "a"}',
-        '{"messages": []}',
-        '{"messages": ["a"]}',
-        '{"messages": [{"role": "user"}]}',
-    ],
-)
+    ["{", '{"text": "a"}', '{"messages": []}', '{"messages": ["a"]}', '{"messages": [{"role": "user"}]}',
+     '{"messages": [{"role": "user", "content": "\\ud800"}]}'],
+)  # fmt: skip
 def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
@@ -141,13 +135,13 @@ def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
     request = CalibrationRequest(calibration="a.jsonl:0.5,b.jsonl:0.5", samples=6, sequence_length=48, seed=0)
     settings = resolve_calibration(request, architecture, chat="answers")
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
+    assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
+    pairs = list(zip(calibration.sequences, calibration.loss_mask, strict=True))
+    assert [tokenizer.decode(ids[own]).split("</s>")[0] for ids, own in pairs] == ["river", "snow"] * 3
     before, after = (
-        list(zip(each.sequences, each.loss_mask.tolist(), strict=True))
+        [*zip(each.sequences.tolist(), each.loss_mask.tolist(), strict=True)]
         for each in (calibration, calibration.shuffled())
     )
-    assert [tokenizer.decode(ids[own]).split("</s>")[0] for ids, own in before] == ["river", "snow"] * 3
-    assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
-    before, after = ([(ids.tolist(), own) for ids, own in pairs] for pairs in (before, after))
     assert len({str(own) for _, own in before}) > 2
     assert after != before
     assert sorted(after) == sorted(before)

@@ -16,29 +16,22 @@ from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.events import ignore
 from sleb_plugins import MachineError, UnsupportedModelError
 
-BLOCKS = {
-    "gpt2": "transformer.h",
-    "opt": "model.decoder.layers",
-    "gpt_neox": "gpt_neox.layers",
-    "mamba": "backbone.layers",
-    "xlnet": "transformer.layer",
-}
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"
 
 
-def skippable_model(model_type, **changes):
-    model = random_model(llama_config() if model_type == "llama" else tiny_config(model_type, **changes))
-    model.requires_grad_(False)
-    return SkippableModel(model, model.get_submodule(BLOCKS.get(model_type, "model.layers")))
+def skippable_model(model_type):
+    model = random_model(llama_config() if model_type == "llama" else tiny_config(model_type))
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return SkippableModel(model.requires_grad_(False), blocks)
 
 
-def own_text(model, sequences=24, length=32):
+def own_text(model, sequences):
     """Text of the model's own, so that the dense model's loss on it is about the least there is."""
     torch.manual_seed(0)
     start = torch.randint(2, 300, (sequences, 1))
     return model.generate(
-        start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=length - 1,
-        min_new_tokens=length - 1, pad_token_id=1,
+        start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, max_new_tokens=31, min_new_tokens=31,
+        pad_token_id=1,
     )  # fmt: skip
 
 
@@ -77,9 +70,6 @@ def test_ridge_solves_the_normal_equations_and_tells_errors():
     assert summed((x, y, weights), 60, 70, 90).error(found.double()) == pytest.approx(float(direct), rel=1e-4)
 
 
-BEHIND_NORMS = ["post_attention_layernorm", "post_feedforward_layernorm"]
-
-
 @pytest.mark.parametrize(
     ("model_type", "near", "exact", "kind", "norms"),
     [
@@ -87,9 +77,7 @@ BEHIND_NORMS = ["post_attention_layernorm", "post_feedforward_layernorm"]
         ("gpt2", ["attn.c_proj"], ["mlp.c_proj"], "transposed", []),
         ("opt", ["self_attn.out_proj"], ["fc2"], "matrix", []),
         ("gpt_neox", [], ["attention.dense", "mlp.dense_4h_to_h"], "matrix", []),
-        ("phi", [], ["self_attn.dense", "mlp.fc2"], "matrix", []),
-        ("gemma2", [OUT], [DOWN], "matrix", BEHIND_NORMS),
-        ("olmo2", [OUT], [DOWN], "matrix", BEHIND_NORMS),
+        ("gemma2", [OUT], [DOWN], "matrix", ["post_attention_layernorm", "post_feedforward_layernorm"]),
         ("glm4", [OUT], [DOWN], "matrix", ["post_self_attn_layernorm", "post_mlp_layernorm"]),
         ("mixtral", [OUT], [], "matrix", []),
         ("deepseek_v3", [], ["mlp.shared_experts.down_proj"], "matrix", []),
@@ -101,39 +89,40 @@ def test_weights_that_write_to_the_hidden_states_are_found(model_type, near, exa
     with skippable_model(model_type) as skippable:
         call = skippable.calls(torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(0)))[-2]
         found = find_residual_projections(skippable, call, call.entering)
-    assert [(projection.name, projection.exact) for projection in found] == [
-        *((name, False) for name in near),
-        *((name, True) for name in exact),
-    ]
-    assert all(each.kind == kind and each.scale == pytest.approx(1, rel=0.01) for each in found[len(near) :])
-    assert [projection.norm.name for projection in found if projection.norm] == norms
+    assert [each.name for each in found if not each.exact] == near
+    assert [each.name for each in found if each.exact] == exact
+    assert all(each.kind == kind and each.scale == pytest.approx(1, rel=0.01) for each in found if each.exact)
+    assert [each.norm.name for each in found if each.norm] == norms
 
 
-def keep_every_fit(monkeypatch):
-    """Try one ridge, and take whatever is fitted for a gain."""
+def test_the_fits_equal_a_direct_computation(monkeypatch):
+    # One ridge, and whatever is fitted is taken for a gain.
     monkeypatch.setattr(closed_form, "RIDGES", (0.3,))
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(closed_form._States, "divergence", lambda self, block, values: float(next(falling)))
-
-
-def test_the_fits_at_a_gap_equal_a_direct_computation(monkeypatch):
-    keep_every_fit(monkeypatch)
     skippable = skippable_model("llama")
     model, text = skippable.model, own_text(skippable.model, 30)
+    block, norm = model.model.layers[2], model.model.norm
     values, record = recovered(skippable, {3, 4}, text, 24)
     assert [(fit.weights, fit.gap, fit.kept) for fit in record.fits[:2]] == [((OUT, DOWN), gap, True) for gap in (2, 0)]
-    wanted = model(text[:24], output_hidden_states=True).hidden_states[5].flatten(0, 1).double()
-    weights = 1 / wanted.square().mean(-1, keepdim=True)
-    block = model.model.layers[2]
+    final, fitted, text = record.fits[-1], values.pop("model.norm.weight"), text[:24]
+    assert (final.block, final.weights, final.kept) == (None, ("model.norm",), True)
     with skippable, torch.inference_mode():
-        calls, entered = skippable.calls(text[:24]), {}
-        skippable.run_with_hook(text[:24], (), lambda block, entering, leaving: entered.update({block: entering}))
-        found = find_residual_projections(skippable, calls[2], entered[2])
-        scales = {each.name: each.scale for each in found} | {DOWN: 1}
+        variants = Variant(skippable), Variant(skippable, {3, 4}, values)
+        wanted, found = (norm(variant.final_states(text)).flatten(0, 1).double() for variant in variants)
+        x = found / norm.weight
+        gains = norm.weight + (x * (wanted - found)).sum(0) / ((x * x).sum(0) * 1.3)
+        calls, entered = skippable.calls(text), {}
+        skippable.run_with_hook(text, (), lambda block, entering, leaving: entered.update({block: entering}))
+        projections = find_residual_projections(skippable, calls[2], entered[2])
+    torch.testing.assert_close(fitted.double(), gains, rtol=1e-3, atol=1e-4)
+    scales = {each.name: each.scale for each in projections} | {DOWN: 1}
+    wanted = model(text, output_hidden_states=True).hidden_states[5].flatten(0, 1).double()
+    weights = 1 / wanted.square().mean(-1, keepdim=True)
     # Both together, then the one that makes up for how it responds to the other.
     for names in ((DOWN, OUT), (DOWN,)):
         with passing(block, names) as (entering, _):
-            leaving = model(text[:24], output_hidden_states=True).hidden_states[3].flatten(0, 1).double()
+            leaving = model(text, output_hidden_states=True).hidden_states[3].flatten(0, 1).double()
         x = torch.cat([entering[name].flatten(0, 1).double() * scales[name] for name in names], dim=1)
         products, right = x.T @ (weights * x), x.T @ (weights * (wanted - leaving))
         change = torch.linalg.solve(products + 0.3 * torch.diag(products.diagonal()), right).T
@@ -145,44 +134,28 @@ def test_the_fits_at_a_gap_equal_a_direct_computation(monkeypatch):
         )
 
 
-@torch.inference_mode()
-def test_the_final_norms_gains_equal_a_direct_computation(monkeypatch):
-    keep_every_fit(monkeypatch)
-    skippable = skippable_model("llama")
-    norm, text = skippable.model.model.norm, own_text(skippable.model, 30)
-    values, record = recovered(skippable, {3, 4}, text, 24)
-    final, fitted = record.fits[-1], values.pop("model.norm.weight")
-    with skippable:
-        pruned = Variant(skippable, {3, 4}, values).final_states(text[:24])
-        dense = Variant(skippable).final_states(text[:24])
-    assert (final.block, final.weights, final.kept) == (None, ("model.norm",), True)
-    wanted, found = (norm(states).flatten(0, 1).double() for states in (dense, pruned))
-    x = found / norm.weight
-    change = (x * (wanted - found)).sum(0) / ((x * x).sum(0) * 1.3)
-    torch.testing.assert_close(fitted.double(), norm.weight + change, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("model_type", ["llama", "phi", "glm4"])  # others: test_recovered_families.py
-def test_the_divergence_falls_on_the_deciding_text(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "removed", "gaps"),
+    [
+        ("llama", {2, 3}, [2]),
+        ("phi", {2, 3}, [2]),  # other families: test_recovered_families.py
+        ("glm4", {2, 3}, [2]),
+        ("llama", {0}, [1]),
+        ("llama", {0, 3}, [1, 1]),
+        ("llama", {0, 1, 4, 5}, [2, 2]),
+    ],
+)
+def test_the_divergence_falls_wherever_blocks_are_removed(model_type, removed, gaps):
     skippable = skippable_model(model_type)
-    text = own_text(skippable.model, 50)
+    fitted, deciding, unseen = own_text(skippable.model, 60).split([40, 10, 10])
     before = {name: parameter.clone() for name, parameter in skippable.model.named_parameters()}
-    values, record = recovered(skippable, {2, 3}, text, 40)
-    pruned, after = (divergence(skippable, {2, 3}, text[40:], new) for new in ((), values))
-    assert after == pytest.approx(min(fit.divergence for fit in record.fits if fit.kept), rel=1e-4)
-    assert after < pruned
-    assert all(torch.equal(parameter, before[name]) for name, parameter in skippable.model.named_parameters())
-    assert not any(f"{BLOCKS.get(model_type, 'model.layers')}.{gone}." in name for gone in (2, 3) for name in values)
-    assert {fit.gap for fit in record.fits} == {0, 2}
-
-
-@pytest.mark.parametrize(("removed", "gaps"), [({0}, [1]), ({0, 3}, [1, 1]), ({0, 1, 4, 5}, [2, 2])])
-def test_the_first_and_the_last_block_are_made_up_for(removed, gaps):
-    skippable = skippable_model("llama")
-    text, unseen = own_text(skippable.model, 60).split(50)
-    values, record = recovered(skippable, removed, text, 40)
+    values, record = recovered(skippable, removed, torch.cat([fitted, deciding]), 40)
     assert sorted(fit.gap for fit in {fit.block: fit for fit in record.fits if fit.gap}.values()) == gaps
+    told = min(fit.divergence for fit in record.fits if fit.kept)
+    assert divergence(skippable, removed, deciding, values) == pytest.approx(told, rel=1e-4)
     assert divergence(skippable, removed, unseen, values) < 0.97 * divergence(skippable, removed, unseen)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in skippable.model.named_parameters())
+    assert not any(f".{gone}." in name for gone in removed for name in values)
 
 
 def test_a_family_whose_blocks_do_not_run_alone_is_refused():

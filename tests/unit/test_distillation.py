@@ -15,32 +15,32 @@ from sleb_cli.engine.recovery.distillation import distill
 from sleb_cli.engine.recovery.run import can_share
 from sleb_cli.engine.recovery.variant import Variant, losses
 
+IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
-@pytest.fixture
-def ids():
-    return torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
+
+def dense_and_changed(blocks, changed):
+    """Return a model, and another that differs from it in one block."""
+    dense, other = (random_model(llama_config(blocks)).requires_grad_(False) for _ in range(2))
+    other.model.layers[changed].mlp.down_proj.weight *= 0.5
+    return dense, other
 
 
 @pytest.mark.parametrize("positions", [1, 9, 1000])
-def test_gradients_in_slices_are_those_of_all_logits_at_once(ids, positions, monkeypatch):
+def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, monkeypatch):
     monkeypatch.setattr(variant, "POSITIONS", positions)
     three = replace(settings_for(torch.device("cpu")), widened_bytes=4 * 320 * 3)  # positions in float32 at a time
     monkeypatch.setattr(logits, "settings_for", lambda device: three)
-    dense, pruned = random_model(llama_config(3)), random_model(llama_config(3))
-    for model in (dense, pruned):
-        model.requires_grad_(False)
-    with torch.no_grad():
-        pruned.model.layers[1].mlp.down_proj.weight *= 0.5
+    dense, pruned = dense_and_changed(3, 1)
     pruned.model.layers.requires_grad_(True)
-    ours, theirs = pruned(ids).logits[:, :-1].log_softmax(-1), dense(ids).logits[:, :-1].log_softmax(-1)
+    ours, theirs = pruned(IDS).logits[:, :-1].log_softmax(-1), dense(IDS).logits[:, :-1].log_softmax(-1)
     plain = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
     parameters = list(pruned.model.layers.parameters())
     expected = torch.autograd.grad(plain, parameters)
     with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
         with torch.no_grad():
-            wanted = Variant(teacher).final_states(ids)
-        found = distill(Variant(teacher), Variant(student), ids, wanted)
-        _, divergence = losses(Variant(student), Variant(teacher), ids)
+            wanted = Variant(teacher).final_states(IDS)
+        found = distill(Variant(teacher), Variant(student), IDS, wanted)
+        _, divergence = losses(Variant(student), Variant(teacher), IDS)
     assert found == pytest.approx(plain.item(), rel=1e-5)
     assert divergence == pytest.approx(plain.item(), rel=1e-5)
     for parameter, gradient in zip(parameters, expected, strict=True):
@@ -48,21 +48,17 @@ def test_gradients_in_slices_are_those_of_all_logits_at_once(ids, positions, mon
     assert all(parameter.grad is None for name, parameter in pruned.named_parameters() if ".layers." not in name)
 
 
-def test_a_pass_that_starts_at_a_block_gives_the_same_gradients(ids):
-    dense, pruned = random_model(llama_config(4)), random_model(llama_config(4))
-    with torch.no_grad():
-        pruned.model.layers[2].mlp.down_proj.weight *= 0.5
-    dense.requires_grad_(False)
-    pruned.requires_grad_(False)
+def test_a_pass_that_starts_at_a_block_gives_the_same_gradients():
+    dense, pruned = dense_and_changed(4, 2)
     parameters = list(pruned.model.layers[2:].parameters())
     pruned.model.layers[2:].requires_grad_(True)
     found = []
     with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
-        entering, wanted = Variant(teacher).entering_and_final_states(ids, 2)
-        assert can_share(Variant(teacher), Variant(student), 2, ids)
-        assert not can_share(Variant(teacher), Variant(student), 3, ids)
+        entering, wanted = Variant(teacher).entering_and_final_states(IDS, 2)
+        assert can_share(Variant(teacher), Variant(student), 2, IDS)
+        assert not can_share(Variant(teacher), Variant(student), 3, IDS)
         for start in (None, (2, entering)):
-            distill(Variant(teacher), Variant(student), ids, wanted, start)
+            distill(Variant(teacher), Variant(student), IDS, wanted, start)
             found.append([parameter.grad.clone() for parameter in parameters])
             pruned.zero_grad()
     for whole, shared in zip(*found, strict=True):

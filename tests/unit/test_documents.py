@@ -25,12 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "sleb_cli" / "engine"
 PAGES = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 COMMANDS = typer.main.get_command(app).commands
-OPTIONS = {
-    name
-    for command in COMMANDS.values()
-    for parameter in command.params
-    for name in (*parameter.opts, *parameter.secondary_opts)
-}
+PARAMETERS = [parameter for command in COMMANDS.values() for parameter in command.params]
+OPTIONS = {name for parameter in PARAMETERS for name in (*parameter.opts, *parameter.secondary_opts)}
 OPTIONS |= {"--help", "--version", "--install-completion"}
 
 
@@ -47,8 +43,7 @@ def code_lines(text):
     """The lines of all code blocks, fenced or indented; those that end with a backslash are joined."""
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     indented = re.findall(r"(?:^\n)((?:^ {4}.*\n)+)", text, re.MULTILINE)
-    for block in (*fenced, *indented):
-        yield from block.replace("\\\n", " ").splitlines()
+    return "".join((*fenced, *indented)).replace("\\\n", " ").splitlines()
 
 
 def without_blocks(text):
@@ -59,20 +54,11 @@ def inline_code(text):
     return re.findall(r"`([^`\n]+)`", without_blocks(text))
 
 
-def commands_in(lines):
-    """Every command line of `sleb` in these lines of code, as a list of arguments."""
-    for line in lines:
-        for part in re.split(r"&&|\||(?:^|\s)#\s", line):
-            words = part.strip().replace("accelerate launch -m sleb_cli", "sleb")
-            if words.startswith("sleb "):
-                yield shlex.split(words)[1:]
-
-
-def what_is_wrong_with(arguments, *, complete):
+def wrong_arguments(arguments, *, complete):
     """Parse a command line with the program's own parameters, without running it; one in a sentence may be open."""
     name, *rest = arguments
     if name.startswith("-") or name == "COMMAND":
-        return [word for word in arguments if word.startswith("-") and word not in OPTIONS]
+        return [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in OPTIONS]
     if name not in COMMANDS:
         return [f"There is no command {name}."]
     try:
@@ -85,13 +71,13 @@ def what_is_wrong_with(arguments, *, complete):
 
 
 def wrong_commands(text):
-    for arguments in commands_in(code_lines(text)):
-        yield from what_is_wrong_with(arguments, complete=True)
-    for arguments in commands_in(inline_code(text)):
-        yield from what_is_wrong_with(arguments, complete=False)
-    for code in inline_code(text):
-        options = [word.partition("=")[0] for word in code.split()] if code.startswith("--") else []
-        yield from (option for option in options if option.startswith("--") and option not in OPTIONS)
+    """What is wrong with the command lines in code, and with those and the options in sentences."""
+    sentences = [f"sleb {code}" if code.startswith("--") else code for code in inline_code(text)]
+    for lines, complete in ((code_lines(text), True), (sentences, False)):
+        for part in re.split(r"\s#\s|\n|&&|\|", "\n".join(lines)):
+            words = part.strip().replace("accelerate launch -m sleb_cli", "sleb")
+            if words.startswith("sleb "):
+                yield from wrong_arguments(shlex.split(words)[1:], complete=complete)
 
 
 def absent_places(text):
@@ -109,9 +95,7 @@ def slugs_in(text):
 
 def broken_links(text, page):
     """Relative links and images whose file, or heading within it, is not there."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_cog(text)):
-        if target.startswith(("http://", "https://")):
-            continue
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", without_cog(text)):
         file, _, heading = target.partition("#")
         path = (ROOT / page).parent / file if file else ROOT / page
         if not path.exists() or (heading and heading not in slugs_in(path.read_text())):
@@ -163,11 +147,9 @@ def test_the_completions_are_what_the_program_prints(monkeypatch, capfd, shell, 
     assert capfd.readouterr().out == read(f"completions/{name}")
 
 
-def test_bash_completes_commands_and_options(tmp_path):
-    (tmp_path / "sleb").write_text(f'#!/bin/sh\nexec {sys.executable} -m sleb_cli "$@"\n')
-    (tmp_path / "sleb").chmod(0o755)
+def test_bash_completes_commands_and_options():
     script = f"""
-        PATH={tmp_path}:$PATH; source {ROOT}/completions/sleb.bash
+        PATH={Path(sys.executable).parent}:$PATH; source {ROOT}/completions/sleb.bash
         COMP_WORDS=(sleb se); COMP_CWORD=1; _sleb_completion sleb; echo "${{COMPREPLY[@]}}"
         COMP_WORDS=(sleb search --cal); COMP_CWORD=2; _sleb_completion sleb; echo "${{COMPREPLY[@]}}"
     """

@@ -8,8 +8,6 @@ import torch
 
 from sleb_cli.engine.speed.energy import find_meter
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def powercap(tmp_path):
@@ -23,7 +21,7 @@ def powercap(tmp_path):
 
 
 def test_packages_are_added_up_and_a_full_counter_starts_again(powercap):
-    meter = find_meter(CPU, [].append, powercap)
+    meter = find_meter(torch.device("cpu"), [].append, powercap)
     assert (meter.source, meter.joules()) == ("RAPL", 0)
     (powercap / "intel-rapl:0" / "energy_uj").write_text("950000000")
     (powercap / "intel-rapl:0:0" / "energy_uj").write_text("990000000")
@@ -37,8 +35,7 @@ def why_none(device, *powercap):
     """Return the notice that says why there is no meter."""
     heard = []
     assert find_meter(torch.device(device), heard.append, *powercap) is None
-    (notice,) = heard
-    return notice.text
+    return heard.pop().text
 
 
 def test_why_there_is_none_is_said(powercap, tmp_path):
@@ -49,29 +46,20 @@ def test_why_there_is_none_is_said(powercap, tmp_path):
     assert "no energy counter for mps" in why_none("mps")
 
 
-class NVMLError(Exception):
-    """What NVML raises."""
+def test_a_gpu_is_asked_by_its_own_number(monkeypatch):
+    def unsupported(handle):
+        raise RuntimeError("Not Supported")
 
-
-@pytest.fixture
-def nvml(monkeypatch):
-    """A driver for one GPU, which NVML numbers otherwise than torch; its counter is in millijoules."""
-    driver = SimpleNamespace(
-        NVMLError=NVMLError,
+    # A driver for one GPU, which NVML numbers otherwise than torch; its counter is in millijoules.
+    nvml = SimpleNamespace(
+        NVMLError=RuntimeError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID={"GPU-b7ab": "the GPU"}.get,
         nvmlDeviceGetTotalEnergyConsumption={"the GPU": 5000}.__getitem__,
     )
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="b7ab"))
-    return driver
-
-
-def test_a_gpu_is_asked_by_its_own_number(nvml, monkeypatch):
-    def unsupported(handle):
-        raise NVMLError("Not Supported")
-
     meter = find_meter(torch.device("cuda:0"), [].append)
     assert (meter.source, meter.joules()) == ("NVML", 5)
     nvml.nvmlDeviceGetTotalEnergyConsumption = unsupported

@@ -9,7 +9,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from conftest import prose, train_tokenizer
 from sleb_cli.engine.text.sources import Text
-from sleb_cli.engine.text.windows import choose_length, cut_for_evaluation, cut_windows
+from sleb_cli.engine.text.windows import choose_length, cut_for_evaluation, cut_running_text, cut_windows
 from sleb_cli.requests import DEFAULT_LENGTH
 from sleb_plugins import UsageError
 
@@ -20,36 +20,22 @@ def tokenizer():
 
 
 def test_the_tokenizers_bos_begins_the_text_or_each_window(tokenizer):
-    other, plain, text = train_tokenizer(bos=True), tokenizer(prose(30)).input_ids, Text("t", prose(30))
+    other, text = train_tokenizer(bos=True), Text("t", prose(30))
+    plain = tokenizer(text.content).input_ids
+    assert cut_windows(tokenizer, text.content, 16, bos=False).flatten().tolist() == plain[: len(plain) // 16 * 16]
     windows = cut_for_evaluation(other, text, 16)
     assert windows.bos == "text"
-    assert windows.ids[:2].tolist() == [[tokenizer.bos_token_id, *plain[:15]], plain[15:31]]
+    for ids in (windows.ids, cut_running_text(other, text.content, 16)):
+        assert ids.flatten().tolist() == [0, *plain][: (len(plain) + 1) // 16 * 16]
     other.bos_token = "</s>"  # now the model's BOS is not what the tokenizer adds
-    for ids in (cut_for_evaluation(other, text, 16, bos=True).ids, cut_windows(other, prose(30), 16, bos=True)):
-        assert ids[:2].tolist() == [[1, *plain[:15]], [1, *plain[15:30]]]
+    for ids in (cut_for_evaluation(other, text, 16, bos=True).ids, cut_windows(other, text.content, 16, bos=True)):
+        assert ids[:, 0].tolist() == [1] * len(ids)
+        assert ids[:, 1:].flatten().tolist() == plain[: len(plain) // 15 * 15]
+    assert cut_windows(other, "river", 16, bos=True).shape == (0, 16)
     other.bos_token = None
     assert cut_for_evaluation(other, text, 16).bos == "none"
     with pytest.raises(UsageError, match="the tokenizer has no BOS token"):
         cut_for_evaluation(other, text, 16, bos=True)
-
-
-@pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("stride", [None, 1, 5, 12, 15])
-def test_a_stride_counts_each_token_once_with_enough_context(tokenizer, bos, stride):
-    text, own = prose(20), 16 - bos
-    ids, step = tokenizer(text).input_ids, stride or own
-    windows = cut_for_evaluation(tokenizer, Text("t", text), 16, bos=bos, stride=stride)
-    counted = []
-    for number, (row, which) in enumerate(zip(windows.ids, windows.counted, strict=True)):
-        assert row[bos:].tolist() == ids[number * step : number * step + own]
-        places = [number * step + place + 1 - bos for place in which.nonzero()[:, 0].tolist()]
-        if number:
-            assert all(place - number * step >= own - step for place in places)
-        counted += places
-    last = (len(windows.ids) - 1) * step + own - 1
-    # Windows that do not overlap have no token before their first.
-    unseen = set() if bos else {0} if stride else set(range(0, last, own))
-    assert counted == [place for place in range(last + 1) if place not in unseen]
 
 
 def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
@@ -57,13 +43,9 @@ def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
     starts = (0, len(parts[0]) + 2, len(parts[0]) + len(parts[1]) + 4)
     windows = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=starts), 16)
     assert windows.by_document
-    assert windows.clusters.shape == windows.counted.shape
     places = [place for place, _ in tokenizer("\n\n".join(parts), return_offsets_mapping=True).offset_mapping]
     owners = [sum(start <= place for start in starts) - 1 for place in places]
     assert windows.clusters.tolist() == [owners[row * 16 + 1 : row * 16 + 16] for row in range(len(windows.ids))]
-    assert {owners.index(document) for document in (1, 2)} == {places.index(start) for start in starts[1:]}
-    two = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=starts[:2]), 16)
-    assert (two.by_document, two.clusters.unique().tolist()) == (True, [0, 1])
     for documents in ((), (0,)):
         alone = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=documents), 16)
         assert not alone.by_document
@@ -103,23 +85,25 @@ def owners(tokenizer, text, ids, which):
 
 
 @pytest.mark.parametrize("bos", [False, True])
-@pytest.mark.parametrize("stride", [None, 1, 5, 8, 16])
+@pytest.mark.parametrize("stride", [None, 1, 5, 8, 12, 16])
 @pytest.mark.parametrize("make", [byte_level, dropping_spaces, without_offsets])
-def test_each_word_and_byte_counts_once(make, stride, bos):
+def test_each_token_word_and_byte_counts_once(make, stride, bos):
     tokenizer, which = make()
     text = "  " + prose(8).replace("e", "é").replace(" ", " 🌊", 3).replace(".", ".\n ") + " \u3000漢字\u2028end "
-    ids = tokenizer(text, add_special_tokens=not bos).input_ids
-    own = 16 - bos
-    stride = stride and min(stride, own)
-    windows = cut_for_evaluation(tokenizer, Text("t", text), 16, bos=bos, stride=stride)
-    starts = [number * (stride or own) for number in range(len(windows.ids))]
-    predicted = [
-        start + place + 1 - bos
-        for start, row in zip(starts, windows.counted, strict=True)
-        for place in row.nonzero()[:, 0].tolist()
-    ]
-    assert len(predicted) == len(set(predicted))
-    counted = [token in set(predicted) for token in owners(tokenizer, text, ids, which)]
+    ids, own = tokenizer(text, add_special_tokens=not bos).input_ids, 16 - bos
+    step = min(stride or own, own)
+    windows = cut_for_evaluation(tokenizer, Text("t", text), 16, bos=bos, stride=stride and step)
+    predicted = []
+    for start, row, counted in zip(range(0, len(ids), step), windows.ids, windows.counted, strict=False):
+        assert row[bos:].tolist() == ids[start : start + own]
+        places = [start + place + 1 - bos for place in counted.nonzero()[:, 0].tolist()]
+        assert start == 0 or min(places) >= start + own - step  # with enough context
+        predicted += places
+    end = (len(windows.ids) - 1) * step + own
+    # Windows that do not overlap have no token before their first.
+    unseen = [] if bos else range(0, end, step) if step == own else [0]
+    assert predicted == [place for place in range(end) if place not in unseen]
+    counted = [token in predicted for token in owners(tokenizer, text, ids, which)]
     assert windows.bytes == sum(len(c.encode()) for c, is_read in zip(text, counted, strict=False) if is_read)
     begins = [not c.isspace() and (n == 0 or text[n - 1].isspace()) for n, c in enumerate(text)]
     assert windows.words == sum(is_read for is_read, begun in zip(counted, begins, strict=False) if begun)

@@ -1,5 +1,8 @@
 """Blocks are removed from GGUF files exactly: what stays is, byte for byte, what was there."""
 
+from contextlib import nullcontext
+from itertools import combinations
+
 import gguf
 import pytest
 from gguf import GGMLQuantizationType as Type
@@ -54,15 +57,12 @@ def test_nothing_one_step_or_two_give_the_same_file(tmp_path):
     assert twice.read_bytes() == once.read_bytes()
 
 
-@pytest.mark.parametrize("alignment", [4096, 8])
-def test_the_alignment_is_kept(tmp_path, alignment):
-    source = write_gguf(tmp_path / "a.gguf", "llama", 5, alignment=alignment)
-    reader = gguf.GGUFReader(prune(source, (0, 3), tmp_path / "small.gguf"))
-    assert reader.alignment == alignment
-    assert {tensor.data_offset % alignment for tensor in reader.tensors} == {0}
-    assert tensors_of(tmp_path / "small.gguf") == renamed(tensors_of(source), {0, 3}, 5)
-
-
+OTHERS = {
+    "rope.dimension_sections": [16, 24, 24, 0],
+    "some.other_list": [1, 2, 3],
+    "general.tags": ["one", "two", "three", "four"],
+    "expert_count": 4,
+}
 BY_BLOCK = {
     "attention.head_count": ([8, 7, 6, 5], [7, 5]),
     "attention.sliding_window_pattern": ([True, False, True, True], [False, True]),
@@ -71,40 +71,25 @@ BY_BLOCK = {
     "xielu.alpha_n": ([0.25, 0.5, 0.75, 1.0], [0.5, 1.0]),
     "leading_dense_block_count": (3, 1),
 }
-OTHERS = {
-    "rope.dimension_sections": [16, 24, 24, 0],
-    "some.other_list": [1, 2, 3],
-    "general.tags": ["one", "two", "three", "four"],
-    "expert_count": 4,
+PREDICTING = {  # two more blocks, which stay and move up
+    "nextn_predict_layers": (2, 2),
+    "attention.head_count_kv": ([1, 2, 3, 4, 5, 6], [2, 4, 5, 6]),
+    "attention.indexer.types": ([1, 2, 3, 4], [2, 4]),
 }
 
 
-def test_only_values_of_single_blocks_are_pruned(tmp_path):
-    values = OTHERS | {key: before for key, (before, _) in BY_BLOCK.items()}
-    after = metadata_of(prune(write_gguf(tmp_path / "a.gguf", "acme", 4, values), (2, 0), tmp_path / "small.gguf"))
-    assert after.pop("tokenizer.ggml.tokens") == ["t0", "t1", "t2", "t3"]
-    found = {key.removeprefix("acme."): value for key, value in after.items()}
-    expected = OTHERS | {key: pruned for key, (_, pruned) in BY_BLOCK.items()}
+@pytest.mark.parametrize(("blocks", "values", "alignment"), [(4, BY_BLOCK, 4096), (6, PREDICTING, 8)])
+def test_only_values_of_single_blocks_are_pruned(tmp_path, blocks, values, alignment):
+    before = OTHERS | {key: each for key, (each, _) in values.items()}
+    source = write_gguf(tmp_path / "a.gguf", "acme", blocks, before, alignment=alignment)
+    small = prune(source, (2, 0), tmp_path / "small.gguf")
+    found = {key.removeprefix("acme."): value for key, value in metadata_of(small).items()}
+    assert found.pop("tokenizer.ggml.tokens") == [f"t{number}" for number in range(blocks)]
+    expected = OTHERS | {key: pruned for key, (_, pruned) in values.items()} | {"block_count": blocks - 2}
     assert {key: found[key] for key in expected} == expected
-
-
-def test_blocks_that_predict_further_tokens_stay_and_move_up(tmp_path):
-    values = {
-        "nextn_predict_layers": 2,
-        "attention.head_count_kv": [1, 2, 3, 4, 5, 6],
-        "attention.indexer.types": [1, 2, 3, 4],
-    }
-    source = write_gguf(tmp_path / "a.gguf", "glm4moe", 6, values)
-    small = prune(source, (1,), tmp_path / "small.gguf")
-    after = metadata_of(small)
-    assert (after["glm4moe.block_count"], after["glm4moe.nextn_predict_layers"]) == (5, 2)
-    assert after["glm4moe.attention.head_count_kv"] == [1, 3, 4, 5, 6]
-    assert after["glm4moe.attention.indexer.types"] == [1, 3, 4]
-    assert tensors_of(small) == renamed(tensors_of(source), {1}, 6)
-    with pytest.raises(UsageError, match=r"no block 4: .* has 4 blocks, 0 to 3, and 2 for multi-token prediction"):
-        plan_gguf_surgery(read_gguf(source), (4,))
-    with pytest.raises(UsageError, match="All 4 blocks"):
-        plan_gguf_surgery(read_gguf(source), (0, 1, 2, 3))
+    assert tensors_of(small) == renamed(tensors_of(source), {0, 2}, blocks)
+    reader = gguf.GGUFReader(small)
+    assert (reader.alignment, {tensor.data_offset % alignment for tensor in reader.tensors}) == (alignment, {0})
 
 
 # What llama.cpp computes with at each block, worked out by hand from its loaders: 1 where the block is set apart.
@@ -125,20 +110,10 @@ KINDS = {
 def test_a_removal_passes_exactly_if_every_block_keeps_its_kind(tmp_path, architecture):
     kinds = KINDS[architecture]
     file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, 12, {"attention.sliding_window": 64}))
-    passed = 0
-    for first in range(12):
-        for last in range(first, 12):
-            removals = range(first, last + 1)
-            kept = "".join(kind for block, kind in enumerate(kinds) if block not in removals)
-            if len(removals) == 12:
-                continue
-            if kept == kinds[: len(kept)]:
-                plan_gguf_surgery(file, removals)
-                passed += 1
-            else:
-                with pytest.raises(UnsupportedModelError, match=f"{architecture}: in llama.cpp"):
-                    plan_gguf_surgery(file, removals)
-    assert passed > 12
+    refused = pytest.raises(UnsupportedModelError, match=f"{architecture}: in llama.cpp")
+    for first, end in set(combinations(range(13), 2)) - {(0, 12)}:
+        with nullcontext() if kinds.startswith(kinds[:first] + kinds[end:]) else refused:
+            plan_gguf_surgery(file, range(first, end))
 
 
 WINDOW = {"attention.sliding_window": 64}
@@ -149,12 +124,10 @@ THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
     ("architecture", "blocks", "values", "removals", "message"),
     [
         # The file lists the kinds, or none changes.
-        ("olmo2", 8, {}, (1,), None),
         ("gemma3", 8, {}, (1,), None),
         ("gemma3", 8, WINDOW | {"attention.sliding_window_pattern": [True] * 8}, (1,), None),
         ("gemma3", 8, THIRDS, (1, 2, 0), None),
         ("qwen3next", 8, {"attention.recurrent_layers": [True, True, True, False] * 2}, (1,), None),
-        ("qwen3next", 8, {"full_attention_interval": 2}, (1, 2), None),
         ("llama4", 8, {"interleave_moe_layer_step": 1}, (1, 2, 3, 4), None),
         ("acme", 8, {"moe_every_n_layers": 2}, (3, 4), None),
         ("minicpm", 8, {"residual_scale": 0.2}, (1,), None),
@@ -168,7 +141,6 @@ THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
         ("llama4", 8, {"interleave_moe_layer_step": 2}, (1, 2, 3), "full attention instead of a window, and block 6"),
         ("ernie4_5-moe", 8, {"interleave_moe_layer_step": 2}, (1,), "has experts, and block 2 would become block 1"),
         ("acme", 8, {"full_attention_interval": 4}, (7, 0), "one of every 4 blocks is of another kind"),
-        ("qwen35", 8, {"full_attention_interval": 4}, (0,), "has full attention"),
         ("deepseek2", 27, {}, (1, 2), "and 25 means another one than 27"),
         ("command-r", 64, {}, (1,), "and 63 means another one than 64"),
         ("baichuan", 32, {}, (1,), "and 31 means another"),
@@ -178,17 +150,15 @@ THIRDS = WINDOW | {"attention.sliding_window_pattern": 3}
         ("rwkv7", 8, {}, (0,), "the values of its block 0"),
         ("qwen3vl", 8, {"n_deepstack_layers": 3}, (2,), "its first 3 blocks"),
         ("llama", 8, {"general.type": "adapter"}, (1,), "general.type is 'adapter'"),
+        ("glm4moe", 6, {"nextn_predict_layers": 2}, (4,), "has 4 blocks, 0 to 3, and 2 for multi-token prediction"),
+        ("glm4moe", 6, {"nextn_predict_layers": 2}, (0, 1, 2, 3), "All 4 blocks"),
     ],
 )
 def test_what_llama_cpp_would_misread_is_refused(tmp_path, architecture, blocks, values, removals, message):
-    source = write_gguf(tmp_path / "a.gguf", architecture, blocks, values)
-    if message is None:
-        small = prune(source, removals, tmp_path / "small.gguf")
-        assert metadata_of(small)[f"{architecture}.block_count"] == blocks - len(removals)
-        assert tensors_of(small) == renamed(tensors_of(source), set(removals), blocks)
-    else:
-        with pytest.raises(UnsupportedModelError, match=message):
-            plan_gguf_surgery(read_gguf(source), removals)
+    file = read_gguf(write_gguf(tmp_path / "a.gguf", architecture, blocks, values))
+    refused = pytest.raises((UnsupportedModelError, UsageError), match=message)
+    with refused if message else nullcontext():
+        plan_gguf_surgery(file, removals)
 
 
 def test_files_that_hold_no_whole_model_are_refused(tmp_path):
@@ -217,10 +187,7 @@ def test_every_way_to_cut_off_or_damage_a_file_is_a_sentence(tmp_path):
     type_ = whole.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 2 * 8
     for place, value, message in (
         (0, b"X", "not a GGUF file"),
-        (4, b"\x09", "of version 9"),
         (4, b"\0\0\0\x03", "little-endian"),
-        (8, b"\xff\xff", r"truncated|has type \d+"),
-        (16, b"\xff\xff\xff\xff", r"truncated|has type \d+"),
         (type_, b"\xe7\x03\x00\x00", "has type 999"),
     ):
         path.write_bytes(whole[:place] + value + whole[place + len(value) :])

@@ -2,14 +2,13 @@
 
 import socket
 import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import datasets
 import pytest
 from huggingface_hub import close_session, constants
 
 from conftest import calibration
+from hub import Hub
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.text.sources import evaluation_text
 
@@ -22,9 +21,9 @@ def why(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("sleb_cli.engine.hub.time.sleep", lambda seconds: None)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
-    close_session()
 
     def why(address):
+        close_session()
         monkeypatch.setattr(constants, "ENDPOINT", address)
         with offline_if_unreachable() as unreachable:
             assert constants.is_offline_mode() == (unreachable is not None)
@@ -35,40 +34,18 @@ def why(monkeypatch):
     close_session()
 
 
-@contextmanager
-def server(status):
-    """Answer every request with this status, and collect what was asked."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self):
-            asked.append(self.path)
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *arguments):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as listening:
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.server_port}", asked
-        listening.shutdown()
-        thread.join()
-
-
 @pytest.mark.parametrize("status", [200, 404, 503])
-def test_whoever_answers_is_reached(why, status):
-    with server(status) as (address, asked):
-        assert why(address) is None
-    assert asked == ["/"]
-
-
-def test_a_proxy_may_be_the_only_way(why, monkeypatch):
-    with server(200) as (address, asked):
-        monkeypatch.setenv("HTTP_PROXY", address)
+def test_whoever_answers_is_reached(why, monkeypatch, status):
+    with Hub() as hub:
+        hub.refuses = {"": status}
+        thread = threading.Thread(target=hub.serve_forever)
+        thread.start()
+        assert why(hub.address) is None
+        monkeypatch.setenv("HTTP_PROXY", hub.address)  # which may be the only way
         assert why("http://hub.invalid") is None
-    assert asked == ["http://hub.invalid/"]
+        hub.shutdown()
+        thread.join()
+    assert hub.asked == ["HEAD /", "HEAD http://hub.invalid/"]
 
 
 def test_it_is_offline_only_inside_even_after_an_error(why):

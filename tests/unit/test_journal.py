@@ -3,7 +3,6 @@
 import json
 import random
 import zlib
-from contextlib import ExitStack
 
 import pytest
 
@@ -14,8 +13,8 @@ from sleb_plugins import OutputError, PlanError
 SEARCH = {"model": {"fingerprint": "abc"}, "search": {"metric": "nll", "seed": 0}}
 
 
-def resumed(path, search=SEARCH, **options):
-    return open_journal(path, search, resume=True, **options)
+def resumed(path):
+    return open_journal(path, SEARCH, resume=True)
 
 
 def kept(path):
@@ -64,25 +63,22 @@ def test_cut_off_anywhere_all_whole_lines_are_there(written):
             assert journal.find([9]) == [1.0]
 
 
-def test_a_damaged_line_ends_what_is_believed(written):
-    lines = written.read_bytes().splitlines(keepends=True)
-    lines[5] = lines[5].replace(b"0", b"1", 1)
-    written.write_bytes(b"".join(lines))
-    assert kept(written) == 4
-
-
-GOOD = {"removed": [1], "block": 2, "batch": 0, "scores": [1.0, None]}
+def line(damage=0, **changes):
+    """Return a line of the file; what is `...` is left out."""
+    document = {"removed": [1], "block": 2, "batch": 0, "scores": [1.0, None]} | changes
+    text = json.dumps({name: value for name, value in document.items() if value is not ...}).encode()
+    return b"%08x %s\n" % (zlib.crc32(text) ^ damage, text)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"batch": ...}, {"block": ...}, {"removed": 1}, {"scores": ["1"]}, {"scores": []}, {"block": True}]
+    "wrong",
+    [{"damage": 1}, {"batch": ...}, {"block": ...}, {"block": True}, {"removed": 1}, {"scores": ["1"]}, {"scores": []}],
 )
-def test_a_line_that_is_no_measurement_ends_it_too(written, wrong):
-    text = json.dumps({name: value for name, value in (GOOD | wrong).items() if value is not ...}).encode()
-    whole = written.read_bytes()
-    written.write_bytes(whole + b"%08x %s\n" % (zlib.crc32(text), text))
-    assert kept(written) == (20 if wrong else 21)
-    assert not wrong or written.read_bytes() == whole
+def test_what_is_no_measurement_ends_what_is_believed(written, wrong):
+    believed = written.read_bytes() + line()
+    written.write_bytes(believed + line(**wrong) + line(batch=1))
+    assert kept(written) == 21
+    assert written.read_bytes() == believed
 
 
 @pytest.mark.parametrize("content", [b"\n", b"{}\n", b"12345678 {}\n", b"\xff\xfe", b"%08x []\n" % zlib.crc32(b"[]")])
@@ -96,8 +92,9 @@ def test_what_is_no_journal_is_refused_and_left_alone(path, content):
 def test_two_searches_do_not_write_one_journal(written):
     with resumed(written):
         for resume in (True, False):
-            with pytest.raises(OutputError, match="Another search is writing"), ExitStack() as stack:
-                stack.enter_context(open_journal(written, SEARCH, resume=resume))
+            other = open_journal(written, SEARCH, resume=resume)
+            with pytest.raises(OutputError, match="Another search is writing"), other:
+                pass
     assert kept(written) == 20
 
 

@@ -9,8 +9,7 @@ from sleb_cli.results import EvalResult
 PLAN = make_plan(6, 3)
 OTHER_SETTINGS = [
     {"dtype": "float16"}, {"device": "cuda"}, {"processor": "q"}, {"torch": "3"}, {"transformers": "6"},
-    {"model": PLAN.model.model_copy(update={"fingerprint": "0"})},
-    {"model": PLAN.model.model_copy(update={"code": "0"})},
+    *({"model": PLAN.model.model_copy(update={key: "0"})} for key in ("fingerprint", "code")),
 ]  # fmt: skip
 
 

@@ -21,37 +21,35 @@ from sleb_cli.plugin_manager import load_plugins
 CPU = torch.device("cpu")
 
 
-def surgery_of(folder, removals=(1, 3)):
+def surgery_of(folder):
     source = locate_model(str(folder), ignore)
-    return plan_surgery(read_architecture(source, load_plugins(), ignore), removals)
+    return plan_surgery(read_architecture(source, load_plugins(), ignore), (1, 3))
 
 
-def load_both(surgery, dtype=torch.float32):
-    dense = load_dense(surgery.architecture, dtype, CPU, ignore)
-    return dense, load_pruned(surgery, dtype, CPU, ignore, dense=dense)
+def load_both(folder):
+    surgery = surgery_of(folder)
+    dense = load_dense(surgery.architecture, torch.float32, CPU, ignore)
+    return dense, load_pruned(surgery, torch.float32, CPU, ignore, dense=dense)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt2", "falcon_h1"])
 def test_the_pruned_model_shares_all_weights(tmp_path, model_type):
-    dense, pruned = load_both(surgery_of(save_model(tmp_path / "model", tiny_config(model_type))))
+    dense, pruned = load_both(save_model(tmp_path / "model", tiny_config(model_type)))
     places = {tensor.data_ptr() for tensor in dense.state_dict().values()}
     assert all(tensor.data_ptr() in places for tensor in pruned.state_dict().values())
 
 
 def test_tensors_that_transformers_changes_come_from_the_files(tmp_path, monkeypatch):
-    surgery = surgery_of(save_model(tmp_path / "model", llama_config(5)))
-    read, seen = loading._with_tensors, []
+    read, factors = loading._with_tensors, [1, 2]  # those of the dense model come first
 
-    def doubling(surgery, tensors, *rest):
-        seen.append(len(tensors))
+    def changing(surgery, tensors, *rest):
         model = read(surgery, {name: tensor.clone() for name, tensor in tensors.items()}, *rest)
-        if len(seen) == 1:
-            model.model.norm.weight.data *= 2
+        model.model.norm.weight.data *= factors.pop()
         return model
 
-    monkeypatch.setattr(loading, "_with_tensors", doubling)
-    dense, pruned = load_both(surgery)
-    assert len(seen) == 2
+    monkeypatch.setattr(loading, "_with_tensors", changing)
+    dense, pruned = load_both(save_model(tmp_path / "model", llama_config(5)))
+    assert factors == []
     assert torch.equal(pruned.model.norm.weight, dense.model.norm.weight)
 
 
@@ -61,8 +59,11 @@ def test_all_three_models_generate_by_the_same_settings(run_sleb, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(own))
     assert run_sleb("apply", folder, "--blocks", "1,3", "-o", "out").exit_code == 0
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for model in (*load_both(surgery_of(folder)), written):
+    for model in (*load_both(folder), written):
         assert {key: getattr(model.generation_config, key) for key in own} == own
+    (folder / "generation_config.json").unlink()
+    _, pruned = load_both(folder)
+    assert pruned.generation_config.eos_token_id == pruned.config.eos_token_id
 
 
 def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text_file, monkeypatch):
@@ -74,13 +75,6 @@ def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text
     assert result.exit_code == 7
     assert f"{tiny_llama} does not fit into the memory of cpu in float32" in result.stderr
     assert "--dtype" in result.stderr
-
-
-def test_a_folder_without_generation_settings_needs_none(tmp_path):
-    folder = save_model(tmp_path / "model", llama_config(5))
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    _, pruned = load_both(surgery_of(folder))
-    assert pruned.generation_config.eos_token_id == pruned.config.eos_token_id
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -8,30 +8,7 @@ import pytest
 from sleb_cli.engine import memory_limits
 from sleb_cli.engine.memory_limits import UNLIMITED, left_under_limits
 
-
-@pytest.fixture
-def linux(tmp_path, monkeypatch):
-    """Say which groups the process is in, and give each of them its files: limit, highest, used."""
-    monkeypatch.setattr(memory_limits.sys, "platform", "linux")
-    monkeypatch.setattr(memory_limits, "_left_of_resources", lambda: iter(()))
-    monkeypatch.setattr(memory_limits, "PROC", tmp_path)
-    monkeypatch.setattr(memory_limits, "GROUPS", tmp_path / "groups")
-
-    def say(cgroup: str, groups: dict[str, tuple[object, object, int]]) -> None:
-        (tmp_path / "cgroup").write_text(cgroup)
-        for name, (limit, high, used) in groups.items():
-            folder = tmp_path / "groups" / name
-            folder.mkdir(parents=True, exist_ok=True)
-            for kind, value in {"max": limit, "high": high, "current": used}.items():
-                (folder / f"memory.{kind}").write_text(f"{value}\n")
-            for kind, value in {"limit": limit, "usage": used}.items():
-                (folder / f"memory.{kind}_in_bytes").write_text(f"{value}\n")
-            pages = "inactive_file 150\nactive_file 50\n"
-            (folder / "memory.stat").write_text(f"anon 400\n{pages}total_inactive_file 100\ntotal_active_file 50\n")
-
-    return say
-
-
+# The limit, the limit that slows down, and what is used, of each group.
 JOB = {"slurm/job/step": ("max", "max", 700), "slurm/job": (2000, "max", 1900), "slurm": (9000, "max", 2000)}
 
 
@@ -55,8 +32,20 @@ JOB = {"slurm/job/step": ("max", "max", 700), "slurm/job": (2000, "max", 1900), 
         pytest.param("3:memory:/../host\n", {"memory": (1000, 0, 700)}, 450, id="outside of a namespace"),
     ],
 )
-def test_the_least_that_any_group_leaves(linux, cgroup, groups, left):
-    linux(cgroup, groups)
+def test_the_least_that_any_group_leaves(tmp_path, monkeypatch, cgroup, groups, left):
+    monkeypatch.setattr(memory_limits.sys, "platform", "linux")
+    monkeypatch.setattr(memory_limits, "_left_of_resources", lambda: iter(()))
+    monkeypatch.setattr(memory_limits, "PROC", tmp_path)
+    monkeypatch.setattr(memory_limits, "GROUPS", tmp_path / "groups")
+    (tmp_path / "cgroup").write_text(cgroup)
+    for name, (limit, high, used) in groups.items():
+        folder = tmp_path / "groups" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"max": limit, "high": high, "current": used, "limit_in_bytes": limit, "usage_in_bytes": used}
+        for kind, value in values.items():
+            (folder / f"memory.{kind}").write_text(f"{value}\n")
+        pages = "inactive_file 150\nactive_file 50\n"
+        (folder / "memory.stat").write_text(f"anon 400\n{pages}total_inactive_file 100\ntotal_active_file 50\n")
     assert left_under_limits() == left
 
 
