@@ -176,7 +176,6 @@ def test_tensors_of_a_pickle_are_written_apart_in_their_types(tmp_path, target):
 
 def test_tensors_that_two_files_hold_come_from_the_later_one(tmp_path, target):
     weights = save(tmp_path, {"a": torch.zeros(2), "b": torch.zeros(2)}, {"a": torch.ones(2)})
-    assert sorted(weights.tensor_names()) == ["a", "b"]
     write(weights, target)
     require_same(target, {"a": torch.ones(2), "b": torch.zeros(2)})
 

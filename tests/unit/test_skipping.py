@@ -77,7 +77,6 @@ def test_everything_is_put_back_after_an_error(small, ids):
         small.skip({1})
         assert not model.config.use_cache
         raise ZeroDivisionError
-    assert all("forward" not in vars(switch.block) for switch in small.switches)
     assert model.config.use_cache == use_cache
     assert not model.lm_head._forward_pre_hooks
     assert torch.equal(model(ids).logits, before)
