@@ -1,6 +1,7 @@
 """Passes over batches: their scores, what they cost in memory, and what happens when memory runs out."""
 
 from collections import defaultdict
+from itertools import count
 
 import pytest
 import torch
@@ -66,46 +67,31 @@ def test_scores_are_those_of_whole_logits(skippable, sequences, candidates, fork
     assert advanced == pytest.approx(len(candidates) * len(sequences))
 
 
-def fail_at(skippable, monkeypatch, *numbers, error=torch.OutOfMemoryError):
-    """Run out of memory at these calls of a block."""
-    calls, switch = [], skippable.switches[5]
-    forward = switch._forward
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) in numbers:
-            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(switch, "_forward", failing)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_after_an_error_of_memory_nothing_is_scored_twice(skippable, sequences, monkeypatch, error):
-    expected = score(passes_of(skippable, sequences)[0])
-    passes, events = passes_of(skippable, sequences, 4, 1000, 2, 100)
-    # The second walk of the first batch: two candidates have their scores.
-    fail_at(skippable, monkeypatch, 3, error=error)
-    assert score(passes) == expected
-    notices = [event.text for event in events if isinstance(event, Notice)]
-    assert notices == ["Out of memory on cpu; continuing with 1 candidates, 4 sequences and 1000 positions at once."]
-
-
 def norms(block, entering, leaving):
     yield block, (leaving - entering).norm(dim=-1).mean(-1).tolist()
 
 
-@pytest.mark.parametrize("how", [score, lambda passes: passes.score_states([1], (2,), [3, 5], lambda: norms)[1]])
-def test_in_the_end_batches_are_halved_and_scores_are_the_same(skippable, sequences, monkeypatch, how):
+def score_norms(passes):
+    return passes.score_states([1], (2,), [3, 5], lambda: norms)[1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize(("how", "first"), [(score, 3), (score_norms, 1)])  # before the third, some have their scores
+def test_batches_are_halved_and_scores_stay_the_same(skippable, sequences, monkeypatch, how, first, error):
     expected = how(passes_of(skippable, sequences)[0])
     passes, events = passes_of(skippable, sequences, 4, 16, 1, 0)
-    fail_at(skippable, monkeypatch, 1, 2)
+    calls, forward = count(1), skippable.switches[5]._forward
+
+    def failing(*args, **kwargs):
+        if next(calls) in (first, first + 1):
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(skippable.switches[5], "_forward", failing)
     found = how(passes)
     assert passes.budget == MemoryBudget(sequences=1, positions=16, branches=1, kept=0)
     assert len([event for event in events if isinstance(event, Notice)]) == 2
-    assert found.keys() == expected.keys()
-    for block, scores in found.items():
-        assert scores == pytest.approx(expected[block], rel=1e-5)
+    assert found == {block: pytest.approx(scores, rel=1e-5) for block, scores in expected.items()}
 
 
 def test_removals_that_do_not_follow_each_other_are_not_mixed_up(skippable, sequences):
