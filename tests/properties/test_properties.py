@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import save_model
 from families import tiny_config
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.model.architecture import Architecture, read_architecture
+from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import apply_removals
 from sleb_cli.engine.output.delivery import Delivery
@@ -25,21 +23,7 @@ from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 
-CPU = torch.device("cpu")
 BLOCKS = 6
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Architectures by family and data type, saved once each."""
-
-    @cache
-    def of(model_type: str, dtype: torch.dtype) -> Architecture:
-        folder = save_model(tmp_path_factory.mktemp(model_type), tiny_config(model_type, dtype=dtype))
-        AutoModelForCausalLM.from_pretrained(folder).to(dtype).save_pretrained(folder)
-        return read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
-
-    return of
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -49,19 +33,22 @@ def models(tmp_path_factory):
     gone=st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS - 1, unique=True).map(tuple),
     seed=st.integers(0, 99),
 )
-def test_skipped_shared_written_and_loaded_are_one_model(models, model_type, dtype, gone, seed):
+def test_skipped_shared_written_and_loaded_are_one_model(model_type, dtype, gone, seed):
     """Blocks switched off in memory, weights shared with the dense model, the files, and stock transformers agree."""
-    architecture = models(model_type, dtype)
-    ids = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed))
-    surgery = plan_surgery(architecture, gone)
-    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        apply_removals(Subject(surgery, None), Delivery(Path(folder) / "out", verify=False), ignore)
-        dense = load_dense(architecture, dtype, CPU, ignore)
+    ids, cpu = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(seed)), torch.device("cpu")
+    with tempfile.TemporaryDirectory() as place, torch.inference_mode():
+        folder, output = Path(place) / "dense", Path(place) / "out"
+        save_model(folder, tiny_config(model_type, dtype=dtype))
+        AutoModelForCausalLM.from_pretrained(folder).to(dtype).save_pretrained(folder)
+        architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
+        surgery = plan_surgery(architecture, gone)
+        apply_removals(Subject(surgery, None), Delivery(output, verify=False), ignore)
+        dense = load_dense(architecture, dtype, cpu, ignore)
         with SkippableModel(dense, architecture.blocks_of(dense)) as skippable:
             skipped = skippable.logits(ids, gone)
-        shared = load_pruned(surgery, dtype, CPU, ignore, dense=dense)
-        read = load_pruned(surgery, dtype, CPU, ignore)
-        written = AutoModelForCausalLM.from_pretrained(f"{folder}/out", dtype=dtype).eval()
+        shared = load_pruned(surgery, dtype, cpu, ignore, dense=dense)
+        read = load_pruned(surgery, dtype, cpu, ignore)
+        written = AutoModelForCausalLM.from_pretrained(output, dtype=dtype).eval()
         assert written.dtype is dtype
         for model in (shared, read, written):
             found = model(input_ids=ids, use_cache=False).logits

@@ -47,19 +47,12 @@ def test_a_title_has_no_folder_of_this_machine(llama_plan, source, title):
     assert published.calibration.title == title
 
 
-@pytest.mark.parametrize(
-    ("metric", "name"),
-    [
-        ("nll+0.5*task:/a/b.yaml+task:../c/d.yaml:9", "nll+0.5*task:b.yaml+task:d.yaml:9"),
-    ],
-)
-def test_a_published_metric_has_no_folder_of_this_machine(llama_plan, metric, name):
-    plan = read_plan(llama_plan)
-    (record,) = plan.search.metrics.values()
-    of_terms = {"metric": metric, "metrics": dict.fromkeys(metric.split("+"), record)}
+def test_a_published_metric_has_no_folder_of_this_machine(llama_plan):
+    plan, metric = read_plan(llama_plan), "nll+0.5*task:/a/b.yaml+task:../c/d.yaml:9"
+    of_terms = {"metric": metric, "metrics": dict.fromkeys(metric.split("+"), plan.search.metrics["nll"])}
     published = plan.model_copy(update={"search": plan.search.model_copy(update=of_terms)}).published()
-    assert published.search.metric == name
-    assert list(published.search.metrics) == name.split("+")
+    assert published.search.metric == "nll+0.5*task:b.yaml+task:d.yaml:9"
+    assert list(published.search.metrics) == published.search.metric.split("+")
 
 
 INVALID = {
@@ -69,10 +62,8 @@ INVALID = {
     "words for a number": ({"model": {"blocks": "6"}}, "model.blocks"),
     "other removals": ({"removals": [1, 2, 3]}, "do not name the same blocks"),
     "a block too many": ({"model": {"blocks": 2}}, "does not have"),
-    "a version in words": ({"schema_version": "1"}, "schema_version: Input should be 1"),
     "no version": ({"schema_version": None}, "schema_version: Input should be 1"),
     "a later version": ({"schema_version": 2, "later": 1}, "schema_version: Input should be 1.*newer sleb .* upgrade"),
-    "nothing": (b"", "Invalid JSON"),
     "cut off": (b"{", "Invalid JSON"),
     "a list": (b"[]", "Input should be an object"),
     "bytes": (b"\xff\xfe\x00", "it is not text"),

@@ -4,7 +4,6 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
 from sleb_cli.events import (
     BlockRemoved,
@@ -50,7 +49,6 @@ SECOND_STEP = [*FIRST_STEP, *after(5, SearchAdvanced(10), FASTER)]
         ((100,) * 3, FIRST_STEP, None),
         ((100,) * 3, SECOND_STEP, 95),
         ((100,) * 3, [*SECOND_STEP, *after(45, SearchAdvanced(90), REMOVED)], 50),
-        ((100,), after(1, SearchAdvanced(60, from_journal=True)), None),
         ((100,), [*after(0, SearchAdvanced(60, from_journal=True)), *after(10, SearchAdvanced(20))], 10),
         ((1000, 900), after(10, SearchAdvanced(100), RaceNarrowed(1, 5, 800)), 10 + 18),
         ((3,), after(1, *[SearchAdvanced(0.1)] * 30, REMOVED), None),
@@ -66,29 +64,19 @@ def test_the_remaining_time_is_at_the_pace_of_this_kind_of_step(clock, steps, ev
     assert search.steps_left == len(steps) - sum(event is REMOVED for _, event in events)
 
 
-def test_names_are_shown_as_they_are(monkeypatch):
+@pytest.mark.parametrize("width", [60, 120])
+def test_names_stay_as_they_are_and_leave_room_for_numbers(clock, monkeypatch, width):
     monkeypatch.setattr(console.sys, "stderr", io.StringIO())
     shown = console.stderr()
-    bars = progress._progress(shown)
-    listen = progress._Listener(bars)
-    listen(TaskStarted("Reading org/a:train:[b]"))
-    listen(TaskAdvanced("Reading org/a:train:[b]", note="x:train:[c]"))
-    listen(Notice("org/d:train:[e]"))
-    shown.print(bars.get_renderable(), width=200)
-    for text in ("Reading org/a:train:[b]", "x:train:[c]", "org/d:train:[e]"):
-        assert text in shown.file.getvalue()
-
-
-@pytest.mark.parametrize("width", [60, 120])
-def test_long_paths_and_notes_leave_room_for_counts_and_times(clock, width):
-    shown = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    shown.width = width
     bars = progress._progress(shown)
     listen = progress._Listener(bars)
     name = "Loading /very/long/path/of/a-model-with-a-name-of-its-own-that-is-longer-than-any-screen-is-wide"
     listen(TaskStarted(name))
     listen(TaskFinished(name))
-    listen(TaskStarted("Writing weights", 98_362_432, "B"))
-    listen(TaskAdvanced("Writing weights", 40_000_000))
+    listen(TaskStarted("Writing [b]", 98_362_432, "B"))
+    listen(TaskAdvanced("Writing [b]", 40_000_000, "train:[c]"))
+    listen(Notice("org/d:train:[e]"))
     listen(SearchStarted(32, 2, 0, (62_000, 60_000)))
     listen(SearchAdvanced(2500))
     listen(CandidateScored(1, 7, 3.123456))
@@ -96,10 +84,11 @@ def test_long_paths_and_notes_leave_room_for_counts_and_times(clock, width):
     lines = shown.render_lines(bars.get_renderable(), pad=False)
     rows = ["".join(part.text for part in line).rstrip() for line in lines]
     assert max(map(len, rows)) <= width
-    loading, writing, search, note = rows
+    loading, writing, search, *notes = rows
     assert "/very" not in loading
     assert loading.endswith("0:00:00")
     assert "…" in loading
-    assert re.search(r"Writing weights +━.* 40.0/98.4 MB +0:00:00 --:--$", writing)
+    assert re.search(r"Writing \[b\] +━.* 40.0/98.4 MB +0:00:00 --:--$", writing)
     assert re.search(r"Search .* 2500/122000 +0:00:00 00:00$", search)
-    assert note == "  step 1 of 2, best so far: block 7 (3.1235), 5 still racing"
+    assert notes == ["  train:[c]", "  step 1 of 2, best so far: block 7 (3.1235), 5 still racing"]
+    assert "org/d:train:[e]" in shown.file.getvalue()

@@ -28,10 +28,6 @@ def looked(matrix, sequences, winners=1):
     return race
 
 
-def outcome(race, matrix):
-    return race.outcome({block: statistics.fmean(matrix[block]) for block in race.contenders})
-
-
 def draws(means, *, sequences=64, seed=0, scatter=0.06):
     """Make scores as real ones are: what a sequence is like, and a little of each candidate's own."""
     rng = random.Random(seed)
@@ -115,12 +111,7 @@ def test_a_contender_drops_out_just_beyond_the_limit(seen, looks, rivals, winner
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_disturb_no_other(bad):
-    matrix = draws({block: 0.02 * block for block in range(12)})
-    clean = run({block: scores for block, scores in matrix.items() if block != 3})
-    matrix[3] = [comparable(bad) if number == 1 else -9.0 for number in range(len(matrix[3]))]
-    race = run(matrix)
-    assert race.dropped == clean.dropped
-    found = outcome(race, matrix)
-    assert ranking(found.scores)[-1] == 3
-    assert {**found.scores, 3: None} == {**outcome(clean, matrix).scores, 3: None}
-    assert found.race == outcome(clean, matrix).race
+    matrix = draws({block: 0.02 * block for block in range(12) if block != 3})
+    race = run(matrix | {3: [-9.0, comparable(bad), *[-9.0] * 62]})
+    assert race.dropped == run(matrix).dropped != {}
+    assert 3 in race.contenders

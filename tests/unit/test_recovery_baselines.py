@@ -25,11 +25,6 @@ def _without_gradients():
         yield
 
 
-def skippable_model(config):
-    model = random_model(config)
-    return SkippableModel(model, model.model.layers)
-
-
 def fitting_text(skippable):
     return FittingText(skippable, IDS[:16], IDS[16:], batch=4)
 
@@ -48,11 +43,11 @@ def test_a_hadamard_matrix_is_orthogonal_and_of_equal_sizes(size):
 
 
 def test_any_matrix_gives_back_blocks_that_are_linear():
-    skippable = skippable_model(llama_config())
+    model = random_model(llama_config())
     for block in (2, 3):
         own = torch.eye(32) + 0.1 * torch.randn(32, 32)
-        skippable.model.model.layers[block].forward = lambda hidden, own=own, **others: hidden @ own
-    with SkippableModel(skippable.model, skippable.model.model.layers) as skippable:
+        model.model.layers[block].forward = lambda hidden, own=own, **others: hidden @ own
+    with SkippableModel(model, model.model.layers) as skippable:
         assert squares_left(skippable, {2, 3}, Patch()) > 0.01
         assert squares_left(skippable, {2, 3}, fit_gaps(fitting_text(skippable), {2, 3}, ghosted)) < 1e-6
 
@@ -68,11 +63,12 @@ def test_linear_patch_gives_back_a_block_that_scales_channels():
 
 
 def test_replace_me_is_least_squares_on_what_the_mlp_adds():
-    with skippable_model(llama_config()) as skippable:
+    model, seen = random_model(llama_config()), []
+    block = model.model.layers[2]
+    with SkippableModel(model, model.model.layers) as skippable:
         patch = fit_gaps(fitting_text(skippable), {3}, replace_me)
-        block, seen = skippable.model.model.layers[2], []
         handle = block.mlp.register_forward_hook(lambda module, args, output: seen.append(output.flatten(0, 1)))
-        states = skippable.model(IDS[:16], output_hidden_states=True).hidden_states
+        states = model(IDS[:16], output_hidden_states=True).hidden_states
         handle.remove()
     after, wanted = states[3].flatten(0, 1), states[4].flatten(0, 1)
     transform = torch.linalg.lstsq(seen[0].double(), (wanted - (after - seen[0])).double()).solution

@@ -1,6 +1,5 @@
 """The text that two models generate after a prompt, and how much of it is repeated."""
 
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -25,7 +24,7 @@ def sample(model, tokenizer, removed=(1,)):
 def test_both_models_generate_what_transformers_does_greedily(shared_data):
     folder = shared_data / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    found, events = sample(model, tokenizer, (2,))
+    found, _ = sample(model, tokenizer, (2,))
     prompt = tokenizer(PROMPT, return_tensors="pt")
     after = prompt.input_ids.shape[1]
 
@@ -40,7 +39,6 @@ def test_both_models_generate_what_transformers_does_greedily(shared_data):
     assert (found.dense, found.pruned) == (tokenizer.decode(dense), tokenizer.decode(pruned))
     assert found.dense != found.pruned
     assert (found.dense_repetition, found.pruned_repetition) == (repetition(dense), repetition(pruned))
-    assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * NEW_TOKENS
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
@@ -69,15 +67,13 @@ def test_it_ends_where_the_text_ends():
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == 2 * NEW_TOKENS
 
 
-@pytest.mark.parametrize("case", ["no tokens", "strange tokens", "does not run"])
+@pytest.mark.parametrize("case", ["strange tokens", "does not run"])
 def test_a_model_that_cannot_generate_gets_a_notice(case, monkeypatch):
     tokenizer = train_tokenizer(bos=False)
     model = random_model(llama_config(3, **({"vocab_size": 30} if case == "strange tokens" else {})))
     if case == "does not run":
         broken = UnsupportedModelError("llama does not run.", hint="")
         monkeypatch.setattr(SkippableModel, "logits", Mock(side_effect=broken))
-    if case == "no tokens":
-        monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text: SimpleNamespace(input_ids=[]))
     found, events = sample(model, tokenizer)
     assert found is None
     assert len([event for event in events if isinstance(event, Notice)]) == 1

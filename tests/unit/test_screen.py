@@ -26,9 +26,7 @@ def drawn(*lines, labels=("1", "2.5", "4"), width=80):
 
 def test_a_chart_has_the_highest_value_on_top():
     rows = drawn(("●", [1.0, 2.0, 4.0]))
-    assert len(rows) == ROWS + 1
     assert rows[0] == "  4 ┤                   ·●"
-    assert rows[ROWS - 1].startswith("  1 ┤●·")
     assert rows[ROWS // 2].startswith("2.5 ┤")
     assert rows[-1] == "     0         1         2"
     assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"  # the middle value stands a third of the way up
@@ -66,9 +64,8 @@ def test_a_strip_of_many_blocks_takes_rows_and_kinds_have_marks():
 
 COLUMNS = ["step", "block", "kind", "nll", "perplexity", "change", "held out", "change"]
 ROW = ["112", "linear_attention", "12.3456", "12345.67", "+1234.5%", "23456.78", "+1234.5%"]
-WIDE = Table(
-    "", COLUMNS, [[str(step), *ROW] for step in range(3)], words={"kind"}, optional=["nll", "change", "kind"]
-)  # fmt: skip
+CELLS = [[str(step), *ROW] for step in range(3)]
+WIDE = Table("", COLUMNS, CELLS, words={"kind"}, optional=["nll", "change", "kind"])
 DRAWN = {"screen": lambda width: shown(fitting(WIDE, width), width), "text": lambda width: to_text(WIDE, width)}
 
 

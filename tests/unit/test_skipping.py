@@ -1,5 +1,7 @@
 """Block switches and the forking forward on real blocks: they skip, bit for bit alike, and leave nothing behind."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig
@@ -56,14 +58,16 @@ def test_skipping_equals_the_plain_reference(skippable, ids):
 
 def test_the_head_gets_the_last_positions_in_one_piece(skippable, ids):
     """As a slice, they take bfloat16 on a CPU hundreds of times as long."""
-    head, seen = skippable.model.lm_head, []
-    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    seen = []
+
+    def note(module, args):
+        seen.append((len(args[0]), args[0].stride()))
+
+    skippable.model.lm_head.register_forward_pre_hook(note)
     skippable.logits(ids, (), last=2)
     skippable.calls(ids)
     skippable.logits(ids[:1], (), last=1)
-    handle.remove()
-    strides = [(64, 32, 1), (32, 32, 1), (32, 32, 1)]
-    assert [(len(states), states.stride()) for states in seen] == list(zip([3, 3, 1], strides, strict=True))
+    assert seen == [(3, (64, 32, 1)), (3, (32, 32, 1)), (1, (32, 32, 1))]
 
 
 def test_everything_is_put_back_after_an_error(small, ids):
@@ -73,7 +77,6 @@ def test_everything_is_put_back_after_an_error(small, ids):
         small.skip({1})
         assert not model.config.use_cache
         raise ZeroDivisionError
-    assert all("forward" not in vars(switch.block) for switch in small.switches)
     assert model.config.use_cache == use_cache
     assert not model.lm_head._forward_pre_hooks
     assert torch.equal(model(ids).logits, before)
@@ -82,27 +85,15 @@ def test_everything_is_put_back_after_an_error(small, ids):
 @pytest.mark.parametrize(
     ("cause", "error", "words"),
     [
-        (
-            ValueError("no top-k indices"),
-            UnsupportedModelError,
-            r"llama does not run without blocks \[1\]: no top-k indices",
-        ),
-        (
-            torch.OutOfMemoryError("CUDA out of memory"),
-            OutOfMemory,
-            "3 sequences of 24 tokens do not fit into the memory of cpu",
-        ),
+        (ValueError("no indices"), UnsupportedModelError, r"llama does not run without blocks \[1\]: no indices"),
+        (torch.OutOfMemoryError("CUDA"), OutOfMemory, "3 sequences of 24 tokens do not fit into the memory of cpu"),
     ],
 )
-def test_what_a_block_raises_is_translated(small, ids, cause, error, words):
-    def fails(*args, **kwargs):
-        raise cause
-
-    with small:
+def test_what_a_block_raises_is_translated(small, ids, monkeypatch, cause, error, words):
+    with small, pytest.raises(error, match=words):
         small.logits(ids, ())
-        small.switches[2]._forward = fails
-        with pytest.raises(error, match=words):
-            small.logits(ids, {1})
+        monkeypatch.setattr(small.switches[2], "_forward", Mock(side_effect=cause))
+        small.logits(ids, {1})
 
 
 def test_a_model_that_calls_a_block_twice_is_refused(small, ids):
@@ -128,11 +119,6 @@ def walk(skippable, ids, removed, candidates, states=None, **options):
     found = Walk(skippable, skippable.calls(ids), states or States(), removed, candidates, **options)
     assert list(walk_together(skippable, [found])) == list(range(found.start, len(skippable.switches)))
     return found
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(hidden, expected[branch]) for branch, hidden in found.items())
 
 
 @pytest.mark.parametrize("removed", [(), (2,), (3, 1)])
@@ -179,6 +165,6 @@ def test_what_a_step_keeps_saves_work_and_changes_no_bit(skippable, ids, ran, fi
     ran.clear()
     found = walk(skippable, ids, removed, candidates, states)
     assert len(ran) == found.block_branches <= fresh.block_branches
-    assert_same(found.branches, fresh.branches)
+    torch.testing.assert_close(found.branches, fresh.branches, rtol=0, atol=0)
     if counts:
         assert [ran.count(block) for block in range(4)] == counts

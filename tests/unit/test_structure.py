@@ -29,7 +29,6 @@ class Block(nn.Module):
         (Block(4), Block(2), None),  # a block of two attentions counts these
         (Block(2, scale=0.5), Block(1, scale=0.25), "scale would be 0.25, not 0.5"),
         (Block(2, window=8), Block(1, window=None), "window would be None, not 8"),
-        (Block(2, heads=6), Block(1, heads=5), "heads would be 5, not 6"),
         (Block(2, width=4), Block(1, width=8), "mlp.weight would be (8, 8), not (4, 4)"),
         (Block(2, residual_idx=6), Block(1, residual_idx=4), "residual_idx would be 4, not 6"),
         (Block(2), Block(1, cap=3), "cap would be 3, not absent"),

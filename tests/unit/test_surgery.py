@@ -1,44 +1,29 @@
 """Names and settings of the pruned model."""
 
-from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
-from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins import FamilyAdapter
-
-
-def surgery(removals, blocks=4, path="model.layers", raw=None, config=None, prefix=None, **adapter):
-    source = ModelSource("x", Path())
-    vars(source)["raw_config"] = raw or {"num_hidden_layers": blocks}
-    numbering = BlockNumbering(prefix or f"{path}.")
-    architecture = SimpleNamespace(
-        block_count=blocks,
-        adapter=FamilyAdapter("x", frozenset({"x"}), path, **adapter),
-        numbering=numbering,
-        block_names=lambda kept: BlockNames(path, numbering, kept),
-        text_config=SimpleNamespace(attribute_map={}, to_dict=lambda: config or {}, **(config or {})),
-        text_key="",
-        source=source,
-    )
-    return Surgery(architecture, tuple(removals))
+from sleb_plugins.config_keys import kept_blocks
 
 
 @pytest.mark.parametrize(
-    ("how", "before", "after"),
+    ("removals", "before", "after"),
     [
-        ({"removals": [1]}, "embed.weight model.layers.0.a norm", "embed.weight model.layers.0.a norm"),
-        ({"removals": [1]}, "model.layers.1.a model.layers.2.b.c layers.3.a", "model.layers.1.b.c layers.2.a"),
-        ({"removals": [0], "prefix": "transformer.h."}, "transformer.h.3.fc1", "transformer.h.2.fc1"),
-        ({"removals": [2, 9], "blocks": 12}, "layers.1.w layers.9.w layers.11.w", "layers.1.w layers.9.w"),
-        ({"removals": [1]}, *["vision.layers.1.w model.layers_norm.1.w model.layers.x.w"] * 2),
+        ([1], "embed.weight model.layers.0.a norm", "embed.weight model.layers.0.a norm"),
+        ([1], "model.layers.1.a model.layers.2.b.c layers.3.a", "model.layers.1.b.c layers.2.a"),
+        ([0], "transformer.h.3.fc1", "transformer.h.2.fc1"),
+        ([2, 9], "layers.1.w layers.9.w layers.11.w", "layers.1.w layers.9.w"),
+        ([1], *["vision.layers.1.w model.layers_norm.1.w model.layers.x.w"] * 2),
     ],
 )
-def test_tensors_are_dropped_and_renumbered(how, before, after):
-    assert [name for name, _ in surgery(**how).names.prune((name, None) for name in before.split())] == after.split()
+def test_tensors_are_dropped_and_renumbered(removals, before, after):
+    names = BlockNames("model.layers", BlockNumbering("transformer.h."), kept_blocks(12, removals))
+    assert [name for name, _ in names.prune((name, None) for name in before.split())] == after.split()
 
 
 @pytest.mark.parametrize(
@@ -71,9 +56,12 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
     raw = {"n_layer": 4, "layer_types": ["a", "b", "c", "d"], "eos_token_id": [1, 2, 3, 4], "novel": [5, 6, 7, 8]}
     config = {**raw, "attention_layers": [0, 1, 0, 1], "mine": "abcd"}
     keys = {"mine": lambda text, kept: "".join(text[block] for block in kept.blocks)}
-    pruned = surgery([1, 3], raw=raw, config=config, count_key="n_layer", config_keys=keys).prune_config()
-    assert pruned == {
+    architecture = Mock(
+        block_count=4, text_key="", source=Mock(raw_config=raw), numbering=BlockNumbering("h."),
+        adapter=FamilyAdapter("x", frozenset({"x"}), "h", count_key="n_layer", config_keys=keys),
+        text_config=SimpleNamespace(attribute_map={}, to_dict=lambda: config),
+    )  # fmt: skip
+    assert Surgery(architecture, (1, 3)).prune_config() == {
         "n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0],
         "novel": [5, 7], "mine": "ac",
     }  # fmt: skip
-    assert raw["n_layer"] == 4

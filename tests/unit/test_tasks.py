@@ -1,11 +1,12 @@
 """Tasks of lm-eval on dense and pruned models: on results made by hand, and on tiny models."""
 
 import importlib.metadata
-import io
 import json
 import random
 import shutil
 from pathlib import Path
+from statistics import stdev
+from unittest.mock import Mock
 
 import lm_eval
 import pytest
@@ -22,7 +23,13 @@ from sleb_cli.engine.quality.tasks import (
     load_requested,
     versions_behind_lm_eval,
 )
-from sleb_cli.engine.statistics import mcnemar, paired_difference, wilson_interval
+from sleb_cli.engine.statistics import (
+    items_needed,
+    mcnemar,
+    paired_difference,
+    paired_proportions_interval,
+    wilson_interval,
+)
 from sleb_cli.events import Notice, TaskAdvanced, TaskStarted
 from sleb_cli.requests import EvalRequest
 from sleb_plugins import DataError, ModelError, OutputError, UsageError
@@ -35,7 +42,7 @@ def sample(number, score, *, metric="acc", filtered="none", **changes):
     return {"doc_id": number, "filter": filtered, "metrics": [metric], metric: score} | hashes | answers | changes
 
 
-def results_of(samples, values=None, *, task="weather", metric="acc", higher_is_better=True, output_type="x"):
+def results_of(samples, values=None, *, task="weather", metric="acc", output_type="x"):
     """Results in lm-eval's schema; without values, the mean of the samples."""
     scores = [one[metric] for one in samples]
     return {
@@ -44,7 +51,7 @@ def results_of(samples, values=None, *, task="weather", metric="acc", higher_is_
         "configs": {task: {"output_type": output_type, "target_delimiter": " "}},
         "versions": {task: 1.0},
         "n-shot": {task: 2},
-        "higher_is_better": {task: {metric: higher_is_better}},
+        "higher_is_better": {task: {metric: True}},
         "samples": {task: list(samples)},
     }
 
@@ -68,8 +75,8 @@ def test_right_and_wrong_answers_are_compared_item_by_item():
     assert (result.dense.items, result.dense.interval) == (before, wilson_interval(4, 6))
     assert (pruned.removals, pruned.items, pruned.interval) == ((2, 1), after, wilson_interval(2, 6))
     assert pruned.standard_error == pytest.approx(paired_difference(before, after).standard_error)
-    assert pruned.difference_interval.low < -2 / 6 < pruned.difference_interval.high
-    assert pruned.items_needed > 10_000
+    assert pruned.difference_interval == paired_proportions_interval(3, 1, 6)
+    assert pruned.items_needed == items_needed(stdev([0, -1, -1, 1, 0, -1]))
 
 
 def test_other_items_and_infinite_values_are_refused():
@@ -100,9 +107,8 @@ def test_what_is_lost_and_gained(before, after, expected):
 
 def test_scores_that_are_shares_have_an_error_but_no_flips():
     before, after = (0.5, 0.25, 1.0, 0.75), (0.25, 0.25, 0.5, 0.5)
-    result, pruned = one_pruned(binary(*before, higher_is_better=False), binary(*after), show_flips=3)
+    result, pruned = one_pruned(binary(*before), binary(*after), show_flips=3)
     expected = paired_difference(before, after)
-    assert result.higher_is_better is False
     assert (pruned.difference, pruned.standard_error) == (expected.mean, expected.standard_error)
     assert pruned.difference_interval == expected.interval
     assert (pruned.lost, pruned.gained, pruned.mcnemar_p, pruned.flips) == (None, None, None, ())
@@ -233,18 +239,14 @@ def loaded(tiny_llama):
     [("own_chosen", 14, ("acc", "3", True)), ("own_written", 7, ("length", "1.0", False))],
 )
 def test_a_run_tells_its_progress_and_compares_with_itself(folder, loaded, name, requests, expected):
-    task, events = task_of(folder, name, limit=7), []
-    result = task.run(*loaded, "dense", events.append)
-    assert json.loads(json.dumps(result)) == result
-    assert {"config", "lm_eval_version", "transformers_version", "max_length", "tokenizer_eos_token"} <= set(result)
+    events = []
+    result = task_of(folder, name, limit=7).run(*loaded, "dense", events.append)
     (started,) = [event for event in events if isinstance(event, TaskStarted)]
     assert (started.task, started.total) == (f"{name}, dense", requests)
     assert sum(event.done for event in events if isinstance(event, TaskAdvanced)) == requests
-    compared = compare_task(result, [((1,), result)])[0]
+    (compared,) = compare_task(result, [((1,), result)])
     assert (len(compared.doc_ids), compared.pruned[0].difference) == (7, 0)
     assert (compared.metric, compared.version, compared.higher_is_better) == expected
-    assert compared.dense.value == pytest.approx(sum(compared.dense.items) / 7)
-    assert task.run(*loaded)["samples"] == result["samples"]
 
 
 def test_a_group_has_its_tasks_items_and_its_own_metric(folder, loaded):
@@ -263,48 +265,41 @@ def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
     talking.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     results = task.run(model, talking)
     assert results["samples"]["own_chosen"][0]["arguments"][0][0].startswith("<user>")
-    assert results["chat_template"] == talking.chat_template
     examples = task_of(folder, num_fewshot=2).run(*loaded)
     assert examples["n-shot"]["own_chosen"] == 2
     assert examples["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2
 
 
 def test_a_fingerprint_changes_with_what_results_depend_on(folder, tmp_path, monkeypatch):
-    def now(**options):
-        return task_of(folder, **options).fingerprint() + versions_behind_lm_eval()
+    def now(name="own_chosen", **options):
+        return task_of(folder, name, **options).fingerprint() + versions_behind_lm_eval()
 
-    def edit(name, old, new):
-        (folder / name).write_text((folder / name).read_text().replace(old, new))
+    def edited(file, old, new, name):
+        before = now(name)
+        (folder / file).write_text((folder / file).read_text().replace(old, new))
+        return before, now(name)
 
     found = [now(), *(now(**{name: 1}) for name in ("limit", "num_fewshot", "apply_chat_template", "batch_size"))]
-    assert now() == found[0]
     for line in ("0", "len(os.environ.get('SCALE', ''))", "len(os.getenv( 'OTHER') or os.environ['SCALE'])"):
         (folder / "graders.py").write_text(f"import os\n\ndef grade(doc, results):\n    return {{'length': {line}}}\n")
         found.append(now())
     for name, value in (("SCALE", "1"), ("SCALE", "2"), ("OTHER", "1")):
         monkeypatch.setenv(name, value)
         found.append(now())
-    edit("own_chosen.jsonl", '"gold": 1', '"gold": 0')
-    found.append(now())
+    found += edited("both.yaml", "weight_by_size: true", "weight_by_size: false", "own_both")
+    found += edited("own_chosen.jsonl", '"gold": 1', '"gold": 0', "own_chosen")[1:]
     folder = shutil.copytree(folder, tmp_path / "moved")
     assert now() == found[-1]
-    found.append(now(name="own_both"))
-    edit("both.yaml", "weight_by_size: true", "weight_by_size: false")
-    found.append(now(name="own_both"))
     version = importlib.metadata.version
-    for package in ("lm_eval", "sacrebleu"):
-        other = {package: "99"}
-        monkeypatch.setattr(importlib.metadata, "version", lambda name, other=other: other.get(name) or version(name))
-        found.append(now())
-    assert len(set(found)) == len(found)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99" if name == "sacrebleu" else version(name))
+    assert len({*found, now()}) == len(found) + 1
 
 
-def test_tasks_of_lm_eval_are_found_without_an_index_of_all(folder):
+def test_tasks_of_lm_eval_are_found_without_an_index_of_all():
     tasks = Path(lm_eval.__file__).parent / "tasks"
-    files = {"piqa": tasks / "piqa/piqa.yaml", "own_chosen": folder / "own_chosen.yaml"}
-    manager = task_manager(list(files), [folder])
+    manager = task_manager(["piqa"], [])
     assert len(manager.all_tasks) < 50
-    assert {name: manager.task_index[name].yaml_path for name in files} == files
+    assert manager.task_index["piqa"].yaml_path == tasks / "piqa/piqa.yaml"
     for preset, file in {"leaderboard-v1": "benchmarks/openllm", "leaderboard-v2": "leaderboard/leaderboard"}.items():
         assert (tasks / f"{file}.yaml").read_text().startswith(f"group: {PRESETS[preset][0]}\n")
 
@@ -317,8 +312,6 @@ def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
     left = [event.text for event in events if isinstance(event, Notice)]
     assert names | {text.split()[0] for text in left} == set(PRESETS["canaries"])
     assert any("sleb_repeat_1024 is left out" in text and "the model has 512" in text for text in left)
-    assert fitting(tasks, loaded[1], None, events.append) == tasks
-    assert 0 < len(names) < len(left) + len(names)
 
 
 @pytest.mark.parametrize(
@@ -337,9 +330,7 @@ def test_a_task_that_cannot_run_is_refused(folder, loaded, old, new, error, mess
 def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path, monkeypatch):
     names = ("own_chosen", "own_written")
     results = [task_of(folder, name, limit=4).run(*loaded) for name in names]
-    before = json.dumps(results)
     files = write_lm_eval_results(tmp_path / "out", results, {"model": "tiny", "blocks": "2+3"})
-    assert json.dumps(results) == before
     date = files[0].name.removeprefix("results_").removesuffix(".json")
     assert [file.name for file in files[1:]] == [f"samples_{name}_{date}.jsonl" for name in names]
     written = json.loads(files[0].read_text())
@@ -349,14 +340,10 @@ def test_the_files_are_those_of_lm_eval(folder, loaded, tmp_path, monkeypatch):
     assert written["task_hashes"]["own_chosen"] == chosen.items_sha256
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert tuple(line["acc"] for line in lines) == chosen.dense.items
-    assert lines[0]["arguments"]["gen_args_0"]["arg_1"].startswith(" ")
 
     # lm-eval tells nobody that the disk was full.
-    class Full(io.StringIO):
-        def write(self, text):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("lm_eval.loggers.evaluation_tracker.open", lambda *of, **how: Full(), raising=False)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("lm_eval.loggers.evaluation_tracker.open", full, raising=False)
     with pytest.raises(OutputError, match=r"lm-eval's results cannot be written to .*cut"):
         write_lm_eval_results(tmp_path / "cut", results, {"model": "tiny"})
     assert list((tmp_path / "cut").iterdir()) == []

@@ -19,13 +19,14 @@ from sleb_cli.engine.quality.token_scores import (
 IDS = torch.randint(320, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def scored():
+@pytest.fixture(scope="module", params=[True, False], ids=["fork", "whole passes"])
+def scored(request):
     """A model and the same without block 2 on random tokens: log-probabilities, and the scores of both."""
     model = random_model(llama_config())
     with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
         log_p = [skippable.logits(IDS, removed)[:, :-1].log_softmax(-1) for removed in ((), (2,))]
-    return log_p, *scores_of((), (2,), positions=7)
+        predicted = [predict(skippable, IDS, removed, forks=request.param) for removed in ((), (2,))]
+        return log_p, *score_tokens(IDS, predicted, 7)
 
 
 def test_each_score_is_that_of_whole_logits(scored):
@@ -37,19 +38,6 @@ def test_each_score_is_that_of_whole_logits(scored):
     torch.testing.assert_close(scores[1]["divergence"], kl_div(q, p, log_target=True, reduction="none").sum(-1))
     assert torch.equal(scores[1]["same_top"], p.argmax(-1) == q.argmax(-1))
     assert "divergence" not in scores[0]
-
-
-def scores_of(*models, forks=True, positions=1000):
-    model = random_model(llama_config())
-    with torch.inference_mode(), SkippableModel(model, model.model.layers) as skippable:
-        return score_tokens(IDS, [predict(skippable, IDS, removed, forks=forks) for removed in models], positions)
-
-
-def test_the_plain_engine_has_the_same_scores(scored):
-    _, dense, pruned = scored
-    plain, without = scores_of((), (2,), forks=False)
-    torch.testing.assert_close(plain["nll"], dense["nll"])
-    torch.testing.assert_close(without["divergence"], pruned["divergence"], atol=1e-5, rtol=1e-4)
 
 
 def test_losses_count_only_what_is_counted(scored):

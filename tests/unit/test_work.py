@@ -8,6 +8,7 @@ from families import tiny_config
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.speed.work import count_work
+from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 
 HIDDEN, VOCABULARY, KEYS = 32, 320, 16
@@ -15,17 +16,13 @@ BLOCK = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KEYS + 3 * HIDDEN * 64
 NORMS = 2 * HIDDEN
 
 
-@pytest.fixture
-def architecture(tmp_path):
-    def read(config):
-        source = locate_model(str(save_model(tmp_path / "model", config)), [].append)
-        return read_architecture(source, load_plugins(), [].append)
-
-    return read
+def architecture(folder, config):
+    source = locate_model(str(save_model(folder / "model", config)), ignore)
+    return read_architecture(source, load_plugins(), ignore)
 
 
-def test_a_prompt(architecture):
-    work = count_work(architecture(llama_config(3)), 2, 16, 0, torch.float32)
+def test_a_prompt(tmp_path):
+    work = count_work(architecture(tmp_path, llama_config(3)), 2, 16, 0, torch.float32)
     attention = 2 * 2 * 16 * 16 * HIDDEN
     assert work.prefill_flops.blocks == (2 * (2 * 16 * BLOCK + attention),) * 3
     assert work.prefill_flops.outside == 2 * 16 * 2 * HIDDEN * VOCABULARY
@@ -39,8 +36,8 @@ def test_a_prompt(architecture):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_generation(architecture, tied):
-    work = count_work(architecture(llama_config(3, tie_word_embeddings=tied)), 2, 16, 5, torch.bfloat16)
+def test_generation(tmp_path, tied):
+    work = count_work(architecture(tmp_path, llama_config(3, tie_word_embeddings=tied)), 2, 16, 5, torch.bfloat16)
     head = HIDDEN * VOCABULARY
     assert work.prefill_flops.outside == 2 * 2 * head  # of the last position alone
     cache_of_prompt = 2 * 16 * 2 * KEYS
@@ -53,11 +50,11 @@ def test_generation(architecture, tied):
     looked_up = 0 if tied else 2 * HIDDEN
     assert work.decode_bytes.outside == 4 * 2 * (head + HIDDEN + looked_up)
     assert 1 < work.bound((1,)) < 3 / 2
-    assert count_work(architecture(llama_config(3)), 2, 16, 1, torch.bfloat16).decode_bytes.without(()) == 0
+    assert count_work(architecture(tmp_path, llama_config(3)), 2, 16, 1, torch.bfloat16).decode_bytes.without(()) == 0
 
 
-def test_of_the_experts_only_those_that_are_chosen_count(architecture):
-    read = architecture(tiny_config("mixtral"))
+def test_of_the_experts_only_those_that_are_chosen_count(tmp_path):
+    read = architecture(tmp_path, tiny_config("mixtral"))
     config = read.config
     expert = 3 * config.hidden_size * config.intermediate_size
     others = sum(p.numel() for name, p in read.skeleton.named_parameters() if ".0." in name and "experts" not in name)
@@ -66,12 +63,11 @@ def test_of_the_experts_only_those_that_are_chosen_count(architecture):
     assert work.decode_bytes.blocks[0] == pytest.approx(4 * (others + 2 * expert + 5 * cache))
     # Four tokens that choose two of four experts each leave one out in one case of 16.
     assert work.prefill_bytes.blocks[0] == pytest.approx(4 * (others + 4 * expert * 15 / 16 + 4 * cache))
-    assert work.decode_flops.blocks[0] > 2 * 2 * expert
-    assert work.decode_flops.blocks[0] < 2 * (2 * expert + others) * 1.2
+    assert 2 * 2 * expert < work.decode_flops.blocks[0] < 2 * (2 * expert + others) * 1.2
 
 
-def test_what_the_counter_cannot_run_takes_two_per_weight(architecture, monkeypatch):
-    read = architecture(llama_config(3))
+def test_what_the_counter_cannot_run_takes_two_per_weight(tmp_path, monkeypatch):
+    read = architecture(tmp_path, llama_config(3))
     monkeypatch.setattr("sleb_cli.engine.speed.work._counted_flops", lambda *given, all_logits: None)
     work = count_work(read, 2, 16, 0, torch.float32)
     assert work.prefill_flops.blocks == (2 * 2 * 16 * BLOCK,) * 3
