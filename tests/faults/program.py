@@ -67,7 +67,6 @@ class Call(NamedTuple):
 class Finished:
     """How a run ended. `exit_code` is negative for a signal, None if it took too long; `calls` are what a Fault saw."""
 
-    words: tuple[str, ...]
     exit_code: int | None
     stdout: str
     stderr: str
@@ -88,15 +87,15 @@ def wrong_ending(code: int | None, said: str, codes: Collection[int]) -> Iterato
 def require(ended: Any, codes: Collection[int] = (0,)) -> Any:
     """Require that a run, in this process or another, ended well."""
     wrong = list(wrong_ending(ended.exit_code, ended.stderr, codes))
-    assert not wrong, f"{wrong}: {getattr(ended, 'words', '')}\n{ended.stderr[-3000:]}"
+    assert not wrong, f"{wrong}: {ended.stderr[-3000:]}"
     return ended
 
 
 class Running:
     """A run that goes on."""
 
-    def __init__(self, process: Any, words: tuple[str, ...], place: Path, seconds: float) -> None:
-        self._process, self._words, self._place, self._seconds = process, words, place, seconds
+    def __init__(self, process: Any, place: Path, seconds: float) -> None:
+        self._process, self._place, self._seconds = process, place, seconds
 
     def ends_within(self, seconds: float) -> bool:
         """Wait for this long; return whether it has ended."""
@@ -109,7 +108,7 @@ class Running:
         while not self.ends_within(0.001):
             if state.read_text().rpartition(")")[2].split()[0] == "T":
                 return
-        raise AssertionError(f"{self._words} ended before it was stopped: {self.written('stderr')}")
+        raise AssertionError(f"it ended before it was stopped: {self.written('stderr')}")
 
     def send(self, *numbers: int) -> None:
         """Send signals."""
@@ -128,11 +127,10 @@ class Running:
         if late:
             self._process.kill()
             self._process.join()
-        stdout, stderr, calls = (self.written(name) for name in ("stdout", "stderr", "calls"))
+        traced = [line.split(" ", 2) for line in self.written("calls").splitlines()]
+        calls = tuple(Call(Calls(int(sort)), name, path) for sort, name, path in traced)
         code = None if late else self._process.exitcode
-        traced = [line.split(" ", 2) for line in calls.splitlines()]
-        seen = tuple(Call(Calls(int(sort)), name, path) for sort, name, path in traced)
-        return Finished(self._words, code, stdout, stderr, seen)
+        return Finished(code, self.written("stdout"), self.written("stderr"), calls)
 
     def when_stopped(self, do: Callable[[], object]) -> Finished:
         """Do something when it has met STOP, let it go on, and wait for its end."""
@@ -146,7 +144,7 @@ class Program:
     """Starts runs. `scratch` is a folder for their output."""
 
     def __init__(self, scratch: Path) -> None:
-        self._scratch, self._runs = scratch, 0
+        self._scratch = scratch
         library = scratch / "faulty_io.so"
         compiler = os.environ.get("CC", "cc")
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, HERE / "faulty_io.c", "-ldl"], check=True)
@@ -170,33 +168,28 @@ class Program:
             memory: its limit in bytes, beyond what the program itself maps.
             seconds: its limit by the clock.
         """
-        self._runs += 1
-        place = self._scratch / str(self._runs)
-        place.mkdir()
-        typed = tuple(str(word) for word in words)
-        variables = {name: value for name, value in {**os.environ, **(environment or {})}.items() if value is not None}
+        place = Path(tempfile.mkdtemp(dir=self._scratch))
+        typed, given = tuple(str(word) for word in words), {**os.environ, **(environment or {})}
+        variables = {name: str(value) for name, value in given.items() if value is not None}
         process = self._context.Process(target=_run, args=(typed, place, cwd, variables, fault, before, memory))
         process.start()
-        return Running(process, typed, place, seconds)
+        return Running(process, place, seconds)
 
     def run(self, *words: object, codes: Collection[int] | None = (0,), **options: Any) -> Finished:
         """Run `sleb` to its end, which must be one of these exit codes, with a sentence if it is an error."""
         finished = self.start(*words, **options).wait()
         return finished if codes is None else require(finished, codes)
 
-    def launch(self, count: int, *words: object, fault: Fault | None = None, **options: Any) -> list[Running]:
+    def launch(self, count, *words, fault=None, environment=None, **options) -> list[Running]:
         """Start `sleb` in this many processes, as a launcher does; the first one meets the fault."""
-        if count == 1:
-            return [self.start(*words, fault=fault, **options)]
-        with socket.socket() as place:
-            place.bind(("localhost", 0))
+        with socket.create_server(("localhost", 0)) as place:
             port = place.getsockname()[1]
-        given = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        given = {**options.pop("environment", {}), **given, "LOCAL_WORLD_SIZE": str(count)}
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         running = []
         for rank in range(count):
-            own = given | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            running.append(self.start(*words, environment=own, fault=None if rank else fault, **options))
+            own = shared | {"RANK": rank, "LOCAL_RANK": rank} if count > 1 else {}
+            variables = {**(environment or {}), **own}
+            running.append(self.start(*words, environment=variables, fault=None if rank else fault, **options))
         return running
 
 
@@ -248,14 +241,13 @@ def _import_everything() -> None:
     import sleb_cli
     import sleb_plugins
 
-    importlib.import_module("encodings.utf_8_sig")  # a user may not be allowed to read where Python lies
     for package in (sleb_cli, sleb_plugins):
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             with contextlib.suppress(ImportError):  # what needs an optional package
                 importlib.import_module(module.name)
-    for name in ("llama", "gpt2", "opt", "gemma3"):
-        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    for name in ("llama", "gpt2"):
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     # No run has to look through all of this again when it collects garbage.
     gc.collect()
     gc.freeze()

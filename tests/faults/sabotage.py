@@ -7,12 +7,13 @@ it can be: a moved tensor is moved in the index as well, and an extra block is c
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import weights_of
 from faults.lies import GGUFS, UINT32, gguf_of, parse, to_text, weight_file
 from faults.lies import number as number_key
 
 BLOCK = re.compile(r"(.*layers\.)(\d+)\.(.*)")
+REMOVED, KEPT = (1, 4), (0, 2, 3, 5)
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 LLAMA, GEMMA, OPT, BF16, SHARDED = "llama", "gemma3", "opt", "llama in bfloat16", "llama in shards"
 EVERY = (LLAMA, GEMMA, OPT, BF16, SHARDED)
@@ -57,19 +60,14 @@ quiet = partial(Kind, computes=False)
 
 @dataclass(frozen=True)
 class Made:
-    """A finished checkpoint, or GGUF file, at `path`, made of `dense` without the blocks `removed`.
-
-    `other` is another model.
-    """
+    """A finished checkpoint, or GGUF file, at `path`, made of the 6 blocks of `dense` without two."""
 
     path: Path
     dense: Path
-    removed: tuple[int, ...]
-    other: Path | None = None
-    rng: random.Random = field(default_factory=random.Random)
+    rng: random.Random
 
     def tensors(self) -> dict[str, Tensor]:
-        return of_folder(self.path)
+        return weights_of(self.path)
 
     def shards(self) -> list[Path]:
         return sorted(self.path.glob("*.safetensors"))
@@ -93,8 +91,7 @@ class Made:
 
     def before(self, name: str) -> str:
         """Return the name that a tensor has in the dense model."""
-        kept = [block for block in range(6) if block not in self.removed]
-        return name if (block := number(name)) is None else numbered(name, kept[block])
+        return name if (block := number(name)) is None else numbered(name, KEPT[block])
 
     def pick(self, pattern: str) -> str:
         """Return the name of any tensor in which this pattern is found."""
@@ -104,10 +101,6 @@ class Made:
         anew(self.path / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def of_folder(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
 def anew(path: Path) -> Path:
     """Forget a file that may be a link to the dense model's, so that only this folder changes."""
     path.unlink(missing_ok=True)
@@ -115,8 +108,7 @@ def anew(path: Path) -> Path:
 
 
 def number(name: str) -> int | None:
-    match = BLOCK.fullmatch(name)
-    return int(match[2]) if match else None
+    return int(match[2]) if (match := BLOCK.fullmatch(name)) else None
 
 
 def numbered(name: str, block: int) -> str:
@@ -138,28 +130,23 @@ def tensors(change):
 
 def edit(pattern, change):
     """Change the values of any tensor in which this pattern is found."""
+    return take(pattern, lambda name, made: change(made.tensors()[name]))
 
-    def do(made):
-        name, held = made.pick(pattern), made.tensors()
-        made.write(held | {name: change(held[name].clone())})
 
-    return do
+def take(pattern, source):
+    """Give any tensor in which this pattern is found the values that `source` returns for its name."""
+    return tensors(lambda held, made: held | {(name := made.pick(pattern)): source(name, made).clone()})
 
 
 def exchange(one, other):
     """Exchange any tensor of one name with that of another in the same block."""
 
-    def do(made):
-        first, held = made.pick(f"{one}.weight"), made.tensors()
+    def change(held, made):
+        first = made.pick(f"{one}.weight")
         second = first.replace(one, other)
-        made.write(held | {first: held[second], second: held[first]})
+        return held | {first: held[second], second: held[first]}
 
-    return do
-
-
-def take(pattern, source):
-    """Give any tensor in which this pattern is found the values that `source` returns for its name."""
-    return lambda made: made.write(made.tensors() | {(name := made.pick(pattern)): source(name, made).clone()})
+    return tensors(change)
 
 
 def rename(new):
@@ -193,8 +180,11 @@ def of_json(name, change):
     return do
 
 
-def config(**changes):
-    return of_json(CONFIG, lambda values, made: values | changes)
+def with_values(name, **changes):
+    return of_json(name, lambda values, made: values | changes)
+
+
+config = partial(with_values, CONFIG)
 
 
 def tokenizer(change):
@@ -214,9 +204,9 @@ def content(which, change):
     return do
 
 
-def copied(name, source="dense"):
-    """Replace a file by that of the `dense` model, or of the `other` one."""
-    return content(name, lambda data, made: (getattr(made, source) / name).read_bytes())
+def copied(name):
+    """Replace a file by that of the dense model."""
+    return content(name, lambda data, made: (made.dense / name).read_bytes())
 
 
 def missing(name):
@@ -224,49 +214,36 @@ def missing(name):
 
 
 def header(change):
-    """Change the header of the weight file with the most tensors, and perhaps its bytes."""
+    """Change the header of any weight file, and perhaps the bytes after it."""
 
-    def do(made):
-        path = max(made.shards(), key=lambda shard: len(load_file(shard)))
-        own, data = parse(path.read_bytes())
+    def changed(data, made):
+        own, after = parse(data)
         metadata = {"__metadata__": own.pop("__metadata__")}
-        data = change(own, data) or data
+        after = change(own, after) or after
         text = to_text(metadata | own)
-        anew(path).write_bytes(weight_file(text + b" " * (-len(text) % 8), data))
+        return weight_file(text + b" " * (-len(text) % 8), after)
 
-    return do
+    return content(Made.shard, changed)
 
 
 def block_of(name, block):
     return rf"layers\.{block}\..*({name})"
 
 
-def norm(change):
-    return edit(r"layers\..*norm\.weight", change)
-
-
 def weights(names, change):
     return edit(block_of(rf"(?:{names})\.weight", r"\d+"), change)
 
 
-MATRICES = "v_proj|o_proj|out_proj|fc2|down_proj"
+NORM, MATRICES = r"layers\..*norm\.weight", "v_proj|o_proj|out_proj|fc2|down_proj"
 
 
 def one_value(value):
-    def change(values):
-        values.view(-1)[values.numel() // 3] = value
-        return values
-
-    return weights(MATRICES, change)
+    place = torch.tensor([99])
+    return weights(MATRICES, lambda values: values.flatten().index_fill(0, place, value).view_as(values))
 
 
 def last_bit(values):
     values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)[5] ^= 1
-    return values
-
-
-def last_row(values):
-    values[-1] += 1
     return values
 
 
@@ -275,49 +252,20 @@ def flipped(data, rng, begin=0):
     return data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :]
 
 
-def hole(data, made):
-    start = made.rng.randrange(len(data) // 2, len(data) - 512)
-    return data[:start] + bytes(512) + data[start + 512 :]
-
-
-def same_shape(own, data):
-    names = [name for name in own if name.endswith(("q_proj.weight", "o_proj.weight", "v_proj.weight", "fc1.weight"))]
-    first, second = next((a, b) for a in names for b in names if a < b and own[a]["shape"] == own[b]["shape"])
-    own[first]["data_offsets"], own[second]["data_offsets"] = own[second]["data_offsets"], own[first]["data_offsets"]
-
-
 def entries(change):
     """Change each tensor's entry in the header."""
-    return header(lambda own, data: own.update({name: each | change(each) for name, each in own.items()}))
-
-
-def shared(own, data):
-    first, second = list(own)[:2]
-    own[second]["data_offsets"] = own[first]["data_offsets"]
+    return header(lambda own, after: own.update({name: each | change(each) for name, each in own.items()}))
 
 
 def layer_types(count):
-    def do(values, made):
+    def change(values, made):
         return values | {"layer_types": json.loads((made.dense / CONFIG).read_text())["layer_types"][:count]}
 
-    return of_json(CONFIG, do)
+    return of_json(CONFIG, change)
 
 
-def exchange_tokens(values):
-    vocabulary = values["model"]["vocab"]
-    first, second = list(vocabulary)[100:102]
-    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-
-
-def files(sources):
-    """Put the bytes of one file in place of another's, as `sources` says of both, given the shards."""
-
-    def do(made):
-        found = {path: source.read_bytes() for path, source in sources(made.shards(), made).items()}
-        for path, data in found.items():
-            anew(path).write_bytes(data)
-
-    return do
+def last(made):
+    return made.shards()[-1]
 
 
 def in_two_shards(made):
@@ -326,32 +274,30 @@ def in_two_shards(made):
     save_file(load_file(first) | {name: tensor + 1}, anew(first), metadata={"format": "pt"})
 
 
-def of_index(change):
-    """Change where the index says any tensor is."""
-
-    def do(values, made):
-        places = values["weight_map"]
-        change(places, made.rng.choice(sorted(places)), made)
-
-    return of_json(INDEX, do)
-
-
-def another_shard(places, name, made):
-    places[name] = next(path.name for path in made.shards() if path.name != places[name])
-
-
 def with_head(made):
     tensors(lambda held, made: held | {"lm_head.weight": held[made.pick("embed_tokens")].roll(1, 0)})(made)
     config(tie_word_embeddings=False)(made)
 
 
-def with_dense(made):
-    save_file(of_folder(made.dense), made.path / "model.safetensors", metadata={"format": "pt"})
-
-
 ROPE = {"rope_theta": 10000.0, "factor": 2.0}
+SETTINGS = [
+    ((), {"num_hidden_layers": 5}), ((), {"num_hidden_layers": 3}), ((), {"num_attention_heads": 2}),
+    ((), {"vocab_size": 321}), ((), {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+    (LLAMAS, {"rope_parameters": ROPE | {"rope_type": "linear"}}), (LLAMAS, {"hidden_act": "gelu"}),
+    (LLAMAS, {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}), (ROPED, {"rms_norm_eps": 0.1}),
+    (ROPED, {"attention_bias": True}), (ROPED, {"num_key_value_heads": 1}), ((GEMMA,), {"sliding_window": 3}),
+    ((GEMMA,), {"query_pre_attn_scalar": 64}), ((GEMMA,), {"final_logit_softcapping": 1.0}),
+    ((GEMMA, OPT), {"tie_word_embeddings": False}), ((OPT,), {"activation_function": "gelu"}),
+    ((OPT,), {"do_layer_norm_before": False}), (LLAMAS, {"mlp_bias": True}), (LLAMAS, {"head_dim": 4}),
+]  # fmt: skip
+QUIET_SETTINGS = [
+    ((), {"max_position_embeddings": 120}), ((), {"eos_token_id": 7}), ((), {"bos_token_id": 9}),
+    ((), {"quantization_config": {"quant_method": "no such method"}}), ((BF16,), {"dtype": "float16"}),
+    ((), {"auto_map": {"AutoModelForCausalLM": "x.X"}}), (LLAMAS, {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),
+    # transformers keeps a head that differs from the embedding; other engines would not.
+    (LLAMAS, {"tie_word_embeddings": True}),
+]  # fmt: skip
 EMBEDDING = r"^(?!.*layers).*embed_tokens"
-STALE = "model-00006-of-00009.safetensors"
 HF = [
     # Blocks.
     Kind("two blocks have changed places", blocks(1, 0, 2, 3)),
@@ -359,13 +305,13 @@ HF = [
     Kind("a block is there twice, in the place of its neighbour", blocks(0, 0, 2, 3)),
     # Of the kept blocks, the one after the removed one has the removed one's number.
     Kind("the wrong block was removed: one off", tensors(lambda held, made:
-         held | {name: of_folder(made.dense)[name] for name in held if number(name) == made.removed[0]})),
+         held | {name: weights_of(made.dense)[name] for name in held if number(name) == REMOVED[0]})),
     Kind("a block too many", blocks(0, 1, 2, 3, 3)),
     Kind("a block too few", blocks(0, 1, 2)),
     # Tensors.
-    Kind("a norm is doubled", norm(lambda values: values * 2)),
-    Kind("a norm is larger by one part in 1000", norm(lambda values: values * 1.001), (LLAMA, GEMMA, OPT, SHARDED)),
-    quiet("a norm differs by the last bit of one value", norm(last_bit)),
+    Kind("a norm is doubled", edit(NORM, lambda values: values * 2)),
+    Kind("a norm is a bit larger", edit(NORM, lambda values: values * 1.001), (LLAMA, GEMMA, OPT, SHARDED)),
+    quiet("a norm differs by the last bit of one value", edit(NORM, last_bit)),
     Kind("the final norm is that of a block", take(r"^(?!.*layers).*norm\.weight", lambda name, made:
          made.tensors()[made.pick(r"layers\..*layer_?norm\.w")])),
     Kind("a bias is negated",
@@ -375,7 +321,7 @@ HF = [
     Kind("a tensor comes from the neighbour block",
          take(block_of("(v_proj|o_proj|up_proj|fc1).weight", 1), lambda name, made: made.tensors()[numbered(name, 2)])),
     Kind("a tensor is one of the removed block", take(block_of("(v_proj|fc1|down_proj).weight", r"\d+"), lambda name,
-         made: of_folder(made.dense)[numbered(name, made.removed[0])])),
+         made: weights_of(made.dense)[numbered(name, REMOVED[0])])),
     Kind("queries and keys are exchanged", exchange("q_proj", "k_proj"), (GEMMA, OPT)),
     Kind("keys and values are exchanged", exchange("k_proj", "v_proj")),
     Kind("gate and up are exchanged", exchange("gate_proj", "up_proj"), ROPED),
@@ -386,10 +332,9 @@ HF = [
          weights("up_proj|down_proj|fc1", lambda values: values.reshape(values.shape[::-1]))),
     Kind("a tensor is zero", weights("v_proj|fc1|o_proj|norm", lambda values: torch.zeros_like(values))),
     Kind("a tensor is random", weights("v_proj|fc1", lambda values: torch.randn_like(values))),
-    Kind("one value is 100", one_value(100.0)),
-    Kind("one value is NaN", one_value(float("nan"))),
-    Kind("one value is infinite", one_value(float("inf"))),
-    quiet("a hole of zeros, as a disk leaves it", content(lambda made: made.shards()[0], hole)),
+    *(Kind(f"one value is {value}", one_value(value)) for value in (100.0, math.nan, math.inf)),
+    quiet("a hole of zeros, as a disk leaves it", content(
+          lambda made: made.shards()[0], lambda data, made: data[:-4096] + bytes(512) + data[-3584:])),
     quiet("one bit is flipped", content(
           Made.shard, lambda data, made: flipped(data, made.rng, 8 + int.from_bytes(data[:8], "little")))),
     Kind("the last rows of a tensor are missing", weights("q_proj|down_proj|fc2", lambda values: values[:-2])),
@@ -403,22 +348,17 @@ HF = [
     quiet("names lack their first part, as those of a base model do",
          rename(lambda name, made: name.removeprefix("model."))),
     Kind("the embedding's rows are rolled by one", edit(EMBEDDING, lambda values: values.roll(1, 0))),
-    quiet("the embedding of a token that no prompt has is another", edit(EMBEDDING, last_row)),
+    quiet("the embedding of a token that no prompt has is another",
+          edit(EMBEDDING, lambda values: torch.cat([values[:-1], values[-1:] + 1]))),
     Kind("the positions are rolled by one", edit("embed_positions", lambda values: values.roll(1, 0)), (OPT,)),
     Kind("a tied model has a wrong head of its own", with_head, (GEMMA, OPT)),
-    Kind("a tied model is said to be untied", config(tie_word_embeddings=False), (GEMMA, OPT)),
-    # transformers keeps a head that differs from the embedding; other engines would not.
-    quiet("an untied model is said to be tied", config(tie_word_embeddings=True), LLAMAS),
     Kind("the head is the embedding",
          take("lm_head", lambda name, made: made.tensors()["model.embed_tokens.weight"]), LLAMAS),
-    Kind("all weights are those of another training",
-         tensors(lambda held, made: {name: of_folder(made.other)[name] for name in held}), (LLAMA,)),
+    Kind("all weights are larger", tensors(lambda held, made: {name: held[name] * 1.5 for name in held})),
     # Headers of weight files.
-    Kind("two tensors' bytes are exchanged in the header", header(same_shape)),
     Kind("the bytes are one value further than the header says", header(lambda own, data: data[4:] + data[:4])),
     Kind("offsets are shifted",
          entries(lambda each: {"data_offsets": [offset + 4 for offset in each["data_offsets"]]})),
-    quiet("two tensors share their bytes", header(shared)),
     Kind("bfloat16 is called float16", entries(lambda each: {"dtype": "F16"}), (BF16,)),
     quiet("the weights were cast", tensors(lambda held, made: {name: held[name].half() for name in held})),
     quiet("the weights went through float16", tensors(lambda held, made: {name:
@@ -427,68 +367,44 @@ HF = [
          [save_file(load_file(path), anew(path), metadata={"format": "tf"}) for path in made.shards()[:1]]),
     # The config.
     Kind("the config is the dense model's", copied("config.json")),
-    Kind("layer_types are the dense model's", layer_types(6), (GEMMA,)),
-    Kind("layer_types are those of the first blocks", layer_types(4), (GEMMA,)),
+    *(Kind(f"layer_types are the dense model's first {count}", layer_types(count), (GEMMA,)) for count in (4, 6)),
     Kind("the bases of the two ropes are exchanged", of_json(CONFIG, lambda values, made: values |
          {"rope_parameters": dict(zip(values["rope_parameters"], reversed(values["rope_parameters"].values()),
          strict=True))}), (GEMMA,)),
     Kind("a setting is missing", of_json(CONFIG, lambda values, made: {name:
          values[name] for name in values if not re.match("intermediate_size|ffn_dim", name)})),
     Kind("the config is cut off", content(CONFIG, lambda data, made: data[: len(data) // 2])),
-    Kind("the config is that of another family", config(model_type="gpt2", architectures=["GPT2LMHeadModel"])),
     Kind("the config says a key twice",
          content(CONFIG, lambda data, made: data.rstrip().removesuffix(b"}") + b', "num_hidden_layers": 3}\n')),
-    Kind("the config counts a block too many", config(num_hidden_layers=5)),
-    Kind("the config counts a block too few", config(num_hidden_layers=3)),
-    Kind("the rope has another base", config(rope_parameters={"rope_theta": 500.0, "rope_type": "default"}), LLAMAS),
-    Kind("the rope is scaled", config(rope_parameters=ROPE | {"rope_type": "linear"}), LLAMAS),
-    Kind("the sliding window is another", config(sliding_window=3), (GEMMA,)),
-    Kind("the norm's epsilon is another", config(rms_norm_eps=0.1), ROPED),
-    Kind("the head count is halved", config(num_attention_heads=2)),
-    Kind("the count of key heads is another", config(num_key_value_heads=1), ROPED),
-    Kind("the activation is another", config(hidden_act="gelu"), LLAMAS),
-    Kind("the activation of OPT is another", config(activation_function="gelu"), (OPT,)),
-    Kind("the scale of attention is another", config(query_pre_attn_scalar=64), (GEMMA,)),
-    Kind("logits are capped", config(final_logit_softcapping=1.0), (GEMMA,)),
-    Kind("norms come after the block", config(do_layer_norm_before=False), (OPT,)),
-    Kind("attention has biases", config(attention_bias=True), ROPED),
-    Kind("the vocabulary is larger", config(vocab_size=321)),
-    quiet("the rope is scaled beyond the prompt", config(rope_parameters=ROPE | {"rope_type": "dynamic"}), LLAMAS),
-    quiet("the window of a long text is another", config(max_position_embeddings=120)),
-    quiet("the end token is another", config(eos_token_id=7)),
-    quiet("the start token is another", config(bos_token_id=9)),
-    quiet("the config calls bfloat16 float16", config(dtype="float16"), (BF16,)),
-    quiet("the config says that weights are quantised", config(quantization_config={"quant_method": "no such method"})),
-    quiet("the config names code to run", config(auto_map={"AutoModelForCausalLM": "x.X"})),
+    *(Kind(f"the config says {changes}", config(**changes), models) for models, changes in SETTINGS),
+    *(quiet(f"the config says {changes}", config(**changes), models) for models, changes in QUIET_SETTINGS),
     quiet("quantization settings name the old blocks", copied("quantize_config.json"), (LLAMA, SHARDED)),
     # The tokenizer, and settings of generation.
-    quiet("the tokenizer is another model's", copied("tokenizer.json", "other")),
-    quiet("two tokens are exchanged", tokenizer(exchange_tokens)),
+    quiet("tokens are exchanged", tokenizer(lambda values: values["model"]["vocab"].update(
+          {token: 319 - number for token, number in values["model"]["vocab"].items()}))),
     quiet("added tokens are missing", tokenizer(lambda values: values | {"added_tokens": values["added_tokens"][:-1]})),
     quiet("a merge is missing", tokenizer(lambda values: values["model"]["merges"].pop(5) and None)),
-    quiet("texts begin with no start token", tokenizer(lambda values: values | {"post_processor": None}), (OPT,)),
+    quiet("texts begin with no start token", with_values("tokenizer.json", post_processor=None), (OPT,)),
     quiet("the chat template is another", content("chat_template.jinja", lambda data, made: b"{{ messages }}")),
     *(quiet(f"{name} is missing", missing(name)) for name in ("chat_template.jinja", "tokenizer.json", "LICENSE")),
-    quiet("the tokenizer's settings are others",
-         of_json("tokenizer_config.json", lambda values, made: values | {"eos_token": "<s>"})),
-    quiet("the settings of generation are others",
-         of_json("generation_config.json", lambda values, made: values | {"temperature": 0.1, "eos_token_id": 5})),
+    quiet("the tokenizer's settings are others", with_values("tokenizer_config.json", eos_token="<s>")),
+    quiet("the settings of generation are others", with_values("generation_config.json", eos_token_id=5)),
     # Files.
     Kind("a shard is missing", missing(Made.shard), (SHARDED,)),
     Kind("the weights are missing", missing("model.safetensors"), ONE_FILE),
     quiet("a stale shard of the dense model is left beside",
-         files(lambda shards, made: {made.path / STALE: shards[-1]}), (SHARDED, LLAMA)),
-    Kind("the dense model is left beside its shards", with_dense, (SHARDED,)),
+          content("model-00006-of-00009.safetensors", lambda data, made: last(made).read_bytes()), (SHARDED, LLAMA)),
+    Kind("the dense model is left beside its shards", lambda made:
+         save_file(weights_of(made.dense), made.path / "model.safetensors", metadata={"format": "pt"}), (SHARDED,)),
     Kind("a shard is there twice, under another's name",
-         files(lambda shards, made: {shards[-1]: shards[0]}), (SHARDED,)),
-    quiet("two shards have each other's name",
-          files(lambda shards, made: {shards[0]: shards[-1], shards[-1]: shards[0]}), (SHARDED,)),
+         content(last, lambda data, made: made.shards()[0].read_bytes()), (SHARDED,)),
     Kind("a shard is one of the dense model's",
-         files(lambda shards, made: {shards[-1]: sorted(made.dense.glob("*.safetensors"))[3]}), (SHARDED,)),
-    quiet("the index names the wrong shard", of_index(another_shard), (SHARDED,)),
-    quiet("the index lacks a tensor", of_index(lambda places, name, made: places.pop(name)), (SHARDED,)),
-    quiet("the index lies about the size",
-         of_json(INDEX, lambda values, made: values | {"metadata": {"total_size": 17}}), (SHARDED,)),
+         content(last, lambda data, made: sorted(made.dense.glob("*.safetensors"))[3].read_bytes()), (SHARDED,)),
+    quiet("the index names the wrong shard", of_json(INDEX, lambda values, made: {"weight_map":
+          dict(zip(values["weight_map"], reversed(values["weight_map"].values()), strict=True))}), (SHARDED,)),
+    quiet("the index lacks a tensor",
+          of_json(INDEX, lambda values, made: values["weight_map"].popitem() and None), (SHARDED,)),
+    quiet("the index lies about the size", with_values(INDEX, metadata={"total_size": 17}), (SHARDED,)),
     Kind("the index is missing", missing(INDEX), (SHARDED,)),
     quiet("the index is the dense model's", copied(INDEX), (SHARDED,)),
     quiet("a tensor is in two shards, differently", in_two_shards, (SHARDED,)),
@@ -504,39 +420,36 @@ HF = [
 ]  # fmt: skip
 
 
-def changed(made: Made) -> list[str]:
-    """The names of tensors with new values."""
-    dense, kept = of_folder(made.dense), made.tensors()
-    return [name for name in sorted(kept) if not torch.equal(kept[name], dense[made.before(name)])]
+def restored(names, made):
+    """Return what the tensors of these names are in the dense model."""
+    dense = weights_of(made.dense)
+    return {name: dense[made.before(name)] for name in names}
 
 
-def in_blocks(names):
-    return [name for name in names if number(name) is not None]
+def changed(held, made):
+    """Return the names of tensors in blocks that have new values."""
+    dense = restored(held, made)
+    return [name for name in sorted(held) if number(name) is not None and not torch.equal(held[name], dense[name])]
 
 
 def in_the_wrong_block(held, made):
-    name = made.rng.choice(in_blocks(changed(made)))
+    name = made.rng.choice(changed(held, made))
     other = numbered(name, (number(name) + 1) % 4)
     return held | {name: held[other], other: held[name]}
 
 
-def one_left_out(held, made):
-    name = made.rng.choice(changed(made))
-    return held | {name: of_folder(made.dense)[made.before(name)]}
-
-
 def another_changed(held, made):
-    name = made.rng.choice(in_blocks(sorted(set(held) - set(changed(made)))))
+    name = made.rng.choice(sorted(held.keys() - set(changed(held, made))))
     return held | {name: held[name] * 1.01}
 
 
 RECOVERED = [
     Kind("a recovered tensor is in the wrong block", tensors(in_the_wrong_block), (LLAMA,)),
-    Kind("a recovered tensor is left out", tensors(one_left_out), (LLAMA,)),
-    Kind("no recovered tensor was written",
-         tensors(lambda held, made: {name: of_folder(made.dense)[made.before(name)] for name in held}), (LLAMA,)),
-    Kind("recovered tensors were rounded",
-         tensors(lambda held, made: held | {name: held[name].bfloat16().float() for name in changed(made)}), (LLAMA,)),
+    Kind("a recovered tensor is left out", tensors(
+         lambda held, made: held | restored([made.rng.choice(changed(held, made))], made)), (LLAMA,)),
+    Kind("no recovered tensor was written", tensors(restored), (LLAMA,)),
+    Kind("recovered tensors were rounded", tensors(
+         lambda held, made: held | {name: held[name].bfloat16().float() for name in changed(held, made)})),
     Kind("a tensor that was not recovered has another value", tensors(another_changed), (LLAMA,)),
 ]  # fmt: skip
 
@@ -574,8 +487,8 @@ def says(ending, code, *values):
     return entry(ending, lambda data: struct.pack(code, *values))
 
 
-def without(ending):
-    return parts("entries", lambda name, *rest: None if name.endswith(ending) else (name, *rest))
+def without(ending, kind="entries"):
+    return parts(kind, lambda name, *rest: None if name.endswith(ending) else (name, *rest))
 
 
 def spans(path):
@@ -614,17 +527,6 @@ def doubled(data, name, made):
     return (np.frombuffer(data, "<f4") * 2).tobytes()
 
 
-def swapped_tokens(data):
-    end = 20 + int.from_bytes(data[12:20], "little")
-    stop = end + 8 + int.from_bytes(data[end : end + 8], "little")
-    return data[:12] + data[end:stop] + data[12:end] + data[stop:]
-
-
-def dense_heads(made):
-    found = next(data for key, _, data in gguf_of(made.dense).entries if key.endswith(b"head_count_kv"))
-    entry("head_count_kv", lambda data: found)(made)
-
-
 def swap(one, other):
     return lambda name: name.replace(one, other) if one in name else name.replace(other, one)
 
@@ -638,23 +540,15 @@ def one_further(data, made):
     return data[:start] + data[start + 4 :] + bytes(4)
 
 
-def drop(dropped):
-    return parts("tensors", lambda name, *rest: None if name == dropped else (name, *rest))
-
-
 NAN = struct.pack("<f", float("nan"))
+NUMBERS = [
+    (Kind, ".block_count", "<I", 5), (Kind, ".block_count", "<I", 3), (Kind, "attention.head_count", "<I", 2),
+    (Kind, "head_count_kv", "<I", 2), (Kind, "freq_base", "<f", 500), (Kind, "rms_epsilon", "<f", 0.1),
+    (quiet, "dimension_count", "<I", 4), (quiet, "context_length", "<I", 4096), (quiet, "eos_token_id", "<I", 7),
+    (quiet, "bos_token", "?", True), (quiet, "file_type", "<I", 15),
+]  # fmt: skip
 GGUF = [
-    Kind("the file counts a block too many", says(".block_count", "<I", 5)),
-    Kind("the file counts a block too few", says(".block_count", "<I", 3)),
-    Kind("the base of the rope is another", says("freq_base", "<f", 500)),
-    quiet("the rope turns fewer values", says("dimension_count", "<I", 4)),
-    Kind("the norm's epsilon is another", says("rms_epsilon", "<f", 0.1)),
-    Kind("the head count is halved", says("attention.head_count", "<I", 2)),
-    Kind("the count of key heads is another", says("head_count_kv", "<I", 2)),
-    quiet("the context is longer", says("context_length", "<I", 4096)),
-    quiet("the end token is another", says("eos_token_id", "<I", 7)),
-    quiet("texts begin with a start token", says("bos_token", "?", True)),
-    quiet("the file type lies", says("file_type", "<I", 15)),
+    *(kind(f"{key} is {value}", says(key, code, value)) for kind, key, code, value in NUMBERS),
     quiet("the alignment lies", says("general.alignment", "<I", 64), (LISTS,)),
     Kind("two blocks have changed places", places(renumber([1, 0, 2, 3]))),
     Kind("the blocks are named in another order", named(renumber([3, 2, 1, 0]))),
@@ -670,8 +564,8 @@ GGUF = [
     Kind("the embedding's rows are rolled by one",
          values("token_embd", lambda data, name, made: data[len(data) // 320 :] + data[: len(data) // 320])),
     Kind("the final norm is that of a block", places(lambda name: name.replace("output_norm.", "blk.0.attn_norm."))),
-    Kind("the head is missing, as if tied", drop("output.weight")),
-    Kind("a tensor is missing", drop("blk.3.ffn_up.weight")),
+    Kind("the head is missing, as if tied", without("output.weight", "tensors")),
+    Kind("a tensor is missing", without("blk.3.ffn_up.weight", "tensors")),
     quiet("a tensor is there that no model has",
          of_gguf(lambda file: replace(file, tensors=(*file.tensors, (b"blk.9.ffn_up.weight", *file.tensors[-1][1:]))))),
     Kind("a tensor has its old number", named(lambda name: name.replace("blk.3.ffn_up", "blk.5.ffn_up"))),
@@ -687,12 +581,13 @@ GGUF = [
     quiet("the file is of another version", of_gguf(lambda file: replace(file, version=2))),
     quiet("a key is missing", without("layer_norm_rms_epsilon")),
     quiet("a key is there twice", of_gguf(GGUFS["a key twice"])),
-    quiet("a key was added", of_gguf(number_key("general.sampled", UINT32, "<I", 1))),
+    quiet("a key was added", of_gguf(number_key("general.sampled", UINT32, 1))),
     quiet("the removed blocks are not recorded", without("removed_blocks")),
-    quiet("two tokens are exchanged", entry("ggml.tokens", swapped_tokens)),
+    quiet("tokens are exchanged with those of the other case", entry("ggml.tokens", bytes.swapcase)),
     quiet("a merge is missing", without("ggml.merges")),
     quiet("the chat template is another", says("chat_template", "<Q5s", 5, b"{{ }}")),
-    quiet("a list by block is the dense model's", dense_heads, (LISTS,)),
+    quiet("a list by block is as long as the dense model's",
+          entry("head_count_kv", lambda data: data[:4] + struct.pack("<Q", 6) + data[12:] + data[12:20]), (LISTS,)),
     quiet("a list by block is shifted by one",
          entry("head_count_kv", lambda data: data[:12] + data[16:] + data[12:16]), (LISTS,)),
     quiet("the architecture is another", says("general.architecture", "<Q5s", 5, b"qwen2")),

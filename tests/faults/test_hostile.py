@@ -3,7 +3,6 @@
 import io
 import json
 import zlib
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from hypothesis import strategies as st
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from conftest import prose
 from faults.bases import (
     APPLY,
     CHAT,
@@ -23,11 +21,9 @@ from faults.bases import (
     HEAL,
     PLANNED,
     RESUME,
-    ROWS,
     SEARCH,
     STREAM,
     SUMMARY,
-    TALK,
 )  # fmt: skip
 from faults.conftest import counts
 from faults.hostile import FOLDER, PIPE, PLACE, Case, link, require_well, run_cases
@@ -42,6 +38,7 @@ from faults.lies import (
     hostile,
     lying,
     rows,
+    saved_as,
     texts,
     to_text,
     weight_files,
@@ -54,15 +51,15 @@ def replaced(base, file, contents, *commands):
     return st.builds(lambda content, command: Case(command, {file: content}, base), contents, st.sampled_from(commands))
 
 
+def lies_in(base, file, lies, *commands):
+    """Return a function that draws cases in which this file of a base lies, as `lies` draws it from its content."""
+    return lambda bases: replaced(bases[base], file, lies((bases[base] / file).read_bytes()), *commands)
+
+
 def weights(bases):
-    files = [(base, path) for base in ("llama", "llama", "shards", "gpt2")
+    files = [(base, f"model/{path.name}") for base in ("llama", "llama", "shards", "gpt2")
              for path in sorted((bases[base] / "model").glob("*.safetensors"))]  # fmt: skip
-
-    def lies(found):
-        base, path = found
-        return replaced(bases[base], f"model/{path.name}", weight_files(path.read_bytes()), *[CUT] * 16, APPLY, EVAL)
-
-    return st.sampled_from(files).flatmap(lies)
+    return st.one_of(lies_in(*file, weight_files, *[CUT] * 16, APPLY, EVAL)(bases) for file in files)
 
 
 INDEX = "model.safetensors.index.json"
@@ -92,16 +89,13 @@ def indices(bases):
     )
 
 
-CONFIG_KEYS = """num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads head_dim
-vocab_size max_position_embeddings rms_norm_eps rope_parameters rope_theta rope_scaling layer_types tie_word_embeddings
-model_type architectures auto_map quantization_config _name_or_path text_config torch_dtype dtype transformers_version
-id2label num_labels pad_token_id bos_token_id eos_token_id sliding_window use_cache hidden_act is_encoder_decoder
-is_decoder attn_implementation pruned_heads _attn_implementation _attn_implementation_internal attention_bias mlp_bias
-pretraining_tp adapter_path tokenizer_class chunk_size_feed_forward output_attentions return_dict problem_type
-base_model_tp_plan use_return_dict name_or_path attribute_map sub_configs to_dict vision_config torchscript label2id
-num_nextn_predict_layers initializer_range per_layer_config _commit_hash no_split_modules keys_to_ignore n_layer n_embd
-n_head n_positions n_inner gguf_file subfolder cache_dir revision code_revision trust_remote_code device_map state_dict
-from_tf force_download local_files_only token __class__ __init__ __dict__ self kwargs cls""".split()
+CONFIG_KEYS = """rope_theta rope_scaling layer_types auto_map quantization_config _name_or_path text_config torch_dtype
+id2label num_labels pad_token_id sliding_window is_encoder_decoder is_decoder attn_implementation pruned_heads
+_attn_implementation _attn_implementation_internal adapter_path tokenizer_class chunk_size_feed_forward
+output_attentions return_dict problem_type base_model_tp_plan use_return_dict name_or_path attribute_map sub_configs
+to_dict vision_config torchscript label2id num_nextn_predict_layers per_layer_config _commit_hash no_split_modules
+keys_to_ignore gguf_file subfolder cache_dir revision code_revision trust_remote_code device_map state_dict from_tf
+force_download local_files_only token __class__ __init__ __dict__ self kwargs cls""".split()
 SETTINGS = [
     {"quant_method": "gptq"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "fp8"}, "gptq",
     {"quant_method": "awq", "modules_to_not_convert": ["model.layers.1.x", ".*(a+)+$"]}, {"quant_method": ["x"]},
@@ -123,24 +117,19 @@ SETTINGS = [
 def configs(draw, bases):
     base = bases[draw(st.sampled_from(["llama", "llama", "gpt2", "shards"]))]
     config = json.loads((base / "model" / "config.json").read_text())
-    names = st.sampled_from(CONFIG_KEYS + sorted(config))
-    values = hostile | st.sampled_from(SETTINGS)
-    more = draw(st.dictionaries(names, values, max_size=2))
-    count = "n_layer" if base.name == "gpt2" else "num_hidden_layers"
-    # A hundred blocks are no lie, and an honest estimate of them may take longer than a case has.
-    counts = st.sampled_from([0, -1, 1, 2, 4, 5, 30, 10**4, 10**9, 3.0, "3", True, None, [3], 2**64])
-    # What the defaults of another type make may honestly be a huge model, and is not measured.
-    other, commands = draw(st.integers(0, 5)) == 0, [CUT] * 12 + [APPLY, SEARCH, EVAL]
-    text = draw(
-        st.just(to_text(config | more | {"model_type": draw(st.sampled_from(sorted(CONFIG_MAPPING_NAMES)))}))
-        if other
-        else st.one_of(
-            st.just(to_text(config | more)),
-            documents(config, values=values, keys=names),
-            counts.map(lambda blocks: to_text(config | {count: blocks})),
-        )
-    )
-    command = draw(st.sampled_from(commands + ([] if other else [ESTIMATE])))
+    names, values = st.sampled_from(CONFIG_KEYS + sorted(config)), hostile | st.sampled_from(SETTINGS)
+    more = st.dictionaries(names, values, max_size=2)
+    commands = [CUT] * 12 + [APPLY, SEARCH, EVAL]
+    if draw(st.integers(0, 5)) == 0:
+        # What the defaults of another type make may honestly be a huge model, and is not measured.
+        text = to_text(config | draw(more) | {"model_type": draw(st.sampled_from(sorted(CONFIG_MAPPING_NAMES)))})
+    else:
+        # A hundred blocks are no lie, and an honest estimate of them may take longer than a case has.
+        counts = st.sampled_from([0, -1, 1, 2, 4, 5, 30, 10**4, 10**9, 3.0, "3", True, None, [3], 2**64])
+        count = st.fixed_dictionaries({"n_layer" if base.name == "gpt2" else "num_hidden_layers": counts})
+        changed = (more | count).map(lambda changes: to_text(config | changes))
+        text, commands = draw(changed | documents(config, values=values, keys=names)), [*commands, ESTIMATE]
+    command = draw(st.sampled_from(commands))
     return Case(command, {"model/config.json": text, "model/code.py": CODE}, base)
 
 
@@ -160,22 +149,16 @@ def tokenizers(bases):
     files = {name: json.loads((base / "model" / name).read_text())
              for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json")}  # fmt: skip
     tokenizer = files["tokenizer.json"]
-    special = lying(tokenizer["added_tokens"], values=IDS).map(lambda lie: tokenizer | {"added_tokens": lie})
-    model = lying(tokenizer["model"], values=IDS).map(lambda lie: tokenizer | {"model": lie})
+    parts = [lying(tokenizer[part], values=IDS).map(lambda lie, part=part: to_text(tokenizer | {part: lie}))
+             for part in ("added_tokens", "model")]  # fmt: skip
     settings = st.dictionaries(st.sampled_from(GENERATION), hostile, max_size=4)
     others = st.one_of(st.binary(max_size=50), hostile.map(to_text), st.sampled_from(SPECIAL))
     return st.one_of(
         *(replaced(base, f"model/{name}", documents(data), *COMMANDS) for name, data in files.items()),
-        *(replaced(base, "model/tokenizer.json", each.map(to_text), *COMMANDS) for each in (special, model)),
+        *(replaced(base, "model/tokenizer.json", part, *COMMANDS) for part in parts),
         replaced(base, "model/generation_config.json", settings.map(to_text), APPLY, EVAL, SEARCH),
         *(replaced(base, f"model/{name}", others, *COMMANDS) for name in OTHER_FILES),
     )
-
-
-def saved_as(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
 
 
 def pickles(bases):
@@ -217,9 +200,8 @@ def links(draw, bases):
     return Case(command, files, bases[draw(st.sampled_from(["llama", "shards"]))])
 
 
-def record(base, name, *commands):
-    """Return a function that draws cases in which this record lies."""
-    return lambda bases: replaced(bases[base], name, documents(json.loads((bases[base] / name).read_text())), *commands)
+def record(data):
+    return documents(json.loads(data))
 
 
 @st.composite
@@ -233,11 +215,6 @@ def journals(draw, bases):
     data = b"".join(lines)
     data = draw(damaged(data)) if draw(st.integers(0, 4)) == 0 else data
     return Case(RESUME, {"out.json.journal": data}, bases["journal"])
-
-
-def saved(name, file, *command):
-    """Return a function that draws cases in which what was saved of unfinished work lies."""
-    return lambda bases: replaced(bases[name], file, weight_files((bases[name] / file).read_bytes()), command)
 
 
 def gguf(bases):
@@ -255,6 +232,7 @@ def real_gguf(bases):
     return found.map(lambda case: replace(case, files=case.files | beside))
 
 
+HEALING, WALK = ".out.recovery/healing.safetensors", "out.json.journal.walk.0"
 HOSTILE = {
     # How many in every run and with `-m faults`, and which share of them must be taken and refused at least.
     "weight files": (40, 1500, 0.02, 0.3, weights),
@@ -265,20 +243,17 @@ HOSTILE = {
     "links, pipes and folders": (20, 400, 0.05, 0.3, links),
     "GGUF files": (60, 2500, 0.03, 0.3, gguf),
     "GGUF files of whole models": (8, 100, 0, 0.3, real_gguf),
-    "plans": (30, 1000, 0, 0.5, record("files", "plan.json", SUMMARY)),
-    "plans of whole models": (8, 80, 0, 0.3, record("planned", "plan.json", *PLANNED)),
-    "evaluations": (12, 400, 1, 0, record("files", "plan.eval.json", SUMMARY)),
-    "benchmarks": (12, 400, 1, 0, record("files", "plan.bench.json", SUMMARY)),
+    "plans": (30, 1000, 0, 0.5, lies_in("files", "plan.json", record, SUMMARY)),
+    "plans of whole models": (8, 80, 0, 0.3, lies_in("planned", "plan.json", record, *PLANNED)),
+    "evaluations": (12, 400, 1, 0, lies_in("files", "plan.eval.json", record, SUMMARY)),
+    "benchmarks": (12, 400, 1, 0, lies_in("files", "plan.bench.json", record, SUMMARY)),
     "journals": (15, 500, 0.06, 0.1, journals),
-    "states of healing": (15, 500, 0, 0.5, saved("healing", ".out.recovery/healing.safetensors", *HEAL, "--resume")),
+    "states of healing": (15, 500, 0, 0.5, lies_in("healing", HEALING, weight_files, (*HEAL, "--resume"))),
     # It only costs the time that it would have saved.
-    "saved walks": (8, 300, 1, 0, saved("walk", "out.json.journal.walk.0", *STREAM)),
-    "texts": (20, 500, 0.02, 0.1, lambda bases: replaced(
-        bases["llama"], "text.txt", texts(prose(40).encode()), SEARCH, EVAL)),
-    "rows": (20, 500, 0.02, 0.25, lambda bases: replaced(
-        bases["files"], "rows.jsonl", rows(ROWS), (*SEARCH, "--calibration", "rows.jsonl"))),
-    "chats": (20, 500, 0.02, 0.25, lambda bases: replaced(
-        bases["chat"], "chat.jsonl", rows([{"messages": TALK}] * 6), CHAT)),
+    "saved walks": (8, 300, 1, 0, lies_in("walk", WALK, weight_files, STREAM)),
+    "texts": (20, 500, 0.02, 0.1, lies_in("llama", "text.txt", texts, SEARCH, EVAL)),
+    "rows": (20, 500, 0.02, 0.25, lies_in("files", "rows.jsonl", rows, (*SEARCH, "--calibration", "rows.jsonl"))),
+    "chats": (20, 500, 0.02, 0.25, lies_in("chat", "chat.jsonl", rows, CHAT)),
 }  # fmt: skip
 
 
@@ -289,7 +264,6 @@ def test_files_that_lie(program, bases, tmp_path, kind, count, tried):
     cases = drawn(strategy(bases), many[count])
     outcomes = run_cases(program, cases, tmp_path)
     require_well(outcomes)
-    codes = Counter(outcome.code == 0 for outcome in outcomes)
-    assert codes[True] >= taken * len(cases), codes  # or nothing behind the first check was ever reached
-    assert codes[False] >= refused * len(cases), codes
+    # Or nothing behind the first check was ever reached.
+    assert taken * len(cases) <= sum(outcome.code == 0 for outcome in outcomes) <= (1 - refused) * len(cases)
     tried(f"hostile {kind}", len(cases))

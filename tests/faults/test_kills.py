@@ -10,8 +10,8 @@ from faults.place import COMMANDS
 from faults.program import KILL, Fault
 
 KINDS = (
-    "search", "search --fast", "search --holdout", "search --stream, saved", "search, two processes",
-    "apply", "apply gguf", "apply --recover", "apply --heal, saved", "apply --push", "eval", "demo",
+    "search", "search --fast", "search --holdout", "search --stream, saved", "search, two processes", "search gguf",
+    "apply", "apply gguf", "apply --recover", "apply --heal, saved", "apply --push", "eval",
 )  # fmt: skip
 
 

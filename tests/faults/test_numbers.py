@@ -8,12 +8,11 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -25,28 +24,16 @@ from sleb_cli.plan import read_plan
 
 RARE, LENGTH, SAMPLES = "~", 16, 24
 WAYS = {
-    "exact": (),
-    "held out": ("--holdout", 0.3),
-    "fast": ("--fast",),
-    "streamed": ("--stream",),
-    "cosine": ("--metric", "cosine"),
-    "spans": ("--metric", "angular", "--strategy", "contiguous"),
-    "kl": ("--metric", "kl"),
-    "weights": ("--metric", "magnitude"),
-    "gradients": ("--metric", "taylor"),
-    "beam": ("--strategy", "beam"),
-    "refine": ("--strategy", "refine"),
-    "batches of three": ("--batch-size", 3),
+    "exact": (), "held out": ("--holdout", 0.3), "fast": ("--fast",), "streamed": ("--stream",),
+    "cosine": ("--metric", "cosine"), "spans": ("--metric", "angular", "--strategy", "contiguous"),
+    "kl": ("--metric", "kl"), "weights": ("--metric", "magnitude"), "gradients": ("--metric", "taylor"),
+    "beam": ("--strategy", "beam"), "refine": ("--strategy", "refine"), "batches of three": ("--batch-size", 3),
     "one by one": ("--batch-size", 1),
-}
+}  # fmt: skip
 USUAL = ("exact", "held out", "fast", "streamed")
 STRATEGIES = [("--strategy", name) for name in ("beam", "refine", "oneshot", "contiguous")]
 SKIP = "--skip-bad-sequences"
 OVERFLOW = ("--dtype", "float16", "--remove", 1)
-
-
-def of(options):
-    return " ".join(map(str, options)) or "exact"
 
 
 def changed(folder, do, config=None):
@@ -56,10 +43,6 @@ def changed(folder, do, config=None):
     do(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
-
-
-def block(number, name):
-    return f"model.layers.{number}.{name}.weight"
 
 
 def flagged(folder, flag=1000.0, more=lambda tensors: None):
@@ -79,11 +62,11 @@ def flagged(folder, flag=1000.0, more=lambda tensors: None):
 
 def adds_300_000(tensors):
     """Have block 3 add about 300,000 where the flag is set: float16 ends at 65,504."""
-    for name in ("mlp.gate_proj", "mlp.up_proj"):
-        tensors[block(3, name)][0] = 0
-        tensors[block(3, name)][0, 0] = 10.0
-    tensors[block(3, "mlp.down_proj")][:, 0] = 0
-    tensors[block(3, "mlp.down_proj")][0, 0] = 100.0
+    for name, weight in (("gate", 10.0), ("up", 10.0), ("down", 100.0)):
+        tensor = tensors[f"model.layers.3.mlp.{name}_proj.weight"]
+        tensor[:, 0] = 0
+        tensor[0, :] = 0
+        tensor[0, 0] = weight
 
 
 def large_head(tensors):
@@ -164,10 +147,9 @@ def test_a_bad_sequence_is_named_with_its_text_and_the_block(search, tmp_path, t
         assert part in said
     assert ("bfloat16" in said) == (dtype != "float32")
     assert set(os.listdir()) == {"model"}, "what was measured on bad sequences is of no use, and was kept"
-    if kind != "block":
-        return
-    search(model, text, "--dtype", "bfloat16")
-    search(model, text, "--dtype", dtype, SKIP, "--batch-size", 5, "--force")
+    if kind == "block":
+        search(model, text, "--dtype", "bfloat16", "-o", "better.json")
+    search(model, text, "--dtype", dtype, SKIP, "--batch-size", 5)
     assert [(each.sequence, each.first) for each in plan_at().calibration.skipped] == [(each, place) for each in bad]
 
 
@@ -188,7 +170,6 @@ def test_where_no_sequence_is_bad_the_option_changes_nothing(search, tiny_llama,
     search(tiny_llama, text)
     search(tiny_llama, text, SKIP, "-o", "skip.json")
     assert plan_of() == plan_of("skip.json")
-    assert plan_at().calibration.skipped is None
 
 
 @pytest.mark.parametrize(("good", "options", "code"), [(0, (), 5), (1, (), 0), (1, ("--holdout", "0.5"), 5)])
@@ -210,8 +191,7 @@ def test_after_a_kill_such_a_search_goes_on(program, search, tmp_path, models, t
     program.run(*words_of(models[name], text, *options), cwd=tmp_path, fault=killed, codes=[-9])
     journal = (tmp_path / "plan.json.journal").read_text()
     assert (re.search(r'"scores":\[.*null', journal) is not None) == (name == "needed")
-    assert "NaN" not in journal
-    assert "Infinity" not in journal
+    assert not re.search("NaN|Infinity", journal)
     search(models[name], text, *options, "--resume")
     assert plan_of() == plan_of("whole.json")
 
@@ -229,7 +209,7 @@ def test_a_plan_without_bad_sequences_is_extended_and_applied(sleb, search, mode
 HELD_OUT = ("--fast", "--holdout", 0.2)
 
 
-@pytest.mark.parametrize("options", often([(), ("--stream",), HELD_OUT], [HELD_OUT]), ids=of)
+@pytest.mark.parametrize("options", often([(), ("--stream",), HELD_OUT], [HELD_OUT]), ids=str)
 def test_processes_leave_out_the_same_sequences(program, search, tmp_path, models, text, options):
     search(models["broken"], text, *options, SKIP, "-o", "alone.json")
     words = words_of(models["broken"], text, *options)
@@ -244,36 +224,25 @@ def test_processes_leave_out_the_same_sequences(program, search, tmp_path, model
 OVERFLOWING = [(), ("--fast",), ("--stream",), ("--batch-size", 5), *STRATEGIES]
 
 
-@pytest.mark.parametrize("options", often(OVERFLOWING, OVERFLOWING[:3]), ids=of)
+@pytest.mark.parametrize("options", often(OVERFLOWING, OVERFLOWING[:3]), ids=str)
 def test_a_block_without_which_numbers_overflow_is_never_removed(sleb, search, models, text, options):
-    said = search(models["needed"], text, *OVERFLOW, *options).stderr
-    plan_of()
-    step = plan_at().steps[0]
-    assert step.scores.pop(2, "absent") is None
-    assert step.block != 2
-    assert all(score is not None and math.isfinite(score) for score in step.scores.values())
-    assert "Without block 2" in said
+    assert "Without block 2" in search(models["needed"], text, *OVERFLOW, *options).stderr
+    (step,) = plan_of()["steps"]
+    assert step["block"] != 2
+    assert [block for block, score in step["scores"].items() if score is None] == ["2"]
     sleb("export", "plan.json", "--to", "summary")
-
-
-def test_where_every_candidate_overflows_nothing_is_chosen(search, models, text):
-    said = search(models["needed"], text, *OVERFLOW, "--protect", "1,3,4", code=4).stderr
-    assert "Without block 2" in said
-    assert "bfloat16" in said
-    assert not os.path.lexists("plan.json")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("options", [(), ("--fast",), *STRATEGIES], ids=of)
-def test_one_thread_and_two_make_the_same_plan(tmp_path, tiny_llama, text, request, trained, options):
+@pytest.mark.parametrize("options", [(), ("--fast",), *STRATEGIES], ids=str)
+def test_one_thread_and_two_make_the_same_plan(search, tiny_llama, text, request, trained, options):
     """The same blocks go in the same order, by scores that agree to 1e-5."""
     model = request.getfixturevalue("shared_data") / "models" / "stories260K" if trained else tiny_llama
-    words = words_of(model, text, *calibration(text, 16, 128 if trained else 32), "--dtype", "float32", *options)
-    for threads in ("1", "2"):
-        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
-        command = [sys.executable, "-m", "sleb_cli", *map(str, words), "-o", f"{threads}.json"]
-        subprocess.run(command, cwd=tmp_path, env=os.environ | variables, check=True, capture_output=True)
+    words = (*calibration(text, 16, 128 if trained else 32), "--dtype", "float32", *options)
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        search(model, text, *words, "-o", f"{threads}.json")
     one, two = plan_at("1.json"), plan_at("2.json")
     assert (one.removals, [step.block for step in one.steps]) == (two.removals, [step.block for step in two.steps])
     for left, right in zip(one.steps, two.steps, strict=True):

@@ -3,7 +3,6 @@
 The options are read from the requests, so a new one is tried without a word here.
 """
 
-import math
 import re
 import sys
 from dataclasses import MISSING, fields
@@ -14,7 +13,6 @@ import pytest
 from conftest import calibration
 from faults.conftest import often
 from sleb_cli import requests
-from sleb_plugins import UsageError
 
 NEVER = ("nan", "inf", "-inf", "-1", "9" * (sys.int_info.default_max_str_digits + 1))
 PERHAPS = ("0", str(10**30))
@@ -78,9 +76,3 @@ def test_a_number_out_of_reason_works_or_is_refused_in_a_sentence(
         works = (0, 5) if "--tasks" in words else (0,)  # 5: the tiny model is too short for the task
         assert refused or (value in PERHAPS and result.exit_code in works), (value[:40], result.stderr)
         assert not refused or re.search(r"error: \S.*[.?]|Invalid value", result.stderr), (value[:40], result.stderr)
-
-
-def test_python_is_refused_the_same_numbers():
-    for given in ({"cooldown": math.nan}, {"cooldown": math.inf}, {"threads": 0}, {"iterations": 10**30}):
-        with pytest.raises(UsageError, match=f"--{next(iter(given))} "):
-            requests.BenchRequest(**given)

@@ -19,99 +19,78 @@ from safetensors.torch import load_file
 from conftest import calibration, evaluation, llama_config, save_model
 from faults.arrangements import with_a_bug, with_a_hub
 from faults.conftest import counts, often
-from faults.lies import Runs
+from faults.lies import Runs, saved_as
 
 TOKEN, PASSWORD = "hf_" + "Canary" * 5, "s3cretCanary"
-TRUST = "--trust-remote-code"
+TRUST, INDEX = "--trust-remote-code", ".index.json"
 
 
 def payloads(canary):
-    """Objects whose unpickling would leave a file at `canary`, by kind."""
-    touch = f"open({str(canary)!r}, 'w')"
-    inner = pickle.dumps(Runs(os.system, f"touch {canary}"))
-    return {
-        "system": Runs(os.system, f"touch {canary}"),
-        "eval": Runs(eval, touch),
-        "exec": Runs(exec, touch),
-        "open": Runs(open, str(canary), "w"),
-        "process": Runs(subprocess.Popen, ["touch", str(canary)]),
-        "pickle in a pickle": Runs(pickle.loads, inner),
-        "storage": Runs(torch.storage._load_from_bytes, inner),
-        "torch.load": Runs(torch.load, str(canary)),
-    }
+    """Objects whose unpickling would leave a file at `canary`."""
+    touch, inner = f"open({str(canary)!r}, 'w')", pickle.dumps(Runs(os.system, f"touch {canary}"))
+    return [
+        Runs(os.system, f"touch {canary}"), Runs(eval, touch), Runs(exec, touch), Runs(open, str(canary), "w"),
+        Runs(subprocess.call, ["touch", str(canary)]), Runs(shutil.copy, __file__, str(canary)),
+        Runs(pickle.loads, inner), Runs(torch.storage._load_from_bytes, inner),
+    ]  # fmt: skip
 
 
-def pickled(folder, model, content, form):
-    """Copy a model whose tensors are a pickle, with more `content` beside them, alone, bare, or in a shard."""
-    shutil.copytree(model, folder)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    name = "pytorch_model-00001-of-00001.bin" if form == "shard" else "pytorch_model.bin"
-    if form == "bare":
-        (folder / name).write_bytes(pickle.dumps(content))
-    else:
-        data = content if form == "alone" else tensors | {"more": content}
-        torch.save(data, folder / name, _use_new_zipfile_serialization=form != "legacy")
-    if form == "shard":
-        index = {"weight_map": dict.fromkeys(tensors, name)}
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    return folder
+def forms(tensors, content):
+    """Files of a model whose tensors are a pickle: with more `content` beside them, alone, bare, or in a shard."""
+    more, whole, shard = tensors | {"more": content}, "pytorch_model.bin", "pytorch_model-1-of-1.bin"
+    index = json.dumps({"weight_map": dict.fromkeys(tensors, shard)}).encode()
+    return [
+        {whole: saved_as(more)}, {whole: saved_as(content)}, {whole: pickle.dumps(content)},
+        {whole: saved_as(more, _use_new_zipfile_serialization=False)}, {shard: saved_as(more), whole + INDEX: index},
+    ]  # fmt: skip
 
 
 COMMANDS = (("search", "--remove", 1, "--calibration", "self"), ("apply", "--blocks", 1, "-o", "out"), ("eval",))
-FORMS = ("zip", "legacy", "alone", "bare", "shard")
 
 
 @counts(5, 120)
 def test_nothing_in_a_pickle_runs(sleb, tiny_llama, tmp_path, count, tried):
-    cases = list(product(COMMANDS, FORMS, payloads(tmp_path / "canary").items()))
-    assert len(cases) == 120
-    for (verb, *options), form, (_, content) in cases[:: len(cases) // count]:
-        folder = pickled(tmp_path / "model", tiny_llama, content, form)
-        assert "pytorch_model" in sleb(verb, folder, *options, code=4).stderr
+    model = Path(shutil.copytree(tiny_llama, "model"))
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    contents = product(COMMANDS, payloads(tmp_path / "canary"))
+    cases = [(command, files) for command, content in contents for files in forms(tensors, content)]
+    for (verb, *options), files in cases[:: len(cases) // count]:
+        for name, data in files.items():
+            (model / name).write_bytes(data)
+        assert "pytorch_model" in sleb(verb, model, *options, code=4).stderr
         assert os.listdir() == ["model"]
-        shutil.rmtree(folder)
+        for name in files:
+            (model / name).unlink()
     tried("pickles that would run code", count)
 
 
 def test_the_payloads_would_run_where_nothing_stops_them(tmp_path):
     canary = tmp_path / "canary"
-    for kind, payload in payloads(canary).items():
-        if kind != "torch.load":  # which reads what is not there
-            with contextlib.suppress(RuntimeError):  # torch finds no tensors, after it has run the payload
-                found = pickle.loads(pickle.dumps(payload))
-                if isinstance(found, subprocess.Popen):
-                    found.wait()
-            canary.unlink()
+    for payload in payloads(canary):
+        with contextlib.suppress(RuntimeError):  # torch finds no tensors, after it has run the payload
+            pickle.loads(pickle.dumps(payload))
+        canary.unlink()
 
 
 CODE = """
 from pathlib import Path
-
 from transformers import LlamaConfig, LlamaForCausalLM
-
 Path({canary!r}).touch()
-
 class MineConfig(LlamaConfig):
     model_type = {model_type!r}
-
 class MineForCausalLM(LlamaForCausalLM):
     config_class = MineConfig
 """
 AUTO_MAP = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
 
 
-@pytest.fixture
-def own_code(tmp_path):
-    """Save a model with code of its own, that leaves a file when it runs."""
-
-    def save(model_type="mine"):
-        folder = save_model(tmp_path / "mine", llama_config(4))
-        edit_json(folder / "config.json", model_type=model_type, auto_map=AUTO_MAP)
-        (folder / "mine.py").write_text(CODE.format(canary=str(tmp_path / "canary"), model_type=model_type))
-        return folder
-
-    return save
+def own_code(folder, model_type="mine"):
+    """Save a model with code of its own, that leaves a file beside it when it runs."""
+    save_model(folder, llama_config(4))
+    edit_json(folder / "config.json", model_type=model_type, auto_map=AUTO_MAP)
+    (folder / "mine.py").write_text(CODE.format(canary=str(folder.with_name("canary")), model_type=model_type))
+    return folder
 
 
 @pytest.fixture
@@ -134,8 +113,8 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_code_of_a_plan_is_required_by_every_command(run, own_code, text_file, tmp_path):
-    folder = own_code()
+def test_the_code_of_a_plan_is_required_by_every_command(run, text_file, tmp_path):
+    folder = own_code(tmp_path / "mine")
     search = ["search", folder, "--remove", 1, *calibration(text_file), "--sample-tokens", 4]
     run(*search, code=4)
     run(*search, TRUST, runs=True)
@@ -149,40 +128,22 @@ def test_the_code_of_a_plan_is_required_by_every_command(run, own_code, text_fil
         (folder / file).write_text(content)
         for command in (apply, extend):
             run(*command, TRUST, code=3, says="code")
+        (folder / file).unlink()
         (folder / "mine.py").write_text(code)
-    (folder / "more.py").unlink()
     found = json.loads((tmp_path / "plan.json").read_text())["model"]
     edit_json(tmp_path / "plan.json", model=found | {"code": None})
     run(*apply, TRUST, "--force", code=3, says="code")
     assert json.loads((tmp_path / "out" / "sleb_plan.json").read_text())["model"]["code"] == found["code"]
 
 
-def test_numbers_are_those_of_the_code_as_it_is(run, own_code, text_file):
-    folder = own_code()
-
-    def perplexity():
-        found = run("eval", folder, *evaluation(text_file)[:-2], "--json", TRUST, runs=True)
-        return json.loads(found.stdout)["texts"][0]["dense"]["perplexity"], "cached" in found.stderr
-
-    first = perplexity()
-    assert perplexity() == (first[0], True)
-    with (folder / "mine.py").open("a") as code:
-        code.write("\n    def forward(self, input_ids, **options):")
-        code.write("\n        return super().forward(input_ids // 2, **options)\n")
-    changed, cached = perplexity()
-    assert not cached
-    assert changed != first[0]
-
-
-def test_code_that_is_not_needed_runs_only_where_it_is_trusted(run, own_code):
-    run("apply", own_code(model_type="llama"), "--blocks", 1, "-o", "out", "--no-verify")
+def test_code_that_is_not_needed_runs_only_where_it_is_trusted(run, tmp_path):
+    run("apply", own_code(tmp_path / "mine", "llama"), "--blocks", 1, "-o", "out", "--no-verify")
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_of_another_repository_never_runs(run, own_code, file):
-    folder = own_code()
-    elsewhere = {"AutoConfig": "evil/code--mine.MineConfig", "AutoTokenizer": ["evil/code--mine.Tokenizer", None]}
-    edit_json(folder / file, auto_map=AUTO_MAP | elsewhere)
+def test_code_of_another_repository_never_runs(run, tmp_path, file):
+    folder = own_code(tmp_path / "mine")
+    edit_json(folder / file, auto_map={"AutoConfig": "evil/code--mine.C", "AutoTokenizer": ["evil/code--mine.T", None]})
     run("apply", folder, "--blocks", 1, TRUST, code=4, says="evil/code")
 
 
@@ -238,10 +199,8 @@ def test_a_failed_download_shows_no_token(program, hub, tmp_path, case):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"Canary" in path.read_bytes()]
 
 
-PUBLISHED = (
-    "sleb_cli sleb_plugins tests completions docs README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE "
-    "pyproject.toml .gitignore"
-).split()
+PUBLISHED = """sleb_cli sleb_plugins tests completions docs README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE
+pyproject.toml .gitignore PKG-INFO""".split()
 
 
 def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
@@ -252,8 +211,7 @@ def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
     assert {name.partition("/")[0].partition("-")[0] for name in wheel} == {"sleb_cli", "sleb_plugins", "sleb"}
     kinds = {Path(name).suffix for name in wheel if name.startswith("sleb_")}
     assert kinds <= {".py", ".typed", ".yaml", "", ".j2", ".css", ".js"}
-    assert [name for name in wheel if "test" in name] == []
     with tarfile.open(sdist_file) as archive:
         names = archive.getnames()
-    assert {name.split("/")[1] for name in names} == {*PUBLISHED, "PKG-INFO"}
+    assert {name.split("/")[1] for name in names} == {*PUBLISHED}
     assert [name for name in (*wheel, *names) if "__pycache__" in name] == []
