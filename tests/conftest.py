@@ -140,7 +140,7 @@ def found(search: Callable[..., Result], tmp_path: Path) -> Callable[..., Plan]:
     """Search, and return the plan."""
 
     def run(*options: object, **how: Any) -> Plan:
-        search("--force", *options, **how)
+        search(*options, "--force", **how)
         return read_plan(tmp_path / "plan.json")
 
     return run
@@ -154,10 +154,9 @@ def simulate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
     with ExitStack() as until_the_end, pytest.MonkeyPatch.context() as patch:
 
         def start(**settings: Any) -> simulated_device.Backend:
-            like = simulated_device.Settings(**settings)
-            simulated_device.for_children(like, tmp_path_factory.mktemp("backend"), patch)
+            simulated_device.for_children(tmp_path_factory.mktemp("backend"), patch, **settings)
             engine_device._has_float64.cache_clear()
-            return until_the_end.enter_context(simulated_device.simulate(like))
+            return until_the_end.enter_context(simulated_device.simulate(**settings))
 
         yield start
     engine_device._has_float64.cache_clear()
@@ -402,9 +401,11 @@ def evaluation(text: Path) -> list[object]:
     return ["--perplexity", text, "--sequence-length", 32, "--max-windows", 4, "--fresh", "--force"]
 
 
-def calibration_sequences(model: Path, text: Path, samples: int = 4, length: int = 32) -> torch.Tensor:
+def calibration_sequences(
+    model: Path, text: Path, samples: int = 4, length: int = 32, *, bos: bool = False
+) -> torch.Tensor:
     """Return the tokens that a search with `calibration` measures on, drawn the slow way."""
-    windows = cut_windows(AutoTokenizer.from_pretrained(model), text.read_text(), length, bos=False)
+    windows = cut_windows(AutoTokenizer.from_pretrained(model), text.read_text(), length, bos=bos)
     return windows[draw(len(windows), samples, 0)]
 
 

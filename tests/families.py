@@ -106,15 +106,11 @@ LINEAR = {"layer_types": ["linear_attention", "linear_attention", "full_attentio
 
 ON_THE_HUB = {
     "a period, gemma3_text": ("gemma3_text", EVERY_THIRD, {"layer_types": None, "sliding_window_pattern": 3}),
-    "a period, cohere2": ("cohere2", EVERY_THIRD, {"layer_types": None, "sliding_window_pattern": 3}),
-    "a period, exaone4": ("exaone4", EVERY_THIRD, {"layer_types": None, "sliding_window_pattern": 3}),
     "a period, qwen3_next": ("qwen3_next", LINEAR, {"layer_types": None, "full_attention_interval": 3}),
     "a period, smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0] * 2}, {"no_rope_layers": None, "layer_types": None, "no_rope_layer_interval": 3}),
-    "a period, afmoe": ("afmoe", {}, {"layer_types": None}),
     "a period, modernbert-decoder": ("modernbert-decoder", {}, {"layer_types": None, "global_attn_every_n_layers": 3}),
     "periods, llama4_text": ("llama4_text", {}, {"moe_layers": None, "no_rope_layers": None, "layer_types": None}),
     "nothing at all, gpt_oss": ("gpt_oss", {}, {"layer_types": None}),
-    "nothing at all, qwen2": ("qwen2", {}, {"layer_types": None}),
     "runs, gpt_neo": ("gpt_neo", {}, {"attention_layers": None}),
     "a string, nemotron_h": ("nemotron_h", {}, {"layers_block_type": None, "hybrid_override_pattern": "ME*-M*", "num_hidden_layers": 6}),
     "numbers, lfm2": ("lfm2", {}, {"layer_types": None, "full_attn_idxs": [2, 4]}),

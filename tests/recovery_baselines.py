@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -24,7 +23,7 @@ from sleb_cli.engine.recovery.least_squares import Ridge
 RIDGES = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 Source = tuple[str, str]
-"""What a fit reads in a block: ("input", module), ("output", module), or this."""
+"""What a fit reads of a block: ("input", module), ("output", module), or this."""
 LEAVING = ("leaving", "")
 
 
@@ -32,10 +31,10 @@ LEAVING = ("leaving", "")
 class Added:
     """A linear function of what a block computes, added to the states that leave it.
 
-    `coefficients` are float32 [features of all sources, hidden size].
+    `coefficients` are float32 [features of the source, hidden size].
     """
 
-    sources: tuple[Source, ...]
+    source: Source
     coefficients: Tensor
 
 
@@ -65,32 +64,22 @@ def leave(skippable: SkippableModel, patch: Patch, call: Call, states: Tensor) -
     if call.block not in patch.added:
         return skippable.run_block(call, states)
     added = patch.added[call.block]
-    leaving, features = observe(skippable, call, states, added.sources)
+    leaving, features = observe(skippable, call, states, added.source)
     return (leaving.float() + features @ added.coefficients).to(leaving.dtype)
 
 
-def observe(skippable: SkippableModel, call: Call, states: Tensor, sources: Sequence[Source]) -> tuple[Tensor, Tensor]:
-    """Run a block; return what leaves it, and the sources side by side, float32 [batch, positions, features]."""
-    found: dict[Source, Tensor] = {}
-    block = skippable.switches[call.block].block
-    with ExitStack() as hooks:
-        for name in {name for _, name in sources if name}:
-            hooks.callback(keep_what_passes(block.get_submodule(name), name, found))
-        leaving = skippable.run_block(call, states)
-    found[LEAVING] = leaving
-    parts = [found[source].float().view(*leaving.shape[:2], -1) for source in sources]
-    return leaving, torch.cat(parts, -1) if parts else leaving[..., :0].float()
-
-
-def keep_what_passes(module: nn.Module, name: str, found: dict[Source, Tensor]) -> Callable[[], None]:
-    """Keep what enters and leaves a module in each call, in the order of the calls; return how to stop."""
+def observe(skippable: SkippableModel, call: Call, states: Tensor, source: Source) -> tuple[Tensor, Tensor]:
+    """Run a block; return what leaves it, and the source, float32 [batch, positions, features]."""
+    kind, name = source
+    found: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.pop(("output", name), None)
-        found["input", name] = args[0] if args else output
-        found["output", name] = output
+        found.update({"input": args[0] if args else output, "output": output})
 
-    return module.register_forward_hook(keep).remove
+    handle = skippable.switches[call.block].block.get_submodule(name).register_forward_hook(keep)
+    found["leaving"] = leaving = skippable.run_block(call, states)
+    handle.remove()
+    return leaving, found[kind].float().view(*leaving.shape[:2], -1)
 
 
 class FittingText:
@@ -119,15 +108,15 @@ class Site:
     entering: Sequence[Tensor]
     wanted: Sequence[Tensor]
 
-    def rows(self, batches: range, *sources: Source) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield what leaves the block, what should, and the sources, float64 [batch, positions, ...]."""
+    def rows(self, batches: range, source: Source = LEAVING) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what leaves the block, what should, and the source, float64 [batch, positions, ...]."""
         for batch in batches:
             call = self.text.calls[batch][self.block]
-            leaving, features = observe(self.text.skippable, call, self.entering[batch], sources)
+            leaving, features = observe(self.text.skippable, call, self.entering[batch], source)
             yield leaving.double(), self.wanted[batch].double(), features.double()
 
-    def least_squares(self, *sources: Source, published: bool = False) -> Tensor:
-        """Return the coefficients, float64, with which the sources come closest to what is missing.
+    def least_squares(self, source: Source, *, published: bool = False) -> Tensor:
+        """Return the coefficients, float64, with which the source comes closest to what is missing.
 
         Positions count by the size of their states, and the ridge is the best on the deciding text: that is ours. In
         what others published, all positions count alike, and there is no ridge.
@@ -135,7 +124,7 @@ class Site:
         found: list[Ridge] = []
         for batches in (self.text.train, self.text.deciding):
             sums = None
-            for leaving, wanted, features in self.rows(batches, *sources):
+            for leaving, wanted, features in self.rows(batches, source):
                 sums = sums or Ridge(features.shape[-1], wanted.shape[-1], wanted.device)
                 size = torch.ones_like(wanted[..., 0]) if published else wanted.square().mean(-1).clamp_min(1e-12)
                 sums.add(features.flatten(0, 1), (wanted - leaving).flatten(0, 1), 1 / size.flatten())
@@ -157,17 +146,17 @@ class Site:
     @cached_property
     def last(self) -> str:
         """The module that the block calls last, whose output it adds to the states: of the MLP, or a norm behind it."""
-        found: dict[Source, Tensor] = {}
-        with ExitStack() as hooks:
-            for name, module in self.module.named_modules():
-                if not any(module.children()):
-                    hooks.callback(keep_what_passes(module, name, found))
-            self.text.skippable.run_block(self.text.calls[0][self.block], self.entering[0])
-        return next(reversed(found))[1]
+        called: list[str] = []
+        leaves = [(name, module) for name, module in self.module.named_modules() if not any(module.children())]
+        handles = [leaf.register_forward_hook(lambda *_, name=name: called.append(name)) for name, leaf in leaves]
+        self.text.skippable.run_block(self.text.calls[0][self.block], self.entering[0])
+        for handle in handles:
+            handle.remove()
+        return called[-1]
 
-    def behind(self, coefficients: Tensor, *sources: Source) -> Patch:
-        """Return the patch that adds this function of the sources to what leaves the block."""
-        return Patch(added={self.block: Added(sources, coefficients.float())})
+    def behind(self, coefficients: Tensor, source: Source) -> Patch:
+        """Return the patch that adds this function of the source to what leaves the block."""
+        return Patch(added={self.block: Added(source, coefficients.float())})
 
     def merged(self, name: str, change: Callable[[Tensor], Tensor]) -> Patch:
         """Return the patch that changes a linear layer's weight: summed in float64, rounded as the model is."""

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 KIND = "sim"
 DEVICES = 2
@@ -35,14 +36,6 @@ _SETTINGS = "SIMULATED_DEVICE"
 _aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a simulated device is like: the memory of each in bytes, and whether it has float64."""
-
-    memory: int = 2**33
-    float64: bool = True
-
-
 @dataclass
 class _Device:
     """The state of one device. Its allocator keeps what was freed until it is told to empty its cache."""
@@ -52,22 +45,19 @@ class _Device:
     peak: int = 0
     rng: Tensor = field(default_factory=lambda: torch.Generator().manual_seed(0).get_state())
 
-    def allocate(self, size: int) -> None:
-        free = backend.settings.memory - self.allocated
-        if size > free:
-            text = f"{KIND.upper()} out of memory. Tried to allocate {size} bytes; {free} are free."
-            backend.refuse(torch.OutOfMemoryError(text))
-        self.allocated += size
-        self.reserved = max(self.reserved, self.allocated)
-        self.peak = max(self.peak, self.allocated)
-
 
 class _Allocation:
     """The memory that one storage takes on its device; every tensor on the storage holds it."""
 
     def __init__(self, device: _Device, size: int) -> None:
-        device.allocate(size)
+        free = backend.memory - device.allocated
+        if size > free:
+            text = f"{KIND.upper()} out of memory. Tried to allocate {size} bytes; {free} are free."
+            backend.refuse(torch.OutOfMemoryError(text))
         self._device, self.size = device, size
+        device.allocated += size
+        device.reserved = max(device.reserved, device.allocated)
+        device.peak = max(device.peak, device.allocated)
 
     def __del__(self) -> None:
         if hasattr(self, "size"):  # otherwise there was no memory for it
@@ -75,11 +65,13 @@ class _Allocation:
 
 
 class Backend:
-    """The module `torch.sim`, with the functions that `torch.cuda` has under these names."""
+    """The module `torch.sim`, with the functions that `torch.cuda` has under these names.
+
+    `memory` is how many bytes each device has, and `float64` whether it has that data type.
+    """
 
     def __init__(self) -> None:
-        self.available = False
-        self.settings = Settings()
+        self.available, self.memory, self.float64 = False, 0, True
         self.devices = [_Device() for _ in range(DEVICES)]
         self._allocations: WeakValueDictionary[int, _Allocation] = WeakValueDictionary()
         self._refused: list[Exception] | None = None
@@ -140,7 +132,7 @@ class Backend:
         self.of(device)
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        return self.settings.memory - self.of(device).reserved, self.settings.memory
+        return self.memory - self.of(device).reserved, self.memory
 
     def memory_allocated(self, device: Any = None) -> int:
         return self.of(device).allocated
@@ -184,7 +176,7 @@ class SimulatedTensor(Tensor):
     ) -> "SimulatedTensor":
         if device is None:  # accelerate makes a parameter of a parameter's class, wherever the values are
             return torch.nn.Parameter(payload, requires_grad)
-        if payload.dtype is torch.float64 and not backend.settings.float64:
+        if payload.dtype is torch.float64 and not backend.float64:
             backend.refuse(TypeError("Cannot convert a MPS Tensor: the MPS framework doesn't support float64."))
         layout = {"strides": payload.stride(), "storage_offset": payload.storage_offset(), "dtype": payload.dtype}
         made = Tensor._make_wrapper_subclass(cls, payload.size(), device=device, **layout)
@@ -253,9 +245,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if name in _MOVING:  # in inference mode, torch hands them over whole; otherwise as a copy, or not at all
         return func.decompose(*args, **kwargs)
-    tensors: list[Tensor] = []
-    _collect(args, tensors)
-    _collect(tuple(kwargs.values()), tensors)
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     if name not in _ACROSS:
         _require_one_device(name, tensors)
     mine = [tensor for tensor in tensors if isinstance(tensor, SimulatedTensor)]
@@ -264,42 +254,24 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = kwargs | {"device": _CPU}
     if kwargs.get("generator") is not None:
         backend.refuse(RuntimeError(f"Expected a '{KIND}' device type for generator but found 'cpu'"))
+    known = {id(tensor.payload): tensor for tensor in mine}
+
+    def placed(value: Tensor) -> Tensor:
+        if (own := known.get(id(value))) is None:
+            return SimulatedTensor(value, device) if device.type == KIND else value.to(device)
+        if own.shape != value.shape:  # the operation resized what it was to write to
+            own.data = SimulatedTensor(value, device)
+        return own  # operations in place return the tensor that they were given
+
     draws = device.type == KIND and torch.Tag.nondeterministic_seeded in func.tags
     # Views of tensors made outside inference mode are no inference tensors; to make none at all is simplest.
     with torch.inference_mode(False), _generator_of(device) if draws else nullcontext():
-        compute = _INSTEAD.get(name, func)
-        result = compute(*_unwrapped(args), **{name: _unwrapped(value) for name, value in kwargs.items()})
-        return _wrapped(result, device, {id(tensor.payload): tensor for tensor in mine})
+        args, kwargs = tree_map_only(SimulatedTensor, _payload, (args, kwargs))
+        return tree_map_only(Tensor, placed, _INSTEAD.get(name, func)(*args, **kwargs))
 
 
-def _collect(value: Any, tensors: list[Tensor]) -> None:
-    """Add the tensors among the arguments of an operation to a list."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _collect(item, tensors)
-
-
-def _unwrapped(value: Any) -> Any:
-    if isinstance(value, SimulatedTensor):
-        return value.payload
-    if isinstance(value, list | tuple):
-        return type(value)(_unwrapped(item) for item in value)
-    return value
-
-
-def _wrapped(value: Any, device: torch.device, known: dict[int, SimulatedTensor]) -> Any:
-    """Wrap the tensors of a result; operations in place return the tensor that they were given."""
-    if isinstance(value, list | tuple):
-        return type(value)(_wrapped(item, device, known) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if (own := known.get(id(value))) is not None:
-        if own.shape != value.shape:  # the operation resized what it was to write to
-            own.data = SimulatedTensor(value, device)
-        return own
-    return SimulatedTensor(value, device) if device.type == KIND else value.to(device)
+def _payload(tensor: SimulatedTensor) -> Tensor:
+    return tensor.payload
 
 
 def _require_one_device(name: str, tensors: list[Tensor]) -> None:
@@ -315,13 +287,10 @@ def _require_one_device(name: str, tensors: list[Tensor]) -> None:
 @contextmanager
 def _generator_of(device: torch.device) -> Iterator[None]:
     """Let a random operation draw from the generator of its device."""
-    before = torch.get_rng_state()
-    torch.set_rng_state(backend.of(device).rng)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(backend.of(device).rng)
         yield
-    finally:
         backend.of(device).rng = torch.get_rng_state()
-        torch.set_rng_state(before)
 
 
 def _attention(
@@ -353,7 +322,8 @@ def _empty(size: Any, *strides: Any, dtype: Any = None, device: Any = None, **op
 
 
 def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:
-    _unwrapped(target).copy_(_unwrapped(source))
+    into, values = tree_map_only(SimulatedTensor, _payload, (target, source))
+    into.copy_(values)
     return target
 
 
@@ -386,17 +356,6 @@ def register() -> None:
     _library.append(library)  # its kernels last as long as it does
 
 
-@contextmanager
-def _parameters_stay() -> Iterator[None]:
-    """Let a module that moves to the device keep its parameters, as on a GPU, so that tied weights stay tied."""
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        yield
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
-
-
 def why_not() -> str | None:
     """Return why this process cannot simulate a device, or None if it can."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
@@ -407,30 +366,31 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def simulate(settings: Settings) -> Iterator[Backend]:
-    """Make the devices available, empty and with these settings, while the body runs."""
+def simulate(*, memory: int = 2**33, float64: bool = True) -> Iterator[Backend]:
+    """Make the devices available, empty and of this kind, while the body runs."""
     register()
-    backend.settings, backend.available = settings, True
+    backend.available, backend.memory, backend.float64 = True, memory, float64
     backend.devices[:] = [_Device() for _ in range(DEVICES)]
     try:
-        # Torch starts a thread for each device that computes gradients, but takes ours to be a single one.
+        # Torch starts a thread for each device that computes gradients, but takes ours to be a single one. A module
+        # that moves to the device keeps its parameters, as on a GPU, so that tied weights stay tied.
         with (
             torch.autograd.set_multithreading_enabled(False),
             mock.patch.object(torch.autograd, "_engine_run_backward", partial(backend.run_backward, _ENGINE)),
-            _parameters_stay(),
+            mock.patch.object(torch.__future__, "_swap_module_params_on_conversion", True),
         ):
             yield backend
     finally:
         backend.available = False
 
 
-def for_children(settings: Settings, folder: Path, patch: Any) -> None:
+def for_children(folder: Path, patch: Any, **settings: Any) -> None:
     """Let every new process find the device, by the entry point through which torch loads backends.
 
     Args:
-        settings: what the devices are like.
         folder: an empty folder, for the description of a package.
         patch: pytest's MonkeyPatch.
+        settings: those of `simulate`.
     """
     package = folder / "simulated_device-0.dist-info"
     package.mkdir()
@@ -439,11 +399,11 @@ def for_children(settings: Settings, folder: Path, patch: Any) -> None:
     patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
     patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     patch.syspath_prepend(folder)  # processes that multiprocessing starts take over the path of this one
-    patch.setenv(_SETTINGS, json.dumps(asdict(settings)))
+    patch.setenv(_SETTINGS, json.dumps(settings))
 
 
 def start() -> None:
     """Make the devices available in this process until it ends, with the settings in the environment."""
     lasting = ExitStack()
-    lasting.enter_context(simulate(Settings(**json.loads(os.environ[_SETTINGS]))))
+    lasting.enter_context(simulate(**json.loads(os.environ[_SETTINGS])))
     atexit.register(lasting.close)

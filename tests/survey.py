@@ -12,7 +12,6 @@ import json
 import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,21 +36,11 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reference" / "familie
 COUNTS = r"(\d+) tried, (\d+) work, (\d+) are refused"
 
 
-@dataclass(frozen=True)
-class Row:
-    """What docs/reference/families.md says about one family: `refused` is the reason, or empty if it works."""
+def survey(model_type: str, work: Path) -> str:
+    """Search, apply, reload, compare and generate with a tiny model, or check that it is refused before any work.
 
-    model_type: str
-    refused: str = ""
-    path: str = ""
-    engine: str = ""
-    keys: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
-    stays: str = ""
-
-
-def survey(model_type: str, work: Path) -> Row:
-    """Search, apply, reload, compare and generate with a tiny model, or check that it is refused before any work."""
+    Returns the family's row in one of the tables of docs/reference/families.md: of those that work, or are refused.
+    """
     folder = save_model(work / "model", tiny_config(model_type))
     (work / "text.txt").write_text(prose(60))
     code, out, err = run(
@@ -60,23 +49,20 @@ def survey(model_type: str, work: Path) -> Row:
     if code:
         assert code == 4, err
         assert "Loading" not in err, f"refused, but not before any work: {err}"
-        return Row(model_type, refused=_reason(err, folder))
+        return f"| {model_type} | {_reason(err, folder)} | {example(model_type)} |"
     plan = json.loads(out)
     architecture = read_architecture(locate_model(str(folder), ignore), load_plugins(), ignore)
     check_checkpoint(architecture, work / "found", str(work / "plan.json"))
     mixed = mixed_removals(architecture)
     check_checkpoint(architecture, work / "mixed", str(folder), "--blocks", ",".join(map(str, mixed)))
     pruned = Surgery(architecture, tuple(mixed)).prune_config()
-    keys = [key for key, value in pruned.items() if architecture.source.raw_config.get(key) != value]
-    stays = re.search(r"^Blocks? .*? stays?: without block \d+, (.*)\.$", err, re.MULTILINE)
-    return Row(
-        model_type,
-        path=architecture.adapter.blocks_path,
-        engine=plan["search"]["engine"],
-        keys=tuple(sorted(keys)),
-        kinds=tuple(dict.fromkeys(kind for kind in architecture.kinds if kind)),
-        stays=stays[1] if stays else "",
-    )
+    changed = sorted(key for key, value in pruned.items() if architecture.source.raw_config.get(key) != value)
+    keys = ", ".join(f"`{key}`" for key in changed)
+    kinds = "; ".join(dict.fromkeys(kind for kind in architecture.kinds if kind))
+    if stays := re.search(r"^Blocks? .*? stays?: without block \d+, (.*)\.$", err, re.MULTILINE):
+        kinds += f" (some stay: {stays[1]})"
+    path, engine = architecture.adapter.blocks_path, plan["search"]["engine"]
+    return f"| {model_type} | `{path}` | {engine} | {keys} | {kinds} | {example(model_type)} |"
 
 
 def run(*arguments: object) -> tuple[int, str, str]:
@@ -162,21 +148,12 @@ def example(model_type: str) -> str:
     return found[1] if found else ""
 
 
-def document(page: str, rows: list[Row]) -> str:
+def document(page: str, rows: list[str]) -> str:
     """Return docs/reference/families.md with these rows in its two tables, and their numbers in its text."""
-    works, refused = ([line(row) for row in rows if bool(row.refused) == is_refused] for is_refused in (False, True))
+    works, refused = ([row for row in rows if (row.count(" | ") == 2) == is_refused] for is_refused in (False, True))
     counts = f"{len(rows)} tried, {len(works)} work, {len(refused)} are refused"
     before, between, after = re.split(r"(?<=---\|\n)(?:\| .*\n)+", re.sub(COUNTS, counts, page))
     return "".join([before, *(f"{row}\n" for row in works), between, *(f"{row}\n" for row in refused), after])
-
-
-def line(row: Row) -> str:
-    """Return one line of a table."""
-    if row.refused:
-        return f"| {row.model_type} | {row.refused} | {example(row.model_type)} |"
-    kinds = "; ".join(row.kinds) + (f" (some stay: {row.stays})" if row.stays else "")
-    keys = ", ".join(f"`{key}`" for key in row.keys)
-    return f"| {row.model_type} | `{row.path}` | {row.engine} | {keys} | {kinds} | {example(row.model_type)} |"
 
 
 if __name__ == "__main__":
@@ -184,6 +161,6 @@ if __name__ == "__main__":
     for name in sys.argv[1:] or FAMILIES:
         with TemporaryDirectory() as work:
             found.append(survey(name, Path(work)))
-        print(line(found[-1]))
+        print(found[-1])
     if not sys.argv[1:]:
         DOCUMENT.write_text(document(DOCUMENT.read_text(), found))

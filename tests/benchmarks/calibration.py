@@ -6,23 +6,19 @@
 DATA is a folder with text/enwiki_train.txt, text/enwiki_test.txt and text/c4_50.jsonl. No text is both searched and
 tested on: encyclopaedia has two files, C4 is cut into halves, and the model writes its own text with one seed for the
 search and another for the test. With --only, only these searches run now. WORK holds all
-results: a plan for each search, which resumes if interrupted, and results.json. A perplexity is bold if its loss,
+results: a plan for each search, which resumes if interrupted, and calibration.json. A perplexity is bold if its loss,
 paired over the windows, is within two standard errors of the best in its column.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import saved_work
 import torch
-from arguments import parser
-from saved_work import markdown, paired, say
+from saved_work import Bench, markdown, paired, parser, say
 
 from sleb_cli.atomic import write_text
 from sleb_cli.engine.forward.logits import score_logits
@@ -36,12 +32,9 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 BATCH = 8
 
 
-class Bench(saved_work.Bench):
-    """The model, the texts, and the results so far."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        setting = {"length": options.length, "tests": options.tests, "samples": options.samples}
-        super().__init__(options, "results", setting, ("losses",))
+class CalibrationBench(Bench):
+    name = "calibration"
+    setting = ("samples", "length", "tests")
 
     @cached_property
     def model(self) -> Any:
@@ -49,9 +42,9 @@ class Bench(saved_work.Bench):
 
     def texts(self) -> tuple[dict[str, str], dict[str, CalibrationSettings]]:
         """Return the text of each search, and the texts to test on."""
-        text = self.options.data / "text"
+        text = self.source / "text"
         lines = (text / "c4_50.jsonl").read_text().splitlines(keepends=True)
-        halves = [self.work.folder / f"c4_{part}.jsonl" for part in ("search", "test")]
+        halves = [self.work / f"c4_{part}.jsonl" for part in ("search", "test")]
         for half, part in zip(halves, (lines[: len(lines) // 2], lines[len(lines) // 2 :]), strict=True):
             write_text(half, "".join(part))
         wiki = text / "enwiki_train.txt"
@@ -69,15 +62,14 @@ class Bench(saved_work.Bench):
 
     def search(self, name: str, text: str) -> tuple[int, ...]:
         """Return the blocks that a search on this text removes; search only if there is no plan yet."""
-        options, plan = self.options, self.work.folder / f"{name.replace(' ', '-')}.json"
+        options, plan = self.options, self.work / f"{name.replace(' ', '-')}.json"
         given = ["--calibration", text, "--remove", options.remove, *(["--fast"] if options.fast else [])]
         return self.searched_plan(plan, *given, "--sample-tokens", 0).removals
 
     @torch.inference_mode()
     def test(self, removed: tuple[int, ...], name: str, settings: CalibrationSettings) -> list[float]:
         """Return the loss of each test window without these blocks; measure only what is missing."""
-        known = self.work.data["losses"].setdefault(",".join(map(str, sorted(removed))) or "dense", {})
-        if name not in known:
+        if name not in self.of(removed):
             text = calibrate(settings, self.tokenizer, lambda: self.model, ignore)
             losses: list[float] = []
             with SkippableModel(self.model, self.architecture.blocks_of(self.model)) as skippable:
@@ -86,25 +78,21 @@ class Bench(saved_work.Bench):
                     logits = skippable.logits(part.sequences, removed)
                     scores = score_logits(NegativeLogLikelihood(), logits, part.sequences, loss_mask=part.loss_mask)
                     losses += scores.tolist()
-            known[name] = losses
-            self.work.save()
-        found: list[float] = known[name]
+            self.save(removed, name, losses)
+        found: list[float] = self.of(removed)[name]
         return found
 
 
 def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[float]]]) -> str:
     """Return the Markdown table: a pruned model per row, a test text per column."""
-    tests = list(next(iter(losses.values())))
-    best = {
-        test: min((found[test] for name, found in losses.items() if name != "dense"), key=statistics.fmean)
-        for test in tests
-    }
+    tests = list(losses["dense"])
+    best = {test: min((losses[name][test] for name in blocks), key=statistics.fmean) for test in tests}
 
     def cell(name: str, test: str) -> str:
         found = losses[name][test]
         perplexity = f"{math.exp(statistics.fmean(found)):.2f}"
         behind, error = paired(found, best[test])
-        return f"**{perplexity}**" if name != "dense" and behind <= 2 * error else perplexity
+        return f"**{perplexity}**" if name in blocks and behind <= 2 * error else perplexity
 
     rows = [[name, *(cell(name, test) for test in tests), ", ".join(map(str, blocks.get(name, ())))] for name in losses]
     return markdown(["searched on", *(f"tested on {test}" for test in tests), "blocks"], rows)
@@ -112,17 +100,14 @@ def table(blocks: dict[str, tuple[int, ...]], losses: dict[str, dict[str, list[f
 
 def main() -> None:
     sizes = {"remove": 6, "samples": 16, "length": 128, "tests": 32}
-    found = parser(__doc__, "model", **sizes, only=[], fast=False)
-    found.add_argument("data", type=Path)
-    found.add_argument("work", type=Path)
+    found = parser(__doc__, "model", "data", "work", **sizes, only=[], fast=False)
     found.set_defaults(dtype="auto", device="cpu")
     options = found.parse_args()
 
     quiet_libraries()
-    bench = Bench(options)
+    bench = CalibrationBench(options)
     searches, tests = bench.texts()
-    wanted = options.only or list(searches)
-    blocks = {name: bench.search(name, searches[name]) for name in wanted}
+    blocks = {name: bench.search(name, searches[name]) for name in options.only or searches}
     losses = {
         name: {test: bench.test(removed, test, settings) for test, settings in tests.items()}
         for name, removed in {"dense": (), **blocks}.items()

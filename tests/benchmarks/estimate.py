@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import parser
-from saved_work import architecture_of
+from saved_work import architecture_of, parser
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from sleb_cli.engine.device import choose_device, choose_dtype

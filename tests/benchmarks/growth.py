@@ -9,33 +9,21 @@ scales.
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
+from saved_work import parser
+from search import search, search_plainly
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from arguments import parser
-from saved_work import greedy_search
-
-from reference import plain_search
-from sleb_cli.engine.forward.passes import prepare_passes
-from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.surgery.loading import quiet_libraries
-from sleb_cli.events import ignore
 
 
 def main() -> None:
     options = parser(__doc__, hidden=256, length=256).parse_args()
     quiet_libraries()
-
-    def run(blocks: int, sequences: int, remove: int) -> tuple[float, float]:
-        return seconds(blocks, sequences, remove, hidden=options.hidden, length=options.length)
-
+    run = partial(seconds, hidden=options.hidden, length=options.length)
     table("blocks", [8, 16, 32, 64], lambda blocks: run(blocks, 4, 1))
     table("sequences", [4, 8, 16, 32], lambda sequences: run(16, sequences, 1))
     table("removals", [1, 2, 4, 8], lambda remove: run(16, 4, remove))
@@ -62,16 +50,12 @@ def seconds(blocks: int, sequences: int, remove: int, *, hidden: int, length: in
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
     ids = torch.randint(0, 4096, (sequences, length))
-    start = time.perf_counter()
-    with SkippableModel(model, model.model.layers) as skippable:
-        passes, _ = prepare_passes(skippable, ids, ignore)
-        ours = [choice.block for choice in greedy_search(passes, remove)]
-    middle = time.perf_counter()
-    plain, _ = plain_search(model, model.model.layers, ids, remove)
-    end = time.perf_counter()
-    if ours != plain:
-        print(f"          (removals {ours} and {plain}: in bfloat16, random blocks are as good as equal)")
-    return middle - start, end - middle
+    (ours, removals), (plain, others) = (
+        run(model, model.model.layers, ids, remove) for run in (search, search_plainly)
+    )
+    if removals != others:
+        print(f"          (removals {removals} and {others}: in bfloat16, random blocks are as good as equal)")
+    return sum(ours.seconds), sum(plain.seconds)
 
 
 if __name__ == "__main__":

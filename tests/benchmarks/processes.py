@@ -3,8 +3,7 @@
     python tests/benchmarks/processes.py MODEL TEXT [--samples 16] [--length 256] [--steps 2] [--rounds 3]
 
 Efficiency is the time of a step in one process of two threads, over that in two processes of one thread. Both are the
-least over the rounds, in which they take turns; starting and loading do not count. Bytes are those of the pickled
-objects that a process sends.
+least over the rounds, in which they take turns; starting and loading do not count.
 """
 
 from __future__ import annotations
@@ -12,20 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import pickle
 import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
-from arguments import parser
-from saved_work import calibrated, greedy_search
+from saved_work import calibrated, greedy_search, parser
 
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup, join_processes
-from sleb_cli.engine.search.journal import Journal
 from sleb_cli.events import ignore
 
 MARK = "measured: "
@@ -50,9 +46,6 @@ def main() -> None:
     steps = list(zip(best(one), best(two), strict=True))
     print(f"efficiency: {sum(a for a, _ in steps) / sum(b for _, b in steps):.3f} (at each step ", end="")
     print(", ".join(f"{a / b:.3f}" for a, b in steps) + ")")
-    sent, scores = two[0]["bytes"], two[0]["scores"]
-    print(f"a process sends {', '.join(map(str, sent))} bytes a step, {sum(sent) * 2 / sum(scores):.1f} for each score")
-    print(f"an exchange of {two[0]['payload']} bytes takes {1e3 * two[0]['exchange']:.2f} ms")
 
 
 def run(processes: int, threads: int) -> dict[str, Any]:
@@ -77,30 +70,19 @@ def work(options: argparse.Namespace, group: ProcessGroup) -> None:
     """Search for a few steps, and print what the main process measures."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     model, blocks, calibration = calibrated(options, options.text, options.dtype)
-    measured: dict[str, list[Any]] = {"seconds": [], "bytes": [], "scores": [], "removals": []}
+    seconds, removals = [], []
     with SkippableModel(model, blocks) as skippable:
         passes, reason = prepare_passes(skippable, calibration.sequences, ignore, memory=lambda device: 2 * 10**9)
         assert reason is None, reason
         next(greedy_search(passes, 1, group=group))  # warms up
-        journal = Journal()
         group.gather(None)
-        sizes: list[int] = []
-        gather = group.gather
-        setattr(group, "gather", lambda item: sizes.append(len(pickle.dumps(item))) or gather(item))  # noqa: B010
-        start, sent, known = time.perf_counter(), 0, 0
-        for choice in greedy_search(passes, options.steps, journal=journal, group=group):
-            measured["seconds"].append(time.perf_counter() - start)
-            measured["bytes"].append(sum(sizes) - sent)
-            measured["scores"].append((len(journal) - known) * len(passes.batches[0]))
-            measured["removals"].append(choice.block)
-            start, sent, known = time.perf_counter(), sum(sizes), len(journal)
-    payload = b"x" * (measured["bytes"][0] or 1)
-    start = time.perf_counter()
-    for _ in range(100):
-        group.gather(payload)
-    exchange = (time.perf_counter() - start) / 100
+        start = time.perf_counter()
+        for choice in greedy_search(passes, options.steps, group=group):
+            seconds.append(time.perf_counter() - start)
+            removals.append(choice.block)
+            start = time.perf_counter()
     if group.is_main:
-        print(MARK + json.dumps(measured | {"exchange": exchange, "payload": len(payload)}), flush=True)
+        print(MARK + json.dumps({"seconds": seconds, "removals": removals}), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from arguments import parser
-from saved_work import calibrated, greedy_search
+from saved_work import calibrated, greedy_search, parser
 
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel

@@ -14,13 +14,12 @@ command resumes a stopped run.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,22 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arguments import separated
-from saved_work import (
-    DENSE,
-    TEXTS,
-    TRAIN,
-    Bench,
-    architecture_of,
-    how_measured,
-    markdown,
-    paired,
-    parser,
-    require_known,
-    run_saved,
-    run_sleb,
-    say,
-)
+from saved_work import LONG, TEXTS, TRAIN, Bench, architecture_of, markdown, paired, parser, run_sleb, say, separated
 
 from recovery_baselines import (
     Fit,
@@ -66,61 +50,23 @@ from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.calibration import calibrate_splits, resolve_calibration
 from sleb_cli.engine.text.sources import TextSplit
-from sleb_cli.engine.text.windows import adds_bos, cut_windows
 from sleb_cli.events import ignore
 from sleb_cli.requests import CalibrationRequest
 
 FITTED_PART, DECIDING_PART = TextSplit(0, 0.7), TextSplit(0.7, 1)
 RESAMPLES = 2000
-PRUNED = "pruned"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the tables: how it is called, and what it fits; `loads` says whether engines load the result."""
-
-    label: str
-    fit: Callable[[FittingText, Sequence[int]], Patch] | None = None
-    loads: bool = True
-
-
-def at_gaps(label: str, fit: Fit, *, loads: bool = True) -> Method:
-    return Method(label, partial(fit_gaps, fit=fit), loads)
-
-
-def closed_form(text: FittingText, removed: Sequence[int]) -> Patch:
-    """What `sleb apply --recover` fits."""
-    return Patch(recover_in_closed_form(text.skippable, removed, text.train_ids, text.deciding_ids, ignore)[0])
-
-
-METHODS = {
-    "pruned": Method("pruned"),
-    "linear-patch": at_gaps("LinearPatch", linear_patch, loads=False),
-    "replace-me": at_gaps("ReplaceMe, least squares", replace_me),
-    "down-proj": at_gaps("`down_proj` alone", down_proj),
-    "closed-form": Method("**`--recover`**", closed_form),
-    "ghosted": at_gaps("any matrix (Ghosted Layers)", ghosted, loads=False),
+DENSE, PRUNED, OURS = "dense", "pruned", "**`--recover`**"
+AT_GAPS: dict[str, Fit] = {
+    "LinearPatch †": linear_patch,
+    "ReplaceMe, least squares": replace_me,
+    "`down_proj` alone": down_proj,
+    "any matrix (Ghosted Layers) †": ghosted,
 }
 
 
 class RecoveryBench(Bench):
-    def __init__(self, options: argparse.Namespace) -> None:
-        setting = {
-            "fitted": [options.samples, options.deciding, options.length],
-            "windows": [options.windows, options.window_length],
-            "dtype": options.dtype,
-        }
-        super().__init__(options, "recovery", setting, ("results",))
-
-    def results(self, removed: Sequence[int]) -> dict[str, Any]:
-        """Return the results without these blocks, by method."""
-        key = ",".join(map(str, sorted(removed))) or DENSE
-        found: dict[str, Any] = self.work.data["results"].setdefault(key, {})
-        return found
-
-    def save_result(self, removed: Sequence[int], method: str, result: dict[str, Any]) -> None:
-        self.results(removed)[method] = result
-        self.work.save()
+    name = "recovery"
+    setting = ("samples", "deciding", "length", "windows", "window_length", "dtype")
 
     @cached_property
     def skippable(self) -> SkippableModel:
@@ -133,7 +79,7 @@ class RecoveryBench(Bench):
     @cached_property
     def text(self) -> FittingText:
         options = self.options
-        request = CalibrationRequest(calibration=str(options.data / TRAIN), sequence_length=options.length)
+        request = CalibrationRequest(calibration=str(self.source / TRAIN), sequence_length=options.length)
         settings = resolve_calibration(request, self.architecture)
         parts = ((options.samples, FITTED_PART), (options.deciding, DECIDING_PART))
         splits = [replace(settings, samples=samples, split=part) for samples, part in parts]
@@ -145,13 +91,6 @@ class RecoveryBench(Bench):
         return FittingText(self.skippable, train, deciding, options.batch)
 
     @cached_property
-    def windows(self) -> dict[str, Tensor]:
-        """Windows of each text, each beginning with BOS if the tokenizer's texts do."""
-        bos, length = adds_bos(self.tokenizer), self.options.window_length
-        drawn = self.drawn_windows(lambda text: cut_windows(self.tokenizer, text, length, bos=bos))
-        return {name: windows.to(self.skippable.device) for name, windows in drawn.items()}
-
-    @cached_property
     def dense_final(self) -> dict[str, list[Tensor]]:
         run = partial(final_states, self.skippable, (), Patch())
         return {
@@ -159,11 +98,12 @@ class RecoveryBench(Bench):
             for name, windows in self.windows.items()
         }
 
-    def measure(
-        self, variant: Variant, run: Callable[[Tensor], Tensor], seconds: float, removed: Sequence[int], method: str
+    @torch.inference_mode()
+    def save_measured(
+        self, removed: Sequence[int], method: str, variant: Variant, run: Callable[[Tensor], Tensor], seconds: float
     ) -> None:
         """Measure a model on every window, and save what was found; `run` returns its final states."""
-        dense, texts = Variant(self.skippable), {}
+        dense, result = Variant(self.skippable), {"seconds": seconds}
         for name, windows in self.windows.items():
             positions = torch.arange(windows.shape[1] - 1, device=windows.device)
             totals = []
@@ -175,174 +115,118 @@ class RecoveryBench(Bench):
                     for row in range(len(ids))
                 ]
             loss, divergence = ([total / len(positions) for total in column] for column in zip(*totals, strict=True))
-            texts[name] = {"loss": loss, "divergence": divergence}
-        self.save_result(removed, method, {"seconds": seconds, "texts": texts})
-        means = {name: [statistics.fmean(values) for values in of_text.values()] for name, of_text in texts.items()}
-        say("  " + ", ".join(f"{name} {loss:.3f} nats, KL {kl:.3f}" for name, (loss, kl) in means.items()))
+            result[name] = {"loss": loss, "divergence": divergence}
+            say(f"  {name} {statistics.fmean(loss):.3f} nats, KL {statistics.fmean(divergence):.3f}")
+        self.save(removed, method, result)
 
-    def measure_patched(self, removed: Sequence[int], method: str, patch: Patch, seconds: float = 0.0) -> None:
-        run = partial(final_states, self.skippable, removed, patch)
-        self.measure(Variant(self.skippable, removed, patch.values), run, seconds, removed, method)
-
+    @torch.inference_mode()
     def fit(self, removed: Sequence[int], method: str) -> None:
         """Fit and measure one method."""
-        fit = METHODS[method].fit
-        if fit is None:
-            self.measure_patched(removed, method, Patch())
-            return
-        seconds = 0.0 if fit is closed_form else self.text.seconds  # it runs the dense model itself
+        text, patch = self.text, Patch()
         start = time.monotonic()
-        try:
-            patch = fit(self.text, removed)
-        except Unavailable as reason:
-            self.save_result(removed, method, {"unavailable": str(reason)})
-            return
-        self.measure_patched(removed, method, patch, seconds + time.monotonic() - start)
+        if method == OURS:
+            values, *_ = recover_in_closed_form(self.skippable, removed, text.train_ids, text.deciding_ids, ignore)
+            patch = Patch(values)
+        elif method in AT_GAPS:
+            start -= text.seconds
+            try:
+                patch = fit_gaps(text, removed, AT_GAPS[method])
+            except Unavailable as reason:
+                self.save(removed, method, {"unavailable": str(reason)})
+                return
+        seconds = time.monotonic() - start
+        run = partial(final_states, self.skippable, removed, patch)
+        self.save_measured(removed, method, Variant(self.skippable, removed, patch.values), run, seconds)
 
-    def heal(self, removed: Sequence[int], minutes: float, method: str) -> None:
+    def heal(self, removed: Sequence[int], method: str, minutes: str) -> None:
         """Recover and heal through the command line, and measure the checkpoint."""
-        options = self.options
-        folder = self.work.folder / f"{method}-{'-'.join(map(str, sorted(removed)))}"
-        timing = folder.with_suffix(".seconds")
-        if not folder.exists():
-            start = time.monotonic()
-            run_sleb(
-                "apply", options.model, "--blocks", ",".join(map(str, removed)), "--recover",
-                *(["--heal", "--heal-minutes", minutes] if minutes else []),
-                "--calibration", f"{options.data / TRAIN}:0.75,self:0.25",
-                "--samples", math.ceil(options.samples / 0.7), "--sequence-length", options.length,
-                "--device", options.device, "-o", folder, "-q", "--no-verify",
-            )  # fmt: skip
-            timing.write_text(f"{time.monotonic() - start:.0f}")
+        options, folder, start = self.options, self.work / "healed", time.monotonic()
+        run_sleb(
+            "apply", options.model, "--blocks", ",".join(map(str, removed)), "--recover",
+            *(["--heal", "--heal-minutes", minutes] if minutes != "0" else []),
+            "--calibration", f"{self.source / TRAIN}:0.75,self:0.25",
+            "--samples", math.ceil(options.samples / 0.7), "--sequence-length", options.length,
+            "--device", options.device, "-o", folder, "-q", "--no-verify", "--force",
+        )  # fmt: skip
+        seconds = time.monotonic() - start
         healed = Variant(self.open(architecture_of(folder)))
-        with torch.inference_mode():
-            self.measure(healed, healed.final_states, float(timing.read_text()), removed, method)
+        self.save_measured(removed, method, healed, healed.final_states, seconds)
         free_memory()
 
+    def measure(self) -> None:
+        healing = {f"**`--recover`**, {minutes} minutes of `--heal`": minutes for minutes in self.options.heal_minutes}
+        for removed in [(), *self.options.without]:
+            for method in [PRUNED, *AT_GAPS, OURS, *healing] if removed else [DENSE]:
+                if method in self.of(removed):
+                    continue
+                say(f"without {removed}: {method}")
+                if method in healing:
+                    self.heal(removed, method, healing[method])
+                else:
+                    self.fit(removed, method)
 
-# Results as numbers.
+    def report(self) -> Iterator[str]:
+        yield (
+            "Nats per token, and how many more than pruned, paired over windows, with the standard error; shares with "
+            "95 % intervals (bootstrap of windows); KL(dense || model) in nats. † is a bound, or needs code of its own "
+            "to run."
+        )
+        yield self.how_measured("heal_minutes")
+        for removed in self.options.without:
+            if PRUNED in self.of(removed):
+                yield f"### Without {', '.join(map(str, sorted(removed)))}"
+                yield table(self.of(()) | self.of(removed))
 
 
-def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    """Return the ratio of two means over the same windows, and the ends of its 95 % interval (bootstrap of windows)."""
+def ratio_of_means(above: Sequence[float], below: Sequence[float]) -> str:
+    """Return the ratio of two means over the same windows, in per cent with a 95 % interval (bootstrap of windows)."""
     both = torch.tensor([above, below], dtype=torch.float64)
     drawn = torch.randint(both.shape[1], (RESAMPLES, both.shape[1]), generator=torch.Generator().manual_seed(0))
     above_mean, below_mean = both[:, drawn].mean(-1)
     low, high = (above_mean / below_mean).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return float(both[0].mean() / both[1].mean()), low, high
+    return f"**{both[0].mean() / both[1].mean() * 100:.0f}** ({low * 100:.0f} to {high * 100:.0f})"
 
 
-def cells(found: dict[str, Any], dense: dict[str, Any], pruned: dict[str, Any], name: str) -> list[str]:
+def cells(ours: dict[str, Any], pruned: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     """Return what a method's row says of one text."""
-    ours, theirs, whole = (result["texts"][name] for result in (found, pruned, dense))
-    nats = f"{statistics.fmean(ours['loss']):.3f}"
-    divergence = f"{statistics.fmean(ours['divergence']):.3f}"
-    if ours is theirs or ours is whole:
+    nats, divergence = (f"{statistics.fmean(ours[what]):.3f}" for what in ("loss", "divergence"))
+    if ours in (pruned, dense):
         return [nats, "", divergence, ""]
-    difference, error = paired(ours["loss"], theirs["loss"])
-    cost, error_of_cost = paired(theirs["loss"], whole["loss"])
+    difference, error = paired(ours["loss"], pruned["loss"])
+    cost, error_of_cost = paired(pruned["loss"], dense["loss"])
+    back = [before - after for before, after in zip(pruned["loss"], ours["loss"], strict=True)]
+    lost = [before - kept for before, kept in zip(pruned["loss"], dense["loss"], strict=True)]
     return [
         f"{nats} ({difference:+.3f} ± {error:.3f})",
-        percent(*share_back(found, dense, pruned, name)) if cost > 2 * error_of_cost else "nothing lost",
+        ratio_of_means(back, lost) if cost > 2 * error_of_cost else "nothing lost",
         divergence,
-        percent(*ratio_of_means(ours["divergence"], theirs["divergence"])),
+        ratio_of_means(ours["divergence"], pruned["divergence"]),
     ]
 
 
-def share_back(
-    found: dict[str, Any], dense: dict[str, Any], pruned: dict[str, Any], name: str
-) -> tuple[float, float, float]:
-    """Return the share of the nats lost on a text that a method gives back, and the ends of its 95 % interval."""
-    now, lost, whole = (result["texts"][name]["loss"] for result in (found, pruned, dense))
-    back = [before - after for before, after in zip(lost, now, strict=True)]
-    return ratio_of_means(back, [before - kept for before, kept in zip(lost, whole, strict=True)])
-
-
-def percent(value: float, low: float, high: float) -> str:
-    return f"**{value * 100:.0f}** ({low * 100:.0f} to {high * 100:.0f})"
-
-
-def table(bench: RecoveryBench, removed: Sequence[int]) -> str:
-    """Return the Markdown table of all methods without these blocks."""
-    results, dense = bench.results(removed), bench.results(())[DENSE]
+def table(results: dict[str, Any]) -> str:
+    """Return the Markdown table of the results without some blocks, by method."""
     columns = ("nats (more than pruned)", "% of lost nats back", "KL", "% of KL left")
     header = ["method", *(f"{name}, {column}" for name in TEXTS for column in columns), "seconds"]
-    healed = {heal_name(minutes): Method(heal_label(minutes)) for minutes in bench.options.heal_minutes}
-    rows, notes = [], []
-    for name, method in {DENSE: Method("dense"), **METHODS, **healed}.items():
-        found = dense if name == DENSE else results.get(name)
-        if found is None:
-            continue
+    rows, notes = [], ""
+    for method, found in results.items():
         if "unavailable" in found:
-            notes.append(f"\nWithout {method.label}: {found['unavailable']}.")
+            notes += f"\n\nWithout {method}: {found['unavailable']}."
             continue
-        of_texts = [cell for text in TEXTS for cell in cells(found, dense, results[PRUNED], text)]
-        seconds = f"{found['seconds']:.0f}" if found["seconds"] else ""
-        rows.append([method.label + ("" if method.loads else " †"), *of_texts, seconds])
-    return "\n".join([markdown(header, rows), *notes])
-
-
-def heal_name(minutes: float) -> str:
-    return f"heal-{minutes:g}"
-
-
-def heal_label(minutes: float) -> str:
-    return f"**`--recover --heal`**, {minutes:g} minutes" if minutes else "**`--recover`**, a quarter of its own text"
-
-
-def report(bench: RecoveryBench) -> str:
-    """Return a table for each set of removed blocks, and how it was measured."""
-    options = bench.options
-    decide = ("samples", "deciding", "length", "windows", "window_length", "dtype", "heal_minutes")
-    lines = [
-        "Nats per token, and how many more than pruned, paired over windows, with the standard error; shares with 95 % "
-        "intervals (bootstrap of windows); KL(dense || model) in nats. † is a bound, or needs code of its own to run.",
-        "",
-        *how_measured(options, "recovery.py", decide),
-    ]
-    for removed in options.without:
-        if PRUNED in bench.results(removed):
-            lines += ["", f"### Without {named(removed)}", "", table(bench, removed)]
-    return "\n".join(lines)
-
-
-def named(removed: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(removed)))
-
-
-def parse() -> argparse.Namespace:
-    sizes = {"samples": 96, "deciding": 24, "batch": 8}
-    found = parser(__doc__, work=Path("recovery"), **sizes, methods=list(METHODS))
-    found.add_argument(
-        "--without", type=separated(int), action="append", required=True, help="blocks to remove: 5,20,21"
-    )
-    found.add_argument("--heal-minutes", type=separated(float), default=[], help="also heal for these minutes: 0,10,60")
-    options = found.parse_args()
-    require_known(found, "method", options.methods, list(METHODS))
-    return options
-
-
-def measure_all(bench: RecoveryBench) -> None:
-    """Fit and measure what is missing."""
-    options, results = bench.options, bench.results
-    with torch.inference_mode():
-        if DENSE not in results(()):
-            say(DENSE)
-            bench.measure_patched((), DENSE, Patch())
-        for removed in options.without:
-            for method in dict.fromkeys([PRUNED, *options.methods]):
-                if method not in results(removed):
-                    say(f"without {named(removed)}: {method}")
-                    bench.fit(removed, method)
-    for removed in options.without:
-        for minutes in options.heal_minutes:
-            if (method := heal_name(minutes)) not in results(removed):
-                say(f"without {named(removed)}: {method}")
-                bench.heal(removed, minutes, method)
+        of_texts = [
+            cell for text in TEXTS for cell in cells(*(of[text] for of in (found, results[PRUNED], results[DENSE])))
+        ]
+        rows.append([method, *of_texts, f"{found['seconds']:.0f}"])
+    return markdown(header, rows) + notes
 
 
 def main() -> None:
-    run_saved(RecoveryBench(parse()), measure_all, report)
+    sizes = {"samples": 96, "deciding": 24, "batch": 8}
+    found = parser(__doc__, "model", "data", work="recovery", **LONG, **sizes, heal_minutes=[])
+    found.add_argument(
+        "--without", type=separated(int), action="append", required=True, help="blocks to remove: 5,20,21"
+    )
+    RecoveryBench(found.parse_args()).run()
 
 
 if __name__ == "__main__":

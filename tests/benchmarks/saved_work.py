@@ -1,4 +1,4 @@
-"""What the long benchmarks share: results that survive a stop, and the data."""
+"""What the benchmarks share: their options, the models, searches, and results that survive a stop."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import platform
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import arguments
 import torch
 import transformers
 from torch import Tensor
@@ -35,6 +34,7 @@ from sleb_cli.engine.search.strategies import Problem, greedy
 from sleb_cli.engine.surgery.loading import load_dense, load_tokenizer, quiet_libraries
 from sleb_cli.engine.text.calibration import Calibration, calibrate, draw, resolve_calibration
 from sleb_cli.engine.text.sources import evaluation_text
+from sleb_cli.engine.text.windows import adds_bos, cut_windows
 from sleb_cli.events import ignore
 from sleb_cli.plan import Plan, read_plan
 from sleb_cli.plugin_manager import load_plugins
@@ -43,39 +43,66 @@ from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 TRAIN = "text/enwiki_train.txt"
 TEXTS = {"enwiki": "text/enwiki_test.txt", "C4": "text/c4_50.jsonl"}
-DENSE = "dense"
+LONG = {"length": 256, "windows": 24, "window_length": 512, "dtype": "bfloat16", "device": "cpu", "show": False}
+"""Options of the long benchmarks."""
 
 
-class Stopped(Exception):
-    """The user interrupted, or a time limit did; all results are saved."""
+def parser(doc: str | None, *places: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser of these positional arguments, and of an option for each default, of its type.
+
+    False makes a flag, a type an option without a default, and a list one whose values are separated by commas.
+    """
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for place in places:
+        found.add_argument(place)
+    for name, default in defaults.items():
+        flag = f"--{name.replace('_', '-')}"
+        if default is False:
+            found.add_argument(flag, action="store_true")
+        elif isinstance(default, type):
+            found.add_argument(flag, type=default)
+        elif isinstance(default, list):
+            kind = type(default[0]) if default else str
+            found.add_argument(flag, type=separated(kind), default=default, help=",".join(map(str, default)))
+        else:
+            found.add_argument(flag, type=type(default), default=default, help=f"default: {default}")
+    return found
 
 
-class SavedWork:
-    """The results so far, by kind, in `folder`/`name`.json; results of another setting are never mixed with them."""
-
-    def __init__(self, folder: Path, name: str, setting: dict[str, Any], kinds: tuple[str, ...]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.path = folder, folder / f"{name}.json"
-        self.data: dict[str, Any] = {"setting": setting} | {kind: {} for kind in kinds}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
-            if self.data["setting"] != setting:
-                raise SystemExit(
-                    f"{self.path} was measured with {self.data['setting']}, not {setting}: use another --work."
-                )
-
-    def save(self) -> None:
-        write_text(self.path, to_json(self.data))
+def separated(kind: type) -> Any:
+    return lambda text: [kind(part) for part in text.split(",") if part]
 
 
 class Bench:
-    """The model, the data and the options of a benchmark, and its results so far."""
+    """The model, the data and the options of a benchmark, and its results so far, in --work.
 
-    def __init__(self, options: argparse.Namespace, name: str, setting: dict[str, Any], kinds: tuple[str, ...]) -> None:
-        self.options = options
+    Results of other settings, which are the values of the options that `setting` names, are never mixed with them.
+    """
+
+    name: str
+    setting: tuple[str, ...]
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.source, self.work = options, Path(options.data), Path(options.work)
         self.architecture = architecture_of(options.model)
         model = self.architecture.record.model_dump(mode="json", include={"model_type", "fingerprint", "blocks"})
-        self.work = SavedWork(options.work, name, {"model": model} | setting, kinds)
+        setting = {"model": model} | {name: getattr(options, name) for name in self.setting}
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.file = self.work / f"{self.name}.json"
+        self.results = {"setting": setting, "models": {}}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text())
+        if self.results["setting"] != setting:
+            raise SystemExit(f"{self.file} is of {self.results['setting']}, not {setting}: use another --work.")
+
+    def of(self, removed: Sequence[int]) -> dict[str, Any]:
+        """Return the results of the model without these blocks, removed in any order."""
+        found: dict[str, Any] = self.results["models"].setdefault(",".join(map(str, sorted(removed))), {})
+        return found
+
+    def save(self, removed: Sequence[int], name: str, result: Any) -> None:
+        self.of(removed)[name] = result
+        write_text(self.file, to_json(self.results))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -99,10 +126,39 @@ class Bench:
             run_sleb("search", options.model, *sizes, *given, "-o", file, "-q", *resumed)
         return read_plan(file)
 
-    def drawn_windows(self, cut: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Return windows of each text, drawn at random positions."""
-        cuts = {name: cut(evaluation_text(str(self.options.data / place)).content) for name, place in TEXTS.items()}
-        return {name: windows[draw(len(windows), self.options.windows, seed=0)] for name, windows in cuts.items()}
+    @cached_property
+    def windows(self) -> dict[str, Tensor]:
+        """Windows of each text, drawn at random positions, each beginning with BOS if the tokenizer's texts do."""
+        found, bos = {}, adds_bos(self.tokenizer)
+        for name, place in TEXTS.items():
+            text = evaluation_text(str(self.source / place)).content
+            windows = cut_windows(self.tokenizer, text, self.options.window_length, bos=bos)
+            found[name] = windows[draw(len(windows), self.options.windows, seed=0)].to(self.options.device)
+        return found
+
+    def run(self) -> None:
+        """Let the subclass `measure` what is missing, unless only to --show, and say the parts of its `report`."""
+        quiet_libraries()
+        if not self.options.show:
+            try:
+                self.measure()
+            except KeyboardInterrupt:
+                say("stopped: the same command resumes")
+        say("\n\n".join(self.report()))
+
+    def how_measured(self, *others: str) -> str:
+        """Return the command, with the setting and other options but no paths of this machine, and the versions."""
+        options, words = self.options, []
+        for name in (*others, *self.setting):
+            value = getattr(options, name)
+            text = ",".join(map(str, value)) if isinstance(value, list) else value
+            if text:
+                words.append(f"--{name.replace('_', '-')}" + ("" if text is True else f" {text}"))
+        return (
+            f"`python tests/benchmarks/{self.name}.py {' '.join([Path(options.model).name, 'DATA', *words])}`\n\n"
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"{time.strftime('%Y-%m-%d')}, {processor_name(torch.device(options.device))}."
+        )
 
 
 def greedy_search(passes: Passes, remove: int, *, journal: Journal | None = None, **options: Any) -> Iterator[Choice]:
@@ -135,20 +191,9 @@ def run_sleb(*command: Any) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         code = sleb([str(part) for part in command])
     if code in (130, 143):
-        raise Stopped
+        raise KeyboardInterrupt
     if code:
         raise SystemExit(f"sleb {shlex.join(map(str, command))} ended with {code}")
-
-
-def run_saved(bench: Bench, measure: Callable[[Any], None], report: Callable[[Any], str]) -> None:
-    """Measure what is missing, unless only to --show, and report."""
-    quiet_libraries()
-    if not bench.options.show:
-        try:
-            measure(bench)
-        except (Stopped, KeyboardInterrupt):
-            say("stopped: the same command resumes")
-    say(report(bench))
 
 
 def say(text: str) -> None:
@@ -164,33 +209,3 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
-
-
-def how_measured(options: argparse.Namespace, script: str, names: Sequence[str]) -> list[str]:
-    """Return the command, with the named options but no paths of this machine, and the versions."""
-    words = []
-    for name in names:
-        value = getattr(options, name)
-        text = ",".join(map(str, value)) if isinstance(value, list) else value
-        if text:
-            words.append(f"--{name.replace('_', '-')}" + ("" if text is True else f" {text}"))
-    return [
-        f"`python tests/benchmarks/{script} {' '.join([Path(options.model).name, 'DATA', *words])}`",
-        "",
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}, {processor_name(torch.device(options.device))}.",
-    ]
-
-
-def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Return a parser with the options that the long benchmarks share."""
-    shared = {"length": 256, "windows": 24, "window_length": 512, "dtype": "bfloat16", "device": "cpu", "show": False}
-    found = arguments.parser(doc, "model", **shared | defaults)
-    found.add_argument("data", type=Path)
-    return found
-
-
-def require_known(parser: argparse.ArgumentParser, what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            parser.error(f"no {what} {name}: choose from {', '.join(known)}")

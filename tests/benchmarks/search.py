@@ -2,7 +2,7 @@
 
     python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--plain-steps 1]
 
-With --fast, a candidate is scored no longer once it is clearly behind; with --check, our exact search runs, too.
+With --fast, a candidate is scored no longer once it is clearly behind.
 
 The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the whole model without
 the candidate. If it runs fewer steps than the search, its remaining time is estimated from the block passes left. A
@@ -15,26 +15,23 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from arguments import parser
-from saved_work import calibrated, greedy_search
+from saved_work import calibrated, greedy_search, parser
 
 from reference import plain_search
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.race import LOOKS
-from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.events import ignore
 
 
@@ -50,33 +47,23 @@ class Side:
 
 def main() -> None:
     sizes = {"samples": 16, "length": 512, "remove": 2, "plain_steps": int, "seed": 0}
-    options = parser(__doc__, "model", "text", **sizes, fast=False, check=False, dtype="bfloat16").parse_args()
+    options = parser(__doc__, "model", "text", **sizes, fast=False, dtype="bfloat16").parse_args()
 
     model, blocks, calibration = calibrated(options, options.text, options.dtype)
-    sequences = calibration.sequences
+    sequences = (calibration.shuffled() if options.fast else calibration).sequences
     count, steps = len(blocks), options.remove
     print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {options.dtype}", flush=True)
 
-    ours, our_removals = search(model, blocks, calibration, steps, fast=options.fast)
+    ours, our_removals = search(model, blocks, sequences, steps, fast=options.fast)
     show("ours", ours, our_removals)
-    if options.fast and options.check:
-        exact, exact_removals = search(model, blocks, calibration, steps, fast=False)
-        show("exact", exact, exact_removals)
-        print(f"        racing is {sum(exact.seconds) / sum(ours.seconds):.2f}x as fast as our exact search")
-        agree(our_removals, exact_removals)
 
     plain_steps = options.plain_steps or steps
-    with measured(Side()) as plain:
-        removed: list[int] = []
-        for step in range(plain_steps):
-            start = time.perf_counter()
-            removed, _ = plain_search(model, blocks, sequences, step + 1, removed=removed)
-            plain.seconds.append(time.perf_counter() - start)
+    plain, removed = search_plainly(model, blocks, calibration.sequences, plain_steps)
     head_passes = [(count - 2 - step) * len(sequences) for step in range(steps)]
     block_passes = [head_passes[step] * (count - 1 - step) for step in range(steps)]
     plain.block_passes, plain.head_passes = sum(block_passes), sum(head_passes)
     show("plain", plain, removed)
-    agree(our_removals[:plain_steps], removed)
+    print(f"        removals {'agree' if our_removals[:plain_steps] == removed else 'DIFFER'}", flush=True)
 
     first, first_of_ours = sum(plain.seconds), sum(ours.seconds[:plain_steps])
     whole = first * sum(block_passes) / sum(block_passes[:plain_steps])
@@ -89,20 +76,32 @@ def main() -> None:
     )
 
 
-def search(model: Any, blocks: Any, calibration: Calibration, remove: int, *, fast: bool) -> Any:
+def search(
+    model: Any, blocks: nn.ModuleList, sequences: torch.Tensor, remove: int, *, fast: bool = False
+) -> tuple[Side, list[int]]:
     """Run our search as `sleb search` does, and count its passes."""
-    with measured(Side()) as side, SkippableModel(model, blocks) as skippable:
-        count_passes(skippable, side, calibration.sequences.shape[1])
+    removals = []
+    with measured() as side, SkippableModel(model, blocks) as skippable:
+        count_passes(skippable, side, sequences.shape[1])
         start = time.perf_counter()
-        sequences = (calibration.shuffled() if fast else calibration).sequences
         passes, reason = prepare_passes(skippable, sequences, ignore, min_batches=LOOKS if fast else 1)
         assert reason is None, reason
-        removals = []
         for choice in greedy_search(passes, remove, fast=fast):
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
     return side, removals
+
+
+def search_plainly(model: Any, blocks: nn.ModuleList, sequences: torch.Tensor, remove: int) -> tuple[Side, list[int]]:
+    """Run the plain algorithm."""
+    removed: list[int] = []
+    with measured() as side:
+        for size in range(1, remove + 1):
+            start = time.perf_counter()
+            removed, _ = plain_search(model, blocks, sequences, size, removed=removed)
+            side.seconds.append(time.perf_counter() - start)
+    return side, removed
 
 
 def count_passes(skippable: SkippableModel, side: Side, length: int) -> None:
@@ -121,25 +120,20 @@ def count_passes(skippable: SkippableModel, side: Side, length: int) -> None:
 
 
 @contextmanager
-def measured(side: Side) -> Iterator[Side]:
-    """Record the peak of the process's resident bytes, less those before."""
+def measured() -> Iterator[Side]:
+    """Record the peak of the process's resident bytes, less those before, as Linux counts them."""
+    side = Side()
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident_bytes("VmRSS")
+    yield side
+    side.bytes = resident_bytes("VmHWM") - before
 
-    def look() -> None:
-        while not done.wait(0.02):
-            side.bytes = max(side.bytes, process.memory_info().rss - before)
 
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        yield side
-    finally:
-        done.set()
-        watcher.join()
+def resident_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def show(name: str, side: Side, removals: list[int]) -> None:
@@ -150,10 +144,6 @@ def show(name: str, side: Side, removals: list[int]) -> None:
         f"{side.bytes / 1e6:.0f} MB at most",
         flush=True,
     )
-
-
-def agree(ours: list[int], theirs: list[int]) -> None:
-    print(f"        removals {'agree' if ours == theirs else 'DIFFER'}", flush=True)
 
 
 if __name__ == "__main__":

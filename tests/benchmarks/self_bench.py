@@ -11,8 +11,7 @@ import statistics
 import sys
 from itertools import combinations
 
-from arguments import parser
-from saved_work import architecture_of
+from saved_work import architecture_of, parser
 
 from sleb_cli.engine.device import choose_device, choose_dtype
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn

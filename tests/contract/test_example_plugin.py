@@ -67,9 +67,3 @@ def test_its_export_format_writes(sleb_with_plugin, tiny_gpt2):
     assert json.loads(result.stdout)["document"] == {"slices": [[0, 1], [2, 3], [4, 5]]}
     result = sleb_with_plugin("export", *options, "--source", "x.gguf")
     assert (result.exit_code, "--source does not apply to --to slices" in result.stderr) == (2, True)
-
-
-def test_without_it_its_metric_is_unknown(run_sleb, tiny_gpt2):
-    result = run_sleb("search", tiny_gpt2, "--remove", 1, "--metric", "next-token-error")
-    assert result.exit_code == 2
-    assert "no metric 'next-token-error'" in result.stderr

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import calibration, save_model, slow
+from conftest import calibration, calibration_sequences, save_model, slow
 from families import tiny_config
 from reference import plain_search
 from sleb_cli.engine.forward import passes
@@ -16,8 +16,7 @@ from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned
 from sleb_cli.engine.surgery.surgery import plan_surgery
-from sleb_cli.engine.text.calibration import draw
-from sleb_cli.engine.text.windows import adds_bos, cut_windows, tokens_sha256
+from sleb_cli.engine.text.windows import adds_bos, tokens_sha256
 from sleb_cli.events import ignore
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.units import parse_bytes
@@ -39,13 +38,16 @@ FAMILIES = {
     "mixtral, experts": GROUPED,
     "bloom, masks carry the batch size": {},
 }
+TRAINED = "stories260K, trained"
 CLAIMED = {"llama", "opt"}
 NIGHTLY = {"llama", "mistral, sliding", "qwen2", "qwen3", "gpt_neox, parallel", "phi, parallel, head with bias"}
 """Those that other tests run too, or that differ little from another."""
 
 
-@pytest.fixture(scope="module", params=[slow(name) if name in NIGHTLY else name for name in FAMILIES])
+@pytest.fixture(scope="module", params=[*(slow(name) if name in NIGHTLY else name for name in FAMILIES), TRAINED])
 def folder(request, tmp_path_factory):
+    if request.param == TRAINED:
+        return request.getfixturevalue("shared_data") / "models" / "stories260K"
     model_type = request.param.partition(",")[0]
     config = tiny_config(model_type, num_hidden_layers=5, **FAMILIES[request.param])
     return save_model(tmp_path_factory.mktemp("family") / model_type, config, bos=model_type in ("opt", "gemma2"))
@@ -61,10 +63,13 @@ def architecture(folder):
 
 
 def require_reference(plan, architecture, text_file):
-    """Search the slow way, and hold a plan against it."""
+    """Cut the text and search the slow way, and hold a plan against it."""
+    told, folder = plan["calibration"], architecture.source.folder
+    assert told["bos"] == adds_bos(AutoTokenizer.from_pretrained(folder))
+    sequences = calibration_sequences(folder, text_file, bos=told["bos"])
+    assert told["tokens_sha256"] == tokens_sha256(sequences)
     model = load_dense(architecture, torch.float32, torch.device("cpu"), ignore)
-    sequences, blocks = sequences_of(plan, architecture, text_file), architecture.blocks_of(model)
-    removals, steps = plain_search(model, blocks, sequences, len(plan["removals"]))
+    removals, steps = plain_search(model, architecture.blocks_of(model), sequences, len(plan["removals"]))
     assert plan["removals"] == removals
     for step, losses in zip(plan["steps"], steps, strict=True):
         assert step["scores"] == pytest.approx({str(block): loss for block, loss in losses.items()}, abs=1e-5)
@@ -103,18 +108,6 @@ def test_blocks_that_cannot_be_forked_take_whole_passes(run_sleb, tmp_path, text
     assert plan["search"]["engine"] == "plain"
     assert "[2, 32] tokens become [32, 2] states" in plan["search"]["engine_reason"]
     require_reference(plan, read(folder), text_file)
-
-
-def sequences_of(plan, architecture, text_file):
-    """Cut the calibration text again, with the tokenizer alone, and check that the plan names just these tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(architecture.source.folder)
-    bos = plan["calibration"]["bos"]
-    assert bos == adds_bos(tokenizer)
-    windows = cut_windows(tokenizer, text_file.read_text(), plan["calibration"]["sequence_length"], bos=bos)
-    sequences = windows[draw(len(windows), plan["calibration"]["sequences"], plan["calibration"]["seed"])]
-    assert plan["calibration"]["tokens_sha256"] == tokens_sha256(sequences)
-    assert all((sequence[0] == tokenizer.bos_token_id) == bos for sequence in sequences)
-    return sequences
 
 
 @pytest.mark.parametrize("blocks", [slow((1,)), slow((3, 0)), (2, 4, 1)])

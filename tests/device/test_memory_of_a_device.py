@@ -1,7 +1,5 @@
 """What `sleb` does where the memory of a device does not suffice: smaller pieces and the same plan, or a sentence."""
 
-from dataclasses import replace
-
 import pytest
 
 from conftest import slow
@@ -17,12 +15,12 @@ def test_the_same_plan_from_unused_memory_or_in_smaller_pieces(search, simulate,
     backend = simulate()
     _, plan = search(tiny_llama, *SIZES, "--device", "sim")
     half = backend.max_memory_allocated() // 2
-    backend.settings = replace(backend.settings, memory=backend.memory_reserved())
+    backend.memory = backend.memory_reserved()
     assert backend.mem_get_info()[0] == 0
     _, found = search(tiny_llama, *SIZES, "--device", "sim")
     assert found["removals"] == plan["removals"]
     backend.empty_cache()
-    backend.settings = replace(backend.settings, memory=half)
+    backend.memory = half
     result, found = search(tiny_llama, *SIZES, "--device", "sim", "--memory", "1GB", "--batch-size", 8)
     assert "Out of memory on sim:0; continuing with" in result.stderr
     assert found == plan
@@ -36,7 +34,7 @@ def test_whatever_the_memory_it_is_the_same_plan_or_one_sentence(search, simulat
     peak = backend.max_memory_allocated()
     for share, codes in ((0.5, (0, 7)), (0.25, (0, 7)), (0.1, (7,))):
         backend.empty_cache()
-        backend.settings = replace(backend.settings, memory=int(share * peak))
+        backend.memory = int(share * peak)
         result, plan = search(*words, "--memory", "1GB", codes=codes)
         if plan:
             assert plan["removals"] == expected["removals"]

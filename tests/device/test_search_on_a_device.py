@@ -7,8 +7,6 @@ import pytest
 from conftest import calibration, save_model, write_task
 from families import tiny_config
 from sleb_cli.engine.forward import passes
-from sleb_cli.engine.search import run
-from sleb_cli.engine.search.journal import journal_of
 
 SEARCHES = {
     "nll": (),
@@ -34,9 +32,9 @@ def plan_of(search, tmp_path, text_file):
     rows = [{"q": f"the river {i}", "choices": [" stone bridge", " town"], "gold": i % 2} for i in range(8)]
     write_task(tmp_path, "tales", rows)
 
-    def run_search(*options, code=0):
-        result, plan = search(*options, "-q", codes=(code,))
-        assert code or result.stderr == ""
+    def run_search(*options):
+        result, plan = search(*options, "-q")
+        assert result.stderr == ""
         return plan
 
     return run_search
@@ -71,25 +69,6 @@ def test_auto_chooses_the_device(run_sleb, simulate, tiny_llama, text_file, tmp_
     result = run_sleb("search", tiny_llama, "--remove", 1, "--device", "sim:2", "-o", "other.json")
     assert result.exit_code == 7
     assert "There is no sim:2: this machine has 2 sim devices." in result.stderr
-
-
-def test_interrupted_and_resumed_it_is_the_same_plan(plan_of, simulate, tiny_llama, tmp_path, monkeypatch):
-    options = ["--fast", "--batch-size", 1]
-    expected = plan_of(tiny_llama, *options, "--device", "cpu")
-    simulate(float64=False)
-    journal, real, steps = journal_of(tmp_path / "plan.json"), run._step, []
-
-    def step(*arguments):
-        steps.append(arguments)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(run, "_step", step)
-    assert plan_of(tiny_llama, *options, *ON_ONE, code=130) is None
-    assert journal.stat().st_size > 1000
-    assert plan_of(tiny_llama, *options, *ON_ONE, "--resume") == expected
-    assert not journal.exists()
 
 
 def test_hidden_states_wait_in_host_memory_if_need_be(plan_of, simulate, tiny_llama, monkeypatch):
