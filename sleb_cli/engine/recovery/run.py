@@ -122,7 +122,7 @@ class Recovery:
             self.places = find_places(self.gguf, self.dense, self.path, self._changeable()) if self.gguf else {}
             start = self._resumed(saved) if saved else self._closed_form()
             values, record = self._heal(self.budget, start, saved) if self.budget else start[:2]
-            tensors = file_tensors(self.dense, self.surgery, values)
+            tensors = file_tensors(self.dense, self.surgery, values, self.placement.rounded)
         del self.dense  # the proof needs the memory
         return Recovered(values, tensors, record, self.packed)
 
