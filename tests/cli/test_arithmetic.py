@@ -1,10 +1,14 @@
 """The data type that each command computes in, on processors that compute in few."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +22,7 @@ from conftest import (
     save_model,
     weights_of,
 )
+from gguf_models import write_llama_gguf
 from sleb_cli.engine.forward import placement, streaming
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan
@@ -137,3 +142,35 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(run, model, processor, tex
     logits = written(reported).logits[:, :-1].log_softmax(-1)
     loss = -logits.gather(-1, reported[:, 1:, None]).mean().item()
     assert result["recovery"]["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_gguf_file_takes_new_values(run, processor, text_file, tmp_path):
+    source = write_llama_gguf(tmp_path / "model.gguf", type_=Type.Q4_1)  # converted to bfloat16
+    processor()
+    command = ["apply", source, "--blocks", 2, "--recover", *calibration(text_file, samples=10), "-o", "small.gguf"]
+    proof = json.loads(run(*command, "--json").stdout)["proof"]
+    assert (proof["dtype"], proof["logits_difference"]) == ("float32", 0)
+
+
+@pytest.mark.slow
+def test_with_avx2_kernels_it_finds_the_same(run, smollm2, text_file):
+    few = calibration(text_file, samples=10)
+    commands = [
+        ["search", smollm2, "--remove", 2, *few, "-o", "{}.json"],
+        ["eval", "{}.json", *evaluation(text_file)],
+        ["apply", "{}.json", "--recover", *few, "-o", "{}"],
+    ]
+    avx2 = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = {}
+    for name in ("here", "avx2"):
+        for command in commands:
+            words = [str(word).format(name) for word in (*command, "--dtype", "float32")]
+            if name == "here":
+                run(*words)
+            else:
+                subprocess.run([sys.executable, "-m", "sleb_cli", *words], env=avx2, check=True)
+        plan, result = json.loads(Path(f"{name}.json").read_text()), json.loads(Path(f"{name}.eval.json").read_text())
+        recovered = read_plan(Path(name) / "sleb_plan.json").recovery.recovered.loss
+        found[name] = (plan["removals"], [plan["dense"]["loss"], result["texts"][0]["dense"]["loss"], recovered])
+    assert found["avx2"][0] == found["here"][0]
+    assert found["avx2"][1] == pytest.approx(found["here"][1], rel=1e-4)
