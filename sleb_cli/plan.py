@@ -166,11 +166,6 @@ class SearchRecord(Record):
     engine: Engine
     engine_reason: str | None
 
-    @property
-    def precision(self) -> str:
-        """The data type, and in how few bits weights were held."""
-        return self.dtype if self.load_in is None else f"{self.dtype}, weights in {self.load_in},"
-
 
 class HeldOutRecord(Record):
     """The loss of a model on the held-out sequences, in nats per token, and its perplexity.
@@ -423,6 +418,12 @@ class Plan(VersionedRecord):
         for step in self.steps:
             sizes.append(step.removals or (*((), *sizes)[-1], step.block))
         return tuple(sizes)
+
+    @property
+    def precision(self) -> str:
+        """The data type that was computed in, that of the weights if it is another, and in how few bits they were."""
+        packed = "" if self.search.load_in is None else f", weights in {self.search.load_in},"
+        return self.model.computed_in(self.search.dtype) + packed
 
     @property
     def nested(self) -> bool:

@@ -124,7 +124,8 @@ class ModelRecord(Record):
     """The model; `id` is what the user named, a folder or file as an absolute path.
 
     In a checkpoint, which may be published, it is the name of that folder or file alone. `revision` is a commit of the
-    Hub. `code` is a SHA-256 over the Python files that come with the model, if the user let them run.
+    Hub. `code` is a SHA-256 over the Python files that come with the model, if the user let them run. `dtype` is the
+    data type of its weights, which need not be the one that sleb computes in.
     """
 
     id: str
@@ -134,6 +135,11 @@ class ModelRecord(Record):
     family: str
     blocks: Annotated[int, Field(ge=1, le=MOST_BLOCKS)]
     code: str | None = None
+    dtype: str | None = None
+
+    def computed_in(self, dtype: str) -> str:
+        """Return a data type for display, with that of the weights if it is another one."""
+        return dtype if self.dtype in (None, dtype) else f"{dtype} (weights: {self.dtype})"
 
 
 Check = Literal["complete", "loads", "same logits", "generates", "saves again", "same bytes"]

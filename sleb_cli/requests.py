@@ -143,7 +143,12 @@ def option(help: str, panel: str | None = None, *, unset: Any = None, **spelling
     return field(default=unset, metadata={"doc": Doc(help, panel, **spelling)})
 
 
-_dtype = partial(option, "float32, bfloat16, float16, or auto (the checkpoint's own).", _MACHINE, default=AUTO)
+_dtype = partial(
+    option,
+    "float32, bfloat16, float16, or auto (the checkpoint's own, or float32 on a CPU that emulates it).",
+    _MACHINE,
+    default=AUTO,
+)
 _device = partial(option, "cpu, cuda, cuda:1, mps, xpu, npu, or auto.", _MACHINE, unset=AUTO)
 _stream = partial(
     option,

@@ -46,6 +46,7 @@ from sleb_cli import plugin_manager
 from sleb_cli.__main__ import main
 from sleb_cli.engine import device as engine_device
 from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.forward import placement
 from sleb_cli.engine.forward.streaming import StreamedBlocks
 from sleb_cli.engine.recovery import heal as healing
 from sleb_cli.engine.speed import benchmark
@@ -95,6 +96,17 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLEB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Play a processor that computes in these data types besides float32; at first, in bfloat16."""
+
+    def play(*dtypes: torch.dtype) -> None:
+        monkeypatch.setattr(placement, "cpu_dtypes", lambda: {torch.float32, torch.float64, *dtypes})
+
+    play(torch.bfloat16)
+    return play
 
 
 @pytest.fixture(autouse=True)

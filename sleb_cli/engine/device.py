@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sleb_cli.engine.memory_limits import left_under_limits
 from sleb_cli.processes import local_rank, process_count
+from sleb_cli.requests import AUTO
 from sleb_plugins import MachineError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -63,9 +64,9 @@ def choose_device(name: str) -> torch.device:
         MachineError: this machine, or this build of torch, does not have it.
     """
     accelerator = _accelerator()
-    if accelerator is not None and process_count() > 1 and name in ("auto", accelerator.type):
+    if accelerator is not None and process_count() > 1 and name in (AUTO, accelerator.type):
         name = f"{accelerator.type}:{local_rank()}"
-    if name == "auto":
+    if name == AUTO:
         return accelerator or CPU
     try:
         device = torch.device(name)
@@ -120,18 +121,30 @@ def as_float64(tensor: Tensor) -> Tensor:
     return (tensor if _has_float64(tensor.device.type) else tensor.cpu()).double()
 
 
-def choose_dtype(name: str, own: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Resolve `auto`: the checkpoint's `own` data type, but bfloat16 for float16 on a CPU, where float16 is slow.
+@cache
+def cpu_dtypes() -> frozenset[torch.dtype]:
+    """Return the data types that this processor computes in; torch emulates others, several times slower."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        has = {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    else:  # torch 2.10
+        checks = {"avx512_bf16": "avx512_bf16", "amx_bf16": "amx_tile", "amx_fp16": "amx_fp16"}
+        has = {name for name, check in checks.items() if getattr(torch.cpu, f"_is_{check}_supported")()}
+    units = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"},
+             torch.float16: {"avx512_fp16", "amx_fp16", "fp16_arith"}}  # fmt: skip
+    return frozenset({torch.float32, torch.float64, *(dtype for dtype, any_of in units.items() if has & any_of)})
+
+
+def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
+    """Read the name of a data type; `auto` is the checkpoint's `own`.
 
     Raises:
         UsageError: there is no such data type.
     """
-    if name == "auto":
-        own = own or torch.float32
-        return torch.bfloat16 if own is torch.float16 and device.type == "cpu" else own
+    if name == AUTO:
+        return own or torch.float32
     full = _SHORT.get(name, name)
     if full not in _DTYPES:
-        raise UsageError(f"There is no data type {name!r}.", hint=f"Choose auto, {', '.join(_DTYPES)}.")
+        raise UsageError(f"There is no data type {name!r}.", hint=f"Choose {AUTO}, {', '.join(_DTYPES)}.")
     return _DTYPES[full]
 
 

@@ -47,7 +47,7 @@ def _change(found: Any, dense: Any) -> tuple[float | None, float | None]:
 def _how(plan: Plan) -> str:
     search, text, seconds = plan.search, plan.calibration, plan.environment.seconds
     held_out = f" ({search.held_out} of them held out)" if search.held_out else ""
-    calibrated = f"calibrated on {text}{held_out}, {search.precision} on {search.device}, {seconds:.0f} s"
+    calibrated = f"calibrated on {text}{held_out}, {plan.precision} on {search.device}, {seconds:.0f} s"
     return f"{search.strategy} search by {search.metric}{', raced' if search.fast else ''}; {calibrated}"
 
 

@@ -30,7 +30,7 @@ def search_settings(plan: Plan) -> Table:
         ("seed", str(text.seed)),
         ("BOS before each sequence", "yes" if text.bos else "no"),
         ("hash of the tokens", text.tokens_sha256[:16]),
-        ("data type and device", f"{search.precision} on {search.device}, batch {search.batch_size}"),
+        ("data type and device", f"{plan.precision} on {search.device}, batch {search.batch_size}"),
         ("engine", search.engine + (f": {search.engine_reason}" if search.engine_reason else "")),
         ("started", environment.started),
         ("took", format_seconds(environment.seconds)),
@@ -48,7 +48,7 @@ def result_settings(result: EvalResult | BenchResult) -> Table:
     """Return where an evaluation or a benchmark was made, and how each workload of a benchmark was timed."""
     versions = f"sleb {result.sleb_version}, torch {result.torch}, transformers {result.transformers}"
     rows: list[tuple[str, str | None]] = [
-        ("data type and device", f"{result.dtype} on {result.device}, {result.processor}"),
+        ("data type and device", f"{result.model.computed_in(result.dtype)} on {result.device}, {result.processor}"),
         ("versions", versions),
     ]
     if isinstance(result, EvalResult):

@@ -46,7 +46,7 @@ def show_estimate(result: EstimateResult, output: Path | None) -> None:
     if result.device == "described":
         print_line(f"predicted for {result.dtype} on a device of {flops / 1e12:.4g} TFLOP/s and {read / 1e12:.4g} TB/s")
     else:
-        print_line(f"predicted for {result.dtype} on {result.device}, {result.processor}")
+        print_line(f"predicted for {result.model.computed_in(result.dtype)} on {result.device}, {result.processor}")
         print_line(f"measured here: {flops / 1e9:,.4g} GFLOP/s and {read / 1e9:,.3g} GB/s")
     if any(size.removals is None for size in result.pruned):
         print_line("Assumes that the removed blocks are average ones.")

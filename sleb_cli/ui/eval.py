@@ -32,7 +32,7 @@ def show_evaluation(result: EvalResult, output: Path | None) -> None:
     for task in result.tasks:
         for size in task.pruned:
             _show_flips(task, size)
-    print_line(f"{result.dtype} on {result.device}")
+    print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
     print_written(output)
 
 

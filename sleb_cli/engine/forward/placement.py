@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sleb_cli.engine.device import choose_device
+from sleb_cli.engine.device import choose_device, cpu_dtypes, dtype_name, free_bytes, parse_dtype
 from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
-from sleb_cli.engine.forward.streaming import stream_dense
+from sleb_cli.engine.forward.streaming import choose_to_stream, stream_dense, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.surgery.loading import DeviceMap, load_dense
-from sleb_cli.events import Notify
+from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import AUTO, ApplyRequest, EvalRequest, SearchRequest
+from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, UnsupportedModelError, UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -35,6 +36,8 @@ class Placement:
     Attributes:
         device: where tokens go in and logits come out, and, unless a device map says otherwise, all weights are.
         dtype: the data type.
+        rounded: the narrower data type that weights are rounded to first, as in the checkpoint to be written; None for
+            none.
         stream: whether the blocks stay in the files, and are read one at a time.
         device_map: the places of modules, as `accelerate` takes them; None for `device` alone.
         load_in: how many bits a weight takes, if fewer than in `dtype`: 8 or 4.
@@ -45,6 +48,78 @@ class Placement:
     stream: bool = False
     device_map: DeviceMap | None = None
     load_in: int | None = None
+    rounded: torch.dtype | None = None
+
+
+def place_model(
+    architecture: Architecture,
+    device: torch.device,
+    dtype: str,
+    notify: Notify,
+    *,
+    device_map: DeviceMap | None = None,
+    stream: bool | None = None,
+    beside: int = 0,
+    cast: torch.dtype | None = None,
+) -> Placement:
+    """Choose the data type that a model computes in, and whether its blocks are streamed.
+
+    Args:
+        architecture: the model.
+        device: where it runs.
+        dtype: the data type by name, or auto.
+        notify: the listener for events.
+        device_map: the places of its modules, if they are not all on the device.
+        stream: whether the user wants its blocks to be streamed; None streams a model that does not fit into memory.
+        beside: the bytes that must fit besides its weights.
+        cast: the data type of the checkpoint to be written; None for the model's own.
+
+    Raises:
+        UsageError: there is no such data type.
+        UnsupportedModelError: the weights are quantized, so they cannot be streamed.
+    """
+    own = cast or architecture.dtype or torch.float32
+    if device_map is not None:  # which says where weights are, so that they cannot be rounded first
+        name = dtype_name(cast) if cast else dtype
+        return Placement(device, choose_dtype(architecture, name, device, lambda wide: 0, notify), False, device_map)
+
+    def needed(wide: torch.dtype) -> int:
+        does_not_fit = stream is None and weight_bytes(architecture, own) + beside > free_bytes(device)
+        return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + beside
+
+    chosen = choose_dtype(architecture, dtype, device, needed, notify, cast)
+    streams = choose_to_stream(architecture, chosen, device, stream, notify, beside=beside)
+    return Placement(device, chosen, streams, rounded=None if cast is chosen else cast)
+
+
+def choose_dtype(
+    architecture: Architecture,
+    name: str,
+    device: torch.device,
+    needed: Callable[[torch.dtype], int],
+    notify: Notify,
+    cast: torch.dtype | None = None,
+) -> torch.dtype:
+    """Choose the data type to compute in: for auto, the weights' own (or `cast`), or float32 where a CPU emulates it.
+
+    `needed` returns the bytes of memory that a data type takes; if float32 does not fit, it stays the own one.
+
+    Raises:
+        UsageError: there is no such data type.
+    """
+    dtype = parse_dtype(name, cast or architecture.dtype)
+    if name != AUTO or device.type != "cpu" or dtype in cpu_dtypes() or architecture.is_quantized:
+        return dtype
+    size, free = needed(torch.float32), free_bytes(device)
+    if size <= free:
+        return torch.float32
+    notify(
+        Notice(
+            f"This will be slow: the processor has no {dtype_name(dtype)} arithmetic, and float32 needs "
+            f"{format_bytes(size)} of memory, but only {format_bytes(free)} are free."
+        )
+    )
+    return dtype
 
 
 def open_dense(architecture: Architecture, placement: Placement, notify: Notify) -> SkippableModel:
@@ -56,7 +131,7 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
         UnsupportedModelError: accelerate spreads a block over several devices.
     """
     if placement.stream:
-        return stream_dense(architecture, placement.dtype, placement.device, notify)
+        return stream_dense(architecture, placement.dtype, placement.device, notify, rounded=placement.rounded)
     model = load_dense(
         architecture,
         placement.dtype,
@@ -65,6 +140,9 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
         device_map=placement.device_map,
         load_in=placement.load_in,
     )
+    for tensor in model.state_dict().values() if placement.rounded else ():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(placement.rounded))
     return SkippableModel(model, architecture.blocks_of(model), weights=_weights(model, architecture))
 
 

@@ -118,9 +118,15 @@ def _bytes_as(dtype: torch.dtype, tensor: StoredTensor) -> int:
 
 
 def stream_dense(
-    architecture: Architecture, dtype: torch.dtype, device: torch.device, notify: Notify
+    architecture: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    notify: Notify,
+    rounded: torch.dtype | None = None,
 ) -> SkippableModel:
     """Load all but the blocks of the dense model, and return it, ready to be entered as a context.
+
+    If weights are `rounded`, it is to this data type, before they take the one that is computed in.
 
     Raises:
         ModelError: the weights do not fit the config, or cannot be read.
@@ -128,7 +134,7 @@ def stream_dense(
     """
     source = architecture.source
     with task(notify, f"Loading {source.id} without its blocks"), fits(source, dtype, device):
-        blocks = StreamedBlocks(architecture, dtype, device)
+        blocks = StreamedBlocks(architecture, dtype, device, rounded)
     return SkippableModel(blocks.model, blocks.modules, device=device, weights=blocks)
 
 
@@ -142,8 +148,14 @@ class StreamedBlocks(BlockWeights):
 
     resident = False
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        self._architecture, self._device = architecture, device
+    def __init__(
+        self,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        device: torch.device,
+        rounded: torch.dtype | None = None,
+    ) -> None:
+        self._architecture, self._device, self._rounded = architecture, device, rounded
         self._stream = torch.get_device_module(device).Stream(device) if device.type in WITH_STREAMS else None
         self._as_mapped = device == CPU
         self.model: Any = architecture.build(architecture.config, dtype)
@@ -222,6 +234,9 @@ class StreamedBlocks(BlockWeights):
             else:
                 held = load_pickle(path)
                 found |= {tensor.name: held[tensor.name] for tensor in here}
+        if self._rounded:
+            floats = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+            found |= {name: tensor.to(self._rounded) for name, tensor in floats.items()}
         if self._stream is None:
             return {name: tensor.to(self._device) for name, tensor in found.items()}
         with torch.get_device_module(self._device).stream(self._stream):

@@ -207,6 +207,7 @@ class Architecture:
             family=self.adapter.name,
             blocks=self.block_count,
             code=self.source.code,
+            dtype=None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         )
 
     @property

@@ -87,7 +87,7 @@ def _pruning_of_plan(request: ExportRequest, to: str, notify: Notify) -> Pruning
     return Pruning(
         model=plan.model.id,
         revision=plan.model.revision,
-        dtype=plan.search.dtype,
+        dtype=plan.model.dtype or plan.search.dtype,
         blocks=plan.model.blocks,
         removals=plan.removals,
         **_measured(file, plan, notify),

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,20 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig
 
 from sleb_cli.atomic import free_space
-from sleb_cli.engine.device import CPU, choose_device, choose_dtype, dtype_name, free_bytes, free_memory
+from sleb_cli.engine.device import CPU, choose_device, dtype_name, free_bytes, free_memory
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, Shard, index_of
 from sleb_cli.engine.files.weights import find_weights, read_tensors
 from sleb_cli.engine.forward.offload import align
-from sleb_cli.engine.forward.placement import Placement, blocks_on_disk, device_of, open_dense
+from sleb_cli.engine.forward.placement import (
+    Placement,
+    blocks_on_disk,
+    choose_dtype,
+    device_of,
+    open_dense,
+    place_model,
+)
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import converted_bytes, require_streamable, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
@@ -49,8 +57,9 @@ from sleb_cli.engine.surgery.loading import (
 )
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.engine.third_party import no_verdict_by_the_disk, saving, translate_errors
-from sleb_cli.events import CheckPassed, Notice, Notify, task
+from sleb_cli.events import CheckPassed, Notice, Notify, ignore, task
 from sleb_cli.records import Check, Proof, differences
+from sleb_cli.requests import AUTO
 from sleb_cli.tables.proof import checked
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
@@ -109,14 +118,16 @@ def choose_proof_settings(
         UnsupportedModelError: the user wants it to be streamed, but the weights are quantized.
     """
 
-    def placement(device: torch.device, *, streamed: bool = False) -> Placement:
-        dtype = cast or choose_dtype("auto", architecture.dtype, device)
-        return Placement(device, dtype, streamed, device_map=device_map)
+    def placement(device: torch.device, *, streamed: bool) -> Placement:
+        needed = partial(_needed, architecture, stream=streamed)
+        chosen = choose_dtype(architecture, AUTO, device, needed, ignore, cast)
+        return Placement(device, chosen, streamed, rounded=None if cast is chosen else cast)
 
     if stream:
         require_streamable(architecture)
     if device_map is not None:
-        return ProofSettings(placement(device_of(device_map, None)))
+        device, name = device_of(device_map, None), dtype_name(cast) if cast else AUTO
+        return ProofSettings(place_model(architecture, device, name, ignore, device_map=device_map))
     ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
     for streamed in ways:
         for device in dict.fromkeys([choose_device("auto"), CPU]):
@@ -128,8 +139,7 @@ def choose_proof_settings(
 
 def _obstacle(architecture: Architecture, place: Placement) -> str | None:
     """Return why the two models of a proof cannot run one after the other, or None if they can."""
-    bytes_of = streamed_bytes if place.stream else weight_bytes
-    needed, free = round(PEAK_SHARE * bytes_of(architecture, place.dtype)), free_bytes(place.device)
+    needed, free = _needed(architecture, place.dtype, stream=place.stream), free_bytes(place.device)
     if needed > free:
         what = "two of its blocks at a time need" if place.stream else "the model needs"
         return f"{what} {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
@@ -140,6 +150,10 @@ def _obstacle(architecture: Architecture, place: Placement) -> str | None:
             f"{format_bytes(left)} are free"
         )
     return None
+
+
+def _needed(architecture: Architecture, dtype: torch.dtype, *, stream: bool) -> int:
+    return round(PEAK_SHARE * (streamed_bytes if stream else weight_bytes)(architecture, dtype))
 
 
 @dataclass(frozen=True)

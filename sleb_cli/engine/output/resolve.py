@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sleb_cli.engine.device import CPU, choose_dtype
+from sleb_cli.engine.device import parse_dtype
 from sleb_cli.engine.forward.placement import resolve_device_map
 from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
@@ -68,7 +68,7 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
             f"{architecture.source.id} is quantized, so its weights cannot be cast to {request.dtype}.",
             hint="Leave out --dtype to keep them as they are.",
         )
-    dtype = choose_dtype(request.dtype, architecture.dtype, CPU) if request.dtype else None
+    dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
     device_map = resolve_device_map(request, architecture)
     settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
     to = _delivery(request, default_folder(subject))

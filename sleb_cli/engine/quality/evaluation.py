@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +13,9 @@ import torch
 import transformers
 
 from sleb_cli.atomic import to_json
-from sleb_cli.engine.device import choose_dtype, dtype_name
+from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.forward.placement import Placement, device_of, resolve_device_map
-from sleb_cli.engine.forward.streaming import choose_to_stream
+from sleb_cli.engine.forward.placement import device_of, place_model, resolve_device_map
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_files import LmEvalResults
@@ -54,10 +54,11 @@ def evaluate_subject(
     architecture = subject.architecture
     device_map = resolve_device_map(request, architecture)
     device = device_of(device_map, request.device)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
-    asked = False if request.tasks else request.stream
-    stream = device_map is None and choose_to_stream(architecture, dtype, device, asked, notify)
-    models = Models(subject, request, Placement(device, dtype, stream, device_map), group, notify)
+    asked, dtype = False if request.tasks else request.stream, request.dtype or AUTO
+    placement = group.from_main(
+        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked)
+    )
+    models = Models(subject, request, replace(placement, device=device), group, notify)
     # Read before any model, so that a missing text or a broken task file is reported early.
     tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
@@ -93,7 +94,7 @@ def evaluate_subject(
         kind="eval",
         model=architecture.record,
         behavior=architecture.source.behavior,
-        dtype=dtype_name(dtype),
+        dtype=dtype_name(placement.dtype),
         device=device.type,
         sizes=tuple(models.sizes[1:]),
         torch=str(torch.__version__),

@@ -16,7 +16,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sleb_cli.engine.device import choose_device, choose_dtype, input_device
+from sleb_cli.engine.device import choose_device, input_device
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import resolve_subject
@@ -173,7 +174,7 @@ class SlebLM(HFLM):  # type: ignore[misc]
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = AUTO
         where = choose_device(device)
-        chosen = choose_dtype(dtype, surgery.architecture.dtype, where)
+        chosen = place_model(surgery.architecture, where, dtype, _tell, stream=False).dtype
         if surgery.removals:
             loaded = load_pruned(surgery, chosen, where, _tell)
         else:

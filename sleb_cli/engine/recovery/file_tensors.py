@@ -19,13 +19,16 @@ from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_plugins import UnsupportedModelError
 
 
-def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def file_tensors(
+    skippable: SkippableModel, surgery: Surgery, values: Mapping[str, Tensor], rounded: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Return the changed tensors of the pruned checkpoint, by their names there.
 
     Args:
         skippable: the dense model, with its own values.
         surgery: the removal.
-        values: new values by the model's own parameter names, in its data type.
+        values: new values by the model's own parameter names.
+        rounded: the data type that the dense model's values were rounded to, if to any.
 
     Raises:
         UnsupportedModelError: such a tensor is stored quantized, or not as transformers would write it.
@@ -34,11 +37,13 @@ def file_tensors(skippable: SkippableModel, surgery: Surgery, values: Mapping[st
     for place, together in groupby(sorted(values, key=partial(_place, path)), key=partial(_place, path)):
         new = {name: values[name] for name in together}
         with weights_at(skippable, path, place):
-            changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new)
+            changed |= _changed(skippable.model, surgery.architecture.source.weights, place, new, rounded)
     return dict(surgery.names.prune(changed.items()))
 
 
-def _changed(model: Any, weights: WeightFiles, place: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _changed(
+    model: Any, weights: WeightFiles, place: str, values: Mapping[str, Tensor], rounded: torch.dtype | None
+) -> dict[str, Tensor]:
     """Return the tensors of the files that change in a block, or outside the blocks, all of whose values are here."""
     stored, base = {tensor.name: tensor for tensor in weights.stored}, f"{model.base_model_prefix}."
 
@@ -62,7 +67,8 @@ def _changed(model: Any, weights: WeightFiles, place: str, values: Mapping[str, 
     # The files must hold the old values under each name, so that it means the same tensor there.
     there = dict(weights.tensors(changed.keys() & stored.keys()))
     for name in changed:
-        if name not in there or not torch.equal(there[name].to(before[name].dtype), before[name].cpu()):
+        dtype = before[name].dtype
+        if name not in there or not torch.equal(there[name].to(rounded or dtype).to(dtype), before[name].cpu()):
             raise UnsupportedModelError(
                 f"The weight files do not store {name} as transformers writes it, so it cannot take new values.",
                 hint="Load the model with transformers, save it again, and recover that copy.",

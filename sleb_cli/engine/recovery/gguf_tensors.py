@@ -74,8 +74,16 @@ Places = dict[str, list[_Place]]
 """All places that hold the values of a parameter, by its name in the model."""
 
 
-def find_places(file: GgufFile, skippable: SkippableModel, blocks_path: str, names: Iterable[str]) -> Places:
+def find_places(
+    file: GgufFile,
+    skippable: SkippableModel,
+    blocks_path: str,
+    names: Iterable[str],
+    dtype: torch.dtype | None = None,
+) -> Places:
     """Find the tensors of the file that hold these parameters of the dense model, which has its own values.
+
+    `dtype` is the data type to which the values of the file were rounded; None for the model's.
 
     Raises:
         UnsupportedModelError: the file does not hold a parameter as it is in the model.
@@ -90,7 +98,7 @@ def find_places(file: GgufFile, skippable: SkippableModel, blocks_path: str, nam
     places: Places = {}
     for name in names:
         with weights_at(skippable, blocks_path, name):
-            own = skippable.model.get_parameter(name).detach().clone().cpu()
+            own = skippable.model.get_parameter(name).detach().to(dtype=dtype, copy=True).cpu()
         block = block_number(blocks_path, name)
         near = [
             tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from sleb_cli.engine.gguf.file import GgufFile, GgufTensor
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.closed_form import recover_in_closed_form
 from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors
-from sleb_cli.engine.recovery.gguf_tensors import find_places, pack
+from sleb_cli.engine.recovery.gguf_tensors import Places, find_places, pack
 from sleb_cli.engine.recovery.heal import LEARNING_RATE, HealBudget, Healing, Progress
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of
 from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file
@@ -119,10 +119,10 @@ class Recovery:
             require_same_work(self.state.folder, "healing", identity, self.identity, "plan, text and budget")
         with open_dense(self.architecture, self.placement, self.notify) as self.dense:
             self.packed: dict[str, GgufTensor] = {}
-            self.places = find_places(self.gguf, self.dense, self.path, self._changeable()) if self.gguf else {}
+            self.places = self._find_places(self._changeable()) if self.gguf else {}
             start = self._resumed(saved) if saved else self._closed_form()
             values, record = self._heal(self.budget, start, saved) if self.budget else start[:2]
-            tensors = file_tensors(self.dense, self.surgery, values)
+            tensors = file_tensors(self.dense, self.surgery, values, self.placement.rounded)
         del self.dense  # the proof needs the memory
         return Recovered(values, tensors, record, self.packed)
 
@@ -136,11 +136,15 @@ class Recovery:
             if len(parameter.shape) <= MATRIX or (self.budget and rank_of(parameter.shape))
         ]
 
+    def _find_places(self, names: Iterable[str]) -> Places:
+        assert self.gguf is not None
+        return find_places(self.gguf, self.dense, self.path, names, self.architecture.dtype)
+
     def _as_written(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the values that the written file gives back."""
         if self.gguf:
             outside = values.keys() - self.places.keys()  # of the blocks
-            self.places |= find_places(self.gguf, self.dense, self.path, outside)
+            self.places |= self._find_places(outside)
             self.packed, values = pack(self.gguf, self.places, values)
         return values
 

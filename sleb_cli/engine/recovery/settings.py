@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sleb_cli.engine.device import CPU, free_bytes
-from sleb_cli.engine.forward.placement import Placement, device_of
-from sleb_cli.engine.forward.streaming import choose_to_stream, streamed_bytes
+from sleb_cli.engine.device import CPU, dtype_name, free_bytes
+from sleb_cli.engine.forward.placement import Placement, device_of, place_model
+from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.gguf.file import GgufFile
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.process_group import ProcessGroup
@@ -34,6 +34,7 @@ from sleb_cli.engine.text.sources import TextSplit
 from sleb_cli.events import Notify
 from sleb_cli.plan import Plan
 from sleb_cli.requests import (
+    AUTO,
     DEFAULT_CALIBRATION,
     RECOVERY_LENGTH,
     RECOVERY_SELF_TOKENS,
@@ -84,8 +85,6 @@ def resolve_recovery(
     own = dtype or architecture.dtype or torch.float32
     # Values are rounded to what every file can hold, which may be narrower than what the config says.
     written = [dtype] if dtype else architecture.source.weights.float_dtypes
-    # Rounded twice, to bfloat16 and then to float16, the values that are written would not be those measured.
-    computed = torch.float32 if own is torch.float16 and device == CPU else own
     if budget and request.stream:
         raise UsageError(
             "--heal trains the model, so all of it must be in memory, but --stream reads it block by block.",
@@ -95,15 +94,24 @@ def resolve_recovery(
     blocks = architecture.blocks_of(architecture.skeleton)
     kept = [blocks[block] for block in surgery.kept.blocks]
     sums = max(fitting_bytes(block, architecture.text_config.hidden_size) for block in kept)
-    stream = device_map is None and group.from_main(
-        lambda: choose_to_stream(architecture, computed, device, asked, notify, beside=sums)
-    )
-    text = _resolve_text(request, subject, stream=stream)
-    placement = Placement(device, computed, stream, device_map)
-    needed = _needed_bytes(architecture, kept, placement, text, heal=request.heal)
-    if request.recover:
-        needed["the sums of a fit"] = sums
-    on_host = stream and device != CPU and sum(needed.values()) > free_bytes(device)
+
+    def place(name: str) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
+        """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
+        found = group.from_main(
+            lambda: place_model(
+                architecture, device, name, notify, device_map=device_map, stream=asked, beside=sums, cast=dtype
+            )
+        )
+        text = _resolve_text(request, subject, stream=found.stream)
+        needed = _needed_bytes(architecture, kept, found, text, heal=request.heal)
+        if request.recover:
+            needed["the sums of a fit"] = sums
+        return replace(found, device=device), text, needed
+
+    placement, text, needed = place((state.dtype if request.resume else None) or AUTO)
+    if sum(needed.values()) > free_bytes(device) and not placement.stream and placement.dtype is not own:
+        placement, text, needed = place(dtype_name(own))  # which takes half of the memory
+    on_host = placement.stream and device != CPU and sum(needed.values()) > free_bytes(device)
     if on_host:
         _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, heal=request.heal)
     _require_free(device, needed, heal=request.heal)

@@ -116,6 +116,18 @@ class Unfinished:
         self.folder = output.absolute().with_name(f".{output.name}{SUFFIX}")
         self.healing = self.folder / "healing.safetensors"
 
+    @property
+    def dtype(self) -> str | None:
+        """The data type that the unfinished healing computes in; None if there is none.
+
+        Raises:
+            PlanError: it cannot be read, or is broken.
+        """
+        if not self.healing.exists():
+            return None
+        found = Saved.read(self.healing).record("identity", dict[str, Any]).get("dtype")
+        return found if isinstance(found, str) else None
+
     @contextmanager
     def told_on_failure(self, notify: Notify) -> Iterator[None]:
         """Say what is kept if something fails or is interrupted meanwhile."""

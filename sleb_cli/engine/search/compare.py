@@ -41,7 +41,7 @@ def compare_removals(
     if group.is_main:
         require_new_file(request.plan_file, force=request.force)
     requests = [_request_for(request, metric, strategy, registry) for metric, strategy in entries]
-    resolved = group.one_first(lambda: [resolve_search(each, registry, notify) for each in requests])
+    resolved = [resolve_search(each, registry, notify, group) for each in requests]
     inputs = load_inputs(resolved[0], group, notify)
     plans: list[Plan] = []
     for number, search in enumerate(resolved):

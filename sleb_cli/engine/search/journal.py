@@ -48,6 +48,18 @@ def journal_of(plan: Path) -> Path:
     return plan.with_name(plan.name + ".journal")
 
 
+def dtype_of(journal: Path) -> str | None:
+    """Return the data type that an unfinished search computes in; None if there is no search that can be read."""
+    if not journal.is_file():  # but a pipe, perhaps
+        return None
+    try:
+        with journal.open("rb") as file:
+            found = from_json(_content(file.readline(LONGEST_LINE)) or b"")["search"]["dtype"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def saved_walk_of(plan: Path, search: Mapping[str, Any], rank: int) -> SavedWalk:
     """Return where a process saves its walks through a streamed model, beside the journal of this search."""
     identity = hashlib.sha256(json.dumps(search, sort_keys=True).encode()).hexdigest()

@@ -10,13 +10,13 @@ from itertools import groupby
 from typing import Any, get_args
 
 from sleb_cli.atomic import require_new_file
-from sleb_cli.engine.device import choose_device, choose_dtype
-from sleb_cli.engine.forward.placement import Placement, device_of, resolve_device_map
-from sleb_cli.engine.forward.streaming import choose_to_stream
+from sleb_cli.engine.device import choose_device, parse_dtype
+from sleb_cli.engine.forward.placement import Placement, device_of, place_model, resolve_device_map
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import DEMO, locate_model
+from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.journal import journal_of
+from sleb_cli.engine.search.journal import dtype_of, journal_of
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
 from sleb_cli.engine.search.targets import (
@@ -107,12 +107,19 @@ class ResolvedSearch:
         return usual if self.request.sample_tokens is None else self.request.sample_tokens
 
 
-def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
-    """Check everything that needs no weights, starting with the request alone.
+def resolve_search(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> ResolvedSearch:
+    """Check everything that needs no weights, in each process; all compute in the data type that the main one chooses.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
+    resolved = group.one_first(lambda: _resolve(request, registry, notify))
+    dtype = group.from_main(lambda: resolved.placement.dtype)
+    return replace(resolved, placement=replace(resolved.placement, dtype=dtype))
+
+
+def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
+    """Check the request alone first."""
     quiet_libraries()
     chosen_target(request)
     extended = read_plan(request.extend) if request.extend is not None else None
@@ -131,7 +138,7 @@ def resolve_search(request: SearchRequest, registry: Registry, notify: Notify) -
     calibration = resolve_calibration(request, architecture, chat=request.chat)
     if placement.stream:
         require_given_text(calibration)
-    target = resolve_target(request, architecture, placement, notify)
+    target = resolve_target(request, architecture, str(request.dtype), notify)
     resolved = ResolvedSearch(
         request=request,
         extended=extended,
@@ -233,12 +240,14 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
     """
     device_map = resolve_device_map(request, architecture)
     device = device_of(device_map, request.device)
-    dtype = choose_dtype(str(request.dtype), architecture.dtype, device)
+    dtype = str(request.dtype)
     if request.load_in is not None:
         require_fewer_bits(architecture)
-        return Placement(device, dtype, device_map=device_map, load_in=int(request.load_in.removesuffix("bit")))
-    if device_map is not None or not choose_to_stream(architecture, dtype, device, request.stream, notify):
-        return Placement(device, dtype, device_map=device_map)
+        bits = int(request.load_in.removesuffix("bit"))
+        return Placement(device, parse_dtype(dtype, architecture.dtype), device_map=device_map, load_in=bits)
+    placement = place_model(architecture, device, dtype, notify, device_map=device_map, stream=request.stream)
+    if not placement.stream:
+        return placement
     error, hint = UsageError if request.stream else MachineError, "Use a machine with more memory, or --device-map."
     if isinstance(metric, ModelMetric):
         raise error(f"{metric.name} runs the whole model, but it is streamed block by block.", hint=hint)
@@ -246,7 +255,7 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
         raise error(f"{metric.name} needs gradients of the whole model, but it is streamed block by block.", hint=hint)
     if request.target_speedup is not None:
         raise error("--target-speedup times the whole model, but it is streamed block by block.", hint="Use --ratio.")
-    return Placement(device, dtype, stream=True)
+    return placement
 
 
 def can_race(metric: Metric, strategy: StrategyName) -> bool:
@@ -346,7 +355,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
         "strategy": DEFAULT_STRATEGY,
         "protect_first": DEFAULT_PROTECTED,
         "protect_last": DEFAULT_PROTECTED,
-        "dtype": AUTO,
+        "dtype": (dtype_of(journal_of(request.plan_file)) if request.resume else None) or AUTO,
         "holdout": 0.0,
         "seed": 0,
     }

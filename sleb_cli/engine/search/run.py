@@ -92,7 +92,7 @@ def find_removals(request: SearchRequest, registry: Registry, notify: Notify, gr
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    resolved = group.one_first(lambda: resolve_search(request, registry, notify))
+    resolved = resolve_search(request, registry, notify, group)
     started = time.monotonic()
     return run_search(resolved, load_inputs(resolved, group, notify), started)
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 
-from sleb_cli.engine.device import choose_dtype, dtype_name
-from sleb_cli.engine.forward.placement import Placement
+from sleb_cli.engine.device import dtype_name, parse_dtype
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.text.windows import choose_length
@@ -160,10 +159,10 @@ class LossTarget:
 Target = SizeTarget | LossTarget
 
 
-def resolve_target(
-    request: TargetRequest, architecture: Architecture, placement: Placement, notify: Notify
-) -> Target | None:
+def resolve_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> Target | None:
     """Return the target, or None for --target-speedup, which must be timed first.
+
+    `dtype` is the data type in which the model will be served, unless the request says another.
 
     Raises:
         UsageError: there is not exactly one target, or it is not a number.
@@ -181,22 +180,20 @@ def resolve_target(
         sizes = count_parameters(architecture)
         return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
-        return _memory_target(request, architecture, placement, notify)
+        return _memory_target(request, architecture, dtype, notify)
     number = parse_number(asked, name)
     return None if name == "target_speedup" else LossTarget(name, asked, number)
 
 
-def _memory_target(
-    request: TargetRequest, architecture: Architecture, placement: Placement, notify: Notify
-) -> SizeTarget:
+def _memory_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> SizeTarget:
     """Count the weights and the KV cache as served: by default, one sequence of up to 4,096 tokens."""
     most, named = parse_bytes(str(request.target_memory), "--target-memory"), request.serve_dtype
-    dtype = choose_dtype(named, architecture.dtype, placement.device) if named else placement.dtype
+    served = parse_dtype(named or dtype, architecture.dtype)
     length = choose_length(request.serve_length, architecture, DEFAULT_SERVE_LENGTH, "--serve-length")
-    serving = ServingRecord(dtype=dtype_name(dtype), length=length, batch=request.serve_batch or DEFAULT_SERVE_BATCH)
+    serving = ServingRecord(dtype=dtype_name(served), length=length, batch=request.serve_batch or DEFAULT_SERVE_BATCH)
     packed = architecture.is_quantized and named is None
-    weights = stored_bytes(architecture) if packed else count_parameters(architecture) * dtype.itemsize
-    cache = cache_bytes(architecture, dtype, length=length, batch=serving.batch)
+    weights = stored_bytes(architecture) if packed else count_parameters(architecture) * served.itemsize
+    cache = cache_bytes(architecture, served, length=length, batch=serving.batch)
     form = "packed as in the checkpoint" if packed else f"in {serving.dtype}"
     notify(
         Notice(

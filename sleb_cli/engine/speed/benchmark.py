@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import transformers
 
-from sleb_cli.engine.device import choose_device, choose_dtype, free_memory
+from sleb_cli.engine.device import choose_device, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.energy import find_meter
 from sleb_cli.engine.speed.peak_memory import measure_alone
@@ -45,7 +46,7 @@ def benchmark(
         request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine[0].name}")
     architecture = subject.architecture
     device = choose_device(request.device)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
+    dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
     workloads = resolve_workloads(request, subject, device, notify)
     surgeries = subject.sizes(request)
     with threads(request.threads):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sleb_cli.engine.device import choose_device, choose_dtype, dtype_name, synchronize
+from sleb_cli.engine.device import choose_device, dtype_name, synchronize
 from sleb_cli.engine.environment import processor_name
+from sleb_cli.engine.forward.placement import choose_dtype
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters
 from sleb_cli.engine.speed.benchmark import threads
 from sleb_cli.engine.speed.work import Work, count_work
@@ -75,7 +76,12 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
     described = _is_described(request)
     architecture = subject.architecture
     device = DESCRIBED if described else choose_device(request.device)
-    dtype = choose_dtype(request.dtype or AUTO, architecture.dtype, device)
+    counted = count_parameters(architecture)
+
+    def weights(dtype: torch.dtype) -> int:
+        return round(counted.without(()) * dtype.itemsize)
+
+    dtype = choose_dtype(architecture, request.dtype or AUTO, device, weights, notify)
     if architecture.is_quantized:
         notify(Notice(f"The weights are quantized; they are counted in {dtype_name(dtype)}."))
     known, removals = bool(subject.surgery.removals), _removals(subject, request)
@@ -93,7 +99,7 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
             predicted.append((Work(*map(shown, work)), shown(_seconds(work, rate))))
             advance()
         processor = None if described else processor_name(device)
-    parameters, cache = shown(count_parameters(architecture)), None
+    parameters, cache = shown(counted), None
     for last in [workload for workload in workloads if workload.new_tokens][-1:]:
         length = last.prompt_length + last.new_tokens
         cache = shown(cache_bytes(architecture, dtype, length=length, batch=last.batch_size))

@@ -1,0 +1,176 @@
+"""The data type that each command computes in, on processors that compute in few."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import (
+    calibration,
+    evaluation,
+    interrupt_healing,
+    llama_config,
+    prose,
+    reported_tokens,
+    save_model,
+    weights_of,
+)
+from gguf_models import write_llama_gguf
+from sleb_cli.engine.forward import placement, streaming
+from sleb_cli.engine.search import journal as journals
+from sleb_cli.plan import read_plan
+
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture
+def run(run_sleb):
+    """Run `sleb`, which must succeed."""
+
+    def succeed(*arguments):
+        result = run_sleb(*arguments)
+        assert result.exit_code == 0, result.stderr
+        return result
+
+    return succeed
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Make a tiny Llama with weights of a data type."""
+    return lambda dtype, blocks=6: save_model(tmp_path / dtype, llama_config(blocks, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("weights", "processor_has", "computed"),
+    [
+        ("bfloat16", [], "float32"), ("bfloat16", [BF16], "bfloat16"), ("float16", [BF16], "float32"),
+        ("float16", [F16], "float16"), ("float32", [BF16, F16], "float32"),
+    ],
+)  # fmt: skip
+def test_each_command_computes_in_what_the_processor_has(
+    run, model, processor, text_file, weights, processor_has, computed
+):
+    folder, text = model(weights), calibration(text_file)
+    processor(*processor_has)
+    said = run("search", folder, "--remove", 1, *text).stdout
+    shown = computed if weights == computed else f"{computed} (weights: {weights})"
+    assert f"{shown} on cpu" in " ".join(said.split())
+    plan = json.loads(Path("plan.json").read_text())
+    assert (plan["search"]["dtype"], plan["model"]["dtype"]) == (computed, weights)
+    commands = {
+        "apply": ["--recover", *calibration(text_file, samples=10), "-o", "out"],
+        "eval": evaluation(text_file),
+        "bench": ["--prompt", "--prompt-length", 8, "--iterations", 1],
+    }
+    for command, options in commands.items():
+        result = json.loads(run(command, "plan.json", *options, "--json").stdout)
+        assert (result["dtype"], result["model"]["dtype"]) == (computed, weights), command
+    assert {str(tensor.dtype) for tensor in weights_of(Path("out")).values()} == {f"torch.{weights}"}
+    assert "dtype: bfloat16" in run("export", "plan.json", "--to", "mergekit").stdout or weights != "bfloat16"
+
+
+def test_the_numbers_are_those_of_the_type_computed_in(run, model, processor, text_file):
+    folder, options = model("bfloat16"), ["--remove", 2, *calibration(text_file)]
+    run("search", folder, *options, "--dtype", "float32", "-o", "named.json")
+    processor()
+    run("search", folder, *options)
+    assert read_plan(Path("plan.json")).steps == read_plan(Path("named.json")).steps
+
+
+def test_resumed_and_extended_elsewhere_it_keeps_its_type(run, model, processor, text_file, monkeypatch):
+    folder, text = model("bfloat16"), calibration(text_file)
+    processor()
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "delete_journal", lambda *of: None)
+        run("search", folder, "--remove", 2, *text)
+    processor(BF16)
+    resumed = run("search", folder, "--remove", 2, *text, "--resume")
+    assert "Continuing with the" in resumed.stderr
+    run("search", folder, "--remove", 3, "--extend", "plan.json", "-o", "more.json")
+    assert [read_plan(Path(f"{name}.json")).search.dtype for name in ("plan", "more")] == ["float32"] * 2
+
+
+def test_a_healing_goes_on_in_its_type(run, run_sleb, model, processor, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(prose(400))
+    healing = ["--heal", "--heal-tokens", 4096, *calibration("text.txt", samples=10), "-o", "out"]
+    command = ["apply", model("bfloat16"), "--blocks", 2, *healing]
+    processor()
+    with monkeypatch.context() as patch:
+        interrupt_healing(patch, 2)
+        assert run_sleb(*command).exit_code == 130
+    processor(BF16)
+    run(*command, "--resume")
+    assert load_file("out/model.safetensors")["model.norm.weight"].dtype is BF16
+
+
+def test_without_memory_for_float32_it_says_that_it_is_slow(run, model, processor, text_file, monkeypatch):
+    folder = model("bfloat16", 20)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    processor()
+    free = [size * 3 // 2]
+    for module in (placement, streaming):
+        monkeypatch.setattr(module, "free_bytes", lambda device: free[0])
+    told = run("eval", folder, *evaluation(text_file))
+    assert "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs" in told.stderr
+    assert "bfloat16 on cpu" in told.stdout
+    free[0] = size * 9 // 10
+    told = run("eval", folder, *evaluation(text_file))
+    assert "Streaming its blocks from disk" in told.stderr
+    assert "float32 (weights: bfloat16) on cpu" in told.stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["in memory", "streamed"])
+@pytest.mark.parametrize(
+    ("weights", "cast"), [("float32", "bfloat16"), ("float32", "float16"), ("bfloat16", "float16")]
+)
+def test_a_cast_is_proven_and_recovered_as_it_is_read(run, model, processor, text_file, tmp_path, weights, cast, more):
+    folder = model(weights)
+    processor()
+    recover = ["--recover", *calibration(text_file, samples=10), "--dtype", cast, "-o", "out", "--json", *more]
+    result = json.loads(run("apply", folder, "--blocks", 2, *recover).stdout)
+    assert (result["proof"]["dtype"], result["proof"]["logits_difference"]) == ("float32", 0)
+    reported = reported_tokens(folder, text_file, result["recovery"])
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    logits = written(reported).logits[:, :-1].log_softmax(-1)
+    loss = -logits.gather(-1, reported[:, 1:, None]).mean().item()
+    assert result["recovery"]["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_gguf_file_takes_new_values(run, processor, text_file, tmp_path):
+    source = write_llama_gguf(tmp_path / "model.gguf", type_=Type.Q4_1)  # converted to bfloat16
+    processor()
+    command = ["apply", source, "--blocks", 2, "--recover", *calibration(text_file, samples=10), "-o", "small.gguf"]
+    proof = json.loads(run(*command, "--json").stdout)["proof"]
+    assert (proof["dtype"], proof["logits_difference"]) == ("float32", 0)
+
+
+@pytest.mark.slow
+def test_with_avx2_kernels_it_finds_the_same(run, smollm2, text_file):
+    few = calibration(text_file, samples=10)
+    commands = [
+        ["search", smollm2, "--remove", 2, *few, "-o", "{}.json"],
+        ["eval", "{}.json", *evaluation(text_file)],
+        ["apply", "{}.json", "--recover", *few, "-o", "{}"],
+    ]
+    avx2 = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = {}
+    for name in ("here", "avx2"):
+        for command in commands:
+            words = [str(word).format(name) for word in (*command, "--dtype", "float32")]
+            if name == "here":
+                run(*words)
+            else:
+                subprocess.run([sys.executable, "-m", "sleb_cli", *words], env=avx2, check=True)
+        plan, result = json.loads(Path(f"{name}.json").read_text()), json.loads(Path(f"{name}.eval.json").read_text())
+        recovered = read_plan(Path(name) / "sleb_plan.json").recovery.recovered.loss
+        found[name] = (plan["removals"], [plan["dense"]["loss"], result["texts"][0]["dense"]["loss"], recovered])
+    assert found["avx2"][0] == found["here"][0]
+    assert found["avx2"][1] == pytest.approx(found["here"][1], rel=1e-4)
