@@ -22,7 +22,7 @@ import torch
 from saved_work import architecture_of, parser
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from sleb_cli.engine.device import choose_device, choose_dtype
+from sleb_cli.engine.device import choose_device, parse_dtype
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn
 from sleb_cli.engine.speed.estimate import estimate_speed
@@ -70,7 +70,7 @@ def compare(rng: random.Random, request: BenchRequest) -> dict[str, float]:
         estimate = estimate_speed(subject, replace(request, every=blocks, iterations=None), ignore)
         took = time.perf_counter() - start
         on = choose_device(request.device)
-        kind = choose_dtype(str(request.dtype), None, on)
+        kind = parse_dtype(str(request.dtype), None)
         dense = AutoModelForCausalLM.from_config(copy.deepcopy(architecture.config), dtype=kind).eval().to(on)
         models = {"dense": dense, "pruned": load_pruned(surgery, kind, on, ignore, dense=dense)}
         errors = {}

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from sleb_cli.__main__ import main as sleb
 from sleb_cli.atomic import to_json, write_text
-from sleb_cli.engine.device import choose_dtype
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.passes import Passes
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.search.choices import Choice, Protection
@@ -112,7 +112,7 @@ class Bench:
     def placed(self) -> tuple[torch.dtype, torch.device]:
         """The data type and the device of the models."""
         device = torch.device(self.options.device)
-        return choose_dtype(self.options.dtype, self.architecture.config.dtype, device), device
+        return place_model(self.architecture, device, self.options.dtype, ignore, stream=False).dtype, device
 
     def load(self, architecture: Architecture) -> Any:
         return load_dense(architecture, *self.placed, ignore)
@@ -173,7 +173,8 @@ def calibrated(options: argparse.Namespace, text: str, dtype: str) -> tuple[Any,
     """Load the model of a benchmark and its blocks, and cut `text` as its options say."""
     quiet_libraries()
     architecture, device = architecture_of(options.model), torch.device("cpu")
-    model = load_dense(architecture, choose_dtype(dtype, architecture.config.dtype, device), device, ignore)
+    computed = place_model(architecture, device, dtype, ignore, stream=False).dtype
+    model = load_dense(architecture, computed, device, ignore)
     request = CalibrationRequest(
         calibration=text, samples=options.samples, sequence_length=options.length, seed=options.seed
     )

@@ -13,7 +13,8 @@ from itertools import combinations
 
 from saved_work import architecture_of, parser
 
-from sleb_cli.engine.device import choose_device, choose_dtype
+from sleb_cli.engine.device import choose_device
+from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.speed.benchmark import threads, time_in_turn
 from sleb_cli.engine.speed.workloads import resolve_workload
 from sleb_cli.engine.statistics import median_ratio_interval
@@ -36,7 +37,7 @@ def main() -> int:
     quiet_libraries()
     architecture = architecture_of(options.model)
     surgery, device = Surgery(architecture, ()), choose_device("auto")
-    dtype = choose_dtype("auto", architecture.config.dtype, device)
+    dtype = place_model(architecture, device, "auto", ignore, stream=False).dtype
     request = BenchRequest(
         batch_size=options.batch_size, prompt_length=options.prompt_length, iterations=options.iterations,
         new_tokens=options.new_tokens if options.workload == "generation" else None,

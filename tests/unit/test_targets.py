@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from conftest import llama_config, save_model
 from families import tiny_config
-from sleb_cli.engine.forward.placement import Placement
 from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
 from sleb_cli.engine.model.source import locate_model
@@ -21,7 +20,6 @@ from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.requests import TargetRequest
 from sleb_plugins import UnsupportedModelError, UsageError
 
-CPU = Placement(torch.device("cpu"), torch.float32)
 EQUAL, UNEQUAL = (10.0,) * 10, (10.0, 1.0, 20.0, 2.0, 10.0)
 
 
@@ -62,7 +60,7 @@ def test_the_ratio_of_a_huge_loss_is_a_number():
 
 
 def target_of(blocks=6, **asked):
-    return resolve_target(TargetRequest(**asked), SimpleNamespace(block_count=blocks), CPU, ignore)
+    return resolve_target(TargetRequest(**asked), SimpleNamespace(block_count=blocks), "float32", ignore)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +128,6 @@ def test_a_quantized_checkpoint_counts_as_packed_or_as_served(tmp_path):
     weights = {None: stored_bytes(model).without(()), "float32": 4 * count_parameters(model).without(())}
     for dtype, words in ((None, "weights packed as in the checkpoint"), ("float32", "weights in float32")):
         request = TargetRequest(target_memory="1kB", serve_length=10, serve_dtype=dtype)
-        target = resolve_target(request, model, CPU, notes.append)
+        target = resolve_target(request, model, "float32", notes.append)
         assert target.sizes.without(()) == weights[dtype] + a_cache
         assert words in notes[-1].text
