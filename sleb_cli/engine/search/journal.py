@@ -50,7 +50,7 @@ def journal_of(plan: Path) -> Path:
 
 def dtype_of(journal: Path) -> str | None:
     """Return the data type that an unfinished search computes in; None if there is no search that can be read."""
-    if not journal.is_file():  # but a pipe, perhaps
+    if journal.is_symlink() or not journal.is_file():  # but a pipe, perhaps
         return None
     try:
         with journal.open("rb") as file:
