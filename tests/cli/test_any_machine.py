@@ -30,7 +30,12 @@ def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, *launcher, "-m", "sleb_cli", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [str(part) for part in command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(part) for part in command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -80,7 +85,7 @@ def test_two_processes_are_killed_in_the_middle_and_three_go_on(smollm2, text_fi
     with launch(2, *command) as run:
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
             assert run.poll() is None, run.stderr.read()
-        run.send_signal(signal.SIGKILL)
+        os.killpg(run.pid, signal.SIGKILL)  # the launcher alone would leave the others at work
         run.communicate()
     with launch(3, *command, "--resume") as again:
         _, stderr = again.communicate()

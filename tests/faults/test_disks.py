@@ -108,7 +108,7 @@ def exit_codes(case: Case) -> set[int]:
 def names_of(command, path: str) -> set[str]:
     """Return the names of which one must be in the sentence: of the file or its folder, as the user knows them."""
     parts = {re.sub(r"^\.(.*?)(\.\w{8})?(\.partial|\.replaced)?$", r"\1", part) for part in Path(path).parts}
-    converted = {"tiny.gguf"} if path.startswith("/cache") else set()
+    converted = {"tiny.gguf", "cache"} if path.startswith("/cache") else set()
     return parts - {"/", "work", "cache"} | converted or {"cache", "work", command.output}
 
 

@@ -21,7 +21,7 @@ from sleb_cli.plan import read_plan
 
 NAMES = {
     "spaces": "my models  at home", "quotes": 'it\'s "so"', "emoji": "🦙🔥 模型 naïve", "newline": "two\nlines",
-    "dash": "--force -x", "markup": "[red]a[/] [/bold] [link=x]", "braces": "100%s{x}{0}%(y)d{{",
+    "dash": "--force -x", "markup": "[red]a [bold] [link=x]", "braces": "100%s{x}{0}%(y)d{{",
     "markdown": "a|b`c`*d*<img src=x onerror=y>]( #e", "shell": "$HOME;`id` & $(id) \\ !!", "backslash": "ends\\",
     "tilde": "~root", "200 characters": "n" * 200,
     "all at once": '--it\'s "so"\na|b`c`*d*<img src=x onerror=y>]( #e $(id) [red]{0}',

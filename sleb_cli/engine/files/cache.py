@@ -20,6 +20,7 @@ from sleb_cli.atomic import (
     scratch_folder,
     writing,
 )
+from sleb_cli.engine.files.copying import local_path
 from sleb_cli.events import Notice, Notify
 from sleb_plugins import OutputError
 
@@ -29,7 +30,7 @@ _ELSEWHERE = "Choose another place for the cache with the environment variable S
 def cache_root() -> Path:
     """Return the user's cache folder for `sleb`; the environment variable SLEB_CACHE overrides it."""
     chosen = os.environ.get("SLEB_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else user_cache_path("sleb")
+    return local_path(chosen).absolute() if chosen else user_cache_path("sleb")
 
 
 def existing_cache() -> Path:

@@ -24,6 +24,14 @@ ReportBytes = Callable[[int], object]
 """Called with the number of bytes copied since the last call."""
 
 
+def local_path(named: str) -> Path:
+    """Return the path that a user named, as a shell reads it: only a leading ~ may stand for a home folder."""
+    try:
+        return Path(named).expanduser() if named.startswith("~") else Path(named)
+    except RuntimeError:  # nobody has this name
+        return Path(named)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn errors of the file system into a `ModelError` that names `path`."""

@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from tqdm.auto import tqdm
 
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.copying import leads_out, reading
+from sleb_cli.engine.files.copying import leads_out, local_path, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
 from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
 from sleb_cli.engine.hub import offline_if_unreachable
@@ -146,7 +146,7 @@ def locate_model(
         ModelError: there is no such model, or it is gated, out of reach or incomplete.
         MachineError: the demo model cannot be downloaded.
     """
-    path = Path(model).expanduser()
+    path = local_path(model)
     is_gguf = model.endswith(".gguf") and not path.is_dir()
     if revision and (model == DEMO or is_gguf or path.exists()):
         raise UsageError(

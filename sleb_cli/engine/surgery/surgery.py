@@ -95,7 +95,7 @@ class Surgery:
         for key, rewrite in KEY_REWRITERS.items():
             if key in understood and key not in adapter.config_keys:
                 settings |= rewrite({name: getattr(config, name, None) for name in (*understood, *written)}, kept)
-        aliases = [alias for alias, name in config.attribute_map.items() if name == adapter.count_key]
+        aliases = [alias for alias, name in type(config).attribute_map.items() if name == adapter.count_key]
         counts = [adapter.count_key, *(alias for alias in aliases if alias in written)]
         return settings | dict.fromkeys(counts, len(kept.blocks))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sleb_cli.engine.files.copying import local_path
 from sleb_cli.engine.text.sources import CALIBRATION_PRESETS, EVALUATION_PRESETS, Dataset, Text, is_file
 from sleb_cli.engine.text.windows import tokens_sha256
 from sleb_cli.plan import CalibrationRecord
@@ -30,5 +31,5 @@ def _origin(source: str, presets: dict[str, Dataset]) -> tuple[str, str, str]:
         preset = presets[source]
         return preset.path, preset.config or "", preset.data_files or preset.split
     path, config, split = (source, "", "") if is_file(source) else [*source.split(":"), "", ""][:3]
-    local = Path(path).expanduser()
+    local = local_path(path)
     return str(local.resolve()) if local.exists() else path, config, "" if is_file(source) else split or "train"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from sleb_cli.engine.device import CPU, free_bytes
+from sleb_cli.engine.files.copying import local_path
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.records import first_fault, why_not_read
@@ -250,7 +251,7 @@ def _boundary(content: str, share: float) -> int:
 
 
 def _read_file(source: str) -> str:
-    path = Path(source).expanduser()
+    path = local_path(source)
     try:
         if reason := why_not_read(path):
             hint = "Name a .txt or .jsonl file in it." if path.is_dir() else "Write its text to a file, and name that."

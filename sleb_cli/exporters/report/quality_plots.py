@@ -45,10 +45,14 @@ Line = tuple[str, dict[int, Estimate]]
 def perplexity_lines(findings: Findings) -> list[Line]:
     """Return the change of perplexity of each text by the number of removed blocks."""
     return [
-        (name, {len(scores.removals): quality.perplexity_change(scores) for scores in text.pruned})
+        (_short(name), {len(scores.removals): quality.perplexity_change(scores) for scores in text.pruned})
         for name, text in list(zip(findings.text_names, findings.texts, strict=True))[:_MOST_TEXTS]
         if text.pruned
     ]
+
+
+def _short(name: str) -> str:
+    return fill(name, _TITLE, max_lines=3)
 
 
 def pareto_plots(findings: Findings) -> Iterator[Plot]:
@@ -133,7 +137,7 @@ def _draw_divergence(findings: Findings, figure: Figure) -> None:
         ):  # fmt: skip
             values = [max(getattr(entry.divergence, field), 1e-6) for entry in text.pruned]
             axis.plot(counts, values, marker=marker, color=colour, label=label, linewidth=1.2)
-        axis.set(xlabel="blocks removed", ylabel="KL divergence, nats", title=fill(name, _TITLE))
+        axis.set(xlabel="blocks removed", ylabel="KL divergence, nats", title=_short(name))
         axis.set_yscale("log")
         ticks = plain_ticks(*axis.get_ylim())
         axis.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
