@@ -2,11 +2,11 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from conftest import calibration, save_model
@@ -35,7 +35,6 @@ def launch(processes: int, *arguments: object) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -85,7 +84,8 @@ def test_two_processes_are_killed_in_the_middle_and_three_go_on(smollm2, text_fi
     with launch(2, *command) as run:
         while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
             assert run.poll() is None, run.stderr.read()
-        os.killpg(run.pid, signal.SIGKILL)  # the launcher alone would leave the others at work
+        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+            process.kill()  # the launcher alone would leave the others at work
         run.communicate()
     with launch(3, *command, "--resume") as again:
         _, stderr = again.communicate()
