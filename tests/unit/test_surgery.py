@@ -1,6 +1,5 @@
 """Names and settings of the pruned model."""
 
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -59,7 +58,7 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
     architecture = Mock(
         block_count=4, text_key="", source=Mock(raw_config=raw), numbering=BlockNumbering("h."),
         adapter=FamilyAdapter("x", frozenset({"x"}), "h", count_key="n_layer", config_keys=keys),
-        text_config=SimpleNamespace(attribute_map={}, to_dict=lambda: config),
+        text_config=type("Text", (), {"attribute_map": {}, "to_dict": lambda text: config})(),
     )  # fmt: skip
     assert Surgery(architecture, (1, 3)).prune_config() == {
         "n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0],

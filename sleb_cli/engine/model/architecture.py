@@ -337,5 +337,5 @@ def _read_structure(architecture: Architecture) -> FamilyAdapter:
         name=BY_STRUCTURE,
         model_types=frozenset({model_type}),
         blocks_path=lists[max(inner or lists, key=lambda module: sum(p.numel() for p in module.parameters()))],
-        count_key=text.attribute_map.get("num_hidden_layers", "num_hidden_layers"),
+        count_key=type(text).attribute_map.get("num_hidden_layers", "num_hidden_layers"),
     )
