@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import (
@@ -107,7 +106,7 @@ def test_a_healing_goes_on_in_its_type(run, run_sleb, model, processor, tmp_path
         assert run_sleb(*command).exit_code == 130
     processor(BF16)
     run(*command, "--resume")
-    assert load_file("out/model.safetensors")["model.norm.weight"].dtype is BF16
+    assert weights_of(Path("out"))["model.norm.weight"].dtype is BF16
 
 
 def test_without_memory_for_float32_it_says_that_it_is_slow(run, model, processor, text_file, monkeypatch):
