@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from sleb_cli.atomic import scratch_folder, writing
+from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.model.structure import Structure, refine_kinds, shared_weights, structure_of
@@ -207,7 +208,7 @@ class Architecture:
             family=self.adapter.name,
             blocks=self.block_count,
             code=self.source.code,
-            dtype=None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.dtype) if self.dtype else None,
         )
 
     @property

@@ -127,8 +127,8 @@ def choose_proof_settings(
     if stream:
         require_streamable(architecture)
     if device_map is not None:
-        device, name = device_of(device_map, None), dtype_name(cast) if cast else AUTO
-        return ProofSettings(place_model(architecture, device, name, ignore, device_map=device_map))
+        device = device_of(device_map, None)
+        return ProofSettings(place_model(architecture, device, AUTO, ignore, device_map=device_map, cast=cast))
     ways = [True] if stream else [False] if architecture.is_quantized or stream is False else [False, True]
     for streamed in ways:
         for device in dict.fromkeys([choose_device("auto"), CPU]):

@@ -47,15 +47,16 @@ class Saved:
     tensors: Mapping[str, Tensor]
 
     @classmethod
-    def read(cls, file: Path) -> Saved:
-        """Read a file.
+    def read(cls, file: Path, *, with_tensors: bool = True) -> Saved:
+        """Read a file; without its tensors, that takes no time.
 
         Raises:
             PlanError: it cannot be read, or is broken.
         """
         try:
             with safe_open(file, framework="pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                names = opened.keys() if with_tensors else ()
+                tensors = {name: opened.get_tensor(name) for name in names}
                 return cls(file, opened.metadata() or {}, tensors)
         except OSError as error:
             raise PlanError(
@@ -125,7 +126,7 @@ class Unfinished:
         """
         if not self.healing.exists():
             return None
-        found = Saved.read(self.healing).record("identity", dict[str, Any]).get("dtype")
+        found = Saved.read(self.healing, with_tensors=False).record("identity", dict[str, Any]).get("dtype")
         return found if isinstance(found, str) else None
 
     @contextmanager
