@@ -18,6 +18,7 @@ from typing import Any
 
 from saved_work import calibrated, greedy_search, parser
 
+from sleb_cli.engine.forward.memory_budget import CPU_SETTINGS
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.journal import Journal
@@ -41,8 +42,9 @@ def main() -> None:
         start = time.perf_counter()
         steps = exact_steps(SkippableModel(model, blocks), sequences, options.remove)
         seconds = time.perf_counter() - start
+        fewest = CPU_SETTINGS.min_tokens_per_batch // options.length
         searches = [
-            race(steps, random.Random(order).sample(range(len(sequences)), len(sequences)))
+            race(steps, random.Random(order).sample(range(len(sequences)), len(sequences)), fewest)
             for order in range(options.orders)
         ]
         raced = [step for search in searches for step in search]
@@ -69,15 +71,19 @@ def exact_steps(model: SkippableModel, sequences: Any, remove: int) -> list[Matr
     return steps
 
 
-def race(steps: list[Matrix], order: list[int]) -> list[tuple[float, float]]:
-    """Race each step; return the share of evaluations it needed, and the cost of its pick over the best one."""
-    found = []
-    size = max(1, len(order) // LOOKS)
+def race(steps: list[Matrix], order: list[int], fewest: int) -> list[tuple[float, float]]:
+    """Race each step, with at least so many sequences in a batch.
+
+    Return the share of evaluations that each step needed, and the cost of its pick over the best one.
+    """
+    found, before = [], {}
+    size = max(1, len(order) // LOOKS, fewest)
     for matrix in steps:
-        step = Race(list(matrix), len(order))
+        step = Race(list(matrix), len(order), before=before)
         for start in range(0, len(order), size):
             seen = order[: start + size]
             step.drop_beaten({block: [matrix[block][index] for index in seen] for block in step.contenders})
+        before = {block: [matrix[block][index] for index in order[: step.scored(block)]] for block in matrix}
         losses = {block: statistics.fmean(scores) for block, scores in matrix.items()}
         cost = min(losses[block] for block in step.contenders) - min(losses.values())
         found.append((step.evaluations / (len(order) * len(matrix)), cost))

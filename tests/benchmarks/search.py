@@ -1,34 +1,42 @@
 """How much faster the search of `sleb` is than the plain algorithm, in one run on the same data.
 
-    python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--plain-steps 1]
+    python tests/benchmarks/search.py MODEL TEXT [--samples 16] [--length 512] [--remove 2] [--fast] [--dtype auto]
+                                      [--plain-sequences 0]
 
 With --fast, a candidate is scored no longer once it is clearly behind.
 
 The plain algorithm (`tests/reference.py`) runs one sequence and one candidate at a time through the whole model without
-the candidate. If it runs fewer steps than the search, its remaining time is estimated from the block passes left. A
-block pass is one sequence through one block, a head pass one sequence through the head. Peak memory is the largest
-resident size of the process during the search, less the size before it (the model).
+the candidate. It runs one step on --plain-sequences (0: all), from which its time is estimated: a step costs as many
+block passes as there are sequences, candidates and other blocks, and a head pass for each candidate and sequence. A
+block pass is one sequence through one block, a head pass one sequence through the head. The bound is the time of the
+matrix products of our passes alone, in calls of the same size. Peak memory is the largest resident size of the process
+during the search, less the size before it (the model).
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from saved_work import calibrated, greedy_search, parser
 
 from reference import plain_search
+from sleb_cli.engine.device import CPU
+from sleb_cli.engine.forward.memory_budget import settings_for
 from sleb_cli.engine.forward.passes import prepare_passes
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.search.race import LOOKS
@@ -46,40 +54,90 @@ class Side:
 
 
 def main() -> None:
-    sizes = {"samples": 16, "length": 512, "remove": 2, "plain_steps": int, "seed": 0}
-    options = parser(__doc__, "model", "text", **sizes, fast=False, dtype="bfloat16").parse_args()
+    sizes = {"samples": 16, "length": 512, "remove": 2, "plain_sequences": 0, "seed": 0}
+    options = parser(__doc__, "model", "text", **sizes, fast=False, dtype="auto").parse_args()
+    for line in report(options).values():
+        print(line)
 
+
+def report(options: Any) -> dict[str, str]:
+    """Measure both; return the ratios in words."""
     model, blocks, calibration = calibrated(options, options.text, options.dtype)
     sequences = (calibration.shuffled() if options.fast else calibration).sequences
     count, steps = len(blocks), options.remove
-    print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {options.dtype}", flush=True)
+    print(f"{len(sequences)} x {options.length} tokens, {steps} of {count} blocks, {model.dtype}", flush=True)
 
-    ours, our_removals = search(model, blocks, sequences, steps, fast=options.fast)
-    show("ours", ours, our_removals)
+    ours, removals, batch = search(model, blocks, sequences, steps, fast=options.fast)
+    show("ours", ours, removals)
+    bound = bare_seconds(model, blocks, ours, batch)
+    evaluations = sum((count - 2 - step) * len(sequences) for step in range(steps))
 
-    plain_steps = options.plain_steps or steps
-    plain, removed = search_plainly(model, blocks, calibration.sequences, plain_steps)
-    head_passes = [(count - 2 - step) * len(sequences) for step in range(steps)]
-    block_passes = [head_passes[step] * (count - 1 - step) for step in range(steps)]
-    plain.block_passes, plain.head_passes = sum(block_passes), sum(head_passes)
+    timed = calibration.sequences[: options.plain_sequences or None]
+    plain, removed = search_plainly(model, blocks, timed, 1)
+    plain.head_passes = sum((count - 2 - step) * len(sequences) for step in range(steps))
+    plain.block_passes = sum((count - 2 - step) * (count - 1 - step) * len(sequences) for step in range(steps))
     show("plain", plain, removed)
-    print(f"        removals {'agree' if our_removals[:plain_steps] == removed else 'DIFFER'}", flush=True)
+    if len(timed) == len(sequences):
+        print(f"        first removals {'agree' if removals[:1] == removed else 'DIFFER'}", flush=True)
 
-    first, first_of_ours = sum(plain.seconds), sum(ours.seconds[:plain_steps])
-    whole = first * sum(block_passes) / sum(block_passes[:plain_steps])
-    print(f"ratio   {first / first_of_ours:.2f}x in time over the first {plain_steps} steps")
-    print(f"        {whole / sum(ours.seconds):.2f}x over all {steps}, plain at {whole:.0f} s by its passes")
-    print(
-        f"        {plain.block_passes / ours.block_passes:.2f}x in block passes, "
+    # The head counts as blocks by its weights, as in the bound.
+    head = bound.head / bound.block
+    of_step = len(timed) * (count - 2) * (count - 1 + head)
+    seconds = sum(plain.seconds) * (plain.block_passes + head * plain.head_passes) / of_step
+    taken = sum(ours.seconds)
+    return {
+        "ratio": f"{seconds / taken:.2f}x in time, plain at {seconds:.0f} s by its passes",
+        "bound": f"{taken / bound.seconds:.2f}x its matrix products alone, {bound.seconds:.0f} s",
+        "evaluations": f"{ours.head_passes / evaluations:.0%} of the evaluations",
+        "passes": f"{plain.block_passes / ours.block_passes:.2f}x in block passes, "
         f"{plain.head_passes / ours.head_passes:.2f}x in head passes, "
-        f"{plain.bytes / max(1, ours.bytes):.2f}x in peak memory beside the model"
-    )
+        f"{plain.bytes / max(1, ours.bytes):.2f}x in peak memory beside the model",
+    }
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Seconds of the matrix products alone: of all passes, of one block pass, and of one head pass."""
+
+    seconds: float
+    block: float
+    head: float
+
+
+@torch.inference_mode()
+def bare_seconds(model: Any, blocks: nn.ModuleList, ours: Side, batch: torch.Size) -> Bound:
+    """Time the products of a block and of the head on a batch, as often as our search passes through them."""
+    config, length = model.config.get_text_config(), batch[1]
+    weights = [part.weight for part in blocks[0].modules() if isinstance(part, nn.Linear)]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = torch.randn(batch[0], config.num_attention_heads, length, width, dtype=model.dtype)
+    inputs = {size: torch.randn(batch.numel(), size, dtype=model.dtype) for size in {w.shape[1] for w in weights}}
+    head, few = model.get_output_embeddings().weight, settings_for(CPU).head_positions
+    rows = torch.randn(few, head.shape[1], dtype=model.dtype)
+
+    def block() -> None:
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight)
+        scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+
+    of_block = median_seconds(block) / batch[0]
+    of_head = median_seconds(lambda: linear(rows, head)) * length / few
+    return Bound(ours.block_passes * of_block + ours.head_passes * of_head, of_block, of_head)
+
+
+def median_seconds(run: Callable[[], object]) -> float:
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
 
 
 def search(
     model: Any, blocks: nn.ModuleList, sequences: torch.Tensor, remove: int, *, fast: bool = False
-) -> tuple[Side, list[int]]:
-    """Run our search as `sleb search` does, and count its passes."""
+) -> tuple[Side, list[int], torch.Size]:
+    """Run our search as `sleb search` does, and count its passes; also return the shape of a batch."""
     removals = []
     with measured() as side, SkippableModel(model, blocks) as skippable:
         count_passes(skippable, side, sequences.shape[1])
@@ -90,7 +148,7 @@ def search(
             removals.append(choice.block)
             side.seconds.append(time.perf_counter() - start)
             start = time.perf_counter()
-    return side, removals
+    return side, removals, passes.batches[0].shape
 
 
 def search_plainly(model: Any, blocks: nn.ModuleList, sequences: torch.Tensor, remove: int) -> tuple[Side, list[int]]:

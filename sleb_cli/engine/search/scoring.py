@@ -73,6 +73,7 @@ class Scoring:
     require_sound: Callable[[], None] = lambda: None
     _of_weights: dict[int, float] = field(default_factory=dict, init=False)
     _ranking: list[int] = field(default_factory=list, init=False)
+    _raced: dict[tuple[int, ...], dict[int, list[float]]] = field(default_factory=dict, init=False)
 
     @property
     def skippable(self) -> SkippableModel:
@@ -206,7 +207,8 @@ class Scoring:
     @torch.inference_mode()
     def _score_logits(self, metric: LogitMetric, removed: tuple[int, ...], candidates: Sequence[int]) -> Outcome:
         """Score the candidates batch by batch; in a race, the beaten drop out on the way."""
-        race, sizes = Race(candidates, self.sequences, self.winners), [len(batch) for batch in self.passes.batches]
+        before, sizes = self._raced.get(removed[:-1], {}), [len(batch) for batch in self.passes.batches]
+        race = Race(candidates, self.sequences, self.winners, before if removed else {})
         few = not self.skippable.weights.resident
         for batches in rounds(sizes, few=few) if self.fast else [range(len(sizes))]:
             self._score_tokens(self.passes, metric, removed, race.contenders, batches, self._tell)
@@ -214,6 +216,10 @@ class Scoring:
                 expected, seen = race.evaluations, range(batch + 1)
                 race.drop_beaten({block: self.journal.scores(removed, block, seen) for block in race.contenders})
                 self.notify(RaceNarrowed(len(removed) + 1, len(race.contenders), expected - race.evaluations))
+        if self.fast:
+            self._raced[removed] = {
+                block: self.journal.scores(removed, block, self._batches)[: race.scored(block)] for block in candidates
+            }
         means = self._means(removed, race.contenders)
         self._ranking[:] = ranking(means)
         return race.outcome(means) if self.fast else Outcome(means)
