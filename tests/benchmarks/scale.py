@@ -241,12 +241,13 @@ def by_turns(rounds: int, sides: Sequence[str]) -> Iterator[str]:
         yield from sides if number % 2 == 0 else reversed(sides)
 
 
-def show_ratio(seconds: dict[str, list[float]], goal: float) -> None:
-    """Print the median seconds of both sides, and how many times those of the first the second takes."""
+def show_ratio(seconds: dict[str, list[float]], goal: float) -> float:
+    """Print and return the median seconds of both sides, and how many times those of the first the second takes."""
     for name, taken in seconds.items():
         print(f"{name:11} {statistics.median(taken):7.2f} s   ({' '.join(f'{each:.2f}' for each in taken)})")
     first, second = map(statistics.median, seconds.values())
     print(f"ratio       {second / first:7.2f}x  {compared(second / first <= goal)} {goal}x")
+    return second / first
 
 
 def compared(reached: bool) -> str:
@@ -345,8 +346,8 @@ class Benchmark:
         print(f"{size / 1e9:.1f} GB were written; this disk copies {rate / 1e9:.2f} GB/s")
         return size / rate + both / self.size * statistics.mean(self.readings)
 
-    def copy(self) -> None:
-        """Time `sleb apply` and `cp -r` by turns, and measure the memory of the former."""
+    def copy(self) -> tuple[float, int]:
+        """Time `sleb apply` and `cp -r` by turns; return the ratio, and the peak memory of the former in bytes."""
         output, floor = self.place / "copied", run(IMPORTS)
         apply = [*SLEB, "apply", self.folder, "--blocks", self.options.blocks, "-o", output, "--no-verify", "-q"]
         sides = {"cp -r": ["cp", "-r", self.folder, output], "sleb apply": apply}
@@ -362,12 +363,13 @@ class Benchmark:
                 written = sum(file.stat().st_size for file in written_files(output))
             shutil.rmtree(output)
             subprocess.run(["sync", "-f", self.place], check=True)  # the deletion is nobody's time
-        show_ratio(seconds, GOAL)
+        ratio = show_ratio(seconds, GOAL)
         print(f"{written / 1e9:.2f} GB were written; {floor.seconds:.2f} s are the import of torch and transformers")
         print(
             f"peak memory {peak / 2**20:.0f} MiB {compared(peak < COPY_GOAL_BYTES)} {COPY_GOAL_BYTES / 2**20:.0f} MiB; "
             f"{floor.resident / 2**20:.0f} MiB of it are torch and transformers"
         )
+        return ratio, peak
 
 
 def walk(count: int, removed: Sequence[int], candidates: Sequence[int], start: int) -> list[int]:
@@ -380,8 +382,8 @@ def walk(count: int, removed: Sequence[int], candidates: Sequence[int], start: i
     return passes
 
 
-def crossover(options: argparse.Namespace, place: Path) -> None:
-    """Time the search of a model that fits, in memory and streamed, by turns, and compare the plans."""
+def crossover(options: argparse.Namespace, place: Path) -> float:
+    """Time the search of a model that fits, in memory and streamed, by turns; compare the plans, return the ratio."""
     seconds: dict[str, list[float]] = {"--no-stream": [], "--stream": []}
     plans = []
     settings = ["--calibration", write_words(place / "text.txt"), "--samples", options.crossover_samples, "--remove", 2]
@@ -390,8 +392,9 @@ def crossover(options: argparse.Namespace, place: Path) -> None:
         found = run([*SLEB, "search", options.model, flag, *settings, "-o", place / f"{len(plans)}.json"])
         seconds[flag].append(found.at("step 2 of 2") - found.at("Search:"))
         plans.append({**json.loads(found.output), "environment": None})
-    show_ratio(seconds, CROSSOVER_GOAL)
+    ratio = show_ratio(seconds, CROSSOVER_GOAL)
     print("plans", "equal" if all(plan == plans[0] for plan in plans) else "DIFFER")
+    return ratio
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_who_drops_out_at_one_look(matrix, sequences, drops):
     assert all(drop.errors == 1e9 for drop in race.dropped.values())
 
 
-@pytest.mark.parametrize(("seen", "looks"), [(4, 1), (5, 2), (16, 5), (40, 7)])
+@pytest.mark.parametrize(("seen", "looks"), [(4, 1), (5, 2), (16, 7), (40, 11)])
 @pytest.mark.parametrize(("rivals", "winners"), [(1, 1), (5, 1), (4, 2)])
 def test_a_contender_drops_out_just_beyond_the_limit(seen, looks, rivals, winners):
     """Several looks in one spend their shares together; the winners are level, and all rivals are as far behind."""

@@ -38,7 +38,7 @@ LOOKS = 32
 # Few sequences say nothing of chance, two looks at nearly the same sequences say nearly the same, and near the end
 # little is saved.
 FIRST_LOOK = 4
-GROWTH = 1.4
+GROWTH = 1.25
 LAST_LOOK = 0.8
 
 POOLED_FREEDOM = 6
@@ -140,7 +140,7 @@ class Race:
 
 
 def look_schedule(sequences: int) -> list[int]:
-    """Return after how many sequences candidates may drop out: each time two fifths more."""
+    """Return after how many sequences candidates may drop out: each time a quarter more."""
     looks, look = [], float(FIRST_LOOK)
     while look < LAST_LOOK * sequences:
         looks.append(int(look))
@@ -171,7 +171,7 @@ def _pooled(differences: np.ndarray, known: np.ndarray | None = None) -> np.ndar
     """Return the variance of each pair's differences, but at least the median of the pairs that are known."""
     variance = differences.var(-1, ddof=1)
     pairs = np.triu(np.ones_like(variance, dtype=bool) if known is None else known, 1)
-    return np.maximum(variance, np.median(variance[pairs]))
+    return variance.clip(min=np.median(variance[pairs]))
 
 
 def student_quantile(tail: float, freedom: int) -> float:

