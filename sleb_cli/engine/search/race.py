@@ -169,9 +169,9 @@ def rounds(batches: Sequence[int], *, few: bool = False) -> list[range]:
 
 def _pooled(differences: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
     """Return the variance of each pair's differences, but at least the median of the pairs that are known."""
-    variance = differences.var(-1, ddof=1)
+    variance: np.ndarray = differences.var(-1, ddof=1)
     pairs = np.triu(np.ones_like(variance, dtype=bool) if known is None else known, 1)
-    return variance.clip(min=np.median(variance[pairs]))
+    return variance.clip(min=float(np.median(variance[pairs])))
 
 
 def student_quantile(tail: float, freedom: int) -> float:
