@@ -404,6 +404,9 @@ def _runs(
         yield "generates", {
             "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
         }  # fmt: skip
+        stored = place.rounded or surgery.architecture.dtype or place.dtype
+        if stored.itemsize < place.dtype.itemsize and not hasattr(model, "_hf_hook"):
+            model.to(stored)  # half of what is written and read again, where only names and shapes count
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(folder)
         if needed > free:
             reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} are free"
