@@ -96,8 +96,8 @@ _FEW = 2
 def _without_vocabulary(file: GgufFile, place: Path) -> Iterator[Path]:
     """Yield the path of a copy of the file, in a hidden folder in `place`, with only the first few tokens.
 
-    The gguf package takes longer for a vocabulary than transformers for all else, and transformers has it read one for
-    the config, and again for the weights.
+    The gguf package takes seconds for a vocabulary, and transformers has it read one for the config, and again for the
+    weights.
     """
     entries = tuple(
         with_items(entry, list(range(min(_FEW, len(entry.value)))))
@@ -115,8 +115,8 @@ def _load(file: GgufFile, slim: Path, dtype: torch.dtype) -> Any:
     folder, options = file.path.parent, {"gguf_file": str(slim.absolute()), "trust_remote_code": False}
     with translate_transformers_errors(f"the config in {file.path}"):
         config: Any = AutoConfig.from_pretrained(folder, **options)
-    if config.vocab_size == _FEW:
-        config.vocab_size = len(file.get("tokenizer.ggml.tokens"))
+    if config.vocab_size == _FEW and (tokens := file.get("tokenizer.ggml.tokens")):
+        config.vocab_size = len(tokens)
     if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # transformers draws a progress bar here that no setting turns off.
