@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 
-from sleb_cli.plan import MetricRecord
 from sleb_plugins import (
     Engine,
     Exporter,
@@ -32,6 +31,9 @@ from sleb_plugins import (
 )
 from sleb_plugins.errors import did_you_mean
 from sleb_plugins.metrics.weighted import Term, parse_terms, terms_of, weighted_sum
+
+if TYPE_CHECKING:
+    from sleb_cli.plan import MetricRecord
 
 GROUP = "sleb"
 
@@ -217,6 +219,8 @@ def _offers(plugin: Plugin, load: Callable[[], Any]) -> list[Offer]:
 
 
 def _metric_record(metric: Metric, plugin: Plugin) -> MetricRecord:
+    from sleb_cli.plan import MetricRecord  # as slow as all else that the first word on the screen needs
+
     fingerprint: Any = metric.fingerprint()
     if not isinstance(fingerprint, str):
         raise PluginError(

@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from sleb_cli.results import Interval
@@ -17,7 +17,7 @@ from sleb_cli.results import Interval
 CONFIDENCE = 0.95
 POWER = 0.8
 
-_QUANTILE = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+_QUANTILE = float(special.ndtri((1 + CONFIDENCE) / 2))
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Estimate:
 
 def wilson_interval(right: int, count: int) -> Interval:
     """Return Wilson's score interval of a proportion (J. Am. Stat. Assoc. 22, 1927), which also suits 0 and 1."""
+    from scipy import stats  # slow to import, and only tasks need it
+
     found = stats.binomtest(right, count).proportion_ci(CONFIDENCE, method="wilson")
     return Interval(low=float(found.low), high=float(found.high))
 
@@ -41,7 +43,7 @@ def normal_interval(value: float, standard_error: float) -> Interval:
 
 
 def _student(mean: float, error: float, count: int) -> Estimate:
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    reach = float(special.stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
     return Estimate(mean, error, Interval(low=mean - reach, high=mean + reach))
 
 
@@ -89,6 +91,8 @@ def mcnemar(lost: int, gained: int) -> float:
 
     Source: McNemar, Psychometrika 12, 1947, with the binomial distribution instead of its approximation.
     """
+    from scipy import stats
+
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
@@ -100,7 +104,7 @@ def items_needed(deviation: float, effect: float = 0.01) -> int | None:
     """
     if not deviation:
         return None
-    return math.ceil(((_QUANTILE + float(stats.norm.ppf(POWER))) * deviation / effect) ** 2)
+    return math.ceil(((_QUANTILE + float(special.ndtri(POWER))) * deviation / effect) ** 2)
 
 
 RESAMPLES = 9_999
@@ -120,8 +124,8 @@ def median_ratio_interval(first: Sequence[float], second: Sequence[float]) -> In
         return None
     chosen = np.random.default_rng(0).integers(rounds, size=(RESAMPLES, rounds))
     ratios = np.median(np.asarray(first)[chosen], axis=1) / np.median(np.asarray(second)[chosen], axis=1)
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, rounds - 1)
-    tail = stats.norm.cdf(-np.sqrt(rounds / (rounds - 1)) * reach)
+    reach = special.stdtrit(rounds - 1, (1 + CONFIDENCE) / 2)
+    tail = special.ndtr(-np.sqrt(rounds / (rounds - 1)) * reach)
     low, high = np.quantile(ratios, (tail, 1 - tail))
     return Interval(low=float(low), high=float(high))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -17,6 +18,9 @@ from conftest import calibration, interrupt_healing, reported_tokens, slow
 from gguf_models import metadata_of, tensors_of, write_gguf, write_llama_gguf
 from sleb_cli import atomic
 from sleb_cli.engine.files import fingerprint
+from sleb_cli.engine.files.cache import cache_root
+from sleb_cli.engine.gguf.file import read_gguf
+from sleb_cli.engine.gguf.file import write_gguf as write_gguf_again
 from sleb_cli.engine.model import gguf
 from sleb_cli.engine.output import apply_gguf
 from sleb_cli.events import ignore
@@ -83,6 +87,19 @@ def test_a_changed_file_or_transformers_converts_it_again(source, monkeypatch):
     assert len(set(folders)) == 3
     eos = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"] for folder in folders]
     assert eos == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("without", ["nothing", "llama.vocab_size"])
+def test_a_converted_model_is_the_one_that_transformers_reads(source, tmp_path, without):
+    file, path = read_gguf(source), tmp_path / "whole.gguf"
+    entries = tuple(entry for entry in file.entries if entry.key != without)
+    write_gguf_again(replace(file, entries=entries), path, lambda count: None)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
+    found = AutoModelForCausalLM.from_pretrained(gguf.gguf_folder(path, ignore))
+    of_loading = dict.fromkeys(("_name_or_path", "architectures", "quantization_config"))
+    assert found.config.to_dict() | of_loading == whole.config.to_dict() | of_loading
+    assert all(torch.equal(found.get_parameter(name), values) for name, values in whole.named_parameters())
+    assert not list(cache_root().glob(".*"))
 
 
 def test_fewer_removals_a_default_name_and_json(apply, tmp_path, source, plan):

@@ -23,6 +23,7 @@ from conftest import (
 )
 from gguf_models import write_llama_gguf
 from sleb_cli.engine.forward import placement, streaming
+from sleb_cli.engine.output import proof
 from sleb_cli.engine.search import journal as journals
 from sleb_cli.plan import read_plan
 
@@ -140,6 +141,20 @@ def test_a_cast_is_proven_and_recovered_as_it_is_read(run, model, processor, tex
     logits = written(reported).logits[:, :-1].log_softmax(-1)
     loss = -logits.gather(-1, reported[:, 1:, None]).mean().item()
     assert result["recovery"]["closed_form_losses"]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_what_the_proof_saves_again_is_as_large_as_what_was_written(run, model, processor, monkeypatch):
+    sizes = []
+
+    def watched(model, folder, save=proof._save):
+        saved = save(model, folder)
+        sizes.append(sum(tensor.nbytes for tensor in weights_of(folder).values()))
+        return saved
+
+    monkeypatch.setattr(proof, "_save", watched)
+    processor()
+    run("apply", model("bfloat16"), "--blocks", 2, "-o", "out")
+    assert sizes == [sum(tensor.nbytes for tensor in weights_of(Path("out")).values())]
 
 
 def test_a_gguf_file_takes_new_values(run, processor, text_file, tmp_path):

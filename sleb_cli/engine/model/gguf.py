@@ -2,22 +2,25 @@
 
 import hashlib
 import math
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
 import yaml
 from gguf import GGMLQuantizationType
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.cache import cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
-from sleb_cli.engine.gguf.file import GgufFile, read_gguf
+from sleb_cli.engine.gguf.file import ARRAY, GgufFile, read_gguf, with_items, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import plain_name
 from sleb_cli.engine.gguf.surgery import require_blocks
 from sleb_cli.engine.third_party import translate_errors, translate_transformers_errors
@@ -64,19 +67,15 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     with task(notify, f"Converting {path.name}", 4, "steps") as advance:
         file = read_gguf(path)
         dtype = _require_convertible(file)
-        # The absolute path, because a file of the same name in the working directory would take precedence.
-        options: dict[str, Any] = {"gguf_file": str(path.absolute())}
         advance()
         with translate_transformers_errors(f"the tokenizer in {path}"):
-            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, **options)
-        advance()
-        if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
-            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        # transformers draws a progress bar here that no setting turns off.
-        with translate_transformers_errors(f"the weights in {path}"), redirect_stderr(StringIO()):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=dtype, trust_remote_code=False, **options
+            # The absolute path, because a file of the same name in the working directory would take precedence.
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                path.parent, trust_remote_code=False, gguf_file=str(path.absolute())
             )
+        advance()
+        with _without_vocabulary(file, folder.parent) as slim:
+            model = _load(file, slim, dtype)
         advance()
         # Some versions of transformers refuse to save what was quantized.
         vars(model.config).pop("quantization_config", None)
@@ -87,6 +86,42 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         _write_card(file, folder)
+
+
+_FEW = 2
+"""How many tokens transformers counts if there are as few as it can: of a single one, it would count the letters."""
+
+
+@contextmanager
+def _without_vocabulary(file: GgufFile, place: Path) -> Iterator[Path]:
+    """Yield the path of a copy of the file, in a hidden folder in `place`, with only the first few tokens.
+
+    The gguf package takes seconds for a vocabulary, and transformers has it read one for the config, and again for the
+    weights.
+    """
+    entries = tuple(
+        with_items(entry, list(range(min(_FEW, len(entry.value)))))
+        if entry.type == ARRAY and entry.key.startswith("tokenizer.")
+        else entry
+        for entry in file.entries
+    )
+    with TemporaryDirectory(dir=place, prefix=".gguf.") as scratch:
+        write_gguf(replace(file, entries=entries), slim := Path(scratch, "slim.gguf"), lambda count: None)
+        yield slim
+
+
+def _load(file: GgufFile, slim: Path, dtype: torch.dtype) -> Any:
+    """Load the model of a file from its copy without vocabulary."""
+    folder, options = file.path.parent, {"gguf_file": str(slim.absolute()), "trust_remote_code": False}
+    with translate_transformers_errors(f"the config in {file.path}"):
+        config: Any = AutoConfig.from_pretrained(folder, **options)
+    if config.vocab_size == _FEW and (tokens := file.get("tokenizer.ggml.tokens")):
+        config.vocab_size = len(tokens)
+    if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # transformers draws a progress bar here that no setting turns off.
+    with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,7 +27,6 @@ from sleb_cli.engine.output.proof import (
     prove,
 )
 from sleb_cli.engine.output.push import PushRequest, push
-from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
@@ -40,6 +39,9 @@ from sleb_cli.results import ApplyResult, BenchResult, EvalResult
 from sleb_cli.units import parse_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import OutputError
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.recovery.run import Recovered
 
 # Files of settings that may name blocks or local paths, besides the config.
 _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.json", "processor_config.json")

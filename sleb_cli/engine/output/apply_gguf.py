@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -21,7 +22,6 @@ from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.output.apply import kept_tensors
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.proof import Planned, Reference, choose_proof_settings, failed, prove, refuted
-from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.surgery import plan_surgery
 from sleb_cli.engine.third_party import disk_error, no_verdict_by_the_disk, translate_errors
 from sleb_cli.events import Notice, Notify, task
@@ -31,6 +31,9 @@ from sleb_cli.results import GgufResult, RepackedTensors
 from sleb_cli.units import format_bytes
 from sleb_cli.version import __version__
 from sleb_plugins import MachineError, ModelError, OutputError, PlanError, ProofError, UsageError
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.recovery.run import Recovered
 
 KIND = "GGUF file"
 """What a failed proof calls it."""

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sleb_cli.atomic import writing
 from sleb_cli.engine.files.fingerprint import Watch
-from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.events import Notify
 from sleb_plugins import ProofError
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.recovery.run import Recovery
 
 
 @dataclass(frozen=True)

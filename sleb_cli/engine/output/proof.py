@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,6 @@ from sleb_cli.engine.forward.streaming import converted_bytes, require_streamabl
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.recovery.run import Recovered
 from sleb_cli.engine.surgery.loading import (
     DeviceMap,
     has_tokenizer,
@@ -63,6 +62,9 @@ from sleb_cli.requests import AUTO
 from sleb_cli.tables.proof import checked
 from sleb_cli.units import format_bytes
 from sleb_plugins import ModelError, ProofError
+
+if TYPE_CHECKING:
+    from sleb_cli.engine.recovery.run import Recovered
 
 PROMPT = (
     "A river begins as snow on a mountain. In spring the water runs down over the rocks, gathers in "
@@ -402,6 +404,9 @@ def _runs(
         yield "generates", {
             "new_tokens": new_tokens, "cache_difference": difference, "cache_tolerance": cache_allowed
         }  # fmt: skip
+        stored = place.rounded or surgery.architecture.dtype or place.dtype
+        if stored.itemsize < place.dtype.itemsize and not hasattr(model, "_hf_hook"):
+            model.to(stored)  # half of what is written and read again, where only names and shapes count
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(folder)
         if needed > free:
             reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} are free"

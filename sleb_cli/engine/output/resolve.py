@@ -17,7 +17,6 @@ from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.proof import choose_proof_settings
 from sleb_cli.engine.output.push import PushRequest, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.settings import resolve_recovery
 from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
 from sleb_cli.engine.surgery.loading import DeviceMap, quiet_libraries
 from sleb_cli.engine.surgery.subject import Subject, first_of_plan, first_removals, is_plan, resolve_subject
@@ -107,6 +106,8 @@ def _recovering(
     Raises:
         WorkerFinished: this is another process.
     """
+    from sleb_cli.engine.recovery.settings import resolve_recovery
+
     state = Unfinished(to.place)
     state.require(resume=request.resume, force=request.force)
     recovery = resolve_recovery(subject, request, dtype, device_map, state, gguf, group, notify)
