@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ def describe_environment(plugins: Callable[[], Registry], cache: Callable[[], Pa
         sleb_version=__version__,
         kind="env",
         python=platform.python_version(),
-        packages={name: read(name, lambda name=name: _version(name), None) for name in PACKAGES},
+        packages={name: read(name, partial(_version, name), None) for name in PACKAGES},
         platform=platform.platform(),
         processor=read("processor", _processor, platform.machine()),
         instructions=read("instructions", _instructions, None),

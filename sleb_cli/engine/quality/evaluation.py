@@ -112,7 +112,7 @@ def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> L
     fingerprints = {task.name: f"{task.fingerprint()}, packages {versions}" for task in tasks}
     found: LmEvalResults = {removals: [] for removals in models.sizes}
     cached = dict.fromkeys(fingerprints)
-    for removals in models.sizes:
+    for number, removals in enumerate(models.sizes):
         what = "dense" if not removals else f"{len(removals)} removed"
         for task in tasks:
             fingerprint = fingerprints[task.name]
@@ -120,7 +120,8 @@ def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> L
             if results is None:
                 model = models.without(removals).model
                 with as_transformers_loads([model]):
-                    results = task.run(model, tokenizer, what, models.notify, models.group)
+                    left = len(models.sizes) - number if task.name in cached else 0  # said before the first of them
+                    results = task.run(model, tokenizer, what, models.notify, models.group, left)
                 models.cache(removals, to_json(results).encode(), task=fingerprint)
                 cached.pop(task.name, None)
             found[removals].append(results)
