@@ -34,6 +34,10 @@ class Load(NamedTuple):
     head: float = 0.0
     reads: float = 0.0
 
+    def times(self, share: float) -> Load:
+        """Return this share of the load."""
+        return Load(*(share * part for part in self))
+
 
 @dataclass(frozen=True)
 class Pace:

@@ -91,9 +91,8 @@ def seconds_per_token(timed: Callable[[Tensor], float], ids: Tensor) -> float:
     """
 
     def measure(most: int) -> float:
-        tokens = min(FEWEST, most)
-        timed(_piece(ids, tokens))
-        found: list[tuple[float, int]] = []
+        timed(_piece(ids, min(FEWEST, most)))
+        tokens, found = min(2 * FEWEST, most), list[tuple[float, int]]()
         while sum(seconds for seconds, _ in found) < SECONDS:
             piece = _piece(ids, tokens)
             found.append((timed(piece), piece.numel()))

@@ -168,13 +168,19 @@ def load_tasks(names: Sequence[str], request: EvalRequest, also: Iterable[str] =
     Raises:
         DataError: a task is unknown, its file or data cannot be read, or it needs something that is not supported.
     """
+    manager = find_tasks(names, request, also)
+    return tuple(LoadedTask(name, manager, request) for name in names)
+
+
+def find_tasks(names: Sequence[str], request: EvalRequest, also: Iterable[str] = ()) -> Any:
+    """Return lm-eval's index of these tasks, groups and tags, whose data is not read yet; raises like `load_tasks`."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(names, [folder for folder in (FOLDER, request.include_path) if folder is not None])
     for name in names:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them.")
             raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
-    return tuple(LoadedTask(name, manager, request) for name in names)
+    return manager
 
 
 def task_manager(names: Iterable[str], folders: Sequence[Path]) -> Any:

@@ -36,6 +36,7 @@ from sleb_cli.engine.recovery.residual_projections import (
     final_norm,
     find_residual_projections,
     passing,
+    runs_to_find,
 )
 from sleb_cli.engine.recovery.unfinished import Saved, fit_file
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
@@ -56,8 +57,8 @@ SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
 DECIDING_POSITIONS = 2048
 """About how many positions compare two fits."""
-PIECE_TOKENS, TRIED = 64, 12
-"""The tokens on which a block's weights are tried to forecast a recovery, and about how often a fit runs a batch so."""
+PIECE_TOKENS = 64
+"""Tokens on which it is found which weights of a block are fitted, to say how long that takes."""
 GROUPS = 8
 """A text's batches are summed in this many groups, in order, so that sums do not depend on the number of processes."""
 
@@ -494,9 +495,10 @@ def _announce(
     tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + deciding.numel())
     # The dense and the recovered states of each depth, and what leaves the dense model.
     loads = [Load((count + len(kept)) * both + count * deciding.numel(), 0, 3 * count)]
+    runs = runs_to_find(skippable.switches[first].block, call.entering.shape[-1])
+    tried = runs * min(BATCH_TOKENS, train.numel())
     for block in refitted:
         behind = sum(other > block for other in kept)
-        tried = TRIED * min(BATCH_TOKENS, train.numel())
         loads.append(Load(tokens + tried + behind * deciding.numel(), DECIDING_POSITIONS, behind + 2))
     model = Variant(skippable)
 

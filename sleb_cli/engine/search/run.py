@@ -340,8 +340,7 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
 def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
     target, remove, width, notify = resolved.target, resolved.remove, resolved.beam_width, scoring.notify
     trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
-    candidates = len(resolved.removable.candidates(resolved.gone))
-    sets = resolved.strategy.evaluations(candidates, remove - len(resolved.gone), width)
+    sets = sets_by_size(resolved)
     evaluations = tuple(count * scoring.sequences for count in sets)
     _announce(resolved, scoring, sets)
     notify(SearchStarted(resolved.architecture.block_count, remove, len(trace.steps), evaluations))
@@ -375,6 +374,18 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
     return trace
 
 
+def sets_by_size(resolved: ResolvedSearch) -> Sequence[int]:
+    """Return how many sets of blocks are scored at each size, or an upper bound."""
+    candidates, more = len(resolved.removable.candidates(resolved.gone)), resolved.remove - len(resolved.gone)
+    return resolved.strategy.evaluations(candidates, more, resolved.beam_width)
+
+
+def is_exact(resolved: ResolvedSearch) -> bool:
+    """Whether it is known beforehand how many sets of blocks are scored."""
+    chosen = resolved.strategy_name != "refine" and isinstance(resolved.target, SizeTarget)
+    return chosen and not resolved.request.fast
+
+
 def _announce(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -> None:
     """Tell how long the search will take; `sets` counts the sets of blocks that are scored at each size."""
     passes, metric, done = scoring.passes, scoring.metric, scoring.journal.evaluations
@@ -383,13 +394,13 @@ def _announce(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -
         return  # how long another metric takes on a whole model is not known
     left = 1 - done / total
     count, length = resolved.architecture.block_count, passes.batches[0].shape[1]
-    exact = not scoring.fast and resolved.strategy_name != "refine" and isinstance(resolved.target, SizeTarget)
+    at_most = "" if is_exact(resolved) else "at most "
     announce_passes(
         scoring.notify,
-        f"Search: {resolved.remove} of {count} blocks, {'' if exact else 'at most '}{total - done:,} evaluations of "
+        f"Search: {resolved.remove} of {count} blocks, {at_most}{total - done:,} evaluations of "
         f"{length:,} tokens in {dtype_name(resolved.placement.dtype)}",
         scoring.skippable,
-        [Load(*(part * left for part in load)) for load in _loads(resolved, scoring, sets)],
+        [load.times(left) for load in search_loads(resolved, passes, scoring.held_out is not None)],
         passes.batches[0],
         passes.scoring(metric),
         forks=passes.forks,
@@ -397,11 +408,11 @@ def _announce(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -
     )
 
 
-def _loads(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -> Iterator[Load]:
+def search_loads(resolved: ResolvedSearch, passes: Passes, holds_out: bool) -> Iterator[Load]:
     """Yield the work of each size of a search."""
-    passes, metric, gone = scoring.passes, scoring.metric, resolved.gone
+    metric, gone, sets = resolved.metric, resolved.gone, sets_by_size(resolved)
     tokens = sum(batch.numel() for batch in passes.batches)
-    share, rounds = (RACE_SHARE, STREAMED_ROUNDS) if scoring.fast else (1.0, 1)
+    share, rounds = (RACE_SHARE, STREAMED_ROUNDS) if resolved.request.fast else (1.0, 1)
     blocks = [block for block in range(resolved.architecture.block_count) if block not in gone]
     candidates = resolved.removable.candidates(gone)
     by_size = passes_by_size(
@@ -420,7 +431,7 @@ def _loads(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -> I
             yield Load(here * tokens, 0, here)
         elif isinstance(metric, WeightMetric) and metric.needs_gradients:
             yield Load(3 * here * tokens, 3 * tokens)  # backwards takes twice as long
-        if metric.name != "nll" or scoring.held_out:
+        if metric.name != "nll" or holds_out:
             yield Load(here * tokens, tokens, here)  # the loss
 
 
