@@ -93,6 +93,17 @@ def test_a_task_says_it_once_for_all_models(run_sleb, everything_is_long, llama_
     assert re.match(r"own_sums: 12 requests of about \d+ tokens, 2 models in float32: about", line)
 
 
+def test_a_task_that_writes_says_how_much_at_most(run_sleb, everything_is_long, llama_plan, tmp_path):
+    (tmp_path / "items.json").write_text(json.dumps([{"question": "snow", "answer": "rain"}] * 3))
+    task = re.sub("output_type.*", "output_type: generate_until", TASK.format(data=tmp_path / "items.json"))
+    task = re.sub("doc_to_choice.*", "generation_kwargs: {max_gen_toks: 5, until: ['.']}", task)
+    task = task.replace("doc_to_target: 0", "doc_to_target: answer").replace("metric: acc", "metric: exact_match")
+    (tmp_path / "own.yaml").write_text(task)
+    (line,) = lines(run_sleb("eval", llama_plan, "--tasks", "own_sums", "--include-path", tmp_path))
+    assert line.startswith("own_sums: 3 requests of about")
+    assert "tokens, at most 5 new ones each, 2 models in float32: about" in line
+
+
 def test_generated_text_says_it(run_sleb, everything_is_long, tiny_llama):
     text = ("--calibration", "self", "--samples", "3", "--sequence-length", "32")
     first, _ = lines(run_sleb("search", tiny_llama, *text, "--remove", "1"))

@@ -81,6 +81,9 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> Any:
         """Return what the model writes after each prompt."""
         write = super().generate_until
+        if self._models:
+            new = max((int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests), default=0)
+            self._announce([tuple(self.tok_encode(request.args[0])) for request in requests], new)
         return self._reported(lambda asked: self._together(lambda: write(asked)), requests)
 
     def _reported(self, answer: Callable[[Sequence[Any]], Any], requests: Sequence[Any]) -> Any:
@@ -95,25 +98,29 @@ class LoadedModel(HFLM):  # type: ignore[misc]
             self._announce([(*context, *answer)[:-1][-self.max_length :] for _, context, answer in requests])
         return self._together(lambda: rate(requests, **options))
 
-    def _announce(self, requests: Sequence[tuple[int, ...]]) -> None:
-        """Tell how long it takes to rate requests, given by their tokens; equal ones are run once."""
-        elements = sum(weight.numel() for weight in self.model.parameters())
-        if is_short(2 * elements * sum(map(len, set(requests))) * self._models):
+    def _announce(self, requests: Sequence[tuple[int, ...]], new_tokens: int = 0) -> None:
+        """Tell how long it takes to rate requests, given by their tokens, or to write so many tokens after each."""
+        run = requests if new_tokens else list(set(requests))  # equal ones are rated once
+        batch = self.batch_size if isinstance(self.batch_size, int) else AUTO_BATCH
+        lengths, elements = sorted(map(len, run)), sum(weight.numel() for weight in self.model.parameters())
+        tokens = padded_tokens(lengths, batch)
+        if is_short(2 * elements * (tokens + len(run) * new_tokens) * self._models):
             return
-        batch, call = self.batch_size if isinstance(self.batch_size, int) else AUTO_BATCH, super()._model_call
-        lengths = sorted(map(len, set(requests)))
-        ids = torch.tensor(max(requests, key=len)[: lengths[len(lengths) // 2]], device=self.device)
+        call, middle = super()._model_call, lengths[len(lengths) // 2]
+        ids = torch.tensor(max(run, key=len)[:middle], device=self.device).expand(min(batch, len(run)), -1)
 
         def timed(piece: Tensor) -> float:
             return seconds_of(lambda: call(piece).log_softmax(-1), piece.device)
 
-        pace = seconds_per_token(timed, ids.expand(min(batch, len(lengths)), -1))
-        mean, models = sum(lengths) // len(lengths), plural(self._models, "model")
+        seconds = seconds_per_token(timed, ids) * tokens
+        if new_tokens:  # all sequences of a batch get one at once
+            seconds += seconds_per_token(timed, ids[:, :1]) * len(ids) * new_tokens * -(-len(run) // batch)
+        writes = f", at most {new_tokens:,} new ones each" if new_tokens else ""
         announce(
             self._notify,
-            f"{self._named[0]}: {len(requests):,} requests of about {mean:,} tokens, {models} in "
-            f"{dtype_name(self.model.dtype)}",
-            pace * padded_tokens(lengths, batch) * self._models / self._group.size,
+            f"{self._named[0]}: {len(requests):,} requests of about {sum(lengths) // len(lengths):,} tokens{writes}, "
+            f"{plural(self._models, 'model')} in {dtype_name(self.model.dtype)}",
+            seconds * self._models / self._group.size,
             ids.device,
         )
 
