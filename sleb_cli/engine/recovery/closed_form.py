@@ -134,6 +134,12 @@ def recover_in_closed_form(
         )
 
 
+def _compared_positions(deciding: Tensor) -> Tensor:
+    """Return the positions of each sequence that compare two fits."""
+    length = deciding.shape[1]
+    return torch.arange(0, length - 1, max(1, len(deciding) * (length - 1) // DECIDING_POSITIONS))
+
+
 class _States:
     """The hidden states at one depth of the dense and of the recovered model, on this process's batches of the text."""
 
@@ -159,9 +165,7 @@ class _States:
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
-        length = deciding.shape[1]
-        step = max(1, len(deciding) * (length - 1) // DECIDING_POSITIONS)
-        self.positions = torch.arange(0, length - 1, step, device=skippable.device)
+        self.positions = _compared_positions(deciding).to(skippable.device)
         self.compared = len(self.positions) * len(deciding)
 
     def _take(self, text: Tensor, batch: int) -> list[range]:
@@ -495,11 +499,12 @@ def _announce(
     tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + deciding.numel())
     # The dense and the recovered states of each depth, and what leaves the dense model.
     loads = [Load((count + len(kept)) * both + count * deciding.numel(), 0, 3 * count)]
+    compared = len(deciding) * len(_compared_positions(deciding))
     runs = runs_to_find(skippable.switches[first].block, call.entering.shape[-1])
     tried = runs * min(BATCH_TOKENS, train.numel())
     for block in refitted:
         behind = sum(other > block for other in kept)
-        loads.append(Load(tokens + tried + behind * deciding.numel(), DECIDING_POSITIONS, behind + 2))
+        loads.append(Load(tokens + tried + behind * deciding.numel(), compared, behind + 2))
     model = Variant(skippable)
 
     def score(hidden: Tensor, ids: Tensor) -> object:

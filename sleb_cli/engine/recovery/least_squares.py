@@ -9,7 +9,7 @@ from sleb_cli.engine.device import CPU, as_float64
 from sleb_cli.engine.forward.pace import seconds_of
 
 TIMED_ROWS, TIMED_FEATURES = 1024, 2048
-RIDGES_TRIED = 4
+RIDGES_TRIED = 3
 """How many ridges are usually tried."""
 
 PANEL_COLUMNS = 512
