@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType
 
 import sleb_cli as sleb
 import sleb_cli.engine.dry_run  # all that it imports is bound before a test replaces functions
+from gguf_models import write_llama_gguf
 from sleb_cli.engine.files import weights
 from sleb_cli.engine.surgery import loading
 
@@ -169,6 +171,41 @@ def test_a_benchmark_is_what_was_said(run_sleb, commands, tmp_path):
     assert data["sizes"] == [len(each["removals"]) for each in real["pruned"]]
     assert (data["dtype"], data["device"]) == (real["dtype"], real["device"])
     assert {Path(name).name for name in data["files"]} == files_in(tmp_path).keys() - before
+
+
+def test_a_gguf_file_is_what_was_said(run_sleb, tmp_path):
+    source = write_llama_gguf(tmp_path / "tiny.gguf", 6, GGMLQuantizationType.Q8_0)
+    command = ("apply", "--source", source, "--blocks", "2,3", "-o", "small.gguf")
+    data = planned(run_sleb, *command)
+    real = json.loads(run_sleb(*command, "--json").stdout)
+    assert data["files"] == [real["file"]]
+    assert data["written_bytes"] == real["file_bytes"]
+    assert data["blocks"] - data["removed"] == real["blocks"]
+    assert data["dtype"] is None
+
+
+def test_another_engine_is_not_started(run_sleb, steady, commands):
+    data = planned(run_sleb, *commands["bench"], "--engine", "steady")
+    assert data["seconds"] is None
+    assert any(name.endswith(".bench.steady.json") for name in data["files"])
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        (("--stream",), False),  # how fast the disk is, is not known
+        (("--metric", "next-token-error"), False),  # nor how long a metric of whole models takes
+        (("--target-speedup", 1.2), False),
+        (("--metric", "cosine"), True),
+        (("--strategy", "contiguous"), True),
+    ],
+    ids=str,
+)
+def test_the_time_is_told_where_it_is_known(run_sleb, commands, steady, options, seconds):
+    search = [word for word in commands["search"] if options[0] != "--target-speedup" or word not in ("--remove", 2)]
+    data = planned(run_sleb, *search, *options)
+    assert (data["seconds"] is not None) == seconds
+    assert (data["removed"] is None) == (options[0] == "--target-speedup")
 
 
 def test_compared_searches_are_counted_together(run_sleb, commands):

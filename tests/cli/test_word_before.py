@@ -53,6 +53,12 @@ def test_a_search_says_what_it_will_do(search, everything_is_long, options, word
     assert re.search(r": about \d+ s on this CPU\.$", line)
 
 
+def test_it_names_another_device(search, everything_is_long, simulate):
+    simulate()
+    (line,) = lines(search("--remove", "1", "--device", "sim"))
+    assert re.search(r"16 evaluations of 32 tokens in float32: about \d+ s on sim(:0)?\.$", line)
+
+
 def test_a_resumed_search_counts_what_is_left(search, everything_is_long, tiny_llama, text_file):
     def stop(event):
         if isinstance(event, BlockRemoved):
