@@ -1,6 +1,6 @@
 """The `sleb` program, and its verbs for Python.
 
-They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate` and `export`.
+They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate`, `export`, `dry_run` and `env`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
-    from sleb_cli.api import apply, bench, compare, estimate, evaluate, export, search
+    from sleb_cli.api import apply, bench, compare, dry_run, env, estimate, evaluate, export, search
     from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "apply",
     "bench",
     "compare",
+    "dry_run",
+    "env",
     "estimate",
     "evaluate",
     "export",

@@ -13,7 +13,7 @@ from sleb_cli.atomic import require_new_file
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.plugin_manager import Registry, load_plugins, named_before_loading
 from sleb_cli.processes import WorkerFinished, is_main_process
-from sleb_cli.requests import TRANSFORMERS
+from sleb_cli.requests import TRANSFORMERS, ApplyRequest, BenchRequest, EvalRequest, SearchRequest
 from sleb_plugins import OutputError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
     from sleb_cli.engine.surgery.subject import Subject
     from sleb_cli.plan import Plan
     from sleb_cli.records import Record
-    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
+    from sleb_cli.requests import ExportRequest
     from sleb_cli.results import (
         ApplyResult,
         BenchResult,
         CompareResult,
+        DryRunResult,
+        EnvResult,
         EstimateResult,
         EvalResult,
         ExportResult,
         GgufResult,
     )
+    from sleb_plugins import Engine
 
 
 R = TypeVar("R", "EvalResult", "BenchResult")
@@ -158,6 +161,21 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
     from sleb_cli.engine.surgery.subject import resolve_subject
 
     _leave_to_main()
+    registry, engine = _bench_engine(request, notify)
+    subject = resolve_subject(request, registry, notify)
+    with ExitStack() as stack:
+        stack.enter_context(subject.architecture.source.watch.unchanged())
+        files = stack.enter_context(engine_files(subject, engine, request, registry, notify)) if engine else None
+        result = benchmark(subject, request, notify, (engine, files) if engine and files else None)
+    _save(result, request.output)
+    if place := _kept_place(subject, "bench"):
+        # Weights and data types may differ between engines, so each has its own file.
+        _keep(result, _of_engine(place, engine), notify)
+    return result
+
+
+def _bench_engine(request: BenchRequest, notify: Notify) -> tuple[Registry, Engine | None]:
+    """Check the options of a benchmark, and return the plugins and its engine; None is transformers."""
     if request.estimate:
         raise UsageError("`bench` does not predict.", hint="Call `estimate` with this request.")
     request.refuse(("device_flops", "device_bandwidth"), "requires --estimate")
@@ -168,16 +186,11 @@ def bench(request: BenchRequest, notify: Notify = ignore) -> BenchResult:
         engine.version()  # before the model is looked for, so that a missing engine is named at once
     else:
         request.refuse(["source"], "requires --engine")
-    subject = resolve_subject(request, registry, notify)
-    with ExitStack() as stack:
-        stack.enter_context(subject.architecture.source.watch.unchanged())
-        files = stack.enter_context(engine_files(subject, engine, request, registry, notify)) if engine else None
-        result = benchmark(subject, request, notify, (engine, files) if engine and files else None)
-    _save(result, request.output)
-    if place := _kept_place(subject, "bench"):
-        # Weights and data types may differ between engines, so each has its own file.
-        _keep(result, place.with_suffix(f".{engine.name}.json") if engine else place, notify)
-    return result
+    return registry, engine
+
+
+def _of_engine(place: Path, engine: Engine | None) -> Path:
+    return place.with_suffix(f".{engine.name}.json") if engine else place
 
 
 def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
@@ -208,6 +221,42 @@ def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
 
     _leave_to_main()
     return export_request(request, _registry(notify), notify)
+
+
+def dry_run(
+    request: SearchRequest | ApplyRequest | EvalRequest | BenchRequest, notify: Notify = ignore
+) -> DryRunResult:
+    """Say what a request would do and which files it would write; no weights are loaded, and nothing is written.
+
+    Raises:
+        SlebError: the request would fail before its work; its class tells what.
+    """
+    from sleb_cli.engine import dry_run as dry
+    from sleb_cli.engine.surgery.subject import resolve_subject
+
+    _leave_to_main()
+    if isinstance(request, SearchRequest):
+        return dry.dry_search(request, _registry(notify), notify)
+    if isinstance(request, ApplyRequest):
+        return dry.dry_apply(request, _registry(notify), notify)
+    output = [request.output] if request.output else []
+    if isinstance(request, EvalRequest):
+        _require_result_file(request)
+        subject = resolve_subject(request, _registry(notify), notify, dry=True)
+        kept = _kept_place(subject, "eval")
+        return dry.dry_eval(subject, request, [*output, *([kept] if kept else [])], notify)
+    registry, engine = _bench_engine(request, notify)
+    subject = resolve_subject(request, registry, notify, dry=True)
+    kept = _kept_place(subject, "bench")
+    return dry.dry_bench(subject, request, [*output, *([_of_engine(kept, engine)] if kept else [])], engine, notify)
+
+
+def env(notify: Notify = ignore) -> EnvResult:
+    """Describe the machine and the installation, for a report of a bug; it never fails, and holds no secrets."""
+    from sleb_cli.engine.bug_report import describe_environment
+    from sleb_cli.engine.files.cache import cache_root
+
+    return describe_environment(lambda: _registry(notify), cache_root)
 
 
 def _kept_place(subject: Subject, kind: Literal["eval", "bench"]) -> Path | None:

@@ -8,6 +8,7 @@ import typer
 
 from sleb_cli.commands.apply import apply
 from sleb_cli.commands.bench import bench
+from sleb_cli.commands.env import env
 from sleb_cli.commands.eval import eval_
 from sleb_cli.commands.export import export
 from sleb_cli.commands.plugins import plugins
@@ -46,3 +47,4 @@ app.command("eval")(eval_)
 app.command()(bench)
 app.command()(export)
 app.command()(plugins)
+app.command()(env)

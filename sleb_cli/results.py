@@ -578,3 +578,64 @@ class EstimateResult(ResultRecord):
     workloads: tuple[EstimatedWorkload, ...]
     dense: EstimatedSize
     pruned: tuple[EstimatedSize, ...]
+
+
+class AcceleratorRecord(Record):
+    """An accelerator and its memory."""
+
+    device: str
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+class EnvResult(VersionedRecord):
+    """The machine and the installation, for a report of a bug; what could not be read is null, and in `problems`.
+
+    `instructions` are those that torch's CPU kernels use: "AVX2". `auto` says in which data type `--dtype auto`
+    computes, by that of the checkpoint. `plugins` are versions of other packages, and `failed` says what is wrong with
+    plugins.
+    """
+
+    kind: Literal["env"]
+    python: str
+    packages: dict[str, str | None]
+    platform: str
+    processor: str
+    instructions: str | None
+    auto: dict[str, str]
+    cores: int
+    threads: int | None
+    accelerators: tuple[AcceleratorRecord, ...]
+    memory_bytes: int | None
+    free_bytes: int | None
+    cache: str | None
+    cache_bytes: int | None
+    plugins: dict[str, str]
+    failed: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+class DryRunResult(VersionedRecord):
+    """What a command would do on a model, in this data type on this device, and which files it would write.
+
+    `removed` is how many blocks would go, at most; null if the model must be timed first. `sizes` are those to be
+    measured besides the dense model, by their number of removals. `work` describes texts, tasks and workloads.
+    `memory_bytes` is what the weights take, and `written_bytes` the size of the new weights. `seconds` is null if it
+    cannot be told without running the model. Of a GGUF file that is pruned as it is, nothing is computed.
+    """
+
+    kind: Literal["dry-run"]
+    command: Literal["search", "apply", "eval", "bench"]
+    model: str
+    blocks: int
+    removed: int | None
+    sizes: tuple[int, ...] = ()
+    work: tuple[str, ...] = ()
+    dtype: str | None = None
+    device: str | None = None
+    memory_bytes: int | None = None
+    free_bytes: int | None = None
+    written_bytes: int | None = None
+    seconds: float | None = None
+    files: tuple[str, ...]

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from sleb_cli import api
-from sleb_cli.commands.options import JsonOption, QuietOption, takes
+from sleb_cli.commands.dry_run import dry_run_of
+from sleb_cli.commands.options import DryRunOption, JsonOption, QuietOption, takes
 from sleb_cli.requests import BenchRequest
 from sleb_cli.ui.bench import show_benchmark, show_estimate, show_markdown
 from sleb_cli.ui.console import show
@@ -17,12 +18,21 @@ MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print only a M
 
 @takes(BenchRequest)
 def bench(
-    request: BenchRequest, markdown: MarkdownOption = False, json: JsonOption = False, quiet: QuietOption = False
+    request: BenchRequest,
+    markdown: MarkdownOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure or predict the speed, memory and energy of the dense and the pruned model."""
-    for option, given in (("--json", json), ("--estimate", request.estimate)):
+    for option, given in (("--json", json), ("--estimate", request.estimate), ("--dry-run", dry_run)):
         if markdown and given:
             raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")
+    if dry_run and request.estimate:
+        raise UsageError("--dry-run does not apply to --estimate, which runs no model.", hint="Leave out one of them.")
+    if dry_run:
+        dry_run_of(request, json=json, quiet=quiet)
+        return
     if request.estimate:
         with show_progress(quiet=quiet) as notify:
             predicted = api.estimate(request, notify)

@@ -11,7 +11,7 @@ import sleb_cli.ui.plugins  # bound before a test replaces what it imports
 from sleb_cli import __main__ as program
 from sleb_plugins import errors
 
-COMMANDS = ["search", "apply", "eval", "bench", "export", "plugins"]
+COMMANDS = ["search", "apply", "eval", "bench", "export", "plugins", "env"]
 HEAVY = ["torch", "transformers", "datasets", "accelerate", "lm_eval", "numpy"]
 
 

@@ -22,7 +22,7 @@ from sleb_cli.atomic import (
 )
 from sleb_cli.engine.files.copying import local_path
 from sleb_cli.events import Notice, Notify
-from sleb_plugins import OutputError
+from sleb_plugins import OutputError, UsageError
 
 _ELSEWHERE = "Choose another place for the cache with the environment variable SLEB_CACHE."
 
@@ -58,9 +58,18 @@ def scratch_in_cache(name: str) -> Iterator[Path]:
         yield folder
 
 
-def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
-    """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all."""
+def cached_folder(name: str, fill: Callable[[Path], None], *, dry: bool = False) -> Path:
+    """Return the cached folder `name`; if it is missing, `fill` it first, completely or not at all.
+
+    Raises:
+        UsageError: it is missing, and nothing may be written (`dry`).
+    """
     folder = cache_root() / name
+    if dry and not folder.is_dir():
+        raise UsageError(
+            "This model is not in the cache yet, and --dry-run writes nothing there.",
+            hint="Run the command once without --dry-run.",
+        )
     remove_leftovers_of(folder)
     if not folder.is_dir():
         with writing(folder, hint=_ELSEWHERE):

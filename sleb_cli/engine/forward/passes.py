@@ -33,8 +33,9 @@ from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.forward.states import BASE, States, depths_to_keep
 from sleb_cli.events import Notice, Notify, SearchAdvanced
 from sleb_cli.units import format_bytes
-from sleb_plugins import LogitMetric, OutputError, UnsupportedModelError
+from sleb_plugins import LogitMetric, Metric, OutputError, UnsupportedModelError
 from sleb_plugins.errors import OutOfMemory
+from sleb_plugins.metrics.nll import NegativeLogLikelihood
 
 # At the depths of how many of a step's best candidates branches are kept.
 KEPT_DEPTHS = 4
@@ -285,6 +286,17 @@ class Passes:
             positions=self.budget.positions,
         )
         return scores.tolist()
+
+    def scoring(self, metric: Metric) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what scores what leaves the last block by a metric, or by the loss if it is no metric of logits."""
+        of_logits = metric if isinstance(metric, LogitMetric) else NegativeLogLikelihood()
+
+        def score(hidden: Tensor, ids: Tensor) -> Tensor:
+            predicted = Predictions(self.skippable, ids, hidden)
+            dense = predicted if of_logits.needs_dense_logits else None
+            return score_logits(of_logits, predicted, ids, dense, positions=self.budget.positions)
+
+        return score
 
     def _score_one_by_one(
         self, metric: LogitMetric, removed: Sequence[int], group: Mapping[int, Sequence[int]]

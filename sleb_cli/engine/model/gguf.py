@@ -38,8 +38,8 @@ _UNQUANTIZED: dict[int, torch.dtype] = {
 }
 
 
-def gguf_folder(path: Path, notify: Notify) -> Path:
-    """Return the Hugging Face folder of a GGUF file, converted on first use and kept in the cache.
+def gguf_folder(path: Path, notify: Notify, *, dry: bool = False) -> Path:
+    """Return the Hugging Face folder of a GGUF file, converted on first use, unless `dry`, and kept in the cache.
 
     Raises:
         ModelError: the file is truncated or not a GGUF file, or transformers cannot read its architecture.
@@ -51,7 +51,7 @@ def gguf_folder(path: Path, notify: Notify) -> Path:
         with watch.unchanged():
             convert_gguf(path, folder, notify)
 
-    return cached_folder(f"gguf-{_conversion(path)[:16]}", fill)
+    return cached_folder(f"gguf-{_conversion(path)[:16]}", fill, dry=dry)
 
 
 def _conversion(path: Path) -> str:

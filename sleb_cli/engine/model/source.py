@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import leads_out, local_path, reading
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files, hash_files
-from sleb_cli.engine.files.weights import WeightFiles, find_weights, read_json
+from sleb_cli.engine.files.weights import WeightFiles, find_weights, has_weights, read_json
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Advance, Notice, Notify, task
@@ -138,8 +138,11 @@ def locate_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     config_only: bool = False,
+    dry: bool = False,
 ) -> ModelSource:
     """Find the model, and download it if it is not on this machine: all of it, or its config alone.
+
+    With `dry`, no weights are downloaded, and nothing is converted.
 
     Raises:
         UsageError: `revision` is set for a model that is not from the Hub.
@@ -155,19 +158,20 @@ def locate_model(
     if model == DEMO:
         from sleb_cli.engine.model.demo import demo_folder
 
-        name, folder = DEMO, demo_folder(notify)
+        name, folder = DEMO, demo_folder(notify, dry=dry)
     elif is_gguf:
         from sleb_cli.engine.model.gguf import gguf_folder
 
-        name, folder = str(path.absolute()), gguf_folder(path, notify)
+        name, folder = str(path.absolute()), gguf_folder(path, notify, dry=dry)
     elif path.is_dir():
         folder = path.resolve()
         name = require_text(str(folder))
     elif path.exists():
         raise ModelError(f"{model} is a file, not a model.", hint="Name a folder, a .gguf file or a Hub id.")
     else:
-        folder = _download(model, revision, notify, config_only=config_only)
+        folder = _download(model, revision, notify, config_only=config_only or dry)
         name, revision = model, folder.name
+        config_only = config_only or (dry and not has_weights(folder))
     source = ModelSource(name, folder, revision, trust_remote_code, config_only)
     _require_own_files(source.folder)
     _require_whole_model(source)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,7 +14,7 @@ from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_j
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
 from sleb_cli.engine.files.copying import copy_file, leads_out
-from sleb_cli.engine.files.shards import NewTensor, new_tensor, plan_shards, write_weights
+from sleb_cli.engine.files.shards import INDEX, NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card import CARD, checkpoint_name, fill_in_results, model_card
@@ -30,7 +31,7 @@ from sleb_cli.engine.output.push import PushRequest, push
 from sleb_cli.engine.surgery.quantization import QUANTIZATION_FILES, prune_module_names
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
-from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord
 from sleb_cli.records import Proof, without_folders
@@ -112,26 +113,21 @@ def apply_removals(
     settings = settings or choose_proof_settings(subject.architecture, dtype)
     shard_bytes = shard_bytes or parse_bytes(DEFAULT_SHARD_SIZE, "--max-shard-size")
     with to.claimed(new_folder(to.place, replace=to.replace), source.watch, notify) as aside:
-        tensors = kept_tensors(surgery, dtype)
-        weights = plan_shards(source.weights, tensors, shard_bytes)
-        texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
-        copies, left_out, outside = _find_other_files(source, set(texts))
-        other_bytes = sum(file.stat().st_size for file in copies.values())
-        require_space(to.place, other_bytes + sum(shard.size for shard in weights.values() if not shard.same_as))
+        planned, left_out, outside = plan_files(surgery, to.place, dtype, shard_bytes)
         recovered = to.recovery.run() if to.recovery else None
         if recovered:
             tensors = kept_tensors(surgery, dtype, recovered)
-            weights = plan_shards(source.weights, tensors, shard_bytes)
-        write_weights(aside, weights, other_bytes, notify)
-        for name, text in texts.items():
+            planned = replace(planned, tensors=tensors, weights=plan_shards(source.weights, tensors, shard_bytes))
+        weights = planned.weights or {}
+        write_weights(aside, weights, sum(file.stat().st_size for file in planned.copies.values()), notify)
+        for name, text in planned.texts.items():
             (aside / name).write_text(text, encoding="utf-8")
-        for name, file in copies.items():
+        for name, file in planned.copies.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(file, aside / name)
         proof = None
         if to.verify:
             with to.kept_if_it_fails(aside):
-                planned = Planned(tensors, weights, texts, copies)
                 proof = prove(Reference(surgery, recovered), aside, planned, settings, notify)
         record = recovered.record if recovered else None
         _describe(subject, aside, record, proof, notify)
@@ -159,21 +155,57 @@ def apply_removals(
     )
 
 
+def plan_files(
+    surgery: Surgery, place: Path, dtype: torch.dtype | None, shard_bytes: int
+) -> tuple[Planned, list[str], list[str]]:
+    """Decide what the checkpoint will hold; also return the names of what stays behind, as `_find_other_files` does.
+
+    Raises:
+        OutputError: it does not fit on the disk.
+    """
+    source, tensors = surgery.architecture.source, kept_tensors(surgery, dtype)
+    weights = plan_shards(source.weights, tensors, shard_bytes)
+    texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
+    copies, left_out, outside = _find_other_files(source, set(texts))
+    other_bytes = sum(file.stat().st_size for file in copies.values())
+    require_space(place, other_bytes + sum(shard.size for shard in weights.values() if not shard.same_as))
+    return Planned(tensors, weights, texts, copies), left_out, outside
+
+
+def names_in_checkpoint(subject: Subject, planned: Planned, *, recovers: bool) -> list[str]:
+    """Return the names of all files that the checkpoint will hold."""
+    weights = planned.weights or {}
+    names = [*weights, *([INDEX] if len(weights) > 1 else []), *planned.texts, *planned.copies, CARD]
+    if subject.plan:
+        names.append(CHECKPOINT_PLAN)
+        names += [beside_plan(Path(CHECKPOINT_PLAN), kind).name for kind in _measured(subject, ignore, recovers)]
+    return sorted(names)
+
+
+def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal["eval", "bench"], Any]:
+    """Return what was measured of the plan, if the checkpoint is that very model."""
+    plan, file = subject.plan, subject.file
+    if not plan or not file or recovers or plan.model.fingerprint != subject.architecture.record.fingerprint:
+        return {}
+    kinds: dict[Literal["eval", "bench"], Any] = {"eval": EvalResult, "bench": BenchResult}
+    found = {name: measured_of_plan(kind, file, plan, notify) for name, kind in kinds.items()}
+    return {name: result for name, result in found.items() if result}
+
+
 def _describe(
     subject: Subject, folder: Path, recovery: RecoveryRecord | None, proof: Proof | None, notify: Notify
 ) -> None:
     """Add the model card, the plan, and what was measured of it, without local folders."""
-    plan, file, path = subject.plan, subject.file, folder / CHECKPOINT_PLAN
+    plan, path = subject.plan, folder / CHECKPOINT_PLAN
     (folder / CARD).write_text(model_card(subject, recovery, proof), encoding="utf-8")
     if plan:
         described = plan.model_copy(update={"recovery": recovery, "proof": proof})
         path.write_text(to_json(described.published().to_data()), encoding="utf-8")
-        if file and not recovery and plan.model.fingerprint == subject.architecture.record.fingerprint:
-            if evaluation := measured_of_plan(EvalResult, file, plan, notify):
+        if measured := _measured(subject, notify, recovery is not None):
+            for kind, result in measured.items():
                 # Files of lm-eval are not copied.
-                evaluation.model_copy(update={"lm_eval": ()}).write(beside_plan(path, "eval"))
-            if benchmark := measured_of_plan(BenchResult, file, plan, notify):
-                benchmark.write(beside_plan(path, "bench"))
+                alone = result.model_copy(update={"lm_eval": ()}) if kind == "eval" else result
+                alone.write(beside_plan(path, kind))
             fill_in_results(folder, notify)
 
 

@@ -59,11 +59,8 @@ def prune_gguf(
         ProofError: the file does not compute the same as the source with these blocks skipped.
         OutputError: the file exists, cannot be written, or is the source itself.
     """
-    surgery = plan_gguf_surgery(file, removals)
+    surgery = plan_gguf(file, removals, to)
     pruned = surgery.pruned()
-    if are_the_same(to.place, file.path):
-        raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
-    require_new_file(to.place, force=to.replace)
     watch = Watch()
     watch.add(file.path)
     with to.claimed(new_file(to.place, replace=to.replace), watch, notify) as aside:
@@ -97,6 +94,15 @@ def prune_gguf(
         proof=proof,
         unproven=unproven,
     )
+
+
+def plan_gguf(file: GgufFile, removals: tuple[int, ...], to: Delivery) -> GgufSurgery:
+    """Check that these blocks can be removed from a file, and that its place is free; raises like `prune_gguf`."""
+    surgery = plan_gguf_surgery(file, removals)
+    if are_the_same(to.place, file.path):
+        raise OutputError(f"{to.place} is the source file itself.", hint="Choose another name with -o.")
+    require_new_file(to.place, force=to.replace)
+    return surgery
 
 
 def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTensors, ...]:

@@ -32,10 +32,7 @@ def engine_files(
         UsageError: the engine reads GGUF files, but none of this model is known; or `request.source` does not apply.
         PlanError: `request.source` holds another model.
     """
-    is_checkpoint = engine.reads == "checkpoint"
-    if is_checkpoint and request.source is not None:
-        raise UsageError(f"--source does not apply to --engine {engine.name}.", hint="Leave out --source.")
-    own = subject.architecture.source.folder if is_checkpoint else _gguf_source(subject, engine, request, notify)
+    is_checkpoint, own = engine.reads == "checkpoint", engine_source(subject, engine, request, notify)
     with scratch_folder(Path(gettempdir()), "sleb-bench") as folder:
 
         def write(surgery: Surgery) -> Path:
@@ -52,14 +49,26 @@ def engine_files(
         yield write
 
 
-def _gguf_source(subject: Subject, engine: Engine, request: BenchRequest, notify: Notify) -> Path:
+def engine_source(
+    subject: Subject, engine: Engine, request: BenchRequest, notify: Notify, *, dry: bool = False
+) -> Path:
+    """Return the model's own file or folder that an engine reads; with `dry`, nothing is downloaded for it.
+
+    Raises:
+        UsageError: the engine reads GGUF files, but none of this model is known; or `request.source` does not apply.
+        PlanError: `request.source` holds another model.
+    """
+    if engine.reads == "checkpoint":
+        if request.source is not None:
+            raise UsageError(f"--source does not apply to --engine {engine.name}.", hint="Leave out --source.")
+        return subject.architecture.source.folder
     model = subject.architecture.record
     if request.source is not None:
         if not request.any_model:
             require_same_kind_of_model(model, read_gguf(request.source), notify)
         return request.source
     if model.id == DEMO:
-        return demo_gguf(notify)
+        return demo_gguf(notify, dry=dry)
     if model.id.endswith(".gguf"):
         return Path(model.id)
     raise UsageError(

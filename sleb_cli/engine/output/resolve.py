@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from sleb_cli.engine.gguf.file import GgufFile, read_gguf
 from sleb_cli.engine.output.apply import apply_removals, default_folder, require_new_folder
 from sleb_cli.engine.output.apply_gguf import are_the_same, default_place, prune_gguf, require_same_kind_of_model
 from sleb_cli.engine.output.delivery import Delivery
-from sleb_cli.engine.output.proof import choose_proof_settings
+from sleb_cli.engine.output.proof import ProofSettings, choose_proof_settings
 from sleb_cli.engine.output.push import PushRequest, require_pushable
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.recovery.unfinished import Unfinished, clear_old
@@ -30,16 +30,60 @@ from sleb_cli.units import parse_bytes
 from sleb_plugins import OutputError, UnsupportedModelError, UsageError
 
 
+@dataclass(frozen=True)
+class ToCheckpoint:
+    """A checkpoint after every check: for its fields, see `apply_removals`."""
+
+    subject: Subject
+    to: Delivery
+    dtype: torch.dtype | None
+    shard_bytes: int
+    settings: ProofSettings
+    push_to: PushRequest | None
+
+
+@dataclass(frozen=True)
+class ToGguf:
+    """A GGUF file after every check: for its fields, see `prune_gguf`."""
+
+    file: GgufFile
+    removals: tuple[int, ...]
+    to: Delivery
+
+
 def apply_request(
     request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup
 ) -> ApplyResult | GgufResult:
-    """Write the checkpoint or GGUF file that a request asks for; the processes of a group recover together.
+    """Write the checkpoint or GGUF file that a request asks for; raises like `resolve_apply`.
+
+    Raises:
+        ProofError: it does not compute what it should.
+    """
+    asked = resolve_apply(request, registry, notify, group)
+    if isinstance(asked, ToGguf):
+        return prune_gguf(asked.file, asked.removals, asked.to, registry, notify)
+    return apply_removals(
+        asked.subject,
+        asked.to,
+        notify,
+        dtype=asked.dtype,
+        shard_bytes=asked.shard_bytes,
+        settings=asked.settings,
+        push_to=asked.push_to,
+    )
+
+
+def resolve_apply(
+    request: ApplyRequest, registry: Registry, notify: Notify, group: ProcessGroup, *, dry: bool = False
+) -> ToCheckpoint | ToGguf:
+    """Check and complete a request; the processes of a group recover together.
+
+    With `dry`, no model is downloaded or converted for it, and nothing old is removed.
 
     Raises:
         UsageError: options contradict each other, or the blocks or their number do not fit.
         PlanError: the plan is unreadable, or was made for another model.
         OutputError: the output exists, or cannot be written.
-        ProofError: it does not compute what it should.
         WorkerFinished: this process only helped to recover; the main process writes.
     """
     _require_coherent(request)
@@ -47,18 +91,19 @@ def apply_request(
     source = _gguf_source(request)
     file = read_gguf(source) if source else None
     if file and not (request.recover or request.heal):
-        removals = _removals(request, file, registry, notify)
-        return prune_gguf(file, removals, _delivery(request, default_place(file, removals)), registry, notify)
-    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True))
+        removals = _removals(request, file, registry, notify, dry=dry)
+        return ToGguf(file, removals, _delivery(request, default_place(file, removals), dry=dry))
+    subject = group.one_first(lambda: resolve_subject(request, registry, notify, needs_removals=True, dry=dry))
     if file is None:
-        return _to_checkpoint(subject, request, group, notify)
+        return _to_checkpoint(subject, request, group, notify, dry=dry)
     removals = subject.surgery.removals
-    to = _delivery(request, default_place(file, removals))
-    to = _recovering(to, subject, request, None, None, group, notify, gguf=file)
-    return prune_gguf(file, removals, to, registry, notify)
+    to = _delivery(request, default_place(file, removals), dry=dry)
+    return ToGguf(file, removals, _recovering(to, subject, request, None, None, group, notify, gguf=file))
 
 
-def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup, notify: Notify) -> ApplyResult:
+def _to_checkpoint(
+    subject: Subject, request: ApplyRequest, group: ProcessGroup, notify: Notify, *, dry: bool
+) -> ToCheckpoint:
     architecture = subject.architecture
     shard_size = DEFAULT_SHARD_SIZE if request.max_shard_size is None else request.max_shard_size
     shard_bytes = parse_bytes(str(shard_size), "--max-shard-size")
@@ -70,7 +115,7 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
     dtype = parse_dtype(request.dtype, architecture.dtype) if request.dtype else None
     device_map = resolve_device_map(request, architecture)
     settings = choose_proof_settings(architecture, dtype, device_map, request.stream)
-    to = _delivery(request, default_folder(subject))
+    to = _delivery(request, default_folder(subject), dry=dry)
     require_new_folder(to.place, architecture.source, force=to.replace)
     push_to = None
     if request.push is not None:
@@ -78,12 +123,13 @@ def _to_checkpoint(subject: Subject, request: ApplyRequest, group: ProcessGroup,
         require_pushable(push_to)
     if request.recover or request.heal:
         to = _recovering(to, subject, request, dtype, device_map, group, notify)
-    return apply_removals(subject, to, notify, dtype=dtype, shard_bytes=shard_bytes, settings=settings, push_to=push_to)
+    return ToCheckpoint(subject, to, dtype, shard_bytes, settings, push_to)
 
 
-def _delivery(request: ApplyRequest, default: Path) -> Delivery:
+def _delivery(request: ApplyRequest, default: Path, *, dry: bool) -> Delivery:
     place, kept = request.output or default, request.keep_failed
-    clear_old(place.absolute().parent)
+    if not dry:
+        clear_old(place.absolute().parent)
     if kept is not None and kept.exists():
         raise OutputError(f"{kept} already exists.", hint="Choose another folder with --keep-failed.")
     # What is healed may have been killed just after it wrote its output.
@@ -189,7 +235,9 @@ def _gguf_model(request: ApplyRequest) -> Path | None:
     return Path(named) if named.endswith(".gguf") and not Path(named).is_dir() else None
 
 
-def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify) -> tuple[int, ...]:
+def _removals(
+    request: ApplyRequest, file: GgufFile, registry: Registry, notify: Notify, *, dry: bool
+) -> tuple[int, ...]:
     """Return the blocks to remove, after checking that they belong to this file's model."""
     if request.source is not None and request.model is not None:
         raise UsageError(
@@ -199,9 +247,9 @@ def _removals(request: ApplyRequest, file: GgufFile, registry: Registry, notify:
     if request.blocks is not None and not (request.subject and is_plan(named)):
         removals = first_removals(request.blocks, request.remove, "--blocks")
         if request.subject and not are_the_same(file.path, Path(named)) and not request.any_model:
-            model = resolve_subject(request, registry, notify).architecture.record
+            model = resolve_subject(request, registry, notify, dry=dry).architecture.record
     elif request.source is None or request.blocks is not None or not is_plan(named):
-        return resolve_subject(request, registry, notify, needs_removals=True).surgery.removals
+        return resolve_subject(request, registry, notify, needs_removals=True, dry=dry).surgery.removals
     else:
         plan = read_plan(Path(named))
         removals, model = first_of_plan(plan, request.remove, Path(named)).removals, plan.model

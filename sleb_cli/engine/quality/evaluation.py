@@ -15,7 +15,8 @@ import transformers
 from sleb_cli.atomic import to_json
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.environment import processor_name
-from sleb_cli.engine.forward.placement import device_of, place_model, resolve_device_map
+from sleb_cli.engine.forward.placement import Placement, device_of, place_model, resolve_device_map
+from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.lm_eval_files import LmEvalResults
@@ -46,38 +47,14 @@ def evaluate_subject(
         ModelError: a loss is not finite.
         UsageError: a number is out of range, or a streamed model is to run tasks.
     """
-    if request.stream and request.tasks:
-        raise UsageError(
-            "--tasks needs the whole model in memory: with --stream, each batch of requests would read it again.",
-            hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
-        )
-    architecture = subject.architecture
-    device_map = resolve_device_map(request, architecture)
-    device = device_of(device_map, request.device)
-    asked, dtype = False if request.tasks else request.stream, request.dtype or AUTO
-    placement = group.from_main(
-        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked)
-    )
-    models = Models(subject, request, replace(placement, device=device), group, notify)
+    architecture, placement = subject.architecture, place_evaluation(subject, request, notify, group)
+    models = Models(subject, request, placement, group, notify)
     # Read before any model, so that a missing text or a broken task file is reported early.
     tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
     tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
-    length = choose_length(request.sequence_length, architecture)
-    names = request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
-    texts = group.one_first(
-        lambda: [
-            cut_for_evaluation(
-                tokenizer,
-                evaluation_text(name),
-                length,
-                bos=request.bos,
-                stride=request.stride,
-                most=request.max_windows,
-            )
-            for name in names
-        ]
-    )
+    names = texts_of(request)
+    texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
     for sentence in _remarks(texts, subject):
         notify(Notice(sentence))
     batch_size = None if request.items_per_batch == AUTO else int(request.items_per_batch)
@@ -95,15 +72,51 @@ def evaluate_subject(
         model=architecture.record,
         behavior=architecture.source.behavior,
         dtype=dtype_name(placement.dtype),
-        device=device.type,
+        device=placement.device.type,
         sizes=tuple(models.sizes[1:]),
         torch=str(torch.__version__),
         transformers=transformers.__version__,
-        processor=processor_name(device),
+        processor=processor_name(placement.device),
         texts=measured,
         tasks=tuple(compared),
     )
     return result, found
+
+
+def place_evaluation(subject: Subject, request: EvalRequest, notify: Notify, group: ProcessGroup) -> Placement:
+    """Choose where the models are and in which data type they compute; raises like `evaluate_subject`."""
+    if request.stream and request.tasks:
+        raise UsageError(
+            "--tasks needs the whole model in memory: with --stream, each batch of requests would read it again.",
+            hint="Leave out --stream, or measure --perplexity alone. --device-map auto runs tasks, slowly.",
+        )
+    architecture = subject.architecture
+    device_map = resolve_device_map(request, architecture)
+    device = device_of(device_map, request.device)
+    asked, dtype = False if request.tasks else request.stream, request.dtype or AUTO
+    placement = group.from_main(
+        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked)
+    )
+    return replace(placement, device=device)
+
+
+def texts_of(request: EvalRequest) -> tuple[str, ...]:
+    """Return the texts that perplexity is measured on."""
+    return request.perplexity or (() if request.tasks else (DEFAULT_TEXT,))
+
+
+def read_evaluation_text(
+    name: str, request: EvalRequest, tokenizer: Any, architecture: Architecture
+) -> EvaluationWindows:
+    """Read a text and cut it into windows; raises like `evaluate_subject`."""
+    return cut_for_evaluation(
+        tokenizer,
+        evaluation_text(name),
+        choose_length(request.sequence_length, architecture),
+        bos=request.bos,
+        stride=request.stride,
+        most=request.max_windows,
+    )
 
 
 def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> LmEvalResults:
@@ -112,7 +125,7 @@ def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> L
     fingerprints = {task.name: f"{task.fingerprint()}, packages {versions}" for task in tasks}
     found: LmEvalResults = {removals: [] for removals in models.sizes}
     cached = dict.fromkeys(fingerprints)
-    for removals in models.sizes:
+    for number, removals in enumerate(models.sizes):
         what = "dense" if not removals else f"{len(removals)} removed"
         for task in tasks:
             fingerprint = fingerprints[task.name]
@@ -120,7 +133,8 @@ def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> L
             if results is None:
                 model = models.without(removals).model
                 with as_transformers_loads([model]):
-                    results = task.run(model, tokenizer, what, models.notify, models.group)
+                    left = len(models.sizes) - number if task.name in cached else 0  # said before the first of them
+                    results = task.run(model, tokenizer, what, models.notify, models.group, left)
                 models.cache(removals, to_json(results).encode(), task=fingerprint)
                 cached.pop(task.name, None)
             found[removals].append(results)

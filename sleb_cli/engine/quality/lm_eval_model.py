@@ -16,7 +16,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sleb_cli.engine.device import choose_device, input_device
+from sleb_cli.engine.device import choose_device, dtype_name, input_device
+from sleb_cli.engine.forecast import announce, is_short, padded_tokens
+from sleb_cli.engine.forward.pace import seconds_of, seconds_per_token
 from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
@@ -24,10 +26,14 @@ from sleb_cli.engine.surgery.subject import resolve_subject
 from sleb_cli.events import Event, Notice, Notify, Warned, task
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import AUTO, OneSizeRequest
+from sleb_cli.units import plural
 from sleb_plugins import UsageError
 from sleb_plugins.errors import is_out_of_memory
 
 _log = logging.getLogger("lm_eval.sleb")
+
+AUTO_BATCH = 16
+"""How many requests a batch is taken to have where lm-eval looks for the most that fit."""
 
 
 class LoadedModel(HFLM):  # type: ignore[misc]
@@ -40,9 +46,10 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         model: the model.
         tokenizer: its tokenizer.
         batch_size: how many requests a batch has, or "auto".
-        name: what progress is reported under.
+        named: the task, and what the model is called, under which progress is reported.
         notify: the listener for events.
         group: the processes.
+        models: how many models will answer the same requests; if any, it is told how long that takes.
     """
 
     def __init__(
@@ -50,14 +57,15 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         model: Any,
         tokenizer: Any,
         batch_size: int | str,
-        name: str,
+        named: tuple[str, str],
         notify: Notify,
         group: ProcessGroup,
+        models: int = 0,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         # If the model is spread over devices, tokens may not go in where its first weight is.
-        self._device, self._name, self._notify, self._group = input_device(model), name, notify, group
-        self._batches, self._is_probing = 0, False
+        self._device, self._named, self._notify, self._group = input_device(model), named, notify, group
+        self._batches, self._is_probing, self._models = 0, False, models
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each continuation, and whether it is the most likely one."""
@@ -65,22 +73,56 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each text."""
+        if self._models:
+            texts, most = [self.tok_encode(request.args[0]) for request in requests], self.max_length
+            self._announce([tuple(text[at : at + most]) for text in texts for at in range(0, len(text), most)])
         return self._reported(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
         """Return what the model writes after each prompt."""
         write = super().generate_until
+        if self._models:
+            new = max((int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests), default=0)
+            self._announce([tuple(self.tok_encode(request.args[0])) for request in requests], new)
         return self._reported(lambda asked: self._together(lambda: write(asked)), requests)
 
     def _reported(self, answer: Callable[[Sequence[Any]], Any], requests: Sequence[Any]) -> Any:
-        with task(self._notify, self._name, len(requests), "requests") as advance:
+        with task(self._notify, ", ".join(self._named), len(requests), "requests") as advance:
             # lm-eval tells each answer to its cache.
             self.cache_hook = SimpleNamespace(add_partial=lambda *answer: advance())
             return answer(requests)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
         rate = super()._loglikelihood_tokens
+        if self._models and options.get("override_bs") is None:
+            self._announce([(*context, *answer)[:-1][-self.max_length :] for _, context, answer in requests])
         return self._together(lambda: rate(requests, **options))
+
+    def _announce(self, requests: Sequence[tuple[int, ...]], new_tokens: int = 0) -> None:
+        """Tell how long it takes to rate requests, given by their tokens, or to write so many tokens after each."""
+        run = requests if new_tokens else list(set(requests))  # equal ones are rated once
+        batch = self.batch_size if isinstance(self.batch_size, int) else AUTO_BATCH
+        lengths, elements = sorted(map(len, run)), sum(weight.numel() for weight in self.model.parameters())
+        tokens = padded_tokens(lengths, batch)
+        if is_short(2 * elements * (tokens + len(run) * new_tokens) * self._models):
+            return
+        call, middle = super()._model_call, lengths[len(lengths) // 2]
+        ids = torch.tensor(max(run, key=len)[:middle], device=self.device).expand(min(batch, len(run)), -1)
+
+        def timed(piece: Tensor) -> float:
+            return seconds_of(lambda: call(piece).log_softmax(-1), piece.device)
+
+        seconds = seconds_per_token(timed, ids) * tokens
+        if new_tokens:  # all sequences of a batch get one at once
+            seconds += seconds_per_token(timed, ids[:, :1]) * len(ids) * new_tokens * -(-len(run) // batch)
+        writes = f", at most {new_tokens:,} new ones each" if new_tokens else ""
+        announce(
+            self._notify,
+            f"{self._named[0]}: {len(requests):,} requests of about {sum(lengths) // len(lengths):,} tokens{writes}, "
+            f"{plural(self._models, 'model')} in {dtype_name(self.model.dtype)}",
+            seconds * self._models / self._group.size,
+            ids.device,
+        )
 
     def _together(self, answer: Callable[[], list[Any]]) -> list[Any]:
         """Return all answers, each from the process that computed it.

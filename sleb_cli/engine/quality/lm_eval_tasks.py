@@ -92,10 +92,12 @@ class LoadedTask:
         what: str = "",
         notify: Notify = ignore,
         group: ProcessGroup | None = None,
+        models: int = 0,
     ) -> dict[str, Any]:
         """Return lm-eval's results on a model, called `what`, with all samples, as JSON holds them.
 
-        If the device is out of memory, smaller batches are tried.
+        If the device is out of memory, smaller batches are tried. With `models`, how many are still to run the task, it
+        is told how long that takes.
 
         Raises:
             UsageError: the task needs more positions than the model has, or a chat template or EOS token that the
@@ -118,8 +120,9 @@ class LoadedTask:
         def run(requests: int) -> dict[str, Any]:
             from sleb_cli.engine.quality.lm_eval_model import LoadedModel
 
-            batch_size, name = size if requests == largest else requests, f"{self.name}, {what}"
-            return self._evaluate(LoadedModel(model, tokenizer, batch_size, name, notify, group or ProcessGroup()))
+            batch_size, named = size if requests == largest else requests, (self.name, what)
+            answering = LoadedModel(model, tokenizer, batch_size, named, notify, group or ProcessGroup(), models)
+            return self._evaluate(answering)
 
         def reduced(requests: int) -> None:
             notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at once."))
@@ -165,13 +168,19 @@ def load_tasks(names: Sequence[str], request: EvalRequest, also: Iterable[str] =
     Raises:
         DataError: a task is unknown, its file or data cannot be read, or it needs something that is not supported.
     """
+    manager = find_tasks(names, request, also)
+    return tuple(LoadedTask(name, manager, request) for name in names)
+
+
+def find_tasks(names: Sequence[str], request: EvalRequest, also: Iterable[str] = ()) -> Any:
+    """Return lm-eval's index of these tasks, groups and tags, whose data is not read yet; raises like `load_tasks`."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(names, [folder for folder in (FOLDER, request.include_path) if folder is not None])
     for name in names:
         if name not in manager.all_tasks:
             hint = did_you_mean(name, [*also, *manager.all_tasks], otherwise="`lm-eval ls tasks` lists them.")
             raise DataError(f"lm-eval has no task {name!r}.", hint=hint)
-    return tuple(LoadedTask(name, manager, request) for name in names)
+    return manager
 
 
 def task_manager(names: Iterable[str], folders: Sequence[Path]) -> Any:

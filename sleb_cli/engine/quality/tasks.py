@@ -51,10 +51,18 @@ def load_requested(request: EvalRequest) -> tuple[LoadedTask, ...]:
         DataError: a task or the folder does not exist, or its file or data cannot be read.
         UsageError: a number is out of range.
     """
+    return load_tasks(names_of(request), request, also=PRESETS)
+
+
+def names_of(request: EvalRequest) -> list[str]:
+    """Return the names of the tasks that a request names, those of presets in their place.
+
+    Raises:
+        DataError: the folder does not exist.
+    """
     if request.include_path is not None and not request.include_path.is_dir():
         raise DataError(f"There is no folder {request.include_path}.", hint="Check --include-path.")
-    names = dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,)))
-    return load_tasks(list(names), request, also=PRESETS)
+    return list(dict.fromkeys(name for named in request.tasks for name in PRESETS.get(named, (named,))))
 
 
 def fitting(

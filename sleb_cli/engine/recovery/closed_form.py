@@ -22,24 +22,27 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sleb_cli.engine.device import CPU, as_float64, in_smaller_pieces, translate_out_of_memory
+from sleb_cli.engine.device import CPU, as_float64, dtype_name, in_smaller_pieces, translate_out_of_memory
+from sleb_cli.engine.forecast import Load
 from sleb_cli.engine.forward.fork_check import CHECKED_SEQUENCES, why_not_fork
 from sleb_cli.engine.forward.holding import SharedInputs, spilled
 from sleb_cli.engine.forward.offload import loaded
+from sleb_cli.engine.forward.pace import announce_passes
 from sleb_cli.engine.forward.skipping import Call, SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
-from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes
+from sleb_cli.engine.recovery.least_squares import Gains, Ridge, best_ridge, ridge_bytes, seconds_of_ridge
 from sleb_cli.engine.recovery.residual_projections import (
     ResidualProjection,
     final_norm,
     find_residual_projections,
     passing,
+    runs_to_find,
 )
 from sleb_cli.engine.recovery.unfinished import Saved, fit_file
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
-from sleb_cli.units import format_bytes
+from sleb_cli.units import format_bytes, plural
 from sleb_plugins import MachineError, UnsupportedModelError
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -54,6 +57,8 @@ SILENT = 0.01
 """Channels that a norm multiplies by less than this share of the mean are not fitted."""
 DECIDING_POSITIONS = 2048
 """About how many positions compare two fits."""
+PIECE_TOKENS = 64
+"""Tokens on which it is found which weights of a block are fitted, to say how long that takes."""
 GROUPS = 8
 """A text's batches are summed in this many groups, in order, so that sums do not depend on the number of processes."""
 
@@ -119,12 +124,20 @@ def recover_in_closed_form(
             states = _States(skippable, frozenset(removed), train, deciding, batch, group, on_host=in_host_memory)
             return _Recovery(states, stored or skippable.model.dtype, spill_to, saved, notify).run()
 
+        fitted_before = len(list(saved.glob("*.safetensors"))) if saved else 0
+        _announce(notify, skippable, removed, train, deciding, group.size, fitted_before)
         batch = max(1, BATCH_TOKENS // deciding.shape[1])
         if group.size > 1:  # all have the same batches, so one cannot take smaller ones by itself
             return run(batch)
         return in_smaller_pieces(
             run, batch, lambda batch: notify(Notice(f"Out of memory on {device}; fitting {batch} sequences at a time."))
         )
+
+
+def _compared_positions(deciding: Tensor) -> Tensor:
+    """Return the positions of each sequence that compare two fits."""
+    length = deciding.shape[1]
+    return torch.arange(0, length - 1, max(1, len(deciding) * (length - 1) // DECIDING_POSITIONS))
 
 
 class _States:
@@ -152,9 +165,7 @@ class _States:
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
-        length = deciding.shape[1]
-        step = max(1, len(deciding) * (length - 1) // DECIDING_POSITIONS)
-        self.positions = torch.arange(0, length - 1, step, device=skippable.device)
+        self.positions = _compared_positions(deciding).to(skippable.device)
         self.compared = len(self.positions) * len(deciding)
 
     def _take(self, text: Tensor, batch: int) -> list[range]:
@@ -420,14 +431,9 @@ def fit_block(
     as long as s stays what it is. It does not, and what a fit makes smaller, the norm makes larger again: so the
     gains are fitted after W, which is exact, and then both again with the new s.
     """
-    exact = [projection for projection in projections if projection.exact]
-    near = [projection for projection in projections if not projection.exact]
-    together = [projection for projection in exact if projection.kind != "gain"] + near
-    behind_norms = any(projection.norm for projection in exact)
-    rounds = [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
     values: dict[str, Tensor] = {}
     fits: list[Fit] = []
-    for fitted in rounds:
+    for fitted in fit_rounds(projections):
         found = fit(fitted, values)
         values, after = values | found.values, found.after
         for norm in (projection.norm for projection in fitted if projection.norm):
@@ -437,7 +443,17 @@ def fit_block(
                 values = values | gains.values
         fits.append(Fit(found.ridge, values, fits[0].before if fits else found.before, after))
     # After the first of several rounds, how the rest of the block responds is not yet known.
-    return min(fits[bool(near and exact) :], key=lambda fit: fit.after)
+    both = len({projection.exact for projection in projections}) > 1
+    return min(fits[both:], key=lambda fit: fit.after)
+
+
+def fit_rounds(projections: Sequence[ResidualProjection]) -> list[list[ResidualProjection]]:
+    """Return which projections of a block are fitted at once, round by round."""
+    exact = [projection for projection in projections if projection.exact]
+    near = [projection for projection in projections if not projection.exact]
+    together = [projection for projection in exact if projection.kind != "gain"] + near
+    behind_norms = any(projection.norm for projection in exact)
+    return [together] * bool(near) + [exact] * bool(exact) + [exact] * behind_norms
 
 
 def _changes(
@@ -456,6 +472,59 @@ def _changes(
         yield f"{projection.name}.weight", part.T if projection.kind == "matrix" else part
     for projection in [projection for projection in projections if projection.takes_bias][:1]:
         yield f"{projection.name}.bias", fitted[start]
+
+
+def _announce(
+    notify: Notify,
+    skippable: SkippableModel,
+    removed: Collection[int],
+    train: Tensor,
+    deciding: Tensor,
+    processes: int,
+    fitted_before: int,
+) -> None:
+    """Tell how long the fits take at most: they stop where nothing is gained. All are taken to be like the first."""
+    count, device, both = len(skippable.switches), skippable.device, train.numel() + deciding.numel()
+    kept = [block for block in range(count) if block not in removed]
+    first = max((block for block in kept if block < min(removed)), default=kept[0])
+    refitted = [block for block in kept if block >= first][fitted_before:]
+    call = skippable.calls(train[:1, :PIECE_TOKENS].to(device))[first]
+    with skippable.loaded(first):
+        projections = find_residual_projections(skippable, call, call.entering)
+    if not projections or not refitted:
+        return
+    rounds = fit_rounds(projections)
+    inputs = [sum(each.inputs for each in fitted) for fitted in rounds if fitted[0].kind != "gain"]
+    gains = sum(each.kind == "gain" or each.norm is not None for fitted in rounds for each in fitted)
+    tokens = len(inputs) * both + gains * (train.numel() / GAINS_SHARE + deciding.numel())
+    # The dense and the recovered states of each depth, and what leaves the dense model.
+    loads = [Load((count + len(kept)) * both + count * deciding.numel(), 0, 3 * count)]
+    compared = len(deciding) * len(_compared_positions(deciding))
+    runs = runs_to_find(skippable.switches[first].block, call.entering.shape[-1])
+    tried = runs * min(BATCH_TOKENS, train.numel())
+    for block in refitted:
+        behind = sum(other > block for other in kept)
+        loads.append(Load(tokens + tried + behind * deciding.numel(), compared, behind + 2))
+    model = Variant(skippable)
+
+    def score(hidden: Tensor, ids: Tensor) -> object:
+        return summed_losses(model, model, hidden, hidden, ids, torch.arange(ids.shape[1] - 1, device=device))
+
+    def sums() -> float:
+        timed = [seconds_of_ridge(count, call.entering.shape[-1], device) for count in inputs]
+        return len(refitted) * sum(both * adding + solving for adding, solving in timed)
+
+    announce_passes(
+        notify,
+        f"Recovery: at most {plural(len(refitted), 'block')} fitted to {train.numel():,} tokens in "
+        f"{dtype_name(skippable.model.dtype)}",
+        skippable,
+        loads,
+        train[: max(1, BATCH_TOKENS // train.shape[1])].to(device),
+        score,
+        processes=processes,
+        besides=sums,
+    )
 
 
 def fitting_bytes(block: nn.Module, width: int) -> int:

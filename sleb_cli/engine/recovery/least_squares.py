@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.device import CPU, as_float64
+from sleb_cli.engine.forward.pace import seconds_of
+
+TIMED_ROWS, TIMED_FEATURES = 1024, 2048
+RIDGES_TRIED = 3
+"""How many ridges are usually tried."""
 
 PANEL_COLUMNS = 512
 """Columns of X'X that are computed at once: enough to fill matrix units."""
@@ -96,6 +101,20 @@ class Gains(Ridge):
 
     def _times(self, coefficients: Tensor) -> Tensor:
         return self.xx * coefficients
+
+
+def seconds_of_ridge(features: int, outputs: int, device: torch.device) -> tuple[float, float]:
+    """Measure how long a row takes to be added to a regression of this size, and how long all of its ridges take.
+
+    Solving takes the cube of the features, so a large one is measured on fewer.
+    """
+    rows, solved = torch.ones(TIMED_ROWS, features, device=device), min(features, TIMED_FEATURES)
+    targets, weights = torch.ones(TIMED_ROWS, outputs, device=device), torch.ones(TIMED_ROWS, device=device)
+    whole, part = Ridge(features, outputs, device), Ridge(solved, outputs, device)
+    part.add(rows[:, :solved], targets, weights)
+    adding = seconds_of(lambda: whole.add(rows, targets, weights), device) / TIMED_ROWS
+    solving = seconds_of(lambda: part.error(part.solve(1.0)), device)
+    return adding, RIDGES_TRIED * solving * (features / solved) ** 3
 
 
 def best_ridge(train: Ridge, deciding: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from sleb_cli.atomic import require_new_file
 from sleb_cli.engine.device import free_memory
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.journal import delete_journal, journal_of
-from sleb_cli.engine.search.resolve import can_race, resolve_search
+from sleb_cli.engine.search.resolve import ResolvedSearch, can_race, resolve_search
 from sleb_cli.engine.search.run import load_inputs, run_search
 from sleb_cli.engine.search.strategies import strategy_name
 from sleb_cli.engine.search.targets import chosen_target
@@ -38,10 +39,7 @@ def compare_removals(
     """
     notify = _each_notice_once(notify)
     entries = parse_entries(request)
-    if group.is_main:
-        require_new_file(request.plan_file, force=request.force)
-    requests = [_request_for(request, metric, strategy, registry) for metric, strategy in entries]
-    resolved = [resolve_search(each, registry, notify, group) for each in requests]
+    resolved = resolve_compared(request, entries, registry, notify, group)
     inputs = load_inputs(resolved[0], group, notify)
     plans: list[Plan] = []
     for number, search in enumerate(resolved):
@@ -75,6 +73,22 @@ def compare_removals(
         best="@".join(entries[number]),
     )
     return result, best
+
+
+def resolve_compared(
+    request: SearchRequest,
+    entries: Sequence[tuple[str, StrategyName]],
+    registry: Registry,
+    notify: Notify,
+    group: ProcessGroup,
+    *,
+    dry: bool = False,
+) -> list[ResolvedSearch]:
+    """Check the search of each entry; with `dry`, no model is downloaded or converted for it."""
+    if group.is_main:
+        require_new_file(request.plan_file, force=request.force)
+    requests = [_request_for(request, metric, strategy, registry) for metric, strategy in entries]
+    return [resolve_search(each, registry, notify, group, dry=dry) for each in requests]
 
 
 def parse_entries(request: SearchRequest) -> list[tuple[str, StrategyName]]:

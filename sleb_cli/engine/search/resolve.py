@@ -107,18 +107,22 @@ class ResolvedSearch:
         return usual if self.request.sample_tokens is None else self.request.sample_tokens
 
 
-def resolve_search(request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup) -> ResolvedSearch:
+def resolve_search(
+    request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup, *, dry: bool = False
+) -> ResolvedSearch:
     """Check everything that needs no weights, in each process; all compute in the data type that the main one chooses.
+
+    With `dry`, no model is downloaded or converted for it.
 
     Raises:
         SlebError: a subclass that fits, if the request is impossible.
     """
-    resolved = group.one_first(lambda: _resolve(request, registry, notify))
+    resolved = group.one_first(lambda: _resolve(request, registry, notify, dry=dry))
     dtype = group.from_main(lambda: resolved.placement.dtype)
     return replace(resolved, placement=replace(resolved.placement, dtype=dtype))
 
 
-def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> ResolvedSearch:
+def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry: bool) -> ResolvedSearch:
     """Check the request alone first."""
     quiet_libraries()
     chosen_target(request)
@@ -132,7 +136,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> Reso
     if is_main_process():
         _require_place(request)
     choose_device(request.device)  # a device that is not there is reported before the model is looked for
-    architecture = _read_architecture(request, extended, registry, notify)
+    architecture = _read_architecture(request, extended, registry, notify, dry=dry)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     placement = _place(request, metric, architecture, notify)
     calibration = resolve_calibration(request, architecture, chat=request.chat)
@@ -160,7 +164,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify) -> Reso
 
 
 def _read_architecture(
-    request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify
+    request: SearchRequest, extended: Plan | None, registry: Registry, notify: Notify, *, dry: bool
 ) -> Architecture:
     """Read the model's architecture.
 
@@ -168,7 +172,9 @@ def _read_architecture(
         PlanError: the extended plan was made for another model.
         UnsupportedModelError: the model has too few blocks.
     """
-    source = locate_model(request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code)
+    source = locate_model(
+        request.model, notify, revision=request.revision, trust_remote_code=request.trust_remote_code, dry=dry
+    )
     if extended is not None and request.extend is not None:
         require_same_code(request.extend, extended, source)
     architecture = read_architecture(source, registry, notify)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -17,7 +17,9 @@ import transformers
 
 from sleb_cli.engine.device import dtype_name, wider_range
 from sleb_cli.engine.environment import environment_record
+from sleb_cli.engine.forecast import RACE_SEQUENCES, STREAMED_ROUNDS, Load, passes_by_size
 from sleb_cli.engine.forward.memory_budget import available_memory
+from sleb_cli.engine.forward.pace import announce_passes
 from sleb_cli.engine.forward.passes import Passes, prepare_passes
 from sleb_cli.engine.forward.placement import open_dense
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -67,6 +69,7 @@ from sleb_plugins import (
     PlanError,
     UnsupportedModelError,
     UsageError,
+    WeightMetric,
 )
 
 LARGEST_LOSS = math.log(sys.float_info.max)
@@ -337,9 +340,9 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
 def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
     target, remove, width, notify = resolved.target, resolved.remove, resolved.beam_width, scoring.notify
     trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
-    candidates = len(resolved.removable.candidates(resolved.gone))
-    sets = resolved.strategy.evaluations(candidates, remove - len(resolved.gone), width)
+    sets = sets_by_size(resolved)
     evaluations = tuple(count * scoring.sequences for count in sets)
+    _announce(resolved, scoring, sets)
     notify(SearchStarted(resolved.architecture.block_count, remove, len(trace.steps), evaluations))
     problem = Problem(
         scoring.score,
@@ -369,6 +372,67 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
         notify(Notice(f"The search stops here: {error.message}"))
     notify(TaskFinished(SEARCH_TASK))
     return trace
+
+
+def sets_by_size(resolved: ResolvedSearch) -> Sequence[int]:
+    """Return how many sets of blocks are scored at each size, or an upper bound."""
+    candidates, more = len(resolved.removable.candidates(resolved.gone)), resolved.remove - len(resolved.gone)
+    return resolved.strategy.evaluations(candidates, more, resolved.beam_width)
+
+
+def is_exact(resolved: ResolvedSearch) -> bool:
+    """Whether it is known beforehand how many sets of blocks are scored."""
+    chosen = resolved.strategy_name != "refine" and isinstance(resolved.target, SizeTarget)
+    return chosen and not resolved.request.fast
+
+
+def _announce(resolved: ResolvedSearch, scoring: Scoring, sets: Sequence[int]) -> None:
+    """Tell how long the search will take; `sets` counts the sets of blocks that are scored at each size."""
+    passes, metric, done = scoring.passes, scoring.metric, scoring.journal.evaluations
+    total = sum(sets) * scoring.sequences
+    if isinstance(metric, ModelMetric) or done >= total:
+        return  # how long another metric takes on a whole model is not known
+    left = 1 - done / total
+    count, length = resolved.architecture.block_count, passes.batches[0].shape[1]
+    at_most = "" if is_exact(resolved) else "at most "
+    announce_passes(
+        scoring.notify,
+        f"Search: {resolved.remove} of {count} blocks, {at_most}{total - done:,} evaluations of "
+        f"{length:,} tokens in {dtype_name(resolved.placement.dtype)}",
+        scoring.skippable,
+        [load.times(left) for load in search_loads(resolved, passes, scoring.held_out is not None)],
+        passes.batches[0],
+        passes.scoring(metric),
+        forks=passes.forks,
+        processes=scoring.group.size,
+    )
+
+
+def search_loads(resolved: ResolvedSearch, passes: Passes, holds_out: bool) -> Iterator[Load]:
+    """Yield the work of each size of a search."""
+    metric, gone, sets = resolved.metric, resolved.gone, sets_by_size(resolved)
+    tokens, sequences = sum(batch.numel() for batch in passes.batches), sum(map(len, passes.batches))
+    share, rounds = (min(1.0, RACE_SEQUENCES / sequences), STREAMED_ROUNDS) if resolved.request.fast else (1.0, 1)
+    blocks = [block for block in range(resolved.architecture.block_count) if block not in gone]
+    candidates = resolved.removable.candidates(gone)
+    by_size = passes_by_size(
+        blocks,
+        candidates,
+        len(sets),
+        together=passes.forks and resolved.strategy_name not in ("contiguous", "last"),
+        keeps=passes.budget.kept > 0 and resolved.strategy_name in ("greedy", "refine"),
+    )
+    for size, (scored, each) in enumerate(zip(sets, by_size, strict=False)):
+        here = len(blocks) - size
+        if isinstance(metric, LogitMetric):
+            evaluated = scored * share * tokens
+            yield Load(evaluated * each, evaluated, here * rounds)
+        elif isinstance(metric, HiddenStateMetric):
+            yield Load(here * tokens, 0, here)
+        elif isinstance(metric, WeightMetric) and metric.needs_gradients:
+            yield Load(3 * here * tokens, 3 * tokens)  # backwards takes twice as long
+        if metric.name != "nll" or holds_out:
+            yield Load(here * tokens, tokens, here)  # the loss
 
 
 def _step(choice: Choice, before: tuple[int, ...], loss: float, resolved: ResolvedSearch, scoring: Scoring) -> Step:

@@ -11,7 +11,7 @@ import transformers
 
 from sleb_cli.engine.device import choose_device, free_memory
 from sleb_cli.engine.environment import cpu_governor, processor_name
-from sleb_cli.engine.forward.placement import place_model
+from sleb_cli.engine.forward.placement import Placement, place_model
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.speed.energy import find_meter
 from sleb_cli.engine.speed.peak_memory import measure_alone
@@ -41,14 +41,8 @@ def benchmark(
         UsageError: an option does not apply, or a number is out of range.
         MachineError: the engine is not installed or does not run here, or the models cannot be compiled here.
     """
-    if engine:
-        gguf = ["dtype"] if engine[0].reads == "gguf" else []
-        request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine[0].name}")
-    architecture = subject.architecture
-    device = choose_device(request.device)
-    dtype = place_model(architecture, device, request.dtype or AUTO, notify, stream=False).dtype
-    workloads = resolve_workloads(request, subject, device, notify)
-    surgeries = subject.sizes(request)
+    place, workloads, surgeries = resolve_benchmark(subject, request, notify, engine[0] if engine else None)
+    architecture, device, dtype = subject.architecture, place.device, place.dtype
     with threads(request.threads):
         if engine:
             settings = engine_settings(workloads, dtype, models=2 if subject.surgery.removals else 1)
@@ -103,6 +97,18 @@ def benchmark(
                 for number, workload in enumerate(workloads)
             ),
         )
+
+
+def resolve_benchmark(
+    subject: Subject, request: BenchRequest, notify: Notify, engine: Engine | None
+) -> tuple[Placement, tuple[Workload, ...], tuple[Surgery, ...]]:
+    """Return where the models are, what is timed, and on which sizes; raises like `benchmark`."""
+    if engine:
+        gguf = ["dtype"] if engine.reads == "gguf" else []
+        request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine.name}")
+    device = choose_device(request.device)
+    place = place_model(subject.architecture, device, request.dtype or AUTO, notify, stream=False)
+    return place, resolve_workloads(request, subject, device, notify), subject.sizes(request)
 
 
 @contextmanager

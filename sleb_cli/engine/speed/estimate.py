@@ -96,7 +96,7 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
         for workload in workloads:
             shape = workload.batch_size, workload.prompt_length, workload.new_tokens
             work = count_work(architecture, *shape, dtype)
-            predicted.append((Work(*map(shown, work)), shown(_seconds(work, rate))))
+            predicted.append((Work(*map(shown, work)), shown(seconds_of_work(work, rate))))
             advance()
         processor = None if described else processor_name(device)
     parameters, cache = shown(counted), None
@@ -176,7 +176,8 @@ def _even(sizes: Sizes) -> Sizes:
     return Sizes(sizes.outside, (sum(sizes.blocks) / count,) * count)
 
 
-def _seconds(work: Work, rate: Rate) -> Sizes:
+def seconds_of_work(work: Work, rate: Rate) -> Sizes:
+    """Return the seconds of a batch, by block."""
     prefill, decode = (
         Sizes(rate.seconds(flops.outside, read.outside), tuple(map(rate.seconds, flops.blocks, read.blocks)))
         for flops, read in (work[:2], work[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from sleb_cli.engine.device import in_smaller_pieces, input_device
+from sleb_cli.engine.device import dtype_name, in_smaller_pieces, input_device
 from sleb_cli.engine.files.cache import KeptFiles
+from sleb_cli.engine.forecast import announce
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.sampling import Sampler
 from sleb_cli.engine.text.windows import adds_bos
@@ -30,6 +32,9 @@ _GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
 # A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
+
+TIMED_TOKENS = 8
+"""Tokens of each sequence after which it is told how long all will take."""
 
 
 def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings, notify: Notify) -> Tensor:
@@ -72,7 +77,7 @@ def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings,
             return found
 
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0)
-    device = input_device(model)
+    device, dtype = input_device(model), dtype_name(model.dtype)
     # MPS cannot tell the state of its random number generator by device.
     devices = [] if device.type in ("cpu", "mps") else [device]
 
@@ -83,16 +88,22 @@ def generate_own_text(model: Any, tokenizer: Any, settings: CalibrationSettings,
         """Generate the sequences; they depend on the seed and on how many are generated at once."""
 
         def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-            """Report each token as it is generated; never stop."""
+            """Report each token as it is generated, and after the first ones, how long all will take; never stop."""
             with our_code():
                 advance(len(ids))
+                times.append(time.perf_counter())
+                if len(times) == TIMED_TOKENS:
+                    pace = (times[-1] - times[0]) / (TIMED_TOKENS - 1)
+                    announce(notify, what, pace * new * -(-count // size), device)
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         each_token = {
             "logits_processor": LogitsProcessorList([sampler]),
             "stopping_criteria": StoppingCriteriaList([report]),
         }
+        what = f"Generating calibration text: {plural(count, 'sequence')} of {length:,} tokens in {dtype}"
         written: list[Tensor] = []
+        times: list[float] = []
         with (
             task(notify, "Generating calibration text", count * new, "tokens") as advance,
             torch.random.fork_rng(devices=devices, device_type=device.type),
