@@ -17,7 +17,7 @@ LONG = 60.0
 SLOWEST = 2e9
 """Operations per second that every machine does; what is short even so is not measured."""
 
-RACE_SEQUENCES = 10
+RACE_SEQUENCES = 12
 """On about how many sequences a race scores a candidate, on average."""
 
 STREAMED_ROUNDS = 3

