@@ -105,7 +105,7 @@ def _without_vocabulary(file: GgufFile, place: Path) -> Iterator[Path]:
         else entry
         for entry in file.entries
     )
-    with TemporaryDirectory(dir=place, prefix=".gguf.") as scratch:
+    with TemporaryDirectory(dir=place, prefix=".tmp.") as scratch:
         write_gguf(replace(file, entries=entries), slim := Path(scratch, "slim.gguf"), lambda count: None)
         yield slim
 
