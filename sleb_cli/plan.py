@@ -320,12 +320,28 @@ class HealRecord(Record):
     losses: LossesRecord
 
 
+class ConversationsRecord(Record):
+    """The losses on the answers in `text`: conversations that the model wrote and that were never fitted."""
+
+    text: CalibrationRecord
+    dense: LossesRecord
+    pruned: LossesRecord
+    closed_form: LossesRecord | None = None
+    healed: LossesRecord | None = None
+
+    @property
+    def divergence_left(self) -> float:
+        """The share of the divergence from the dense model that is left."""
+        recovered = self.healed or self.closed_form or self.pruned
+        return recovered.divergence / self.pruned.divergence if self.pruned.divergence else 0.0
+
+
 class RecoveryRecord(Record):
     """How the kept blocks were recovered, on which text, and the losses on held-out text.
 
     Values were fitted to `text`; `deciding_text` chose ridges, fits and the point that is kept; `dense`, `pruned`,
     `closed_form_losses` and `heal.losses` are measured on `report_text`. No document is in two of them. Stages that
-    were not requested are null.
+    were not requested are null. `conversations` are measured besides, if it is a chat model.
     """
 
     text: CalibrationRecord
@@ -336,6 +352,7 @@ class RecoveryRecord(Record):
     closed_form: ClosedFormRecord | None = None
     closed_form_losses: LossesRecord | None = None
     heal: HealRecord | None = None
+    conversations: ConversationsRecord | None = None
 
     def published(self) -> RecoveryRecord:
         """Return the record with the names of local texts, but not their folders."""

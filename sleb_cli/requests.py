@@ -229,8 +229,8 @@ class CalibrationRequest(Request):
     """Which text to calibrate on; a mixture names the share of each source."""
 
     calibration: str | None = option(
-        "wikitext2, c4, wikitext2-sleb, c4-sleb, self (written by the model), a .txt or .jsonl file, "
-        "org/name[:config][:split][:column], or a mixture: self:0.5,c4:0.5.",
+        "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, org/name[:config][:split][:column]; self or "
+        "self-chat (written by the model), answers:FILE (to your prompts); or a mixture: self:0.5,c4:0.5.",
         _CALIBRATION,
         default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
     )
@@ -245,6 +245,9 @@ class CalibrationRequest(Request):
     )
     seed: int | None = option(
         "Seed for drawing and writing text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
+    )
+    chat: Chat | None = option(
+        "Read `messages` of files and data sets as conversations, and count these tokens.", _CALIBRATION
     )
 
 
@@ -279,9 +282,6 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         _SCORING,
         default="no; yes for demo",
         flag="--fast/--no-fast",
-    )
-    chat: Chat | None = option(
-        "Calibrate on conversations (a field or column `messages`), and count these tokens.", _CALIBRATION
     )
     holdout: float | None = option(
         "Share of the sequences to hold out of the search, to detect overfitting: 0.2.", _CALIBRATION, default=0
@@ -416,6 +416,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", least=2
     )
     seed: int | None = option("Seed for drawing and writing text.", _RECOVERY, default=0, most=_MOST_SEED)
+    chat: Chat | None = option("Conversations as for `sleb search`: count these tokens.", _RECOVERY)
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()
     device_map: str | None = _device_map()

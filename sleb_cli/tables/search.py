@@ -73,15 +73,28 @@ def comparison(result: CompareResult) -> Table:
 
 def recovery(record: RecoveryRecord) -> Table:
     """Return the losses of a recovered model on held-out text."""
-    stages = {"dense": record.dense, "pruned": record.pruned, "recovered in closed form": record.closed_form_losses}
-    if record.heal:
-        stages[f"healed on {record.heal.tokens:,} tokens"] = record.heal.losses
-    rows = [[name, math.exp(losses.loss), losses.loss, losses.divergence] for name, losses in stages.items() if losses]
+    talks, healed = record.conversations, record.heal
+    stages = [
+        ("dense", record.dense, talks and talks.dense),
+        ("pruned", record.pruned, talks and talks.pruned),
+        ("recovered in closed form", record.closed_form_losses, talks and talks.closed_form),
+        (f"healed on {healed.tokens:,} tokens" if healed else "", healed and healed.losses, talks and talks.healed),
+    ]
+    rows = [
+        [name, math.exp(losses.loss), losses.loss, losses.divergence, of_answers and of_answers.divergence]
+        for name, losses, of_answers in stages
+        if losses
+    ]
     columns: Columns = [
         ("model", str), ("perplexity", format_perplexity), ("loss, nats", "{:.4f}".format),
-        ("KL from dense, nats", "{:.4f}".format),
+        ("KL from dense, nats", "{:.4f}".format), ("KL on own answers", "{:.4f}".format),
     ]  # fmt: skip
-    return tabulate("Recovery", columns, rows, [f"{record.summary}, measured on {record.report_text}, held out"])
+    notes = [f"{record.summary}, measured on {record.report_text}, held out"]
+    if talks:
+        notes.append(
+            f"on its answers in {talks.text.sequences} conversations of its own, {talks.divergence_left:.0%} is left"
+        )
+    return tabulate("Recovery", columns, rows, notes, optional=["KL on own answers"])
 
 
 def said(sample: SampleGeneration) -> list[tuple[str, str, str]]:

@@ -133,7 +133,7 @@ def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):
         (tmp_path / name).write_text("\n".join(json.dumps({"messages": turn}) for turn in turns))
     architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
     request = CalibrationRequest(calibration="a.jsonl:0.5,b.jsonl:0.5", samples=6, sequence_length=48, seed=0)
-    settings = resolve_calibration(request, architecture, chat="answers")
+    settings = resolve_calibration(replace(request, chat="answers"), architecture)
     calibration = calibrate(settings, tokenizer, pytest.fail, lambda event: None)
     assert (calibration.record.bos, calibration.record.chat) == (True, "answers")
     pairs = list(zip(calibration.sequences, calibration.loss_mask, strict=True))

@@ -29,7 +29,8 @@ def generate(
     model.generation_config = GenerationConfig()
     try:
         with translate_errors(refused):
-            return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings, **options)
+            options = {"attention_mask": torch.ones_like(prompt)} | options
+            return model.generate(prompt, generation_config=settings, **options)
     finally:
         model.generation_config = own
 

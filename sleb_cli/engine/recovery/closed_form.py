@@ -88,6 +88,7 @@ def recover_in_closed_form(
     spill_to: Path | None = None,
     group: ProcessGroup | None = None,
     saved: Path | None = None,
+    loss_mask: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], ClosedFormRecord]:
     """Fit the kept blocks to the dense model's hidden states.
 
@@ -105,6 +106,8 @@ def recover_in_closed_form(
         spill_to: the folder of files for new values, which may be too many for memory; None holds them there.
         group: the processes that share out the text; values do not depend on how many they are.
         saved: the folder where each fit is kept, and found if the run before was interrupted; None keeps none.
+        loss_mask: which tokens of `deciding` count, bool of its shape; None for all. All positions are fitted, as later
+            ones attend to them.
 
     Returns:
         New values by the dense model's parameter names, and a record of every fit.
@@ -121,7 +124,16 @@ def recover_in_closed_form(
             )
 
         def run(batch: int) -> tuple[dict[str, Tensor], ClosedFormRecord]:
-            states = _States(skippable, frozenset(removed), train, deciding, batch, group, on_host=in_host_memory)
+            states = _States(
+                skippable,
+                frozenset(removed),
+                train,
+                deciding,
+                batch,
+                group,
+                on_host=in_host_memory,
+                loss_mask=loss_mask,
+            )
             return _Recovery(states, stored or skippable.model.dtype, spill_to, saved, notify).run()
 
         fitted_before = len(list(saved.glob("*.safetensors"))) if saved else 0
@@ -153,31 +165,33 @@ class _States:
         group: ProcessGroup,
         *,
         on_host: bool,
+        loss_mask: Tensor | None,
     ) -> None:
         self.skippable, self.removed, self.group, self.on_host = skippable, removed, group, on_host
         self.count = len(skippable.switches)
-        self.ids: list[Tensor] = []
-        self.train = self._take(train, batch)
-        self.decides = slice(len(self.ids), None)
-        self.deciding = self._take(deciding, batch)
+        train_ids, self.train = self._take(train, batch)
+        deciding_ids, self.deciding = self._take(deciding, batch, len(train_ids))
+        self.ids, self.decides = train_ids + deciding_ids, slice(len(train_ids), None)
         shared = SharedInputs(skippable, self.held)
         self.calls = [shared.calls(ids) for ids in self.ids]
         self.dense = [calls[0].entering for calls in self.calls]
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
         self.positions = _compared_positions(deciding).to(skippable.device)
-        self.compared = len(self.positions) * len(deciding)
+        counted = torch.ones_like(deciding, dtype=torch.bool) if loss_mask is None else loss_mask
+        self.masks, _ = self._take(counted, batch)
+        self.compared = max(1, int(counted[:, self.positions.cpu() + 1].sum()))
 
-    def _take(self, text: Tensor, batch: int) -> list[range]:
-        """Take this process's groups of batches; return where each group's batches are, nowhere for those of others."""
-        batches, taken = torch.split(text, batch), []
+    def _take(self, text: Tensor, batch: int, begin: int = 0) -> tuple[list[Tensor], list[range]]:
+        """Return this process's batches, the first number `begin`, and where each group's are: maybe nowhere."""
+        batches, mine, taken = torch.split(text, batch), list[Tensor](), list[range]()
         bounds = [len(batches) * number // GROUPS for number in range(GROUPS + 1)]
         for number, (first, last) in enumerate((a, b) for a, b in pairwise(bounds) if a < b):
-            start = len(self.ids)
+            start = begin + len(mine)
             if number % self.group.size == self.group.rank:
-                self.ids += [ids.to(self.skippable.device) for ids in batches[first:last]]
-            taken.append(range(start, len(self.ids)))
-        return taken
+                mine += [part.to(self.skippable.device) for part in batches[first:last]]
+            taken.append(range(start, begin + len(mine)))
+        return mine, taken
 
     def held(self, tensor: Tensor) -> Tensor:
         """Return a tensor where it stays until it is needed."""
@@ -201,8 +215,8 @@ class _States:
         with self.skippable.replaced(values):
             final = self.leaving(self.calls[here], self.pruned[here], blocks, self.removed)
         mine = iter(
-            summed_losses(recovered, dense, ours, theirs, ids, self.positions)[1]
-            for ours, theirs, ids in zip(final, self.dense_final, self.ids[here], strict=True)
+            summed_losses(recovered, dense, ours, theirs, ids, self.positions, mask)[1]
+            for ours, theirs, ids, mask in zip(final, self.dense_final, self.ids[here], self.masks, strict=True)
         )
         groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.deciding) if at}
         found = sorted(item for of_process in self.group.gather(groups) for item in of_process.items())

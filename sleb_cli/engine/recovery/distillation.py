@@ -16,8 +16,10 @@ WARMUP_STEPS = 6
 
 
 @torch.no_grad()
-def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float) -> tuple[float, Tensor]:
-    """Return KL(teacher || student) in nats, summed over positions, and `scale` times its gradient.
+def divergence_and_gradient(
+    student: Tensor, teacher: Tensor, scale: float, counted: Tensor | None = None
+) -> tuple[float, Tensor]:
+    """Return KL(teacher || student) in nats, summed over the `counted` positions, and `scale` times its gradient.
 
     Both logits are [..., vocabulary]. The gradient at the student's, softmax(student) - softmax(teacher), is in their
     data type; at most one slice of it exists in float32.
@@ -26,8 +28,12 @@ def divergence_and_gradient(student: Tensor, teacher: Tensor, scale: float) -> t
     gradient, total = torch.empty_like(ours), torch.zeros((), device=ours.device)
     for rows in float32_slices(ours):
         found = compare_logits(theirs[rows].float(), ours[rows].float())
+        slope = found.q.sub_(found.p).mul_(scale)
+        if counted is not None:
+            found.divergence.mul_(counted.flatten()[rows])
+            slope.mul_(counted.flatten()[rows, None])
         total += found.divergence.sum()
-        gradient[rows] = found.q.sub_(found.p).mul_(scale)
+        gradient[rows] = slope
     return float(total), gradient.view_as(student)
 
 
@@ -38,6 +44,7 @@ def distill(
     wanted: Tensor,
     start: tuple[int, Tensor] | None = None,
     scale: float = 1.0,
+    loss_mask: Tensor | None = None,
 ) -> float:
     """Add the gradient of the mean divergence, times `scale`, to the student's parameters, and return the divergence.
 
@@ -50,18 +57,21 @@ def distill(
         wanted: the teacher's final states there.
         start: a block and the hidden states that enter it, if the blocks before it are not to run.
         scale: keeps gradients in the range of their data type; a power of two.
+        loss_mask: which tokens count as next tokens, bool [batch, positions]; None for all.
 
     Returns:
-        The mean over the predicting positions, in nats.
+        The mean over the next tokens that count, in nats.
     """
     states = student.final_states(ids, start)
     leaf = states.detach().requires_grad_()
-    count, total = len(ids) * (ids.shape[1] - 1), 0.0
+    counted = None if loss_mask is None or bool(loss_mask[:, 1:].all()) else loss_mask[:, 1:]
+    count, total = ids[:, 1:].numel() if counted is None else int(counted.sum()), 0.0
     for part in position_slices(ids, variant.POSITIONS):
         with torch.no_grad():
             theirs = teacher.logits(wanted[:, part], ids[:, part])
         ours = student.logits(leaf[:, part], ids[:, part])
-        divergence, gradient = divergence_and_gradient(ours, theirs, scale / count)
+        here = None if counted is None else counted[:, part]
+        divergence, gradient = divergence_and_gradient(ours, theirs, scale / count, here)
         torch.autograd.backward(ours, gradient)
         total += divergence
     assert leaf.grad is not None

@@ -120,6 +120,7 @@ class Healing:
         group: the processes that heal together.
         save: writes the progress and the tensors to disk; the main process calls it about every minute.
         notify: the listener for events.
+        loss_mask: which tokens of `deciding` count, bool of its shape; None for all.
     """
 
     teacher: Variant
@@ -133,6 +134,7 @@ class Healing:
     group: ProcessGroup
     save: Callable[[Progress, dict[str, Tensor]], None]
     notify: Notify
+    loss_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         weights = list(self.weights.values())
@@ -148,6 +150,7 @@ class Healing:
         self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))
         checked = self.deciding[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
         self.checked = _TeacherStates(self, checked, range(len(checked)))
+        self.checked_mask = _mask(self.loss_mask, self.deciding)[: len(checked)].to(self.device)
         self.loss = 0.0
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
@@ -183,8 +186,8 @@ class Healing:
         self.progress.seconds = self.group.from_main(lambda: time.monotonic() - self._began)
         return self.budget.used(self.progress.seconds, self.progress.tokens) / self.budget.total
 
-    def _step(self, ids: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
-        gradient = self._gradient(ids, entering, wanted)
+    def _step(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor, share: float) -> None:
+        gradient = self._gradient(ids, mask, entering, wanted)
         # The learning rate is that of the middle of the step.
         tokens = ids.numel() * self.group.size
         ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
@@ -193,24 +196,25 @@ class Healing:
         self.progress.tokens += tokens
         self._report()
 
-    def _gradient(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> Tensor:
+    def _gradient(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor) -> Tensor:
         """Return the gradient of a step, the mean over all processes; an overflow lowers the scale of the loss."""
         while True:
-            self.loss = self._distill(ids, entering, wanted)
+            self.loss = self._distill(ids, mask, entering, wanted)
             gradient = self.group.mean(self.trained.take_gradient())
             if not self.is_scaled or self.progress.scale <= LOWEST or bool(gradient.isfinite().all()):
                 return gradient / self.progress.scale
             self.progress.scale *= BACKOFF
 
-    def _distill(self, ids: Tensor, entering: Tensor, wanted: Tensor) -> float:
+    def _distill(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor) -> float:
         """Backpropagate the divergence, in parts if the device has no memory for all sequences at once."""
 
         def run(size: int) -> float:
-            total = 0.0
-            for part in zip(*(torch.split(tensor, size) for tensor in (ids, entering, wanted)), strict=True):
-                share = len(part[0]) / len(ids)
-                scale, start = share * self.progress.scale, (self.first, part[1])
-                total += share * distill(self.teacher, self.student, part[0], part[2], start, scale)
+            total, count = 0.0, int(mask[:, 1:].sum())
+            parts = (torch.split(tensor, size) for tensor in (ids, mask, entering, wanted))
+            for ids_, mask_, entering_, wanted_ in zip(*parts, strict=True):
+                share = int(mask_[:, 1:].sum()) / count
+                scale, start = share * self.progress.scale, (self.first, entering_)
+                total += share * distill(self.teacher, self.student, ids_, wanted_, start, scale, mask_)
             return total
 
         def fewer(micro_batch: int) -> None:
@@ -240,20 +244,22 @@ class Healing:
         for chosen in self.checked.batches:
             entering, wanted = self.checked.of(chosen)
             states = self.student.final_states(rows[chosen], (self.first, entering))
-            total += summed_losses(self.student, self.teacher, states, wanted, rows[chosen], everywhere)[1]
-        return total / (len(rows) * len(everywhere))
+            mask = self.checked_mask[chosen]
+            total += summed_losses(self.student, self.teacher, states, wanted, rows[chosen], everywhere, mask)[1]
+        return total / int(self.checked_mask[:, 1:].sum())
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield sequences and the teacher's states on them, without end, from the current progress on."""
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Yield sequences, which of their tokens count, and the teacher's states, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
             portion = self.portion(number, lambda event: self._report())  # time passes while text is written
             targets = _TeacherStates(self, portion.sequences.to(self.device), portion.order)
+            mask = _mask(portion.loss_mask, portion.sequences).to(self.device)
             while self.progress.position < len(portion.order):
                 start = self.progress.position
                 self.progress.position += self.batch
                 chosen, later = portion.order[start : self.progress.position], portion.order[self.progress.position :]
-                yield targets.rows[chosen], *targets.of(chosen)
+                yield targets.rows[chosen], mask[chosen], *targets.of(chosen)
                 targets.keep(later)
             self.progress.portion += 1
             self.progress.position = 0
@@ -279,6 +285,10 @@ class Healing:
     def _state(self) -> dict[str, Tensor]:
         """The tensors of a saved state, which are the training's own."""
         return {f"trained.{name}": tensor for name, tensor in self.trained.state.items()} | {"best": self.best}
+
+
+def _mask(loss_mask: Tensor | None, sequences: Tensor) -> Tensor:
+    return torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
 
 
 class _TeacherStates:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,25 @@ from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors
 from sleb_cli.engine.recovery.gguf_tensors import Places, find_places, pack
 from sleb_cli.engine.recovery.heal import LEARNING_RATE, HealBudget, Healing, Progress
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of
-from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file
+from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file, tensors_of
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
-from sleb_cli.engine.text.calibration import REFERENCE_PRESETS, CalibrationSettings, calibrate_splits, texts_sha256
+from sleb_cli.engine.text.calibration import (
+    REFERENCE_PRESETS,
+    Calibration,
+    CalibrationSettings,
+    calibrate_splits,
+    texts_sha256,
+)
 from sleb_cli.engine.text.portions import Portions
+from sleb_cli.engine.text.sources import SELF_CHAT
 from sleb_cli.events import Notice, Notify, task
-from sleb_cli.plan import HealRecord, LossesRecord, RecoveryRecord
+from sleb_cli.plan import ConversationsRecord, HealRecord, LossesRecord, RecoveryRecord
 from sleb_cli.records import require_same_work
 from sleb_cli.units import plural
 from sleb_cli.version import __version__
-from sleb_plugins import ModelError, UnsupportedModelError
+from sleb_plugins import DataError, ModelError, UnsupportedModelError, UsageError
 
 TRAINED_BELOW = 4
 """Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
@@ -64,8 +72,8 @@ class Recovered:
     packed: Mapping[str, GgufTensor]
 
 
-_Start = tuple[dict[str, Tensor], RecoveryRecord, Tensor, Tensor]
-"""What healing starts from: fitted values, the record so far, and the sequences that decide and are reported on."""
+_Start = tuple[dict[str, Tensor], RecoveryRecord, dict[str, Calibration]]
+"""What healing starts from: fitted values, the record so far, and texts: the deciding and the reported ones."""
 
 
 @dataclass
@@ -177,6 +185,7 @@ class Recovery:
             "samples": sum(split.samples for split in self.splits),
             "sequence_length": text.sequence_length,
             "seed": text.seed,
+            "chat": text.chat,
             "heal_minutes": budget.minutes if budget else None,
             "heal_tokens": budget.tokens if budget else None,
             "processes": self.group.size,
@@ -185,6 +194,7 @@ class Recovery:
     def _fits(self, record: RecoveryRecord) -> Path:
         """Return the folder of the fits of this very recovery, on these tokens."""
         on = {"fitted": record.text.tokens_sha256, "deciding": record.deciding_text.tokens_sha256}
+        on |= {"chat": record.text.chat} if record.text.chat else {}
         named = json.dumps(self._computation | {"removed": sorted(self.removed)} | on, sort_keys=True)
         return self.state.folder / f"fits-{hashlib.sha256(named.encode()).hexdigest()[:16]}"
 
@@ -193,14 +203,17 @@ class Recovery:
         fitted, deciding, reported = self.group.from_main(
             lambda: calibrate_splits(self.splits, self.tokenizer, self._whole, self.notify)
         )
-        values: dict[str, Tensor] = {}
+        texts = {"deciding": deciding, "reported": reported}
+        if talks := self.group.from_main(self._conversations):
+            texts["conversations"] = talks
+        values = dict[str, Tensor]()
+        (dense, own_dense), (pruned, own_pruned) = self._measure("dense", texts), self._measure("pruned", texts, values)
         record = RecoveryRecord(
-            text=fitted.record,
-            deciding_text=deciding.record,
-            report_text=reported.record,
-            dense=self._measure("dense", Variant(self.dense), reported.sequences),
-            pruned=self._measure("pruned", Variant(self.dense, self.removed), reported.sequences),
+            text=fitted.record, deciding_text=deciding.record, report_text=reported.record, dense=dense, pruned=pruned
         )
+        if talks and own_dense and own_pruned:
+            own = ConversationsRecord(text=talks.record, dense=own_dense, pruned=own_pruned)
+            record = record.model_copy(update={"conversations": own})
         if self.closed_form:
             saved = self._fits(record)
             if self.group.is_main and (count := len(list(saved.glob("*.safetensors")))):
@@ -216,12 +229,14 @@ class Recovery:
                 spill_to=existing_cache() if self.placement.stream else None,
                 group=self.group,
                 saved=saved,
+                loss_mask=deciding.loss_mask,
             )
             if not self.budget:
                 values = self._as_written(values)
-            after = self._measure("recovered", Variant(self.dense, self.removed, values), reported.sequences)
+            after, of_own = self._measure("recovered", texts, values)
             record = record.model_copy(update={"closed_form": closed_form, "closed_form_losses": after})
-        return values, record, deciding.sequences, reported.sequences
+            record = _with_conversations(record, closed_form=of_own)
+        return values, record, texts
 
     def _resumed(self, saved: Saved) -> _Start:
         """Return what a saved healing began with."""
@@ -229,12 +244,15 @@ class Recovery:
         values: dict[str, Tensor] = {}
         for fit in record.closed_form.fits if record.closed_form else ():
             values |= Saved.read(fit_file(self._fits(record), fit.block)).tensors
-        deciding = saved.tokens("deciding", record.deciding_text)
-        return values, record, deciding, saved.tokens("reported", record.report_text)
+        texts = {"deciding": record.deciding_text, "reported": record.report_text}
+        if record.conversations:
+            texts["conversations"] = record.conversations.text
+        return values, record, {name: saved.text(name, text) for name, text in texts.items()}
 
     def _heal(self, budget: HealBudget, start: _Start, saved: Saved | None) -> tuple[dict[str, Tensor], RecoveryRecord]:
         """Distill the dense model into the pruned one."""
-        (values, record, deciding, reported), place = start, self.placement
+        (values, record, texts), place = start, self.placement
+        deciding = texts["deciding"]
         model = load_pruned(self.surgery, place.dtype, place.device, self.notify, dense=self.dense.model)
         path, blocks = self.path, self.architecture.blocks_of(model)
         parameters = {
@@ -254,14 +272,15 @@ class Recovery:
                 "record": record.model_dump_json(),
                 "progress": progress.model_dump_json(),
             }
-            Saved(self.state.healing, records, {**tensors, "deciding": deciding, "reported": reported}).write()
+            drawn = {key: each for name, text in texts.items() for key, each in tensors_of(name, text).items()}
+            Saved(self.state.healing, records, {**tensors, **drawn}).write()
 
         with SkippableModel(model, blocks) as pruned:
             teacher, student = Variant(self.dense), Variant(pruned)
             # Training starts a few blocks below the first gap, or at the first fitted block if that is lower.
             fitted = [block for name in values if (block := block_number(path, name)) is not None]
             first = max(0, min([min(self.removed) - TRAINED_BELOW, *fitted]))
-            if first and not can_share(teacher, student, first, deciding[:1].to(place.device)):
+            if first and not can_share(teacher, student, first, deciding.sequences[:1].to(place.device)):
                 first = 0
             weights = {
                 name: parameter
@@ -272,11 +291,23 @@ class Recovery:
                 weight.data = weight.data.clone()  # so far it is the dense model's own
             portion = self._portions(budget).draw
             healing = Healing(
-                teacher, student, first, weights, self.stored, portion, deciding, budget, self.group, save, self.notify
+                teacher,
+                student,
+                first,
+                weights,
+                self.stored,
+                portion,
+                deciding.sequences,
+                budget,
+                self.group,
+                save,
+                self.notify,
+                deciding.loss_mask,
             )
             stopped = healing.run(saved)
         values = self._as_written(values | {name: weight.detach() for name, weight in weights.items()})
         progress = healing.progress
+        after, of_own = self._measure("healed", texts, values)
         heal = HealRecord(
             minutes=budget.minutes,
             token_budget=budget.tokens,
@@ -289,9 +320,9 @@ class Recovery:
             steps=progress.steps,
             seconds=progress.seconds,
             stopped=stopped,
-            losses=self._measure("healed", Variant(self.dense, self.removed, values), reported),
+            losses=after,
         )
-        return values, record.model_copy(update={"heal": heal})
+        return values, _with_conversations(record.model_copy(update={"heal": heal}), healed=of_own)
 
     def _portions(self, budget: HealBudget) -> Portions:
         """Return the text to heal on, of the part of it that was fitted to."""
@@ -307,13 +338,38 @@ class Recovery:
         self.dense.skip(())
         return self.dense.model
 
-    def _measure(self, what: str, variant: Variant, sequences: Tensor) -> LossesRecord:
-        dense = Variant(self.dense) if variant.removed else variant
+    def _conversations(self) -> Calibration | None:
+        """Return conversations of a chat model's own, of which the answers count; what is streamed writes none."""
+        if self.placement.stream or not getattr(self.tokenizer, "chat_template", None):
+            return None
+        settings = replace(self.splits[2], source=SELF_CHAT, shares={SELF_CHAT: Fraction(1)}, chat="answers")
+        try:
+            return calibrate_splits([settings], self.tokenizer, self._whole, self.notify)[0]
+        except (UnsupportedModelError, UsageError, DataError) as error:
+            self.notify(Notice(f"Not measured on conversations: {error.message}"))
+            return None
+
+    def _measure(
+        self, what: str, texts: Mapping[str, Calibration], values: Mapping[str, Tensor] | None = None
+    ) -> tuple[LossesRecord, LossesRecord | None]:
+        """Return the losses with these values (None: of the dense model) on what is reported, and on conversations."""
+        dense, found = Variant(self.dense), list[LossesRecord]()
+        variant = dense if values is None else Variant(self.dense, self.removed, values)
         with task(self.notify, f"Measuring the {what} model"):
-            loss, divergence = losses(variant, dense, sequences, self.group)
-        if not math.isfinite(loss + divergence):
-            raise ModelError(f"The loss of the {what} model is {loss}.", hint="Use a wider data type, or other text.")
-        return LossesRecord(loss=loss, divergence=divergence)
+            for text in (texts[name] for name in ("reported", "conversations") if name in texts):
+                loss, divergence = losses(variant, dense, text.sequences, self.group, text.loss_mask)
+                if not math.isfinite(loss + divergence):
+                    hint = "Use a wider data type, or other text."
+                    raise ModelError(f"The loss of the {what} model is {loss}.", hint=hint)
+                found.append(LossesRecord(loss=loss, divergence=divergence))
+        return found[0], (*found[1:], None)[0]
+
+
+def _with_conversations(record: RecoveryRecord, **losses: LossesRecord | None) -> RecoveryRecord:
+    """Return the record with the losses on conversations after a stage, if there are any."""
+    if record.conversations is None:
+        return record
+    return record.model_copy(update={"conversations": record.conversations.model_copy(update=losses)})
 
 
 @torch.inference_mode()

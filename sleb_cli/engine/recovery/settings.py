@@ -24,13 +24,12 @@ from sleb_cli.engine.surgery.loading import DeviceMap
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
-    SELF,
     CalibrationSettings,
     require_given_text,
     resolve_calibration,
 )
 from sleb_cli.engine.text.mixture import parse_mixture
-from sleb_cli.engine.text.sources import TextSplit
+from sleb_cli.engine.text.sources import SELF, TextSplit, is_written
 from sleb_cli.events import Notify
 from sleb_cli.plan import Plan
 from sleb_cli.requests import (
@@ -180,7 +179,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     if stream:
         require_given_text(text)
     if not (text.samples_given or text.source in REFERENCE_PRESETS):
-        tokens = RECOVERY_SELF_TOKENS if text.source == SELF else RECOVERY_TOKENS
+        tokens = RECOVERY_SELF_TOKENS if all(map(is_written, text.shares)) else RECOVERY_TOKENS
         text = replace(text, samples=max(FEWEST_SEQUENCES, tokens // length))
     if text.samples < FEWEST_SEQUENCES:
         raise DataError(

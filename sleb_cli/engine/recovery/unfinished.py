@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb_cli.atomic import new_file, writing
+from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.windows import tokens_sha256
 from sleb_cli.engine.third_party import saving
 from sleb_cli.events import Notice, Notify
@@ -76,16 +77,18 @@ class Saved:
         except ValidationError as error:
             raise _broken(self.file) from error
 
-    def tokens(self, name: str, record: CalibrationRecord) -> Tensor:
-        """Return the sequences that the record describes, [sequences, length].
+    def text(self, name: str, record: CalibrationRecord) -> Calibration:
+        """Return the text that the record describes.
 
         Raises:
             PlanError: they are missing, or others.
         """
-        found = self.tensor(name, (record.sequences, record.sequence_length), torch.int64)
+        shape = record.sequences, record.sequence_length
+        found = self.tensor(name, shape, torch.int64)
         if tokens_sha256(found) != record.tokens_sha256:
             raise _broken(self.file)
-        return found
+        is_masked = record.chat == "answers"
+        return Calibration(found, record, self.tensor(f"{name}.mask", shape, torch.bool) if is_masked else None)
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of this shape and data type, whose numbers are finite.
@@ -161,6 +164,11 @@ class Unfinished:
     def delete(self) -> None:
         """Delete the folder once the output is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def tensors_of(name: str, text: Calibration) -> dict[str, Tensor]:
+    """Return the tensors that give a text back."""
+    return {name: text.sequences} | ({} if text.loss_mask is None else {f"{name}.mask": text.loss_mask})
 
 
 def fit_file(folder: Path, block: int | None) -> Path:

@@ -64,23 +64,29 @@ class Variant:
 
 @torch.inference_mode()
 def losses(
-    variant: Variant, dense: Variant, sequences: Tensor, group: ProcessGroup | None = None
+    variant: Variant,
+    dense: Variant,
+    sequences: Tensor,
+    group: ProcessGroup | None = None,
+    loss_mask: Tensor | None = None,
 ) -> tuple[float, float]:
     """Return a variant's loss and its divergence from the dense model on these sequences, [sequences, length].
 
-    Both are means over the predicted tokens, in nats. The processes of a group share out the sequences.
+    Both are means over the predicted tokens that count (`loss_mask`, [sequences, length]; None for all), in nats. The
+    processes of a group share out the sequences.
     """
     group, device = group or ProcessGroup(), dense.skippable.device
     mine = range(group.rank, len(sequences), group.size)
     everywhere = torch.arange(sequences.shape[1] - 1, device=device)
+    counted = torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
     own = [
-        (number, summed_losses(variant, dense, states, dense_states, ids, everywhere))
+        (number, summed_losses(variant, dense, states, dense_states, ids, everywhere, counted[[number]].to(device)))
         for number, (ids, states, dense_states) in zip(
             mine, _final_states(variant, dense, sequences[list(mine)].to(device)), strict=True
         )
     ]
     found = sorted(item for of_process in group.gather(own) for item in of_process)
-    count = len(sequences) * len(everywhere)
+    count = int(counted[:, 1:].sum())
     return sum(loss for _, (loss, _) in found) / count, sum(divergence for _, (_, divergence) in found) / count
 
 
@@ -104,7 +110,13 @@ def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterat
 
 
 def summed_losses(
-    variant: Variant, dense: Variant, states: Tensor, dense_states: Tensor, ids: Tensor, positions: Tensor
+    variant: Variant,
+    dense: Variant,
+    states: Tensor,
+    dense_states: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    loss_mask: Tensor | None = None,
 ) -> tuple[float, float]:
     """Return the loss and the divergence of some positions of a batch, summed in float64, in nats.
 
@@ -115,6 +127,7 @@ def summed_losses(
         dense_states: as `states`, the dense model's.
         ids: the tokens, [batch, positions].
         positions: which positions count, each with a next token.
+        loss_mask: which of the next tokens count, bool [batch, positions]; None for all.
     """
     loss = divergence = 0.0
     states, dense_states = states.to(ids.device), dense_states.to(ids.device)
@@ -124,9 +137,10 @@ def summed_losses(
             model.logits(of_model[:, part], here).flatten(0, 1)
             for model, of_model in ((variant, states), (dense, dense_states))
         )
-        for rows in float32_slices(ours):
+        counted = slice(None) if loss_mask is None else loss_mask[:, part + 1].flatten()
+        for rows in float32_slices(ours := ours[counted]):
             logits = ours[rows].float()
-            found = compare_logits(theirs[rows].float(), logits)
-            loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
+            found = compare_logits(theirs[counted][rows].float(), logits)
+            loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[counted][rows, None])[:, 0]).sum())
             divergence += float(as_float64(found.divergence).sum())
     return loss, divergence

@@ -139,7 +139,7 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry:
     architecture = _read_architecture(request, extended, registry, notify, dry=dry)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     placement = _place(request, metric, architecture, notify)
-    calibration = resolve_calibration(request, architecture, chat=request.chat)
+    calibration = resolve_calibration(request, architecture)
     if placement.stream:
         require_given_text(calibration)
     target = resolve_target(request, architecture, str(request.dtype), notify)

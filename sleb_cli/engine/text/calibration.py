@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,14 +16,21 @@ from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.source import DEMO
 from sleb_cli.engine.text.chat import cut_conversations, require_template
 from sleb_cli.engine.text.mixture import divide, interleave, parse_mixture
+from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import (
+    ANSWERS,
     REFERENCE_ROWS,
+    SELF,
     WHOLE,
     TextSplit,
     calibration_conversations,
     calibration_text,
+    holds_conversations,
+    is_written,
+    read_prompts,
     reference_calibration_text,
+    writes_conversations,
 )
 from sleb_cli.engine.text.windows import (
     adds_bos,
@@ -46,7 +54,6 @@ from sleb_cli.requests import (
 )
 from sleb_plugins import UsageError
 
-SELF = "self"
 REFERENCE_PRESETS = frozenset({"wikitext2-sleb", "c4-sleb"})
 
 
@@ -76,8 +83,8 @@ class CalibrationSettings:
 
     @property
     def texts(self) -> dict[str, int]:
-        """The same of the sources that are texts; the model writes the other one, if any."""
-        return {source: count for source, count in self.counts.items() if source != SELF or self.chat is not None}
+        """The same of the sources that are there already; the model writes the others, if any."""
+        return {source: count for source, count in self.counts.items() if not is_written(source)}
 
     @property
     def is_reference(self) -> bool:
@@ -121,21 +128,26 @@ class Calibration:
         return replace(self, sequences=self.sequences.to(device), loss_mask=loss_mask)
 
 
-_Rows = tuple[Tensor, Tensor | None]
+Rows = tuple[Tensor, Tensor | None]
 """Sequences of one source, and their loss mask (None: all tokens count)."""
 
 
-def resolve_calibration(
-    request: CalibrationRequest, architecture: Architecture, *, chat: Chat | None = None
-) -> CalibrationSettings:
+def resolve_calibration(request: CalibrationRequest, architecture: Architecture) -> CalibrationSettings:
     """Fill unset options with the defaults.
 
     Raises:
-        UsageError: the number of samples or their length is out of range, or the mixture is invalid.
+        UsageError: the number of samples or their length is out of range, or the mixture is invalid, or no source
+            holds conversations although some are to count.
     """
     is_demo = architecture.source.id == DEMO
     source = request.calibration or (DEMO_CALIBRATION if is_demo else DEFAULT_CALIBRATION)
-    shares = parse_mixture(source)
+    shares, chat = parse_mixture(source), request.chat
+    if chat is not None and not any(map(holds_conversations, shares)):
+        raise UsageError(
+            f"{source} is plain text, but --chat needs conversations.",
+            hint='Leave out --chat, or name self-chat, or a .jsonl file or data set with "messages": lists of role and '
+            "content.",
+        )
     default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
     if REFERENCE_PRESETS & shares.keys():
         default = REFERENCE_ROWS
@@ -195,35 +207,65 @@ def calibrate_splits(
     raises.
     """
     first = splits[0]
-    if first.chat is not None:
-        require_template(tokenizer)
+    conversations = [source for source in first.shares if writes_conversations(source)]
+    if first.chat is not None or conversations:
+        require_template(tokenizer, conversations[0] if conversations else "--chat")
     drafts = [_read_texts(each, tokenizer, notify if each is first else ignore) for each in splits]
-    if SELF in first.shares and first.chat is None:
-        counts = [settings.counts[SELF] for settings, _ in drafts]
-        written = generate_own_text(load_model(), tokenizer, replace(first, samples=sum(counts)), notify)
-        for (_, rows), sequences in zip(drafts, torch.split(written, counts), strict=True):
-            rows[SELF] = (sequences, None)
+    for source in filter(is_written, first.shares):
+        counts = [settings.counts[source] for settings, _ in drafts]
+        if source.startswith(ANSWERS):  # prompts are divided like documents
+            for (settings, rows), count in zip(drafts, counts, strict=True):
+                if count:
+                    rows[source] = write_rows(source, count, settings, load_model(), tokenizer, notify)
+        else:
+            sequences, mask = write_rows(source, sum(counts), first, load_model(), tokenizer, notify)
+            masks: Sequence[Tensor | None] = [None] * len(counts) if mask is None else torch.split(mask, counts)
+            for (_, rows), part, counted in zip(drafts, torch.split(sequences, counts), masks, strict=True):
+                rows[source] = part, counted
     return [_assemble(settings, rows, tokenizer) for settings, rows in drafts]
+
+
+def write_rows(
+    source: str, samples: int, settings: CalibrationSettings, model: Any, tokenizer: Any, notify: Notify
+) -> Rows:
+    """Return sequences of a source that the model writes; raises what `calibrate` raises."""
+    settings = replace(settings, samples=samples)
+    if source == SELF:
+        return generate_own_text(model, tokenizer, settings, notify), None
+    length, answers = settings.sequence_length, settings.chat == "answers"
+    conversations = write_conversations(model, tokenizer, source, settings, notify)
+    sequences, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=samples)
+    return sequences[:samples], loss_mask[:samples] if answers else None
+
+
+def join_rows(rows: Sequence[Rows]) -> Rows:
+    """Return the sequences of several sources, one after the other; all tokens count of those without a loss mask."""
+    sequences = torch.cat([found for found, _ in rows])
+    if all(mask is None for _, mask in rows):
+        return sequences, None
+    return sequences, torch.cat(
+        [torch.ones_like(found, dtype=torch.bool) if mask is None else mask for found, mask in rows]
+    )
 
 
 def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
     """Return a hash of what `calibrate_splits` reads for these splits, apart from what the model generates."""
     drafts = [_read_texts(settings, tokenizer, ignore) for settings in splits]
     read = [sequences.flatten() for _, rows in drafts for sequences, _ in rows.values()]
+    prompts = [read_prompts(source) for source in splits[0].shares if source.startswith(ANSWERS)]
+    read += [torch.tensor([*json.dumps(prompts).encode()])] * bool(prompts)
     return tokens_sha256(torch.cat([torch.zeros(0, dtype=torch.int64), *read]))
 
 
-def _assemble(settings: CalibrationSettings, rows: Mapping[str, _Rows], tokenizer: Any) -> Calibration:
+def _assemble(settings: CalibrationSettings, rows: Mapping[str, Rows], tokenizer: Any) -> Calibration:
     """Interleave the rows of each source."""
     sources = [source for source in settings.shares if source in rows]
     counts = [len(rows[source][0]) for source in sources]
     order = interleave(counts)
-    sequences = torch.cat([rows[source][0] for source in sources])[order]
-    masks = [mask for source in sources if (mask := rows[source][1]) is not None]
-    if settings.chat is None:
-        bos = adds_bos(tokenizer) and not settings.is_reference
-    else:
-        bos = bool((sequences[:, 0] == tokenizer.bos_token_id).all())
+    sequences, loss_mask = join_rows([rows[source] for source in sources])
+    sequences, loss_mask = sequences[order], None if loss_mask is None else loss_mask[order]
+    bos = not settings.is_reference and tokenizer.bos_token_id is not None
+    bos = bos and bool((sequences[:, 0] == tokenizer.bos_token_id).all())
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -234,19 +276,17 @@ def _assemble(settings: CalibrationSettings, rows: Mapping[str, _Rows], tokenize
         tokens_sha256=tokens_sha256(sequences),
     )
     origins = [source for source, count in zip(sources, counts, strict=True) for _ in range(count)]
-    return Calibration(
-        sequences, record, torch.cat(masks)[order] if masks else None, tuple(origins[row] for row in order)
-    )
+    return Calibration(sequences, record, loss_mask, tuple(origins[row] for row in order))
 
 
 def _read_texts(
     settings: CalibrationSettings, tokenizer: Any, notify: Notify
-) -> tuple[CalibrationSettings, dict[str, _Rows]]:
+) -> tuple[CalibrationSettings, dict[str, Rows]]:
     """Read the sources that are texts, before any text is generated, since they may be missing or too short.
 
     Return the settings with as many samples as the texts provide, and the rows of each source.
     """
-    read, is_mixture = dict[str, _Rows](), len(settings.shares) > 1
+    read, is_mixture = dict[str, Rows](), len(settings.shares) > 1
     for source, count in settings.texts.items():
         if not count:
             continue
@@ -260,8 +300,8 @@ def _read_texts(
                     )
                 )
         # A reference preset counts rows of text, and all of their windows are used.
-        every = settings.is_reference and settings.chat is None
-        read[source] = _draw_rows(windows, loss_mask, len(windows) if every else count, settings.seed)
+        drawn = len(windows) if settings.is_reference else count
+        read[source] = _draw_rows(windows, loss_mask, drawn, settings.seed)
     if is_mixture:
         settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in read.items()}, notify)
         read = {source: _draw_rows(*rows, settings.counts[source], settings.seed) for source, rows in read.items()}
@@ -289,17 +329,17 @@ def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], noti
     return settings
 
 
-def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: int) -> _Rows:
+def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: int) -> Rows:
     rows = draw(len(sequences), count, seed)
     return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
-def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> _Rows:
+def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Rows:
     """Cut a text that has `samples` sequences, or all of a smaller one, into windows."""
     length, seed, split = settings.sequence_length, settings.seed, settings.split
     # What is asked for counts the whole text, of which a split has only about its share.
     asked = samples if settings.samples_given and split == WHOLE else None
-    if settings.chat is not None:
+    if settings.chat is not None and holds_conversations(source):
         conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
         answers = settings.chat == "answers"
         windows, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=asked)
@@ -323,7 +363,7 @@ def require_given_text(settings: CalibrationSettings) -> None:
     Raises:
         UsageError: it has to.
     """
-    if SELF in settings.shares:
+    if any(map(is_written, settings.shares)):
         raise UsageError(
             "A streamed model cannot write its own text: each token would read all of its weights.",
             hint="Use --calibration wikitext2, or a file.",

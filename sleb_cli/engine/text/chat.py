@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +22,34 @@ Tokens = list[tuple[int, bool]]
 """Tokens, and whether each counts in the loss."""
 
 
-def require_template(tokenizer: Any) -> None:
-    """Make sure that the tokenizer has a chat template.
+def require_template(tokenizer: Any, what: str) -> None:
+    """Make sure that the tokenizer has a chat template, for `what`.
 
     Raises:
         UsageError: it has none.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            "--chat does not work: the tokenizer has no chat template.", hint="Leave out --chat, or name a chat model."
+            f"{what} does not work: the tokenizer has no chat template.",
+            hint=f"Leave out {what}, or name a chat model.",
         )
+
+
+def apply_template(tokenizer: Any, conversation: Conversation, source: str, **options: Any) -> Any:
+    """Return a conversation of this source as its chat template writes it.
+
+    Raises:
+        DataError: the template refuses it.
+    """
+
+    def refused(words: str) -> DataError:
+        return DataError(
+            f"The chat template refuses a conversation of {source}: {words}.",
+            hint="Leave that conversation out; many templates need user and assistant in turn.",
+        )
+
+    with translate_errors(refused):
+        return tokenizer.apply_chat_template(conversation, **options)
 
 
 def cut_conversations(
@@ -44,8 +63,8 @@ def cut_conversations(
     Raises:
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
-    rendered = [_render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
-    sequences = [sequence for sequence in _packs(rendered, length) if any(counts for _, counts in sequence[1:])]
+    rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
+    sequences = [sequence for sequence in pack(rendered, length) if any(counts for _, counts in sequence[1:])]
     if not sequences:
         tokens = sum(map(len, rendered))
         raise DataError(
@@ -58,7 +77,7 @@ def cut_conversations(
     return found[..., 0].contiguous(), found[..., 1].bool()
 
 
-def _packs(rendered: Iterable[Tokens], length: int) -> Iterator[Tokens]:
+def pack(rendered: Iterable[Tokens], length: int) -> Iterator[Tokens]:
     """Yield sequences of exactly `length` tokens, each starting with a conversation."""
     sequence: Tokens = []
     for conversation in rendered:
@@ -68,19 +87,9 @@ def _packs(rendered: Iterable[Tokens], length: int) -> Iterator[Tokens]:
             sequence = []
 
 
-def _render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
+def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:
     """Return a conversation as tokens, including a BOS if the template adds one."""
-
-    def refused(words: str) -> DataError:
-        return DataError(
-            f"The chat template refuses a conversation of {source}: {words}.",
-            hint="Leave that conversation out; many templates need user and assistant in turn.",
-        )
-
-    def template(messages: Conversation, **options: Any) -> Any:
-        with translate_errors(refused):
-            return tokenizer.apply_chat_template(messages, **options)
-
+    template = partial(apply_template, tokenizer, source=source)
     if not answers:
         return [(token, True) for token in template(conversation, return_dict=True)["input_ids"]]
     if tokenizer.is_fast and _GENERATION.search(str(tokenizer.chat_template)):

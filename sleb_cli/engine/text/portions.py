@@ -7,12 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.calibration import SELF, CalibrationSettings, draw, limit_to_texts, read_windows
-from sleb_cli.engine.text.own_text import generate_own_text
-from sleb_cli.engine.text.sources import is_read_whole
+from sleb_cli.engine.text.calibration import (
+    CalibrationSettings,
+    Rows,
+    draw,
+    join_rows,
+    limit_to_texts,
+    read_windows,
+    write_rows,
+)
+from sleb_cli.engine.text.sources import is_read_whole, is_written
 from sleb_cli.events import Notify
 
 USES_OF_OWN_TEXT = 2
@@ -22,10 +28,14 @@ once, because repeated text teaches less."""
 
 @dataclass(frozen=True)
 class Portion:
-    """Sequences, int64 [sequences, length], and the rows of them in the order in which they are trained on."""
+    """Sequences, int64 [sequences, length], and the rows of them in the order in which they are trained on.
+
+    `loss_mask` says which tokens count, bool of the same shape; None for all.
+    """
 
     sequences: Tensor
     order: list[int]
+    loss_mask: Tensor | None = None
 
 
 class Portions:
@@ -45,7 +55,7 @@ class Portions:
     def __init__(self, fitted: CalibrationSettings, uses: int, tokenizer: Any, load_model: Callable[[], Any]) -> None:
         self._fitted, self._uses = fitted, uses
         self._tokenizer, self._load_model = tokenizer, load_model
-        self._whole: dict[str, Tensor] = {}
+        self._whole: dict[str, Rows] = {}
 
     def draw(self, number: int, notify: Notify) -> Portion:
         """Return the portion of this number, from 0. Raises what `calibrate` raises."""
@@ -53,34 +63,38 @@ class Portions:
         settings = replace(self._fitted, samples=self._uses, samples_given=False, seed=seed)
         found = {source: self._windows(source, settings) for source, count in settings.texts.items() if count}
         if len(settings.shares) > 1:
-            settings = limit_to_texts(settings, {source: len(windows) for source, windows in found.items()}, notify)
-        read = [self._taken(source, windows, number, settings) for source, windows in found.items()]
-        given = count = sum(map(len, read))
-        if SELF in settings.shares:
-            own = replace(settings, samples=-(-settings.counts[SELF] // USES_OF_OWN_TEXT))
-            read.append(generate_own_text(self._load_model(), self._tokenizer, own, notify))
-            count += own.samples
-        return Portion(torch.cat(read), _order(given, count, f"{self._fitted.seed}/{number}"))
+            settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
+        rows = [self._taken(source, windows, number, settings) for source, windows in found.items()]
+        given = sum(len(sequences) for sequences, _ in rows)
+        for source in filter(is_written, settings.shares):
+            samples = -(-settings.counts[source] // USES_OF_OWN_TEXT)
+            rows.append(write_rows(source, samples, settings, self._load_model(), self._tokenizer, notify))
+        sequences, loss_mask = join_rows(rows)
+        return Portion(sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask)
 
-    def _windows(self, source: str, settings: CalibrationSettings) -> Tensor:
+    def _windows(self, source: str, settings: CalibrationSettings) -> Rows:
         """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
         if source in self._whole:
             return self._whole[source]
-        windows, _ = read_windows(source, settings.counts[source], settings, self._tokenizer)
+        windows, loss_mask = read_windows(source, settings.counts[source], settings, self._tokenizer)
         if is_read_whole(source):
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))
             shuffle = random.Random(self._fitted.seed)
             order = [*shuffle.sample(first, len(first)), *shuffle.sample(last, len(last))]
-            windows = self._whole[source] = windows[order]
-        return windows
+            windows, loss_mask = windows[order], None if loss_mask is None else loss_mask[order]
+            self._whole[source] = windows, loss_mask
+        return windows, loss_mask
 
-    def _taken(self, source: str, windows: Tensor, number: int, settings: CalibrationSettings) -> Tensor:
+    def _taken(self, source: str, found: Rows, number: int, settings: CalibrationSettings) -> Rows:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
+        windows, loss_mask = found
         count = min(settings.counts[source], len(windows))
         if source not in self._whole:
-            return windows[draw(len(windows), count, settings.seed)]
-        return windows[[(number * count + row) % len(windows) for row in range(count)]]
+            rows = draw(len(windows), count, settings.seed)
+        else:
+            rows = [(number * count + row) % len(windows) for row in range(count)]
+        return windows[rows], None if loss_mask is None else loss_mask[rows]
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:

@@ -10,15 +10,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import local_path
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.records import first_fault, why_not_read
-from sleb_cli.units import format_bytes
-from sleb_plugins import DataError, UsageError
+from sleb_cli.units import format_bytes, plural
+from sleb_plugins import DataError
 
 T = TypeVar("T", bound=Sized)
 
@@ -30,6 +30,9 @@ C4_EVALUATION_WINDOWS = 256
 
 # The title of an article in WikiText: " = Valkyria Chronicles III = ".
 _TITLE = re.compile(r"= [^=](.*[^=])? =")
+
+SELF, SELF_CHAT, ANSWERS = "self", "self-chat", "answers:"
+"""What the model writes itself: text, conversations, or its answers to the prompts in the file that is named next."""
 
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
@@ -191,22 +194,55 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> list[Co
     They are read from the field or column `messages`: lists of {"role": …, "content": …}.
 
     Raises:
-        UsageError: the source is plain text.
-        DataError: it is missing or unreadable, or does not hold conversations.
+        DataError: the source is missing or unreadable, or does not hold conversations.
     """
-    if is_file(source) and Path(source).suffix == ".jsonl":
+    if is_file(source):
         found = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
-    elif is_file(source) or "/" not in source:
-        raise UsageError(
-            f"{source} is plain text, but --chat needs conversations.",
-            hint='Leave out --chat, or name a .jsonl file or data set with "messages": lists of role and content.',
-        )
     else:
         dataset = _parse_dataset(source, column="messages")
         with _naming_faults(f"A row of {dataset}"):
             rows = (_Messages(messages=row).conversation for row in _values(dataset, shuffle_seed=seed))
             found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
     return found
+
+
+def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
+    """Return the prompts of `answers:FILE`, those of this part of it: conversations that end with a user's message.
+
+    The file has a prompt in each line of text, or in the `prompt` or the `messages` of each line of JSON.
+
+    Raises:
+        DataError: it is missing or unreadable, or has too few prompts.
+    """
+    file = source.removeprefix(ANSWERS)
+    content = _read_file(file)
+    if Path(file).suffix == ".jsonl":
+        prompts = [line.conversation for line in _json_lines(file, content, _Prompt)]
+    else:
+        prompts = [[{"role": "user", "content": line.strip()}] for line in content.splitlines() if line.strip()]
+    if len(prompts) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
+        raise DataError(
+            f"{file} has {plural(len(prompts), 'prompt')}, not the {least} or more that are needed.",
+            hint="Write more prompts into it.",
+        )
+    return [prompts[row] for row in split.rows(len(prompts))]
+
+
+def writes_conversations(source: str) -> bool:
+    """Whether the model is to write conversations."""
+    return source == SELF_CHAT or source.startswith(ANSWERS)
+
+
+def is_written(source: str) -> bool:
+    """Whether the model is to write this source."""
+    return source == SELF or writes_conversations(source)
+
+
+def holds_conversations(source: str) -> bool:
+    """Whether a source can hold conversations: plain text does not."""
+    if writes_conversations(source):
+        return True
+    return Path(source).suffix == ".jsonl" if is_file(source) else "/" in source
 
 
 def _characters(conversation: Conversation) -> int:
@@ -294,6 +330,27 @@ class _Messages(BaseModel):
         return [message.model_dump() for message in self.messages]
 
 
+class _Prompt(BaseModel):
+    """A line of a .jsonl file of prompts; answers at the end of `messages` are left out."""
+
+    prompt: str | None = None
+    messages: list[_Message] = []
+
+    @model_validator(mode="after")
+    def _has_a_prompt(self) -> _Prompt:
+        if not self.conversation:
+            raise ValueError("there is no prompt")
+        return self
+
+    @property
+    def conversation(self) -> Conversation:
+        found = [message.model_dump() for message in self.messages]
+        found += [{"role": "user", "content": self.prompt}] if self.prompt else []
+        while found and found[-1]["role"] == "assistant":
+            found.pop()
+        return found
+
+
 _Line = TypeVar("_Line", bound=BaseModel)
 
 
@@ -314,7 +371,8 @@ def _naming_faults(where: str) -> Iterator[None]:
     except ValidationError as error:
         raise DataError(
             f"{where} cannot be read: {first_fault(error, 'JSON')}.",
-            hint='Texts need {"text": "…"}; --chat needs {"messages": [{"role": "…", "content": "…"}]}.',
+            hint='Texts need {"text": "…"}, prompts {"prompt": "…"}, and conversations '
+            '{"messages": [{"role": "…", "content": "…"}]}.',
         ) from error
 
 

@@ -1,0 +1,159 @@
+"""Text that the model writes itself, at temperature 1: sampled many sequences at once, and kept in the cache."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from sleb_cli.engine.device import dtype_name, in_smaller_pieces, input_device
+from sleb_cli.engine.files.cache import KeptFiles
+from sleb_cli.engine.forecast import announce
+from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.model.sampling import Sampler
+from sleb_cli.engine.third_party import our_code
+from sleb_cli.events import Notice, Notify, task
+from sleb_cli.version import __version__
+from sleb_plugins import UnsupportedModelError
+
+GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
+
+# A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
+_MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
+
+TIMED_TOKENS = 8
+"""Tokens of each sequence after which it is told how long all will take."""
+
+Continue = Callable[..., list[list[int]]]
+"""Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`, and returns what it adds.
+
+A text ends with the first of the tokens in `ends`, which it includes; `forbidden` ones are never drawn.
+"""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is to be written.
+
+    Attributes:
+        what: the work in words, for the screen.
+        size: how much it is, in words.
+        count: about how many sequences are written.
+        new: about how many tokens of each.
+        seed: decides what is drawn, together with how many are written at once.
+        model: identifies the model, under which the text is cached; None caches none.
+        key: all else that the text depends on.
+    """
+
+    what: str
+    size: str
+    count: int
+    new: int
+    seed: int
+    model: str | None
+    key: Mapping[str, Any]
+
+
+def write_or_find(
+    model: Any,
+    writing: Writing,
+    write: Callable[[Continue, int], Any],
+    notify: Notify,
+) -> tuple[Any, bool]:
+    """Return what `write` makes, plain JSON, or what it made before; and whether that was found in the cache.
+
+    It is given a function that continues prompts, and how many to continue at once, fewer if memory runs out.
+
+    Raises:
+        UnsupportedModelError: the model cannot generate text.
+    """
+    batch = min(writing.count, _MAX_BATCH, max(_MIN_BATCH, _TOKENS_PER_BATCH // writing.new))
+    device = input_device(model)
+    key = {
+        **writing.key,
+        "model": writing.model,
+        "shape": [writing.count, writing.new],
+        "seed": writing.seed,
+        "batch": batch,
+        "dtype": str(model.dtype),
+        "quantization": str(getattr(model.config, "quantization_config", None)),
+        "device": device.type,
+        "versions": [__version__, str(torch.__version__), transformers.__version__],
+    }
+    kept = KeptFiles("texts", "The text that the model wrote is", notify, can_write=writing.model is not None)
+    with suppress(ValueError):  # a broken file
+        if content := kept.read(key):
+            return json.loads(content), True
+    # MPS cannot tell the state of its random number generator by device.
+    devices = [] if device.type in ("cpu", "mps") else [device]
+
+    def run(size: int) -> Any:
+        with (
+            task(notify, writing.what, writing.count * writing.new, "tokens") as advance,
+            torch.random.fork_rng(devices=devices, device_type=device.type),
+            torch.inference_mode(),
+        ):
+            torch.manual_seed(writing.seed)
+            return write(_continuing(model, writing, size, advance, notify), size)
+
+    def reduced(size: int) -> None:
+        notify(Notice(f"Out of memory on {device}; generating {size} sequences at once."))
+
+    found = in_smaller_pieces(run, batch, reduced)
+    kept.write(key, json.dumps(found).encode())
+    return found, False
+
+
+def _continuing(model: Any, writing: Writing, size: int, advance: Callable[[int], object], notify: Notify) -> Continue:
+    """Return the function that continues prompts; after the first tokens, it tells how long all will take."""
+    device, times = input_device(model), list[float]()
+
+    def refused(words: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{model.config.model_type} cannot generate text: {words}.", hint=GIVE_TEXT)
+
+    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        """Report each token as it is generated; never stop."""
+        with our_code():
+            advance(len(ids))
+            times.append(time.perf_counter())
+            if len(times) == TIMED_TOKENS:
+                pace = (times[-1] - times[0]) / (TIMED_TOKENS - 1)
+                seconds = pace * writing.new * -(-writing.count // size)
+                announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def more(
+        prompts: Sequence[Sequence[int]], new: int, forbidden: Collection[int] = (), ends: Collection[int] = ()
+    ) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        attended = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+        greedy = GenerationConfig(
+            do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0, eos_token_id=sorted(ends) or None
+        )
+        ids = generate(
+            model,
+            padded,
+            greedy,
+            refused,
+            attention_mask=attended,
+            logits_processor=LogitsProcessorList([Sampler(forbidden)]),
+            stopping_criteria=StoppingCriteriaList([report]),
+        )
+        return [_until(row, ends) for row in ids[:, longest:].tolist()]
+
+    return more
+
+
+def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
+    """Return the tokens up to the first of `ends`."""
+    return next((tokens[: at + 1] for at, token in enumerate(tokens) if token in ends), tokens)
