@@ -10,7 +10,7 @@ from typing import Any
 from sleb_cli.canaries.repetition import repetition
 
 Item = dict[str, str]
-"""A `question` and its `answer`."""
+"""A `question`, the `prefix` that begins its answer, and the rest of the `answer`."""
 
 SEED = 2402_09025
 EXAMPLES = 8
@@ -73,7 +73,7 @@ def sums(items: int, **_: Any) -> dict[str, Any]:
 
     def draw(rng: random.Random) -> Item:
         first, second = rng.randint(10, 99), rng.randint(10, 99)
-        return {"question": f"Q: What is {first} + {second}?\nA:", "answer": str(first + second)}
+        return {"question": f"Q: What is {first} + {second}?", "prefix": "A:", "answer": str(first + second)}
 
     return _splits("sums", draw, items)
 
@@ -84,7 +84,7 @@ def brackets(items: int, **_: Any) -> dict[str, Any]:
     def draw(rng: random.Random) -> Item:
         opened = rng.choices([*BRACKETS], k=rng.randint(2, 5))
         closed = [BRACKETS[bracket] for bracket in reversed(opened)]
-        return {"question": f"Open: {' '.join(opened)}\nClose:", "answer": " ".join(closed)}
+        return {"question": f"Open: {' '.join(opened)}", "prefix": "Close:", "answer": " ".join(closed)}
 
     return _splits("brackets", draw, items)
 
@@ -94,7 +94,7 @@ def lists(items: int, **_: Any) -> dict[str, Any]:
 
     def draw(rng: random.Random) -> Item:
         words = ", ".join(rng.sample(NOUNS.split(", "), 8))
-        return {"question": f"List: {words}\nCopy:", "answer": words}
+        return {"question": f"List: {words}", "prefix": "Copy:", "answer": words}
 
     return _splits("lists", draw, items)
 
@@ -105,7 +105,7 @@ def counting(items: int, **_: Any) -> dict[str, Any]:
     def draw(rng: random.Random) -> Item:
         start = rng.randint(10, 90)
         numbers = [str(start + step) for step in range(10)]
-        return {"question": f"From {numbers[0]} to {numbers[-1]}:", "answer": ", ".join(numbers)}
+        return {"question": f"From {numbers[0]} to {numbers[-1]}:", "prefix": "", "answer": ", ".join(numbers)}
 
     return _splits("counting", draw, items)
 
@@ -119,7 +119,7 @@ def repeating(items: int, sentences: int, **_: Any) -> dict[str, Any]:
         begin, end = "The {} {}".format(*words), "{2} the {3} near the {4}.".format(*words)
         between = [sentence.rstrip(".") for _ in range(0, sentences, len(others)) for sentence in shuffled(rng)]
         text = ". ".join(between[:sentences]) + "."
-        return {"question": f"Say: {begin} {end}\n\n{text}\n\nAgain: {begin}", "answer": end}
+        return {"question": f"Say: {begin} {end}\n\n{text}", "prefix": f"Again: {begin}", "answer": end}
 
     def shuffled(rng: random.Random) -> list[str]:
         return rng.sample(others, len(others))
@@ -131,7 +131,7 @@ def writing(**_: Any) -> dict[str, Any]:
     """Return beginnings of texts, to be continued; no answer is right."""
     from datasets import Dataset
 
-    return {"test": Dataset.from_list([{"question": start, "answer": ""} for start in STARTS])}
+    return {"test": Dataset.from_list([{"question": start, "prefix": "", "answer": ""} for start in STARTS])}
 
 
 def _splits(name: str, draw: Callable[[random.Random], Item], items: int) -> dict[str, Any]:

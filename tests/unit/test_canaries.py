@@ -85,19 +85,57 @@ def test_items_are_always_the_same_and_all_different(loaded, manager):
 def test_the_answers_follow_from_the_questions(loaded):
     tasks = {name: list(task.eval_docs) for name, task in loaded["tasks"].items()}
     for row in tasks["sleb_sums"]:
-        first, second = row["question"].removeprefix("Q: What is ").removesuffix("?\nA:").split(" + ")
+        first, second = row["question"].removeprefix("Q: What is ").removesuffix("?").split(" + ")
         assert int(first) + int(second) == int(row["answer"])
     for row in tasks["sleb_brackets"]:
-        text = row["question"].partition("\n")[0].removeprefix("Open: ") + row["answer"]
+        text = row["question"].removeprefix("Open: ") + row["answer"]
         text = text.replace(" ", "")
         while (shorter := text.replace("()", "").replace("[]", "").replace("{}", "")) != text:
             text = shorter
         assert text == ""
     for length in (64, 256, 1024):
         for row in tasks[f"sleb_repeat_{length}"]:
-            said, between, again = row["question"].split("\n\n")
-            assert said.removeprefix("Say: ") == f"{again.removeprefix('Again: ')} {row['answer']}"
+            said, between = row["question"].split("\n\n")
+            assert said.removeprefix("Say: ") == f"{row['prefix'].removeprefix('Again: ')} {row['answer']}"
             assert 0.6 * length <= len(between.split()) <= length
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "turns"),
+    [
+        (
+            "sleb_sums",
+            "Q: What is 61 + 76?\nA: 137\n\nQ: What is 75 + 34?\nA: 109\n\n",
+            ["Q: ", "A: "] * 8 + ["Q: ", "A:"],
+        ),
+        (
+            "sleb_brackets",
+            "Open: [ {\nClose: } ]\n\nOpen: ( (\nClose: ) )\n\n",
+            ["Open: ", "Close: "] * 5 + ["Open: ", "Close:"],
+        ),
+        ("sleb_counting", "From 84 to 93: 84, 85", ["From ", "84, 85", "From ", "76, 77", "From ", "70, 71", "From "]),
+        (
+            "sleb_repeat_64",
+            " in January.\n\nAgain: The brave sailor",
+            ["Say: The brave sailor broke ", "Again: The brave sailor"],
+        ),
+        ("sleb_repetition", "The old lighthouse", ["The old lighthouse"]),
+    ],
+)
+def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(loaded, name, text, turns):
+    task, rendered = loaded["tasks"][name], []
+    task.set_fewshot_seed(seed=0)
+    task.build_all_requests(limit=1)
+    assert text in task.instances[0].args[0]
+    chat = {"chat_template": lambda messages, **options: rendered.append((messages, options)) or ""}
+    task.build_all_requests(limit=1, apply_chat_template=True, fewshot_as_multiturn=True, tokenizer_name="", **chat)
+    ((messages, options),) = rendered
+    assert [message["role"] for message in messages] == ["user", "assistant"] * (len(turns) // 2) + ["user"] * (
+        len(turns) % 2
+    )
+    assert all(map(str.startswith, [message["content"] for message in messages], turns))
+    assert options["add_generation_prompt"] == (messages[-1]["role"] == "user")
+    assert all(message["content"] == message["content"].strip() for message in messages)
 
 
 def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
