@@ -208,10 +208,12 @@ def _command(row: Row) -> list[str]:
         case TaskResult() as task:
             limit = ["--limit", str(len(task.doc_ids))] if task.doc_ids else []
             if task.task in CANARIES:
-                return ["sleb", "eval", HERE, *options, *limit, "--tasks", task.task]
+                chat = ["--apply-chat-template"] if task.chat else []
+                return ["sleb", "eval", HERE, *options, *limit, *chat, "--tasks", task.task]
             model = ["--model", "hf", "--model_args", f"pretrained={HERE},dtype={result.dtype}"]
             few = ["--device", result.device, "--num_fewshot", str(task.num_fewshot)]
-            return ["lm-eval", "run", *model, *few, *limit, "--tasks", task.task]
+            chat = ["--apply_chat_template"] if task.chat else []
+            return ["lm-eval", "run", *model, *few, *limit, *chat, "--tasks", task.task]
     workload = row.measured.workload
     sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length)]
     sizes += ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []
