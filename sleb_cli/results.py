@@ -235,7 +235,7 @@ class TaskResult(Record):
     """One metric of one lm-eval task on the dense and each pruned model.
 
     Items are matched by `doc_ids`, and `items_sha256` is a hash over lm-eval's hashes of their documents, prompts and
-    targets. A group has no items of its own.
+    targets. A group has no items of its own. `chat` tells whether prompts were in the chat template.
     """
 
     task: str
@@ -243,6 +243,7 @@ class TaskResult(Record):
     filter: str
     version: str
     num_fewshot: int
+    chat: bool = False
     higher_is_better: bool
     doc_ids: tuple[int, ...]
     items_sha256: str | None
@@ -252,7 +253,10 @@ class TaskResult(Record):
     @property
     def key(self) -> tuple[Any, ...]:
         """What makes two results of a task comparable."""
-        return (self.task, self.metric, self.filter, self.version, self.num_fewshot, self.doc_ids, self.items_sha256)
+        return (
+            self.task, self.metric, self.filter, self.version, self.num_fewshot, self.chat,
+            self.doc_ids, self.items_sha256,
+        )  # fmt: skip
 
 
 class EvalResult(ResultRecord):

@@ -22,4 +22,7 @@ CANARIES = (
     "sleb_repeat_1024",
     "sleb_repetition",
 )
-"""The names of the tasks."""
+"""The names of the tasks of the group."""
+
+INSTRUCTIONS = "sleb_instructions"
+"""Not in the group: only a chat model does what it is asked, and only in its chat template."""

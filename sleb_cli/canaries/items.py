@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sleb_cli.canaries.repetition import repetition
 
 Item = dict[str, str]
-"""A `question` and its `answer`."""
+"""A `question`, the `prefix` that begins its answer, and the rest of the `answer`."""
 
 SEED = 2402_09025
 EXAMPLES = 8
@@ -67,13 +69,23 @@ STARTS = (
     "The river begins high in the hills and",
 )
 
+TOPICS = (
+    "apples, autumn, bees, bicycles, books, bread, bridges, buses, butter, candles, cats, chess, chocolate, clocks, "
+    "clouds, coffee, dogs, dreams, elephants, farming, fishing, football, forests, gardens, glass, guitars, honey, "
+    "horses, hospitals, ice cream, islands, kitchens, lakes, libraries, markets, milk, mirrors, mountains, museums, "
+    "music, oranges, painting, paper, penguins, potatoes, rain, restaurants, rice, rivers, roses, salt, schools, "
+    "shoes, sleep, snow, soap, soup, spiders, spoons, stars, sugar, swimming, tea, teachers, the moon, the sea, "
+    "trains, trees, umbrellas, vegetables, volcanoes, water, whales, windows, winter, wood, wool"
+)
+KEYS = "advice, colour, example, history, kind, name, place, price, size, use"
+
 
 def sums(items: int, **_: Any) -> dict[str, Any]:
     """Return sums of two numbers with two digits."""
 
     def draw(rng: random.Random) -> Item:
         first, second = rng.randint(10, 99), rng.randint(10, 99)
-        return {"question": f"Q: What is {first} + {second}?\nA:", "answer": str(first + second)}
+        return {"question": f"Q: What is {first} + {second}?", "prefix": "A:", "answer": str(first + second)}
 
     return _splits("sums", draw, items)
 
@@ -84,7 +96,7 @@ def brackets(items: int, **_: Any) -> dict[str, Any]:
     def draw(rng: random.Random) -> Item:
         opened = rng.choices([*BRACKETS], k=rng.randint(2, 5))
         closed = [BRACKETS[bracket] for bracket in reversed(opened)]
-        return {"question": f"Open: {' '.join(opened)}\nClose:", "answer": " ".join(closed)}
+        return {"question": f"Open: {' '.join(opened)}", "prefix": "Close:", "answer": " ".join(closed)}
 
     return _splits("brackets", draw, items)
 
@@ -94,7 +106,7 @@ def lists(items: int, **_: Any) -> dict[str, Any]:
 
     def draw(rng: random.Random) -> Item:
         words = ", ".join(rng.sample(NOUNS.split(", "), 8))
-        return {"question": f"List: {words}\nCopy:", "answer": words}
+        return {"question": f"List: {words}", "prefix": "Copy:", "answer": words}
 
     return _splits("lists", draw, items)
 
@@ -105,7 +117,7 @@ def counting(items: int, **_: Any) -> dict[str, Any]:
     def draw(rng: random.Random) -> Item:
         start = rng.randint(10, 90)
         numbers = [str(start + step) for step in range(10)]
-        return {"question": f"From {numbers[0]} to {numbers[-1]}:", "answer": ", ".join(numbers)}
+        return {"question": f"From {numbers[0]} to {numbers[-1]}:", "prefix": "", "answer": ", ".join(numbers)}
 
     return _splits("counting", draw, items)
 
@@ -119,7 +131,7 @@ def repeating(items: int, sentences: int, **_: Any) -> dict[str, Any]:
         begin, end = "The {} {}".format(*words), "{2} the {3} near the {4}.".format(*words)
         between = [sentence.rstrip(".") for _ in range(0, sentences, len(others)) for sentence in shuffled(rng)]
         text = ". ".join(between[:sentences]) + "."
-        return {"question": f"Say: {begin} {end}\n\n{text}\n\nAgain: {begin}", "answer": end}
+        return {"question": f"Say: {begin} {end}\n\n{text}", "prefix": f"Again: {begin}", "answer": end}
 
     def shuffled(rng: random.Random) -> list[str]:
         return rng.sample(others, len(others))
@@ -131,7 +143,19 @@ def writing(**_: Any) -> dict[str, Any]:
     """Return beginnings of texts, to be continued; no answer is right."""
     from datasets import Dataset
 
-    return {"test": Dataset.from_list([{"question": start, "answer": ""} for start in STARTS])}
+    return {"test": Dataset.from_list([{"question": start, "prefix": "", "answer": ""} for start in STARTS])}
+
+
+def instructions(items: int, **_: Any) -> dict[str, Any]:
+    """Return instructions of each kind in turn; the `answer` is what was asked for."""
+    kinds = itertools.cycle(INSTRUCTIONS)
+
+    def draw(rng: random.Random) -> Item:
+        kind, topic = next(kinds), rng.choice(TOPICS.split(", "))
+        text, asked = INSTRUCTIONS[kind].text, INSTRUCTIONS[kind].draw(rng)
+        return {"question": text.format(topic=topic, asked=asked), "prefix": "", "kind": kind, "answer": asked}
+
+    return _splits("instructions", draw, items)
 
 
 def _splits(name: str, draw: Callable[[random.Random], Item], items: int) -> dict[str, Any]:
@@ -168,6 +192,69 @@ def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
 def grade_repetition(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     """Return the share of runs of four words and signs that occurred before in the text."""
     return {"repetition": repetition(re.findall(r"\w+|[^\w\s]|\n", results[0]))}
+
+
+def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
+    """Return 1 if the answer is as asked; and how it is written, and whether it ended by itself if the model tells."""
+    answer = results[0]
+    followed = INSTRUCTIONS[doc["kind"]].is_followed(doc["answer"], answer.strip())
+    ended = {"ended": float(answer.ended)} if hasattr(answer, "ended") else {}
+    return {"followed": float(followed), **ended, **grade_repetition(doc, results), "words": len(answer.split())}
+
+
+def _has_lines(asked: str, answer: str) -> bool:
+    return sum(bool(line.strip()) for line in answer.splitlines()) == int(asked)
+
+
+def _is_lower(_: str, answer: str) -> bool:
+    return answer.islower()
+
+
+def _ends_with(asked: str, answer: str) -> bool:
+    return re.findall(r"\w+", answer.lower())[-1:] == [asked]
+
+
+def _is_list(asked: str, answer: str) -> bool:
+    # Indented lines belong to the entry above.
+    return len(re.findall(r"^(?:[-*•]|\d+[.)]) *\S", answer, re.MULTILINE)) == int(asked)
+
+
+def _is_json(asked: str, answer: str) -> bool:
+    fenced = re.search(r"^```(?:json)?\n(.*?)^```", answer, re.DOTALL | re.MULTILINE)
+    try:
+        found = json.loads(fenced[1] if fenced else answer)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(found, dict) and found.keys() == json.loads(asked).keys()
+
+
+class Instruction(NamedTuple):
+    """What is asked about a `topic`, how the part `asked` is drawn, and whether an answer is as asked."""
+
+    text: str
+    draw: Callable[[random.Random], str]
+    is_followed: Callable[[str, str], bool]
+
+
+INSTRUCTIONS = {
+    "lines": Instruction(
+        "Write exactly {asked} sentences about {topic}, each on a line of its own.",
+        lambda rng: str(rng.randint(2, 4)),
+        _has_lines,
+    ),
+    "lower case": Instruction("Tell me about {topic}. Use only lower case letters.", lambda _: "", _is_lower),
+    "last word": Instruction(
+        'Write a sentence about {topic} that ends with the word "{asked}".',
+        lambda rng: rng.choice(NOUNS.split(", ")),
+        _ends_with,
+    ),
+    "list": Instruction("List {asked} facts about {topic}.", lambda _: "5", _is_list),
+    "json": Instruction(
+        "Describe {topic} in JSON like this: {asked}",
+        lambda rng: json.dumps(dict.fromkeys(rng.sample(KEYS.split(", "), 2), "...")),
+        _is_json,
+    ),
+}
 
 
 def _is_right(doc: Item, answer: str) -> bool:

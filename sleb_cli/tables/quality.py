@@ -54,11 +54,12 @@ def text_names(
 
 
 def task_name(task: TaskResult) -> str:
-    """Return a task with its metric: piqa, acc, 5-shot."""
+    """Return a task with its metric: piqa, acc, 5-shot, chat."""
     details = [
         task.metric,
         task.filter if task.filter != "none" else "",
         f"{task.num_fewshot}-shot" if task.num_fewshot else "",
+        "chat" if task.chat else "",
         "" if task.higher_is_better else "lower is better",
     ]
     return ", ".join([task.task, *filter(None, details)])

@@ -154,6 +154,18 @@ def test_names_and_commands_are_those_of_the_hub_and_settings(out, measured):
     ]
 
 
+def test_commands_and_names_of_tasks_in_the_chat_template(out, measured):
+    plan, evaluation, _ = measured
+    tasks = [
+        evaluation.tasks[0].model_copy(update={"task": name, "chat": True}) for name in ("piqa", "sleb_instructions")
+    ]
+    evaluation.model_copy(update={"tasks": tuple(tasks)}).write(beside_plan(plan, "eval"))
+    out.apply(plan)
+    out.row("piqa, acc, chat, bfloat16 on cpu", "this model")
+    assert "--limit 400 --apply_chat_template --tasks piqa\n" in out.results
+    assert "--limit 400 --apply-chat-template --tasks sleb_instructions\n" in out.results
+
+
 def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path):
     out.apply(measured[0], "--recover", "--calibration", out.text_file, "--samples", 12, "--sequence-length", 32)
     assert "model-index" not in out.data.to_dict()

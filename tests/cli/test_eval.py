@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import WORDS, calibration, llama_config, prose, save_model, write_task
 from reference import log_likelihood, plain_loss
+from sleb_cli.canaries.items import instructions
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.quality import texts
@@ -119,6 +120,28 @@ def test_a_task_file_of_ones_own(run_sleb, tiny_llama, own_task, tmp_path):
     assert flips
     assert all(flip["dense"] != flip["pruned"] for flip in flips)
     assert result.stdout.count("only one model gets right") == len(flips)
+
+
+def test_a_chat_model_is_asked_and_ends_its_answers_or_not(evaluate, tmp_path):
+    folder = save_model(tmp_path / "chat", llama_config(max_position_embeddings=1024))
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}!{% endfor %}")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def written(question):
+        ids = tokenizer(f"user: {question}!", return_tensors="pt").input_ids
+        return model.generate(ids, do_sample=False, max_new_tokens=200, pad_token_id=0)[0, ids.shape[1] :].tolist()
+
+    answers = [set(written(row["question"])) for row in instructions(items=100)["test"].select(range(4))]
+    # Another end token, which some of the answers reach.
+    end = min(token for token in answers[0] if sum(token in answer for answer in answers) == 2)
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [1, end]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    asked = ["--tasks", "sleb_instructions", "--apply-chat-template", "--limit", 4, "--batch-size", 3]
+    data, _ = evaluate(folder, *asked)
+    found = {task["metric"]: task["dense"]["items"] for task in data["tasks"]}
+    assert found["ended"] == [not answer.isdisjoint({1, end}) for answer in answers]
+    assert set(found) == {"followed", "ended", "repetition", "words"}
+    assert all(task["chat"] for task in data["tasks"])
 
 
 def count_passes(monkeypatch, limit=None):

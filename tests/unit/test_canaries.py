@@ -8,7 +8,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from sleb_cli.canaries import CANARIES, FOLDER, items
+from sleb_cli.canaries import CANARIES, FOLDER, INSTRUCTIONS, items
 
 GRADED = [name for name in CANARIES if name != "sleb_repetition"]
 
@@ -72,6 +72,57 @@ def test_answers_are_graded_in_part(grade, answer, expected):
     assert grade(doc, [answer]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "asked", "answer", "follows"),
+    [
+        ("lines", "2", "1. Bees fly.\n\n2. They hum.\n", True),
+        ("lines", "2", "Bees fly. They hum.", False),
+        ("lines", "2", "Bees fly.\nThey hum.\nThey sting.", False),
+        ("lower case", "", "bees make honey: 2 spoons a year.", True),
+        ("lower case", "", "bees make honey. They hum.", False),
+        ("lower case", "", "123", False),
+        ("last word", "lamp", 'Bees like the "Lamp".\n', True),
+        ("last word", "lamp", "Bees like the lamp post.", False),
+        ("last word", "lamp", "Bees like the headlamp", False),
+        ("last word", "lamp", "", False),
+        ("list", "5", "Five facts:\n\n1. a\n   - more\n2. b\n3. c\n\n4) d\n5. **e**: f\n\nThat is all.", True),
+        ("list", "5", "- a\n* b\n• c\n- d\n- e", True),
+        ("list", "5", "1. a\n2. b\n3. c\n4. d\n5.", False),
+        ("list", "5", "- a\n- b\n- c\n- d\n- e\n- f", False),
+        ("list", "5", "a, b, c, d, e", False),
+        ("json", '{"name": "...", "use": "..."}', '{"use": "wax", "name": {"of": "bee"}}', True),
+        (
+            "json",
+            '{"name": "...", "use": "..."}',
+            'Here it is:\n```json\n{"name": "bee",\n"use": null}\n```\nIt hums.',
+            True,
+        ),
+        ("json", '{"name": "...", "use": "..."}', '{"name": "bee", "use": "wax"', False),
+        ("json", '{"name": "...", "use": "..."}', '{"name": "bee"}', False),
+        ("json", '{"name": "...", "use": "..."}', '{"name": "bee", "use": "wax", "size": 1}', False),
+        ("json", '{"name": "...", "use": "..."}', '[{"name": "bee", "use": "wax"}]', False),
+        ("json", '{"name": "...", "use": "..."}', "Bees make wax.", False),
+    ],
+)
+def test_whether_an_instruction_is_followed(kind, asked, answer, follows):
+    doc = {"question": "", "kind": kind, "answer": asked}
+    found = items.grade_instructions(doc, [answer])
+    assert found == {"followed": follows, "words": len(answer.split()), "repetition": found["repetition"]}
+
+
+def test_instructions_ask_for_what_is_graded(manager):
+    (task,) = manager.load([INSTRUCTIONS])["tasks"].values()
+    rows = list(task.eval_docs)
+    assert len(rows) == 100
+    for kind in items.INSTRUCTIONS:
+        of_kind = [row for row in rows if row["kind"] == kind]
+        assert 15 <= len(of_kind) <= 25
+        assert all(row["answer"] in row["question"] for row in of_kind)
+        assert len({row["question"] for row in of_kind}) == len(of_kind)
+    task.build_all_requests(limit=1)
+    assert task.instances[0].args == (rows[0]["question"], {"do_sample": False, "max_gen_toks": 200, "until": []})
+
+
 def test_items_are_always_the_same_and_all_different(loaded, manager):
     again = manager.load(["sleb_canaries"])["tasks"]
     for name, task in loaded["tasks"].items():
@@ -85,19 +136,57 @@ def test_items_are_always_the_same_and_all_different(loaded, manager):
 def test_the_answers_follow_from_the_questions(loaded):
     tasks = {name: list(task.eval_docs) for name, task in loaded["tasks"].items()}
     for row in tasks["sleb_sums"]:
-        first, second = row["question"].removeprefix("Q: What is ").removesuffix("?\nA:").split(" + ")
+        first, second = row["question"].removeprefix("Q: What is ").removesuffix("?").split(" + ")
         assert int(first) + int(second) == int(row["answer"])
     for row in tasks["sleb_brackets"]:
-        text = row["question"].partition("\n")[0].removeprefix("Open: ") + row["answer"]
+        text = row["question"].removeprefix("Open: ") + row["answer"]
         text = text.replace(" ", "")
         while (shorter := text.replace("()", "").replace("[]", "").replace("{}", "")) != text:
             text = shorter
         assert text == ""
     for length in (64, 256, 1024):
         for row in tasks[f"sleb_repeat_{length}"]:
-            said, between, again = row["question"].split("\n\n")
-            assert said.removeprefix("Say: ") == f"{again.removeprefix('Again: ')} {row['answer']}"
+            said, between = row["question"].split("\n\n")
+            assert said.removeprefix("Say: ") == f"{row['prefix'].removeprefix('Again: ')} {row['answer']}"
             assert 0.6 * length <= len(between.split()) <= length
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "turns"),
+    [
+        (
+            "sleb_sums",
+            "Q: What is 61 + 76?\nA: 137\n\nQ: What is 75 + 34?\nA: 109\n\n",
+            ["Q: ", "A: "] * 8 + ["Q: ", "A:"],
+        ),
+        (
+            "sleb_brackets",
+            "Open: [ {\nClose: } ]\n\nOpen: ( (\nClose: ) )\n\n",
+            ["Open: ", "Close: "] * 5 + ["Open: ", "Close:"],
+        ),
+        ("sleb_counting", "From 84 to 93: 84, 85", ["From ", "84, 85", "From ", "76, 77", "From ", "70, 71", "From "]),
+        (
+            "sleb_repeat_64",
+            " in January.\n\nAgain: The brave sailor",
+            ["Say: The brave sailor broke ", "Again: The brave sailor"],
+        ),
+        ("sleb_repetition", "The old lighthouse", ["The old lighthouse"]),
+    ],
+)
+def test_a_chat_has_a_turn_for_each_question_and_the_model_goes_on_with_its_own(loaded, name, text, turns):
+    task, rendered = loaded["tasks"][name], []
+    task.set_fewshot_seed(seed=0)
+    task.build_all_requests(limit=1)
+    assert text in task.instances[0].args[0]
+    chat = {"chat_template": lambda messages, **options: rendered.append((messages, options)) or ""}
+    task.build_all_requests(limit=1, apply_chat_template=True, fewshot_as_multiturn=True, tokenizer_name="", **chat)
+    ((messages, options),) = rendered
+    assert [message["role"] for message in messages] == ["user", "assistant"] * (len(turns) // 2) + ["user"] * (
+        len(turns) % 2
+    )
+    assert all(map(str.startswith, [message["content"] for message in messages], turns))
+    assert options["add_generation_prompt"] == (messages[-1]["role"] == "user")
+    assert all(message["content"] == message["content"].strip() for message in messages)
 
 
 def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
@@ -110,5 +199,6 @@ def test_every_answer_fits_what_the_model_may_write(loaded, smollm2):
 
 def test_the_group_has_all_canaries_and_none_else(loaded, manager):
     assert tuple(loaded["tasks"]) == CANARIES
-    assert set(manager.all_subtasks) == set(CANARIES)
-    assert {file.name for file in FOLDER.glob("*.yaml")} == {f"{name}.yaml" for name in (*CANARIES, "sleb_canaries")}
+    assert set(manager.all_subtasks) == {*CANARIES, INSTRUCTIONS}
+    names = (*CANARIES, INSTRUCTIONS, "sleb_canaries")
+    assert {file.name for file in FOLDER.glob("*.yaml")} == {f"{name}.yaml" for name in names}

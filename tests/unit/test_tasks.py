@@ -265,6 +265,7 @@ def test_the_chat_template_and_examples_in_the_prompt(folder, loaded):
     talking.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     results = task.run(model, talking)
     assert results["samples"]["own_chosen"][0]["arguments"][0][0].startswith("<user>")
+    assert compare_task(results, [])[0].chat
     examples = task_of(folder, num_fewshot=2).run(*loaded)
     assert examples["n-shot"]["own_chosen"] == 2
     assert examples["samples"]["own_chosen"][0]["arguments"][0][0].count("\n\n") == 2

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import EvalResult as HubResult
 
-from sleb_cli.canaries import CANARIES
+from sleb_cli.canaries import CANARIES, INSTRUCTIONS
 from sleb_cli.engine.model.source import ModelSource
 from sleb_cli.engine.output.card_metadata import BY_US
 from sleb_cli.engine.output.measured import measured_of_plan, parts_of
@@ -207,11 +207,13 @@ def _command(row: Row) -> list[str]:
             return ["sleb", "eval", HERE, *cut, *options, "--perplexity", public_name(text.text)]
         case TaskResult() as task:
             limit = ["--limit", str(len(task.doc_ids))] if task.doc_ids else []
-            if task.task in CANARIES:
-                return ["sleb", "eval", HERE, *options, *limit, "--tasks", task.task]
+            if task.task in (*CANARIES, INSTRUCTIONS):
+                chat = ["--apply-chat-template"] if task.chat else []
+                return ["sleb", "eval", HERE, *options, *limit, *chat, "--tasks", task.task]
             model = ["--model", "hf", "--model_args", f"pretrained={HERE},dtype={result.dtype}"]
             few = ["--device", result.device, "--num_fewshot", str(task.num_fewshot)]
-            return ["lm-eval", "run", *model, *few, *limit, "--tasks", task.task]
+            chat = ["--apply_chat_template"] if task.chat else []
+            return ["lm-eval", "run", *model, *few, *limit, *chat, "--tasks", task.task]
     workload = row.measured.workload
     sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length)]
     sizes += ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []

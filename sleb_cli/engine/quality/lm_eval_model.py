@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from sleb_cli.engine.device import choose_device, dtype_name, input_device
 from sleb_cli.engine.forecast import announce, is_short, padded_tokens
 from sleb_cli.engine.forward.pace import seconds_of, seconds_per_token
 from sleb_cli.engine.forward.placement import place_model
+from sleb_cli.engine.model.generation import end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import resolve_subject
@@ -34,6 +36,12 @@ _log = logging.getLogger("lm_eval.sleb")
 
 AUTO_BATCH = 16
 """How many requests a batch is taken to have where lm-eval looks for the most that fit."""
+
+
+class Answer(str):
+    """What a model wrote; `ended` tells whether it ended by itself, before its tokens ran out."""
+
+    ended = False
 
 
 class LoadedModel(HFLM):  # type: ignore[misc]
@@ -66,6 +74,8 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         # If the model is spread over devices, tokens may not go in where its first weight is.
         self._device, self._named, self._notify, self._group = input_device(model), named, notify, group
         self._batches, self._is_probing, self._models = 0, False, models
+        self._ends = torch.tensor(sorted(end_tokens(model, tokenizer)), device=self._device)
+        self._ended: list[bool] = []
 
     def loglikelihood(self, requests: Sequence[Any]) -> Any:
         """Return the likelihood of each continuation, and whether it is the most likely one."""
@@ -79,12 +89,25 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         return self._reported(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests: Sequence[Any]) -> Any:
-        """Return what the model writes after each prompt."""
-        write = super().generate_until
+        """Return what the model writes after each prompt, each an `Answer`."""
         if self._models:
             new = max((int(request.args[1].get("max_gen_toks", self.max_gen_toks)) for request in requests), default=0)
             self._announce([tuple(self.tok_encode(request.args[0])) for request in requests], new)
-        return self._reported(lambda asked: self._together(lambda: write(asked)), requests)
+        return self._reported(lambda asked: self._together(lambda: self._written(asked)), requests)
+
+    def _written(self, requests: Sequence[Any]) -> list[Any]:
+        ended, advance = defaultdict[str, list[bool]](list), self.cache_hook.add_partial
+
+        # lm-eval tells its cache the answers in the order of batches, and returns them in that of requests.
+        def answered(kind: str, request: Any, text: str) -> None:
+            ended[request[0]].append(self._ended.pop(0))
+            advance()
+
+        self.cache_hook.add_partial = answered
+        answers = list(map(Answer, super().generate_until(requests)))
+        for request, answer in zip(requests, answers, strict=True):
+            answer.ended = ended[request.args[0]].pop(0)
+        return answers
 
     def _reported(self, answer: Callable[[Sequence[Any]], Any], requests: Sequence[Any]) -> Any:
         with task(self._notify, ", ".join(self._named), len(requests), "requests") as advance:
@@ -158,7 +181,9 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, *rest: Any, **options: Any) -> Any:
         # Sampled tokens depend on all that were sampled before, so one process writes them all.
         is_own = self._group.is_main if options.get("do_sample") else self._is_own_batch()
-        return super()._model_generate(context, *rest, **options) if is_own else context
+        written = super()._model_generate(context, *rest, **options) if is_own else context
+        self._ended += torch.isin(written[:, context.shape[1] :], self._ends).any(1).tolist()
+        return written
 
     def _detect_batch_size(self, *rest: Any, **options: Any) -> int:
         self._is_probing = True
@@ -168,7 +193,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
 
 def _is_computed(answer: Any) -> bool:
-    return answer != "" if isinstance(answer, str) else not math.isnan(answer[0])
+    return answer != "" or answer.ended if isinstance(answer, Answer) else not math.isnan(answer[0])
 
 
 @register_model("sleb")

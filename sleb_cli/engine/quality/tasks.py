@@ -156,6 +156,7 @@ def _compare(
         filter=measure.filter,
         version=str(dense["versions"].get(measure.task)),
         num_fewshot=int(dense["n-shot"].get(measure.task) or 0),
+        chat=bool(dense.get("chat_template")),
         higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric) is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
         # As lm-eval's `task_hashes`, which joins the samples of all filters.
