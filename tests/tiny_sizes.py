@@ -46,7 +46,7 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.forward.passes": {"KEPT_DEPTHS": 1},
     "sleb_cli.engine.model.sampling": {"_CHUNK_TOKENS": 7},
     "sleb_cli.engine.quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_OF_A_PART": 100},
-    "sleb_cli.engine.text.own_text": {"_MIN_BATCH": 5, "_MAX_BATCH": 7, "_TOKENS_PER_BATCH": 200},
+    "sleb_cli.engine.text.writing": {"_MIN_BATCH": 5, "_MAX_BATCH": 7, "_TOKENS_PER_BATCH": 200},
     "sleb_cli.engine.speed.engines.llama_cpp": {"_BATCH_TOKENS": 8},
     "sleb_cli.engine.quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "CPU_WRITING_BATCH": 3},
     "sleb_cli.engine.quality.task_metric": {"BATCH_SIZE": 2},

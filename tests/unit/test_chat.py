@@ -1,6 +1,7 @@
 """Conversations as calibration sequences: written by the chat template, and which of their tokens count."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -98,10 +99,11 @@ def test_conversations_that_cannot_be_cut_are_refused(template, conversations, l
         cut(template, conversations, length, **options)
 
 
-def test_plain_text_is_no_conversation():
-    for source in ("self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt"):
+def test_plain_text_is_no_conversation(tiny_llama):
+    architecture = read_architecture(locate_model(str(tiny_llama), print), load_plugins(), print)
+    for source in ("self", "c4", "wikitext2", "wikitext2-sleb", "notes.txt", "self:0.5,c4:0.5"):
         with pytest.raises(UsageError, match=f"{source} is plain text"):
-            calibration_conversations(source, tokens=10, seed=0)
+            resolve_calibration(CalibrationRequest(calibration=source, chat="all"), architecture)
 
 
 @pytest.mark.parametrize(

@@ -25,22 +25,26 @@ def dense_and_changed(blocks, changed):
     return dense, other
 
 
+@pytest.mark.parametrize("counted", [None, torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.4])
 @pytest.mark.parametrize("positions", [1, 9, 1000])
-def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, monkeypatch):
+def test_gradients_in_slices_are_those_of_all_logits_at_once(positions, counted, monkeypatch):
     monkeypatch.setattr(variant, "POSITIONS", positions)
     three = replace(settings_for(torch.device("cpu")), widened_bytes=4 * 320 * 3)  # positions in float32 at a time
     monkeypatch.setattr(logits, "settings_for", lambda device: three)
     dense, pruned = dense_and_changed(3, 1)
     pruned.model.layers.requires_grad_(True)
     ours, theirs = pruned(IDS).logits[:, :-1].log_softmax(-1), dense(IDS).logits[:, :-1].log_softmax(-1)
-    plain = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1).mean()
+    every = functional.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+    plain = (every if counted is None else every[counted[:, 1:]]).mean()
     parameters = list(pruned.model.layers.parameters())
     expected = torch.autograd.grad(plain, parameters)
     with SkippableModel(dense, dense.model.layers) as teacher, SkippableModel(pruned, pruned.model.layers) as student:
         with torch.no_grad():
             wanted = Variant(teacher).final_states(IDS)
-        found = distill(Variant(teacher), Variant(student), IDS, wanted)
-        _, divergence = losses(Variant(student), Variant(teacher), IDS)
+        found = distill(Variant(teacher), Variant(student), IDS, wanted, loss_mask=counted)
+        loss, divergence = losses(Variant(student), Variant(teacher), IDS, loss_mask=counted)
+    of_tokens = -ours.gather(-1, IDS[:, 1:, None])[..., 0]
+    assert loss == pytest.approx(of_tokens[slice(None) if counted is None else counted[:, 1:]].mean().item(), rel=1e-5)
     assert found == pytest.approx(plain.item(), rel=1e-5)
     assert divergence == pytest.approx(plain.item(), rel=1e-5)
     for parameter, gradient in zip(parameters, expected, strict=True):

@@ -11,7 +11,7 @@ import torch
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.recovery.settings import DECIDING, FITTED, REPORTED
-from sleb_cli.engine.text import calibration, own_text
+from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
@@ -91,8 +91,8 @@ def test_the_model_writes_once_for_all_parts(tmp_path, monkeypatch):
 
 def test_what_the_model_wrote_is_cached_under_what_it_depends_on(monkeypatch):
     model, events = random_model(llama_config(2)), []
-    generate = Mock(side_effect=own_text.generate)
-    monkeypatch.setattr(own_text, "generate", generate)
+    generate = Mock(side_effect=writing.generate)
+    monkeypatch.setattr(writing, "generate", generate)
 
     def texts(writer="one", **changes):
         (own, *_) = settings("self", 4, (4, 0, 0))

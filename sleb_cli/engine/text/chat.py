@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -64,7 +64,7 @@ def cut_conversations(
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
     rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
-    sequences = [sequence for sequence in pack(rendered, length) if any(counts for _, counts in sequence[1:])]
+    sequences = pack(rendered, length)
     if not sequences:
         tokens = sum(map(len, rendered))
         raise DataError(
@@ -77,14 +77,15 @@ def cut_conversations(
     return found[..., 0].contiguous(), found[..., 1].bool()
 
 
-def pack(rendered: Iterable[Tokens], length: int) -> Iterator[Tokens]:
-    """Yield sequences of exactly `length` tokens, each starting with a conversation."""
-    sequence: Tokens = []
+def pack(rendered: Iterable[Tokens], length: int) -> list[Tokens]:
+    """Return sequences of `length` tokens, each starting with a conversation, and with a token that counts."""
+    found, sequence = list[Tokens](), list[tuple[int, bool]]()
     for conversation in rendered:
         sequence = sequence + conversation
         if len(sequence) >= length:
-            yield sequence[:length]
+            found.append(sequence[:length])
             sequence = []
+    return [sequence for sequence in found if any(counts for _, counts in sequence[1:])]
 
 
 def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:

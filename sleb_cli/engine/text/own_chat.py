@@ -37,6 +37,8 @@ SPARE = 1.75
 """How many conversations are begun for each sequence that is missing: some are dropped, and some are short."""
 FEWEST_AT_ONCE = 8
 """The fewest that are begun at once, as few take nearly as long as these."""
+MOST_FRUITLESS = 64
+"""After so many conversations in a row of which none can be used, the model is taken to write none."""
 FEWEST_TOKENS = 32
 """The least room for a turn."""
 SPARE_TOKENS = 8
@@ -57,7 +59,8 @@ def write_conversations(
     """
     given = [] if source == SELF_CHAT else read_prompts(source, settings.split)
     count, length = settings.samples, settings.sequence_length
-    writer, drawn = _Writer(model, tokenizer, source, length), f"{settings.seed}/{settings.split.begin:g}"
+    drawn, answers = f"{settings.seed}/{settings.split.begin:g}", settings.chat == "answers"
+    writer = _Writer(model, tokenizer, source, length, answers=answers)
 
     def write(more: Continue, size: int) -> list[Conversation]:
         order = random.Random(drawn).sample(given, len(given))
@@ -66,7 +69,7 @@ def write_conversations(
         notify(Notice(f"{source}: the model wrote {plural(len(found), 'conversation')}{dropped}."))
         return found
 
-    key = {"source": source, "prompts": given, "template": str(tokenizer.chat_template), "split": settings.split.begin}
+    key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "answers": answers}
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
     size = f"{plural(count, 'sequence')} of {length:,} tokens"
     tried, tokens = math.ceil(SPARE * count), length + length // 2  # an answer, and the user's message
@@ -81,9 +84,9 @@ def write_conversations(
 class _Writer:
     """Writes conversations in rounds; `dropped` counts those that cannot be used."""
 
-    def __init__(self, model: Any, tokenizer: Any, source: str, length: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, source: str, length: int, *, answers: bool) -> None:
         self.model, self.tokenizer, self.source, self.length = model, tokenizer, source, length
-        self.dropped = 0
+        self.answers, self.dropped = answers, 0
         self.asked: set[str] = set()
         self.special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.ends = end_tokens(model, tokenizer)
@@ -92,8 +95,8 @@ class _Writer:
         """Write until there are `count` sequences, at most `size` conversations at once."""
         found, rendered, self.dropped = list[Conversation](), list[Tokens](), 0
         self.asked.clear()
-        again = list[int]()  # which of those found get a second turn in the next round
-        while (missing := count - len([*pack(rendered, self.length)])) > 0:
+        again, fruitless = list[int](), 0  # which of those found get a second turn in the next round
+        while (missing := count - len(pack(rendered, self.length))) > 0:
             fresh = max(1, min(size, max(FEWEST_AT_ONCE, math.ceil(SPARE * missing))) - len(again))
             begun = list(islice(prompts, fresh))
             asked = begun or self._add("user", more, [*(found[at] for at in again), *([[]] * fresh)])
@@ -104,10 +107,11 @@ class _Writer:
                     found[at], rendered[at] = longer, self._render(longer)
             complete = [conversation for conversation in answered.values() if conversation]
             self.dropped += fresh - len(complete)
-            if not complete and not again:
+            fruitless = 0 if complete else fruitless + fresh
+            if fruitless >= MOST_FRUITLESS:
                 raise UnsupportedModelError(
-                    f"{self.source}: of {plural(fresh, 'conversation')} that the model wrote, none can "
-                    "be used, as they do not end or repeat themselves.",
+                    f"{self.source}: none of {fruitless} conversations that the model wrote can be used, as they do "
+                    "not end or repeat themselves.",
                     hint=GIVE_TEXT,
                 )
             new = range(len(found), len(found) + len(complete))
@@ -117,7 +121,7 @@ class _Writer:
         return found
 
     def _render(self, conversation: Conversation) -> Tokens:
-        return render(self.tokenizer, conversation, self.source, answers=False)
+        return render(self.tokenizer, conversation, self.source, answers=self.answers)
 
     def _add(self, role: str, more: Continue, conversations: list[Conversation]) -> list[Conversation | None]:
         """Add a message to each; None where it repeats itself or, of a user's, does not end or was written before.

@@ -1,0 +1,202 @@
+"""Conversations that a model writes: where its template lets it speak, and what is kept of it."""
+
+import json
+from dataclasses import replace
+from itertools import cycle
+
+import pytest
+
+from conftest import llama_config, random_model, train_tokenizer
+from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
+from sleb_cli.engine.text.mixture import parse_mixture
+from sleb_cli.engine.text.own_chat import _Writer
+from sleb_cli.engine.text.portions import Portions
+from sleb_cli.engine.text.sources import TextSplit, read_prompts
+from sleb_cli.events import Notice, ignore
+from sleb_plugins import DataError, UnsupportedModelError, UsageError
+
+TURNS = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+WORDS = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}"
+)
+SYSTEM = "<s>system: mill</s>" + TURNS
+
+
+def tokenizer_with(template):
+    tokenizer = train_tokenizer(bos=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture
+def model():
+    """A random model that ends its messages soon, as a tenth of all tokens end them."""
+    model = random_model(llama_config(2))
+    model.generation_config.eos_token_id = [1, *range(40, 80)]
+    return model
+
+
+def settings(source, samples=4, length=48, **changes):
+    own = CalibrationSettings(source, parse_mixture(source), samples, length, 0, None, samples_given=True)
+    return replace(own, **changes)
+
+
+def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
+    """Let a model that says these in turn, over and over, write; return the conversations and what it was given."""
+    tokenizer, turns, given = tokenizer_with(tokenizer), cycle(says), []
+    writer = _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length, answers=False)
+
+    def more(prompts, new, forbidden, ends):
+        given.extend(map(tokenizer.decode, prompts))
+        said = [tokenizer(next(turns), add_special_tokens=False).input_ids[:new] for _ in prompts]
+        return [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in said]
+
+    found = writer.write(more, size, count, template_prompts)
+    return [[(m["role"], m["content"]) for m in each] for each in found], given, writer.dropped
+
+
+LONG = " ".join(f"snow{number}" for number in range(40))
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "answered", "question"),
+    [
+        (TURNS, "<s>user: ", "<s>user: river</s><s>assistant: ", "river</s>"),
+        (SYSTEM, "<s>system: mill</s><s>user: ", "<s>system: mill</s><s>user: river</s><s>assistant: ", "river</s>"),
+        (WORDS, "[INST] ", "[INST] river [/INST] ", "river [/INST] and more"),
+    ],
+    ids=["a token ends a message", "a system prompt", "words end a message"],
+)
+def test_the_model_speaks_where_its_template_puts_words(template, asked, answered, question):
+    found, given, _ = wrote(template, iter(()), question, LONG, count=1, size=1, length=60)
+    assert given == [asked, answered]
+    ((of_user, answer),) = found
+    assert of_user == ("user", "river")
+    assert answer[0] == "assistant"
+    assert LONG.startswith(answer[1])
+
+
+def test_what_cannot_be_used_is_dropped_and_counted():
+    questions = ["town</s>", "town</s>", "fish " * 30 + "</s>", "</s>", "mill stone water", "bridge</s>"]
+    found, _, dropped = wrote(TURNS, iter(()), *questions, LONG, LONG, count=2, size=6)
+    assert [conversation[0][1] for conversation in found] == ["town", "bridge"]
+    assert dropped == 4
+    assert all(conversation[1][1].startswith("snow0 snow1") for conversation in found)
+
+
+def test_prompts_are_answered_in_turn_and_again():
+    prompts = [[{"role": "user", "content": word}] for word in ("town", "fish")]
+    found, given, _ = wrote(TURNS, cycle(prompts), LONG, count=3, size=2)
+    assert [conversation[0][1] for conversation in found[:3]] == ["town", "fish", "town"]
+    assert given[0] == "<s>user: town</s><s>assistant: "
+
+
+def test_a_short_conversation_gets_a_second_turn():
+    says = ["town</s>", "stone</s>", "fish</s>", LONG, LONG]  # the second question to a new conversation has no end
+    found, _, _ = wrote(TURNS, iter(()), *says, count=1, length=80, size=1)
+    assert [role for role, _ in found[0]] == ["user", "assistant"] * 2
+
+
+def test_a_model_that_writes_nothing_usable_is_refused():
+    with pytest.raises(UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"):
+        wrote(TURNS, iter(()), "never ends", count=1, size=2)
+
+
+@pytest.mark.parametrize(
+    ("template", "length", "message"),
+    [
+        (None, 48, "self-chat does not work: the tokenizer has no chat template"),
+        (TURNS, 20, "self-chat does not fit sequences of 20 tokens"),
+        ("{{ messages | length }}", 48, "no place for the words of a user"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused(model, template, length, message):
+    with pytest.raises(UsageError, match=message):
+        calibrate_splits([settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore)
+
+
+def test_sequences_begin_conversations_and_are_cached_and_split(model):
+    tokenizer, events = tokenizer_with(TURNS), []
+    splits = [settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]
+    found, again = (calibrate_splits(splits, tokenizer, lambda: model, events.append) for _ in range(2))
+    for text, same in zip(found, again, strict=True):
+        assert text.sequences.tolist() == same.sequences.tolist()
+        assert all(tokenizer.decode(row).startswith("<s>user: ") for row in text.sequences)
+        assert text.loss_mask[:, 1:].any(1).all()
+        assert not text.loss_mask.all()
+    assert not {*map(tuple, found[0].sequences.tolist())} & {*map(tuple, found[1].sequences.tolist())}
+    told = [event.text for event in events if isinstance(event, Notice)]
+    assert told[0].startswith("self-chat: the model wrote ")
+    assert told[1].endswith("that the model wrote before, from the cache.")
+
+
+def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):
+    (tmp_path / "text.txt").write_text("river snow " * 400)
+    mixed = settings("self-chat:0.5,text.txt:0.5", chat="answers")
+    (found,) = calibrate_splits([mixed], tokenizer_with(TURNS), lambda: model, ignore)
+    assert [bool(row.all()) for row in found.loss_mask] == [origin == "text.txt" for origin in found.origins]
+    assert sorted(found.origins) == ["self-chat"] * 2 + ["text.txt"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "\n\n".join(f"word{number}" for number in range(20))),
+        ("p.jsonl", "\n".join(json.dumps({"prompt": f"word{number}"}) for number in range(20))),
+        (
+            "p.jsonl",
+            "\n".join(
+                json.dumps(
+                    {"messages": [{"role": "user", "content": f"word{n}"}, {"role": "assistant", "content": "no"}]}
+                )
+                for n in range(20)
+            ),
+        ),
+    ],
+    ids=["lines", "prompts", "messages"],
+)
+def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    parts = [read_prompts(f"answers:{name}", TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))]
+    assert [[{"role": "user", "content": f"word{number}"}] for number in range(20)] == parts[0] + parts[1]
+    tokenizer = tokenizer_with(TURNS)
+    splits = [settings(f"answers:{name}", 3, split=TextSplit(*ends)) for ends in ((0, 0.7), (0.7, 1))]
+    for text, prompts in zip(calibrate_splits(splits, tokenizer, lambda: model, ignore), parts, strict=True):
+        begins = tuple(f"<s>user: {prompt[0]['content']}</s><s>assistant: " for prompt in prompts)
+        assert all(tokenizer.decode(row).startswith(begins) for row in text.sequences)
+    before = texts_sha256(splits, tokenizer)
+    (tmp_path / name).write_text(content.replace("word3", "word"))
+    assert texts_sha256(splits, tokenizer) != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has 0 prompts, not the 10 or more"),
+        ("one\ntwo", "has 2 prompts, not the 10 or more"),
+        (None, r"no file p\.txt"),
+    ],
+)
+def test_a_file_with_too_few_prompts_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "p.txt").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_prompts("answers:p.txt", TextSplit(0, 0.7))
+
+
+def test_a_line_without_a_prompt_is_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"messages": [{"role": "assistant", "content": "a"}]}')
+    with pytest.raises(DataError, match=r"Line 2 of p\.jsonl cannot be read"):
+        read_prompts("answers:p.jsonl")
+
+
+def test_healing_reads_new_conversations_in_each_portion(model):
+    draws = Portions(settings("self-chat", chat="answers"), 4, tokenizer_with(TURNS), lambda: model)
+    one, two = (draws.draw(number, ignore) for number in range(2))
+    assert sorted(one.order) == [0, 0, 1, 1]
+    assert one.loss_mask.shape == one.sequences.shape
+    assert one.sequences.tolist() != two.sequences.tolist()
