@@ -31,6 +31,9 @@ Block = Annotated[int, Field(ge=0)]
 Engine = Literal["fork", "plain", "weights", "model"]
 """How candidates were scored: together in one pass, each in its own pass, by their weights, or as whole models."""
 
+ANSWERS = "answers:"
+"""Begins a source of calibration text: the model's answers to the prompts in the file that is named next."""
+
 _FILE = re.compile(r"\.(txt|jsonl|md|json)$")
 _SHARE = r":[\d.]+(?:e-?\d+)?(?:/\d+)?"
 _MIXTURE = re.compile(rf"[^,]+{_SHARE}(?:,[^,]+{_SHARE})*")
@@ -95,7 +98,7 @@ class CalibrationRecord(Record):
 def public_name(source: str) -> str:
     """Return a source without the folders of a local file or data set."""
     if _FILE.search(source):
-        return source.rpartition("/")[2]
+        return ANSWERS * source.startswith(ANSWERS) + source.removeprefix(ANSWERS).rpartition("/")[2]
     place, colon, rest = source.partition(":")
     return without_folders(place) + colon + rest
 

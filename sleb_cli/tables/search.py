@@ -91,9 +91,7 @@ def recovery(record: RecoveryRecord) -> Table:
     ]  # fmt: skip
     notes = [f"{record.summary}, measured on {record.report_text}, held out"]
     if talks:
-        notes.append(
-            f"on its answers in {talks.text.sequences} conversations of its own, {talks.divergence_left:.0%} is left"
-        )
+        notes.append(f"on answers in its own conversations, {talks.divergence_left:.0%} of the divergence is left")
     return tabulate("Recovery", columns, rows, notes, optional=["KL on own answers"])
 
 

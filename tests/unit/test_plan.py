@@ -28,6 +28,7 @@ def test_a_plan_survives_a_round_trip(llama_plan, tmp_path):
         ("org/name:con/fig::a/b", "org/name:con/fig::a/b"),
         ("/home/jane/notes.txt", "notes.txt"),
         ("../notes", "notes"),
+        ("answers:/home/jane/asked.jsonl:0.5,c4:0.5", "answers:asked.jsonl:0.5,c4:0.5"),
         ("/home/a,b/c:d/notes.txt", "notes.txt"),
         ("/home/jane/corpus:default:test", "corpus:default:test"),
         ("deep/in/corpus/::test", "corpus::test"),

@@ -19,7 +19,6 @@ from sleb_cli.engine.text.mixture import divide, interleave, parse_mixture
 from sleb_cli.engine.text.own_chat import write_conversations
 from sleb_cli.engine.text.own_text import generate_own_text
 from sleb_cli.engine.text.sources import (
-    ANSWERS,
     REFERENCE_ROWS,
     SELF,
     WHOLE,
@@ -41,7 +40,7 @@ from sleb_cli.engine.text.windows import (
     tokens_sha256,
 )
 from sleb_cli.events import Notice, Notify, ignore, task
-from sleb_cli.plan import CalibrationRecord, SkippedRecord
+from sleb_cli.plan import ANSWERS, CalibrationRecord, SkippedRecord
 from sleb_cli.requests import (
     DEFAULT_CALIBRATION,
     DEFAULT_LENGTH,

@@ -33,8 +33,8 @@ MOST_REPETITION = 0.5
 
 TWO_TURNS = 4
 """Every fourth conversation that leaves room for it gets a second turn."""
-SPARE = 1.75
-"""How many conversations are begun for each sequence that is missing: some are dropped, and some are short."""
+SPARE = 2
+"""How many conversations are begun for each sequence at first: some are dropped, and some are short."""
 FEWEST_AT_ONCE = 8
 """The fewest that are begun at once, as few take nearly as long as these."""
 MOST_FRUITLESS = 64
@@ -72,8 +72,7 @@ def write_conversations(
     key = {"source": source, "drawn": drawn, "prompts": given, "template": tokenizer.chat_template, "answers": answers}
     seed = int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:7])
     size = f"{plural(count, 'sequence')} of {length:,} tokens"
-    tried, tokens = math.ceil(SPARE * count), length + length // 2  # an answer, and the user's message
-    writing = Writing("Writing conversations", size, tried, tokens, seed, settings.writer, key)
+    writing = Writing("Writing conversations", size, math.ceil(SPARE * count), length, seed, settings.writer, key)
     found, was_kept = write_or_find(model, writing, write, notify)
     if was_kept:
         notify(Notice(f"Using {plural(len(found), 'conversation')} that the model wrote before, from the cache."))
@@ -95,11 +94,14 @@ class _Writer:
         """Write until there are `count` sequences, at most `size` conversations at once."""
         found, rendered, self.dropped = list[Conversation](), list[Tokens](), 0
         self.asked.clear()
-        again, fruitless = list[int](), 0  # which of those found get a second turn in the next round
+        again = list[int]()  # which of those found get a second turn in the next round
+        begun = fruitless = 0
         while (missing := count - len(pack(rendered, self.length))) > 0:
-            fresh = max(1, min(size, max(FEWEST_AT_ONCE, math.ceil(SPARE * missing))) - len(again))
-            begun = list(islice(prompts, fresh))
-            asked = begun or self._add("user", more, [*(found[at] for at in again), *([[]] * fresh)])
+            for_one = SPARE if missing == count else begun / (count - missing)
+            fresh = max(1, min(size, max(FEWEST_AT_ONCE, math.ceil(for_one * missing))) - len(again))
+            begun += fresh
+            given = list(islice(prompts, fresh))
+            asked = given or self._add("user", more, [*(found[at] for at in again), *([[]] * fresh)])
             ended = {place: each for place, each in enumerate(asked) if each}
             answered = dict(zip(ended, self._add("assistant", more, [*ended.values()]), strict=True))
             for place, at in enumerate(again):
@@ -117,7 +119,7 @@ class _Writer:
             new = range(len(found), len(found) + len(complete))
             found += complete
             rendered += map(self._render, complete)
-            again = [at for at in new[::TWO_TURNS] if self.length - len(rendered[at]) >= FEWEST_TOKENS and not begun]
+            again = [at for at in new[::TWO_TURNS] if self.length - len(rendered[at]) >= FEWEST_TOKENS and not given]
         return found
 
     def _render(self, conversation: Conversation) -> Tokens:

@@ -16,6 +16,7 @@ from sleb_cli.engine.device import CPU, free_bytes
 from sleb_cli.engine.files.copying import local_path
 from sleb_cli.engine.hub import offline_if_unreachable
 from sleb_cli.engine.third_party import first_line
+from sleb_cli.plan import ANSWERS
 from sleb_cli.records import first_fault, why_not_read
 from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError
@@ -31,8 +32,8 @@ C4_EVALUATION_WINDOWS = 256
 # The title of an article in WikiText: " = Valkyria Chronicles III = ".
 _TITLE = re.compile(r"= [^=](.*[^=])? =")
 
-SELF, SELF_CHAT, ANSWERS = "self", "self-chat", "answers:"
-"""What the model writes itself: text, conversations, or its answers to the prompts in the file that is named next."""
+SELF, SELF_CHAT = "self", "self-chat"
+"""Text and conversations that the model writes itself."""
 
 # An upper bound: no tokenizer in use has more characters per token, on average over a text.
 CHARACTERS_PER_TOKEN = 8
@@ -252,6 +253,8 @@ def _characters(conversation: Conversation) -> int:
 def is_file(source: str) -> bool:
     """Whether a source is a local file rather than a preset or a data set."""
     path = Path(source)
+    if writes_conversations(source):
+        return False
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
 

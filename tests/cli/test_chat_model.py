@@ -1,0 +1,132 @@
+"""A chat model through `main()`: it writes conversations to search and recover on, and is judged by its answers."""
+
+import json
+import re
+
+import pytest
+import torch
+from test_recover import plain_losses
+from transformers import AutoModelForCausalLM
+
+from conftest import interrupt_healing, llama_config, prose, save_model, weight_bytes_of
+from sleb_cli.engine.recovery import heal
+from sleb_cli.engine.text.chat import cut_conversations
+from sleb_cli.plan import RecoveryRecord, read_plan
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+TEXT = ["--samples", 10, "--sequence-length", 64]
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    """A random model with a chat template that ends its messages soon: a tenth of all tokens end them."""
+    folder = save_model(tmp_path / "chatty", llama_config())
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    settings = json.loads((folder / "generation_config.json").read_text()) | {"eos_token_id": [1, *range(40, 72)]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def sleb(run_sleb):
+    def run(*command, code=0):
+        result = run_sleb(*command)
+        assert result.exit_code == code, result.stderr
+        return result
+
+    return run
+
+
+def test_a_search_reads_what_the_model_wrote_and_finds_it_again(sleb, chatty, tmp_path):
+    (tmp_path / "asked.txt").write_text("\n".join(prose(30).split(". ")))
+    for source in ("self-chat", "answers:asked.txt"):
+        search = ["search", chatty, "--remove", 1, "--calibration", source, *TEXT, "--force"]
+        first = sleb(*search)
+        assert re.search(rf"{source}: the model wrote \d+ conversations", first.stderr)
+        assert f"{source}: 10 x 64 tokens" in first.stdout
+        plan = read_plan(tmp_path / "plan.json")
+        again = sleb(*search, "--chat", "all")
+        assert "conversations that the model wrote before, from the cache" in again.stderr
+        same = read_plan(tmp_path / "plan.json")
+        assert (same.steps, same.calibration.chat) == (plan.steps, "all")
+        sleb(*search, "--chat", "answers")
+        assert read_plan(tmp_path / "plan.json").dense.loss != plan.dense.loss
+        assert "10 x 64 tokens" in sleb(*search, "--dry-run").stdout
+
+
+def recovered(result):
+    return RecoveryRecord.model_validate_json(json.dumps(json.loads(result.stdout)["recovery"]))
+
+
+def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path):
+    recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out"]
+    shown = sleb(*recover, "--calibration", text_file)
+    assert "KL on own answers" in shown.stdout
+    assert re.search(r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout)
+    record = recovered(sleb(*recover, "--calibration", text_file, "--force", "--json"))
+    assert (record.text.chat, record.conversations.text.source) == (None, "self-chat")
+    # What decides and what is reported count only the answers, if they are asked for.
+    record = recovered(sleb(*recover, "--calibration", "self-chat", "--chat", "answers", "--force", "--json"))
+    assert (record.text.chat, record.report_text.chat) == ("answers", "answers")
+    assert record.closed_form_losses.divergence > 0
+
+
+def test_the_losses_on_answers_are_those_of_a_plain_computation(sleb, chatty, text_file, tmp_path, monkeypatch):
+    from sleb_cli.engine.text import calibration
+
+    talks, cut = [], cut_conversations
+    monkeypatch.setattr(calibration, "cut_conversations", lambda *a, **o: talks.append(cut(*a, **o)) or talks[-1])
+    recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "--calibration", text_file, "-o", "out"]
+    found = recovered(sleb(*recover, "--json")).conversations
+    ids, mask = (each[: found.text.sequences] for each in talks[0])
+    assert not mask.all()
+    dense, ours = (AutoModelForCausalLM.from_pretrained(folder) for folder in (chatty, tmp_path / "out"))
+    with torch.no_grad():
+        p, q = (model(ids).logits[:, :-1].log_softmax(-1)[mask[:, 1:]] for model in (dense, ours))
+    assert found.closed_form.divergence == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    targets = ids[:, 1:][mask[:, 1:]]
+    assert found.closed_form.loss == pytest.approx(-q.gather(-1, targets[:, None]).mean().item(), rel=1e-5)
+    assert plain_losses(dense, ours, ids)[1] != pytest.approx(found.closed_form.divergence, rel=1e-3)
+
+
+def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, monkeypatch):
+    monkeypatch.setattr(heal, "PORTION_TOKENS", 1024)
+    command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]
+    command += ["--calibration", "self-chat", "--chat", "answers", "-o"]
+    sleb(*command, "whole")
+    with monkeypatch.context() as patches:
+        interrupt_healing(patches, 3)
+        sleb(*command, "out", code=130)
+    other = sleb(*command, "out", "--resume", "--chat", "all", code=3)
+    assert "belongs to another healing (chat: all, not answers)" in other.stderr
+    record = recovered(sleb(*command, "out", "--resume", "--json"))
+    assert weight_bytes_of(tmp_path / "whole") == weight_bytes_of(tmp_path / "out")
+    assert record.conversations.healed.divergence < record.conversations.pruned.divergence
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "message"),
+    [
+        ("answers:none.txt", 5, "There is no file none.txt"),
+        ("answers:.", 5, ". cannot be read: it is a folder"),
+        ("self-chat:0.5,c4:0.6", 2, "sum to 1.1"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(sleb, chatty, tiny_llama, source, code, message):
+    search = ["--remove", 1, "--calibration", source, *TEXT]
+    assert message in sleb("search", chatty, *search, code=code).stderr
+    if code == 5:
+        refused = f"{source} does not work: the tokenizer has no chat template"
+        assert refused in sleb("search", tiny_llama, *search, code=2).stderr
+
+
+def test_a_streamed_model_writes_no_conversations(sleb, chatty, text_file):
+    shown = sleb(
+        "apply", chatty, "--blocks", "2", "--recover", "--stream", *TEXT, "--calibration", text_file, "-o", "out"
+    )
+    assert "own answers" not in shown.stdout
+    refused = sleb("search", chatty, "--remove", 1, "--stream", "--calibration", "self-chat", *TEXT, code=2)
+    assert "A streamed model cannot write its own text" in refused.stderr
