@@ -143,7 +143,8 @@ def first_gradient(dtype):
             notify=ignore,
         )  # fmt: skip
         began, wanted = run.progress.scale, Variant(dense).final_states(ids).detach()
-        return run._gradient(ids, wanted, wanted), (began, run.progress.scale)
+        gradient = run._gradient(ids, torch.ones_like(ids, dtype=torch.bool), wanted, wanted)
+        return gradient, (began, run.progress.scale)
 
 
 def test_a_budget_of_minutes_ends(healed, monkeypatch):

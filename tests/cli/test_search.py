@@ -144,7 +144,7 @@ REFUSED = [
     ((*ONE, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),
     ((*ONE, "--calibration", "wikitext3"), 5, "no text source 'wikitext3'"),
     ((*ONE, "--calibration", "."), 5, "is a folder"),
-    ((*ONE, "--chat", "all"), 2, "no chat template"),
+    ((*ONE, "--chat", "all"), 2, "is plain text, but --chat needs conversations"),
     ((*ONE, "--revision", "main"), 2, "--revision does not apply"),
     ((*ONE, "-o", "no/plan.json"), 8, "folder does not exist"),
     # Strategies.

@@ -120,6 +120,7 @@ ELSEWHERE = {
     "--public": "needs the Hub: test_push.py",
     "--revision": "needs the Hub: test_hub.py",
     "--compile": "minutes a model: test_bench.py",
+    "--chat": "needs a chat model: test_chat_model.py",
     "--dry-run": "does not run: test_dry_run.py",
 }
 

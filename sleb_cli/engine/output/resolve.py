@@ -166,7 +166,7 @@ def _recovering(
 _NEEDS = {
     ("public",): ("push",),
     ("heal_minutes", "heal_tokens", "resume"): ("heal",),
-    ("calibration", "samples", "sequence_length", "seed", "device"): ("recover", "heal"),
+    ("calibration", "samples", "sequence_length", "seed", "chat", "device"): ("recover", "heal"),
 }
 """Options that do nothing without one of others."""
 

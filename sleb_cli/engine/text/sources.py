@@ -374,8 +374,8 @@ def _naming_faults(where: str) -> Iterator[None]:
     except ValidationError as error:
         raise DataError(
             f"{where} cannot be read: {first_fault(error, 'JSON')}.",
-            hint='Texts need {"text": "…"}, prompts {"prompt": "…"}, and conversations '
-            '{"messages": [{"role": "…", "content": "…"}]}.',
+            hint='Texts need {"text": "…"}; answers: needs {"prompt": "…"}; --chat needs {"messages": [{"role": "…", '
+            '"content": "…"}]}.',
         ) from error
 
 
