@@ -404,12 +404,14 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     heal_tokens: int | None = option("Stop healing after this many tokens instead, reproducibly.", _RECOVERY, least=1)
     resume: bool = option("Continue an interrupted healing.", _RECOVERY, unset=False)
     calibration: str | None = option(
-        "Text to recover on, as for `sleb search`.", _RECOVERY, default="the plan's text and a quarter self"
+        "Text to recover on, as for `sleb search`.",
+        _RECOVERY,
+        default="the plan's text and a quarter self, or self-chat",
     )
     samples: int | None = option(
         "Number of sequences; a fifth of them choose the fits, and a tenth are for the report.",
         _RECOVERY,
-        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} of self",
+        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if all are written",
         least=1,
     )
     sequence_length: int | None = option(

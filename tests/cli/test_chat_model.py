@@ -92,6 +92,14 @@ def test_the_losses_on_answers_are_those_of_a_plain_computation(sleb, chatty, te
     assert plain_losses(dense, ours, ids)[1] != pytest.approx(found.closed_form.divergence, rel=1e-3)
 
 
+def test_a_quarter_of_the_default_text_is_conversations(sleb, chatty, text_file):
+    sleb("search", chatty, "--remove", 1, "--calibration", text_file, *TEXT)
+    record = recovered(sleb("apply", "plan.json", "--recover", *TEXT, "-o", "out", "--json"))
+    assert record.text.title == f"{text_file.name}:0.75,self-chat:0.25"
+    record = recovered(sleb("apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out", "--force", "--json"))
+    assert record.text.title == "self:0.5,self-chat:0.5"
+
+
 def test_a_healing_on_answers_goes_on_to_the_same_bytes(sleb, chatty, tmp_path, monkeypatch):
     monkeypatch.setattr(heal, "PORTION_TOKENS", 1024)
     command = ["apply", chatty, "--blocks", "2", "--heal", "--heal-tokens", 4096, *TEXT]

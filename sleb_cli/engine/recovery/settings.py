@@ -20,7 +20,7 @@ from sleb_cli.engine.recovery.heal import choose_budget
 from sleb_cli.engine.recovery.low_rank import trained_numbers
 from sleb_cli.engine.recovery.run import Recovery
 from sleb_cli.engine.recovery.unfinished import Unfinished
-from sleb_cli.engine.surgery.loading import DeviceMap
+from sleb_cli.engine.surgery.loading import DeviceMap, has_tokenizer, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
@@ -29,9 +29,8 @@ from sleb_cli.engine.text.calibration import (
     resolve_calibration,
 )
 from sleb_cli.engine.text.mixture import parse_mixture
-from sleb_cli.engine.text.sources import SELF, TextSplit, is_written
+from sleb_cli.engine.text.sources import SELF, SELF_CHAT, TextSplit, is_written
 from sleb_cli.events import Notify
-from sleb_cli.plan import Plan
 from sleb_cli.requests import (
     AUTO,
     DEFAULT_CALIBRATION,
@@ -174,7 +173,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     """
     architecture = subject.architecture
     length = request.sequence_length or min(RECOVERY_LENGTH, architecture.longest_sequence or RECOVERY_LENGTH)
-    source = request.calibration or _default_source(subject.plan, stream=stream)
+    source = request.calibration or _default_source(subject, stream=stream)
     text = resolve_calibration(replace(request, calibration=source, sequence_length=length), architecture)
     if stream:
         require_given_text(text)
@@ -189,17 +188,18 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
     return text
 
 
-def _default_source(plan: Plan | None, *, stream: bool) -> str:
+def _default_source(subject: Subject, *, stream: bool) -> str:
     """Return the default text to recover on: the plan's, if it is general, with a quarter of the model's own.
 
-    A streamed model writes no text: each token would read all of it.
+    A chat model writes conversations. A streamed model writes nothing: each token would read all of it.
     """
-    searched = plan.calibration if plan else None
-    own = DEFAULT_CALIBRATION if stream else SELF
-    if searched is None or searched.chat or searched.source == SELF:
-        return own
-    source = searched.source.removesuffix("-sleb")
-    shares = parse_mixture(source)
+    source, searched = subject.architecture.source, subject.plan.calibration if subject.plan else None
+    is_chat = not stream and has_tokenizer(source) and bool(load_tokenizer(source).chat_template)
+    alone = DEFAULT_CALIBRATION if stream else f"{SELF}:0.5,{SELF_CHAT}:0.5" if is_chat else SELF
+    if searched is None or searched.chat or is_written(searched.source):
+        return alone
+    text = searched.source.removesuffix("-sleb")
+    shares = parse_mixture(text)
     if stream:
-        return own if SELF in shares else source
-    return source if len(shares) > 1 else f"{source}:0.75,{SELF}:0.25"
+        return alone if any(map(is_written, shares)) else text
+    return text if len(shares) > 1 else f"{text}:0.75,{SELF_CHAT if is_chat else SELF}:0.25"
