@@ -101,9 +101,13 @@ def test_a_short_conversation_gets_a_second_turn():
     assert [role for role, _ in found[0]] == ["user", "assistant"] * 2
 
 
-def test_a_model_that_writes_nothing_usable_is_refused():
+def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     with pytest.raises(UnsupportedModelError, match="none of 64 conversations that the model wrote can be used"):
         wrote(TURNS, iter(()), "never ends", count=1, size=2)
+    (tmp_path / "p.txt").write_text("river " * 60)
+    asked = settings("answers:p.txt", chat="answers")
+    with pytest.raises(UnsupportedModelError, match="or do not fit 48 tokens"):
+        calibrate_splits([asked], tokenizer_with(TURNS), lambda: model, ignore)
 
 
 @pytest.mark.parametrize(

@@ -107,20 +107,26 @@ class _Writer:
             for place, at in enumerate(again):
                 if longer := answered.pop(place, None):
                     found[at], rendered[at] = longer, self._render(longer)
-            complete = [conversation for conversation in answered.values() if conversation]
+            complete = [
+                (each, tokens) for each in answered.values() if each and self._counts(tokens := self._render(each))
+            ]
             self.dropped += fresh - len(complete)
             fruitless = 0 if complete else fruitless + fresh
             if fruitless >= MOST_FRUITLESS:
                 raise UnsupportedModelError(
                     f"{self.source}: none of {fruitless} conversations that the model wrote can be used, as they do "
-                    "not end or repeat themselves.",
+                    f"not end, repeat themselves, or do not fit {self.length} tokens.",
                     hint=GIVE_TEXT,
                 )
             new = range(len(found), len(found) + len(complete))
-            found += complete
-            rendered += map(self._render, complete)
+            found += [conversation for conversation, _ in complete]
+            rendered += [tokens for _, tokens in complete]
             again = [at for at in new[::TWO_TURNS] if self.length - len(rendered[at]) >= FEWEST_TOKENS and not given]
         return found
+
+    def _counts(self, tokens: Tokens) -> bool:
+        """Whether a sequence that begins with this conversation has a token that counts."""
+        return any(counts for _, counts in tokens[1 : self.length])
 
     def _render(self, conversation: Conversation) -> Tokens:
         return render(self.tokenizer, conversation, self.source, answers=self.answers)
