@@ -162,11 +162,14 @@ class PrunedTextScores(TextScores):
     divergence: DivergenceRecord
 
 
+ClusteredBy = Literal["documents", "windows", "conversations"]
+
+
 class TextResult(Record):
     """One text on the dense and each pruned model. Windows overlap if `stride` is set, and each token counts once.
 
     `tokens`, `words` and `bytes` count what is predicted. `clusters` counts the observations behind each standard
-    error, which are `clustered_by` documents or windows.
+    error, which are `clustered_by` documents or windows, or by conversations, of which only the answers are predicted.
     """
 
     text: str
@@ -178,7 +181,7 @@ class TextResult(Record):
     words: int
     bytes: int
     clusters: int
-    clustered_by: Literal["documents", "windows"]
+    clustered_by: ClusteredBy
     tokens_sha256: str
     dense: TextScores
     pruned: tuple[PrunedTextScores, ...]

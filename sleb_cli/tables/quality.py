@@ -48,7 +48,8 @@ def text_names(
     for text, own in zip(texts, tells, strict=True):
         alike = [tell for other, tell in zip(texts, tells, strict=True) if other.text == text.text]
         differing = [len(set(column)) > 1 for column in zip(*alike, strict=True)]
-        remarks = [tell for tell, differs in zip(own, differing, strict=True) if tell and differs] + remarks_on(text)
+        remarks = ["answers"] * (text.clustered_by == "conversations")
+        remarks += [tell for tell, differs in zip(own, differing, strict=True) if tell and differs] + remarks_on(text)
         names.append(public_name(text.text) + (f" ({', '.join(remarks)})" if remarks else ""))
     return names
 

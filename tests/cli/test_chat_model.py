@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from test_recover import plain_losses
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import interrupt_healing, llama_config, prose, save_model, weight_bytes_of
 from sleb_cli.engine.recovery import heal
@@ -138,3 +138,27 @@ def test_a_streamed_model_writes_no_conversations(sleb, chatty, text_file):
     assert "KL on answers" not in shown.stdout
     refused = sleb("search", chatty, "--remove", 1, "--stream", "--calibration", "self-chat", *TEXT, code=2)
     assert "A streamed model cannot write its own text" in refused.stderr
+
+
+def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_path):
+    talks = [
+        [
+            {"role": "user", "content": f"river {number}"},
+            {"role": "assistant", "content": "snow water stone " * (number + 2)},
+        ]
+        for number in range(12)
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    evaluate = ["eval", chatty, "--blocks", 2, "--perplexity", "talks.jsonl", "--sequence-length", 64]
+    assert "talks.jsonl (answers)" in sleb(*evaluate, "--max-windows", 3).stdout
+    (text,) = json.loads(sleb(*evaluate, "--json").stdout)["texts"]
+    ids, mask = cut_conversations(AutoTokenizer.from_pretrained(chatty), talks, "", 64, answers=True, asked=None)
+    model = AutoModelForCausalLM.from_pretrained(chatty)
+    with torch.no_grad():
+        losses = -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    assert text["dense"]["perplexity"] == pytest.approx(losses[mask[:, 1:]].mean().exp().item(), rel=1e-4)
+    assert (text["tokens"], text["clustered_by"]) == (int(mask[:, 1:].sum()), "conversations")
+    for words in (["--stride", 8], ["--bos"]):
+        assert f"{words[0]} does not apply to conversations" in sleb(*evaluate, *words, code=2).stderr
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talks[0]}))
+    assert "too few for a sequence of 64 with an answer" in sleb(*evaluate, code=5).stderr

@@ -42,13 +42,13 @@ def test_tokens_belong_to_the_documents_they_are_from(tokenizer):
     parts = [prose(6, seed=1), prose(9, seed=2), prose(4, seed=3)]
     starts = (0, len(parts[0]) + 2, len(parts[0]) + len(parts[1]) + 4)
     windows = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=starts), 16)
-    assert windows.by_document
+    assert windows.clustered_by == "documents"
     places = [place for place, _ in tokenizer("\n\n".join(parts), return_offsets_mapping=True).offset_mapping]
     owners = [sum(start <= place for start in starts) - 1 for place in places]
     assert windows.clusters.tolist() == [owners[row * 16 + 1 : row * 16 + 16] for row in range(len(windows.ids))]
     for documents in ((), (0,)):
         alone = cut_for_evaluation(tokenizer, Text("t", "\n\n".join(parts), documents=documents), 16)
-        assert not alone.by_document
+        assert alone.clustered_by == "windows"
         assert alone.clusters[:, 0].tolist() == list(range(len(alone.ids)))
 
 

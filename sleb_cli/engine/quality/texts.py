@@ -76,7 +76,7 @@ def measure_text(windows: EvaluationWindows, models: Models, batch_size: int | N
         words=windows.words,
         bytes=windows.bytes,
         clusters=len(set(clusters[counted].tolist())),
-        clustered_by="documents" if windows.by_document else "windows",
+        clustered_by=windows.clustered_by,
         tokens_sha256=tokens_sha256(windows.ids),
         dense=TextScores(**_summary(dense, windows, ())),
         pruned=tuple(map(compared, models.sizes[1:], pruned)),

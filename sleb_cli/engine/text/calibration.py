@@ -33,6 +33,7 @@ from sleb_cli.engine.text.sources import (
 )
 from sleb_cli.engine.text.windows import (
     adds_bos,
+    begin_with_bos,
     choose_length,
     cut_running_text,
     cut_windows,
@@ -263,14 +264,12 @@ def _assemble(settings: CalibrationSettings, rows: Mapping[str, Rows], tokenizer
     order = interleave(counts)
     sequences, loss_mask = join_rows([rows[source] for source in sources])
     sequences, loss_mask = sequences[order], None if loss_mask is None else loss_mask[order]
-    bos = not settings.is_reference and tokenizer.bos_token_id is not None
-    bos = bos and bool((sequences[:, 0] == tokenizer.bos_token_id).all())
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
         sequences=len(sequences),
         sequence_length=settings.sequence_length,
-        bos=bos,
+        bos=not settings.is_reference and begin_with_bos(tokenizer, sequences),
         chat=settings.chat,
         tokens_sha256=tokens_sha256(sequences),
     )

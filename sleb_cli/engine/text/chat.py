@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sleb_cli.engine.text.sources import Conversation
-from sleb_cli.engine.text.windows import require_enough
+from sleb_cli.engine.text.sources import Conversation, Text
+from sleb_cli.engine.text.windows import EvaluationWindows, begin_with_bos, count_decoded, require_enough
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import DataError, UsageError
 
@@ -66,15 +66,39 @@ def cut_conversations(
     rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
     sequences = pack(rendered, length)
     if not sequences:
-        tokens = sum(map(len, rendered))
-        raise DataError(
-            f"The conversations of {source} have {tokens} tokens, too few for a sequence of {length} "
-            + ("with an answer in it." if answers else "tokens."),
-            hint="Use more conversations, or another --sequence-length.",
-        )
+        raise _too_few(source, rendered, length, answers=answers)
     require_enough(len(sequences), source, length, asked)
     found = torch.tensor(sequences, dtype=torch.int64)
     return found[..., 0].contiguous(), found[..., 1].bool()
+
+
+def cut_answers(
+    tokenizer: Any, conversations: Iterable[Conversation], source: str, length: int, most: int | None
+) -> EvaluationWindows:
+    """Cut conversations into windows, at most `most`, of which the answers are predicted.
+
+    Raises:
+        DataError: the template refuses a conversation, or there are too few for a window.
+    """
+    rendered = [render(tokenizer, conversation, source, answers=True) for conversation in conversations]
+    numbered = [[(number, counts) for _, counts in tokens] for number, tokens in enumerate(rendered)]
+    found, clusters = (torch.tensor(pack(each, length)[:most], dtype=torch.int64) for each in (rendered, numbered))
+    if not len(found):
+        raise _too_few(source, rendered, length, answers=True)
+    ids, counted = found[..., 0].contiguous(), found[:, 1:, 1].bool()
+    predicted = torch.nn.functional.pad(counted, (1, 0)).flatten()
+    words, size = count_decoded(tokenizer, ids.flatten(), predicted)
+    return EvaluationWindows(
+        text=Text(source, ""),
+        ids=ids,
+        counted=counted,
+        clusters=clusters[:, 1:, 0],
+        clustered_by="conversations",
+        bos="windows" if begin_with_bos(tokenizer, ids) else "none",
+        stride=None,
+        words=words,
+        bytes=size,
+    )
 
 
 def pack(rendered: Iterable[Tokens], length: int) -> list[Tokens]:
@@ -86,6 +110,14 @@ def pack(rendered: Iterable[Tokens], length: int) -> list[Tokens]:
             found.append(sequence[:length])
             sequence = []
     return [sequence for sequence in found if any(counts for _, counts in sequence[1:])]
+
+
+def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> DataError:
+    return DataError(
+        f"The conversations of {source} have {sum(map(len, rendered))} tokens, too few for a sequence of {length} "
+        + ("with an answer in it." if answers else "tokens."),
+        hint="Use more conversations, or another --sequence-length.",
+    )
 
 
 def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: bool) -> Tokens:

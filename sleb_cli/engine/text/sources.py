@@ -207,6 +207,21 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> list[Co
     return found
 
 
+def evaluation_conversations(source: str) -> list[Conversation]:
+    """Return the conversations of a .jsonl file whose lines have `messages`, and no `text`; none of any other source.
+
+    Raises:
+        DataError: it is missing or unreadable, or some lines are no conversations.
+    """
+    if not is_file(source) or Path(source).suffix != ".jsonl":
+        return []
+    content = _read_file(source)
+    first = next(filter(None, map(str.strip, content.split("\n"))), "")
+    if '"messages"' not in first or '"text"' in first.partition('"messages"')[0]:
+        return []
+    return [line.conversation for line in _json_lines(source, content, _Messages)]
+
+
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
     """Return the prompts of `answers:FILE`, those of this part of it: conversations that end with a user's message.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.text.sources import Text
 from sleb_cli.requests import DEFAULT_LENGTH
-from sleb_cli.results import Bos
+from sleb_cli.results import Bos, ClusteredBy
 from sleb_plugins import DataError, UsageError
 
 # A tokenizer may drop a space, or the rest of a character, at the start of what it decodes.
@@ -45,6 +45,11 @@ def adds_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
 
+def begin_with_bos(tokenizer: Any, sequences: Tensor) -> bool:
+    """Whether all of these sequences, [sequences, length], begin with the BOS token."""
+    return tokenizer.bos_token_id is not None and bool((sequences[:, 0] == tokenizer.bos_token_id).all())
+
+
 def cut_windows(tokenizer: Any, text: str, length: int, *, bos: bool) -> Tensor:
     """Cut `text` into consecutive windows, int64 [windows, length], and drop an incomplete last one.
 
@@ -68,7 +73,7 @@ class EvaluationWindows:
         ids: the tokens, int64 [windows, positions].
         counted: which predictions count, bool [windows, positions - 1]: of the tokens after the first.
         clusters: which document, or else which window, each predicted token belongs to; int64, of the same shape.
-        by_document: whether the clusters are documents.
+        clustered_by: what the clusters are.
         bos: what begins with the BOS token.
         stride: how many tokens further each window begins; None if windows do not overlap.
         words: how many words begin in the counted tokens.
@@ -79,7 +84,7 @@ class EvaluationWindows:
     ids: Tensor
     counted: Tensor
     clusters: Tensor
-    by_document: bool
+    clustered_by: ClusteredBy
     bos: Bos
     stride: int | None
     words: int
@@ -130,7 +135,7 @@ def cut_for_evaluation(
     predicted = torch.zeros(len(stream), dtype=torch.bool)
     predicted[places[counted]] = True
     words, size = (
-        _count_decoded(tokenizer, stream, predicted)
+        count_decoded(tokenizer, stream, predicted)
         if offsets is None
         else _count(text.content, offsets[: len(stream), 1], predicted)
     )
@@ -140,7 +145,7 @@ def cut_for_evaluation(
         ids=torch.cat([start, rows], dim=1),
         counted=counted[:, first:],
         clusters=clusters[:, first:],
-        by_document=by_document,
+        clustered_by="documents" if by_document else "windows",
         bos="windows" if bos else "text" if adds_bos(tokenizer) else "none",
         stride=stride,
         words=words,
@@ -180,7 +185,7 @@ def _count(content: str, ends: Tensor, counted: Tensor) -> tuple[int, int]:
     return int(begins[read][of_counted].sum()), int(widths[read][of_counted].sum())
 
 
-def _count_decoded(tokenizer: Any, ids: Tensor, counted: Tensor) -> tuple[int, int]:
+def count_decoded(tokenizer: Any, ids: Tensor, counted: Tensor) -> tuple[int, int]:
     """Count words and bytes by what a tokenizer without offsets makes of the tokens.
 
     Each run of counted tokens is decoded after some of those before it, so that it begins in the middle of a text.
