@@ -130,6 +130,8 @@ def summed_losses(
         loss_mask: which of the next tokens count, bool [batch, positions]; None for all.
     """
     loss = divergence = 0.0
+    if loss_mask is not None and bool(loss_mask[:, 1:].all()):
+        loss_mask = None
     states, dense_states = states.to(ids.device), dense_states.to(ids.device)
     for part in torch.split(positions, max(1, POSITIONS // len(ids))):
         here, targets = ids[:, part], ids[:, part + 1].flatten()
@@ -137,10 +139,12 @@ def summed_losses(
             model.logits(of_model[:, part], here).flatten(0, 1)
             for model, of_model in ((variant, states), (dense, dense_states))
         )
-        counted = slice(None) if loss_mask is None else loss_mask[:, part + 1].flatten()
-        for rows in float32_slices(ours := ours[counted]):
+        if loss_mask is not None:  # those that count are copied, which all need not be
+            counted = loss_mask[:, part + 1].flatten()
+            ours, theirs, targets = ours[counted], theirs[counted], targets[counted]
+        for rows in float32_slices(ours):
             logits = ours[rows].float()
-            found = compare_logits(theirs[counted][rows].float(), logits)
-            loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[counted][rows, None])[:, 0]).sum())
+            found = compare_logits(theirs[rows].float(), logits)
+            loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
             divergence += float(as_float64(found.divergence).sum())
     return loss, divergence
