@@ -64,7 +64,7 @@ def recovered(result):
 def test_a_recovery_is_reported_on_answers_too(sleb, chatty, text_file, tmp_path):
     recover = ["apply", chatty, "--blocks", "2", "--recover", *TEXT, "-o", "out"]
     shown = sleb(*recover, "--calibration", text_file)
-    assert "KL on answers" in shown.stdout
+    assert "KL, answers" in shown.stdout
     assert re.search(r"on answers in its own conversations, \d+% of the divergence is left", shown.stdout)
     record = recovered(sleb(*recover, "--calibration", text_file, "--force", "--json"))
     assert (record.text.chat, record.conversations.text.source) == (None, "self-chat")
@@ -135,7 +135,7 @@ def test_a_streamed_model_writes_no_conversations(sleb, chatty, text_file):
     shown = sleb(
         "apply", chatty, "--blocks", "2", "--recover", "--stream", *TEXT, "--calibration", text_file, "-o", "out"
     )
-    assert "KL on answers" not in shown.stdout
+    assert "KL, answers" not in shown.stdout
     refused = sleb("search", chatty, "--remove", 1, "--stream", "--calibration", "self-chat", *TEXT, code=2)
     assert "A streamed model cannot write its own text" in refused.stderr
 

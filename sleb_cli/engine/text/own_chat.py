@@ -65,7 +65,7 @@ def write_conversations(
     def write(more: Continue, size: int) -> list[Conversation]:
         order = random.Random(drawn).sample(given, len(given))
         found = writer.write(more, size, count, cycle(order))
-        dropped = f"; {writer.dropped} were dropped, as they did not end or repeated themselves" * bool(writer.dropped)
+        dropped = f", without {writer.dropped} that did not end or repeated themselves" * bool(writer.dropped)
         notify(Notice(f"{source}: the model wrote {plural(len(found), 'conversation')}{dropped}."))
         return found
 
