@@ -27,7 +27,7 @@ from sleb_cli.engine.recovery.file_tensors import block_number, file_tensors
 from sleb_cli.engine.recovery.gguf_tensors import Places, find_places, pack
 from sleb_cli.engine.recovery.heal import LEARNING_RATE, HealBudget, Healing, Progress
 from sleb_cli.engine.recovery.low_rank import RANK, rank_of
-from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file, tensors_of
+from sleb_cli.engine.recovery.unfinished import FORMAT, Saved, Unfinished, fit_file
 from sleb_cli.engine.recovery.variant import Variant, losses
 from sleb_cli.engine.surgery.loading import load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
@@ -247,7 +247,8 @@ class Recovery:
         texts = {"deciding": record.deciding_text, "reported": record.report_text}
         if record.conversations:
             texts["conversations"] = record.conversations.text
-        return values, record, {name: saved.text(name, text) for name, text in texts.items()}
+        found = {name: (text, saved.text(name, text)) for name, text in texts.items()}
+        return values, record, {name: Calibration(ids, text, mask) for name, (text, (ids, mask)) in found.items()}
 
     def _heal(self, budget: HealBudget, start: _Start, saved: Saved | None) -> tuple[dict[str, Tensor], RecoveryRecord]:
         """Distill the dense model into the pruned one."""
@@ -272,7 +273,8 @@ class Recovery:
                 "record": record.model_dump_json(),
                 "progress": progress.model_dump_json(),
             }
-            drawn = {key: each for name, text in texts.items() for key, each in tensors_of(name, text).items()}
+            drawn = {name: text.sequences for name, text in texts.items()}
+            drawn |= {f"{name}.mask": text.loss_mask for name, text in texts.items() if text.loss_mask is not None}
             Saved(self.state.healing, records, {**tensors, **drawn}).write()
 
         with SkippableModel(model, blocks) as pruned:

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sleb_cli.atomic import new_file, writing
-from sleb_cli.engine.text.calibration import Calibration
 from sleb_cli.engine.text.windows import tokens_sha256
 from sleb_cli.engine.third_party import saving
 from sleb_cli.events import Notice, Notify
@@ -77,8 +76,8 @@ class Saved:
         except ValidationError as error:
             raise _broken(self.file) from error
 
-    def text(self, name: str, record: CalibrationRecord) -> Calibration:
-        """Return the text that the record describes.
+    def text(self, name: str, record: CalibrationRecord) -> tuple[Tensor, Tensor | None]:
+        """Return the sequences that the record describes, [sequences, length], and their loss mask, if they have one.
 
         Raises:
             PlanError: they are missing, or others.
@@ -87,8 +86,7 @@ class Saved:
         found = self.tensor(name, shape, torch.int64)
         if tokens_sha256(found) != record.tokens_sha256:
             raise _broken(self.file)
-        is_masked = record.chat == "answers"
-        return Calibration(found, record, self.tensor(f"{name}.mask", shape, torch.bool) if is_masked else None)
+        return found, self.tensor(f"{name}.mask", shape, torch.bool) if record.chat == "answers" else None
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return a tensor of this shape and data type, whose numbers are finite.
@@ -164,11 +162,6 @@ class Unfinished:
     def delete(self) -> None:
         """Delete the folder once the output is written."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def tensors_of(name: str, text: Calibration) -> dict[str, Tensor]:
-    """Return the tensors that give a text back."""
-    return {name: text.sequences} | ({} if text.loss_mask is None else {f"{name}.mask": text.loss_mask})
 
 
 def fit_file(folder: Path, block: int | None) -> Path:
