@@ -204,6 +204,18 @@ def visits(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return visited
 
 
+@pytest.fixture
+def sleb(run_sleb: Callable[..., Result]) -> Callable[..., Result]:
+    """Run a command, which must end with this exit code, and give the result."""
+
+    def run(*words: object, code: int = 0) -> Result:
+        result = run_sleb(*words)
+        assert result.exit_code == code, result.stderr
+        return result
+
+    return run
+
+
 def prose(sentences: int, seed: int = 0) -> str:
     """Return text that looks like sentences, the same for the same seed."""
     rng = random.Random(seed)

@@ -28,18 +28,6 @@ def write(places):
 
 
 @pytest.fixture
-def sleb(run_sleb):
-    """Run a command to its end, and give the result."""
-
-    def run(*words, code=0):
-        result = run_sleb(*words)
-        assert result.exit_code == code, result.stderr
-        return result
-
-    return run
-
-
-@pytest.fixture
 def plan_of(found):
     """Search, and give the plan without the machine and its times."""
 
