@@ -40,6 +40,7 @@ from sleb_cli.engine.recovery.residual_projections import (
 )
 from sleb_cli.engine.recovery.unfinished import Saved, fit_file
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
+from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import format_bytes, plural
@@ -178,7 +179,7 @@ class _States:
         self.pruned = self.dense
         self.dense_final = self.leaving(self.calls[self.decides], self.dense[self.decides], range(self.count))
         self.positions = _compared_positions(deciding).to(skippable.device)
-        counted = torch.ones_like(deciding, dtype=torch.bool) if loss_mask is None else loss_mask
+        counted = whole_mask(deciding, loss_mask)
         self.masks, _ = self._take(counted, batch)
         self.compared = max(1, int(counted[:, self.positions.cpu() + 1].sum()))
 

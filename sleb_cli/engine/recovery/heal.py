@@ -20,6 +20,7 @@ from sleb_cli.engine.recovery.low_rank import LowRank
 from sleb_cli.engine.recovery.unfinished import Saved
 from sleb_cli.engine.recovery.variant import Variant, summed_losses
 from sleb_cli.engine.text.portions import Portion
+from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
 from sleb_plugins import UsageError
@@ -150,7 +151,7 @@ class Healing:
         self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))
         checked = self.deciding[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
         self.checked = _TeacherStates(self, checked, range(len(checked)))
-        self.checked_mask = _mask(self.loss_mask, self.deciding)[: len(checked)].to(self.device)
+        self.checked_mask = whole_mask(self.deciding, self.loss_mask)[: len(checked)].to(self.device)
         self.loss = 0.0
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
@@ -254,7 +255,7 @@ class Healing:
             number = self.progress.portion * self.group.size + self.group.rank
             portion = self.portion(number, lambda event: self._report())  # time passes while text is written
             targets = _TeacherStates(self, portion.sequences.to(self.device), portion.order)
-            mask = _mask(portion.loss_mask, portion.sequences).to(self.device)
+            mask = whole_mask(portion.sequences, portion.loss_mask).to(self.device)
             while self.progress.position < len(portion.order):
                 start = self.progress.position
                 self.progress.position += self.batch
@@ -285,10 +286,6 @@ class Healing:
     def _state(self) -> dict[str, Tensor]:
         """The tensors of a saved state, which are the training's own."""
         return {f"trained.{name}": tensor for name, tensor in self.trained.state.items()} | {"best": self.best}
-
-
-def _mask(loss_mask: Tensor | None, sequences: Tensor) -> Tensor:
-    return torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
 
 
 class _TeacherStates:

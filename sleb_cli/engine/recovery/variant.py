@@ -12,6 +12,7 @@ from sleb_cli.engine.device import as_float64
 from sleb_cli.engine.forward.logits import float32_slices
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.text.windows import whole_mask
 from sleb_plugins.metrics.kl import compare_logits
 
 # How many positions' logits exist at once, over all sequences of a batch.
@@ -78,7 +79,7 @@ def losses(
     group, device = group or ProcessGroup(), dense.skippable.device
     mine = range(group.rank, len(sequences), group.size)
     everywhere = torch.arange(sequences.shape[1] - 1, device=device)
-    counted = torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
+    counted = whole_mask(sequences, loss_mask)
     own = [
         (number, summed_losses(variant, dense, states, dense_states, ids, everywhere, counted[[number]].to(device)))
         for number, (ids, states, dense_states) in zip(

@@ -39,6 +39,7 @@ from sleb_cli.engine.text.windows import (
     cut_windows,
     require_windows,
     tokens_sha256,
+    whole_mask,
 )
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plan import ANSWERS, CalibrationRecord, SkippedRecord
@@ -136,6 +137,7 @@ def resolve_calibration(request: CalibrationRequest, architecture: Architecture)
     """Fill unset options with the defaults.
 
     Raises:
+        DataError: prompts that the model is to answer are missing.
         UsageError: the number of samples or their length is out of range, or the mixture is invalid, or no source
             holds conversations although some are to count.
     """
@@ -148,6 +150,9 @@ def resolve_calibration(request: CalibrationRequest, architecture: Architecture)
             hint='Leave out --chat, or name self-chat, or a .jsonl file or data set with "messages": lists of role and '
             "content.",
         )
+    for each in shares:
+        if each.startswith(ANSWERS):  # before any model is loaded
+            read_prompts(each)
     default = DEMO_SAMPLES if is_demo else DEFAULT_SAMPLES
     if REFERENCE_PRESETS & shares.keys():
         default = REFERENCE_ROWS
@@ -238,14 +243,18 @@ def write_rows(
     return sequences[:samples], loss_mask[:samples] if answers else None
 
 
+def take_rows(rows: Rows, chosen: Sequence[int]) -> Rows:
+    """Return the sequences of these numbers, in this order."""
+    sequences, loss_mask = rows
+    return sequences[chosen], None if loss_mask is None else loss_mask[chosen]
+
+
 def join_rows(rows: Sequence[Rows]) -> Rows:
     """Return the sequences of several sources, one after the other; all tokens count of those without a loss mask."""
     sequences = torch.cat([found for found, _ in rows])
     if all(mask is None for _, mask in rows):
         return sequences, None
-    return sequences, torch.cat(
-        [torch.ones_like(found, dtype=torch.bool) if mask is None else mask for found, mask in rows]
-    )
+    return sequences, torch.cat([whole_mask(*each) for each in rows])
 
 
 def texts_sha256(splits: Sequence[CalibrationSettings], tokenizer: Any) -> str:
@@ -262,8 +271,7 @@ def _assemble(settings: CalibrationSettings, rows: Mapping[str, Rows], tokenizer
     sources = [source for source in settings.shares if source in rows]
     counts = [len(rows[source][0]) for source in sources]
     order = interleave(counts)
-    sequences, loss_mask = join_rows([rows[source] for source in sources])
-    sequences, loss_mask = sequences[order], None if loss_mask is None else loss_mask[order]
+    sequences, loss_mask = take_rows(join_rows([rows[source] for source in sources]), order)
     record = CalibrationRecord(
         source=settings.source,
         seed=settings.seed,
@@ -289,7 +297,7 @@ def _read_texts(
         if not count:
             continue
         with task(notify, f"Reading {source}"):
-            windows, loss_mask = read_windows(source, count, settings, tokenizer)
+            windows, _ = found = read_windows(source, count, settings, tokenizer)
             if len(windows) < count and not is_mixture and not settings.is_reference:
                 notify(
                     Notice(
@@ -299,10 +307,13 @@ def _read_texts(
                 )
         # A reference preset counts rows of text, and all of their windows are used.
         drawn = len(windows) if settings.is_reference else count
-        read[source] = _draw_rows(windows, loss_mask, drawn, settings.seed)
+        read[source] = take_rows(found, draw(len(windows), drawn, settings.seed))
     if is_mixture:
         settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in read.items()}, notify)
-        read = {source: _draw_rows(*rows, settings.counts[source], settings.seed) for source, rows in read.items()}
+        read = {
+            source: take_rows(rows, draw(len(rows[0]), settings.counts[source], settings.seed))
+            for source, rows in read.items()
+        }
     return settings, read
 
 
@@ -325,11 +336,6 @@ def limit_to_texts(settings: CalibrationSettings, found: Mapping[str, int], noti
             )
         )
     return settings
-
-
-def _draw_rows(sequences: Tensor, loss_mask: Tensor | None, count: int, seed: int) -> Rows:
-    rows = draw(len(sequences), count, seed)
-    return sequences[rows], loss_mask[rows] if loss_mask is not None else None
 
 
 def read_windows(source: str, samples: int, settings: CalibrationSettings, tokenizer: Any) -> Rows:

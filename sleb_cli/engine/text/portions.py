@@ -16,6 +16,7 @@ from sleb_cli.engine.text.calibration import (
     join_rows,
     limit_to_texts,
     read_windows,
+    take_rows,
     write_rows,
 )
 from sleb_cli.engine.text.sources import is_read_whole, is_written
@@ -76,25 +77,24 @@ class Portions:
         """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
         if source in self._whole:
             return self._whole[source]
-        windows, loss_mask = read_windows(source, settings.counts[source], settings, self._tokenizer)
+        windows, _ = found = read_windows(source, settings.counts[source], settings, self._tokenizer)
         if is_read_whole(source):
             last = draw(len(windows), self._fitted.counts[source], self._fitted.seed)
             first = sorted(set(range(len(windows))) - set(last))
             shuffle = random.Random(self._fitted.seed)
             order = [*shuffle.sample(first, len(first)), *shuffle.sample(last, len(last))]
-            windows, loss_mask = windows[order], None if loss_mask is None else loss_mask[order]
-            self._whole[source] = windows, loss_mask
-        return windows, loss_mask
+            found = self._whole[source] = take_rows(found, order)
+        return found
 
     def _taken(self, source: str, found: Rows, number: int, settings: CalibrationSettings) -> Rows:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
-        windows, loss_mask = found
+        windows, _ = found
         count = min(settings.counts[source], len(windows))
         if source not in self._whole:
             rows = draw(len(windows), count, settings.seed)
         else:
             rows = [(number * count + row) % len(windows) for row in range(count)]
-        return windows[rows], None if loss_mask is None else loss_mask[rows]
+        return take_rows(found, rows)
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:

@@ -217,9 +217,13 @@ def evaluation_conversations(source: str) -> list[Conversation]:
         return []
     content = _read_file(source)
     first = next(filter(None, map(str.strip, content.split("\n"))), "")
-    if '"messages"' not in first or '"text"' in first.partition('"messages"')[0]:
+    try:
+        line = _TextOrMessages.model_validate_json(first)
+    except ValidationError:  # which the text is refused for
         return []
-    return [line.conversation for line in _json_lines(source, content, _Messages)]
+    if line.messages is None or line.text is not None:
+        return []
+    return [each.conversation for each in _json_lines(source, content, _Messages)]
 
 
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
@@ -346,6 +350,13 @@ class _Messages(BaseModel):
     @property
     def conversation(self) -> Conversation:
         return [message.model_dump() for message in self.messages]
+
+
+class _TextOrMessages(BaseModel):
+    """The first line of a .jsonl file, of which it is not known what it holds."""
+
+    text: Any = None
+    messages: Any = None
 
 
 class _Prompt(BaseModel):

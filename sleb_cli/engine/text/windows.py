@@ -244,6 +244,11 @@ def require_enough(found: int, source: str, length: int, asked: int | None) -> N
         )
 
 
+def whole_mask(sequences: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Return which tokens count, bool in the shape of the sequences: all, if there is no loss mask."""
+    return torch.ones_like(sequences, dtype=torch.bool) if loss_mask is None else loss_mask
+
+
 def tokens_sha256(windows: Tensor) -> str:
     """Return the SHA-256 of the token ids as little-endian int64."""
     return hashlib.sha256(windows.cpu().contiguous().numpy().astype("<i8").tobytes()).hexdigest()
