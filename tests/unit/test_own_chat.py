@@ -12,7 +12,7 @@ from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_chat import _Writer
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.sources import TextSplit, read_prompts
-from sleb_cli.events import Notice, ignore
+from sleb_cli.events import Notice, TaskAdvanced, ignore
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
 TURNS = (
@@ -136,6 +136,8 @@ def test_sequences_begin_conversations_and_are_cached_and_split(model):
     told = [event.text for event in events if isinstance(event, Notice)]
     assert told[0].startswith("self-chat: the model wrote ")
     assert told[1].endswith("that the model wrote before, from the cache.")
+    notes = [event.note for event in events if isinstance(event, TaskAdvanced)]
+    assert any(note.endswith(" tokens per second") for note in notes)
 
 
 def test_only_conversations_have_tokens_that_do_not_count(model, tmp_path):

@@ -20,7 +20,7 @@ from sleb_cli.engine.forecast import announce
 from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.model.sampling import Sampler
 from sleb_cli.engine.third_party import our_code
-from sleb_cli.events import Notice, Notify, task
+from sleb_cli.events import Advance, Notice, Notify, task
 from sleb_cli.version import __version__
 from sleb_plugins import UnsupportedModelError
 
@@ -30,7 +30,7 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
 TIMED_TOKENS = 8
-"""Tokens of each sequence after which it is told how long all will take."""
+"""Tokens of each sequence after which it is told how long all will take, and over which the speed is measured."""
 
 Continue = Callable[..., list[list[int]]]
 """Continues prompts of any lengths, `(prompts, new tokens at most, forbidden=(), ends=())`, and returns what it adds.
@@ -112,7 +112,7 @@ def write_or_find(
     return found, False
 
 
-def _continuing(model: Any, writing: Writing, size: int, advance: Callable[[int], object], notify: Notify) -> Continue:
+def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notify: Notify) -> Continue:
     """Return the function that continues prompts; after the first tokens, it tells how long all will take."""
     device, times = input_device(model), list[float]()
 
@@ -122,10 +122,11 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Callable[[int]
     def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
         """Report each token as it is generated; never stop."""
         with our_code():
-            advance(len(ids))
             times.append(time.perf_counter())
+            timed = times[-TIMED_TOKENS:]
+            pace = (timed[-1] - timed[0]) / (TIMED_TOKENS - 1)
+            advance(len(ids), f"{len(ids) / pace:,.0f} tokens per second" if len(times) > TIMED_TOKENS else "")
             if len(times) == TIMED_TOKENS:
-                pace = (times[-1] - times[0]) / (TIMED_TOKENS - 1)
                 seconds = pace * writing.new * -(-writing.count // size)
                 announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
