@@ -1,17 +1,23 @@
 """Conversations that a model writes: where its template lets it speak, and what is kept of it."""
 
 import json
+import random
 from dataclasses import replace
 from itertools import cycle
 
 import pytest
+import torch
 
+import sleb_cli.engine.text.writing as text_writing
 from conftest import llama_config, random_model, train_tokenizer
+from families import tiny_config
+from sleb_cli.engine.model.generation import generate
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_chat import _Writer
 from sleb_cli.engine.text.portions import Portions
 from sleb_cli.engine.text.sources import TextSplit, read_prompts
+from sleb_cli.engine.text.writing import Writing
 from sleb_cli.events import Notice, TaskAdvanced, ignore
 from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
@@ -57,6 +63,35 @@ def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
 
     found = writer.write(more, size, count, template_prompts)
     return [[(m["role"], m["content"]) for m in each] for each in found], given, writer.dropped
+
+
+@pytest.mark.parametrize(
+    ("model_type", "caches"),
+    [("llama", True), ("gemma3_text", True), ("opt", True), ("mamba", False), ("qwen3_next", False)],
+)
+def test_texts_that_have_ended_leave_the_others_as_they_are(monkeypatch, model_type, caches):
+    model, ends, calls = random_model(tiny_config(model_type)), {*range(0, 320, 8)}, []
+    noise = torch.randn(320, 320, generator=torch.Generator().manual_seed(0))
+    # The next token depends on the model and on the last one, and on no other text.
+    monkeypatch.setattr(text_writing, "Sampler", lambda forbidden: lambda ids, scores: scores + noise[ids[:, -1]])
+
+    def watched(model, ids, *given, **options):
+        calls.append((len(ids), bool(options.keys() & {"cache", "past_key_values"})))
+        return generate(model, ids, *given, **options)
+
+    monkeypatch.setattr(text_writing, "generate", watched)
+    writing = Writing("Writing", "a text", 8, 24, 0, None, {})
+
+    def written(some):
+        return text_writing._continuing(model, writing, 8, lambda *_: None, ignore)(some, 24, ends=ends)
+
+    draws = random.Random(0)
+    prompts = [draws.choices(range(320), k=length) for length in (3, 9, 4, 4, 7, 2, 8, 5)]
+    together, (first, *later) = written(prompts), calls
+    assert first == (8, False)
+    assert later[0][0] < 8
+    assert {had_cache for _, had_cache in later} <= {caches}
+    assert together == [written([prompt])[0] for prompt in prompts]
 
 
 LONG = " ".join(f"snow{number}" for number in range(40))

@@ -29,6 +29,9 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 # A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
 
+MOST_ENDED = 0.25
+"""When this share of the texts has ended, only the others are continued."""
+
 TIMED_TOKENS = 8
 """Tokens of each sequence after which it is told how long all will take, and over which the speed is measured."""
 
@@ -119,40 +122,67 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notif
     def refused(words: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{model.config.model_type} cannot generate text: {words}.", hint=GIVE_TEXT)
 
-    def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-        """Report each token as it is generated; never stop."""
-        with our_code():
-            times.append(time.perf_counter())
-            timed = times[-TIMED_TOKENS:]
-            pace = (timed[-1] - timed[0]) / (TIMED_TOKENS - 1)
-            advance(len(ids), f"{len(ids) / pace:,.0f} tokens per second" if len(times) > TIMED_TOKENS else "")
-            if len(times) == TIMED_TOKENS:
-                seconds = pace * writing.new * -(-writing.count // size)
-                announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
     def more(
         prompts: Sequence[Sequence[int]], new: int, forbidden: Collection[int] = (), ends: Collection[int] = ()
     ) -> list[list[int]]:
         longest = max(map(len, prompts))
-        padded = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+        ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         attended = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        greedy = GenerationConfig(
-            do_sample=False, max_new_tokens=new, use_cache=True, pad_token_id=0, eos_token_id=sorted(ends) or None
-        )
-        ids = generate(
-            model,
-            padded,
-            greedy,
-            refused,
-            attention_mask=attended,
-            logits_processor=LogitsProcessorList([Sampler(forbidden)]),
-            stopping_criteria=StoppingCriteriaList([report]),
-        )
-        return [_until(row, ends) for row in ids[:, longest:].tolist()]
+        written, rows, cache = [list[int]() for _ in prompts], [*range(len(prompts))], dict[str, Any]()
+        endings = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+
+        def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+            """Report each token as it is generated, and stop where too many texts have ended."""
+            with our_code():
+                times.append(time.perf_counter())
+                timed = times[-TIMED_TOKENS:]
+                pace = (timed[-1] - timed[0]) / (TIMED_TOKENS - 1)
+                advance(len(ids), f"{len(ids) / pace:,.0f} tokens per second" if len(times) > TIMED_TOKENS else "")
+                if len(times) == TIMED_TOKENS:
+                    seconds = pace * writing.new * -(-writing.count // size)
+                    announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
+                ended = int(torch.isin(ids[:, longest:], endings).any(1).sum())
+            return torch.full((len(ids),), ended >= MOST_ENDED * len(ids), device=ids.device)
+
+        while rows and ids.shape[1] < longest + new:
+            greedy = GenerationConfig(
+                do_sample=False,
+                max_new_tokens=longest + new - ids.shape[1],
+                use_cache=True,
+                pad_token_id=0,
+                eos_token_id=sorted(ends) or None,
+                return_dict_in_generate=True,
+            )
+            found = generate(
+                model,
+                ids,
+                greedy,
+                refused,
+                attention_mask=attended,
+                logits_processor=LogitsProcessorList([Sampler(forbidden)]),
+                stopping_criteria=StoppingCriteriaList([report]),
+                **cache,
+            )
+            for row, tokens in zip(rows, found.sequences[:, longest:].tolist(), strict=True):
+                written[row] = _until(tokens, ends)
+            unfinished = [at for at, row in enumerate(rows) if written[row][-1] not in ends]
+            rows = [rows[at] for at in unfinished]
+            ids = found.sequences[unfinished]
+            attended = torch.nn.functional.pad(attended[unfinished], (0, ids.shape[1] - attended.shape[1]), value=1)
+            cache = _cache_of(found, torch.tensor(unfinished, dtype=torch.long, device=device))
+        return written
 
     return more
+
+
+def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
+    """Return the KV cache of these rows as an option of `generate`; none if it selects none, so they are read again."""
+    for name in ("cache", "past_key_values"):  # in transformers 5.24, and before
+        with suppress(AttributeError, NotImplementedError):
+            output.get(name).batch_select_indices(rows)
+            return {name: output[name]}
+    return {}
 
 
 def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
