@@ -28,7 +28,7 @@ from sleb_plugins import UsageError
 LEARNING_RATE = 1.5e-3
 """The highest; steps are relative to the size of each weight (`low_rank.py`)."""
 
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 512
 PORTION_TOKENS = 65536
 """A portion trains on at most this many tokens: enough for the model to write many sequences at once."""
 
