@@ -29,7 +29,7 @@ from sleb_cli.events import ignore
 from sleb_cli.plan import read_plan
 from sleb_plugins import ProofError
 
-TOKENS = ["--heal-tokens", 8192]
+TOKENS = ["--heal-tokens", 4096]
 
 
 @pytest.fixture
@@ -62,11 +62,11 @@ def test_healing_comes_nearer_to_the_dense_model(healed, tiny_llama, tmp_path):
     assert int(told[-1][0]) >= 100
     assert float(told[-1][2]) < float(told[0][2])  # the other numbers are of other batches each time
     found, heal = recovery(), recovery().heal
-    assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (8192, None, "budget", 8192)
+    assert (heal.token_budget, heal.minutes, heal.stopped, heal.tokens) == (4096, None, "budget", 4096)
     assert heal.losses.divergence < found.pruned.divergence
     assert found.recovered == heal.losses
     assert (
-        f"| healed on 8,192 tokens | {math.exp(heal.losses.loss):.2f} |" in (tmp_path / "out" / "README.md").read_text()
+        f"| healed on 4,096 tokens | {math.exp(heal.losses.loss):.2f} |" in (tmp_path / "out" / "README.md").read_text()
     )
     before, after = weights_of(tiny_llama), weights_of(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in after if "embed" in name or "head" in name)
@@ -83,8 +83,8 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     assert "rerun with --resume to continue" in stopped.stderr
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
     assert "holds an unfinished healing" in healed(*command, code=8).stderr
-    other = healed(*command, "--resume", "--heal-tokens", 4096, code=3)
-    assert "belongs to another healing (heal_tokens: 4096, not 8192)" in other.stderr
+    other = healed(*command, "--resume", "--heal-tokens", 2048, code=3)
+    assert "belongs to another healing (heal_tokens: 2048, not 4096)" in other.stderr
     (tmp_path / "text.txt").write_text(prose(400, seed=1))
     assert "belongs to another healing (text: " in healed(*command, "--resume", code=3).stderr
     (tmp_path / "text.txt").write_text(prose(400))
@@ -105,15 +105,15 @@ def test_out_of_memory_heals_fewer_sequences_at_once(healed, monkeypatch):
     distill, failed = healing.distill, []
 
     def short_of_memory(teacher, student, ids, *rest):
-        if len(ids) > 8:
+        if len(ids) > 4:
             failed.append(len(ids))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return distill(teacher, student, ids, *rest)
 
     monkeypatch.setattr(healing, "distill", short_of_memory)
     said = healed("--heal-tokens", 2048).stderr
-    assert failed == [32, 16]
-    assert "Out of memory on cpu; healing 8 sequences at a time." in said
+    assert failed == [16, 8]
+    assert "Out of memory on cpu; healing 4 sequences at a time." in said
     assert recovery().heal.losses.divergence < recovery().pruned.divergence
 
 
