@@ -136,12 +136,14 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notif
             """Report each token as it is generated, and stop where too many texts have ended."""
             with our_code():
                 times.append(time.perf_counter())
-                timed = times[-TIMED_TOKENS:]
-                pace = (timed[-1] - timed[0]) / (TIMED_TOKENS - 1)
-                advance(len(ids), f"{len(ids) / pace:,.0f} tokens per second" if len(times) > TIMED_TOKENS else "")
+                note = ""
+                if len(times) >= TIMED_TOKENS:
+                    pace = (times[-1] - times[-TIMED_TOKENS]) / (TIMED_TOKENS - 1)
+                    note = f"{len(ids) / pace:,.0f} tokens per second"
                 if len(times) == TIMED_TOKENS:
                     seconds = pace * writing.new * -(-writing.count // size)
                     announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
+                advance(len(ids), note)
                 ended = int(torch.isin(ids[:, longest:], endings).any(1).sum())
             return torch.full((len(ids),), ended >= MOST_ENDED * len(ids), device=ids.device)
 
