@@ -152,8 +152,8 @@ class Place:
                 yield file
 
     def again(self, name: str, case: object, **options: Any) -> None:
-        """Run a command once more, after which nothing is as if it had ever been disturbed."""
-        if self.files() not in (self.start, self.undisturbed(name)[1]):
+        """Run a command that began once more, after which all is as if it had never been disturbed."""
+        if self.files() != self.start:
             for running in self.launch(COMMANDS[name], *COMMANDS[name].again, **options):
                 require(running.wait())
             wrong = list(self.wrong(name, done=True, may_leave=True))
