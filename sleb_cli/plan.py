@@ -270,10 +270,14 @@ class EnvironmentRecord(Record):
 
 
 class LossesRecord(Record):
-    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per token."""
+    """The loss on a text, and the KL divergence from the dense model to this one, both in nats per token.
+
+    `accepted` is the share of sampled tokens that the dense model keeps if this one drafts for it.
+    """
 
     loss: float
     divergence: float
+    accepted: float
 
 
 class FitRecord(Record):

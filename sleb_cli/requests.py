@@ -566,7 +566,7 @@ class ExportRequest(OneSizeRequest):
     to: str = field(
         metadata={
             "doc": Doc(
-                "report, figures, summary; gguf, hf, vllm, llama-quantize, mergekit, indices; or a plugin's format.",
+                "report, figures, summary; gguf, hf, vllm, draft, llama-quantize, mergekit, indices; or a plugin's.",
                 metavar="FORMAT",
                 panel=_OUTPUT,
             )

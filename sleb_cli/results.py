@@ -135,7 +135,8 @@ class DivergenceRecord(Record):
     """How far a model's predictions are from the dense model's: KL(dense || pruned) at each position, in nats.
 
     `probability_change_rms` is the root mean square of the change of the right token's probability, and `same_top` the
-    share of positions with the same first choice.
+    share of positions with the same first choice. `accepted` is the share of sampled tokens that the dense model keeps
+    if the pruned one drafts for it: the mean of the sum of min(p, q) (Leviathan et al., arXiv 2211.17192, section 3).
     """
 
     mean: float
@@ -146,6 +147,7 @@ class DivergenceRecord(Record):
     maximum: float
     probability_change_rms: float
     same_top: float
+    accepted: float
 
 
 class PrunedTextScores(TextScores):

@@ -142,6 +142,7 @@ def _text(name: str, sizes: tuple[tuple[int, ...], ...], seed: int) -> TextResul
         divergence = DivergenceRecord(
             mean=rise * 0.8, standard_error=rise * 0.02, median=rise * 0.4, p90=rise * 2, p99=rise * 6,
             maximum=rise * 20, probability_change_rms=min(0.3, rise * 0.3), same_top=max(0.3, 1 - rise * 0.6),
+            accepted=max(0.3, 1 - rise * 0.5),
         )  # fmt: skip
         return PrunedTextScores(
             **scores([loss + rise for loss in windows]), removals=removals, log_ratio=rise, standard_error=0.006,

@@ -1,6 +1,7 @@
 """The export formats that ship with `sleb`."""
 
 from sleb_cli.exporters.checkpoint import HuggingFace, Vllm
+from sleb_cli.exporters.draft import Draft
 from sleb_cli.exporters.gguf import Gguf
 from sleb_cli.exporters.indices import Indices
 from sleb_cli.exporters.llama_quantize import LlamaQuantize
@@ -14,4 +15,5 @@ from sleb_plugins.hookspecs import hookimpl
 @hookimpl
 def sleb_exporters() -> list[Exporter | FileExporter]:
     """Offer the export formats that ship with `sleb`."""
-    return [Gguf(), HuggingFace(), Vllm(), LlamaQuantize(), MergekitRecipe(), Indices(), Summary(), Report(), Figures()]
+    checkpoints = [Gguf(), HuggingFace(), Vllm()]
+    return [*checkpoints, LlamaQuantize(), MergekitRecipe(), Indices(), Draft(), Summary(), Report(), Figures()]

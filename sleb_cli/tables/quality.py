@@ -89,15 +89,18 @@ def divergences(scored: Iterable[Scored]) -> Table:
     precise = "{:.4f}".format
     columns: Columns = [
         ("text", str), ("model", str), ("mean KL", _mean), ("median", precise), ("90%", precise), ("99%", precise),
-        ("max", precise), ("RMS Δp", format_share), ("same top", format_share),
+        ("max", precise), ("RMS Δp", format_share), ("same top", format_share), ("accepted", format_share),
     ]  # fmt: skip
+    fields = ("median", "p90", "p99", "maximum", "probability_change_rms", "same_top", "accepted")
     rows = [
-        [name, model, kl, kl.median, kl.p90, kl.p99, kl.maximum, kl.probability_change_rms, kl.same_top]
+        [name, model, scores.divergence, *(getattr(scores.divergence, field) for field in fields)]
         for _, name, model, scores in scored
         if isinstance(scores, PrunedTextScores)
-        for kl in [scores.divergence]
     ]
-    notes = ["KL: from the dense model, in nats per token. same top: positions with the same first choice."]
+    notes = [
+        "KL: from the dense model, in nats per token. same top: positions with the same first choice. accepted: "
+        "sampled tokens that the dense model keeps if this one drafts for it."
+    ]
     return tabulate("Divergence from the dense model", columns, rows, notes, ["median", "90%", "max"])
 
 

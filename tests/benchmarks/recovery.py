@@ -114,7 +114,7 @@ class RecoveryBench(Bench):
                     summed_losses(variant, dense, ours[[row]], theirs[[row]], ids[[row]], positions)
                     for row in range(len(ids))
                 ]
-            loss, divergence = ([total / len(positions) for total in column] for column in zip(*totals, strict=True))
+            loss, divergence, _ = ([total / len(positions) for total in column] for column in zip(*totals, strict=True))
             result[name] = {"loss": loss, "divergence": divergence}
             say(f"  {name} {statistics.fmean(loss):.3f} nats, KL {statistics.fmean(divergence):.3f}")
         self.save(removed, method, result)

@@ -17,6 +17,7 @@ import sleb_plugins as sleb
 from measured_plans import make_benchmark, make_evaluation, make_plan, write_measured
 from sleb_cli import exporters
 from sleb_cli.__main__ import main
+from sleb_cli.exporters.draft import best_draft
 from sleb_cli.plan import ClosedFormRecord, LossesRecord, RecoveryRecord
 from sleb_cli.units import format_perplexity
 
@@ -195,14 +196,20 @@ def test_results_may_lack_whatever_is_optional(report, exported):
     assert "without 3 of 12 blocks" in exported("summary").stdout
 
 
-def test_a_recovered_plan_says_what_came_back(report):
-    plan = make_plan(8, 2)
-    losses = [LossesRecord(loss=loss, divergence=kl) for loss, kl in ((2.0, 0.0), (2.5, 0.4), (2.2, 0.1))]
+def recovery_of(plan):
+    """Return what `sleb apply --recover` could say of a plan."""
+    figures = (2.0, 0.0, 1.0), (2.5, 0.4, 0.6), (2.2, 0.1, 0.9)
+    losses = [LossesRecord(loss=loss, divergence=kl, accepted=kept) for loss, kl, kept in figures]
     texts = dict.fromkeys(["text", "deciding_text", "report_text"], plan.calibration)
     closed_form = ClosedFormRecord(fits=())
-    recovery = RecoveryRecord(
+    return RecoveryRecord(
         **texts, dense=losses[0], pruned=losses[1], closed_form=closed_form, closed_form_losses=losses[2]
     )
+
+
+def test_a_recovered_plan_says_what_came_back(report):
+    plan = make_plan(8, 2)
+    recovery = recovery_of(plan)
     text = report(plan.model_copy(update={"recovery": recovery})).text
     assert recovery.summary in text
     assert "the others were given new weights" in text
@@ -413,3 +420,34 @@ def test_an_exporter_that_needs_no_model_gets_none(exported, tmp_path, monkeypat
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     write_measured(tmp_path, make_plan(6, 1))
     assert "declares that it needs none" in exported("wants-more", code=6).stderr
+
+
+def test_a_draft_pays_if_more_is_kept_than_its_tokens_cost(exported, tmp_path):
+    plan = make_plan(12, 6)
+    write_measured(tmp_path, plan)
+    said = exported("draft").stdout.replace("\n# ", " ")
+    assert "Not measured: how many of its tokens are kept. Run `sleb eval plan.json`." in said
+    evaluation, benchmark = make_evaluation(plan, items=40), make_benchmark(plan)
+    write_measured(tmp_path, plan, evaluation=evaluation, benchmark=benchmark)
+    found = json.loads(exported("draft", "--json").stdout)["document"]
+    generation = next(each for each in benchmark.workloads if each.workload.new_tokens)
+    cost = generation.pruned[-1].mean_tpot_ms / generation.dense.mean_tpot_ms
+    assert (found["accepted"], found["cost"]) == (evaluation.texts[0].pruned[-1].divergence.accepted, cost)
+    accepted, tokens = found["accepted"], found["tokens"]
+    assert found["speedup"] == pytest.approx((1 - accepted ** (tokens + 1)) / (1 - accepted) / (tokens * cost + 1))
+    # Its recovered checkpoint is what drafts, and what was measured of that counts.
+    write_measured(tmp_path, plan.model_copy(update={"recovery": recovery_of(plan)}))
+    assert json.loads(exported("draft", "--json").stdout)["document"]["accepted"] == 0.9
+
+
+@pytest.mark.parametrize("cost", [0.05, 0.3, 0.6, 0.95])
+def test_the_best_draft_is_the_fastest_of_all_lengths(cost):
+    for accepted in (0.0, 0.2, 0.5, 0.8, 1.0):
+        # Round by round: a token is kept if all before it are, and the dense model adds one.
+        speeds = [
+            (1 + sum(accepted ** (kept + 1) for kept in range(length))) / (1 + length * cost) for length in range(1, 17)
+        ]
+        tokens, speedup = best_draft(accepted, cost)
+        assert speedup == pytest.approx(max(speeds))
+        assert speeds[tokens - 1] == pytest.approx(speedup)
+        assert (speedup > 1) == (accepted > cost)  # Leviathan et al., corollary 3.9

@@ -37,6 +37,8 @@ def test_each_score_is_that_of_whole_logits(scored):
         assert torch.equal(found["right"], log_p.argmax(-1) == IDS[:, 1:])
     torch.testing.assert_close(scores[1]["divergence"], kl_div(q, p, log_target=True, reduction="none").sum(-1))
     assert torch.equal(scores[1]["same_top"], p.argmax(-1) == q.argmax(-1))
+    # Half of what two distributions differ by is what neither has of the other.
+    torch.testing.assert_close(scores[1]["accepted"], 1 - (p.exp() - q.exp()).abs().sum(-1) / 2)
     assert "divergence" not in scores[0]
 
 
@@ -61,7 +63,8 @@ def test_the_divergence_is_summarized_over_the_counted_tokens(scored):
     assert found.maximum == float(values.max())
     change = (-pruned["nll"]).exp() - (-dense["nll"]).exp()
     assert found.probability_change_rms == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
-    assert found.same_top == pytest.approx(float(pruned["same_top"].float().mean()))
+    for name in ("same_top", "accepted"):
+        assert getattr(found, name) == pytest.approx(float(pruned[name].double().mean()))
     # Three observations of equal size: the ordinary standard error of three means.
     means = pruned["divergence"].double().mean(1)
     assert found.standard_error == pytest.approx(float(means.std() / math.sqrt(3)))

@@ -21,6 +21,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel, sequences_fit
 from sleb_cli.engine.process_group import deal
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.token_scores import (
+    FORMAT,
     Scores,
     divergence_record,
     expected_calibration_error,
@@ -125,7 +126,8 @@ class _Scorer:
         models, group, batch = self.models, self.models.group, self.batch_size or 1
         per_part = max(1, TOKENS_OF_A_PART // windows.ids.shape[1])
         stretches = torch.split(windows.ids, max(1, per_part // batch) * batch)
-        keys = [{"tokens": tokens_sha256(ids), "batch_size": self.batch_size} for ids in stretches]
+        common = {"format": FORMAT, "batch_size": self.batch_size}
+        keys = [{**common, "tokens": tokens_sha256(ids)} for ids in stretches]
         found: list[_Found] = group.from_main(
             lambda: [{removals: models.cached(removals, load, **key) for removals in models.sizes} for key in keys]
         )

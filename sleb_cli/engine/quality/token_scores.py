@@ -17,6 +17,8 @@ from sleb_cli.results import DivergenceRecord
 CALIBRATION_BINS = 15
 LEAST_LOG_PROBABILITY = -1e4
 
+FORMAT = 2
+"""Raise it when scores are added: cached ones lack them."""
 
 Scores = Mapping[str, Tensor]
 """One value for each prediction, by name; all tensors are [windows, positions] on the CPU.
@@ -26,6 +28,7 @@ Scores = Mapping[str, Tensor]
 - `right`: whether the first choice is the right token.
 - `divergence`: KL(dense || this model), in nats; not of the dense model.
 - `same_top`: whether the first choice is the dense model's; not of the dense model.
+- `accepted`: the probability that the dense model keeps a token that this one drafts; not of the dense model.
 """
 
 
@@ -64,7 +67,8 @@ def _score_rows(logits: Sequence[Tensor], targets: Tensor) -> Iterator[Scores]:
             best = log_q.argmax(-1)
             # Rounding may leave a little less than zero.
             divergence = (own - torch.linalg.vecdot(p, log_q)).clamp_(min=0)
-            yield {**_scores(log_q, best, targets), "divergence": divergence, "same_top": best == dense_best}
+            compared = {"divergence": divergence, "same_top": best == dense_best}
+            yield {**_scores(log_q, best, targets), **compared, "accepted": torch.minimum(p, log_q.exp()).sum(-1)}
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -113,4 +117,5 @@ def divergence_record(pruned: Scores, dense: Scores, counted: Tensor, clusters: 
         maximum=float(divergence.max()),
         probability_change_rms=math.sqrt(float(change.square().mean())),
         same_top=float(pruned["same_top"][counted].double().mean()),
+        accepted=float(pruned["accepted"][counted].double().mean()),
     )

@@ -216,7 +216,7 @@ class _States:
         with self.skippable.replaced(values):
             final = self.leaving(self.calls[here], self.pruned[here], blocks, self.removed)
         mine = iter(
-            summed_losses(recovered, dense, ours, theirs, ids, self.positions, mask)[1]
+            summed_losses(recovered, dense, ours, theirs, ids, self.positions, mask).divergence
             for ours, theirs, ids, mask in zip(final, self.dense_final, self.ids[here], self.masks, strict=True)
         )
         groups = {number: list(islice(mine, len(at))) for number, at in enumerate(self.deciding) if at}

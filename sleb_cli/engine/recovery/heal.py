@@ -245,8 +245,8 @@ class Healing:
         for chosen in self.checked.batches:
             entering, wanted = self.checked.of(chosen)
             states = self.student.final_states(rows[chosen], (self.first, entering))
-            mask = self.checked_mask[chosen]
-            total += summed_losses(self.student, self.teacher, states, wanted, rows[chosen], everywhere, mask)[1]
+            here = rows[chosen], everywhere, self.checked_mask[chosen]
+            total += summed_losses(self.student, self.teacher, states, wanted, *here).divergence
         return total / int(self.checked_mask[:, 1:].sum())
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -359,11 +359,11 @@ class Recovery:
         variant = dense if values is None else Variant(self.dense, self.removed, values)
         with task(self.notify, f"Measuring the {what} model"):
             for text in (texts[name] for name in ("reported", "conversations") if name in texts):
-                loss, divergence = losses(variant, dense, text.sequences, self.group, text.loss_mask)
-                if not math.isfinite(loss + divergence):
+                measured = losses(variant, dense, text.sequences, self.group, text.loss_mask)
+                if not math.isfinite(sum(measured)):
                     hint = "Use a wider data type, or other text."
-                    raise ModelError(f"The loss of the {what} model is {loss}.", hint=hint)
-                found.append(LossesRecord(loss=loss, divergence=divergence))
+                    raise ModelError(f"The loss of the {what} model is {measured.loss}.", hint=hint)
+                found.append(LossesRecord(**measured._asdict()))
         return found[0], (*found[1:], None)[0]
 
 

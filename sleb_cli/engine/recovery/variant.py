@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,14 @@ class Variant:
             return self.skippable.head(states, ids)
 
 
+class Losses(NamedTuple):
+    """The loss and the divergence from the dense model, in nats, and the tokens that it keeps of a draft."""
+
+    loss: float
+    divergence: float
+    accepted: float
+
+
 @torch.inference_mode()
 def losses(
     variant: Variant,
@@ -70,10 +79,10 @@ def losses(
     sequences: Tensor,
     group: ProcessGroup | None = None,
     loss_mask: Tensor | None = None,
-) -> tuple[float, float]:
-    """Return a variant's loss and its divergence from the dense model on these sequences, [sequences, length].
+) -> Losses:
+    """Compare a variant with the dense model on these sequences, [sequences, length].
 
-    Both are means over the predicted tokens that count (`loss_mask`, [sequences, length]; None for all), in nats. The
+    All figures are means over the predicted tokens that count (`loss_mask`, [sequences, length]; None for all). The
     processes of a group share out the sequences.
     """
     group, device = group or ProcessGroup(), dense.skippable.device
@@ -88,7 +97,7 @@ def losses(
     ]
     found = sorted(item for of_process in group.gather(own) for item in of_process)
     count = int(counted[:, 1:].sum())
-    return sum(loss for _, (loss, _) in found) / count, sum(divergence for _, (_, divergence) in found) / count
+    return Losses(*(sum(values) / count for values in zip(*(of_sequence for _, of_sequence in found), strict=True)))
 
 
 def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -118,8 +127,8 @@ def summed_losses(
     ids: Tensor,
     positions: Tensor,
     loss_mask: Tensor | None = None,
-) -> tuple[float, float]:
-    """Return the loss and the divergence of some positions of a batch, summed in float64, in nats.
+) -> Losses:
+    """Compare some positions of a batch, summed in float64.
 
     Args:
         variant: the model.
@@ -130,7 +139,7 @@ def summed_losses(
         positions: which positions count, each with a next token.
         loss_mask: which of the next tokens count, bool [batch, positions]; None for all.
     """
-    loss = divergence = 0.0
+    loss = divergence = accepted = 0.0
     if loss_mask is not None and bool(loss_mask[:, 1:].all()):
         loss_mask = None
     states, dense_states = states.to(ids.device), dense_states.to(ids.device)
@@ -148,4 +157,5 @@ def summed_losses(
             found = compare_logits(theirs[rows].float(), logits)
             loss += float(as_float64(found.log_sum_q - logits.gather(-1, targets[rows, None])[:, 0]).sum())
             divergence += float(as_float64(found.divergence).sum())
-    return loss, divergence
+            accepted += float(as_float64(torch.minimum(found.p, found.q).sum(-1)).sum())
+    return Losses(loss, divergence, accepted)
