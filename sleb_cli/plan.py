@@ -95,6 +95,11 @@ class CalibrationRecord(Record):
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{left_out}{counts}"
 
 
+def checkpoint_name(base: str, blocks: int) -> str:
+    """Return what a checkpoint is called unless the user says otherwise."""
+    return f"{base}-sleb-{blocks}-blocks"
+
+
 def public_name(source: str) -> str:
     """Return a source without the folders of a local file or data set."""
     if _FILE.search(source):

@@ -12,9 +12,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from sleb_cli.engine.output.card import checkpoint_name
 from sleb_cli.exporters.findings import Findings, read_findings
-from sleb_cli.plan import CHECKPOINT_PLAN
+from sleb_cli.plan import CHECKPOINT_PLAN, checkpoint_name
 from sleb_cli.units import format_share, plural
 from sleb_plugins.exporter import Exporter, Pruning
 

@@ -17,7 +17,7 @@ from sleb_cli.engine.files.copying import copy_file, leads_out
 from sleb_cli.engine.files.shards import INDEX, NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
-from sleb_cli.engine.output.card import CARD, checkpoint_name, fill_in_results, model_card
+from sleb_cli.engine.output.card import CARD, fill_in_results, model_card
 from sleb_cli.engine.output.delivery import Delivery
 from sleb_cli.engine.output.measured import measured_of_plan
 from sleb_cli.engine.output.proof import (
@@ -33,7 +33,7 @@ from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, Warned, ignore
 from sleb_cli.kept_results import beside_plan
-from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord
+from sleb_cli.plan import CHECKPOINT_PLAN, RecoveryRecord, checkpoint_name
 from sleb_cli.records import Proof, without_folders
 from sleb_cli.requests import DEFAULT_SHARD_SIZE
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult

@@ -11,7 +11,7 @@ from sleb_cli.engine.output.card_metadata import front_matter, with_results
 from sleb_cli.engine.output.card_results import card_table, hub_results, measured_in, results_section
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify, Warned, ignore
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, read_plan
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, RecoveryRecord, checkpoint_name, read_plan
 from sleb_cli.records import Proof, without_folders
 from sleb_cli.tables import search
 from sleb_cli.tables.proof import checked
@@ -23,11 +23,6 @@ CARD = "README.md"
 # What is between these lines is written anew whenever something is measured; what people write around them stays.
 BEGIN = "<!-- results, kept up to date by sleb: begin -->"
 END = "<!-- results, kept up to date by sleb: end -->"
-
-
-def checkpoint_name(base: str, blocks: int) -> str:
-    """Return what a checkpoint is called unless the user says otherwise."""
-    return f"{base}-sleb-{blocks}-blocks"
 
 
 def update_card(folder: Path, notify: Notify = ignore) -> None:
