@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
 
 from sleb_cli.exporters.findings import Findings, read_findings
@@ -46,8 +45,7 @@ class Draft(Exporter):
         """Return the same as comments and lines to copy."""
         findings = read_findings(pruning, public=False)
         document = self.document(pruning)
-        parts = [wrap(sentence, 78) for sentence in _sentences(document, findings)]
-        said = [f"# {line}" for part in parts for line in part]
+        said = [f"# {sentence}" for sentence in _sentences(document, findings)]  # unbroken, as they hold commands
         for engine, line in document["lines"].items():
             said += ["", f"# {engine}", line]
         return "\n".join(said) + "\n"
