@@ -7,6 +7,7 @@ instant.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -453,6 +454,13 @@ class EvalRequest(SizesRequest):
     num_fewshot: int | None = option("Examples in the prompt.", _QUALITY, default="the task's own")
     apply_chat_template: bool = option("Format tasks with the chat template.", _QUALITY, unset=False)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
+    run_code: bool = option(
+        "Allow tasks that run programs that the model writes, such as humaneval_instruct. Time and memory are limited; "
+        "on Linux, programs have no network and write only to a folder of their own. They can read your files.",
+        _QUALITY,
+        default="if HF_ALLOW_CODE_EVAL=1",
+        unset=False,
+    )
     show_flips: int | None = option(
         "Show up to N items of each task that only one model gets right.", _QUALITY, metavar="N"
     )
@@ -478,6 +486,11 @@ class EvalRequest(SizesRequest):
     device_map: str | None = _device_map()
     output: Path | None = _result_file()
     force: bool = _force()
+
+    @property
+    def may_run_code(self) -> bool:
+        """Whether the user allows programs that the model writes, here or as for the evaluate library."""
+        return self.run_code or os.environ.get("HF_ALLOW_CODE_EVAL") == "1"
 
     @property
     def items_per_batch(self) -> str | int:

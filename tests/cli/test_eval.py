@@ -159,6 +159,36 @@ def count_passes(monkeypatch, limit=None):
     return passes
 
 
+def test_programs_run_only_with_permission(run_sleb, evaluate, tiny_llama, tmp_path, monkeypatch):
+    # What the model writes here is the rest of a comment.
+    rows = [
+        {
+            "prompt": "def one():\n    return 1\n# ",
+            "entry_point": "one",
+            "test": f"def check(f):\n    assert f() == {n}\n",
+        }
+        for n in (1, 2)
+    ]
+    own = {"include": str(Path(lm_eval.__file__).parent / "tasks/humaneval/humaneval_instruct.yaml")}
+    written = {"max_gen_toks": 1, "do_sample": False, "until": ["\n"]}
+    inherited = ("output_type", "doc_to_text", "doc_to_choice", "doc_to_target", "metric_list")
+    write_task(tmp_path, "own_programs", rows, **own, generation_kwargs=written, **dict.fromkeys(inherited))
+    asked = [tiny_llama, "--blocks", 2, "--tasks", "own_programs", "--include-path", tmp_path]
+    refused = run_sleb("eval", *asked)
+    assert refused.exit_code == 2
+    assert "The task own_programs runs programs that the model writes." in refused.stderr
+    (task,) = evaluate(*asked, "--run-code")[0]["tasks"]
+    assert (task["metric"], task["dense"]["items"]) == ("pass@1", [1.0, 0.0])
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert evaluate(*asked)[0]["tasks"] == [task]
+    (tmp_path / "own_programs.yaml").write_text(
+        "task: own_programs\ninclude: " + own["include"].replace("humaneval_instruct", "humaneval") + "\n"
+        "dataset_path: json\ndataset_kwargs: {data_files: {test: " + str(tmp_path / "own_programs.jsonl") + "}}\n"
+        "metric_list:\n  - metric: exact_match\n"
+    )
+    assert "without limits" in run_sleb("eval", *asked).stderr
+
+
 def test_an_evaluation_runs_once(evaluate, tiny_llama, test_text, own_task, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     options = [folder, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4, "--blocks", "3,1"]

@@ -25,12 +25,13 @@ from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task, fitting, load_requested, versions_behind_lm_eval
 from sleb_cli.engine.quality.texts import measure_text
 from sleb_cli.engine.surgery.loading import load_tokenizer
+from sleb_cli.engine.quality.written_code import unconfined
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
 from sleb_cli.engine.text.sources import evaluation_conversations, evaluation_text
 from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation
-from sleb_cli.events import Notice, Notify
+from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
 from sleb_cli.requests import AUTO, DEFAULT_TEXT, EvalRequest
 from sleb_cli.results import EvalResult
@@ -54,6 +55,8 @@ def evaluate_subject(
     tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
     tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
+    if any(task.runs_code for task in tasks) and (free := unconfined()):
+        notify(Warned(f"This system does not keep the programs that the model writes from {free}."))
     names = texts_of(request)
     texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
     for sentence in _remarks(texts, subject):

@@ -20,6 +20,7 @@ from unittest import mock
 from sleb_cli.canaries import FOLDER
 from sleb_cli.engine.device import in_smaller_pieces, input_device
 from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality import written_code
 from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Notice, Notify, ignore
@@ -48,7 +49,7 @@ class LoadedTask:
 
     def __init__(self, name: str, manager: Any, request: EvalRequest) -> None:
         self.name, self._manager, self._request = name, manager, request
-        loaded = _load(manager, name)
+        loaded = _load(manager, name, runs_code=request.may_run_code)
         self.tasks: Mapping[str, Any] = loaded["tasks"]
         """A group or tag has several."""
         self._groups: Mapping[str, Any] = loaded["groups"]
@@ -71,6 +72,11 @@ class LoadedTask:
         more = [what for what in (groups, _environment_of(self.tasks.values())) if what]
         described = _hash([settings, asked, *more])
         return f"lm-eval {version}, {shots}, settings {described}, items {_hash([items, examples])}"
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether it runs programs that the model writes."""
+        return any(map(_runs_code, self.tasks.values()))
 
     def longest_request(self, tokenizer: Any) -> int:
         """Return the tokens of the longest prompt and what is written after it; 0 if nothing is written."""
@@ -151,6 +157,7 @@ class LoadedTask:
             bootstrap_iters=BOOTSTRAP_ITERATIONS,
             apply_chat_template=request.apply_chat_template,
             fewshot_as_multiturn=request.apply_chat_template,
+            confirm_run_unsafe_code=request.may_run_code,
         )
         results["config"]["model"] = "sleb"  # not the user's folder
         results["chat_template"] = lm.chat_template(True) if request.apply_chat_template else None
@@ -209,20 +216,32 @@ def _folders_with(tasks: Collection[str]) -> list[Path]:
     return list(dict.fromkeys(folders.values()))
 
 
-def _load(manager: Any, name: str) -> dict[str, Any]:
+def _load(manager: Any, name: str, *, runs_code: bool) -> dict[str, Any]:
     try:
-        with quiet(), _loading_data(name):
+        with quiet(), _loading_data(name), written_code.ours():
             loaded: dict[str, Any] = manager.load([name])
     except DataError:
         raise
     except Exception as error:  # a task file can run any code, so lm-eval can raise anything
         raise DataError(f"lm-eval cannot load {name}: {first_line(error)}.", hint="Check the task's file.") from error
     for part, loaded_task in loaded["tasks"].items():
-        for attribute, need in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "needs images")):
-            if getattr(loaded_task, attribute, False):
-                hint = "Run `lm-eval` on the checkpoint that `sleb apply` writes."
-                raise DataError(f"The task {part} {need}.", hint=hint)
+        elsewhere = "Run `lm-eval` on the checkpoint that `sleb apply` writes."
+        if getattr(loaded_task, "MULTIMODAL", False):
+            raise DataError(f"The task {part} needs images.", hint=elsewhere)
+        if not _runs_code(loaded_task):
+            continue
+        if not any(written_code.is_run_by(of["metric"]) for of in loaded_task.get_config("metric_list") or ()):
+            raise DataError(f"The task {part} runs code that the model writes, without limits.", hint=elsewhere)
+        if not runs_code:
+            raise UsageError(
+                f"The task {part} runs programs that the model writes.",
+                hint="Add --run-code if that is all right on this machine.",
+            )
     return loaded
+
+
+def _runs_code(task: Any) -> bool:
+    return bool(getattr(task, "UNSAFE_CODE", False))
 
 
 def _settings_of(task: Any) -> Any:
