@@ -130,13 +130,13 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     from sleb_cli.engine.process_group import join_processes
     from sleb_cli.engine.quality.evaluation import evaluate_subject
     from sleb_cli.engine.quality.lm_eval_files import write_by_lm_eval
-    from sleb_cli.engine.surgery.subject import resolve_subject
+    from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
 
     with join_processes() as group:
         if group.is_main:
             _require_result_file(request)
         registry = _registry(notify)
-        subject = group.one_first(lambda: resolve_subject(request, registry, notify))
+        subject = group.one_first(lambda: with_recovered(resolve_subject(request, registry, notify), registry, notify))
         result, by_lm_eval = evaluate_subject(subject, request, notify, group)
         _leave_to_main()
     place = _kept_place(subject, "eval")
@@ -232,7 +232,7 @@ def dry_run(
         SlebError: the request would fail before its work; its class tells what.
     """
     from sleb_cli.engine import dry_run as dry
-    from sleb_cli.engine.surgery.subject import resolve_subject
+    from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
 
     _leave_to_main()
     if isinstance(request, SearchRequest):
@@ -242,7 +242,8 @@ def dry_run(
     output = [request.output] if request.output else []
     if isinstance(request, EvalRequest):
         _require_result_file(request)
-        subject = resolve_subject(request, _registry(notify), notify, dry=True)
+        registry = _registry(notify)
+        subject = with_recovered(resolve_subject(request, registry, notify, dry=True), registry, notify)
         kept = _kept_place(subject, "eval")
         return dry.dry_eval(subject, request, [*output, *([kept] if kept else [])], notify)
     registry, engine = _bench_engine(request, notify)
@@ -276,9 +277,9 @@ def _keep(result: R, place: Path, notify: Notify) -> None:
     """Keep a result for reports, and in a checkpoint also for its model card."""
     from sleb_cli.engine.output.card import update_card
     from sleb_cli.engine.output.measured import without_local_folders
-    from sleb_cli.kept_results import IN_CHECKPOINT, keep_result
+    from sleb_cli.kept_results import is_in_checkpoint, keep_result
 
-    in_checkpoint = place.name in IN_CHECKPOINT.values()
+    in_checkpoint = is_in_checkpoint(place)
     # A checkpoint may be published, so it holds no local folders.
     keep_result(without_local_folders(result) if in_checkpoint else result, place, notify)
     if in_checkpoint:

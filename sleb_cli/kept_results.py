@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 from sleb_cli.atomic import new_file, to_json
 from sleb_cli.events import Notice, Notify, Warned
+from sleb_cli.plan import CHECKPOINT_PLAN
 from sleb_cli.records import UnreadableRecord
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_plugins import OutputError
@@ -21,6 +22,11 @@ IN_CHECKPOINT: dict[Literal["eval", "bench"], str] = {"eval": "sleb_eval.json", 
 def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
     """Return the file for results of a plan: plan.eval.json or plan.bench.json."""
     return plan.with_suffix(f".{kind}.json")
+
+
+def is_in_checkpoint(file: Path) -> bool:
+    """Whether a file holds results of a checkpoint, or of the plan in it."""
+    return file.name in IN_CHECKPOINT.values() or file.name.startswith(f"{Path(CHECKPOINT_PLAN).stem}.")
 
 
 def keep_result(result: R, file: Path, notify: Notify) -> R:

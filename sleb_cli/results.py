@@ -268,11 +268,13 @@ class EvalResult(ResultRecord):
     """The quality of the dense model and of each size of the pruned one, `sizes`: the removed blocks, fewest first.
 
     `behavior` is a hash over all of the model's files that decide a number: weights, config, trusted code, tokenizer
-    and generation settings. `lm_eval` names the files in the format of lm-eval's own command, if any were written.
+    and generation settings; `recovered` is that of the pruned checkpoint, if its weights are not the dense model's.
+    `lm_eval` names the files in the format of lm-eval's own command, if any were written.
     """
 
     kind: Literal["eval"]
     behavior: str | None = None
+    recovered: str | None = None
     sizes: tuple[tuple[int, ...], ...]
     torch: str
     transformers: str
@@ -284,8 +286,8 @@ class EvalResult(ResultRecord):
     @property
     def setting(self) -> tuple[object, ...]:
         """What two results must share to be merged."""
-        model = (self.model.fingerprint, self.model.code, self.behavior)
-        return (*model, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
+        models = (self.model.fingerprint, self.model.code, self.behavior, self.recovered)
+        return (*models, self.dtype, self.device, self.processor, self.sleb_version, self.torch, self.transformers)
 
     def merged_with(self, previous: EvalResult) -> EvalResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.

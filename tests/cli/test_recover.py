@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 from test_apply import applied, write_config
 from transformers import AutoModelForCausalLM
 
-from conftest import calibration, llama_config, reported_tokens, save_model, weights_of
+from conftest import calibration, evaluation, llama_config, reported_tokens, save_model, weights_of
 from families import tiny_config
 from sleb_cli.engine.files.weights import find_weights
 from sleb_cli.engine.output import apply
+from sleb_cli.engine.output.card import update_card
 from sleb_cli.engine.recovery import closed_form, run, settings
 from sleb_cli.plan import ClosedFormRecord, read_plan
+from sleb_cli.units import format_perplexity
 from sleb_plugins import ProofError
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -277,3 +279,43 @@ def test_the_default_text_is_the_plans_or_the_models_own(run_sleb, llama_plan, t
     options = ["--recover", "--samples", 10, "--sequence-length", 32, "--no-verify", "--json"]
     source = json.loads(applied(run_sleb, *subject, *options).stdout)["recovery"]["text"]["source"]
     assert source == (f"{text_file}:0.75,self:0.25" if planned else "self")
+
+
+def test_its_plan_in_a_recovered_checkpoint_stands_for_the_recovered_weights(
+    recover, run_sleb, llama_plan, tiny_llama, text_file, fit, tmp_path
+):
+    recover(llama_plan)
+    plan, text = "out/sleb_plan.json", evaluation(text_file)
+
+    def evaluated(*words, code=0):
+        result = run_sleb("eval", *words, "--json")
+        assert result.exit_code == code, result.stderr
+        return json.loads(result.stdout)["texts"][0] if not code else result.stderr
+
+    dense, removed, alone = (evaluated(subject, *text) for subject in (tiny_llama, llama_plan, "out"))
+    both = evaluated(plan, "--model", tiny_llama, *text)
+    assert both["dense"] == dense["dense"]
+    (pruned,) = both["pruned"]
+    assert pruned["losses"] == alone["dense"]["losses"]
+    assert pruned["losses"] != removed["pruned"][0]["losses"]
+    # Neither takes the place of the other in the cache.
+    again = [word for word in text if word != "--fresh"]
+    for _ in range(2):
+        assert evaluated(plan, "--model", tiny_llama, *again) == both
+        assert evaluated(llama_plan, *again) == removed
+    # Exporters and the card take what was measured of these weights, while they are these.
+    (tmp_path / "out" / "sleb_eval.json").unlink()
+    card = tmp_path / "out" / "README.md"
+    assert f"| base model | {format_perplexity(dense['dense']['perplexity'])}" in " ".join(card.read_text().split())
+    assert format_perplexity(pruned["perplexity"]) in run_sleb("export", plan, "--to", "summary").stdout
+    save_file(
+        weights_of(tmp_path / "out") | {"lm_head.weight": torch.ones(320, 32)}, tmp_path / "out/model.safetensors"
+    )
+    update_card(tmp_path / "out")
+    assert "base model |" not in card.read_text()
+    for options, words in (
+        (["--remove", 1], "has no other size"),
+        (["--every", 1], "has no other size"),
+        (["--stream"], "both must fit on one device"),
+    ):
+        assert words in evaluated(plan, "--model", tiny_llama, *text, *options, code=2)

@@ -62,8 +62,8 @@ class Row:
 def measured_in(folder: Path, plan: Plan, notify: Notify) -> list[Row]:
     """Return what a checkpoint holds: results of its plan, where both models were measured, and then those of itself.
 
-    Results of the plan are those of the weights as they were, so they say nothing of a recovered checkpoint. Results of
-    itself count only while it has the weights that were measured. Of the same, the first counts.
+    Results of itself, and of the plan of a recovered one, count only while it has the weights that were measured. Of
+    the same, the first counts.
     """
     found: dict[object, Row] = {}
     for row in (
@@ -77,9 +77,11 @@ def measured_in(folder: Path, plan: Plan, notify: Notify) -> list[Row]:
 
 
 def _of_plan(kind: type[R], folder: Path, plan: Plan) -> Iterator[Row]:
-    if plan.recovery or not plan.removals:
+    if not plan.removals:
         return
     if result := measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore):
+        if isinstance(result, EvalResult) and result.recovered not in (None, _here(folder, result).behavior):
+            return
         for each in parts_of(result):
             for pruned in each.pruned:
                 if frozenset(pruned.removals) == frozenset(plan.removals):
@@ -88,11 +90,16 @@ def _of_plan(kind: type[R], folder: Path, plan: Plan) -> Iterator[Row]:
 
 def _of_itself(kind: type[R], file: Path, notify: Notify) -> Iterator[Row]:
     if result := read_kept(kind, file, notify):
-        now = ModelSource(file.parent.name, file.parent, trust_remote_code=result.model.code is not None)
+        now = _here(file.parent, result)
         behavior = result.behavior if isinstance(result, EvalResult) else None
         same = (result.model.fingerprint, result.model.code) == (now.fingerprint, now.code)
         if same and behavior in (None, now.behavior):
             yield from (Row(result, each, None, each.dense) for each in parts_of(result))
+
+
+def _here(folder: Path, result: EvalResult | BenchResult) -> ModelSource:
+    """Return the checkpoint as it is now, with its own code if that was trusted."""
+    return ModelSource(folder.name, folder, trust_remote_code=result.model.code is not None)
 
 
 def _of(rows: Iterable[Row], kind: type) -> list[Row]:

@@ -29,6 +29,9 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     if result.model.fingerprint != plan.model.fingerprint:
         notify(Warned(f"{file} is left out: it was measured on a different model than {path}."))
         return None
+    if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
+        notify(Warned(f"{file} is left out: it was measured before the blocks of {path} were recovered."))
+        return None
     planned = {frozenset(removals) for removals in plan.by_size}
     measured = {frozenset(entry.removals) for part in parts_of(result) for entry in part.pruned}
     if isinstance(result, BenchResult):

@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from sleb_cli.atomic import to_json
-from sleb_cli.engine.device import dtype_name
+from sleb_cli.engine.device import dtype_name, parse_dtype
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.placement import Placement, device_of, place_model, resolve_device_map
+from sleb_cli.engine.forward.streaming import weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.generation import as_transformers_loads
 from sleb_cli.engine.process_group import ProcessGroup
@@ -24,8 +25,8 @@ from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.quality.tasks import compare_task, fitting, load_requested, versions_behind_lm_eval
 from sleb_cli.engine.quality.texts import measure_text
-from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.quality.written_code import unconfined
+from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
@@ -47,16 +48,16 @@ def evaluate_subject(
     Raises:
         DataError: a text or a task is missing or too small.
         ModelError: a loss is not finite.
-        UsageError: a number is out of range, or a streamed model is to run tasks.
+        UsageError: a number is out of range, a streamed model is to run tasks, or two models must fit and do not.
     """
     architecture, placement = subject.architecture, place_evaluation(subject, request, notify, group)
     models = Models(subject, request, placement, group, notify)
     # Read before any model, so that a missing text or a broken task file is reported early.
     tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
-    tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
     if any(task.runs_code for task in tasks) and (free := unconfined()):
         notify(Warned(f"This system does not keep the programs that the model writes from {free}."))
+    tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
     names = texts_of(request)
     texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
     for sentence in _remarks(texts, subject):
@@ -75,6 +76,7 @@ def evaluate_subject(
         kind="eval",
         model=architecture.record,
         behavior=architecture.source.behavior,
+        recovered=subject.recovered.source.behavior if subject.recovered else None,
         dtype=dtype_name(placement.dtype),
         device=placement.device.type,
         sizes=tuple(models.sizes[1:]),
@@ -98,9 +100,15 @@ def place_evaluation(subject: Subject, request: EvalRequest, notify: Notify, gro
     device_map = resolve_device_map(request, architecture)
     device = device_of(device_map, request.device)
     asked, dtype = False if request.tasks else request.stream, request.dtype or AUTO
+    beside = weight_bytes(subject.recovered, parse_dtype(dtype, architecture.dtype)) if subject.recovered else 0
     placement = group.from_main(
-        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked)
+        lambda: place_model(architecture, device, dtype, notify, device_map=device_map, stream=asked, beside=beside)
     )
+    if subject.recovered and (placement.stream or device_map is not None):
+        raise UsageError(
+            f"The weights of {subject.recovered.source.id} are not the dense model's, so both must fit on one device.",
+            hint="Leave out --stream and --device-map, or measure the folder alone: name it instead of its plan.",
+        )
     return replace(placement, device=device)
 
 

@@ -24,7 +24,7 @@ from sleb_cli.engine.forward.placement import place_model
 from sleb_cli.engine.model.generation import end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
-from sleb_cli.engine.surgery.subject import resolve_subject
+from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
 from sleb_cli.events import Event, Notice, Notify, Warned, task
 from sleb_cli.plugin_manager import load_plugins, named_before_loading
 from sleb_cli.requests import AUTO, OneSizeRequest
@@ -237,18 +237,20 @@ class SlebLM(HFLM):  # type: ignore[misc]
         )
         if others := named_before_loading():
             _tell(Notice(others))
-        surgery = resolve_subject(request, load_plugins(), _tell).surgery
+        registry = load_plugins()
+        subject = with_recovered(resolve_subject(request, registry, _tell), registry, _tell)
+        surgery, whole = subject.surgery, subject.recovered or subject.architecture
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = AUTO
         where = choose_device(device)
-        chosen = place_model(surgery.architecture, where, dtype, _tell, stream=False).dtype
-        if surgery.removals:
+        chosen = place_model(whole, where, dtype, _tell, stream=False).dtype
+        if surgery.removals and not subject.recovered:
             loaded = load_pruned(surgery, chosen, where, _tell)
         else:
-            loaded = load_dense(surgery.architecture, chosen, where, _tell)
+            loaded = load_dense(whole, chosen, where, _tell)
         super().__init__(
             pretrained=loaded,
-            tokenizer=load_tokenizer(surgery.architecture.source),
+            tokenizer=load_tokenizer(whole.source),
             trust_remote_code=trust_remote_code,
             **options,
         )

@@ -37,7 +37,8 @@ class Models:
     def __init__(
         self, subject: Subject, request: EvalRequest, placement: Placement, group: ProcessGroup, notify: Notify
     ) -> None:
-        self.architecture, self.placement, self.group, self.notify = subject.architecture, placement, group, notify
+        self.architecture, self.recovered = subject.architecture, subject.recovered
+        self.placement, self.group, self.notify = placement, group, notify
         self._surgeries = {surgery.removals: surgery for surgery in subject.sizes(request)}
         self.sizes: list[tuple[int, ...]] = [(), *self._surgeries]
         """The removals of each model; the dense one is first, and has none."""
@@ -73,6 +74,8 @@ class Models:
     def _load(self, removals: tuple[int, ...]) -> SkippableModel:
         if not removals:
             return open_dense(self.architecture, self.placement, self.notify)
+        if self.recovered:
+            return open_dense(self.recovered, self.placement, self.notify)
         surgery, place = self._surgeries[removals], self.placement
         dense = None if self.is_single else self.without(()).model
         model = load_pruned(surgery, place.dtype, place.device, self.notify, dense=dense, device_map=place.device_map)
@@ -92,9 +95,13 @@ class Models:
         Raises:
             ModelError: the model's files have changed, so it may not be theirs.
         """
-        self.architecture.source.watch.require_unchanged()
+        for architecture in filter(None, (self.architecture, self.recovered)):
+            architecture.source.watch.require_unchanged()
         self._files.write(self._key(removals, what), content)
 
     def _key(self, removals: tuple[int, ...], what: Mapping[str, Any]) -> dict[str, Any]:
         # The order of removal does not matter.
-        return self._common | {"removals": ",".join(map(str, sorted(removals)))} | dict(what)
+        named = {"removals": ",".join(map(str, sorted(removals)))}
+        if removals and self.recovered:
+            named["recovered"] = self.recovered.source.behavior
+        return self._common | named | dict(what)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,25 @@ from sleb_cli.engine.model.source import DEMO, ModelSource, locate_model
 from sleb_cli.engine.surgery.loading import quiet_libraries
 from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notify
-from sleb_cli.plan import Plan, read_plan
+from sleb_cli.plan import CHECKPOINT_PLAN, Plan, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.records import ModelRecord, differences
 from sleb_cli.requests import DEFAULT_PLAN, OneSizeRequest, SizesRequest
+from sleb_cli.units import plural
 from sleb_plugins import PlanError, UsageError
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, the surgery on it (of no block if only the model was named), and the plan with its file, if any."""
+    """A model, the surgery on it (of no block if only the model was named), and the plan with its file, if any.
+
+    `recovered` is the checkpoint of a plan in one whose blocks were recovered: its weights are not the dense model's.
+    """
 
     surgery: Surgery
     plan: Plan | None
     file: Path | None = None
+    recovered: Architecture | None = None
 
     @property
     def architecture(self) -> Architecture:
@@ -46,6 +51,8 @@ class Subject:
         if not most:
             return ()
         counts = set(request.remove) or {most, *range(every or most, most, every or most)}
+        if self.recovered and counts != {most}:
+            raise _has_one_size(self.recovered.source, most)
         if min(counts) < 1:
             raise UsageError(f"Cannot remove {min(counts)} blocks.", hint=f"Use --remove 1 to {most}.")
         by_size = self.plan.by_size if self.plan else [self.surgery.removals[:size] for size in range(1, most + 1)]
@@ -97,6 +104,30 @@ def resolve_subject(
     if plan and not request.any_model:
         require_same_model(path, plan, architecture)
     return Subject(plan_surgery(architecture, removals or ()), plan, path if plan else None)
+
+
+def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
+    """Add the checkpoint around the plan, if its blocks were recovered: it is the pruned model, and not the removals.
+
+    Raises:
+        ModelError: the checkpoint is not whole.
+        UsageError: another size is asked for.
+    """
+    plan, file = subject.plan, subject.file
+    if plan is None or plan.recovery is None or file is None or file.name != CHECKPOINT_PLAN:
+        return subject
+    trusts_code = subject.architecture.source.trust_remote_code
+    checkpoint = locate_model(str(file.absolute().parent), notify, trust_remote_code=trusts_code)
+    if (most := len(read_plan(file).removals)) != len(plan.removals):
+        raise _has_one_size(checkpoint, most)
+    return replace(subject, recovered=read_architecture(checkpoint, registry, notify))
+
+
+def _has_one_size(checkpoint: ModelSource, most: int) -> UsageError:
+    return UsageError(
+        f"{checkpoint.id} was recovered without {plural(most, 'block')}, and has no other size.",
+        hint="Leave out --remove and --every, or name the plan of the search.",
+    )
 
 
 def is_plan(named: str) -> bool:
