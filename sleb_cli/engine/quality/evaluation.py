@@ -165,7 +165,10 @@ def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> L
 
 
 def _remarks(texts: list[EvaluationWindows], subject: Subject) -> Iterator[str]:
-    """Yield what the user should know about the texts, such as a split that was chosen for them."""
+    """Yield what the user should know about the texts and the model, such as a split that was chosen for them."""
+    plan = subject.architecture.source.folder / CHECKPOINT_PLAN
+    if subject.plan is None and not subject.surgery.removals and plan.is_file():
+        yield f"Measured alone: `sleb eval {plan}` compares it with the dense model."
     for windows in texts:
         text = windows.text
         if text.split is not None:
