@@ -579,7 +579,8 @@ class ExportRequest(OneSizeRequest):
     to: str = field(
         metadata={
             "doc": Doc(
-                "report, figures, summary; gguf, hf, vllm, draft, llama-quantize, mergekit, indices; or a plugin's.",
+                "report, figures, summary, csv, jsonl; gguf, hf, vllm, draft, llama-quantize, mergekit, indices; or a "
+                "plugin's.",
                 metavar="FORMAT",
                 panel=_OUTPUT,
             )

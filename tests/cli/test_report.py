@@ -1,5 +1,6 @@
 """`sleb export --to report`, `figures` and `summary`, through `main()`: what is known of a plan, for people."""
 
+import csv
 import json
 import re
 import shlex
@@ -420,6 +421,39 @@ def test_an_exporter_that_needs_no_model_gets_none(exported, tmp_path, monkeypat
     monkeypatch.setattr(exporters, "sleb_exporters", sleb.hookimpl(lambda: offered))
     write_measured(tmp_path, make_plan(6, 1))
     assert "declares that it needs none" in exported("wants-more", code=6).stderr
+
+
+def test_rows_hold_every_number_of_the_records(exported, tmp_path):
+    plan = make_plan(12, 6)
+    evaluation, benchmark = make_evaluation(plan, items=40), make_benchmark(plan)
+    write_measured(tmp_path, plan, evaluation=evaluation, benchmark=benchmark)
+    rows = list(csv.DictReader(exported("csv").stdout.splitlines()))
+    lines = [json.loads(line) for line in exported("jsonl").stdout.splitlines()]
+    assert [{key: "" if value is None else str(value) for key, value in line.items()} for line in lines] == rows
+
+    def found(kind, figure, removals, of):
+        (row,) = (
+            row
+            for row in lines
+            if (row["kind"], row["figure"], row["removals"], row["of"]) == (kind, figure, removals, of)
+        )
+        return row["value"], row["low"], row["high"]
+
+    all_six, text, task = "+".join(map(str, plan.removals)), evaluation.texts[0], evaluation.tasks[0]
+    scores, answers, workload = text.pruned[-1], task.pruned[-1], benchmark.workloads[0]
+    timing = workload.pruned[-1]
+    name = next(row["of"] for row in lines if row["kind"] == "text")
+    timed = next(row["of"] for row in lines if row["kind"] == "workload")
+    assert found("text", "perplexity", "", name) == (text.dense.perplexity, None, None)
+    assert found("text", "log_ratio", all_six, name) == (scores.log_ratio, scores.interval.low, scores.interval.high)
+    assert found("text", "divergence_accepted", all_six, name)[0] == scores.divergence.accepted
+    assert found("task", f"{task.metric} difference", all_six, task.task)[0] == answers.difference
+    assert found("workload", "speedup", all_six, timed)[:2] == (timing.speedup, timing.interval.low)
+    assert found("size", "parameters", all_six, plan.model.id.rpartition("/")[2])[0] == benchmark.pruned[-1].parameters
+    assert found("step", "score", all_six, plan.search.metric)[0] == plan.steps[-1].score
+    candidates = [row for row in lines if row["kind"] == "candidate" and row["removed"] == 6]
+    assert {int(row["of"]): row["value"] for row in candidates} == plan.steps[-1].scores
+    assert {row["removed"] for row in lines if row["kind"] == "step"} == set(range(7))
 
 
 def test_a_draft_pays_if_more_is_kept_than_its_tokens_cost(exported, tmp_path):

@@ -105,7 +105,7 @@ OPTIONS: dict[str, dict[str, Sequence[str]]] = {
         "remove": ("", "--remove 1"),
         "format": [
             f"--to {name}"
-            for name in "report figures summary gguf hf vllm draft llama-quantize mergekit indices".split()
+            for name in "report figures summary csv jsonl gguf hf vllm draft llama-quantize mergekit indices".split()
         ],
         "source": ("", "--source GGUF"),
         "output": ("", "-o out"),
@@ -169,9 +169,13 @@ REFUSED: dict[str, Sequence[Rule]] = {
         ("(threads|device)=.+", "hardware=.+", "does not apply to --device-flops"),
     ),
     "export": (
-        ("format=--to (report|figures|summary|hf|vllm|draft|mergekit|indices)", GGUF, "--source does not apply to"),
+        (
+            "format=--to (report|figures|summary|csv|jsonl|hf|vllm|draft|mergekit|indices)",
+            GGUF,
+            "--source does not apply to",
+        ),
         ("format=--to gguf", FOLDER, "Name one with --source"),
-        ("format=--to (report|figures|summary|draft)", "subject=MODEL.*", "describes a plan"),
+        ("format=--to (report|figures|summary|csv|jsonl|draft)", "subject=MODEL.*", "describes a plan"),
     ),
 }
 
