@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
+from sleb_cli.commands.config_file import ConfigOption, SaveConfigOption, save_typed
 from sleb_cli.requests import Doc
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
@@ -30,18 +31,28 @@ def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[.
         kinds = get_type_hints(request_type)
         options = {each.name: _Option(each, kinds[each.name]) for each in fields(request_type)}
 
-        def command(**values: Any) -> None:
+        def command(context: typer.Context, **values: Any) -> None:
+            typed = dict(values)
             given = {name: option.read(values.pop(name)) for name, option in options.items()}
-            run(request_type(**given), **values)
+            request = request_type(**given)
+            save_typed(context, typed)
+            del values["config"], values["save_config"]
+            run(request, **values)
 
         arguments_first = sorted(options.values(), key=lambda option: not option.doc.argument)
-        parameters = [*(option.parameter for option in arguments_first), *own]
+        files = [_keyword("config", ConfigOption), _keyword("save_config", SaveConfigOption)]
+        parameters = [*(option.parameter for option in arguments_first), *own, *files]
         command.__name__, command.__doc__ = run.__name__, run.__doc__
+        parameters.insert(0, inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command
 
     return decorate
+
+
+def _keyword(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 class _Option:

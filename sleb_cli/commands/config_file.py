@@ -1,0 +1,110 @@
+"""`--config` and `--save-config`: the options of a command in a YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sleb_cli.atomic import write_text
+from sleb_cli.processes import is_main_process
+from sleb_plugins import OutputError, UsageError
+from sleb_plugins.errors import did_you_mean
+
+_OF_A_RUN = {"config", "save_config", "dry_run", "json", "quiet", "help", "markdown", "force", "resume"}
+"""Options that say how a command is run this time, and not what it does."""
+
+
+def _read(context: typer.Context, path: Path | None) -> Path | None:
+    """Let the values in a file be the defaults of a command's options.
+
+    Raises:
+        UsageError: the file cannot be read, or has a key that is no option of the command.
+    """
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}.", hint="Check --config.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"{path} is not YAML: {reason}.", hint="Write lines like `samples: 16`.") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds no options.", hint="Write lines like `samples: 16`.")
+    known = _names(context)
+    for key in values:
+        if str(key).replace("_", "-") not in known:
+            raise UsageError(
+                f"{path} has {key!r}, which is no option of `{context.command_path}`.",
+                hint=did_you_mean(str(key), list(known), otherwise=f"`{context.command_path} --help` lists them."),
+            )
+    typed = {known[str(key).replace("_", "-")]: value for key, value in values.items() if value is not None}
+    lists = {name for name, parameter in _parameters(context).items() if parameter.multiple}
+    context.default_map = {name: _text(value, repeated=name in lists) for name, value in typed.items()}
+    return path
+
+
+def _text(value: Any, *, repeated: bool) -> Any:
+    """Return a value as it is typed: a list with commas, unless the option is repeated."""
+    if isinstance(value, list):
+        texts = [str(item) for item in value]
+        return texts if repeated else ",".join(texts)
+    text = value if isinstance(value, bool) else str(value)
+    return [text] if repeated else text
+
+
+def _parameters(context: typer.Context) -> dict[str, Any]:
+    return {str(parameter.name): parameter for parameter in context.command.params}
+
+
+def _names(context: typer.Context) -> dict[str, str]:
+    """Return the parameters that a file may hold, by the names of their options without dashes."""
+    names = {}
+    for name, parameter in _parameters(context).items():
+        if name not in _OF_A_RUN:
+            flags = [flag.lstrip("-") for flag in parameter.opts if flag.startswith("--")]
+            names[flags[0] if flags else name.replace("_", "-")] = name
+    return names
+
+
+def _save(context: typer.Context, path: Path | None) -> None:
+    if path is not None:
+        context.meta["sleb.save_config"] = path
+
+
+def save_typed(context: typer.Context, values: dict[str, Any]) -> None:
+    """Write the options that were typed or read from a file, if the user asked for that.
+
+    Raises:
+        OutputError: the file exists, or cannot be written.
+    """
+    path = context.meta.get("sleb.save_config")
+    if path is None or not is_main_process():
+        return
+    import yaml
+
+    if path.exists() and not values.get("force"):
+        raise OutputError(f"{path} already exists.", hint="Choose another name with --save-config, or add --force.")
+    sources = {name: context.get_parameter_source(name) for name in values}
+    given = {
+        key: values[name]
+        for key, name in _names(context).items()
+        if (source := sources.get(name)) is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+    }
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    head = f"# {context.command_path} --config {path.name}\n"
+    write_text(path, head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", callback=_read, is_eager=True, help="Read options from this YAML file; typed ones win."),
+]
+SaveConfigOption = Annotated[
+    Path | None,
+    typer.Option("--save-config", callback=_save, help="Write the given options to this YAML file, for --config."),
+]
