@@ -1,6 +1,6 @@
 """The `sleb` program, and its verbs for Python.
 
-They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate`, `export`, `dry_run` and `env`.
+They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate`, `export`, `rerun`, `dry_run` and `env`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from sleb_cli.version import __version__
 
 if TYPE_CHECKING:
-    from sleb_cli.api import apply, bench, compare, dry_run, env, estimate, evaluate, export, search
-    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, SearchRequest
+    from sleb_cli.api import apply, bench, compare, dry_run, env, estimate, evaluate, export, rerun, search
+    from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
 
 __all__ = [
     "ApplyRequest",
     "BenchRequest",
     "EvalRequest",
     "ExportRequest",
+    "RerunRequest",
     "SearchRequest",
     "__version__",
     "apply",
@@ -26,6 +27,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "export",
+    "rerun",
     "search",
 ]
 

@@ -12,6 +12,7 @@ from sleb_cli.commands.env import env
 from sleb_cli.commands.eval import eval_
 from sleb_cli.commands.export import export
 from sleb_cli.commands.plugins import plugins
+from sleb_cli.commands.rerun import rerun
 from sleb_cli.commands.search import search
 from sleb_cli.version import __version__
 
@@ -46,5 +47,6 @@ app.command()(apply)
 app.command("eval")(eval_)
 app.command()(bench)
 app.command()(export)
+app.command()(rerun)
 app.command()(plugins)
 app.command()(env)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -173,6 +174,18 @@ class SearchRecord(Record):
     held_out: int = 0
     engine: Engine
     engine_reason: str | None
+
+    def asked_target(self, blocks: int) -> dict[str, Any]:
+        """Return the fields of a request that say how far to go, in a model of so many blocks."""
+        target = self.target
+        if target is None:
+            # A plan that was cut to fewer removals still names the ratio of the whole.
+            exact = self.ratio and math.ceil(float(self.ratio) * blocks) == self.remove
+            return {"ratio": self.ratio} if exact else {"remove": self.remove}
+        values: dict[str, Any] = {target.name: target.asked, "target_workload": target.workload}
+        if serving := target.serving:
+            values |= {f"serve_{name}": value for name, value in serving.to_data().items()}
+        return values
 
 
 class HeldOutRecord(Record):
@@ -463,6 +476,36 @@ class Plan(VersionedRecord):
         """Return the plan as in JSON, without `recovery` and `proof` if they are None."""
         checkpoints = {"recovery": self.recovery, "proof": self.proof}
         return {key: value for key, value in super().to_data().items() if checkpoints.get(key, True) is not None}
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The fields of the request that repeats the search, besides model and files; None for those left out."""
+        search, text, sample = self.search, self.calibration, self.sample_generation
+        presets = text.source.endswith("-sleb")  # their samples count rows of text, not the sequences recorded
+        return {
+            **search.asked_target(self.model.blocks),
+            "metric": search.metric,
+            "strategy": search.strategy,
+            "beam_width": search.beam_width,
+            "calibration": text.source,
+            "samples": None if presets else text.drawn,
+            "sequence_length": None if presets else text.sequence_length,
+            "seed": text.seed,
+            "chat": text.chat,
+            "holdout": search.holdout or None,
+            "sample_tokens": sample.new_tokens if sample else None,
+            "protect_first": search.protect_first,
+            "protect_last": search.protect_last,
+            "protect": search.protect or None,
+            # The machine decides these, and they decide the last digits.
+            "dtype": search.dtype,
+            "device": search.device,
+            "load_in": search.load_in,
+            "batch_size": search.batch_size,
+            "revision": None if self.model.id == "demo" else self.model.revision,
+            "fast": search.fast,
+            "skip_bad_sequences": True if text.skipped else None,
+        }
 
     def first(self, count: int) -> Plan:
         """Return the plan of a search stopped after `count` removals; the sample generation is kept only for all."""

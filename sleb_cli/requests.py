@@ -331,6 +331,27 @@ class SearchRequest(CalibrationRequest, TargetRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RerunRequest(Request):
+    """A plan whose search is repeated."""
+
+    plan: Path = field(
+        default=DEFAULT_PLAN,
+        kw_only=False,
+        metadata={"doc": Doc(f"A plan (default: ./{DEFAULT_PLAN}).", metavar="PLAN", argument=True)},
+    )
+    model: str | None = option("Where the plan's model is now, if it moved.")
+    trust_remote_code: bool = option("Run Python code that comes with the model.", unset=False)
+    resume: bool = option("Continue an interrupted search.", unset=False)
+    output: Path | None = option("Write the new plan here.", default="PLAN.rerun.json", short="-o")
+    force: bool = option("Overwrite existing output.", unset=False)
+
+    @property
+    def new_plan(self) -> Path:
+        """Where the new plan is written."""
+        return self.output or self.plan.with_suffix(".rerun.json")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubjectRequest(Request):
     """A plan, or a model and the blocks to remove from it."""
 

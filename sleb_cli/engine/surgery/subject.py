@@ -79,16 +79,8 @@ def resolve_subject(
     path = Path(model)
     plan = read_named_plan(path, request) if is_plan(model) else None
     if plan:
-        removals, of = plan.removals, plan.model
-        if request.model is not None:
-            model = request.model
-        # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
-        elif of.revision is None and of.id != DEMO and not Path(of.id).is_absolute() and not Path(of.id).exists():
-            raise PlanError(
-                f"{path} was made for {of.id}, and does not say where that is.", hint="Name its folder with --model."
-            )
-        else:
-            model, revision = of.id, revision or of.revision
+        removals = plan.removals
+        model, revision = place_of_model(path, plan, request.model, revision)
     elif request.model is not None:
         raise UsageError(f"--model applies to a plan, and {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
@@ -104,6 +96,23 @@ def resolve_subject(
     if plan and not request.any_model:
         require_same_model(path, plan, architecture)
     return Subject(plan_surgery(architecture, removals or ()), plan, path if plan else None)
+
+
+def place_of_model(path: Path, plan: Plan, named: str | None, revision: str | None) -> tuple[str, str | None]:
+    """Return the model of a plan, and its revision, unless the user named another place or revision.
+
+    Raises:
+        PlanError: the plan does not say where it is.
+    """
+    of = plan.model
+    if named is not None:
+        return named, revision
+    # A plan from a checkpoint, which has only the name of a local model, must not lead to the Hub.
+    if of.revision is None and of.id != DEMO and not Path(of.id).is_absolute() and not Path(of.id).exists():
+        raise PlanError(
+            f"{path} was made for {of.id}, and does not say where that is.", hint="Name its folder with --model."
+        )
+    return of.id, revision or of.revision
 
 
 def with_recovered(subject: Subject, registry: Registry, notify: Notify) -> Subject:
