@@ -3,7 +3,9 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,7 +14,7 @@ from sleb_cli.events import TaskStarted
 from sleb_cli.plan import read_plan
 from sleb_plugins import UsageError
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "example.py"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
 @pytest.fixture
@@ -45,10 +47,29 @@ def test_a_request_says_what_is_wrong_with_it(request_for):
             sleb.search(request_for(**options))
 
 
+def test_the_listener_for_trackio_hears_every_step(tiny_llama, text_file, monkeypatch):
+    tracked = Mock()
+    monkeypatch.setitem(sys.modules, "trackio", tracked)
+    monkeypatch.setattr(sys, "argv", ["track.py", str(tiny_llama), str(text_file)])
+    short = {"samples": 16, "sequence_length": 32}
+    monkeypatch.setattr(sleb, "SearchRequest", partial(sleb.SearchRequest, sample_tokens=6, **short))
+    monkeypatch.setattr(sleb, "ApplyRequest", partial(sleb.ApplyRequest, heal_tokens=2048, **short))
+    runpy.run_path(str(DOCS / "track.py"), run_name="__main__")
+    logged = [call.args[0] for call in tracked.log.call_args_list]
+    plan = read_plan(Path("plan.json"))
+    steps = [row for row in logged if "removed" in row]
+    assert [(row["removed"], row["score"]) for row in steps] == [
+        (n, step.score) for n, step in enumerate(plan.steps, 1)
+    ]
+    assert [row["KL"] for row in logged if "KL" in row]
+    assert logged[-1] == {"removals": str(plan.removals)}
+    tracked.finish.assert_called_once()
+
+
 @pytest.mark.slow
 def test_the_example_runs(tiny_llama, text_file, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["example.py", str(tiny_llama), str(text_file), "out"])
-    runpy.run_path(str(EXAMPLE))
+    runpy.run_path(str(DOCS / "example.py"))
     said = capsys.readouterr().out
     plan = read_plan(tmp_path / "out" / "plan.json")
     assert f"without block {plan.removals[0]:2}: perplexity" in said
