@@ -294,6 +294,8 @@ def test_its_plan_in_a_recovered_checkpoint_stands_for_the_recovered_weights(
 
     dense, removed, alone = (evaluated(subject, *text) for subject in (tiny_llama, llama_plan, "out"))
     both = evaluated(plan, "--model", tiny_llama, *text)
+    said = run_sleb("eval", plan, "--model", tiny_llama, *text).stderr
+    assert f"The pruned model is {tmp_path / 'out'}, with its recovered weights." in " ".join(said.split())
     assert both["dense"] == dense["dense"]
     (pruned,) = both["pruned"]
     assert pruned["losses"] == alone["dense"]["losses"]

@@ -169,6 +169,8 @@ def _remarks(texts: list[EvaluationWindows], subject: Subject) -> Iterator[str]:
     plan = subject.architecture.source.folder / CHECKPOINT_PLAN
     if subject.plan is None and not subject.surgery.removals and plan.is_file():
         yield f"Measured alone: `sleb eval {plan}` compares it with the dense model."
+    if subject.recovered:
+        yield f"The pruned model is {subject.recovered.source.id}, with its recovered weights."
     for windows in texts:
         text = windows.text
         if text.split is not None:
