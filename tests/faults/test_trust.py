@@ -199,8 +199,8 @@ def test_a_failed_download_shows_no_token(program, hub, tmp_path, case):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"Canary" in path.read_bytes()]
 
 
-PUBLISHED = """sleb_cli sleb_plugins tests completions docs README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md LICENSE
-pyproject.toml .gitignore PKG-INFO""".split()
+PUBLISHED = """sleb_cli sleb_plugins tests completions docs README.md CONTRIBUTING.md CHANGELOG.md CITATION.cff
+SECURITY.md LICENSE pyproject.toml .gitignore PKG-INFO""".split()
 
 
 def test_what_is_published_is_the_program_its_tests_and_its_pages(tmp_path):
