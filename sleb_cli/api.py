@@ -114,7 +114,7 @@ def rerun(request: RerunRequest, notify: Notify = ignore) -> RerunResult:
     from sleb_cli.plan import read_plan
 
     plan = read_plan(request.plan)
-    return compare(plan, search(request_of(plan, request.plan, request), notify), request)
+    return compare(plan, search(request_of(plan, request), notify), request)
 
 
 @_names_memory(_APPLY)

@@ -175,6 +175,11 @@ class SearchRecord(Record):
     engine: Engine
     engine_reason: str | None
 
+    @property
+    def metric_may_run_code(self) -> bool:
+        """Whether the metric names a task file, which can name Python code."""
+        return re.search(r"\.ya?ml(?=[:+]|$)", self.metric) is not None
+
     def asked_target(self, blocks: int) -> dict[str, Any]:
         """Return the fields of a request that say how far to go, in a model of so many blocks."""
         target = self.target

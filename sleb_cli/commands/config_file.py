@@ -71,18 +71,13 @@ def _names(context: typer.Context) -> dict[str, str]:
     return names
 
 
-def _save(context: typer.Context, path: Path | None) -> None:
-    if path is not None:
-        context.meta["sleb.save_config"] = path
-
-
 def save_typed(context: typer.Context, values: dict[str, Any]) -> None:
     """Write the options that were typed or read from a file, if the user asked for that.
 
     Raises:
         OutputError: the file exists, or cannot be written.
     """
-    path = context.meta.get("sleb.save_config")
+    path: Path | None = values["save_config"]
     if path is None or not is_main_process():
         return
     import yaml
@@ -106,5 +101,5 @@ ConfigOption = Annotated[
 ]
 SaveConfigOption = Annotated[
     Path | None,
-    typer.Option("--save-config", callback=_save, help="Write the given options to this YAML file, for --config."),
+    typer.Option("--save-config", help="Write the given options to this YAML file, for --config."),
 ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from itertools import zip_longest
-from pathlib import Path
 
 from sleb_cli.engine.surgery.subject import place_of_model
 from sleb_cli.plan import Plan
@@ -16,18 +14,18 @@ from sleb_cli.version import __version__
 from sleb_plugins import PlanError
 
 
-def request_of(plan: Plan, file: Path, request: RerunRequest) -> SearchRequest:
+def request_of(plan: Plan, request: RerunRequest) -> SearchRequest:
     """Return the request of a plan's search.
 
     Raises:
         PlanError: it does not say where its model is, or names a task file as its metric, which may run code.
     """
-    if re.search(r"\.ya?ml(?=[:+]|$)", plan.search.metric):
+    if plan.search.metric_may_run_code:
         raise PlanError(
-            f"The metric of {file} is {plan.search.metric}, and a task file may run code.",
+            f"The metric of {request.plan} is {plan.search.metric}, and a task file may run code.",
             hint="If you trust that file, run the command that `sleb export --to summary` prints.",
         )
-    model, revision = place_of_model(file, plan, request.model, None)
+    model, revision = place_of_model(request.plan, plan, request.model, None)
     values = {name: value for name, value in plan.asked.items() if value is not None} | {"revision": revision}
     return SearchRequest(
         model,
@@ -57,7 +55,7 @@ def compare(plan: Plan, again: Plan, request: RerunRequest) -> RerunResult:
         removals=again.removals,
         same_tokens=plan.calibration.tokens_sha256 == again.calibration.tokens_sha256,
         first_other_step=next((number for number, (old, new) in sizes if old != new), None),
-        largest_change=max(_changes(plan, again), default=0.0),
+        largest_change=max(_changes(plan, again)),
         environment=changed,
     )
 

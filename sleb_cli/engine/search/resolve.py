@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -367,7 +366,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     }
     if extended is not None:
         search, text = extended.search, extended.calibration
-        if request.metric is None and re.search(r"\.ya?ml(?=[:+]|$)", search.metric):
+        if request.metric is None and search.metric_may_run_code:
             raise PlanError(
                 f"The plan's metric is {search.metric}, and a task file may run code.",
                 hint=f"If you trust that file, name it yourself: --metric {shlex.quote(search.metric)}.",
