@@ -457,8 +457,8 @@ class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
     perplexity: tuple[str, ...] = option(
-        "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column]. Of conversations in a "
-        ".jsonl file (`messages`), the answers count.",
+        "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column]. Of conversations "
+        "(`messages`), the answers count.",
         _QUALITY,
         default=f"{DEFAULT_TEXT}, unless --tasks",
         metavar="LIST",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -155,5 +156,14 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     assert (text["tokens"], text["clustered_by"]) == (int(mask[:, 1:].sum()), "conversations")
     for words in (["--stride", 8], ["--bos"]):
         assert f"{words[0]} does not apply to conversations" in sleb(*evaluate, *words, code=2).stderr
+    data_set = tmp_path / "org" / "talks"
+    data_set.mkdir(parents=True)
+    shutil.copy("talks.jsonl", data_set / "test.jsonl")
+    (data_set / "train.jsonl").write_text(json.dumps({"messages": talks[0]}))
+    evaluate[evaluate.index("talks.jsonl")] = "talks.jsonl,org/talks:,org/talks:::messages"
+    shown = sleb(*evaluate, "--json")
+    assert "perplexity is measured on org/talks::test." in shown.stderr
+    _, *of_data_set = json.loads(shown.stdout)["texts"]
+    assert [{**found, "text": "talks.jsonl"} for found in of_data_set] == [text, text]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talks[0]}))
     assert "too few for a sequence of 64 with an answer" in sleb(*evaluate, code=5).stderr

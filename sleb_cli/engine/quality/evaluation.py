@@ -30,7 +30,7 @@ from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.engine.text.chat import cut_answers, require_template
 from sleb_cli.engine.text.overlap import is_known
-from sleb_cli.engine.text.sources import evaluation_conversations, evaluation_text
+from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.engine.text.windows import EvaluationWindows, choose_length, cut_for_evaluation
 from sleb_cli.events import Notice, Notify, Warned
 from sleb_cli.plan import CHECKPOINT_PLAN, CalibrationRecord, read_plan
@@ -121,18 +121,18 @@ def read_evaluation_text(
     name: str, request: EvalRequest, tokenizer: Any, architecture: Architecture
 ) -> EvaluationWindows:
     """Read a text or conversations and cut them into windows; raises like `evaluate_subject`."""
-    length = choose_length(request.sequence_length, architecture)
-    if conversations := evaluation_conversations(name):
+    length, text = choose_length(request.sequence_length, architecture), evaluation_text(name)
+    if text.conversations:
         require_template(tokenizer, name)
         for option, value in (("--stride", request.stride), ("--bos", request.bos)):
             if value:
                 raise UsageError(
                     f"{option} does not apply to conversations, as in {name}.", hint=f"Leave out {option}."
                 )
-        return cut_answers(tokenizer, conversations, name, length, request.max_windows)
+        return cut_answers(tokenizer, text, length, request.max_windows)
     return cut_for_evaluation(
         tokenizer,
-        evaluation_text(name),
+        text,
         length,
         bos=request.bos,
         stride=request.stride,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Tokens = list[tuple[int, bool]]
 """Tokens, and whether each counts in the loss."""
+
+_Token = TypeVar("_Token", tuple[int, bool], tuple[int, bool, int])
 
 
 def require_template(tokenizer: Any, what: str) -> None:
@@ -64,7 +67,7 @@ def cut_conversations(
         DataError: the template refuses a conversation, or there are fewer sequences than `asked`, or none.
     """
     rendered = [render(tokenizer, conversation, source, answers=answers) for conversation in conversations]
-    sequences = pack(rendered, length)
+    sequences = [*pack(rendered, length)]
     if not sequences:
         raise _too_few(source, rendered, length, answers=answers)
     require_enough(len(sequences), source, length, asked)
@@ -72,27 +75,31 @@ def cut_conversations(
     return found[..., 0].contiguous(), found[..., 1].bool()
 
 
-def cut_answers(
-    tokenizer: Any, conversations: Iterable[Conversation], source: str, length: int, most: int | None
-) -> EvaluationWindows:
-    """Cut conversations into windows, at most `most`, of which the answers are predicted.
+def cut_answers(tokenizer: Any, text: Text, length: int, most: int | None) -> EvaluationWindows:
+    """Cut a text of conversations into windows, at most `most`, of which the answers are predicted.
 
     Raises:
         DataError: the template refuses a conversation, or there are too few for a window.
     """
-    rendered = [render(tokenizer, conversation, source, answers=True) for conversation in conversations]
-    numbered = [[(number, counts) for _, counts in tokens] for number, tokens in enumerate(rendered)]
-    found, clusters = (torch.tensor(pack(each, length)[:most], dtype=torch.int64) for each in (rendered, numbered))
+    rendered = list[Tokens]()
+
+    def numbered() -> Iterator[list[tuple[int, bool, int]]]:
+        for number, conversation in enumerate(text.conversations):
+            rendered.append(render(tokenizer, conversation, text.source, answers=True))
+            yield [(token, counts, number) for token, counts in rendered[-1]]
+
+    most = min(filter(None, (most, text.limit)), default=None)
+    found = torch.tensor([*islice(pack(numbered(), length), most)], dtype=torch.int64)
     if not len(found):
-        raise _too_few(source, rendered, length, answers=True)
+        raise _too_few(text.source, rendered, length, answers=True)
     ids, counted = found[..., 0].contiguous(), found[:, 1:, 1].bool()
     predicted = torch.nn.functional.pad(counted, (1, 0)).flatten()
     words, size = count_decoded(tokenizer, ids.flatten(), predicted)
     return EvaluationWindows(
-        text=Text(source, ""),
+        text=text,
         ids=ids,
         counted=counted,
-        clusters=clusters[:, 1:, 0],
+        clusters=found[:, 1:, 2],
         clustered_by="conversations",
         bos="windows" if begin_with_bos(tokenizer, ids) else "none",
         stride=None,
@@ -101,15 +108,15 @@ def cut_answers(
     )
 
 
-def pack(rendered: Iterable[Tokens], length: int) -> list[Tokens]:
-    """Return sequences of `length` tokens, each starting with a conversation, and with a token that counts."""
-    found, sequence = list[Tokens](), list[tuple[int, bool]]()
+def pack(rendered: Iterable[list[_Token]], length: int) -> Iterator[list[_Token]]:
+    """Yield sequences of `length` tokens, each starting with a conversation, and with a token that counts."""
+    sequence = list[_Token]()
     for conversation in rendered:
         sequence = sequence + conversation
         if len(sequence) >= length:
-            found.append(sequence[:length])
+            if any(token[1] for token in sequence[1:length]):
+                yield sequence[:length]
             sequence = []
-    return [sequence for sequence in found if any(counts for _, counts in sequence[1:])]
 
 
 def _too_few(source: str, rendered: Sequence[Tokens], length: int, *, answers: bool) -> DataError:

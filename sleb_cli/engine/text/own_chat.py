@@ -96,7 +96,7 @@ class _Writer:
         self.asked.clear()
         again = list[int]()  # which of those found get a second turn in the next round
         begun = fruitless = 0
-        while (missing := count - len(pack(rendered, self.length))) > 0:
+        while (missing := count - sum(1 for _ in pack(rendered, self.length))) > 0:
             for_one = SPARE if missing == count else begun / (count - missing)
             fresh = max(1, min(size, max(FEWEST_AT_ONCE, math.ceil(for_one * missing))) - len(again))
             begun += fresh

@@ -32,6 +32,9 @@ C4_EVALUATION_WINDOWS = 256
 # The title of an article in WikiText: " = Valkyria Chronicles III = ".
 _TITLE = re.compile(r"= [^=](.*[^=])? =")
 
+MESSAGES = "messages"
+"""The column of a data set that holds conversations."""
+
 SELF, SELF_CHAT = "self", "self-chat"
 """Text and conversations that the model writes itself."""
 
@@ -40,6 +43,10 @@ CHARACTERS_PER_TOKEN = 8
 
 # About how much memory a byte of text takes, as bytes, characters and tokens: a text is tokenized as a whole.
 MEMORY_PER_BYTE = 250
+
+
+Conversation = list[dict[str, Any]]
+"""A list of messages, each with a `role` and its `content`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Text:
     """A text and its source; `limit` is the number of windows that its protocol takes, from the start.
 
     `split` is the split of a data set that was chosen because none was named; `source` names it too. `documents` are
-    the places in `content` where documents begin, if it has several.
+    the places in `content` where documents begin, if it has several. Conversations stand in place of `content`.
     """
 
     source: str
@@ -69,6 +76,7 @@ class Text:
     limit: int | None = None
     split: str | None = None
     documents: tuple[int, ...] = ()
+    conversations: tuple[Conversation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,6 @@ WHOLE = TextSplit()
 MIN_DOCUMENTS = 10
 # Documents of a data set are divided in this order, whatever the seed that they are drawn by.
 SPLIT_SEED = 0
-
-Conversation = list[dict[str, Any]]
-"""A list of messages, each with a `role` and its `content`."""
-
 
 _WIKITEXT2_TRAIN = Dataset("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
 _C4_TRAIN = Dataset("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz")
@@ -142,9 +146,10 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
 
 
 def evaluation_text(source: str) -> Text:
-    """Return the text to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
+    """Return the text or the conversations to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
 
-    Of another data set, it is the named split, or the one that models were least likely trained or calibrated on.
+    Of another data set, it is the named split, or the one that models were least likely trained or calibrated on, and
+    the named column, or `text`, or else `messages`.
 
     Raises:
         DataError: the source is missing, unreadable or empty.
@@ -156,13 +161,20 @@ def evaluation_text(source: str) -> Text:
         documents = islice(_documents(EVALUATION_PRESETS[source]), C4_EVALUATION_DOCUMENTS)
         return _joined(source, documents, " ", limit=C4_EVALUATION_WINDOWS)
     if is_file(source):
-        return _file_text(source)
+        conversations = _file_conversations(source)
+        return Text(source, "", conversations=conversations) if conversations else _file_text(source)
     dataset, split = _parse_dataset(source), None
     path, config, named, column = [*source.split(":"), "", "", ""][:4]
     if not named:
         split = _evaluation_split(dataset)
         dataset, source = replace(dataset, split=split), f"{path}:{config}:{split}:{column}".rstrip(":")
-    return replace(_joined(source, _documents(dataset), limit=C4_EVALUATION_WINDOWS), split=split)
+    rows = _load(dataset)
+    if not column and dataset.column not in rows.column_names and MESSAGES in rows.column_names:
+        dataset = replace(dataset, column=MESSAGES)
+    values = list(_values(rows, dataset))
+    if values and isinstance(values[0], list):
+        return Text(source, "", C4_EVALUATION_WINDOWS, split, conversations=tuple(_row_conversations(dataset, values)))
+    return replace(_joined(source, map(str, values), limit=C4_EVALUATION_WINDOWS), split=split)
 
 
 def _joined(
@@ -200,30 +212,32 @@ def calibration_conversations(source: str, *, tokens: int, seed: int) -> list[Co
     if is_file(source):
         found = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
     else:
-        dataset = _parse_dataset(source, column="messages")
-        with _naming_faults(f"A row of {dataset}"):
-            rows = (_Messages(messages=row).conversation for row in _values(dataset, shuffle_seed=seed))
-            found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
+        dataset = _parse_dataset(source, column=MESSAGES)
+        rows = _row_conversations(dataset, _values(_load(dataset), dataset, shuffle_seed=seed))
+        found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
     return found
 
 
-def evaluation_conversations(source: str) -> list[Conversation]:
-    """Return the conversations of a .jsonl file whose lines have `messages`, and no `text`; none of any other source.
+def _row_conversations(dataset: Dataset, values: Iterable[Any]) -> Iterator[Conversation]:
+    for value in values:
+        with _naming_faults(f"A row of {dataset}"):
+            conversation = _Messages(messages=value).conversation
+        yield conversation
 
-    Raises:
-        DataError: it is missing or unreadable, or some lines are no conversations.
-    """
-    if not is_file(source) or Path(source).suffix != ".jsonl":
-        return []
+
+def _file_conversations(source: str) -> tuple[Conversation, ...]:
+    """Return the conversations of a .jsonl file whose lines have `messages`, and no `text`; none of any other file."""
+    if Path(source).suffix != ".jsonl":
+        return ()
     content = _read_file(source)
     first = next(filter(None, map(str.strip, content.split("\n"))), "")
     try:
         line = _TextOrMessages.model_validate_json(first)
     except ValidationError:  # which the text is refused for
-        return []
+        return ()
     if line.messages is None or line.text is not None:
-        return []
-    return [each.conversation for each in _json_lines(source, content, _Messages)]
+        return ()
+    return tuple(each.conversation for each in _json_lines(source, content, _Messages))
 
 
 def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
@@ -419,15 +433,14 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
 
 def _documents(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[str]:
     """Load a data set from the Hub and return the documents of this part of it."""
-    return map(str, _values(dataset, split, shuffle_seed=shuffle_seed))
+    return map(str, _values(_load(dataset), dataset, split, shuffle_seed=shuffle_seed))
 
 
-def _values(dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
-    """Load a data set from the Hub and return the values of its column.
+def _values(rows: Any, dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_seed: int | None = None) -> Iterator[Any]:
+    """Return the values of the column, of this part of the rows of a data set.
 
     Rows that are read in their order are divided in it, since neighbours may belong to one document.
     """
-    rows = _load(dataset)
     if dataset.column not in rows.column_names:
         raise DataError(
             f"{dataset} has no column {dataset.column!r}.",
