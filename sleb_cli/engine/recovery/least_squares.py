@@ -8,7 +8,7 @@ from torch import Tensor
 from sleb_cli.engine.device import CPU, as_float64
 from sleb_cli.engine.forward.pace import seconds_of
 
-TIMED_ROWS, TIMED_FEATURES = 1024, 2048
+TIMED_ROWS, TIMED_FEATURES = 2048, 2048
 RIDGES_TRIED = 3
 """How many ridges are usually tried."""
 
@@ -106,15 +106,21 @@ class Gains(Ridge):
 def seconds_of_ridge(features: int, outputs: int, device: torch.device) -> tuple[float, float]:
     """Measure how long a row takes to be added to a regression of this size, and how long all of its ridges take.
 
-    Solving takes the cube of the features, so a large one is measured on fewer.
+    A large one is solved on fewer features: the factor takes the cube of them, and all else, for each output, their
+    square.
     """
     rows, solved = torch.ones(TIMED_ROWS, features, device=device), min(features, TIMED_FEATURES)
     targets, weights = torch.ones(TIMED_ROWS, outputs, device=device), torch.ones(TIMED_ROWS, device=device)
-    whole, part = Ridge(features, outputs, device), Ridge(solved, outputs, device)
-    part.add(rows[:, :solved], targets, weights)
+
+    def solving(outputs: int) -> float:
+        part = Ridge(solved, outputs, device)
+        part.add(rows[:, :solved], targets[:, :outputs], weights)
+        return seconds_of(lambda: part.error(part.solve(1.0)), device)
+
+    whole, times = Ridge(features, outputs, device), features / solved
     adding = seconds_of(lambda: whole.add(rows, targets, weights), device) / TIMED_ROWS
-    solving = seconds_of(lambda: part.error(part.solve(1.0)), device)
-    return adding, RIDGES_TRIED * solving * (features / solved) ** 3
+    both, factor = solving(outputs), solving(1)
+    return adding, RIDGES_TRIED * (factor * times**3 + max(0.0, both - factor) * times**2)
 
 
 def best_ridge(train: Ridge, deciding: Ridge, ridges: tuple[float, ...]) -> tuple[float, float, Tensor]:

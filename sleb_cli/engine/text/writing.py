@@ -54,6 +54,7 @@ class Writing:
         seed: decides what is drawn, together with how many are written at once.
         model: identifies the model, under which the text is cached; None caches none.
         key: all else that the text depends on.
+        rounds: how many times as long all takes as to write so many tokens of each once.
     """
 
     what: str
@@ -63,6 +64,7 @@ class Writing:
     seed: int
     model: str | None
     key: Mapping[str, Any]
+    rounds: float = 1.0
 
 
 def write_or_find(
@@ -141,7 +143,7 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notif
                     pace = (times[-1] - times[-TIMED_TOKENS]) / (TIMED_TOKENS - 1)
                     note = f"{len(ids) / pace:,.0f} tokens per second"
                 if len(times) == TIMED_TOKENS:
-                    seconds = pace * writing.new * -(-writing.count // size)
+                    seconds = pace * writing.rounds * writing.new * -(-writing.count // size)
                     announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
                 advance(len(ids), note)
                 ended = int(torch.isin(ids[:, longest:], endings).any(1).sum())
