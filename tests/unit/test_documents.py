@@ -169,7 +169,7 @@ NAMES = {
     "targets": ("commands.md", "`--{} ", [name.replace("_", "-") for name in TARGET_NAMES]),
     "commands": ("commands.md", "## sleb {}\n", COMMANDS),
     "metrics": ("commands.md", "`{}[`:]", [metric.name for metric in sleb_metrics()]),
-    "pages": ("../README.md", r"\]\({}\)", [page[5:] for page in PAGES if re.match("docs/(?!README)", page)]),
+    "pages": ("../../README.md", r"\]\({}\)", [page for page in PAGES if page.startswith("docs/")]),
 }
 
 
