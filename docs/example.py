@@ -1,43 +1,74 @@
-"""The whole way from a model to a faster one, in Python. Run the cells in a notebook, or the file as a script.
+# %% [markdown]
+# # First run
+#
+# From a model to a faster one, as a script or a notebook: minutes on two cores, without a GPU. In Colab, first run
+# `%pip install sleb`.
 
-python docs/example.py                                     # SmolLM2-135M
-python docs/example.py MODEL TEXT.txt FOLDER               # your own
-"""
+# %% [markdown]
+# ## Choose a model and a text: `self` is text that the model writes
 
-# %% What to prune, the text to calibrate and to evaluate on, and where results go
-import sys
+# %%
 from pathlib import Path
+
+import matplotlib.pyplot as plt
 
 import sleb_cli as sleb
 
-model, text, folder = (*sys.argv[1:], *("demo", "self", "sleb-example")[len(sys.argv) - 1 :])
-results = Path(folder)
-results.mkdir(exist_ok=True)
+model, text, folder = "demo", "self", Path("sleb-example")
+folder.mkdir(exist_ok=True)
 
-# %% Find the blocks that the model can do best without
-plan = sleb.search(
-    sleb.SearchRequest(
-        model, ratio=0.2, calibration=text, samples=8, sequence_length=64, fast=True, output=results / "plan.json"
-    )
-)
-for step in plan.steps:
-    print(f"without block {step.block:2}: perplexity {step.perplexity:.2f}")
+# %% [markdown]
+# ## Find the blocks that it can do best without
 
-# %% Write the pruned checkpoint, proven equal to what was searched
-applied = sleb.apply(sleb.ApplyRequest(str(results / "plan.json"), output=results / "pruned"))
-assert applied.proof is not None
+# %%
+plan_file = folder / "plan.json"
+request = sleb.SearchRequest(model, ratio=0.2, calibration=text, samples=8, sequence_length=64, output=plan_file)
+with sleb.show_progress() as notify:
+    plan = sleb.search(request, notify)
+print(plan.removals)
+
+# %% [markdown]
+# ## What the model loses without each block
+
+# %%
+scores = plan.steps[0].scores
+plt.bar([str(block) for block in scores], [score - plan.dense.loss for score in scores.values()])
+plt.xlabel("block")
+plt.ylabel("loss added, nats per token")
+plt.show()
+
+# %% [markdown]
+# ## How both models continue a sentence
+
+# %%
+sample = plan.sample_generation
+print(sample.prompt, "…\n\ndense:", sample.dense, "\n\npruned:", sample.pruned)
+
+# %% [markdown]
+# ## Write the pruned checkpoint
+
+# %%
+with sleb.show_progress() as notify:
+    applied = sleb.apply(sleb.ApplyRequest(str(plan_file), output=folder / "pruned"), notify)
 print(f"{applied.blocks} blocks, checked: {', '.join(applied.proof.checks)}")
 
-# %% Measure what it cost
-if text != "self":
-    scores = sleb.evaluate(sleb.EvalRequest(str(results / "plan.json"), perplexity=(text,), sequence_length=64))
-    text = scores.texts[0]
-    print("perplexity", text.dense.perplexity, "->", text.pruned[-1].perplexity)
+# %% [markdown]
+# ## Measure what it cost, on a text of your own
 
-# %% Measure what it gained
-speed = sleb.bench(sleb.BenchRequest(str(results / "plan.json"), generation=True, iterations=3))
+# %%
+if text != "self":
+    found = sleb.evaluate(sleb.EvalRequest(str(plan_file), perplexity=(text,), sequence_length=64))
+    print("perplexity", found.texts[0].dense.perplexity, "->", found.texts[0].pruned[-1].perplexity)
+
+# %% [markdown]
+# ## Measure what it gained
+
+# %%
+speed = sleb.bench(sleb.BenchRequest(str(plan_file), generation=True, iterations=3))
 print(f"{speed.workloads[0].pruned[-1].speedup:.2f}x at {speed.workloads[0].workload}")
 
-# %% Hand the blocks to another tool
-recipe = sleb.export(sleb.ExportRequest(str(results / "plan.json"), to="mergekit"))
-print(recipe.text)
+# %% [markdown]
+# ## Hand the blocks to another tool
+
+# %%
+print(sleb.export(sleb.ExportRequest(str(plan_file), to="indices")).text)

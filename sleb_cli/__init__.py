@@ -1,6 +1,7 @@
 """The `sleb` program, and its verbs for Python.
 
-They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate`, `export`, `rerun`, `dry_run` and `env`.
+They are `search`, `compare`, `apply`, `evaluate`, `bench`, `estimate`, `export`, `rerun`, `dry_run` and `env`;
+`show_progress` gives them a listener.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from sleb_cli.version import __version__
 if TYPE_CHECKING:
     from sleb_cli.api import apply, bench, compare, dry_run, env, estimate, evaluate, export, rerun, search
     from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
+    from sleb_cli.ui.progress import show_progress
 
 __all__ = [
     "ApplyRequest",
@@ -29,6 +31,7 @@ __all__ = [
     "export",
     "rerun",
     "search",
+    "show_progress",
 ]
 
 
@@ -36,6 +39,10 @@ def __getattr__(name: str) -> Any:
     """Import the verbs and requests when they are first used: `sleb --help` needs none of them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "show_progress":
+        from sleb_cli.ui.progress import show_progress
+
+        return show_progress
     from sleb_cli import api, requests
 
     return getattr(requests if name.endswith("Request") else api, name)

@@ -49,7 +49,7 @@ from sleb_cli.ui.names import elide, short_name
 
 
 @contextmanager
-def show_progress(*, quiet: bool) -> Iterator[Notify]:
+def show_progress(*, quiet: bool = False) -> Iterator[Notify]:
     """Yield a listener for the engine's events: silent, bars on a terminal, or log lines elsewhere."""
     console = stderr()
     if quiet:

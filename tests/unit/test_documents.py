@@ -1,5 +1,6 @@
 """Documents cannot drift from what they describe."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -123,6 +124,18 @@ def test_every_path_link_and_command_in_a_page_exists(page):
 )  # fmt: skip
 def test_what_is_not_there_is_found(text):
     assert wrong_in(text, "README.md") != []
+
+
+def test_the_notebook_is_made_of_the_example():
+    cells = re.split(r"^# %%(.*)\n", read("docs/example.py"), flags=re.MULTILINE)[1:]
+    sources = [
+        re.sub("^# ?", "", text, flags=re.MULTILINE) if kind else text
+        for kind, text in zip(cells[::2], cells[1::2], strict=True)
+    ]
+    found = ["".join(cell["source"]) for cell in json.loads(read("docs/first-run.ipynb"))["cells"]]
+    assert found == [source.strip() for source in sources], (
+        "jupytext --update --to ipynb -o docs/first-run.ipynb docs/example.py"
+    )
 
 
 def test_the_readme_is_short_and_the_changelog_begins_with_this_version():
