@@ -105,6 +105,37 @@ def test_llama_quantize_is_not_sent_where_it_would_go_wrong(export, tiny_llama, 
         export(tiny_llama, "1", "llama-quantize", "--source", "a.gguf", code=code, says=message)
 
 
+@pytest.mark.parametrize(
+    ("system", "turn", "expected"),
+    [
+        ("<s>S {}</s>", "<s>{} {}</s>", "{{ if .System }}<s>S {{ .System }}</s><s>user {{ else }}<s>user {{ end }}"
+         '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}</s><s>assistant'
+         '{{ else if eq .Role "assistant" }} {{ .Content }}</s><s>user {{ end }}{{ end }}'),
+        (None, "<s>{} {}</s>", "<s>user {{ if .System }}{{ .System }}\n\n{{ end }}"
+         '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}</s><s>assistant'
+         '{{ else if eq .Role "assistant" }} {{ .Content }}</s><s>user {{ end }}{{ end }}'),
+        ("", "{} {}{{{{ messages | length }}}}", None),
+        ("", None, None),
+    ],
+    ids=["system", "no system", "more than messages", "none"],
+)  # fmt: skip
+def test_a_modelfile_has_the_chat_template_in_the_language_of_ollama(export, tmp_path, system, turn, expected):
+    model = save_model(tmp_path / "chatty", llama_config(4))
+    if turn is not None:
+        led = "{{ raise_exception('no') }}" if system is None else system.format("{{ m.content }}")
+        said = turn.format("{{ m.role }}", "{{ m.content }}")
+        (model / "chat_template.jinja").write_text(
+            "{% for m in messages %}{% if m.role == 'system' %}" + led + "{% else %}" + said + "{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}<s>assistant{% endif %}"
+        )
+    document = json.loads(export(model, "1", "ollama", "--json").stdout)["document"]
+    assert (document["from"], document["template"]) == ("./chatty-sleb-3-blocks", expected)
+    shown = export(model, "1", "ollama", "-q").stdout.splitlines()
+    assert shown[1] == "FROM ./chatty-sleb-3-blocks"
+    assert ("No TEMPLATE" in shown[2]) == (expected is None)
+    assert document["stop"] == (["</s>"] if expected else [])
+
+
 @pytest.mark.parametrize("name", ["hf", "vllm"])
 def test_a_checkpoint_for_stock_engines(export, tiny_llama, tmp_path, name):
     result = export(tiny_llama, "4,1", name, "-o", "a folder")

@@ -1,0 +1,105 @@
+"""Export a Modelfile, with which Ollama runs the pruned model under the chat template of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sleb_cli.plan import CHECKPOINT_PLAN, checkpoint_name
+from sleb_plugins.exporter import Exporter, Pruning
+
+MARKS = "WORDS-1", "WORDS-2", "WORDS-3"
+"""Stand for messages in a chat template, to find what is between them."""
+
+
+class Ollama(Exporter):
+    """A Modelfile for `ollama create`."""
+
+    name = "ollama"
+    description = "a Modelfile for Ollama, with the chat template of the original"
+    uses_source = True
+
+    def document(self, pruning: Pruning) -> dict[str, Any]:
+        """Return what the Modelfile says; the template is null if there is none, or Ollama's language cannot say it."""
+        import transformers
+
+        from sleb_cli.engine.third_party import translate_transformers_errors
+
+        with translate_transformers_errors(f"the tokenizer of {pruning.model}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(pruning.model, revision=pruning.revision)
+        return {"from": _place(pruning), **_chat(tokenizer)}
+
+    def render(self, pruning: Pruning) -> str:
+        """Return the Modelfile."""
+        document = self.document(pruning)
+        lines = ["# ollama create NAME -f THIS_FILE && ollama run NAME", f"FROM {document['from']}"]
+        if document["template"] is None:
+            lines += [
+                "# No TEMPLATE: the model has no chat template, or one that does more than put messages in place."
+            ]
+        else:
+            lines += [f'TEMPLATE """{document["template"]}"""']
+        lines += [f'PARAMETER stop "{stop}"' for stop in document["stop"]]
+        return "\n".join(lines) + "\n"
+
+
+def _place(pruning: Pruning) -> str:
+    """Return where `sleb apply` writes the pruned model, unless told otherwise."""
+    if pruning.plan_file and pruning.plan_file.name == CHECKPOINT_PLAN:
+        return str(pruning.plan_file.parent)
+    model = pruning.plan["model"]["id"] if pruning.plan else pruning.model
+    base = pruning.source_file.stem if pruning.source_file else Path(model).name
+    name = checkpoint_name(base, pruning.blocks - len(pruning.removals))
+    return f"./{name}.gguf" if pruning.source_file else f"./{name}"
+
+
+def _chat(tokenizer: Any) -> dict[str, Any]:
+    """Return the template in Ollama's language, and what ends an answer.
+
+    A conversation is the opening, with or without a system prompt, and then in turn the user's words, what opens an
+    answer, the answer, and what follows it up to the next user's words.
+    """
+    nothing: dict[str, Any] = {"template": None, "stop": []}
+    user, answer, later = MARKS
+    turns = [("user", user), ("assistant", answer), ("user", later)]
+    alone, talk = _pieces(tokenizer, turns[:1]), _pieces(tokenizer, turns)
+    if not alone or not talk:
+        return nothing
+    opening, opens_answer = alone
+    # Some templates write a space before an answer that is there, and none where the model is to write one.
+    if talk[0] != opening or talk[3] != opens_answer or not talk[1].startswith(opens_answer):
+        return nothing
+    space, after_answer = talk[1].removeprefix(opens_answer), talk[2]
+    if led := _pieces(tokenizer, [("system", answer), *turns[:1]]):
+        if led[2] != opens_answer:
+            return nothing
+        begin = f"{{{{ if .System }}}}{led[0]}{{{{ .System }}}}{led[1]}{{{{ else }}}}{opening}{{{{ end }}}}"
+    else:  # as templates do that put it before the first user's words
+        begin = f"{opening}{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}"
+    messages = (
+        f'{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{opens_answer}'
+        f'{{{{ else if eq .Role "assistant" }}}}{space}{{{{ .Content }}}}{after_answer}{{{{ end }}}}{{{{ end }}}}'
+    )
+    special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    ends = [token for token in special if after_answer.lstrip().startswith(token)]
+    return {"template": begin + messages, "stop": ends}
+
+
+def _pieces(tokenizer: Any, messages: Sequence[tuple[str, str]]) -> list[str] | None:
+    """Return what a template puts around these messages, without a BOS that Ollama adds; None if it refuses them."""
+    from sleb_cli.engine.text.windows import adds_bos
+
+    conversation = [{"role": role, "content": words} for role, words in messages]
+    try:
+        whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may raise what it likes
+        return None
+    found = list[str]()
+    for _, words in messages:
+        before, mark, whole = whole.partition(words)
+        if not mark:
+            return None
+        found.append(before)
+    begin = found[0].removeprefix(tokenizer.bos_token if adds_bos(tokenizer) else "")
+    return [begin, *found[1:], whole]
