@@ -189,6 +189,13 @@ def test_programs_run_only_with_permission(run_sleb, evaluate, tiny_llama, tmp_p
     assert "without limits" in run_sleb("eval", *asked).stderr
 
 
+def test_an_answer_longer_than_the_model_is_refused(run_sleb, tiny_llama, tmp_path):
+    write_task(tmp_path, "long", [{"q": "a", "choices": ["b", prose(60)], "gold": 0}])
+    refused = run_sleb("eval", tiny_llama, "--tasks", "long", "--include-path", tmp_path)
+    assert refused.exit_code == 2
+    assert "and the model only 128 positions" in refused.stderr
+
+
 def test_an_evaluation_runs_once(evaluate, tiny_llama, test_text, own_task, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
     options = [folder, "--perplexity", test_text, *SHORT, *own_task, "--max-windows", 4, "--blocks", "3,1"]

@@ -117,6 +117,11 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> Any:
         rate = super()._loglikelihood_tokens
+        if (longest := max((len(answer) for *_, answer in requests), default=0)) > self.max_length:
+            raise UsageError(
+                f"{self._named[0]} has an answer of {longest} tokens, and the model only {self.max_length} positions.",
+                hint="Leave the task out.",
+            )
         if self._models and options.get("override_bs") is None:
             self._announce([(*context, *answer)[:-1][-self.max_length :] for _, context, answer in requests])
         return self._together(lambda: rate(requests, **options))
