@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from sleb_cli.plan import EnvironmentRecord
+from sleb_cli.units import plural
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
@@ -28,7 +29,7 @@ def environment_record(plugins: dict[str, str], device: torch.device, seconds: f
 
 def processor_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its number of threads."""
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f", {plural(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
     return f"{chip_name(device)}{threads}"
 
 

@@ -9,12 +9,14 @@ from sleb_cli.tables.search import collapse
 from sleb_cli.tables.table import between
 from sleb_cli.units import format_change, format_count, format_perplexity, format_share, plural
 
+ENOUGH = 0.95
+"""The share of the dense model's accuracy below which a size is not recommended."""
 _DOES = {"generation": "generates text", "prompt": "processes prompts"}
 
 
 def sentences(findings: Findings) -> list[str]:
-    """Return what was removed, what that gains, and what it costs, as far as it was measured."""
-    return [_removed(findings), *_gains(findings, findings.benchmark), *_costs(findings)]
+    """Return what was removed, what that gains and costs, as far as it was measured, and what to do about it."""
+    return [_removed(findings), *_gains(findings, findings.benchmark), *_costs(findings), *_advice(findings)]
 
 
 def _removed(findings: Findings) -> str:
@@ -80,6 +82,22 @@ def _accuracy(findings: Findings, kept: Estimate) -> str:
         items = plural(sum(len(task.doc_ids) for task, _ in tasks), "item")
         text += f"; of {items}, {lost:,} went from right to wrong and {gained:,} from wrong to right"
     return f"{text}."
+
+
+def _advice(findings: Findings) -> list[str]:
+    """Say whether to use this size where most of the accuracy must stay, or which one that was measured."""
+    own, most = findings.plan.removals, f"{ENOUGH:.0%}"
+    kept = {each.removals: found[0] for task in findings.tasks for each in task.pruned
+            if len(each.removals) <= len(own) and (found := findings.retention(each.removals))}  # fmt: skip
+    if own not in kept:
+        return []
+    if kept[own] >= ENOUGH:
+        return [f"Use it where {most} of the accuracy is enough."]
+    if enough := [removals for removals, share in kept.items() if share >= ENOUGH]:
+        fewer = plural(max(map(len, enough)), "block")
+        return [f"Where {most} of the accuracy must stay, remove {fewer}: the most of the sizes measured."]
+    recover = "" if findings.plan.recovery else ", or recover it: `sleb apply --recover --heal`"
+    return [f"Where {most} of the accuracy must stay, remove fewer blocks than were measured{recover}."]
 
 
 def warnings(findings: Findings) -> list[str]:

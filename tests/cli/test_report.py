@@ -278,6 +278,26 @@ def test_the_headline_names_the_largest_workload(exported, tmp_path, runs, said)
     assert said.format(intervals[-1] if intervals else "") in " ".join(exported("summary").stdout.split())
 
 
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        ((0.0, 0.01, 0.02), "Use it where 95% of the accuracy is enough."),
+        ((0.0, 0.02, 0.2), "Where 95% of the accuracy must stay, remove 2 blocks: the most of the sizes measured."),
+        ((0.1, 0.2, 0.2), "remove fewer blocks than were measured, or recover it: `sleb apply --recover --heal`."),
+    ],
+)
+def test_the_headline_says_what_to_do(exported, tmp_path, lost, said):
+    plan = make_plan(8, 3)
+
+    def differ(data):
+        for task in data["tasks"]:
+            for entry, loss in zip(task["pruned"], lost, strict=True):
+                entry["difference"] = -loss * task["dense"]["value"]
+
+    write_measured(tmp_path, plan, evaluation=changed(make_evaluation(plan, every=1, items=40), differ))
+    assert said in " ".join(exported("summary").stdout.split())
+
+
 def test_what_a_text_says_is_never_markup(report):
     evil = "</script><script>alert(1)</script><b>"
     plan = make_plan(8, 2, name="<script>Tiny<b>")

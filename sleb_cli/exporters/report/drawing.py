@@ -89,7 +89,7 @@ CAPTIONS = {
     ),
     "loss": (
         "Loss over blocks removed",
-        "Where text was held out, the distance between the lines shows how far the search fits its own text.",
+        "If text was held out, the distance between the lines shows how far the search fits its own text.",
     ),
 }
 """What each picture shows, and how to read it."""

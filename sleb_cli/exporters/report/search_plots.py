@@ -111,4 +111,4 @@ def _draw_loss_curve(plan: Plan, figure: Figure) -> None:
     ticks = plain_ticks(math.exp(low), math.exp(high))
     right.set_yticks([math.log(tick) for tick in ticks], [f"{tick:,g}" for tick in ticks])
     right.set_ylabel("perplexity")
-    axis.legend(loc="upper left")
+    axis.legend(loc="best")
