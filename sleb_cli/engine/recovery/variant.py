@@ -104,7 +104,9 @@ def _final_states(variant: Variant, dense: Variant, sequences: Tensor) -> Iterat
     """Yield each sequence and the final states of both models, one by one; streamed weights are read once for all."""
     batches = [sequence[None] for sequence in sequences]
     if dense.skippable.weights.resident:
-        yield from ((ids, variant.final_states(ids), dense.final_states(ids)) for ids in batches)
+        for ids in batches:
+            final = variant.final_states(ids)
+            yield ids, final, final if variant is dense else dense.final_states(ids)
         return
     skippable = dense.skippable
     calls = [skippable.calls(ids) for ids in batches]
