@@ -109,6 +109,11 @@ def public_name(source: str) -> str:
     return without_folders(place) + colon + rest
 
 
+def names_task_file(named: str) -> bool:
+    """Whether a metric or a target names a task file, which can name Python code."""
+    return re.search(r"\.ya?ml(?=[:+]|$)", named) is not None
+
+
 class ServingRecord(Record):
     """How the model will be served, for a memory target; the KV cache holds `batch` x `length` tokens."""
 
@@ -174,11 +179,6 @@ class SearchRecord(Record):
     held_out: int = 0
     engine: Engine
     engine_reason: str | None
-
-    @property
-    def metric_may_run_code(self) -> bool:
-        """Whether the metric names a task file, which can name Python code."""
-        return re.search(r"\.ya?ml(?=[:+]|$)", self.metric) is not None
 
     def asked_target(self, blocks: int) -> dict[str, Any]:
         """Return the fields of a request that say how far to go, in a model of so many blocks."""

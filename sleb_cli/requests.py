@@ -38,6 +38,7 @@ TargetName = Literal[
     "target_speedup",
     "max_loss_increase",
     "max_perplexity_ratio",
+    "max_task_drop",
 ]
 """The fields that say how far a search goes."""
 
@@ -207,6 +208,12 @@ class TargetRequest(Request):
     )
     max_perplexity_ratio: str | float | None = option(
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
+    )
+    max_task_drop: str | None = option(
+        "Remove blocks while the 95% interval of what an lm-eval task loses stays within this: piqa:0.02; of its first "
+        "1,000 items, piqa:1000:0.02.",
+        _TARGET,
+        metavar="TASK[:ITEMS]:DROP",
     )
     serve_dtype: str | None = option(
         "With --target-memory: data type in which the model will be served.", _SERVING, default="--dtype"

@@ -282,6 +282,16 @@ class TaskResult(Record):
         )  # fmt: skip
 
 
+_MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
+"""Where a task has several metrics, the first of these stands for it, as in the tables of the SLEB paper and others."""
+
+
+def main_metric(results: list[TaskResult]) -> TaskResult:
+    """Return the result by the metric that stands for a task, of all those of the task."""
+    order = [*_MAIN_METRICS, *(result.metric for result in results)]
+    return min(results, key=lambda result: order.index(result.metric))
+
+
 class EvalResult(ResultRecord):
     """The quality of the dense model and of each size of the pruned one, `sizes`: the removed blocks, fewest first.
 

@@ -23,6 +23,7 @@ from sleb_cli.results import (
     TaskResult,
     TextResult,
     WorkloadResult,
+    main_metric,
 )
 from sleb_cli.tables.quality import text_names
 from sleb_plugins.errors import UsageError
@@ -35,8 +36,6 @@ Estimate = tuple[float, Interval | None]
 Z = 1.959963984540054
 """Two-sided 95% of a normal distribution."""
 
-# Where a task has several metrics, the first of these stands for it, as in the tables of the SLEB paper and others.
-_MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 # Our own tasks, which are made to break first: an average with them would say nothing about what a model knows.
 _OURS = "sleb_"
 _PRESETS = ("wikitext2", "c4")
@@ -118,9 +117,11 @@ class Findings:
     def main_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
         """One metric of each task with items, and its scores at the plan's size."""
         measured = [(task, scores) for task in self.tasks if task.items_sha256 and (scores := self.own(task.pruned))]
-        best_last = sorted(measured, key=lambda found: _preference(found[0]))[::-1]
-        chosen = {task.task: (task, scores) for task, scores in best_last}
-        return [chosen[name] for name in dict.fromkeys(task.task for task, _ in measured)]
+        of_task: dict[str, list[TaskResult]] = {}
+        for task, _ in measured:
+            of_task.setdefault(task.task, []).append(task)
+        chosen = list(map(main_metric, of_task.values()))
+        return [(task, scores) for task, scores in measured if task in chosen]
 
     @property
     def accuracy_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
@@ -207,10 +208,6 @@ def read_findings(pruning: Pruning, *, public: bool = True) -> Findings:
         BenchResult.model_validate_json(to_json(benchmark)) if benchmark else None,
         public,
     )
-
-
-def _preference(task: TaskResult) -> int:
-    return _MAIN_METRICS.index(task.metric) if task.metric in _MAIN_METRICS else len(_MAIN_METRICS)
 
 
 def _split_of(source: str) -> tuple[str, str, str]:

@@ -1,11 +1,13 @@
 """How far `sleb search` goes, through `main()`."""
 
+import json
 import math
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import llama_config, save_model
+from conftest import llama_config, prose, save_model, write_task
+from sleb_cli.engine.quality.task_metric import load_task
 from sleb_cli.engine.search import speedup
 from sleb_cli.plan import ServingRecord, read_plan
 
@@ -91,6 +93,46 @@ def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
     assert read_plan(tmp_path / "plan.json").removals == full.removals
     assert "no other block can be removed" in result.stdout
     assert "The search removes up to 4 blocks" in result.stderr
+
+
+@pytest.fixture
+def known(tmp_path, tiny_llama):
+    """A task of which the dense model gets every item right."""
+    rows = [{"q": prose(1, seed), "choices": [prose(1, seed + 500), prose(1, seed + 900)]} for seed in range(250)]
+    file = write_task(tmp_path / "tasks", "known", [row | {"gold": 0} for row in rows])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    samples = load_task(str(file), len(rows)).run(model, tokenizer)["samples"]["known"]
+    likelihoods = [[float(answer[0]) for answer in sample["filtered_resps"]] for sample in samples]
+    right = [row | {"gold": each.index(max(each))} for row, each in zip(rows, likelihoods, strict=True)]
+    return write_task(file.parent, "known", right)
+
+
+def test_what_a_task_loses_is_kept_within(search, run_sleb, tmp_path, known, full):
+    drops = []
+    for size in range(1, 5):
+        options = ["--remove", size, "--tasks", "known", "--include-path", known.parent, "--json", "--force"]
+        (task,) = json.loads(run_sleb("eval", "full.json", *options, "--limit", 100).stdout)["tasks"]
+        drops.append((-task["pruned"][0]["difference"], -task["pruned"][0]["difference_interval"]["low"]))
+    most = next(high for _, high in drops if high > drops[0][1]) - 0.001
+    allowed = next(size for size, (_, high) in enumerate(drops) if high > most)
+    result = search("--max-task-drop", f"{known}:100:{most}")
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.removals == full.removals[:allowed]
+    target = plan.search.target
+    assert (target.reached, target.next) == (drops[allowed - 1][0], drops[allowed][0])
+    assert f"one more removal: {target.next:.4f}" in result.stdout
+    assert "on 100 items, not within the target." in result.stderr
+    refused = run_sleb("rerun", "plan.json")
+    assert (refused.exit_code, "a task file may run code" in refused.stderr) == (3, True)
+
+
+def test_as_many_items_as_decide(search, known):
+    undecided = search("--max-task-drop", f"{known}:0.0001", code=2).stderr
+    assert "on 250 items, not within the target." in undecided
+    assert "or too few items show that it costs less; the limit is 0.0001" in undecided
+    decided = search("--max-task-drop", f"{known}:0.99", "--force").stderr
+    assert "on 100 items." in decided
+    assert "on 200 items" not in decided
 
 
 def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, full, monkeypatch):

@@ -160,6 +160,11 @@ REFUSED = [
     (("--target-speedup", "1"), 2, "--target-speedup 1 is not a number of 1.01 or more"),
     (("--max-loss-increase", "-1"), 2, "--max-loss-increase -1 is not a number of 0 or more"),
     (("--max-perplexity-ratio", "0.9"), 2, "not a number of 1 or more"),
+    (("--max-task-drop", "piqa"), 2, "--max-task-drop piqa is not TASK[:ITEMS]:DROP"),
+    (("--max-task-drop", "piqa:0:0.1"), 2, "--max-task-drop piqa:0:0.1 is not TASK[:ITEMS]:DROP"),
+    (("--max-task-drop", "piqa:-0.1"), 2, "--max-task-drop -0.1 is not a number of 0 or more"),
+    (("--max-task-drop", "piqa:0.1", "--strategy", "refine"), 2, "so it may miss --max-task-drop"),
+    (("--max-task-drop", "piqa:0.1", "--stream"), 2, "--max-task-drop runs the whole model, but it is streamed"),
     # Held-out sequences.
     ((*ONE, "--holdout", "1"), 2, "--holdout 1 is not a share"),
     ((*ONE, "--holdout", "0.2", "--samples", 1), 2, "A single calibration sequence cannot be split"),

@@ -105,7 +105,9 @@ OPTIONS: dict[str, dict[str, Sequence[str]]] = {
         "remove": ("", "--remove 1"),
         "format": [
             f"--to {name}"
-            for name in "report figures summary csv jsonl gguf hf vllm draft llama-quantize mergekit indices".split()
+            for name in (
+                "report figures summary csv jsonl gguf hf vllm draft ollama llama-quantize mergekit indices".split()
+            )
         ],
         "source": ("", "--source GGUF"),
         "output": ("", "-o out"),
@@ -125,6 +127,7 @@ ELSEWHERE = {
     "--config": "changes no work: test_config_file.py",
     "--save-config": "changes no work: test_config_file.py",
     "--run-code": "needs tasks of its own: test_eval.py",
+    "--max-task-drop": "needs a task of its own: test_how_far.py",
 }
 
 

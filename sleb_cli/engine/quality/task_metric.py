@@ -46,20 +46,15 @@ class TaskError(ModelMetric):
             DataError: the task is unknown, or its file or data cannot be read.
             UsageError: the number of items is invalid.
         """
-        from sleb_cli.engine.quality.lm_eval_tasks import load_tasks  # torch, so here
-
         named, _, items = argument.rpartition(":")
         if not named:
             named, items = argument, str(DEFAULT_ITEMS)
         if not (items.isascii() and items.isdigit() and int(items)):
             raise UsageError(f"task:{argument} asks for {items!r} items.", hint="Write it like task:piqa:100.")
-        is_file = named.endswith((".yaml", ".yml"))
-        name, folder = (_name_in(Path(named)), Path(named).parent) if is_file else (named, None)
-        (task,) = load_tasks([name], EvalRequest(None, include_path=folder, batch_size=BATCH_SIZE, limit=int(items)))
         metric = TaskError()
         # A file by its path, so that a search that extends the plan finds it again.
         metric.name = f"task:{named}" + ("" if int(items) == DEFAULT_ITEMS else f":{items}")
-        metric._task = task
+        metric._task = load_task(named, int(items))
         return metric
 
     def fingerprint(self) -> str:
@@ -74,6 +69,20 @@ class TaskError(ModelMetric):
             if measure in found:
                 return 1.0 - float(found[measure])
         raise DataError(f"The task {name} measures no accuracy.", hint="Use a multiple-choice task, such as piqa.")
+
+
+def load_task(named: str, items: int) -> LoadedTask:
+    """Load the first items of a task, which is a name or a YAML file.
+
+    Raises:
+        DataError: the task is unknown, or its file or data cannot be read.
+    """
+    from sleb_cli.engine.quality.lm_eval_tasks import load_tasks  # torch, so here
+
+    is_file = named.endswith((".yaml", ".yml"))
+    name, folder = (_name_in(Path(named)), Path(named).parent) if is_file else (named, None)
+    (task,) = load_tasks([name], EvalRequest(None, include_path=folder, batch_size=BATCH_SIZE, limit=items))
+    return task
 
 
 def _name_in(file: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from sleb_cli.engine.surgery.subject import place_of_model
-from sleb_cli.plan import Plan
+from sleb_cli.plan import Plan, names_task_file
 from sleb_cli.records import differences
 from sleb_cli.requests import RerunRequest, SearchRequest
 from sleb_cli.results import RerunResult
@@ -18,11 +18,12 @@ def request_of(plan: Plan, request: RerunRequest) -> SearchRequest:
     """Return the request of a plan's search.
 
     Raises:
-        PlanError: it does not say where its model is, or names a task file as its metric, which may run code.
+        PlanError: it does not say where its model is, or its metric or target names a task file, which may run code.
     """
-    if plan.search.metric_may_run_code:
+    target = plan.search.target
+    if named := [name for name in (plan.search.metric, target.asked if target else "") if names_task_file(name)]:
         raise PlanError(
-            f"The metric of {request.plan} is {plan.search.metric}, and a task file may run code.",
+            f"{request.plan} was searched with {named[0]}, and a task file may run code.",
             hint="If you trust that file, run the command that `sleb export --to summary` prints.",
         )
     model, revision = place_of_model(request.plan, plan, request.model, None)

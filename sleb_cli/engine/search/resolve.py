@@ -21,6 +21,7 @@ from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, 
 from sleb_cli.engine.search.targets import (
     SizeTarget,
     Target,
+    TaskTarget,
     chosen_target,
     option_of,
     resolve_target,
@@ -35,7 +36,7 @@ from sleb_cli.engine.text.calibration import (
     resolve_calibration,
 )
 from sleb_cli.events import Notice, Notify
-from sleb_cli.plan import MetricRecord, Plan, read_plan
+from sleb_cli.plan import MetricRecord, Plan, names_task_file, read_plan
 from sleb_cli.plugin_manager import Registry
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import (
@@ -222,7 +223,15 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
     if resolved.strategy_name == "contiguous":
         candidates = longest_run(candidates)
     most = min(len({*candidates, *gone}), blocks - 1)
-    limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
+    if isinstance(target, TaskTarget):
+        if resolved.strategy_name == "refine":
+            raise UsageError(
+                "--strategy refine swaps blocks after the last one is chosen, so it may miss --max-task-drop.",
+                hint="Use --strategy greedy, or --remove.",
+            )
+        limit = f"{target.task} may lose more than {target.most:g}"
+    else:
+        limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
     notify(Notice(f"The search removes up to {most} blocks, and stops before {limit}."))
     return replace(resolved, target=target, remove=most)
 
@@ -258,8 +267,10 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
         raise error(f"{metric.name} runs the whole model, but it is streamed block by block.", hint=hint)
     if isinstance(metric, WeightMetric) and metric.needs_gradients:
         raise error(f"{metric.name} needs gradients of the whole model, but it is streamed block by block.", hint=hint)
-    if request.target_speedup is not None:
-        raise error("--target-speedup times the whole model, but it is streamed block by block.", hint="Use --ratio.")
+    for option, does in (("target_speedup", "times"), ("max_task_drop", "runs")):
+        if getattr(request, option) is not None:
+            words = f"{option_of(option)} {does} the whole model, but it is streamed block by block."
+            raise error(words, hint="Use --ratio.")
     return placement
 
 
@@ -366,7 +377,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     }
     if extended is not None:
         search, text = extended.search, extended.calibration
-        if request.metric is None and search.metric_may_run_code:
+        if request.metric is None and names_task_file(search.metric):
             raise PlanError(
                 f"The plan's metric is {search.metric}, and a task file may run code.",
                 hint=f"If you trust that file, name it yourself: --metric {shlex.quote(search.metric)}.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -34,7 +34,8 @@ from sleb_cli.engine.search.resolve import ResolvedSearch, resolve_search, with_
 from sleb_cli.engine.search.scoring import Scoring, engine_of
 from sleb_cli.engine.search.speedup import SpeedupTimer
 from sleb_cli.engine.search.strategies import Problem
-from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, option_of
+from sleb_cli.engine.search.targets import LossTarget, SizeTarget, Target, TaskTarget, option_of
+from sleb_cli.engine.search.task_drop import TaskDrop
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.engine.text.calibration import Calibration, calibrate
 from sleb_cli.events import (
@@ -307,12 +308,14 @@ def _measure_dense(resolved: ResolvedSearch, scoring: Scoring) -> DenseRecord:
 class SearchTrace:
     """The course of a search: its steps, the blocks removed in the end, and the cost of the removal not made.
 
-    `next_increase` is that cost, in nats per token above the dense model; None if the target ruled out no removal.
+    The costs are what a `LossTarget` or a `TaskTarget` limits: nats per token, or a share of items. `next_cost` is None
+    if no removal was ruled out.
     """
 
     steps: list[Step]
     removals: tuple[int, ...]
-    next_increase: float | None = None
+    cost: float = 0.0
+    next_cost: float | None = None
 
 
 def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
@@ -326,19 +329,36 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
         # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
         greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring)
         refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring)
-        return replace(refined, next_increase=greedy.next_increase)
+        return replace(refined, next_cost=greedy.next_cost)
     trace = _run_steps(resolved, dense, scoring)
-    if isinstance(target, LossTarget) and len(trace.removals) == len(resolved.gone):
+    if not isinstance(target, SizeTarget | None) and len(trace.removals) == len(resolved.gone):
+        removal = f"The {'next' if resolved.gone else 'first'} removal would"
+        cost = (
+            f"raise the loss {trace.next_cost:.4f} nats per token above the dense model's"
+            if isinstance(target, LossTarget)
+            else f"cost {trace.next_cost:.4f} of {target.task}, or too few items show that it costs less"
+        )
         raise UsageError(
-            f"The {'next' if resolved.gone else 'first'} removal would raise the loss {trace.next_increase:.4f} nats "
-            f"per token above the dense model's; the limit is {target.most:.4f}.",
-            hint=f"Increase {option_of(target.name)}. With --resume, nothing is measured again.",
+            f"{removal} {cost}; the limit is {target.most:.4f}.",
+            hint=f"Increase {option_of(target.name)}. With --resume, no block is scored again.",
         )
     return trace
 
 
+def _limit(
+    target: Target | None, dense: DenseRecord, scoring: Scoring
+) -> Callable[[Choice, float], tuple[float, bool]]:
+    """Return what tells the cost of a removal, given its loss, and whether the target allows it."""
+    if isinstance(target, TaskTarget):
+        drop = TaskDrop(target, scoring)
+        return lambda choice, loss: drop.measure(choice.removals)
+    loss_target = target if isinstance(target, LossTarget) else None
+    return lambda choice, loss: (loss - dense.loss, not loss_target or loss - dense.loss <= loss_target.most)
+
+
 def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -> SearchTrace:
     target, remove, width, notify = resolved.target, resolved.remove, resolved.beam_width, scoring.notify
+    measure = _limit(target, dense, scoring)
     trace = SearchTrace(list(resolved.extended.steps) if resolved.extended else [], resolved.gone)
     sets = sets_by_size(resolved)
     evaluations = tuple(count * scoring.sequences for count in sets)
@@ -356,9 +376,11 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
     try:
         for choice in resolved.strategy.search(problem):
             loss = fmean(scoring.losses(choice.removals))
-            if isinstance(target, LossTarget) and loss - dense.loss > target.most:
-                trace.next_increase = loss - dense.loss
+            cost, allowed = measure(choice, loss)
+            if not allowed:
+                trace.next_cost = cost
                 break
+            trace.cost = cost
             step = _step(choice, trace.removals, loss, resolved, scoring)
             trace.steps.append(step)
             trace.removals = choice.removals
@@ -367,7 +389,7 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
             if isinstance(target, SizeTarget) and target.met(trace.removals):
                 break
     except UnsupportedModelError as error:
-        if not isinstance(target, LossTarget):
+        if isinstance(target, SizeTarget | None):
             raise
         notify(Notice(f"The search stops here: {error.message}"))
     notify(TaskFinished(SEARCH_TASK))
@@ -495,8 +517,8 @@ def _target_record(
     target: Target | None, dense: DenseRecord, trace: SearchTrace, timer: SpeedupTimer
 ) -> TargetRecord | None:
     """Return the target and what was reached; time a speedup again, without the removed blocks."""
-    if isinstance(target, LossTarget):
-        return target.record(math.log(trace.steps[-1].perplexity) - dense.loss, trace.next_increase)
+    if isinstance(target, LossTarget | TaskTarget):
+        return target.record(trace.cost, trace.next_cost)
     if target is None or target.name in ("ratio", "remove"):
         return None
     return timer.record(target, trace.removals) if target.name == "target_speedup" else target.record(trace.removals)

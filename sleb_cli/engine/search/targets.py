@@ -30,7 +30,12 @@ _NEEDS: Mapping[str, TargetName] = {
 """Options that refine one target, and that target."""
 
 
-_LEAST: Mapping[TargetName, float] = {"target_speedup": 1.01, "max_loss_increase": 0, "max_perplexity_ratio": 1}
+_LEAST: Mapping[TargetName, float] = {
+    "target_speedup": 1.01,
+    "max_loss_increase": 0,
+    "max_perplexity_ratio": 1,
+    "max_task_drop": 0,
+}
 """The smallest numbers that make sense."""
 
 
@@ -156,7 +161,30 @@ class LossTarget:
         )
 
 
-Target = SizeTarget | LossTarget
+@dataclass(frozen=True)
+class TaskTarget:
+    """Stop before the removal without which a task may lose too much.
+
+    Attributes:
+        name: the field of the request.
+        asked: what the user wrote.
+        task: the task's name, or its YAML file.
+        items: the most items to measure; None for all.
+        most: the largest drop, a share of the items.
+    """
+
+    name: TargetName
+    asked: str
+    task: str
+    items: int | None
+    most: float
+
+    def record(self, drop: float, next_drop: float | None) -> TargetRecord:
+        """Return what was reached."""
+        return TargetRecord(name=self.name, asked=self.asked, limit=self.most, dense=0.0, reached=drop, next=next_drop)
+
+
+Target = SizeTarget | LossTarget | TaskTarget
 
 
 def resolve_target(request: TargetRequest, architecture: Architecture, dtype: str, notify: Notify) -> Target | None:
@@ -181,6 +209,8 @@ def resolve_target(request: TargetRequest, architecture: Architecture, dtype: st
         return SizeTarget(name, asked, sizes, most, lambda n: f"{format_count(n)} parameters")
     if name == "target_memory":
         return _memory_target(request, architecture, dtype, notify)
+    if name == "max_task_drop":
+        return _task_target(asked)
     number = parse_number(asked, name)
     return None if name == "target_speedup" else LossTarget(name, asked, number)
 
@@ -204,6 +234,18 @@ def _memory_target(request: TargetRequest, architecture: Architecture, dtype: st
     return SizeTarget("target_memory", str(request.target_memory), weights + cache, most, format_bytes, serving)
 
 
+def _task_target(asked: str) -> TaskTarget:
+    task, _, drop = asked.rpartition(":")
+    named, _, items = task.rpartition(":")
+    if not items.isdecimal():
+        named, items = task, ""
+    if not named or items == "0":
+        raise UsageError(
+            f"--max-task-drop {asked} is not TASK[:ITEMS]:DROP.", hint="For example: --max-task-drop piqa:0.02."
+        )
+    return TaskTarget("max_task_drop", asked, named, int(items) if items else None, parse_number(drop, "max_task_drop"))
+
+
 def parse_number(text: str, name: TargetName) -> float:
     """Read the number of a target; "1.25x" is 1.25.
 
@@ -216,7 +258,9 @@ def parse_number(text: str, name: TargetName) -> float:
         number = math.nan
     least = _LEAST[name]
     if not (least <= number < math.inf):
-        raise UsageError(f"{option_of(name)} {text} is not a number of {least:g} or more.", hint="For example: 1.25.")
+        raise UsageError(
+            f"{option_of(name)} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
+        )
     return number
 
 

@@ -1,0 +1,77 @@
+"""How much of a task the model loses without some blocks, on as many items as decide whether that is too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
+from sleb_cli.engine.quality.task_metric import load_task
+from sleb_cli.engine.quality.tasks import Results, compare_task
+from sleb_cli.engine.search.scoring import Scoring
+from sleb_cli.engine.search.targets import TaskTarget
+from sleb_cli.events import Notice
+from sleb_cli.results import TaskResult, main_metric
+from sleb_cli.units import plural
+from sleb_plugins import UsageError
+
+FIRST_ITEMS = 100
+"""On so many items the task is run first; they double until they decide, or until there are no more."""
+
+
+@dataclass
+class TaskDrop:
+    """Compares a task on the dense model and without blocks, item by item."""
+
+    target: TaskTarget
+    scoring: Scoring
+    _tasks: dict[int, LoadedTask] = field(default_factory=dict)
+    _dense: dict[int, Results] = field(default_factory=dict)
+
+    def measure(self, removals: tuple[int, ...]) -> tuple[float, bool]:
+        """Return the drop without these blocks, and whether its 95% interval is within the target.
+
+        If all items leave that open, it is not.
+
+        Raises:
+            UsageError: the task has no accuracy that can be compared by items.
+        """
+        count, asked = FIRST_ITEMS, self.target.items
+        while True:
+            count = min(count, asked) if asked else count
+            result = self._compared(count, removals)
+            found, items = result.pruned[0], len(result.doc_ids)
+            ends = found.difference_interval
+            assert ends is not None
+            if -ends.low <= self.target.most or -ends.high > self.target.most or items < count or count == asked:
+                break
+            count *= 2
+        within = -ends.low <= self.target.most
+        self.scoring.notify(
+            Notice(
+                f"{self.target.task} without {plural(len(removals), 'block')}: {found.difference:+.4f} (95% interval "
+                f"{ends.low:+.4f} to {ends.high:+.4f}) on {plural(items, 'item')}"
+                f"{'' if within else ', not within the target'}."
+            )
+        )
+        return -found.difference, within
+
+    def _compared(self, count: int, removals: tuple[int, ...]) -> TaskResult:
+        if count not in self._dense:
+            self._dense[count] = self._run(count, ())
+        results = compare_task(self._dense[count], [(removals, self._run(count, removals))])
+        compared = [each for each in results if each.pruned[0].difference_interval and each.doc_ids]
+        if len({each.task for each in compared}) != 1 or not (best := main_metric(compared)).higher_is_better:
+            raise UsageError(
+                f"{self.target.task} is not one task whose items are right or wrong, as --max-task-drop needs.",
+                hint="Name a task such as piqa.",
+            )
+        return best
+
+    def _run(self, count: int, removals: tuple[int, ...]) -> Results:
+        if count not in self._tasks:
+            self._tasks[count] = load_task(self.target.task, count)
+        scoring, what = self.scoring, f"{len(removals)} removed" if removals else "dense"
+        scoring.skippable.skip(removals)
+        return self._tasks[count].run(
+            scoring.skippable.model, scoring.tokenizer, what, scoring.notify, scoring.group, models=1
+        )
