@@ -523,8 +523,10 @@ class Plan(VersionedRecord):
         """Return the plan as a checkpoint holds it: with the names of local models and texts, but not their folders."""
         model = self.model.model_copy(update={"id": without_folders(self.model.id)})
         terms = {_metric_without_folders(name): record for name, record in self.search.metrics.items()}
+        target = self.search.target
+        target = target and target.model_copy(update={"asked": target.asked.rpartition("/")[2]})  # it may name a file
         search = self.search.model_copy(
-            update={"metric": _metric_without_folders(self.search.metric), "metrics": terms}
+            update={"metric": _metric_without_folders(self.search.metric), "metrics": terms, "target": target}
         )
         calibration = _without_folders(self.calibration)
         recovery = self.recovery and self.recovery.published()
