@@ -163,6 +163,7 @@ REFUSED = [
     (("--max-task-drop", "piqa"), 2, "--max-task-drop piqa is not TASK[:ITEMS]:DROP"),
     (("--max-task-drop", "piqa:0:0.1"), 2, "--max-task-drop piqa:0:0.1 is not TASK[:ITEMS]:DROP"),
     (("--max-task-drop", "piqa:-0.1"), 2, "--max-task-drop -0.1 is not a number of 0 or more"),
+    (("--max-task-drop", "nowhere.yaml:0.1"), 5, "The task file nowhere.yaml cannot be read"),
     (("--max-task-drop", "piqa:0.1", "--strategy", "refine"), 2, "so it may miss --max-task-drop"),
     (("--max-task-drop", "piqa:0.1", "--stream"), 2, "--max-task-drop runs the whole model, but it is streamed"),
     # Held-out sequences.

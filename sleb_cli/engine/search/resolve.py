@@ -21,7 +21,6 @@ from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, 
 from sleb_cli.engine.search.targets import (
     SizeTarget,
     Target,
-    TaskTarget,
     chosen_target,
     option_of,
     resolve_target,
@@ -223,16 +222,7 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
     if resolved.strategy_name == "contiguous":
         candidates = longest_run(candidates)
     most = min(len({*candidates, *gone}), blocks - 1)
-    if isinstance(target, TaskTarget):
-        if resolved.strategy_name == "refine":
-            raise UsageError(
-                "--strategy refine swaps blocks after the last one is chosen, so it may miss --max-task-drop.",
-                hint="Use --strategy greedy, or --remove.",
-            )
-        limit = f"{target.task} may lose more than {target.most:g}"
-    else:
-        limit = f"the loss is more than {target.most:.4f} nats per token above the dense model's"
-    notify(Notice(f"The search removes up to {most} blocks, and stops before {limit}."))
+    notify(Notice(f"The search removes up to {most} blocks, and stops before {target.beyond}."))
     return replace(resolved, target=target, remove=most)
 
 
@@ -302,6 +292,11 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
         raise UsageError(
             f"--strategy {strategy} compares sets of blocks, and {metric.name} scores single blocks.",
             hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
+        )
+    if request.max_task_drop is not None and strategy == "refine":
+        raise UsageError(
+            "--strategy refine swaps blocks after the last one is chosen, so it may miss --max-task-drop.",
+            hint="Use --strategy greedy, or --remove.",
         )
     if request.beam_width is not None and strategy != "beam":
         raise UsageError(f"--beam-width does not apply to --strategy {strategy}.", hint="Leave it out.")

@@ -332,14 +332,10 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
         return replace(refined, next_cost=greedy.next_cost)
     trace = _run_steps(resolved, dense, scoring)
     if not isinstance(target, SizeTarget | None) and len(trace.removals) == len(resolved.gone):
-        removal = f"The {'next' if resolved.gone else 'first'} removal would"
-        cost = (
-            f"raise the loss {trace.next_cost:.4f} nats per token above the dense model's"
-            if isinstance(target, LossTarget)
-            else f"cost {trace.next_cost:.4f} of {target.task}, or too few items show that it costs less"
-        )
+        assert trace.next_cost is not None
         raise UsageError(
-            f"{removal} {cost}; the limit is {target.most:.4f}.",
+            f"The {'next' if resolved.gone else 'first'} removal would {target.describe(trace.next_cost)}; the limit "
+            f"is {target.most:.4f}.",
             hint=f"Increase {option_of(target.name)}. With --resume, no block is scored again.",
         )
     return trace

@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import accumulate
 
 from sleb_cli.engine.device import dtype_name, parse_dtype
 from sleb_cli.engine.model.architecture import Architecture
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters, stored_bytes
+from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
+from sleb_cli.engine.quality.task_metric import load_task
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
 from sleb_cli.requests import DEFAULT_SERVE_BATCH, DEFAULT_SERVE_LENGTH, TARGET_NAMES, TargetName, TargetRequest
 from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, plural
 from sleb_plugins import UsageError
+
+FIRST_ITEMS = 100
+"""On so many items a task is run first; they double until they decide, or until there are no more."""
 
 _NEEDS: Mapping[str, TargetName] = {
     "serve_dtype": "target_memory",
@@ -144,6 +149,15 @@ class LossTarget:
         """The largest allowed increase of the loss over the dense model's, in nats per token."""
         return math.log(self.limit) if self.name == "max_perplexity_ratio" else self.limit
 
+    @property
+    def beyond(self) -> str:
+        """What the search stops before."""
+        return f"the loss is more than {self.most:.4f} nats per token above the dense model's"
+
+    def describe(self, increase: float) -> str:
+        """Say what a removal would do."""
+        return f"raise the loss {increase:.4f} nats per token above the dense model's"
+
     def record(self, increase: float, next_increase: float | None) -> TargetRecord:
         """Return what was reached, in the unit of the target: nats per token, or a ratio of perplexities."""
         is_ratio = self.name == "max_perplexity_ratio"
@@ -178,6 +192,22 @@ class TaskTarget:
     task: str
     items: int | None
     most: float
+    _loaded: dict[int, LoadedTask] = field(default_factory=dict, compare=False)
+
+    def load(self, items: int) -> LoadedTask:
+        """Return the task's first items, loaded once; raises like `load_task`."""
+        if items not in self._loaded:
+            self._loaded[items] = load_task(self.task, items)
+        return self._loaded[items]
+
+    @property
+    def beyond(self) -> str:
+        """What the search stops before."""
+        return f"{self.task} may lose more than {self.most:g}"
+
+    def describe(self, drop: float) -> str:
+        """Say what a removal would do."""
+        return f"cost {drop:.4f} of {self.task}, or too few items show that it costs less"
 
     def record(self, drop: float, next_drop: float | None) -> TargetRecord:
         """Return what was reached."""
@@ -243,7 +273,10 @@ def _task_target(asked: str) -> TaskTarget:
         raise UsageError(
             f"--max-task-drop {asked} is not TASK[:ITEMS]:DROP.", hint="For example: --max-task-drop piqa:0.02."
         )
-    return TaskTarget("max_task_drop", asked, named, int(items) if items else None, parse_number(drop, "max_task_drop"))
+    most = parse_number(drop, "max_task_drop")
+    target = TaskTarget("max_task_drop", asked, named, int(items) if items else None, most)
+    target.load(min(FIRST_ITEMS, target.items or FIRST_ITEMS))  # an unknown task is refused before the search
+    return target
 
 
 def parse_number(text: str, name: TargetName) -> float:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sleb_cli.engine.quality.lm_eval_tasks import LoadedTask
-from sleb_cli.engine.quality.task_metric import load_task
 from sleb_cli.engine.quality.tasks import Results, compare_task
 from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.engine.search.targets import TaskTarget
+from sleb_cli.engine.search.targets import FIRST_ITEMS, TaskTarget
 from sleb_cli.events import Notice
 from sleb_cli.results import TaskResult, main_metric
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
-
-FIRST_ITEMS = 100
-"""On so many items the task is run first; they double until they decide, or until there are no more."""
 
 
 @dataclass
@@ -24,7 +19,6 @@ class TaskDrop:
 
     target: TaskTarget
     scoring: Scoring
-    _tasks: dict[int, LoadedTask] = field(default_factory=dict)
     _dense: dict[int, Results] = field(default_factory=dict)
 
     def measure(self, removals: tuple[int, ...]) -> tuple[float, bool]:
@@ -68,10 +62,8 @@ class TaskDrop:
         return best
 
     def _run(self, count: int, removals: tuple[int, ...]) -> Results:
-        if count not in self._tasks:
-            self._tasks[count] = load_task(self.target.task, count)
         scoring, what = self.scoring, f"{len(removals)} removed" if removals else "dense"
         scoring.skippable.skip(removals)
-        return self._tasks[count].run(
+        return self.target.load(count).run(
             scoring.skippable.model, scoring.tokenizer, what, scoring.notify, scoring.group, models=1
         )
