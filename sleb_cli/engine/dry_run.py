@@ -143,7 +143,7 @@ def dry_apply(request: ApplyRequest, registry: Registry, notify: Notify) -> DryR
     if subject.architecture.source.config_only:
         raise ModelError(
             f"The weights of {subject.architecture.source.id} are not here, so what would be written is not known.",
-            hint="Download the model first: hf download.",
+            hint="Download it first (`hf download`), or for a GGUF file leave out --dry-run.",
         )
     planned, *_ = plan_files(subject.surgery, asked.to.place, asked.dtype, asked.shard_bytes)
     names = names_in_checkpoint(subject, planned, recovers=asked.to.recovery is not None)

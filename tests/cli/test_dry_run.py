@@ -214,10 +214,24 @@ def test_compared_searches_are_counted_together(run_sleb, commands):
     assert int(both.split()[0]) == 2 * int(one.split()[0])
 
 
-def test_nothing_is_converted_for_it(run_sleb, tmp_path, tiny_llama):
+def test_a_gguf_file_is_not_converted_for_it(run_sleb, tmp_path, text_file):
+    write_llama_gguf(tmp_path / "a.gguf", blocks=4)
+    command = ("search", "a.gguf", "--remove", 1, "--calibration", text_file, "--samples", 4, *TEXT)
+    data = planned(run_sleb, *command)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert run_sleb("bench", "a.gguf", "--estimate").exit_code == 0
+    assert run_sleb("apply", "a.gguf", "--blocks", "1", "-o", "out", "--dry-run").exit_code == 4
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert run_sleb(*command).exit_code == 0
+    again = planned(run_sleb, *command, "--force")
+    ignored = {"seconds", "free_bytes"}
+    assert {k: v for k, v in data.items() if k not in ignored} == {k: v for k, v in again.items() if k not in ignored}
+
+
+def test_the_demo_is_not_downloaded_for_it(run_sleb, tmp_path, tiny_llama):
     result = run_sleb("search", "demo", "--remove", 1, "--dry-run")
     assert result.exit_code == 2
-    assert "--dry-run writes nothing" in result.stderr
+    assert "--dry-run downloads none" in result.stderr
     assert not (tmp_path / "cache").exists()
     assert run_sleb("bench", tiny_llama, "--estimate", "--dry-run").exit_code == 2
 

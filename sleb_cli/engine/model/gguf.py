@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sleb_cli.engine.device import CPU, free_bytes
-from sleb_cli.engine.files.cache import cached_folder
+from sleb_cli.engine.files.cache import cache_root, cached_folder
 from sleb_cli.engine.files.fingerprint import Watch, fingerprint_files
 from sleb_cli.engine.gguf.file import ARRAY, GgufFile, read_gguf, with_items, write_gguf
 from sleb_cli.engine.gguf.llama_cpp import plain_name
@@ -38,20 +38,27 @@ _UNQUANTIZED: dict[int, torch.dtype] = {
 }
 
 
-def gguf_folder(path: Path, notify: Notify, *, dry: bool = False) -> Path:
-    """Return the Hugging Face folder of a GGUF file, converted on first use, unless `dry`, and kept in the cache.
+def gguf_folder(path: Path, notify: Notify, *, config_only: bool = False) -> Path:
+    """Return the Hugging Face folder of a GGUF file, converted on first use and kept in the cache.
+
+    With `config_only`, the folder may lack the weights.
 
     Raises:
         ModelError: the file is truncated or not a GGUF file, or transformers cannot read its architecture.
     """
     watch = Watch()
     watch.add(path)
+    name = f"gguf-{_conversion(path)[:16]}"
+    alone = config_only and not (cache_root() / name).is_dir()
 
     def fill(folder: Path) -> None:
         with watch.unchanged():
-            convert_gguf(path, folder, notify)
+            if alone:
+                _convert_config(path, folder, notify)
+            else:
+                convert_gguf(path, folder, notify)
 
-    return cached_folder(f"gguf-{_conversion(path)[:16]}", fill, dry=dry)
+    return cached_folder(f"{name}-config" if alone else name, fill)
 
 
 def _conversion(path: Path) -> str:
@@ -67,12 +74,9 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
     with task(notify, f"Converting {path.name}", 4, "steps") as advance:
         file = read_gguf(path)
         dtype = _require_convertible(file)
+        _require_memory(file, dtype)
         advance()
-        with translate_transformers_errors(f"the tokenizer in {path}"):
-            # The absolute path, because a file of the same name in the working directory would take precedence.
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                path.parent, trust_remote_code=False, gguf_file=str(path.absolute())
-            )
+        tokenizer = _read_tokenizer(path)
         advance()
         with _without_vocabulary(file, folder.parent) as slim:
             model = _load(file, slim, dtype)
@@ -86,6 +90,32 @@ def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
         _write_card(file, folder)
+
+
+def _convert_config(path: Path, folder: Path, notify: Notify) -> None:
+    """Write what comes without the weights to `folder`."""
+    with task(notify, f"Reading the config in {path.name}"):
+        config = _read_config(file := read_gguf(path), path)
+        config.dtype = _require_convertible(file)
+        config.save_pretrained(folder)
+        _read_tokenizer(path).save_pretrained(folder)
+
+
+def _read_tokenizer(path: Path) -> Any:
+    with translate_transformers_errors(f"the tokenizer in {path}"):
+        # The absolute path, because a file of the same name in the working directory would take precedence.
+        return AutoTokenizer.from_pretrained(path.parent, trust_remote_code=False, gguf_file=str(path.absolute()))
+
+
+def _read_config(file: GgufFile, copy: Path) -> Any:
+    """Read the config of a file from it, or from its copy without vocabulary."""
+    with translate_transformers_errors(f"the config in {file.path}"):
+        config: Any = AutoConfig.from_pretrained(
+            file.path.parent, trust_remote_code=False, gguf_file=str(copy.absolute())
+        )
+    if config.vocab_size == _FEW and (tokens := file.get("tokenizer.ggml.tokens")):
+        config.vocab_size = len(tokens)
+    return config
 
 
 _FEW = 2
@@ -112,16 +142,13 @@ def _without_vocabulary(file: GgufFile, place: Path) -> Iterator[Path]:
 
 def _load(file: GgufFile, slim: Path, dtype: torch.dtype) -> Any:
     """Load the model of a file from its copy without vocabulary."""
-    folder, options = file.path.parent, {"gguf_file": str(slim.absolute()), "trust_remote_code": False}
-    with translate_transformers_errors(f"the config in {file.path}"):
-        config: Any = AutoConfig.from_pretrained(folder, **options)
-    if config.vocab_size == _FEW and (tokens := file.get("tokenizer.ggml.tokens")):
-        config.vocab_size = len(tokens)
+    config = _read_config(file, slim)
+    options: dict[str, Any] = {"gguf_file": str(slim.absolute()), "trust_remote_code": False}
     if hasattr(transformers, "GgufConfig"):  # versions with it may leave the weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # transformers draws a progress bar here that no setting turns off.
     with translate_transformers_errors(f"the weights in {file.path}"), redirect_stderr(StringIO()):
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
+        return AutoModelForCausalLM.from_pretrained(file.path.parent, config=config, dtype=dtype, **options)
 
 
 def _write_card(file: GgufFile, folder: Path) -> None:
@@ -141,7 +168,7 @@ def transformers_knows(architecture: str) -> bool:
 
 
 def _require_convertible(file: GgufFile) -> torch.dtype:
-    """Check that the file is of a known architecture, complete, and fits into memory; return its data type."""
+    """Check that the file is of a known architecture and complete; return its data type."""
     if not transformers_knows(file.architecture):
         raise UnsupportedModelError(
             f"transformers cannot read GGUF files of the architecture {file.architecture!r}.",
@@ -149,11 +176,13 @@ def _require_convertible(file: GgufFile) -> torch.dtype:
         )
     require_blocks(file)  # transformers trusts the file's number of blocks
     types = {tensor.type for tensor in file.tensors if len(tensor.shape) > 1}
-    dtype = _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+    return _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+
+
+def _require_memory(file: GgufFile, dtype: torch.dtype) -> None:
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
     if needed > free:
         raise MachineError(
             f"Unpacking {file.path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} are free.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )
-    return dtype

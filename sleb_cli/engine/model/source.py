@@ -142,7 +142,7 @@ def locate_model(
 ) -> ModelSource:
     """Find the model, and download it if it is not on this machine: all of it, or its config alone.
 
-    With `dry`, no weights are downloaded, and nothing is converted.
+    With `dry`, no weights are downloaded or converted.
 
     Raises:
         UsageError: `revision` is set for a model that is not from the Hub.
@@ -162,7 +162,7 @@ def locate_model(
     elif is_gguf:
         from sleb_cli.engine.model.gguf import gguf_folder
 
-        name, folder = str(path.absolute()), gguf_folder(path, notify, dry=dry)
+        name, folder = str(path.absolute()), gguf_folder(path, notify, config_only=config_only or dry)
     elif path.is_dir():
         folder = path.resolve()
         name = require_text(str(folder))
@@ -171,7 +171,7 @@ def locate_model(
     else:
         folder = _download(model, revision, notify, config_only=config_only or dry)
         name, revision = model, folder.name
-        config_only = config_only or (dry and not has_weights(folder))
+    config_only = config_only or (dry and not path.is_dir() and not has_weights(folder))
     source = ModelSource(name, folder, revision, trust_remote_code, config_only)
     _require_own_files(source.folder)
     _require_whole_model(source)
