@@ -230,7 +230,9 @@ def test_a_recovered_file_that_fails_its_proof_is_kept(recovered, tmp_path, monk
 )
 def test_a_recovered_file_keeps_bytes_and_packs_new_values(recovered, tmp_path, source, type_, packed, options):
     write_llama_gguf(source, 6, type_)
-    result = json.loads(recovered("--recover", *options, "--json").stdout)
+    run = recovered("--recover", *options, "--json")
+    result = json.loads(run.stdout)
+    assert ("shrinks it" in run.stderr) == ((tmp_path / "small.gguf").stat().st_size >= source.stat().st_size)
     assert result["recovery"]["pruned"]["divergence"] > 0
     assert (result["proof"]["reference"], result["proof"]["logits_difference"]) == ("recovered", 0)
     before, after = tensors_of(source), tensors_of(tmp_path / "small.gguf")

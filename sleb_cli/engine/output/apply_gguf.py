@@ -71,6 +71,7 @@ def prune_gguf(
         if recovered:
             pruned = surgery.pruned(recovered.packed)
             require_space(to.place, gguf_size(pruned))
+            _warn_of_size(gguf_size(pruned), gguf_size(file), notify)
         _write(pruned, aside, notify)
         proof: Proof | None = None
         unproven: str | None = "--no-verify"
@@ -115,6 +116,16 @@ def _repacked(file: GgufFile, packed: Iterable[GgufTensor]) -> tuple[RepackedTen
         RepackedTensors(before=_type_name(was), type=_type_name(now), tensors=len(of_type), bytes=sum(of_type))
         for (was, now), of_type in sizes.items()
     )
+
+
+def _warn_of_size(now: int, before: int, notify: Notify) -> None:
+    if now >= before:
+        notify(
+            Notice(
+                f"The file takes {format_bytes(now)}, the original {format_bytes(before)}: new values are in Q8_0, "
+                "larger and slower. `llama-quantize --allow-requantize` shrinks it, and gives up part of the recovery."
+            )
+        )
 
 
 def _type_name(type_: int) -> str:

@@ -235,7 +235,7 @@ class Healing:
         else:
             self.progress.stale += 1
         if self.progress.steps:
-            self.notify(HealChecked(self._share(), self.loss, found))
+            self.notify(HealChecked(min(1.0, self._share()), self.loss, found))
 
     @torch.inference_mode()
     def _divergence(self) -> float:
