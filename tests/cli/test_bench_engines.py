@@ -4,6 +4,7 @@ import json
 import sys
 import tempfile
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from conftest import weights_of
 from gguf_models import write_llama_gguf
 from sleb_cli.engine.gguf.file import read_gguf
 from sleb_cli.engine.gguf.surgery import block_count
+from sleb_cli.engine.speed.engines import vllm
 from sleb_cli.plan import read_plan
 
 SHORT = ["--batch-size", 2, "--prompt-length", 8, "--new-tokens", 3, "--iterations", 4, "--warmup", 1]
@@ -143,6 +145,16 @@ def test_an_engine_that_is_missing_or_broken(bench, tiny_llama, monkeypatch, tmp
     monkeypatch.delitem(sys.modules, "llama_cpp")
     said = bench(tiny_llama, "--engine", "llama.cpp", code=7).stderr
     assert "llama.cpp is installed, but does not load: libgomp.so.1" in said
+
+
+def test_vllm_shares_what_is_free_of_a_cpu(monkeypatch):
+    free = 20.0
+    monkeypatch.setattr(vllm.psutil, "virtual_memory", lambda: SimpleNamespace(available=free, total=32.0))
+    first = 32.0 * vllm._memory_share("cpu", 2, 0)
+    free -= first
+    second = 32.0 * vllm._memory_share("cpu", 2, 1)
+    assert first == pytest.approx(9)
+    assert 9 <= second < free
 
 
 needs_llama_cpp = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")

@@ -17,7 +17,7 @@ from sleb_plugins.engine import EngineSettings, LoadedModel, TimedRun
 from sleb_plugins.errors import MachineError
 
 _MEMORY_SHARE = 0.9
-"""The share of a GPU's memory that vLLM takes by default; of a CPU's, we let it take what is free."""
+"""The share of a GPU's memory, or of what is free of a CPU's, that all models take together: vLLM's default."""
 
 
 class Vllm(PackagedEngine):
@@ -27,6 +27,7 @@ class Vllm(PackagedEngine):
     description = "vLLM; reads checkpoints"
     reads = "checkpoint"
     title, module, extra = "vLLM", "vllm", "vllm"
+    _loaded = 0
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a checkpoint folder.
@@ -39,7 +40,9 @@ class Vllm(PackagedEngine):
         with translate_errors(
             lambda words: MachineError(f"vLLM does not start with {model.name}: {words}.", hint=hint)
         ):
-            return _LoadedCheckpoint(vllm, model, settings)
+            loaded = _LoadedCheckpoint(vllm, model, settings, self._loaded)
+        self._loaded = (self._loaded + 1) % settings.models
+        return loaded
 
     def imported(self) -> Any:
         """Return the module, which reads from the environment what it logs."""
@@ -48,7 +51,7 @@ class Vllm(PackagedEngine):
 
 
 class _LoadedCheckpoint(LoadedModel):
-    def __init__(self, vllm: Any, folder: Path, settings: EngineSettings) -> None:
+    def __init__(self, vllm: Any, folder: Path, settings: EngineSettings, loaded: int) -> None:
         from vllm.platforms import current_platform
 
         self._vllm = vllm
@@ -60,7 +63,7 @@ class _LoadedCheckpoint(LoadedModel):
             # vLLM generates at least one token, also after a prompt that is timed alone.
             max_model_len=settings.sequence_length + 1,
             max_num_seqs=settings.batch_size,
-            gpu_memory_utilization=_memory_share(self.device) / settings.models,
+            gpu_memory_utilization=_memory_share(self.device, settings.models, loaded),
             enable_prefix_caching=False,
             use_tqdm_on_load=False,
             skip_tokenizer_init=True,
@@ -91,9 +94,9 @@ class _LoadedCheckpoint(LoadedModel):
         del self._llm
 
 
-def _memory_share(device: str) -> float:
-    """Return the share of the device's memory that all models may take together; vLLM asks for it at the start."""
+def _memory_share(device: str, models: int, loaded: int) -> float:
+    """Return the share of the device's memory that the next of the models may take, weights and all; vLLM takes it."""
     if device != "cpu":
-        return _MEMORY_SHARE
+        return _MEMORY_SHARE / models
     memory = psutil.virtual_memory()
-    return _MEMORY_SHARE * 0.5 * memory.available / memory.total
+    return _MEMORY_SHARE * memory.available / memory.total / (models - loaded)
