@@ -97,8 +97,8 @@ class CalibrationRecord(Record):
 
 
 def checkpoint_name(base: str, blocks: int) -> str:
-    """Return what a checkpoint is called unless the user says otherwise."""
-    return f"{base}-sleb-{blocks}-blocks"
+    """Return what a checkpoint of a model, which may be a GGUF file, is called unless the user says otherwise."""
+    return f"{base.removesuffix('.gguf')}-sleb-{blocks}-blocks"
 
 
 def public_name(source: str) -> str:

@@ -118,6 +118,7 @@ def _lines(findings: Findings, pruning: Pruning, tokens: int) -> dict[str, str]:
         draft = str(findings.file.parent)
     speculative = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": tokens})
     # These names are of llama.cpp since May 2026 (ggml-org/llama.cpp, pull requests 22397 and 22964).
+    dense = f"{findings.short_model.removesuffix('.gguf')}.gguf"
     drafting = ["-md", f"{Path(draft).name}.gguf", "--spec-type", "draft-simple", "--spec-draft-n-max", str(tokens)]
     return {
         "transformers": (
@@ -126,5 +127,5 @@ def _lines(findings: Findings, pruning: Pruning, tokens: int) -> dict[str, str]:
             "model.generate(**inputs, assistant_model=draft)"
         ),
         "vLLM": shlex.join(["vllm", "serve", model, "--speculative-config", speculative]),
-        "llama.cpp": shlex.join(["llama-server", "-m", f"{findings.short_model}.gguf", *drafting]),
+        "llama.cpp": shlex.join(["llama-server", "-m", dense, *drafting]),
     }

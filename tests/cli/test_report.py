@@ -493,6 +493,15 @@ def test_a_draft_pays_if_more_is_kept_than_its_tokens_cost(exported, tmp_path):
     assert json.loads(exported("draft", "--json").stdout)["document"]["accepted"] == 0.9
 
 
+def test_a_draft_of_a_gguf_file_has_the_names_of_the_files(exported, tmp_path):
+    plan = make_plan(12, 6)
+    model = plan.model.model_copy(update={"id": "/models/tiny.gguf"})
+    write_measured(tmp_path, plan.model_copy(update={"model": model}))
+    lines = json.loads(exported("draft", "--json").stdout)["document"]["lines"]
+    assert "-m tiny.gguf -md tiny-sleb-6-blocks.gguf" in lines["llama.cpp"]
+    assert 'from_pretrained("tiny-sleb-6-blocks")' in lines["transformers"]
+
+
 @pytest.mark.parametrize("cost", [0.05, 0.3, 0.6, 0.95])
 def test_the_best_draft_is_the_fastest_of_all_lengths(cost):
     for accepted in (0.0, 0.2, 0.5, 0.8, 1.0):

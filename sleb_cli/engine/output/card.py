@@ -51,8 +51,7 @@ def fill_in_results(folder: Path, notify: Notify) -> None:
     if begin and end:
         plan = read_plan(folder / CHECKPOINT_PLAN)
         measured = measured_in(folder, plan, notify)
-        base = without_folders(plan.model.id).removesuffix(".gguf")
-        name = checkpoint_name(base, plan.model.blocks - len(plan.removals))
+        name = checkpoint_name(without_folders(plan.model.id), plan.model.blocks - len(plan.removals))
         results = "\n".join([BEGIN, *results_section(measured), END])
         write_text(path, with_results(f"{before}{results}{after}", name, hub_results(measured)))
 
