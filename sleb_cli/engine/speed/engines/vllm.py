@@ -27,7 +27,8 @@ class Vllm(PackagedEngine):
     description = "vLLM; reads checkpoints"
     reads = "checkpoint"
     title, module, extra = "vLLM", "vllm", "vllm"
-    _loaded = 0
+    loaded = 0
+    """How many models are in memory now."""
 
     def load(self, model: Path, settings: EngineSettings) -> LoadedModel:
         """Load a checkpoint folder.
@@ -40,9 +41,7 @@ class Vllm(PackagedEngine):
         with translate_errors(
             lambda words: MachineError(f"vLLM does not start with {model.name}: {words}.", hint=hint)
         ):
-            loaded = _LoadedCheckpoint(vllm, model, settings, self._loaded)
-        self._loaded = (self._loaded + 1) % settings.models
-        return loaded
+            return _LoadedCheckpoint(self, vllm, model, settings)
 
     def imported(self) -> Any:
         """Return the module, which reads from the environment what it logs."""
@@ -51,10 +50,10 @@ class Vllm(PackagedEngine):
 
 
 class _LoadedCheckpoint(LoadedModel):
-    def __init__(self, vllm: Any, folder: Path, settings: EngineSettings, loaded: int) -> None:
+    def __init__(self, engine: Vllm, vllm: Any, folder: Path, settings: EngineSettings) -> None:
         from vllm.platforms import current_platform
 
-        self._vllm = vllm
+        self._engine, self._vllm = engine, vllm
         self._runs = 0
         self.device = str(current_platform.device_type)
         self._llm = vllm.LLM(
@@ -63,11 +62,12 @@ class _LoadedCheckpoint(LoadedModel):
             # vLLM generates at least one token, also after a prompt that is timed alone.
             max_model_len=settings.sequence_length + 1,
             max_num_seqs=settings.batch_size,
-            gpu_memory_utilization=_memory_share(self.device, settings.models, loaded),
+            gpu_memory_utilization=_memory_share(self.device, settings.models, engine.loaded),
             enable_prefix_caching=False,
             use_tqdm_on_load=False,
             skip_tokenizer_init=True,
         )
+        engine.loaded += 1
 
     def run(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> TimedRun:
         """Submit the prompts at once, and note when the last of them has each new token."""
@@ -92,6 +92,7 @@ class _LoadedCheckpoint(LoadedModel):
         if shutdown:
             shutdown()
         del self._llm
+        self._engine.loaded -= 1
 
 
 def _memory_share(device: str, models: int, loaded: int) -> float:
