@@ -48,17 +48,15 @@ def gguf_folder(path: Path, notify: Notify, *, config_only: bool = False) -> Pat
     """
     watch = Watch()
     watch.add(path)
-    name = f"gguf-{_conversion(path)[:16]}"
-    alone = config_only and not (cache_root() / name).is_dir()
+    name, convert = f"gguf-{_conversion(path)[:16]}", convert_gguf
+    if config_only and not (cache_root() / name).is_dir():
+        name, convert = f"{name}-config", _convert_config
 
     def fill(folder: Path) -> None:
         with watch.unchanged():
-            if alone:
-                _convert_config(path, folder, notify)
-            else:
-                convert_gguf(path, folder, notify)
+            convert(path, folder, notify)
 
-    return cached_folder(f"{name}-config" if alone else name, fill)
+    return cached_folder(name, fill)
 
 
 def _conversion(path: Path) -> str:

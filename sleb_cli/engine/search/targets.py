@@ -194,6 +194,11 @@ class TaskTarget:
     most: float
     _loaded: dict[int, LoadedTask] = field(default_factory=dict, compare=False)
 
+    @property
+    def first_items(self) -> int:
+        """On how many items the task is run first."""
+        return min(FIRST_ITEMS, self.items or FIRST_ITEMS)
+
     def load(self, items: int) -> LoadedTask:
         """Return the task's first items, loaded once; raises like `load_task`."""
         if items not in self._loaded:
@@ -275,7 +280,7 @@ def _task_target(asked: str) -> TaskTarget:
         )
     most = parse_number(drop, "max_task_drop")
     target = TaskTarget("max_task_drop", asked, named, int(items) if items else None, most)
-    target.load(min(FIRST_ITEMS, target.items or FIRST_ITEMS))  # an unknown task is refused before the search
+    target.load(target.first_items)  # an unknown task is refused before the search
     return target
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from sleb_cli.engine.quality.tasks import Results, compare_task
 from sleb_cli.engine.search.scoring import Scoring
-from sleb_cli.engine.search.targets import FIRST_ITEMS, TaskTarget
+from sleb_cli.engine.search.targets import TaskTarget
 from sleb_cli.events import Notice
 from sleb_cli.results import TaskResult, main_metric
 from sleb_cli.units import plural
@@ -29,16 +29,15 @@ class TaskDrop:
         Raises:
             UsageError: the task has no accuracy that can be compared by items.
         """
-        count, asked = FIRST_ITEMS, self.target.items
+        count, asked = self.target.first_items, self.target.items
         while True:
-            count = min(count, asked) if asked else count
             result = self._compared(count, removals)
             found, items = result.pruned[0], len(result.doc_ids)
             ends = found.difference_interval
             assert ends is not None
             if -ends.low <= self.target.most or -ends.high > self.target.most or items < count or count == asked:
                 break
-            count *= 2
+            count = min(2 * count, asked or 2 * count)
         within = -ends.low <= self.target.most
         self.scoring.notify(
             Notice(
