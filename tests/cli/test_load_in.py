@@ -4,6 +4,8 @@ import json
 from importlib import util
 
 import pytest
+import torch
+from torch import nn
 
 from conftest import llama_config, save_model
 from sleb_cli.engine.surgery import fewer_bits as packing
@@ -18,6 +20,17 @@ def test_a_missing_package_or_packed_weights_are_refused(search, tmp_path, monke
     config = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (model / "config.json").write_text(json.dumps(config))
     assert "is quantized already, so --load-in does not apply" in search(*asked, model=model, code=4).stderr
+
+
+def test_weights_that_are_not_packed_are_told():
+    block, told = nn.Linear(8, 8, bias=False), []
+    packed = nn.Parameter(torch.zeros(4, 8, dtype=torch.uint8), requires_grad=False)
+    block.register_parameter("of_4_bits", packed)
+    packing.report_unpacked([block, block], told.append)
+    assert "packs only 50% of the blocks' weights; weight and others stay" in told[0].text
+    del block.weight
+    packing.report_unpacked([block], told.append)
+    assert len(told) == 1
 
 
 @pytest.mark.skipif(util.find_spec("bitsandbytes") is None, reason="run pip install 'sleb[bitsandbytes]'")

@@ -16,6 +16,7 @@ from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.forward.streaming import choose_to_stream, stream_dense, streamed_bytes, weight_bytes
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.engine.surgery.fewer_bits import report_unpacked
 from sleb_cli.engine.surgery.loading import DeviceMap, load_dense
 from sleb_cli.events import Notice, Notify
 from sleb_cli.requests import AUTO, ApplyRequest, EvalRequest, SearchRequest
@@ -143,7 +144,10 @@ def open_dense(architecture: Architecture, placement: Placement, notify: Notify)
     for tensor in model.state_dict().values() if placement.rounded else ():
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(placement.rounded))
-    return SkippableModel(model, architecture.blocks_of(model), weights=_weights(model, architecture))
+    blocks = architecture.blocks_of(model)
+    if placement.load_in:
+        report_unpacked(blocks, notify)
+    return SkippableModel(model, blocks, weights=_weights(model, architecture))
 
 
 def _weights(model: Any, architecture: Architecture) -> BlockWeights | None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
 
 from sleb_cli.engine.model.architecture import Architecture
+from sleb_cli.events import Notice, Notify
 from sleb_plugins import MachineError, UnsupportedModelError
+
+MOST = 0.9
+"""A model of which less than this share is packed is reported."""
 
 
 def require_fewer_bits(architecture: Architecture) -> None:
@@ -41,3 +47,20 @@ def fewer_bits(bits: int, dtype: torch.dtype) -> Any:
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def report_unpacked(blocks: Iterable[nn.Module], notify: Notify) -> None:
+    """Tell if many of the blocks' weights were not packed: bitsandbytes packs linear layers, which experts often are not."""
+    packed, left = 0, {}
+    for block in blocks:
+        for name, weight in block.named_parameters():
+            if weight.is_floating_point():
+                left[name] = left.get(name, 0) + weight.numel()
+            else:
+                packed += weight.numel() * (2 if weight.dtype is torch.uint8 else 1)  # two weights of 4 bits in a byte
+    share = packed / max(1, packed + sum(left.values()))
+    if share < MOST:
+        largest = max(left, key=lambda name: left[name])
+        notify(
+            Notice(f"--load-in packs only {share:.0%} of the blocks' weights; {largest} and others stay as they are.")
+        )
