@@ -50,7 +50,7 @@ def fewer_bits(bits: int, dtype: torch.dtype) -> Any:
 
 
 def report_unpacked(blocks: Iterable[nn.Module], notify: Notify) -> None:
-    """Tell if many of the blocks' weights were not packed: bitsandbytes packs linear layers, which experts often are not."""
+    """Tell if much of the blocks was not packed: bitsandbytes packs linear layers, and experts often are none."""
     packed, left = 0, {}
     for block in blocks:
         for name, weight in block.named_parameters():
