@@ -2,16 +2,22 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
-from conftest import prose, write_task
+from conftest import prose, random_model, train_tokenizer, write_task
+from families import tiny_config
 from sleb_cli.engine.model.source import locate_model
-from sleb_cli.engine.quality.lm_eval_model import SlebLM
+from sleb_cli.engine.process_group import ProcessGroup
+from sleb_cli.engine.quality.lm_eval_model import LoadedModel, SlebLM
 from sleb_cli.engine.quality.tasks import load_requested
 from sleb_cli.engine.surgery.loading import load_tokenizer
 from sleb_cli.events import ignore
@@ -66,6 +72,27 @@ def test_lm_evals_own_command_agrees_with_ours_item_by_item(run_sleb, llama_plan
         found = items_of(samples)
         assert found[:3] == (doc_ids, hashes, right)
         assert found[3] == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mamba"])
+def test_texts_that_have_ended_leave_the_others_as_lm_eval_writes_them(monkeypatch, model_type):
+    model, tokenizer, runs = random_model(tiny_config(model_type)), train_tokenizer(bos=True), []
+    model.generation_config.eos_token_id = [1, *range(40, 52)]
+    draws, noise = random.Random(0), torch.randn(320, 320, generator=torch.Generator().manual_seed(0))
+    options = {"max_gen_toks": 24, "until": [" r", "e ", "\n"]}
+    asked = [Instance("generate_until", {}, (prose(3)[: draws.randint(5, 50)], options), at) for at in range(8)]
+    generate = model.generate
+
+    # The next token depends on the model and on the last one.
+    def watched(input_ids, **given):
+        runs.append(len(input_ids))
+        return generate(input_ids, logits_processor=[lambda ids, scores: scores + noise[ids[:, -1]]], **given)
+
+    monkeypatch.setattr(model, "generate", watched)
+    written = LoadedModel(model, tokenizer, 8, ("task", "dense"), ignore, ProcessGroup()).generate_until(asked)
+    assert runs[0] == 8 > max(runs[1:])
+    assert 0 < sum(answer.ended for answer in written) < 8
+    assert written == HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1).generate_until(asked)
 
 
 def test_sizes_and_blocks(llama_plan, tiny_llama):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from sleb_cli.engine.third_party import translate_errors
 from sleb_plugins import SlebError
+
+MOST_ENDED = 0.25
+"""When this share of the texts has ended, only the others are continued."""
 
 
 def generate(
@@ -33,6 +36,71 @@ def generate(
             return model.generate(prompt, generation_config=settings, **options)
     finally:
         model.generation_config = own
+
+
+def continue_each(
+    run: Callable[..., Any],
+    prompts: Tensor,
+    attended: Tensor,
+    new: int,
+    ended: Callable[[int], Callable[[Tensor], Tensor]],
+) -> list[Tensor]:
+    """Return the tokens that follow each prompt, [new tokens] each, and go on without the texts that have ended.
+
+    What is behind the end of a text is undefined.
+
+    Args:
+        run: transformers' `generate`, given a batch of tokens and the options of a run.
+        prompts: their tokens, padded on the left, [batch, positions].
+        attended: 1 for each that is no padding, of the same shape.
+        new: how many tokens follow, at most.
+        ended: given the size of a batch, returns what is called after every step with all new tokens, [batch, tokens],
+            and tells which texts have ended, bool [batch].
+    """
+    start, ids, cache = prompts.shape[1], prompts, dict[str, Any]()
+    written, rows = [prompts[0, :0]] * len(prompts), [*range(len(prompts))]
+    while rows and ids.shape[1] < start + new:
+        stop = _ManyEnded(start, ended(len(rows)))
+        found = run(
+            ids,
+            attention_mask=attended,
+            max_new_tokens=start + new - ids.shape[1],
+            stopping_criteria=StoppingCriteriaList([stop]),
+            return_dict_in_generate=True,
+            use_cache=True,
+            **cache,
+        )
+        for row, tokens in zip(rows, found.sequences[:, start:], strict=True):
+            written[row] = tokens
+        left = (~stop.ended).nonzero()[:, 0].to(ids.device)
+        rows = [rows[at] for at in left.tolist()]
+        ids = found.sequences[left]
+        attended = torch.nn.functional.pad(attended[left], (0, ids.shape[1] - attended.shape[1]), value=1)
+        cache = _cache_of(found, left)
+    return written
+
+
+class _ManyEnded(StoppingCriteria):  # type: ignore[misc]
+    """Stops when many texts have ended; `ended` tells which, bool [batch]."""
+
+    ended: Tensor
+
+    def __init__(self, start: int, have_ended: Callable[[Tensor], Tensor]) -> None:
+        self._start, self._have_ended = start, have_ended
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
+        self.ended = self._have_ended(input_ids[:, self._start :])
+        is_over = int(self.ended.sum()) >= MOST_ENDED * len(self.ended)
+        return torch.full((len(input_ids),), is_over, device=input_ids.device)
+
+
+def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
+    """Return the KV cache of these rows as an option of `generate`; none if it selects none, so they are read again."""
+    for name in ("cache", "past_key_values"):  # in transformers 5.24, and before
+        with suppress(AttributeError, NotImplementedError):
+            output.get(name).batch_select_indices(rows)
+            return {name: output[name]}
+    return {}
 
 
 @contextmanager

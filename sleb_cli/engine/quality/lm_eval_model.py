@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sleb_cli.engine.device import choose_device, dtype_name, input_device
 from sleb_cli.engine.forecast import announce, is_short, padded_tokens
 from sleb_cli.engine.forward.pace import seconds_of, seconds_per_token
 from sleb_cli.engine.forward.placement import place_model
-from sleb_cli.engine.model.generation import end_tokens
+from sleb_cli.engine.model.generation import continue_each, end_tokens
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_dense, load_pruned, load_tokenizer
 from sleb_cli.engine.surgery.subject import resolve_subject, with_recovered
@@ -183,12 +185,38 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         nothing = torch.full((1,), math.nan, dtype=self.model.dtype, device=inps.device)
         return nothing.expand(*inps.shape, self.model.config.get_text_config().vocab_size)
 
-    def _model_generate(self, context: Tensor, *rest: Any, **options: Any) -> Any:
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         # Sampled tokens depend on all that were sampled before, so one process writes them all.
         is_own = self._group.is_main if options.get("do_sample") else self._is_own_batch()
-        written = super()._model_generate(context, *rest, **options) if is_own else context
-        self._ended += torch.isin(written[:, context.shape[1] :], self._ends).any(1).tolist()
-        return written
+        written = self._continued(context, max_length, stop, options) if is_own else [context[0, :0]] * len(context)
+        self._ended += [bool(torch.isin(tokens, self._ends).any()) for tokens in written]
+        return torch.cat([context, pad_sequence(written, True, self.tokenizer.pad_token_id)], 1)
+
+    def _continued(self, context: Tensor, max_length: int, stop: list[str], options: dict[str, Any]) -> list[Tensor]:
+        """Return what the model writes after each prompt, up to a stop or further."""
+        start, attended, is_greedy = context.shape[1], options.pop("attention_mask"), not options.get("do_sample")
+        if (options.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
+            return list(
+                super()._model_generate(context, max_length, stop, attention_mask=attended, **options)[:, start:]
+            )
+        if is_greedy and not options.get("temperature"):  # as lm-eval takes them
+            options = {**options, "do_sample": False, "temperature": None}
+
+        def run(ids: Tensor, **more: Any) -> Any:
+            return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **more)
+
+        def ended(rows: int) -> Callable[[Tensor], Tensor]:
+            stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)
+
+            def have_ended(added: Tensor) -> Tensor:
+                for each in stops:
+                    each(added, None)
+                seen = torch.tensor([each.done_tracker for each in stops], dtype=torch.bool)
+                return seen.any(0) | torch.isin(added, self._ends).any(1).cpu()
+
+            return have_ended
+
+        return continue_each(run, context, attended, max_length - start, ended)
 
     def _detect_batch_size(self, *rest: Any, **options: Any) -> int:
         self._is_probing = True

@@ -24,7 +24,7 @@ from sleb_cli.version import __version__
 T = TypeVar("T")
 
 # Raise it when the numbers change but the key does not, between two versions of sleb.
-VERSION = 1
+VERSION = 2
 
 
 class Models:

@@ -51,7 +51,7 @@ def fewer_bits(bits: int, dtype: torch.dtype) -> Any:
 
 def report_unpacked(blocks: Iterable[nn.Module], notify: Notify) -> None:
     """Tell if much of the blocks was not packed: bitsandbytes packs linear layers, and experts often are none."""
-    packed, left = 0, {}
+    packed, left = 0, dict[str, int]()
     for block in blocks:
         for name, weight in block.named_parameters():
             if weight.is_floating_point():

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList
 
 from sleb_cli.engine.device import dtype_name, in_smaller_pieces, input_device
 from sleb_cli.engine.files.cache import KeptFiles
 from sleb_cli.engine.forecast import announce
-from sleb_cli.engine.model.generation import generate
+from sleb_cli.engine.model.generation import continue_each, generate
 from sleb_cli.engine.model.sampling import Sampler
 from sleb_cli.engine.third_party import our_code
 from sleb_cli.events import Advance, Notice, Notify, task
@@ -28,9 +28,6 @@ GIVE_TEXT = "Calibrate on a file or a data set: --calibration FILE."
 
 # A larger batch is faster, since it reads the weights once for all its sequences; the KV cache limits it.
 _MIN_BATCH, _MAX_BATCH, _TOKENS_PER_BATCH = 16, 64, 16384
-
-MOST_ENDED = 0.25
-"""When this share of the texts has ended, only the others are continued."""
 
 TIMED_TOKENS = 8
 """Tokens of each sequence after which it is told how long all will take, and over which the speed is measured."""
@@ -131,62 +128,34 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notif
         ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         attended = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
-        written, rows, cache = [list[int]() for _ in prompts], [*range(len(prompts))], dict[str, Any]()
         endings = torch.tensor(sorted(ends), dtype=torch.long, device=device)
 
-        def report(ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
-            """Report each token as it is generated, and stop where too many texts have ended."""
+        def have_ended(added: Tensor) -> Tensor:
+            """Report each token as it is generated."""
             with our_code():
                 times.append(time.perf_counter())
                 note = ""
                 if len(times) >= TIMED_TOKENS:
                     pace = (times[-1] - times[-TIMED_TOKENS]) / (TIMED_TOKENS - 1)
-                    note = f"{len(ids) / pace:,.0f} tokens per second"
+                    note = f"{len(added) / pace:,.0f} tokens per second"
                 if len(times) == TIMED_TOKENS:
                     seconds = pace * writing.rounds * writing.new * -(-writing.count // size)
                     announce(notify, f"{writing.what}: {writing.size} in {dtype_name(model.dtype)}", seconds, device)
-                advance(len(ids), note)
-                ended = int(torch.isin(ids[:, longest:], endings).any(1).sum())
-            return torch.full((len(ids),), ended >= MOST_ENDED * len(ids), device=ids.device)
+                advance(len(added), note)
+            return torch.isin(added, endings).any(1)
 
-        while rows and ids.shape[1] < longest + new:
+        def run(ids: Tensor, max_new_tokens: int, **options: Any) -> Any:
             greedy = GenerationConfig(
-                do_sample=False,
-                max_new_tokens=longest + new - ids.shape[1],
-                use_cache=True,
-                pad_token_id=0,
-                eos_token_id=sorted(ends) or None,
-                return_dict_in_generate=True,
+                do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=sorted(ends) or None
             )
-            found = generate(
-                model,
-                ids,
-                greedy,
-                refused,
-                attention_mask=attended,
-                logits_processor=LogitsProcessorList([Sampler(forbidden)]),
-                stopping_criteria=StoppingCriteriaList([report]),
-                **cache,
+            return generate(
+                model, ids, greedy, refused, logits_processor=LogitsProcessorList([Sampler(forbidden)]), **options
             )
-            for row, tokens in zip(rows, found.sequences[:, longest:].tolist(), strict=True):
-                written[row] = _until(tokens, ends)
-            unfinished = [at for at, row in enumerate(rows) if written[row][-1] not in ends]
-            rows = [rows[at] for at in unfinished]
-            ids = found.sequences[unfinished]
-            attended = torch.nn.functional.pad(attended[unfinished], (0, ids.shape[1] - attended.shape[1]), value=1)
-            cache = _cache_of(found, torch.tensor(unfinished, dtype=torch.long, device=device))
-        return written
+
+        written = continue_each(run, ids, attended, new, lambda rows: have_ended)
+        return [_until(tokens.tolist(), ends) for tokens in written]
 
     return more
-
-
-def _cache_of(output: Any, rows: Tensor) -> dict[str, Any]:
-    """Return the KV cache of these rows as an option of `generate`; none if it selects none, so they are read again."""
-    for name in ("cache", "past_key_values"):  # in transformers 5.24, and before
-        with suppress(AttributeError, NotImplementedError):
-            output.get(name).batch_select_indices(rows)
-            return {name: output[name]}
-    return {}
 
 
 def _until(tokens: list[int], ends: Collection[int]) -> list[int]:
