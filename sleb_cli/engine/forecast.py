@@ -58,11 +58,12 @@ def is_short(operations: float) -> bool:
     return operations <= LONG * SLOWEST
 
 
-def announce(notify: Notify, what: str, seconds: float, device: torch.device) -> None:
+def announce(notify: Notify, what: str, seconds: float, device: torch.device, *, may_end_early: bool = False) -> None:
     """Tell what is about to start and how long it will take, if that is long."""
     if seconds > LONG:
         where = "this CPU" if device.type == "cpu" else str(device)
-        notify(Notice(f"{what}: about {format_seconds(seconds)} on {where}."))
+        about = "at most" if may_end_early else "about"
+        notify(Notice(f"{what}: {about} {format_seconds(seconds)} on {where}."))
 
 
 def walk_passes(blocks: Sequence[int], candidates: Sequence[int], start: int = 0) -> int:

@@ -36,6 +36,7 @@ def announce_passes(
     forks: bool = True,
     processes: int = 1,
     besides: Callable[[], float] = lambda: 0.0,
+    may_end_early: bool = False,
 ) -> None:
     """Tell what is about to start and how long it will take, if that is long.
 
@@ -49,12 +50,14 @@ def announce_passes(
         forks: whether blocks can run on their own.
         processes: how many share the work.
         besides: returns the seconds of other work.
+        may_end_early: whether all of it may not be needed.
     """
     blocks, head, _ = map(sum, zip(*loads, strict=True))
     elements = sum(weight.numel() for weight in skippable.switches[0].block.parameters())
     if not is_short(2 * elements * (blocks + head * skippable.head_blocks)):
         pace = measure_pace(skippable, ids, score) if forks else _pace_of_whole_passes(skippable, ids)
-        announce(notify, what, (pace.seconds(*loads) + besides()) / processes, skippable.device)
+        seconds = (pace.seconds(*loads) + besides()) / processes
+        announce(notify, what, seconds, skippable.device, may_end_early=may_end_early)
 
 
 @torch.inference_mode()

@@ -145,13 +145,14 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         seconds = seconds_per_token(timed, ids) * tokens
         if new_tokens:  # all sequences of a batch get one at once
             seconds += seconds_per_token(timed, ids[:, :1]) * len(ids) * new_tokens * -(-len(run) // batch)
-        writes = f", at most {new_tokens:,} new ones each" if new_tokens else ""
+        writes = f" and up to {new_tokens:,} new ones each" if new_tokens else ""
         announce(
             self._notify,
             f"{self._named[0]}: {len(requests):,} requests of about {sum(lengths) // len(lengths):,} tokens{writes}, "
             f"{plural(self._models, 'model')} in {dtype_name(self.model.dtype)}",
             seconds * self._models / self._group.size,
             ids.device,
+            may_end_early=bool(new_tokens),
         )
 
     def _together(self, answer: Callable[[], list[Any]]) -> list[Any]:

@@ -531,7 +531,7 @@ def _announce(
 
     announce_passes(
         notify,
-        f"Recovery: at most {plural(len(refitted), 'block')} fitted to {train.numel():,} tokens in "
+        f"Recovery: up to {plural(len(refitted), 'block')} fitted to {train.numel():,} tokens in "
         f"{dtype_name(skippable.model.dtype)}",
         skippable,
         loads,
@@ -539,6 +539,7 @@ def _announce(
         score,
         processes=processes,
         besides=sums,
+        may_end_early=True,
     )
 
 
