@@ -29,26 +29,23 @@ class Draft(Exporter):
 
     def document(self, pruning: Pruning) -> dict[str, Any]:
         """Return the figures and the lines."""
-        findings = read_findings(pruning, public=False)
-        (text, accepted), cost = _accepted(findings), _cost(findings)
-        tokens, speedup = best_draft(accepted, cost) if accepted is not None and cost else (None, None)
-        return {
-            "accepted": accepted,
-            "text": text,
-            "cost": cost,
-            "tokens": tokens,
-            "speedup": speedup,
-            "lines": _lines(findings, pruning, tokens or 1),
-        }
+        return _document(read_findings(pruning, public=False), pruning)
 
     def render(self, pruning: Pruning) -> str:
         """Return the same as comments and lines to copy."""
         findings = read_findings(pruning, public=False)
-        document = self.document(pruning)
+        document = _document(findings, pruning)
         said = [f"# {sentence}" for sentence in _sentences(document, findings)]  # unbroken, as they hold commands
         for engine, line in document["lines"].items():
             said += ["", f"# {engine}", line]
         return "\n".join(said) + "\n"
+
+
+def _document(findings: Findings, pruning: Pruning) -> dict[str, Any]:
+    (text, accepted), cost = _accepted(findings), _cost(findings)
+    tokens, speedup = best_draft(accepted, cost) if accepted is not None and cost else (None, None)
+    lines = _lines(findings, pruning, tokens or 1)
+    return {"accepted": accepted, "text": text, "cost": cost, "tokens": tokens, "speedup": speedup, "lines": lines}
 
 
 def best_draft(accepted: float, cost: float) -> tuple[int, float]:
