@@ -50,7 +50,7 @@ def continue_each(
     What is behind the end of a text is undefined.
 
     Args:
-        run: transformers' `generate`, given a batch of tokens and the options of a run.
+        run: transformers' `generate`, given a batch of tokens, settings for a `GenerationConfig`, and other options.
         prompts: their tokens, padded on the left, [batch, positions].
         attended: 1 for each that is no padding, of the same shape.
         new: how many tokens follow, at most.
@@ -61,15 +61,8 @@ def continue_each(
     written, rows = [prompts[0, :0]] * len(prompts), [*range(len(prompts))]
     while rows and ids.shape[1] < start + new:
         stop = _ManyEnded(start, ended(len(rows)))
-        found = run(
-            ids,
-            attention_mask=attended,
-            max_new_tokens=start + new - ids.shape[1],
-            stopping_criteria=StoppingCriteriaList([stop]),
-            return_dict_in_generate=True,
-            use_cache=True,
-            **cache,
-        )
+        settings = {"max_new_tokens": start + new - ids.shape[1], "use_cache": True, "return_dict_in_generate": True}
+        found = run(ids, settings, attention_mask=attended, stopping_criteria=StoppingCriteriaList([stop]), **cache)
         for row, tokens in zip(rows, found.sequences[:, start:], strict=True):
             written[row] = tokens
         left = (~stop.ended).nonzero()[:, 0].to(ids.device)

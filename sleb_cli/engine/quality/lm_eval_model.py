@@ -203,8 +203,8 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         if is_greedy and not options.get("temperature"):  # as lm-eval takes them
             options = {**options, "do_sample": False, "temperature": None}
 
-        def run(ids: Tensor, **more: Any) -> Any:
-            return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **more)
+        def run(ids: Tensor, settings: dict[str, Any], **more: Any) -> Any:
+            return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more)
 
         def ended(rows: int) -> Callable[[Tensor], Tensor]:
             stops = stop_sequences_criteria(self.tokenizer, stop, 0, rows)

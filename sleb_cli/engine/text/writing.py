@@ -144,13 +144,10 @@ def _continuing(model: Any, writing: Writing, size: int, advance: Advance, notif
                 advance(len(added), note)
             return torch.isin(added, endings).any(1)
 
-        def run(ids: Tensor, max_new_tokens: int, **options: Any) -> Any:
-            greedy = GenerationConfig(
-                do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0, eos_token_id=sorted(ends) or None
-            )
-            return generate(
-                model, ids, greedy, refused, logits_processor=LogitsProcessorList([Sampler(forbidden)]), **options
-            )
+        def run(ids: Tensor, settings: dict[str, Any], **options: Any) -> Any:
+            greedy = GenerationConfig(do_sample=False, pad_token_id=0, eos_token_id=sorted(ends) or None, **settings)
+            sampler = LogitsProcessorList([Sampler(forbidden)])
+            return generate(model, ids, greedy, refused, logits_processor=sampler, **options)
 
         written = continue_each(run, ids, attended, new, lambda rows: have_ended)
         return [_until(tokens.tolist(), ends) for tokens in written]
