@@ -236,7 +236,7 @@ def test_a_line_without_a_prompt_is_named(tmp_path):
 
 
 def test_healing_reads_new_conversations_in_each_portion(model):
-    draws = Portions(settings("self-chat", chat="answers"), 4, tokenizer_with(TURNS), lambda: model)
+    draws = Portions(settings("self-chat", chat="answers"), lambda portion: 4, tokenizer_with(TURNS), lambda: model)
     one, two = (draws.draw(number, ignore) for number in range(2))
     assert sorted(one.order) == [0, 0, 1, 1]
     assert one.loss_mask.shape == one.sequences.shape

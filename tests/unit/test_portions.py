@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import replace
 from unittest.mock import Mock
 
+import pytest
+
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.text import calibration
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate
@@ -25,12 +27,15 @@ def used(portion):
     return [tuple(portion.sequences[row].tolist()) for row in portion.order]
 
 
-def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path):
+@pytest.mark.parametrize(("sizes", "processes"), [((1,), 1), ((1, 2, 4, 8), 1), ((2, 4, 7), 3)])
+def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path, sizes, processes):
     (tmp_path / "text.txt").write_text(prose(300))
     fitted = settings(tmp_path / "text.txt")
     seen = {tuple(row.tolist()) for row in calibrate(fitted, TOKENIZER, lambda: None, ignore).sequences}
-    draws = Portions(fitted, 1, TOKENIZER, lambda: None)
-    order = [row for number in range(400) for row in used(draws.draw(number, ignore))]
+    draws = Portions(fitted, lambda portion: sizes[min(portion, len(sizes) - 1)], TOKENIZER, None, processes)
+    parts = [draws.draw(number, ignore).sequences.tolist() for number in range(400)]
+    assert len(parts[-1]) == sizes[-1]
+    order = [tuple(row) for part in parts for row in part]
     windows = len(set(order))
     assert 40 < windows <= 200
     assert len(set(order[:windows])) == windows
@@ -41,22 +46,24 @@ def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path):
 def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     (tmp_path / "text.txt").write_text(prose(900))
     source = settings(f"{tmp_path / 'text.txt'}:0.75,self:0.25", samples=8)
-    draws = Portions(source, 32, TOKENIZER, lambda: MODEL)
+    draws = Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL)
     portion, other = draws.draw(0, ignore), draws.draw(1, ignore)
     assert sorted(Counter(used(portion)).values()) == [1] * 24 + [2] * 4
     first, second = portion.order[:16], portion.order[16:]
     assert {row for row in first if row >= 24} == {row for row in second if row >= 24}
     # Each is new, whatever was drawn before it.
     assert not set(used(portion)) & set(used(other))
-    assert used(Portions(source, 32, TOKENIZER, lambda: MODEL).draw(1, ignore)) == used(other)
+    assert used(Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL).draw(1, ignore)) == used(other)
 
 
 def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path):
     (tmp_path / "short.txt").write_text(prose(60))
-    draws = Portions(settings(tmp_path / "short.txt"), 10_000, TOKENIZER, lambda: None)
+    draws = Portions(settings(tmp_path / "short.txt"), lambda portion: 10_000, TOKENIZER, lambda: None)
     portion = draws.draw(0, ignore)
     assert sorted(portion.order) == list(range(len(portion.sequences)))
-    mixed = Portions(settings(f"{tmp_path / 'short.txt'}:0.5,self:0.5"), 10_000, TOKENIZER, lambda: MODEL)
+    mixed = Portions(
+        settings(f"{tmp_path / 'short.txt'}:0.5,self:0.5"), lambda portion: 10_000, TOKENIZER, lambda: MODEL
+    )
     given = len(portion.sequences)
     assert Counter(row < given for row in mixed.draw(0, ignore).order) == {True: given, False: given + given % 2}
 
@@ -64,7 +71,7 @@ def test_a_short_text_is_used_whole_and_keeps_the_shares(tmp_path):
 def test_data_sets_are_shuffled_by_the_portions_number(monkeypatch):
     read = Mock(side_effect=lambda source, *, tokens, seed, split: Text(source, prose(300, seed=seed)))
     monkeypatch.setattr(calibration, "calibration_text", read)
-    draws = Portions(settings("org/name"), 5, TOKENIZER, lambda: None)
+    draws = Portions(settings("org/name"), lambda portion: 5, TOKENIZER, lambda: None)
     first, second = used(draws.draw(0, ignore)), used(draws.draw(1, ignore))
     assert [call.kwargs["seed"] for call in read.mock_calls] == [4, 5]
     assert not set(first) & set(second)

@@ -29,8 +29,12 @@ LEARNING_RATE = 1.5e-3
 """The highest; steps are relative to the size of each weight (`low_rank.py`)."""
 
 BATCH_TOKENS = 512
-PORTION_TOKENS = 65536
-"""A portion trains on at most this many tokens: enough for the model to write many sequences at once."""
+FIRST_PORTION_TOKENS, PORTION_TOKENS = 16384, 65536
+"""On how many tokens portions train, at first and at most.
+
+A large portion has the model write many sequences at once, which is faster; but a large model takes minutes for it, so
+portions begin small and double.
+"""
 
 CHECKS = 10
 """How many times the deciding text is measured over the whole budget."""
@@ -58,12 +62,14 @@ class HealBudget:
         """The budget in its own unit, seconds or tokens."""
         return self.tokens if self.tokens is not None else max(1, round(60 * (self.minutes or 0)))
 
-    @property
-    def portion_tokens(self) -> int:
-        """How many tokens a portion has: fewer for short budgets, so that most of their time is left for training."""
+    def portion_tokens(self, portion: int) -> int:
+        """Return on how many tokens a portion trains: fewer for short budgets, to leave time for training."""
+        first = FIRST_PORTION_TOKENS
         if self.tokens is not None:
-            return min(PORTION_TOKENS, self.tokens)
-        return max(1, round(PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
+            first = min(first, self.tokens)
+        else:
+            first = max(1, round(first * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
+        return min(first << portion, PORTION_TOKENS)
 
     def used(self, seconds: float, tokens: int) -> float:
         """Return how much of the budget is used, in its own unit."""

@@ -329,11 +329,14 @@ class Recovery:
     def _portions(self, budget: HealBudget) -> Portions:
         """Return the text to heal on, of the part of it that was fitted to."""
         fitted = self.splits[0]
-        uses = -(-budget.portion_tokens // fitted.sequence_length)
-        uses = max(uses, *(math.ceil(1 / share) for share in fitted.shares.values()))
-        if fitted.source in REFERENCE_PRESETS:  # its samples are rows of text: read no more than were fitted to
-            uses = min(fitted.samples, uses)
-        return Portions(fitted, uses, self.tokenizer, self._whole)
+        fewest = max(math.ceil(1 / share) for share in fitted.shares.values())
+        # Samples of a reference preset are rows of text: read no more than were fitted to.
+        most = fitted.samples if fitted.source in REFERENCE_PRESETS else math.inf
+
+        def uses(portion: int) -> int:
+            return int(min(most, max(fewest, -(-budget.portion_tokens(portion) // fitted.sequence_length))))
+
+        return Portions(fitted, uses, self.tokenizer, self._whole, self.group.size)
 
     def _whole(self) -> Any:
         """Return the dense model with no block skipped."""

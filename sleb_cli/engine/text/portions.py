@@ -48,20 +48,30 @@ class Portions:
 
     Args:
         fitted: the text that was drawn before.
-        uses: how many sequences a portion trains on, one that is used twice counted twice.
+        uses: returns how many sequences a process trains on in a portion of its own, from 0; one that is used twice
+            counts twice. Later portions have no fewer.
         tokenizer: the model's tokenizer.
         load_model: returns the dense model, if it is to write.
+        processes: how many take portions in turn.
     """
 
-    def __init__(self, fitted: CalibrationSettings, uses: int, tokenizer: Any, load_model: Callable[[], Any]) -> None:
-        self._fitted, self._uses = fitted, uses
+    def __init__(
+        self,
+        fitted: CalibrationSettings,
+        uses: Callable[[int], int],
+        tokenizer: Any,
+        load_model: Callable[[], Any],
+        processes: int = 1,
+    ) -> None:
+        self._fitted, self._uses, self._processes = fitted, uses, processes
         self._tokenizer, self._load_model = tokenizer, load_model
         self._whole: dict[str, Rows] = {}
 
     def draw(self, number: int, notify: Notify) -> Portion:
         """Return the portion of this number, from 0. Raises what `calibrate` raises."""
         seed = self._fitted.seed + 1 + number
-        settings = replace(self._fitted, samples=self._uses, samples_given=False, seed=seed)
+        uses = self._uses(number // self._processes)
+        settings = replace(self._fitted, samples=uses, samples_given=False, seed=seed)
         found = {source: self._windows(source, settings) for source, count in settings.texts.items() if count}
         if len(settings.shares) > 1:
             settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
@@ -89,12 +99,15 @@ class Portions:
     def _taken(self, source: str, found: Rows, number: int, settings: CalibrationSettings) -> Rows:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
         windows, _ = found
-        count = min(settings.counts[source], len(windows))
+
+        def count(uses: int) -> int:
+            return min(replace(settings, samples=uses).counts[source], len(windows))
+
         if source not in self._whole:
-            rows = draw(len(windows), count, settings.seed)
-        else:
-            rows = [(number * count + row) % len(windows) for row in range(count)]
-        return take_rows(found, rows)
+            return take_rows(found, draw(len(windows), count(settings.samples), settings.seed))
+        before = (self._uses(earlier // self._processes) for earlier in range(number))
+        start = sum(count(min(uses, settings.samples)) for uses in before)  # a short text limits all portions alike
+        return take_rows(found, [(start + row) % len(windows) for row in range(count(settings.samples))])
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:
