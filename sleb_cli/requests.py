@@ -255,7 +255,9 @@ class CalibrationRequest(Request):
         "Seed for drawing and writing text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
     )
     chat: Chat | None = option(
-        "Read `messages` of files and data sets as conversations, and count these tokens.", _CALIBRATION
+        "Read `messages` of files and data sets as conversations, and count these tokens.",
+        _CALIBRATION,
+        default="answers, if the model writes them",
     )
 
 

@@ -51,10 +51,10 @@ def settings(source, samples=4, length=48, **changes):
     return replace(own, **changes)
 
 
-def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4):
+def wrote(tokenizer, template_prompts, *says, count=2, length=40, size=4, answers=False):
     """Let a model that says these in turn, over and over, write; return the conversations and what it was given."""
     tokenizer, turns, given = tokenizer_with(tokenizer), cycle(says), []
-    writer = _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length, answers=False)
+    writer = _Writer(random_model(llama_config(1)), tokenizer, "self-chat", length, answers=answers)
 
     def more(prompts, new, forbidden, ends):
         given.extend(map(tokenizer.decode, prompts))
@@ -134,6 +134,17 @@ def test_a_short_conversation_gets_a_second_turn():
     says = ["town</s>", "stone</s>", "fish</s>", LONG, LONG]  # the second question to a new conversation has no end
     found, _, _ = wrote(TURNS, iter(()), *says, count=1, length=80, size=1)
     assert [role for role, _ in found[0]] == ["user", "assistant"] * 2
+
+
+def test_no_second_turn_where_the_template_would_change_the_first():
+    only_last = (
+        "{% for m in messages %}<s>{{ m.role }}: {% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}</s>"
+    )
+    template = only_last + "{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    says = ["town</s>", "stone</s>", "fish</s>", LONG, "mill</s>", LONG]
+    found, given, _ = wrote(template, iter(()), *says, count=1, length=80, size=1, answers=True)
+    assert any("stone" in prompt or "town" in prompt for prompt in given[2:])
+    assert {len(each) for each in found} == {2}
 
 
 def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):

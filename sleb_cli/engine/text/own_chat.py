@@ -10,6 +10,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from sleb_cli.engine.text.sources import SELF_CHAT, Conversation, read_prompts
 from sleb_cli.engine.text.writing import GIVE_TEXT, Continue, Writing, write_or_find
 from sleb_cli.events import Notice, Notify
 from sleb_cli.units import plural
-from sleb_plugins import UnsupportedModelError, UsageError
+from sleb_plugins import DataError, UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
     from sleb_cli.engine.text.calibration import CalibrationSettings
@@ -109,7 +110,8 @@ class _Writer:
             answered = dict(zip(ended, self._add("assistant", more, [*ended.values()]), strict=True))
             for place, at in enumerate(again):
                 if longer := answered.pop(place, None):
-                    found[at], rendered[at] = longer, self._render(longer)
+                    with suppress(DataError):  # a template that changes the first turn for the second
+                        found[at], rendered[at] = longer, self._render(longer)
             complete = [
                 (each, tokens) for each in answered.values() if each and self._counts(tokens := self._render(each))
             ]
