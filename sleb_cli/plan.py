@@ -54,8 +54,9 @@ class SkippedRecord(Record):
 class CalibrationRecord(Record):
     """The calibration tokens; `tokens_sha256` hashes the ids as little-endian int64.
 
-    `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations.
-    `skipped` lists the drawn sequences that were left out; everything else describes those that were used.
+    `bos` says whether every sequence starts with the BOS token; `chat`, which tokens count if they are conversations;
+    if it is null, a search counts the answers of those that the model wrote. `skipped` lists the drawn sequences that
+    were left out; everything else describes those that were used.
     """
 
     source: str

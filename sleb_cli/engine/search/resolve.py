@@ -34,7 +34,6 @@ from sleb_cli.engine.text.calibration import (
     require_given_text,
     resolve_calibration,
 )
-from sleb_cli.engine.text.sources import writes_conversations
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import MetricRecord, Plan, names_task_file, read_plan
 from sleb_cli.plugin_manager import Registry
@@ -139,10 +138,8 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry:
     architecture = _read_architecture(request, extended, registry, notify, dry=dry)
     protection = Protection(request.protect_first or 0, request.protect_last or 0, _protected(request, architecture))
     placement = _place(request, metric, architecture, notify)
-    calibration = resolve_calibration(request, architecture)
-    if calibration.chat is None and extended is None and any(map(writes_conversations, calibration.shares)):
-        # A template's tokens cost most of the loss, and the model never writes them.
-        calibration = replace(calibration, chat="answers")
+    # A template's tokens cost most of the loss, and the model never writes them.
+    calibration = replace(resolve_calibration(request, architecture), own_answers=True)
     if placement.stream:
         require_given_text(calibration)
     target = resolve_target(request, architecture, str(request.dtype), notify)

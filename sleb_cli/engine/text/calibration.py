@@ -64,7 +64,8 @@ class CalibrationSettings:
 
     `shares` are those of the sources in `source`. `samples` counts the sequences of all sources together; for a
     reference preset, it counts rows of text. `split` is the part of each source that sequences are drawn from. `writer`
-    identifies the model, under which the text that it writes is cached; None caches none.
+    identifies the model, under which the text that it writes is cached; None caches none. With `own_answers` and no
+    `chat`, only the answers count of conversations that it writes.
     """
 
     source: str
@@ -76,6 +77,12 @@ class CalibrationSettings:
     samples_given: bool
     split: TextSplit = WHOLE
     writer: str | None = None
+    own_answers: bool = False
+
+    @property
+    def counts_own_answers(self) -> bool:
+        """Whether only the answers count of conversations that the model writes."""
+        return self.chat == "answers" or (self.chat is None and self.own_answers)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -237,7 +244,7 @@ def write_rows(
     settings = replace(settings, samples=samples)
     if source == SELF:
         return generate_own_text(model, tokenizer, settings, notify), None
-    length, answers = settings.sequence_length, settings.chat == "answers"
+    length, answers = settings.sequence_length, settings.counts_own_answers
     conversations = write_conversations(model, tokenizer, source, settings, notify)
     sequences, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=samples)
     return sequences[:samples], loss_mask[:samples] if answers else None

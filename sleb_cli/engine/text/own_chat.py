@@ -62,7 +62,7 @@ def write_conversations(
     """
     given = [] if source == SELF_CHAT else read_prompts(source, settings.split)
     count, length = settings.samples, settings.sequence_length
-    drawn, answers = f"{settings.seed}/{settings.split.begin:g}", settings.chat == "answers"
+    drawn, answers = f"{settings.seed}/{settings.split.begin:g}", settings.counts_own_answers
     writer = _Writer(model, tokenizer, source, length, answers=answers)
 
     def write(more: Continue, size: int) -> list[Conversation]:
