@@ -449,7 +449,9 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", least=2
     )
     seed: int | None = option("Seed for drawing and writing text.", _RECOVERY, default=0, most=_MOST_SEED)
-    chat: Chat | None = option("Conversations as for `sleb search`: count these tokens.", _RECOVERY)
+    chat: Chat | None = option(
+        "Conversations as for `sleb search`: count these tokens.", _RECOVERY, default="all, if the model writes them"
+    )
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()
     device_map: str | None = _device_map()

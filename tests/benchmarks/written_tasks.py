@@ -30,7 +30,7 @@ from sleb_cli.events import ignore
 from sleb_cli.requests import AUTO, EvalRequest
 
 
-def plain(self: LoadedModel, ids: Tensor, max_length: int, stop: list[str], options: dict[str, Any]) -> list[Tensor]:
+def plain(self: LoadedModel, ids: Tensor, max_length: int, stop: list[str], **options: Any) -> list[Tensor]:
     """Write as lm-eval does."""
     return list(HFLM._model_generate(self, ids, max_length, stop, **options)[:, ids.shape[1] :])
 

@@ -189,19 +189,20 @@ class LoadedModel(HFLM):  # type: ignore[misc]
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         # Sampled tokens depend on all that were sampled before, so one process writes them all.
         is_own = self._group.is_main if options.get("do_sample") else self._is_own_batch()
-        written = self._continued(context, max_length, stop, options) if is_own else [context[0, :0]] * len(context)
+        written = self._continued(context, max_length, stop, **options) if is_own else [context[0, :0]] * len(context)
         self._ended += [bool(torch.isin(tokens, self._ends).any()) for tokens in written]
         return torch.cat([context, pad_sequence(written, True, self.tokenizer.pad_token_id)], 1)
 
-    def _continued(self, context: Tensor, max_length: int, stop: list[str], options: dict[str, Any]) -> list[Tensor]:
+    def _continued(
+        self, context: Tensor, max_length: int, stop: list[str], attention_mask: Tensor, **options: Any
+    ) -> list[Tensor]:
         """Return what the model writes after each prompt, up to a stop or further."""
-        start, attended, is_greedy = context.shape[1], options.pop("attention_mask"), not options.get("do_sample")
+        start = context.shape[1]
         if (options.get("num_beams") or self.model.generation_config.num_beams or 1) > 1:
-            return list(
-                super()._model_generate(context, max_length, stop, attention_mask=attended, **options)[:, start:]
-            )
-        if is_greedy and not options.get("temperature"):  # as lm-eval takes them
-            options = {**options, "do_sample": False, "temperature": None}
+            options["attention_mask"] = attention_mask
+            return list(super()._model_generate(context, max_length, stop, **options)[:, start:])
+        if not (options.get("do_sample") or options.get("temperature")):  # as lm-eval takes them
+            options |= {"do_sample": False, "temperature": None}
 
         def run(ids: Tensor, settings: dict[str, Any], **more: Any) -> Any:
             return self.model.generate(ids, pad_token_id=self.tokenizer.pad_token_id, **options, **settings, **more)
@@ -217,7 +218,7 @@ class LoadedModel(HFLM):  # type: ignore[misc]
 
             return have_ended
 
-        return continue_each(run, context, attended, max_length - start, ended)
+        return continue_each(run, context, attention_mask, max_length - start, ended)
 
     def _detect_batch_size(self, *rest: Any, **options: Any) -> int:
         self._is_probing = True

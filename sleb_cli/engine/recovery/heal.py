@@ -64,11 +64,10 @@ class HealBudget:
 
     def portion_tokens(self, portion: int) -> int:
         """Return on how many tokens a portion trains: fewer for short budgets, to leave time for training."""
-        first = FIRST_PORTION_TOKENS
         if self.tokens is not None:
-            first = min(first, self.tokens)
+            first = min(FIRST_PORTION_TOKENS, self.tokens)
         else:
-            first = max(1, round(first * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
+            first = max(1, round(FIRST_PORTION_TOKENS * min(1.0, (self.minutes or 0) / DEFAULT_HEAL_MINUTES)))
         return min(first << portion, PORTION_TOKENS)
 
     def used(self, seconds: float, tokens: int) -> float:
