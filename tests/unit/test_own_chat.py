@@ -169,6 +169,11 @@ def test_a_template_that_cannot_be_used_is_refused(model, template, length, mess
         calibrate_splits([settings("self-chat", length=length)], tokenizer_with(template), lambda: model, ignore)
 
 
+def test_a_template_that_hides_answers_is_refused_before_anything_is_written():
+    with pytest.raises(DataError, match="answers cannot be found"):
+        wrote("{{ messages | length }}" + TURNS, iter(()), answers=True)
+
+
 def test_sequences_begin_conversations_and_are_cached_and_split(model):
     tokenizer, events = tokenizer_with(TURNS), []
     splits = [settings("self-chat", count, chat="answers", writer="m") for count in (4, 2)]

@@ -96,6 +96,7 @@ class _Writer:
 
     def write(self, more: Continue, size: int, count: int, prompts: Iterator[Conversation]) -> list[Conversation]:
         """Write until there are `count` sequences, at most `size` conversations at once."""
+        self._render([{"role": "user", "content": MARK}, {"role": "assistant", "content": MARK}])  # or refuse at once
         found, rendered, self.dropped = list[Conversation](), list[Tokens](), 0
         self.asked.clear()
         again = list[int]()  # which of those found get a second turn in the next round
