@@ -134,9 +134,11 @@ class _SearchProgress:
     def __init__(self, search: SearchStarted) -> None:
         self._search = search
         self._number = search.done + 1
-        self._steps = [float(evaluations) for evaluations in search.evaluations]
+        self._steps = [*search.evaluations]
         self._leader: tuple[int, float] | None = None
         self._racing: int | None = None
+        # The part of a step that candidates which dropped out leave, and what they spared the current one.
+        self._share, self._skipped = 1.0, 0
         # Evaluations in earlier steps, in the current step, and in the interval that determines the pace.
         self._done_before = self._done_in_step = self._timed = 0.0
         self._timed_since = time.monotonic()
@@ -157,13 +159,15 @@ class _SearchProgress:
             case RaceNarrowed(_, contenders, skipped):
                 # This step is shorter, and later ones in proportion.
                 self._racing = contenders
-                scale = 1 - skipped / self._steps[0]
-                self._steps = [self._steps[0] - skipped, *(step * scale for step in self._steps[1:])]
+                self._skipped += skipped
+                self._share = min(self._share, 1 - self._skipped / self._steps[0])
             case BlockRemoved():
                 if is_first:  # its pace does not apply to later steps
                     self._timed, self._timed_since, self._later_share = 0.0, time.monotonic(), 1.0
-                self._done_before += self._steps.pop(0)
-                self._done_in_step = 0.0
+                if self._racing is not None:
+                    self._share = 1 - self._skipped / self._steps[0]
+                self._done_before += self._steps.pop(0) * self._share
+                self._done_in_step = self._skipped = 0
                 self._number += 1
                 self._leader = self._racing = None
 
@@ -180,7 +184,8 @@ class _SearchProgress:
     @property
     def expected(self) -> float:
         """The expected total number of evaluations."""
-        return self._done_before + sum(self._steps)
+        here, *later = self._steps or [0]
+        return self._done_before + max(here * self._share, self._done_in_step) + sum(later) * self._share
 
     def remaining(self) -> float | None:
         """Return the remaining seconds at the pace so far; None if there is none yet."""
@@ -188,7 +193,8 @@ class _SearchProgress:
             return None
         pace = (time.monotonic() - self._timed_since) / self._timed
         here, *later = self._steps
-        return pace * (max(0.0, here - self._done_in_step) + sum(later) * self._later_share)
+        left = max(0.0, here * self._share - self._done_in_step)
+        return pace * (left + sum(later) * self._share * self._later_share)
 
     def note(self) -> str:
         """Return a short status line."""

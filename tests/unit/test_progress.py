@@ -38,6 +38,7 @@ REMOVED, FASTER = BlockRemoved(1, 7, 3.5, 30.0), LaterStepsForecast(0.5)
 FIRST_STEP = [*after(10, SearchAdvanced(10), FASTER), *after(90, SearchAdvanced(90), REMOVED)]
 # What a forecast says after the first step counts no more.
 SECOND_STEP = [*FIRST_STEP, *after(5, SearchAdvanced(10), FASTER)]
+RACED_STEP = after(10, SearchAdvanced(200), RaceNarrowed(1, 5, 300), RaceNarrowed(1, 2, 500), REMOVED)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,8 @@ SECOND_STEP = [*FIRST_STEP, *after(5, SearchAdvanced(10), FASTER)]
         ((100,) * 3, [*SECOND_STEP, *after(45, SearchAdvanced(90), REMOVED)], 50),
         ((100,), [*after(0, SearchAdvanced(60, from_journal=True)), *after(10, SearchAdvanced(20))], 10),
         ((1000, 900), after(10, SearchAdvanced(100), RaceNarrowed(1, 5, 800)), 10 + 18),
+        ((1000, 900), [*RACED_STEP, *after(10, SearchAdvanced(100), RaceNarrowed(2, 5, 700))], 8),
+        ((1000, 900), [*RACED_STEP, *after(10, SearchAdvanced(100), RaceNarrowed(2, 5, 780))], 2),
         ((3,), after(1, *[SearchAdvanced(0.1)] * 30, REMOVED), None),
     ],
 )
