@@ -19,6 +19,7 @@ from sleb_cli.records import (
     without_folders,
 )
 from sleb_cli.requests import Chat, LoadIn, StrategyName, TargetName, WorkloadName
+from sleb_cli.units import parse_ratio
 from sleb_plugins.errors import PlanError
 
 CHECKPOINT_PLAN = "sleb_plan.json"
@@ -186,7 +187,7 @@ class SearchRecord(Record):
         target = self.target
         if target is None:
             # A plan that was cut to fewer removals still names the ratio of the whole.
-            exact = self.ratio and math.ceil(float(self.ratio) * blocks) == self.remove
+            exact = self.ratio and math.ceil(parse_ratio(self.ratio) * blocks) == self.remove
             return {"ratio": self.ratio} if exact else {"remove": self.remove}
         values: dict[str, Any] = {target.name: target.asked, "target_workload": target.workload}
         if serving := target.serving:

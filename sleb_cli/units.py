@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
+from fractions import Fraction
 
 from sleb_plugins.errors import UsageError
 
@@ -39,6 +40,22 @@ def parse_bytes(text: str, option: str) -> int:
     if not 1 <= count < math.inf:
         raise UsageError(f"{option} {text} is not a size.", hint="Write it like 8GiB or 500MB.")
     return int(count)
+
+
+def parse_ratio(text: str) -> Fraction:
+    """Read a ratio exactly as written, so that 0.2 of 35 blocks is 7.
+
+    Raises:
+        UsageError: the text is not a number above 0 and below 1.
+    """
+    try:
+        # By way of a float, whose repr has the same digits: Fraction("1e-999999999") would be computed for hours.
+        ratio = Fraction(text if "/" in text else repr(float(text)))
+    except (ValueError, ZeroDivisionError):
+        ratio = Fraction(0)
+    if not 0 < ratio < 1:
+        raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 removes a fifth of the blocks.")
+    return ratio
 
 
 def format_count(number: float) -> str:

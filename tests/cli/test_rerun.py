@@ -13,7 +13,7 @@ from sleb_cli.plan import read_plan
     "options",
     [
         ("--remove", 2),
-        ("--ratio", 0.4, "--fast", "--seed", 3),
+        ("--ratio", "2/5", "--fast", "--seed", 3),
         ("--remove", 2, "--strategy", "refine", "--metric", "nll+0.5*kl", "--protect", "2,4"),
         ("--remove", 2, "--strategy", "beam", "--beam-width", 2, "--holdout", 0.25, "--protect-first", 0),
         ("--max-loss-increase", 0.3, "--batch-size", 2),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from itertools import accumulate
 
 from sleb_cli.engine.device import dtype_name, parse_dtype
@@ -20,7 +19,7 @@ from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
 from sleb_cli.requests import DEFAULT_SERVE_BATCH, DEFAULT_SERVE_LENGTH, TARGET_NAMES, TargetName, TargetRequest
-from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, plural
+from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, parse_ratio, plural
 from sleb_plugins import UsageError
 
 FIRST_ITEMS = 100
@@ -300,19 +299,3 @@ def parse_number(text: str, name: TargetName) -> float:
             f"{option_of(name)} {text} is not a number of {least:g} or more.", hint=f"For example: {least + 0.25:g}."
         )
     return number
-
-
-def parse_ratio(text: str) -> Fraction:
-    """Read a ratio exactly as written, so that 0.2 of 35 blocks is 7.
-
-    Raises:
-        UsageError: the text is not a number above 0 and below 1.
-    """
-    try:
-        # By way of a float, whose repr has the same digits: Fraction("1e-999999999") would be computed for hours.
-        ratio = Fraction(text if "/" in text else repr(float(text)))
-    except (ValueError, ZeroDivisionError):
-        ratio = Fraction(0)
-    if not 0 < ratio < 1:
-        raise UsageError(f"The ratio {text} is not between 0 and 1.", hint="0.2 removes a fifth of the blocks.")
-    return ratio
