@@ -74,4 +74,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "--check":
         print(" and ".join(what for what, works in confined.items() if not works))
     else:
-        runpy.run_path(sys.argv[1], run_name="__main__")
+        try:
+            runpy.run_path(sys.argv[1], run_name="__main__")
+        except SystemExit:
+            sys.exit(1)  # before the tests at its end
