@@ -102,6 +102,17 @@ def test_a_converted_model_is_the_one_that_transformers_reads(source, tmp_path, 
     assert not list(cache_root().glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("matrices", "router", "dtype"),
+    [(Type.F32, Type.F32, torch.float32), (Type.F16, Type.F32, torch.float16), (Type.Q8_0, Type.F32, torch.bfloat16)],
+)
+def test_a_converted_model_has_the_type_of_most_of_its_matrices(source, matrices, router, dtype):
+    file = read_gguf(source)
+    first = next(at for at, tensor in enumerate(file.tensors) if len(tensor.shape) > 1)
+    tensors = (replace(each, type=router if at == first else matrices) for at, each in enumerate(file.tensors))
+    assert gguf._require_convertible(replace(file, tensors=tuple(tensors))) is dtype
+
+
 def test_fewer_removals_a_default_name_and_json(apply, tmp_path, source, plan):
     data = json.loads(apply("--remove", 1, "--source", source, "--json").stdout)
     assert (data["kind"], data["file"], data["blocks"]) == ("gguf", "tiny-sleb-5-blocks.gguf", 5)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
@@ -29,7 +30,7 @@ from sleb_cli.units import format_bytes
 from sleb_plugins import MachineError, OutputError, UnsupportedModelError
 
 # Raise it when the same file would become another folder.
-CONVERSION = 1
+CONVERSION = 2
 
 _UNQUANTIZED: dict[int, torch.dtype] = {
     GGMLQuantizationType.F32: torch.float32,
@@ -173,8 +174,12 @@ def _require_convertible(file: GgufFile) -> torch.dtype:
             hint="Name the original checkpoint (a Hub id or a folder) instead.",
         )
     require_blocks(file)  # transformers trusts the file's number of blocks
-    types = {tensor.type for tensor in file.tensors if len(tensor.shape) > 1}
-    return _UNQUANTIZED.get(types.pop(), torch.bfloat16) if len(types) == 1 else torch.bfloat16
+    sizes = Counter[int]()
+    for tensor in file.tensors:
+        sizes[tensor.type] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
+    types = +sizes
+    # Few matrices of an unquantized file may be of another type, such as the routers of experts.
+    return _UNQUANTIZED[types.most_common(1)[0][0]] if types and types.keys() <= _UNQUANTIZED.keys() else torch.bfloat16
 
 
 def _require_memory(file: GgufFile, dtype: torch.dtype) -> None:
