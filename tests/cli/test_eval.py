@@ -393,7 +393,7 @@ def test_splits_by_other_names(monkeypatch, splits, chosen):
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, config: splits)
     load = Mock(return_value=datasets.Dataset.from_dict({"text": ["a river"]}))
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert evaluation_text("org/name:cfg").source == f"org/name:cfg:{chosen}"
+    assert evaluation_text("org/name:cfg", 2048).source == f"org/name:cfg:{chosen}"
     load.assert_called_once_with("org/name", "cfg", split=chosen, data_files=None)
 
 

@@ -66,7 +66,7 @@ WIKITEXT2, C4 = ("Salesforce/wikitext", "wikitext-2-raw-v1"), ("allenai/c4", Non
 def test_what_is_asked_of_the_hub(hub, source, train, test):
     asked, _ = hub
     calibration_text(source, tokens=10, seed=0)
-    evaluation_text(source)
+    evaluation_text(source, 2048)
     assert asked == [train, test]
 
 
@@ -75,8 +75,8 @@ def test_texts_follow_their_protocols(hub):
     shuffled = rows.shuffle(seed=0)["text"][:128]
     assert reference_calibration_text("wikitext2-sleb", rows=128, seed=0).content == "\n\n".join(shuffled)
     assert reference_calibration_text("c4-sleb", rows=128, seed=0).content == " ".join(shuffled)
-    assert evaluation_text("wikitext2").content == "\n\n".join(rows["text"])
-    c4 = evaluation_text("c4")
+    assert evaluation_text("wikitext2", 2048).content == "\n\n".join(rows["text"])
+    c4 = evaluation_text("c4", 2048)
     assert (c4.content, c4.limit) == (" ".join(rows["text"][:1100]), 256)
     # Documents are taken until there is enough, by default of the part for training.
     content = calibration_text("org/name", tokens=100, seed=0).content

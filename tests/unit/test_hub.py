@@ -76,7 +76,7 @@ def test_a_data_set_in_the_cache_needs_no_hub(why, tmp_path, monkeypatch):
     (cache / "json").rename(cache / "org___words")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     assert why(NOBODY)
-    assert evaluation_text("org/words").content == "river\n\nstone"
+    assert evaluation_text("org/words", 2048).content == "river\n\nstone"
 
 
 @pytest.mark.parametrize(

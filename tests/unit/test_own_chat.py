@@ -161,7 +161,8 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
     [
         (None, 48, "self-chat does not work: the tokenizer has no chat template"),
         (TURNS, 20, "self-chat does not fit sequences of 20 tokens"),
-        ("{{ messages | length }}", 48, "no place for the words of a user"),
+        ("{{ messages | length }}", 48, "does not show where the words of a user begin"),
+        ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", 48, "does not show where the words of a user begin"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused(model, template, length, message):
@@ -233,8 +234,8 @@ def test_prompts_are_read_and_answered_each_in_one_part(model, tmp_path, name, c
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has 0 prompts, not the 10 or more"),
-        ("one\ntwo", "has 2 prompts, not the 10 or more"),
+        ("", "has 0 prompts, but at least 10 are needed"),
+        ("one\ntwo", "has 2 prompts, but at least 10 are needed"),
         (None, r"no file p\.txt"),
     ],
 )

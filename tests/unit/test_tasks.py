@@ -30,7 +30,7 @@ from sleb_cli.engine.statistics import (
     paired_proportions_interval,
     wilson_interval,
 )
-from sleb_cli.events import Notice, TaskAdvanced, TaskStarted
+from sleb_cli.events import Notice, TaskAdvanced, TaskStarted, ignore
 from sleb_cli.requests import EvalRequest
 from sleb_plugins import DataError, ModelError, OutputError, UsageError
 
@@ -309,10 +309,12 @@ def test_canaries_that_do_not_fit_the_model_are_left_out(loaded):
     # A preset stands for its tasks once.
     tasks, events = load_requested(EvalRequest(None, tasks=("canaries", "sleb_sums"))), []
     assert tuple(task.name for task in tasks) == PRESETS["canaries"]
+    group = load_requested(EvalRequest(None, tasks=("sleb_canaries",)))
+    assert fitting((*tasks[:1], *group), loaded[1], 512, ignore) == tasks[:1]
     names = {task.name for task in fitting(tasks, loaded[1], 512, events.append)}
     left = [event.text for event in events if isinstance(event, Notice)]
     assert names | {text.split()[0] for text in left} == set(PRESETS["canaries"])
-    assert any("sleb_repeat_1024 is left out" in text and "the model has 512" in text for text in left)
+    assert any("sleb_repeat_1024 is left out" in text and "the model has only 512." in text for text in left)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import datasets
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
 
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.files.cache import cache_root
@@ -15,7 +16,12 @@ from sleb_cli.engine.text import calibration, writing
 from sleb_cli.engine.text.calibration import CalibrationSettings, calibrate_splits, texts_sha256
 from sleb_cli.engine.text.mixture import parse_mixture
 from sleb_cli.engine.text.own_text import generate_own_text
-from sleb_cli.engine.text.sources import WHOLE, calibration_text, reference_calibration_text
+from sleb_cli.engine.text.sources import (
+    WHOLE,
+    calibration_conversations,
+    calibration_text,
+    reference_calibration_text,
+)
 from sleb_cli.events import Notice, ignore
 from sleb_plugins import DataError
 
@@ -59,6 +65,38 @@ def test_no_seed_moves_a_document_to_another_part(monkeypatch):
     assert set(reported.replace(" document", "\ndocument").split("\n")) == seen[2]
     # The lines of a running text stay in theirs.
     assert "\n\n".join(read("wikitext2", split) for split in SPLITS) == read("wikitext2", WHOLE)
+
+
+@pytest.mark.parametrize("source", ["chat.jsonl", "org/chat"])
+def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
+    lines = [{"messages": [{"role": "user", "content": f"question {number}"}]} for number in range(40)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(lines))
+    parts = [calibration_conversations(source, tokens=10**6, seed=3, split=split) for split in SPLITS]
+    assert [len(part) for part in parts] == [28, 8, 4]
+    assert len({part[0]["content"] for found in parts for part in found}) == 40
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
+    with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but at least 10 are needed"):
+        calibration_conversations("chat.jsonl", tokens=100, seed=0, split=FITTED)
+
+
+def test_a_preset_is_no_file_of_that_name_and_rows_without_text_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "c4").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    rows = datasets.Dataset.from_dict({"text": ["river", None, "stone"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    assert set(read("c4", WHOLE).split("\n\n")) == {"river", "stone"}
+    assert read("./c4", WHOLE) == "a file"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Dataset scripts are no longer supported"), DatasetGenerationError("broken")], ids=repr
+)
+def test_what_the_library_of_data_sets_refuses_is_said(monkeypatch, error):
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(DataError, match="The data set org/name:train:text cannot be loaded"):
+        read("org/name", WHOLE)
 
 
 def test_a_part_without_text_is_named(tmp_path):

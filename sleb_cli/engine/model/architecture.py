@@ -242,7 +242,7 @@ def read_architecture(source: ModelSource, registry: Registry, notify: Notify) -
     if architecture.claimed_by is None and config.model_type not in CONFIG_MAPPING:
         notify(
             Notice(
-                f"sleb was never tested with {config.model_type}, which transformers does not know. "
+                f"sleb has not been tested with {config.model_type}, which transformers does not know. "
                 f"It found {text.num_hidden_layers} blocks at {adapter.blocks_path}."
             )
         )
@@ -273,7 +273,7 @@ def _read_config(source: ModelSource) -> Any:
     is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
     if not is_known and "auto_map" not in raw:
         raise UnsupportedModelError(
-            f"transformers has no model of type {model_type!r}.",
+            f"transformers has no model of type {model_type!r}." if model_type else "config.json has no model_type.",
             hint="Upgrade with `pip install --upgrade transformers`, or check config.json.",
         )
     if not is_known and not source.trust_remote_code:

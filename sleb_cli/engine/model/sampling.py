@@ -29,7 +29,8 @@ class Sampler:
         Raises:
             ValueError: they are no logits of a distribution.
         """
-        scores[:, self.forbidden] = -torch.inf
+        # A tokenizer may have more tokens than the model.
+        scores[:, [token for token in self.forbidden if token < scores.shape[-1]]] = -torch.inf
         tokens = sample(scores.softmax(-1, dtype=torch.float32))
         return scores.fill_(-torch.inf).scatter_(-1, tokens[:, None], 0.0)
 

@@ -56,7 +56,7 @@ def evaluate_subject(
     tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
     if any(task.runs_code for task in tasks) and (free := unconfined()):
-        notify(Warned(f"This system does not keep the programs that the model writes from {free}."))
+        notify(Warned(f"On this system, programs that the model writes are not kept from {free}."))
     tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
     names = texts_of(request)
     texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
@@ -121,7 +121,8 @@ def read_evaluation_text(
     name: str, request: EvalRequest, tokenizer: Any, architecture: Architecture
 ) -> EvaluationWindows:
     """Read a text or conversations and cut them into windows; raises like `evaluate_subject`."""
-    length, text = choose_length(request.sequence_length, architecture), evaluation_text(name)
+    length = choose_length(request.sequence_length, architecture)
+    text = evaluation_text(name, length)
     if text.conversations:
         require_template(tokenizer, name)
         for option, value in (("--stride", request.stride), ("--bos", request.bos)):

@@ -88,7 +88,7 @@ def load_task(named: str, items: int) -> LoadedTask:
 def _name_in(file: Path) -> str:
     """Read a task's name from its file, whose YAML may contain tags that only lm-eval can load."""
     try:
-        found = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(r"^task:[ \t]*[\"']?([^\s\"'#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"The task file {file} cannot be read.", hint="Check the path.") from error
     if not found:

@@ -75,9 +75,9 @@ def fitting(
     """
     left = []
     for task in tasks:
-        length = task.longest_request(tokenizer) if positions and task.name in CANARIES else 0
+        length = task.longest_request(tokenizer) if positions and {*task.tasks} <= {*CANARIES} else 0
         if positions and length > positions:
-            notify(Notice(f"{task.name} is left out: it takes {length:,} tokens, and the model has {positions:,}."))
+            notify(Notice(f"{task.name} is left out: it takes {length:,} tokens; the model has only {positions:,}."))
         else:
             left.append(task)
     if not left:

@@ -116,7 +116,9 @@ class Calibration:
     def part(self, rows: slice | list[int]) -> Calibration:
         """Return these sequences, in this order."""
         loss_mask = None if self.loss_mask is None else self.loss_mask[rows]
-        return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask)
+        order = range(len(self.origins))[rows] if isinstance(rows, slice) else rows
+        origins = tuple(self.origins[row] for row in order) if self.origins else ()
+        return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask, origins=origins)
 
     def without(self, skipped: Sequence[SkippedRecord]) -> Calibration:
         """Return the sequences but these, and the record of those that are left."""
@@ -351,7 +353,7 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
     # What is asked for counts the whole text, of which a split has only about its share.
     asked = samples if settings.samples_given and split == WHOLE else None
     if settings.chat is not None and holds_conversations(source):
-        conversations = calibration_conversations(source, tokens=samples * length, seed=seed)
+        conversations = calibration_conversations(source, tokens=samples * length, seed=seed, split=split)
         answers = settings.chat == "answers"
         windows, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=asked)
         return windows, loss_mask if answers else None

@@ -11,7 +11,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import cycle, islice
+from itertools import compress, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 from sleb_cli.canaries.repetition import repetition
@@ -150,6 +150,7 @@ class _Writer:
             before, ending = self._around(conversation, role)
             prompts.append(self.tokenizer(before, add_special_tokens=False).input_ids)
             endings.append(ending)
+        fits = [len(prompt) < self.length for prompt in prompts]
         room = self.length - min(map(len, prompts))
         if room < FEWEST_TOKENS and asks and not conversations[0]:
             raise UsageError(
@@ -159,11 +160,11 @@ class _Writer:
             )
         first = self.tokenizer(endings[0], add_special_tokens=False).input_ids[:1]
         ends = self.ends | (set(first) & self.special)
-        new = max(1, room // 2) if asks else max(1, room) + SPARE_TOKENS
-        written = more(prompts, new, forbidden=self.special - ends, ends=ends)
+        begun, new = [*compress(prompts, fits)], max(1, room // 2) if asks else max(1, room) + SPARE_TOKENS
+        written = iter(more(begun, new, forbidden=self.special - ends, ends=ends) if begun else [])
         return [
-            self._with(role, conversation, self._text(tokens, ends, ending))
-            for conversation, tokens, ending in zip(conversations, written, endings, strict=True)
+            self._with(role, conversation, self._text(next(written), ends, ending)) if fit else None
+            for conversation, ending, fit in zip(conversations, endings, fits, strict=True)
         ]
 
     def _text(self, tokens: list[int], ends: set[int], ending: str) -> tuple[str, bool]:
@@ -189,10 +190,11 @@ class _Writer:
         """Return what a template puts before the words of a next message, and the first line of what follows them."""
         messages = [*conversation, {"role": role, "content": MARK}]
         whole = apply_template(self.tokenizer, messages, self.source, tokenize=False, add_generation_prompt=True)
-        before, mark, after = whole.rpartition(MARK)
-        if not mark:
+        before, _, after = whole.rpartition(MARK)
+        if not before:
             raise UsageError(
-                f"The chat template has no place for the words of a {role}, so the model cannot write {self.source}.",
+                f"The chat template does not show where the words of a {role} begin, so the model cannot write "
+                f"{self.source}.",
                 hint=GIVE_TEXT,
             )
         return before, after.strip().partition("\n")[0]

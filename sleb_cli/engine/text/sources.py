@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -125,7 +125,7 @@ def calibration_text(source: str, *, tokens: int, seed: int, split: TextSplit = 
     Raises:
         DataError: the source is missing, unreadable or empty.
     """
-    if source != "wikitext2" and is_file(source):
+    if is_file(source):
         return _file_text(source, split)
     dataset = CALIBRATION_PRESETS.get(source) or _parse_dataset(source)
     if source == "wikitext2":
@@ -145,8 +145,10 @@ def reference_calibration_text(source: str, *, rows: int, seed: int, split: Text
     return Text(source, separator.join(islice(_documents(CALIBRATION_PRESETS[source], split, shuffle_seed=seed), rows)))
 
 
-def evaluation_text(source: str) -> Text:
+def evaluation_text(source: str, length: int) -> Text:
     """Return the text or the conversations to measure perplexity on; for `wikitext2` and `c4`, that of the literature.
+
+    Of another data set, only as much is read as its windows of `length` tokens need.
 
     Of another data set, it is the named split, or the one that models were least likely trained or calibrated on, and
     the named column, or `text`, or else `messages`.
@@ -171,10 +173,13 @@ def evaluation_text(source: str) -> Text:
     rows = _load(dataset)
     if not column and dataset.column not in rows.column_names and MESSAGES in rows.column_names:
         dataset = replace(dataset, column=MESSAGES)
-    values = list(_values(rows, dataset))
-    if values and isinstance(values[0], list):
-        return Text(source, "", C4_EVALUATION_WINDOWS, split, conversations=tuple(_row_conversations(dataset, values)))
-    return replace(_joined(source, map(str, values), limit=C4_EVALUATION_WINDOWS), split=split)
+    values, limit = _values(rows, dataset), C4_EVALUATION_WINDOWS
+    first, characters = next(values, ""), limit * length * CHARACTERS_PER_TOKEN
+    values = chain([first], values)
+    if isinstance(first, list):
+        rows = _enough(_row_conversations(dataset, values), characters, _characters)
+        return Text(source, "", limit, split, conversations=tuple(rows))
+    return replace(_joined(source, _enough(map(str, values), characters), limit=limit), split=split)
 
 
 def _joined(
@@ -201,21 +206,28 @@ def _evaluation_split(dataset: Dataset) -> str:
     return next((split for split in EVALUATION_SPLITS if split in splits), [*splits, "train"][0])
 
 
-def calibration_conversations(source: str, *, tokens: int, seed: int) -> list[Conversation]:
-    """Return conversations: all of a .jsonl file, or about `tokens` tokens of a data set.
+def calibration_conversations(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> list[Conversation]:
+    """Return conversations of this part of a source: all of a .jsonl file, or about `tokens` tokens of a data set.
 
     They are read from the field or column `messages`: lists of {"role": …, "content": …}.
 
     Raises:
-        DataError: the source is missing or unreadable, or does not hold conversations.
+        DataError: the source is missing or unreadable, or holds no or too few conversations.
     """
     if is_file(source):
         found = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
-    else:
-        dataset = _parse_dataset(source, column=MESSAGES)
-        rows = _row_conversations(dataset, _values(_load(dataset), dataset, shuffle_seed=seed))
-        found = list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
-    return found
+        return _part(found, split, source, "conversation")
+    dataset = _parse_dataset(source, column=MESSAGES)
+    rows = _row_conversations(dataset, _values(_load(dataset), dataset, split, shuffle_seed=seed))
+    return list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
+
+
+def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
+    if len(found) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
+        raise DataError(
+            f"{file} has {plural(len(found), what)}, but at least {least} are needed.", hint=f"Add more {what}s to it."
+        )
+    return [found[row] for row in split.rows(len(found))]
 
 
 def _row_conversations(dataset: Dataset, values: Iterable[Any]) -> Iterator[Conversation]:
@@ -254,12 +266,7 @@ def read_prompts(source: str, split: TextSplit = WHOLE) -> list[Conversation]:
         prompts = [line.conversation for line in _json_lines(file, content, _Prompt)]
     else:
         prompts = [[{"role": "user", "content": line.strip()}] for line in content.splitlines() if line.strip()]
-    if len(prompts) < (least := 1 if split == WHOLE else MIN_DOCUMENTS):
-        raise DataError(
-            f"{file} has {plural(len(prompts), 'prompt')}, not the {least} or more that are needed.",
-            hint="Write more prompts into it.",
-        )
-    return [prompts[row] for row in split.rows(len(prompts))]
+    return _part(prompts, split, file, "prompt")
 
 
 def writes_conversations(source: str) -> bool:
@@ -286,7 +293,7 @@ def _characters(conversation: Conversation) -> int:
 def is_file(source: str) -> bool:
     """Whether a source is a local file rather than a preset or a data set."""
     path = Path(source)
-    if writes_conversations(source):
+    if source in CALIBRATION_PRESETS or writes_conversations(source):
         return False
     return path.exists() or path.suffix in {".txt", ".jsonl", ".md", ".json"} or source.startswith((".", "/", "~"))
 
@@ -330,7 +337,7 @@ def _read_file(source: str) -> str:
             raise DataError(f"{source} cannot be read: {reason}.", hint=hint)
         if (size := path.stat().st_size) * MEMORY_PER_BYTE > (free := free_bytes(CPU)):
             raise DataError(
-                f"{source} has {format_bytes(size)} of text, and memory is free for about "
+                f"{source} has {format_bytes(size)} of text, but there is memory for only about "
                 f"{format_bytes(free / MEMORY_PER_BYTE)}.",
                 hint="Name a part of it: `head -c 100M FILE > PART`.",
             )
@@ -414,8 +421,8 @@ def _naming_faults(where: str) -> Iterator[None]:
     except ValidationError as error:
         raise DataError(
             f"{where} cannot be read: {first_fault(error, 'JSON')}.",
-            hint='Texts need {"text": "…"}; answers: needs {"prompt": "…"}; --chat needs {"messages": [{"role": "…", '
-            '"content": "…"}]}.',
+            hint='Each line needs {"text": "…"}; for answers:FILE, {"prompt": "…"}; for conversations, {"messages": '
+            '[{"role": "…", "content": "…"}]}.',
         ) from error
 
 
@@ -451,7 +458,7 @@ def _values(rows: Any, dataset: Dataset, split: TextSplit = WHOLE, *, shuffle_se
         rows = ordered.select(split.rows(len(rows)))
     if shuffle_seed is not None:
         rows = rows.shuffle(seed=shuffle_seed)
-    return (row[dataset.column] for row in rows)
+    return (value for row in rows if (value := row[dataset.column]) is not None)
 
 
 def _load(dataset: Dataset) -> Any:
@@ -463,17 +470,18 @@ def _load(dataset: Dataset) -> Any:
 
 def _loading(dataset: Dataset) -> AbstractContextManager[None]:
     hint = "Check the name and the network, or name a local file."
-    return loading_data(f"data set {dataset}", hint, ValueError)  # an unknown config or split
+    # An unknown config or split, and a data set that comes as a script.
+    return loading_data(f"data set {dataset}", hint, ValueError, RuntimeError)
 
 
 @contextmanager
 def loading_data(what: str, hint: str, *others: type[Exception]) -> Iterator[None]:
     """Turn errors of the library `datasets`, and these others, into a `DataError` that names what cannot be loaded."""
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
 
     datasets.disable_progress_bars()
-    expected: tuple[type[Exception], ...] = (ConnectionError, FileNotFoundError, *others)
+    expected: tuple[type[Exception], ...] = (ConnectionError, FileNotFoundError, DatasetsError, *others)
     try:
         with offline_if_unreachable() as unreachable:
             yield
