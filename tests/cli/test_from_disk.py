@@ -59,7 +59,7 @@ def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path
     other, family, metric = case
     model = save_model(tmp_path / "model", tiny_config(family, dtype=torch.bfloat16))
     write(ON_DISK)
-    too_large = "of memory in bfloat16, but only 100 kB are free on cpu. Streaming its blocks from disk (--stream)"
+    too_large = "of memory in bfloat16, but only 100 kB is free on cpu. Streaming its blocks from disk (--stream)"
     found = []
     for way in ("in memory", other):
         where = [*WAYS[way], "--force"]
@@ -114,7 +114,7 @@ def test_hidden_states_wait_in_host_memory(sleb, llama_plan, text_file, tmp_path
     sleb(*command, "--no-verify", "-o", "device")
     needed, large = settings._needed_bytes, {settings.HIDDEN_STATES: 2**30}
     monkeypatch.setattr(settings, "_needed_bytes", lambda *args, **how: needed(*args, **how) | large)
-    monkeypatch.setattr(settings, "free_bytes", lambda device: 2**29 if device.type == "sim" else 2**31)
+    monkeypatch.setattr(settings, "own_free_bytes", lambda device: 2**29 if device.type == "sim" else 2**31)
     held = []
     monkeypatch.setattr(closed_form._States, "held", lambda self, tensor: held.append(self.on_host) or tensor.cpu())
     sleb(*command, "--no-verify", "-o", "host")

@@ -268,8 +268,8 @@ def test_what_cannot_be_is_refused(run_sleb, llama_plan, text_file, fit, options
 
 
 def test_without_the_memory_for_the_model_it_is_refused(recover, llama_plan, fit, monkeypatch):
-    monkeypatch.setattr(settings, "free_bytes", lambda device: 1000)
-    needed = r"Recovery needs \S+ [kM]B of memory on cpu \(\S+ kB for the model, .* for the sums of a fit\)"
+    monkeypatch.setattr(settings, "own_free_bytes", lambda device: 1000)
+    needed = r"Recovery needs \S+ [kM]B of memory on cpu \(\S+ kB for the model, .* for regression sums\)"
     assert re.search(needed, recover(llama_plan, code=7).stderr)
 
 

@@ -149,5 +149,9 @@ def available_memory(device: torch.device, asked: str | None = None) -> int:
     """
     if asked is not None:
         return parse_bytes(asked, "--memory")
-    processes = local_count() if device.type in ("cpu", "mps") else 1  # which share the memory of the machine
-    return int(free_bytes(device) * settings_for(device).share) // processes
+    return int(own_free_bytes(device) * settings_for(device).share)
+
+
+def own_free_bytes(device: torch.device) -> int:
+    """Return the part of the free memory that is this process's, where several share that of the machine."""
+    return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sleb_cli.engine.device import CPU, dtype_name, free_bytes
+from sleb_cli.engine.device import CPU, dtype_name
+from sleb_cli.engine.forward.memory_budget import own_free_bytes
 from sleb_cli.engine.forward.placement import Placement, device_of, place_model
 from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.gguf.file import GgufFile
@@ -39,7 +40,7 @@ from sleb_cli.requests import (
     RECOVERY_TOKENS,
     ApplyRequest,
 )
-from sleb_cli.units import format_bytes
+from sleb_cli.units import format_bytes, plural
 from sleb_plugins import DataError, MachineError, UnsupportedModelError, UsageError
 
 FITTED, DECIDING, REPORTED = TextSplit(0, 0.7), TextSplit(0.7, 0.9), TextSplit(0.9, 1)
@@ -91,7 +92,8 @@ def resolve_recovery(
     asked = False if budget else request.stream
     blocks = architecture.blocks_of(architecture.skeleton)
     kept = [blocks[block] for block in surgery.kept.blocks]
-    sums = max(fitting_bytes(block, architecture.text_config.hidden_size) for block in kept)
+    width = architecture.text_config.hidden_size
+    sums = max(fitting_bytes(block, width) for block in kept) if request.recover else 0
 
     def place(name: str) -> tuple[Placement, CalibrationSettings, dict[str, int]]:
         """Return where the model is if it computes in this data type, the text, and the memory that it takes."""
@@ -101,15 +103,19 @@ def resolve_recovery(
             )
         )
         text = _resolve_text(request, subject, stream=found.stream)
-        needed = _needed_bytes(architecture, kept, found, text, heal=request.heal)
+        needed = _needed_bytes(architecture, kept, found, heal=request.heal)
         if request.recover:
-            needed["the sums of a fit"] = sums
+            # What enters the model and a block on all the text, in the dense and in the recovered model, and what
+            # leaves it.
+            needed[HIDDEN_STATES] = 4 * text.samples * text.sequence_length * width * found.dtype.itemsize
+            needed["regression sums"] = sums
         return replace(found, device=device), text, needed
 
     placement, text, needed = place((state.dtype if request.resume else None) or AUTO)
-    if sum(needed.values()) > free_bytes(device) and not placement.stream and placement.dtype is not own:
+    narrower = placement.dtype is not own and not placement.stream
+    if narrower and group.from_main(lambda: sum(needed.values()) > own_free_bytes(device)):
         placement, text, needed = place(dtype_name(own))  # which takes half of the memory
-    on_host = placement.stream and device != CPU and sum(needed.values()) > free_bytes(device)
+    on_host = placement.stream and device != CPU and sum(needed.values()) > own_free_bytes(device)
     if on_host:
         _require_free(CPU, {HIDDEN_STATES: needed.pop(HIDDEN_STATES)}, heal=request.heal)
     _require_free(device, needed, heal=request.heal)
@@ -132,18 +138,15 @@ def _needed_bytes(
     architecture: Architecture,
     kept: Sequence[nn.Module],
     placement: Placement,
-    text: CalibrationSettings,
     *,
     heal: bool,
 ) -> dict[str, int]:
-    """Return the memory that recovery takes, by what for; of a model that a device map spreads out, only the rest."""
+    """Return the memory that weights take, by what for; of a model that a device map spreads out, only the rest."""
     size, needed = placement.dtype.itemsize, dict[str, int]()
     if placement.stream:
         needed["two blocks and what is outside of them"] = streamed_bytes(architecture, placement.dtype)
     elif placement.device_map is None:
         needed["the model"] = sum(parameter.numel() for parameter in architecture.skeleton.parameters()) * size
-    # What enters the model and a block on all the text, in the dense and in the recovered model, and what leaves it.
-    needed[HIDDEN_STATES] = 4 * text.samples * text.sequence_length * architecture.text_config.hidden_size * size
     if heal:
         shapes = [parameter.shape for block in kept for parameter in block.parameters()]
         # The weights that are trained and their original values; what is not trained, both models share.
@@ -153,13 +156,13 @@ def _needed_bytes(
 
 
 def _require_free(device: torch.device, needed: Mapping[str, int], *, heal: bool) -> None:
-    total, free = sum(needed.values()), free_bytes(device)
+    total, free = sum(needed.values()), own_free_bytes(device)
     if total <= free:
         return
     parts = ", ".join(f"{format_bytes(size)} for {what}" for what, size in needed.items())
     raise MachineError(
         f"{'Healing' if heal else 'Recovery'} needs {format_bytes(total)} of memory on {device.type} ({parts}), but "
-        f"only {format_bytes(free)} are free.",
+        f"only {format_bytes(free)} is free.",
         hint="Use fewer --samples, leave out --heal or --recover, or use a machine with more memory.",
     )
 
@@ -182,7 +185,7 @@ def _resolve_text(request: ApplyRequest, subject: Subject, *, stream: bool) -> C
         text = replace(text, samples=max(FEWEST_SEQUENCES, tokens // length))
     if text.samples < FEWEST_SEQUENCES:
         raise DataError(
-            f"{text.samples} sequences are too few to recover on: some decide, and others are reported on.",
+            f"{plural(text.samples, 'sequence')} cannot be divided into those to fit, to decide and to report on.",
             hint=f"Use --samples {FEWEST_SEQUENCES} or more.",
         )
     return text
