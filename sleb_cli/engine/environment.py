@@ -1,7 +1,7 @@
 """The machine and the installed versions, for the record."""
 
 import platform
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ def environment_record(plugins: dict[str, str], device: torch.device, seconds: f
         platform=platform.platform(),
         processor=processor_name(device),
         plugins=plugins,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        started=(datetime.now(UTC) - timedelta(seconds=seconds)).isoformat(timespec="seconds"),
         seconds=round(seconds, 1),
     )
 

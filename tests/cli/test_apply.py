@@ -376,7 +376,7 @@ def test_a_proof_without_memory_is_partial_and_says_so(apply, llama_plan, tmp_pa
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     monkeypatch.setattr(proof, "open_dense", None)
     result = apply(llama_plan, *options)
-    reason = r"two of its blocks at a time need \d+ kB of memory, and 10 kB are free"
+    reason = r"two of its blocks at a time need \d+ kB of memory, and 10 kB is free"
     assert re.search(rf"partially proven in \w+ on cpu: every .*; {reason}", result.stdout)
     assert "The proof is partial" in result.stderr
     recorded = read_plan(tmp_path / "out" / "sleb_plan.json").proof
@@ -391,7 +391,7 @@ def test_without_room_to_save_it_again_the_proof_is_partial(apply, tiny_llama, t
     free = [10**9, 10**9, 1000]  # twice before the weights are written, and after
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
     result = apply(tiny_llama, "--blocks", "1")
-    reason = r"saving it again needs \d+ kB on the disk, and 1 kB are free"
+    reason = r"saving it again needs \d+ kB on the disk, and 1 kB is free"
     assert re.search(f"partially proven .* are bitwise equal .*; {reason}", result.stdout)
     assert re.search(rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text())
 

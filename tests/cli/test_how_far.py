@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import llama_config, prose, save_model, write_task
 from sleb_cli.engine.quality.task_metric import load_task
 from sleb_cli.engine.search import speedup
+from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.plan import ServingRecord, read_plan
+from sleb_plugins import UnsupportedModelError
 
 BLOCK = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64 + 2 * 32
 OUTSIDE = 2 * 320 * 32 + 32
@@ -93,6 +95,20 @@ def test_a_search_for_a_loss_that_was_too_small_goes_on(search, tmp_path):
     assert read_plan(tmp_path / "plan.json").removals == full.removals
     assert "no other block can be removed" in result.stdout
     assert "The search removes up to 4 blocks" in result.stderr
+
+
+def test_a_model_that_fails_does_not_end_a_search_for_a_loss_as_done(search, tmp_path, monkeypatch):
+    score = Scoring.score
+
+    def failing(self, removed, candidates):
+        if removed:
+            raise UnsupportedModelError("The device is gone.", hint="")
+        return score(self, removed, candidates)
+
+    monkeypatch.setattr(Scoring, "score", failing)
+    assert "The device is gone" in search("--max-loss-increase", 99, code=4).stderr
+    assert not (tmp_path / "plan.json").exists()
+    assert (tmp_path / "plan.json.journal").exists()
 
 
 @pytest.fixture

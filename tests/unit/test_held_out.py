@@ -31,6 +31,7 @@ def test_the_last_are_held_out_and_both_parts_keep_one(count, share, held):
         ([0.5, 0.9], [0.1, 0.3, 0.2, 0.4], math.sqrt(0.13 / 4 * (1 / 4 + 1 / 2)), False),
         ([0.1], [9.0], 0.0, False),  # too few say nothing
         ([0.1, 0.1, 0.1], [9.0], 0.0, False),
+        ([0.1] * 4, [9.0, 9.0], 0.0, False),  # nor does one text over and over
     ],
 )
 def test_the_gap_and_its_error_are_those_of_students_t(searched, held_out, error, overfits):

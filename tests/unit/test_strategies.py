@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from sleb_cli.engine.search.choices import Outcome, Protection
+from sleb_cli.engine.search.choices import NoBlockLeft, Outcome, Protection
 from sleb_cli.engine.search.strategies import STRATEGIES, Problem
-from sleb_plugins import ModelError, UnsupportedModelError
+from sleb_plugins import ModelError
 
 SEEDS = pytest.mark.parametrize("seed", range(20))
 EACH = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -134,7 +134,7 @@ def test_contiguous_finds_the_best_span_of_what_may_go(seed):
 def test_sets_after_which_nothing_may_go_are_passed_over(strategy):
     def rule(removed):
         if 3 in removed:
-            raise UnsupportedModelError("No block is left.", hint="")
+            raise NoBlockLeft("No block is left.", hint="")
         return candidates(8)(removed)
 
     assert 3 not in search(strategy, Costs(8, 1).score, rule, 3)[-1].removals[:-1]

@@ -60,7 +60,7 @@ class _Part:
     """Sequences of a batch that pass through the model together, and what is kept of them from step to step.
 
     Attributes:
-        key: the number of the batch, and of the part in it.
+        key: the number of the batch, and of its first sequence in that.
         is_last: whether it is the last of its batch.
         ids: the tokens, [sequences, positions].
         loss_mask: which of them count as targets; None for all.
@@ -188,7 +188,7 @@ class Passes:
             parts = torch.split(self.batches[batch], self.budget.sequences)
             masks = torch.split(self.loss_mask[batch], self.budget.sequences) if self.loss_mask else [None] * len(parts)
             self._parts[batch] = [
-                _Part((batch, number), number == len(parts) - 1, ids, mask)
+                _Part((batch, number * self.budget.sequences), number == len(parts) - 1, ids, mask)
                 for number, (ids, mask) in enumerate(zip(parts, masks, strict=True))
             ]
         return self._parts[batch]

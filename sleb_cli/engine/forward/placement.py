@@ -117,7 +117,7 @@ def choose_dtype(
     notify(
         Notice(
             f"This will be slow: the processor has no {dtype_name(dtype)} arithmetic, and float32 needs "
-            f"{format_bytes(size)} of memory, but only {format_bytes(free)} are free."
+            f"{format_bytes(size)} of memory, but only {format_bytes(free)} is free."
         )
     )
     return dtype

@@ -70,7 +70,7 @@ def choose_to_stream(
         notify(
             Notice(
                 f"{architecture.source.id} needs {format_bytes(needed)} of memory in {dtype_name(dtype)}, but only "
-                f"{format_bytes(free)} are free on {device}. Streaming its blocks from disk (--stream)."
+                f"{format_bytes(free)} is free on {device}. Streaming its blocks from disk (--stream)."
             )
         )
         return True

@@ -186,6 +186,6 @@ def _require_memory(file: GgufFile, dtype: torch.dtype) -> None:
     needed, free = sum(math.prod(tensor.shape) for tensor in file.tensors) * dtype.itemsize, free_bytes(CPU)
     if needed > free:
         raise MachineError(
-            f"Unpacking {file.path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} are free.",
+            f"Unpacking {file.path} takes {format_bytes(needed)} of memory, but only {format_bytes(free)} is free.",
             hint="Name the original checkpoint (a Hub id or a folder) instead: its blocks can be streamed.",
         )

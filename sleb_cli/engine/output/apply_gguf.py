@@ -244,5 +244,5 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
     needed = 8 * sum(math.prod(tensor.shape) for tensor in file.tensors)
     for what, free in (("memory", free_bytes(CPU)), ("disk space", free_space(aside.parent))):
         if free < needed:
-            return f"transformers needs {format_bytes(needed)} of {what}, and only {format_bytes(free)} are free"
+            return f"transformers needs {format_bytes(needed)} of {what}, and only {format_bytes(free)} is free"
     return None

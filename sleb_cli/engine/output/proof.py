@@ -145,12 +145,12 @@ def _obstacle(architecture: Architecture, place: Placement) -> str | None:
     needed, free = _needed(architecture, place.dtype, stream=place.stream), free_bytes(place.device)
     if needed > free:
         what = "two of its blocks at a time need" if place.stream else "the model needs"
-        return f"{what} {format_bytes(needed)} of memory, and {format_bytes(free)} are free"
+        return f"{what} {format_bytes(needed)} of memory, and {format_bytes(free)} is free"
     written = converted_bytes(architecture, place.dtype) if place.stream else 0
     if written and written > (left := free_space(cache_root())):
         return (
             f"transformers would write {format_bytes(written)} of converted weights to the disk, and "
-            f"{format_bytes(left)} are free"
+            f"{format_bytes(left)} is free"
         )
     return None
 
@@ -409,7 +409,7 @@ def _runs(
             model.to(stored)  # half of what is written and read again, where only names and shapes count
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(folder)
         if needed > free:
-            reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} are free"
+            reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} is free"
             yield None, {"partial": reason}
             return
         with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:

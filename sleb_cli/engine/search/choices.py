@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sleb_cli.plan import RaceRecord, SwapRecord
-from sleb_plugins import ModelError
+from sleb_plugins import ModelError, UnsupportedModelError
+
+
+class NoBlockLeft(UnsupportedModelError):
+    """No block can be removed next."""
 
 
 @dataclass(frozen=True)

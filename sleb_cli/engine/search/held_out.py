@@ -76,4 +76,4 @@ def compare_growth(searched: Sequence[float], held_out: Sequence[float], tail: f
     squares = sum(sum((value - fmean(part)) ** 2 for value in part) for part in (searched, held_out))
     error = math.sqrt(squares / freedom * (1 / len(searched) + 1 / len(held_out)))
     limit = student_quantile(tail, freedom) * error
-    return generalization_gap, error, freedom >= MIN_DEGREES_OF_FREEDOM and generalization_gap > limit
+    return generalization_gap, error, freedom >= MIN_DEGREES_OF_FREEDOM and 0 < limit < generalization_gap

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.search.choices import Protection
+from sleb_cli.engine.search.choices import NoBlockLeft, Protection
 from sleb_cli.engine.surgery.surgery import Surgery
 from sleb_cli.events import Notice, Notify, ignore, task
-from sleb_plugins import UnsupportedModelError
+from sleb_cli.units import plural
 
 
 class Removable:
@@ -26,7 +26,7 @@ class Removable:
         """Return the blocks that may be removed after `removed`, in order; the result is cached.
 
         Raises:
-            UnsupportedModelError: none may; the message says why.
+            NoBlockLeft: none may; the message says why.
         """
         gone = tuple(sorted(removed))
         if gone not in self._known:
@@ -36,12 +36,10 @@ class Removable:
     def _try(self, removed: Sequence[int]) -> list[int]:
         architecture = self.architecture
         after = f" after {', '.join(map(str, removed))}" if removed else ""
-        fewer = f"Remove {len(removed)} blocks. With --resume, nothing is measured again."
+        fewer = f"Remove {plural(len(removed), 'block')}. With --resume, nothing is measured again."
         free = self.protection.candidates(architecture.block_count, removed)
         if not free:
-            raise UnsupportedModelError(
-                f"No block can be removed{after}.", hint=fewer if removed else "Protect fewer blocks."
-            )
+            raise NoBlockLeft(f"No block can be removed{after}.", hint=fewer if removed else "Protect fewer blocks.")
         is_uniform = not any(architecture.kinds)
         if is_uniform and not any(self._obstacle(removed, block) for block in (free[0], free[-1])):
             return free
@@ -54,7 +52,7 @@ class Removable:
                     stay[block] = why
                 advance()
         if len(stay) == len(free):
-            raise UnsupportedModelError(
+            raise NoBlockLeft(
                 f"No block of {architecture.source.id} ({architecture.config.model_type}) can be removed{after}: "
                 f"without block {free[0]}, {stay[free[0]]}.",
                 hint=fewer if removed else "See docs/reference/families.md for what each family allows.",

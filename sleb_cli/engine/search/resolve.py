@@ -49,7 +49,7 @@ from sleb_cli.requests import (
     SearchRequest,
     StrategyName,
 )
-from sleb_cli.units import parse_bytes
+from sleb_cli.units import parse_bytes, plural
 from sleb_plugins import (
     LogitMetric,
     MachineError,
@@ -109,7 +109,7 @@ class ResolvedSearch:
 def resolve_search(
     request: SearchRequest, registry: Registry, notify: Notify, group: ProcessGroup, *, dry: bool = False
 ) -> ResolvedSearch:
-    """Check everything that needs no weights, in each process; all compute in the data type that the main one chooses.
+    """Check everything that needs no weights, in each process; all place the model as the main one does.
 
     With `dry`, no model is downloaded or converted for it.
 
@@ -117,8 +117,8 @@ def resolve_search(
         SlebError: a subclass that fits, if the request is impossible.
     """
     resolved = group.one_first(lambda: _resolve(request, registry, notify, dry=dry))
-    dtype = group.from_main(lambda: resolved.placement.dtype)
-    return replace(resolved, placement=replace(resolved.placement, dtype=dtype))
+    placement = group.from_main(lambda: resolved.placement)
+    return replace(resolved, placement=replace(placement, device=resolved.placement.device))
 
 
 def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry: bool) -> ResolvedSearch:
@@ -158,8 +158,6 @@ def _resolve(request: SearchRequest, registry: Registry, notify: Notify, *, dry:
     )
     resolved = with_target(resolved, target, notify) if target is not None else resolved
     resolved.removable.candidates(resolved.gone)  # raises now if no block can be removed
-    if strategy == "contiguous":
-        free_spans(resolved.removable.candidates, resolved.remove or 1)
     return resolved
 
 
@@ -182,8 +180,8 @@ def _read_architecture(
         require_same_model(request.extend, extended, architecture)
     if architecture.block_count < 2:
         raise UnsupportedModelError(
-            f"Nothing can be removed from {source.id}: its number of blocks is {architecture.block_count}.",
-            hint="Name a deeper model.",
+            f"Nothing can be removed from {source.id}, which has {plural(architecture.block_count, 'block')}.",
+            hint="Name a model of two blocks or more.",
         )
     return architecture
 
@@ -219,9 +217,12 @@ def with_target(resolved: ResolvedSearch, target: Target, notify: Notify) -> Res
                 f"{option_of(target.name)}.",
                 hint="Use --strategy greedy, or --remove.",
             )
-        return replace(resolved, target=target, remove=target.removals(candidates, gone))
+        remove = target.removals(candidates, gone)
+        if resolved.strategy_name == "contiguous":
+            free_spans(resolved.removable.candidates, remove)
+        return replace(resolved, target=target, remove=remove)
     if resolved.strategy_name == "contiguous":
-        candidates = longest_run(candidates)
+        candidates = longest_run(resolved.removable.candidates(()))
     most = min(len({*candidates, *gone}), blocks - 1)
     notify(Notice(f"The search removes up to {most} blocks, and stops before {target.beyond}."))
     return replace(resolved, target=target, remove=most)

@@ -26,7 +26,7 @@ from sleb_cli.engine.forward.skipping import SkippableModel
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.quality.sample_generation import generate_sample
 from sleb_cli.engine.search.bad_sequences import find_bad, leave_out, unsound
-from sleb_cli.engine.search.choices import Choice
+from sleb_cli.engine.search.choices import Choice, NoBlockLeft
 from sleb_cli.engine.search.held_out import ERROR, compare_growth, hold_out, overfitting_note
 from sleb_cli.engine.search.journal import journal_of, open_journal, saved_walk_of
 from sleb_cli.engine.search.race import LOOKS
@@ -68,7 +68,6 @@ from sleb_plugins import (
     ModelError,
     ModelMetric,
     PlanError,
-    UnsupportedModelError,
     UsageError,
     WeightMetric,
 )
@@ -329,7 +328,8 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
         # It swaps only at its last size, which a greedy search finds; those measurements are not repeated.
         greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring)
         refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring)
-        return replace(refined, next_cost=greedy.next_cost)
+        # A swap lowers the score, which may be another than the limited loss.
+        return greedy if refined.next_cost is not None else replace(refined, next_cost=greedy.next_cost)
     trace = _run_steps(resolved, dense, scoring)
     if not isinstance(target, SizeTarget | None) and len(trace.removals) == len(resolved.gone):
         assert trace.next_cost is not None
@@ -384,7 +384,7 @@ def _run_steps(resolved: ResolvedSearch, dense: DenseRecord, scoring: Scoring) -
             notify(BlockRemoved(len(trace.steps), step.block, step.score, step.perplexity, step.removals))
             if isinstance(target, SizeTarget) and target.met(trace.removals):
                 break
-    except UnsupportedModelError as error:
+    except NoBlockLeft as error:
         if isinstance(target, SizeTarget | None):
             raise
         notify(Notice(f"The search stops here: {error.message}"))

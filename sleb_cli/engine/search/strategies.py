@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
 
-from sleb_cli.engine.search.choices import Candidates, Choice, Outcome, Score, ranking, require_best
+from sleb_cli.engine.search.choices import Candidates, Choice, NoBlockLeft, Outcome, Score, ranking, require_best
 from sleb_cli.plan import SwapRecord
 from sleb_cli.requests import DEFAULT_BEAM_WIDTH, StrategyName
-from sleb_plugins import UnsupportedModelError, UsageError
+from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
 # The number of kept blocks that came closest to a swap and are tried in pairs.
@@ -80,10 +80,18 @@ def oneshot(problem: Problem) -> Iterator[Choice]:
 
 
 def contiguous(problem: Problem) -> Iterator[Choice]:
-    """For each size, remove the span of consecutive blocks with the lowest score."""
+    """For each size, remove the span of consecutive blocks with the lowest score.
+
+    Raises:
+        NoBlockLeft: there is no span of this size.
+    """
     assert problem.score_spans is not None
     for size in range(1, problem.remove + 1):
-        outcome = problem.score_spans(free_spans(problem.candidates, size))
+        try:
+            spans = free_spans(problem.candidates, size)
+        except UsageError as error:
+            raise NoBlockLeft(error.message, hint=error.hint) from error
+        outcome = problem.score_spans(spans)
         end = require_best(outcome, ())
         yield Choice(tuple(range(end - size + 1, end + 1)), outcome)
 
@@ -191,7 +199,7 @@ def _allowed(candidates: Candidates, removed: tuple[int, ...]) -> Sequence[int]:
     """Return the candidates after `removed`; none is no error here, since other sets may have some."""
     try:
         return candidates(removed)
-    except UnsupportedModelError:
+    except NoBlockLeft:
         return []
 
 
@@ -203,7 +211,7 @@ def _score_next(problem: Problem, removed: tuple[int, ...], among: Container[int
 
 
 def _each_size(candidates: int, remove: int, width: int) -> list[int]:
-    return [(candidates - gone) * (width if gone else 1) for gone in range(remove)]
+    return [max(0, candidates - gone) * (width if gone else 1) for gone in range(remove)]
 
 
 def _with_swaps(candidates: int, remove: int, width: int) -> list[int]:
