@@ -227,7 +227,7 @@ def test_a_recovered_file_that_fails_its_proof_is_kept(recovered, tmp_path, monk
     with monkeypatch.context() as patch:
         failing(apply_gguf, "prove", ProofError("It failed.", hint="Try again."))(patch)
         result = recovered("--recover", "--keep-failed", "kept", code=9)
-    assert "The fits so far are kept in" in result.stderr
+    assert "The fits so far are saved in" in result.stderr
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["small.gguf"]
     again = recovered("--recover")
     assert "fits of an interrupted run" in again.stderr

@@ -79,7 +79,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     with monkeypatch.context() as patches:
         interrupt_healing(patches, 6)
         stopped = healed(*command, code=130)
-    assert "The healing is kept in" in stopped.stderr
+    assert "Healing is saved in" in stopped.stderr
     assert "rerun with --resume to continue" in stopped.stderr
     assert sorted(name for name in os.listdir(tmp_path) if "out" in name) == [".out.recovery"]
     assert "holds an unfinished healing" in healed(*command, code=8).stderr
@@ -91,7 +91,7 @@ def test_an_interrupted_healing_goes_on_to_the_same_bytes(healed, tmp_path, monk
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 100)
         failing(apply, "prove", ProofError("It failed.", hint="Try again."))(patches)
-        assert "The healing is kept in" in healed(*command, "--resume", code=9).stderr
+        assert "Healing is saved in" in healed(*command, "--resume", code=9).stderr
     assert len(steps) == 3
     with monkeypatch.context() as patches:
         steps = interrupt_healing(patches, 1)

@@ -220,7 +220,7 @@ def test_no_fit_is_lost_and_none_to_other_text_is_used(
         fail(patch)
         stopped = recover(*command, samples=20, code=code)
         assert "Continuing" not in recover(*command, "--seed", 1, samples=20, code=code).stderr
-    assert "The fits so far are kept in" in stopped.stderr
+    assert "The fits so far are saved in" in stopped.stderr
     fitted = fits[len(whole) :]
     result = recover(*command, samples=20)
     assert re.search(r"Continuing with \d+ fits of an interrupted run.", result.stderr)
@@ -254,7 +254,7 @@ def test_a_quantized_model_is_refused(recover, tiny_llama, fit, tmp_path):
     ("options", "code", "words"),
     [
         (["--samples", "9"], 2, "--samples requires --recover or --heal"),
-        (["--recover", "--samples", "4", "--calibration", "TEXT", "--sequence-length", "32"], 5, "4 sequences are too"),
+        (["--recover", "--samples", "4", "--calibration", "TEXT", "--sequence-length", "32"], 5, "4 sequences cannot be divided"),
         (["--recover", "--device", "cuda:77"], 7, "no usable cuda:77"),
         (["--heal-tokens", "5"], 2, "--heal-tokens requires --heal."),
         (["--recover", "--heal-minutes", "5"], 2, "--heal-minutes requires --heal."),

@@ -166,6 +166,22 @@ def test_bad_sequences_are_refused_or_left_out_in_every_way(search, models, text
     assert f"{len(bad)} left out" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--recover",), 4, "hidden states that are not finite numbers"),
+        (("--heal", "--heal-tokens", 4096), 0, "Leaving out steps whose gradient is not finite"),
+    ],
+)
+def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, models, options, code, said):
+    path = tmp_path / "text.txt"
+    path.write_text(f"{prose(3)} {RARE} " * 100 + prose(700, seed=1))
+    text = calibration(path, 24, LENGTH)
+    command = ("apply", models["broken"], "--blocks", 2, *options, *text, "-o", tmp_path / "out")
+    assert said in sleb(*command, code=code).stderr
+    assert (tmp_path / "out").exists() is (code == 0)
+
+
 def test_where_no_sequence_is_bad_the_option_changes_nothing(search, tiny_llama, text):
     search(tiny_llama, text)
     search(tiny_llama, text, SKIP, "-o", "skip.json")

@@ -36,6 +36,7 @@ from sleb_cli.engine.recovery.residual_projections import (
     final_norm,
     find_residual_projections,
     passing,
+    possible_projections,
     runs_to_find,
 )
 from sleb_cli.engine.recovery.unfinished import Saved, fit_file
@@ -44,7 +45,7 @@ from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import Notice, Notify, task
 from sleb_cli.plan import ClosedFormRecord, FitRecord
 from sleb_cli.units import format_bytes, plural
-from sleb_plugins import MachineError, UnsupportedModelError
+from sleb_plugins import MachineError, ModelError, UnsupportedModelError
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 BATCH_TOKENS = 4096
@@ -209,6 +210,18 @@ class _States:
                     states[batch] = self.held(self.skippable.run_block(of_batch[block], states[batch]))
         return states
 
+    def require_finite(self) -> None:
+        """Make sure that hidden states so far are finite numbers.
+
+        Raises:
+            ModelError: some are not.
+        """
+        if not all(bool(states.isfinite().all()) for states in (*self.dense, *self.pruned)):
+            raise ModelError(
+                "On the text to recover on, the model computes hidden states that are not finite numbers.",
+                hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
+            )
+
     def divergence(self, block: int, values: Mapping[str, Tensor]) -> float:
         """Return the divergence with these values on the deciding text, from the pruned states that enter `block`."""
         dense, recovered = Variant(self.skippable), Variant(self.skippable, self.removed, values)
@@ -298,6 +311,7 @@ class _Recovery:
             states.dense = states.pruned = states.leaving(states.calls, states.dense, range(begin))
             advance(begin)
             while begin < count:
+                states.require_finite()
                 end = ends[block]
                 if (gap := end - begin - 1) or fruitless < PATIENCE:
                     states.dense = states.leaving(states.calls, states.dense, range(begin, end))
@@ -545,5 +559,5 @@ def _announce(
 
 def fitting_bytes(block: nn.Module, width: int) -> int:
     """Return about how much memory the fits of a block need besides the model: attention's and the MLP's together."""
-    inputs = sorted(m.in_features for m in block.modules() if isinstance(m, nn.Linear) and m.out_features == width)
+    inputs = sorted(found.inputs for found in possible_projections(block, width) if found.kind != "gain")
     return ridge_bytes(sum(inputs[-2:]), width)

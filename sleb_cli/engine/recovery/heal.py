@@ -23,7 +23,7 @@ from sleb_cli.engine.text.portions import Portion
 from sleb_cli.engine.text.windows import whole_mask
 from sleb_cli.events import HEAL_TASK, Advance, HealChecked, Notice, Notify, task
 from sleb_cli.requests import DEFAULT_HEAL_MINUTES
-from sleb_plugins import UsageError
+from sleb_plugins import ModelError, UsageError
 
 LEARNING_RATE = 1.5e-3
 """The highest; steps are relative to the size of each weight (`low_rank.py`)."""
@@ -157,7 +157,7 @@ class Healing:
         checked = self.deciding[: max(1, CHECKED_TOKENS // self.length)].to(self.device)
         self.checked = _TeacherStates(self, checked, range(len(checked)))
         self.checked_mask = whole_mask(self.deciding, self.loss_mask)[: len(checked)].to(self.device)
-        self.loss = 0.0
+        self.loss, self._left_out = 0.0, False
         self._advance: Advance
         self._reported = self._save_seconds = 0.0
 
@@ -197,7 +197,11 @@ class Healing:
         # The learning rate is that of the middle of the step.
         tokens = ids.numel() * self.group.size
         ahead = tokens / self.budget.total / 2 if self.budget.tokens is not None else 0.0
-        self.trained.step(gradient, learning_rate(LEARNING_RATE, share + ahead, self.progress.steps))
+        if bool(gradient.isfinite().all()):
+            self.trained.step(gradient, learning_rate(LEARNING_RATE, share + ahead, self.progress.steps))
+        elif not self._left_out:
+            self._left_out = True
+            self.notify(Notice("Leaving out steps whose gradient is not finite: the model overflows on some text."))
         self.progress.steps += 1
         self.progress.tokens += tokens
         self._report()
@@ -233,6 +237,11 @@ class Healing:
     def _check(self) -> None:
         """Measure the deciding text, and keep the point if it is the best so far."""
         found = self.group.from_main(self._divergence)
+        if not (self.progress.steps or math.isfinite(found)):
+            raise ModelError(
+                f"On the text that decides, the divergence from the dense model is {found}.",
+                hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
+            )
         if found < self.progress.best_divergence:
             self.best.copy_(self.trained.values.data)
             self.progress.best_divergence, self.progress.best_tokens = found, self.progress.tokens

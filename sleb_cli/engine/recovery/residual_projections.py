@@ -136,7 +136,7 @@ def find_residual_projections(skippable: SkippableModel, call: Call, hidden: Ten
 
 def runs_to_find(block: nn.Module, width: int) -> int:
     """Return how often `find_residual_projections` runs a block: with noise at each module, and without any."""
-    return 2 + len(list(_projections(block, width)))
+    return 2 + len(list(possible_projections(block, width)))
 
 
 def _behind_norms(
@@ -144,7 +144,7 @@ def _behind_norms(
 ) -> Iterator[ResidualProjection]:
     """Yield the matrices whose output is all that enters one of these norms, in the order of the norms."""
     block = skippable.switches[call.block].block
-    matrices = [each for each in _projections(block, hidden.shape[-1]) if each.kind != "gain"]
+    matrices = [each for each in possible_projections(block, hidden.shape[-1]) if each.kind != "gain"]
     with passing(block, [each.name for each in (*norms, *matrices)]) as (entering, leaving):
         skippable.run_block(call, hidden)
     for norm in norms:
@@ -158,7 +158,7 @@ def _behind_norms(
 
 def final_norm(skippable: SkippableModel, hidden: Tensor, ids: Tensor) -> ResidualProjection | None:
     """Return the norm whose input is what leaves the last block, [batch, positions, hidden size], or None."""
-    norms = [each for each in _projections(skippable.model, hidden.shape[-1]) if each.kind == "gain"]
+    norms = [each for each in possible_projections(skippable.model, hidden.shape[-1]) if each.kind == "gain"]
     with passing(skippable.model, [norm.name for norm in norms]) as (entering, _):
         skippable.head(hidden, ids)
     return next((norm for norm in norms if norm.name in entering and torch.equal(entering[norm.name], hidden)), None)
@@ -169,7 +169,7 @@ def _candidates(skippable: SkippableModel, call: Call, hidden: Tensor) -> Iterat
     plain = skippable.run_block(call, hidden).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(hidden.shape, generator=generator).to(plain.device) * plain.square().mean().sqrt() * NOISE
-    for projection in _projections(block, hidden.shape[-1]):
+    for projection in possible_projections(block, hidden.shape[-1]):
         fits: list[bool] = []
 
         def add_noise(module: nn.Module, args: Any, output: Any, fits: list[bool] = fits) -> Any:
@@ -199,7 +199,7 @@ def _offset(block: nn.Module, norm: ResidualProjection) -> float:
     return float((without * alone).sum() / alone.square().sum())
 
 
-def _projections(root: nn.Module, width: int) -> Iterator[ResidualProjection]:
+def possible_projections(root: nn.Module, width: int) -> Iterator[ResidualProjection]:
     """Yield the modules that may write hidden states of this width."""
     for name, module in root.named_modules():
         weight = getattr(module, "weight", None)

@@ -137,9 +137,9 @@ class Unfinished:
             yield
         except BaseException:
             if self.healing.exists():
-                notify(Notice(f"The healing is kept in {self.folder}: rerun with --resume to continue."))
+                notify(Notice(f"Healing is saved in {self.folder}: rerun with --resume to continue."))
             elif any(self.folder.glob("fits-*/*.safetensors")):
-                notify(Notice(f"The fits so far are kept in {self.folder}: run the same command again to continue."))
+                notify(Notice(f"The fits so far are saved in {self.folder}: run the same command again to continue."))
             raise
 
     def require(self, *, resume: bool, force: bool) -> None:
@@ -150,7 +150,7 @@ class Unfinished:
         """
         if self.folder.is_symlink() or any(path.is_symlink() for path in self.folder.rglob("*")):
             raise OutputError(
-                f"{self.folder} is a link, or holds one, so an unfinished recovery would be kept elsewhere.",
+                f"{self.folder} is or contains a link, so an unfinished recovery would be saved elsewhere.",
                 hint="Remove it, or choose another place with -o.",
             )
         if self.healing.exists() and not (resume or force):
@@ -180,6 +180,4 @@ def clear_old(parent: Path) -> None:
 
 
 def _broken(file: Path) -> PlanError:
-    return PlanError(
-        f"{file} is broken, or was not written by sleb.", hint="Remove its folder, or start over with --force."
-    )
+    return PlanError(f"{file} is broken, or was not written by sleb.", hint="Remove it, and run the command again.")
