@@ -92,7 +92,8 @@ def engine_settings(workloads: Sequence[Workload], dtype: torch.dtype, *, models
         dtype=dtype_name(dtype),
         threads=torch.get_num_threads(),
         batch_size=max(workload.batch_size for workload in workloads),
-        sequence_length=max(workload.prompt_length + workload.new_tokens for workload in workloads),
+        # vLLM generates at least one token, also after a prompt that is timed alone.
+        sequence_length=max(workload.prompt_length + max(1, workload.new_tokens) for workload in workloads),
         models=models,
     )
 

@@ -10,8 +10,9 @@ import torch
 
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify
-from sleb_cli.requests import BenchRequest, WorkloadName
+from sleb_cli.requests import TRANSFORMERS, BenchRequest, WorkloadName
 from sleb_cli.results import Workload
+from sleb_cli.units import plural
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -84,8 +85,9 @@ def resolve_workload(
     if request.compile and request.warmup == 0:
         raise UsageError("--warmup 0 is too small: the compilation would be timed.", hint="Use 1 or more.")
     limit = subject.architecture.longest_sequence
+    new_tokens = chosen["new_tokens"] or (request.engine != TRANSFORMERS)  # which generate at least one
     if limit and request.prompt_length is None:
-        chosen["prompt_length"] = max(1, min(chosen["prompt_length"], limit - chosen["new_tokens"]))
+        chosen["prompt_length"] = max(1, min(chosen["prompt_length"], limit - new_tokens))
     workload = Workload(
         name=name,
         engine=request.engine,
@@ -97,14 +99,15 @@ def resolve_workload(
         # transformers compiles the decoding only with such a cache.
         static_cache=name == "generation" and (request.static_cache or request.compile),
     )
-    if limit and workload.prompt_length + workload.new_tokens > limit:
-        new = f" and {workload.new_tokens} new ones" if workload.new_tokens else ""
+    if limit and workload.prompt_length + new_tokens > limit:
+        new = f" and {plural(new_tokens, 'new one')}" if new_tokens else ""
         raise UsageError(
             f"A prompt of {workload.prompt_length} tokens{new} exceeds the {limit} positions of "
             f"{subject.architecture.source.id}.",
             hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
         )
-    if device.type == "cpu" and _tokens(chosen) < _tokens(paper) and not request.sweep:
+    is_chosen = request.sweep or any(value is not None for value in asked.values())
+    if device.type == "cpu" and _tokens(chosen) < _tokens(paper) and not is_chosen:
         notify(Notice(f"{name}: {workload}, less than the paper's setting because this is a CPU."))
     return workload
 

@@ -201,7 +201,7 @@ def fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Abstr
     """Say what did not fit if loading this model runs out of memory."""
     return translate_out_of_memory(
         f"{source.id} does not fit into the memory of {device} in {dtype_name(dtype)}.",
-        "Use a narrower --dtype, or a device with more memory (--device cpu).",
+        "Use a narrower --dtype, or a device with more memory.",
     )
 
 

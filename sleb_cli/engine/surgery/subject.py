@@ -190,12 +190,12 @@ def require_same_code(path: Path, plan: Plan, source: ModelSource) -> None:
     planned, found = plan.model.code, source.code
     if planned == found:
         return
-    if not source.trust_remote_code:
+    if not source.trust_remote_code and "auto_map" in source.raw_config:
         raise untrusted_code(source)
+    hashes = f" (SHA-256 {found[:12]}, not {planned[:12]})" if found and planned else ""
     raise PlanError(
-        f"{path} was made with other Python code than {source.id} has now "
-        f"(SHA-256: {str(found)[:12]}, not {str(planned)[:12]}).",
-        hint="Take the plan's code, or search again with this code.",
+        f"The Python code of {source.id} has changed since {path} was made{hashes}.",
+        hint="Restore that code, or search again.",
     )
 
 

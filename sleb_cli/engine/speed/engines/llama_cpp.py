@@ -69,7 +69,7 @@ class _LoadedGguf(LoadedModel):
         if not self._context:
             self.close()
             raise MachineError(
-                f"llama.cpp ran out of memory for {settings.batch_size} x {settings.sequence_length} tokens of "
+                f"llama.cpp cannot make a context for {settings.batch_size} x {settings.sequence_length} tokens of "
                 f"{file.name}{_because(errors)}.",
                 hint="Use a smaller --batch-size or --prompt-length.",
             )

@@ -59,8 +59,7 @@ class _LoadedCheckpoint(LoadedModel):
         self._llm = vllm.LLM(
             str(folder),
             dtype=settings.dtype,
-            # vLLM generates at least one token, also after a prompt that is timed alone.
-            max_model_len=settings.sequence_length + 1,
+            max_model_len=settings.sequence_length,
             max_num_seqs=settings.batch_size,
             gpu_memory_utilization=_memory_share(self.device, settings.models, engine.loaded),
             enable_prefix_caching=False,
