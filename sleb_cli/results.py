@@ -287,9 +287,9 @@ _MAIN_METRICS = ("acc_norm", "acc", "exact_match", "em")
 
 
 def main_metric(results: list[TaskResult]) -> TaskResult:
-    """Return the result by the metric that stands for a task, of all those of the task."""
+    """Return the result that stands for a task, of all those of the task: by its metric, on the most items."""
     order = [*_MAIN_METRICS, *(result.metric for result in results)]
-    return min(results, key=lambda result: order.index(result.metric))
+    return min(results, key=lambda result: (order.index(result.metric), -len(result.doc_ids)))
 
 
 class EvalResult(ResultRecord):

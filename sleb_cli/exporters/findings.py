@@ -125,11 +125,11 @@ class Findings:
 
     @property
     def accuracy_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
-        """The tasks that an average is taken over: each counts what is right, and none is made to break."""
+        """The tasks that an average is taken over: each counts items that are right, and none is made to break."""
         return [
             (task, scores)
             for task, scores in self.main_tasks
-            if task.higher_is_better and not task.task.startswith(_OURS)
+            if scores.lost is not None and task.higher_is_better and not task.task.startswith(_OURS)
         ]
 
     def retention(self, removals: Removals) -> Estimate | None:

@@ -76,12 +76,9 @@ def _accuracy(findings: Findings, kept: Estimate) -> str:
     text = f"It keeps {format_share(kept[0])} of the dense model's accuracy {names}"
     if kept[1]:
         text += f" (95% interval {between(kept[1], format_share)})"
-    flips = [(entry.lost, entry.gained) for _, entry in tasks if entry.lost is not None and entry.gained is not None]
-    if len(flips) == len(tasks):
-        lost, gained = map(sum, zip(*flips, strict=True))
-        items = plural(sum(len(task.doc_ids) for task, _ in tasks), "item")
-        text += f"; of {items}, {lost:,} went from right to wrong and {gained:,} from wrong to right"
-    return f"{text}."
+    lost, gained = (sum(getattr(entry, kind) for _, entry in tasks) for kind in ("lost", "gained"))
+    items = plural(sum(len(task.doc_ids) for task, _ in tasks), "item")
+    return f"{text}; of {items}, {lost:,} went from right to wrong and {gained:,} from wrong to right."
 
 
 def _advice(findings: Findings) -> list[str]:
@@ -95,7 +92,7 @@ def _advice(findings: Findings) -> list[str]:
         return [f"Use it where {most} of the accuracy is enough."]
     if enough := [removals for removals, share in kept.items() if share >= ENOUGH]:
         fewer = plural(max(map(len, enough)), "block")
-        return [f"Where {most} of the accuracy must stay, remove {fewer}: the most of the sizes measured."]
+        return [f"Where {most} of the accuracy must stay, remove {fewer}, the most of any measured size that keeps it."]
     recover = "" if findings.plan.recovery else ", or recover it: `sleb apply --recover --heal`"
     return [f"Where {most} of the accuracy must stay, remove fewer blocks than were measured{recover}."]
 

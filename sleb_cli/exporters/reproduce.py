@@ -29,7 +29,14 @@ def _apply(findings: Findings) -> str:
         if heal:
             minutes = None if heal.minutes is None else f"{heal.minutes:g}"
             values |= {"heal": True, "heal_tokens": heal.token_budget, "heal_minutes": minutes}
-        values |= {"calibration": text.source, "sequence_length": text.sequence_length, "seed": text.seed or None}
+        drawn = sum(part.sequences for part in (text, recovery.deciding_text, recovery.report_text))
+        values |= {
+            "calibration": text.source,
+            "samples": None if text.source.endswith("-sleb") else drawn,
+            "sequence_length": text.sequence_length,
+            "seed": text.seed or None,
+            "chat": text.chat,
+        }
     return " ".join(["sleb apply", findings.plan_argument, *map(shlex.quote, _options(values))])
 
 

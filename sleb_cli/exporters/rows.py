@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.results import Interval
 from sleb_cli.tables.speed import workload_name
+from sleb_cli.units import plural
 from sleb_plugins.exporter import Exporter, Pruning
 
 _SCORES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "calibration_error")
@@ -62,7 +63,7 @@ class JsonLines(_Rows):
     """An object per line."""
 
     name: ClassVar[str] = "jsonl"
-    description: ClassVar[str] = "the same, a JSON object per line"
+    description: ClassVar[str] = "the rows of csv, one JSON object per line"
 
     def render(self, pruning: Pruning) -> str:
         """Return the lines."""
@@ -89,11 +90,18 @@ def _texts(findings: Findings) -> Iterator[Row]:
 def _tasks(findings: Findings) -> Iterator[Row]:
     for task in findings.tasks:
         metric = task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})"
+        runs = {each.items_sha256 for each in findings.tasks if each.task == task.task}
+        details = [
+            f"{task.num_fewshot}-shot" if task.num_fewshot else "",
+            "chat" if task.chat else "",
+            plural(len(task.doc_ids), "item") if len(runs) > 1 else "",
+        ]
+        name = ", ".join([task.task, *filter(None, details)])
         for removals, scores in _models(task):
-            yield _row("task", task.task, removals, metric, scores.value, scores.interval)
+            yield _row("task", name, removals, metric, scores.value, scores.interval)
             if removals:
                 change = scores.difference_interval
-                yield _row("task", task.task, removals, f"{metric} difference", scores.difference, change)
+                yield _row("task", name, removals, f"{metric} difference", scores.difference, change)
 
 
 def _speeds(findings: Findings) -> Iterator[Row]:

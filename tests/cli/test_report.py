@@ -214,7 +214,8 @@ def test_a_recovered_plan_says_what_came_back(report):
     text = report(plan.model_copy(update={"recovery": recovery})).text
     assert recovery.summary in text
     assert "the others were given new weights" in text
-    assert "sleb apply plan.json --recover --calibration wikitext2 --sequence-length 2048" in text
+    drawn = f"--samples {3 * plan.calibration.sequences}"
+    assert f"sleb apply plan.json --recover --calibration wikitext2 {drawn} \\ --sequence-length 2048" in text
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,10 @@ def test_the_headline_names_the_largest_workload(exported, tmp_path, runs, said)
     ("lost", "said"),
     [
         ((0.0, 0.01, 0.02), "Use it where 95% of the accuracy is enough."),
-        ((0.0, 0.02, 0.2), "Where 95% of the accuracy must stay, remove 2 blocks: the most of the sizes measured."),
+        (
+            (0.0, 0.02, 0.2),
+            "Where 95% of the accuracy must stay, remove 2 blocks, the most of any measured size that keeps it.",
+        ),
         ((0.1, 0.2, 0.2), "remove fewer blocks than were measured, or recover it: `sleb apply --recover --heal`."),
     ],
 )

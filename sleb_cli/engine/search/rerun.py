@@ -24,7 +24,7 @@ def request_of(plan: Plan, request: RerunRequest) -> SearchRequest:
     if named := [name for name in (plan.search.metric, target.asked if target else "") if names_task_file(name)]:
         raise PlanError(
             f"{request.plan} was searched with {named[0]}, and a task file may run code.",
-            hint="If you trust that file, run the command that `sleb export --to summary` prints.",
+            hint="If you trust that file, search again with it; `sleb export --to summary` prints the other options.",
         )
     model, revision = place_of_model(request.plan, plan, request.model, None)
     values = {name: value for name, value in plan.asked.items() if value is not None} | {"revision": revision}

@@ -81,7 +81,7 @@ def _draw_pareto(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], labe
             draw_series(axis, number, name, across, changes, 100, xerr=reach, linestyle="")
             if number == 0:
                 points = list(zip(counts, across, up, strict=True))
-                for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS)]:
+                for count, x, y in points[::-1][:: -(-len(points) // _MOST_LABELS) or 1]:
                     # On the outer side of the curve, where no line runs.
                     place = (7, -13) if is_change else (7, 6)
                     axis.annotate(f"−{count}", (x, y), place, textcoords="offset points", fontsize=10)
@@ -150,7 +150,8 @@ def _draw_divergence(findings: Findings, figure: Figure) -> None:
 
 def task_plots(findings: Findings) -> Iterator[Plot]:
     """Yield the tasks as bars with intervals, and their paired differences."""
-    tasks = findings.main_tasks[:_MOST_TASKS]
+    tasks = [each for each in findings.main_tasks if all(0 <= scores.value <= 1 for scores in (each[0].dense, each[1]))]
+    tasks = tasks[:_MOST_TASKS]
     if not tasks:
         return
     numbers = quality.tasks(by_model(findings.tasks, map(quality.task_name, findings.tasks)))
