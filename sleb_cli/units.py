@@ -70,7 +70,7 @@ def format_count(number: float) -> str:
 def format_bytes(count: float) -> str:
     """Return a number of bytes as text, in powers of ten: 98.4 MB, 2.38 GB."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
@@ -115,7 +115,12 @@ def format_share(share: float, *, signed: bool = False) -> str:
 
 def format_change(change: float) -> str:
     """Return a relative change: +39.0%, -2.1%, 14.3x for what is several times as much."""
-    return format_share(change, signed=True) if change < 2 else f"{1 + change:.3g}x"
+    return format_share(change, signed=True) if change < 2 else f"{three_digits(1 + change)}x"
+
+
+def three_digits(value: float) -> str:
+    """Return a number with three digits, or all of its whole ones: 0.123, 14.3, 2,310."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def format_probability(value: float) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +11,14 @@ import typer
 
 from sleb_cli.atomic import write_text
 from sleb_cli.processes import is_main_process
-from sleb_plugins import OutputError, UsageError
+from sleb_cli.requests import TARGET_NAMES
+from sleb_plugins import OutputError, SlebError, UsageError
 from sleb_plugins.errors import did_you_mean
 
 _OF_A_RUN = {"config", "save_config", "dry_run", "json", "quiet", "help", "markdown", "force", "resume"}
 """Options that say how a command is run this time, and not what it does."""
+_ONE_OF = (TARGET_NAMES, ("heal_minutes", "heal_tokens"))
+"""Options of which one is given."""
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -30,7 +35,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}.", hint="Check --config.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"{path} is not YAML: {reason}.", hint="Write lines like `samples: 16`.") from error
     if not isinstance(values, dict):
@@ -39,7 +44,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     for key in values:
         if str(key).replace("_", "-") not in known:
             raise UsageError(
-                f"{path} has {key!r}, which is no option of `{context.command_path}`.",
+                f"{path} has {key!r}, which is not an option of `{context.command_path}`.",
                 hint=did_you_mean(str(key), list(known), otherwise=f"`{context.command_path} --help` lists them."),
             )
     typed = {known[str(key).replace("_", "-")]: value for key, value in values.items() if value is not None}
@@ -71,14 +76,25 @@ def _names(context: typer.Context) -> dict[str, str]:
     return names
 
 
-def save_typed(context: typer.Context, values: dict[str, Any]) -> None:
-    """Write the options that were typed or read from a file, if the user asked for that.
+def drop_outdone(context: typer.Context, values: dict[str, Any]) -> None:
+    """Leave out the options of a file that a typed one takes the place of, such as another target."""
+    for names in _ONE_OF:
+        sources = {name: context.get_parameter_source(name) for name in names if name in values}
+        typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        for name in sources if typed else ():
+            values[name] = values[name] if name in typed else None
+
+
+@contextmanager
+def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None]:
+    """Write the options that were typed or read from a file, if the user asked for that, and remove them on errors.
 
     Raises:
         OutputError: the file exists, or cannot be written.
     """
     path: Path | None = values["save_config"]
     if path is None or not is_main_process():
+        yield
         return
     import yaml
 
@@ -88,11 +104,18 @@ def save_typed(context: typer.Context, values: dict[str, Any]) -> None:
     given = {
         key: values[name]
         for key, name in _names(context).items()
-        if (source := sources.get(name)) is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+        if (source := sources.get(name)) is not None
+        and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+        and values[name] is not None
     }
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     head = f"# {context.command_path} --config {path.name}\n"
     write_text(path, head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    try:
+        yield
+    except SlebError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 ConfigOption = Annotated[

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from sleb_cli.commands.config_file import ConfigOption, SaveConfigOption, save_typed
+from sleb_cli.commands.config_file import ConfigOption, SaveConfigOption, drop_outdone, saved_typed
 from sleb_cli.requests import Doc
 from sleb_plugins import UsageError
 from sleb_plugins.errors import did_you_mean
@@ -32,12 +32,13 @@ def takes(request_type: type[Any]) -> Callable[[Callable[..., None]], Callable[.
         options = {each.name: _Option(each, kinds[each.name]) for each in fields(request_type)}
 
         def command(context: typer.Context, **values: Any) -> None:
+            drop_outdone(context, values)
             typed = dict(values)
             given = {name: option.read(values.pop(name)) for name, option in options.items()}
             request = request_type(**given)
-            save_typed(context, typed)
             del values["config"], values["save_config"]
-            run(request, **values)
+            with saved_typed(context, typed):
+                run(request, **values)
 
         arguments_first = sorted(options.values(), key=lambda option: not option.doc.argument)
         files = [_keyword("config", ConfigOption), _keyword("save_config", SaveConfigOption)]

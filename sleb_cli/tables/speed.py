@@ -16,7 +16,7 @@ from sleb_cli.results import (
     WorkloadResult,
 )
 from sleb_cli.tables.table import Columns, Scored, Table, between, model_name, tabulate
-from sleb_cli.units import format_bytes, format_count, format_milliseconds
+from sleb_cli.units import format_bytes, format_count, format_milliseconds, three_digits
 
 _TIMES, _COUNT = "{:.2f}x".format, "{}".format
 
@@ -73,8 +73,8 @@ def memory(timed: Iterable[Scored]) -> Table:
     """Return the peak memory and the energy of each workload, where they were measured."""
     columns: Columns = [
         ("workload", str), ("model", str), ("peak", format_bytes), ("weights", format_bytes),
-        ("KV cache", format_bytes), ("rest", format_bytes), ("per iteration", "{:.3g} J".format),
-        ("per token", "{:.3g} J".format), ("by", str),
+        ("KV cache", format_bytes), ("rest", format_bytes), ("per iteration", _joules),
+        ("per token", _joules), ("by", str),
     ]  # fmt: skip
     parts = ("peak_bytes", "weights_bytes", "kv_cache_bytes", "rest_bytes")
     spent = ("joules_per_iteration", "joules_per_token", "source")
@@ -85,6 +85,10 @@ def memory(timed: Iterable[Scored]) -> Table:
             bytes_and_joules += [getattr(timing.energy, part, None) for part in spent]
             rows.append([workload, model, *bytes_and_joules])
     return tabulate("Peak memory and energy", columns, rows, optional=["by", "per iteration", "rest", "KV cache"])
+
+
+def _joules(value: float) -> str:
+    return f"{three_digits(value)} J"
 
 
 def _seconds(value: float) -> str:

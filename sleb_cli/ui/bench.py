@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sleb_cli.tables.table import by_model, to_markdown
 from sleb_cli.ui.names import short_name
 from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
+from sleb_cli.units import three_digits
 
 if TYPE_CHECKING:
     from sleb_cli.results import BenchResult, EstimateResult
@@ -47,7 +48,7 @@ def show_estimate(result: EstimateResult, output: Path | None) -> None:
         print_line(f"predicted for {result.dtype} on a device of {flops / 1e12:.4g} TFLOP/s and {read / 1e12:.4g} TB/s")
     else:
         print_line(f"predicted for {result.model.computed_in(result.dtype)} on {result.device}, {result.processor}")
-        print_line(f"measured here: {flops / 1e9:,.4g} GFLOP/s and {read / 1e9:,.3g} GB/s")
+        print_line(f"measured here: {three_digits(flops / 1e9)} GFLOP/s and {three_digits(read / 1e9)} GB/s")
     if any(size.removals is None for size in result.pruned):
-        print_line("Assumes that the removed blocks are average ones.")
+        print_line("Assumes that the removed blocks are of average size.")
     print_written(output)

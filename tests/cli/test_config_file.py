@@ -87,18 +87,24 @@ def test_what_is_typed_wins_and_lists_may_be_lists(asked, tmp_path):
     request = asked("search", "--config", file, "--samples", 5)
     assert (request.model, request.samples, request.remove, request.protect) == ("demo", 5, 3, (5, 11))
     assert (request.protect_kinds, request.fast, request.chat) == (("linear",), False, None)
+    other = asked("search", "--config", file, "--ratio", 0.2, "--save-config", "other.yaml")
+    assert (other.ratio, other.remove) == ("0.2", None)
+    assert "remove" not in yaml.safe_load((tmp_path / "other.yaml").read_text())
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sampels: 3", "has 'sampels', which is no option of `sleb search`.\nhint: Did you mean 'samples'?"),
-        ("json: true", "has 'json', which is no option"),
-        ("1: 2", "has 1, which is no option"),
+        ("sampels: 3", "has 'sampels', which is not an option of `sleb search`.\nhint: Did you mean 'samples'?"),
+        ("json: true", "has 'json', which is not an option"),
+        ("1: 2", "has 1, which is not an option"),
         ("samples: x", "Invalid value for '--samples'"),
         ("samples: 0", "--samples 0 is too small"),
         ("strategy: gready", "Did you mean 'greedy'?"),
         ("[1, 2", "is not YAML"),
+        ("revision: 2024-13-45", "is not YAML"),
+        ("samples: " + "9" * 5000, "is not YAML"),
+        ("[" * 5000, "is not YAML"),
         ("- a", "holds no options"),
         ("model: [a, b]\nremove: \xff", "is not YAML"),
         (None, "cannot be read: No such file"),
@@ -111,6 +117,11 @@ def test_a_wrong_file_is_refused(run_sleb, tmp_path, text, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "saved.yaml").exists()
+
+
+def test_a_command_that_fails_saves_no_options(run_sleb, tmp_path):
+    assert run_sleb("search", "nowhere/at/all", "--remove", 2, "--save-config", "run.yaml").exit_code == 4
+    assert not (tmp_path / "run.yaml").exists()
 
 
 def test_a_saved_file_is_not_overwritten(asked, run_sleb, tmp_path):

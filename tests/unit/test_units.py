@@ -37,5 +37,6 @@ def test_what_is_no_quantity(parse, what, texts):
 
 def test_what_people_read():
     assert [format_count(n) for n in (512, 134_515_008, 1_190_000_000)] == ["512", "134.5M", "1.19B"]
-    assert [format_bytes(n) for n in (12, 1500, 98_362_432, 2.38e9)] == ["12 B", "1.5 kB", "98.4 MB", "2.38 GB"]
-    assert [format_change(share) for share in (0.39, -0.021, 13.3)] == ["+39.0%", "-2.1%", "14.3x"]
+    sizes = {12: "12 B", 1500: "1.5 kB", 98_362_432: "98.4 MB", 999_700_000: "1.00 GB", 2.38e9: "2.38 GB"}
+    assert [format_bytes(size) for size in sizes] == [*sizes.values()]
+    assert [format_change(share) for share in (0.39, -0.021, 13.3, 2309)] == ["+39.0%", "-2.1%", "14.3x", "2,310x"]
