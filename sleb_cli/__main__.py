@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        console.print_warning("Interrupted. No half-written files were left.")
+        console.print_warning("Interrupted. No half-written files were left behind.")
     return code if isinstance(code, int) else 0
 
 

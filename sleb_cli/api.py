@@ -46,6 +46,7 @@ _SEARCH = (
     "With --resume, nothing is measured again."
 )
 _APPLY = "Leave out --recover or --heal, use a smaller --sequence-length or fewer --samples, or a larger machine."
+_EXPORT = "Use a machine with more memory."
 _EVALUATE = "Use a smaller --batch-size or --sequence-length, a narrower --dtype, or --device cpu."
 _BENCH = "Use a smaller --batch-size or --prompt-length, a narrower --dtype, or --device cpu."
 
@@ -225,7 +226,7 @@ def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
     return result
 
 
-@_names_memory(_APPLY)
+@_names_memory(_EXPORT)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
     """Export the pruned model for another tool, as files or as text.
 

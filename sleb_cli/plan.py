@@ -415,7 +415,7 @@ class RecoveryRecord(Record):
         """Both shares in words."""
         back = self.nats_back
         if back is None:
-            nats = "the removal cost no nats there"
+            nats = "the removal did not raise the loss there"
         elif self.recovered.loss < self.dense.loss:
             nats = "all of the lost nats are back, and more, by adapting to the text"
         else:

@@ -224,7 +224,7 @@ def _metric_record(metric: Metric, plugin: Plugin) -> MetricRecord:
     fingerprint: Any = metric.fingerprint()
     if not isinstance(fingerprint, str):
         raise PluginError(
-            f"The fingerprint of the metric {metric.name!r} is {fingerprint!r}, which is not a text.",
+            f"The fingerprint of the metric {metric.name!r} is {fingerprint!r}, which is not a string.",
             hint="Report it to the author of the metric.",
         )
     return MetricRecord(

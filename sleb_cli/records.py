@@ -65,7 +65,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UnreadableRecord("it is not text") from error
     if sum(map(text.count, ("{", "[", '":'))) > MOST_PARTS or text.count(",") > MOST_ITEMS:
-        raise UnreadableRecord("it has millions of parts, more than any record")
+        raise UnreadableRecord("it has more items than any record of sleb")
     return text
 
 

@@ -79,13 +79,13 @@ TRANSFORMERS = "transformers"
 """The engine that is built in."""
 
 _TARGET = "How far to go (choose one)"
-_SERVING = "What a target counts and times"
+_SERVING = "Target details"
 _SCORING = "How blocks are chosen"
 _CALIBRATION = "Calibration text"
 _PROTECTION = "Blocks that stay"
 _MACHINE = "Model and machine"
 _OUTPUT = "Output"
-_SUBJECT = "Which blocks go"
+_SUBJECT = "Blocks to remove"
 _CHECKPOINT = "Checkpoint"
 _RECOVERY = "Recovery"
 _QUALITY = "Texts and tasks"
@@ -201,7 +201,7 @@ class TargetRequest(Request):
     target_params: str | int | None = option("Remove blocks until at most this many parameters remain: 1.2B.", _TARGET)
     target_memory: str | int | None = option("Remove blocks until weights and KV cache fit into this: 6GiB.", _TARGET)
     target_speedup: str | float | None = option(
-        "Remove blocks until the model runs this many times faster, timed on this machine: 1.25.", _TARGET
+        "Remove blocks until the model runs this many times as fast, timed on this machine: 1.25.", _TARGET
     )
     max_loss_increase: str | float | None = option(
         "Remove blocks while the loss rises by at most this many nats per token: 0.1.", _TARGET
@@ -255,7 +255,7 @@ class CalibrationRequest(Request):
         "Seed for drawing and writing text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
     )
     chat: Chat | None = option(
-        "Read `messages` of files and data sets as conversations, and count these tokens.",
+        "Read `messages` of files and data sets as conversations, and score these tokens.",
         _CALIBRATION,
         default="answers, if the model writes them",
     )
@@ -440,7 +440,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         default="the plan's text and a quarter self, or self-chat",
     )
     samples: int | None = option(
-        "Number of sequences; a fifth of them choose the fits, and a tenth are for the report.",
+        "Number of sequences; a fifth choose among fits, and a tenth are for the report.",
         _RECOVERY,
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if all are written",
         least=1,
@@ -611,14 +611,16 @@ class ExportRequest(OneSizeRequest):
     to: str = field(
         metadata={
             "doc": Doc(
-                "report, figures, summary, csv, jsonl; gguf, hf, vllm, draft, llama-quantize, mergekit, indices; or a "
-                "plugin's.",
+                "report, figures, summary, csv, jsonl; gguf, hf, vllm, ollama, draft, llama-quantize, mergekit, "
+                "indices; or a plugin's.",
                 metavar="FORMAT",
                 panel=_OUTPUT,
             )
         }
     )
-    source: Path | None = option("A GGUF file of the model, for gguf and llama-quantize.", _OUTPUT, metavar="GGUF")
+    source: Path | None = option(
+        "A GGUF file of the model, for gguf, ollama and llama-quantize.", _OUTPUT, metavar="GGUF"
+    )
     output: Path | None = option(
         "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the model", short="-o"
     )

@@ -10,7 +10,7 @@ from sleb_cli.ui.rerun import show_rerun
 
 @takes(RerunRequest)
 def rerun(request: RerunRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Repeat the search of PLAN from what it recorded, and tell whether it finds the same."""
+    """Repeat the search of PLAN from what it recorded, and report whether it finds the same blocks."""
     with show_progress(quiet=quiet) as notify:
         result = api.rerun(request, notify)
     show(result, lambda: show_rerun(result), as_json=json)

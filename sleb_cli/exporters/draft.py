@@ -105,14 +105,14 @@ def _sentences(document: dict[str, Any], findings: Findings) -> list[str]:
         )
     else:
         sentences.append(f"A token takes {format_share(cost)} of the dense model's time.")
-    return [*sentences, "It pays if that share of the time is below the share of tokens kept."]
+    return [*sentences, "Drafting pays if its share of the time is below the share of tokens kept."]
 
 
 def _lines(findings: Findings, pruning: Pruning, tokens: int) -> dict[str, str]:
     """Return the line for each engine, which takes `tokens` at a time."""
     model, draft = pruning.model, checkpoint_name(findings.short_model, pruning.blocks - len(pruning.removals))
     if findings.file.name == CHECKPOINT_PLAN:
-        draft = str(findings.file.parent)
+        draft = str(findings.file.parent.resolve() if findings.file.parent == Path() else findings.file.parent)
     speculative = json.dumps({"method": "draft_model", "model": draft, "num_speculative_tokens": tokens})
     # These names are of llama.cpp since May 2026 (ggml-org/llama.cpp, pull requests 22397 and 22964).
     dense = f"{findings.short_model.removesuffix('.gguf')}.gguf"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sleb_cli.ui.apply import show_applied
-from sleb_cli.ui.console import inert_text, print_note
+from sleb_cli.ui.console import inert_text
 from sleb_cli.ui.tables import print_to_copy, print_written
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def show_exported(exported: ExportResult, output: Path | None) -> None:
         if output is None:
             print(inert_text(exported.text), end="")
         else:
-            print_note(f"wrote {output}")
+            print_written(output)
     for result in exported.written:
         show_applied(result)
     for file in exported.files:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def show_rerun(result: RerunResult) -> None:
     """Say whether the same blocks and scores were found, and what may be why not."""
     if not result.same_tokens:
-        print_line("other tokens: the text, its split or the tokenizer has changed")
+        print_line("the calibration tokens differ: the text, its split or the tokenizer has changed")
     if result.first_other_step is not None:
         print_line(f"other blocks from step {result.first_other_step} on")
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from rich.text import Text
@@ -53,7 +52,8 @@ def show_plan(plan: Plan, output: Path) -> None:
     if sample := plan.sample_generation:
         print_line(f'both models continue "{sample.prompt}"')
         for name, repeated, text in tables.said(sample):
-            line = shorten(" ".join(text.split()), SAMPLE_CHARACTERS, placeholder=" …")
+            line = " ".join(text.split())
+            line = line if len(line) <= SAMPLE_CHARACTERS else f"{line[: SAMPLE_CHARACTERS - 2].rstrip()} …"
             print_line(f"  {name:6} ({repeated}): {line}")
         for warning in tables.collapse(sample):
             print_prose(console, f"[yellow]{warning}[/]")

@@ -62,7 +62,7 @@ def _drawn(table: Table, *, lines: bool, fold: bool = False) -> RichTable:
     for number, (column, least) in enumerate(zip(table.columns, _least_widths(table), strict=True)):
         is_words = table.is_words(number)
         drawn.add_column(
-            column,
+            Text(column),
             justify="left" if is_words else "right",
             no_wrap=not (is_words or fold),
             overflow="fold",

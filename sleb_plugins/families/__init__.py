@@ -20,14 +20,14 @@ BART = FamilyAdapter(
 LONGCAT = FamilyAdapter("longcat", frozenset({"longcat_flash"}), blocks_path="model.layers", count_key="num_layers")
 XLSTM = FamilyAdapter("xlstm", frozenset({"xlstm"}), blocks_path="backbone.blocks", count_key="num_blocks")
 
-_CACHE_DIFFERS = "transformers decodes it otherwise with a KV cache than without one"
+_CACHE_DIFFERS = "transformers decodes it differently with a KV cache than without one"
 _EARLIER_GROUPS = "its blocks attend to what groups of earlier blocks made, and the groups are counted by number"
 
 REFUSED = {
     "cpmant": _CACHE_DIFFERS,
-    "dory": "the middle ones of its blocks are run several times, and which these are is counted from both ends",
+    "dory": "its middle blocks run several times, and which these are is counted from both ends",
     "dots3_note_text": _CACHE_DIFFERS,
-    "hrm_text": "its blocks stand in two stacks that are run in turns, several times each",
+    "hrm_text": "its blocks form two stacks that run in turn, several times each",
     "inkling2_loop_text": _EARLIER_GROUPS,
     "inkling2_text": _EARLIER_GROUPS,
     "moshi": _CACHE_DIFFERS,

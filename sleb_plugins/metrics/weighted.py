@@ -57,7 +57,7 @@ def weighted_sum(terms: Sequence[tuple[float, Metric]]) -> Metric:
             return sum_of_kind
     seen = [(metric.name, what) for _, metric in terms for kind, (what, _) in _SUMS.items() if isinstance(metric, kind)]
     raise UsageError(
-        f"{' and '.join(name for name, _ in seen)} do not add up: "
+        f"{' and '.join(name for name, _ in seen)} cannot be summed: "
         f"{', '.join(f'{name} looks at {what}' for name, what in seen)}.",
         hint="Sum metrics of one kind, such as nll+0.5*kl.",
     )

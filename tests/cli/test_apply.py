@@ -354,7 +354,7 @@ def test_a_partial_proof_that_fails_leaves_nothing(apply, tiny_llama, tmp_path, 
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("model.embed_tokens.weight", "what enters the first block differs already"),
+        ("model.embed_tokens.weight", "the input of the first block already differs"),
         (UP, "its block 1, which is block 2 of the dense model, is the first whose output differs, by"),
         ("model.norm.weight", "every block's output is the same, so the final norm or the head differs"),
     ],

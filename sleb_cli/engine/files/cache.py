@@ -67,7 +67,7 @@ def cached_folder(name: str, fill: Callable[[Path], None], *, dry: bool = False)
     folder = cache_root() / name
     if dry and not folder.is_dir():
         raise UsageError(
-            "This model is not in the cache yet, and --dry-run downloads none.",
+            "This model is not in the cache yet, and --dry-run downloads nothing.",
             hint="Run the command once without --dry-run.",
         )
     remove_leftovers_of(folder)

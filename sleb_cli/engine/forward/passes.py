@@ -507,7 +507,8 @@ def _footprint(skippable: SkippableModel, ids: Tensor) -> Footprint:
     skippable.run_with_hook(ids, others, lambda block, before, after: entering.append(before))
     if not entering:
         raise UnsupportedModelError(
-            f"{skippable.model.config.model_type} calls none of its blocks.", hint="Report the family to us."
+            f"{skippable.model.config.model_type} calls none of its blocks.",
+            hint="Open an issue that names this family.",
         )
     hidden = entering[0]
     logits = skippable.logits(ids, range(len(skippable.switches)))

@@ -94,7 +94,7 @@ class GgufFile:
         found = self.own(key)
         if found is not None and (type(found) is not int or found < 0):
             raise ModelError(
-                f"{self.path} says {found!s:.60} for {self.architecture}.{key}, which is not a count.",
+                f"{self.path} says {found!s:.60} for {self.architecture}.{key}, which is not a valid count.",
                 hint="Download the file again.",
             )
         return found

@@ -208,7 +208,7 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
     if form and form(file, blocks) != form(file, after):
         raise _refused(
             file,
-            f"llama.cpp tells its variants apart by the number of blocks, and {after} means another one than {blocks}",
+            f"llama.cpp tells its variants apart by the number of blocks, and {after} selects another than {blocks}",
         )
     for rule in PERIODS.get(architecture, _ANY_ARCHITECTURE):
         period = rule.number(file)

@@ -137,7 +137,9 @@ def apply_removals(
     if left_out:
         notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
     if outside:
-        notify(Warned(f"Not copied, because they are links out of the model's folder: {', '.join(outside)}."))
+        notify(
+            Warned(f"Not copied, because they are links to places outside the model's folder: {', '.join(outside)}.")
+        )
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,

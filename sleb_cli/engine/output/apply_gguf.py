@@ -173,7 +173,7 @@ def _require_as_planned(pruned: GgufFile, aside: Path) -> None:
     with refuted(KIND):
         written = read_gguf(aside)
     if (what := _differing_entry(written, pruned)) is not None:
-        raise failed(f"its metadata differ from the expected ones: {what}", KIND)
+        raise failed(f"its metadata differs from what is expected: {what}", KIND)
     if len(found) != len(pruned.tensors):
         raise failed(f"it holds {len(found)} tensors, not {len(pruned.tensors)}", KIND)
     there = {(tensor.data_offset, tensor.n_bytes): tensor for tensor in source}
@@ -199,7 +199,7 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
             return f"{entry.key} is {'missing' if there is None else 'another'}"
     if entries:
         return f"{next(iter(entries))} is unexpected"
-    return None if found.entries == expected.entries else "their order is another"
+    return None if found.entries == expected.entries else "the entries are in another order"
 
 
 def _bytes_of(tensor: gguf.ReaderTensor) -> memoryview:

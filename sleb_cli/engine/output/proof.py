@@ -373,7 +373,7 @@ def _runs(
     if not bool(expected.isfinite().all()):
         raise ModelError(
             f"{reference.name.capitalize()} computes NaN or infinity in {dtype_name(place.dtype)}.",
-            hint="Choose another data type with --dtype: float16 ends at 65,504, bfloat16 and float32 do not."
+            hint="Choose another data type with --dtype: float16 overflows above 65,504; bfloat16 and float32 do not."
             if place.dtype == torch.float16
             else "Check the model's weights.",
         )
@@ -437,7 +437,7 @@ def _first_difference(
 ) -> str:
     """Return a clause on the first block whose output differs by more than rounding, or else at all."""
     if _relative_difference(found[0][0], expected[0][0]):
-        return "what enters the first block differs already"
+        return "the input of the first block already differs"
     both = zip(found, expected, strict=False)  # a wrong checkpoint may have another number of blocks
     differences = [_relative_difference(ours[1], theirs[1]) for ours, theirs in both]
     for most in (allowed, 0.0):

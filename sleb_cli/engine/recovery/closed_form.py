@@ -345,7 +345,9 @@ class _Recovery:
                 self._keep_if_better(block, gap, projections, fit)
             elif gap:
                 self.notify(
-                    Notice(f"The gap at block {block} is not recovered: none of its weights add to its output.")
+                    Notice(
+                        f"The gap at block {block} is not recovered: none of its weights write to the residual stream."
+                    )
                 )
         return self.divergence < before * (1 - NEXT_TO_NOTHING)
 

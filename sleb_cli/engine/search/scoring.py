@@ -201,7 +201,7 @@ class Scoring:
             self.require_sound()
             after = f" (with {', '.join(map(str, removed))} removed)" if removed else ""
             which = f"block {worst[0]}" if len(worst) == 1 else f"any of the blocks {', '.join(map(str, worst))}"
-            self.notify(Notice(f"Without {which}{after}, scores are not finite numbers, which count as the worst."))
+            self.notify(Notice(f"Without {which}{after}, scores are not finite, so they rank last."))
         return outcome
 
     @torch.inference_mode()

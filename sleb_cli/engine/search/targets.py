@@ -211,7 +211,7 @@ class TaskTarget:
 
     def describe(self, drop: float) -> str:
         """Say what a removal would do."""
-        return f"cost {drop:.4f} of {self.task}, or too few items show that it costs less"
+        return f"cost {drop:.4f} of {self.task}, and its 95% interval reaches past the limit"
 
     def record(self, drop: float, next_drop: float | None) -> TargetRecord:
         """Return what was reached."""

@@ -162,5 +162,5 @@ def _works(
             try:
                 found[workload] = count_work(architecture, *shape, dtype)
             except UnsupportedModelError as error:
-                notify(Notice(f"{workload.label}: the bound of the speedup is unknown. {error.message}"))
+                notify(Notice(f"{workload.label}: the bound on the speedup is unknown. {error.message}"))
     return found

@@ -33,7 +33,7 @@ def find_meter(device: torch.device, notify: Notify, powercap: Path = POWERCAP) 
             return Meter("RAPL", _packages(powercap))
         if device.type == "cuda" and torch.version.cuda:
             return Meter("NVML", _gpu(device))
-        raise NoMeter(f"sleb knows no energy counter for {device.type}")
+        raise NoMeter(f"sleb has no energy counter for {device.type}")
     except NoMeter as error:
         notify(Notice(f"Energy is not measured: {error}."))
         return None
