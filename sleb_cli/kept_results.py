@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -26,7 +25,7 @@ def beside_plan(plan: Path, kind: Literal["eval", "bench"]) -> Path:
 
 def is_in_checkpoint(file: Path) -> bool:
     """Whether a file holds results of a checkpoint, or of the plan in it."""
-    return file.name in IN_CHECKPOINT.values() or file.name.startswith(f"{Path(CHECKPOINT_PLAN).stem}.")
+    return file.name.startswith(("sleb_eval.", "sleb_bench.", f"{Path(CHECKPOINT_PLAN).stem}."))
 
 
 def keep_result(result: R, file: Path, notify: Notify) -> R:
@@ -40,16 +39,15 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
         with new_file(file) as aside:  # read only now, so that nothing another process adds is lost
             previous = read_kept(type(result), file, notify)
             merged = result if previous is None else result.merged_with(previous)
+            aside.write_text(to_json(merged.to_data()), encoding="utf-8")
             if merged is result and file.is_file():
                 if previous is not None:
                     notify(Notice(f"{file} holds results of another model or in another setting."))
                 moved = file.with_name(f"{file.name}.old")
-                with suppress(OSError):  # writing the new file will fail, too, and that is reported
-                    file.replace(moved)
-                    notify(Notice(f"{file} is now {moved.name}."))
+                file.replace(moved)
+                notify(Notice(f"{file} is now {moved.name}."))
             if isinstance(result, BenchResult) and isinstance(merged, BenchResult):
                 _name_outdone(result, merged, file, notify)
-            aside.write_text(to_json(merged.to_data()), encoding="utf-8")
     except OutputError as error:
         notify(Notice(f"The result is not kept for reports: {error.message}"))
     return merged

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sleb_cli.engine.model.sizes import Sizes
-from sleb_cli.engine.output.measured import results_of_plan
 from sleb_cli.engine.speed.timing import Measured, model_name, workload_result
 from sleb_cli.engine.speed.work import Work
+from sleb_cli.kept_results import beside_plan
 from sleb_cli.plan import (
     CalibrationRecord,
     DenseRecord,
@@ -249,7 +249,7 @@ def write_measured(
     file = folder / "plan.json"
     plan.write(file)
     if evaluation:
-        evaluation.write(results_of_plan(file, "eval"))
+        evaluation.write(beside_plan(file, "eval"))
     if benchmark:
-        benchmark.write(results_of_plan(file, "bench"))
+        benchmark.write(beside_plan(file, "bench"))
     return file

@@ -73,6 +73,12 @@ def test_what_was_written_goes_to_the_hub_private_unless_told(push, tmp_path, hu
     assert "%|" not in result.stderr
 
 
+def test_nothing_is_uploaded_if_a_file_has_changed_since_it_was_proven(push, tmp_path, hub):
+    hub.meanwhile = lambda: (tmp_path / "out" / "model.safetensors").write_bytes(b"other")
+    push(code=8, says="Not uploaded to acme/small: ")
+    assert hub.files == {}
+
+
 def test_what_is_uploaded_holds_no_path_of_this_machine(push, search, run_sleb, tmp_path, text_file, hub):
     folder = save_model(tmp_path / "own" / "model", llama_config(4))
     config = json.loads((folder / "config.json").read_text())
@@ -80,9 +86,14 @@ def test_what_is_uploaded_holds_no_path_of_this_machine(push, search, run_sleb, 
     (folder / "config.json").write_text(json.dumps(config | {"text": {"_name_or_path": f"{tmp_path}/base/"}}))
     tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"name_or_path": str(tmp_path / "base")}))
+    (folder / "plan.eval.json.old").write_text(json.dumps({"sleb_version": "1", "model": str(folder)}))
+    (folder / "plan.lm-eval").mkdir()
+    (folder / "plan.lm-eval" / "results.json").write_text(json.dumps({"model": str(folder)}))
+    (folder / "adapter_config.json").write_text("{}")
     search("--remove", 1, model=folder, text=f"{text_file}:2/3,self:1/3", samples=6)
     push(of=["plan.json"])
     assert hub.files == written(tmp_path / "out")
+    assert "adapter_config.json" not in hub.files
     assert naming(hub, tmp_path.parent, text_file.parent, os.environ["SLEB_CACHE"]) == []
     pushed = json.loads(hub.files["config.json"])
     assert (pushed["_name_or_path"], pushed["text"]["_name_or_path"]) == ("base", "base")

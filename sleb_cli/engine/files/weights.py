@@ -212,7 +212,7 @@ def read_header(path: Path) -> Header:
     try:
         entries = _parse_json(raw)
         metadata = entries.pop("__metadata__", None) or {}
-        _require(all(isinstance(text, str) for text in metadata.values()))
+        "".join([*entries, *metadata, *metadata.values()]).encode()  # or a name or a text is no string of Unicode
         tensors = [_stored(path, name, entry, end) for name, entry in entries.items()]
         tensors.sort(key=lambda tensor: (tensor.start, tensor.size))
         for tensor in tensors:  # no gaps, no overlaps, and nothing after the last tensor

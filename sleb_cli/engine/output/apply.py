@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +13,7 @@ import torch
 from sleb_cli.atomic import new_folder, remove_leftovers_of, require_space, to_json
 from sleb_cli.engine.device import dtype_name
 from sleb_cli.engine.files import other_formats
-from sleb_cli.engine.files.copying import copy_file, leads_out
+from sleb_cli.engine.files.copying import copy_file, leads_out, reading
 from sleb_cli.engine.files.shards import INDEX, NewTensor, new_tensor, plan_shards, write_weights
 from sleb_cli.engine.files.weights import read_json
 from sleb_cli.engine.model.source import ModelSource
@@ -51,6 +51,8 @@ _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.js
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 _START_BYTES = 200
+# transformers would look for the adapter's weights, which are not copied.
+_ADAPTER = "adapter_config.json"
 """Each record of ours says in its first bytes which version of sleb wrote it."""
 
 
@@ -119,7 +121,7 @@ def apply_removals(
             tensors = kept_tensors(surgery, dtype, recovered)
             planned = replace(planned, tensors=tensors, weights=plan_shards(source.weights, tensors, shard_bytes))
         weights = planned.weights or {}
-        write_weights(aside, weights, sum(file.stat().st_size for file in planned.copies.values()), notify)
+        write_weights(aside, weights, _bytes_of(planned.copies.values()), notify)
         for name, text in planned.texts.items():
             (aside / name).write_text(text, encoding="utf-8")
         for name, file in planned.copies.items():
@@ -169,8 +171,9 @@ def plan_files(
     weights = plan_shards(source.weights, tensors, shard_bytes)
     texts = {name: json.dumps(found, indent=2) + "\n" for name, found in _settings(surgery, dtype).items()}
     copies, left_out, outside = _find_other_files(source, set(texts))
-    other_bytes = sum(file.stat().st_size for file in copies.values())
-    require_space(place, other_bytes + sum(shard.size for shard in weights.values() if not shard.same_as))
+    require_space(
+        place, _bytes_of(copies.values()) + sum(shard.size for shard in weights.values() if not shard.same_as)
+    )
     return Planned(tensors, weights, texts, copies), left_out, outside
 
 
@@ -284,20 +287,30 @@ def _find_other_files(source: ModelSource, written: set[str]) -> tuple[dict[str,
             outside.append(inside)
         elif path.is_dir():
             left_out += [f"{inside}/"] if path.parent == folder else []
-        elif path.is_file() and not _is_ours(path):
-            if not other_formats.is_weights(path.name) and inside not in in_other_formats:
+        elif path.is_file() and not _is_ours(path, folder):
+            if inside != _ADAPTER and not other_formats.is_weights(path.name) and inside not in in_other_formats:
                 copies[inside] = path
             elif inside not in weight_files:
                 left_out.append(inside)
     return copies, left_out, outside
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: Path, folder: Path) -> bool:
     """Whether a file is a plan, a result or a journal, which name local folders and do not describe the checkpoint."""
-    if path.suffix == ".json":
-        with path.open("rb") as file:
-            return b'"sleb_version"' in file.read(_START_BYTES)
-    return path.suffix == ".journal" or ".journal.walk." in path.name
+    if path.name.endswith((".json", ".json.old")):
+        with reading(path), path.open("rb") as file:
+            if b'"sleb_version"' in file.read(_START_BYTES):
+                return True
+    of_lm_eval = any(part.endswith(".lm-eval") for part in path.relative_to(folder).parts)
+    return of_lm_eval or path.suffix == ".journal" or ".journal.walk." in path.name
+
+
+def _bytes_of(files: Iterable[Path]) -> int:
+    total = 0
+    for file in files:
+        with reading(file):
+            total += file.stat().st_size
+    return total
 
 
 def _entries(folder: Path, skipped: set[str]) -> Iterator[Path]:

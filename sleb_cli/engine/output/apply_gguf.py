@@ -228,7 +228,7 @@ def _prove_with_transformers(
         return None, error.message.rstrip(".")
     if architecture.block_count != block_count(file):
         return None, f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}"
-    folder = aside.parent / "checkpoint"
+    folder = aside.with_name(f"{aside.name}.checkpoint")
     with refuted(KIND):
         convert_gguf(aside, folder, notify)
     planned = Planned(kept_tensors(hf_surgery, recovered=recovered))

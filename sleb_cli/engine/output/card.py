@@ -98,10 +98,11 @@ def _sample_generation(plan: Plan | None) -> list[str]:
     if sample is None:
         return []
     said = [f"{who} ({repeated}): {' '.join(text.split())}" for who, repeated, text in search.said(sample)]
+    prompt = in_markdown(sample.prompt)
     return [
         *(line for warning in search.collapse(sample) for line in ("", f"**{warning}**")),
         "",
-        f'At the end of the search, both models continued "{sample.prompt}" greedily as follows; "repeated" is the '
+        f'At the end of the search, both models continued "{prompt}" greedily as follows; "repeated" is the '
         "share of runs of 4 tokens that occurred before:",
         "",
         "```text",

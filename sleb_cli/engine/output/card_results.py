@@ -158,7 +158,8 @@ def results_section(rows: Sequence[Row]) -> list[str]:
     blocks = rows[-1].result.model.blocks
     tables = [quality.perplexities(texts), quality.tasks(tasks), speed.speeds(timed, blocks)]
     made = dict.fromkeys(
-        (row.result.sleb_version, row.result.torch, row.result.transformers, row.result.processor) for row in rows
+        tuple(map(in_markdown, (made.sleb_version, made.torch, made.transformers, made.processor)))
+        for made in (row.result for row in rows)
     )
     return [
         "",
@@ -200,7 +201,8 @@ def _commands(rows: Sequence[Row]) -> list[str]:
     for row in (row for kind in (TextResult, TaskResult, WorkloadResult) for row in _of(rows, kind)):
         *words, name = _command(row)
         commands.setdefault(tuple(words), {})[name] = None
-    return [shlex.join([*words, *filter(None, [",".join(names)])]) for words, names in commands.items()]
+    joined = (shlex.join([*words, *filter(None, [",".join(names)])]) for words, names in commands.items())
+    return [" ".join(line.split()).replace("`", "'") for line in joined]  # so that no name can close the fence
 
 
 def _command(row: Row) -> list[str]:

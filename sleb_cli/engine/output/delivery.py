@@ -61,7 +61,7 @@ class Delivery:
         except ProofError as error:
             if (place := self.keep_failed) is None:
                 raise
-            with writing(place):
+            with writing(place, hint=f"The proof failed: {error.message} Choose another place with --keep-failed."):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if written.is_file():
                     place.mkdir()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from sleb_cli.events import Notify, Warned
-from sleb_cli.kept_results import IN_CHECKPOINT, beside_plan, read_kept
-from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
+from sleb_cli.kept_results import beside_plan, read_kept
+from sleb_cli.plan import Plan, public_name
 from sleb_cli.records import without_folders
 from sleb_cli.results import BenchResult, EvalResult
 from sleb_cli.units import plural
@@ -22,7 +22,7 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     What cannot be read or belongs to another model is left out, with a warning: a report with a gap is better than
     none.
     """
-    file = results_of_plan(path, "eval" if kind is EvalResult else "bench")
+    file = beside_plan(path, "eval" if kind is EvalResult else "bench")
     result = read_kept(kind, file, notify)
     if result is None:
         return None
@@ -41,12 +41,6 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     if strangers:
         notify(Warned(f"Leaving out {plural(len(strangers), 'size')} in {file} that {path} does not have."))
     return without_local_folders(_only_sizes(result, planned)) if measured & planned else None
-
-
-def results_of_plan(path: Path, kind: Literal["eval", "bench"]) -> Path:
-    """Return where the results for a plan are kept: beside it, or else in the same checkpoint."""
-    beside, inside = beside_plan(path, kind), path.with_name(IN_CHECKPOINT[kind])
-    return inside if path.name == CHECKPOINT_PLAN and not beside.exists() else beside
 
 
 def parts_of(result: EvalResult | BenchResult) -> tuple[Any, ...]:

@@ -16,9 +16,10 @@ from huggingface_hub.utils._validators import validate_repo_id
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sleb_cli.engine.files import other_formats
+from sleb_cli.engine.files.fingerprint import Watch
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Notice, Notify, task
-from sleb_plugins import OutputError, UsageError
+from sleb_plugins import ModelError, OutputError, UsageError
 
 # What the Hub's client raises. Its HTTP library, which depends on the version, has one base class for bad responses and
 # for missing ones; HfHubHTTPError derives from it.
@@ -95,15 +96,21 @@ def push(folder: Path, names: Collection[str], request: PushRequest, notify: Not
         OutputError: the upload failed; the message says that the folder is complete, and the hint how to upload it.
     """
     disable_progress_bars()
-    api = _api()
+    api, proven = _api(), Watch()
+    proven.add(*(folder / name for name in names))
     try:
         with task(notify, f"Uploading to {request.repo}"):
+            added = [CommitOperationAdd(name, folder / name) for name in names]
             url = api.create_repo(request.repo, private=request.private, exist_ok=request.force)
             stale = [name for name in api.list_repo_files(request.repo) if name not in names and _holds_a_model(name)]
+            proven.require_unchanged()
             operations: list[CommitOperationAdd | CommitOperationDelete]
-            operations = [CommitOperationDelete(name) for name in stale]
-            operations += [CommitOperationAdd(name, folder / name) for name in names]
+            operations = [*(CommitOperationDelete(name) for name in stale), *added]
             api.create_commit(request.repo, operations, commit_message="Pruned with sleb")
+    except ModelError as error:
+        raise OutputError(
+            f"Not uploaded to {request.repo}: {error.message}", hint="Write the checkpoint again."
+        ) from error
     except _UPLOAD_FAILURES as error:
         also = ", and delete the weights of another model there" if request.force else ""
         raise OutputError(
