@@ -18,6 +18,12 @@ from typing import Any, Literal, get_args
 
 from sleb_plugins.errors import UsageError
 
+
+def beside(file: Path, ending: str) -> Path:
+    """Return the file of this ending beside a JSON file: plan.eval.json; a dot in another name ends nothing."""
+    return file.with_name(file.name.removesuffix(".json") + ending)
+
+
 WorkloadName = Literal["prompt", "generation"]
 """What is timed: processing a prompt, or generating after one."""
 
@@ -357,7 +363,7 @@ class RerunRequest(Request):
     @property
     def new_plan(self) -> Path:
         """Where the new plan is written."""
-        return self.output or self.plan.with_suffix(".rerun.json")
+        return self.output or beside(self.plan, ".rerun.json")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ _AXIS = " ┤"
 
 @dataclass(frozen=True)
 class Line:
-    """A value for each of the steps 0, 1, 2, …, or None; each is drawn as `mark`."""
+    """A value for each of the steps 0, 1, 2, …; each is drawn as `mark`."""
 
     mark: str
     style: str
-    values: Sequence[float | None]
+    values: Sequence[float]
 
 
 def draw_lines(lines: Sequence[Line], labels: tuple[str, str, str], width: int) -> Text:
@@ -52,16 +52,13 @@ def _columns(steps: int, width: int) -> list[int]:
 
 def _cells(lines: Sequence[Line], columns: Sequence[int]) -> dict[tuple[int, int], tuple[str, str]]:
     """Return what to draw where, and its style: a mark for each value, and dots from one to the next."""
-    known = [value for line in lines for value in line.values if value is not None]
+    known = [value for line in lines for value in line.values]
     low, span = min(known), max(known) - min(known) or 1.0
     cells: dict[tuple[int, int], tuple[str, str]] = {}
     marks: dict[tuple[int, int], tuple[str, str]] = {}
     for line in reversed(lines):
-        points = [
-            (column, (ROWS - 1) * (1 - (value - low) / span))
-            for column, value in zip(columns, line.values, strict=False)
-            if value is not None
-        ]
+        rows = ((ROWS - 1) * (1 - (value - low) / span) for value in line.values)
+        points = list(zip(columns, rows, strict=False))
         for (left, start), (right, end) in pairwise(points):
             for column in range(left + 1, right):
                 row = round(start + (end - start) * (column - left) / (right - left))

@@ -66,10 +66,10 @@ def perplexity_chart(plan: Plan, width: int) -> Text:
     lines = [Line("●", "cyan", [math.log(perplexity) for perplexity in perplexities])]
     legend = Text("perplexity by blocks removed")
     if plan.dense.held_out:
-        held_out = [plan.dense.held_out, *(step.held_out for step in plan.steps)]
-        lines.append(Line("○", "yellow", [math.log(record.perplexity) if record else None for record in held_out]))
+        held_out = [plan.dense.held_out, *(step.held_out for step in plan.steps if step.held_out)]
+        lines.append(Line("○", "yellow", [math.log(record.perplexity) for record in held_out]))
         legend.append("   ● searched on", "cyan").append("   ○ held out", "yellow")
-    known = [value for line in lines for value in line.values if value is not None]
+    known = [value for line in lines for value in line.values]
     low, high = min(known), max(known)
     lowest, middle, highest = (format_perplexity(math.exp(value)) for value in (low, (low + high) / 2, high))
     return Text("\n").join([legend, draw_lines(lines, (lowest, middle, highest), width)])

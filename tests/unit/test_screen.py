@@ -32,7 +32,7 @@ def test_a_chart_has_the_highest_value_on_top():
     assert rows[round((ROWS - 1) * 2 / 3)][15] == "●"  # the middle value stands a third of the way up
     assert [row.count("●") for row in drawn(("●", [2.0] * 4))].count(4) == 1
     # Where lines meet, the first is on top.
-    lines = ("●", [1.0, 2.0, 3.0]), ("○", [1.0, None, 3.0])
+    lines = ("●", [1.0, 2.0, 3.0]), ("○", [1.0, 2.0, 3.0])
     assert ["".join(drawn(*lines)).count(mark) for mark in "●○"] == [3, 0]
     assert "○" in "".join(drawn(*lines[::-1]))
 

@@ -11,13 +11,14 @@ from unittest import mock
 from sleb_cli.engine.quality.lm_eval_tasks import as_json, quiet
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.records import without_folders
+from sleb_cli.requests import beside
 from sleb_plugins.errors import OutputError
 
 LmEvalResults = dict[tuple[int, ...], list[dict[str, Any]]]
 """For each size, lm-eval's own results for each task or group."""
 
 
-def write_by_lm_eval(beside: Path, found: LmEvalResults, subject: Subject) -> tuple[str, ...]:
+def write_by_lm_eval(file: Path, found: LmEvalResults, subject: Subject) -> tuple[str, ...]:
     """Write what lm-eval's own command would, into a folder next to this file; return the names of the files.
 
     Raises:
@@ -25,14 +26,14 @@ def write_by_lm_eval(beside: Path, found: LmEvalResults, subject: Subject) -> tu
     """
     files: list[Path] = []
     for removals, results in found.items():
-        folder = beside.with_suffix(".lm-eval") / (f"{len(removals)}-removed" if removals else "dense")
+        folder = beside(file, ".lm-eval") / (f"{len(removals)}-removed" if removals else "dense")
         model_args: dict[str, Any] = {"model": without_folders(subject.architecture.source.id)}
         if removals and subject.file is not None:
             model_args = {"plan": subject.file.name, "remove": len(removals)}
         elif removals:
             model_args["blocks"] = "+".join(map(str, removals))
         files += write_lm_eval_results(folder, results, model_args)
-    return tuple(str(file.relative_to(beside.parent)) for file in files)
+    return tuple(str(written.relative_to(file.parent)) for written in files)
 
 
 def write_lm_eval_results(
