@@ -29,11 +29,10 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 HEAD = """# Performance
 
 What `sleb` promises about speed, measured by `python tests/benchmarks/all.py MODEL TEXT` on SmolLM2-135M-Instruct: each
-ratio within one run, on the same machine and data. Every kind of machine that it was run on has a column. To add
-yours, run it there and send the page.
+ratio within one run, on the same machine and data. To add a column for your machine, run it there and send the page.
 
 "Plain" is the algorithm of the paper: one candidate and one sequence at a time (`tests/reference.py`). "Products" are
-the matrix products alone, in calls of the same size: what no search that computes the same numbers can beat.
+the matrix products alone, in calls of the same size: no search for the same numbers can be faster.
 """
 BLOCKS = "13,14,15,16"
 SECOND = {"products": "time of its products alone", "evaluations": "share of the evaluations"}
