@@ -160,7 +160,7 @@ def free_memory() -> None:
         torch.get_device_module(accelerator.type).empty_cache()
 
 
-def in_smaller_pieces(run: Callable[[int], T], size: int, reduced: Callable[[int], object]) -> T:
+def in_smaller_pieces(run: Callable[[int], T], size: int, reduced: Callable[[int], object] = lambda size: None) -> T:
     """Call `run` with a size, and with half of it as often as the device is out of memory; return its result.
 
     `reduced` is told each new size. Size 1 is the smallest; its error is raised.

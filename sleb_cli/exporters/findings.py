@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from sleb_cli.atomic import to_json
 from sleb_cli.plan import Plan
+from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
     BenchResult,
     EvalResult,
@@ -25,7 +26,9 @@ from sleb_cli.results import (
     WorkloadResult,
     main_metric,
 )
-from sleb_cli.tables.quality import text_names
+from sleb_cli.tables.quality import task_name, text_names
+from sleb_cli.tables.speed import workload_name
+from sleb_cli.tables.table import Scored, by_model
 from sleb_plugins.errors import UsageError
 from sleb_plugins.exporter import Pruning
 
@@ -109,6 +112,21 @@ class Findings:
         return [(name, text, scores) for name, text in named if (scores := self.own(text.pruned))]
 
     @property
+    def scored_texts(self) -> list[Scored]:
+        """Each text on each model."""
+        return by_model(self.texts, self.text_names)
+
+    @property
+    def scored_tasks(self) -> list[Scored]:
+        """Each metric of each task on each model."""
+        return by_model(self.tasks, map(task_name, self.tasks))
+
+    @property
+    def timed(self) -> list[Scored]:
+        """Each workload on each model."""
+        return by_model(self.workloads, map(workload_name, self.workloads))
+
+    @property
     def tasks(self) -> Sequence[TaskResult]:
         """Every metric of every task."""
         return self.evaluation.tasks if self.evaluation else ()
@@ -166,7 +184,7 @@ class Findings:
         def order(found: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, bool, int]:
             workload = found[0].workload
             tokens = workload.batch_size * (workload.prompt_length + workload.new_tokens)
-            return workload.engine != "transformers", found[1].interval is None, -tokens
+            return workload.engine != TRANSFORMERS, found[1].interval is None, -tokens
 
         measured = [(result, timing) for result in self.workloads if (timing := self.own(result.pruned))]
         of_name = ([each for each in measured if each[0].workload.name == name] for name in ("generation", "prompt"))

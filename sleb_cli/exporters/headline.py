@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sleb_cli.exporters.findings import Estimate, Findings
-from sleb_cli.results import BenchResult, PrunedTextScores, TextScores, Workload
+from sleb_cli.results import PrunedTextScores, TextScores, Workload
 from sleb_cli.tables.quality import perplexity_change
 from sleb_cli.tables.search import collapse
 from sleb_cli.tables.table import between
@@ -16,7 +16,7 @@ _DOES = {"generation": "generates text", "prompt": "processes prompts"}
 
 def sentences(findings: Findings) -> list[str]:
     """Return what was removed, what that gains and costs, as far as it was measured, and what to do about it."""
-    return [_removed(findings), *_gains(findings, findings.benchmark), *_costs(findings), *_advice(findings)]
+    return [_removed(findings), *_gains(findings), *_costs(findings), *_advice(findings)]
 
 
 def _removed(findings: Findings) -> str:
@@ -30,8 +30,8 @@ def _removed(findings: Findings) -> str:
     return f"{text}."
 
 
-def _gains(findings: Findings, benchmark: BenchResult | None) -> list[str]:
-    if benchmark is None:
+def _gains(findings: Findings) -> list[str]:
+    if (benchmark := findings.benchmark) is None:
         return []
     where = f"on {benchmark.processor if benchmark.device == 'cpu' else benchmark.device}"
     lines = []

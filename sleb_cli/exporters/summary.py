@@ -10,7 +10,7 @@ from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.exporters.headline import sentences, warnings
 from sleb_cli.exporters.reproduce import commands, on_lines
 from sleb_cli.tables import quality, search, speed
-from sleb_cli.tables.table import Table, by_model, to_text
+from sleb_cli.tables.table import Table, to_text
 from sleb_plugins.exporter import Exporter, Pruning
 
 _WIDTH = 80
@@ -60,12 +60,12 @@ def _head(findings: Findings) -> list[str]:
 
 def _tables(findings: Findings) -> Iterator[Table]:
     plan = findings.plan
-    scored = by_model(findings.texts, findings.text_names)
-    timed = by_model(findings.workloads, map(speed.workload_name, findings.workloads))
+    scored = findings.scored_texts
+    timed = findings.timed
     yield search.steps(plan)
     yield quality.perplexities(scored)
     yield quality.divergences(scored)
-    yield quality.tasks(by_model(findings.tasks, map(quality.task_name, findings.tasks)))
+    yield quality.tasks(findings.scored_tasks)
     yield speed.speeds(timed, plan.model.blocks)
     yield speed.memory(timed)
     if plan.recovery:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
     BenchResult,
     EstimateResult,
@@ -24,7 +25,7 @@ _TIMES, _COUNT = "{:.2f}x".format, "{}".format
 def workload_name(result: WorkloadResult) -> str:
     """Return what is run: prompt 1x512, or generation 4x64+32, llama.cpp, compiled."""
     workload = result.workload
-    engine = [] if workload.engine == "transformers" else [workload.engine]
+    engine = [] if workload.engine == TRANSFORMERS else [workload.engine]
     options = {"compiled": workload.compiled, "static cache": workload.static_cache}
     return ", ".join([workload.label, *engine, *(name for name, is_set in options.items() if is_set)])
 

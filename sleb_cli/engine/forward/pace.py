@@ -104,7 +104,7 @@ def seconds_per_token(timed: Callable[[Tensor], float], ids: Tensor) -> float:
         near = [(seconds, size) for seconds, size in found if 4 * size > found[-1][1]]
         return sum(seconds for seconds, _ in near) / sum(size for _, size in near)
 
-    return in_smaller_pieces(measure, ids.numel(), lambda size: None)
+    return in_smaller_pieces(measure, ids.numel())
 
 
 def _piece(ids: Tensor, tokens: int) -> Tensor:

@@ -19,6 +19,7 @@ from sleb_cli.engine.text.sources import EVALUATION_PRESETS
 from sleb_cli.events import Notify, ignore
 from sleb_cli.kept_results import IN_CHECKPOINT, read_kept
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
+from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import BenchResult, EvalResult, TaskResult, TextResult, WorkloadResult
 from sleb_cli.tables import quality, speed
 from sleb_cli.tables.table import Scored, Table, in_markdown, to_markdown
@@ -226,7 +227,7 @@ def _command(row: Row) -> list[str]:
     workload = row.measured.workload
     sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length)]
     sizes += ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []
-    engine = [] if workload.engine == "transformers" else ["--engine", workload.engine]
+    engine = [] if workload.engine == TRANSFORMERS else ["--engine", workload.engine]
     flags = {"--compile": workload.compiled, "--static-cache": workload.static_cache}
     given = (flag for flag, is_set in flags.items() if is_set)
     return ["sleb", "bench", HERE, f"--{workload.name}", *sizes, *engine, *given, *options, ""]

@@ -51,9 +51,6 @@ TRAINED_BELOW = 4
 """Training starts this many blocks below the first gap; the blocks before that keep the dense model's inputs."""
 SHARING_TOLERANCE = 1e-2
 
-MATRIX = 2
-"""How many dimensions a matrix has; the closed form fits nothing of more."""
-
 
 @dataclass(frozen=True)
 class Recovered:
@@ -121,7 +118,7 @@ class Recovery:
         self.path, self.removed = self.architecture.adapter.blocks_path, self.surgery.removed
         self.tokenizer = load_tokenizer(self.architecture.source)
         saved = None
-        if self.budget and self.resume and self.state.healing.exists():
+        if self.resume and self.state.healing.exists():
             saved = Saved.read(self.state.healing)
             identity = saved.record("identity", dict[str, Any])
             require_same_work(self.state.folder, "healing", identity, self.identity, "plan, text and budget")
@@ -141,7 +138,8 @@ class Recovery:
             f"{self.path}.{block}.{name}"
             for block in self.surgery.kept.blocks
             for name, parameter in blocks[block].named_parameters()
-            if len(parameter.shape) <= MATRIX or (self.budget and rank_of(parameter.shape))
+            # The closed form fits nothing of more than two dimensions.
+            if len(parameter.shape) <= 2 or (self.budget and rank_of(parameter.shape))
         ]
 
     def _find_places(self, names: Iterable[str]) -> Places:

@@ -334,8 +334,7 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
     if not isinstance(target, SizeTarget | None) and len(trace.removals) == len(resolved.gone):
         assert trace.next_cost is not None
         raise UsageError(
-            f"The {'next' if resolved.gone else 'first'} removal would {target.describe(trace.next_cost)}; the limit "
-            f"is {target.most:.4f}.",
+            f"The {'next' if resolved.gone else 'first'} removal would {target.describe(trace.next_cost)}.",
             hint=f"Increase {option_of(target.name)}. With --resume, no block is scored again.",
         )
     return trace

@@ -319,7 +319,7 @@ class Scoring:
                 self.notify(SearchAdvanced(self.sequences))
 
         def compute() -> Mapping[int, float]:
-            in_smaller_pieces(score, self.passes.budget.sequences if metric.needs_gradients else 1, lambda size: None)
+            in_smaller_pieces(score, self.passes.budget.sequences if metric.needs_gradients else 1)
             return {block: scores[block] for block in candidates}
 
         return self.group.from_main(compute)

@@ -146,31 +146,38 @@ class LossTarget:
     @property
     def most(self) -> float:
         """The largest allowed increase of the loss over the dense model's, in nats per token."""
-        return math.log(self.limit) if self.name == "max_perplexity_ratio" else self.limit
+        return math.log(self.limit) if self._is_ratio else self.limit
 
     @property
     def beyond(self) -> str:
         """What the search stops before."""
-        return f"the loss is more than {self.most:.4f} nats per token above the dense model's"
+        if self._is_ratio:
+            return f"perplexity is more than {self.limit:g} times the dense model's"
+        return f"the loss is more than {self.limit:g} nats per token above the dense model's"
 
     def describe(self, increase: float) -> str:
-        """Say what a removal would do."""
-        return f"raise the loss {increase:.4f} nats per token above the dense model's"
+        """Say what a removal would do, and what the limit is."""
+        if self._is_ratio:
+            ratio = self._in_unit(increase)
+            return f"raise perplexity to {ratio:.4f} times the dense model's; the limit is {self.limit:g}"
+        return f"raise the loss {increase:.4f} nats per token above the dense model's; the limit is {self.limit:g}"
+
+    @property
+    def _is_ratio(self) -> bool:
+        return self.name == "max_perplexity_ratio"
+
+    def _in_unit(self, nats: float) -> float:
+        return math.exp(min(nats, 700)) if self._is_ratio else nats
 
     def record(self, increase: float, next_increase: float | None) -> TargetRecord:
         """Return what was reached, in the unit of the target: nats per token, or a ratio of perplexities."""
-        is_ratio = self.name == "max_perplexity_ratio"
-
-        def in_unit(nats: float) -> float:
-            return math.exp(min(nats, 700)) if is_ratio else nats
-
         return TargetRecord(
             name=self.name,
             asked=self.asked,
             limit=self.limit,
-            dense=in_unit(0.0),
-            reached=in_unit(increase),
-            next=None if next_increase is None else in_unit(next_increase),
+            dense=self._in_unit(0.0),
+            reached=self._in_unit(increase),
+            next=None if next_increase is None else self._in_unit(next_increase),
         )
 
 
@@ -210,8 +217,8 @@ class TaskTarget:
         return f"{self.task} may lose more than {self.most:g}"
 
     def describe(self, drop: float) -> str:
-        """Say what a removal would do."""
-        return f"cost {drop:.4f} of {self.task}, and its 95% interval reaches past the limit"
+        """Say what a removal would do, and what the limit is."""
+        return f"cost {drop:.4f} of {self.task}, with a 95% interval that reaches past the limit of {self.most:g}"
 
     def record(self, drop: float, next_drop: float | None) -> TargetRecord:
         """Return what was reached."""

@@ -48,7 +48,7 @@ def apply_template(tokenizer: Any, conversation: Conversation, source: str, **op
     def refused(words: str) -> DataError:
         return DataError(
             f"The chat template refuses a conversation of {source}: {words}.",
-            hint="Leave that conversation out; many templates need user and assistant in turn.",
+            hint="Leave it out; many templates need user and assistant to alternate.",
         )
 
     with translate_errors(refused):
@@ -147,7 +147,7 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
             raise DataError(
                 f"The chat template changes earlier messages of a conversation of {source} when more follow, so its "
                 "answers cannot be found.",
-                hint="Use --chat all, or conversations with one question and one answer.",
+                hint="Use conversations with one question and one answer, or --chat all to calibrate on all tokens.",
             )
         pieces += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
         done = len(answered)

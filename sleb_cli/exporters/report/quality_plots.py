@@ -25,7 +25,6 @@ from sleb_cli.exporters.report.drawing import (
 from sleb_cli.results import PrunedTaskScores, TaskResult
 from sleb_cli.tables import quality
 from sleb_cli.tables.speed import workload_name
-from sleb_cli.tables.table import by_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +98,7 @@ def text_plots(findings: Findings) -> Iterator[Plot]:
     lines = perplexity_lines(findings)
     if not lines:
         return
-    scored = by_model(findings.texts, findings.text_names)
+    scored = findings.scored_texts
     independent = "" if any(map(findings.made_on, findings.texts)) else " that was not searched on"
     numbers = quality.perplexities(scored, f"Perplexity on text{independent}")
     yield Plot("perplexity", 260, partial(_draw_lines, lines), numbers)
@@ -154,7 +153,7 @@ def task_plots(findings: Findings) -> Iterator[Plot]:
     tasks = tasks[:_MOST_TASKS]
     if not tasks:
         return
-    numbers = quality.tasks(by_model(findings.tasks, map(quality.task_name, findings.tasks)))
+    numbers = quality.tasks(findings.scored_tasks)
     yield Plot("tasks", 80 + 40 * len(tasks), partial(_draw_bars, tasks))
     yield Plot("differences", 60 + 36 * len(tasks), partial(_draw_differences, tasks), numbers)
 

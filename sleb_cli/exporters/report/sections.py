@@ -14,7 +14,7 @@ from sleb_cli.exporters.report.speed_plots import speed_plots
 from sleb_cli.results import FlipRecord
 from sleb_cli.tables import quality, settings, speed
 from sleb_cli.tables.search import kinds, recovery
-from sleb_cli.tables.table import Table, by_model
+from sleb_cli.tables.table import Table
 
 _MOST_FLIPS = 10
 _HOW_SAID = 'Both continue the prompt greedily. "Repeated" is the share of runs of 4 tokens that occurred before.'
@@ -36,7 +36,7 @@ def sections(findings: Findings) -> list[Section]:
     plan, depth = findings.plan, _by_depth(findings)
     results = [settings.result_settings(each) for each in (findings.evaluation, findings.benchmark) if each]
     cost = [quality.text_settings(findings.texts, findings.text_names)]
-    gain = [speed.memory(by_model(findings.workloads, map(speed.workload_name, findings.workloads)))]
+    gain = [speed.memory(findings.timed)]
     gain += [speed.sizes(findings.benchmark)] if findings.benchmark else []
     parts = [
         Section("trade", "Quality against speed", [*pareto_plots(findings)]),

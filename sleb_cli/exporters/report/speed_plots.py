@@ -23,7 +23,7 @@ from sleb_cli.exporters.report.drawing import (
 )
 from sleb_cli.results import MemoryRecord, Timing, WorkloadResult
 from sleb_cli.tables import speed
-from sleb_cli.tables.table import by_model, model_name
+from sleb_cli.tables.table import model_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def speed_plots(findings: Findings) -> Iterator[Plot]:
     if not results:
         return
     panels = _shown(findings, results, _MOST_PANELS)
-    timed = by_model(findings.workloads, map(speed.workload_name, findings.workloads))
+    timed = findings.timed
     few, blocks = _shown(findings, results, _MOST_WORKLOADS), findings.plan.model.blocks
     yield Plot("speedup", 300, partial(_draw_speedups, few, blocks), speed.speeds(timed, blocks))
     latency = partial(_draw_panels, panels, "end to end, ms", lambda timing: timing.e2els)
