@@ -129,7 +129,8 @@ class TargetRecord(Record):
 
     The unit of `limit`, `dense` and `reached` follows from `name`: parameters, bytes, speedup, nats per token above
     the dense model, or a multiple of its perplexity. `asked` is what the user wrote. For a speedup, `predicted` was
-    estimated before the search and `reached` timed after it; for a loss, `next` is the value after one more removal.
+    estimated before the search and `reached` timed after it; for a loss or a task, `next` is the value after one more
+    removal.
     """
 
     name: TargetName
@@ -282,7 +283,7 @@ class SampleGeneration(Record):
 
 
 class EnvironmentRecord(Record):
-    """Where and when the search ran: the only part that differs between two runs of the same search."""
+    """Where and when the search ran: besides a timed speedup, the only part that differs between two runs."""
 
     python: str
     torch: str

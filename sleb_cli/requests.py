@@ -446,7 +446,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
         default="the plan's text and a quarter self, or self-chat",
     )
     samples: int | None = option(
-        "Number of sequences; a fifth choose among fits, and a tenth are for the report.",
+        "Number of sequences; up to a fifth choose among fits, and up to a tenth are for the report.",
         _RECOVERY,
         default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if all are written",
         least=1,
@@ -628,6 +628,6 @@ class ExportRequest(OneSizeRequest):
         "A GGUF file of the model, for gguf, ollama and llama-quantize.", _OUTPUT, metavar="GGUF"
     )
     output: Path | None = option(
-        "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the model", short="-o"
+        "Write this file or folder.", _OUTPUT, default="text to stdout, files named after the plan or model", short="-o"
     )
     force: bool = _force()

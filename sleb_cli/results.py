@@ -548,7 +548,10 @@ class BenchResult(ResultRecord):
     def setting(self) -> tuple[object, ...]:
         """What two results must share to be merged."""
         model = (self.model.fingerprint, self.model.code)
-        return (*model, self.dtype, self.device, self.processor, self.threads, self.torch, self.transformers)
+        return (
+            *model, self.dtype, self.device, self.processor, self.threads, self.sleb_version, self.torch,
+            self.transformers,
+        )  # fmt: skip
 
     def merged_with(self, previous: BenchResult) -> BenchResult:
         """Return both results as one, if they are of the same model in the same setting: see `setting`.

@@ -21,7 +21,7 @@ class FamilyAdapter:
             removed.
 
     Raises:
-        TypeError: an attribute is missing or has a wrong type (often a plain string of model types).
+        TypeError: an attribute is missing, or the model types are a plain string.
     """
 
     name: str

@@ -124,7 +124,7 @@ def test_recovered_and_healed_it_comes_nearer_to_the_dense_model(run, card, show
     recovery = data["recovery"]
     show(f"recovered and healed in {seconds:.1f} s")
     if card.is_real:
-        assert recovery["recovered"]["divergence"] < recovery["pruned"]["divergence"]
+        assert recovery["heal"]["losses"]["divergence"] < recovery["pruned"]["divergence"]
 
 
 @pytest.mark.slow
