@@ -69,11 +69,13 @@ class Engine(ABC):
         name: its name on the command line.
         description: one line for `sleb plugins`.
         reads: the files it reads: a checkpoint folder, or a GGUF file.
+        least_new_tokens: how many tokens it generates at least, also after a prompt that is timed alone.
     """
 
     name: ClassVar[str]
     description: ClassVar[str] = ""
     reads: ClassVar[Literal["checkpoint", "gguf"]]
+    least_new_tokens: ClassVar[int] = 0
 
     def version(self) -> str:
         """Return the package and version that results name: "vllm 0.32.0"; empty if it has none.

@@ -191,7 +191,8 @@ def grade_words(doc: Item, results: Sequence[Any]) -> dict[str, float]:
 
 def grade_repetition(doc: Item, results: Sequence[Any]) -> dict[str, float]:
     """Return the share of runs of four words and signs that occurred before in the text."""
-    return {"repetition": repetition(re.findall(r"\w+|[^\w\s]|\n", results[0]))}
+    found = re.findall(r"\w+|[^\w\s]|\n", results[0])
+    return {"repetition": repetition(found) if found else 1.0}  # no text is no better than one that repeats itself
 
 
 def grade_instructions(doc: Item, results: Sequence[Any]) -> dict[str, float]:
@@ -216,14 +217,14 @@ def _ends_with(asked: str, answer: str) -> bool:
 
 def _is_list(asked: str, answer: str) -> bool:
     # Indented lines belong to the entry above.
-    return len(re.findall(r"^(?:[-*•]|\d+[.)]) *\S", answer, re.MULTILINE)) == int(asked)
+    return len(re.findall(r"^(?:[-*] +|• *|\*{0,2}\d+[.)] +)\S", answer, re.MULTILINE)) == int(asked)
 
 
 def _is_json(asked: str, answer: str) -> bool:
-    fenced = re.search(r"^```(?:json)?\n(.*?)^```", answer, re.DOTALL | re.MULTILINE)
+    fenced = re.search(r"^```(?:json)? *\n(.*?)^```", answer, re.DOTALL | re.MULTILINE | re.IGNORECASE)
     try:
         found = json.loads(fenced[1] if fenced else answer)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.keys() == json.loads(asked).keys()
 

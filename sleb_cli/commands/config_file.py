@@ -17,8 +17,13 @@ from sleb_plugins.errors import did_you_mean
 
 _OF_A_RUN = {"config", "save_config", "dry_run", "json", "quiet", "help", "markdown", "force", "resume"}
 """Options that say how a command is run this time, and not what it does."""
-_ONE_OF = (TARGET_NAMES, ("heal_minutes", "heal_tokens"))
+_ONE_OF = (TARGET_NAMES, ("heal_minutes", "heal_tokens"), ("every", "remove"))
 """Options of which one is given."""
+_GOES_WITH = {
+    "target_memory": ("serve_dtype", "serve_length", "serve_batch"),
+    "target_speedup": ("target_workload",),
+}
+"""Options that apply to one of these alone."""
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -81,13 +86,16 @@ def drop_outdone(context: typer.Context, values: dict[str, Any]) -> None:
     for names in _ONE_OF:
         sources = {name: context.get_parameter_source(name) for name in names if name in values}
         typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-        for name in sources if typed else ():
-            values[name] = values[name] if name in typed else None
+        for name in [name for name in sources if typed and name not in typed]:
+            for dropped in (name, *_GOES_WITH.get(name, ())):
+                source = context.get_parameter_source(dropped)
+                if source and source.name == "DEFAULT_MAP":
+                    values[dropped] = None
 
 
 @contextmanager
 def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None]:
-    """Write the options that were typed or read from a file, if the user asked for that, and remove them on errors.
+    """Write the options that were typed or read from a file, if the user asked for that; undo that on errors.
 
     Raises:
         OutputError: the file exists, or cannot be written.
@@ -98,8 +106,6 @@ def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None
         return
     import yaml
 
-    if path.exists() and not values.get("force"):
-        raise OutputError(f"{path} already exists.", hint="Choose another name with --save-config, or add --force.")
     sources = {name: context.get_parameter_source(name) for name in values}
     given = {
         key: values[name]
@@ -110,11 +116,18 @@ def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None
     }
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     head = f"# {context.command_path} --config {path.name}\n"
-    write_text(path, head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    text = head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    before = path.read_text(encoding="utf-8") if path.exists() else None
+    if before not in (None, text) and not values.get("force"):
+        raise OutputError(f"{path} already exists.", hint="Choose another name with --save-config, or add --force.")
+    write_text(path, text)
     try:
         yield
     except SlebError:
-        path.unlink(missing_ok=True)
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text(path, before)
         raise
 
 

@@ -37,9 +37,10 @@ def wilson_interval(right: int, count: int) -> Interval:
     return Interval(low=float(found.low), high=float(found.high))
 
 
-def normal_interval(value: float, standard_error: float) -> Interval:
-    """Return the interval of a normally distributed estimate."""
-    return Interval(low=value - _QUANTILE * standard_error, high=value + _QUANTILE * standard_error)
+def normal_interval(value: float, standard_error: float, looks: int = 1) -> Interval:
+    """Return the interval of a normally distributed estimate, which holds at all of so many looks (Bonferroni)."""
+    reach = float(special.ndtri(1 - (1 - CONFIDENCE) / 2 / looks)) * standard_error
+    return Interval(low=value - reach, high=value + reach)
 
 
 def _student(mean: float, error: float, count: int) -> Estimate:
@@ -74,16 +75,18 @@ def clustered_mean(values: Tensor, clusters: Tensor) -> Estimate:
     return _student(mean, math.sqrt(count / (count - 1) * float(residuals.square().sum())) / len(values), count)
 
 
-def paired_proportions_interval(lost: int, gained: int, count: int) -> Interval:
+def paired_proportions_interval(lost: int, gained: int, count: int, looks: int = 1) -> Interval:
     """Return the interval of the difference of two proportions of the same items, `(gained - lost) / count`.
+
+    It holds at all of so many looks (Bonferroni).
 
     This is the Wald interval with one more lost and one more gained item (Bonett and Price, J. Educ. Behav. Stat. 37,
     2012). Without them, models that agree on a few items would seem to agree on all.
     """
     gains, losses = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     difference = gains - losses
-    error = math.sqrt((gains + losses - difference**2) / (count + 2))
-    return Interval(low=max(-1.0, difference - _QUANTILE * error), high=min(1.0, difference + _QUANTILE * error))
+    found = normal_interval(difference, math.sqrt((gains + losses - difference**2) / (count + 2)), looks)
+    return Interval(low=max(-1.0, found.low), high=min(1.0, found.high))
 
 
 def mcnemar(lost: int, gained: int) -> float:

@@ -82,9 +82,9 @@ def _accepted(findings: Findings) -> tuple[str | None, float | None]:
 def _cost(findings: Findings) -> float | None:
     """Return the time of a token of the pruned model in that of the dense one, with the smallest batch."""
     timed = [
-        (result.workload.batch_size, own.mean_tpot_ms / result.dense.mean_tpot_ms)
+        (result.workload.batch_size, own.median_tpot_ms / result.dense.median_tpot_ms)
         for result in findings.workloads
-        if (own := findings.own(result.pruned)) and own.mean_tpot_ms and result.dense.mean_tpot_ms
+        if (own := findings.own(result.pruned)) and own.median_tpot_ms and result.dense.median_tpot_ms
     ]
     return min(timed)[1] if timed else None
 
@@ -94,7 +94,7 @@ def _sentences(document: dict[str, Any], findings: Findings) -> list[str]:
     sentences = []
     if speedup is not None:
         verdict = f"worth a try with {plural(tokens, 'token')} at a time" if speedup > 1 else "not worth it"
-        sentences.append(f"As a draft for the dense model: at most {speedup:.2f}x as fast, {verdict}.")
+        sentences.append(f"As a draft for the dense model: about {speedup:.2f}x as fast at best, {verdict}.")
     if accepted is None:
         sentences.append(f"Not measured: how many of its tokens are kept. Run `sleb eval {findings.plan_argument}`.")
     else:

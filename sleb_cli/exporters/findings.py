@@ -134,7 +134,7 @@ class Findings:
     @cached_property
     def main_tasks(self) -> list[tuple[TaskResult, PrunedTaskScores]]:
         """One metric of each task with items, and its scores at the plan's size."""
-        measured = [(task, scores) for task in self.tasks if task.items_sha256 and (scores := self.own(task.pruned))]
+        measured = [(task, scores) for task in self.tasks if task.doc_ids and (scores := self.own(task.pruned))]
         of_task: dict[str, list[TaskResult]] = {}
         for task, _ in measured:
             of_task.setdefault(task.task, []).append(task)

@@ -94,7 +94,7 @@ def test_other_files_come_along_but_not_other_formats(apply, model, tmp_path):
     assert all((out / name).read_text() == name for name in kept)
     assert not any((out / name).exists() for name in left)
     names = "consolidated.safetensors, model.Q4_K_M.gguf, old.bin, onnx/, original/, params.json, tf_model.h5"
-    assert f"Not copied, because they hold the model in other formats: {names}." in result.stderr
+    assert f"Not copied, as they hold weights in other formats or of an adapter: {names}." in result.stderr
     assert "chosen by hand" in (out / "README.md").read_text()
 
 
@@ -112,7 +112,7 @@ def test_links_out_of_the_folder_are_not_followed(apply, model, tmp_path):
     result, out = apply(model, "--blocks", "1", "-q"), tmp_path / "out"
     assert not any(b"secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())
     names = "LICENSE, data, templates/key, templates/more"
-    assert f"because they are links out of the model's folder: {names}." in " ".join(result.stderr.split())
+    assert f"because they are links to places outside the model's folder: {names}." in " ".join(result.stderr.split())
     assert (out / "templates" / "chat.jinja").read_text() == (out / "again.jinja").read_text() == "x"
 
 

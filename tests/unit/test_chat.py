@@ -114,17 +114,17 @@ def test_plain_text_is_no_conversation(tiny_llama):
 def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": CONVERSATION}) + "\n\n" + line)
     with pytest.raises(DataError, match=r"ine 3 of chat\.jsonl"):
-        calibration_conversations("chat.jsonl", tokens=10, seed=0)
+        calibration_conversations("chat.jsonl", samples=1, length=10, seed=0)
 
 
 def test_a_data_set_gives_its_column_of_messages(monkeypatch):
     rows = datasets.Dataset.from_dict({"messages": [CONVERSATION] * 50, "other": [[]] * 50})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
-    found = calibration_conversations("org/chat", tokens=30, seed=0)
+    found = calibration_conversations("org/chat", samples=1, length=30, seed=0)
     characters = sum(len(message["content"]) for message in CONVERSATION)
-    assert found == [CONVERSATION] * -(-30 * 8 // characters)
+    assert found == [CONVERSATION] * -(-2 * 30 * 8 // min(characters, 30 * 8))
     with pytest.raises(DataError, match="A row of org/chat:train:other cannot be read: messages"):
-        calibration_conversations("org/chat:::other", tokens=30, seed=0)
+        calibration_conversations("org/chat:::other", samples=1, length=30, seed=0)
 
 
 def test_the_mask_stays_with_its_sequences(tiny_llama, tmp_path):

@@ -73,12 +73,12 @@ def test_no_conversation_is_in_two_parts(tmp_path, monkeypatch, source):
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: datasets.Dataset.from_list(lines))
-    parts = [calibration_conversations(source, tokens=10**6, seed=3, split=split) for split in SPLITS]
+    parts = [calibration_conversations(source, samples=10**4, length=100, seed=3, split=split) for split in SPLITS]
     assert [len(part) for part in parts] == [28, 8, 4]
     assert len({part[0]["content"] for found in parts for part in found}) == 40
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines[:9])))
     with pytest.raises(DataError, match=r"chat\.jsonl has 9 conversations, but at least 10 are needed"):
-        calibration_conversations("chat.jsonl", tokens=100, seed=0, split=FITTED)
+        calibration_conversations("chat.jsonl", samples=1, length=100, seed=0, split=FITTED)
 
 
 def test_a_preset_is_no_file_of_that_name_and_rows_without_text_are_left_out(tmp_path, monkeypatch):

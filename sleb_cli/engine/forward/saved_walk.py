@@ -27,13 +27,13 @@ SHARE = 0.05
 """The largest share of the time that saving may take."""
 FEWEST_SECONDS = 20.0
 """A walk is not saved more often."""
-FORMAT = "1"
+FORMAT = "2"
 """A walk in another format is ignored. Raise it when the same file would mean something else."""
 BYTES_PER_SECOND = 5e8
 """How fast the first save is expected to be."""
 
 Key = tuple[int, int]
-"""The number of a batch, and of a part of it that passes through the model on its own."""
+"""The number of a batch, and of the first sequence in it of a part that passes through the model on its own."""
 
 
 @dataclass

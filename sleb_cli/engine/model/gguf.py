@@ -49,15 +49,14 @@ def gguf_folder(path: Path, notify: Notify, *, config_only: bool = False) -> Pat
     """
     watch = Watch()
     watch.add(path)
-    name, convert = f"gguf-{_conversion(path)[:16]}", convert_gguf
-    if config_only and not (cache_root() / name).is_dir():
-        name, convert = f"{name}-config", _convert_config
+    name = f"gguf-{_conversion(path)[:16]}"
+    without_weights = config_only and not (cache_root() / name).is_dir()
 
     def fill(folder: Path) -> None:
         with watch.unchanged():
-            convert(path, folder, notify)
+            (_convert_config if without_weights else convert_gguf)(path, folder, notify)
 
-    return cached_folder(name, fill)
+    return cached_folder(f"{name}-config" if without_weights else name, fill)
 
 
 def _conversion(path: Path) -> str:
@@ -68,11 +67,12 @@ def _conversion(path: Path) -> str:
     return hashlib.sha256(f"{content} {made_by}".encode()).hexdigest()
 
 
-def convert_gguf(path: Path, folder: Path, notify: Notify) -> None:
-    """Write the model in `path` to `folder`: in bfloat16 if it is quantized, else in its own data type."""
+def convert_gguf(path: Path, folder: Path, notify: Notify, dtype: torch.dtype | None = None) -> None:
+    """Write the model in `path` to `folder`: in this data type, or in bfloat16 if it is quantized, else in its own."""
     with task(notify, f"Converting {path.name}", 4, "steps") as advance:
         file = read_gguf(path)
-        dtype = _require_convertible(file)
+        own = _require_convertible(file)
+        dtype = dtype or own
         _require_memory(file, dtype)
         advance()
         tokenizer = _read_tokenizer(path)

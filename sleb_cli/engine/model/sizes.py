@@ -81,8 +81,11 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
     layers = cache_layers(read)
     if not layers or len(layers) != architecture.block_count:
         raise _unknown(architecture, "it is not kept block by block")
-    elements = (sum(tensor.numel() for tensor in layer_tensors(layer)) for layer in layers)
-    return Sizes(0, tuple(float(count * batch * dtype.itemsize) for count in elements))
+
+    def stored(tensor: Tensor) -> int:  # recurrent states are kept in float32 whatever the model computes in
+        return tensor.numel() * (dtype if tensor.dtype is torch.bfloat16 else tensor.dtype).itemsize
+
+    return Sizes(0, tuple(float(batch * sum(map(stored, layer_tensors(layer)))) for layer in layers))
 
 
 def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:

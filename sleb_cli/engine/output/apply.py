@@ -51,9 +51,9 @@ _SETTINGS = (*QUANTIZATION_FILES, "tokenizer_config.json", "generation_config.js
 _REWRITTEN = {CARD, CHECKPOINT_PLAN}
 
 _START_BYTES = 200
+"""Each record of ours says in its first bytes which version of sleb wrote it."""
 # transformers would look for the adapter's weights, which are not copied.
 _ADAPTER = "adapter_config.json"
-"""Each record of ours says in its first bytes which version of sleb wrote it."""
 
 
 def default_folder(subject: Subject) -> Path:
@@ -137,7 +137,7 @@ def apply_removals(
             check(aside)
         names = [path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()]
     if left_out:
-        notify(Notice(f"Not copied, because they hold the model in other formats: {', '.join(left_out)}."))
+        notify(Notice(f"Not copied, as they hold weights in other formats or of an adapter: {', '.join(left_out)}."))
     if outside:
         notify(
             Warned(f"Not copied, because they are links to places outside the model's folder: {', '.join(outside)}.")

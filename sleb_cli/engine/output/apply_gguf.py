@@ -230,7 +230,7 @@ def _prove_with_transformers(
         return None, f"transformers reads {architecture.block_count} blocks in it, not {block_count(file)}"
     folder = aside.with_name(f"{aside.name}.checkpoint")
     with refuted(KIND):
-        convert_gguf(aside, folder, notify)
+        convert_gguf(aside, folder, notify, architecture.dtype)
     planned = Planned(kept_tensors(hf_surgery, recovered=recovered))
     settings = choose_proof_settings(architecture, None)
     return prove(Reference(hf_surgery, recovered), folder, planned, settings, notify), None

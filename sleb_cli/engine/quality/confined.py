@@ -1,4 +1,6 @@
-"""Run a Python file that a model wrote, as a script of its own: `python -I confined.py PROGRAM`, in an empty folder.
+"""Run a Python file that a model wrote, as a script in an empty folder: `python -I confined.py PROGRAM CODE`.
+
+CODE is the exit code of a program that comes to its end, where its tests are, rather than exit before.
 
 It may use little time and memory, write nothing outside the folder, and reach no network. That stops accidents, not
 attacks: it still reads what the user may read. `--check` prints which of the last two this system cannot enforce.
@@ -74,7 +76,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--check":
         print(" and ".join(what for what, works in confined.items() if not works))
     else:
-        try:
-            runpy.run_path(sys.argv[1], run_name="__main__")
-        except SystemExit:
-            sys.exit(1)  # before the tests at its end
+        runpy.run_path(sys.argv[1], run_name="__main__")
+        sys.exit(int(sys.argv[2]))

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from sleb_cli.atomic import to_json
 from sleb_cli.engine.device import dtype_name, parse_dtype
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.placement import Placement, device_of, place_model, resolve_device_map
@@ -157,7 +156,7 @@ def _run_tasks(tasks: Sequence[LoadedTask], models: Models, tokenizer: Any) -> L
                 with as_transformers_loads([model]):
                     left = len(models.sizes) - number if task.name in cached else 0  # said before the first of them
                     results = task.run(model, tokenizer, what, models.notify, models.group, left)
-                models.cache(removals, to_json(results).encode(), task=fingerprint)
+                models.cache(removals, json.dumps(results).encode(), task=fingerprint)  # may hold NaN
                 cached.pop(task.name, None)
             found[removals].append(results)
     if cached:

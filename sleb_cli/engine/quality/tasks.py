@@ -149,18 +149,19 @@ def _compare(
     measure: _Measure, dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int
 ) -> TaskResult:
     samples = _samples(dense, measure)
-    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
+    seen = samples or [sample for _, found in sorted(dense["samples"].items()) for sample in found]
+    hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in seen)
     return TaskResult(
         task=measure.task,
         metric=measure.metric,
         filter=measure.filter,
         version=str(dense["versions"].get(measure.task)),
-        num_fewshot=int(dense["n-shot"].get(measure.task) or 0),
+        num_fewshot=int(dense["n-shot"].get(measure.task, max(dense["n-shot"].values(), default=0)) or 0),
         chat=bool(dense.get("chat_template")),
         higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric) is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
-        # As lm-eval's `task_hashes`, which joins the samples of all filters.
-        items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if samples else None,
+        # As lm-eval's `task_hashes`, which joins the samples of all filters; of a group, those of its tasks.
+        items_sha256=hashlib.sha256(hashes.encode()).hexdigest() if seen else None,
         dense=_scores(dense, measure),
         pruned=tuple(_pruned_scores(measure, dense, results, removals, show_flips) for removals, results in pruned),
     )

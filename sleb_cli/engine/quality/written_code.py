@@ -23,6 +23,7 @@ SECONDS = 10.0
 """How long a program may take by the clock; see `confined` for what else it may use."""
 
 CONFINED = Path(__file__).with_name("confined.py")
+PASSED = 86
 
 METRIC = "code_eval"
 """The metric of evaluate by which lm-eval's tasks run programs."""
@@ -72,13 +73,13 @@ def _pass_at(size: int, runs: Sequence[bool]) -> float:
 
 
 def passes(program: str) -> bool:
-    """Whether a program ends by itself and without an error."""
+    """Whether a program comes to its end, by itself and without an error."""
     with tempfile.TemporaryDirectory(prefix="sleb-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "program.py"
         file.write_text(program, encoding="utf-8", errors="replace")
         # In a session of its own, so that what it starts ends with it.
         process = subprocess.Popen(
-            _command(str(file)),
+            _command(str(file), str(PASSED)),
             cwd=folder,
             env={"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -87,7 +88,7 @@ def passes(program: str) -> bool:
             start_new_session=True,
         )
         try:
-            return process.wait(SECONDS) == 0
+            return process.wait(SECONDS) == PASSED
         except subprocess.TimeoutExpired:
             return False
         finally:
@@ -96,8 +97,8 @@ def passes(program: str) -> bool:
             process.wait()
 
 
-def _command(argument: str) -> list[str]:
-    return [sys.executable, "-I", str(CONFINED), argument]
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-I", str(CONFINED), *arguments]
 
 
 def unconfined() -> str:

@@ -311,7 +311,6 @@ class _Recovery:
             states.dense = states.pruned = states.leaving(states.calls, states.dense, range(begin))
             advance(begin)
             while begin < count:
-                states.require_finite()
                 end = ends[block]
                 if (gap := end - begin - 1) or fruitless < PATIENCE:
                     states.dense = states.leaving(states.calls, states.dense, range(begin, end))
@@ -333,6 +332,7 @@ class _Recovery:
         Return whether that gained something.
         """
         before = self.divergence
+        self.states.require_finite()
         if not self._restore(block):
             projections = self.group.from_main(lambda: self._find(block))
             if projections:

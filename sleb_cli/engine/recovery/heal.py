@@ -208,11 +208,15 @@ class Healing:
 
     def _gradient(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor) -> Tensor:
         """Return the gradient of a step, the mean over all processes; an overflow lowers the scale of the loss."""
+        before = self.progress.scale
         while True:
             self.loss = self._distill(ids, mask, entering, wanted)
             gradient = self.group.mean(self.trained.take_gradient())
-            if not self.is_scaled or self.progress.scale <= LOWEST or bool(gradient.isfinite().all()):
-                return gradient / self.progress.scale
+            is_finite = bool(gradient.isfinite().all())
+            if is_finite or not self.is_scaled or self.progress.scale <= LOWEST:
+                gradient = gradient / self.progress.scale
+                self.progress.scale = self.progress.scale if is_finite else before  # no scale helps on this text
+                return gradient
             self.progress.scale *= BACKOFF
 
     def _distill(self, ids: Tensor, mask: Tensor, entering: Tensor, wanted: Tensor) -> float:

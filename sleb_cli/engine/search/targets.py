@@ -159,7 +159,7 @@ class LossTarget:
         """Say what a removal would do, and what the limit is."""
         if self._is_ratio:
             ratio = self._in_unit(increase)
-            return f"raise perplexity to {ratio:.4f} times the dense model's; the limit is {self.limit:g}"
+            return f"raise perplexity to {ratio:.4g} times the dense model's; the limit is {self.limit:g}"
         return f"raise the loss {increase:.4f} nats per token above the dense model's; the limit is {self.limit:g}"
 
     @property

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from sleb_cli.engine.quality.tasks import Results, compare_task
 from sleb_cli.engine.search.scoring import Scoring
 from sleb_cli.engine.search.targets import TaskTarget
+from sleb_cli.engine.statistics import normal_interval, paired_proportions_interval
 from sleb_cli.events import Notice
-from sleb_cli.results import TaskResult, main_metric
+from sleb_cli.results import Interval, PrunedTaskScores, TaskResult, main_metric
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
+
+MOST_LOOKS = 8
+"""As many as take 12,800 items."""
 
 
 @dataclass
@@ -22,9 +27,9 @@ class TaskDrop:
     _dense: dict[int, Results] = field(default_factory=dict)
 
     def measure(self, removals: tuple[int, ...]) -> tuple[float, bool]:
-        """Return the drop without these blocks, and whether its 95% interval is within the target.
+        """Return the drop without these blocks, and whether its interval is within the target.
 
-        If all items leave that open, it is not.
+        The interval holds with 95% confidence at all looks together. If all items leave that open, it is not within.
 
         Raises:
             UsageError: the task has no accuracy that can be compared by items.
@@ -33,16 +38,15 @@ class TaskDrop:
         while True:
             result = self._compared(count, removals)
             found, items = result.pruned[0], len(result.doc_ids)
-            ends = found.difference_interval
-            assert ends is not None
+            ends = _interval(found, items, _looks(self.target))
             if -ends.low <= self.target.most or -ends.high > self.target.most or items < count or count == asked:
                 break
             count = min(2 * count, asked or 2 * count)
         within = -ends.low <= self.target.most
         self.scoring.notify(
             Notice(
-                f"{self.target.task} without {plural(len(removals), 'block')}: {found.difference:+.4f} (95% interval "
-                f"{ends.low:+.4f} to {ends.high:+.4f}) on {plural(items, 'item')}"
+                f"{self.target.task} without {plural(len(removals), 'block')}: {found.difference:+.4f} "
+                f"(95% interval over all looks {ends.low:+.4f} to {ends.high:+.4f}) on {plural(items, 'item')}"
                 f"{'' if within else ', not within the target'}."
             )
         )
@@ -66,3 +70,14 @@ class TaskDrop:
         return self.target.load(count).run(
             scoring.skippable.model, scoring.tokenizer, what, scoring.notify, scoring.group, models=1
         )
+
+
+def _looks(target: TaskTarget) -> int:
+    """Return how often a task may be looked at: on its first items, and each time that these were doubled."""
+    return MOST_LOOKS if target.items is None else 1 + math.ceil(math.log2(target.items / target.first_items))
+
+
+def _interval(scores: PrunedTaskScores, items: int, looks: int) -> Interval:
+    if scores.lost is not None and scores.gained is not None:
+        return paired_proportions_interval(scores.lost, scores.gained, items, looks)
+    return normal_interval(scores.difference, scores.standard_error or 0.0, looks)

@@ -45,7 +45,8 @@ def benchmark(
     architecture, device, dtype = subject.architecture, place.device, place.dtype
     with threads(request.threads):
         if engine:
-            settings = engine_settings(workloads, dtype, models=2 if subject.surgery.removals else 1)
+            count, least = 2 if subject.surgery.removals else 1, engine[0].least_new_tokens
+            settings = engine_settings(workloads, dtype, models=count, least_new=least)
             load, version = load_into(*engine, settings, notify), engine[0].version() or None
             meter, in_pairs = None, True
         else:
@@ -108,7 +109,8 @@ def resolve_benchmark(
         request.refuse(["device", "compile", "static_cache", *gguf], f"does not apply to --engine {engine.name}")
     device = choose_device(request.device)
     place = place_model(subject.architecture, device, request.dtype or AUTO, notify, stream=False)
-    return place, resolve_workloads(request, subject, device, notify), subject.sizes(request)
+    least = engine.least_new_tokens if engine else 0
+    return place, resolve_workloads(request, subject, device, notify, least), subject.sizes(request)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def find_meter(device: torch.device, notify: Notify, powercap: Path = POWERCAP) 
 def _packages(powercap: Path) -> Callable[[], float]:
     """Read the counters of all processor packages, which also count the work of other programs."""
     # Zones within a package are named intel-rapl:0:1, and counted in it.
-    zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if zone.name.count(":") == 1]
+    zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if zone.name.count(":") == 1 and _is_package(zone)]
     if not zones:
         raise NoMeter(f"the processor has no counter in {powercap}")
     try:
@@ -61,6 +61,14 @@ def _packages(powercap: Path) -> Callable[[], float]:
         return total / 1e6
 
     return joules
+
+
+def _is_package(zone: Path) -> bool:
+    """Whether a zone is a package of the processor, and not the whole machine, which includes them."""
+    try:
+        return (zone / "name").read_text(encoding="utf-8").strip() != "psys"
+    except OSError:
+        return True
 
 
 def _gpu(device: torch.device) -> Callable[[], float]:

@@ -86,14 +86,15 @@ def load_into(engine: Engine, write_files: WriteFiles, settings: EngineSettings,
     return load
 
 
-def engine_settings(workloads: Sequence[Workload], dtype: torch.dtype, *, models: int) -> EngineSettings:
+def engine_settings(
+    workloads: Sequence[Workload], dtype: torch.dtype, *, models: int, least_new: int
+) -> EngineSettings:
     """Return how an engine loads models for these workloads."""
     return EngineSettings(
         dtype=dtype_name(dtype),
         threads=torch.get_num_threads(),
         batch_size=max(workload.batch_size for workload in workloads),
-        # vLLM generates at least one token, also after a prompt that is timed alone.
-        sequence_length=max(workload.prompt_length + max(1, workload.new_tokens) for workload in workloads),
+        sequence_length=max(workload.prompt_length + max(least_new, workload.new_tokens) for workload in workloads),
         models=models,
     )
 

@@ -153,11 +153,15 @@ class _Weight:
 
 def _weights(architecture: Architecture) -> Iterator[_Weight]:
     """Yield each parameter once; a table that is also multiplied with, such as a tied head, is no table."""
-    model, path = architecture.skeleton, architecture.adapter.blocks_path
+    model: Any = architecture.skeleton
+    path = architecture.adapter.blocks_path
     others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
     multiplied = {id(tensor) for module in others for tensor in module.parameters(recurse=False)}
     share = _active_share(architecture.text_config)
+    text = {id(tensor) for part in (model.get_decoder(), model.get_output_embeddings()) for tensor in part.parameters()}
     for name, tensor in model.named_parameters():
+        if architecture.text_key and id(tensor) not in text:  # of the tower of another modality, which reads no text
+            continue
         inside = name.startswith(f"{path}.")
         yield _Weight(
             tensor=tensor,

@@ -10,7 +10,7 @@ import torch
 
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notice, Notify
-from sleb_cli.requests import TRANSFORMERS, BenchRequest, WorkloadName
+from sleb_cli.requests import BenchRequest, WorkloadName
 from sleb_cli.results import Workload
 from sleb_cli.units import plural
 from sleb_plugins import UsageError
@@ -35,16 +35,18 @@ _ON_CPU: dict[WorkloadName, _Defaults] = {
 
 
 def resolve_workloads(
-    request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
+    request: BenchRequest, subject: Subject, device: torch.device, notify: Notify, least_new: int = 0
 ) -> tuple[Workload, ...]:
     """Return all workloads of a request: prompt and generation by default, and every point of its sweep.
+
+    After every prompt there is room for `least_new` tokens.
 
     Raises:
         UsageError: a number is out of range, the sweep is malformed, or a text exceeds the model's positions.
     """
     both, points = request.prompt == request.generation, _sweep_points(request)
     names = [name for name in _ON_CPU if both or getattr(request, name)]
-    found = [resolve_workload(name, point, subject, device, notify) for name in names for point in points]
+    found = [resolve_workload(name, point, subject, device, notify, least_new) for name in names for point in points]
     # Several points are the same prompt workload if only their new tokens differ.
     return tuple(dict.fromkeys(found))
 
@@ -71,7 +73,12 @@ def _sweep_points(request: BenchRequest) -> list[BenchRequest]:
 
 
 def resolve_workload(
-    name: WorkloadName, request: BenchRequest, subject: Subject, device: torch.device, notify: Notify
+    name: WorkloadName,
+    request: BenchRequest,
+    subject: Subject,
+    device: torch.device,
+    notify: Notify,
+    least_new: int = 0,
 ) -> Workload:
     """Fill in the defaults, with a notice if a CPU runs less than the paper's setting.
 
@@ -85,7 +92,7 @@ def resolve_workload(
     if request.compile and request.warmup == 0:
         raise UsageError("--warmup 0 is too small: the compilation would be timed.", hint="Use 1 or more.")
     limit = subject.architecture.longest_sequence
-    new_tokens = chosen["new_tokens"] or (request.engine != TRANSFORMERS)  # which generate at least one
+    new_tokens = max(chosen["new_tokens"], least_new)
     if limit and request.prompt_length is None:
         chosen["prompt_length"] = max(1, min(chosen["prompt_length"], limit - new_tokens))
     workload = Workload(

@@ -353,7 +353,7 @@ def read_windows(source: str, samples: int, settings: CalibrationSettings, token
     # What is asked for counts the whole text, of which a split has only about its share.
     asked = samples if settings.samples_given and split == WHOLE else None
     if settings.chat is not None and holds_conversations(source):
-        conversations = calibration_conversations(source, tokens=samples * length, seed=seed, split=split)
+        conversations = calibration_conversations(source, samples=samples, length=length, seed=seed, split=split)
         answers = settings.chat == "answers"
         windows, loss_mask = cut_conversations(tokenizer, conversations, source, length, answers=answers, asked=asked)
         return windows, loss_mask if answers else None

@@ -177,7 +177,7 @@ def evaluation_text(source: str, length: int) -> Text:
     first, characters = next(values, ""), limit * length * CHARACTERS_PER_TOKEN
     values = chain([first], values)
     if isinstance(first, list):
-        rows = _enough(_row_conversations(dataset, values), characters, _characters)
+        rows = _enough(_row_conversations(dataset, values), 2 * characters, _characters_for(length))
         return Text(source, "", limit, split, conversations=tuple(rows))
     return replace(_joined(source, _enough(map(str, values), characters), limit=limit), split=split)
 
@@ -206,8 +206,10 @@ def _evaluation_split(dataset: Dataset) -> str:
     return next((split for split in EVALUATION_SPLITS if split in splits), [*splits, "train"][0])
 
 
-def calibration_conversations(source: str, *, tokens: int, seed: int, split: TextSplit = WHOLE) -> list[Conversation]:
-    """Return conversations of this part of a source: all of a .jsonl file, or about `tokens` tokens of a data set.
+def calibration_conversations(
+    source: str, *, samples: int, length: int, seed: int, split: TextSplit = WHOLE
+) -> list[Conversation]:
+    """Return conversations of this part of a source: all of a .jsonl file, or enough for the samples of a data set.
 
     They are read from the field or column `messages`: lists of {"role": …, "content": …}.
 
@@ -219,7 +221,8 @@ def calibration_conversations(source: str, *, tokens: int, seed: int, split: Tex
         return _part(found, split, source, "conversation")
     dataset = _parse_dataset(source, column=MESSAGES)
     rows = _row_conversations(dataset, _values(_load(dataset), dataset, split, shuffle_seed=seed))
-    return list(_enough(rows, tokens * CHARACTERS_PER_TOKEN, _characters))
+    # A sequence ends with a part of a conversation, whose rest is dropped.
+    return list(_enough(rows, 2 * samples * length * CHARACTERS_PER_TOKEN, _characters_for(length)))
 
 
 def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
@@ -286,8 +289,11 @@ def holds_conversations(source: str) -> bool:
     return Path(source).suffix == ".jsonl" if is_file(source) else "/" in source
 
 
-def _characters(conversation: Conversation) -> int:
-    return sum(len(message["content"]) for message in conversation)
+def _characters_for(length: int) -> Callable[[Conversation], int]:
+    """Return what counts the characters of a conversation, of which sequences of this length use the beginning."""
+    return lambda conversation: min(
+        length * CHARACTERS_PER_TOKEN, sum(len(message["content"]) for message in conversation)
+    )
 
 
 def is_file(source: str) -> bool:

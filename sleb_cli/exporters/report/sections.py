@@ -35,12 +35,13 @@ def sections(findings: Findings) -> list[Section]:
     """Return the parts of a report, from what matters to most readers to what matters to few."""
     plan, depth = findings.plan, _by_depth(findings)
     results = [settings.result_settings(each) for each in (findings.evaluation, findings.benchmark) if each]
-    cost = [quality.text_settings(findings.texts, findings.text_names)]
+    cost, of_tasks = [quality.text_settings(findings.texts, findings.text_names)], [*task_plots(findings)]
+    cost += [] if of_tasks else [quality.tasks(findings.scored_tasks)]
     gain = [speed.memory(findings.timed)]
     gain += [speed.sizes(findings.benchmark)] if findings.benchmark else []
     parts = [
         Section("trade", "Quality against speed", [*pareto_plots(findings)]),
-        Section("quality", "What it costs", [*text_plots(findings), *task_plots(findings)], tables=cost),
+        Section("quality", "What it costs", [*text_plots(findings), *of_tasks], tables=cost),
         Section("speed", "What it gains", [*speed_plots(findings)], tables=gain),
         Section("said", "What both models say", sentences=[_HOW_SAID] if plan.sample_generation else []),
         Section("search", "How the blocks were found", [*search_plots(plan)], depth, [kinds(plan)]),

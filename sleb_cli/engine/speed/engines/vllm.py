@@ -26,6 +26,7 @@ class Vllm(PackagedEngine):
     name = "vllm"
     description = "vLLM; reads checkpoints"
     reads = "checkpoint"
+    least_new_tokens = 1
     title, module, extra = "vLLM", "vllm", "vllm"
     loaded = 0
     """How many models are in memory now."""
