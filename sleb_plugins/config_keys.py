@@ -176,6 +176,9 @@ def means_blocks(key: str, value: Any, count: int) -> bool:
     return isinstance(value, list | tuple) and len(value) == count and not key.endswith(NOT_BY_BLOCK)
 
 
+OTHER_TEXT_KEYS = ("language_config", "llm_config")
+"""Where config.json may have the language model's settings instead of where transformers has them."""
+
 OBSTACLES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "scale_attn_by_inverse_layer_idx": (bool, "each block divides its attention scores by its number"),
     "rescale_every": (bool, "the hidden states are halved at regular intervals of blocks"),

@@ -27,6 +27,7 @@ REFUSED = {
     "cpmant": _CACHE_DIFFERS,
     "dory": "its middle blocks run several times, and which these are is counted from both ends",
     "dots3_note_text": _CACHE_DIFFERS,
+    "granite4_vision": "features of images enter blocks that its config counts by number",
     "hrm_text": "its blocks form two stacks that run in turn, several times each",
     "inkling2_loop_text": _EARLIER_GROUPS,
     "inkling2_text": _EARLIER_GROUPS,

@@ -1,11 +1,16 @@
 """Names and settings of the pruned model."""
 
+import json
 from unittest.mock import Mock
 
 import pytest
 
+from sleb_cli.engine.model.architecture import read_architecture
 from sleb_cli.engine.model.block_names import BlockNames, BlockNumbering, find_block_numbering
+from sleb_cli.engine.model.source import locate_model
 from sleb_cli.engine.surgery.surgery import Surgery
+from sleb_cli.events import ignore
+from sleb_cli.plugin_manager import load_plugins
 from sleb_plugins import FamilyAdapter
 from sleb_plugins.config_keys import kept_blocks
 
@@ -64,3 +69,35 @@ def test_the_config_loses_the_count_and_the_blocks_own_values():
         "n_layer": 2, "layer_types": ["a", "c"], "eos_token_id": [1, 2, 3, 4], "attention_layers": [0, 0],
         "novel": [5, 7], "mine": "ac",
     }  # fmt: skip
+
+
+IMAGES = {"depth": 4, "hidden_size": 32, "num_heads": 4, "intermediate_size": 64}
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 320, "max_window_layers": 6, "rope_theta": 12345.0,
+}  # fmt: skip
+FLAT = TEXT | {"vision_config": IMAGES, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+NESTED = {
+    "text_config": TEXT | {"model_type": "qwen3_vl_text", "head_dim": 8},
+    "vision_config": IMAGES | {"deepstack_visual_indexes": [1, 2]},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "removed", "obstacle"),
+    [
+        ("qwen2_5_vl", FLAT, 1, None),
+        ("qwen2_vl", FLAT, 4, None),
+        ("qwen3_vl", NESTED, 2, None),
+        ("qwen3_vl", NESTED, 1, "features of images enter the first 2 blocks"),
+    ],
+)
+def test_a_model_that_sees_is_pruned_wherever_its_config_has_the_text(tmp_path, model_type, config, removed, obstacle):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "architectures": ["X"]} | config))
+    source = locate_model(str(tmp_path), ignore, config_only=True)
+    surgery = Surgery(read_architecture(source, load_plugins(), ignore), (removed,))
+    found = surgery.obstacle()
+    assert found is None if obstacle is None else found.startswith(obstacle)
+    parsed = surgery.architecture.read_config(surgery.prune_config()).get_text_config()
+    assert (parsed.num_hidden_layers, parsed.hidden_size) == (5, 32)
+    assert parsed.rope_parameters["rope_theta"] == 12345.0

@@ -123,6 +123,7 @@ _FIRST_STAYS = ("arwkv7", "rwkv7")
 _REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("dflash", "eagle3", "gemma4-assistant"), "it drafts for another model, whose blocks it names"),
     **dict.fromkeys(("t5", "t5encoder"), "it has an encoder"),
+    **dict.fromkeys(("glm-dsa", "hy-v4"), "its blocks share what they attend to with blocks counted by number"),
     "gemma3n": "its last blocks share the keys and values of block 18 and 19, by number",
     "graniteswitch": "its last block chooses the adapters of all others",
     "hrm_text": "it runs its blocks in stacks of a fixed size",
@@ -201,9 +202,8 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
             raise _refused(file, f"{reason} ({architecture}.{key})")
     if architecture in _FIRST_STAYS and kept[0] != 0:
         raise _refused(file, "the values of its block 0 are mixed into all later blocks", "Keep block 0.")
-    fed = file.count(LEADING_STAY) or 0
-    if kept[:fed] != tuple(range(min(fed, len(kept) + 1))):
-        raise _refused(file, f"additional inputs enter its first {fed} blocks", f"Keep blocks 0 to {fed - 1}.")
+    if lost := [block for block in _fed(file, blocks) if block not in kept]:
+        raise _refused(file, f"additional inputs enter block {lost[0]}", f"Keep block {lost[0]}.")
     after, form = len(kept), BY_COUNT.get(architecture)
     if form and form(file, blocks) != form(file, after):
         raise _refused(
@@ -221,6 +221,14 @@ def require_same_kinds(file: GgufFile, blocks: int, kept: tuple[int, ...]) -> No
                     f"Remove whole groups of {period} consecutive blocks, or write a checkpoint instead: "
                     "`sleb apply -o FOLDER`.",
                 )
+
+
+def _fed(file: GgufFile, blocks: int) -> list[int]:
+    """Return the blocks that get inputs besides the hidden states, such as features of images."""
+    mapping = file.own("deepstack_mapping")
+    named = enumerate(mapping) if isinstance(mapping, list) else ()
+    leading = range(min(file.count(LEADING_STAY) or 0, blocks))
+    return [*leading, *(block for block, entry in named if isinstance(entry, int) and entry >= 0)]
 
 
 def _refused(file: GgufFile, reason: str, hint: str | None = None) -> UnsupportedModelError:

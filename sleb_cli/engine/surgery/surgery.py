@@ -20,6 +20,7 @@ from sleb_plugins.config_keys import (
     KEY_PRUNERS,
     KEY_REWRITERS,
     OBSTACLES,
+    OTHER_TEXT_KEYS,
     PERIOD_KEYS,
     PREDICTION_BLOCKS,
     Kept,
@@ -71,8 +72,10 @@ class Surgery:
         raw = dict(self.architecture.source.raw_config)
         if not self.removed:
             return raw
-        inner = self.architecture.text_key
-        text = dict(raw.get(inner) or {}) if inner else raw
+        # Early configs of multimodal models have the language model's settings elsewhere, or among their own.
+        places = (self.architecture.text_key, *OTHER_TEXT_KEYS) if self.architecture.text_key else ()
+        inner = next((key for key in places if isinstance(raw.get(key), dict)), "")
+        text = dict(raw[inner]) if inner else raw
         text |= self._pruned_settings(text)
         if self.architecture.numbering.extra:
             text |= {key: 0 for key in PREDICTION_BLOCKS if text.get(key)}
@@ -117,8 +120,13 @@ class Surgery:
         for key, (applies, why) in OBSTACLES.items():
             if applies(getattr(before.text_config, key, None) or []):
                 return f"{why} ({key})"
+        fed = _fed_with_images(before.config)
+        if kept.blocks[:fed] != tuple(range(fed)):
+            return f"features of images enter the first {fed} blocks, counted by number (deepstack_visual_indexes)"
         try:
             config = before.read_config(self.prune_config())
+            if changed := _rotary_changes(before.text_config, config.get_text_config(decoder=True)):
+                return changed
             blocks, outside = before.structures_of(before.build(config))
         except ModelError as error:
             return error.message.rstrip(".")
@@ -137,6 +145,21 @@ class Surgery:
         found = {key: getattr(config, key, None) for key in PERIOD_KEYS}
         said = [f"{key} = {value}" for key, value in found.items() if isinstance(value, int) and value > 1]
         return f" (the config sets it by period: {', '.join(said)})" if said else ""
+
+
+def _fed_with_images(config: Any) -> int:
+    """Return how many blocks, from the first on, get features of images besides those before the first."""
+    parts = (config, getattr(config, "vision_config", None))
+    return max(len(getattr(part, "deepstack_visual_indexes", None) or ()) for part in parts)
+
+
+def _rotary_changes(before: Any, after: Any) -> str | None:
+    """Return a clause on what would change of the settings of rotary positions; a kind of block may disappear."""
+    old, new = (getattr(config, "rope_parameters", None) for config in (before, after))
+    if old == new or not isinstance(old, dict) or not isinstance(new, dict):
+        return None
+    changed = next((key for key in new if new[key] != old.get(key)), None)
+    return changed and f"its rotary positions would be others: {changed} {new[changed]}, not {old.get(changed)}"
 
 
 def _cache_fault(config: Any) -> str | None:
