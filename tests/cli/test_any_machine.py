@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from conftest import calibration, save_model
@@ -72,25 +71,3 @@ def test_the_plan_is_the_same_from_any_machine(model, text_file, way):
     expected = search(model, "alone", 1, *options)
     for name, (processes, more) in WAYS.items():
         assert search(model, name.replace(" ", "-"), processes, *options, *more) == expected, name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--stream"]], ids=["resident", "streamed"])
-def test_two_processes_are_killed_in_the_middle_and_three_go_on(smollm2, text_file, more):
-    options = [*calibration(text_file, samples=7, length=24), "--batch-size", 1, *more]
-    expected = search(smollm2, "alone", 1, *options)
-    journal = Path("killed.json.journal")
-    command = ["search", smollm2, "--remove", 2, "--sample-tokens", 2, *options, "-o", "killed.json"]
-    with launch(2, *command) as run:
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > 12):
-            assert run.poll() is None, run.stderr.read()
-        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
-            process.kill()  # the launcher alone would leave the others at work
-        run.communicate()
-    with launch(3, *command, "--resume") as again:
-        _, stderr = again.communicate()
-    assert again.returncode == 0, stderr
-    assert "Continuing with the" in stderr
-    plan = json.loads(Path("killed.json").read_text())
-    del plan["environment"]
-    assert plan == expected

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from sleb_cli.engine import device
 from sleb_cli.engine.bug_report import PACKAGES
@@ -85,9 +84,3 @@ def test_a_plugin_that_fails_is_named(run_sleb, as_plugins, monkeypatch, tmp_pat
     monkeypatch.syspath_prepend(tmp_path)
     as_plugins("broken_for_env")
     assert "RuntimeError: no" in report(run_sleb)["failed"][0]
-
-
-def test_the_template_for_issues_asks_for_it():
-    asked = {part.get("id"): part for part in yaml.safe_load(TEMPLATE.read_text())["body"]}
-    assert "`sleb env`" in asked["env"]["attributes"]["description"]
-    assert asked["env"]["validations"]["required"]

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -72,9 +71,3 @@ def test_a_bug_keeps_its_traceback_and_ctrl_c_has_none(run_sleb, monkeypatch):
     monkeypatch.setattr("sleb_cli.commands.plugins.load_plugins", interrupt)
     result = run_sleb("plugins")
     assert (result.exit_code, "Interrupted" in result.stderr) == (130, True)
-
-
-def test_the_installed_script_runs():
-    script = Path(sys.executable).with_name("sleb")
-    result = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
-    assert result.stdout.startswith("sleb ")

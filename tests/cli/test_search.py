@@ -42,13 +42,6 @@ def test_three_steps_or_more_are_drawn_as_a_chart(search, tmp_path, monkeypatch)
     assert max(len(line) for line in lines if line[:1] in "┏┃┡│└ ") <= 80
 
 
-def test_neither_a_rerun_nor_batches_change_the_plan(found):
-    one, again, other = (found("--remove", 2, "--batch-size", size) for size in (1, 1, 3))
-    assert one.model_copy(update={"environment": again.environment}) == again
-    assert other.removals == one.removals
-    assert other.steps[1].scores == pytest.approx(one.steps[1].scores, abs=1e-5)
-
-
 def test_a_mixture_is_named_in_the_plan_and_continued(search, run_sleb, tiny_llama, text_file, tmp_path):
     mixture = f"self:0.25,{text_file}:0.75"
     shown = search("--remove", 1, "-o", "one.json", text=mixture).stdout

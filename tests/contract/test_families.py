@@ -126,11 +126,3 @@ def test_the_checkpoint_is_proven_and_the_model_in_memory(run_sleb, folder, arch
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
     ids = torch.arange(2, 42)[None]
     assert torch.equal(stored(ids).logits, built(ids).logits)
-
-
-def test_removing_nothing_changes_nothing(folder, architecture):
-    surgery = plan_surgery(architecture, ())
-    pruned = surgery.prune_config()
-    assert {key: pruned[key] for key in architecture.source.raw_config} == architecture.source.raw_config
-    names = architecture.source.weights.tensor_names()
-    assert [name for name, _ in surgery.names.prune((name, None) for name in names)] == names

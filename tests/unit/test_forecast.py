@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sleb_cli.engine import forecast
 from sleb_cli.engine.forecast import Load, Pace, announce, padded_tokens, passes_by_size, walk_passes
 from sleb_cli.engine.forward.fork import Walk
 from sleb_cli.engine.forward.states import BASE, States
@@ -66,8 +65,3 @@ def test_only_long_work_is_announced(seconds, device, said):
     events = []
     announce(events.append, "Work", seconds, torch.device(device))
     assert [event.text for event in events] == said
-
-
-def test_what_is_short_on_any_machine_is_not_measured():
-    assert forecast.is_short(forecast.LONG * forecast.SLOWEST)
-    assert not forecast.is_short(2 * forecast.LONG * forecast.SLOWEST)

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from sleb_cli.engine.model.structure import block_changes, outer_changes, refine_kinds, structure_of
+from sleb_cli.engine.model.structure import block_changes, outer_changes, structure_of
 from sleb_plugins.config_keys import Kept
 
 KEPT = Kept((0, 2, 3), 4)
@@ -53,13 +53,3 @@ def test_outside_the_blocks_lists_may_shrink_and_parts_may_not():
     pattern = outer_changes(outer(4, list("aaba"), 1), outer(3, list("aab"), 1), KEPT)
     assert pattern == ["kinds would be ['a', 'a', 'b'], not ['a', 'a', 'b', 'a']"]
     assert "norms.1 would be absent, not LayerNorm" in outer_changes(outer(4, [], 2), outer(3, [], 1), KEPT)
-
-
-def test_kinds_are_told_apart_by_the_classes_that_differ():
-    blocks = nn.ModuleList([Block(0), Block(1), Block(2)])
-    assert refine_kinds(blocks, ["", "", ""]) == ["", "", ""]
-    blocks[1].mlp = nn.Conv1d(4, 4, 1)
-    blocks[2].norm = nn.LayerNorm(4)
-    assert refine_kinds(blocks, ["", "", ""]) == ["Linear", "Conv1d", "Linear"]
-    assert refine_kinds(blocks, ["dense", "sparse", "dense"]) == ["dense", "sparse", "dense"]
-    assert refine_kinds(blocks, ["full", "full", "sliding"]) == ["full, Linear", "full, Conv1d", "sliding, Linear"]
