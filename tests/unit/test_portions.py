@@ -35,6 +35,7 @@ def test_all_windows_of_a_file_come_once_the_fitted_ones_last(tmp_path, sizes, p
     draws = Portions(fitted, lambda portion: sizes[min(portion, len(sizes) - 1)], TOKENIZER, None, processes)
     parts = [draws.draw(number, ignore).sequences.tolist() for number in range(400)]
     assert len(parts[-1]) == sizes[-1]
+    assert draws.draw(7, ignore, 2).sequences.tolist() == parts[7][:2]
     order = [tuple(row) for part in parts for row in part]
     windows = len(set(order))
     assert 40 < windows <= 200
@@ -49,6 +50,7 @@ def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     draws = Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL)
     portion, other = draws.draw(0, ignore), draws.draw(1, ignore)
     assert sorted(Counter(used(portion)).values()) == [1] * 24 + [2] * 4
+    assert sorted(Counter(used(draws.draw(0, ignore, 8))).values()) == [1] * 6 + [2]
     first, second = portion.order[:16], portion.order[16:]
     assert {row for row in first if row >= 24} == {row for row in second if row >= 24}
     # Each is new, whatever was drawn before it.

@@ -33,13 +33,14 @@ FIRST_PORTION_TOKENS, PORTION_TOKENS = 16384, 65536
 """On how many tokens portions train, at first and at most.
 
 A large portion has the model write many sequences at once, which is faster; but a large model takes minutes for it, so
-portions begin small and double.
+portions begin small and double, and the last has as much as the rest of the budget can train on.
 """
 
 CHECKS = 10
 """How many times the deciding text is measured over the whole budget."""
 PATIENCE = 3
-"""Training stops after this many checks without a lower divergence."""
+"""Training stops after this many checks without a lower divergence, in the second half of the budget: in the first, the
+learning rate is too high to tell."""
 CHECKED_TOKENS = 2048
 
 SCALE_HEADROOM = 16
@@ -95,7 +96,8 @@ Number = Annotated[float, Field(ge=0, lt=2**62, allow_inf_nan=False)]
 class Progress(BaseModel, strict=True, extra="forbid"):
     """The progress of a healing.
 
-    `portion` and `position` locate it in the text; `best_*` describe the kept point; `scale` is that of the loss.
+    `portion` and `position` locate it in the text, and `most` is how many sequences the portion has at most, if not 0;
+    `best_*` describe the kept point; `scale` is that of the loss.
     """
 
     scale: Annotated[Number, Field(gt=0)]
@@ -104,6 +106,7 @@ class Progress(BaseModel, strict=True, extra="forbid"):
     seconds: Number = 0.0
     portion: Count = 0
     position: Count = 0
+    most: Count = 0
     checks: Count = 0
     stale: Count = 0
     best_divergence: Number = math.inf
@@ -120,7 +123,7 @@ class Healing:
         first: the first block to train; the blocks before it are the dense model's own in both.
         weights: the matrices of the student's blocks from `first` on, by the dense model's names.
         stored: the data type of the checkpoint, to which weights are rounded.
-        portion: returns the portion of text with this number.
+        portion: returns the portion of text with this number, of so many sequences at most.
         deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
         budget: when to stop.
         group: the processes that heal together.
@@ -134,7 +137,7 @@ class Healing:
     first: int
     weights: Mapping[str, nn.Parameter]
     stored: torch.dtype
-    portion: Callable[[int, Notify], Portion]
+    portion: Callable[[int, Notify, int], Portion]
     deciding: Tensor
     budget: HealBudget
     group: ProcessGroup
@@ -251,7 +254,7 @@ class Healing:
             self.progress.best_divergence, self.progress.best_tokens = found, self.progress.tokens
             self.progress.stale = 0
         else:
-            self.progress.stale += 1
+            self.progress.stale += self._share() > 0.5
         if self.progress.steps:
             self.notify(HealChecked(min(1.0, self._share()), self.loss, found))
 
@@ -271,7 +274,8 @@ class Healing:
         """Yield sequences, which of their tokens count, and the teacher's states, from the current progress on."""
         while True:
             number = self.progress.portion * self.group.size + self.group.rank
-            portion = self.portion(number, lambda event: self._report())  # time passes while text is written
+            # Time passes while text is written.
+            portion = self.portion(number, lambda event: self._report(), self.progress.most)
             targets = _TeacherStates(self, portion.sequences.to(self.device), portion.order)
             mask = whole_mask(portion.sequences, portion.loss_mask).to(self.device)
             while self.progress.position < len(portion.order):
@@ -282,6 +286,14 @@ class Healing:
                 targets.keep(later)
             self.progress.portion += 1
             self.progress.position = 0
+            self.progress.most = self._left()
+
+    def _left(self) -> int:
+        """Return how many sequences of its own a process can train on in the rest of the budget, at the pace so far."""
+        seconds, tokens = self.progress.seconds, self.progress.tokens
+        left = self.budget.total - self.budget.used(seconds, tokens)
+        left *= 1 if self.budget.tokens is not None else tokens / max(seconds, 1e-3)
+        return max(1, math.ceil(left / self.length / self.group.size))
 
     def _report(self) -> None:
         used = self.budget.used(time.monotonic() - self._began, self.progress.tokens)

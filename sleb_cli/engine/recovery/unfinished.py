@@ -29,7 +29,7 @@ from sleb_cli.plan import CalibrationRecord
 from sleb_plugins import OutputError, PlanError
 
 # Raise it when the same state would mean something else.
-FORMAT = 3
+FORMAT = 4
 
 SUFFIX = ".recovery"
 """How the names of the hidden folders end."""

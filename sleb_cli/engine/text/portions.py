@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,19 +68,27 @@ class Portions:
         self._tokenizer, self._load_model = tokenizer, load_model
         self._whole: dict[str, Rows] = {}
 
-    def draw(self, number: int, notify: Notify) -> Portion:
-        """Return the portion of this number, from 0. Raises what `calibrate` raises."""
+    def draw(self, number: int, notify: Notify, most: int = 0) -> Portion:
+        """Return the portion of this number, from 0; if `most` is given, about so many sequences of it.
+
+        Raises what `calibrate` raises.
+        """
         seed = self._fitted.seed + 1 + number
         uses = self._uses(number // self._processes)
         settings = replace(self._fitted, samples=uses, samples_given=False, seed=seed)
         found = {source: self._windows(source, settings) for source, count in settings.texts.items() if count}
         if len(settings.shares) > 1:
             settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
-        rows = [self._taken(source, windows, number, settings) for source, windows in found.items()]
+        taken = settings
+        if most:
+            fewest = max(math.ceil(1 / share) for share in settings.shares.values())
+            taken = replace(settings, samples=min(settings.samples, max(fewest, most)))
+        counts = taken.counts
+        rows = [self._taken(source, windows, number, settings, counts[source]) for source, windows in found.items()]
         given = sum(len(sequences) for sequences, _ in rows)
         for source in filter(is_written, settings.shares):
-            samples = -(-settings.counts[source] // USES_OF_OWN_TEXT)
-            rows.append(write_rows(source, samples, settings, self._load_model(), self._tokenizer, notify))
+            samples = -(-counts[source] // USES_OF_OWN_TEXT)
+            rows.append(write_rows(source, samples, taken, self._load_model(), self._tokenizer, notify))
         sequences, loss_mask = join_rows(rows)
         return Portion(sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask)
 
@@ -96,18 +105,19 @@ class Portions:
             found = self._whole[source] = take_rows(found, order)
         return found
 
-    def _taken(self, source: str, found: Rows, number: int, settings: CalibrationSettings) -> Rows:
+    def _taken(self, source: str, found: Rows, number: int, settings: CalibrationSettings, wanted: int) -> Rows:
         """Return what this portion takes of a source: the next windows, or of what was shuffled any."""
         windows, _ = found
+        wanted = min(wanted, len(windows))
 
         def count(uses: int) -> int:
             return min(replace(settings, samples=uses).counts[source], len(windows))
 
         if source not in self._whole:
-            return take_rows(found, draw(len(windows), count(settings.samples), settings.seed))
+            return take_rows(found, draw(len(windows), wanted, settings.seed))
         before = (self._uses(earlier // self._processes) for earlier in range(number))
         start = sum(count(min(uses, settings.samples)) for uses in before)  # a short text limits all portions alike
-        return take_rows(found, [(start + row) % len(windows) for row in range(count(settings.samples))])
+        return take_rows(found, [(start + row) % len(windows) for row in range(wanted)])
 
 
 def _order(given: int, count: int, seed: str) -> list[int]:
