@@ -175,9 +175,14 @@ class Registry:
         raise UsageError(f"There is no {kind} {name!r}.", hint=did_you_mean(name, names))
 
 
+def other_plugins() -> list[Plugin]:
+    """Return the plugins of packages other than sleb, importing none."""
+    return [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
+
+
 def named_before_loading() -> str:
-    """Return a sentence that names the plugins of packages other than sleb, importing none; empty if there are none."""
-    others = [plugin for plugin in map(_plugin, entry_points(group=GROUP)) if plugin.package != "sleb"]
+    """Return a sentence that names the plugins of packages other than sleb; empty if there are none."""
+    others = other_plugins()
     return f"Loading plugins of other packages: {', '.join(map(str, others))}." if others else ""
 
 

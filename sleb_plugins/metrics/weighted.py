@@ -37,7 +37,7 @@ def parse_terms(text: str) -> list[Term]:
             weight = float(before) if star else 1.0
         except ValueError:
             weight = math.nan
-        if not name or not 0 < weight < math.inf:
+        if not name or not 0 < weight < 1e12:  # beyond, its name would hold a plus
             raise UsageError(f"The metric {text!r} cannot be read at {part!r}.", hint="Write a sum like nll+0.5*kl.")
         terms.append(Term(weight, name, argument if colon else None))
     return terms
@@ -82,6 +82,20 @@ def require_shape(name: str, scores: Any, shape: Any) -> None:
         )
 
 
+def require_number(name: str, score: Any) -> float:
+    """Return what a metric returned as a float.
+
+    Raises:
+        PluginError: it is not a number.
+    """
+    if not isinstance(score, int | float):
+        raise PluginError(
+            f"The metric {name!r} returned {score!r}, which is not a number.",
+            hint="Report it to the author of the metric.",
+        )
+    return float(score)
+
+
 class _Sum(Metric):
     """The name and the addition that all kinds of sums share."""
 
@@ -99,6 +113,9 @@ class _Sum(Metric):
         for (_, metric), found in zip(self.terms, scores, strict=True):
             require_shape(metric.name, found, shape)
         return sum(weight * found for (weight, _), found in zip(self.terms, scores, strict=True))
+
+    def _sum(self, score: Callable[[Any], Any]) -> float:
+        return math.fsum(weight * require_number(metric.name, score(metric)) for weight, metric in self.terms)
 
 
 class _LogitSum(_Sum, LogitMetric):
@@ -125,12 +142,12 @@ class _WeightSum(_Sum, WeightMetric):
         return any(metric.needs_gradients for _, metric in self.terms)
 
     def score_block(self, block: nn.Module, number: int) -> float:
-        return math.fsum(weight * metric.score_block(block, number) for weight, metric in self.terms)
+        return self._sum(lambda metric: metric.score_block(block, number))
 
 
 class _ModelSum(_Sum, ModelMetric):
     def score_model(self, model: nn.Module, tokenizer: Any, sequences: Tensor) -> float:
-        return math.fsum(weight * metric.score_model(model, tokenizer, sequences) for weight, metric in self.terms)
+        return self._sum(lambda metric: metric.score_model(model, tokenizer, sequences))
 
 
 _SUMS: dict[type[Metric], tuple[str, Any]] = {

@@ -231,7 +231,7 @@ def test_a_gguf_file_is_not_converted_for_it(run_sleb, tmp_path, text_file):
 def test_the_demo_is_not_downloaded_for_it(run_sleb, tmp_path, tiny_llama):
     result = run_sleb("search", "demo", "--remove", 1, "--dry-run")
     assert result.exit_code == 2
-    assert "--dry-run downloads none" in result.stderr
+    assert "--dry-run downloads nothing" in result.stderr
     assert not (tmp_path / "cache").exists()
     assert run_sleb("bench", tiny_llama, "--estimate", "--dry-run").exit_code == 2
 

@@ -41,7 +41,7 @@ def test_what_differs_is_said(search, sleb, tmp_path, tiny_llama):
     assert "also different: torch: " in sleb("rerun", "older.json").stdout
     text.write_text(prose(200, seed=9))
     said = sleb("rerun", "plan.json", "-o", "new.json", "--model", other).stdout
-    assert "other tokens: " in said
+    assert "the calibration tokens differ: " in said
     assert "scores differ by at most " in said
     assert "wrote new.json" in said
     assert json.loads((tmp_path / "new.json").read_text())["model"]["id"] == str(other)

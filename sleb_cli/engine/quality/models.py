@@ -18,6 +18,7 @@ from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.surgery.loading import load_pruned
 from sleb_cli.engine.surgery.subject import Subject
 from sleb_cli.events import Notify
+from sleb_cli.plugin_manager import other_plugins
 from sleb_cli.requests import EvalRequest
 from sleb_cli.version import __version__
 
@@ -57,6 +58,7 @@ class Models:
             "matmul": torch.get_float32_matmul_precision(),
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
+            **{plugin.package: plugin.version for plugin in other_plugins()},  # which may say how a family is pruned
         }
 
     def without(self, removals: tuple[int, ...]) -> SkippableModel:

@@ -27,9 +27,9 @@ from sleb_cli.engine.search.race import Race, rounds
 from sleb_cli.engine.search.shares import at_once, deal_jobs
 from sleb_cli.events import CandidateScored, LaterStepsForecast, Notice, Notify, RaceNarrowed, SearchAdvanced
 from sleb_cli.plan import Engine
-from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, PluginError, WeightMetric
+from sleb_plugins import HiddenStateMetric, LogitMetric, Metric, ModelMetric, WeightMetric
 from sleb_plugins.metrics.nll import NegativeLogLikelihood
-from sleb_plugins.metrics.weighted import require_shape
+from sleb_plugins.metrics.weighted import require_number, require_shape
 
 T = TypeVar("T")
 
@@ -314,7 +314,9 @@ class Scoring:
                 else self.skippable.weights.visit(left)
             )
             for block in visited:
-                scores[block] = _number(metric, metric.score_block(self.skippable.switches[block].block, block))
+                scores[block] = require_number(
+                    metric.name, metric.score_block(self.skippable.switches[block].block, block)
+                )
                 self.notify(CandidateScored(len(removed) + 1, block, scores[block]))
                 self.notify(SearchAdvanced(self.sequences))
 
@@ -335,7 +337,7 @@ class Scoring:
                 self.skippable.skip({*gone, block})
                 yield (
                     (gone, block, batch),
-                    [_number(metric, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
+                    [require_number(metric.name, metric.score_model(self.skippable.model, self.tokenizer, sequences))],
                 )
 
         wanted = [(removed, block, None) for block in candidates]
@@ -348,12 +350,3 @@ def _mean_over_tokens(metric: HiddenStateMetric, entering: Tensor, leaving: Tens
     require_shape(metric.name, scores, entering.shape[:-1])
     means: list[float] = as_float64(scores).mean(-1).tolist()
     return means
-
-
-def _number(metric: Metric, score: Any) -> float:
-    if not isinstance(score, int | float):
-        raise PluginError(
-            f"The metric {metric.name!r} returned {score!r}, which is not a number.",
-            hint="Report it to the author of the metric.",
-        )
-    return float(score)
