@@ -5,6 +5,7 @@ from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from conftest import llama_config, prose, random_model, train_tokenizer
 from sleb_cli.engine.text import calibration
@@ -53,6 +54,18 @@ def test_what_the_model_writes_is_used_twice_far_apart(tmp_path):
     assert sorted(Counter(used(draws.draw(0, ignore, 8))).values()) == [1] * 6 + [2]
     first, second = portion.order[:16], portion.order[16:]
     assert {row for row in first if row >= 24} == {row for row in second if row >= 24}
+    # What it wrote for the fitted text is taken first.
+    known = calibrate(source, TOKENIZER, lambda: MODEL, ignore).rows_of("self")
+
+    def drawn(number, rows):
+        return used(
+            Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL, 1, lambda _: rows).draw(number, ignore)
+        )
+
+    enough = (torch.cat([known[0]] * 2), None)
+    assert {tuple(row.tolist()) for row in known[0]} <= set(drawn(0, enough))
+    assert drawn(0, known) == used(portion)  # too little
+    assert drawn(1, enough) == used(other)
     # Each is new, whatever was drawn before it.
     assert not set(used(portion)) & set(used(other))
     assert used(Portions(source, lambda portion: 32, TOKENIZER, lambda: MODEL).draw(1, ignore)) == used(other)

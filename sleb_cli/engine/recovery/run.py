@@ -35,6 +35,7 @@ from sleb_cli.engine.text.calibration import (
     REFERENCE_PRESETS,
     Calibration,
     CalibrationSettings,
+    Rows,
     calibrate_splits,
     texts_sha256,
 )
@@ -117,6 +118,7 @@ class Recovery:
         self.architecture, self.surgery = self.subject.architecture, self.subject.surgery
         self.path, self.removed = self.architecture.adapter.blocks_path, self.surgery.removed
         self.tokenizer = load_tokenizer(self.architecture.source)
+        self.fitted: Calibration | None = None
         saved = None
         if self.resume and self.state.healing.exists():
             saved = Saved.read(self.state.healing)
@@ -201,6 +203,7 @@ class Recovery:
         fitted, deciding, reported = self.group.from_main(
             lambda: calibrate_splits(self.splits, self.tokenizer, self._whole, self.notify)
         )
+        self.fitted = fitted
         texts = {"deciding": deciding, "reported": reported}
         if talks := self.group.from_main(self._conversations):
             texts["conversations"] = talks
@@ -334,7 +337,12 @@ class Recovery:
         def uses(portion: int) -> int:
             return int(min(most, max(fewest, -(-budget.portion_tokens(portion) // fitted.sequence_length))))
 
-        return Portions(fitted, uses, self.tokenizer, self._whole, self.group.size)
+        def written(source: str) -> Rows:
+            if self.fitted is None:  # a healing that continues
+                self.fitted = calibrate_splits(self.splits, self.tokenizer, self._whole, self.notify)[0]
+            return self.fitted.rows_of(source)
+
+        return Portions(fitted, uses, self.tokenizer, self._whole, self.group.size, written)
 
     def _whole(self) -> Any:
         """Return the dense model with no block skipped."""

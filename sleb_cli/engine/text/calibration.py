@@ -120,6 +120,11 @@ class Calibration:
         origins = tuple(self.origins[row] for row in order) if self.origins else ()
         return replace(self, sequences=self.sequences[rows], loss_mask=loss_mask, origins=origins)
 
+    def rows_of(self, source: str) -> Rows:
+        """Return the sequences of a source, and their loss mask."""
+        rows = [row for row, origin in enumerate(self.origins) if origin == source]
+        return take_rows((self.sequences, self.loss_mask), rows)
+
     def without(self, skipped: Sequence[SkippedRecord]) -> Calibration:
         """Return the sequences but these, and the record of those that are left."""
         gone = {each.sequence - 1 for each in skipped}
