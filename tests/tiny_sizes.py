@@ -48,12 +48,13 @@ TINY: Mapping[str, Mapping[str, Any]] = {
     "sleb_cli.engine.quality.texts": {"CHECKED_TOKENS": 6, "TOKENS_OF_A_PART": 100},
     "sleb_cli.engine.text.writing": {"_MIN_BATCH": 5, "_MAX_BATCH": 7, "_TOKENS_PER_BATCH": 200},
     "sleb_cli.engine.speed.engines.llama_cpp": {"_BATCH_TOKENS": 8},
-    "sleb_cli.engine.quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "CPU_WRITING_BATCH": 3},
+    "sleb_cli.engine.quality.lm_eval_tasks": {"LARGEST_BATCH": 2, "CPU_BATCH": 2, "WRITING_BATCH": 3},
     "sleb_cli.engine.quality.task_metric": {"BATCH_SIZE": 2},
     # Recovery: batches, positions and columns at a time, portions of text.
     "sleb_cli.engine.recovery.closed_form": {"BATCH_TOKENS": 64, "GROUPS": 3, "DECIDING_POSITIONS": 32},
     "sleb_cli.engine.recovery.heal": {"PORTION_TOKENS": 1_024, "CHECKED_TOKENS": 64},
     "sleb_cli.engine.recovery.least_squares": {"PANEL_COLUMNS": 7},
+    "sleb_cli.engine.recovery.low_rank": {"ROWS_AT_ONCE": 7},
     "sleb_cli.engine.recovery.variant": {"POSITIONS": 24},
     # What is saved after a while is saved at once.
     "sleb_cli.engine.forward.saved_walk": {"FEWEST_SECONDS": 0.0, "SHARE": 1e9},

@@ -138,7 +138,8 @@ def first_gradient(dtype):
         SkippableModel(student, student.model.layers) as pruned,
     ):
         run = healing.Healing(
-            Variant(dense), Variant(pruned), 0, {"down": student.model.layers[2].mlp.down_proj.weight}, torch.float16,
+            Variant(dense), Variant(pruned), 0, {"down": (weight := student.model.layers[2].mlp.down_proj.weight)},
+            [weight.detach().clone()], torch.float16,
             portion=None, deciding=ids, budget=healing.HealBudget(None, 1), group=ProcessGroup(), save=None,
             notify=ignore,
         )  # fmt: skip

@@ -33,7 +33,7 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
     torch.manual_seed(0)
     start = [torch.randn(shape) for shape in SHAPES]
     weights = [nn.Parameter(value.clone()) for value in start]
-    trained = LowRank(weights, torch.float32)
+    trained = LowRank(weights, start, torch.float32)
     assert all(torch.equal(weight, value) for weight, value in zip(weights, start, strict=True))
     pairs = plain_pairs(trained.values.detach())
     sizes = [value.square().mean().sqrt() / low_rank.REFERENCE_SIZE for value in start]
@@ -64,7 +64,7 @@ def test_steps_are_those_of_lora_under_adamw(monkeypatch):
 
 def test_steps_too_small_for_bfloat16_add_up():
     weight = nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16))
-    trained = LowRank([weight], torch.bfloat16)
+    trained = LowRank([weight], [weight.detach().clone()], torch.bfloat16)
     down = trained.values.data[:32].view(4, 8)
     down.fill_(0.25 * low_rank.REFERENCE_SIZE * low_rank.INITIAL * math.sqrt(8))  # times the scale: 0.25
     for _ in range(100):

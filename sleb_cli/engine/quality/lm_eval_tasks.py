@@ -31,7 +31,7 @@ from sleb_plugins.errors import DataError, UsageError, did_you_mean
 LARGEST_BATCH = 64
 # On a CPU that search takes long, and too large a batch may end the process. Writing needs the logits of the last
 # position alone, so more fits.
-CPU_BATCH, CPU_WRITING_BATCH = 8, 32
+CPU_BATCH, WRITING_BATCH = 8, 32
 BOOTSTRAP_ITERATIONS = 1000
 
 LAUNCHER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
@@ -119,8 +119,10 @@ class LoadedTask:
                 hint="Leave the task out, or set eos_token in tokenizer_config.json.",
             )
         device, size = input_device(model), self._request.items_per_batch
-        if size == AUTO and device.type == "cpu":
-            size = CPU_WRITING_BATCH if all(map(_writes, self.tasks.values())) else CPU_BATCH
+        if size == AUTO and all(map(_writes, self.tasks.values())):
+            size = WRITING_BATCH  # lm-eval would try sizes with texts as long as the model takes
+        elif size == AUTO and device.type == "cpu":
+            size = CPU_BATCH
         largest = LARGEST_BATCH if isinstance(size, str) else size
 
         def run(requests: int) -> dict[str, Any]:

@@ -210,6 +210,22 @@ class _States:
                     states[batch] = self.held(self.skippable.run_block(of_batch[block], states[batch]))
         return states
 
+    @property
+    def read_for_gains(self) -> list[int]:
+        """The batches that the gains of the final norm are fitted to, and those that decide."""
+        fitted = {at for group in self.train for at in group[::GAINS_SHARE]}
+        return sorted(fitted | {*range(min(1, len(self.ids))), *range(self.decides.start, len(self.ids))})
+
+    def advance(self, blocks: range, batches: Sequence[int] | None = None) -> None:
+        """Let both models' states pass through these blocks, on all batches or only on some."""
+        chosen = range(len(self.calls)) if batches is None else batches
+        calls, both = [self.calls[at] for at in chosen], ([*self.dense], [*self.pruned])
+        left = iter(self.leaving(calls * 2, [states[at] for states in both for at in chosen], blocks))
+        for states in both:
+            for at in chosen:
+                states[at] = next(left)
+        self.dense, self.pruned = both
+
     def require_finite(self) -> None:
         """Make sure that hidden states so far are finite numbers.
 
@@ -319,8 +335,7 @@ class _Recovery:
                         states.pruned = states.leaving(states.calls, states.pruned, range(block, block + 1))
                 else:
                     end = next((each for each in kept if each >= block and ends[each] > each + 1), count)
-                    both = states.leaving(states.calls * 2, states.dense + states.pruned, range(block, end))
-                    states.dense, states.pruned = both[: len(states.calls)], both[len(states.calls) :]
+                    states.advance(range(block, end), None if end < count else states.read_for_gains)
                 advance(end - begin, note=f"divergence {self.divergence:.4f}")
                 begin = block = end
             self._refit(None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -122,6 +122,7 @@ class Healing:
         student: the pruned model, recovered in closed form if that was asked for.
         first: the first block to train; the blocks before it are the dense model's own in both.
         weights: the matrices of the student's blocks from `first` on, by the dense model's names.
+        originals: what they were before, in the same order; where nothing was fitted, the dense model's own.
         stored: the data type of the checkpoint, to which weights are rounded.
         portion: returns the portion of text with this number, of so many sequences at most.
         deciding: sequences that choose the point to keep, of text that is never trained on, [sequences, length].
@@ -136,6 +137,7 @@ class Healing:
     student: Variant
     first: int
     weights: Mapping[str, nn.Parameter]
+    originals: Sequence[Tensor]
     stored: torch.dtype
     portion: Callable[[int, Notify, int], Portion]
     deciding: Tensor
@@ -147,13 +149,15 @@ class Healing:
 
     def __post_init__(self) -> None:
         weights = list(self.weights.values())
-        for weight in weights:
+        for weight, original in zip(weights, self.originals, strict=True):
             # Each process fitted its own weights, and rounding may differ between them.
             weight.data.copy_(self.group.broadcast(weight.data))
+            if not torch.equal(original, weight.data):
+                original.copy_(weight.data)
         self.device, dtype = weights[0].device, weights[0].dtype
         self.length = self.deciding.shape[1]
         self.batch = self.micro_batch = max(1, BATCH_TOKENS // self.length)
-        self.trained = LowRank(weights, self.stored)
+        self.trained = LowRank(weights, self.originals, self.stored)
         self.best = self.trained.values.detach().clone()
         self.is_scaled = dtype is torch.float16
         self.progress = Progress(scale=starting_scale(dtype, self.batch * self.length * SCALE_HEADROOM))

@@ -70,8 +70,9 @@ class Ridge:
         """Return the coefficients, float64 in the shape of X'WY."""
         own = self.xx.diagonal()
         # A feature that is always zero would make the matrix singular; its coefficient is 0.
-        penalty = torch.diag(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
-        return torch.cholesky_solve(self.xy, torch.linalg.cholesky(self.xx + penalty))
+        penalized = self.xx.clone()
+        penalized.diagonal().add_(ridge * own + own.mean().clamp_min(1e-30) * 1e-9)
+        return torch.cholesky_solve(self.xy, torch.linalg.cholesky(penalized))
 
     def error(self, coefficients: Tensor) -> float:
         """Return the weighted sum of squares that these coefficients leave of Y; they may be fitted to other rows."""

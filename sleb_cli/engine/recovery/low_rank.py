@@ -15,6 +15,7 @@ REFERENCE_SIZE = 0.19
 INITIAL = 1 / 24
 """The largest entry of A at first."""
 BETAS = (0.9, 0.95)
+ROWS_AT_ONCE = 256
 CLIP = 1.0
 """The largest norm of a gradient; a larger one is scaled down to it."""
 
@@ -66,11 +67,12 @@ class LowRank:
     """Changes B A to some weights, B [..., out, rank] and A [..., rank, in], and the AdamW that moves them, in float32.
 
     The weights themselves hold W + scale * B A, rounded to what is `stored`: the code of the model runs unchanged,
-    nothing needs merging, and what is measured is what is written. As soon as a weight has a gradient, it is replaced
-    by those of its B and A, so at most one whole gradient exists. At first every B is 0.
+    nothing needs merging, and what is measured is what is written. The `originals` are the W, and stay as they are. As
+    soon as a weight has a gradient, it is replaced by those of its B and A, so at most one whole gradient exists. At
+    first every B is 0.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], stored: torch.dtype) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor], stored: torch.dtype) -> None:
         self._stored = stored
         size = sum(trained_numbers(weight.shape) for weight in weights)
         # One flat tensor for all, so that a fused step is one pass over memory.
@@ -80,22 +82,22 @@ class LowRank:
         # As its first step makes it, but at once, so that a saved state has the same tensors at any time.
         moments = {name: torch.zeros_like(self.values) for name in ("exp_avg", "exp_avg_sq")}
         self._adam.state[self.values] = {"step": torch.zeros((), device=self.values.device)} | moments
-        self._changes = list(self._changes_of(weights))
+        self._changes = list(self._changes_of(weights, originals))
         generator = torch.Generator().manual_seed(0)
         for change in self._changes:
             change.down.copy_(INITIAL * (2 * torch.rand(change.down.shape, generator=generator) - 1))
             change.weight.requires_grad_(True)
             change.weight.register_post_accumulate_grad_hook(change.take_gradient)  # type: ignore[no-untyped-call]
 
-    def _changes_of(self, weights: Sequence[nn.Parameter]) -> Iterator[_Change]:
+    def _changes_of(self, weights: Sequence[nn.Parameter], originals: Sequence[Tensor]) -> Iterator[_Change]:
         start = 0
-        for weight in weights:
+        for weight, original in zip(weights, originals, strict=True):
             *stack, rows, columns = weight.shape
             views: list[Tensor] = []
             for shape in ((*stack, rank_of(weight.shape), columns), (*stack, rows, rank_of(weight.shape))):
                 part = slice(start, start := start + math.prod(shape))
                 views += [flat[part].view(shape) for flat in (self.values.data, self._gradient)]
-            yield _Change(_scale_of(weight), weight, weight.detach().clone(), *views)
+            yield _Change(_scale_of(weight), weight, original, *views)
 
     def take_gradient(self) -> Tensor:
         """Return the sum of the gradients since the last call, float32 in the order of `values`, and reset it."""
@@ -122,5 +124,10 @@ class LowRank:
     def write_weights(self) -> None:
         """Update the weights after a change of `values`."""
         for change in self._changes:
-            changed = change.original.float() + change.scale * (change.up @ change.down)
-            change.weight.copy_(changed.to(self._stored))
+            # A matrix in pieces, whose intermediate results stay in the cache of the processor.
+            rows = ROWS_AT_ONCE if change.weight.dim() == 2 else len(change.weight)
+            for at in range(0, len(change.weight), rows):
+                piece = slice(at, at + rows)
+                down = change.down if change.weight.dim() == 2 else change.down[piece]
+                changed = (change.up[piece] @ down).mul_(change.scale).add_(change.original[piece])
+                change.weight[piece].copy_(changed.to(self._stored))

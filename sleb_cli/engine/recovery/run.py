@@ -290,14 +290,16 @@ class Recovery:
                 for name, parameter in parameters.items()
                 if rank_of(parameter.shape) and (block_number(path, name) or 0) >= first
             }
+            originals = [weight.data for weight in weights.values()]  # the dense model's own, where nothing was fitted
             for weight in weights.values():
-                weight.data = weight.data.clone()  # so far it is the dense model's own
+                weight.data = weight.data.clone()
             portion = self._portions(budget).draw
             healing = Healing(
                 teacher,
                 student,
                 first,
                 weights,
+                originals,
                 self.stored,
                 portion,
                 deciding.sequences,

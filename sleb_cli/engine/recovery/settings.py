@@ -149,8 +149,8 @@ def _needed_bytes(
         needed["the model"] = sum(parameter.numel() for parameter in architecture.skeleton.parameters()) * size
     if heal:
         shapes = [parameter.shape for block in kept for parameter in block.parameters()]
-        # The weights that are trained and their original values; what is not trained, both models share.
-        needed["the trained weights"] = 2 * sum(map(math.prod, shapes)) * size
+        # Their original values, and all that is not trained, both models share.
+        needed["the trained weights"] = sum(map(math.prod, shapes)) * size
         needed["the state of training"] = sum(map(trained_numbers, shapes)) * TRAINING_BYTES
     return needed
 
