@@ -43,7 +43,7 @@ def keep_result(result: R, file: Path, notify: Notify) -> R:
             aside.write_text(to_json(merged.to_data()), encoding="utf-8")
             if merged is result and file.is_file():
                 if previous is not None:
-                    notify(Notice(f"{file} holds results of another model or in another setting."))
+                    notify(Notice(f"{file} holds results for a different model or setting."))
                 moved = file.with_name(f"{file.name}.old")
                 file.replace(moved)
                 notify(Notice(f"{file} is now {moved.name}."))
@@ -74,5 +74,5 @@ def read_kept(kind: type[R], file: Path, notify: Notify) -> R | None:
     except FileNotFoundError:
         return None
     except UnreadableRecord as error:
-        notify(Warned(f"{file} is left out: it cannot be read by this version of sleb ({error})."))
+        notify(Warned(f"Ignoring {file}: this version of sleb cannot read it ({error})."))
         return None

@@ -94,7 +94,7 @@ class CalibrationRecord(Record):
 
     def __str__(self) -> str:
         counts = {None: "", "all": ", conversations", "answers": ", the answers of conversations"}[self.chat]
-        left_out = f", {len(self.skipped)} left out" if self.skipped else ""
+        left_out = f", {len(self.skipped)} skipped" if self.skipped else ""
         return f"{self.title}: {self.sequences} x {self.sequence_length} tokens{left_out}{counts}"
 
 

@@ -172,7 +172,7 @@ class Registry:
         if offer := self._claimant(kind, name):
             return offer
         names = sorted(known for known_kind, known in self._claims if known_kind == kind)
-        raise UsageError(f"There is no {kind} {name!r}.", hint=did_you_mean(name, names))
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=did_you_mean(name, names))
 
 
 def other_plugins() -> list[Plugin]:

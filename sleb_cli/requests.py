@@ -88,7 +88,7 @@ _TARGET = "How far to go (choose one)"
 _SERVING = "Target details"
 _SCORING = "How blocks are chosen"
 _CALIBRATION = "Calibration text"
-_PROTECTION = "Blocks that stay"
+_PROTECTION = "Protected blocks"
 _MACHINE = "Model and machine"
 _OUTPUT = "Output"
 _SUBJECT = "Blocks to remove"
@@ -205,7 +205,9 @@ class TargetRequest(Request):
     ratio: str | float | None = option("Remove this share of the blocks, rounded up: 0.2.", _TARGET)
     remove: int | None = option("Remove this number of blocks.", _TARGET)
     target_params: str | int | None = option("Remove blocks until at most this many parameters remain: 1.2B.", _TARGET)
-    target_memory: str | int | None = option("Remove blocks until weights and KV cache fit into this: 6GiB.", _TARGET)
+    target_memory: str | int | None = option(
+        "Remove blocks until weights and KV cache fit in this much memory: 6GiB.", _TARGET
+    )
     target_speedup: str | float | None = option(
         "Remove blocks until the model runs this many times as fast, timed on this machine: 1.25.", _TARGET
     )
@@ -216,8 +218,8 @@ class TargetRequest(Request):
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
     )
     max_task_drop: str | None = option(
-        "Remove blocks while the 95% interval of what an lm-eval task loses stays within this: piqa:0.02; of its first "
-        "1,000 items, piqa:1000:0.02.",
+        "Remove blocks while the drop on an lm-eval task, with its 95% interval, stays within this: piqa:0.02, or "
+        "piqa:1000:0.02 for its first 1,000 items.",
         _TARGET,
         metavar="TASK[:ITEMS]:DROP",
     )
@@ -244,7 +246,7 @@ class CalibrationRequest(Request):
 
     calibration: str | None = option(
         "wikitext2, c4, wikitext2-sleb, c4-sleb, a .txt or .jsonl file, org/name[:config][:split][:column]; self or "
-        "self-chat (written by the model), answers:FILE (to your prompts); or a mixture: self:0.5,c4:0.5.",
+        "self-chat (written by the model), answers:FILE (its answers to your prompts); or a mixture: self:0.5,c4:0.5.",
         _CALIBRATION,
         default=f"{DEFAULT_CALIBRATION}; {DEMO_CALIBRATION} for demo",
     )
@@ -258,7 +260,7 @@ class CalibrationRequest(Request):
         least=2,
     )
     seed: int | None = option(
-        "Seed for drawing and writing text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
+        "Seed for sampling and generating text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
     )
     chat: Chat | None = option(
         "Read `messages` of files and data sets as conversations, and score these tokens.",
@@ -300,7 +302,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
         flag="--fast/--no-fast",
     )
     holdout: float | None = option(
-        "Share of the sequences to hold out of the search, to detect overfitting: 0.2.", _CALIBRATION, default=0
+        "Hold out this share of the sequences to detect overfitting: 0.2.", _CALIBRATION, default=0
     )
     skip_bad_sequences: bool = option(
         "Skip sequences on which the dense model computes NaN or infinity.", _CALIBRATION, unset=False
@@ -324,7 +326,7 @@ class SearchRequest(CalibrationRequest, TargetRequest):
     dtype: str | None = _dtype()
     device: str = _device()
     memory: str | int | None = option(
-        "Memory for the search, besides the model: 8GiB.", _MACHINE, default="a share of what is free"
+        "Memory for the search, in addition to the model: 8GiB.", _MACHINE, default="a share of what is free"
     )
     batch_size: int | None = option("Sequences per forward pass.", _MACHINE, default="by device", least=1)
     stream: bool | None = _stream()
@@ -407,7 +409,7 @@ class SizesRequest(SubjectRequest):
     """Sizes of the pruned model to compare with the dense one, by default the smallest."""
 
     remove: tuple[int, ...] = option(
-        "Measure these sizes, each without N blocks: the plan's step N, or the first N of --blocks: 2,4,6.",
+        "Measure these sizes, by blocks removed: 2,4,6. N means the plan's step N, or the first N of --blocks.",
         _SUBJECT,
         metavar="LIST",
         unset=(),
@@ -434,34 +436,38 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     no_verify: bool = option("Skip the proof after saving.", _CHECKPOINT, unset=False)
     keep_failed: Path | None = option("If the proof fails, keep the output in this folder.", _CHECKPOINT, metavar="DIR")
     recover: bool = option(
-        "Refit the blocks around each gap to the dense model, in closed form.", _RECOVERY, unset=False
+        "Refit the blocks around each gap to match the dense model, in closed form.", _RECOVERY, unset=False
     )
     heal: bool = option("Train the remaining blocks to predict what the dense model predicts.", _RECOVERY, unset=False)
-    heal_minutes: float | None = option("Stop healing after this time.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}")
+    heal_minutes: float | None = option(
+        "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}"
+    )
     heal_tokens: int | None = option("Stop healing after this many tokens instead, reproducibly.", _RECOVERY, least=1)
-    resume: bool = option("Continue an interrupted healing.", _RECOVERY, unset=False)
+    resume: bool = option("Continue an interrupted healing run.", _RECOVERY, unset=False)
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",
         _RECOVERY,
-        default="the plan's text and a quarter self, or self-chat",
+        default="the plan's text, with a quarter of self or self-chat",
     )
     samples: int | None = option(
         "Number of sequences; up to a fifth choose among fits, and up to a tenth are for the report.",
         _RECOVERY,
-        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if all are written",
+        default=f"{RECOVERY_TOKENS:,} tokens, or {RECOVERY_SELF_TOKENS:,} if the model writes them all",
         least=1,
     )
     sequence_length: int | None = option(
         "Tokens per sequence.", _RECOVERY, default=f"{RECOVERY_LENGTH}, or the model's limit", least=2
     )
-    seed: int | None = option("Seed for drawing and writing text.", _RECOVERY, default=0, most=_MOST_SEED)
+    seed: int | None = option("Seed for sampling and generating text.", _RECOVERY, default=0, most=_MOST_SEED)
     chat: Chat | None = option(
-        "Conversations as for `sleb search`: count these tokens.", _RECOVERY, default="all, if the model writes them"
+        "Read conversations as for `sleb search`, and count these tokens.",
+        _RECOVERY,
+        default="all, if the model writes them",
     )
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()
     device_map: str | None = _device_map()
-    push: str | None = option("Upload the checkpoint to the Hub, private.", _OUTPUT, metavar="ORG/NAME")
+    push: str | None = option("Upload the checkpoint to a private repository on the Hub.", _OUTPUT, metavar="ORG/NAME")
     public: bool = option("With --push: make it public.", _OUTPUT, unset=False)
     output: Path | None = option(
         "Write this folder, or this file if it ends in .gguf.", _OUTPUT, default="named after the model", short="-o"
@@ -474,8 +480,8 @@ class EvalRequest(SizesRequest):
     """What to measure of a model's quality."""
 
     perplexity: tuple[str, ...] = option(
-        "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column]. Of conversations "
-        "(`messages`), the answers count.",
+        "Texts, separated by commas: wikitext2, c4, files, org/name[:config][:split][:column]. In conversations "
+        "(`messages`), only the answers count.",
         _QUALITY,
         default=f"{DEFAULT_TEXT}, unless --tasks",
         metavar="LIST",
@@ -488,13 +494,13 @@ class EvalRequest(SizesRequest):
         metavar="LIST",
         unset=(),
     )
-    limit: int | None = option("Use only the first items of each task.", _QUALITY, least=1)
-    num_fewshot: int | None = option("Examples in the prompt.", _QUALITY, default="the task's own")
+    limit: int | None = option("Use only this many items from the start of each task.", _QUALITY, least=1)
+    num_fewshot: int | None = option("Few-shot examples in the prompt.", _QUALITY, default="the task's own")
     apply_chat_template: bool = option("Format tasks with the chat template.", _QUALITY, unset=False)
     include_path: Path | None = option("Folder with your own task files.", _QUALITY)
     run_code: bool = option(
-        "Allow tasks that run programs that the model writes, such as humaneval_instruct. Time and memory are limited; "
-        "on Linux, programs have no network and write only to a folder of their own. They can read your files.",
+        "Allow tasks that run programs written by the model, such as humaneval_instruct. Time and memory are limited; "
+        "on Linux, programs have no network access and can write only to their own folder. They can read your files.",
         _QUALITY,
         default="if HF_ALLOW_CODE_EVAL=1",
         unset=False,
@@ -506,10 +512,13 @@ class EvalRequest(SizesRequest):
         "Tokens per perplexity window.", _QUALITY, default=f"{DEFAULT_LENGTH}, or the model's limit", least=2
     )
     max_windows: int | None = option(
-        "Use only the first windows of each text.", _QUALITY, default="all, or the text's protocol", least=1
+        "Use only this many windows from the start of each text.",
+        _QUALITY,
+        default="all, or the text's protocol",
+        least=1,
     )
     stride: int | None = option(
-        "Tokens from one perplexity window to the next; overlapping windows give more context.",
+        "Tokens between the starts of perplexity windows; overlapping windows give more context.",
         _QUALITY,
         default="the window's length",
     )
@@ -564,7 +573,7 @@ class BenchRequest(SizesRequest):
         unset=(),
     )
     iterations: int | None = option("Timed runs of each model.", _TIMING, default="by workload and device", least=1)
-    warmup: int | None = option("Untimed runs of each model first.", _TIMING, default="until times are stable")
+    warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
     cooldown: float = option("Seconds to pause before each run.", _TIMING, most=24 * 3600, unset=0.0)
     compile: bool = option("Run the models through torch.compile.", _MACHINE, unset=False)
     static_cache: bool = option("Generate with a KV cache of fixed size; --compile always does.", _MACHINE, unset=False)

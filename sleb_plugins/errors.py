@@ -123,4 +123,4 @@ def did_you_mean(name: str, names: Sequence[str], otherwise: str | None = None) 
     close = get_close_matches(name, names, n=1)
     if close:
         return f"Did you mean {close[0]!r}?"
-    return otherwise or f"There are: {', '.join(names) or 'none'}."
+    return otherwise or f"Choose from: {', '.join(names) or 'none'}."

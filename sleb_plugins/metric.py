@@ -32,7 +32,9 @@ class Metric(ABC):
             UsageError: the metric takes no argument, or not this one.
             DataError: the argument names something that does not exist.
         """
-        raise UsageError(f"The metric {self.name!r} takes no argument, not {argument!r}.", hint=f"Write {self.name}.")
+        raise UsageError(
+            f"The metric {self.name!r} takes no argument, but {argument!r} was given.", hint=f"Write {self.name}."
+        )
 
     def fingerprint(self) -> str:
         """Return a short text that differs whenever the same metric could score differently.

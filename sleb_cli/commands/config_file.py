@@ -133,7 +133,12 @@ def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None
 
 ConfigOption = Annotated[
     Path | None,
-    typer.Option("--config", callback=_read, is_eager=True, help="Read options from this YAML file; typed ones win."),
+    typer.Option(
+        "--config",
+        callback=_read,
+        is_eager=True,
+        help="Read options from this YAML file; command-line options take precedence.",
+    ),
 ]
 SaveConfigOption = Annotated[
     Path | None,

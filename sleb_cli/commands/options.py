@@ -17,7 +17,7 @@ from sleb_plugins.errors import did_you_mean
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, show what would be done and written, and stop.")
+    bool, typer.Option("--dry-run", help="Check everything and show what would be done and written, but do nothing.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
 
@@ -109,7 +109,7 @@ class _Option:
         if value is None:
             return self.field.default
         if self.choices and value not in self.choices:
-            raise UsageError(f"There is no {self.flag} {value!r}.", hint=did_you_mean(value, self.choices))
+            raise UsageError(f"Unknown value {value!r} for {self.flag}.", hint=did_you_mean(value, self.choices))
         if self.item is None:
             return value
         parts = value if self.doc.repeated else [part.strip() for part in value.split(",")]

@@ -71,9 +71,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(
-            f"There is no device {name!r}.", hint="Devices are auto, cpu, cuda, cuda:1, mps, xpu, npu."
-        ) from error
+        raise UsageError(f"Unknown device {name!r}.", hint="Use auto, cpu, cuda, cuda:1, mps, xpu or npu.") from error
     if device.type == "cpu":
         return device
     if accelerator is None or device.type != accelerator.type:
@@ -144,7 +142,7 @@ def parse_dtype(name: str, own: torch.dtype | None) -> torch.dtype:
         return own or torch.float32
     full = _SHORT.get(name, name)
     if full not in _DTYPES:
-        raise UsageError(f"There is no data type {name!r}.", hint=f"Choose {AUTO}, {', '.join(_DTYPES)}.")
+        raise UsageError(f"Unknown data type {name!r}.", hint=f"Choose {AUTO}, {', '.join(_DTYPES)}.")
     return _DTYPES[full]
 
 

@@ -142,8 +142,9 @@ def dry_apply(request: ApplyRequest, registry: Registry, notify: Notify) -> DryR
     subject = asked.subject
     if subject.architecture.source.config_only:
         raise ModelError(
-            f"The weights of {subject.architecture.source.id} are not here, so what would be written is not known.",
-            hint="Download it first (`hf download`), or for a GGUF file leave out --dry-run.",
+            f"The weights of {subject.architecture.source.id} have not been downloaded, so what would be "
+            "written is unknown.",
+            hint="Download the model first (`hf download`), or leave out --dry-run for a GGUF file.",
         )
     planned, *_ = plan_files(subject.surgery, asked.to.place, asked.dtype, asked.shard_bytes)
     names = names_in_checkpoint(subject, planned, recovers=asked.to.recovery is not None)

@@ -26,7 +26,7 @@ def offline_if_unreachable() -> Iterator[str | None]:
     reason = _why_unreachable(constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT)
     constants.HF_HUB_OFFLINE = reason is not None
     try:
-        yield without_secrets(f"{constants.ENDPOINT} is out of reach ({reason})") if reason else None
+        yield without_secrets(f"{constants.ENDPOINT} cannot be reached ({reason})") if reason else None
     finally:
         constants.HF_HUB_OFFLINE = False
 

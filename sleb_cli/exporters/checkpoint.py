@@ -16,7 +16,7 @@ class HuggingFace(FileExporter):
     """A checkpoint folder for transformers, text-generation-inference, SGLang, llama.cpp and others."""
 
     name = "hf"
-    description = "a checkpoint folder whose config stock engines read"
+    description = "a checkpoint folder with a config that stock engines can read"
 
     def export(self, pruning: Pruning, output: Path | None, writer: ArtifactWriter) -> Sequence[str]:
         """Write the folder, and check its config."""

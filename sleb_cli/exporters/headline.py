@@ -92,9 +92,9 @@ def _advice(findings: Findings) -> list[str]:
         return [f"Use it where {most} of the accuracy is enough."]
     if enough := [removals for removals, share in kept.items() if share >= ENOUGH]:
         fewer = plural(max(map(len, enough)), "block")
-        return [f"Where {most} of the accuracy must stay, remove {fewer}, the most of any measured size that keeps it."]
+        return [f"To keep {most} of the accuracy, remove {fewer}, the most of any measured size that keeps it."]
     recover = "" if findings.plan.recovery else ", or recover it: `sleb apply --recover --heal`"
-    return [f"Where {most} of the accuracy must stay, remove fewer blocks than were measured{recover}."]
+    return [f"To keep {most} of the accuracy, remove fewer blocks than were measured{recover}."]
 
 
 def warnings(findings: Findings) -> list[str]:
@@ -104,7 +104,7 @@ def warnings(findings: Findings) -> list[str]:
     if last and last.overfits:
         found.append(
             "The search overfits its calibration text: on held-out text, the loss grew by "
-            f"{last.generalization_gap:.3f} nats per token more. Other or more calibration text may help."
+            f"{last.generalization_gap:.3f} nats per token more. More or different calibration text may help."
         )
     unstable = sum(result.warmup.stable is False for result in findings.workloads)
     if unstable:

@@ -14,7 +14,7 @@ class LlamaQuantize(Exporter):
     """A command for `llama-quantize`, which can also quantize: replace COPY with a type."""
 
     name = "llama-quantize"
-    description = "the command with which llama.cpp removes the blocks, and can quantize"
+    description = "the llama.cpp command that removes the blocks, and can quantize"
     uses_source = True
 
     def document(self, pruning: Pruning) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Csv(_Rows):
     """A table with a header, as in RFC 4180 but with plain line ends."""
 
     name: ClassVar[str] = "csv"
-    description: ClassVar[str] = "every step, score, evaluation and benchmark of a plan, a number per row"
+    description: ClassVar[str] = "every step, score, evaluation and benchmark of a plan, one number per row"
 
     def render(self, pruning: Pruning) -> str:
         """Return the table."""

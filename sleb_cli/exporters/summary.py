@@ -20,7 +20,7 @@ class Summary(Exporter):
     """What was removed, what that costs and gains, how it was found, and what to do next, in 80 columns."""
 
     name = "summary"
-    description = "all that is known about a plan, as plain text"
+    description = "everything known about a plan, as plain text"
     needs_model = False
 
     def document(self, pruning: Pruning) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def speeds(timed: Iterable[Scored], blocks: int) -> Table:
         rows.append([*row, *speedups, timing.outliers])
     notes = [
         "Workloads: batch x prompt tokens + new tokens. bound: what the operations and bytes of both models allow; "
-        "blocks: the ratio of their numbers. Outliers are kept."
+        "blocks: the ratio of their block counts. Outliers are kept."
     ]
     return tabulate("Speed", columns, rows, notes, ["outliers", "blocks", "tokens/s"])
 

@@ -62,7 +62,7 @@ class Outlet:
             elif self._holds_result:
                 raise OutputError(
                     f"Cannot write the result to stdout: {error.strerror}.",
-                    hint="Free some space, or let stdout go elsewhere.",
+                    hint="Free some space, or redirect stdout elsewhere.",
                 ) from error
 
     def _discard(self) -> None:

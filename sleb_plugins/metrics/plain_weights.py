@@ -20,6 +20,6 @@ def require_plain_weights(metric: str, block: nn.Module) -> None:
         is_plain = tensor.is_floating_point() and tensor.dtype.itemsize > 1
         if tensor.dim() > 1 and str(tensor.dtype) != "torch.bool" and not is_plain:
             raise UsageError(
-                f"{metric} reads the weights, and {name} is packed ({tensor.dtype}).",
+                f"{metric} reads the weights, but {name} is packed ({tensor.dtype}).",
                 hint="Use a metric of what the model computes, such as nll, or search the model it was quantized from.",
             )

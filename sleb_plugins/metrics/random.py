@@ -16,7 +16,7 @@ class RandomScore(WeightMetric):
     """A number between 0 and 1 for each block, drawn from the seed and the block's number alone."""
 
     name = "random"
-    description = "random number from a seed (0) and the block's number"
+    description = "random number from a seed (default: 0) and the block's number"
     argument = "[SEED]"
 
     def __init__(self, seed: int | None = None) -> None:

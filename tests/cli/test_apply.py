@@ -94,7 +94,7 @@ def test_other_files_come_along_but_not_other_formats(apply, model, tmp_path):
     assert all((out / name).read_text() == name for name in kept)
     assert not any((out / name).exists() for name in left)
     names = "consolidated.safetensors, model.Q4_K_M.gguf, old.bin, onnx/, original/, params.json, tf_model.h5"
-    assert f"Not copied, as they hold weights in other formats or of an adapter: {names}." in result.stderr
+    assert f"Did not copy files with weights in other formats or of an adapter: {names}." in result.stderr
     assert "chosen by hand" in (out / "README.md").read_text()
 
 
@@ -112,7 +112,7 @@ def test_links_out_of_the_folder_are_not_followed(apply, model, tmp_path):
     result, out = apply(model, "--blocks", "1", "-q"), tmp_path / "out"
     assert not any(b"secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())
     names = "LICENSE, data, templates/key, templates/more"
-    assert f"because they are links to places outside the model's folder: {names}." in " ".join(result.stderr.split())
+    assert f"Did not copy links that lead outside the model's folder: {names}." in " ".join(result.stderr.split())
     assert (out / "templates" / "chat.jinja").read_text() == (out / "again.jinja").read_text() == "x"
 
 
@@ -311,7 +311,7 @@ def test_only_force_replaces_a_checkpoint_and_nothing_else(apply, model, tmp_pat
         (("--blocks", "1,2", "--remove", 3), 2, "Cannot remove 3 blocks: --blocks names 2"),
         (("--blocks", "1", "--model", "x"), 2, "--model applies to a plan"),
         (("--blocks", "1", "--max-shard-size", "big"), 2, "not a size"),
-        (("--blocks", "1", "--dtype", "int3"), 2, "no data type"),
+        (("--blocks", "1", "--dtype", "int3"), 2, "Unknown data type"),
         (("--blocks", "1", "--keep-failed", "kept", "--no-verify"), 2, "--keep-failed requires the proof"),
         (("--blocks", "1", "-o", "no/out"), 8, "folder does not exist"),
         (("--blocks", "1", "-o", "/proc/out"), 8, "Cannot write /proc/out"),
@@ -376,7 +376,7 @@ def test_a_proof_without_memory_is_partial_and_says_so(apply, llama_plan, tmp_pa
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10_000))
     monkeypatch.setattr(proof, "open_dense", None)
     result = apply(llama_plan, *options)
-    reason = r"two of its blocks at a time need \d+ kB of memory, and 10 kB is free"
+    reason = r"two of its blocks at a time need \d+ kB of memory, but only 10 kB is free"
     assert re.search(rf"partially proven in \w+ on cpu: every .*; {reason}", result.stdout)
     assert "The proof is partial" in result.stderr
     recorded = read_plan(tmp_path / "out" / "sleb_plan.json").proof
@@ -391,7 +391,7 @@ def test_without_room_to_save_it_again_the_proof_is_partial(apply, tiny_llama, t
     free = [10**9, 10**9, 1000]  # twice before the weights are written, and after
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free.pop(0)))
     result = apply(tiny_llama, "--blocks", "1")
-    reason = r"saving it again needs \d+ kB on the disk, and 1 kB is free"
+    reason = r"saving it again needs \d+ kB on the disk, but only 1 kB is free"
     assert re.search(f"partially proven .* are bitwise equal .*; {reason}", result.stdout)
     assert re.search(rf"\*\*The proof is partial\*\*: {reason}", (tmp_path / "out" / "README.md").read_text())
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_answered_is_refused(sleb, chatty, source, code, message)
 def test_a_base_model_writes_no_conversations(sleb, tiny_llama, tmp_path):
     (tmp_path / "asked.txt").write_text("river")
     for source in ("self-chat", "answers:asked.txt"):
-        refused = f"{source} does not work: the tokenizer has no chat template"
+        refused = f"{source} needs a chat template, but the tokenizer has none"
         assert refused in sleb("search", tiny_llama, "--remove", 1, "--calibration", source, *TEXT, code=2).stderr
 
 
@@ -161,7 +161,7 @@ def test_perplexity_of_conversations_is_that_of_their_answers(sleb, chatty, tmp_
     (data_set / "train.jsonl").write_text(json.dumps({"messages": talks[0]}))
     evaluate[evaluate.index("talks.jsonl")] = "talks.jsonl,org/talks:,org/talks:::messages"
     shown = sleb(*evaluate, "--json")
-    assert "perplexity is measured on org/talks::test." in shown.stderr
+    assert "measuring perplexity on org/talks::test." in shown.stderr
     _, *of_data_set = json.loads(shown.stdout)["texts"]
     assert [{**found, "text": "talks.jsonl"} for found in of_data_set] == [text, text]
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talks[0]}))

@@ -193,7 +193,7 @@ def test_an_answer_longer_than_the_model_is_refused(run_sleb, tiny_llama, tmp_pa
     write_task(tmp_path, "long", [{"q": "a", "choices": ["b", prose(60)], "gold": 0}])
     refused = run_sleb("eval", tiny_llama, "--tasks", "long", "--include-path", tmp_path)
     assert refused.exit_code == 2
-    assert "and the model only 128 positions" in refused.stderr
+    assert "but the model has only 128 positions" in refused.stderr
 
 
 def test_an_evaluation_runs_once(evaluate, tiny_llama, test_text, own_task, tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_p
         (("--perplexity", "t.txt", "--stride", 129), 2, "--stride 129 does not fit windows of 128"),
         (("--perplexity", "t.txt", "--batch-size", "many"), 2, "--batch-size many"),
         (("--perplexity", "t.txt", "--every", 2), 2, "--every 2 needs a plan or --blocks"),
-        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 2, "--remove", 1), 2, "does not go with --remove"),
+        (("--perplexity", "t.txt", "--blocks", "1,2,3", "--every", 2, "--remove", 1), 2, "cannot be combined"),
         (("--perplexity", "t.txt", "--blocks", "1,2,3", "--remove", "2,4"), 2, "--remove 1 to 3"),
         (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
         (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
@@ -369,9 +369,9 @@ def corpus(tmp_path):
 @pytest.mark.usefixtures("corpus")
 def test_the_split_is_the_least_known_one_by_default(evaluate, tiny_llama):
     chosen, said = evaluate(tiny_llama, "--perplexity", "org/corpus:,org/corpus:::text", *SHORT)
-    assert "No split was named, so perplexity is measured on org/corpus::test." in said
+    assert "No split given; measuring perplexity on org/corpus::test." in said
     named, said = evaluate(tiny_llama, "--perplexity", "org/corpus::test,org/corpus::train", *SHORT)
-    assert "No split was named" not in said
+    assert "No split given" not in said
     assert [text["text"] for text in chosen["texts"]] == ["org/corpus::test", "org/corpus::test:text"]
     assert [text["text"] for text in named["texts"]] == ["org/corpus::test", "org/corpus::train"]
     assert named["texts"][0] == chosen["texts"][0]

@@ -181,9 +181,9 @@ def test_a_failure_in_one_of_them_is_told_by_the_main_one(search, fault, code, w
 
 def test_what_cannot_be_is_said_once():
     for command, code, words in (
-        (["search", "nowhere", "--remove", 1], 4, "There is no folder nowhere here"),
+        (["search", "nowhere", "--remove", 1], 4, "nowhere is neither a local folder nor"),
         (["search", "nowhere", "--removee", 1], 2, "No such option: --removee"),
-        (["bench", "nowhere", "--blocks", "1"], 4, "There is no folder nowhere here"),
+        (["bench", "nowhere", "--blocks", "1"], 4, "nowhere is neither a local folder nor"),
     ):
         main, other = together(2, *command)
         assert main.exit_code == code

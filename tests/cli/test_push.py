@@ -147,7 +147,7 @@ def test_what_the_hub_would_not_take_is_refused_before_the_work(refused, hub, tm
     refused("is read-only")
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        assert "`hf upload acme/small FOLDER --private`" in refused("The Hub is out of reach")
+        assert "`hf upload acme/small FOLDER --private`" in refused("The Hub cannot be reached")
     monkeypatch.setenv("HF_TOKEN", "bad")
     refused("does not accept your token")
     monkeypatch.delenv("HF_TOKEN")
@@ -155,7 +155,7 @@ def test_what_the_hub_would_not_take_is_refused_before_the_work(refused, hub, tm
     assert "hf auth login" in refused("You are not logged in to the Hub")
     monkeypatch.setenv("HF_TOKEN", "good")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    refused("The Hub is out of reach")
+    refused("The Hub cannot be reached")
 
 
 def test_weights_of_another_model_go_in_the_same_commit(push, tmp_path, hub):
@@ -178,7 +178,7 @@ def test_weights_of_another_model_go_in_the_same_commit(push, tmp_path, hub):
     assert hub.commits == 1
     told = " ".join(result.stderr.split())
     gone = ", ".join(sorted(name for name in stale if name not in local))
-    assert f"Deleted from acme/old, as they belong to another model: {gone}." in told
+    assert f"Deleted files of another model from acme/old: {gone}." in told
 
 
 def test_only_force_writes_into_a_repository_and_keeps_its_visibility(push, refused, tmp_path, hub):

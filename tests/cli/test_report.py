@@ -285,7 +285,7 @@ def test_the_headline_names_the_largest_workload(exported, tmp_path, runs, said)
         ((0.0, 0.01, 0.02), "Use it where 95% of the accuracy is enough."),
         (
             (0.0, 0.02, 0.2),
-            "Where 95% of the accuracy must stay, remove 2 blocks, the most of any measured size that keeps it.",
+            "To keep 95% of the accuracy, remove 2 blocks, the most of any measured size that keeps it.",
         ),
         ((0.1, 0.2, 0.2), "remove fewer blocks than were measured, or recover it: `sleb apply --recover --heal`."),
     ],
@@ -340,7 +340,7 @@ def test_results_that_do_not_belong_are_left_out(exported, tmp_path, own, damage
     kept = write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40)).with_suffix(".eval.json")
     kept.write_text(kept.read_text().replace(own, damaged, 1))
     result = exported("summary", "--json")
-    assert "warning: plan.eval.json is left out" in result.stderr
+    assert "warning: Ignoring plan.eval.json: " in result.stderr
     document = json.loads(result.stdout)["document"]
     assert document["evaluation"] is None
     assert document["missing"][0]["command"] == "sleb eval plan.json --every 2"
@@ -352,7 +352,7 @@ def test_only_results_of_the_sizes_of_the_plan_count(exported, tmp_path):
     assert [set(removals) in map(set, plan.by_size) for removals in other.by_size] == [True, False, False, False]
     write_measured(tmp_path, plan, evaluation=make_evaluation(other, items=40, every=1))
     result = exported("summary", "--json")
-    assert "Leaving out 3 sizes in plan.eval.json that plan.json does not have." in result.stderr
+    assert "Ignoring 3 sizes in plan.eval.json that plan.json does not have." in result.stderr
     assert json.loads(result.stdout)["document"]["evaluation"]["sizes"] == [[7]]
     # A plan that is cut is about fewer.
     write_measured(tmp_path, plan, evaluation=make_evaluation(plan, items=40), benchmark=make_benchmark(plan))

@@ -112,12 +112,12 @@ def test_an_existing_plan_is_not_overwritten(search, tmp_path):
 ONE, TWO = ("--remove", 1), ("--remove", 2)
 REFUSED = [
     ((), 2, "No target given: one of --ratio, --remove, --target-params"),
-    (("--ratio", "0.2", *ONE), 2, "--ratio and --remove are different targets"),
+    (("--ratio", "0.2", *ONE), 2, "--ratio and --remove cannot be combined"),
     (("--ratio", "0.9"), 2, "At most 4 blocks can be removed, which leaves the model at 2 of 6 blocks"),
     (("--remove", "0"), 2, "The model is already at 6 of 6 blocks; the target is 6 of 6 blocks"),
     ((*ONE, "--metric", "nl"), 2, "Did you mean 'nll'?"),
-    ((*ONE, "--dtype", "int3"), 2, "no data type 'int3'"),
-    ((*ONE, "--device", "gpu"), 2, "no device 'gpu'"),
+    ((*ONE, "--dtype", "int3"), 2, "Unknown data type 'int3'"),
+    ((*ONE, "--device", "gpu"), 2, "Unknown device 'gpu'"),
     ((*ONE, "--samples", "9999"), 5, "text for"),
     ((*ONE, "--sequence-length", "129"), 2, "128 positions"),
     ((*ONE, "--memory", "lots"), 2, "--memory lots is not a size"),
@@ -135,7 +135,7 @@ REFUSED = [
     ((*ONE, "--metric", "cosine", "--fast"), 2, "--fast does not apply to cosine"),
     ((*ONE, "--extend", "nowhere.json"), 3, "no plan nowhere.json"),
     ((*ONE, "--calibration", "nowhere.txt"), 5, "no file nowhere.txt"),
-    ((*ONE, "--calibration", "wikitext3"), 5, "no text source 'wikitext3'"),
+    ((*ONE, "--calibration", "wikitext3"), 5, "Unknown text source 'wikitext3'"),
     ((*ONE, "--calibration", "."), 5, "is a folder"),
     ((*ONE, "--chat", "all"), 2, "is plain text, but --chat needs conversations"),
     ((*ONE, "--revision", "main"), 2, "--revision does not apply"),
@@ -158,14 +158,14 @@ REFUSED = [
     (("--max-task-drop", "piqa:-0.1"), 2, "--max-task-drop -0.1 is not a number of 0 or more"),
     (("--max-task-drop", "nowhere.yaml:0.1"), 5, "The task file nowhere.yaml cannot be read"),
     (("--max-task-drop", "piqa:0.1", "--strategy", "refine"), 2, "so it may miss --max-task-drop"),
-    (("--max-task-drop", "piqa:0.1", "--stream"), 2, "--max-task-drop runs the whole model, but it is streamed"),
+    (("--max-task-drop", "piqa:0.1", "--stream"), 2, "--max-task-drop runs the whole model, but the model is streamed"),
     # Held-out sequences.
-    ((*ONE, "--holdout", "1"), 2, "--holdout 1 is not a share"),
+    ((*ONE, "--holdout", "1"), 2, "--holdout must be at least 0 and below 1, not 1"),
     ((*ONE, "--holdout", "0.2", "--samples", 1), 2, "A single calibration sequence cannot be split"),
     # Comparisons.
     ((*TWO, "--compare", "nll"), 2, "needs at least two entries"),
     ((*TWO, "--compare", "nll,nll@greedy"), 2, "names an entry twice"),
-    ((*TWO, "--compare", "nll,cosine@best"), 2, "There is no strategy 'best'"),
+    ((*TWO, "--compare", "nll,cosine@best"), 2, "Unknown strategy 'best'"),
     ((*TWO, "--compare", "nll,cosine", "--metric", "nll"), 2, "so --metric does not apply"),
     (("--max-loss-increase", 1, "--compare", "nll,cosine"), 2, "at the same size"),
 ]

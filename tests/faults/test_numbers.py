@@ -163,14 +163,14 @@ def test_bad_sequences_are_refused_or_left_out_in_every_way(search, models, text
     assert [(each.sequence, each.first) for each in found.skipped] == [(each, "the embeddings") for each in bad]
     assert (found.sequences, found.tokens_sha256) == (SAMPLES - len(bad), used)
     assert f"{bad[0]} (first in the embeddings)" in result.stderr
-    assert f"{len(bad)} left out" in result.stdout
+    assert f"{len(bad)} skipped" in result.stdout
 
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
         (("--recover",), 4, "hidden states that are not finite numbers"),
-        (("--heal", "--heal-tokens", 4096), 0, "Leaving out steps whose gradient is not finite"),
+        (("--heal", "--heal-tokens", 4096), 0, "Skipping steps whose gradient is not finite"),
     ],
 )
 def test_recovery_on_text_of_which_a_part_overflows(sleb, tmp_path, models, options, code, said):

@@ -189,7 +189,7 @@ def test_sums_that_do_not_fit_are_named_and_nothing_is_retried(monkeypatch):
 
     monkeypatch.setattr(Ridge, "solve", too_large)
     skippable, told = skippable_model("llama"), []
-    needed = r"fit of mlp.down_proj and self_attn.o_proj needs about \S+ kB of memory"
+    needed = r"Fitting mlp.down_proj and self_attn.o_proj needs about \S+ kB of memory"
     with pytest.raises(MachineError, match=needed) as error:
         recovered(skippable, {3}, own_text(skippable.model, 12), 10, told.append)
     assert "--recover" in error.value.hint

@@ -34,7 +34,7 @@ def test_the_tokenizers_bos_begins_the_text_or_each_window(tokenizer):
     assert cut_windows(other, "river", 16, bos=True).shape == (0, 16)
     other.bos_token = None
     assert cut_for_evaluation(other, text, 16).bos == "none"
-    with pytest.raises(UsageError, match="the tokenizer has no BOS token"):
+    with pytest.raises(UsageError, match="needs a BOS token, but the tokenizer has none"):
         cut_for_evaluation(other, text, 16, bos=True)
 
 

@@ -49,7 +49,7 @@ def test_whoever_answers_is_reached(why, monkeypatch, status):
 
 
 def test_it_is_offline_only_inside_even_after_an_error(why):
-    assert why(NOBODY) == f"{NOBODY} is out of reach (Connection refused)"
+    assert why(NOBODY) == f"{NOBODY} cannot be reached (Connection refused)"
     with pytest.raises(KeyError), offline_if_unreachable():
         raise KeyError
     assert not constants.is_offline_mode()
@@ -62,7 +62,7 @@ def test_only_a_slow_connection_is_out_of_reach(why, queue, reason):
         silent.listen(queue)  # one connection fits into an empty queue, and nobody takes it out
         waiting.connect(silent.getsockname())
         found = why("http://{}:{}".format(*silent.getsockname()))
-    assert found is None if reason is None else found.endswith(f"is out of reach ({reason})")
+    assert found is None if reason is None else found.endswith(f"cannot be reached ({reason})")
 
 
 def test_a_data_set_in_the_cache_needs_no_hub(why, tmp_path, monkeypatch):
@@ -82,7 +82,7 @@ def test_a_data_set_in_the_cache_needs_no_hub(why, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("org/name",), 4, "There is no folder org/name here, the cache lacks the model, and"),
+        (("org/name",), 4, "org/name is neither a local folder nor in the cache, and"),
         (("MODEL", "--calibration", "c4"), 5, "cannot be loaded: not in the cache, and"),
         pytest.param(
             ("MODEL", "--metric", "task:piqa"), 5, "The data of piqa cannot be loaded: not in the cache, and",
@@ -99,5 +99,5 @@ def test_one_sentence_and_no_retries(why, run_sleb, tiny_llama, text_file, optio
     error, hint = result.stderr.splitlines()[-2:]
     assert error.startswith("error: ")
     assert message in error
-    assert f"{NOBODY} is out of reach (Connection refused)" in error
+    assert f"{NOBODY} cannot be reached (Connection refused)" in error
     assert hint.startswith("hint: ")

@@ -48,7 +48,7 @@ def test_results_in_another_setting_are_moved_aside(tmp_path, result, changes):
     file, heard, other = tmp_path / "kept.json", [], result.model_copy(update=changes)
     keep_result(result, file, heard.append)
     assert keep_result(other, file, heard.append) == other
-    assert "kept.json holds results of another model or in another setting" in heard[0].text
+    assert "kept.json holds results for a different model or setting" in heard[0].text
     assert "kept.json is now kept.json.old" in heard[1].text
     assert read_kept(type(result), tmp_path / "kept.json.old", heard.append) == result
 
@@ -57,7 +57,7 @@ def test_files_that_cannot_be_read_or_written_lose_nothing(tmp_path):
     file, heard = tmp_path / "plan.eval.json", []
     file.write_text('{"kind": "eval"}')
     keep_result(evaluation(), file, heard.append)
-    assert "plan.eval.json is left out: it cannot be read by this version of sleb (schema_version" in heard[0].text
+    assert "plan.eval.json: this version of sleb cannot read it (schema_version" in heard[0].text
     assert (tmp_path / "plan.eval.json.old").read_text() == '{"kind": "eval"}'
     assert read_kept(EvalResult, file, heard.append) is not None
     assert keep_result(evaluation(), tmp_path / "none" / "plan.eval.json", heard.append) == evaluation()

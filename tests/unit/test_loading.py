@@ -73,7 +73,7 @@ def test_memory_that_ends_while_loading_is_no_verdict(run_sleb, tiny_llama, text
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
     result = run_sleb("eval", tiny_llama, "--perplexity", text_file)
     assert result.exit_code == 7
-    assert f"{tiny_llama} does not fit into the memory of cpu in float32" in result.stderr
+    assert f"{tiny_llama} does not fit in the memory of cpu in float32" in result.stderr
     assert "--dtype" in result.stderr
 
 

@@ -159,7 +159,7 @@ def test_a_model_that_writes_nothing_usable_is_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("template", "length", "message"),
     [
-        (None, 48, "self-chat does not work: the tokenizer has no chat template"),
+        (None, 48, "self-chat needs a chat template, but the tokenizer has none"),
         (TURNS, 20, "self-chat does not fit sequences of 20 tokens"),
         ("{{ messages | length }}", 48, "does not show where the words of a user begin"),
         ("{% for m in messages %}{{ m.content }}</s>{% endfor %}", 48, "does not show where the words of a user begin"),

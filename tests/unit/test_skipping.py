@@ -73,7 +73,7 @@ def test_everything_is_put_back_after_an_error(small, ids):
     ("cause", "error", "words"),
     [
         (ValueError("no indices"), UnsupportedModelError, r"llama does not run without blocks \[1\]: no indices"),
-        (torch.OutOfMemoryError("CUDA"), OutOfMemory, "3 sequences of 24 tokens do not fit into the memory of cpu"),
+        (torch.OutOfMemoryError("CUDA"), OutOfMemory, "3 sequences of 24 tokens do not fit in the memory of cpu"),
     ],
 )
 def test_what_a_block_raises_is_translated(small, ids, monkeypatch, cause, error, words):

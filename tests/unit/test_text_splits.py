@@ -165,4 +165,4 @@ def test_out_of_memory_fewer_sequences_are_generated(monkeypatch):
     monkeypatch.setattr(model, "forward", short_of_memory)
     assert generate_own_text(model, TOKENIZER, own, notify=events.append).shape == (8, 32)
     told = [event.text for event in events if isinstance(event, Notice)]
-    assert told == [f"Out of memory on cpu; generating {count} sequences at once." for count in (4, 2)]
+    assert told == [f"Out of memory on cpu; generating {count} sequences at a time." for count in (4, 2)]

@@ -24,7 +24,7 @@ from sleb_cli.engine.files.copying import local_path
 from sleb_cli.events import Notice, Notify
 from sleb_plugins import OutputError, UsageError
 
-_ELSEWHERE = "Choose another place for the cache with the environment variable SLEB_CACHE."
+_ELSEWHERE = "Set the environment variable SLEB_CACHE to another folder."
 
 
 def cache_root() -> Path:

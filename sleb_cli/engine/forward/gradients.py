@@ -39,7 +39,7 @@ def blocks_with_gradients(passes: Passes, removed: Collection[int], blocks: Sequ
     model = passes.skippable.model
     model.requires_grad_(False)
     yield_blocks = _one_by_one if passes.forks else _all_together
-    message = f"Gradients do not fit into the memory of {passes.skippable.device}."
+    message = f"Gradients do not fit in the memory of {passes.skippable.device}."
     try:
         with translate_out_of_memory(message, "Use a smaller --batch-size, fewer --samples, or --device cpu."):
             yield from yield_blocks(passes, removed, blocks)

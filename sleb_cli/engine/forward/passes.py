@@ -172,7 +172,7 @@ class Passes:
             self.notify(
                 Notice(
                     f"Out of memory on {self.skippable.device}; continuing with {less.branches} candidates, "
-                    f"{less.sequences} sequences and {less.positions} positions at once."
+                    f"{less.sequences} sequences and {less.positions} positions at a time."
                 )
             )
 
@@ -488,7 +488,7 @@ def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.devi
     states = format_bytes((count + OTHER_BRANCHES) * of_branch)
     place = spill_to.absolute()
     passes.notify(
-        Notice(f"Hidden states need up to {states}, more than fits into memory; sleb keeps them in a file in {place}.")
+        Notice(f"Hidden states need up to {states}, more than fits in memory, so sleb keeps them in a file in {place}.")
     )
     return replace(passes, hold=partial(spilled, folder=spill_to), budget=budget)
 

@@ -214,7 +214,7 @@ def _require_alone(request: SearchRequest | ApplyRequest | EvalRequest) -> None:
     refused = [
         (
             request.stream,
-            "--device-map and --stream are two ways to run a model that does not fit.",
+            "--device-map and --stream cannot be combined: each runs a model that does not fit.",
             "Use one of them: --stream reads each block once a step, a device map once a pass.",
         ),
         (

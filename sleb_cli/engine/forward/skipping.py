@@ -128,7 +128,7 @@ def _computed(output: Tensor, what: str) -> Tensor:
 def sequences_fit(shape: torch.Size, device: torch.device) -> AbstractContextManager[None]:
     """Name what did not fit if a pass over tokens of this shape, [batch, positions], runs out of memory."""
     return translate_out_of_memory(
-        f"{shape[0]} sequences of {shape[1]} tokens do not fit into the memory of {device}.",
+        f"{shape[0]} sequences of {shape[1]} tokens do not fit in the memory of {device}.",
         "Use a smaller --batch-size or --sequence-length, or --device cpu.",
     )
 

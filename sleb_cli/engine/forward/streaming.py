@@ -256,7 +256,7 @@ class StreamedBlocks(BlockWeights):
         if dtype is None:
             raise UnsupportedModelError(
                 f"{tensor.name} is stored as {tensor.dtype}, which torch does not support.",
-                hint="Convert the weights to a data type of torch.",
+                hint="Convert the weights to a data type that torch supports.",
             )
         room = PAGE if self._as_mapped else 0
         memory = torch.empty(tensor.size + room, dtype=torch.uint8, pin_memory=self._stream is not None)

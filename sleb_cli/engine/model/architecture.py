@@ -48,7 +48,7 @@ _LARGEST_COUNT = 4096
 _CODE = ("attn_implementation", "implementation_internal", "experts_implementation")
 """Endings of config keys that may name a repository of compiled code, which transformers would download and run."""
 
-_ELSEWHERE = "Free some space, or choose another place for temporary files with the environment variable TMPDIR."
+_ELSEWHERE = "Free some space, or set the environment variable TMPDIR to another folder."
 
 _KINDS = ("layer_types", "layers_block_type", "attention_layers", "mlp_layer_types")
 """Config keys that list the kind of each block."""
@@ -137,7 +137,7 @@ class Architecture:
             raise UnsupportedModelError(
                 f"The family {self.adapter.name} says that {self.config.model_type} keeps its blocks at "
                 f"{self.adapter.blocks_path}, but there is no list there.",
-                hint="Tell the author of the plugin; `sleb plugins` names it.",
+                hint="Report it to the author of the plugin, which `sleb plugins` names.",
             )
         return blocks
 

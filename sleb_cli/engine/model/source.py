@@ -181,8 +181,8 @@ def locate_model(
         others = f" and {len(pickles) - 1} more" if len(pickles) > 1 else ""
         notify(
             Notice(
-                f"{source.id} is stored as pickles ({pickles[0]}{others}); only tensors are read from them, "
-                "and no code in them runs."
+                f"{source.id} is stored as pickles ({pickles[0]}{others}); sleb reads only tensors from them, "
+                "and runs no code in them."
             )
         )
     return source
@@ -239,14 +239,14 @@ def _download(model: str, revision: str | None, notify: Notify, *, config_only: 
         raise ModelError(f"{model} has no revision {revision!r}.", hint="Check --revision.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"There is no folder {model} here and no such model on the Hub.",
+            f"{model} is neither a local folder nor a model on the Hub.",
             hint="Check the name. For a private model, log in with `hf auth login`.",
         ) from error
     except HfHubHTTPError as error:
         raise ModelError(f"The Hub refused {model}: {first_line(error)}.", hint="Try again later.") from error
     except (LocalEntryNotFoundError, ConnectionError) as error:
         raise ModelError(
-            f"There is no folder {model} here, the cache lacks the model, and {unreachable or first_line(error)}.",
+            f"{model} is neither a local folder nor in the cache, and {unreachable or first_line(error)}.",
             hint="Check the name and the network, or name a local folder.",
         ) from error
 

@@ -137,11 +137,9 @@ def apply_removals(
             check(aside)
         names = [path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()]
     if left_out:
-        notify(Notice(f"Not copied, as they hold weights in other formats or of an adapter: {', '.join(left_out)}."))
+        notify(Notice(f"Did not copy files with weights in other formats or of an adapter: {', '.join(left_out)}."))
     if outside:
-        notify(
-            Warned(f"Not copied, because they are links to places outside the model's folder: {', '.join(outside)}.")
-        )
+        notify(Warned(f"Did not copy links that lead outside the model's folder: {', '.join(outside)}."))
     return ApplyResult(
         schema_version=1,
         sleb_version=__version__,

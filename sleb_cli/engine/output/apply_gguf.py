@@ -122,8 +122,9 @@ def _warn_of_size(now: int, before: int, notify: Notify) -> None:
     if now >= before:
         notify(
             Notice(
-                f"The file takes {format_bytes(now)}, the original {format_bytes(before)}: new values are in Q8_0, "
-                "larger and slower. `llama-quantize --allow-requantize` shrinks it, and gives up part of the recovery."
+                f"The file takes {format_bytes(now)}, the original {format_bytes(before)}: new values are stored in "
+                "Q8_0, which is larger and slower. `llama-quantize --allow-requantize` shrinks it, at the cost of part "
+                "of the recovery."
             )
         )
 
@@ -196,10 +197,10 @@ def _differing_entry(found: GgufFile, expected: GgufFile) -> str | None:
     entries = {entry.key: entry for entry in found.entries}
     for entry in expected.entries:
         if (there := entries.pop(entry.key, None)) != entry:
-            return f"{entry.key} is {'missing' if there is None else 'another'}"
+            return f"{entry.key} is {'missing' if there is None else 'different'}"
     if entries:
         return f"{next(iter(entries))} is unexpected"
-    return None if found.entries == expected.entries else "the entries are in another order"
+    return None if found.entries == expected.entries else "the entries are in a different order"
 
 
 def _bytes_of(tensor: gguf.ReaderTensor) -> memoryview:
@@ -244,5 +245,5 @@ def _why_transformers_cannot(file: GgufFile, aside: Path) -> str | None:
     needed = 8 * sum(math.prod(tensor.shape) for tensor in file.tensors)
     for what, free in (("memory", free_bytes(CPU)), ("disk space", free_space(aside.parent))):
         if free < needed:
-            return f"transformers needs {format_bytes(needed)} of {what}, and only {format_bytes(free)} is free"
+            return f"transformers needs {format_bytes(needed)} of {what}, but only {format_bytes(free)} is free"
     return None

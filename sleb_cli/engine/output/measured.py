@@ -27,10 +27,10 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     if result is None:
         return None
     if result.model.fingerprint != plan.model.fingerprint:
-        notify(Warned(f"{file} is left out: it was measured on a different model than {path}."))
+        notify(Warned(f"Ignoring {file}: it was measured on a different model than {path}."))
         return None
     if isinstance(result, EvalResult) and plan.recovery and result.recovered is None:
-        notify(Warned(f"{file} is left out: it was measured before the blocks of {path} were recovered."))
+        notify(Warned(f"Ignoring {file}: it was measured before the blocks of {path} were recovered."))
         return None
     planned = {frozenset(removals) for removals in plan.by_size}
     measured = {frozenset(entry.removals) for part in parts_of(result) for entry in part.pruned}
@@ -39,7 +39,7 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
     strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
     if strangers:
-        notify(Warned(f"Leaving out {plural(len(strangers), 'size')} in {file} that {path} does not have."))
+        notify(Warned(f"Ignoring {plural(len(strangers), 'size')} in {file} that {path} does not have."))
     return without_local_folders(_only_sizes(result, planned)) if measured & planned else None
 
 

@@ -145,11 +145,11 @@ def _obstacle(architecture: Architecture, place: Placement) -> str | None:
     needed, free = _needed(architecture, place.dtype, stream=place.stream), free_bytes(place.device)
     if needed > free:
         what = "two of its blocks at a time need" if place.stream else "the model needs"
-        return f"{what} {format_bytes(needed)} of memory, and {format_bytes(free)} is free"
+        return f"{what} {format_bytes(needed)} of memory, but only {format_bytes(free)} is free"
     written = converted_bytes(architecture, place.dtype) if place.stream else 0
     if written and written > (left := free_space(cache_root())):
         return (
-            f"transformers would write {format_bytes(written)} of converted weights to the disk, and "
+            f"transformers would write {format_bytes(written)} of converted weights to the disk, but only "
             f"{format_bytes(left)} is free"
         )
     return None
@@ -409,7 +409,7 @@ def _runs(
             model.to(stored)  # half of what is written and read again, where only names and shapes count
         needed, free = sum(tensor.nbytes for tensor in model.state_dict().values()), free_space(folder)
         if needed > free:
-            reason = f"saving it again needs {format_bytes(needed)} on the disk, and {format_bytes(free)} is free"
+            reason = f"saving it again needs {format_bytes(needed)} on the disk, but only {format_bytes(free)} is free"
             yield None, {"partial": reason}
             return
         with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:
@@ -523,7 +523,7 @@ def failed(what: str, kind: str = "checkpoint") -> ProofError:
     return ProofError(
         f"The pruned {kind} failed its proof: {what}.",
         hint="Nothing was written. Try again, in case the disk or another program changed a file. If it fails again, "
-        "please report the model; --keep-failed DIR keeps what was written.",
+        "please report the model; --keep-failed DIR keeps the output.",
     )
 
 

@@ -118,7 +118,7 @@ def push(folder: Path, names: Collection[str], request: PushRequest, notify: Not
             hint=f"Upload it by hand: `{request.by_hand.replace('FOLDER', str(folder))}`{also}.",
         ) from error
     if stale:
-        notify(Notice(f"Deleted from {request.repo}, as they belong to another model: {', '.join(sorted(stale))}."))
+        notify(Notice(f"Deleted files of another model from {request.repo}: {', '.join(sorted(stale))}."))
     return str(url)
 
 
@@ -149,6 +149,6 @@ def _reaching(request: PushRequest) -> Iterator[None]:
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise OutputError("The Hub does not accept your token.", hint=_LOGIN) from error
         raise OutputError(
-            f"The Hub is out of reach, so nothing can be pushed to {request.repo}: {first_line(error)}.",
+            f"The Hub cannot be reached, so nothing can be pushed to {request.repo}: {first_line(error)}.",
             hint=f"Check the network (is HF_HUB_OFFLINE set?), or leave out --push and run `{request.by_hand}` later.",
         ) from error

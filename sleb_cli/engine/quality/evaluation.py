@@ -55,7 +55,7 @@ def evaluate_subject(
     tasks = load_requested(request) if request.tasks else ()
     tokenizer = load_tokenizer(architecture.source)
     if any(task.runs_code for task in tasks) and (free := unconfined()):
-        notify(Warned(f"On this system, programs that the model writes are not kept from {free}."))
+        notify(Warned(f"On this system, sleb cannot keep programs that the model writes away from {free}."))
     tasks = fitting(tasks, tokenizer, architecture.longest_sequence, notify) if tasks else ()
     names = texts_of(request)
     texts = group.one_first(lambda: [read_evaluation_text(name, request, tokenizer, architecture) for name in names])
@@ -174,7 +174,7 @@ def _remarks(texts: list[EvaluationWindows], subject: Subject) -> Iterator[str]:
     for windows in texts:
         text = windows.text
         if text.split is not None:
-            yield f"No split was named, so perplexity is measured on {text.source}."
+            yield f"No split given; measuring perplexity on {text.source}."
         for what, record in _texts_used(subject):
             if is_known(text, windows.ids, record):
                 yield f"{what} on {record.title}, so perplexity on {text.source} may flatter the pruned model."

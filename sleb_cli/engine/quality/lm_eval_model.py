@@ -121,7 +121,8 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         rate = super()._loglikelihood_tokens
         if (longest := max((len(answer) for *_, answer in requests), default=0)) > self.max_length:
             raise UsageError(
-                f"{self._named[0]} has an answer of {longest} tokens, and the model only {self.max_length} positions.",
+                f"{self._named[0]} has an answer of {longest} tokens, but the model has only "
+                f"{self.max_length} positions.",
                 hint="Leave the task out.",
             )
         if self._models and options.get("override_bs") is None:

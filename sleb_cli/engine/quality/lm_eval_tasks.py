@@ -111,7 +111,7 @@ class LoadedTask:
         """
         if self._request.apply_chat_template and not getattr(tokenizer, "chat_template", None):
             raise UsageError(
-                "--apply-chat-template does not work: the tokenizer has no chat template.", hint="Leave it out."
+                "--apply-chat-template needs a chat template, but the tokenizer has none.", hint="Leave it out."
             )
         if tokenizer.eos_token_id is None and (writing := [name for name, each in self.tasks.items() if _writes(each)]):
             raise UsageError(
@@ -133,7 +133,7 @@ class LoadedTask:
             return self._evaluate(answering)
 
         def reduced(requests: int) -> None:
-            notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at once."))
+            notify(Notice(f"Out of memory on {device}; continuing with {requests} requests at a time."))
 
         with quiet(), _loading_data(self.name):
             return in_smaller_pieces(run, largest, reduced)
@@ -237,7 +237,7 @@ def _load(manager: Any, name: str, *, runs_code: bool) -> dict[str, Any]:
         if not runs_code:
             raise UsageError(
                 f"The task {part} runs programs that the model writes.",
-                hint="Add --run-code if that is all right on this machine.",
+                hint="Add --run-code to allow it on this machine.",
             )
     return loaded
 

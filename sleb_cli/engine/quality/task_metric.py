@@ -35,7 +35,7 @@ class TaskError(ModelMetric):
     """
 
     name = "task"
-    description = "1 - accuracy on the first items (100) of an lm-eval task, a name or a YAML file"
+    description = "1 - accuracy on the first items (default: 100) of an lm-eval task, by name or YAML file"
     argument = "TASK[:ITEMS]"
     _task: LoadedTask
 

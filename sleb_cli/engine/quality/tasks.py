@@ -77,7 +77,7 @@ def fitting(
     for task in tasks:
         length = task.longest_request(tokenizer) if positions and {*task.tasks} <= {*CANARIES} else 0
         if positions and length > positions:
-            notify(Notice(f"{task.name} is left out: it takes {length:,} tokens; the model has only {positions:,}."))
+            notify(Notice(f"Skipping {task.name}: it takes {length:,} tokens, but the model has only {positions:,}."))
         else:
             left.append(task)
     if not left:

@@ -228,7 +228,7 @@ class _Scorer:
         def reduced(size: int) -> None:
             self.size = size
             device = self.models.placement.device
-            self.models.notify(Notice(f"Out of memory on {device}; continuing with {size} windows at once."))
+            self.models.notify(Notice(f"Out of memory on {device}; continuing with {size} windows at a time."))
 
         for number, batches in zip(numbers, in_smaller_pieces(score, self.size, reduced), strict=True):
             scores = [joined(of_size) for of_size in zip(*batches, strict=True)]

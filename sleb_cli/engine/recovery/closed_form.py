@@ -404,7 +404,7 @@ class _Recovery:
 
         # A smaller batch would not help.
         with translate_out_of_memory(
-            f"The fit of {' and '.join(projection.name for projection in projections)} needs about "
+            f"Fitting {' and '.join(projection.name for projection in projections)} needs about "
             f"{format_bytes(train.bytes_to_solve)} of memory for its sums.",
             "Leave out --recover, or use a machine or a --device with more memory.",
             MachineError,

@@ -208,7 +208,7 @@ class Healing:
             self.trained.step(gradient, learning_rate(LEARNING_RATE, share + ahead, self.progress.steps))
         elif not self._left_out:
             self._left_out = True
-            self.notify(Notice("Leaving out steps whose gradient is not finite: the model overflows on some text."))
+            self.notify(Notice("Skipping steps whose gradient is not finite: the model overflows on some text."))
         self.progress.steps += 1
         self.progress.tokens += tokens
         self._report()
@@ -250,7 +250,7 @@ class Healing:
         found = self.group.from_main(self._divergence)
         if not (self.progress.steps or math.isfinite(found)):
             raise ModelError(
-                f"On the text that decides, the divergence from the dense model is {found}.",
+                f"On the deciding text, the divergence from the dense model is {found}.",
                 hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
             )
         if found < self.progress.best_divergence:

@@ -155,7 +155,7 @@ class Unfinished:
             )
         if self.healing.exists() and not (resume or force):
             raise OutputError(
-                f"{self.folder} holds an unfinished healing.",
+                f"{self.folder} holds an unfinished healing run.",
                 hint="Continue it with --resume, or start over with --force.",
             )
 

@@ -68,7 +68,7 @@ def leave_out(calibration: Calibration, bad: Sequence[SkippedRecord], least: int
         )
     notify(
         Notice(
-            f"Left out {len(bad)} of {count} calibration sequences, on which the model computes NaN or infinity: "
+            f"Skipped {len(bad)} of {count} calibration sequences on which the model computes NaN or infinity: "
             f"{_list(bad)}."
         )
     )
@@ -83,7 +83,7 @@ def unsound(
     row = first.sequence - 1
     text = tokenizer.decode(calibration.sequences[row, :QUOTED_TOKENS].tolist())[:QUOTED_CHARACTERS]
     others = f" {len(bad) - 1} more of the {count} sequences are like this." if len(bad) > 1 else ""
-    skip = "" if len(bad) == count else " Or leave out such sequences: --skip-bad-sequences."
+    skip = "" if len(bad) == count else " Or skip such sequences: --skip-bad-sequences."
     return ModelError(
         f"{model} computes NaN or infinity in {dtype_name(dtype)}, before any removal: in {first.first}, on "
         f"calibration sequence {first.sequence} of {count}, which is from {calibration.origins[row]} and begins "

@@ -52,7 +52,7 @@ def overfitting_note(steps: Sequence[Step]) -> str | None:
                 f"The search overfits its calibration text from step {number}: the loss grew by "
                 f"{found.generalization_gap:.3f} nats per token more on the held-out sequences than on those searched "
                 f"({found.generalization_gap / found.standard_error:.1f} standard errors). "
-                "More or other calibration text may help."
+                "More or different calibration text may help."
             )
     return None
 

@@ -256,12 +256,14 @@ def _place(request: SearchRequest, metric: Metric, architecture: Architecture, n
         return placement
     error, hint = UsageError if request.stream else MachineError, "Use a machine with more memory, or --device-map."
     if isinstance(metric, ModelMetric):
-        raise error(f"{metric.name} runs the whole model, but it is streamed block by block.", hint=hint)
+        raise error(f"{metric.name} runs the whole model, but the model is streamed block by block.", hint=hint)
     if isinstance(metric, WeightMetric) and metric.needs_gradients:
-        raise error(f"{metric.name} needs gradients of the whole model, but it is streamed block by block.", hint=hint)
+        raise error(
+            f"{metric.name} needs gradients of the whole model, but the model is streamed block by block.", hint=hint
+        )
     for option, does in (("target_speedup", "times"), ("max_task_drop", "runs")):
         if getattr(request, option) is not None:
-            words = f"{option_of(option)} {does} the whole model, but it is streamed block by block."
+            words = f"{option_of(option)} {does} the whole model, but the model is streamed block by block."
             raise error(words, hint="Use --ratio.")
     return placement
 
@@ -281,7 +283,7 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
         parse_bytes(str(request.memory), "--memory")
     if request.holdout is not None and request.holdout >= 1:
         raise UsageError(
-            f"--holdout {request.holdout:g} is not a share from 0 to below 1.",
+            f"--holdout must be at least 0 and below 1, not {request.holdout:g}.",
             hint="0.2 holds out a fifth of the sequences.",
         )
     if request.fast and not can_race(metric, strategy):
@@ -292,7 +294,7 @@ def _require_fitting(request: SearchRequest, metric: Metric, strategy: StrategyN
         )
     if STRATEGIES[strategy].needs_sets and not isinstance(metric, LogitMetric | ModelMetric):
         raise UsageError(
-            f"--strategy {strategy} compares sets of blocks, and {metric.name} scores single blocks.",
+            f"--strategy {strategy} compares sets of blocks, but {metric.name} scores single blocks.",
             hint="Use a metric of the whole model, such as nll, or --strategy greedy.",
         )
     if request.max_task_drop is not None and strategy == "refine":
@@ -316,17 +318,17 @@ def _require_packable(request: SearchRequest, metric: Metric) -> None:
         raise UsageError(f"--load-in {request.load_in} is unknown.", hint=f"Use {' or '.join(get_args(LoadIn))}.")
     if request.stream:
         raise UsageError(
-            "--load-in and --stream are two ways to run a model that does not fit.",
+            "--load-in and --stream cannot be combined: each runs a model that does not fit.",
             hint="Use one of them: --stream keeps the weights as they are.",
         )
     if isinstance(metric, WeightMetric):
         raise UsageError(
-            f"{metric.name} reads the weights, and --load-in packs them.",
+            f"{metric.name} reads the weights, but --load-in packs them.",
             hint="Leave out --load-in, or use a metric of what the model computes, such as nll.",
         )
     if request.target_speedup is not None:
         raise UsageError(
-            "--target-speedup times the model as it will run, and --load-in packs its weights.",
+            "--target-speedup times the model as it will run, but --load-in packs its weights.",
             hint="Use another target, such as --ratio.",
         )
 

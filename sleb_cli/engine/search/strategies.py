@@ -261,4 +261,4 @@ def strategy_name(text: str) -> StrategyName:
     for name in STRATEGIES:
         if name == text:
             return name
-    raise UsageError(f"There is no strategy {text!r}.", hint=did_you_mean(text, list(STRATEGIES)))
+    raise UsageError(f"Unknown strategy {text!r}.", hint=did_you_mean(text, list(STRATEGIES)))

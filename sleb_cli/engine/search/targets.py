@@ -57,7 +57,7 @@ def chosen_target(request: TargetRequest) -> TargetName:
         )
     if len(given) > 1:
         options = " and ".join(map(option_of, given))
-        raise UsageError(f"{options} are different targets.", hint="Give only one of them.")
+        raise UsageError(f"{options} cannot be combined.", hint="Use one of them.")
     for name, target in _NEEDS.items():
         if getattr(request, name) is not None and given[0] != target:
             raise UsageError(f"{option_of(name)} requires {option_of(target)}.", hint=f"Leave out {option_of(name)}.")

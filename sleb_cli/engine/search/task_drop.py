@@ -59,7 +59,7 @@ class TaskDrop:
         compared = [each for each in results if each.pruned[0].difference_interval and each.doc_ids]
         if len({each.task for each in compared}) != 1 or not (best := main_metric(compared)).higher_is_better:
             raise UsageError(
-                f"{self.target.task} is not one task whose items are right or wrong, as --max-task-drop needs.",
+                f"--max-task-drop needs one task whose items are right or wrong, which {self.target.task} is not.",
                 hint="Name a task such as piqa.",
             )
         return best

@@ -200,7 +200,7 @@ def _with_tensors(
 def fits(source: ModelSource, dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Say what did not fit if loading this model runs out of memory."""
     return translate_out_of_memory(
-        f"{source.id} does not fit into the memory of {device} in {dtype_name(dtype)}.",
+        f"{source.id} does not fit in the memory of {device} in {dtype_name(dtype)}.",
         "Use a narrower --dtype, or a device with more memory.",
     )
 

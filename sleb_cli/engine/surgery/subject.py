@@ -45,7 +45,7 @@ class Subject:
         most, every = len(self.surgery.removals), request.every
         hint = "Use --every 2, or --remove 2,4,6."
         if every is not None and request.remove:
-            raise UsageError(f"--every {every} does not go with --remove.", hint=hint)
+            raise UsageError(f"--every {every} cannot be combined with --remove.", hint=hint)
         if every is not None and not most:
             raise UsageError(f"--every {every} needs a plan or --blocks.", hint=hint)
         if not most:
@@ -82,7 +82,7 @@ def resolve_subject(
         removals = plan.removals
         model, revision = place_of_model(path, plan, request.model, revision)
     elif request.model is not None:
-        raise UsageError(f"--model applies to a plan, and {model} is a model.", hint="Leave out --model.")
+        raise UsageError(f"--model applies to a plan, but {model} is a model.", hint="Leave out --model.")
     elif removals is not None:
         removals = first_removals(removals, request.most_removals, "--blocks")
     elif needs_removals or (request.most_removals is not None and not config_only):
@@ -154,7 +154,7 @@ def read_named_plan(path: Path, request: OneSizeRequest | SizesRequest) -> Plan:
     """
     if request.blocks is not None:
         raise UsageError(
-            f"--blocks applies to a model, and {path} is a plan with its own blocks.", hint="Leave out --blocks."
+            f"--blocks applies to a model, but {path} is a plan with its own blocks.", hint="Leave out --blocks."
         )
     return first_of_plan(read_plan(path), request.most_removals, path)
 
@@ -214,6 +214,6 @@ def require_same_model(path: Path, plan: Plan, architecture: Architecture) -> No
 
     if differing := differences(identity(found), identity(planned)):
         raise PlanError(
-            f"{path} was made for {planned.id}, and {found.id} is a different model ({differing}).",
+            f"{path} was made for {planned.id}, but {found.id} is a different model ({differing}).",
             hint="Name the plan's model with --model, or use the plan on this one with --any-model.",
         )

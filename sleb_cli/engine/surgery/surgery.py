@@ -159,7 +159,7 @@ def _rotary_changes(before: Any, after: Any) -> str | None:
     if old == new or not isinstance(old, dict) or not isinstance(new, dict):
         return None
     changed = next((key for key in new if new[key] != old.get(key)), None)
-    return changed and f"its rotary positions would be others: {changed} {new[changed]}, not {old.get(changed)}"
+    return changed and f"its rotary positions would change: {changed} {new[changed]}, not {old.get(changed)}"
 
 
 def _cache_fault(config: Any) -> str | None:

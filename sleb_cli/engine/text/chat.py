@@ -33,7 +33,7 @@ def require_template(tokenizer: Any, what: str) -> None:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError(
-            f"{what} does not work: the tokenizer has no chat template.",
+            f"{what} needs a chat template, but the tokenizer has none.",
             hint=f"Leave out {what}, or name a chat model.",
         )
 

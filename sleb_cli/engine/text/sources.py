@@ -437,7 +437,7 @@ def _parse_dataset(source: str, column: str = "text") -> Dataset:
     path, *parts = source.split(":")
     if "/" not in path or len(parts) > 3:
         raise DataError(
-            f"There is no text source {source!r}.",
+            f"Unknown text source {source!r}.",
             hint="Use wikitext2, c4, self, a .txt or .jsonl file, or org/name[:config][:split][:column].",
         )
     config, split, named = [*parts, "", "", ""][:3]

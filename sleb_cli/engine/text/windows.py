@@ -110,7 +110,7 @@ def cut_for_evaluation(
         UsageError: the tokenizer has no BOS token, or the stride does not fit the windows.
     """
     if bos and tokenizer.bos_token_id is None:
-        raise UsageError("--bos does not work: the tokenizer has no BOS token.", hint="Leave out --bos.")
+        raise UsageError("--bos needs a BOS token, but the tokenizer has none.", hint="Leave out --bos.")
     own = length - bos
     if stride is not None and not 1 <= stride <= own:
         raise UsageError(f"--stride {stride} does not fit windows of {own} tokens.", hint=f"Use 1 to {own}.")

@@ -107,7 +107,7 @@ def write_or_find(
             return write(_continuing(model, writing, size, advance, notify), size)
 
     def reduced(size: int) -> None:
-        notify(Notice(f"Out of memory on {device}; generating {size} sequences at once."))
+        notify(Notice(f"Out of memory on {device}; generating {size} sequences at a time."))
 
     found = in_smaller_pieces(run, batch, reduced)
     kept.write(key, json.dumps(found).encode())

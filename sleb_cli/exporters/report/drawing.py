@@ -60,7 +60,7 @@ CAPTIONS = {
     "quality-and-speed-generation": ("Generation: quality against measured speed", _SIZES),
     "quality-and-speed-prompt": ("Prompt processing: quality against measured speed", _SIZES),
     "perplexity": (
-        "Change of perplexity over blocks removed",
+        "Change in perplexity by blocks removed",
         "Both models read the same tokens, so bars are 95% intervals of the paired difference.",
     ),
     "divergence": (
@@ -73,7 +73,7 @@ CAPTIONS = {
         "Both models answer the same items: lost ones went from right to wrong, gained ones the other way.",
     ),
     "speedup": (
-        "Measured speedup over blocks removed, and its bound",
+        "Measured speedup by blocks removed, and its bound",
         "Points are measured, with 95% intervals; dotted lines are what FLOPs and bytes would allow.",
     ),
     "latency": ("Latency of every run", "The share of runs that took at most this long. No run is left out."),
@@ -81,14 +81,14 @@ CAPTIONS = {
         "Latency between tokens",
         "The share of tokens that came at most this long after the one before.",
     ),
-    "memory": ("Peak memory", "Of a process that runs nothing else."),
+    "memory": ("Peak memory", "Measured in a process that runs nothing else."),
     "search": (
         "What each candidate would have cost",
         "Bright cells are cheap to remove, dark ones costly. A cross marks what a step removed, a dot what was "
         "removed before; hatched blocks are protected.",
     ),
     "loss": (
-        "Loss over blocks removed",
+        "Loss by blocks removed",
         "If text was held out, the distance between the lines shows how far the search fits its own text.",
     ),
 }

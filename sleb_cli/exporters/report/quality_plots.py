@@ -85,7 +85,7 @@ def _draw_pareto(kinds: dict[str, list[Line]], speeds: dict[int, Estimate], labe
                     place = (7, -13) if is_change else (7, 6)
                     axis.annotate(f"−{count}", (x, y), place, textcoords="offset points", fontsize=10)
         axis.plot([1.0], [start], "*", color=INK, markersize=11, label="dense")
-        axis.set(xlabel=label, ylabel="change of perplexity, %" if is_change else "accuracy kept, %")
+        axis.set(xlabel=label, ylabel="change in perplexity, %" if is_change else "accuracy kept, %")
         axis.margins(0.1)
         if is_change:
             _spread_large_changes(axis, lines)
@@ -109,7 +109,7 @@ def _draw_lines(lines: list[Line], figure: Figure) -> None:
     axis = figure.add_subplot()
     for number, (name, values) in enumerate(lines):
         draw_series(axis, number, name, [0, *values], [(0.0, None), *values.values()], 100)
-    axis.set(xlabel="blocks removed", ylabel="change of perplexity, %")
+    axis.set(xlabel="blocks removed", ylabel="change in perplexity, %")
     whole_ticks(axis, range(max(at for _, values in lines for at in values) + 1))
     _spread_large_changes(axis, lines)
     axis.grid()

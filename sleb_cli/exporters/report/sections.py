@@ -64,7 +64,7 @@ def _by_depth(findings: Findings) -> list[str]:
         f"{sum(low <= block < high for block in findings.plan.removals)} of {high - low} in the {name} third"
         for name, (low, high) in zip(("first", "middle", "last"), pairwise(edges), strict=True)
     ]
-    return [f"By depth, these are gone: {', '.join(gone)}."] if blocks >= 6 else []
+    return [f"Blocks removed by depth: {', '.join(gone)}."] if blocks >= 6 else []
 
 
 def flips(findings: Findings) -> list[tuple[str, Sequence[FlipRecord]]]:
