@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sleb_cli.atomic import write_text
+from sleb_cli.atomic import new_file, write_text
 from sleb_cli.processes import is_main_process
 from sleb_cli.requests import TARGET_NAMES
 from sleb_plugins import OutputError, SlebError, UsageError
@@ -117,8 +117,8 @@ def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     head = f"# {context.command_path} --config {path.name}\n"
     text = head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    before = path.read_text(encoding="utf-8") if path.exists() else None
-    if before not in (None, text) and not values.get("force"):
+    before = path.read_bytes() if path.is_file() else None
+    if before not in (None, text.encode()) and not values.get("force"):
         raise OutputError(f"{path} already exists.", hint="Choose another name with --save-config, or add --force.")
     write_text(path, text)
     try:
@@ -127,7 +127,8 @@ def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None
         if before is None:
             path.unlink(missing_ok=True)
         else:
-            write_text(path, before)
+            with new_file(path) as aside:
+                aside.write_bytes(before)
         raise
 
 
