@@ -40,7 +40,7 @@ def test_indices_are_what_blocks_takes(export, llama_plan):
 
 
 def test_a_mergekit_recipe_stacks_what_is_kept(export, tiny_llama, tmp_path):
-    assert export(tiny_llama, "4,1,2", "mergekit", "-o", "m.yaml").stdout == ""
+    assert export(tiny_llama, "4,1,2", "mergekit", "-o", "m.yaml").stdout == "wrote m.yaml\n"
     recipe = yaml.safe_load((tmp_path / "m.yaml").read_text())
     assert recipe["merge_method"] == "passthrough"
     assert recipe["dtype"] == "float32"

@@ -66,7 +66,7 @@ def test_conversations_are_scored_on_their_answers(search, run_sleb, tmp_path):
     assert plans[0].dense.loss != plans[1].dense.loss
     assert run_sleb("search", folder, "--extend", "plan.json", "--remove", 3).exit_code == 0
     assert read_plan(tmp_path / "plan.json").steps[:2] == plans[1].steps
-    assert "--chat needs" in search("--remove", 1, "--force", code=5, **of_chat).stderr
+    assert "for conversations, " in search("--remove", 1, "--force", code=5, **of_chat).stderr
 
 
 def test_a_jsonl_file_in_bfloat16_has_nearly_the_same_loss(found, llama_plan, text_file, tmp_path):
@@ -201,4 +201,4 @@ def test_too_little_text_for_the_default_is_no_error(run_sleb, tiny_llama, tmp_p
 
 def test_a_model_with_one_block(search, tmp_path):
     folder = save_model(tmp_path / "one", llama_config(1))
-    assert "number of blocks" in search("--remove", 1, model=folder, code=4).stderr
+    assert "which has 1 block." in search("--remove", 1, model=folder, code=4).stderr

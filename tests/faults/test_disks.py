@@ -134,4 +134,4 @@ def test_what_is_given_its_name_is_on_the_disk(place, name):
 
 def is_kept(file: Path) -> bool:
     """Whether a file that is written aside is part of what gets a name: not what a proof writes and deletes."""
-    return not any(part.startswith((".again", ".tmp")) or part == "checkpoint" for part in file.parts)
+    return not any(part.startswith((".again", ".tmp")) or part.endswith(".checkpoint") for part in file.parts)
