@@ -74,7 +74,7 @@ def test_what_was_written_goes_to_the_hub_private_unless_told(push, tmp_path, hu
 
 
 def test_nothing_is_uploaded_if_a_file_has_changed_since_it_was_proven(push, tmp_path, hub):
-    hub.meanwhile = lambda: (tmp_path / "out" / "model.safetensors").write_bytes(b"other")
+    hub.meanwhile = lambda: (tmp_path / "out" / "config.json").write_text("{}")
     push(code=8, says="Not uploaded to acme/small: ")
     assert hub.files == {}
 
