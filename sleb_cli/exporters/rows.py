@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from sleb_cli.exporters.findings import Findings, read_findings
 from sleb_cli.results import Interval
+from sleb_cli.tables.quality import task_settings
 from sleb_cli.tables.speed import workload_name
 from sleb_cli.units import plural
 from sleb_plugins.exporter import Exporter, Pruning
@@ -91,12 +92,8 @@ def _tasks(findings: Findings) -> Iterator[Row]:
     for task in findings.tasks:
         metric = task.metric if task.filter in ("", "none") else f"{task.metric} ({task.filter})"
         runs = {each.items_sha256 for each in findings.tasks if each.task == task.task}
-        details = [
-            f"{task.num_fewshot}-shot" if task.num_fewshot else "",
-            "chat" if task.chat else "",
-            plural(len(task.doc_ids), "item") if len(runs) > 1 else "",
-        ]
-        name = ", ".join([task.task, *filter(None, details)])
+        items = [plural(len(task.doc_ids), "item")] if len(runs) > 1 else []
+        name = ", ".join([task.task, *task_settings(task), *items])
         for removals, scores in _models(task):
             yield _row("task", name, removals, metric, scores.value, scores.interval)
             if removals:

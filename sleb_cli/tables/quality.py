@@ -54,13 +54,17 @@ def text_names(
     return names
 
 
+def task_settings(task: TaskResult) -> list[str]:
+    """Return how a task was run, where that is not the usual way."""
+    return [f"{task.num_fewshot}-shot"] * bool(task.num_fewshot) + ["chat"] * task.chat
+
+
 def task_name(task: TaskResult) -> str:
     """Return a task with its metric: piqa, acc, 5-shot, chat."""
     details = [
         task.metric,
         task.filter if task.filter != "none" else "",
-        f"{task.num_fewshot}-shot" if task.num_fewshot else "",
-        "chat" if task.chat else "",
+        *task_settings(task),
         "" if task.higher_is_better else "lower is better",
     ]
     return ", ".join([task.task, *filter(None, details)])

@@ -48,9 +48,10 @@ def spilled(value: Tensor, folder: Path) -> Tensor:
     """
     room = writing(folder, hint="Free some space, raise --memory, or use fewer --samples.")
     with room, tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(value.nbytes)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, value.nbytes)
+        else:  # macOS
+            file.truncate(value.nbytes)
         held = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=value.numel(), dtype=value.dtype)
     return held.view(value.shape).copy_(value)
 

@@ -332,12 +332,11 @@ class Recovery:
     def _portions(self, budget: HealBudget) -> Portions:
         """Return the text to heal on, of the part of it that was fitted to."""
         fitted = self.splits[0]
-        fewest = max(math.ceil(1 / share) for share in fitted.shares.values())
         # Samples of a reference preset are rows of text: read no more than were fitted to.
         most = fitted.samples if fitted.source in REFERENCE_PRESETS else math.inf
 
         def uses(portion: int) -> int:
-            return int(min(most, max(fewest, -(-budget.portion_tokens(portion) // fitted.sequence_length))))
+            return int(min(most, -(-budget.portion_tokens(portion) // fitted.sequence_length)))
 
         def written(source: str) -> Rows:
             if self.fitted is None:  # a healing that continues

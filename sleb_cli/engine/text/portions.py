@@ -68,6 +68,7 @@ class Portions:
         written: Callable[[str], Rows | None] = lambda source: None,
     ) -> None:
         self._fitted, self._uses, self._processes, self._written = fitted, uses, processes, written
+        self._fewest = max(math.ceil(1 / share) for share in fitted.shares.values())  # with some of every source
         self._tokenizer, self._load_model = tokenizer, load_model
         self._whole: dict[str, Rows] = {}
 
@@ -77,15 +78,14 @@ class Portions:
         Raises what `calibrate` raises.
         """
         seed = self._fitted.seed + 1 + number
-        uses = self._uses(number // self._processes)
+        uses = self._uses_of(number)
         settings = replace(self._fitted, samples=uses, samples_given=False, seed=seed)
         found = {source: self._windows(source, settings) for source, count in settings.texts.items() if count}
         if len(settings.shares) > 1:
             settings = limit_to_texts(settings, {source: len(rows) for source, (rows, _) in found.items()}, notify)
         taken = settings
         if most:
-            fewest = max(math.ceil(1 / share) for share in settings.shares.values())
-            taken = replace(settings, samples=min(settings.samples, max(fewest, most)))
+            taken = replace(settings, samples=min(settings.samples, max(self._fewest, most)))
         counts = taken.counts
         rows = [self._taken(source, windows, number, settings, counts[source]) for source, windows in found.items()]
         given = sum(len(sequences) for sequences, _ in rows)
@@ -99,6 +99,9 @@ class Portions:
                 rows.append(write_rows(source, samples, taken, self._load_model(), self._tokenizer, notify))
         sequences, loss_mask = join_rows(rows)
         return Portion(sequences, _order(given, len(sequences), f"{self._fitted.seed}/{number}"), loss_mask)
+
+    def _uses_of(self, number: int) -> int:
+        return max(self._fewest, self._uses(number // self._processes))
 
     def _windows(self, source: str, settings: CalibrationSettings) -> Rows:
         """Return the windows of a source, those of one that is read whole in their order; it is read only once."""
@@ -123,7 +126,7 @@ class Portions:
 
         if source not in self._whole:
             return take_rows(found, draw(len(windows), wanted, settings.seed))
-        before = (self._uses(earlier // self._processes) for earlier in range(number))
+        before = map(self._uses_of, range(number))
         start = sum(count(min(uses, settings.samples)) for uses in before)  # a short text limits all portions alike
         return take_rows(found, [(start + row) % len(windows) for row in range(wanted)])
 

@@ -174,12 +174,12 @@ def evaluation_text(source: str, length: int) -> Text:
     if not column and dataset.column not in rows.column_names and MESSAGES in rows.column_names:
         dataset = replace(dataset, column=MESSAGES)
     values, limit = _values(rows, dataset), C4_EVALUATION_WINDOWS
-    first, characters = next(values, ""), limit * length * CHARACTERS_PER_TOKEN
+    first = next(values, "")
     values = chain([first], values)
     if isinstance(first, list):
-        rows = _enough(_row_conversations(dataset, values), 2 * characters, _characters_for(length))
-        return Text(source, "", limit, split, conversations=tuple(rows))
-    return replace(_joined(source, _enough(map(str, values), characters), limit=limit), split=split)
+        return Text(source, "", limit, split, conversations=tuple(_row_conversations(dataset, values, limit, length)))
+    texts = _enough(map(str, values), limit * length * CHARACTERS_PER_TOKEN)
+    return replace(_joined(source, texts, limit=limit), split=split)
 
 
 def _joined(
@@ -220,9 +220,8 @@ def calibration_conversations(
         found = [line.conversation for line in _json_lines(source, _read_file(source), _Messages)]
         return _part(found, split, source, "conversation")
     dataset = _parse_dataset(source, column=MESSAGES)
-    rows = _row_conversations(dataset, _values(_load(dataset), dataset, split, shuffle_seed=seed))
-    # A sequence ends with a part of a conversation, whose rest is dropped.
-    return list(_enough(rows, 2 * samples * length * CHARACTERS_PER_TOKEN, _characters_for(length)))
+    values = _values(_load(dataset), dataset, split, shuffle_seed=seed)
+    return list(_row_conversations(dataset, values, samples, length))
 
 
 def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
@@ -233,11 +232,21 @@ def _part(found: list[T], split: TextSplit, file: str, what: str) -> list[T]:
     return [found[row] for row in split.rows(len(found))]
 
 
-def _row_conversations(dataset: Dataset, values: Iterable[Any]) -> Iterator[Conversation]:
-    for value in values:
-        with _naming_faults(f"A row of {dataset}"):
-            conversation = _Messages(messages=value).conversation
-        yield conversation
+def _row_conversations(dataset: Dataset, values: Iterable[Any], count: int, length: int) -> Iterator[Conversation]:
+    """Yield as many conversations as `count` sequences of `length` tokens need."""
+    longest = length * CHARACTERS_PER_TOKEN
+
+    def read() -> Iterator[Conversation]:
+        for value in values:
+            with _naming_faults(f"A row of {dataset}"):
+                conversation = _Messages(messages=value).conversation
+            yield conversation
+
+    def used(conversation: Conversation) -> int:
+        return min(longest, sum(len(message["content"]) for message in conversation))
+
+    # A sequence ends with a part of a conversation, whose rest is dropped.
+    return _enough(read(), 2 * count * longest, used)
 
 
 def _file_conversations(source: str) -> tuple[Conversation, ...]:
@@ -287,13 +296,6 @@ def holds_conversations(source: str) -> bool:
     if writes_conversations(source):
         return True
     return Path(source).suffix == ".jsonl" if is_file(source) else "/" in source
-
-
-def _characters_for(length: int) -> Callable[[Conversation], int]:
-    """Return what counts the characters of a conversation, of which sequences of this length use the beginning."""
-    return lambda conversation: min(
-        length * CHARACTERS_PER_TOKEN, sum(len(message["content"]) for message in conversation)
-    )
 
 
 def is_file(source: str) -> bool:
