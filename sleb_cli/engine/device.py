@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sleb_cli.engine.memory_limits import left_under_limits
-from sleb_cli.processes import local_rank, process_count
+from sleb_cli.processes import local_count, local_rank, process_count
 from sleb_cli.requests import AUTO
 from sleb_plugins import MachineError, UsageError
 from sleb_plugins.errors import OutOfMemory, is_out_of_memory
@@ -35,6 +35,11 @@ def free_bytes(device: torch.device) -> int:
         return int(backend.recommended_max_memory() - backend.current_allocated_memory())
     unused = backend.memory_reserved(device) - backend.memory_allocated(device)
     return int(backend.mem_get_info(device)[0] + unused)
+
+
+def own_free_bytes(device: torch.device) -> int:
+    """Return the part of the free memory that is this process's, where several share that of the machine."""
+    return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)
 
 
 _DTYPES = {

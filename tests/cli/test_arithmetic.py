@@ -116,7 +116,7 @@ def test_without_memory_for_float32_it_says_that_it_is_slow(run, model, processo
     processor()
     free = [size * 3 // 2]
     for module in (placement, streaming):
-        monkeypatch.setattr(module, "free_bytes", lambda device: free[0])
+        monkeypatch.setattr(module, "own_free_bytes", lambda device: free[0])
     told = run("eval", folder, *evaluation(text_file))
     assert "This will be slow: the processor has no bfloat16 arithmetic, and float32 needs" in told.stderr
     assert "bfloat16 on cpu" in told.stdout

@@ -64,7 +64,7 @@ def test_plan_checkpoint_and_measurements_are_the_same(sleb, text_file, tmp_path
     for way in ("in memory", other):
         where = [*WAYS[way], "--force"]
         if way == "large":
-            monkeypatch.setattr(streaming, "free_bytes", lambda device: 100_000)
+            monkeypatch.setattr(streaming, "own_free_bytes", lambda device: 100_000)
             monkeypatch.setattr(proof, "free_bytes", lambda device: 100_000)
         searched = sleb("search", model, "--remove", 2, "--metric", metric, *calibration(text_file), *where)
         applied = sleb("apply", "--recover", *calibration(text_file, samples=20), *where, "-o", "out")

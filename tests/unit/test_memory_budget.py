@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from sleb_cli.engine import device
-from sleb_cli.engine.forward import memory_budget
 from sleb_cli.engine.forward.memory_budget import (
     Footprint,
     MemoryBudget,
@@ -63,6 +62,6 @@ def test_what_the_user_said_counts_and_a_cpu_is_never_filled(monkeypatch):
     assert available_memory(CPU, "1.5 GB") == 1_500_000_000
     assert available_memory(CPU, None) == 300
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes share the memory of a machine, not that of an accelerator
-    monkeypatch.setattr(memory_budget, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(device, "free_bytes", lambda device: 1000)
     assert [available_memory(torch.device(kind), None) for kind in ("cpu", "cuda")] == [125, 900]
     assert available_memory(CPU, "3kB") == 3000

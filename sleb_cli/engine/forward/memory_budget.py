@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sleb_cli.engine.device import free_bytes
-from sleb_cli.processes import local_count
+from sleb_cli.engine.device import own_free_bytes
 from sleb_cli.units import format_bytes, parse_bytes
 from sleb_plugins import MachineError
 
@@ -150,8 +149,3 @@ def available_memory(device: torch.device, asked: str | None = None) -> int:
     if asked is not None:
         return parse_bytes(asked, "--memory")
     return int(own_free_bytes(device) * settings_for(device).share)
-
-
-def own_free_bytes(device: torch.device) -> int:
-    """Return the part of the free memory that is this process's, where several share that of the machine."""
-    return free_bytes(device) // (local_count() if device.type in ("cpu", "mps") else 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sleb_cli.engine.device import choose_device, cpu_dtypes, dtype_name, free_bytes, parse_dtype
+from sleb_cli.engine.device import choose_device, cpu_dtypes, dtype_name, own_free_bytes, parse_dtype
 from sleb_cli.engine.forward.block_weights import BlockWeights
 from sleb_cli.engine.forward.offload import Offloaded, offloaded_values
 from sleb_cli.engine.forward.skipping import SkippableModel
@@ -85,7 +85,7 @@ def place_model(
         return Placement(device, choose_dtype(architecture, name, device, lambda wide: 0, notify), False, device_map)
 
     def needed(wide: torch.dtype) -> int:
-        does_not_fit = stream is None and weight_bytes(architecture, own) + beside > free_bytes(device)
+        does_not_fit = stream is None and weight_bytes(architecture, own) + beside > own_free_bytes(device)
         return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + beside
 
     chosen = choose_dtype(architecture, dtype, device, needed, notify, cast)
@@ -111,7 +111,7 @@ def choose_dtype(
     dtype = parse_dtype(name, cast or architecture.dtype)
     if name != AUTO or device.type != "cpu" or dtype in cpu_dtypes() or architecture.is_quantized:
         return dtype
-    size, free = needed(torch.float32), free_bytes(device)
+    size, free = needed(torch.float32), own_free_bytes(device)
     if size <= free:
         return torch.float32
     notify(

@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from sleb_cli.engine.device import CPU, dtype_name, free_bytes, synchronize
+from sleb_cli.engine.device import CPU, dtype_name, own_free_bytes, synchronize
 from sleb_cli.engine.files.copying import reading
 from sleb_cli.engine.files.weights import TORCH_DTYPES, StoredTensor, load_pickle
 from sleb_cli.engine.forward.block_weights import BlockWeights
@@ -65,7 +65,7 @@ def choose_to_stream(
         require_streamable(architecture)
     if architecture.is_quantized:
         return False
-    needed, free = weight_bytes(architecture, dtype) + beside, free_bytes(device)
+    needed, free = weight_bytes(architecture, dtype) + beside, own_free_bytes(device)
     if asked is None and needed > free:
         notify(
             Notice(

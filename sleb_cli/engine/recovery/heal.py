@@ -253,14 +253,15 @@ class Healing:
                 f"On the deciding text, the divergence from the dense model is {found}.",
                 hint="Use other text, or a data type with a wider range: --dtype bfloat16 or float32.",
             )
+        used = self._share()
         if found < self.progress.best_divergence:
             self.best.copy_(self.trained.values.data)
             self.progress.best_divergence, self.progress.best_tokens = found, self.progress.tokens
             self.progress.stale = 0
         else:
-            self.progress.stale += self._share() > 0.5
+            self.progress.stale += used > 0.5
         if self.progress.steps:
-            self.notify(HealChecked(min(1.0, self._share()), self.loss, found))
+            self.notify(HealChecked(min(1.0, used), self.loss, found))
 
     @torch.inference_mode()
     def _divergence(self) -> float:

@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sleb_cli.engine.device import CPU, dtype_name
-from sleb_cli.engine.forward.memory_budget import own_free_bytes
+from sleb_cli.engine.device import CPU, dtype_name, own_free_bytes
 from sleb_cli.engine.forward.placement import Placement, device_of, place_model
 from sleb_cli.engine.forward.streaming import streamed_bytes
 from sleb_cli.engine.gguf.file import GgufFile
