@@ -18,7 +18,7 @@ model, text, folder = "demo", "self", Path("sleb-example")
 folder.mkdir(exist_ok=True)
 
 # %% [markdown]
-# ## Find the blocks that it can do best without
+# ## Find the blocks that it needs least
 
 # %%
 plan_file = folder / "plan.json"

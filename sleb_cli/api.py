@@ -65,7 +65,7 @@ def _names_memory(hint: str) -> Iterator[None]:
 
 @_names_memory(_SEARCH)
 def search(request: SearchRequest, notify: Notify = ignore) -> Plan:
-    """Find the blocks that a model can do best without, and write them to a plan.
+    """Find the blocks that a model needs least, and write them to a plan.
 
     Raises:
         WorkerFinished: this process only helped; the main one writes the plan.
@@ -228,7 +228,7 @@ def estimate(request: BenchRequest, notify: Notify = ignore) -> EstimateResult:
 
 @_names_memory(_EXPORT)
 def export(request: ExportRequest, notify: Notify = ignore) -> ExportResult:
-    """Export the pruned model for another tool, as files or as text.
+    """Export a report, or the pruned model for another tool, as files or text.
 
     Raises:
         SlebError: something failed; its class tells what.

@@ -218,8 +218,8 @@ class TargetRequest(Request):
         "Remove blocks while perplexity stays within this multiple of the dense model's: 1.2.", _TARGET
     )
     max_task_drop: str | None = option(
-        "Remove blocks while the drop on an lm-eval task, with its 95% interval, stays within this: piqa:0.02, or "
-        "piqa:1000:0.02 for its first 1,000 items.",
+        "Remove blocks while an lm-eval task drops by at most this, with 95% confidence: piqa:0.02, or piqa:1000:0.02 "
+        "for its first 1,000 items.",
         _TARGET,
         metavar="TASK[:ITEMS]:DROP",
     )
@@ -263,9 +263,9 @@ class CalibrationRequest(Request):
         "Seed for sampling and generating text, and for the order of a race.", _CALIBRATION, default=0, most=_MOST_SEED
     )
     chat: Chat | None = option(
-        "Read `messages` of files and data sets as conversations, and score these tokens.",
+        "Read `messages` of files and data sets as conversations, and count all tokens or only the answers.",
         _CALIBRATION,
-        default="answers, if the model writes them",
+        default="answers, in conversations that the model writes",
     )
 
 
@@ -442,7 +442,7 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     heal_minutes: float | None = option(
         "Stop healing after this many minutes.", _RECOVERY, default=f"{DEFAULT_HEAL_MINUTES:g}"
     )
-    heal_tokens: int | None = option("Stop healing after this many tokens instead, reproducibly.", _RECOVERY, least=1)
+    heal_tokens: int | None = option("Stop healing after this many tokens instead; reproducible.", _RECOVERY, least=1)
     resume: bool = option("Continue an interrupted healing run.", _RECOVERY, unset=False)
     calibration: str | None = option(
         "Text to recover on, as for `sleb search`.",
@@ -460,9 +460,9 @@ class ApplyRequest(OneSizeRequest, CalibrationRequest):
     )
     seed: int | None = option("Seed for sampling and generating text.", _RECOVERY, default=0, most=_MOST_SEED)
     chat: Chat | None = option(
-        "Read conversations as for `sleb search`, and count these tokens.",
+        "Read conversations, as for `sleb search`.",
         _RECOVERY,
-        default="all, if the model writes them",
+        default="all, in conversations that the model writes",
     )
     device: str | None = option("Device to recover on: cpu, cuda, cuda:1, mps, xpu, npu.", _RECOVERY, default=AUTO)
     stream: bool | None = _stream()
@@ -574,7 +574,7 @@ class BenchRequest(SizesRequest):
     )
     iterations: int | None = option("Timed runs of each model.", _TIMING, default="by workload and device", least=1)
     warmup: int | None = option("Untimed runs of each model before timing.", _TIMING, default="until times are stable")
-    cooldown: float = option("Seconds to pause before each run.", _TIMING, most=24 * 3600, unset=0.0)
+    cooldown: float = option("Seconds to pause before each run.", _TIMING, default=0, most=24 * 3600, unset=0.0)
     compile: bool = option("Run the models through torch.compile.", _MACHINE, unset=False)
     static_cache: bool = option("Generate with a KV cache of fixed size; --compile always does.", _MACHINE, unset=False)
     threads: int | None = option("CPU threads.", _MACHINE, default="torch's choice", least=1, most=_MOST_THREADS)

@@ -24,7 +24,7 @@ def bench(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure or predict the speed, memory and energy of the dense and the pruned model."""
+    """Measure the speed, memory and energy of the dense and the pruned model, or predict speed and memory."""
     for option, given in (("--json", json), ("--estimate", request.estimate), ("--dry-run", dry_run)):
         if markdown and given:
             raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")

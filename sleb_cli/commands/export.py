@@ -10,7 +10,7 @@ from sleb_cli.ui.progress import show_progress
 
 @takes(ExportRequest)
 def export(request: ExportRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
-    """Export the pruned model for another tool, as files or as text that names the blocks."""
+    """Export a report, or the pruned model for another tool, as files or text."""
     with show_progress(quiet=quiet) as notify:
         result = api.export(request, notify)
     show(result, lambda: show_exported(result, request.output), as_json=json)

@@ -13,7 +13,7 @@ from sleb_cli.ui.search import show_comparison, show_plan
 def search(
     request: SearchRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
 ) -> None:
-    """Find the blocks that MODEL can do best without, and write them to a plan."""
+    """Find the blocks that MODEL needs least, and write them to a plan."""
     if dry_run:
         dry_run_of(request, json=json, quiet=quiet)
     elif request.compare:

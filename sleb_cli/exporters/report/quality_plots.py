@@ -144,7 +144,7 @@ def _draw_divergence(findings: Findings, figure: Figure) -> None:
         axis.set_xticks(counts if len(counts) < 12 else counts[:: -(-len(counts) // 10)])
         axis.margins(x=0.15)
         axis.grid(axis="y")
-    axes[0].legend(ncols=2, loc="best")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
 
 
 def task_plots(findings: Findings) -> Iterator[Plot]:

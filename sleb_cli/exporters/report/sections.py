@@ -17,7 +17,10 @@ from sleb_cli.tables.search import kinds, recovery
 from sleb_cli.tables.table import Table
 
 _MOST_FLIPS = 10
-_HOW_SAID = 'Both continue the prompt greedily. "Repeated" is the share of runs of 4 tokens that occurred before.'
+_HOW_SAID = (
+    'At the end of the search, both continued the prompt greedily. "Repeated" is the share of runs of 4 tokens that '
+    "occurred before."
+)
 
 
 @dataclass(frozen=True)
