@@ -198,7 +198,7 @@ def dry_eval(subject: Subject, request: EvalRequest, files: Sequence[Path], noti
         removed=len(subject.surgery.removals),
         sizes=surgeries,
         work=[*texts, *tasks],
-        seconds=None if tasks else _seconds_of_texts(architecture, placement, request, windows, models, notify),
+        seconds=None if tasks else _seconds_of_texts(architecture, placement, request, length, windows, models, notify),
         files=files,
     )
 
@@ -207,11 +207,11 @@ def _seconds_of_texts(
     architecture: Architecture,
     placement: Placement,
     request: EvalRequest,
+    length: int,
     windows: dict[str, int | None],
     models: Sequence[tuple[int, ...]],
     notify: Notify,
 ) -> float | None:
-    length = choose_length(request.sequence_length, architecture)
     counts = [count for count in windows.values() if count]
     model = _random_model(architecture, placement, notify) if len(counts) == len(windows) else None
     if model is None:
@@ -251,7 +251,11 @@ def dry_bench(
             rate, seconds = measure_rate(place.dtype, place.device), 0.0
             for workload in workloads:
                 shape = workload.batch_size, workload.prompt_length, workload.new_tokens
-                batch = seconds_of_work(count_work(architecture, *shape, place.dtype), rate)
+                try:
+                    batch = seconds_of_work(count_work(architecture, *shape, place.dtype), rate)
+                except UnsupportedModelError:
+                    seconds = None
+                    break
                 runs = workload.iterations + (USUAL_WARMUP if workload.warmup is None else workload.warmup)
                 each = (batch.without(removals) for removals in ((), *(surgery.removals for surgery in surgeries)))
                 seconds += runs * sum(one + workload.cooldown for one in each)

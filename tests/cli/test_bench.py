@@ -204,16 +204,33 @@ def test_an_interrupt_while_the_memory_is_measured(tiny_llama, tmp_path, number,
     assert os.listdir(tmp_path) == []
 
 
+def killed(*arguments):
+    """Be the process that the system ends for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def out_of_memory(*arguments):
+    """Be the process that has no more memory."""
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 @pytest.mark.slow
-def test_times_are_kept_if_the_process_for_memory_is_killed(bench, tiny_llama, monkeypatch):
-    monkeypatch.setattr(peak_memory, "_measure", killed)
+def test_a_script_without_a_guard_runs_once(tiny_llama, tmp_path):
+    request = f"{str(tiny_llama)!r}, prompt=True, iterations=1, batch_size=1, prompt_length=8"
+    (tmp_path / "script.py").write_text(
+        f"import sleb_cli as sleb\nfound = sleb.bench(sleb.BenchRequest({request}))\n"
+        "print(found.workloads[0].dense.memory.peak_bytes > 0)\n"
+    )
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (done.stdout, "Traceback" in done.stderr) == ("True\n", False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("measure", [killed, out_of_memory])
+def test_times_are_kept_if_the_process_for_memory_ends(bench, tiny_llama, monkeypatch, measure):
+    monkeypatch.setattr(peak_memory, "_measure", measure)
     result = bench(tiny_llama, "--prompt", *QUICK, "--json")
     timing = json.loads(result.stdout)["workloads"][0]["dense"]
     assert timing["memory"] is None
     assert len(timing["e2els"]) == 5
-    assert "in prompt 2x8 is unknown: the process was killed" in result.stderr
-
-
-def killed(*arguments):
-    """Be the process that the system ends for its memory."""
-    os.kill(os.getpid(), signal.SIGKILL)
+    assert "in prompt 2x8 is unknown: its process ran out of memory" in result.stderr

@@ -46,6 +46,7 @@ class Recorder(sleb.Engine):
     def load(self, model, settings):
         self.settings.append(settings)
         self.files.append(read_gguf(model))
+        assert len(list(model.parent.glob("*-blocks-fewer.gguf"))) <= 1  # larger ones than fit on a disk together
         return RecordedModel(self, len(self.files))
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from conftest import llama_config, save_model
 from families import tiny_config
@@ -51,6 +52,12 @@ def test_generation(tmp_path, tied):
     assert work.decode_bytes.outside == 4 * 2 * (head + HIDDEN + looked_up)
     assert 1 < work.bound((1,)) < 3 / 2
     assert count_work(architecture(tmp_path, llama_config(3)), 2, 16, 1, torch.bfloat16).decode_bytes.without(()) == 0
+
+
+def test_a_head_of_any_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "get_output_embeddings", lambda self: None)
+    read = architecture(tmp_path, llama_config(3))
+    assert count_work(read, 1, 16, 0, torch.float32).prefill_bytes.outside > 0
 
 
 def test_of_the_experts_only_those_that_are_chosen_count(tmp_path):

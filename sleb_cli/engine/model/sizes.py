@@ -91,7 +91,7 @@ def cache_bytes(architecture: Architecture, dtype: torch.dtype, *, length: int, 
 def _unknown(architecture: Architecture, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"The size of the KV cache of {architecture.config.model_type} is unknown: {why}.",
-        hint="Set another target: --target-params, --remove or --ratio.",
+        hint="Use another target, such as --ratio; with `bench`, time --prompt alone.",
     )
 
 

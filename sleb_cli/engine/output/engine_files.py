@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def engine_files(
         def write(surgery: Surgery) -> Path:
             if not surgery.removals:
                 return own
+            for last in folder.glob("*-blocks-fewer*"):  # which has been timed, since pruned models take turns
+                shutil.rmtree(last) if last.is_dir() else last.unlink()
             name = f"{len(surgery.removals)}-blocks-fewer"
             to = Delivery(folder / (name if is_checkpoint else f"{name}.gguf"), verify=False)
             if is_checkpoint:

@@ -43,10 +43,10 @@ def benchmark(
     """
     place, workloads, surgeries = resolve_benchmark(subject, request, notify, engine[0] if engine else None)
     architecture, device, dtype = subject.architecture, place.device, place.dtype
+    least = engine[0].least_new_tokens if engine else 0
     with threads(request.threads):
         if engine:
-            count, least = 2 if subject.surgery.removals else 1, engine[0].least_new_tokens
-            settings = engine_settings(workloads, dtype, models=count, least_new=least)
+            settings = engine_settings(workloads, dtype, models=2 if subject.surgery.removals else 1, least_new=least)
             load, version = load_into(*engine, settings, notify), engine[0].version() or None
             meter, in_pairs = None, True
         else:
@@ -64,13 +64,15 @@ def benchmark(
                 sizes |= _time_together(load, dense, group, measured, timed)
                 free_memory()
             where, attention = {"dtype": dense.dtype, "device": dense.device}, dense.attention
-        del dense  # what runs alone needs its memory
+        del dense
+        free_memory()  # what runs alone needs it
         memory = {}
         for surgery in [] if engine else [Surgery(architecture, ()), *surgeries]:
             seconds, memory[surgery.removals] = measure_alone(surgery, dtype, device, workloads, notify)
             sizes[surgery.removals] = sizes[surgery.removals].model_copy(update={"load_seconds": seconds})
         # A GGUF file has its own data types, so the bytes of the checkpoint are not those that are read.
-        works = {} if engine and engine[0].reads == "gguf" else _works(architecture, workloads, dtype, notify)
+        reads_gguf = engine is not None and engine[0].reads == "gguf"
+        works = {} if reads_gguf else _works(architecture, workloads, dtype, notify, least_new=least)
         return BenchResult(
             schema_version=1,
             sleb_version=__version__,
@@ -154,13 +156,13 @@ def _time_together(
 
 
 def _works(
-    architecture: Architecture, workloads: Sequence[Workload], dtype: torch.dtype, notify: Notify
+    architecture: Architecture, workloads: Sequence[Workload], dtype: torch.dtype, notify: Notify, *, least_new: int
 ) -> dict[Workload, Work]:
-    """Return the work of each workload on the dense model, where it is known."""
+    """Return the work of each workload on the dense model, where known; at least `least_new` tokens are written."""
     found = {}
     with task(notify, "Counting operations and bytes"):
         for workload in workloads:
-            shape = workload.batch_size, workload.prompt_length, workload.new_tokens
+            shape = workload.batch_size, workload.prompt_length, max(workload.new_tokens, least_new)
             try:
                 found[workload] = count_work(architecture, *shape, dtype)
             except UnsupportedModelError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sleb_cli.engine.device import choose_device, dtype_name, synchronize
+from sleb_cli.engine.device import choose_device, dtype_name, free_bytes, synchronize
 from sleb_cli.engine.environment import processor_name
 from sleb_cli.engine.forward.placement import choose_dtype
 from sleb_cli.engine.model.sizes import Sizes, cache_bytes, count_parameters
@@ -81,7 +81,7 @@ def estimate_speed(subject: Subject, request: BenchRequest, notify: Notify) -> E
     def weights(dtype: torch.dtype) -> int:
         return round(counted.without(()) * dtype.itemsize)
 
-    dtype = choose_dtype(architecture, request.dtype or AUTO, device, weights, notify)
+    dtype = choose_dtype(architecture, request.dtype or AUTO, device, weights, free_bytes, notify)
     if architecture.is_quantized:
         notify(Notice(f"The weights are quantized; they are counted in {dtype_name(dtype)}."))
     known, removals = bool(subject.surgery.removals), _removals(subject, request)

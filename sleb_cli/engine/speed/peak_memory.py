@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -25,6 +27,7 @@ from sleb_cli.engine.surgery.surgery import Surgery, plan_surgery
 from sleb_cli.events import Notice, Notify, ignore, task
 from sleb_cli.plugin_manager import load_plugins
 from sleb_cli.results import MemoryRecord, Workload
+from sleb_plugins.errors import OutOfMemory, is_out_of_memory
 
 SAMPLE_SECONDS = 0.002
 
@@ -34,8 +37,8 @@ def measure_alone(
 ) -> tuple[float | None, list[MemoryRecord | None]]:
     """Load a model in a process of its own and run each workload once; return the seconds and the memory of each.
 
-    If the system kills the process for its memory, the remaining workloads run in a new one. A memory is None if it
-    could not be measured, as on an accelerator that does not report its peak (MPS).
+    If the process runs out of memory, or is killed for it, the remaining workloads run in a new one. A memory is None
+    if it could not be measured, as on an accelerator that does not report its peak (MPS).
     """
     source, removals = surgery.architecture.source, surgery.removals
     which = f"without {len(removals)} blocks" if removals else "of the dense model"
@@ -51,9 +54,11 @@ def measure_alone(
                     for workload in workloads[len(memory) :]:
                         memory.append(process.submit(_measure, workload).result())
                         advance()
-                except BrokenProcessPool:
+                except (RuntimeError, MemoryError, OutOfMemory) as error:
+                    if not (isinstance(error, BrokenProcessPool) or is_out_of_memory(error)):
+                        raise
                     lost = workloads[len(memory)].label
-                    notify(Notice(f"The peak memory {which} in {lost} is unknown: the process was killed."))
+                    notify(Notice(f"The peak memory {which} in {lost} is unknown: its process ran out of memory."))
                     memory.append(None)
                     advance()
     return load_seconds, memory
@@ -62,9 +67,12 @@ def measure_alone(
 @contextmanager
 def _process() -> Iterator[ProcessPoolExecutor]:
     """Start a process for what is submitted, and kill it if anything is raised."""
-    context = multiprocessing.get_context("spawn")
+    context, main = multiprocessing.get_context("spawn"), sys.modules["__main__"]
+    # The process imports the main module; a script that calls sleb without a guard would run again.
+    alone = mock.patch.multiple(main, __file__=None, __spec__=None, create=True)
     # Ctrl-C reaches the child too, but the parent handles it.
-    with ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+    ignored = signal.SIGINT, signal.SIG_IGN
+    with alone, ProcessPoolExecutor(1, context, initializer=signal.signal, initargs=ignored) as pool:
         try:
             yield pool
         except BaseException:

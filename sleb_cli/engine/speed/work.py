@@ -158,7 +158,8 @@ def _weights(architecture: Architecture) -> Iterator[_Weight]:
     others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
     multiplied = {id(tensor) for module in others for tensor in module.parameters(recurse=False)}
     share = _active_share(architecture.text_config)
-    text = {id(tensor) for part in (model.get_decoder(), model.get_output_embeddings()) for tensor in part.parameters()}
+    parts = (model.get_decoder(), model.get_output_embeddings()) if architecture.text_key else ()
+    text = {id(tensor) for part in parts if part is not None for tensor in part.parameters()}
     for name, tensor in model.named_parameters():
         if architecture.text_key and id(tensor) not in text:  # of the tower of another modality, which reads no text
             continue

@@ -113,7 +113,7 @@ def resolve_workload(
             f"{subject.architecture.source.id}.",
             hint="Use a smaller --prompt-length" + (" or --new-tokens." if new else "."),
         )
-    is_chosen = request.sweep or any(value is not None for value in asked.values())
+    is_chosen = request.sweep or any(value is not None for field, value in asked.items() if field != "iterations")
     if device.type == "cpu" and _tokens(chosen) < _tokens(paper) and not is_chosen:
         notify(Notice(f"{name}: {workload}, less than the paper's setting because this is a CPU."))
     return workload
