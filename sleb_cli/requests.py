@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,13 @@ TargetName = Literal[
 """The fields that say how far a search goes."""
 
 TARGET_NAMES: tuple[TargetName, ...] = get_args(TargetName)
+REFINES: Mapping[str, TargetName] = {
+    "serve_dtype": "target_memory",
+    "serve_length": "target_memory",
+    "serve_batch": "target_memory",
+    "target_workload": "target_speedup",
+}
+"""Options that refine one target, and that target."""
 
 DEFAULT_PLAN = Path("plan.json")
 DEFAULT_METRIC = "nll"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sleb_cli.atomic import new_file, write_text
+from sleb_cli.atomic import new_file, write_text, writing
 from sleb_cli.processes import is_main_process
-from sleb_cli.requests import TARGET_NAMES
+from sleb_cli.requests import REFINES, TARGET_NAMES
 from sleb_plugins import OutputError, SlebError, UsageError
 from sleb_plugins.errors import did_you_mean
 
@@ -19,11 +20,6 @@ _OF_A_RUN = {"config", "save_config", "dry_run", "json", "quiet", "help", "markd
 """Options that say how a command is run this time, and not what it does."""
 _ONE_OF = (TARGET_NAMES, ("heal_minutes", "heal_tokens"), ("every", "remove"))
 """Options of which one is given."""
-_GOES_WITH = {
-    "target_memory": ("serve_dtype", "serve_length", "serve_batch"),
-    "target_speedup": ("target_workload",),
-}
-"""Options that apply to one of these alone."""
 
 
 def _read(context: typer.Context, path: Path | None) -> Path | None:
@@ -87,7 +83,7 @@ def drop_outdone(context: typer.Context, values: dict[str, Any]) -> None:
         sources = {name: context.get_parameter_source(name) for name in names if name in values}
         typed = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         for name in [name for name in sources if typed and name not in typed]:
-            for dropped in (name, *_GOES_WITH.get(name, ())):
+            for dropped in (name, *(refining for refining, target in REFINES.items() if target == name)):
                 source = context.get_parameter_source(dropped)
                 if source and source.name == "DEFAULT_MAP":
                     values[dropped] = None
@@ -117,8 +113,10 @@ def saved_typed(context: typer.Context, values: dict[str, Any]) -> Iterator[None
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
     head = f"# {context.command_path} --config {path.name}\n"
     text = head + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    before = path.read_bytes() if path.is_file() else None
-    if before not in (None, text.encode()) and not values.get("force"):
+    with writing(path, hint="Choose another name with --save-config."):
+        before = path.read_bytes() if path.is_file() else None
+    may_replace = before is not None and (before == text.encode() or values.get("force"))
+    if os.path.lexists(path) and not may_replace:
         raise OutputError(f"{path} already exists.", hint="Choose another name with --save-config, or add --force.")
     write_text(path, text)
     try:

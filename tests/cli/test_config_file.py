@@ -1,6 +1,8 @@
 """`--config` and `--save-config`: every option of every command, from a file."""
 
+import os
 from dataclasses import fields
+from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -128,5 +130,8 @@ def test_a_saved_file_is_not_overwritten(asked, run_sleb, tmp_path):
     asked("search", "demo", "--save-config", "run.yaml")
     assert run_sleb("search", "demo", "--save-config", "run.yaml").exit_code == 8
     asked("search", "demo", "--remove", 2, "--save-config", "run.yaml", "--force")
+    os.mkfifo("pipe")
+    assert run_sleb("search", "demo", "--save-config", "pipe", "--force").exit_code == 8
+    assert Path("pipe").is_fifo()
     saved = (tmp_path / "run.yaml").read_text()
     assert saved == "# sleb search --config run.yaml\nmodel: demo\nremove: 2\n"

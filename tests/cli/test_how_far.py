@@ -151,6 +151,25 @@ def test_as_many_items_as_decide(search, known):
     assert "on 200 items" not in decided
 
 
+def test_what_is_not_one_task_is_refused_before_the_search(search, known):
+    second = write_task(known.parent, "second", [{"q": "a", "choices": ["b", "c"], "gold": 0}])
+    both = known.parent / "both.yaml"
+    both.write_text(f"group: both\ntask:\n- {known}\n- {second}\n")
+    for asked, message in (
+        (f"{known}:00:0.1", "is not TASK[:ITEMS]:DROP"),
+        ("sleb_canaries:0.1", "needs one task, and sleb_canaries has several"),
+    ):
+        said = search("--max-task-drop", asked, code=2).stderr
+        assert message in said
+        assert "block" not in said
+
+
+def test_one_block_stays(search, run_sleb, tiny_llama):
+    search("--remove", 5, "--protect-first", 0, "--protect-last", 0)
+    extended = run_sleb("search", tiny_llama, "--extend", "plan.json", "--max-loss-increase", 99)
+    assert (extended.exit_code, "No block can be removed" in extended.stderr) == (4, True)
+
+
 def test_a_speedup_is_predicted_from_two_depths_and_measured(search, tmp_path, full, monkeypatch):
     timed = []
 

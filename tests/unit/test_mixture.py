@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from sleb_cli.engine.text.mixture import divide, interleave
+from sleb_cli.engine.text.mixture import divide, interleave, parse_mixture
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,10 @@ from sleb_cli.engine.text.mixture import divide, interleave
 )
 def test_the_rest_goes_to_the_largest_remainders(count, shares, expected):
     assert divide(count, [Fraction(share) for share in shares]) == expected
+
+
+def test_a_share_of_a_file_is_never_computed_for_hours():
+    assert list(parse_mixture("c4:1e-999999999")) == ["c4:1e-999999999"]
 
 
 def test_any_stretch_has_about_its_share_of_each_source():

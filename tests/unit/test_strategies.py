@@ -30,6 +30,11 @@ def search(strategy, score, candidates, remove, **options):
     return choices
 
 
+def test_protection_can_leave_no_candidate():
+    assert Protection(1, 35).candidates(30, ()) == Protection(7).candidates(6, ()) == []
+    assert Protection(0, 0).candidates(3, (0, 2)) == []  # one block stays
+
+
 class Costs:
     """A cost of every set of blocks: a sum, and something random for every pair."""
 

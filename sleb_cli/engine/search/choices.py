@@ -70,7 +70,8 @@ class Protection:
     def candidates(self, count: int, removed: Sequence[int]) -> list[int]:
         """Return the candidates in a model of `count` blocks after `removed`."""
         remaining = [block for block in range(count) if block not in removed]
-        return [b for b in remaining[self.first : len(remaining) - self.last] if b not in self.blocks]
+        end = max(0, len(remaining) - self.last) if len(remaining) > 1 else 0  # one block always stays
+        return [b for b in remaining[self.first : end] if b not in self.blocks]
 
 
 def comparable(score: float) -> float:

@@ -7,6 +7,7 @@ readable; an incomplete last line is ignored.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_core import from_json
@@ -39,6 +40,7 @@ FORMAT = 1
 # No batch has enough sequences for its scores to take more.
 LONGEST_LINE = 16 << 20
 
+T = TypeVar("T")
 Name = tuple[tuple[int, ...], int | None, int | None]
 """What was measured: the removed blocks, the candidate, and the batch."""
 
@@ -48,16 +50,16 @@ def journal_of(plan: Path) -> Path:
     return plan.with_name(plan.name + ".journal")
 
 
-def dtype_of(journal: Path) -> str | None:
-    """Return the data type that an unfinished search computes in; None if there is no search that can be read."""
+def recorded(journal: Path, name: str, kind: type[T]) -> T | None:
+    """Return a setting of an unfinished search; None if there is no search that can be read."""
     if journal.is_symlink() or not journal.is_file():  # but a pipe, perhaps
         return None
     try:
         with journal.open("rb") as file:
-            found = from_json(_content(file.readline(LONGEST_LINE)) or b"")["search"]["dtype"]
+            found = from_json(_content(file.readline(LONGEST_LINE)) or b"")["search"][name]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, kind) else None
 
 
 def saved_walk_of(plan: Path, search: Mapping[str, Any], rank: int) -> SavedWalk:
@@ -288,3 +290,6 @@ def _lock(file: BinaryIO, path: Path) -> None:
         raise OutputError(
             f"Another search is writing {path}.", hint="Wait until it ends, or choose another plan with -o."
         ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):  # of a file system without locks
+            raise

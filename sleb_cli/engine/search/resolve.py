@@ -15,7 +15,7 @@ from sleb_cli.engine.model.architecture import Architecture, read_architecture
 from sleb_cli.engine.model.source import DEMO, locate_model
 from sleb_cli.engine.process_group import ProcessGroup
 from sleb_cli.engine.search.choices import Protection
-from sleb_cli.engine.search.journal import dtype_of, journal_of
+from sleb_cli.engine.search.journal import journal_of, recorded
 from sleb_cli.engine.search.removable import Removable
 from sleb_cli.engine.search.strategies import STRATEGIES, Strategy, free_spans, strategy_name
 from sleb_cli.engine.search.targets import (
@@ -365,12 +365,15 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
     Raises:
         PlanError: the plan names a task file to be loaded, which can name Python code, which would run.
     """
+    journal = journal_of(request.plan_file)
     values: dict[str, Any] = {
         "metric": DEFAULT_METRIC,
         "strategy": DEFAULT_STRATEGY,
         "protect_first": DEFAULT_PROTECTED,
         "protect_last": DEFAULT_PROTECTED,
-        "dtype": (dtype_of(journal_of(request.plan_file)) if request.resume else None) or AUTO,
+        # What free memory decides stays as it was.
+        "dtype": (recorded(journal, "dtype", str) if request.resume else None) or AUTO,
+        "batch_size": recorded(journal, "batch_size", int) if request.resume else None,
         "holdout": 0.0,
         "seed": 0,
     }
@@ -381,7 +384,7 @@ def _fill_gaps(request: SearchRequest, extended: Plan | None) -> SearchRequest:
                 f"The plan's metric is {search.metric}, and a task file may run code.",
                 hint=f"If you trust that file, name it yourself: --metric {shlex.quote(search.metric)}.",
             )
-        of_search = {*values, "batch_size", "fast", "protect", "load_in"} - {"seed"}
+        of_search = {*values, "fast", "protect", "load_in"} - {"seed"}
         values = {name: getattr(search, name) for name in of_search}
         values |= {name: getattr(text, name) for name in ("chat", "seed", "sequence_length")}
         values["calibration"] = text.source

@@ -180,7 +180,7 @@ def run_search(resolved: ResolvedSearch, inputs: SearchInputs, started: float) -
             if warning := overfitting_note(trace.steps):
                 notify(Notice(warning))
             sample = _sample(resolved, scoring, trace.removals)
-        target = _target_record(resolved.target, dense, trace, timer)
+        target = _target_record(resolved.target, trace, timer)
     return Plan(
         schema_version=1,
         sleb_version=__version__,
@@ -329,7 +329,10 @@ def _search_to_target(resolved: ResolvedSearch, dense: DenseRecord, scoring: Sco
         greedy = _search_to_target(replace(resolved, strategy_name="greedy"), dense, scoring)
         refined = _run_steps(replace(resolved, remove=len(greedy.removals)), dense, scoring)
         # A swap lowers the score, which may be another than the limited loss.
-        return greedy if refined.next_cost is not None else replace(refined, next_cost=greedy.next_cost)
+        if refined.next_cost is None:
+            return replace(refined, next_cost=greedy.next_cost)
+        scoring.notify(Notice(f"The swaps are undone, because with them {target.beyond}."))
+        return greedy
     trace = _run_steps(resolved, dense, scoring)
     if not isinstance(target, SizeTarget | None) and len(trace.removals) == len(resolved.gone):
         assert trace.next_cost is not None
@@ -508,9 +511,7 @@ def _sample(resolved: ResolvedSearch, scoring: Scoring, removals: tuple[int, ...
     )
 
 
-def _target_record(
-    target: Target | None, dense: DenseRecord, trace: SearchTrace, timer: SpeedupTimer
-) -> TargetRecord | None:
+def _target_record(target: Target | None, trace: SearchTrace, timer: SpeedupTimer) -> TargetRecord | None:
     """Return the target and what was reached; time a speedup again, without the removed blocks."""
     if isinstance(target, LossTarget | TaskTarget):
         return target.record(trace.cost, trace.next_cost)

@@ -18,21 +18,19 @@ from sleb_cli.engine.quality.task_metric import load_task
 from sleb_cli.engine.text.windows import choose_length
 from sleb_cli.events import Notice, Notify
 from sleb_cli.plan import ServingRecord, TargetRecord
-from sleb_cli.requests import DEFAULT_SERVE_BATCH, DEFAULT_SERVE_LENGTH, TARGET_NAMES, TargetName, TargetRequest
+from sleb_cli.requests import (
+    DEFAULT_SERVE_BATCH,
+    DEFAULT_SERVE_LENGTH,
+    REFINES,
+    TARGET_NAMES,
+    TargetName,
+    TargetRequest,
+)
 from sleb_cli.units import format_bytes, format_count, parse_bytes, parse_count, parse_ratio, plural
 from sleb_plugins import UsageError
 
 FIRST_ITEMS = 100
 """On so many items a task is run first; they double until they decide, or until there are no more."""
-
-_NEEDS: Mapping[str, TargetName] = {
-    "serve_dtype": "target_memory",
-    "serve_length": "target_memory",
-    "serve_batch": "target_memory",
-    "target_workload": "target_speedup",
-}
-"""Options that refine one target, and that target."""
-
 
 _LEAST: Mapping[TargetName, float] = {
     "target_speedup": 1.01,
@@ -58,7 +56,7 @@ def chosen_target(request: TargetRequest) -> TargetName:
     if len(given) > 1:
         options = " and ".join(map(option_of, given))
         raise UsageError(f"{options} cannot be combined.", hint="Use one of them.")
-    for name, target in _NEEDS.items():
+    for name, target in REFINES.items():
         if getattr(request, name) is not None and given[0] != target:
             raise UsageError(f"{option_of(name)} requires {option_of(target)}.", hint=f"Leave out {option_of(name)}.")
     return given[0]
@@ -280,13 +278,14 @@ def _task_target(asked: str) -> TaskTarget:
     named, _, items = task.rpartition(":")
     if not items.isdecimal():
         named, items = task, ""
-    if not named or items == "0":
+    if not named or (items and not int(items)):
         raise UsageError(
             f"--max-task-drop {asked} is not TASK[:ITEMS]:DROP.", hint="For example: --max-task-drop piqa:0.02."
         )
     most = parse_number(drop, "max_task_drop")
     target = TaskTarget("max_task_drop", asked, named, int(items) if items else None, most)
-    target.load(target.first_items)  # an unknown task is refused before the search
+    if len(target.load(target.first_items).tasks) > 1:  # it is refused before the search, and so is an unknown one
+        raise UsageError(f"--max-task-drop needs one task, and {named} has several.", hint="Name a task such as piqa.")
     return target
 
 

@@ -42,7 +42,7 @@ def _parse_part(text: str) -> tuple[str, Fraction | None]:
     """Split a source from its share, a number above 0 and at most 1."""
     source, colon, end = text.rpartition(":")
     try:
-        share = Fraction(end)
+        share = Fraction(end if "/" in end else repr(float(end)))  # as in `parse_ratio`
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     return (source, share) if colon and 0 < share <= 1 else (text, None)
