@@ -158,7 +158,12 @@ def evaluate(request: EvalRequest, notify: Notify = ignore) -> EvalResult:
     place = _kept_place(subject, "eval")
     if any(by_lm_eval.values()) and (beside := request.output or place):
         with _printed_if_unsaved(result):
-            result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
+            try:
+                result = result.model_copy(update={"lm_eval": write_by_lm_eval(beside, by_lm_eval, subject)})
+            except OutputError as error:
+                if request.output is not None:
+                    raise
+                notify(Notice(f"{error.message} They are not kept."))
     _save(result, request.output)
     if place:
         _keep(result, place, notify)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import yaml
@@ -176,6 +177,11 @@ def test_a_recovered_checkpoint_claims_no_earlier_number(out, measured, tmp_path
     measured[1].write(beside_plan(out.folder / "sleb_plan.json", "eval"))
     update_card(out.folder)
     assert out.results == ""
+    recovered = measured[1].model_copy(update={"recovered": "weights"})
+    recovered.write(beside_plan(out.folder / "sleb_plan.json", "eval"))
+    moved = shutil.copytree(out.folder, tmp_path / "recovered")
+    out.apply(moved / "sleb_plan.json", "--model", read_plan(measured[0]).model.id, "--force")
+    assert not list(out.folder.glob("sleb_plan.*.json"))
     out.apply(measured[0], "--model", save_model(tmp_path / "other", llama_config(), seed=1), "--any-model", "--force")
     assert out.results == ""
 

@@ -19,11 +19,12 @@ from reference import log_likelihood, plain_loss
 from sleb_cli.canaries.items import instructions
 from sleb_cli.engine.files.cache import cache_root
 from sleb_cli.engine.model.architecture import Architecture
-from sleb_cli.engine.quality import texts
+from sleb_cli.engine.quality import lm_eval_files, texts
 from sleb_cli.engine.quality.models import Models
 from sleb_cli.engine.text.sources import evaluation_text
 from sleb_cli.kept_results import beside_plan
 from sleb_cli.results import EvalResult
+from sleb_plugins import OutputError
 
 SHORT = ["--sequence-length", 64]
 
@@ -288,6 +289,16 @@ def test_results_of_runs_are_kept_beside_the_plan(evaluate, llama_plan, test_tex
     assert file.read_text() == before  # of another model, nothing is kept
 
 
+def test_files_of_lm_eval_that_cannot_be_kept_cost_nothing_else(evaluate, llama_plan, own_task, monkeypatch):
+    def fail(*of):
+        raise OutputError("lm-eval's results cannot be written to here.", hint="")
+
+    monkeypatch.setattr(lm_eval_files, "write_by_lm_eval", fail)
+    found, said = evaluate(llama_plan, *own_task)
+    assert "written to here. They are not kept." in said
+    assert found["tasks"]
+
+
 def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_plan, test_text, tmp_path):
     assert run_sleb("apply", llama_plan, "-o", "out", "--no-verify", "-q").exit_code == 0
     options, file = ["--perplexity", test_text, *SHORT], tmp_path / "out" / "sleb_eval.json"
@@ -318,6 +329,8 @@ def test_an_applied_checkpoint_keeps_its_own_results(run_sleb, evaluate, llama_p
         (("--perplexity", "short.txt"), 5, "less than one sequence of 128"),
         (("--perplexity", "wikitext2"), 5, "Salesforce/wikitext"),
         (("--perplexity", "org/none"), 5, "The data set org/none:train:text cannot be loaded"),
+        (("--perplexity", "self"), 5, "self is text to calibrate on"),
+        (("--tasks", "sleb_sums", "--num-fewshot", 9), 2, "sleb_sums has 8 examples, not 9"),
         (("--tasks", "bad", "--include-path", "."), 5, "lm-eval cannot load bad"),
         (("--tasks", "canaries"), 5, "No task fits the model's 128 positions"),
         (("--remove", "1"), 2, "No blocks given"),

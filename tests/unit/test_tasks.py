@@ -164,6 +164,13 @@ def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
     variance = sum((shares[name] * change.standard_error) ** 2 for name, change in changes.items())
     assert pruned.standard_error == pytest.approx(variance**0.5)
     assert pruned.lost is None
+    # Other tasks of the run are none of its own, and tasks with different examples have no one number of them.
+    alone, dense["samples"]["snow"], dense["n-shot"]["snow"] = result.items_sha256, [sample(9, 1.0)], 5
+    result = compare_task(dense, [])[-1]
+    assert (result.items_sha256, result.num_fewshot) == (alone, 2)
+    dense["n-shot"]["sun"] = 3
+    assert compare_task(dense, [])[-1].num_fewshot == 0
+    del dense["samples"]["snow"]
     # A value that is no mean of its tasks has a difference alone.
     dense["results"]["climate"]["acc,none"], without["results"]["climate"]["acc,none"] = 0.9, 0.3
     pruned = compare_task(dense, [((1,), without)])[-1].pruned[0]
@@ -171,6 +178,7 @@ def test_a_groups_difference_has_the_error_of_its_tasks(by_size, children):
 
 
 LONG = [["Q:", " a long answer"], ["Q:", " short"]]
+EMPTY = [["Q:", " long"], ["Q:", " "]]
 ENDS = [["Ann met Bea since Ann", " was late."], ["Ann met Bea since Bea", " was late."]]
 
 
@@ -179,13 +187,14 @@ ENDS = [["Ann met Bea since Ann", " was late."], ["Ann met Bea since Bea", " was
     [
         ("multiple_choice", "acc_norm", LONG, ([[-6, 0], [-5, 0]], [[-15, 0], [-5, 0]]),
          ("Q:", "a long answer", "a long answer", "short")),
+        ("multiple_choice", "acc_norm", EMPTY, ([[-6, 0], [-5, 0]],) * 2, ("Q:", "long", "long", "long")),
         ("multiple_choice", "acc", LONG, ([[-4, 0], [-5, 0]], [[-6, 0], [-5, 0]]),
          ("Q:", "a long answer", "a long answer", "short")),
         ("multiple_choice", "acc", ENDS, ([[-1, 0], [-2, 0]], [[-4, 0], [-2, 0]]),
          ("Ann met Bea since ", "Ann was late.", "Ann was late.", "Bea was late.")),
         ("generate_until", "acc", [["2 + 2 =", {}]], ([" 4"], [["5", "6"]]), ("2 + 2 =", "4", " 4", '["5", "6"]')),
     ],
-    ids=["by length", "likeliest", "choices are prompts", "written"],
+    ids=["by length", "an empty choice", "likeliest", "choices are prompts", "written"],
 )  # fmt: skip
 def test_what_a_flip_tells(kind, metric, arguments, answers, expected):
     dense, pruned = (

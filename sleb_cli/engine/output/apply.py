@@ -123,7 +123,7 @@ def apply_removals(
         weights = planned.weights or {}
         write_weights(aside, weights, _bytes_of(planned.copies.values()), notify)
         for name, text in planned.texts.items():
-            (aside / name).write_text(text, encoding="utf-8")
+            (aside / name).write_text(text, encoding="utf-8", newline="\n")
         for name, file in planned.copies.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             copy_file(file, aside / name)
@@ -188,7 +188,9 @@ def names_in_checkpoint(subject: Subject, planned: Planned, *, recovers: bool) -
 def _measured(subject: Subject, notify: Notify, recovers: bool) -> dict[Literal["eval", "bench"], Any]:
     """Return what was measured of the plan, if the checkpoint is that very model."""
     plan, file = subject.plan, subject.file
-    if not plan or not file or recovers or plan.model.fingerprint != subject.architecture.record.fingerprint:
+    if not plan or not file or recovers or plan.recovery:
+        return {}
+    if plan.model.fingerprint != subject.architecture.record.fingerprint:
         return {}
     kinds: dict[Literal["eval", "bench"], Any] = {"eval": EvalResult, "bench": BenchResult}
     found = {name: measured_of_plan(kind, file, plan, notify) for name, kind in kinds.items()}

@@ -19,7 +19,6 @@ from sleb_cli.engine.text.sources import EVALUATION_PRESETS
 from sleb_cli.events import Notify, ignore
 from sleb_cli.kept_results import IN_CHECKPOINT, read_kept
 from sleb_cli.plan import CHECKPOINT_PLAN, Plan, public_name
-from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import BenchResult, EvalResult, TaskResult, TextResult, WorkloadResult
 from sleb_cli.tables import quality, speed
 from sleb_cli.tables.table import Scored, Table, in_markdown, to_markdown
@@ -78,8 +77,6 @@ def measured_in(folder: Path, plan: Plan, notify: Notify) -> list[Row]:
 
 
 def _of_plan(kind: type[R], folder: Path, plan: Plan) -> Iterator[Row]:
-    if not plan.removals:
-        return
     if result := measured_of_plan(kind, folder / CHECKPOINT_PLAN, plan, ignore):
         if isinstance(result, EvalResult) and result.recovered not in (None, _here(folder, result).behavior):
             return
@@ -221,13 +218,13 @@ def _command(row: Row) -> list[str]:
                 chat = ["--apply-chat-template"] if task.chat else []
                 return ["sleb", "eval", HERE, *options, *limit, *chat, "--tasks", task.task]
             model = ["--model", "hf", "--model_args", f"pretrained={HERE},dtype={result.dtype}"]
-            few = ["--device", result.device, "--num_fewshot", str(task.num_fewshot)]
+            few = ["--device", result.device]  # tasks of a group may have different numbers of examples
+            few += ["--num_fewshot", str(task.num_fewshot)] if task.doc_ids or task.num_fewshot else []
             chat = ["--apply_chat_template"] if task.chat else []
             return ["lm-eval", "run", *model, *few, *limit, *chat, "--tasks", task.task]
     workload = row.measured.workload
     sizes = ["--batch-size", str(workload.batch_size), "--prompt-length", str(workload.prompt_length)]
     sizes += ["--new-tokens", str(workload.new_tokens)] if workload.new_tokens else []
-    engine = [] if workload.engine == TRANSFORMERS else ["--engine", workload.engine]
     flags = {"--compile": workload.compiled, "--static-cache": workload.static_cache}
     given = (flag for flag, is_set in flags.items() if is_set)
-    return ["sleb", "bench", HERE, f"--{workload.name}", *sizes, *engine, *given, *options, ""]
+    return ["sleb", "bench", HERE, f"--{workload.name}", *sizes, *given, *options, ""]

@@ -78,7 +78,7 @@ def write_lm_eval_results(
             tracker.save_results_aggregated(results=results, samples=samples)
             for name, of_task in samples.items():
                 tracker.save_results_samples(task_name=name, samples=of_task)
-    except OutputError:
+    except BaseException:
         with suppress(OSError):
             for file in folder.glob(f"*_{getattr(tracker, 'date_id', None)}.json*"):
                 file.unlink()

@@ -25,6 +25,7 @@ from sleb_cli.engine.text.sources import loading_data
 from sleb_cli.engine.third_party import first_line
 from sleb_cli.events import Notice, Notify, ignore
 from sleb_cli.requests import AUTO, EvalRequest
+from sleb_cli.units import plural
 from sleb_plugins.errors import DataError, UsageError, did_you_mean
 
 # Where lm-eval's own search for the largest batch begins.
@@ -45,6 +46,7 @@ class LoadedTask:
 
     Raises:
         DataError: its file or data cannot be read, or it needs something that is not supported.
+        UsageError: it has fewer examples.
     """
 
     def __init__(self, name: str, manager: Any, request: EvalRequest) -> None:
@@ -57,6 +59,14 @@ class LoadedTask:
             configured = each.get_config("num_fewshot")
             if configured is None or (configured and request.num_fewshot is not None):
                 each.set_config(key="num_fewshot", value=request.num_fewshot or 0)
+            if request.num_fewshot and each.get_config("num_fewshot"):
+                with quiet(), _loading_data(name):
+                    there = len(list(each.fewshot_docs()))
+                if request.num_fewshot > there:
+                    raise UsageError(
+                        f"{name} has {plural(there, 'example')}, not {request.num_fewshot}.",
+                        hint=f"Use --num-fewshot {there} or fewer.",
+                    )
 
     def fingerprint(self) -> str:
         """Return what the results depend on besides the model and its tokenizer: lm-eval, settings, code and items."""
@@ -83,7 +93,7 @@ class LoadedTask:
         from lm_eval.defaults import DEFAULT_OTHER_SEED
 
         longest = 0
-        for each in filter(_writes, self.tasks.values()):
+        for each in self.tasks.values():
             with quiet():
                 each.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
                 each.build_all_requests(limit=self._request.limit)

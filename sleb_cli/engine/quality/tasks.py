@@ -149,14 +149,16 @@ def _compare(
     measure: _Measure, dense: Results, pruned: Sequence[tuple[tuple[int, ...], Results]], show_flips: int
 ) -> TaskResult:
     samples = _samples(dense, measure)
-    seen = samples or [sample for _, found in sorted(dense["samples"].items()) for sample in found]
+    tasks = sorted(_tasks_of(dense, measure.task))
+    seen = samples or [sample for name in tasks for sample in dense["samples"].get(name, ())]
+    shots = {int(dense["n-shot"].get(name, 0) or 0) for name in tasks}
     hashes = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in seen)
     return TaskResult(
         task=measure.task,
         metric=measure.metric,
         filter=measure.filter,
         version=str(dense["versions"].get(measure.task)),
-        num_fewshot=int(dense["n-shot"].get(measure.task, max(dense["n-shot"].values(), default=0)) or 0),
+        num_fewshot=shots.pop() if len(shots) == 1 else 0,
         chat=bool(dense.get("chat_template")),
         higher_is_better=dense["higher_is_better"].get(measure.task, {}).get(measure.metric) is not False,
         doc_ids=tuple(sample["doc_id"] for sample in samples),
@@ -282,7 +284,8 @@ def _chosen(config: Mapping[str, Any], metric: str, *samples: Mapping[str, Any])
 
     def chosen(sample: Mapping[str, Any]) -> str:
         likelihoods = [float(response[0]) for response in sample["filtered_resps"][: len(choices)]]
-        return choices[max(range(len(choices)), key=lambda n: likelihoods[n] / divisors[n])]
+        values = [value / length if length else -math.inf for value, length in zip(likelihoods, divisors, strict=True)]
+        return choices[max(range(len(choices)), key=values.__getitem__)]
 
     return prompt, [chosen(sample) for sample in samples]
 

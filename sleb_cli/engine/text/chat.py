@@ -147,7 +147,7 @@ def render(tokenizer: Any, conversation: Conversation, source: str, *, answers: 
             raise DataError(
                 f"The chat template changes earlier messages of a conversation of {source} when more follow, so its "
                 "answers cannot be found.",
-                hint="Use conversations with one question and one answer, or --chat all to calibrate on all tokens.",
+                hint="Use conversations with one question and one answer or, to calibrate, --chat all.",
             )
         pieces += [(whole[done : len(prompt)], False), (whole[len(prompt) : len(answered)], True)]
         done = len(answered)

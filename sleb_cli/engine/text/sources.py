@@ -165,6 +165,11 @@ def evaluation_text(source: str, length: int) -> Text:
     if is_file(source):
         conversations = _file_conversations(source)
         return Text(source, "", conversations=conversations) if conversations else _file_text(source)
+    if is_written(source) or source in CALIBRATION_PRESETS:
+        raise DataError(
+            f"{source} is text to calibrate on.",
+            hint="Use wikitext2, c4, a .txt or .jsonl file, or a data set: org/name[:config][:split][:column].",
+        )
     dataset, split = _parse_dataset(source), None
     path, config, named, column = [*source.split(":"), "", "", ""][:4]
     if not named:
