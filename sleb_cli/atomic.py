@@ -83,7 +83,7 @@ def require_space(path: Path, needed: int) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` aside, flush it to the disk, and rename it to `path`."""
     with new_file(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -244,9 +244,10 @@ def _clear(folder: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    # Systems without O_DIRECTORY cannot open folders.
-    if hasattr(os, "O_DIRECTORY") or not path.is_dir():
-        file = os.open(path, os.O_RDONLY)
+    # Windows, which has no O_DIRECTORY, cannot open folders, and flushes only what may be written to.
+    is_posix = hasattr(os, "O_DIRECTORY")
+    if is_posix or not path.is_dir():
+        file = os.open(path, os.O_RDONLY if is_posix else os.O_RDWR)
         try:
             os.fsync(file)
         finally:

@@ -41,10 +41,10 @@ def chip_name(device: torch.device) -> str:
     return _cpu_name()
 
 
-def cpu_governor(file: Path = GOVERNOR) -> str | None:
+def cpu_governor() -> str | None:
     """Return how the system sets the processor's clock, or None where it does not say."""
     try:
-        return file.read_text(encoding="utf-8").strip() or None
+        return GOVERNOR.read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
 

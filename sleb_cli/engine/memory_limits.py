@@ -42,13 +42,12 @@ def left_under_limits() -> int:
 
 def _left_of_resources() -> Iterator[int]:
     """Yield what the limits of the shell leave: `ulimit -v` and `ulimit -d`."""
-    if sys.platform == "linux":
-        process = psutil.Process()
-        memory = process.memory_info()
-        for resource, used in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
-            limit, _ = process.rlimit(resource)
-            if limit != psutil.RLIM_INFINITY:
-                yield max(0, limit - used)
+    process = psutil.Process()
+    memory = process.memory_info()
+    for resource, used in ((psutil.RLIMIT_AS, memory.vms), (psutil.RLIMIT_DATA, memory.data)):
+        limit, _ = process.rlimit(resource)
+        if limit != psutil.RLIM_INFINITY:
+            yield max(0, limit - used)
 
 
 def _left_in(folder: Path, files: _Files) -> int:

@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 
 from sleb_cli.atomic import to_json
 from sleb_cli.plan import Plan
-from sleb_cli.requests import TRANSFORMERS
 from sleb_cli.results import (
     BenchResult,
     EvalResult,
@@ -177,14 +176,13 @@ class Findings:
     def main_workloads(self) -> list[tuple[WorkloadResult, PrunedTiming]]:
         """One workload of each name, and its times at the plan's size.
 
-        With transformers before other engines, with an interval, of the most tokens: small ones are decided by what a
-        machine does around the work.
+        With an interval, of the most tokens: small ones are decided by what a machine does around the work.
         """
 
-        def order(found: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, bool, int]:
+        def order(found: tuple[WorkloadResult, PrunedTiming]) -> tuple[bool, int]:
             workload = found[0].workload
             tokens = workload.batch_size * (workload.prompt_length + workload.new_tokens)
-            return workload.engine != TRANSFORMERS, found[1].interval is None, -tokens
+            return found[1].interval is None, -tokens
 
         measured = [(result, timing) for result in self.workloads if (timing := self.own(result.pruned))]
         of_name = ([each for each in measured if each[0].workload.name == name] for name in ("generation", "prompt"))

@@ -48,9 +48,8 @@ def _gains(findings: Findings) -> list[str]:
 def _work(workload: Workload) -> str:
     """Say what was run: with 4 prompts of 64 tokens and 32 new tokens each."""
     new = f" and {plural(workload.new_tokens, 'new token')} each" if workload.new_tokens else ""
-    engine = "" if workload.engine == "transformers" else f" in {workload.engine}"
     prompts = plural(workload.batch_size, "prompt")
-    return f"with {prompts} of {plural(workload.prompt_length, 'token')}{new}{engine}"
+    return f"with {prompts} of {plural(workload.prompt_length, 'token')}{new}"
 
 
 def _costs(findings: Findings) -> list[str]:

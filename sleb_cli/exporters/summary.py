@@ -60,14 +60,12 @@ def _head(findings: Findings) -> list[str]:
 
 def _tables(findings: Findings) -> Iterator[Table]:
     plan = findings.plan
-    scored = findings.scored_texts
-    timed = findings.timed
     yield search.steps(plan)
-    yield quality.perplexities(scored)
-    yield quality.divergences(scored)
+    yield quality.perplexities(findings.scored_texts)
+    yield quality.divergences(findings.scored_texts)
     yield quality.tasks(findings.scored_tasks)
-    yield speed.speeds(timed, plan.model.blocks)
-    yield speed.memory(timed)
+    yield speed.speeds(findings.timed, plan.model.blocks)
+    yield speed.memory(findings.timed)
     if plan.recovery:
         yield search.recovery(plan.recovery)
 

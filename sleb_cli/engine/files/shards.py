@@ -168,7 +168,7 @@ def write_weights(folder: Path, shards: Mapping[str, Shard], other_bytes: int, n
         for name, shard in to_write.items():
             _write_shard(folder / name, shard, advance)
         if len(shards) > 1:
-            (folder / INDEX).write_text(index_of(shards), encoding="utf-8")
+            (folder / INDEX).write_text(index_of(shards), encoding="utf-8", newline="\n")
     if links := list(shared.values()).count("hard link"):
         notify(
             Notice(

@@ -486,9 +486,10 @@ def _hold_all(passes: Passes, footprint: Footprint, memory: Callable[[torch.devi
         return replace(passes, hold=hold, budget=budget)
     budget = replace(passes.budget, branches=count, kept=0)
     states = format_bytes((count + OTHER_BRANCHES) * of_branch)
-    place = spill_to.absolute()
     passes.notify(
-        Notice(f"Hidden states need up to {states}, more than fits in memory, so sleb keeps them in a file in {place}.")
+        Notice(
+            f"Hidden states need up to {states}, more than fits in memory, so sleb keeps them in a file in {spill_to}."
+        )
     )
     return replace(passes, hold=partial(spilled, folder=spill_to), budget=budget)
 

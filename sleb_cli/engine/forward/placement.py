@@ -82,13 +82,15 @@ def place_model(
     own = cast or architecture.dtype or torch.float32
     if device_map is not None:  # which says where weights are, so that they cannot be rounded first
         name = dtype_name(cast) if cast else dtype
-        return Placement(device, choose_dtype(architecture, name, device, lambda wide: 0, notify), False, device_map)
+        return Placement(
+            device, choose_dtype(architecture, name, device, lambda wide: 0, own_free_bytes, notify), False, device_map
+        )
 
     def needed(wide: torch.dtype) -> int:
         does_not_fit = stream is None and weight_bytes(architecture, own) + beside > own_free_bytes(device)
         return (streamed_bytes if stream or does_not_fit else weight_bytes)(architecture, wide) + beside
 
-    chosen = choose_dtype(architecture, dtype, device, needed, notify, cast)
+    chosen = choose_dtype(architecture, dtype, device, needed, own_free_bytes, notify, cast)
     streams = choose_to_stream(architecture, chosen, device, stream, notify, beside=beside)
     return Placement(device, chosen, streams, rounded=None if cast is chosen else cast)
 
@@ -98,12 +100,14 @@ def choose_dtype(
     name: str,
     device: torch.device,
     needed: Callable[[torch.dtype], int],
+    free_of: Callable[[torch.device], int],
     notify: Notify,
     cast: torch.dtype | None = None,
 ) -> torch.dtype:
     """Choose the data type to compute in: for auto, the weights' own (or `cast`), or float32 where a CPU emulates it.
 
-    `needed` returns the bytes of memory that a data type takes; if float32 does not fit, it stays the own one.
+    `needed` returns the bytes of memory that a data type takes; if float32 does not fit into what is free, it stays the
+    own one.
 
     Raises:
         UsageError: there is no such data type.
@@ -111,7 +115,7 @@ def choose_dtype(
     dtype = parse_dtype(name, cast or architecture.dtype)
     if name != AUTO or device.type != "cpu" or dtype in cpu_dtypes() or architecture.is_quantized:
         return dtype
-    size, free = needed(torch.float32), own_free_bytes(device)
+    size, free = needed(torch.float32), free_of(device)
     if size <= free:
         return torch.float32
     notify(

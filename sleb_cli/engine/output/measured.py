@@ -34,8 +34,6 @@ def measured_of_plan(kind: type[R], path: Path, plan: Plan, notify: Notify) -> R
         return None
     planned = {frozenset(removals) for removals in plan.by_size}
     measured = {frozenset(entry.removals) for part in parts_of(result) for entry in part.pruned}
-    if isinstance(result, BenchResult):
-        measured |= {frozenset(size.removals) for size in result.pruned}
     # A plan that was cut to fewer removals no longer tells its larger sizes from another plan's.
     strangers = {removals for removals in measured - planned if len(removals) <= len(plan.removals)}
     if strangers:

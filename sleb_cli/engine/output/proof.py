@@ -123,7 +123,7 @@ def choose_proof_settings(
     def placement(device: torch.device, *, streamed: bool) -> Placement:
         needed = partial(_needed, architecture, stream=streamed)
         name = "float16" if cast is torch.float16 else AUTO  # no other shows what exceeds its narrow range
-        chosen = choose_dtype(architecture, name, device, needed, ignore, cast)
+        chosen = choose_dtype(architecture, name, device, needed, free_bytes, ignore, cast)
         return Placement(device, chosen, streamed, rounded=None if cast is chosen else cast)
 
     if stream:

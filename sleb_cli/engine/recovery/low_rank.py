@@ -128,6 +128,5 @@ class LowRank:
             rows = ROWS_AT_ONCE if change.weight.dim() == 2 else len(change.weight)
             for at in range(0, len(change.weight), rows):
                 piece = slice(at, at + rows)
-                down = change.down if change.weight.dim() == 2 else change.down[piece]
-                changed = (change.up[piece] @ down).mul_(change.scale).add_(change.original[piece])
+                changed = (change.up[piece] @ change.down).mul_(change.scale).add_(change.original[piece])
                 change.weight[piece].copy_(changed.to(self._stored))
