@@ -202,7 +202,7 @@ def _bench_engine(request: BenchRequest, notify: Notify) -> tuple[Registry, Engi
     request.refuse(("device_flops", "device_bandwidth"), "requires --estimate")
     _require_result_file(request)
     registry = _registry(notify)
-    engine = None if request.engine == TRANSFORMERS else registry.engine(request.engine)
+    engine: Engine | None = None if request.engine == TRANSFORMERS else registry.choose("engine", request.engine).value
     if engine:
         engine.version()  # before the model is looked for, so that a missing engine is named at once
     else:

@@ -1,20 +1,30 @@
-"""The Typer app: which commands there are."""
+"""The Typer app and its commands: each hands a request to the engine, and shows the result."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from sleb_cli.commands.apply import apply
-from sleb_cli.commands.bench import bench
-from sleb_cli.commands.env import env
-from sleb_cli.commands.eval import eval_
-from sleb_cli.commands.export import export
-from sleb_cli.commands.plugins import plugins
-from sleb_cli.commands.rerun import rerun
-from sleb_cli.commands.search import search
+from sleb_cli import api
+from sleb_cli.commands.options import DryRunOption, JsonOption, QuietOption, takes
+from sleb_cli.plugin_manager import load_plugins, named_before_loading
+from sleb_cli.requests import ApplyRequest, BenchRequest, EvalRequest, ExportRequest, RerunRequest, SearchRequest
+from sleb_cli.ui import results
+from sleb_cli.ui.console import print_json, print_note
+from sleb_cli.ui.plugins import show_plugins
+from sleb_cli.ui.progress import show_progress
+from sleb_cli.ui.search import show_comparison, show_plan
 from sleb_cli.version import __version__
+from sleb_plugins import UsageError
+
+if TYPE_CHECKING:
+    from sleb_cli.events import Notify
+    from sleb_cli.records import Record
+
+R = TypeVar("R", bound="Record")
+Q = TypeVar("Q")
 
 app = typer.Typer(
     name="sleb",
@@ -42,11 +52,109 @@ def sleb(
         typer.echo(context.get_help())
 
 
-app.command()(search)
-app.command()(apply)
-app.command("eval")(eval_)
-app.command()(bench)
-app.command()(export)
-app.command()(rerun)
-app.command()(plugins)
-app.command()(env)
+def _run(
+    call: Callable[[Q, Notify], R], request: Q, table: Callable[[R], None], *, json: bool, quiet: bool = False
+) -> None:
+    """Call the engine under a progress display, and print the result on stdout: as JSON, or as its command's table."""
+    with show_progress(quiet=quiet) as notify:
+        result = call(request, notify)
+    if json:
+        print_json(result.to_data())
+    else:
+        table(result)
+
+
+@app.command()
+@takes(SearchRequest)
+def search(
+    request: SearchRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Find the blocks that MODEL needs least, and write them to a plan."""
+    if dry_run:
+        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
+    elif request.compare:
+        _run(api.compare, request, lambda found: show_comparison(found, request.plan_file), json=json, quiet=quiet)
+    else:
+        _run(api.search, request, lambda plan: show_plan(plan, request.plan_file), json=json, quiet=quiet)
+
+
+@app.command()
+@takes(ApplyRequest)
+def apply(
+    request: ApplyRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Write the pruned checkpoint or GGUF file, and prove that it computes what the search measured."""
+    if dry_run:
+        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
+    else:
+        _run(api.apply, request, results.show_applied, json=json, quiet=quiet)
+
+
+@app.command("eval")
+@takes(EvalRequest)
+def eval_(
+    request: EvalRequest, dry_run: DryRunOption = False, json: JsonOption = False, quiet: QuietOption = False
+) -> None:
+    """Compare the quality of the dense and the pruned model: perplexity and lm-eval tasks."""
+    if dry_run:
+        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
+    else:
+        _run(
+            api.evaluate, request, lambda found: results.show_evaluation(found, request.output), json=json, quiet=quiet
+        )
+
+
+MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print only a Markdown table like llama-bench's.")]
+
+
+@app.command()
+@takes(BenchRequest)
+def bench(
+    request: BenchRequest,
+    markdown: MarkdownOption = False,
+    dry_run: DryRunOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure the speed, memory and energy of the dense and the pruned model, or predict speed and memory."""
+    for option, given in (("--json", json), ("--estimate", request.estimate), ("--dry-run", dry_run)):
+        if markdown and given:
+            raise UsageError(f"--markdown does not apply to {option}.", hint="Leave out one of them.")
+    if dry_run and request.estimate:
+        raise UsageError("--dry-run does not apply to --estimate, which runs no model.", hint="Leave out one of them.")
+    if dry_run:
+        _run(api.dry_run, request, results.show_dry_run, json=json, quiet=quiet)
+    elif request.estimate:
+        _run(api.estimate, request, lambda found: results.show_estimate(found, request.output), json=json, quiet=quiet)
+    elif markdown:
+        _run(api.bench, request, results.show_markdown, json=json, quiet=quiet)
+    else:
+        _run(api.bench, request, lambda found: results.show_benchmark(found, request.output), json=json, quiet=quiet)
+
+
+@app.command()
+@takes(ExportRequest)
+def export(request: ExportRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Export a report, or the pruned model for another tool, as files or text."""
+    _run(api.export, request, lambda made: results.show_exported(made, request.output), json=json, quiet=quiet)
+
+
+@app.command()
+@takes(RerunRequest)
+def rerun(request: RerunRequest, json: JsonOption = False, quiet: QuietOption = False) -> None:
+    """Repeat the search of PLAN from what it recorded, and report whether it finds the same blocks."""
+    _run(api.rerun, request, results.show_rerun, json=json, quiet=quiet)
+
+
+@app.command()
+def plugins(json: JsonOption = False) -> None:
+    """List the installed families, metrics, export formats and engines, and what failed to load."""
+    if others := named_before_loading():
+        print_note(others)
+    show_plugins(load_plugins(), as_json=json)
+
+
+@app.command()
+def env(json: JsonOption = False) -> None:
+    """Show what a bug report needs: versions, processor, memory, devices, cache and plugins."""
+    _run(lambda _, notify: api.env(notify), None, results.show_environment, json=json)

@@ -96,7 +96,7 @@ class Registry:
         return weighted_sum([(term.weight, self._metric(term)) for term in parse_terms(text)])
 
     def _metric(self, term: Term) -> Metric:
-        metric: Metric = self._choose("metric", term.name).value
+        metric: Metric = self.choose("metric", term.name).value
         if term.argument is not None:
             return metric.with_argument(term.argument)
         if metric.argument and not metric.argument.startswith("["):
@@ -111,28 +111,20 @@ class Registry:
         Raises:
             PluginError: the fingerprint of a metric is not a text.
         """
-        plugins = [self._choose("metric", term.name).plugin for term in parse_terms(text)]
+        plugins = [self.choose("metric", term.name).plugin for term in parse_terms(text)]
         return {term.name: _metric_record(term, plugin) for term, plugin in zip(terms_of(metric), plugins, strict=True)}
 
-    def exporter(self, name: str) -> Exporter | FileExporter:
-        """Return an export format by name.
+    def choose(self, kind: Kind, name: str) -> Offer:
+        """Return what a plugin offers by this name.
 
         Raises:
             UsageError: no plugin offers it.
             PluginError: two plugins offer it.
         """
-        exporter: Exporter | FileExporter = self._choose("exporter", name).value
-        return exporter
-
-    def engine(self, name: str) -> Engine:
-        """Return an inference engine other than transformers by name.
-
-        Raises:
-            UsageError: no plugin offers it.
-            PluginError: two plugins offer it.
-        """
-        engine: Engine = self._choose("engine", name).value
-        return engine
+        if offer := self._claimant(kind, name):
+            return offer
+        names = sorted(known for known_kind, known in self._claims if known_kind == kind)
+        raise UsageError(f"Unknown {kind} {name!r}.", hint=did_you_mean(name, names))
 
     def family(self, model_type: str) -> FamilyAdapter | None:
         """Return the adapter that claims `model_type`, or None.
@@ -167,12 +159,6 @@ class Registry:
         if len(found) > 1:
             raise _collision(kind, name, found)
         return found[0] if found else None
-
-    def _choose(self, kind: Kind, name: str) -> Offer:
-        if offer := self._claimant(kind, name):
-            return offer
-        names = sorted(known for known_kind, known in self._claims if known_kind == kind)
-        raise UsageError(f"Unknown {kind} {name!r}.", hint=did_you_mean(name, names))
 
 
 def other_plugins() -> list[Plugin]:

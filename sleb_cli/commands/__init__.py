@@ -1,1 +1,1 @@
-"""One thin file a command: it parses, calls the engine, and shows."""
+"""How commands take their options: from the fields of a request, and from files."""

@@ -39,6 +39,11 @@ def describe_environment(plugins: Callable[[], Registry], cache: Callable[[], Pa
             problems.setdefault(_public(f"{type(error).__name__}: {error}"), []).append(what)
             return otherwise
 
+    # What cannot be imported is a part of the report.
+    torch, device, environment = (
+        partial(importlib.import_module, name)
+        for name in ("torch", "sleb_cli.engine.device", "sleb_cli.engine.environment")
+    )
     registry = read("plugins", plugins, Registry((), ()))
     failed = [f"{failure.plugin}: {failure.reason}" for failure in registry.failures]
     return EnvResult(
@@ -48,14 +53,14 @@ def describe_environment(plugins: Callable[[], Registry], cache: Callable[[], Pa
         python=platform.python_version(),
         packages={name: read(name, partial(_version, name), None) for name in PACKAGES},
         platform=platform.platform(),
-        processor=read("processor", _processor, platform.machine()),
-        instructions=read("instructions", _instructions, None),
+        processor=read("processor", lambda: environment().chip_name(device().CPU), platform.machine()),
+        instructions=read("instructions", lambda: str(torch().backends.cpu.get_cpu_capability()), None),
         auto=read("data types", _auto, {}),
         cores=os.cpu_count() or 1,
-        threads=read("threads", _threads, None),
+        threads=read("threads", lambda: torch().get_num_threads(), None),
         accelerators=read("accelerators", lambda: tuple(_accelerators()), ()),
         memory_bytes=read("memory", lambda: psutil.virtual_memory().total, None),
-        free_bytes=read("free memory", _free, None),
+        free_bytes=read("free memory", lambda: device().free_bytes(device().CPU), None),
         cache=read("cache", lambda: _public(str(cache())), None),
         cache_bytes=read("size of the cache", lambda: _size(cache()), None),
         plugins=registry.third_party(),
@@ -77,19 +82,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _processor() -> str:
-    from sleb_cli.engine.device import CPU
-    from sleb_cli.engine.environment import chip_name
-
-    return chip_name(CPU)
-
-
-def _instructions() -> str:
-    import torch
-
-    return str(torch.backends.cpu.get_cpu_capability())
-
-
 def _auto() -> dict[str, str]:
     """Return, by the data type of a checkpoint, the one that `--dtype auto` computes in, if it fits into memory."""
     import torch
@@ -101,18 +93,6 @@ def _auto() -> dict[str, str]:
     emulated = {torch.bfloat16, torch.float16} - cpu_dtypes() if is_cpu else set()
     types = (torch.bfloat16, torch.float16)
     return {dtype_name(own): dtype_name(torch.float32 if own in emulated else own) for own in types}
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _free() -> int:
-    from sleb_cli.engine.device import CPU, free_bytes
-
-    return free_bytes(CPU)
 
 
 def _accelerators() -> Iterator[AcceleratorRecord]:

@@ -96,27 +96,20 @@ def _seconds(value: float) -> str:
     return format_milliseconds(1000 * value)
 
 
-_SIZE: Columns = [
-    ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes)
-]  # fmt: skip
-
-
-def sizes(result: BenchResult) -> Table:
-    """Return the parameters and bytes of each model."""
+def sizes(result: BenchResult | EstimateResult) -> Table:
+    """Return the parameters and bytes of each model, measured or predicted."""
+    columns: Columns = [
+        ("model", str), ("blocks", _COUNT), ("parameters", format_count), ("weights", format_bytes),
+        ("loads in", _seconds), ("KV cache", format_bytes),
+    ]  # fmt: skip
     rows = [
-        [model_name(size.removals), size.blocks, size.parameters, size.weights_bytes, size.load_seconds]
+        [
+            model_name(range(result.dense.blocks - size.blocks)), size.blocks, size.parameters, size.weights_bytes,
+            getattr(size, "load_seconds", None), getattr(size, "kv_cache_bytes", None),
+        ]
         for size in (result.dense, *result.pruned)
-    ]
-    return tabulate("Sizes", [*_SIZE, ("loads in", _seconds)], rows)
-
-
-def estimated_sizes(result: EstimateResult) -> Table:
-    """Return the predicted parameters and bytes of each model."""
-    rows = [
-        [model_name(range(size.removed)), size.blocks, size.parameters, size.weights_bytes, size.kv_cache_bytes]
-        for size in (result.dense, *result.pruned)
-    ]
-    return tabulate("Sizes", [*_SIZE, ("KV cache", format_bytes)], rows)
+    ]  # fmt: skip
+    return tabulate("Sizes", columns, rows)
 
 
 def estimated_speeds(result: EstimateResult) -> Table:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -20,7 +20,7 @@ from sleb_cli.processes import is_main_process
 from sleb_plugins import OutputError, SlebError
 
 if TYPE_CHECKING:
-    from sleb_cli.records import Record
+    pass
 
 
 class Outlet:
@@ -158,11 +158,3 @@ def print_warning(text: str, console: Console | None = None) -> None:
 def print_note(text: str) -> None:
     """Print a plain sentence on stderr."""
     stderr().print(escape(text), soft_wrap=True)
-
-
-def show(record: Record, table: Callable[[], None], *, as_json: bool) -> None:
-    """Print a result on stdout: as JSON, or as its command's table."""
-    if as_json:
-        print_json(record.to_data())
-    else:
-        table()

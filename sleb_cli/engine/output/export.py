@@ -22,7 +22,7 @@ from sleb_cli.plugin_manager import Registry
 from sleb_cli.requests import DEFAULT_PLAN, ExportRequest, beside
 from sleb_cli.results import ApplyResult, BenchResult, EvalResult, ExportResult, GgufResult
 from sleb_cli.version import __version__
-from sleb_plugins import Exporter, OutputError, PluginError, Pruning, UsageError
+from sleb_plugins import Exporter, FileExporter, OutputError, PluginError, Pruning, UsageError
 
 
 def export_request(request: ExportRequest, registry: Registry, notify: Notify) -> ExportResult:
@@ -34,7 +34,7 @@ def export_request(request: ExportRequest, registry: Registry, notify: Notify) -
         ProofError: what was written does not compute what it should.
         OutputError: it exists, or cannot be written.
     """
-    exporter = registry.exporter(request.to)
+    exporter: Exporter | FileExporter = registry.choose("exporter", request.to).value
     if isinstance(exporter, Exporter) and request.output is not None:
         require_new_file(request.output, force=request.force)
     if request.source is not None and not exporter.uses_source:

@@ -1,0 +1,211 @@
+"""Show the results of the commands, other than searches and plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from sleb_cli.tables.table import by_model, to_markdown
+from sleb_cli.ui.console import inert_text, print_prose, stdout
+from sleb_cli.ui.names import short_name
+from sleb_cli.ui.tables import print_line, print_title, print_to_copy, print_written, show_table
+from sleb_cli.units import format_bytes, plural, spans, three_digits
+
+if TYPE_CHECKING:
+    from sleb_cli.results import (
+        ApplyResult,
+        BenchResult,
+        DryRunResult,
+        EnvResult,
+        EstimateResult,
+        EvalResult,
+        ExportResult,
+        GgufResult,
+        PrunedTaskScores,
+        RerunResult,
+        TaskResult,
+    )
+
+# What reads records imports pydantic, which takes time, so it is imported when it is needed.
+
+
+def show_evaluation(result: EvalResult, output: Path | None) -> None:
+    """Show the quality of the dense model and of each size, with what each differs by."""
+    from sleb_cli.tables import quality
+
+    removals = result.sizes[-1] if result.sizes else ()
+    print_title(short_name(result.model.id) + (f" without blocks {spans(removals)}" if removals else ""))
+    names = quality.text_names(result.texts)
+    scored = by_model(result.texts, names)
+    tables = [quality.perplexities(scored), quality.divergences(scored)]
+    tables += [
+        quality.text_settings(result.texts, names),
+        quality.tasks(by_model(result.tasks, map(quality.task_name, result.tasks))),
+    ]
+    for table in tables:
+        show_table(table)
+    for task in result.tasks:
+        for size in task.pruned:
+            _show_flips(task, size)
+    print_line(f"{result.model.computed_in(result.dtype)} on {result.device}")
+    print_written(output)
+
+
+def _show_flips(task: TaskResult, size: PrunedTaskScores) -> None:
+    removed = plural(len(size.removals), "block")
+    for flip in size.flips:
+        print_title(f"\n{task.task}, item {flip.doc_id}, which only one model gets right ({removed} removed)")
+        print_line(f"  {' '.join(flip.prompt.split())[-300:]}")
+        for name, text in (("right", flip.target), ("dense", flip.dense), ("pruned", flip.pruned)):
+            print_line(f"  {name:6} {' '.join(text.split())[:160]}")
+
+
+def show_benchmark(result: BenchResult, output: Path | None) -> None:
+    """Show the size, speed, memory and energy of each model."""
+    from sleb_cli.tables import settings, speed
+
+    print_title(short_name(result.model.id))
+    for size in result.pruned:
+        print_line(f"-{len(size.removals)}: without blocks {', '.join(map(str, size.removals))}")
+    timed = by_model(result.workloads, map(speed.workload_name, result.workloads))
+    tables = [speed.sizes(result), speed.speeds(timed, result.model.blocks), speed.latencies(timed)]
+    for table in (*tables, speed.memory(timed), settings.result_settings(result)):
+        show_table(table)
+    print_written(output)
+
+
+def show_markdown(result: BenchResult) -> None:
+    """Print the result as llama-bench does."""
+    from sleb_cli.tables.speed import llama_bench
+
+    for line in to_markdown(llama_bench(result)):
+        print_to_copy(line)
+
+
+def show_estimate(result: EstimateResult, output: Path | None) -> None:
+    """Show the predicted sizes and speeds, and what they are predicted from."""
+    from sleb_cli.tables import speed
+
+    print_title(short_name(result.model.id))
+    show_table(speed.sizes(result))
+    show_table(speed.estimated_speeds(result))
+    flops, read = result.flops_per_second, result.bytes_per_second
+    if result.device == "described":
+        print_line(f"predicted for {result.dtype} on a device of {flops / 1e12:.4g} TFLOP/s and {read / 1e12:.4g} TB/s")
+    else:
+        print_line(f"predicted for {result.model.computed_in(result.dtype)} on {result.device}, {result.processor}")
+        print_line(f"measured here: {three_digits(flops / 1e9)} GFLOP/s and {three_digits(read / 1e9)} GB/s")
+    if any(size.removals is None for size in result.pruned):
+        print_line("Assumes that the removed blocks are of average size.")
+    print_written(output)
+
+
+def show_applied(result: ApplyResult | GgufResult) -> None:
+    """Show what was written and how far it is proven."""
+    from sleb_cli.tables.proof import checked
+    from sleb_cli.tables.search import recovery
+
+    proof, said = result.proof, checked(result.proof) if result.proof else []
+    if result.kind == "apply":
+        path, size, is_verified = result.folder, result.weights_bytes, proof is not None
+        unproven = None
+    else:
+        path, size, is_verified = result.file, result.file_bytes, result.verified
+        said, unproven = [_copied(result), *said], result.unproven
+    print_to_copy(f"wrote {path}: {result.blocks} blocks, {format_bytes(size)}")
+    if result.recovery:
+        show_table(recovery(result.recovery), title=False)
+    if result.kind == "apply" and result.pushed:
+        print_to_copy(f"pushed to {result.pushed}")
+    if not is_verified:
+        print_line("not verified (--no-verify)")
+        return
+    missing = proof.partial if proof else f"logits not compared: {unproven}"
+    how = "[yellow]partially proven[/]" if missing else "[green]proven[/]"
+    where = f" in {proof.dtype} on {proof.device}" if proof else ""
+    print_prose(stdout(), f"{how}{where}: {escape('; '.join([*said, *([missing] if missing else [])]))}")
+
+
+def _copied(result: GgufResult) -> str:
+    if not result.repacked:
+        return "every tensor is a byte-for-byte copy from the source"
+    kinds = [
+        f"{each.tensors} {each.type}" + (f" (were {each.before})" if each.before != each.type else "")
+        for each in result.repacked
+    ]
+    return f"tensors with new values: {', '.join(kinds)}; every other one is a byte-for-byte copy from the source"
+
+
+def show_exported(exported: ExportResult, output: Path | None) -> None:
+    """Print a text, in which nothing is obeyed by a terminal, or show what was written and how far it is proven."""
+    if exported.text is not None:
+        if output is None:
+            print(inert_text(exported.text), end="")
+        else:
+            print_written(output)
+    for result in exported.written:
+        show_applied(result)
+    for file in exported.files:
+        print_written(Path(file))
+    for line in exported.lines:
+        print_to_copy(line)
+
+
+def show_rerun(result: RerunResult) -> None:
+    """Say whether the same blocks and scores were found, and what may be why not."""
+    if not result.same_tokens:
+        print_line("the calibration tokens differ: the text, its split or the tokenizer has changed")
+    if result.first_other_step is not None:
+        print_line(f"other blocks from step {result.first_other_step} on")
+    else:
+        print_line(f"the same {plural(len(result.removals), 'block')}, in the same order")
+    change = result.largest_change
+    print_line("every score is the same, to the last digit" if not change else f"scores differ by at most {change:.2g}")
+    if result.environment:
+        print_line(f"also different: {result.environment}")
+    print_to_copy(f"wrote {result.output}")
+
+
+def show_dry_run(result: DryRunResult) -> None:
+    """Show what a command would do, and the files that it would write."""
+    from sleb_cli.tables.settings import dry_run
+
+    show_table(dry_run(result))
+    for file in result.files or ["no file"]:
+        print_to_copy(f"would write {file}")
+
+
+def show_environment(result: EnvResult) -> None:
+    """Print one line for each part, its name first."""
+    lines = list(_lines(result))
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print_to_copy(f"{name:{width}}  {value}")
+
+
+def _lines(result: EnvResult) -> Iterator[tuple[str, str]]:
+    yield "sleb", result.sleb_version
+    yield "python", result.python
+    yield from ((name, version or "not installed") for name, version in result.packages.items())
+    yield "platform", result.platform
+    yield "processor", result.processor + (f" ({result.instructions})" if result.instructions else "")
+    for own, computed in result.auto.items():
+        yield f"{own} models", f"{computed} (no {own} units)" if computed != own else own
+    threads = f", {plural(result.threads, 'thread')} used" if result.threads else ""
+    yield "cores", f"{result.cores}{threads}"
+    for each in result.accelerators:
+        yield each.device, f"{each.name}, {format_bytes(each.free_bytes)} free of {format_bytes(each.memory_bytes)}"
+    if not result.accelerators:
+        yield "accelerators", "none"
+    yield "memory", f"{_bytes(result.free_bytes)} free of {_bytes(result.memory_bytes)}"
+    yield "cache", f"{result.cache or '?'} ({_bytes(result.cache_bytes)})"
+    yield "plugins", ", ".join(f"{name} {version}" for name, version in result.plugins.items()) or "none"
+    yield from (("failed plugin", each) for each in result.failed)
+    yield from (("problem", each) for each in result.problems)
+
+
+def _bytes(count: int | None) -> str:
+    return "?" if count is None else format_bytes(count)
